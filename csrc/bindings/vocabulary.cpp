@@ -1,0 +1,71 @@
+// Bindings of core/vocabulary.h.
+#include "core/vocabulary.h"
+
+#include <pybind11/native_enum.h>
+#include <pybind11/stl.h>
+
+#include "bindings/arrays.h"
+
+namespace xtoken {
+namespace {
+
+std::vector<TokenKind> to_kinds(const Array<uint8_t>& kinds) {
+    std::vector<TokenKind> result;
+    for (const uint8_t kind : to_vector(kinds, "kinds")) {
+        if (kind > static_cast<uint8_t>(TokenKind::unused)) value_error("kinds: ", int{kind}, " is no token kind");
+        result.push_back(static_cast<TokenKind>(kind));
+    }
+    return result;
+}
+
+int32_t checked(const Vocabulary& vocabulary, int64_t id) {
+    if (id < 0 || id >= vocabulary.size()) {
+        value_error("token id ", id, " is outside the vocabulary of ", vocabulary.size(), " tokens");
+    }
+    return static_cast<int32_t>(id);
+}
+
+}  // namespace
+
+void bind_vocabulary(py::module_& m) {
+    py::native_enum<TokenSpelling>(m, "TokenSpelling", "enum.Enum")
+        .value("literal", TokenSpelling::literal)
+        .value("byte_level", TokenSpelling::byte_level)
+        .value("metaspace", TokenSpelling::metaspace)
+        .value("wordpiece", TokenSpelling::wordpiece)
+        .finalize();
+    m.attr("token_kinds") = py::make_tuple("normal", "byte", "special", "unused");
+
+    m.def("byte_level_piece", [](const py::bytes& bytes) { return byte_level_piece(std::string(bytes)); });
+    m.def(
+        "spelled_bytes",
+        [](const std::vector<std::string>& pieces, TokenSpelling spelling, const std::string& word_prefix) {
+            py::list result;
+            for (const std::string& piece : pieces) result.append(py::bytes(spelled_bytes(piece, spelling, word_prefix)));
+            return result;
+        },
+        py::arg("pieces"), py::arg("spelling"), py::arg("word_prefix") = "##");
+
+    py::class_<Vocabulary>(m, "Vocabulary")
+        .def(py::init([](const std::vector<std::string>& tokens, const Array<uint8_t>& kinds, Vocabulary::Roles roles) {
+                 return Vocabulary(tokens, to_kinds(kinds), std::move(roles));
+             }),
+             py::arg("tokens"), py::arg("kinds"), py::arg("roles"))
+        .def("__len__", &Vocabulary::size)
+        .def("bytes", [](const Vocabulary& v, int64_t id) { return py::bytes(v.bytes(checked(v, id))); })
+        .def("join",
+             [](const Vocabulary& v, const Array<int64_t>& ids) {
+                 std::string text;
+                 for (const int64_t id : to_vector(ids, "ids")) {
+                     if (v.is_text(checked(v, id))) text += v.bytes(static_cast<int32_t>(id));
+                 }
+                 return py::bytes(text);
+             })
+        .def("valid_utf8", [](const Vocabulary& v) {
+            std::vector<uint8_t> valid;
+            for (int32_t id = 0; id < v.size(); ++id) valid.push_back(is_utf8(v.bytes(id)));
+            return to_array<uint8_t>(std::move(valid));
+        });
+}
+
+}  // namespace xtoken

@@ -1,0 +1,156 @@
+// Alignment of batches: masks and padding, the choice of method, threads.
+#include "core/aligner.h"
+
+#include <algorithm>
+#include <limits>
+
+#include "core/align_bytes.h"
+#include "core/error.h"
+#include "core/parallel.h"
+
+namespace xtoken {
+namespace {
+
+// Tokens of both sides that make it worth while to wake another thread.
+constexpr int64_t kTokensPerRange = 1 << 15;
+
+// The unmasked tokens of one sample of one side.
+struct Sequence {
+    std::vector<int32_t> symbols;
+    std::vector<int32_t> positions;  // of each symbol within the sample
+
+    int32_t size() const { return static_cast<int32_t>(symbols.size()); }
+    bool follows_a_token(int32_t i) const {
+        const size_t k = static_cast<size_t>(i);
+        return i > 0 && positions[k - 1] + 1 == positions[k];
+    }
+    // Turns a range of symbols into a range of positions; false if masked tokens lie within.
+    bool to_positions(int32_t& start, int32_t& end) const {
+        const int32_t count = end - start;
+        end = positions[static_cast<size_t>(end) - 1] + 1;
+        start = positions[static_cast<size_t>(start)];
+        return end - start == count;
+    }
+};
+
+}  // namespace
+
+struct Aligner::Workspace {
+    Sequence student, teacher;
+    std::vector<Span> chunks, gaps;
+    std::vector<uint8_t> predicted;
+};
+
+Aligner::Aligner(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules)
+    : pair_(student, teacher, rules),
+      student_padding_(find_padding(student)),
+      teacher_padding_(find_padding(teacher)) {}
+
+Aligner::Padding Aligner::find_padding(const Vocabulary& vocabulary) {
+    Padding padding;
+    for (const auto& [role, id] : vocabulary.roles()) {
+        if (role == "pad") padding.id = id;
+    }
+    for (const auto& [role, id] : vocabulary.roles()) {
+        if (id != padding.id) continue;
+        padding.is_bos |= role == "bos";
+        padding.is_end |= role == "eos" || role == "end_of_turn";
+    }
+    return padding;
+}
+
+void Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher, int64_t sample, AlignMethod method,
+                           Workspace& work) const {
+    const auto load = [&](const TokenBatch& batch, const Padding& padding, const char* name, int32_t vocabulary_size,
+                          auto symbol_of, Sequence& out) {
+        const int64_t* ids = batch.ids + batch.offsets[sample];
+        const int64_t length = batch.offsets[sample + 1] - batch.offsets[sample];
+        if (length > std::numeric_limits<int32_t>::max()) value_error(name, ": sample ", sample, " has over 2^31 tokens");
+        int64_t begin = 0, end = length;
+        if (!batch.mask) {
+            // A run of pad tokens at an end is padding, but the one next to the text may be a real eos or bos.
+            while (end > 0 && ids[end - 1] == padding.id) --end;
+            if (padding.is_end && end > 0 && end < length) ++end;
+            while (begin < end && ids[begin] == padding.id) ++begin;
+            if (padding.is_bos && begin > 0) --begin;
+        }
+        out.symbols.clear();
+        out.positions.clear();
+        for (int64_t i = begin; i < end; ++i) {
+            if (batch.mask && !batch.mask[batch.offsets[sample] + i]) continue;
+            if (ids[i] < 0 || ids[i] >= vocabulary_size) {
+                value_error(name, ": token id ", ids[i], " at sample ", sample, ", position ", i,
+                            " is outside the vocabulary of ", vocabulary_size, " tokens");
+            }
+            out.symbols.push_back(symbol_of(ids[i]));
+            out.positions.push_back(static_cast<int32_t>(i));
+        }
+    };
+    load(student, student_padding_, "student_ids", pair_.student_size(),
+         [&](int64_t id) { return pair_.student_symbol(id); }, work.student);
+    load(teacher, teacher_padding_, "teacher_ids", pair_.teacher_size(),
+         [&](int64_t id) { return pair_.teacher_symbol(id); }, work.teacher);
+
+    work.chunks.clear();
+    work.gaps.clear();
+    work.predicted.clear();
+    switch (method) {
+        case AlignMethod::bytes:
+            align_bytes(pair_, work.student.symbols.data(), work.student.size(), work.teacher.symbols.data(),
+                        work.teacher.size(), work.chunks, work.gaps);
+            break;
+    }
+    size_t kept = 0;
+    for (Span chunk : work.chunks) {
+        const bool predicted = work.student.follows_a_token(chunk.student_start) &&
+                               work.teacher.follows_a_token(chunk.teacher_start);
+        const bool whole = work.student.to_positions(chunk.student_start, chunk.student_end) &&
+                           work.teacher.to_positions(chunk.teacher_start, chunk.teacher_end);
+        if (!whole) continue;
+        work.chunks[kept++] = chunk;
+        work.predicted.push_back(predicted);
+    }
+    work.chunks.resize(kept);
+}
+
+BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples,
+                              AlignMethod method, int threads) const {
+    // Consecutive samples form a range; the ranges' results are put together in order, whatever thread made them.
+    const int64_t tokens = samples ? student.offsets[samples] + teacher.offsets[samples] : 0;
+    const int64_t ranges_wanted = std::clamp<int64_t>(tokens / kTokensPerRange, 1, std::max<int64_t>(1, samples));
+    const int64_t grain = (std::max<int64_t>(1, samples) + ranges_wanted - 1) / ranges_wanted;
+    const int64_t ranges = (samples + grain - 1) / grain;
+
+    BatchAlignment result;
+    result.offsets.assign(static_cast<size_t>(samples) + 1, 0);
+    std::vector<BatchAlignment> parts(static_cast<size_t>(ranges));
+    parallel_for(ranges, 1, threads, [&](int64_t first_range, int64_t last_range) {
+        Workspace work;
+        for (int64_t range = first_range; range < last_range; ++range) {
+            BatchAlignment& part = parts[static_cast<size_t>(range)];
+            for (int64_t sample = range * grain; sample < std::min(samples, (range + 1) * grain); ++sample) {
+                align_sample(student, teacher, sample, method, work);
+                part.spans.insert(part.spans.end(), work.chunks.begin(), work.chunks.end());
+                part.predicted.insert(part.predicted.end(), work.predicted.begin(), work.predicted.end());
+                result.offsets[static_cast<size_t>(sample) + 1] = static_cast<int64_t>(work.chunks.size());
+            }
+        }
+    });
+    for (size_t sample = 0; sample < static_cast<size_t>(samples); ++sample) {
+        result.offsets[sample + 1] += result.offsets[sample];
+    }
+    if (ranges == 1) {
+        result.spans = std::move(parts[0].spans);
+        result.predicted = std::move(parts[0].predicted);
+        return result;
+    }
+    result.spans.reserve(static_cast<size_t>(result.offsets.back()));
+    result.predicted.reserve(static_cast<size_t>(result.offsets.back()));
+    for (const BatchAlignment& part : parts) {
+        result.spans.insert(result.spans.end(), part.spans.begin(), part.spans.end());
+        result.predicted.insert(result.predicted.end(), part.predicted.begin(), part.predicted.end());
+    }
+    return result;
+}
+
+}  // namespace xtoken

@@ -1,0 +1,60 @@
+// A vocabulary: the raw bytes of every token, its kind, and the roles that special tokens play.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+namespace xtoken {
+
+enum class TokenKind : uint8_t {
+    normal = 0,   // text
+    byte = 1,     // one byte of text, produced only where no normal token fits, such as <0xE4>
+    special = 2,  // stands for no text: bos, eos, chat markers
+    unused = 3,   // an id that no text produces: a hole in the numbering, a reserved slot
+};
+
+// How a tokenizer writes the bytes of a token in its vocabulary.
+enum class TokenSpelling : uint8_t {
+    literal,     // UTF-8 text as it is
+    byte_level,  // GPT-2: each byte is one printable character
+    metaspace,   // SentencePiece: U+2581 is a space, <0xHH> is a byte
+    wordpiece,   // BERT: "##" marks a continuation, other words follow a space
+};
+
+// The bytes that `piece` stands for. `word_prefix` is the continuation mark of wordpiece.
+std::string spelled_bytes(std::string_view piece, TokenSpelling spelling, std::string_view word_prefix = "##");
+
+// The inverse for byte_level: the piece that GPT-2's table writes for these bytes.
+std::string byte_level_piece(std::string_view bytes);
+
+class Vocabulary {
+  public:
+    using Roles = std::vector<std::pair<std::string, int32_t>>;  // (role, token id), one entry a role
+
+    // Throws Error if the sizes differ, or a role's id is out of range or is not special.
+    Vocabulary(const std::vector<std::string>& tokens, std::vector<TokenKind> kinds, Roles roles);
+
+    int32_t size() const { return static_cast<int32_t>(kinds_.size()); }
+    TokenKind kind(int32_t id) const { return kinds_[static_cast<size_t>(id)]; }
+    const Roles& roles() const { return roles_; }
+    std::string_view bytes(int32_t id) const {
+        const size_t i = static_cast<size_t>(id);
+        return {arena_.data() + start_[i], static_cast<size_t>(start_[i + 1] - start_[i])};
+    }
+    // Whether the token stands for text (normal or byte).
+    bool is_text(int32_t id) const { return kind(id) == TokenKind::normal || kind(id) == TokenKind::byte; }
+
+  private:
+    std::string arena_;           // all tokens, one after the other
+    std::vector<int64_t> start_;  // [size + 1] into arena_
+    std::vector<TokenKind> kinds_;
+    Roles roles_;
+};
+
+// Whether `bytes` is well-formed UTF-8 (RFC 3629: no surrogates, no overlong forms).
+bool is_utf8(std::string_view bytes);
+
+}  // namespace xtoken

@@ -1,0 +1,40 @@
+"""Fixtures of all tests: real tokenizers and their vocabularies, one of each a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+from real_tokenizers import LOADERS
+
+from xtoken import Vocabulary
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+    """A tokenizer by its name in LOADERS."""
+    loaded: dict[str, Any] = {}
+
+    def get(name: str) -> Any:
+        if name not in loaded:
+            loaded[name] = LOADERS[name](tmp_path_factory.mktemp(name))
+        return loaded[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def vocabulary(tokenizer: Callable[[str], Any]) -> Callable[[str], Vocabulary]:
+    """A vocabulary by its name in LOADERS."""
+    parsed: dict[str, Vocabulary] = {}
+
+    def get(name: str) -> Vocabulary:
+        if name not in parsed:
+            parsed[name] = Vocabulary.from_tokenizer(tokenizer(name))
+        return parsed[name]
+
+    return get

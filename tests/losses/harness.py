@@ -1,0 +1,375 @@
+"""One harness for every backend of every loss: hard inputs, the truth in float64, and bad inputs.
+
+`check` runs a public loss function on one backend and compares losses and gradients with `xtoken.reference`
+in float64 on the same rounded inputs. The error may be twice that of the reference in the input's own type.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from comparer import assert_as_accurate
+from safetensors.torch import load_file
+from torch import Tensor
+
+import xtoken
+from xtoken import reference
+from xtoken.alignment import Alignment
+from xtoken.projection import ProjectionMatrix
+
+BACKENDS = ("reference",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
+
+
+@dataclass(frozen=True)
+class Case:
+    """Inputs of a cross-tokenizer loss, logits in float64."""
+
+    student: Tensor
+    teacher: Tensor
+    alignment: Alignment
+    projection: ProjectionMatrix
+
+
+# Chunk lengths (student, teacher); the cut leaves rows before, between and after them.
+SHAPES = ((1, 1), (1, 2), (1, 1), (3, 1), (2, 2), (1, 1), (2, 3))
+
+
+def make_alignment(
+    samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = (1, 1), seed: int = 0
+) -> Alignment:
+    """The same chunks in each sample: the first without a predictor, a gap after every third."""
+    generator = torch.Generator().manual_seed(seed)
+    spans, end = [], [0, 0]
+    for k, (student, teacher) in enumerate(shapes):
+        spans.append([end[0], end[0] + student, end[1], end[1] + teacher])
+        end = [end[0] + student + (k % 3 == 2), end[1] + teacher]
+    ids = [torch.randint(v, (samples, n), generator=generator) for v, n in zip(vocab, end, strict=True)]
+    offsets = torch.arange(samples + 1) * len(spans)
+    return Alignment(torch.tensor(spans * samples).reshape(-1, 4), offsets, *ids)
+
+
+def make_projection(students: int, teachers: int, seed: int = 0, empty: bool = False) -> ProjectionMatrix:
+    """Rows of one to four entries: every fifth empty, exact matches, several students for one teacher."""
+    generator = torch.Generator().manual_seed(seed)
+    width = min(4, teachers)
+    indices = torch.rand(students, teachers, generator=generator).argsort(1)[:, :width]
+    weights = torch.tensor([0.9, 0.09, 0.009, 0.0009])[:width].repeat(students, 1)
+    length = torch.randint(1, width + 1, (students, 1), generator=generator)
+    weights = torch.where(torch.arange(width) < length, weights, 0.0)
+    weights = weights / weights.sum(1, keepdim=True)
+    weights[4::5] = 0.0
+    return ProjectionMatrix.from_topk(indices, weights * (not empty), teachers)
+
+
+def make_case(
+    students: int = 67,
+    teachers: int = 59,
+    samples: int = 2,
+    scale: float = 3.0,
+    shapes: Any = SHAPES,
+    seed: int = 0,
+    empty_projection: bool = False,
+) -> Case:
+    generator = torch.Generator().manual_seed(seed)
+    alignment = make_alignment(samples, shapes, (students, teachers), seed)
+    lengths = [ids.shape[1] + 1 for ids in (alignment.student_ids, alignment.teacher_ids)]
+    return Case(
+        scale * torch.randn(samples, lengths[0], students, generator=generator, dtype=torch.float64),
+        scale * torch.randn(samples, lengths[1], teachers, generator=generator, dtype=torch.float64),
+        alignment,
+        make_projection(students, teachers, seed, empty_projection),
+    )
+
+
+def _size_one() -> Case:
+    return make_case(1, 1, samples=1, shapes=((1, 1), (1, 1)))
+
+
+def _masked() -> Case:
+    case = make_case()
+    spans, offsets = case.alignment.spans, case.alignment.offsets
+    ids = case.alignment.student_ids, case.alignment.teacher_ids
+    masked = Alignment(spans, offsets, *ids, predicted=torch.zeros(len(spans), dtype=torch.bool))
+    return Case(case.student, case.teacher, masked, case.projection)
+
+
+def _infinite() -> Case:
+    case = make_case()
+    case.student[..., 1::3] = -math.inf
+    case.teacher[..., ::4] = -math.inf
+    return case
+
+
+def _padded(value: float) -> Case:
+    case = make_case(61, 71)
+    student = torch.nn.functional.pad(case.student, (0, 7), value=value)
+    teacher = torch.nn.functional.pad(case.teacher, (0, 3), value=value)
+    return Case(student, teacher, case.alignment, case.projection)
+
+
+CASES: dict[str, Callable[[], Case]] = {
+    "size_one": _size_one,
+    "no_chunk": lambda: make_case(shapes=()),
+    "all_masked": _masked,
+    "teacher_below": make_case,
+    "teacher_above": lambda: make_case(37, 101),
+    "teacher_equal": lambda: make_case(64, 64),
+    "vector_remainder": lambda: make_case(131, 83),
+    "peaky": lambda: make_case(scale=60.0),
+    "infinite": _infinite,
+    "padded_head_nan": lambda: _padded(math.nan),
+    "padded_head_large": lambda: _padded(50.0),
+    "empty_projection": lambda: make_case(empty_projection=True),
+    "one_chunk": lambda: make_case(samples=1, shapes=((1, 1), (4, 5))),
+}
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A public loss and its formula, as ``call(case, student, teacher, **options)`` for one loss a chunk."""
+
+    public: Callable[..., Tensor]
+    formula: Callable[..., Tensor]
+
+
+def _parts(case: Case, student: Tensor, teacher: Tensor, realised: bool = False) -> tuple[Any, ...]:
+    W = case.projection
+    chunks = reference.Chunks.of(case.alignment, student.shape[1], teacher.shape[1], realised=realised)
+    return student.flatten(0, 1)[:, : W.shape[0]], teacher.flatten(0, 1)[:, : W.shape[1]], chunks
+
+
+def _pkl(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = 8192, **options: Any) -> Tensor:
+    z, y, chunks = _parts(case, student, teacher, realised=options.get("merge") == "chain")
+    columns = reference.column_set(teacher[..., : case.projection.shape[1]], top_k)
+    if options.pop("support", "all") == "reachable":
+        columns = columns[torch.isin(columns, case.projection.col.long())]
+    entries = reference.restrict(case.projection, columns)
+    return _all(case, chunks, reference.pkl(z, y, chunks, entries, columns, **options))
+
+
+def _gold(case: Case, student: Tensor, teacher: Tensor, min_weight: float, **options: Any) -> Tensor:
+    z, y, chunks = _parts(case, student, teacher)
+    pairs = reference.common_pairs(case.projection, min_weight)
+    return _all(case, chunks, sum(reference.gold(z, y, chunks, pairs, **options)))
+
+
+def _uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    z, y, chunks = _parts(case, student, teacher)
+    return _all(case, chunks, reference.uld(z, y, chunks, **options))
+
+
+def _kd(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = None, **options: Any) -> Tensor:
+    size = min(case.projection.shape)
+    chunks = reference.Chunks.of(_positions(case), student.shape[1], teacher.shape[1])
+    columns = reference.column_set(teacher[..., :size], top_k)
+    z, y = student.flatten(0, 1)[:, :size], teacher.flatten(0, 1)[:, :size]
+    return reference.kd(z, y, chunks, columns, **options)
+
+
+def _positions(case: Case) -> Alignment:
+    """Every student position with the teacher's of the same number, for `kd_loss`."""
+    count = min(case.student.shape[1], case.teacher.shape[1]) - 1
+    start = torch.arange(1, count + 1)
+    spans = torch.stack([start, start + 1, start, start + 1], 1).repeat(len(case.student), 1)
+    return Alignment(spans, torch.arange(len(case.student) + 1) * count)
+
+
+def _all(case: Case, chunks: reference.Chunks, losses: Tensor) -> Tensor:
+    return losses.new_zeros(case.alignment.num_chunks).index_copy(0, chunks.used, losses)
+
+
+def _projected(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def call(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        return function(student, teacher, case.alignment, case.projection, **options)
+
+    return call
+
+
+def _public_uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    sizes = {"student_vocab_size": case.projection.shape[0], "teacher_vocab_size": case.projection.shape[1]}
+    return xtoken.uld_loss(student, teacher, case.alignment, **sizes, **options)
+
+
+def _public_kd(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    return xtoken.kd_loss(
+        student, teacher, _positions(case), vocab_size=min(case.projection.shape), **options
+    )
+
+
+OPERATIONS = {
+    "pkl": Operation(_projected(xtoken.pkl_loss), _pkl),
+    "gold": Operation(_projected(xtoken.gold_loss), lambda *a, **o: _gold(*a, min_weight=1.0, **o)),
+    "hkl": Operation(_projected(xtoken.hkl_loss), lambda *a, **o: _gold(*a, min_weight=0.6, **o)),
+    "uld": Operation(_public_uld, _uld),
+    "kd": Operation(_public_kd, _kd),
+}
+
+
+def losses_and_grad(
+    call: Callable[..., Tensor], case: Case, dtype: torch.dtype, strided: bool = False, **options: Any
+) -> tuple[Tensor, Tensor]:
+    """The loss of each chunk, and the gradient for upstream gradients that all differ."""
+    student, teacher = case.student.to(dtype), case.teacher.to(dtype)
+    if strided:
+        student, teacher = _with_strides(student), _with_strides(teacher)
+    student = student.detach().requires_grad_()
+    losses = call(case, student, teacher, **options)
+    upstream = torch.linspace(-1.0, 2.0, losses.numel(), dtype=losses.dtype).reshape(losses.shape)
+    (grad,) = torch.autograd.grad(losses, student, upstream)
+    return losses.detach(), grad
+
+
+def _with_strides(logits: Tensor) -> Tensor:
+    """The same values inside a larger tensor: padded rows and samples that do not follow each other."""
+    samples, length, width = logits.shape
+    outer = torch.full((samples, length + 2, width + 5), math.nan, dtype=logits.dtype)
+    outer[:, 1:-1, 2:-3] = logits
+    return outer[:, 1:-1, 2:-3]
+
+
+def check(
+    backend: str, operation: str, case: Case, dtype: torch.dtype, strided: bool = False, **options: Any
+) -> None:
+    """Losses and gradients of a backend are as accurate as the plain formulas in the same type."""
+    op = OPERATIONS[operation]
+    rounded = Case(
+        case.student.to(dtype).double(), case.teacher.to(dtype).double(), case.alignment, case.projection
+    )
+    truth, true_grad = losses_and_grad(op.formula, rounded, torch.float64, **options)
+    plain, plain_grad = losses_and_grad(op.formula, rounded, dtype, **options)
+    got, grad = losses_and_grad(
+        op.public, rounded, dtype, strided, reduction="none", backend=backend, **options
+    )
+    assert got.dtype == torch.promote_types(dtype, torch.float32)
+    assert grad.dtype == dtype
+    single = torch.finfo(torch.float32).eps
+    assert_as_accurate(got, plain, truth, 4 * single * _largest(truth), f"{operation} losses")
+    floor = torch.finfo(dtype).eps * _largest(true_grad) + torch.finfo(dtype).tiny
+    assert_as_accurate(grad, plain_grad, true_grad, floor, f"{operation} gradient")
+
+
+def _largest(values: Tensor) -> float:
+    return float(values.abs().max()) if values.numel() else 0.0
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One result of the reference implementation."""
+
+    fields: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def case(self, dtype: torch.dtype = torch.float32) -> Case:
+        spans = self.tensors["spans"]
+        samples = self.tensors["student_logits"].shape[0]
+        counts = torch.bincount(spans[:, 0].long(), minlength=samples)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        teacher = self.tensors["teacher_logits"].to(dtype)
+        return Case(
+            self.tensors["student_logits"].to(dtype),
+            teacher,
+            Alignment(spans[:, 1:], offsets),
+            ProjectionMatrix.from_topk(
+                self.tensors["w_indices"], self.tensors["w_weights"], teacher.shape[-1]
+            ),
+        )
+
+
+def golden(*modes: str) -> list[Golden]:
+    """The golden results of these modes."""
+    listed = json.loads((GOLDEN / "losses.json").read_text())
+    return [Golden(f, load_file(GOLDEN / f["file"])) for f in listed if f["mode"] in modes]
+
+
+# Bad inputs: what is changed in a call that is otherwise right, the exception, and words of its message.
+# Every backend must raise the same, because the checks come before it.
+BAD_INPUTS: dict[str, tuple[Callable[[dict[str, Any]], None], type[Exception], str]] = {
+    "student too narrow": (
+        lambda c: c.update(student_logits=c["student_logits"][..., :-1]),
+        ValueError,
+        r"student_logits: expected at least 67 columns .*got 66",
+    ),
+    "teacher too narrow": (
+        lambda c: c.update(teacher_logits=c["teacher_logits"][..., :-1]),
+        ValueError,
+        r"teacher_logits: expected at least 59 columns .*got 58",
+    ),
+    "student too short": (
+        lambda c: c.update(student_logits=c["student_logits"][:, :5]),
+        ValueError,
+        r"student_logits: expected a row for every token.*got 5 rows",
+    ),
+    "teacher too short": (
+        lambda c: c.update(teacher_logits=c["teacher_logits"][:, :5]),
+        ValueError,
+        r"teacher_logits: expected a row for every token.*got 5 rows",
+    ),
+    "batch of the logits": (
+        lambda c: c.update(teacher_logits=c["teacher_logits"][:1]),
+        ValueError,
+        r"teacher_logits: expected the batch of student_logits",
+    ),
+    "batch of the alignment": (
+        lambda c: c.update(alignment=c["alignment"].slice(0)),
+        ValueError,
+        r"alignment: expected 2 samples .*got 1",
+    ),
+    "dimensions": (
+        lambda c: c.update(student_logits=c["student_logits"][0, 0]),
+        ValueError,
+        r"student_logits: expected shape \[B, T, V\] or \[T, V\]",
+    ),
+    "integer logits": (
+        lambda c: c.update(teacher_logits=c["teacher_logits"].long()),
+        TypeError,
+        r"teacher_logits: expected a floating-point tensor, got torch.int64",
+    ),
+    "no tensor": (
+        lambda c: c.update(student_logits=[[0.0]]),
+        TypeError,
+        r"student_logits: expected a floating-point tensor, got list",
+    ),
+    "another device": (
+        lambda c: c.update(teacher_logits=c["teacher_logits"].to("meta")),
+        ValueError,
+        r"teacher_logits: expected the device of student_logits",
+    ),
+    "no alignment": (
+        lambda c: c.update(alignment=c["alignment"].spans),
+        TypeError,
+        r"alignment: expected an xtoken.Alignment, got Tensor",
+    ),
+    "temperature zero": (
+        lambda c: c.update(temperature=0.0),
+        ValueError,
+        r"temperature: expected a positive finite number, got 0.0",
+    ),
+    "temperature nan": (lambda c: c.update(temperature=math.nan), ValueError, r"temperature: .*got nan"),
+    "reduction": (
+        lambda c: c.update(reduction="batchmean"),
+        ValueError,
+        r"reduction: expected one of 'mean', 'sum', 'none', got 'batchmean'",
+    ),
+}
+
+
+def bad_call(name: str, backend: str) -> tuple[dict[str, Any], type[Exception], str]:
+    """Keyword arguments of a bad call (without a projection), the exception, and its message."""
+    case = make_case()
+    change, exception, message = BAD_INPUTS[name]
+    call: dict[str, Any] = {
+        "student_logits": case.student.float(),
+        "teacher_logits": case.teacher.float(),
+        "alignment": case.alignment,
+        "backend": backend,
+    }
+    change(call)
+    return call, exception, message

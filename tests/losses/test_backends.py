@@ -1,0 +1,115 @@
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from harness import OPERATIONS, check, make_case
+from torch import Tensor
+
+from xtoken import pkl_loss, select_backend
+from xtoken.losses._backends import (
+    Backend,
+    Problem,
+    register_backend,
+    run_reference,
+    unregister_backend,
+)
+
+
+def wrong(change: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
+    """The reference with a change to the losses (returned) or the gradient (in place)."""
+
+    def run(problem: Problem, student_grad: Tensor | None = None, *rest: Any) -> Tensor:
+        return change(run_reference(problem, student_grad, *rest), student_grad)
+
+    return run
+
+
+def shift_loss(losses: Tensor, grad: Tensor | None) -> Tensor:
+    return losses * 1.001
+
+
+def scale_gradient(losses: Tensor, grad: Tensor | None) -> Tensor:
+    if grad is not None:
+        grad *= 1.001
+    return losses
+
+
+def one_row_off(losses: Tensor, grad: Tensor | None) -> Tensor:
+    if grad is not None:
+        grad.copy_(grad.roll(1, dims=1))
+    return losses
+
+
+def nan_gradient(losses: Tensor, grad: Tensor | None) -> Tensor:
+    if grad is not None:
+        grad[0, 0, 0] = torch.nan
+    return losses
+
+
+def nan_loss(losses: Tensor, grad: Tensor | None) -> Tensor:
+    return torch.where(torch.arange(len(losses)) == 0, torch.nan, losses)
+
+
+@pytest.fixture
+def registered() -> Iterator[Callable[..., None]]:
+    names = []
+
+    def register(name: str, run: Callable[..., Tensor], missing: str | None = None) -> None:
+        operations = dict.fromkeys(("pkl", "gold", "uld", "kd"), run)
+        register_backend(Backend(name, operations, lambda device: missing))
+        names.append(name)
+
+    yield register
+    for name in names:
+        unregister_backend(name)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("change", [shift_loss, scale_gradient, one_row_off, nan_gradient, nan_loss])
+def test_the_harness_can_fail(
+    change: Callable[..., Tensor], operation: str, registered: Callable[..., None]
+) -> None:
+    registered("wrong", wrong(change))
+    with pytest.raises(AssertionError, match="differ; worst at"):
+        check("wrong", operation, make_case(), torch.float32)
+
+
+def test_the_harness_passes_what_is_right(registered: Callable[..., None]) -> None:
+    registered("right", wrong(lambda losses, grad: losses))
+    for operation in OPERATIONS:
+        check("right", operation, make_case(), torch.float32)
+
+
+def test_auto_uses_the_reference_where_nothing_else_works() -> None:
+    for device in ("mps", "meta", "xpu"):
+        assert select_backend("auto", device) == "reference"
+    assert select_backend("reference", "cpu") == "reference"
+
+
+def test_auto_prefers_what_was_added_later(registered: Callable[..., None]) -> None:
+    registered("broken", run_reference, missing="it is broken")
+    assert select_backend("auto", "mps") == "reference"
+    with pytest.raises(RuntimeError, match="backend: 'broken' is not available: it is broken"):
+        select_backend("broken", "cpu")
+    registered("better", run_reference)
+    assert select_backend("auto", "mps") == "better"
+    assert select_backend("auto", "mps", "pkl") == "better"
+    with pytest.raises(RuntimeError, match="backend: none has the operation 'another'"):
+        select_backend("auto", "mps", "another")
+    with pytest.raises(RuntimeError, match="it has no operation 'another'"):
+        select_backend("better", "cpu", "another")
+
+
+def test_unknown_and_reserved_names() -> None:
+    with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'reference'.*got 'fast'"):
+        select_backend("fast", "cpu")
+    with pytest.raises(ValueError, match="reserved"):
+        register_backend(Backend("auto", {}, lambda device: None))
+
+
+def test_a_loss_uses_the_backend_that_it_was_given(registered: Callable[..., None]) -> None:
+    registered("zero", lambda problem, *rest: problem.student.new_zeros(len(problem.chunks)))
+    case = make_case()
+    assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="zero") == 0
+    assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="reference") > 0

@@ -1,0 +1,353 @@
+import math
+from itertools import pairwise
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from comparer import assert_close, assert_within
+from harness import Case, make_case
+from torch import Tensor, nn
+
+from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, uld_loss
+from xtoken.alignment import Alignment
+from xtoken.losses.pkl import select_columns
+
+
+def make_labels(case: Case, seed: int = 0) -> Tensor:
+    """Random labels, some ignored, more in the first sample than in the others."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = case.student.shape[:2]
+    labels = torch.randint(case.projection.shape[0], shape, generator=generator)
+    ignored = torch.rand(shape, generator=generator) < torch.linspace(0.8, 0.1, shape[0])[:, None]
+    return labels.masked_fill(ignored, -100)
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Shifted cross-entropy as transformers computes it."""
+    return nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())
+
+
+def test_fixed_total_and_parts() -> None:
+    case, other = make_case(), make_case(67, 41, seed=1)
+    labels = make_labels(case)
+    teachers = [
+        Teacher(case.projection, weight=0.5, top_k=11, merge="mean", temperature=2.0),
+        Teacher(other.projection, loss="hkl", weight=2.0, uncommon_top_k=7),
+    ]
+    criterion = XTokenLoss(teachers, scaling="fixed", ce_weight=0.3, kd_weight=0.7)
+    total, parts = criterion(
+        case.student, labels, [case.teacher, other.teacher], [case.alignment, other.alignment]
+    )
+    ce = cross_entropy(case.student, labels)
+    first = pkl_loss(
+        case.student, case.teacher, case.alignment, case.projection, top_k=11, merge="mean", temperature=2.0
+    )
+    second = hkl_loss(case.student, other.teacher, other.alignment, other.projection, uncommon_top_k=7)
+    kd = 0.5 * first + 2.0 * second
+    assert_close(parts["ce"], ce, rtol=1e-12)
+    assert_close(parts["kd"], kd, rtol=1e-12)
+    assert_close(parts["kd_per_teacher"], torch.stack([first, second]), rtol=1e-12)
+    assert_close(total, 0.3 * ce + 0.7 * kd, rtol=1e-12)
+    assert parts["chunks"].tolist() == [int(a.predicted.sum()) for a in (case.alignment, other.alignment)]
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_dynamic_scaling_is_constant_in_backward() -> None:
+    case = make_case()
+    labels = make_labels(case)
+    student = case.student.requires_grad_()
+    total, parts = XTokenLoss([Teacher(case.projection)])(student, labels, case.teacher, case.alignment)
+    assert_close(total, 2 * parts["ce"], rtol=1e-12)
+    (got,) = torch.autograd.grad(total, student)
+    ce = cross_entropy(student, labels)
+    kd = pkl_loss(student, case.teacher, case.alignment, case.projection)
+    (want,) = torch.autograd.grad(ce + (ce / kd).detach() * kd, student)
+    assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_dynamic_scaling_without_distillation() -> None:
+    case = make_case(shapes=())
+    student = torch.randn(2, 4, 67).requires_grad_()
+    labels = torch.zeros(2, 4, dtype=torch.int64)
+    empty = Alignment([], [0, 0, 0])
+    total, parts = XTokenLoss([Teacher(case.projection)])(student, labels, case.teacher, empty)
+    total.backward()
+    assert parts["kd"].item() == 0
+    assert math.isnan(parts["agreement"])
+    assert_close(total, cross_entropy(student, labels), rtol=1e-6)
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+
+
+def test_everything_ignored_is_finite() -> None:
+    case = make_case()
+    student = case.student.requires_grad_()
+    labels = torch.full(student.shape[:2], -100)
+    total, parts = XTokenLoss([Teacher(case.projection)])(student, labels, case.teacher, case.alignment)
+    total.backward()
+    assert total.item() == 0 == parts["ce"].item()
+    assert student.grad is not None
+    assert bool(student.grad.isfinite().all())
+
+
+def test_no_teacher_is_cross_entropy() -> None:
+    case = make_case()
+    labels = make_labels(case)
+    total, parts = XTokenLoss([])(case.student, labels, [])
+    assert_close(total, cross_entropy(case.student, labels), rtol=1e-12)
+    assert parts["kd_per_teacher"].shape == parts["chunks"].shape == (0,)
+
+
+@pytest.mark.parametrize("loss", ["pkl", "gold", "hkl", "uld"])
+def test_every_loss(loss: str) -> None:
+    case = make_case()
+    teacher = Teacher(case.projection, loss=loss)
+    _, parts = XTokenLoss([teacher])(case.student, make_labels(case), case.teacher, case.alignment)
+    arguments = case.student, case.teacher, case.alignment
+    want = {
+        "pkl": lambda: pkl_loss(*arguments, case.projection),
+        "gold": lambda: gold_loss(*arguments, case.projection),
+        "hkl": lambda: hkl_loss(*arguments, case.projection),
+        "uld": lambda: uld_loss(*arguments),
+    }[loss]()
+    assert_close(parts["kd"], want, rtol=1e-12)
+    assert 0 <= float(parts["agreement"]) <= 1
+    assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
+
+
+def test_shared_tokenizer_uses_the_labels_positions() -> None:
+    case = make_case(59, 59)
+    labels = make_labels(case)
+    teacher_logits = case.student.roll(1, 0)
+    criterion = XTokenLoss([Teacher(weight=2.0, top_k=10, reverse=True)], scaling="fixed")
+    total, parts = criterion(case.student, labels, teacher_logits)
+    mask = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    want = kd_loss(case.student, teacher_logits, mask=mask, top_k=10, reverse=True)
+    assert_close(parts["kd"], 2 * want, rtol=1e-12)
+    assert parts["chunks"].tolist() == [int(mask.sum())]
+    assert_close(total, cross_entropy(case.student, labels) + 2 * want, rtol=1e-12)
+    assert 0 < parts["mass"].item() < 1
+    same = XTokenLoss([Teacher()])(case.student, labels, case.student.clone())[1]
+    assert same["agreement"].tolist() == [1.0]
+    assert same["kd"].item() == 0
+
+
+def test_shared_tokenizer_with_an_alignment_and_padded_heads() -> None:
+    case = make_case(59, 59)
+    labels = make_labels(case)
+    alignment = Alignment([[1, 2, 2, 3], [3, 4, 3, 4]], [0, 1, 2])
+    padded = nn.functional.pad(case.teacher, (0, 5), value=math.nan)
+    _, parts = XTokenLoss([Teacher()])(case.student, labels, padded, alignment)
+    assert_close(parts["kd"], kd_loss(case.student, case.teacher, alignment, top_k=8192), rtol=1e-12)
+
+
+def test_agreement_and_mass_by_hand() -> None:
+    case = make_case(samples=1, shapes=((1, 1),) * 6)
+    top_k = 20
+    criterion = XTokenLoss([Teacher(case.projection, top_k=top_k)])
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    columns = select_columns(case.teacher, case.projection, top_k=top_k)
+    dense = torch.zeros(case.projection.shape, dtype=torch.float64)
+    for student_id in range(case.projection.shape[0]):
+        ids, weights = case.projection.row(student_id)
+        dense[student_id, ids.long()] = weights.double()
+    used = case.alignment.spans[case.alignment.predicted].long()
+    projected = (case.student[0, used[:, 0] - 1].softmax(-1) @ dense)[:, columns]
+    q = case.teacher[0, used[:, 2] - 1].softmax(-1)[:, columns]
+    agreement = (projected.argmax(1) == q.argmax(1)).double().mean()
+    assert_close(parts["agreement"], agreement[None], rtol=1e-6)
+    assert_close(parts["mass"], q.sum(1).mean()[None], rtol=1e-6)
+
+
+def test_diagnostics_can_be_switched_off() -> None:
+    case = make_case()
+    criterion = XTokenLoss([Teacher(case.projection)], diagnostics=False)
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    assert bool(parts["agreement"].isnan().all() & parts["mass"].isnan().all())
+
+
+def halves(case: Case, labels: Tensor) -> list[tuple[Any, ...]]:
+    """The batch as micro-batches of two samples."""
+    return [
+        (case.student[part], labels[part], case.teacher[part], case.alignment.slice(part.start, part.stop))
+        for part in (slice(0, 2), slice(2, 4))
+    ]
+
+
+def uneven(case: Case) -> Case:
+    """Samples with different numbers of chunks."""
+    spans, offsets = case.alignment.spans, case.alignment.offsets
+    keep = torch.ones(len(spans), dtype=torch.bool)
+    keep[1:5] = False
+    counts = [int(keep[a:b].sum()) for a, b in pairwise(offsets.tolist())]
+    kept = Alignment(spans[keep], [0, *torch.tensor(counts).cumsum(0).tolist()])
+    return Case(case.student, case.teacher, kept, case.projection)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_accumulation_equals_the_whole_batch(dtype: torch.dtype) -> None:
+    """One batch of four equals two of two, with the global counts, though labels and chunks are uneven."""
+    case = uneven(make_case(samples=4))
+    case = Case(case.student.to(dtype), case.teacher.to(dtype), case.alignment, case.projection)
+    labels = make_labels(case)
+    # The column set is taken over the rows at hand, so it is left out of the comparison.
+    criterion = XTokenLoss([Teacher(case.projection, top_k=None)], scaling="fixed", kd_weight=0.5)
+    student = case.student.clone().requires_grad_()
+    total, parts = criterion(student, labels, case.teacher, case.alignment)
+    total.backward()
+
+    counted = [criterion.counts(one[1], one[3]) for one in halves(case, labels)]
+    items = sum(one[0] for one in counted)
+    chunks = sum(one[1][0] for one in counted)
+    assert (items, [chunks]) == criterion.counts(labels, case.alignment)
+    assert counted[0][0] != counted[1][0]
+    assert counted[0][1] != counted[1][1]
+    accumulated = case.student.clone().requires_grad_()
+    rest = Case(accumulated, case.teacher, case.alignment, case.projection)
+    sums = torch.zeros(3, dtype=dtype)
+    for micro in halves(rest, labels):
+        loss, micro_parts = criterion(*micro, num_items=items, num_chunks=torch.tensor(chunks))
+        loss.backward()
+        sums += torch.stack([loss.detach(), micro_parts["ce"], micro_parts["kd"]])
+    eps = 8 * torch.finfo(dtype).eps
+    assert_close(sums, torch.stack([total.detach(), parts["ce"], parts["kd"]]), rtol=eps)
+    assert student.grad is not None
+    assert accumulated.grad is not None
+    assert_close(accumulated.grad, student.grad, rtol=eps, atol=eps * float(student.grad.abs().max()))
+
+
+def test_padded_head_takes_no_part_in_cross_entropy() -> None:
+    case = make_case()
+    labels = make_labels(case)
+    student = nn.functional.pad(case.student, (0, 5), value=30.0).requires_grad_()
+    criterion = XTokenLoss([Teacher(case.projection)])
+    total, _ = criterion(student, labels, case.teacher, case.alignment)
+    total.backward()
+    assert_close(total, criterion(case.student, labels, case.teacher, case.alignment)[0], rtol=1e-12)
+    assert student.grad is not None
+    assert bool((student.grad[..., 67:] == 0).all())
+
+
+def test_half_precision() -> None:
+    case = make_case()
+    student = case.student.bfloat16().requires_grad_()
+    labels = make_labels(case)
+    criterion = XTokenLoss([Teacher(case.projection)])
+    total, _ = criterion(student, labels, case.teacher.bfloat16(), case.alignment)
+    total.backward()
+    assert total.dtype == torch.float32
+    assert student.grad is not None
+    assert student.grad.dtype == torch.bfloat16
+    rounded = student.detach().double(), labels, case.teacher.bfloat16().double(), case.alignment
+    assert_close(total, criterion(*rounded)[0], rtol=1e-5)
+
+
+def test_one_sample_without_a_batch() -> None:
+    case = make_case(samples=1)
+    labels = make_labels(case)
+    criterion = XTokenLoss([Teacher(case.projection)])
+    total, _ = criterion(case.student[0], labels[0], case.teacher[0], Alignment(case.alignment.spans))
+    assert_within(total, criterion(case.student, labels, case.teacher, case.alignment)[0], 1e-12)
+
+
+class Trainable(nn.Module):
+    """W with trainable weights, normalised in each row."""
+
+    def __init__(self, case: Case) -> None:
+        super().__init__()
+        W = case.projection
+        self.row_ptr, self.col, self.shape = W.row_ptr, W.col, W.shape
+        self.row = torch.repeat_interleave(torch.arange(W.shape[0]), W.row_ptr.diff())
+        self.logits = nn.Parameter(W.weight.log())
+
+    @property
+    def weight(self) -> Tensor:
+        mass = self.logits.exp()
+        return mass / mass.new_zeros(self.shape[0]).index_add(0, self.row, mass)[self.row]
+
+
+def test_a_trainable_projection_learns() -> None:
+    case = make_case(scale=1.0)
+    criterion = XTokenLoss([Teacher(Trainable(case))], scaling="fixed")
+    assert len(list(criterion.parameters())) == 1
+    optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
+    history = []
+    for _ in range(5):
+        optimizer.zero_grad()
+        total, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+        total.backward()
+        optimizer.step()
+        history.append(parts["kd"].item())
+    assert history == sorted(history, reverse=True)
+    assert history[-1] < history[0]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"loss": "kl", "projection": 1},
+            "loss: expected one of 'pkl', 'hkl', 'gold', 'uld', 'kd', got 'kl'",
+        ),
+        ({"loss": "pkl"}, "projection: expected a projection matrix for loss='pkl', got None"),
+        ({"loss": "hkl"}, "projection: expected a projection matrix for loss='hkl', got None"),
+        ({"loss": "kd", "projection": 1}, "projection: expected None for loss='kd'"),
+        ({"weight": -1.0}, "weight: expected a finite number >= 0, got -1.0"),
+        ({"weight": math.nan}, "weight: expected a finite number >= 0, got nan"),
+    ],
+)
+def test_bad_teachers(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Teacher(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": "static"}, "scaling: expected one of 'dynamic', 'fixed', got 'static'"),
+        ({"ce_weight": -1.0}, "ce_weight: expected a finite number >= 0, got -1.0"),
+        ({"kd_weight": math.inf}, "kd_weight: expected a finite number >= 0, got inf"),
+        ({"vocab_size": 60}, r"teachers: expected one student vocabulary size, got \[60, 67\]"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        XTokenLoss([Teacher(make_case().projection)], **options)
+
+
+@pytest.mark.parametrize(
+    ("changes", "exception", "message"),
+    [
+        ({"labels": torch.zeros(2, 3)}, TypeError, "labels: expected an integer tensor, got torch.float32"),
+        ({"labels": [[1]]}, TypeError, "labels: expected an integer tensor, got list"),
+        ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"labels: expected shape \[2, 14\]"),
+        ({"alignments": None}, ValueError, "alignments: expected an Alignment for loss='pkl', got None"),
+        ({"alignments": []}, ValueError, "alignments: expected one for each of the 1 teachers, got 0"),
+        ({"teacher_logits": None}, TypeError, "teacher_logits: expected a floating-point tensor, got None"),
+        ({"num_chunks": [1, 2]}, ValueError, "num_chunks: expected one for each of the 1 teachers, got 2"),
+    ],
+)
+def test_bad_calls(changes: dict[str, Any], exception: type[Exception], message: str) -> None:
+    case = make_case()
+    call = SimpleNamespace(
+        student_logits=case.student,
+        labels=make_labels(case),
+        teacher_logits=case.teacher,
+        alignments=case.alignment,
+    )
+    vars(call).update(changes)
+    with pytest.raises(exception, match=message):
+        XTokenLoss([Teacher(case.projection)])(**vars(call))
+
+
+def test_one_count_does_not_do_for_two_teachers() -> None:
+    case = make_case()
+    criterion = XTokenLoss([Teacher(case.projection)] * 2)
+    with pytest.raises(ValueError, match="num_chunks: expected one for each of the 2 teachers, got 1"):
+        criterion(case.student, make_labels(case), [case.teacher] * 2, [case.alignment] * 2, num_chunks=5)
+
+
+def test_shows_its_settings() -> None:
+    text = repr(XTokenLoss([Teacher(make_case().projection), Teacher(weight=0.5)]))
+    assert "teachers=[1 pkl, 0.5 kd], scaling='dynamic'" in text

@@ -1,0 +1,141 @@
+import math
+from typing import Any
+
+import pytest
+import torch
+from comparer import assert_close, assert_within
+from harness import BACKENDS, CASES, DTYPES, check
+from torch import Tensor
+
+from xtoken import kd_loss, pkl_loss
+from xtoken.alignment import Alignment
+from xtoken.projection import ProjectionMatrix
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "subset": {"top_k": 13},
+    "reverse": {"reverse": True, "top_k": 13},
+    "temperature": {"temperature": 2.5},
+}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def logits(samples: int = 2, length: int = 5, width: int = 23) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = 2, samples, length, width
+    student, teacher = 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
+    return student, teacher
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_hard_inputs(case: str, dtype: torch.dtype, backend: str) -> None:
+    check(backend, "kd", CASES[case](), dtype)
+
+
+@backends
+@pytest.mark.parametrize("case", ["teacher_below", "infinite"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_options(variant: str, case: str, backend: str) -> None:
+    check(backend, "kd", CASES[case](), torch.float32, strided=True, **VARIANTS[variant])
+
+
+@backends
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck(variant: str, backend: str) -> None:
+    student, teacher = logits(width=17)
+
+    def losses(student: Tensor) -> Tensor:
+        return kd_loss(student, teacher, reduction="none", backend=backend, **VARIANTS[variant])
+
+    assert torch.autograd.gradcheck(losses, student.requires_grad_(), fast_mode=True)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_is_the_kl_divergence(reverse: bool) -> None:
+    student, teacher = logits()
+    log_p, log_q = (student / 2).log_softmax(-1), (teacher / 2).log_softmax(-1)
+    pair = (log_q, log_p) if reverse else (log_p, log_q)
+    want = 4 * torch.nn.functional.kl_div(*pair, log_target=True, reduction="none").sum(-1)
+    assert_close(kd_loss(student, teacher, temperature=2.0, reverse=reverse), want.mean(), rtol=1e-12)
+    each = kd_loss(student, teacher, temperature=2.0, reverse=reverse, reduction="none")
+    assert_close(each, want, rtol=1e-9)
+
+
+@pytest.mark.parametrize("top_k", [7, None])
+def test_is_pkl_with_the_identity(top_k: int | None) -> None:
+    student, teacher = logits()
+    identity = ProjectionMatrix.from_topk(torch.arange(23)[:, None], torch.ones(23, 1), 23)
+    spans = torch.tensor([[t, t + 1] * 2 for t in range(1, 5)] * 2)
+    alignment = Alignment(spans, [0, 4, 8])
+    loss = kd_loss(student, teacher, alignment, top_k=top_k)
+    assert_close(loss, pkl_loss(student, teacher, alignment, identity, top_k=top_k), rtol=1e-6)
+
+
+def test_mask() -> None:
+    student, teacher = logits()
+    mask = torch.zeros(2, 5, dtype=torch.bool)
+    mask[0, 1] = mask[1, 3] = True
+    student.requires_grad_()
+    each = kd_loss(student, teacher, reduction="none")
+    masked = kd_loss(student, teacher, mask=mask, reduction="none")
+    assert_within(masked, torch.where(mask, each, 0.0), 0.0)
+    loss = kd_loss(student, teacher, mask=mask)
+    assert_close(loss, each[mask].mean(), rtol=1e-12)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert bool((grad.abs().amax(-1) > 0).eq(mask).all())
+    nothing = kd_loss(student, teacher, mask=torch.zeros_like(mask))
+    assert nothing.item() == 0
+    assert bool((torch.autograd.grad(nothing, student)[0] == 0).all())
+
+
+def test_one_sample() -> None:
+    student, teacher = logits(samples=1)
+    each = kd_loss(student[0], teacher[0], reduction="none")
+    assert each.shape == (5,)
+    assert_close(each, kd_loss(student, teacher, reduction="none")[0], rtol=1e-12)
+
+
+def test_heads_padded_differently() -> None:
+    student, teacher = logits()
+    want = kd_loss(student, teacher)
+    padded = torch.nn.functional.pad(teacher, (0, 4), value=math.nan)
+    assert_within(kd_loss(student, padded), want, 0.0)
+    both = torch.nn.functional.pad(student, (0, 9), value=math.nan)
+    assert_within(kd_loss(both, padded, vocab_size=23), want, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"vocab_size": 24}, "student_logits: expected at least 24 columns"),
+        ({"vocab_size": 0}, "vocab_size: expected an integer of at least 1 or None, got 0"),
+        ({"top_k": 0}, "top_k: expected an integer of at least 1 or None, got 0"),
+        ({"temperature": -1.0}, "temperature: expected a positive finite number, got -1.0"),
+        ({"reduction": "batchmean"}, "reduction: expected one of"),
+        ({"mask": torch.ones(2, 5)}, r"mask: expected bool \[2, 5\], got torch.float32"),
+        ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask: expected bool \[2, 5\], got torch.bool \[5\]"),
+        (
+            {"alignment": Alignment([[1, 2, 1, 2]], [0, 0, 1]), "mask": torch.ones(2, 5, dtype=torch.bool)},
+            "mask: expected None together with an alignment",
+        ),
+        (
+            {"alignment": Alignment([[0, 1, 0, 1], [1, 3, 1, 2]], [0, 2, 2])},
+            "alignment: expected chunks of one token on each side .*got chunk 1 with 2 and 1",
+        ),
+        ({"alignment": Alignment([[1, 2, 1, 2]])}, "alignment: expected 2 samples"),
+        ({"alignment": Alignment([[1, 2, 5, 6]], [0, 0, 1])}, "teacher_logits: expected a row for every"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        kd_loss(*logits(), **options)
+
+
+def test_other_positions_need_an_alignment() -> None:
+    student, teacher = logits()
+    with pytest.raises(
+        ValueError, match=r"teacher_logits: expected the positions of student_logits \[2, 5\]"
+    ):
+        kd_loss(student, teacher[:, :4])

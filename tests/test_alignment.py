@@ -1,0 +1,352 @@
+"""Alignments and the byte merge."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from real_tokenizers import TEXTS, encode
+from hypothesis import given
+from hypothesis import strategies as st
+
+from xtoken import Aligner, Alignment, Vocabulary
+
+PAIRS = [("llama3", "qwen3"), ("qwen3", "o200k"), ("smollm2", "llama3"), ("tekken", "qwen3"), ("mistral", "llama3")]
+
+
+def finest_cut(student: list[bytes], teacher: list[bytes]) -> list[list[int]]:
+    """Chunks by definition: cut where both sides have a boundary at the same byte. Tokens must not be empty."""
+    ends = [{0: 0}, {0: 0}]
+    for side, tokens in zip(ends, (student, teacher), strict=True):
+        position = 0
+        for i, token in enumerate(tokens):
+            position += len(token)
+            side[position] = i + 1
+    shared = sorted(ends[0].keys() & ends[1].keys())
+    return [[ends[0][a], ends[0][b], ends[1][a], ends[1][b]] for a, b in zip(shared, shared[1:], strict=False)]
+
+
+def check_invariants(alignment: Alignment, student: Vocabulary, teacher: Vocabulary, student_ids, teacher_ids) -> None:
+    """Spans increase and both sides of every chunk spell the same bytes, or are special tokens of one role."""
+    last = [0, 0]
+    for a, b, c, d in alignment.spans.tolist():
+        assert a >= last[0], "student spans increase"
+        assert c >= last[1], "teacher spans increase"
+        assert b > a
+        assert d > c
+        last = [b, d]
+        left, right = student_ids[a:b], teacher_ids[c:d]
+        if student.kind(left[0]) == "special":
+            assert (b - a, d - c) == (1, 1)
+            assert teacher.kind(right[0]) == "special"
+        else:
+            assert student.decode(left) == teacher.decode(right)
+
+
+def swapped(spans: torch.Tensor) -> list[list[int]]:
+    return spans[:, [2, 3, 0, 1]].tolist()
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("pair", PAIRS, ids="-".join)
+def test_real_texts_are_cut_finest(pair, text, tokenizer, vocabulary):
+    student, teacher = map(vocabulary, pair)
+    ids = [encode(tokenizer(name), text) for name in pair]
+    spelled = [[v[i] for i in side] for v, side in zip((student, teacher), ids, strict=True)]
+    aligner = Aligner(student, teacher, "bytes")
+    alignment = aligner.align(*ids)
+    check_invariants(alignment, student, teacher, *ids)
+    assert Aligner(teacher, student, "bytes").align(ids[1], ids[0]).spans.tolist() == swapped(alignment.spans)
+    if pair[0] != "mistral":
+        assert alignment.spans.tolist() == finest_cut(*spelled)
+        assert bool((alignment.chunk_ids("student", len(ids[0])) >= 0).all()), "every token is aligned"
+        return
+    # The dummy space that SentencePiece puts first belongs to no text: the token that holds it stays alone.
+    unaligned = (alignment.chunk_ids("student", len(ids[0])) < 0).nonzero()[:, 0].tolist()
+    skipped = (alignment.chunk_ids("teacher", len(ids[1])) < 0).sum()
+    assert unaligned
+    assert unaligned == list(range(len(unaligned)))
+    assert int(skipped) <= 3
+
+
+tokens = st.lists(st.text("ab", min_size=1, max_size=3), max_size=12)
+
+
+@given(tokens, st.lists(st.integers(0, 36), max_size=12))
+def test_merge_equals_the_definition(student, cuts):
+    text = "".join(student)
+    bounds = sorted({0, len(text), *(c for c in cuts if c < len(text))})
+    teacher = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    assert spans_of(student, teacher) == finest_cut([t.encode() for t in student], [t.encode() for t in teacher])
+
+
+def spans_of(student: list[str], teacher: list[str]) -> list[list[int]]:
+    """Aligns two sequences of strings, each its own vocabulary; a token in <> is special."""
+    sides = []
+    for side in (student, teacher):
+        names = sorted(set(side))
+        kinds = ["special" if name.startswith("<") else "normal" for name in names]
+        sides.append((Vocabulary([n.encode() for n in names], kinds), [names.index(t) for t in side]))
+    (s, s_ids), (t, t_ids) = sides
+    alignment = Aligner(s, t, "bytes").align(s_ids, t_ids)
+    check_invariants(alignment, s, t, s_ids, t_ids)
+    assert Aligner(t, s, "bytes").align(t_ids, s_ids).spans.tolist() == swapped(alignment.spans)
+    return alignment.spans.tolist()
+
+
+@given(st.lists(st.text("ab", max_size=2), max_size=12), st.lists(st.text("ab", max_size=2), max_size=12))
+def test_any_two_sequences_give_valid_symmetric_chunks(student, teacher):
+    spans_of(student, teacher)
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        pytest.param([], [], [], id="both empty"),
+        pytest.param(["a"], [], [], id="one empty"),
+        pytest.param(["ab"], ["a", "b"], [[0, 1, 0, 2]], id="one to two"),
+        pytest.param(["a", "bc"], ["ab", "c"], [[0, 2, 0, 2]], id="many to many"),
+        pytest.param(["<s>", "hello"], ["hello"], [[1, 2, 0, 1]], id="one-sided bos"),
+        pytest.param(["<s>", "hi"], ["<s>", "hi"], [[0, 1, 0, 1], [1, 2, 1, 2]], id="equal specials"),
+        pytest.param([" ", "hello"], ["hello"], [[1, 2, 0, 1]], id="dummy space apart"),
+        pytest.param([" hello", " world"], ["hello", " world"], [[1, 2, 1, 2]], id="dummy space inside"),
+        pytest.param(["ab", "c"], ["ab", "cd", "e"], [[0, 1, 0, 1]], id="truncated inside a token"),
+        pytest.param(["the"], ["theory", "the"], [], id="a truncated token does not match a later one"),
+        pytest.param(["bcd", "ef", "gh"], ["a", "bcd", "ef", "gh"], [[0, 1, 1, 2], [1, 2, 2, 3], [2, 3, 3, 4]], id="cut in front"),
+        pytest.param(["", "a", "b"], ["a", "", "b"], [[1, 2, 0, 1], [2, 3, 2, 3]], id="empty tokens stay alone"),
+        pytest.param(["see", " cat", " run"], ["see", " dog", " run"], [[0, 1, 0, 1], [2, 3, 2, 3]], id="one edit"),
+        pytest.param(["a", "<x>", "b"], ["ab"], [], id="a special inside a token"),
+        pytest.param(["end", "<e>"], ["ending", " late", "<e>"], [[1, 2, 2, 3]], id="truncated before eos"),
+    ],
+)
+def test_small_cases(student, teacher, expected):
+    assert spans_of(student, teacher) == expected
+
+
+def test_one_edit_costs_its_neighbourhood(tokenizer, vocabulary):
+    text = " ".join(TEXTS.values()) * 3
+    edited = text[:400] + "XY" + text[402:]
+    ids = encode(tokenizer("llama3"), text), encode(tokenizer("qwen3"), edited)
+    aligner = Aligner(vocabulary("llama3"), vocabulary("qwen3"))
+    alignment = aligner.align(*ids)
+    check_invariants(alignment, aligner.student, aligner.teacher, *ids)
+    assert int((alignment.chunk_ids("student", len(ids[0])) < 0).sum()) <= 8
+
+
+def test_distant_agreement_is_found():
+    rng = random.Random(0)
+    words = [f" w{i}" for i in range(2000)]
+    noise = ["".join(rng.choice("abcdef") for _ in range(4)) for _ in range(700)]
+    student, teacher = words, words[:900] + noise + words[900:]
+    spans = spans_of(student, teacher)
+    assert len(spans) == len(words)
+    assert spans[-1] == [1999, 2000, 2699, 2700]
+
+
+def test_hostile_input_stays_near_linear():
+    rng = random.Random(1)
+    sides = [[rng.choice("ab") for _ in range(60_000)] for _ in range(2)]
+    v = Vocabulary([b"a", b"b"])
+    ids = [["ab".index(t) for t in side] for side in sides]
+    started = time.perf_counter()
+    alignment = Aligner(v, v).align(*ids)
+    assert time.perf_counter() - started < 5
+    assert alignment.num_chunks > 1000
+
+
+def test_roles_pair_whatever_their_text(tokenizer, vocabulary):
+    aligner = Aligner(vocabulary("llama3"), vocabulary("qwen3"))
+    student = encode(tokenizer("llama3"), "<|begin_of_text|>Yes, 42.<|eot_id|>")
+    teacher = encode(tokenizer("qwen3"), "Yes, 42.<|im_end|>")
+    alignment = aligner.align(student, teacher)
+    assert alignment.spans[0].tolist() == [1, 2, 0, 1]
+    assert alignment.spans[-1].tolist() == [len(student) - 1, len(student), len(teacher) - 1, len(teacher)]
+    assert bool(alignment.exact[-1])
+    assert alignment.predicted.tolist() == [False] + [True] * (alignment.num_chunks - 1)
+
+
+@pytest.fixture
+def toy() -> Aligner:
+    student = Vocabulary([b"<s>", b"</s>", b"a", b"b", b"ab", b"<pad>"], roles={"bos": 0, "eos": 1, "pad": 5})
+    teacher = Vocabulary([b"</s>", b"a", b"b", b"c"], roles={"eos": 0, "pad": 0})
+    return Aligner(student, teacher)
+
+
+def test_batches_of_every_form_agree(toy):
+    student = [[0, 4, 2, 1], [0, 2, 5, 5], [5, 5, 5, 5]]
+    teacher = [[1, 2, 1, 0], [1, 0, 0, 0], [0, 0, 0, 0]]
+    expected = [[1, 2, 0, 2], [2, 3, 2, 3], [3, 4, 3, 4], [1, 2, 0, 1]]
+    forms = [
+        (student, teacher),
+        (np.array(student, dtype=np.int32), np.array(teacher)),
+        (torch.tensor(student), torch.tensor(teacher, dtype=torch.int32)),
+        ([torch.tensor(s) for s in student], [np.array(t) for t in teacher]),
+        ([s[: len(s) - s.count(5)] for s in student], teacher),
+    ]
+    for form in forms:
+        alignment = toy.align(*form)
+        assert alignment.spans.tolist() == expected
+        assert alignment.offsets.tolist() == [0, 3, 4, 4]
+    assert alignment.student_ids.tolist() == [[0, 4, 2, 1], [0, 2, -1, -1], [-1] * 4]
+    assert toy.align(student[0], teacher[0]).spans.tolist() == expected[:3]
+
+
+def test_padding_with_the_end_token_keeps_one_end(toy):
+    alignment = toy.align([0, 2, 1], [1, 0, 0, 0])
+    assert alignment.spans.tolist() == [[1, 2, 0, 1], [2, 3, 1, 2]]
+
+
+def test_masks(toy):
+    student, teacher = [[2, 3, 2, 3]], [[1, 2, 1, 2]]
+    alignment = toy.align(student, teacher, student_mask=[[1, 1, 0, 0]])
+    assert alignment.spans.tolist() == [[0, 1, 0, 1], [1, 2, 1, 2]]
+    left = toy.align(student, teacher, [[0, 0, 1, 1]], torch.tensor([[False, False, True, True]]))
+    assert left.spans.tolist() == [[2, 3, 2, 3], [3, 4, 3, 4]]
+    assert left.predicted.tolist() == [False, True]  # the row before the first token is padding
+    hole = toy.align([[2, 5, 3]], [[1, 2]], [[1, 0, 1]])
+    assert hole.spans.tolist() == [[0, 1, 0, 1], [2, 3, 1, 2]]
+    assert hole.predicted.tolist() == [False, False]
+    assert toy.align([[4, 5]], [[1, 2]], [[1, 0]]).spans.tolist() == [[0, 1, 0, 2]]
+    inside = toy.align([[2, 3]], [[1, 3, 2]], None, [[1, 0, 1]])
+    assert inside.spans.tolist() == [[0, 1, 0, 1], [1, 2, 2, 3]]
+    straddling = toy.align([[4]], [[1, 3, 2]], None, [[1, 0, 1]])
+    assert straddling.num_chunks == 0
+
+
+def test_masked_ids_are_not_looked_at(toy):
+    assert toy.align([[2, -100]], [[1, 999]], [[1, 0]], [[1, 0]]).num_chunks == 1
+
+
+def test_threads_do_not_change_the_result_and_release_the_gil(tokenizer, vocabulary):
+    student = encode(tokenizer("llama3"), " ".join(TEXTS.values()))
+    teacher = encode(tokenizer("qwen3"), " ".join(TEXTS.values()))
+    copies = 4000
+    aligners = [Aligner(vocabulary("llama3"), vocabulary("qwen3"), num_threads=n) for n in (1, 2, 5)]
+    ragged = [[student[: len(student) - k % 7] for k in range(copies)], [teacher[: len(teacher) - k % 5] for k in range(copies)]]
+    results = [aligner.align(*ragged) for aligner in aligners]
+    for other in results[1:]:
+        assert torch.equal(results[0].spans, other.spans)
+        assert torch.equal(results[0].offsets, other.offsets)
+        assert torch.equal(results[0].predicted, other.predicted)
+
+    beats, stop = [], threading.Event()
+
+    def beat() -> None:
+        while not stop.is_set():
+            beats.append(time.perf_counter())
+            time.sleep(0.0005)
+
+    thread = threading.Thread(target=beat)
+    ids = [torch.tensor(side).repeat(60_000 // len(side) * len(side)) for side in (student, teacher)]
+    thread.start()
+    aligners[0].align(*ids)
+    stop.set()
+    thread.join()
+    assert len(beats) > 5
+
+
+def test_empty_inputs(toy):
+    assert toy.align([], []).spans.shape == (0, 4)
+    assert len(toy.align([], [])) == 1
+    empty = toy.align(torch.zeros(0, 7, dtype=torch.long), torch.zeros(0, 3, dtype=torch.long))
+    assert len(empty) == 0
+    assert empty.num_chunks == 0
+    assert len(toy.align([[], []], [[], [1]])) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "match"),
+    [
+        (([6], [1]), ValueError, r"student_ids: token id 6 at sample 0, position 0 is outside the vocabulary of 6"),
+        (([[2], [2]], [[1], [-3]]), ValueError, r"teacher_ids: token id -3 at sample 1, position 0"),
+        (([2**40], [1]), ValueError, "student_ids: token id 1099511627776"),
+        (([[2]], [[1], [1]]), ValueError, "teacher_ids: expected 1 samples"),
+        (([2], [[1]]), ValueError, "teacher_ids: expected one sample or a batch"),
+        (([2.5], [1]), TypeError, "student_ids: expected integers"),
+        ((torch.zeros(1, 1, 1, dtype=torch.long), [1]), ValueError, r"student_ids: expected shape \[T\] or \[B, T\]"),
+        (([2], [1], [1, 1]), ValueError, "student_mask: expected the shape of student_ids"),
+    ],
+)
+def test_bad_ids(arguments, error, match, toy):
+    with pytest.raises(error, match=match):
+        toy.align(*arguments)
+
+
+def test_bad_options(toy):
+    with pytest.raises(ValueError, match="method: expected one of"):
+        Aligner(toy.student, toy.teacher, "magic")
+    with pytest.raises(ValueError, match="num_threads: expected at least 1"):
+        Aligner(toy.student, toy.teacher, num_threads=0)
+
+
+def test_fold_space_punctuation():
+    student, teacher = Vocabulary([b"a", b" ,", b" ,b"]), Vocabulary([b"a", b","])
+    assert Aligner(student, teacher).align([0, 1], [0, 1]).num_chunks == 1
+    folding = Aligner(student, teacher, fold_space_punctuation=True)
+    assert folding.align([0, 1], [0, 1]).spans.tolist() == [[0, 1, 0, 1], [1, 2, 1, 2]]
+    assert folding.align([0, 2], [0, 1]).num_chunks == 1
+
+
+def test_alignment_from_spans():
+    alignment = Alignment(spans=[[0, 1, 0, 1], [1, 3, 1, 2], [0, 2, 1, 2]], offsets=[0, 2, 3])
+    assert len(alignment) == 2
+    assert alignment.exact.tolist() == [True, False, False]
+    assert alignment.predicted.tolist() == [False, True, False]
+    assert alignment.sample_index.tolist() == [0, 0, 1]
+    assert alignment.spans.dtype == torch.int32
+    assert alignment.offsets.dtype == torch.int64
+    assert alignment.chunk_ids().tolist() == [[0, 1, 1], [2, 2, -1]]
+    assert alignment.chunk_ids("teacher", 4).tolist() == [[0, 1, -1, -1], [-1, 2, -1, -1]]
+    assert alignment.to("cpu").spans.tolist() == alignment.spans.tolist()
+    assert alignment.to("meta").spans.device.type == "meta"
+    second = alignment.slice(1)
+    assert second.spans.tolist() == [[0, 2, 1, 2]]
+    assert second.predicted.tolist() == [False]
+    joined = Alignment.cat([second, alignment])
+    assert joined.offsets.tolist() == [0, 1, 3, 4]
+    assert Alignment(spans=[]).chunk_ids(length=2).tolist() == [-1, -1]
+    assert "chunks=3" in repr(alignment)
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: Alignment([[0, 1, 0]]), r"spans: expected shape \[K, 4\]"),
+        (lambda: Alignment([[0, 0, 0, 1]]), "spans: chunk 0"),
+        (lambda: Alignment([[-1, 1, 0, 1]]), "spans: chunk 0"),
+        (lambda: Alignment([[0, 2, 0, 1], [1, 3, 1, 2]]), "spans: chunk 1 .* goes backwards"),
+        (lambda: Alignment([[2, 3, 2, 3], [3, 4, 0, 1]]), "spans: chunk 1"),
+        (lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 2]), "offsets: expected a non-decreasing sequence from 0 to 1"),
+        (lambda: Alignment([[0, 1, 0, 1]], offsets=[]), r"offsets: expected shape \[B \+ 1\]"),
+        (lambda: Alignment([[0, 1, 0, 1]], student_ids=[[1]]), r"student_ids: expected shape \[T\]"),
+        (lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 1], teacher_ids=[1]), r"teacher_ids: expected shape \[1, T\]"),
+        (lambda: Alignment([[0, 1, 0, 1]], predicted=[True, True]), r"predicted: expected shape \[1\]"),
+        (lambda: Alignment([]).chunk_ids("left"), "side: expected 'student' or 'teacher'"),
+        (lambda: Alignment([[0, 2, 0, 1]]).chunk_ids(length=1), "length: chunks reach token 2"),
+        (lambda: Alignment([]).slice(1), "slice: expected 0 <= start"),
+        (lambda: Alignment.cat([]), "alignments: expected at least one"),
+        (lambda: Alignment([]).pretty(Vocabulary([]), Vocabulary([])), "pretty: this alignment carries no token ids"),
+    ],
+)
+def test_bad_alignments(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+    with pytest.raises(TypeError, match="spans: expected integers"):
+        Alignment([[0.0, 1.0, 0.0, 1.0]])
+
+
+def test_pretty():
+    student = Vocabulary([b"<s>", b"In", b" 2024", b"\n\xe4"], roles={"bos": 0})
+    teacher = Vocabulary([b"In", b" ", b"20", b"24", b"\n", b"\xe4"])
+    alignment = Aligner(student, teacher).align([[0, 1, 2, 3]], [[0, 1, 2, 3, 4, 5]])
+    assert alignment.pretty(student, teacher, color=False).splitlines() == [
+        "(<s>) In ·2024   \\n\\xe4 ",
+        "      In ·|20|24 \\n|\\xe4",
+    ]
+    colored = alignment.pretty(student, teacher)
+    assert "\x1b[" in colored
+    assert len(alignment.pretty(student, teacher, color=False, width=12).splitlines()) > 2

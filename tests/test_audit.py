@@ -1,0 +1,117 @@
+"""The coverage audit: known answers on real vocabularies, classes, weights, errors."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from xtoken import ProjectionMatrix, Vocabulary, coverage_audit
+from xtoken.audit import CLASSES, token_class
+
+
+@pytest.mark.parametrize(
+    ("teacher", "two", "three", "recommendation"), [("qwen3", 0, 0, "pkl"), ("o200k", 100, 1000, "hkl")]
+)
+def test_known_answers(teacher, two, three, recommendation, vocabulary):
+    report = coverage_audit(vocabulary("llama3"), vocabulary(teacher))
+    digits = report.classes["digits_2"], report.classes["digits_3"]
+    assert [row.count for row in digits] == [100, 1000]
+    assert [row.exact for row in digits] == [two, three]
+    repeated = 10 if recommendation == "pkl" else 0  # "77" is projected onto "7" alone
+    assert [row.split for row in digits] == [100 - two - repeated, 1000 - three - repeated]
+    assert report.classes["digits_1"].exact == 10
+    assert report.recommendation == recommendation
+    assert sum(row.count for row in report.classes.values()) == 128256
+    assert report.classes["invalid_utf8"].count == 1352
+    assert f"digits_3: {three:,} of 1,000 tokens are in GOLD's common set" in report.reasons[2]
+
+
+@pytest.mark.parametrize(
+    ("token", "name"),
+    [
+        (b"7", "digits_1"),
+        (b" 7", "digits_1"),
+        (b"42", "digits_2"),
+        (b"123", "digits_3"),
+        (b"12345", "digits_4_or_more"),
+        (b" the", "ascii_letters"),
+        (b"x1", "ascii_letters"),
+        (b"'s", "ascii_letters"),
+        (b"();\n", "ascii_punctuation"),
+        (b"1.", "ascii_punctuation"),
+        (b" ", "white_space"),
+        (b"\t\n", "white_space"),
+        (b"", "white_space"),
+        ("\u00a0".encode(), "white_space"),
+        ("é".encode(), "other_scripts"),
+        (" 知识".encode(), "other_scripts"),
+        ("😀".encode(), "other_multi_byte"),
+        ("٢".encode(), "other_multi_byte"),
+        (b"\xe4", "invalid_utf8"),
+    ],
+)
+def test_classes(token, name):
+    assert token_class(token, True) == name
+    assert token_class(token, False) == "special"
+    assert name in CLASSES
+
+
+@pytest.fixture
+def pair() -> tuple[Vocabulary, Vocabulary]:
+    student = Vocabulary([b"1", b"12", b"a", b"ab", b"<s>", b"\xff"], roles={"bos": 4})
+    return student, Vocabulary([b"1", b"2", b"a", b"b"])
+
+
+def test_report(pair):
+    report = coverage_audit(*pair)
+    assert report.recommendation == "pkl"
+    row = report.classes["digits_2"]
+    assert (row.count, row.exact, row.common, row.split, row.unmapped) == (1, 0, 0, 1, 0)  # "1" itself is nearer to "1"
+    letters = report.classes["ascii_letters"]
+    assert (letters.count, letters.exact, letters.split) == (2, 1, 1)
+    assert report.classes["special"].unmapped == 1
+    assert report.classes["invalid_utf8"].share("unmapped") == 1.0
+    assert report.classes["digits_3"].share("exact") == 1.0  # nothing to lose
+    lines = str(report).splitlines()
+    assert lines[2].split() == ["digits_2*", "1", "0.0%", "0.0%", "100.0%", "0.0%"]
+    assert "recommended loss: pkl" in lines
+    parsed = json.loads(report.to_json())
+    assert parsed["recommendation"] == "pkl"
+    assert parsed["classes"]["digits_2"]["count"] == 1
+
+
+def test_critical_classes_and_expressions(pair):
+    assert coverage_audit(*pair, critical="digits_1").recommendation == "hkl"
+    assert coverage_audit(*pair, critical=["ascii_letters"]).recommendation == "pkl"
+    assert coverage_audit(*pair, critical=re.compile("a+")).recommendation == "hkl"
+    report = coverage_audit(*pair, critical="a.?")
+    assert report.recommendation == "pkl"
+    assert report.classes["critical"].count == 2
+
+
+def test_corpus_weights(tokenizer, vocabulary):
+    report = coverage_audit(vocabulary("llama3"), vocabulary("qwen3"), corpus=["In 2024 and 7", "1234"])
+    assert report.weighted
+    assert report.classes["digits_3"].count == 2  # 202, 123
+    assert report.classes["digits_1"].count == 3  # 4, 7, 4
+    assert report.classes["digits_3"].exact == 0
+    assert report.classes["digits_2"].count == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "match"),
+    [
+        ({"critical": ["digits_9"]}, "critical: unknown classes"),
+        ({"critical": "("}, "no regular expression"),
+        ({"critical": "zzz"}, "matches no token"),
+        ({"corpus": ["a"]}, "corpus: the student's vocabulary has no tokenizer"),
+        ({"projection": ProjectionMatrix.from_topk([[0]], [[1.0]], 4)}, r"projection: expected shape \[6, 4\]"),
+        ({"projection": ProjectionMatrix.build(Vocabulary([b"x"] * 6), Vocabulary([b"1", b"2", b"a", b"b"]))},
+         "projection: built for another student tokenizer"),
+    ],
+)  # fmt: skip
+def test_bad_input(arguments, match, pair):
+    with pytest.raises(ValueError, match=match):
+        coverage_audit(*pair, **arguments)

@@ -1,0 +1,56 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from xtoken import ProjectionMatrix, Vocabulary, _core
+from xtoken.cli import main
+
+
+@pytest.fixture(scope="module")
+def files(tokenizer, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("tokenizers")
+    paths = []
+    for name in ("smollm2", "mistral"):
+        paths.append(str(folder / f"{name}.json"))
+        tokenizer(name).backend_tokenizer.save(paths[-1])
+    return paths
+
+
+def test_audit(files, capsys):
+    assert main(["audit", "--student", files[0], "--teacher", files[1], "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["recommendation"] == "hkl"
+    assert main(["audit", "--student", files[0], "--teacher", files[1], "--critical", "special"]) == 0
+    assert "recommended loss: pkl" in capsys.readouterr().out
+
+
+def test_project(files, tmp_path, capsys):
+    output = str(tmp_path / "w.safetensors")
+    assert main(["project", "--student", files[0], "--teacher", files[1], "--output", output, "--top-k", "2"]) == 0
+    assert "ProjectionMatrix(" in capsys.readouterr().out
+    W = ProjectionMatrix.load(output, files[0], files[1])
+    assert int(W.row_ptr.diff().max()) == 2
+    assert W.shape[0] == len(Vocabulary.from_tokenizer(files[0]))
+
+
+def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
+    assert main(["audit", "--student", "./missing.json", "--teacher", files[1]]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("xtoken audit: tokenizer: no such file")
+    assert error.count("\n") == 1
+    assert main(["project", "--student", files[0], "--teacher", files[1], "--output", str(tmp_path / "no" / "w")]) == 1
+    with pytest.raises(SystemExit, match="2"):
+        main(["nonsense"])
+
+
+def test_installed_command_prints_the_configuration():
+    output = subprocess.run([sys.executable, "-m", "xtoken", "config"], capture_output=True, text=True, check=True).stdout
+    facts = dict(line.split("  ", 1) for line in output.splitlines())
+    assert facts["xtoken"].strip() == _core.version
+    assert facts["compiler"].strip().startswith(_core.compiler)
+    assert facts["CUDA kernels"].strip().startswith("no: ")

@@ -1,0 +1,317 @@
+"""The projection matrix: rules, files, errors."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from xtoken import ProjectionMatrix, Vocabulary
+from xtoken.projection import ROW_KINDS, write_atomically
+
+
+def rows(matrix: ProjectionMatrix) -> list[dict[int, float]]:
+    out = []
+    for s in range(matrix.shape[0]):
+        ids, weights = matrix.row(s)
+        out.append({int(i): pytest.approx(float(w), abs=2e-7) for i, w in zip(ids, weights, strict=True)})
+    return out
+
+
+def kinds(matrix: ProjectionMatrix) -> list[str]:
+    return [ROW_KINDS[k] for k in matrix.kind.tolist()]
+
+
+TEACHER = Vocabulary([b"0", b"1", b"2", b"3", b"4", b"<eos>", b" a"], roles={"eos": 5})
+
+
+def test_weights_of_pieces():
+    student = Vocabulary([b"201", b"2222", b"01234", b"1", b"x", b"</s>", b"<tool>"],
+                         kinds=["normal"] * 5 + ["special"] * 2, roles={"eos": 5})  # fmt: skip
+    W = ProjectionMatrix.build(student, TEACHER)
+    assert kinds(W) == ["pieces", "pieces", "pieces", "exact", "none", "role", "none"]
+    total = 0.9 + 0.09 + 0.009 + 0.0009
+    assert rows(W) == [
+        {2: 0.9 / 0.999, 0: 0.09 / 0.999, 1: 0.009 / 0.999},
+        {2: 1.0},
+        {0: 0.9 / total, 1: 0.09 / total, 2: 0.009 / total, 3: 0.0009 / total},
+        {1: 1.0},
+        {},
+        {5: 1.0},
+        {},
+    ]
+    assert round(float(W.row(0)[1][2]), 4) == 0.9009
+    assert rows(ProjectionMatrix.build(student, TEACHER, top_k=1))[2] == {0: 1.0}
+    assert rows(ProjectionMatrix.build(student, TEACHER, gamma=0.0))[0] == {2: 1.0}
+    assert rows(ProjectionMatrix.build(student, TEACHER, gamma=0.5, top_k=2))[2] == {0: 2 / 3, 1: 1 / 3}
+
+
+def brute_force(pieces: list[int], beta: float, gamma: float, top_k: int) -> dict[int, float]:
+    """The rule of pass 2, as it is written down."""
+    raw: dict[int, float] = {}
+    for i, piece in enumerate(pieces):
+        raw[piece] = raw.get(piece, 0.0) + beta * gamma**i
+    kept = sorted(raw.items(), key=lambda item: -item[1])[:top_k]  # sorted is stable: the earlier position first
+    total = sum(weight for _, weight in kept)
+    return {piece: weight / total for piece, weight in kept}
+
+
+@given(st.lists(st.sampled_from("01234"), min_size=2, max_size=9), st.sampled_from([0.1, 0.5, 0.99]), st.integers(1, 5))
+def test_pass_two_equals_the_rule(pieces, gamma, top_k):
+    student = Vocabulary(["".join(pieces).encode()])
+    W = ProjectionMatrix.build(student, TEACHER, top_k=top_k, gamma=gamma)
+    assert rows(W)[0] == {k: pytest.approx(v, rel=1e-5) for k, v in brute_force(list(map(int, pieces)), 0.9, gamma, top_k).items()}
+
+
+def test_which_id_is_preferred():
+    teacher = Vocabulary([b"b", b"a", b"a", b"a", b"c"], kinds=["normal", "byte", "normal", "normal", "byte"])
+    W = ProjectionMatrix.build(Vocabulary([b"a", b"x", b"c", b"a"]), teacher)
+    assert [list(row) for row in rows(W)] == [[2], [], [4], [3]]  # normal before byte, the lowest; the same id first
+
+
+def test_roles_and_literals():
+    student = Vocabulary([b"<a>", b"<b>", b"<c>", b"<t>"], roles={"eos": 0, "bos": 0, "pad": 1, "end_of_turn": 2}, kinds=["special"] * 4)
+    teacher = Vocabulary([b"<t>", b"<y>", b"<z>"], roles={"bos": 1, "eos": 2, "pad": 2}, kinds=["special"] * 3)
+    W = ProjectionMatrix.build(student, teacher)
+    assert rows(W) == [{2: 1.0}, {2: 1.0}, {}, {0: 1.0}]  # eos before bos; <t> by its literal
+    text = Vocabulary([b"<t>"])  # ordinary text does not equal a special token
+    assert kinds(ProjectionMatrix.build(text, teacher)) == ["none"]
+
+
+def test_reverse_reaches_the_unreached():
+    student = Vocabulary([b"a", b"b", b"c"])
+    teacher = Vocabulary([b"a", b"b", b"ba", b"zz"])
+    assert rows(ProjectionMatrix.build(student, teacher)) == [{0: 1.0}, {1: 1.0}, {}]
+    W = ProjectionMatrix.build(student, teacher, reverse=True)
+    assert rows(W) == [{0: 1 / 1.09, 2: 0.09 / 1.09}, {1: 1 / 1.9, 2: 0.9 / 1.9}, {}]
+    assert W.metadata["passes"] == "exact, pieces, reverse"
+    cut = ProjectionMatrix.build(student, teacher, reverse=True, top_k=1)
+    assert rows(cut) == [{0: 1.0}, {1: 1.0}, {}]
+
+
+def test_fold_space_punctuation():
+    student, teacher = Vocabulary([b" ,", b" .", b" a"]), Vocabulary([b",", b".", b" ."])
+    assert rows(ProjectionMatrix.build(student, teacher, fold_space_punctuation=True)) == [{0: 1.0}, {2: 1.0}, {}]
+    assert kinds(ProjectionMatrix.build(student, teacher, fold_space_punctuation=True))[0] == "exact"
+
+
+@pytest.mark.parametrize("pair", [("llama3", "qwen3"), ("llama3", "o200k"), ("llama3", "smollm2"), ("smollm2", "llama3"),
+                                  ("llama3", "mistral"), ("mistral", "tekken"), ("llama3", "wordpiece"), ("qwen3", "unigram")],
+                         ids="-".join)  # fmt: skip
+def test_real_pairs(pair, vocabulary):
+    student, teacher = map(vocabulary, pair)
+    W = ProjectionMatrix.build(student, teacher)
+    assert W.shape == (len(student), len(teacher))
+    sums = torch.zeros(W.shape[0], dtype=torch.float64).index_add(0, W.row_index, W.weight.double())
+    filled = W.row_ptr.diff() > 0
+    assert torch.allclose(sums[filled], torch.ones_like(sums[filled]), atol=1e-6)
+    assert int(W.row_ptr.diff().max()) <= 4
+    exact = (W.kind == ROW_KINDS.index("exact")).nonzero()[:, 0].tolist()
+    for s in exact[:: max(1, len(exact) // 2000)]:
+        assert student[s] == teacher[int(W.row(s)[0][0])]
+    if pair[1] in ("wordpiece", "unigram"):  # no bytes to fall back on
+        assert not bool(filled[torch.from_numpy(student.is_text)].all())
+    else:
+        missing = (~filled & torch.from_numpy(student.is_text)).nonzero()[:, 0].tolist()
+        single = {token for token in (teacher[i] for i in range(len(teacher))) if len(token) == 1}
+        for s in missing:  # SmolLM2's vocabulary lacks some bytes
+            assert not {bytes([b]) for b in student[s]} <= single
+        assert len(missing) < 300
+        assert not missing or pair[1] == "smollm2"
+
+
+def test_partial_utf8_goes_through_bytes(vocabulary):
+    llama3, smollm2, mistral = map(vocabulary, ("llama3", "smollm2", "mistral"))
+    invalid = np.flatnonzero((llama3._core.valid_utf8() == 0) & llama3.is_text)
+    for teacher in (smollm2, mistral):
+        W = ProjectionMatrix.build(llama3, teacher, top_k=50)
+        replacement = {i for i in range(len(teacher)) if "�".encode() in teacher[i]}
+        for s in invalid[::10].tolist():
+            ids, weights = W.row(s)
+            assert not replacement & set(ids.tolist())
+            ordered = [i for _, i in sorted(zip((-weights).tolist(), ids.tolist(), strict=True))]
+            assert all(teacher[i] in llama3[s] for i in ordered)
+
+
+def test_llama3_to_qwen3_is_quick_and_small(tokenizer, tmp_path):
+    code = (
+        "import sys, time, resource; from tokenizers import Tokenizer; from xtoken import ProjectionMatrix\n"
+        "student, teacher = map(Tokenizer.from_file, sys.argv[1:])\n"
+        "started = time.perf_counter(); W = ProjectionMatrix.build(student, teacher)\n"
+        "print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, W.nnz)"
+    )
+    paths = [str(tmp_path / name) for name in ("llama3", "qwen3")]
+    for name, path in zip(("llama3", "qwen3"), paths, strict=True):
+        tokenizer(name).save(path)
+    output = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
+    seconds, kilobytes, nnz = map(float, output.split())
+    assert seconds < 6  # 3 s on two idle cores; the margin is for a busy machine
+    assert kilobytes < 1e6  # of the whole process, torch and both tokenizers included
+    assert nnz > 150_000
+
+
+def test_save_and_load(tmp_path):
+    student = Vocabulary([b"201", b"1", b"</s>"], roles={"eos": 2})
+    W = ProjectionMatrix.build(student, TEACHER)
+    path = tmp_path / "w.safetensors"
+    W.save(path)
+    assert os.listdir(tmp_path) == ["w.safetensors"]
+    loaded = ProjectionMatrix.load(path, student, TEACHER)
+    for name in ("row_ptr", "col", "weight", "kind"):
+        assert torch.equal(getattr(loaded, name), getattr(W, name))
+    assert loaded.metadata == W.metadata
+    assert loaded.shape == W.shape
+    assert loaded.metadata["student_fingerprint"] == student.fingerprint()
+    W.save_pretrained(tmp_path / "folder")
+    assert ProjectionMatrix.from_pretrained(tmp_path / "folder").nnz == W.nnz
+
+
+def test_file_format_is_frozen(tmp_path):
+    W = ProjectionMatrix.from_topk([[0, -1], [1, 0]], [[1.0, 0.0], [0.75, 0.25]], 2)
+    path = tmp_path / "w.safetensors"
+    W.save(path)
+    data = path.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    values = {"row_ptr": np.array([0, 1, 3], "<i8"), "col": np.array([0, 0, 1], "<i4"),
+              "weight": np.array([1, 0.25, 0.75], "<f4"), "kind": np.array([4, 4], "u1")}  # fmt: skip
+    places = json.loads(data[8 : 8 + header])
+    assert places.pop("__metadata__") == {
+        "format": "xtoken.projection", "version": "1", "student_vocab_size": "2", "teacher_vocab_size": "2",
+    }  # fmt: skip
+    assert places.keys() == values.keys()
+    for name, place in places.items():
+        first, last = place["data_offsets"]
+        assert data[8 + header + first : 8 + header + last] == values[name].tobytes(), name
+
+
+def damaged(tmp_path, **changes):
+    """A file with one field of a good one changed."""
+    W = ProjectionMatrix.from_topk([[0, 1], [1, -1]], [[0.5, 0.5], [1.0, 0.0]], 2)
+    tensors = {"row_ptr": W.row_ptr, "col": W.col, "weight": W.weight, "kind": W.kind}
+    metadata = {"format": "xtoken.projection", "version": "1", "student_vocab_size": "2", "teacher_vocab_size": "2"}
+    for name, value in changes.items():
+        target = tensors if name in tensors or isinstance(value, torch.Tensor) else metadata
+        if value is None:
+            del target[name]
+        else:
+            target[name] = value
+    path = tmp_path / "w.safetensors"
+    save_file(tensors, path, metadata=metadata)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        ({"format": "other"}, "not a projection matrix of xtoken"),
+        ({"format": None}, "not a projection matrix of xtoken"),
+        ({"version": "2"}, "format version 2, this xtoken reads version 1"),
+        ({"teacher_vocab_size": None}, "damaged: 'teacher_vocab_size'"),
+        ({"teacher_vocab_size": "x"}, "damaged"),
+        ({"teacher_vocab_size": "1"}, r"damaged: col: expected teacher ids in \[0, 1\)"),
+        ({"student_vocab_size": "3"}, "damaged: row_ptr has 2 rows, the metadata says 3"),
+        ({"extra": torch.zeros(1)}, "expected the tensors"),
+        ({"weight": torch.zeros(3, dtype=torch.float64)}, "expected the tensors"),
+        ({"weight": torch.zeros(2)}, "damaged: weight: expected one weight an entry"),
+        ({"weight": torch.tensor([float("nan"), 1, 1])}, "damaged: weight: expected finite"),
+        ({"weight": torch.tensor([-0.5, 1, 1])}, "damaged: weight: expected finite"),
+        ({"row_ptr": torch.tensor([0, 2, 1])}, "damaged: row_ptr"),
+        ({"row_ptr": torch.tensor([0, 3, 2])}, "damaged: row_ptr"),
+        ({"col": torch.tensor([1, 0, 1], dtype=torch.int32)}, "damaged: col: expected strictly increasing ids within row 0"),
+        ({"col": torch.tensor([-1, 0, 1], dtype=torch.int32)}, "damaged: col: expected teacher ids"),
+        ({"kind": torch.tensor([9, 0], dtype=torch.uint8)}, "damaged: kind"),
+        ({"kind": torch.tensor([0], dtype=torch.uint8)}, "damaged: kind"),
+    ],
+)
+def test_damaged_files(changes, match, tmp_path):
+    with pytest.raises(ValueError, match=match):
+        ProjectionMatrix.load(damaged(tmp_path, **changes))
+
+
+def test_undamaged_file_loads(tmp_path):
+    assert ProjectionMatrix.load(damaged(tmp_path)).nnz == 3
+
+
+@pytest.mark.parametrize("length", [0, 4, 50, -1])
+def test_truncated_files(length, tmp_path):
+    path = damaged(tmp_path)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(ValueError, match="not a complete safetensors file"):
+        ProjectionMatrix.load(path)
+
+
+def test_other_load_errors(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        ProjectionMatrix.load(tmp_path / "none")
+    student = Vocabulary([b"1"])
+    ProjectionMatrix.build(student, TEACHER).save(tmp_path / "w")
+    with pytest.raises(ValueError, match="built for another student tokenizer"):
+        ProjectionMatrix.load(tmp_path / "w", student_tok=Vocabulary([b"2"]))
+    with pytest.raises(ValueError, match="built for another teacher tokenizer"):
+        ProjectionMatrix.load(tmp_path / "w", teacher_tok=Vocabulary([b"2"]))
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_from_topk():
+    W = ProjectionMatrix.from_topk([[3, -1, 1], [-1, -1, -1], [0, 2, 1]], [[0.25, 9, 0.75], [0, 0, 0], [1, 0, 0]], 4)
+    assert rows(W) == [{1: 0.75, 3: 0.25}, {}, {0: 1.0}]
+    assert W.shape == (3, 4)
+    assert W.to("cpu").nnz == 3
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda: ProjectionMatrix.from_topk([[0]], [[1.0, 2.0]], 1), r"weights: expected the shape \[V_student, k\]"),
+        (lambda: ProjectionMatrix.from_topk([[4]], [[1.0]], 4), r"col: expected teacher ids in \[0, 4\), got 4"),
+        (lambda: ProjectionMatrix.from_topk([[-2]], [[1.0]], 4), "col: expected teacher ids"),
+        (lambda: ProjectionMatrix.from_topk([[1, 1]], [[0.5, 0.5]], 4), "strictly increasing ids within row 0"),
+        (lambda: ProjectionMatrix.from_topk([[1]], [[float("inf")]], 4), "weight: expected finite"),
+        (lambda: ProjectionMatrix([], [], [], 1), "row_ptr: expected shape"),
+        (lambda: ProjectionMatrix([0], [], [], 1).row(0), r"student_id: expected an id in \[0, 0\)"),
+        (lambda: ProjectionMatrix.build(TEACHER, TEACHER, beta=0), "beta: expected 0 < beta <= 1, got 0"),
+        (lambda: ProjectionMatrix.build(TEACHER, TEACHER, gamma=1), "gamma: expected 0 <= gamma < 1, got 1"),
+        (lambda: ProjectionMatrix.build(TEACHER, TEACHER, top_k=0), "top_k: expected at least 1, got 0"),
+    ],
+)
+def test_bad_input(make, match):
+    with pytest.raises(ValueError, match=match):
+        make()
+
+
+def test_nemo_files(tmp_path):
+    W = ProjectionMatrix.build(Vocabulary([b"201", b"1", b"x"]), TEACHER)
+    W.to_nemo(tmp_path / "w.pt")
+    table = torch.load(tmp_path / "w.pt", weights_only=True)
+    assert table["indices"].tolist() == [[2, 0, 1], [1, -1, -1], [-1, -1, -1]]
+    again = ProjectionMatrix.from_nemo(tmp_path / "w.pt", W.shape[1])
+    assert rows(again) == rows(W)
+    torch.save([1], tmp_path / "other.pt")
+    with pytest.raises(ValueError, match="expected a dict with 'indices' and 'likelihoods'"):
+        ProjectionMatrix.from_nemo(tmp_path / "other.pt", 3)
+
+
+def test_empty_vocabularies():
+    assert ProjectionMatrix.build(Vocabulary([]), TEACHER).shape == (0, 7)
+    assert kinds(ProjectionMatrix.build(TEACHER, Vocabulary([]))) == ["none"] * 7

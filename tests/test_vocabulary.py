@@ -1,0 +1,201 @@
+"""Vocabularies: families, kinds, roles, fingerprints, errors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from real_tokenizers import LOADERS, TEXTS, encode
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+from xtoken import Vocabulary, _core
+
+REAL = [name for name in LOADERS if name != "wordpiece"]
+NORMALISING = {"unigram": "NFKC"}
+
+
+@pytest.mark.parametrize("text", TEXTS.values(), ids=TEXTS.keys())
+@pytest.mark.parametrize("name", REAL)
+def test_tokens_of_a_text_spell_its_bytes(name, text, tokenizer, vocabulary):
+    ids = encode(tokenizer(name), text)
+    unk = vocabulary(name).roles.get("unk")
+    expected = unicodedata.normalize(NORMALISING[name], text) if name in NORMALISING else text
+    if name == "unigram" and (unk in ids or not text.isprintable()):
+        # Without byte fallback some text has no token, and NFKC with Metaspace drops controls: nothing else may change.
+        assert set(vocabulary(name).decode(ids)) <= set((" " + expected).encode())
+        return
+    spelled = vocabulary(name).decode(ids)
+    assert spelled.removeprefix(b" ") == expected.encode().removeprefix(b" ")
+    assert len(spelled) - len(expected.encode()) in ((0, 1) if name in ("mistral", "unigram") else (0,))
+
+
+@pytest.mark.parametrize("name", ["llama3", "o200k", "tekken"])  # smollm2 has no token for some bytes, qwen3 is NFC
+@given(text=st.text(max_size=40))
+def test_byte_level_tokenizers_spell_any_text(name, tokenizer, vocabulary, text):
+    spelled = vocabulary(name).decode(encode(tokenizer(name), text))
+    assert spelled == text.encode()
+
+
+def test_wordpiece_spells_the_words(tokenizer, vocabulary):
+    ids = encode(tokenizer("wordpiece"), "The Numeric literals, (again)")
+    assert vocabulary("wordpiece").decode(ids) == b" the numeric literals,( again)"
+    assert vocabulary("wordpiece").roles.keys() == {"eos", "bos", "unk", "pad"}
+
+
+def test_spellings():
+    spelling = _core.TokenSpelling
+    assert _core.spelled_bytes(["Ġhello", "ä½ł", "Ċ", "漢"], spelling.byte_level) == [b" hello", "你".encode(), b"\n", "漢".encode()]
+    assert _core.spelled_bytes(["▁hello", "▁▁", "a"], spelling.metaspace) == [b" hello", b"  ", b"a"]
+    assert _core.spelled_bytes(["word", "##ing", ",", "##", "你"], spelling.wordpiece) == [b" word", b"ing", b",", b"##", "你".encode()]
+
+
+@given(st.binary(max_size=30))
+def test_byte_level_piece_is_the_inverse(data):
+    piece = _core.byte_level_piece(data)
+    assert len(piece) == len(data)
+    assert _core.spelled_bytes([piece], _core.TokenSpelling.byte_level) == [data]
+
+
+@given(st.binary(max_size=6))
+def test_valid_utf8_agrees_with_python(data):
+    try:
+        data.decode()
+        valid = 1
+    except UnicodeDecodeError:
+        valid = 0
+    assert Vocabulary([data])._core.valid_utf8().tolist() == [valid]
+
+
+def test_byte_fallback_tokens(vocabulary):
+    mistral = vocabulary("mistral")
+    byte_ids = np.flatnonzero(mistral.kinds == 1)
+    assert sorted(mistral[i] for i in byte_ids) == [bytes([b]) for b in range(256)]
+    assert mistral.kind(int(byte_ids[0])) == "byte"
+
+
+def test_partial_utf8_tokens_keep_their_bytes(vocabulary):
+    llama3 = vocabulary("llama3")
+    invalid = (llama3._core.valid_utf8() == 0) & llama3.is_text
+    assert int(invalid.sum()) == 1352
+
+
+@pytest.mark.parametrize(
+    ("name", "role", "literal"),
+    [
+        ("llama3", "bos", b"<|begin_of_text|>"),
+        ("llama3", "eos", b"<|end_of_text|>"),
+        ("llama3", "end_of_turn", b"<|eot_id|>"),
+        ("llama3", "pad", b"<|finetune_right_pad_id|>"),
+        ("qwen3", "end_of_turn", b"<|im_end|>"),
+        ("smollm2", "bos", b"<|im_start|>"),
+        ("smollm2", "eos", b"<|im_end|>"),
+        ("mistral", "bos", b"<s>"),
+        ("mistral", "unk", b"<unk>"),
+        ("unigram", "eos", b"</s>"),
+    ],
+)
+def test_roles(name, role, literal, vocabulary):
+    v = vocabulary(name)
+    assert v[v.roles[role]] == literal
+    assert v.kind(v.roles[role]) == "special"
+
+
+def test_a_strike_tag_is_no_bos(vocabulary):
+    assert "bos" not in vocabulary("qwen3").roles  # its vocabulary has "<s>" as ordinary text
+    assert len(vocabulary("llama3")) == 128256
+    assert vocabulary("llama3").kind(128255) == "unused"
+
+
+def test_holes_are_unused():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 3}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    v = Vocabulary.from_tokenizer(tokenizer)
+    assert [v.kind(i) for i in range(4)] == ["normal", "unused", "unused", "normal"]
+
+
+def test_added_tokens_are_literal():
+    tokenizer = Tokenizer(models.BPE({"a": 0, "Ġ": 1}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_tokens(["<think>", "Ġé"])
+    v = Vocabulary.from_tokenizer(tokenizer)
+    assert [v[i] for i in range(4)] == [b"a", b" ", b"<think>", "Ġé".encode()]
+    assert v.kind(2) == "normal"
+
+
+def test_sources_agree(tmp_path, tokenizer):
+    backend = tokenizer("smollm2").backend_tokenizer
+    file = tmp_path / "tokenizer.json"
+    backend.save(str(file))
+    direct = Vocabulary.from_tokenizer(backend)
+    assert Vocabulary.from_tokenizer(file).fingerprint() == direct.fingerprint()
+    assert Vocabulary.from_tokenizer(str(tmp_path)).fingerprint() == direct.fingerprint()
+    tokenizer("smollm2").save_pretrained(tmp_path / "full")
+    loaded = Vocabulary.from_tokenizer(tmp_path / "full")
+    assert loaded.fingerprint() == Vocabulary.from_tokenizer(tokenizer("smollm2")).fingerprint()
+    assert Vocabulary.from_tokenizer(direct) is direct
+
+
+def test_fingerprint_is_frozen_and_sees_every_part():
+    v = Vocabulary([b"a", b"bc"], roles={"eos": 1})
+    expected = hashlib.sha256(b"xtoken vocabulary 1\n")
+    expected.update(np.array([1, 2], dtype="<i8").tobytes() + b"abc" + bytes([0, 2]) + json.dumps([["eos", 1]]).encode())
+    assert v.fingerprint() == expected.hexdigest()
+    others = [
+        Vocabulary([b"ab", b"c"], roles={"eos": 1}),
+        Vocabulary([b"a", b"bc"], kinds=["byte", "special"], roles={"eos": 1}),
+        Vocabulary([b"a", b"bc"], roles={"bos": 1}),
+        Vocabulary([b"a", b"bd"], roles={"eos": 1}),
+    ]
+    assert len({v.fingerprint(), *(o.fingerprint() for o in others)}) == 5
+
+
+def test_encode(vocabulary):
+    llama3, mistral = vocabulary("llama3"), vocabulary("mistral")
+    assert [llama3[i] for i in llama3.encode(" 2024")] == [b" ", b"202", b"4"]
+    assert mistral.decode(mistral.encode("hello")) == b"hello"  # no dummy space
+    for v in (llama3, mistral):
+        partial = "ä".encode()[:1] + b"x" + "你".encode()[1:]
+        assert v.decode(v.encode(partial)) == partial
+        assert v.decode(v.encode("<s></s><|end_of_text|>")) == b"<s></s><|end_of_text|>"  # read as text
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "match"),
+    [
+        (lambda: Vocabulary(["a"]), TypeError, "tokens: expected bytes, got str at position 0"),
+        (lambda: Vocabulary([b"a"], kinds=["normal", "normal"]), ValueError, "kinds: expected 1"),
+        (lambda: Vocabulary([b"a"], kinds=["noraml"]), ValueError, "kinds: expected names"),
+        (lambda: Vocabulary([b"a"], kinds=[7]), ValueError, "kinds: expected indices"),
+        (lambda: Vocabulary([b"a"], roles={"eos": 1}), ValueError, "roles: 'eos' is token 1"),
+        (lambda: Vocabulary([b"a"], kinds=["normal"], roles={"eos": 0}), ValueError, "not of kind 'special'"),
+        (lambda: Vocabulary.from_tokenizer(3), TypeError, "tokenizer: expected a transformers fast tokenizer"),
+        (lambda: Vocabulary.from_tokenizer("./no/such/folder"), FileNotFoundError, "no such file"),
+        (lambda: Vocabulary.from_tokenizer(Path("no/such/deep/file.json")), FileNotFoundError, "no such file"),
+        (lambda: Vocabulary([b"a"]).decode([1]), ValueError, "token id 1 is outside the vocabulary of 1 tokens"),
+    ],
+)
+def test_bad_input(make, error, match):
+    with pytest.raises(error, match=match):
+        make()
+
+
+def test_unknown_families_are_refused():
+    words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    with pytest.raises(ValueError, match=r"unknown family: model WordLevel.*Vocabulary\(tokens="):
+        Vocabulary.from_tokenizer(words)
+    clip = Tokenizer(models.BPE({"a</w>": 0}, [], end_of_word_suffix="</w>"))
+    clip.pre_tokenizer = pre_tokenizers.ByteLevel()
+    with pytest.raises(ValueError, match="word suffix '</w>'"):
+        Vocabulary.from_tokenizer(clip)
+
+
+def test_empty_vocabulary():
+    assert len(Vocabulary([])) == 0
+    assert Vocabulary([]).decode([]) == b""

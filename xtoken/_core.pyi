@@ -1,0 +1,78 @@
+from enum import Enum
+
+import numpy as np
+from numpy.typing import NDArray
+
+version: str
+compiler: str
+build_type: str
+token_kinds: tuple[str, ...]
+row_kinds: tuple[str, ...]
+
+def cpu_features() -> list[str]: ...
+def available_processors() -> int: ...
+
+class TokenSpelling(Enum):
+    literal = ...
+    byte_level = ...
+    metaspace = ...
+    wordpiece = ...
+
+def spelled_bytes(pieces: list[str], spelling: TokenSpelling, word_prefix: str = "##") -> list[bytes]: ...
+def byte_level_piece(bytes: bytes, /) -> str: ...
+
+class Vocabulary:
+    def __init__(self, tokens: list[bytes], kinds: NDArray[np.uint8], roles: list[tuple[str, int]]) -> None: ...
+    def __len__(self) -> int: ...
+    def bytes(self, token_id: int, /) -> bytes: ...
+    def join(self, ids: NDArray[np.int64], /) -> bytes: ...
+    def valid_utf8(self) -> NDArray[np.uint8]: ...
+
+class AlignMethod(Enum):
+    bytes = ...
+
+class Aligner:
+    def __init__(self, student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool) -> None: ...
+    def align(
+        self,
+        student_ids: NDArray[np.int64],
+        student_offsets: NDArray[np.int64],
+        student_mask: NDArray[np.uint8] | None,
+        teacher_ids: NDArray[np.int64],
+        teacher_offsets: NDArray[np.int64],
+        teacher_mask: NDArray[np.uint8] | None,
+        method: AlignMethod,
+        threads: int,
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]: ...
+
+def exact_images(
+    student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool
+) -> tuple[NDArray[np.int32], NDArray[np.uint8]]: ...
+
+class LongestMatch:
+    def __init__(self, vocabulary: Vocabulary) -> None: ...
+    def encode(self, text: bytes, /) -> list[int]: ...
+
+SparseRows = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
+
+def build_rows(
+    image: NDArray[np.int32],
+    rows: NDArray[np.int32],
+    piece_ptr: NDArray[np.int64],
+    piece_ids: NDArray[np.int32],
+    teacher_size: int,
+    beta: float,
+    gamma: float,
+    top_k: int,
+) -> SparseRows: ...
+def add_reverse(
+    row_ptr: NDArray[np.int64],
+    col: NDArray[np.int32],
+    weight: NDArray[np.float32],
+    columns: NDArray[np.int32],
+    piece_ptr: NDArray[np.int64],
+    piece_ids: NDArray[np.int32],
+    beta: float,
+    gamma: float,
+    top_k: int,
+) -> SparseRows: ...

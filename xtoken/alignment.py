@@ -1,0 +1,440 @@
+"""Span alignment: which tokens of the student and of the teacher spell the same text."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import _core
+from .vocabulary import TokenizerLike, Vocabulary
+
+METHODS: tuple[str, ...] = tuple(method.name for method in _core.AlignMethod)
+"""Methods of `Aligner`."""
+
+
+def _int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = False) -> Tensor:
+    tensor = torch.as_tensor(value)
+    if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
+        if tensor.numel():
+            raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
+        tensor = tensor.long()
+    return tensor.to(dtype)
+
+
+class Alignment:
+    """The chunks of one sample or of a batch.
+
+    A chunk is a token range of the student and one of the teacher that spell the same text. Positions count tokens
+    of each sample's row, padding included, so they index logits ``[B, T, V]`` directly.
+
+    Parameters
+    ----------
+    spans : int32 [K, 4]
+        ``(student_start, student_end, teacher_start, teacher_end)`` of every chunk, half-open, all samples one after
+        the other. Within a sample both sides strictly increase.
+    offsets : int64 [B + 1], optional
+        Chunks of sample ``b`` are ``spans[offsets[b]:offsets[b + 1]]``. Default: all chunks belong to one sample.
+    student_ids, teacher_ids : int64 [B, T] or [T], optional
+        The token ids, padded to the right; needed by ``merge="chain"`` and by `pretty`.
+    optimal : bool [B], optional
+        Whether the sample's alignment is proven best (False only where the dynamic program's budget ran out).
+    predicted : bool [K], optional
+        Whether on both sides a real token stands before the chunk, so that a row of logits predicts it. Default:
+        true unless the chunk begins at position 0 on either side. Losses leave the other chunks out.
+
+    Raises
+    ------
+    ValueError
+        For wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
+    """
+
+    def __init__(
+        self,
+        spans: Any,
+        offsets: Any = None,
+        student_ids: Any = None,
+        teacher_ids: Any = None,
+        *,
+        optimal: Any = None,
+        predicted: Any = None,
+    ) -> None:
+        self.spans = _int_tensor(spans, "spans", torch.int32)
+        if self.spans.numel() == 0:
+            self.spans = self.spans.reshape(0, 4)
+        if self.spans.dim() != 2 or self.spans.shape[1] != 4:
+            raise ValueError(f"spans: expected shape [K, 4], got {list(self.spans.shape)}")
+        device = self.spans.device
+        count = self.spans.shape[0]
+        self.batched = offsets is not None
+        if offsets is None:
+            offsets = torch.tensor([0, count], device=device)
+        self.offsets = _int_tensor(offsets, "offsets", torch.int64).to(device)
+        if self.offsets.dim() != 1 or self.offsets.numel() == 0:
+            raise ValueError(f"offsets: expected shape [B + 1], got {list(self.offsets.shape)}")
+        bounds = self.offsets.tolist()
+        if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+            raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
+        self._check_order()
+        self.student_ids = self._check_ids(student_ids, "student_ids")
+        self.teacher_ids = self._check_ids(teacher_ids, "teacher_ids")
+        self.optimal = self._flags(optimal, "optimal", len(self))
+        if predicted is None:
+            predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
+        self.predicted = self._flags(predicted, "predicted", count)
+
+    def _flags(self, value: Any, name: str, count: int) -> Tensor:
+        if value is None:
+            return torch.ones(count, dtype=torch.bool, device=self.spans.device)
+        flags = torch.as_tensor(value, dtype=torch.bool, device=self.spans.device)
+        if flags.shape != (count,):
+            raise ValueError(f"{name}: expected shape [{count}], got {list(flags.shape)}")
+        return flags
+
+    def _check_ids(self, ids: Any, name: str) -> Tensor | None:
+        if ids is None:
+            return None
+        ids = _int_tensor(ids, name, torch.int64).to(self.spans.device)
+        expected = 2 if self.batched else 1
+        if ids.dim() != expected or (self.batched and ids.shape[0] != len(self)):
+            shape = f"[{len(self)}, T]" if self.batched else "[T]"
+            raise ValueError(f"{name}: expected shape {shape}, got {list(ids.shape)}")
+        return ids
+
+    def _check_order(self) -> None:
+        spans = self.spans.long()
+        starts, ends = spans[:, 0::2], spans[:, 1::2]
+        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
+        if len(spans) > 1:
+            same_sample = self.sample_index[1:] == self.sample_index[:-1]
+            bad[1:] |= same_sample & (starts[1:] < ends[:-1]).any(dim=1)
+        if bool(bad.any()):
+            k = int(bad.nonzero()[0])
+            raise ValueError(
+                f"spans: chunk {k} = {spans[k].tolist()} is empty, negative, or goes backwards; expected "
+                "(student_start, student_end, teacher_start, teacher_end) in increasing order"
+            )
+
+    def __len__(self) -> int:
+        """Number of samples."""
+        return self.offsets.numel() - 1
+
+    @property
+    def num_chunks(self) -> int:
+        """Number of chunks of all samples."""
+        return self.spans.shape[0]
+
+    @property
+    def exact(self) -> Tensor:
+        """bool [K]: the chunk is one student token and one teacher token (so both have the same text or role)."""
+        lengths = self.spans[:, 1::2] - self.spans[:, 0::2]
+        return (lengths == 1).all(dim=1)
+
+    @property
+    def sample_index(self) -> Tensor:
+        """int64 [K]: the sample of each chunk."""
+        counts = self.offsets[1:] - self.offsets[:-1]
+        return torch.repeat_interleave(torch.arange(len(self), device=self.spans.device), counts)
+
+    def to(self, device: torch.device | str) -> Alignment:
+        """The same alignment with its tensors on `device`."""
+        fields = vars(self).items()
+        return Alignment._trusted(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields})
+
+    @staticmethod
+    def _trusted(**fields: Any) -> Alignment:
+        """An alignment of fields that are known to be right."""
+        alignment = object.__new__(Alignment)
+        vars(alignment).update(fields)
+        return alignment
+
+    def chunk_ids(self, side: str = "student", length: int | None = None) -> Tensor:
+        """Chunk index of every token, -1 where the token is in no chunk.
+
+        Parameters
+        ----------
+        side : "student" or "teacher"
+        length : int, optional
+            Tokens in a row. Default: the width of the stored ids, else the end of the last chunk.
+
+        Returns
+        -------
+        Tensor
+            int64 [B, length], or [length] for one sample. Indices count chunks of the whole batch, as `spans` does.
+        """
+        first = {"student": 0, "teacher": 2}.get(side)
+        if first is None:
+            raise ValueError(f"side: expected 'student' or 'teacher', got {side!r}")
+        starts, ends = self.spans[:, first].long(), self.spans[:, first + 1].long()
+        ids = self.student_ids if side == "student" else self.teacher_ids
+        needed = int(ends.max()) if len(ends) else 0
+        if length is None:
+            length = ids.shape[-1] if ids is not None else needed
+        if length < needed:
+            raise ValueError(f"length: chunks reach token {needed}, got {length}")
+        lengths = ends - starts
+        chunk = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        within = torch.arange(len(chunk), device=lengths.device) - (lengths.cumsum(0) - lengths)[chunk]
+        index = torch.full((len(self), length), -1, dtype=torch.int64, device=lengths.device)
+        index[self.sample_index[chunk], starts[chunk] + within] = chunk
+        return index if self.batched else index[0]
+
+    def slice(self, start: int, stop: int | None = None) -> Alignment:
+        """Samples ``start .. stop - 1`` (default: the one sample `start`) as a batch of their own."""
+        stop = start + 1 if stop is None else stop
+        if not 0 <= start <= stop <= len(self):
+            raise ValueError(f"slice: expected 0 <= start <= stop <= {len(self)}, got {start} and {stop}")
+        first, last = int(self.offsets[start]), int(self.offsets[stop])
+
+        def rows(ids: Tensor | None) -> Tensor | None:
+            return ids if ids is None else ids.reshape(len(self), -1)[start:stop]
+
+        return Alignment(
+            self.spans[first:last],
+            self.offsets[start : stop + 1] - first,
+            rows(self.student_ids),
+            rows(self.teacher_ids),
+            optimal=self.optimal[start:stop],
+            predicted=self.predicted[first:last],
+        )
+
+    @staticmethod
+    def cat(alignments: Sequence[Alignment]) -> Alignment:
+        """One batch from several alignments, in order. Ids are padded with -1; kept only if all have them."""
+        if not alignments:
+            raise ValueError("alignments: expected at least one alignment")
+        shift = 0
+        offsets = [torch.zeros(1, dtype=torch.int64, device=alignments[0].spans.device)]
+        for part in alignments:
+            offsets.append(part.offsets[1:] + shift)
+            shift += part.num_chunks
+
+        def rows(name: str) -> Tensor | None:
+            given = [getattr(part, name) for part in alignments]
+            if any(ids is None for ids in given):
+                return None
+            return pad_rows([row for ids, part in zip(given, alignments, strict=True) for row in ids.reshape(len(part), -1)])
+
+        return Alignment(
+            torch.cat([part.spans for part in alignments]),
+            torch.cat(offsets),
+            rows("student_ids"),
+            rows("teacher_ids"),
+            optimal=torch.cat([part.optimal for part in alignments]),
+            predicted=torch.cat([part.predicted for part in alignments]),
+        )
+
+    def pretty(
+        self, student_tok: TokenizerLike, teacher_tok: TokenizerLike, *, sample: int = 0, color: bool = True, width: int = 110
+    ) -> str:
+        """The chunks of one sample as two lines of cells, student above teacher, for printing.
+
+        A space shows as ``·``, a bar ``|`` separates the tokens of a chunk, and a token that is in no chunk stands in
+        parentheses. Bytes that are not UTF-8 show as ``\\xHH``.
+
+        Parameters
+        ----------
+        student_tok, teacher_tok
+            Tokenizers, as for `Vocabulary.from_tokenizer`.
+        sample : int
+            Which sample of the batch.
+        color : bool
+            Whether to colour the cells with ANSI codes.
+        width : int
+            Columns after which the two lines go on below.
+
+        Raises
+        ------
+        ValueError
+            If the alignment carries no token ids.
+        """
+        if self.student_ids is None or self.teacher_ids is None:
+            raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
+        one = self.slice(sample)
+        sides = []
+        for tokenizer, ids in ((student_tok, one.student_ids), (teacher_tok, one.teacher_ids)):
+            vocabulary = Vocabulary.from_tokenizer(tokenizer)
+            assert ids is not None
+            pad = vocabulary.roles.get("pad", -1)
+            sides.append([_shown(vocabulary[i]) if i not in (-1, pad) else "" for i in ids[0].tolist()])
+        return _two_lines(one.spans.tolist(), sides[0], sides[1], color, width)
+
+    def __repr__(self) -> str:
+        exact = int(self.exact.sum())
+        return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
+
+
+def pad_rows(rows: Iterable[Tensor], value: int = -1) -> Tensor:
+    """Rows of different lengths as one int64 matrix, padded on the right."""
+    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+
+
+class Aligner:
+    """Aligns token sequences of a student and a teacher that read the same text.
+
+    Parameters
+    ----------
+    student_tok, teacher_tok
+        Tokenizers, as for `Vocabulary.from_tokenizer`.
+    method : str
+        ``"bytes"``: where both sides spell the same bytes, the text is cut at every token boundary that both share, in
+        linear time. Special tokens pair by role or stay alone. Where the sides disagree (an edit, a one-sided special
+        token, a dummy space, an early end), the tokens up to the next agreement stay unaligned.
+    fold_space_punctuation : bool
+        Whether a space and punctuation (``" ,"``) equal the punctuation alone.
+    num_threads : int, optional
+        Threads for a batch. Default: all processors of this process.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method or fewer than one thread.
+
+    Examples
+    --------
+    >>> student = Vocabulary([b"<s>", b" 2024", b"In"], roles={"bos": 0})
+    >>> teacher = Vocabulary([b"In", b" ", b"20", b"24"])
+    >>> Aligner(student, teacher).align([0, 2, 1], [0, 1, 2, 3]).spans.tolist()
+    [[1, 2, 0, 1], [2, 3, 1, 4]]
+    """
+
+    def __init__(
+        self,
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        method: str = "bytes",
+        *,
+        fold_space_punctuation: bool = False,
+        num_threads: int | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+        self.student = Vocabulary.from_tokenizer(student_tok)
+        self.teacher = Vocabulary.from_tokenizer(teacher_tok)
+        self.method = method
+        self.num_threads = num_threads or _core.available_processors()
+        self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
+
+    def align(
+        self, student_ids: Any, teacher_ids: Any, student_mask: Any = None, teacher_mask: Any = None
+    ) -> Alignment:
+        """Aligns one sample or a batch.
+
+        Parameters
+        ----------
+        student_ids, teacher_ids : int [T], int [B, T], or a list of B sequences
+            Token ids as lists, arrays or tensors. Both sides must have the same number of samples.
+        student_mask, teacher_mask : same shape as the ids, optional
+            0 or False leaves a token out (attention masks). Without a mask, runs of the pad token at either end of a
+            sample are left out; where the pad token is also the end token, the first one behind the text is kept.
+
+        Returns
+        -------
+        Alignment
+            On the CPU. Positions count masked tokens too. A chunk never contains a masked token.
+
+        Raises
+        ------
+        ValueError
+            If a token id is outside the vocabulary, or the numbers of samples or the shapes of the masks differ.
+        TypeError
+            If ids are not integers.
+
+        Notes
+        -----
+        Releases the GIL; samples are spread over `num_threads` threads; the result does not depend on their number.
+        """
+        student = _Batch(student_ids, student_mask, "student")
+        teacher = _Batch(teacher_ids, teacher_mask, "teacher")
+        if student.is_batch != teacher.is_batch:
+            raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
+        spans, offsets, predicted = self._core.align(
+            student.flat, student.offsets, student.mask, teacher.flat, teacher.offsets, teacher.mask,
+            _core.AlignMethod[self.method], self.num_threads,
+        )  # fmt: skip
+        return Alignment._trusted(
+            spans=torch.from_numpy(spans),
+            offsets=torch.from_numpy(offsets),
+            batched=student.is_batch,
+            student_ids=student.ids,
+            teacher_ids=teacher.ids,
+            optimal=torch.ones(len(offsets) - 1, dtype=torch.bool),
+            predicted=torch.from_numpy(predicted).bool(),
+        )
+
+
+class _Batch:
+    """The ids and the mask of one side, laid out one sample after the other."""
+
+    def __init__(self, ids: Any, mask: Any, side: str) -> None:
+        name = f"{side}_ids"
+        rows = self._rows(ids, name, torch.int64)
+        self.is_batch = not isinstance(rows, Tensor) or rows.dim() == 2
+        self.ids = rows if isinstance(rows, Tensor) else pad_rows(rows)
+        self.flat, self.offsets = self._flat(rows)
+        self.mask: NDArray[np.uint8] | None = None
+        if mask is not None:
+            mask_rows = self._rows(mask, f"{side}_mask", torch.uint8)
+            self.mask, offsets = self._flat(mask_rows)
+            if not np.array_equal(offsets, self.offsets):
+                raise ValueError(f"{side}_mask: expected the shape of {name}, one entry a token")
+
+    @staticmethod
+    def _rows(value: Any, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
+        """One tensor of one or two dimensions, or the rows of a ragged batch."""
+        is_ragged = isinstance(value, (list, tuple)) and len(value) > 0 and not np.isscalar(value[0])
+        if is_ragged and not (isinstance(value[0], (Tensor, np.ndarray)) and value[0].ndim == 0):
+            tensors = [_int_tensor(row, name, dtype, allow_bool=dtype == torch.uint8).cpu() for row in value]
+            if any(row.dim() != 1 for row in tensors):
+                raise ValueError(f"{name}: expected one dimension a sample")
+            return tensors
+        tensor = _int_tensor(value, name, dtype, allow_bool=dtype == torch.uint8).cpu()
+        if tensor.dim() not in (1, 2):
+            raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
+        return tensor
+
+    @staticmethod
+    def _flat(rows: Tensor | list[Tensor]) -> tuple[NDArray[Any], NDArray[np.int64]]:
+        if isinstance(rows, Tensor):
+            samples, length = (1, len(rows)) if rows.dim() == 1 else rows.shape
+            return rows.contiguous().view(-1).numpy(), np.arange(samples + 1, dtype=np.int64) * length
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return torch.cat(rows).numpy(), offsets
+
+
+def _shown(token: bytes) -> str:
+    """A token on one line: control characters and bytes that are not UTF-8 escaped, spaces visible."""
+    text = token.decode("utf-8", "backslashreplace").replace(" ", "·")
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text) or "∅"
+
+
+def _two_lines(spans: list[list[int]], student: list[str], teacher: list[str], color: bool, width: int) -> str:
+    """Cells of equal width, one a chunk; tokens between chunks in cells of their own; padding (empty) left out."""
+    cells: list[tuple[str, str, bool]] = []
+    i = j = 0
+    for a, b, c, d in [*spans, [len(student), len(student), len(teacher), len(teacher)]]:
+        alone = ["(" + "|".join(filter(None, side)) + ")" for side in (student[i:a], teacher[j:c])]
+        if alone != ["()", "()"]:
+            cells.append((alone[0].replace("()", ""), alone[1].replace("()", ""), False))
+        if b > a:
+            cells.append(("|".join(student[a:b]), "|".join(teacher[c:d]), True))
+        i, j = b, d
+    lines: list[str] = []
+    upper, lower, used = [], [], 0
+    for k, (above, below, aligned) in enumerate(cells):
+        size = max(len(above), len(below))
+        if used and used + size + 1 > width:
+            lines += [" ".join(upper), " ".join(lower), ""]
+            upper, lower, used = [], [], 0
+        used += size + 1
+        start, end = ("\x1b[4%dm\x1b[30m" % (2 + k % 5) if aligned else "\x1b[2m", "\x1b[0m") if color else ("", "")
+        upper.append(start + above.ljust(size) + end)
+        lower.append(start + below.ljust(size) + end)
+    return "\n".join([*lines, " ".join(upper), " ".join(lower)])

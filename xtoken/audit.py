@@ -1,0 +1,232 @@
+"""Coverage audit: do critical tokens, numbers above all, survive the partitions of GOLD and H-KL?"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .losses.gold import GOLD_MIN_WEIGHT, HKL_MIN_WEIGHT
+from .projection import ProjectionMatrix
+from .reference import common_pairs
+from .vocabulary import TokenizerLike, Vocabulary
+
+NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
+CLASSES = (
+    *NUMERALS,
+    "ascii_letters",
+    "ascii_punctuation",
+    "white_space",
+    "other_scripts",
+    "other_multi_byte",
+    "invalid_utf8",
+    "special",
+)
+"""Classes of tokens. A leading space does not count; a mixed token belongs to the later class of its characters, except
+that ASCII letters with digits or punctuation are ``ascii_letters``."""
+
+CRITICAL_SHARE = 0.99
+"""A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
+
+
+@dataclass
+class ClassCoverage:
+    """What becomes of the student tokens of one class. Numbers of tokens, or of occurrences with a corpus.
+
+    Attributes
+    ----------
+    count
+        All of them.
+    exact
+        In GOLD's common set: matched one to one by equal text.
+    common
+        In H-KL's wider common set.
+    split
+        Projected onto several teacher tokens.
+    unmapped
+        With no image in the teacher's vocabulary.
+    """
+
+    count: int = 0
+    exact: int = 0
+    common: int = 0
+    split: int = 0
+    unmapped: int = 0
+
+    def share(self, name: str) -> float:
+        """`name` (such as ``"exact"``) as a share of the count; 1 for an empty class."""
+        return getattr(self, name) / self.count if self.count else 1.0
+
+
+@dataclass
+class CoverageReport:
+    """The result of `coverage_audit`; prints as a table.
+
+    Attributes
+    ----------
+    classes : dict of str to ClassCoverage
+    critical : list of str
+        Names of the critical classes.
+    recommendation : str
+        ``"pkl"`` or ``"hkl"``.
+    reasons : list of str
+    weighted : bool
+        Whether the numbers count occurrences in a corpus.
+    """
+
+    classes: dict[str, ClassCoverage]
+    critical: list[str]
+    recommendation: str
+    reasons: list[str] = field(default_factory=list)
+    weighted: bool = False
+
+    def to_json(self) -> str:
+        """The report as a JSON object."""
+        return json.dumps(asdict(self), indent=2)
+
+    def __str__(self) -> str:
+        unit = "occurrences" if self.weighted else "tokens"
+        lines = [f"{'class':<20} {unit:>11} {'exact':>8} {'common':>8} {'split':>8} {'no image':>8}"]
+        for name, row in self.classes.items():
+            shares = "".join(f" {row.share(key):8.1%}" for key in ("exact", "common", "split", "unmapped"))
+            mark = "*" if name in self.critical else ""
+            lines.append(f"{name + mark:<20} {row.count:>11,}{shares if row.count else ''}")
+        return "\n".join([*lines, f"recommended loss: {self.recommendation}", *(f"  {reason}" for reason in self.reasons)])
+
+
+def coverage_audit(
+    student_tok: TokenizerLike,
+    teacher_tok: TokenizerLike,
+    projection: ProjectionMatrix | None = None,
+    *,
+    critical: str | Sequence[str] | re.Pattern[str] = NUMERALS,
+    corpus: Iterable[str] | None = None,
+) -> CoverageReport:
+    """Counts, class by class, which student tokens keep a partner in the teacher's vocabulary.
+
+    Parameters
+    ----------
+    student_tok, teacher_tok
+        Tokenizers, as for `Vocabulary.from_tokenizer`.
+    projection : ProjectionMatrix, optional
+        W of the pair. Default: built here.
+    critical : str, sequence of str, or re.Pattern
+        Classes (names in `CLASSES`) that must survive, or one regular expression; the tokens whose whole text it
+        matches form the class ``"critical"``.
+    corpus : iterable of str, optional
+        Texts; tokens then count as often as the student's tokenizer produces them there.
+
+    Returns
+    -------
+    CoverageReport
+        Recommends ``"pkl"`` if any critical class keeps less than 99 % of its tokens in GOLD's common set, since they
+        would be matched by rank, not by meaning; else ``"hkl"``.
+
+    Raises
+    ------
+    ValueError
+        If `projection` belongs to other tokenizers, a class is unknown, an expression is malformed or matches no token,
+        or `corpus` is given and the student's tokenizer cannot encode text.
+
+    Notes
+    -----
+    The rule is that of X-Token (arXiv 2605.21699); the classes and the threshold are this library's.
+    """
+    student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+    if projection is None:
+        projection = ProjectionMatrix.build(student, teacher)
+    if projection.shape != (len(student), len(teacher)):
+        raise ValueError(
+            f"projection: expected shape {[len(student), len(teacher)]}, one row and column a token, got {list(projection.shape)}"
+        )
+    projection.check_tokenizers(student, teacher)
+    names = [token_class(student[i], bool(text)) for i, text in enumerate(student.is_text)]
+    members = {name: np.array([n == name for n in names], dtype=bool) for name in CLASSES}
+    pattern = _critical_pattern(critical)
+    if pattern is not None:
+        members["critical"] = np.array(
+            [bool(text) and pattern.fullmatch(student[i].decode("utf-8", "replace")) is not None
+             for i, text in enumerate(student.is_text)], dtype=bool
+        )  # fmt: skip
+        if not members["critical"].any():
+            raise ValueError(f"critical: {pattern.pattern!r} is no class name and matches no token of the student")
+        critical_names = ["critical"]
+    else:
+        critical_names = [critical] if isinstance(critical, str) else list(critical)  # type: ignore[arg-type]
+
+    weight = np.ones(len(student), dtype=np.int64) if corpus is None else _frequencies(student, corpus)
+    entries = projection.row_ptr.diff().numpy()
+    flags = {
+        "exact": _in_pairs(projection, GOLD_MIN_WEIGHT),
+        "common": _in_pairs(projection, HKL_MIN_WEIGHT),
+        "split": entries > 1,
+        "unmapped": entries == 0,
+    }
+    classes = {
+        name: ClassCoverage(
+            count=int(weight[inside].sum()), **{key: int(weight[inside & flag].sum()) for key, flag in flags.items()}
+        )
+        for name, inside in members.items()
+    }
+    unit = "occurrences" if corpus is not None else "tokens"
+    lost = [name for name in critical_names if classes[name].share("exact") < CRITICAL_SHARE]
+    reasons = [
+        f"{name}: {classes[name].exact:,} of {classes[name].count:,} {unit} are in GOLD's common set"
+        + (f", less than {CRITICAL_SHARE:.0%}" if name in lost else "")
+        for name in critical_names
+        if classes[name].count
+    ]
+    return CoverageReport(classes, critical_names, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
+
+
+def token_class(token: bytes, is_text: bool) -> str:
+    """The class (one of `CLASSES`) of a token."""
+    if not is_text:
+        return "special"
+    try:
+        text = token.decode()
+    except UnicodeDecodeError:
+        return "invalid_utf8"
+    text = text.removeprefix(" ") or " "
+    if text.isspace():
+        return "white_space"
+    if text.isascii():
+        if text.isdigit():
+            return NUMERALS[min(len(text), len(NUMERALS)) - 1]
+        return "ascii_letters" if any(c.isalpha() for c in text) else "ascii_punctuation"
+    return "other_scripts" if any(c.isalpha() and not c.isascii() for c in text) else "other_multi_byte"
+
+
+def _critical_pattern(critical: str | Sequence[str] | re.Pattern[str]) -> re.Pattern[str] | None:
+    """The expression, if `critical` is one; checks class names otherwise."""
+    if isinstance(critical, re.Pattern):
+        return critical
+    if isinstance(critical, str) and critical not in CLASSES:
+        try:
+            return re.compile(critical)
+        except re.error as error:
+            raise ValueError(f"critical: {critical!r} is no class name and no regular expression: {error}") from None
+    unknown = set([critical] if isinstance(critical, str) else critical) - set(CLASSES)
+    if unknown:
+        raise ValueError(f"critical: unknown classes {sorted(unknown)}; expected names among {CLASSES}")
+    return None
+
+
+def _in_pairs(projection: ProjectionMatrix, min_weight: float) -> NDArray[np.bool_]:
+    inside = np.zeros(projection.shape[0], dtype=bool)
+    student_ids, _ = common_pairs(projection, min_weight)
+    inside[student_ids.numpy()] = True
+    return inside
+
+
+def _frequencies(student: Vocabulary, corpus: Iterable[str]) -> NDArray[np.int64]:
+    if student.tokenizer is None:
+        raise ValueError("corpus: the student's vocabulary has no tokenizer to encode text with")
+    counts = np.zeros(len(student), dtype=np.int64)
+    for text in corpus:
+        counts += np.bincount(student.tokenizer.encode(text, add_special_tokens=False).ids, minlength=len(student))
+    return counts

@@ -1,0 +1,41 @@
+"""What this build of xtoken is and what it can use on this machine."""
+
+from __future__ import annotations
+
+import platform
+
+from . import _core
+
+
+def config() -> dict[str, str]:
+    """Facts about the build and the machine, in words."""
+    import tokenizers
+    import torch
+    import transformers
+
+    return {
+        "xtoken": _core.version,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tokenizers": tokenizers.__version__,
+        "compiler": f"{_core.compiler}, {_core.build_type} build",
+        "processors": str(_core.available_processors()),
+        "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
+        "CUDA kernels": "no: this version has none; losses on CUDA tensors use the reference backend",
+        "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else _no_device(torch),
+        "loss backends": "reference",
+    }
+
+
+def _no_device(torch: object) -> str:
+    built_for = getattr(torch.version, "cuda", None)  # type: ignore[attr-defined]
+    return "none found" if built_for else "none: this torch is built without CUDA"
+
+
+def show_config() -> None:
+    """Prints version, compiler, instruction sets, and whether CUDA is there and why not."""
+    facts = config()
+    width = max(map(len, facts))
+    for name, value in facts.items():
+        print(f"{name:<{width}}  {value}")

@@ -1,0 +1,154 @@
+"""GOLD and H-KL: KL on common tokens, sorted L1 on the others."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from xtoken import reference
+from xtoken.alignment import Alignment
+from xtoken.losses._backends import Problem
+from xtoken.losses._common import (
+    REDUCTIONS,
+    aligned_chunks,
+    check_choice,
+    check_count,
+    check_logits,
+    check_projection,
+    check_temperature,
+    chunk_losses,
+    reduce,
+    vocabulary_columns,
+)
+from xtoken.reference import Chunks
+
+GOLD_MIN_WEIGHT = 1.0
+HKL_MIN_WEIGHT = 0.6
+
+
+@dataclass(frozen=True)
+class GoldOptions:
+    """The common pairs (student ids [P], teacher ids [P]), where GOLD and H-KL differ, and the switches."""
+
+    operation: ClassVar[str] = "gold"
+    student_ids: Tensor
+    teacher_ids: Tensor
+    uncommon_top_k: int
+    temperature: float
+    reverse: bool
+
+    def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
+        """See `xtoken.reference.gold`."""
+        common, uncommon = reference.gold(
+            student,
+            teacher,
+            chunks,
+            (self.student_ids, self.teacher_ids),
+            uncommon_top_k=self.uncommon_top_k,
+            temperature=self.temperature,
+            reverse=self.reverse,
+        )
+        return common + uncommon
+
+
+def gold_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    alignment: Alignment,
+    projection: Any,
+    *,
+    temperature: float = 1.0,
+    uncommon_top_k: int = 8192,
+    reverse: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """GOLD: KL(teacher || student) on the tokens that both vocabularies have, L1 between the sorted others.
+
+    The formulas are those of `xtoken.reference.gold`; common tokens are the rows of W with a single weight 1.
+    Arguments, results, errors, gradients and memory are as for `pkl_loss`, except:
+
+    Parameters
+    ----------
+    uncommon_top_k : int
+        At most so many of the largest probabilities of uncommon tokens are compared.
+    reverse : bool
+        Reverses the KL of the common part.
+
+    Source: Hugging Face TRL, ``trl.experimental.gold``.
+    """
+    return hkl_loss(
+        student_logits,
+        teacher_logits,
+        alignment,
+        projection,
+        temperature=temperature,
+        uncommon_top_k=uncommon_top_k,
+        min_weight=GOLD_MIN_WEIGHT,
+        reverse=reverse,
+        reduction=reduction,
+        backend=backend,
+    )
+
+
+def hkl_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    alignment: Alignment,
+    projection: Any,
+    *,
+    temperature: float = 1.0,
+    uncommon_top_k: int = 8192,
+    min_weight: float = HKL_MIN_WEIGHT,
+    reverse: bool = False,
+    reduction: str = "mean",
+    backend: str = "auto",
+) -> Tensor:
+    """H-KL: as `gold_loss`, with the common tokens widened to the rows of W whose largest weight is dominant.
+
+    Parameters
+    ----------
+    min_weight : float
+        A row with at least this weight is common with the teacher token of that weight, in (0, 1].
+
+    Source: X-Token (arXiv 2605.21699).
+    """
+    if not 0.0 < min_weight <= 1.0:
+        raise ValueError(f"min_weight: expected a number in (0, 1], got {min_weight!r}")
+    check_logits(student_logits, teacher_logits)
+    check_projection(projection)
+    check_temperature(temperature)
+    check_count(uncommon_top_k, "uncommon_top_k")
+    check_choice(reduction, "reduction", REDUCTIONS)
+    student = vocabulary_columns(student_logits, projection.shape[0], "student_logits")
+    teacher = vocabulary_columns(teacher_logits, projection.shape[1], "teacher_logits")
+    chunks = aligned_chunks(alignment, student, teacher)
+    pairs = common_pairs(projection, min_weight, student.device)
+    options = GoldOptions(*pairs, uncommon_top_k, float(temperature), bool(reverse))
+    losses = chunk_losses(student_logits, Problem(student, teacher, chunks, options), None, backend)
+    return reduce(losses, chunks, alignment.num_chunks, reduction)
+
+
+_Pairs = tuple[Tensor, Tensor]
+_PAIRS: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Tensor, int, _Pairs]]] = weakref.WeakKeyDictionary()
+
+
+def common_pairs(projection: Any, min_weight: float, device: torch.device | str = "cpu") -> _Pairs:
+    """The common tokens, as `xtoken.reference.common_pairs`, on `device`.
+
+    Kept for as long as the projection lives and its weights stay as they are.
+    """
+    weight = projection.weight
+    kept = _PAIRS.setdefault(projection, {})
+    key = min_weight, torch.device(device)
+    if key in kept and kept[key][0] is weight and kept[key][1] == weight._version:
+        return kept[key][2]
+    student, teacher = reference.common_pairs(projection, min_weight)
+    pairs = student.to(device), teacher.to(device)
+    if not weight.requires_grad:
+        kept[key] = weight, weight._version, pairs
+    return pairs

@@ -1,0 +1,376 @@
+"""The projection matrix W: where each student token's probability goes in the teacher's vocabulary."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from . import _core
+from .retokenize import encode_pieces
+from .vocabulary import TokenizerLike, Vocabulary
+
+ROW_KINDS: tuple[str, ...] = _core.row_kinds
+"""How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
+the token's text re-tokenized by the teacher; given from outside. `ProjectionMatrix.kind` holds indices."""
+
+FORMAT_VERSION = "1"
+FILE_NAME = "projection.safetensors"
+_TENSORS = {"row_ptr": torch.int64, "col": torch.int32, "weight": torch.float32, "kind": torch.uint8}
+
+
+class ProjectionMatrix:
+    """A sparse matrix [V_student, V_teacher] in compressed sparse rows.
+
+    Rows built by `build` sum to 1, or are empty where a student token has no image in the teacher's vocabulary.
+
+    Parameters
+    ----------
+    row_ptr : int64 [V_student + 1]
+        Row ``s`` has the entries ``row_ptr[s] .. row_ptr[s + 1] - 1``.
+    col : int32 [nnz]
+        Teacher token ids, strictly increasing within a row.
+    weight : float32 [nnz]
+        Finite weights >= 0.
+    teacher_vocab_size : int
+        V_teacher.
+    kind : uint8 [V_student], optional
+        Indices into `ROW_KINDS`. Default: ``"given"``.
+    metadata : mapping of str to str, optional
+        How it was built: fingerprints of both vocabularies, beta, gamma, top_k, passes.
+
+    Raises
+    ------
+    ValueError
+        If the arrays do not describe such a matrix; the message says which and where.
+    """
+
+    def __init__(
+        self,
+        row_ptr: Any,
+        col: Any,
+        weight: Any,
+        teacher_vocab_size: int,
+        kind: Any = None,
+        metadata: Mapping[str, str] | None = None,
+    ) -> None:
+        self.row_ptr = torch.as_tensor(row_ptr, dtype=torch.int64)
+        self.col = torch.as_tensor(col, dtype=torch.int32)
+        self.weight = torch.as_tensor(weight, dtype=torch.float32)
+        if self.row_ptr.dim() != 1 or self.row_ptr.numel() == 0:
+            raise ValueError(f"row_ptr: expected shape [V_student + 1], got {list(self.row_ptr.shape)}")
+        self.shape = (self.row_ptr.numel() - 1, int(teacher_vocab_size))
+        if kind is None:
+            kind = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
+        self.kind = torch.as_tensor(kind, dtype=torch.uint8)
+        self.metadata = dict(metadata or {})
+        self._check()
+
+    def _check(self) -> None:
+        rows, columns = self.shape
+        nnz = self.col.numel()
+        if self.col.dim() != 1 or self.weight.shape != self.col.shape:
+            raise ValueError(
+                f"weight: expected one weight an entry of col, got {list(self.weight.shape)} for {list(self.col.shape)}"
+            )
+        if self.kind.shape != (rows,) or (rows and int(self.kind.max()) >= len(ROW_KINDS)):
+            raise ValueError(f"kind: expected [{rows}] indices below {len(ROW_KINDS)}, got {list(self.kind.shape)}")
+        lengths = self.row_ptr.diff()
+        if int(self.row_ptr[0]) != 0 or int(self.row_ptr[-1]) != nnz or bool((lengths < 0).any()):
+            raise ValueError(f"row_ptr: expected a non-decreasing sequence from 0 to {nnz}")
+        if nnz == 0:
+            return
+        if int(self.col.min()) < 0 or int(self.col.max()) >= columns:
+            raise ValueError(
+                f"col: expected teacher ids in [0, {columns}), got {int(self.col.min())} to {int(self.col.max())}"
+            )
+        row_of = self.row_index
+        repeated = ((self.col.diff() <= 0) & (row_of.diff() == 0)).nonzero()
+        if len(repeated):
+            raise ValueError(f"col: expected strictly increasing ids within row {int(row_of[repeated[0]])}")
+        if not bool(((self.weight >= 0) & self.weight.isfinite()).all()):
+            raise ValueError("weight: expected finite weights >= 0")
+
+    @classmethod
+    def build(
+        cls,
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        top_k: int = 4,
+        beta: float = 0.9,
+        gamma: float = 0.1,
+        reverse: bool = False,
+        *,
+        fold_space_punctuation: bool = False,
+    ) -> ProjectionMatrix:
+        """Builds W by rules.
+
+        Pass 1 gives weight 1 to the teacher token with the same bytes, or with the same role. Pass 2 encodes the text of
+        every other token by the teacher; piece ``i`` gets the weight ``beta * gamma**i``, weights of a repeated piece add
+        up, the `top_k` largest are kept (the earlier on ties) and divided by their sum. Pass 3 (`reverse`) encodes the
+        teacher tokens that nothing reaches by the student and adds ``beta * gamma**i`` to (piece ``i``, token); changed
+        rows are cut to `top_k` and normalised again.
+
+        Parameters
+        ----------
+        student_tok, teacher_tok
+            Tokenizers, as for `Vocabulary.from_tokenizer`.
+        top_k : int
+            Most entries of a row.
+        beta, gamma : float
+            Weight of the first piece, and the factor from one piece to the next. Only gamma matters within a row.
+        reverse : bool
+            Whether to run pass 3.
+        fold_space_punctuation : bool
+            Whether a space and punctuation (``" ,"``) equal the punctuation alone, where no token has the same bytes.
+
+        Returns
+        -------
+        ProjectionMatrix
+            Deterministic. Takes the memory of both vocabularies and of the matrix, a few tens of MB.
+
+        Notes
+        -----
+        The rules and their constants are those of X-Token (arXiv 2605.21699), section "projection matrix".
+
+        Examples
+        --------
+        >>> student = Vocabulary([b"2", b"201", b"!"])
+        >>> teacher = Vocabulary([b"0", b"1", b"2"])
+        >>> W = ProjectionMatrix.build(student, teacher)
+        >>> W
+        ProjectionMatrix([3, 3], nnz=4, exact=1, role=0, pieces=1, none=1)
+        >>> [(i, round(w, 4)) for i, w in zip(*(x.tolist() for x in W.row(1)))]
+        [(0, 0.0901), (1, 0.009), (2, 0.9009)]
+        """
+        student = Vocabulary.from_tokenizer(student_tok)
+        teacher = Vocabulary.from_tokenizer(teacher_tok)
+        image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
+        pending = np.flatnonzero((image < 0) & student.is_text).astype(np.int32)
+        ptr, ids = encode_pieces(teacher, [student[i] for i in pending])
+        rows = _core.build_rows(image, pending, ptr, ids, len(teacher), beta, gamma, top_k)
+        if reverse:
+            reached = np.zeros(len(teacher), dtype=bool)
+            reached[rows[1]] = True
+            unreached = np.flatnonzero(~reached & teacher.is_text).astype(np.int32)
+            ptr, ids = encode_pieces(student, [teacher[i] for i in unreached])
+            rows = _core.add_reverse(*rows, unreached, ptr, ids, beta, gamma, top_k)
+        kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
+        metadata = {
+            "student_fingerprint": student.fingerprint(),
+            "teacher_fingerprint": teacher.fingerprint(),
+            "beta": repr(beta),
+            "gamma": repr(gamma),
+            "top_k": repr(top_k),
+            "passes": "exact, pieces, reverse" if reverse else "exact, pieces",
+        }
+        return cls(*rows, teacher_vocab_size=len(teacher), kind=kind, metadata=metadata)
+
+    @classmethod
+    def from_topk(cls, indices: Any, weights: Any, teacher_vocab_size: int) -> ProjectionMatrix:
+        """From the largest entries of each row, as a rectangular table.
+
+        Parameters
+        ----------
+        indices : int [V_student, k]
+            Teacher ids in any order, -1 where a row has fewer entries.
+        weights : float [V_student, k]
+            Their weights; entries of weight 0 are left out.
+        teacher_vocab_size : int
+
+        Raises
+        ------
+        ValueError
+            If the shapes differ, an id is out of range or repeated in a row, or a weight is negative or not finite.
+        """
+        indices = torch.as_tensor(indices, dtype=torch.int64)
+        weights = torch.as_tensor(weights, dtype=torch.float32)
+        if indices.dim() != 2 or indices.shape != weights.shape:
+            raise ValueError(
+                f"weights: expected the shape [V_student, k] of indices, {list(indices.shape)}, got {list(weights.shape)}"
+            )
+        keep = (indices != -1) & (weights != 0)
+        order = torch.where(keep, indices, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
+        keep, indices, weights = keep.gather(1, order), indices.gather(1, order), weights.gather(1, order)
+        row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
+        return cls(row_ptr, indices[keep], weights[keep], teacher_vocab_size)
+
+    def row(self, student_id: int) -> tuple[Tensor, Tensor]:
+        """Teacher ids (int32) and weights (float32) of one student token.
+
+        Raises
+        ------
+        ValueError
+            If the id is outside the student's vocabulary.
+        """
+        if not 0 <= student_id < self.shape[0]:
+            raise ValueError(f"student_id: expected an id in [0, {self.shape[0]}), got {student_id}")
+        first, last = self.row_ptr[student_id : student_id + 2].tolist()
+        return self.col[first:last], self.weight[first:last]
+
+    @property
+    def row_index(self) -> Tensor:
+        """int64 [nnz]: the row (student id) of each entry."""
+        return torch.repeat_interleave(torch.arange(self.shape[0], device=self.row_ptr.device), self.row_ptr.diff())
+
+    @property
+    def nnz(self) -> int:
+        """Number of entries."""
+        return self.col.numel()
+
+    def to(self, device: torch.device | str) -> ProjectionMatrix:
+        """The same matrix with its tensors on `device`."""
+        moved = object.__new__(ProjectionMatrix)
+        fields = vars(self).items()
+        vars(moved).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields})
+        return moved
+
+    def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
+        """Raises ValueError if W was built for other tokenizers than these (those that are given)."""
+        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
+            built_for = self.metadata.get(f"{side}_fingerprint")
+            if tokenizer is None or built_for is None:
+                continue
+            got = Vocabulary.from_tokenizer(tokenizer).fingerprint()
+            if got != built_for:
+                raise ValueError(
+                    f"projection: built for another {side} tokenizer (fingerprint {built_for[:12]}) than "
+                    f"{side}_tok ({got[:12]}); build it again with ProjectionMatrix.build"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file: complete, or not at all.
+
+        It holds ``row_ptr``, ``col``, ``weight`` and ``kind``, and in its metadata the format version, the sizes, both
+        fingerprints and the parameters of `build`.
+        """
+        from safetensors.torch import save
+
+        metadata = {**self.metadata, "format": "xtoken.projection", "version": FORMAT_VERSION}
+        metadata["student_vocab_size"], metadata["teacher_vocab_size"] = map(str, self.shape)
+        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
+        write_atomically(path, save(tensors, metadata=metadata))
+
+    @classmethod
+    def load(
+        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+    ) -> ProjectionMatrix:
+        """Reads a file written by `save`.
+
+        Parameters
+        ----------
+        path
+            The file.
+        student_tok, teacher_tok : optional
+            Tokenizers that the file must have been built for.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is not a projection, is truncated or damaged, has another version, or was built for other
+            tokenizers.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+        if metadata.pop("format", None) != "xtoken.projection":
+            raise ValueError(f"{path}: not a projection matrix of xtoken")
+        version = metadata.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: format version {version}, this xtoken reads version {FORMAT_VERSION}")
+        found = {name: tensor.dtype for name, tensor in tensors.items()}
+        if found != _TENSORS:
+            raise ValueError(f"{path}: expected the tensors {_TENSORS}, got {found}")
+        try:
+            sizes = tuple(int(metadata.pop(f"{side}_vocab_size")) for side in ("student", "teacher"))
+            matrix = cls(**tensors, teacher_vocab_size=sizes[1], metadata=metadata)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+        if matrix.shape != sizes:
+            raise ValueError(f"{path}: damaged: row_ptr has {matrix.shape[0]} rows, the metadata says {sizes[0]}")
+        matrix.check_tokenizers(student_tok, teacher_tok)
+        return matrix
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes ``projection.safetensors`` into `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / FILE_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+    ) -> ProjectionMatrix:
+        """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`."""
+        path = Path(source) / FILE_NAME
+        if not Path(source).is_dir():
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(source), FILE_NAME))
+        return cls.load(path, student_tok, teacher_tok)
+
+    @classmethod
+    def from_nemo(cls, path: str | os.PathLike[str], teacher_vocab_size: int) -> ProjectionMatrix:
+        """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k], by ``torch.load`` of weights only.
+
+        Raises
+        ------
+        ValueError
+            If the file holds something else.
+        """
+        table = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(table, dict) or not {"indices", "likelihoods"} <= table.keys():
+            raise ValueError(f"{path}: expected a dict with 'indices' and 'likelihoods'")
+        return cls.from_topk(table["indices"], table["likelihoods"], teacher_vocab_size)
+
+    def to_nemo(self, path: str | os.PathLike[str]) -> None:
+        """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and likelihood 0."""
+        width = max(1, int(self.row_ptr.diff().max())) if self.shape[0] else 1
+        row = self.row_index
+        place = torch.arange(self.nnz) - self.row_ptr[row]
+        indices = torch.full((self.shape[0], width), -1, dtype=torch.int64)
+        likelihoods = torch.zeros(self.shape[0], width)
+        indices[row, place] = self.col.long()
+        likelihoods[row, place] = self.weight
+        likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)
+        torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, path)
+
+    def __repr__(self) -> str:
+        counts = torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist()
+        named = dict(zip(ROW_KINDS, counts, strict=True))
+        kinds = ", ".join(f"{name}={named[name]}" for name in ("exact", "role", "pieces", "given", "none"))
+        if not named["given"]:
+            kinds = kinds.replace("given=0, ", "")
+        return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that appears complete or not at all, even if the machine stops."""
+    path = Path(path)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise

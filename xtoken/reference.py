@@ -1,0 +1,520 @@
+"""The losses as plain, unfused PyTorch, written from their formulas: the truth for every fast backend.
+
+All functions work on matrices of logits, one row per token position (``[B, T, V]`` becomes
+``logits.flatten(0, 1)``), run on any device, are differentiable by autograd, and compute in the widest type
+of their inputs, at least float32. They hold whole ``[rows, V]`` temporaries: call `xtoken.pkl_loss` and its
+siblings to train.
+
+Conventions
+-----------
+``z`` is a student row, ``y`` a teacher row, ``tau`` the temperature, ``p = softmax(z / tau)`` and
+``q = softmax(y / tau)``. Row ``t`` predicts token ``t + 1``. Logits are read as ``max(logit, LOWEST_LOGIT)``:
+a logit of -inf is a probability of exactly zero, and everything stays finite (0 log 0 = 0). Every function
+returns one loss per chunk, multiplied by ``tau ** 2``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment import Alignment
+
+EPSILON = 1e-10
+"""Added to projected masses before a division or a logarithm."""
+
+LOWEST_LOGIT = -1e4
+"""Smaller logits count as this one; its probability is zero in every type."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of a logits matrix [N, V] that predict each chunk: ``start[k] ... start[k] + count[k] - 1``.
+
+    Parameters
+    ----------
+    start, count : int64 [K]
+        ``count`` is at least 1.
+    next_ids : int64 [N], optional
+        The token that each row predicts, as realised in the text; -1 where there is none.
+    """
+
+    start: Tensor
+    count: Tensor
+    next_ids: Tensor | None = None
+
+    def index(self) -> Tensor:
+        """int64 [R]: the rows of all chunks, chunk by chunk."""
+        before = self.count.cumsum(0) - self.count
+        first = torch.repeat_interleave(self.start - before, self.count)
+        return first + torch.arange(len(first), device=first.device)
+
+    def owner(self) -> Tensor:
+        """int64 [R]: the chunk of each row of `index`."""
+        return torch.repeat_interleave(torch.arange(len(self.count), device=self.count.device), self.count)
+
+    def block(self, start: int, stop: int) -> tuple[Rows, Tensor]:
+        """Chunks ``start ... stop - 1`` for a matrix of only their rows, and those rows' indices [R]."""
+        part = Rows(self.start[start:stop], self.count[start:stop])
+        index = part.index()
+        next_ids = None if self.next_ids is None else self.next_ids[index]
+        return Rows(part.count.cumsum(0) - part.count, part.count, next_ids), index
+
+    def first(self) -> Rows:
+        """Only the first row of each chunk."""
+        return replace(self, count=torch.ones_like(self.count))
+
+    def later(self) -> tuple[Tensor, Tensor]:
+        """Rows of each chunk but its first, and the chunk of each: int64 [R - K] twice."""
+        owner, index = self.owner(), self.index()
+        keep = index != self.start[owner]
+        return index[keep], owner[keep]
+
+    def total(self, values: Tensor, owner: Tensor) -> Tensor:
+        """Sum of ``values`` [R, ...] over the rows of each chunk: [K, ...]."""
+        return values.new_zeros(len(self.count), *values.shape[1:]).index_add(0, owner, values)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Mean of ``values`` [R, V], one row for each of `index`, over each chunk: [K, V]."""
+        if len(values) == len(self.count):
+            return values
+        return self.total(values, self.owner()) / self.count[:, None]
+
+
+def predictable(alignment: Alignment) -> Tensor:
+    """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
+    return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
+
+
+@dataclass(frozen=True)
+class Chunks:
+    """Predictor rows of the chunks that a loss uses; ``used`` [K] are their indices in the alignment."""
+
+    student: Rows
+    teacher: Rows
+    used: Tensor
+
+    def __len__(self) -> int:
+        return len(self.used)
+
+    def first(self) -> Chunks:
+        """Only the first predictor row of each chunk, on both sides."""
+        return replace(self, student=self.student.first(), teacher=self.teacher.first())
+
+    @staticmethod
+    def of(
+        alignment: Alignment,
+        student_length: int,
+        teacher_length: int,
+        device: torch.device | str = "cpu",
+        realised: bool = False,
+    ) -> Chunks:
+        """The chunks of an alignment that have a predictor: rows ``a - 1 ... b - 2`` for the tokens [a, b).
+
+        Parameters
+        ----------
+        alignment : Alignment
+        student_length, teacher_length : int
+            Rows ``T`` of one sample's logits, so that sample ``b`` begins at row ``b * T``.
+        device : torch.device
+            Where the indices go.
+        realised : bool
+            Also take the realised tokens from the alignment's ids (for ``merge="chain"``).
+
+        Raises
+        ------
+        ValueError
+            If a chunk ends beyond the logits, or ids are needed and missing.
+        """
+        spans = alignment.spans.long()
+        used = predictable(alignment).nonzero()[:, 0]
+        sample = alignment.sample_index[used]
+        sides = []
+        for name, column, length in (("student", 0, student_length), ("teacher", 2, teacher_length)):
+            start, end = spans[:, column], spans[:, column + 1]
+            if len(end) and int(end.max()) > length:
+                raise ValueError(
+                    f"{name}_logits: expected a row for every token that the alignment names (chunk "
+                    f"{int(end.argmax())} ends at token {int(end.max())}), got {length} rows"
+                )
+            next_ids = None
+            if realised:
+                next_ids = _next_ids(getattr(alignment, f"{name}_ids"), len(alignment), length, name).to(
+                    device
+                )
+            begin = sample * length + start[used] - 1
+            sides.append(Rows(begin.to(device), (end - start)[used].to(device), next_ids))
+        return Chunks(sides[0], sides[1], used.to(device))
+
+
+def _next_ids(ids: Tensor | None, samples: int, length: int, name: str) -> Tensor:
+    if ids is None:
+        raise ValueError(f"alignment: merge='chain' needs the token ids, but alignment.{name}_ids is None")
+    ids = ids.reshape(samples, -1)[:, 1 : length + 1]
+    return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
+
+
+@dataclass(frozen=True)
+class Entries:
+    """The entries of W whose teacher token is in the column set.
+
+    Parameters
+    ----------
+    student : int64 [E]
+        Student ids, ascending.
+    column : int64 [E]
+        Positions in the column set.
+    weight : floating [E]
+    """
+
+    student: Tensor
+    column: Tensor
+    weight: Tensor
+
+
+def restrict(projection: Any, columns: Tensor) -> Entries:
+    """The entries of W in the given columns; differentiable with respect to ``projection.weight``.
+
+    Parameters
+    ----------
+    projection : ProjectionMatrix, or anything with its ``row_ptr``, ``col``, ``weight`` and ``shape``
+    columns : int64 [C]
+        Teacher ids; the entries go to their device.
+    """
+    device = columns.device
+    position = torch.full((projection.shape[1],), -1, dtype=torch.int64, device=device)
+    position[columns] = torch.arange(len(columns), device=device)
+    position = position[projection.col.to(device).long()]
+    kept = (position >= 0).nonzero()[:, 0]
+    row_ptr = projection.row_ptr.to(device)
+    student = torch.searchsorted(row_ptr, kept, right=True) - 1
+    return Entries(student, position[kept], projection.weight.to(device)[kept])
+
+
+def project(p: Tensor, entries: Entries, size: int) -> Tensor:
+    """``p @ W[:, C]``: mass of each student token, moved to the teacher's columns.
+
+    Parameters
+    ----------
+    p : [K, V_student]
+    entries : Entries
+    size : int
+        Number of columns C.
+
+    Returns
+    -------
+    Tensor
+        [K, C]. On CUDA the order of additions is not fixed (atomics).
+    """
+    rows = len(p)
+    moved = p.gather(1, entries.student.expand(rows, -1)) * entries.weight.to(p.dtype)
+    return p.new_zeros(rows, size).scatter_add(1, entries.column.expand(rows, -1), moved)
+
+
+def column_set(teacher_logits: Tensor, top_k: int | None) -> Tensor:
+    """The ``top_k`` columns with the largest maximum over all rows; lower ids first among equals.
+
+    Parameters
+    ----------
+    teacher_logits : [..., V]
+        All rows, padding included.
+    top_k : int or None
+        None, or at least V: all columns.
+
+    Returns
+    -------
+    Tensor
+        int64 [min(top_k, V)], ascending.
+    """
+    width = teacher_logits.shape[-1]
+    if top_k is None or top_k >= width:
+        return torch.arange(width, device=teacher_logits.device)
+    if teacher_logits.numel() == 0:
+        return torch.arange(top_k, device=teacher_logits.device)
+    maxima = teacher_logits.detach().amax(dim=tuple(range(teacher_logits.dim() - 1)))
+    return maxima.sort(descending=True, stable=True).indices[:top_k].sort().values
+
+
+def common_pairs(projection: Any, min_weight: float) -> tuple[Tensor, Tensor]:
+    """The pairs (student token, teacher token) that GOLD and H-KL compare one to one.
+
+    A student token is paired with the teacher token of its row's largest weight, if that weight is at least
+    ``min_weight``: 1 for GOLD (rows with the single weight 1), 0.6 for H-KL. Where several student tokens
+    claim one teacher token, the largest weight wins, then the lowest student id.
+
+    Returns
+    -------
+    student, teacher : int64 [P]
+        Ascending in ``student``; no id occurs twice on either side.
+    """
+    weight = projection.weight.detach()
+    row_ptr = projection.row_ptr
+    student = torch.searchsorted(row_ptr, torch.arange(len(weight), device=row_ptr.device), right=True) - 1
+    student, teacher, weight = _first_of_each(student, projection.col.long(), weight)
+    keep = weight >= min_weight
+    teacher, student, weight = _first_of_each(teacher[keep], student[keep], weight[keep])
+    order = student.argsort()
+    return student[order], teacher[order]
+
+
+def _first_of_each(key: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """For each key its entry of largest weight, then smallest `other`."""
+    order = other.argsort(stable=True)
+    order = order[weight[order].argsort(stable=True, descending=True)]
+    order = order[key[order].argsort(stable=True)]
+    key, other, weight = key[order], other[order], weight[order]
+    first = torch.ones_like(key, dtype=torch.bool)
+    first[1:] = key[1:] != key[:-1]
+    return key[first], other[first], weight[first]
+
+
+def pkl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    entries: Entries,
+    columns: Tensor,
+    *,
+    temperature: float = 1.0,
+    merge: str = "first",
+    reverse: bool = False,
+) -> Tensor:
+    """Projected KL: the teacher against the student moved to the teacher's vocabulary by W, on the columns C.
+
+    With ``x = W^T p``, for each chunk::
+
+        merge="first"   m = x / (sum_C x + eps)                        first predictor row
+                        log q = log_softmax over C of y / tau          first predictor row
+                        loss = sum_C q (log q - log(m + eps))
+        merge="mean"    as "first", with p and log q averaged over the predictor rows
+                        (q is not normalised again)
+        merge="chain"   loss = c_T (KL_first + log c_T - log c_S), where c is the product of the
+                        probabilities of the realised later tokens of the chunk
+
+    ``reverse=True`` gives ``sum_C m (log(m + eps) - log q)``; with "chain" ``c_S (KL_first + log c_S - log
+    c_T)``.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V_student]
+    teacher_logits : [N_t, V_teacher]
+    chunks : Chunks
+        With realised ids for ``merge="chain"``.
+    entries : Entries
+        W in the columns; a ``weight`` that requires a gradient gets one.
+    columns : int64 [C]
+        Teacher ids.
+
+    Returns
+    -------
+    Tensor
+        [K]
+
+    Source: X-Token (arXiv 2605.21699), section on P-KL; ``merge="mean"`` is NeMo-RL's implementation.
+    """
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    merged = chunks if merge == "mean" else chunks.first()
+    p = merged.student.mean(_scaled(student_logits[merged.student.index()], temperature, dtype).softmax(-1))
+    x = project(p, entries, len(columns))
+    m = x / (x.sum(-1, keepdim=True) + EPSILON)
+    log_m = (m + EPSILON).log()
+    y = teacher_logits[merged.teacher.index()].index_select(1, columns)
+    log_q = merged.teacher.mean(_scaled(y, temperature, dtype).log_softmax(-1))
+    if reverse:
+        loss = (m * (log_m - log_q)).sum(-1)
+    else:
+        loss = (log_q.exp() * (log_q - log_m)).sum(-1)
+    if merge == "chain":
+        log_c_student = _later_log_probability(student_logits, chunks.student, temperature, dtype)
+        log_c_teacher = _later_log_probability(teacher_logits, chunks.teacher, temperature, dtype)
+        if reverse:
+            loss = log_c_student.exp() * (loss + log_c_student - log_c_teacher)
+        else:
+            loss = log_c_teacher.exp() * (loss + log_c_teacher - log_c_student)
+    return loss * temperature**2
+
+
+def gold(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    pairs: tuple[Tensor, Tensor],
+    *,
+    uncommon_top_k: int = 8192,
+    temperature: float = 1.0,
+    reverse: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """GOLD and H-KL: KL on common pairs, sorted L1 on the rest; they differ in the pairs (see
+    `common_pairs`).
+
+    With ``lp``, ``lq`` the log_softmax over the whole vocabulary, averaged over the chunk's predictor rows::
+
+        common = sum over pairs of exp(lq) (lq - lp)             reverse: exp(lp) (lp - lq)
+        uncommon = sum_i |P_i - Q_i|
+
+    where P, Q are the largest probabilities outside the pairs, descending, ``min(uncommon_top_k, |P|, |Q|)``
+    of them.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V_student]
+    teacher_logits : [N_t, V_teacher]
+    chunks : Chunks
+    pairs : (int64 [P], int64 [P])
+        Student ids and teacher ids.
+
+    Returns
+    -------
+    common, uncommon : [K]
+        The loss is their sum.
+
+    Source: Hugging Face TRL, ``trl.experimental.gold``; X-Token (arXiv 2605.21699) for H-KL.
+    """
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    lp = _chunk_log_probabilities(student_logits, chunks.student, temperature, dtype)
+    lq = _chunk_log_probabilities(teacher_logits, chunks.teacher, temperature, dtype)
+    lp_common, lq_common = lp.index_select(1, pairs[0]), lq.index_select(1, pairs[1])
+    if reverse:
+        common = (lp_common.exp() * (lp_common - lq_common)).sum(-1)
+    else:
+        common = (lq_common.exp() * (lq_common - lp_common)).sum(-1)
+    p = lp.index_select(1, _others(pairs[0], lp.shape[1])).exp()
+    q = lq.index_select(1, _others(pairs[1], lq.shape[1])).exp()
+    k = min(uncommon_top_k, p.shape[1], q.shape[1])
+    uncommon = (p.topk(k).values - q.topk(k).values).abs().sum(-1)
+    return common * temperature**2, uncommon * temperature**2
+
+
+def uld(
+    student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, *, temperature: float = 1.0
+) -> Tensor:
+    """Universal logit distillation: ``sum_i |P_i - Q_i|`` between the two descending-sorted distributions.
+
+    P and Q are ``exp`` of the log_softmax averaged over the chunk's predictor rows; the shorter is padded
+    with zeros.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V_student]
+    teacher_logits : [N_t, V_teacher]
+    chunks : Chunks
+
+    Returns
+    -------
+    Tensor
+        [K]
+
+    Source: Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss (arXiv 2402.12030).
+    """
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    p = _chunk_log_probabilities(student_logits, chunks.student, temperature, dtype).exp()
+    q = _chunk_log_probabilities(teacher_logits, chunks.teacher, temperature, dtype).exp()
+    p, q = p.sort(descending=True).values, q.sort(descending=True).values
+    width = max(p.shape[1], q.shape[1])
+    p = torch.nn.functional.pad(p, (0, width - p.shape[1]))
+    q = torch.nn.functional.pad(q, (0, width - q.shape[1]))
+    return (p - q).abs().sum(-1) * temperature**2
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    columns: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+) -> Tensor:
+    """KL for one shared tokenizer: ``sum_C q (log q - log p)``, with p and q normalised over the columns C.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V]
+    teacher_logits : [N_t, V]
+    chunks : Chunks
+        One row on each side.
+    columns : int64 [C], optional
+        Default: all.
+
+    Returns
+    -------
+    Tensor
+        [K]
+
+    Source: Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
+    """
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    z, y = student_logits[chunks.student.start], teacher_logits[chunks.teacher.start]
+    if columns is not None:
+        z, y = z.index_select(1, columns), y.index_select(1, columns)
+    log_p = _scaled(z, temperature, dtype).log_softmax(-1)
+    log_q = _scaled(y, temperature, dtype).log_softmax(-1)
+    if reverse:
+        loss = (log_p.exp() * (log_p - log_q)).sum(-1)
+    else:
+        loss = (log_q.exp() * (log_q - log_p)).sum(-1)
+    return loss * temperature**2
+
+
+@torch.no_grad()
+def agreement(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    columns: Tensor,
+    entries: Entries | None = None,
+) -> Tensor:
+    """bool [K]: teacher and student have the same largest column in C at the first predictor row.
+
+    The student's columns are ``W^T p`` (``entries`` given) or its own logits (same tokenizer).
+    """
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    z = student_logits[chunks.student.start]
+    if entries is None:
+        x = z.index_select(1, columns)
+    else:
+        active, student = entries.student.unique(return_inverse=True)
+        p = _scaled(z.index_select(1, active), 1.0, dtype).softmax(-1)
+        x = project(p, replace(entries, student=student), len(columns))
+    y = teacher_logits[chunks.teacher.start].index_select(1, columns)
+    return x.argmax(-1) == y.argmax(-1)
+
+
+@torch.no_grad()
+def column_mass(teacher_logits: Tensor, rows: Rows, columns: Tensor) -> Tensor:
+    """[K]: the teacher's probability inside the columns, at each chunk's first predictor row."""
+    y = _scaled(teacher_logits[rows.start], 1.0, _statistics_dtype(teacher_logits))
+    return (y.index_select(1, columns).logsumexp(-1) - y.logsumexp(-1)).exp()
+
+
+def _statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    logits = logits.to(dtype).clamp_min(LOWEST_LOGIT)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def _chunk_log_probabilities(logits: Tensor, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:
+    return rows.mean(_scaled(logits[rows.index()], temperature, dtype).log_softmax(-1))
+
+
+def _later_log_probability(logits: Tensor, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:
+    if rows.next_ids is None:
+        raise ValueError("chunks: merge='chain' needs the realised ids, see Chunks.of(realised=True)")
+    index, owner = rows.later()
+    log_p = _scaled(logits[index], temperature, dtype).log_softmax(-1)
+    return rows.total(log_p.gather(1, rows.next_ids[index, None])[:, 0], owner)
+
+
+def _others(ids: Tensor, size: int) -> Tensor:
+    rest = torch.ones(size, dtype=torch.bool, device=ids.device)
+    rest[ids] = False
+    return rest.nonzero()[:, 0]
