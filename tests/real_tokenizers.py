@@ -67,6 +67,7 @@ def _smollm2(folder: Path) -> Any:
 def _trained(model: Any, trainer: Any, **parts: Any) -> Any:
     """A small tokenizer of another family, trained on the Python manual."""
     from pydoc_data.topics import topics
+
     from tokenizers import Tokenizer
 
     tokenizer = Tokenizer(model)
@@ -81,7 +82,9 @@ def _wordpiece(folder: Path) -> Any:
 
     return _trained(
         models.WordPiece(unk_token="[UNK]"),
-        trainers.WordPieceTrainer(vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False),
+        trainers.WordPieceTrainer(
+            vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
+        ),
         normalizer=normalizers.BertNormalizer(lowercase=True),
         pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
         decoder=decoders.WordPiece(),
@@ -93,7 +96,9 @@ def _unigram(folder: Path) -> Any:
 
     return _trained(
         models.Unigram(),
-        trainers.UnigramTrainer(vocab_size=3000, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False),
+        trainers.UnigramTrainer(
+            vocab_size=3000, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
+        ),
         normalizer=normalizers.NFKC(),
         pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"),
         decoder=decoders.Metaspace(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import threading
 import time
@@ -9,13 +10,19 @@ import time
 import numpy as np
 import pytest
 import torch
-from real_tokenizers import TEXTS, encode
 from hypothesis import given
 from hypothesis import strategies as st
+from real_tokenizers import TEXTS, encode
 
 from xtoken import Aligner, Alignment, Vocabulary
 
-PAIRS = [("llama3", "qwen3"), ("qwen3", "o200k"), ("smollm2", "llama3"), ("tekken", "qwen3"), ("mistral", "llama3")]
+PAIRS = [
+    ("llama3", "qwen3"),
+    ("qwen3", "o200k"),
+    ("smollm2", "llama3"),
+    ("tekken", "qwen3"),
+    ("mistral", "llama3"),
+]
 
 
 def finest_cut(student: list[bytes], teacher: list[bytes]) -> list[list[int]]:
@@ -27,7 +34,7 @@ def finest_cut(student: list[bytes], teacher: list[bytes]) -> list[list[int]]:
             position += len(token)
             side[position] = i + 1
     shared = sorted(ends[0].keys() & ends[1].keys())
-    return [[ends[0][a], ends[0][b], ends[1][a], ends[1][b]] for a, b in zip(shared, shared[1:], strict=False)]
+    return [[ends[0][a], ends[0][b], ends[1][a], ends[1][b]] for a, b in itertools.pairwise(shared)]
 
 
 def check_invariants(alignment: Alignment, student: Vocabulary, teacher: Vocabulary, student_ids, teacher_ids) -> None:
@@ -80,7 +87,7 @@ tokens = st.lists(st.text("ab", min_size=1, max_size=3), max_size=12)
 def test_merge_equals_the_definition(student, cuts):
     text = "".join(student)
     bounds = sorted({0, len(text), *(c for c in cuts if c < len(text))})
-    teacher = [text[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    teacher = [text[a:b] for a, b in itertools.pairwise(bounds)]
     assert spans_of(student, teacher) == finest_cut([t.encode() for t in student], [t.encode() for t in teacher])
 
 
@@ -116,7 +123,12 @@ def test_any_two_sequences_give_valid_symmetric_chunks(student, teacher):
         pytest.param([" hello", " world"], ["hello", " world"], [[1, 2, 1, 2]], id="dummy space inside"),
         pytest.param(["ab", "c"], ["ab", "cd", "e"], [[0, 1, 0, 1]], id="truncated inside a token"),
         pytest.param(["the"], ["theory", "the"], [], id="a truncated token does not match a later one"),
-        pytest.param(["bcd", "ef", "gh"], ["a", "bcd", "ef", "gh"], [[0, 1, 1, 2], [1, 2, 2, 3], [2, 3, 3, 4]], id="cut in front"),
+        pytest.param(
+            ["bcd", "ef", "gh"],
+            ["a", "bcd", "ef", "gh"],
+            [[0, 1, 1, 2], [1, 2, 2, 3], [2, 3, 3, 4]],
+            id="cut in front",
+        ),
         pytest.param(["", "a", "b"], ["a", "", "b"], [[1, 2, 0, 1], [2, 3, 2, 3]], id="empty tokens stay alone"),
         pytest.param(["see", " cat", " run"], ["see", " dog", " run"], [[0, 1, 0, 1], [2, 3, 2, 3]], id="one edit"),
         pytest.param(["a", "<x>", "b"], ["ab"], [], id="a special inside a token"),
@@ -226,7 +238,10 @@ def test_threads_do_not_change_the_result_and_release_the_gil(tokenizer, vocabul
     teacher = encode(tokenizer("qwen3"), " ".join(TEXTS.values()))
     copies = 4000
     aligners = [Aligner(vocabulary("llama3"), vocabulary("qwen3"), num_threads=n) for n in (1, 2, 5)]
-    ragged = [[student[: len(student) - k % 7] for k in range(copies)], [teacher[: len(teacher) - k % 5] for k in range(copies)]]
+    ragged = [
+        [student[: len(student) - k % 7] for k in range(copies)],
+        [teacher[: len(teacher) - k % 5] for k in range(copies)],
+    ]
     results = [aligner.align(*ragged) for aligner in aligners]
     for other in results[1:]:
         assert torch.equal(results[0].spans, other.spans)
@@ -261,13 +276,21 @@ def test_empty_inputs(toy):
 @pytest.mark.parametrize(
     ("arguments", "error", "match"),
     [
-        (([6], [1]), ValueError, r"student_ids: token id 6 at sample 0, position 0 is outside the vocabulary of 6"),
+        (
+            ([6], [1]),
+            ValueError,
+            r"student_ids: token id 6 at sample 0, position 0 is outside the vocabulary of 6",
+        ),
         (([[2], [2]], [[1], [-3]]), ValueError, r"teacher_ids: token id -3 at sample 1, position 0"),
         (([2**40], [1]), ValueError, "student_ids: token id 1099511627776"),
         (([[2]], [[1], [1]]), ValueError, "teacher_ids: expected 1 samples"),
         (([2], [[1]]), ValueError, "teacher_ids: expected one sample or a batch"),
         (([2.5], [1]), TypeError, "student_ids: expected integers"),
-        ((torch.zeros(1, 1, 1, dtype=torch.long), [1]), ValueError, r"student_ids: expected shape \[T\] or \[B, T\]"),
+        (
+            (torch.zeros(1, 1, 1, dtype=torch.long), [1]),
+            ValueError,
+            r"student_ids: expected shape \[T\] or \[B, T\]",
+        ),
         (([2], [1], [1, 1]), ValueError, "student_mask: expected the shape of student_ids"),
     ],
 )
@@ -320,16 +343,25 @@ def test_alignment_from_spans():
         (lambda: Alignment([[-1, 1, 0, 1]]), "spans: chunk 0"),
         (lambda: Alignment([[0, 2, 0, 1], [1, 3, 1, 2]]), "spans: chunk 1 .* goes backwards"),
         (lambda: Alignment([[2, 3, 2, 3], [3, 4, 0, 1]]), "spans: chunk 1"),
-        (lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 2]), "offsets: expected a non-decreasing sequence from 0 to 1"),
+        (
+            lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 2]),
+            "offsets: expected a non-decreasing sequence from 0 to 1",
+        ),
         (lambda: Alignment([[0, 1, 0, 1]], offsets=[]), r"offsets: expected shape \[B \+ 1\]"),
         (lambda: Alignment([[0, 1, 0, 1]], student_ids=[[1]]), r"student_ids: expected shape \[T\]"),
-        (lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 1], teacher_ids=[1]), r"teacher_ids: expected shape \[1, T\]"),
+        (
+            lambda: Alignment([[0, 1, 0, 1]], offsets=[0, 1], teacher_ids=[1]),
+            r"teacher_ids: expected shape \[1, T\]",
+        ),
         (lambda: Alignment([[0, 1, 0, 1]], predicted=[True, True]), r"predicted: expected shape \[1\]"),
         (lambda: Alignment([]).chunk_ids("left"), "side: expected 'student' or 'teacher'"),
         (lambda: Alignment([[0, 2, 0, 1]]).chunk_ids(length=1), "length: chunks reach token 2"),
         (lambda: Alignment([]).slice(1), "slice: expected 0 <= start"),
         (lambda: Alignment.cat([]), "alignments: expected at least one"),
-        (lambda: Alignment([]).pretty(Vocabulary([]), Vocabulary([])), "pretty: this alignment carries no token ids"),
+        (
+            lambda: Alignment([]).pretty(Vocabulary([]), Vocabulary([])),
+            "pretty: this alignment carries no token ids",
+        ),
     ],
 )
 def test_bad_alignments(make, match):

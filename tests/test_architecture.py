@@ -11,7 +11,9 @@ ROOT = Path(__file__).parents[1]
 
 
 def test_the_core_knows_neither_torch_nor_python():
-    sources = [path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h"} and "bindings" not in path.parts]
+    sources = [
+        path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h"} and "bindings" not in path.parts
+    ]
     assert len(sources) > 10
     for path in sources:
         assert not re.search(r"#include\s*[<\"](torch|ATen|c10|Python\.h|pybind11)", path.read_text()), path

@@ -68,7 +68,13 @@ def test_report(pair):
     report = coverage_audit(*pair)
     assert report.recommendation == "pkl"
     row = report.classes["digits_2"]
-    assert (row.count, row.exact, row.common, row.split, row.unmapped) == (1, 0, 0, 1, 0)  # "1" itself is nearer to "1"
+    assert (row.count, row.exact, row.common, row.split, row.unmapped) == (
+        1,
+        0,
+        0,
+        1,
+        0,
+    )  # "1" itself is nearer to "1"
     letters = report.classes["ascii_letters"]
     assert (letters.count, letters.exact, letters.split) == (2, 1, 1)
     assert report.classes["special"].unmapped == 1

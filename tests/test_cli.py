@@ -49,7 +49,9 @@ def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
 
 
 def test_installed_command_prints_the_configuration():
-    output = subprocess.run([sys.executable, "-m", "xtoken", "config"], capture_output=True, text=True, check=True).stdout
+    output = subprocess.run(
+        [sys.executable, "-m", "xtoken", "config"], capture_output=True, text=True, check=True
+    ).stdout
     facts = dict(line.split("  ", 1) for line in output.splitlines())
     assert facts["xtoken"].strip() == _core.version
     assert facts["compiler"].strip().startswith(_core.compiler)

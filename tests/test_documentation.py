@@ -11,7 +11,9 @@ import pytest
 
 import xtoken
 
-MODULES = [m.name for m in pkgutil.walk_packages(xtoken.__path__, "xtoken.") if not m.name.endswith(("_core", "__main__"))]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(xtoken.__path__, "xtoken.") if not m.name.endswith(("_core", "__main__"))
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

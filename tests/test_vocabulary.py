@@ -9,9 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from real_tokenizers import LOADERS, TEXTS, encode
 from hypothesis import given
 from hypothesis import strategies as st
+from real_tokenizers import LOADERS, TEXTS, encode
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from xtoken import Vocabulary, _core
@@ -50,9 +50,20 @@ def test_wordpiece_spells_the_words(tokenizer, vocabulary):
 
 def test_spellings():
     spelling = _core.TokenSpelling
-    assert _core.spelled_bytes(["Ġhello", "ä½ł", "Ċ", "漢"], spelling.byte_level) == [b" hello", "你".encode(), b"\n", "漢".encode()]
+    assert _core.spelled_bytes(["Ġhello", "ä½ł", "Ċ", "漢"], spelling.byte_level) == [
+        b" hello",
+        "你".encode(),
+        b"\n",
+        "漢".encode(),
+    ]
     assert _core.spelled_bytes(["▁hello", "▁▁", "a"], spelling.metaspace) == [b" hello", b"  ", b"a"]
-    assert _core.spelled_bytes(["word", "##ing", ",", "##", "你"], spelling.wordpiece) == [b" word", b"ing", b",", b"##", "你".encode()]
+    assert _core.spelled_bytes(["word", "##ing", ",", "##", "你"], spelling.wordpiece) == [
+        b" word",
+        b"ing",
+        b",",
+        b"##",
+        "你".encode(),
+    ]
 
 
 @given(st.binary(max_size=30))
@@ -144,7 +155,9 @@ def test_sources_agree(tmp_path, tokenizer):
 def test_fingerprint_is_frozen_and_sees_every_part():
     v = Vocabulary([b"a", b"bc"], roles={"eos": 1})
     expected = hashlib.sha256(b"xtoken vocabulary 1\n")
-    expected.update(np.array([1, 2], dtype="<i8").tobytes() + b"abc" + bytes([0, 2]) + json.dumps([["eos", 1]]).encode())
+    expected.update(
+        np.array([1, 2], dtype="<i8").tobytes() + b"abc" + bytes([0, 2]) + json.dumps([["eos", 1]]).encode()
+    )
     assert v.fingerprint() == expected.hexdigest()
     others = [
         Vocabulary([b"ab", b"c"], roles={"eos": 1}),
@@ -174,10 +187,22 @@ def test_encode(vocabulary):
         (lambda: Vocabulary([b"a"], kinds=[7]), ValueError, "kinds: expected indices"),
         (lambda: Vocabulary([b"a"], roles={"eos": 1}), ValueError, "roles: 'eos' is token 1"),
         (lambda: Vocabulary([b"a"], kinds=["normal"], roles={"eos": 0}), ValueError, "not of kind 'special'"),
-        (lambda: Vocabulary.from_tokenizer(3), TypeError, "tokenizer: expected a transformers fast tokenizer"),
+        (
+            lambda: Vocabulary.from_tokenizer(3),
+            TypeError,
+            "tokenizer: expected a transformers fast tokenizer",
+        ),
         (lambda: Vocabulary.from_tokenizer("./no/such/folder"), FileNotFoundError, "no such file"),
-        (lambda: Vocabulary.from_tokenizer(Path("no/such/deep/file.json")), FileNotFoundError, "no such file"),
-        (lambda: Vocabulary([b"a"]).decode([1]), ValueError, "token id 1 is outside the vocabulary of 1 tokens"),
+        (
+            lambda: Vocabulary.from_tokenizer(Path("no/such/deep/file.json")),
+            FileNotFoundError,
+            "no such file",
+        ),
+        (
+            lambda: Vocabulary([b"a"]).decode([1]),
+            ValueError,
+            "token id 1 is outside the vocabulary of 1 tokens",
+        ),
     ],
 )
 def test_bad_input(make, error, match):

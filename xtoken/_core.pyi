@@ -24,12 +24,39 @@ def byte_level_piece(bytes: bytes, /) -> str: ...
 class Vocabulary:
     def __init__(self, tokens: list[bytes], kinds: NDArray[np.uint8], roles: list[tuple[str, int]]) -> None: ...
     def __len__(self) -> int: ...
-    def bytes(self, token_id: int, /) -> bytes: ...
     def join(self, ids: NDArray[np.int64], /) -> bytes: ...
     def valid_utf8(self) -> NDArray[np.uint8]: ...
 
+class DpLimits:
+    cell_budget: int
+    window_edges: int
+    all_ties: bool
+    plain_cells: int
+    first_slack: int
+    slack_growth: int
+    plain_share: int
+    row_bytes: int
+
+def dp_moves(
+    student_tokens: list[bytes],
+    teacher_tokens: list[bytes],
+    student_special: list[bool] | None = None,
+    teacher_special: list[bool] | None = None,
+    limits: DpLimits = ...,
+) -> tuple[NDArray[np.uint8], float, bool, int]: ...
+def table_moves(
+    student_tokens: list[bytes],
+    teacher_tokens: list[bytes],
+    student_special: list[bool] | None = None,
+    teacher_special: list[bool] | None = None,
+) -> tuple[NDArray[np.uint8], float]: ...
+
+default_cell_budget: int
+
 class AlignMethod(Enum):
+    auto = ...
     bytes = ...
+    dp = ...
 
 class Aligner:
     def __init__(self, student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool) -> None: ...
@@ -42,8 +69,9 @@ class Aligner:
         teacher_offsets: NDArray[np.int64],
         teacher_mask: NDArray[np.uint8] | None,
         method: AlignMethod,
+        cell_budget: int,
         threads: int,
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8]]: ...
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]: ...
 
 def exact_images(
     student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool

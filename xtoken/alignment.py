@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -77,7 +78,7 @@ class Alignment:
         if self.offsets.dim() != 1 or self.offsets.numel() == 0:
             raise ValueError(f"offsets: expected shape [B + 1], got {list(self.offsets.shape)}")
         bounds = self.offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
         self._check_order()
         self.student_ids = self._check_ids(student_ids, "student_ids")
@@ -95,10 +96,10 @@ class Alignment:
             raise ValueError(f"{name}: expected shape [{count}], got {list(flags.shape)}")
         return flags
 
-    def _check_ids(self, ids: Any, name: str) -> Tensor | None:
-        if ids is None:
+    def _check_ids(self, value: Any, name: str) -> Tensor | None:
+        if value is None:
             return None
-        ids = _int_tensor(ids, name, torch.int64).to(self.spans.device)
+        ids = _int_tensor(value, name, torch.int64).to(self.spans.device)
         expected = 2 if self.batched else 1
         if ids.dim() != expected or (self.batched and ids.shape[0] != len(self)):
             shape = f"[{len(self)}, T]" if self.batched else "[T]"
@@ -217,7 +218,9 @@ class Alignment:
             given = [getattr(part, name) for part in alignments]
             if any(ids is None for ids in given):
                 return None
-            return pad_rows([row for ids, part in zip(given, alignments, strict=True) for row in ids.reshape(len(part), -1)])
+            return pad_rows(
+                [row for ids, part in zip(given, alignments, strict=True) for row in ids.reshape(len(part), -1)]
+            )
 
         return Alignment(
             torch.cat([part.spans for part in alignments]),
@@ -229,7 +232,13 @@ class Alignment:
         )
 
     def pretty(
-        self, student_tok: TokenizerLike, teacher_tok: TokenizerLike, *, sample: int = 0, color: bool = True, width: int = 110
+        self,
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        *,
+        sample: int = 0,
+        color: bool = True,
+        width: int = 110,
     ) -> str:
         """The chunks of one sample as two lines of cells, student above teacher, for printing.
 
@@ -284,15 +293,21 @@ class Aligner:
         ``"bytes"``: where both sides spell the same bytes, the text is cut at every token boundary that both share, in
         linear time. Special tokens pair by role or stay alone. Where the sides disagree (an edit, a one-sided special
         token, a dummy space, an early end), the tokens up to the next agreement stay unaligned.
+        ``"auto"``: the same, but where the sides disagree the dynamic program aligns what it can.
+        ``"dp"``: the dynamic program of the paper over the whole sample, exact. It knows matches of one token, and one
+        token against two to four; other chunks are gaps to it.
     fold_space_punctuation : bool
         Whether a space and punctuation (``" ,"``) equal the punctuation alone.
+    cell_budget : int, optional
+        Table cells that one dynamic program may compute. Past it the sample's alignment is still valid, but
+        `Alignment.optimal` is False. Default: 2e8, about a tenth of a second.
     num_threads : int, optional
         Threads for a batch. Default: all processors of this process.
 
     Raises
     ------
     ValueError
-        For an unknown method or fewer than one thread.
+        For an unknown method, a negative budget or fewer than one thread.
 
     Examples
     --------
@@ -306,9 +321,10 @@ class Aligner:
         self,
         student_tok: TokenizerLike,
         teacher_tok: TokenizerLike,
-        method: str = "bytes",
+        method: str = "auto",
         *,
         fold_space_punctuation: bool = False,
+        cell_budget: int | None = None,
         num_threads: int | None = None,
     ) -> None:
         if method not in METHODS:
@@ -318,6 +334,9 @@ class Aligner:
         self.student = Vocabulary.from_tokenizer(student_tok)
         self.teacher = Vocabulary.from_tokenizer(teacher_tok)
         self.method = method
+        self.cell_budget = _core.default_cell_budget if cell_budget is None else cell_budget
+        if self.cell_budget < 0:
+            raise ValueError(f"cell_budget: expected at least 0, got {cell_budget}")
         self.num_threads = num_threads or _core.available_processors()
         self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
 
@@ -354,9 +373,9 @@ class Aligner:
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
         if student.is_batch != teacher.is_batch:
             raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
-        spans, offsets, predicted = self._core.align(
+        spans, offsets, predicted, optimal = self._core.align(
             student.flat, student.offsets, student.mask, teacher.flat, teacher.offsets, teacher.mask,
-            _core.AlignMethod[self.method], self.num_threads,
+            _core.AlignMethod[self.method], self.cell_budget, self.num_threads,
         )  # fmt: skip
         return Alignment._trusted(
             spans=torch.from_numpy(spans),
@@ -364,7 +383,7 @@ class Aligner:
             batched=student.is_batch,
             student_ids=student.ids,
             teacher_ids=teacher.ids,
-            optimal=torch.ones(len(offsets) - 1, dtype=torch.bool),
+            optimal=torch.from_numpy(optimal).bool(),
             predicted=torch.from_numpy(predicted).bool(),
         )
 
@@ -427,14 +446,16 @@ def _two_lines(spans: list[list[int]], student: list[str], teacher: list[str], c
             cells.append(("|".join(student[a:b]), "|".join(teacher[c:d]), True))
         i, j = b, d
     lines: list[str] = []
-    upper, lower, used = [], [], 0
+    upper: list[str] = []
+    lower: list[str] = []
+    used = 0
     for k, (above, below, aligned) in enumerate(cells):
         size = max(len(above), len(below))
         if used and used + size + 1 > width:
             lines += [" ".join(upper), " ".join(lower), ""]
             upper, lower, used = [], [], 0
         used += size + 1
-        start, end = ("\x1b[4%dm\x1b[30m" % (2 + k % 5) if aligned else "\x1b[2m", "\x1b[0m") if color else ("", "")
+        start, end = (f"\x1b[4{2 + k % 5}m\x1b[30m" if aligned else "\x1b[2m", "\x1b[0m") if color else ("", "")
         upper.append(start + above.ljust(size) + end)
         lower.append(start + below.ljust(size) + end)
     return "\n".join([*lines, " ".join(upper), " ".join(lower)])

@@ -95,7 +95,9 @@ class CoverageReport:
             shares = "".join(f" {row.share(key):8.1%}" for key in ("exact", "common", "split", "unmapped"))
             mark = "*" if name in self.critical else ""
             lines.append(f"{name + mark:<20} {row.count:>11,}{shares if row.count else ''}")
-        return "\n".join([*lines, f"recommended loss: {self.recommendation}", *(f"  {reason}" for reason in self.reasons)])
+        return "\n".join(
+            [*lines, f"recommended loss: {self.recommendation}", *(f"  {reason}" for reason in self.reasons)]
+        )
 
 
 def coverage_audit(
@@ -141,7 +143,8 @@ def coverage_audit(
         projection = ProjectionMatrix.build(student, teacher)
     if projection.shape != (len(student), len(teacher)):
         raise ValueError(
-            f"projection: expected shape {[len(student), len(teacher)]}, one row and column a token, got {list(projection.shape)}"
+            f"projection: expected shape {[len(student), len(teacher)]}, one row and one column a token, "
+            f"got {list(projection.shape)}"
         )
     projection.check_tokenizers(student, teacher)
     names = [token_class(student[i], bool(text)) for i, text in enumerate(student.is_text)]
@@ -168,7 +171,8 @@ def coverage_audit(
     }
     classes = {
         name: ClassCoverage(
-            count=int(weight[inside].sum()), **{key: int(weight[inside & flag].sum()) for key, flag in flags.items()}
+            count=int(weight[inside].sum()),
+            **{key: int(weight[inside & flag].sum()) for key, flag in flags.items()},
         )
         for name, inside in members.items()
     }

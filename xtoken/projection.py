@@ -111,11 +111,11 @@ class ProjectionMatrix:
     ) -> ProjectionMatrix:
         """Builds W by rules.
 
-        Pass 1 gives weight 1 to the teacher token with the same bytes, or with the same role. Pass 2 encodes the text of
-        every other token by the teacher; piece ``i`` gets the weight ``beta * gamma**i``, weights of a repeated piece add
-        up, the `top_k` largest are kept (the earlier on ties) and divided by their sum. Pass 3 (`reverse`) encodes the
-        teacher tokens that nothing reaches by the student and adds ``beta * gamma**i`` to (piece ``i``, token); changed
-        rows are cut to `top_k` and normalised again.
+        Pass 1 gives weight 1 to the teacher token with the same bytes, or with the same role. Pass 2 encodes the text
+        of every other token by the teacher; piece ``i`` gets the weight ``beta * gamma**i``, weights of a repeated
+        piece add up, the `top_k` largest are kept (the earlier on ties) and divided by their sum. Pass 3 (`reverse`)
+        encodes the teacher tokens that nothing reaches by the student and adds ``beta * gamma**i`` to (piece ``i``,
+        token); changed rows are cut to `top_k` and normalised again.
 
         Parameters
         ----------
@@ -128,7 +128,7 @@ class ProjectionMatrix:
         reverse : bool
             Whether to run pass 3.
         fold_space_punctuation : bool
-            Whether a space and punctuation (``" ,"``) equal the punctuation alone, where no token has the same bytes.
+            Whether a space and punctuation (``" ,"``) equal the punctuation alone, if no token has the same bytes.
 
         Returns
         -------
@@ -153,13 +153,13 @@ class ProjectionMatrix:
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
         pending = np.flatnonzero((image < 0) & student.is_text).astype(np.int32)
-        ptr, ids = encode_pieces(teacher, [student[i] for i in pending])
+        ptr, ids = encode_pieces(teacher, [student[i] for i in pending.tolist()])
         rows = _core.build_rows(image, pending, ptr, ids, len(teacher), beta, gamma, top_k)
         if reverse:
             reached = np.zeros(len(teacher), dtype=bool)
             reached[rows[1]] = True
             unreached = np.flatnonzero(~reached & teacher.is_text).astype(np.int32)
-            ptr, ids = encode_pieces(student, [teacher[i] for i in unreached])
+            ptr, ids = encode_pieces(student, [teacher[i] for i in unreached.tolist()])
             rows = _core.add_reverse(*rows, unreached, ptr, ids, beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
         metadata = {
@@ -193,7 +193,8 @@ class ProjectionMatrix:
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if indices.dim() != 2 or indices.shape != weights.shape:
             raise ValueError(
-                f"weights: expected the shape [V_student, k] of indices, {list(indices.shape)}, got {list(weights.shape)}"
+                f"weights: expected the shape [V_student, k] of indices, {list(indices.shape)}, "
+                f"got {list(weights.shape)}"
             )
         keep = (indices != -1) & (weights != 0)
         order = torch.where(keep, indices, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
@@ -259,7 +260,10 @@ class ProjectionMatrix:
 
     @classmethod
     def load(
-        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+        cls,
+        path: str | os.PathLike[str],
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
     ) -> ProjectionMatrix:
         """Reads a file written by `save`.
 
@@ -313,7 +317,10 @@ class ProjectionMatrix:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+        cls,
+        source: str | os.PathLike[str],
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
     ) -> ProjectionMatrix:
         """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`."""
         path = Path(source) / FILE_NAME
@@ -325,7 +332,7 @@ class ProjectionMatrix:
 
     @classmethod
     def from_nemo(cls, path: str | os.PathLike[str], teacher_vocab_size: int) -> ProjectionMatrix:
-        """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k], by ``torch.load`` of weights only.
+        """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k]; no code in it is run.
 
         Raises
         ------
@@ -338,7 +345,7 @@ class ProjectionMatrix:
         return cls.from_topk(table["indices"], table["likelihoods"], teacher_vocab_size)
 
     def to_nemo(self, path: str | os.PathLike[str]) -> None:
-        """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and likelihood 0."""
+        """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and weight 0."""
         width = max(1, int(self.row_ptr.diff().max())) if self.shape[0] else 1
         row = self.row_index
         place = torch.arange(self.nnz) - self.row_ptr[row]

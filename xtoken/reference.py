@@ -142,9 +142,7 @@ class Chunks:
                 )
             next_ids = None
             if realised:
-                next_ids = _next_ids(getattr(alignment, f"{name}_ids"), len(alignment), length, name).to(
-                    device
-                )
+                next_ids = _next_ids(getattr(alignment, f"{name}_ids"), len(alignment), length, name).to(device)
             begin = sample * length + start[used] - 1
             sides.append(Rows(begin.to(device), (end - start)[used].to(device), next_ids))
         return Chunks(sides[0], sides[1], used.to(device))
@@ -388,9 +386,7 @@ def gold(
     return common * temperature**2, uncommon * temperature**2
 
 
-def uld(
-    student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, *, temperature: float = 1.0
-) -> Tensor:
+def uld(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, *, temperature: float = 1.0) -> Tensor:
     """Universal logit distillation: ``sum_i |P_i - Q_i|`` between the two descending-sorted distributions.
 
     P and Q are ``exp`` of the log_softmax averaged over the chunk's predictor rows; the shorter is padded

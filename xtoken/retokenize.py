@@ -21,8 +21,8 @@ _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of
 def encode_pieces(vocabulary: Vocabulary, texts: Sequence[bytes]) -> tuple[NDArray[np.int64], NDArray[np.int32]]:
     """Encodes each text on its own: no special tokens, no dummy space in front, no truncation.
 
-    Valid UTF-8 goes through the tokenizer in one batch. Bytes that are not valid UTF-8 go to the byte-level model itself
-    or to byte-fallback pieces, never through U+FFFD; what has no piece at all, and unknown tokens, are left out.
+    Valid UTF-8 goes through the tokenizer in one batch. Bytes that are not valid UTF-8 go to the byte-level model
+    itself or to byte-fallback pieces, never through U+FFFD; what has no piece, and unknown tokens, are left out.
 
     Parameters
     ----------

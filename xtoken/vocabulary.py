@@ -127,7 +127,7 @@ class Vocabulary:
             return tokenizer
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = _load(tokenizer)
-        backend = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        backend: Any = getattr(tokenizer, "backend_tokenizer", tokenizer)
         if not all(hasattr(backend, name) for name in ("get_vocab", "get_added_tokens_decoder", "decoder", "model")):
             raise TypeError(
                 "tokenizer: expected a transformers fast tokenizer, a tokenizers.Tokenizer, a path or a Hub id, got "
@@ -159,7 +159,10 @@ class Vocabulary:
                 tokens[i] = added.content.encode()
                 kinds[i] = TOKEN_KINDS.index("normal")
         if spelling != _core.TokenSpelling.byte_level:  # these list <s>, <unk> and the like in the vocabulary itself
-            special = {**{name: base[name] for names in ROLES.values() for name in names if name in base}, **special}
+            special = {
+                **{name: base[name] for names in ROLES.values() for name in names if name in base},
+                **special,
+            }
         roles = _find_roles(tokenizer, special)
         kinds[list(roles.values())] = TOKEN_KINDS.index("special")
         return cls(tokens, kinds.tolist(), roles, tokenizer=backend)
@@ -174,7 +177,7 @@ class Vocabulary:
 
     def kind(self, token_id: int) -> str:
         """Kind of a token, one of `TOKEN_KINDS`."""
-        return TOKEN_KINDS[self.kinds[token_id]]
+        return TOKEN_KINDS[int(self.kinds[token_id])]
 
     @property
     def is_text(self) -> NDArray[np.bool_]:

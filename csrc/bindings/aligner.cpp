@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "bindings/arrays.h"
+#include "core/align_dp.h"
 
 namespace xtoken {
 namespace {
@@ -25,7 +26,12 @@ TokenBatch to_batch(const char* name, const Array<int64_t>& ids, const Array<int
 }  // namespace
 
 void bind_aligner(py::module_& m) {
-    py::native_enum<AlignMethod>(m, "AlignMethod", "enum.Enum").value("bytes", AlignMethod::bytes).finalize();
+    py::native_enum<AlignMethod>(m, "AlignMethod", "enum.Enum")
+        .value("auto", AlignMethod::automatic)
+        .value("bytes", AlignMethod::bytes)
+        .value("dp", AlignMethod::dp)
+        .finalize();
+    m.attr("default_cell_budget") = DpLimits{}.cell_budget;
 
     py::class_<Aligner>(m, "Aligner")
         .def(py::init([](const Vocabulary& student, const Vocabulary& teacher, bool fold_space_punctuation) {
@@ -37,7 +43,7 @@ void bind_aligner(py::module_& m) {
             [](const Aligner& aligner, const Array<int64_t>& student_ids, const Array<int64_t>& student_offsets,
                const std::optional<Array<uint8_t>>& student_mask, const Array<int64_t>& teacher_ids,
                const Array<int64_t>& teacher_offsets, const std::optional<Array<uint8_t>>& teacher_mask,
-               AlignMethod method, int threads) {
+               AlignMethod method, int64_t cell_budget, int threads) {
                 const TokenBatch student = to_batch("student_ids", student_ids, student_offsets, student_mask);
                 const TokenBatch teacher = to_batch("teacher_ids", teacher_ids, teacher_offsets, teacher_mask);
                 const int64_t samples = student_offsets.size() - 1;
@@ -48,15 +54,16 @@ void bind_aligner(py::module_& m) {
                 BatchAlignment result;
                 {
                     py::gil_scoped_release release;
-                    result = aligner.align(student, teacher, samples, method, threads);
+                    result = aligner.align(student, teacher, samples, method, cell_budget, threads);
                 }
                 static_assert(sizeof(Span) == 4 * sizeof(int32_t), "a Span is a row of four integers");
-                return py::make_tuple(to_array<int32_t>(std::move(result.spans), 4),
-                                      to_array<int64_t>(std::move(result.offsets)),
-                                      to_array<uint8_t>(std::move(result.predicted)));
+                return py::make_tuple(
+                    to_array<int32_t>(std::move(result.spans), 4), to_array<int64_t>(std::move(result.offsets)),
+                    to_array<uint8_t>(std::move(result.predicted)), to_array<uint8_t>(std::move(result.optimal)));
             },
             py::arg("student_ids"), py::arg("student_offsets"), py::arg("student_mask"), py::arg("teacher_ids"),
-            py::arg("teacher_offsets"), py::arg("teacher_mask"), py::arg("method"), py::arg("threads"));
+            py::arg("teacher_offsets"), py::arg("teacher_mask"), py::arg("method"), py::arg("cell_budget"),
+            py::arg("threads"));
 }
 
 }  // namespace xtoken

@@ -18,8 +18,8 @@ namespace py = pybind11;
 template <typename T>
 using Array = py::array_t<T, py::array::c_style>;
 
-// Hands a vector over to NumPy as an array of T, or with `columns` > 0 as a matrix of rows of that many T, one for each
-// element of the vector.
+// Hands a vector over to NumPy as an array of T, or with `columns` > 0 as a matrix of rows of that many T,
+// one for each element of the vector.
 template <typename T, typename Element>
 py::array_t<T> to_array(std::vector<Element>&& values, py::ssize_t columns = 0) {
     auto* owned = new std::vector<Element>(std::move(values));
@@ -38,6 +38,7 @@ std::vector<T> to_vector(const Array<T>& array, const char* name) {
 }
 
 void bind_vocabulary(py::module_& m);
+void bind_align_dp(py::module_& m);
 void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
 

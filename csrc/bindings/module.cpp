@@ -34,6 +34,7 @@ PYBIND11_MODULE(_core, m) {
     m.def("cpu_features", &cpu_features, "Instruction sets of this processor.");
     m.def("available_processors", &available_processors, "Processors that this process may run on.");
     bind_vocabulary(m);
+    bind_align_dp(m);
     bind_aligner(m);
     bind_projection(m);
 }

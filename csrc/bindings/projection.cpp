@@ -44,7 +44,8 @@ void bind_projection(py::module_& m) {
         "exact_images",
         [](const Vocabulary& student, const Vocabulary& teacher, bool fold_space_punctuation) {
             ExactImages images = exact_images(student, teacher, CanonicalRules{fold_space_punctuation});
-            return py::make_tuple(to_array<int32_t>(std::move(images.image)), to_array<uint8_t>(std::move(images.kind)));
+            return py::make_tuple(to_array<int32_t>(std::move(images.image)),
+                                  to_array<uint8_t>(std::move(images.kind)));
         },
         py::arg("student"), py::arg("teacher"), py::arg("fold_space_punctuation"));
 

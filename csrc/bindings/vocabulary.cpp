@@ -41,7 +41,8 @@ void bind_vocabulary(py::module_& m) {
         "spelled_bytes",
         [](const std::vector<std::string>& pieces, TokenSpelling spelling, const std::string& word_prefix) {
             py::list result;
-            for (const std::string& piece : pieces) result.append(py::bytes(spelled_bytes(piece, spelling, word_prefix)));
+            for (const std::string& piece : pieces)
+                result.append(py::bytes(spelled_bytes(piece, spelling, word_prefix)));
             return result;
         },
         py::arg("pieces"), py::arg("spelling"), py::arg("word_prefix") = "##");
@@ -52,7 +53,6 @@ void bind_vocabulary(py::module_& m) {
              }),
              py::arg("tokens"), py::arg("kinds"), py::arg("roles"))
         .def("__len__", &Vocabulary::size)
-        .def("bytes", [](const Vocabulary& v, int64_t id) { return py::bytes(v.bytes(checked(v, id))); })
         .def("join",
              [](const Vocabulary& v, const Array<int64_t>& ids) {
                  std::string text;

@@ -15,8 +15,8 @@ namespace {
 using dp::EdgeRange;
 using dp::Move;
 
-constexpr int64_t kMaxTokens = int64_t{1} << 28;      // so that table values fit 32 bits
-constexpr size_t kKeptBytes = size_t{4} << 20;        // of table rows, from one document to the next
+constexpr int64_t kMaxTokens = int64_t{1} << 28;  // so that table values fit 32 bits
+constexpr size_t kKeptBytes = size_t{4} << 20;    // of table rows, from one document to the next
 constexpr int64_t kUnlimited = int64_t{1} << 62;
 
 void check(const DpLimits& limits) {
@@ -39,7 +39,6 @@ class DocumentAligner {
                     const DpLimits& limits, std::vector<Move>& moves) {
         document_.assign(pair, student, n, teacher, m);
         path_builder_.build(document_, path_);
-        regions_.clear();
         certificate_.find_regions(document_, path_, limits.all_ties, regions_);
 
         outcome_ = {};
@@ -70,7 +69,8 @@ class DocumentAligner {
         return solved;
     }
 
-    // Exactly, or in windows if the cells run out. Windows are not counted against the budget: they are linear.
+    // Exactly, or in windows if the cells run out. Windows are not counted against the budget: they are
+    // linear.
     void solve(const EdgeRange& region, const DpLimits& limits, std::vector<Move>& moves) {
         if (region.end - region.first > limits.window_edges) {
             if (solve_within(region, limits.cell_budget - outcome_.cells, limits, moves)) return;

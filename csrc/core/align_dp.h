@@ -1,7 +1,7 @@
 // The paper's dynamic program over two token sequences, exact, in near-linear time on real text.
 //
-// A cheap reference path (dp_reference_path), a certificate that says where an optimal alignment could leave it
-// (dp_certificate), and the table only there (dp_region). The result is that of align_table, move by move.
+// A cheap reference path (dp_reference_path), a certificate that says where an optimal alignment could leave
+// it (dp_certificate), and the table only there (dp_region). The result is that of align_table, move by move.
 #pragma once
 
 #include <cstdint>
@@ -22,16 +22,16 @@ struct DpLimits {
     // Among equally good alignments, take the one of align_table. If false, any of them.
     bool all_ties = true;
 
-    // Up to this many cells a region's table is filled plainly. Above, only cells that a path of the assumed cost can
-    // visit are: first `first_slack` above the lower bound, and `slack_growth` times more at each failure, until the
-    // cells of one failure exceed 1 / `plain_share` of the table.
+    // Up to this many cells a region's table is filled plainly. Above, only cells that a path of the assumed
+    // cost can visit are: first `first_slack` above the lower bound, and `slack_growth` times more at each
+    // failure, until the cells of one failure exceed 1 / `plain_share` of the table.
     int64_t plain_cells = 4096;
     int32_t first_slack = 32;
     int32_t slack_growth = 4;
     int32_t plain_share = 8;
 
-    // Bytes of rows kept for walking back. Above, old rows are dropped and computed again.
-    int64_t row_bytes = 64 << 20;
+    // Bytes of rows kept for walking back. Above, all but a few are dropped and computed again.
+    int64_t row_bytes = 32 << 20;
 };
 
 struct DpOutcome {
@@ -44,8 +44,8 @@ struct DpOutcome {
 DpOutcome align_dp(const TokenPair& pair, const int32_t* student, int32_t n, const int32_t* teacher, int32_t m,
                    const DpLimits& limits, std::vector<dp::Move>& moves);
 
-// The same, but appends the chunks (matches and combinations, not gaps and mismatches). Positions are relative to the
-// arguments.
+// The same, but appends the chunks (matches and combinations, not gaps and mismatches). Positions are
+// relative to the arguments.
 DpOutcome align_dp(const TokenPair& pair, const int32_t* student, int32_t n, const int32_t* teacher, int32_t m,
                    const DpLimits& limits, std::vector<Span>& chunks);
 DpOutcome align_dp(const TokenPair& pair, const int32_t* student, int32_t n, const int32_t* teacher, int32_t m,

@@ -5,6 +5,7 @@
 #include <limits>
 
 #include "core/align_bytes.h"
+#include "core/align_dp.h"
 #include "core/error.h"
 #include "core/parallel.h"
 
@@ -59,16 +60,18 @@ Aligner::Padding Aligner::find_padding(const Vocabulary& vocabulary) {
     return padding;
 }
 
-void Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher, int64_t sample, AlignMethod method,
-                           Workspace& work) const {
+bool Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher, int64_t sample, AlignMethod method,
+                           int64_t cell_budget, Workspace& work) const {
     const auto load = [&](const TokenBatch& batch, const Padding& padding, const char* name, int32_t vocabulary_size,
                           auto symbol_of, Sequence& out) {
         const int64_t* ids = batch.ids + batch.offsets[sample];
         const int64_t length = batch.offsets[sample + 1] - batch.offsets[sample];
-        if (length > std::numeric_limits<int32_t>::max()) value_error(name, ": sample ", sample, " has over 2^31 tokens");
+        if (length > std::numeric_limits<int32_t>::max())
+            value_error(name, ": sample ", sample, " has over 2^31 tokens");
         int64_t begin = 0, end = length;
         if (!batch.mask) {
-            // A run of pad tokens at an end is padding, but the one next to the text may be a real eos or bos.
+            // A run of pad tokens at an end is padding, but the one next to the text may be a real eos or
+            // bos.
             while (end > 0 && ids[end - 1] == padding.id) --end;
             if (padding.is_end && end > 0 && end < length) ++end;
             while (begin < end && ids[begin] == padding.id) ++begin;
@@ -86,24 +89,52 @@ void Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher,
             out.positions.push_back(static_cast<int32_t>(i));
         }
     };
-    load(student, student_padding_, "student_ids", pair_.student_size(),
-         [&](int64_t id) { return pair_.student_symbol(id); }, work.student);
-    load(teacher, teacher_padding_, "teacher_ids", pair_.teacher_size(),
-         [&](int64_t id) { return pair_.teacher_symbol(id); }, work.teacher);
+    load(
+        student, student_padding_, "student_ids", pair_.student_size(),
+        [&](int64_t id) { return pair_.student_symbol(id); }, work.student);
+    load(
+        teacher, teacher_padding_, "teacher_ids", pair_.teacher_size(),
+        [&](int64_t id) { return pair_.teacher_symbol(id); }, work.teacher);
 
     work.chunks.clear();
     work.gaps.clear();
     work.predicted.clear();
-    switch (method) {
-        case AlignMethod::bytes:
-            align_bytes(pair_, work.student.symbols.data(), work.student.size(), work.teacher.symbols.data(),
-                        work.teacher.size(), work.chunks, work.gaps);
-            break;
+    const int32_t* symbols[] = {work.student.symbols.data(), work.teacher.symbols.data()};
+    const int32_t sizes[] = {work.student.size(), work.teacher.size()};
+    bool optimal = true;
+    // Adds the dynamic program's chunks over part of the sample.
+    const auto bridge = [&](Span part) {
+        const size_t before = work.chunks.size();
+        optimal &=
+            align_dp(pair_, symbols[0] + part.student_start, part.student_end - part.student_start,
+                     symbols[1] + part.teacher_start, part.teacher_end - part.teacher_start, cell_budget, work.chunks)
+                .optimal;
+        for (size_t k = before; k < work.chunks.size(); ++k) {
+            work.chunks[k].student_start += part.student_start;
+            work.chunks[k].student_end += part.student_start;
+            work.chunks[k].teacher_start += part.teacher_start;
+            work.chunks[k].teacher_end += part.teacher_start;
+        }
+    };
+    if (method == AlignMethod::dp) {
+        bridge({0, sizes[0], 0, sizes[1]});
+    } else {
+        align_bytes(pair_, symbols[0], sizes[0], symbols[1], sizes[1], work.chunks, work.gaps);
     }
+    if (method == AlignMethod::automatic) {
+        const size_t merged = work.chunks.size();
+        for (const Span& gap : work.gaps) {
+            if (gap.student_end > gap.student_start && gap.teacher_end > gap.teacher_start) bridge(gap);
+        }
+        std::inplace_merge(work.chunks.begin(), work.chunks.begin() + static_cast<std::ptrdiff_t>(merged),
+                           work.chunks.end(),
+                           [](const Span& x, const Span& y) { return x.student_start < y.student_start; });
+    }
+
     size_t kept = 0;
     for (Span chunk : work.chunks) {
-        const bool predicted = work.student.follows_a_token(chunk.student_start) &&
-                               work.teacher.follows_a_token(chunk.teacher_start);
+        const bool predicted =
+            work.student.follows_a_token(chunk.student_start) && work.teacher.follows_a_token(chunk.teacher_start);
         const bool whole = work.student.to_positions(chunk.student_start, chunk.student_end) &&
                            work.teacher.to_positions(chunk.teacher_start, chunk.teacher_end);
         if (!whole) continue;
@@ -111,11 +142,13 @@ void Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher,
         work.predicted.push_back(predicted);
     }
     work.chunks.resize(kept);
+    return optimal;
 }
 
-BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples,
-                              AlignMethod method, int threads) const {
-    // Consecutive samples form a range; the ranges' results are put together in order, whatever thread made them.
+BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples, AlignMethod method,
+                              int64_t cell_budget, int threads) const {
+    // Consecutive samples form a range; the ranges' results are put together in order, whatever thread made
+    // them.
     const int64_t tokens = samples ? student.offsets[samples] + teacher.offsets[samples] : 0;
     const int64_t ranges_wanted = std::clamp<int64_t>(tokens / kTokensPerRange, 1, std::max<int64_t>(1, samples));
     const int64_t grain = (std::max<int64_t>(1, samples) + ranges_wanted - 1) / ranges_wanted;
@@ -123,13 +156,15 @@ BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teach
 
     BatchAlignment result;
     result.offsets.assign(static_cast<size_t>(samples) + 1, 0);
+    result.optimal.assign(static_cast<size_t>(samples), 1);
     std::vector<BatchAlignment> parts(static_cast<size_t>(ranges));
     parallel_for(ranges, 1, threads, [&](int64_t first_range, int64_t last_range) {
         Workspace work;
         for (int64_t range = first_range; range < last_range; ++range) {
             BatchAlignment& part = parts[static_cast<size_t>(range)];
             for (int64_t sample = range * grain; sample < std::min(samples, (range + 1) * grain); ++sample) {
-                align_sample(student, teacher, sample, method, work);
+                const bool optimal = align_sample(student, teacher, sample, method, cell_budget, work);
+                result.optimal[static_cast<size_t>(sample)] = optimal;
                 part.spans.insert(part.spans.end(), work.chunks.begin(), work.chunks.end());
                 part.predicted.insert(part.predicted.end(), work.predicted.begin(), work.predicted.end());
                 result.offsets[static_cast<size_t>(sample) + 1] = static_cast<int64_t>(work.chunks.size());

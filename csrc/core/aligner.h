@@ -12,7 +12,9 @@
 namespace xtoken {
 
 enum class AlignMethod {
-    bytes,  // byte merge; what disagrees stays unaligned
+    automatic,  // byte merge; where the sides disagree, the dynamic program over just that stretch
+    bytes,      // byte merge; what disagrees stays unaligned
+    dp,         // the paper's dynamic program over the whole sample
 };
 
 // Token ids of one side of a batch, samples one after the other. Owned by the caller.
@@ -26,6 +28,7 @@ struct BatchAlignment {
     std::vector<Span> spans;         // [K], positions within each sample, masked tokens counted
     std::vector<int64_t> offsets;    // [samples + 1] into spans
     std::vector<uint8_t> predicted;  // [K], 1 if on both sides an unmasked token stands right before the chunk
+    std::vector<uint8_t> optimal;    // [samples], 0 if a dynamic program ran out of its budget
 };
 
 class Aligner {
@@ -33,8 +36,9 @@ class Aligner {
     Aligner(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules);
 
     // Throws Error (value) if an unmasked id is out of range, naming side, sample and position.
+    // `cell_budget` bounds the table cells of each dynamic program.
     BatchAlignment align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples, AlignMethod method,
-                         int threads) const;
+                         int64_t cell_budget, int threads) const;
 
   private:
     // The id that pads a side, and what else it stands for (many tokenizers pad with eos).
@@ -45,8 +49,9 @@ class Aligner {
     struct Workspace;
 
     static Padding find_padding(const Vocabulary& vocabulary);
-    void align_sample(const TokenBatch& student, const TokenBatch& teacher, int64_t sample, AlignMethod method,
-                      Workspace& work) const;
+    // Leaves chunks and predicted of one sample in `work`; returns whether the result is optimal.
+    bool align_sample(const TokenBatch& student, const TokenBatch& teacher, int64_t sample, AlignMethod method,
+                      int64_t cell_budget, Workspace& work) const;
 
     TokenPair pair_;
     Padding student_padding_, teacher_padding_;

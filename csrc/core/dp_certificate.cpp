@@ -2,18 +2,13 @@
 #include "core/dp_certificate.h"
 
 #include <algorithm>
-#include <cstdlib>
 #include <limits>
+#include <utility>
 
 namespace xtoken::dp {
 namespace {
 
 constexpr int32_t kNever = std::numeric_limits<int32_t>::max();
-
-int charge(int32_t span_to_0, int32_t span_to_1, int32_t edges) {
-    if (span_to_0 < edges) return 0;
-    return span_to_1 < edges ? 1 : 2;
-}
 
 }  // namespace
 
@@ -21,101 +16,114 @@ void Certificate::find_regions(const Document& document, const ReferencePath& pa
                                std::vector<EdgeRange>& regions) {
     document_ = &document;
     path_ = &path;
-    place_tokens(document.student(), path.student_at, student_);
-    place_tokens(document.teacher(), path.teacher_at, teacher_);
+    place_tokens(path.student_at, student_);
+    place_tokens(path.teacher_at, teacher_);
     find_spans(true);
     find_spans(false);
 
     // A shorter interval brings fewer fragments into reach: certify again what is left, while it shrinks.
-    const size_t first = regions.size();
+    regions.clear();
+    std::vector<std::pair<EdgeRange, bool>> open = {{{0, path.size()}, true}};  // with: is it the whole path?
     std::vector<EdgeRange> covered;
-    open_.push_back({{0, path.size()}, true});
-    while (!open_.empty()) {
-        const auto [range, is_whole] = open_.back();
-        open_.pop_back();
+    while (!open.empty()) {
+        const auto [range, is_whole] = open.back();
+        open.pop_back();
         covered.clear();
         split(range, all_ties, covered);
         for (const EdgeRange& part : covered) {
             const bool shrinks = 4 * int64_t{part.end - part.first} <= 3 * int64_t{range.end - range.first};
             if (is_whole || shrinks) {
-                open_.push_back({part, false});
+                open.push_back({part, false});
             } else {
                 regions.push_back(part);
             }
         }
     }
-    std::sort(regions.begin() + static_cast<std::ptrdiff_t>(first), regions.end(),
-              [](const EdgeRange& a, const EdgeRange& b) { return a.first < b.first; });
+    std::sort(regions.begin(), regions.end(), [](const EdgeRange& a, const EdgeRange& b) { return a.first < b.first; });
 }
 
-void Certificate::place_tokens(const Sequence& sequence, const std::vector<int32_t>& at, Side& side) {
-    side.tokens.resize(sequence.size());
-    side.span_to_0.assign(sequence.size(), kNever);
-    side.span_to_1.assign(sequence.size(), kNever);
+void Certificate::place_tokens(const std::vector<int32_t>& at, Side& side) const {
+    side.edge.resize(at.back());
+    side.span.assign(at.back(), kNever);
     for (int32_t e = 0; e < path_->size(); ++e) {
-        for (int32_t x = at[e]; x < at[e + 1]; ++x) side.tokens[x] = {e, e, sequence.letters[x]};
+        for (int32_t x = at[e]; x < at[e + 1]; ++x) side.edge[x] = e;
     }
 }
 
-// Spans of the fragments whose single token is the student's (or the teacher's), and the other side a token or a run.
+// Pairs every run (a token or a window) of one side with the nearest equal token of the other, before and
+// behind.
 void Certificate::find_spans(bool student_is_single) {
-    const Sequence& run = student_is_single ? document_->teacher() : document_->student();
-    Side& single_side = student_is_single ? student_ : teacher_;
+    const Sequence& single = student_is_single ? document_->student() : document_->teacher();
+    const Sequence& other = student_is_single ? document_->teacher() : document_->student();
+    const Side& single_side = student_is_single ? student_ : teacher_;
     Side& run_side = student_is_single ? teacher_ : student_;
-    windows_.clear();
-    for (const Window& window : run.windows) {
-        windows_.push_back(
-            {run_side.tokens[window.first].first_edge, run_side.tokens[window.last].last_edge, window.letter});
+
+    runs_.clear();
+    auto window = other.windows.begin();
+    for (int32_t x = 0; x < other.size(); ++x) {
+        runs_.push_back({x, x, other.letters[x]});
+        for (; window != other.windows.end() && window->last == x; ++window) runs_.push_back(*window);
     }
 
-    const auto is_edge = [&](const Item& single, const Item& item, int length) {
-        if (item.first_edge != item.last_edge || item.last_edge != single.last_edge) return false;
-        const Move move = path_->moves[item.last_edge];
-        const int singles = student_is_single ? move.student : move.teacher;
-        const int others = student_is_single ? move.teacher : move.student;
-        return move.equal && singles == 1 && others == length;
+    const auto is_edge_of_path = [&](const Window& run, int32_t token) {
+        const int32_t e = single_side.edge[token];
+        if (run_side.edge[run.first] != e || run_side.edge[run.last] != e) return false;
+        const Move move = path_->moves[e];
+        return move.equal && (student_is_single ? move.student : move.teacher) == 1 &&
+               (student_is_single ? move.teacher : move.student) == run.last - run.first + 1;
     };
-    const auto length = [&](int32_t w) { return run.windows[w].last - run.windows[w].first + 1; };
-    const auto lower = [](int32_t& span, int32_t value) { span = std::min(span, value); };
-    const auto span = [](const Item& a, const Item& b) {
-        return std::max(a.last_edge, b.last_edge) - std::min(a.first_edge, b.first_edge);
+    const auto pair_up = [&](const Window& run, int32_t token) {
+        const int32_t e = single_side.edge[token];
+        const int32_t span = std::max(run_side.edge[run.last], e) - std::min(run_side.edge[run.first], e);
+        for (int32_t x = run.first; x <= run.last; ++x) run_side.span[x] = std::min(run_side.span[x], span);
     };
-    const std::vector<Item>&singles = single_side.tokens, &others = run_side.tokens;
 
-    for_nearest(
-        others, singles, [&](int32_t q, int32_t t) { return is_edge(singles[t], others[q], 1); },
-        [&](int32_t q, int32_t t) { lower(run_side.span_to_0[q], span(others[q], singles[t])); });
-    for_nearest(
-        windows_, singles, [&](int32_t q, int32_t t) { return is_edge(singles[t], windows_[q], length(q)); },
-        [&](int32_t q, int32_t t) {
-            const int32_t value = span(windows_[q], singles[t]);
-            for (int32_t x = run.windows[q].first; x <= run.windows[q].last; ++x) lower(run_side.span_to_0[x], value);
-        });
-    // Windows of one letter may be nested (empty tokens), so the nearest by its last edge need not have the smallest
-    // span: the distance to its last edge alone, which no farther window undercuts, is a bound from below.
-    for_nearest(
-        singles, windows_, [&](int32_t q, int32_t t) { return is_edge(singles[q], windows_[t], length(t)); },
-        [&](int32_t q, int32_t t) {
-            lower(single_side.span_to_1[q], std::abs(singles[q].last_edge - windows_[t].last_edge));
-        });
+    previous_.resize(single.size());
+    nearest_.assign(document_->num_letters(), -1);
+    int32_t token = 0;
+    for (const Window& run : runs_) {
+        for (; token < single.size() && single_side.edge[token] <= run_side.edge[run.last]; ++token) {
+            previous_[token] = std::exchange(nearest_[single.letters[token]], token);
+        }
+        int32_t found = nearest_[run.letter];
+        if (found >= 0 && is_edge_of_path(run, found)) found = previous_[found];
+        if (found >= 0) pair_up(run, found);
+    }
+    nearest_.assign(document_->num_letters(), -1);
+    token = single.size() - 1;
+    for (auto run = runs_.rbegin(); run != runs_.rend(); ++run) {
+        for (; token >= 0 && single_side.edge[token] > run_side.edge[run->last]; --token) {
+            nearest_[single.letters[token]] = token;
+        }
+        if (nearest_[run->letter] >= 0) pair_up(*run, nearest_[run->letter]);
+    }
 }
 
-// The parts of `range` that some suspicious interval covers, (p, r) being suspicious if R costs more there than the
-// charges: G[r] > G[p] for the running sum G of cost - charges. Ties count too if all optimal alignments are wanted.
+// Of the tokens of an edge, in an interval of that many edges.
+int Certificate::charges(int32_t edge, int32_t edges_in_reach) const {
+    int sum = 0;
+    const auto add = [&](const Sequence& sequence, const Sequence& other, const Side& side,
+                         const std::vector<int32_t>& at) {
+        for (int32_t x = at[edge]; x < at[edge + 1]; ++x) {
+            if (side.span[x] >= edges_in_reach) sum += other.run_lengths[sequence.letters[x]] ? 1 : 2;
+        }
+    };
+    add(document_->student(), document_->teacher(), student_, path_->student_at);
+    add(document_->teacher(), document_->student(), teacher_, path_->teacher_at);
+    return sum;
+}
+
+// The parts of `range` that some suspicious interval covers, (p, r) being suspicious if R costs more there
+// than the charges: G[r] > G[p] for the running sum G of cost - charges. Ties count too if all optimal
+// alignments are wanted.
 void Certificate::split(EdgeRange range, bool all_ties, std::vector<EdgeRange>& covered) {
     const int32_t edges = range.end - range.first;
-    const auto charges = [&](const Side& side, const std::vector<int32_t>& at, int32_t e) {
-        int sum = 0;
-        for (int32_t x = at[e]; x < at[e + 1]; ++x) sum += charge(side.span_to_0[x], side.span_to_1[x], edges);
-        return sum;
-    };
     gain_.resize(edges + 1);
     highest_.resize(edges + 1);
     gain_[0] = 0;
     for (int32_t x = 0; x < edges; ++x) {
         const int32_t e = range.first + x;
-        gain_[x + 1] = gain_[x] + path_->moves[e].cost() - charges(student_, path_->student_at, e) -
-                       charges(teacher_, path_->teacher_at, e);
+        gain_[x + 1] = gain_[x] + path_->moves[e].cost() - charges(e, edges);
     }
     highest_[edges] = gain_[edges];
     for (int32_t x = edges - 1; x > 0; --x) highest_[x] = std::max(highest_[x + 1], gain_[x]);
@@ -135,32 +143,6 @@ void Certificate::split(EdgeRange range, bool all_ties, std::vector<EdgeRange>& 
         const bool four_rule = !has_gap && !document_->has_empty_token() && (all_ties ? cost < 4 : cost <= 4);
         if (x > start && !four_rule) covered.push_back({range.first + start, range.first + x});
         if (x < edges) ++x;
-    }
-}
-
-// For each query, the nearest target of the same letter at or before its last edge, and the nearest one after it.
-// Both lists are ordered by last edge. `own(q, t)` marks the pair that is R's own edge.
-template <typename Own, typename Use>
-void Certificate::for_nearest(const std::vector<Item>& queries, const std::vector<Item>& targets, Own own, Use use) {
-    const int32_t num_queries = static_cast<int32_t>(queries.size()), num_targets = static_cast<int32_t>(targets.size());
-    previous_.resize(targets.size());
-    nearest_.assign(document_->num_letters(), -1);
-    int32_t t = 0;
-    for (int32_t q = 0; q < num_queries; ++q) {
-        for (; t < num_targets && targets[t].last_edge <= queries[q].last_edge; ++t) {
-            previous_[t] = nearest_[targets[t].letter];
-            nearest_[targets[t].letter] = t;
-        }
-        int32_t found = nearest_[queries[q].letter];
-        if (found >= 0 && own(q, found)) found = previous_[found];
-        if (found >= 0) use(q, found);
-    }
-    nearest_.assign(document_->num_letters(), -1);
-    t = num_targets - 1;
-    for (int32_t q = num_queries - 1; q >= 0; --q) {
-        for (; t >= 0 && targets[t].last_edge > queries[q].last_edge; --t) nearest_[targets[t].letter] = t;
-        const int32_t found = nearest_[queries[q].letter];
-        if (found >= 0) use(q, found);
     }
 }
 

@@ -1,4 +1,5 @@
-// The two sequences as the dynamic program sees them: a small alphabet of their own, and every combination in it.
+// The two sequences as the dynamic program sees them: a small alphabet of their own, and every combination in
+// it.
 #include "core/dp_combinations.h"
 
 #include <algorithm>
@@ -10,8 +11,8 @@ constexpr uint64_t kBase = 0x9E3779B97F4A7C15;  // odd, so that powers never van
 
 }  // namespace
 
-void Document::assign(const TokenPair& pair, const int32_t* student_symbols, int32_t n,
-                      const int32_t* teacher_symbols, int32_t m) {
+void Document::assign(const TokenPair& pair, const int32_t* student_symbols, int32_t n, const int32_t* teacher_symbols,
+                      int32_t m) {
     letters_.clear();
     longest_ = {};
     has_empty_ = false;

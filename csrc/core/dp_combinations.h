@@ -1,9 +1,10 @@
-// The two sequences as the dynamic program sees them: a small alphabet of their own, and every combination in it.
+// The two sequences as the dynamic program sees them: a small alphabet of their own, and every combination in
+// it.
 //
-// Each distinct symbol of the document becomes a letter 0, 1, ... . A window is a run of 2 ... kMaxRun tokens of one
-// side that spells a letter of the other side; with the windows known, every move of the recurrence is one comparison
-// of integers. Windows are found by a polynomial hash, extended one token to the left in O(1), and verified byte by
-// byte, so a collision costs time and never correctness.
+// Each distinct symbol of the document becomes a letter 0, 1, ... . A window is a run of 2 ... kMaxRun tokens
+// of one side that spells a letter of the other side; with the windows known, every move of the recurrence is
+// one comparison of integers. Windows are found by a polynomial hash, extended one token to the left in O(1),
+// and verified byte by byte, so a collision costs time and never correctness.
 #pragma once
 
 #include <array>
@@ -43,7 +44,8 @@ class Document {
     int32_t num_letters() const { return static_cast<int32_t>(letters_.size()); }
     bool is_atomic(int32_t letter) const { return letters_[letter].atomic; }
     std::string_view text(int32_t letter) const { return letters_[letter].text; }  // empty if atomic
-    // Length of the letter for counting offsets: an atomic one counts as a character that nothing else spells.
+    // Length of the letter for counting offsets: an atomic one counts as a character that nothing else
+    // spells.
     int32_t length(int32_t letter) const {
         return is_atomic(letter) ? 1 : static_cast<int32_t>(letters_[letter].text.size());
     }

@@ -83,12 +83,8 @@ template <bool kBackward>
 void ReferencePathBuilder::merge(Rect& rect, std::vector<Move>& moves) const {
     const Document& document = *document_;
     const int32_t *s = document.student().letters.data(), *t = document.teacher().letters.data();
-    const auto student = [&](int32_t x) {
-        return kBackward ? s[rect.student_end - 1 - x] : s[rect.student_start + x];
-    };
-    const auto teacher = [&](int32_t x) {
-        return kBackward ? t[rect.teacher_end - 1 - x] : t[rect.teacher_start + x];
-    };
+    const auto student = [&](int32_t x) { return kBackward ? s[rect.student_end - 1 - x] : s[rect.student_start + x]; };
+    const auto teacher = [&](int32_t x) { return kBackward ? t[rect.teacher_end - 1 - x] : t[rect.teacher_start + x]; };
     const auto take = [](std::string_view& text, size_t length) {
         const size_t at = kBackward ? text.size() - length : 0;
         const std::string_view taken = text.substr(at, length);

@@ -21,9 +21,10 @@ struct ReferencePath {
     }
 };
 
-// Walks the bytes of both sides from the front and from the back and closes a step wherever their boundaries meet: one
-// move if it is legal, gaps if it is not (several tokens to several). What is left between (the texts differ there) is
-// split at tokens that occur once on each side, in the order of the longest increasing subsequence, and so on.
+// Walks the bytes of both sides from the front and from the back and closes a step wherever their boundaries
+// meet: one move if it is legal, gaps if it is not (several tokens to several). What is left between (the
+// texts differ there) is split at tokens that occur once on each side, in the order of the longest increasing
+// subsequence, and so on.
 class ReferencePathBuilder {
   public:
     void build(const Document& document, ReferencePath& path);

@@ -40,29 +40,32 @@ void RemainingCost::assign(const Document& document, const Rect& rect) {
     charge_side(document.student(), rect.student_start, rect.rows(), kInTeacher, kSpelledByStudent, student_);
     charge_side(document.teacher(), rect.teacher_start, rect.cols(), kInStudent, kSpelledByTeacher, teacher_);
 
-    gap_excess_ = 2;
+    int gap_excess = 2;
     const auto sum_up = [&](const int32_t* letters, int32_t count, uint8_t spelled_by_other, std::vector<Rest>& rest) {
         int64_t longest = 1;
         rest[count] = {0, 0};
         for (int32_t x = count - 1; x >= 0; --x) {
             int32_t charge = rest[x].charge;
             if (charge == 2 && (letter_flags_[letters[x]] & spelled_by_other)) charge = 1;
-            if (charge == 1) gap_excess_ = 1;
+            if (charge == 1) gap_excess = 1;
             const int64_t length = charge < 2 ? document.length(letters[x]) : 0;
             longest = std::max(longest, length);
             rest[x] = {rest[x + 1].charge + charge, rest[x + 1].length + length};
         }
         return longest;
     };
-    longest_student_ = sum_up(s, rect.rows(), kSpelledByTeacher, student_);
-    longest_teacher_ = sum_up(t, rect.cols(), kSpelledByStudent, teacher_);
+    const int64_t longest_student = sum_up(s, rect.rows(), kSpelledByTeacher, student_);
+    const int64_t longest_teacher = sum_up(t, rect.cols(), kSpelledByStudent, teacher_);
+    const double excess = gap_excess * (1 - 1e-9);  // a hair less, so that rounding never makes the bound too high
+    gaps_per_student_ = excess / static_cast<double>(longest_student);
+    gaps_per_teacher_ = -excess / static_cast<double>(longest_teacher);
 }
 
 bool RegionSolver::solve(const Document& document, const Rect& rect, int64_t upper_bound, int64_t max_cells,
                          const DpLimits& limits, std::vector<Move>& moves) {
     document_ = &document;
-    limits_ = &limits;
     rect_ = rect;
+    row_bytes_ = limits.row_bytes;
     cells_ = 0;
     if (rect.rows() == 0 || rect.cols() == 0) {
         moves.insert(moves.end(), rect.rows(), kStudentGap);
@@ -74,61 +77,51 @@ bool RegionSolver::solve(const Document& document, const Rect& rect, int64_t upp
     Fill result = Fill::pruned_away;
     if (table > limits.plain_cells) {
         remaining_.assign(document, rect);
-        const int64_t least = remaining_(0, 0);
-        int64_t slack = limits.first_slack, used = 0;
+        const double highest = static_cast<double>(upper_bound);
+        double slack = limits.first_slack;
+        int64_t used = 0;
         do {
             const int64_t before = cells_;
-            result = fill(std::min(upper_bound, least + slack), true, max_cells);
+            result = fill(std::min(highest, remaining_(0, 0) + slack), true, max_cells);
             used = cells_ - before;
             slack *= limits.slack_growth;
         } while (result == Fill::pruned_away && used * limits.plain_share <= table);
     }
-    if (result == Fill::pruned_away) {
-        if (cells_ + table > max_cells) return false;
-        result = fill(0, false, max_cells);
-    }
-    if (result == Fill::out_of_cells) return false;
+    if (result == Fill::pruned_away && cells_ + table <= max_cells) result = fill(0, false, max_cells);
+    if (result != Fill::reached) return false;
     walk_back(moves);
     return true;
 }
 
-RegionSolver::Fill RegionSolver::fill(int64_t bound, bool prune, int64_t max_cells) {
+RegionSolver::Fill RegionSolver::fill(double bound, bool prune, int64_t max_cells) {
     const int32_t n = rect_.rows(), m = rect_.cols();
     block_rows_ = std::max(kMaxRun, static_cast<int32_t>(2 * std::sqrt(n + 1.0)));
-    const int32_t num_blocks = n / block_rows_ + 1;
-    blocks_.resize(std::max<size_t>(blocks_.size(), num_blocks));
-    for (int32_t block = 0; block < num_blocks; ++block) blocks_[block].clear();
-    kept_ = 0;
-    first_whole_ = 0;
     rows_.resize(n + 1);
+    values_.clear();
+    all_kept_ = true;
+    if (!prune && (n + 1.0) * (m + 1.0) * sizeof(int32_t) > static_cast<double>(row_bytes_)) all_kept_ = false;
     clear_ring();
 
     for (int32_t i = 0; i <= n; ++i) {
-        int32_t first = 0, last = i == 0 ? 0 : m;
+        Row& row = rows_[i];
+        row = {0, m, 0};
+        if (prune && i == 0) row.last = 0;
         if (prune && i > 0) {
-            // A cell can only be reached from the kMaxRun rows above, or by gaps from its left.
-            first = m + 1;
-            last = -1;
+            // A cell is reached from the kMaxRun rows above, or by gaps from its left.
+            row = {m + 1, -1, 0};
             for (int32_t above = std::max(0, i - kMaxRun); above < i; ++above) {
-                if (rows_[above].last < rows_[above].first) continue;
-                first = std::min(first, rows_[above].first);
-                last = std::max(last, std::min(m, rows_[above].last + kMaxRun));
+                if (rows_[above].size() == 0) continue;
+                row.first = std::min(row.first, rows_[above].first);
+                row.last = std::max(row.last, std::min(m, rows_[above].last + kMaxRun));
             }
-            if (last < first) return Fill::pruned_away;
+            if (row.size() == 0) return Fill::pruned_away;
         }
-        if (i > 0) compute_row(i, first, last);
-        if (!prune) last = m;
-        if (prune) {
-            int32_t* row = ring_row(i);
-            for (; last < m && lower_bound(i, last) <= bound; ++last) row[last + 1] = row[last];
-            while (first <= last && lower_bound(i, last) > bound) --last;
-            while (first <= last && lower_bound(i, first) > bound) ++first;
-        }
-        rows_[i].first = first;
-        rows_[i].last = last;
+        if (i > 0) compute_row(i, row.first, row.last);
+        if (prune) prune_row(i, bound);
         keep_row(i);
         if (cells_ > max_cells) return Fill::out_of_cells;
     }
+    checkpoint_end_ = values_.size();
     return rows_[n].last == m ? Fill::reached : Fill::pruned_away;
 }
 
@@ -142,88 +135,105 @@ void RegionSolver::clear_ring() {
 void RegionSolver::compute_row(int32_t i, int32_t first, int32_t last) {
     const Sequence &student = document_->student(), &teacher = document_->teacher();
     // Column j of the rectangle is behind teacher token j - 1.
-    const int32_t* letters = teacher.letters.data() + rect_.teacher_start - 1;
+    const int64_t shift = int64_t{rect_.teacher_start} - 1;
     const int32_t s = rect_.student_start + i - 1;
     const int32_t letter = student.letters[s];
     int32_t* row = ring_row(i);
     const int32_t* above = ring_row(i - 1);
     cells_ += last - first + 1;
 
-    int32_t running = 0;
-    if (first == 0) {
-        row[0] = 0;
-        first = 1;
-    }
+    if (first == 0) row[first++] = 0;
+    int32_t highest = 0;
     for (int32_t j = first; j <= last; j += kTile) {
         const int32_t count = std::min(kTile, last - j + 1);
-        raise_row(row + j, above + j, above + j - 1, letters + j, letter, 4, count);
+        const int32_t* letters = teacher.letters.data() + (shift + j);
+        raise_row(row + j, above + j, above + j - 1, letters, letter, 4, count);
         for (int k = 2; k <= kMaxRun; ++k) {
             if (teacher.run_lengths[letter] & 1 << k) {
-                const int32_t* spelled = teacher.spelled[k].data() + rect_.teacher_start - 1;
-                raise_row(row + j, row + j, above + j - k, spelled + j, letter, 2 * k + 1, count);
+                const int32_t* spelled = teacher.spelled[k].data() + (shift + j);
+                raise_row(row + j, row + j, above + j - k, spelled, letter, 2 * k + 1, count);
             }
-            if (k <= i && student.spelled[k][s] >= 0) {
-                raise_row(row + j, row + j, ring_row(i - k) + j - 1, letters + j, student.spelled[k][s], 2 * k + 1,
-                          count);
+            const int32_t run = student.spelled[k][s];
+            if (k <= i && run >= 0) {
+                raise_row(row + j, row + j, ring_row(i - k) + j - 1, letters, run, 2 * k + 1, count);
             }
         }
-        running = running_max(row + j, running, count);
+        highest = running_max(row + j, highest, count);
     }
+}
+
+// Narrows row i to the cells within the bound; first widens it to the right, where gaps alone lead.
+void RegionSolver::prune_row(int32_t i, double bound) {
+    Row& row = rows_[i];
+    int32_t* values = ring_row(i);
+    for (; row.last < rect_.cols() && least_cost_through(i, row.last) <= bound; ++row.last) {
+        values[row.last + 1] = values[row.last];
+    }
+    while (row.first <= row.last && least_cost_through(i, row.last) > bound) --row.last;
+    while (row.first <= row.last && least_cost_through(i, row.first) > bound) ++row.first;
+}
+
+void RegionSolver::store_row(int32_t i) {
+    Row& row = rows_[i];
+    row.offset = values_.size();
+    if (row.size() == 0) return;
+    const int32_t* from = ring_row(i) + row.first;
+    values_.insert(values_.end(), from, from + row.size());
 }
 
 void RegionSolver::keep_row(int32_t i) {
-    const int32_t block = i / block_rows_;
-    std::vector<int32_t>& values = blocks_[block];
-    Row& row = rows_[i];
-    row.offset = values.size();
-    if (row.last >= row.first) {
-        const int32_t* from = ring_row(i);
-        values.insert(values.end(), from + row.first, from + row.last + 1);
-        kept_ += row.last - row.first + 1;
-    }
-    if (kept_ * static_cast<int64_t>(sizeof(int32_t)) > limits_->row_bytes) drop_old_blocks(block);
+    const size_t bytes = (values_.size() + rows_[i].size()) * sizeof(int32_t);
+    if (all_kept_ && bytes > static_cast<size_t>(row_bytes_)) drop_rows(i);
+    if (all_kept_ || is_checkpoint(i)) store_row(i);
 }
 
-// Cuts the whole blocks before `current` down to their last kMaxRun rows.
-void RegionSolver::drop_old_blocks(int32_t current) {
-    for (; first_whole_ < current; ++first_whole_) {
-        std::vector<int32_t>& values = blocks_[first_whole_];
-        const int32_t end = (first_whole_ + 1) * block_rows_;
-        const size_t dropped = rows_[end - kMaxRun].offset;
-        for (int32_t i = end - kMaxRun; i < end; ++i) rows_[i].offset -= dropped;
-        kept_ -= static_cast<int64_t>(dropped);
-        values = std::vector<int32_t>(values.begin() + static_cast<std::ptrdiff_t>(dropped), values.end());
-    }
-}
-
-void RegionSolver::recompute_block(int32_t block) {
-    const int32_t start = block * block_rows_;
-    clear_ring();
-    for (int32_t i = std::max(0, start - kMaxRun); i < start; ++i) {
-        const Row& row = rows_[i];
-        const int32_t* from = blocks_[block - 1].data() + row.offset;
-        if (row.last >= row.first) std::copy(from, from + (row.last - row.first + 1), ring_row(i) + row.first);
-    }
-    blocks_[block].clear();
-    for (int32_t i = start; i < start + block_rows_; ++i) {
+// Drops all rows before `end` but the checkpoints.
+void RegionSolver::drop_rows(int32_t end) {
+    all_kept_ = false;
+    size_t size = 0;
+    for (int32_t i = 0; i < end; ++i) {
         Row& row = rows_[i];
-        if (i > 0 && row.last >= row.first) compute_row(i, row.first, row.last);
-        keep_row(i);
+        if (!is_checkpoint(i)) continue;
+        std::copy_n(values_.data() + row.offset, row.size(), values_.data() + size);
+        row.offset = size;
+        size += row.size();
+    }
+    values_.resize(size);
+}
+
+// Computes the rows of row i's block up to row i again, in the columns up to j.
+void RegionSolver::recompute_block(int32_t i, int32_t j) {
+    const int32_t start = i / block_rows_ * block_rows_;
+    values_.resize(checkpoint_end_);
+    clear_ring();
+    for (int32_t x = std::max(0, start - kMaxRun); x < start; ++x) {
+        std::copy_n(values_.data() + rows_[x].offset, rows_[x].size(), ring_row(x) + rows_[x].first);
+    }
+    size_t size = values_.size();
+    for (int32_t x = start; x <= i; ++x) {
+        rows_[x].last = std::min(rows_[x].last, j);
+        size += rows_[x].size();
+    }
+    values_.reserve(size);
+    for (int32_t x = start; x <= i; ++x) {
+        if (x > 0 && rows_[x].size() > 0) compute_row(x, rows_[x].first, rows_[x].last);
+        store_row(x);
     }
 }
 
 // W, or something that no sum reaches where the cell was pruned.
-int64_t RegionSolver::value(int32_t i, int32_t j) const {
+int32_t RegionSolver::value(int32_t i, int32_t j) const {
     const Row& row = rows_[i];
     if (j < row.first || j > row.last) return kUnreachable;
-    return blocks_[i / block_rows_][row.offset + (j - row.first)];
+    return values_[row.offset + (j - row.first)];
 }
 
-// A predecessor is on an optimal path exactly if its value and the gain add up; the first in the published order wins.
+// A predecessor is on an optimal path exactly if its value and the gain add up; the first in the published
+// order wins.
 void RegionSolver::walk_back(std::vector<Move>& moves) {
     const Sequence &student = document_->student(), &teacher = document_->teacher();
     const auto preceding_move = [&](int32_t i, int32_t j) {
-        const int64_t here = value(i, j);
+        const int32_t here = value(i, j);
         const int32_t s = rect_.student_start + i - 1, t = rect_.teacher_start + j - 1;
         if (i > 0 && j > 0) {
             const bool equal = student.letters[s] == teacher.letters[t];
@@ -242,13 +252,11 @@ void RegionSolver::walk_back(std::vector<Move>& moves) {
     };
 
     const auto start = static_cast<std::ptrdiff_t>(moves.size());
-    int32_t block = rect_.rows() / block_rows_;
+    int32_t block = -1;
     for (int32_t i = rect_.rows(), j = rect_.cols(); i > 0 || j > 0;) {
-        if (i / block_rows_ < block && first_whole_ > 0) std::vector<int32_t>().swap(blocks_[block]);
-        block = i / block_rows_;
-        if (block < first_whole_) {
-            recompute_block(block);
-            first_whole_ = block;
+        if (!all_kept_ && i / block_rows_ != block) {
+            block = i / block_rows_;
+            recompute_block(i, j);
         }
         const Move move = preceding_move(i, j);
         moves.push_back(move);
@@ -259,11 +267,9 @@ void RegionSolver::walk_back(std::vector<Move>& moves) {
 }
 
 void RegionSolver::trim(size_t bytes) {
-    size_t held = ring_.capacity();
-    for (const auto& block : blocks_) held += block.capacity();
-    if (held * sizeof(int32_t) <= bytes) return;
+    if ((ring_.capacity() + values_.capacity()) * sizeof(int32_t) <= bytes) return;
     std::vector<int32_t>().swap(ring_);
-    std::vector<std::vector<int32_t>>().swap(blocks_);
+    std::vector<int32_t>().swap(values_);
 }
 
 }  // namespace xtoken::dp

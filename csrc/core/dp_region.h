@@ -5,17 +5,19 @@
 //     W(i,j) = max of W(i-1,j), W(i,j-1), W(i-1,j-1) + 4 [s_i = t_j],
 //                     W(i-1,j-k) + 2k + 1 and W(i-k,j-1) + 2k + 1 where there is a combination.
 //
-// Everything but W(i,j-1) comes from earlier rows: a row is elementwise maxima, then a running maximum. Any value of an
-// earlier row in the same column is one that a path (with gaps) reaches, so a row may read whatever is there outside
-// the pruned range: it is a bound from below, and exact on every optimal path.
+// Everything but W(i,j-1) comes from earlier rows: a row is elementwise maxima, then a running maximum. Any
+// value of an earlier row in the same column is one that a path (with gaps) reaches, so a row may read
+// whatever is there outside the pruned range: it is a bound from below, and exact on every optimal path.
 //
-// Pruning: a path through (i,j) costs at least cost(i,j) + h(i,j), with h from RemainingCost. Cells above an assumed
-// bound are left out; if the last cell is within the bound, no optimal path lost a cell. Otherwise the bound grows.
+// Pruning: a path through (i,j) costs at least cost(i,j) + h(i,j), with h from RemainingCost. Cells above an
+// assumed bound are left out; if the last cell is within the bound, no optimal path lost a cell. Otherwise
+// the bound grows.
 //
-// Rows are kept in blocks for walking back. When memory is short, old blocks are cut down to the kMaxRun rows from which
-// the next one can be computed again: twice the time at most, and O(sqrt(rows) * columns) memory.
+// Rows are kept for walking back. When memory is short, only the last kMaxRun rows of each block of rows are,
+// from which the next block is computed again when the walk enters it: O(sqrt(rows) * columns) memory.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -27,17 +29,16 @@ namespace xtoken::dp {
 
 // A lower bound of the cost from a cell to the end of a rectangle.
 //
-// Charges as in the certificate, over all fragments inside the rectangle. Matches and combinations keep the difference
-// of the lengths consumed on the two sides (tokens of charge 2 are in neither and do not count), so what is left of it
-// needs gaps, and a gap costs 2 instead of the token's charge.
+// Charges as in the certificate, over all fragments inside the rectangle. Matches and combinations keep the
+// difference of the lengths consumed on the two sides (tokens of charge 2 are in neither and do not count),
+// so what is left of it needs gaps, and a gap costs 2 instead of the token's charge.
 class RemainingCost {
   public:
     void assign(const Document& document, const Rect& rect);
-    int64_t operator()(int32_t i, int32_t j) const {
+    double operator()(int32_t i, int32_t j) const {
         const int64_t ahead = student_[i].length - teacher_[j].length;
-        const int64_t gaps = ahead > 0 ? (ahead + longest_student_ - 1) / longest_student_
-                                       : (longest_teacher_ - 1 - ahead) / longest_teacher_;
-        return student_[i].charge + teacher_[j].charge + gap_excess_ * gaps;
+        const double gaps = static_cast<double>(ahead) * (ahead > 0 ? gaps_per_student_ : gaps_per_teacher_);
+        return student_[i].charge + teacher_[j].charge + gaps;
     }
 
   private:
@@ -46,15 +47,14 @@ class RemainingCost {
         int64_t length;
     };
     std::vector<Rest> student_, teacher_;
-    int64_t longest_student_ = 1, longest_teacher_ = 1;
-    int32_t gap_excess_ = 2;
+    double gaps_per_student_ = 0, gaps_per_teacher_ = 0;  // cost of a unit of length; the second is negative
     std::vector<uint8_t> letter_flags_;
 };
 
 class RegionSolver {
   public:
-    // Appends the moves of the best alignment of `rect`, whose cost is at most `upper_bound`. Returns false, with
-    // nothing appended, if that takes more than `max_cells`.
+    // Appends the moves of the best alignment of `rect`, whose cost is at most `upper_bound`. Returns false,
+    // with nothing appended, if that takes more than `max_cells`.
     bool solve(const Document& document, const Rect& rect, int64_t upper_bound, int64_t max_cells,
                const DpLimits& limits, std::vector<Move>& moves);
     int64_t cells() const { return cells_; }  // in the last call
@@ -64,36 +64,40 @@ class RegionSolver {
 
   private:
     struct Row {
-        int32_t first, last;  // columns kept; empty if last < first
-        size_t offset;        // of column `first` in its block
+        int32_t first, last;  // columns kept; none if last < first
+        size_t offset;        // of column `first` in values_
+        int32_t size() const { return std::max(0, last - first + 1); }
     };
 
     enum class Fill { reached, pruned_away, out_of_cells };
-    Fill fill(int64_t bound, bool prune, int64_t max_cells);
+    Fill fill(double bound, bool prune, int64_t max_cells);
     void clear_ring();
     void compute_row(int32_t i, int32_t first, int32_t last);
+    void prune_row(int32_t i, double bound);
+    void store_row(int32_t i);
     void keep_row(int32_t i);
-    void drop_old_blocks(int32_t current);
-    void recompute_block(int32_t block);
+    void drop_rows(int32_t end);
+    void recompute_block(int32_t i, int32_t j);
     void walk_back(std::vector<Move>& moves);
 
+    bool is_checkpoint(int32_t i) const { return i % block_rows_ >= block_rows_ - kMaxRun; }
     int32_t* ring_row(int32_t i) { return ring_.data() + (i % (kMaxRun + 1)) * ring_stride_ + kMaxRun; }
-    int64_t value(int32_t i, int32_t j) const;
-    int64_t lower_bound(int32_t i, int32_t j) { return 2 * (int64_t{i} + j) - ring_row(i)[j] + remaining_(i, j); }
+    int32_t value(int32_t i, int32_t j) const;
+    double least_cost_through(int32_t i, int32_t j) { return 2.0 * (i + j) - ring_row(i)[j] + remaining_(i, j); }
 
     const Document* document_ = nullptr;
-    const DpLimits* limits_ = nullptr;
     Rect rect_{};
     RemainingCost remaining_;
     int64_t cells_ = 0;
+    int64_t row_bytes_ = 0;
 
     std::vector<int32_t> ring_;  // the last kMaxRun + 1 rows, full width, behind kMaxRun unreachable columns
     int64_t ring_stride_ = 0;
     std::vector<Row> rows_;
+    std::vector<int32_t> values_;  // of all rows, or of the checkpoints and then of one block
     int32_t block_rows_ = 1;
-    std::vector<std::vector<int32_t>> blocks_;
-    int64_t kept_ = 0;         // values in all blocks
-    int32_t first_whole_ = 0;  // blocks before it are cut down
+    bool all_kept_ = true;
+    size_t checkpoint_end_ = 0;  // of the checkpoints in values_
 };
 
 }  // namespace xtoken::dp

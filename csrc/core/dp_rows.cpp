@@ -1,7 +1,7 @@
 // The two vector operations that fill a row of the table.
 //
-// Plain loops that the compiler turns into vector code; where the loader can choose (glibc on x86-64), each is compiled
-// for AVX-512, AVX2 and the baseline.
+// Plain loops that the compiler turns into vector code; where the loader can choose (glibc on x86-64), each
+// is compiled for AVX-512, AVX2 and the baseline.
 #include "core/dp_rows.h"
 
 #include <algorithm>
@@ -17,8 +17,8 @@
 namespace xtoken::dp {
 
 XTOKEN_VECTOR_CLONES
-void raise_row(int32_t* row, const int32_t* base, const int32_t* from, const int32_t* key, int32_t wanted,
-               int32_t gain, int32_t count) {
+void raise_row(int32_t* row, const int32_t* base, const int32_t* from, const int32_t* key, int32_t wanted, int32_t gain,
+               int32_t count) {
     for (int32_t x = 0; x < count; ++x) {
         row[x] = std::max(base[x], key[x] == wanted ? from[x] + gain : 0);
     }

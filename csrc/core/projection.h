@@ -33,8 +33,8 @@ struct Sequences {
     std::vector<int32_t> ids;
 };
 
-// Cuts texts into tokens of a vocabulary without a tokenizer: always the longest token that fits next, a byte that
-// no token begins with is left out. Equal texts prefer the token that `preferred_id` would.
+// Cuts texts into tokens of a vocabulary without a tokenizer: always the longest token that fits next, a byte
+// that no token begins with is left out. Equal texts prefer the token that `preferred_id` would.
 class LongestMatch {
   public:
     explicit LongestMatch(const Vocabulary& vocabulary);  // which must outlive this object
@@ -52,8 +52,8 @@ struct SparseRows {
     std::vector<float> weight;
 };
 
-// How weight is spread: piece i of a token gets beta * gamma^i, the weights of a repeated piece add up, the top_k
-// largest are kept (earlier position first on ties) and divided by their sum.
+// How weight is spread: piece i of a token gets beta * gamma^i, the weights of a repeated piece add up, the
+// top_k largest are kept (earlier position first on ties) and divided by their sum.
 struct PieceWeights {
     double beta = 0.9, gamma = 0.1;
     int32_t top_k = 4;
@@ -64,7 +64,8 @@ SparseRows build_rows(const std::vector<int32_t>& image, const std::vector<int32
                       PieceWeights weights);
 
 // Pass 3: for teacher tokens `columns`, each encoded by the student into `pieces`, adds beta * gamma^i to
-// (piece i, column); then cuts every row that changed to top_k (larger weight, then lower column) and normalises it.
+// (piece i, column); then cuts every row that changed to top_k (larger weight, then lower column) and
+// normalises it.
 SparseRows add_reverse(const SparseRows& matrix, const std::vector<int32_t>& columns, const Sequences& pieces,
                        PieceWeights weights);
 

@@ -61,13 +61,15 @@ TokenPair::TokenPair(const Vocabulary& student, const Vocabulary& teacher, Canon
     intern_texts(student, student_);
     intern_texts(teacher, teacher_);
 
-    // Atomic tokens: one class for each set of special tokens linked by a role or a literal across the two sides.
+    // Atomic tokens: one class for each set of special tokens linked by a role or a literal across the two
+    // sides.
     Classes classes(student_.size() + teacher_.size());
     const size_t teacher_base = student_.size();
     for (const auto& [role, student_id] : student.roles()) {
         if (role == kPadRole) continue;
         for (const auto& [other, teacher_id] : teacher.roles()) {
-            if (role == other) classes.join(static_cast<size_t>(student_id), teacher_base + static_cast<size_t>(teacher_id));
+            if (role == other)
+                classes.join(static_cast<size_t>(student_id), teacher_base + static_cast<size_t>(teacher_id));
         }
     }
     std::unordered_map<std::string_view, size_t> literals;

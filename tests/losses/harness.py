@@ -42,9 +42,7 @@ class Case:
 SHAPES = ((1, 1), (1, 2), (1, 1), (3, 1), (2, 2), (1, 1), (2, 3))
 
 
-def make_alignment(
-    samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = (1, 1), seed: int = 0
-) -> Alignment:
+def make_alignment(samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = (1, 1), seed: int = 0) -> Alignment:
     """The same chunks in each sample: the first without a predictor, a gap after every third."""
     generator = torch.Generator().manual_seed(seed)
     spans, end = [], [0, 0]
@@ -199,9 +197,7 @@ def _public_uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) ->
 
 
 def _public_kd(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    return xtoken.kd_loss(
-        student, teacher, _positions(case), vocab_size=min(case.projection.shape), **options
-    )
+    return xtoken.kd_loss(student, teacher, _positions(case), vocab_size=min(case.projection.shape), **options)
 
 
 OPERATIONS = {
@@ -235,19 +231,13 @@ def _with_strides(logits: Tensor) -> Tensor:
     return outer[:, 1:-1, 2:-3]
 
 
-def check(
-    backend: str, operation: str, case: Case, dtype: torch.dtype, strided: bool = False, **options: Any
-) -> None:
+def check(backend: str, operation: str, case: Case, dtype: torch.dtype, strided: bool = False, **options: Any) -> None:
     """Losses and gradients of a backend are as accurate as the plain formulas in the same type."""
     op = OPERATIONS[operation]
-    rounded = Case(
-        case.student.to(dtype).double(), case.teacher.to(dtype).double(), case.alignment, case.projection
-    )
+    rounded = Case(case.student.to(dtype).double(), case.teacher.to(dtype).double(), case.alignment, case.projection)
     truth, true_grad = losses_and_grad(op.formula, rounded, torch.float64, **options)
     plain, plain_grad = losses_and_grad(op.formula, rounded, dtype, **options)
-    got, grad = losses_and_grad(
-        op.public, rounded, dtype, strided, reduction="none", backend=backend, **options
-    )
+    got, grad = losses_and_grad(op.public, rounded, dtype, strided, reduction="none", backend=backend, **options)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert grad.dtype == dtype
     single = torch.finfo(torch.float32).eps
@@ -277,9 +267,7 @@ class Golden:
             self.tensors["student_logits"].to(dtype),
             teacher,
             Alignment(spans[:, 1:], offsets),
-            ProjectionMatrix.from_topk(
-                self.tensors["w_indices"], self.tensors["w_weights"], teacher.shape[-1]
-            ),
+            ProjectionMatrix.from_topk(self.tensors["w_indices"], self.tensors["w_weights"], teacher.shape[-1]),
         )
 
 

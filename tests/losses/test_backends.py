@@ -1,3 +1,5 @@
+"""Choosing a backend, registering one, and its errors."""
+
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -67,9 +69,7 @@ def registered() -> Iterator[Callable[..., None]]:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("change", [shift_loss, scale_gradient, one_row_off, nan_gradient, nan_loss])
-def test_the_harness_can_fail(
-    change: Callable[..., Tensor], operation: str, registered: Callable[..., None]
-) -> None:
+def test_the_harness_can_fail(change: Callable[..., Tensor], operation: str, registered: Callable[..., None]) -> None:
     registered("wrong", wrong(change))
     with pytest.raises(AssertionError, match="differ; worst at"):
         check("wrong", operation, make_case(), torch.float32)

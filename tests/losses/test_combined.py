@@ -1,3 +1,5 @@
+"""XTokenLoss: totals, scaling, several teachers, accumulation."""
+
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -36,9 +38,7 @@ def test_fixed_total_and_parts() -> None:
         Teacher(other.projection, loss="hkl", weight=2.0, uncommon_top_k=7),
     ]
     criterion = XTokenLoss(teachers, scaling="fixed", ce_weight=0.3, kd_weight=0.7)
-    total, parts = criterion(
-        case.student, labels, [case.teacher, other.teacher], [case.alignment, other.alignment]
-    )
+    total, parts = criterion(case.student, labels, [case.teacher, other.teacher], [case.alignment, other.alignment])
     ce = cross_entropy(case.student, labels)
     first = pkl_loss(
         case.student, case.teacher, case.alignment, case.projection, top_k=11, merge="mean", temperature=2.0

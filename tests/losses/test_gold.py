@@ -1,3 +1,5 @@
+"""GOLD and H-KL."""
+
 from typing import Any
 
 import pytest
@@ -28,9 +30,7 @@ def test_golden(result: Golden, backend: str) -> None:
     case, fields = result.case(), result.fields
     student = case.student.requires_grad_()
     options = {key: fields[key] for key in ("temperature", "uncommon_top_k", "reverse")}
-    loss = LOSSES[fields["mode"]](
-        student, case.teacher, case.alignment, case.projection, backend=backend, **options
-    )
+    loss = LOSSES[fields["mode"]](student, case.teacher, case.alignment, case.projection, backend=backend, **options)
     loss.backward()
     assert case.alignment.num_chunks == fields["num_chunks"]
     assert_close(loss, torch.tensor(fields["loss"]), rtol=1e-4, what="loss")
@@ -44,9 +44,7 @@ def test_golden_parts(result: Golden) -> None:
     chunks = reference.Chunks.of(case.alignment, case.student.shape[1], case.teacher.shape[1])
     pairs = reference.common_pairs(case.projection, MIN_WEIGHT[fields["mode"]])
     options = {key: fields[key] for key in ("temperature", "uncommon_top_k", "reverse")}
-    common, uncommon = reference.gold(
-        case.student.flatten(0, 1), case.teacher.flatten(0, 1), chunks, pairs, **options
-    )
+    common, uncommon = reference.gold(case.student.flatten(0, 1), case.teacher.flatten(0, 1), chunks, pairs, **options)
     square = fields["temperature"] ** 2
     assert_close(common.mean() / square, torch.tensor(fields["kl_common"]), rtol=1e-4)
     assert_close(uncommon.mean() / square, torch.tensor(fields["l1_uncommon"]), rtol=1e-4)

@@ -1,3 +1,5 @@
+"""Same-tokenizer KL."""
+
 import math
 from typing import Any
 
@@ -135,7 +137,5 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
 
 def test_other_positions_need_an_alignment() -> None:
     student, teacher = logits()
-    with pytest.raises(
-        ValueError, match=r"teacher_logits: expected the positions of student_logits \[2, 5\]"
-    ):
+    with pytest.raises(ValueError, match=r"teacher_logits: expected the positions of student_logits \[2, 5\]"):
         kd_loss(student, teacher[:, :4])

@@ -1,3 +1,5 @@
+"""P-KL."""
+
 import doctest
 from types import SimpleNamespace
 from typing import Any
@@ -46,9 +48,7 @@ def test_golden(result: Golden, backend: str) -> None:
     case, fields = result.case(), result.fields
     student = case.student.requires_grad_()
     options = {key: fields[key] for key in ("temperature", "top_k", "reverse")}
-    loss = pkl_loss(
-        student, case.teacher, case.alignment, case.projection, merge="mean", backend=backend, **options
-    )
+    loss = pkl_loss(student, case.teacher, case.alignment, case.projection, merge="mean", backend=backend, **options)
     loss.backward()
     assert case.alignment.num_chunks == fields["num_chunks"]
     assert_close(loss, torch.tensor(fields["loss"]), rtol=1e-4, what="loss")
@@ -300,9 +300,7 @@ class Sizes(TorchDispatchMode):
 
 @backends
 @merges
-def test_no_single_precision_copy_of_the_batch(
-    merge: str, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_single_precision_copy_of_the_batch(merge: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(_backends.BLOCK_ELEMENTS, "cpu", 4000)
     case = make_case(300, 200, samples=40)
     student = case.student.bfloat16().requires_grad_()

@@ -1,3 +1,5 @@
+"""ULD."""
+
 import pytest
 import torch
 from comparer import assert_close

@@ -152,9 +152,7 @@ def run_reference(
                 weight_grad += grads.pop(0)
     if parts:
         return torch.cat(parts)
-    dtype = torch.promote_types(
-        torch.promote_types(problem.student.dtype, problem.teacher.dtype), torch.float32
-    )
+    dtype = torch.promote_types(torch.promote_types(problem.student.dtype, problem.teacher.dtype), torch.float32)
     return problem.student.new_zeros(0, dtype=dtype)
 
 
@@ -230,6 +228,4 @@ def _reason(name: str, device: torch.device, operation: str | None) -> str | Non
     return backend.missing(device)
 
 
-register_backend(
-    Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd"), run_reference), lambda device: None)
-)
+register_backend(Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd"), run_reference), lambda device: None))

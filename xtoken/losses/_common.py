@@ -26,9 +26,7 @@ class ChunkLoss(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any, student_logits: Tensor, weight: Tensor | None, problem: Problem, run: Operation
-    ) -> Tensor:
+    def forward(ctx: Any, student_logits: Tensor, weight: Tensor | None, problem: Problem, run: Operation) -> Tensor:
         ctx.problem, ctx.run = problem, run
         ctx.needs_student, ctx.needs_weight = ctx.needs_input_grad[:2]
         if ctx.needs_weight:
@@ -177,9 +175,7 @@ def check_count(value: int | None, name: str, optional: bool = False) -> None:
     if value is None and optional:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(
-            f"{name}: expected an integer of at least 1{' or None' if optional else ''}, got {value!r}"
-        )
+        raise ValueError(f"{name}: expected an integer of at least 1{' or None' if optional else ''}, got {value!r}")
 
 
 REDUCTIONS = ("mean", "sum", "none")

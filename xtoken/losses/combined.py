@@ -264,9 +264,7 @@ class XTokenLoss(nn.Module):
             agreement, mass = _diagnose(student, teacher_part, chunks.first(), columns, W)
         return _Distilled(loss, len(chunks), agreement, mass)
 
-    def _vocabulary(
-        self, teacher: Teacher, student_logits: Tensor, teacher_logits: Tensor
-    ) -> tuple[Tensor, Tensor]:
+    def _vocabulary(self, teacher: Teacher, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
         """Both logits as [B, T, V], without the columns that belong to no token."""
         sizes: tuple[int | None, int | None] = self.vocab_size, None
         if teacher.projection is not None:
@@ -306,9 +304,7 @@ def _next_labels(student_logits: Tensor, labels: Tensor) -> Tensor:
         raise TypeError(f"labels: expected an integer tensor, got {got}")
     if labels.shape != student_logits.shape[:-1]:
         expected = list(student_logits.shape[:-1])
-        raise ValueError(
-            f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}"
-        )
+        raise ValueError(f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
 
 

@@ -36,9 +36,7 @@ class KdOptions:
 
     def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
         """See `xtoken.reference.kd`."""
-        return reference.kd(
-            student, teacher, chunks, self.columns, temperature=self.temperature, reverse=self.reverse
-        )
+        return reference.kd(student, teacher, chunks, self.columns, temperature=self.temperature, reverse=self.reverse)
 
 
 def kd_loss(

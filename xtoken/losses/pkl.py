@@ -176,9 +176,7 @@ def select_columns(
         reachable[projection.col.to(columns.device).long()] = True
         columns = columns[reachable[columns]]
         if columns.numel() == 0:
-            raise ValueError(
-                "support: expected a column that the projection reaches, got none; use support='all'"
-            )
+            raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
     return columns
 
 

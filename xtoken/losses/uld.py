@@ -68,6 +68,4 @@ def uld_loss(
     teacher = vocabulary_columns(teacher_logits, teacher_vocab_size, "teacher_logits")
     chunks = aligned_chunks(alignment, student, teacher)
     problem = Problem(student, teacher, chunks, UldOptions(float(temperature)))
-    return reduce(
-        chunk_losses(student_logits, problem, None, backend), chunks, alignment.num_chunks, reduction
-    )
+    return reduce(chunk_losses(student_logits, problem, None, backend), chunks, alignment.num_chunks, reduction)
