@@ -7,6 +7,8 @@ BIN := $(VENV)/bin
 CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
+# Threads of torch that wait must not take a busy machine's cores from those that work.
+export OMP_WAIT_POLICY := passive
 
 .PHONY: demo test lint format build clean
 

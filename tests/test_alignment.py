@@ -91,7 +91,7 @@ def test_merge_equals_the_definition(student, cuts):
     assert spans_of(student, teacher) == finest_cut([t.encode() for t in student], [t.encode() for t in teacher])
 
 
-def spans_of(student: list[str], teacher: list[str]) -> list[list[int]]:
+def spans_of(student: list[str], teacher: list[str], method: str = "bytes") -> list[list[int]]:
     """Aligns two sequences of strings, each its own vocabulary; a token in <> is special."""
     sides = []
     for side in (student, teacher):
@@ -99,15 +99,59 @@ def spans_of(student: list[str], teacher: list[str]) -> list[list[int]]:
         kinds = ["special" if name.startswith("<") else "normal" for name in names]
         sides.append((Vocabulary([n.encode() for n in names], kinds), [names.index(t) for t in side]))
     (s, s_ids), (t, t_ids) = sides
-    alignment = Aligner(s, t, "bytes").align(s_ids, t_ids)
+    alignment = Aligner(s, t, method).align(s_ids, t_ids)
     check_invariants(alignment, s, t, s_ids, t_ids)
-    assert Aligner(t, s, "bytes").align(t_ids, s_ids).spans.tolist() == swapped(alignment.spans)
+    if method == "bytes":
+        assert Aligner(t, s, "bytes").align(t_ids, s_ids).spans.tolist() == swapped(alignment.spans)
     return alignment.spans.tolist()
 
 
 @given(st.lists(st.text("ab", max_size=2), max_size=12), st.lists(st.text("ab", max_size=2), max_size=12))
 def test_any_two_sequences_give_valid_symmetric_chunks(student, teacher):
-    spans_of(student, teacher)
+    merged = spans_of(student, teacher)
+    bridged = spans_of(student, teacher, "auto")
+    assert all(span in bridged for span in merged), "auto only adds chunks to those of the byte merge"
+    spans_of(student, teacher, "dp")
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        pytest.param(
+            ["In", "\n", "In", "x"], ["In", "In", "z"], [[0, 1, 0, 1], [2, 3, 1, 2]], id="too little text to resume"
+        ),
+        pytest.param(["The", " Cat", " sat"], ["the", " cat", " sat"], [[2, 3, 2, 3]], id="lower case"),
+        pytest.param(["u", "ab", "v"], ["w", "a", "b", "x"], [[1, 2, 1, 3]], id="a combination between edits"),
+        pytest.param(["a", "bc"], ["ab", "c"], [[0, 2, 0, 2]], id="many to many stays with the merge"),
+    ],
+)
+def test_auto_bridges_disagreements(student, teacher, expected):
+    assert spans_of(student, teacher, "auto") == expected
+
+
+@pytest.mark.parametrize("pair", PAIRS[:4], ids="-".join)
+def test_auto_equals_the_merge_on_equal_text(pair, tokenizer, vocabulary):
+    text = " ".join(TEXTS.values())
+    ids = [encode(tokenizer(name), text) for name in pair]
+    merged, bridged = (Aligner(*map(vocabulary, pair), method).align(*ids) for method in ("bytes", "auto"))
+    assert torch.equal(merged.spans, bridged.spans)
+
+
+def test_dp_knows_no_many_to_many_chunks():
+    assert spans_of(["x", "a", "bc"], ["x", "ab", "c"], "dp") == [[0, 1, 0, 1]]
+    assert spans_of(["abcd"], ["a", "b", "c", "d"], "dp") == [[0, 1, 0, 4]]
+    assert spans_of(["abcde"], ["a", "b", "c", "d", "e"], "dp") == []
+
+
+def test_budget_of_the_dynamic_program():
+    rng = random.Random(2)
+    student, teacher = [[rng.randrange(2) for _ in range(3000)] for _ in range(2)]
+    v = Vocabulary([b"a", b"b"])
+    exact, cut = (Aligner(v, v, "dp", cell_budget=budget).align(student, teacher) for budget in (None, 20_000))
+    assert exact.optimal.tolist() == [True]
+    assert cut.optimal.tolist() == [False]
+    check_invariants(cut, v, v, student, teacher)
+    assert exact.num_chunks >= cut.num_chunks > 1000
 
 
 @pytest.mark.parametrize(
@@ -165,9 +209,10 @@ def test_hostile_input_stays_near_linear():
     v = Vocabulary([b"a", b"b"])
     ids = [["ab".index(t) for t in side] for side in sides]
     started = time.perf_counter()
-    alignment = Aligner(v, v).align(*ids)
+    alignment = Aligner(v, v, "bytes").align(*ids)
     assert time.perf_counter() - started < 5
     assert alignment.num_chunks > 1000
+    check_invariants(alignment, v, v, *ids)
 
 
 def test_roles_pair_whatever_their_text(tokenizer, vocabulary):
@@ -302,6 +347,8 @@ def test_bad_ids(arguments, error, match, toy):
 def test_bad_options(toy):
     with pytest.raises(ValueError, match="method: expected one of"):
         Aligner(toy.student, toy.teacher, "magic")
+    with pytest.raises(ValueError, match="cell_budget: expected at least 0, got -1"):
+        Aligner(toy.student, toy.teacher, cell_budget=-1)
     with pytest.raises(ValueError, match="num_threads: expected at least 1"):
         Aligner(toy.student, toy.teacher, num_threads=0)
 

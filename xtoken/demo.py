@@ -302,7 +302,7 @@ def run(
             results[name] = {"ce": ce, "kd": kd, "tokens_per_second": speed}
 
     table = Table(title=f"held out: {len(held_out)} passages of other topics")
-    for heading in ("student", "cross-entropy (nats/token)", "P-KL (nats/chunk)", "training tokens/s"):
+    for heading in ("student", "CE, nats/token", "P-KL, nats/chunk", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "student" else "right")
     for name in ("before", "cross-entropy only", "P-KL + cross-entropy"):
         row = results[name]
