@@ -81,15 +81,10 @@ def _state(part: Any) -> str:
 
 def plain_copy(tokenizer: Any) -> Any:
     """A copy that encodes a text as it stands within a longer one: no dummy space, special tokens read as text."""
-    from tokenizers import Tokenizer
-
-    spec = json.loads(tokenizer.to_str())
-    spec["truncation"] = spec["padding"] = None
+    from tokenizers import Tokenizer, models
 
     def plain(part: Any) -> Any:
-        if not isinstance(part, dict):
-            return part
-        if part.get("type") == "Prepend":
+        if part is None or part.get("type") == "Prepend":
             return None
         if part.get("type") == "Metaspace":
             part = {**part, "prepend_scheme": "never"}
@@ -100,8 +95,14 @@ def plain_copy(tokenizer: Any) -> Any:
                 part = {**part, nested: [kept for kept in map(plain, part[nested]) if kept is not None]}
         return part
 
-    spec["normalizer"] = plain(spec["normalizer"])
-    spec["pre_tokenizer"] = plain(spec["pre_tokenizer"])
-    copy = Tokenizer.from_str(json.dumps(spec))
+    copy = Tokenizer.from_str(tokenizer.to_str())
+    copy.no_truncation()
+    copy.no_padding()
     copy.encode_special_tokens = True
+    # The changed parts are read through a tokenizer without a vocabulary: its JSON is short.
+    spec = json.loads(Tokenizer(models.BPE()).to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        spec[name] = plain(json.loads(_state(getattr(tokenizer, name)) or "null"))
+    parts = Tokenizer.from_str(json.dumps(spec))
+    copy.normalizer, copy.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
     return copy
