@@ -344,6 +344,35 @@ def test_bad_ids(arguments, error, match, toy):
         toy.align(*arguments)
 
 
+def test_truncate(toy):
+    student, teacher = [[0, 4, 2, 3, 1], [2, 3, 2]], [[1, 2, 1, 2, 0], [1, 2, 1]]
+    cut = toy.truncate(student, teacher, 4, 3)
+    assert cut.student_ids.tolist() == [[0, 4, 2], [2, 3, 2]]
+    assert cut.teacher_ids.tolist() == [[1, 2, 1], [1, 2, 1]]
+    assert cut.spans.tolist() == [[1, 2, 0, 2], [2, 3, 2, 3], [0, 1, 0, 1], [1, 2, 1, 2], [2, 3, 2, 3]]
+    assert cut.offsets.tolist() == [0, 2, 5]
+    assert toy.truncate(student[0], teacher[0], 1, 9).student_ids.tolist() == []
+    whole = toy.truncate(student[0], teacher[0], 5, 5)
+    assert whole.student_ids.tolist() == student[0]
+    assert whole.spans.tolist() == toy.align(student[0], teacher[0]).spans.tolist()
+    assert len(toy.truncate(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long), 1, 1)) == 0
+    with pytest.raises(ValueError, match="max_student_length, max_teacher_length: expected at least 0"):
+        toy.truncate(student, teacher, -1, 3)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 20, 33])
+def test_truncated_sides_spell_the_same_text(limit, tokenizer, vocabulary):
+    aligner = Aligner(vocabulary("llama3"), vocabulary("qwen3"))
+    texts = list(TEXTS.values())
+    sides = [[encode(tokenizer(name), text) for text in texts] for name in ("llama3", "qwen3")]
+    cut = aligner.truncate(*sides, limit, limit)
+    for k, text in enumerate(texts):
+        student, teacher = ([i for i in ids[k].tolist() if i >= 0] for ids in (cut.student_ids, cut.teacher_ids))
+        assert max(len(student), len(teacher)) <= limit
+        assert aligner.student.decode(student) == aligner.teacher.decode(teacher)
+        assert text.encode().startswith(aligner.student.decode(student))
+
+
 def test_bad_options(toy):
     with pytest.raises(ValueError, match="method: expected one of"):
         Aligner(toy.student, toy.teacher, "magic")

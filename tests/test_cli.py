@@ -29,6 +29,19 @@ def test_audit(files, capsys):
     assert "recommended loss: pkl" in capsys.readouterr().out
 
 
+def test_show(files, capsys):
+    pair = ["show", "--student", files[0], "--teacher", files[1]]
+    assert main([*pair, "In 1995"]) == 0
+    upper, lower = capsys.readouterr().out.splitlines()
+    assert upper.split()[-4:] == ["1", "9", "9", "5"]
+    assert lower.split()[-4:] == ["1", "9", "9", "5"]
+    assert main([*pair, "In ♞", "--json", "--method", "bytes"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert "".join(facts["teacher_tokens"][-3:]) == "\\xe2\\x99\\x9e"
+    assert len(facts["student_ids"]) == len(facts["student_tokens"])
+    assert facts["spans"]
+
+
 def test_project(files, tmp_path, capsys):
     output = str(tmp_path / "w.safetensors")
     assert main(["project", "--student", files[0], "--teacher", files[1], "--output", output, "--top-k", "2"]) == 0

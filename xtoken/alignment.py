@@ -278,8 +278,11 @@ class Alignment:
 
 
 def pad_rows(rows: Iterable[Tensor], value: int = -1) -> Tensor:
-    """Rows of different lengths as one int64 matrix, padded on the right."""
-    return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=value)
+    """Rows of different lengths as one matrix, padded on the right; int64 [0, 0] if there are none."""
+    rows = list(rows)
+    if not rows:
+        return torch.zeros(0, 0, dtype=torch.int64)
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
 
 
 class Aligner:
@@ -385,6 +388,69 @@ class Aligner:
             teacher_ids=teacher.ids,
             optimal=torch.from_numpy(optimal).bool(),
             predicted=torch.from_numpy(predicted).bool(),
+        )
+
+    def truncate(
+        self,
+        student_ids: Any,
+        teacher_ids: Any,
+        max_student_length: int,
+        max_teacher_length: int,
+        student_mask: Any = None,
+        teacher_mask: Any = None,
+    ) -> Alignment:
+        """Aligns, and cuts each sample so that both models read the same text within both length limits.
+
+        A sample that fits is left whole. A longer one is cut, on both sides, behind the last chunk that ends within
+        both limits, so that neither model reads text that the other never saw.
+
+        Parameters
+        ----------
+        student_ids, teacher_ids, student_mask, teacher_mask
+            As for `align`.
+        max_student_length, max_teacher_length : int
+            Most tokens of a sample, counted from position 0.
+
+        Returns
+        -------
+        Alignment
+            Its `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample that is left. A
+            sample without a chunk within the limits is left empty.
+
+        Raises
+        ------
+        ValueError
+            For negative limits, and as `align`.
+        """
+        limits = (max_student_length, max_teacher_length)
+        if min(limits) < 0:
+            raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
+        student = _Batch(student_ids, student_mask, "student")
+        teacher = _Batch(teacher_ids, teacher_mask, "teacher")
+        whole = self.align(student_ids, teacher_ids, student_mask, teacher_mask)
+        lengths = torch.from_numpy(np.stack([np.diff(student.offsets), np.diff(teacher.offsets)], axis=1))
+        fits = (lengths <= torch.tensor(limits)).all(dim=1)
+        sample = whole.sample_index
+        kept = fits[sample] | (whole.spans[:, 1::2] <= torch.tensor(limits)).all(dim=1)
+        ends = torch.zeros_like(lengths)
+        place = sample[kept, None].expand(-1, 2)
+        ends.scatter_reduce_(0, place, whole.spans[kept][:, 1::2].long(), "amax")
+        ends = torch.where(fits[:, None], lengths, ends)
+        sides = []
+        for batch, cut in ((student, ends[:, 0]), (teacher, ends[:, 1])):
+            flat = torch.from_numpy(batch.flat)
+            starts = batch.offsets.tolist()
+            rows = pad_rows([flat[start : start + n] for start, n in zip(starts, cut.tolist(), strict=False)])
+            sides.append(rows if whole.batched else rows[0])
+        counts = torch.bincount(sample[kept], minlength=len(whole))
+        return Alignment._trusted(
+            spans=whole.spans[kept],
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            batched=whole.batched,
+            student_ids=sides[0],
+            teacher_ids=sides[1],
+            optimal=whole.optimal,
+            predicted=whole.predicted[kept],
         )
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import shutil
 import sys
 from collections.abc import Sequence
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xtoken", description=__doc__ and "Distillation across tokenizers.")
+    parser = argparse.ArgumentParser(prog="xtoken", description="Distillation of language models across tokenizers.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     commands.add_parser("config", help="print what this build can do on this machine")
@@ -20,6 +22,11 @@ def _parser() -> argparse.ArgumentParser:
     audit = commands.add_parser("audit", parents=[pair], help="which tokens keep a partner, and which loss to use")
     audit.add_argument("--critical", help="class name or regular expression of the tokens that must survive")
     audit.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    show = commands.add_parser("show", parents=[pair], help="print a text in both tokenizations, chunk above chunk")
+    show.add_argument("text")
+    show.add_argument("--method", default="auto", help="alignment method (default %(default)s)")
+    show.add_argument("--json", action="store_true", help="print JSON instead of coloured lines")
 
     project = commands.add_parser("project", parents=[pair], help="build the projection matrix W and write it")
     project.add_argument("--output", required=True, help="file to write (safetensors)")
@@ -46,6 +53,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _show(options: argparse.Namespace) -> str:
+    from .alignment import Aligner
+
+    aligner = Aligner(options.student, options.teacher, options.method)
+    student_ids, teacher_ids = (
+        vocabulary.tokenizer.encode(options.text, add_special_tokens=False).ids
+        for vocabulary in (aligner.student, aligner.teacher)
+    )
+    alignment = aligner.align(student_ids, teacher_ids)
+    if not options.json:
+        width = shutil.get_terminal_size().columns
+        return alignment.pretty(aligner.student, aligner.teacher, color=sys.stdout.isatty(), width=width)
+    facts = {
+        "student_ids": student_ids,
+        "teacher_ids": teacher_ids,
+        "student_tokens": [aligner.student[i].decode("utf-8", "backslashreplace") for i in student_ids],
+        "teacher_tokens": [aligner.teacher[i].decode("utf-8", "backslashreplace") for i in teacher_ids],
+        "spans": alignment.spans.tolist(),
+    }
+    return json.dumps(facts, ensure_ascii=False)
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.command == "config":
         from .config import show_config
@@ -56,6 +85,8 @@ def _run(options: argparse.Namespace) -> None:
 
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
         print(report.to_json() if options.json else report)
+    elif options.command == "show":
+        print(_show(options))
     elif options.command == "project":
         from .projection import ProjectionMatrix
 

@@ -130,14 +130,14 @@ void Certificate::split(EdgeRange range, bool all_ties, std::vector<EdgeRange>& 
 
     int64_t lowest = gain_[0];
     for (int32_t x = 0; x < edges;) {
-        int cost = 0;
+        int64_t cost = 0;
         bool has_gap = false;
         const int32_t start = x;
         for (; x < edges; ++x) {
             lowest = std::min(lowest, gain_[x]);
             if (all_ties ? highest_[x + 1] < lowest : highest_[x + 1] <= lowest) break;
             const Move move = path_->moves[range.first + x];
-            cost = std::min(cost + move.cost(), 4);
+            cost += move.cost();
             has_gap |= move.is_gap();
         }
         const bool four_rule = !has_gap && !document_->has_empty_token() && (all_ties ? cost < 4 : cost <= 4);
