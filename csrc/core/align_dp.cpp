@@ -76,8 +76,9 @@ class DocumentAligner {
             if (solve_within(region, limits.cell_budget - outcome_.cells, limits, moves)) return;
             outcome_.optimal = false;
         }
-        for (int32_t e = region.first; e < region.end; e += limits.window_edges) {
-            solve_within({e, std::min(region.end, e + limits.window_edges)}, kUnlimited, limits, moves);
+        for (EdgeRange window = region; window.first < region.end; window.first = window.end) {
+            window.end = window.first + std::min(region.end - window.first, limits.window_edges);
+            solve_within(window, kUnlimited, limits, moves);
         }
     }
 

@@ -179,12 +179,16 @@ BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teach
         result.predicted = std::move(parts[0].predicted);
         return result;
     }
-    result.spans.reserve(static_cast<size_t>(result.offsets.back()));
-    result.predicted.reserve(static_cast<size_t>(result.offsets.back()));
-    for (const BatchAlignment& part : parts) {
-        result.spans.insert(result.spans.end(), part.spans.begin(), part.spans.end());
-        result.predicted.insert(result.predicted.end(), part.predicted.begin(), part.predicted.end());
-    }
+    result.spans.resize(static_cast<size_t>(result.offsets.back()));
+    result.predicted.resize(static_cast<size_t>(result.offsets.back()));
+    parallel_for(ranges, 1, threads, [&](int64_t first_range, int64_t last_range) {
+        for (int64_t range = first_range; range < last_range; ++range) {
+            const BatchAlignment& part = parts[static_cast<size_t>(range)];
+            const auto place = static_cast<std::ptrdiff_t>(result.offsets[static_cast<size_t>(range * grain)]);
+            std::copy(part.spans.begin(), part.spans.end(), result.spans.begin() + place);
+            std::copy(part.predicted.begin(), part.predicted.end(), result.predicted.begin() + place);
+        }
+    });
     return result;
 }
 

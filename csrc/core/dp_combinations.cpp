@@ -13,12 +13,12 @@ constexpr uint64_t kBase = 0x9E3779B97F4A7C15;  // odd, so that powers never van
 
 void Document::assign(const TokenPair& pair, const int32_t* student_symbols, int32_t n, const int32_t* teacher_symbols,
                       int32_t m) {
+    for (const Letter& letter : letters_) letter_of_symbol_[letter.symbol] = -1;
     letters_.clear();
     longest_ = {};
     has_empty_ = false;
     read_letters(pair, student_symbols, n, 0, student_);
     read_letters(pair, teacher_symbols, m, 1, teacher_);
-    for (const Letter& letter : letters_) letter_of_symbol_[letter.symbol] = -1;
     index_texts();
     find_windows(student_, 1);
     find_windows(teacher_, 0);
@@ -32,7 +32,6 @@ void Document::read_letters(const TokenPair& pair, const int32_t* symbols, int32
         if (symbol >= static_cast<int32_t>(letter_of_symbol_.size())) letter_of_symbol_.resize(symbol + 1, -1);
         int32_t& letter = letter_of_symbol_[symbol];
         if (letter < 0) {
-            letter = num_letters();
             Letter fresh{symbol, pair.is_atomic(symbol), {}, {}, 0, 1};
             if (!fresh.atomic) fresh.text = pair.text(symbol);
             for (const char c : fresh.text) {
@@ -41,6 +40,7 @@ void Document::read_letters(const TokenPair& pair, const int32_t* symbols, int32
             }
             has_empty_ |= !fresh.atomic && fresh.text.empty();
             letters_.push_back(fresh);
+            letter = num_letters() - 1;
         }
         letters_[letter].on_side[side] = true;
         longest_[side] = std::max(longest_[side], letters_[letter].text.size());

@@ -71,7 +71,7 @@ class Document {
 
     Sequence student_, teacher_;
     std::vector<Letter> letters_;
-    std::vector<int32_t> letter_of_symbol_;  // -1 outside assign
+    std::vector<int32_t> letter_of_symbol_;  // -1 if not in the document
     std::vector<Slot> slots_;                // open addressing by hash; letter -1 is free
     std::array<size_t, 2> longest_{};        // text on each side
     bool has_empty_ = false;

@@ -39,7 +39,8 @@ void append_step(int32_t students, int32_t teachers, std::vector<Move>& moves) {
 void ReferencePathBuilder::build(const Document& document, ReferencePath& path) {
     document_ = &document;
     moves_.clear();
-    counts_.resize(std::max<size_t>(counts_.size(), document.num_letters()));
+    tail_.clear();
+    counts_.assign(document.num_letters(), {});
     align({0, document.student().size(), 0, document.teacher().size()}, 0);
 
     std::swap(path.moves, moves_);

@@ -42,7 +42,7 @@ class ReferencePathBuilder {
 
     const Document* document_ = nullptr;
     std::vector<Move> moves_, tail_;  // from the front; from the back, last move first
-    std::vector<Count> counts_;       // [letters], zero between calls
+    std::vector<Count> counts_;       // [letters], zero outside find_anchors
 };
 
 }  // namespace xtoken::dp

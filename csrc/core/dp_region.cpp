@@ -15,52 +15,6 @@ constexpr int32_t kTile = 512;  // columns worked on at a time, so that they sta
 
 }  // namespace
 
-void RemainingCost::assign(const Document& document, const Rect& rect) {
-    constexpr uint8_t kInStudent = 1, kInTeacher = 2, kSpelledByStudent = 4, kSpelledByTeacher = 8;
-    letter_flags_.assign(document.num_letters(), 0);
-    const int32_t* s = document.student().letters.data() + rect.student_start;
-    const int32_t* t = document.teacher().letters.data() + rect.teacher_start;
-    for (int32_t x = 0; x < rect.rows(); ++x) letter_flags_[s[x]] |= kInStudent;
-    for (int32_t x = 0; x < rect.cols(); ++x) letter_flags_[t[x]] |= kInTeacher;
-
-    const auto charge_side = [&](const Sequence& side, int32_t start, int32_t count, uint8_t in_other,
-                                 uint8_t spelled_by_side, std::vector<Rest>& rest) {
-        rest.assign(count + 1, {2, 0});
-        for (int32_t x = 0; x < count; ++x) {
-            if (letter_flags_[side.letters[start + x]] & in_other) rest[x].charge = 0;
-        }
-        auto window = std::lower_bound(side.windows.begin(), side.windows.end(), start,
-                                       [](const Window& w, int32_t token) { return w.last < token; });
-        for (; window != side.windows.end() && window->last < start + count; ++window) {
-            if (window->first < start || !(letter_flags_[window->letter] & in_other)) continue;
-            letter_flags_[window->letter] |= spelled_by_side;
-            for (int32_t x = window->first; x <= window->last; ++x) rest[x - start].charge = 0;
-        }
-    };
-    charge_side(document.student(), rect.student_start, rect.rows(), kInTeacher, kSpelledByStudent, student_);
-    charge_side(document.teacher(), rect.teacher_start, rect.cols(), kInStudent, kSpelledByTeacher, teacher_);
-
-    int gap_excess = 2;
-    const auto sum_up = [&](const int32_t* letters, int32_t count, uint8_t spelled_by_other, std::vector<Rest>& rest) {
-        int64_t longest = 1;
-        rest[count] = {0, 0};
-        for (int32_t x = count - 1; x >= 0; --x) {
-            int32_t charge = rest[x].charge;
-            if (charge == 2 && (letter_flags_[letters[x]] & spelled_by_other)) charge = 1;
-            if (charge == 1) gap_excess = 1;
-            const int64_t length = charge < 2 ? document.length(letters[x]) : 0;
-            longest = std::max(longest, length);
-            rest[x] = {rest[x + 1].charge + charge, rest[x + 1].length + length};
-        }
-        return longest;
-    };
-    const int64_t longest_student = sum_up(s, rect.rows(), kSpelledByTeacher, student_);
-    const int64_t longest_teacher = sum_up(t, rect.cols(), kSpelledByStudent, teacher_);
-    const double excess = gap_excess * (1 - 1e-9);  // a hair less, so that rounding never makes the bound too high
-    gaps_per_student_ = excess / static_cast<double>(longest_student);
-    gaps_per_teacher_ = -excess / static_cast<double>(longest_teacher);
-}
-
 bool RegionSolver::solve(const Document& document, const Rect& rect, int64_t upper_bound, int64_t max_cells,
                          const DpLimits& limits, std::vector<Move>& moves) {
     document_ = &document;
@@ -98,24 +52,13 @@ RegionSolver::Fill RegionSolver::fill(double bound, bool prune, int64_t max_cell
     block_rows_ = std::max(kMaxRun, static_cast<int32_t>(2 * std::sqrt(n + 1.0)));
     rows_.resize(n + 1);
     values_.clear();
-    all_kept_ = true;
-    if (!prune && (n + 1.0) * (m + 1.0) * sizeof(int32_t) > static_cast<double>(row_bytes_)) all_kept_ = false;
+    all_kept_ = prune || (n + 1.0) * (m + 1.0) * sizeof(int32_t) <= static_cast<double>(row_bytes_);
     clear_ring();
 
     for (int32_t i = 0; i <= n; ++i) {
         Row& row = rows_[i];
-        row = {0, m, 0};
-        if (prune && i == 0) row.last = 0;
-        if (prune && i > 0) {
-            // A cell is reached from the kMaxRun rows above, or by gaps from its left.
-            row = {m + 1, -1, 0};
-            for (int32_t above = std::max(0, i - kMaxRun); above < i; ++above) {
-                if (rows_[above].size() == 0) continue;
-                row.first = std::min(row.first, rows_[above].first);
-                row.last = std::max(row.last, std::min(m, rows_[above].last + kMaxRun));
-            }
-            if (row.size() == 0) return Fill::pruned_away;
-        }
+        row = prune ? reachable(i) : Row{0, m, 0};
+        if (row.size() == 0) return Fill::pruned_away;
         if (i > 0) compute_row(i, row.first, row.last);
         if (prune) prune_row(i, bound);
         keep_row(i);
@@ -123,6 +66,18 @@ RegionSolver::Fill RegionSolver::fill(double bound, bool prune, int64_t max_cell
     }
     checkpoint_end_ = values_.size();
     return rows_[n].last == m ? Fill::reached : Fill::pruned_away;
+}
+
+// The columns of row i that the kMaxRun rows above lead to.
+RegionSolver::Row RegionSolver::reachable(int32_t i) const {
+    if (i == 0) return {0, 0, 0};
+    Row row{rect_.cols() + 1, -1, 0};
+    for (int32_t above = std::max(0, i - kMaxRun); above < i; ++above) {
+        if (rows_[above].size() == 0) continue;
+        row.first = std::min(row.first, rows_[above].first);
+        row.last = std::max(row.last, std::min(rect_.cols(), rows_[above].last + kMaxRun));
+    }
+    return row;
 }
 
 void RegionSolver::clear_ring() {

@@ -24,32 +24,9 @@
 #include "core/align_dp.h"
 #include "core/dp_combinations.h"
 #include "core/dp_move.h"
+#include "core/dp_remaining_cost.h"
 
 namespace xtoken::dp {
-
-// A lower bound of the cost from a cell to the end of a rectangle.
-//
-// Charges as in the certificate, over all fragments inside the rectangle. Matches and combinations keep the
-// difference of the lengths consumed on the two sides (tokens of charge 2 are in neither and do not count),
-// so what is left of it needs gaps, and a gap costs 2 instead of the token's charge.
-class RemainingCost {
-  public:
-    void assign(const Document& document, const Rect& rect);
-    double operator()(int32_t i, int32_t j) const {
-        const int64_t ahead = student_[i].length - teacher_[j].length;
-        const double gaps = static_cast<double>(ahead) * (ahead > 0 ? gaps_per_student_ : gaps_per_teacher_);
-        return student_[i].charge + teacher_[j].charge + gaps;
-    }
-
-  private:
-    struct Rest {
-        int32_t charge;  // of the tokens from here on
-        int64_t length;
-    };
-    std::vector<Rest> student_, teacher_;
-    double gaps_per_student_ = 0, gaps_per_teacher_ = 0;  // cost of a unit of length; the second is negative
-    std::vector<uint8_t> letter_flags_;
-};
 
 class RegionSolver {
   public:
@@ -71,6 +48,7 @@ class RegionSolver {
 
     enum class Fill { reached, pruned_away, out_of_cells };
     Fill fill(double bound, bool prune, int64_t max_cells);
+    Row reachable(int32_t i) const;
     void clear_ring();
     void compute_row(int32_t i, int32_t first, int32_t last);
     void prune_row(int32_t i, double bound);
