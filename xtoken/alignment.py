@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -81,8 +81,10 @@ class Alignment:
         if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
         self._check_order()
-        self.student_ids = self._check_ids(student_ids, "student_ids")
-        self.teacher_ids = self._check_ids(teacher_ids, "teacher_ids")
+        self._ids: dict[str, Tensor | _Ragged | None] = {
+            "student": self._check_ids(student_ids, "student_ids"),
+            "teacher": self._check_ids(teacher_ids, "teacher_ids"),
+        }
         self.optimal = self._flags(optimal, "optimal", len(self))
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
@@ -120,6 +122,22 @@ class Alignment:
                 "(student_start, student_end, teacher_start, teacher_end) in increasing order"
             )
 
+    @property
+    def student_ids(self) -> Tensor | None:
+        """int64 [B, T] or [T]: the student's token ids, padded with -1; None if they were not given."""
+        return self._padded_ids("student")
+
+    @property
+    def teacher_ids(self) -> Tensor | None:
+        """int64 [B, T] or [T]: the teacher's token ids, padded with -1; None if they were not given."""
+        return self._padded_ids("teacher")
+
+    def _padded_ids(self, side: str) -> Tensor | None:
+        ids = self._ids[side]
+        if isinstance(ids, _Ragged):  # padded when first asked for: corpora never ask
+            ids = self._ids[side] = pad_rows(ids.rows())
+        return ids
+
     def __len__(self) -> int:
         """Number of samples."""
         return self.offsets.numel() - 1
@@ -143,8 +161,10 @@ class Alignment:
 
     def to(self, device: torch.device | str) -> Alignment:
         """The same alignment with its tensors on `device`."""
-        fields = vars(self).items()
-        return Alignment._trusted(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields})
+        fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        padded = {side: self._padded_ids(side) for side in self._ids}
+        fields["_ids"] = {side: ids if ids is None else ids.to(device) for side, ids in padded.items()}
+        return Alignment._trusted(**fields)
 
     @staticmethod
     def _trusted(**fields: Any) -> Alignment:
@@ -277,6 +297,17 @@ class Alignment:
         return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
 
 
+class _Ragged(NamedTuple):
+    """Rows of different lengths, one after the other: row b is ``flat[offsets[b]:offsets[b + 1]]``."""
+
+    flat: Tensor
+    offsets: NDArray[np.int64]
+
+    def rows(self) -> tuple[Tensor, ...]:
+        rows: tuple[Tensor, ...] = self.flat.split(np.diff(self.offsets).tolist())
+        return rows
+
+
 def pad_rows(rows: Iterable[Tensor], value: int = -1) -> Tensor:
     """Rows of different lengths as one matrix, padded on the right; int64 [0, 0] if there are none."""
     rows = list(rows)
@@ -384,8 +415,7 @@ class Aligner:
             spans=torch.from_numpy(spans),
             offsets=torch.from_numpy(offsets),
             batched=student.is_batch,
-            student_ids=student.ids,
-            teacher_ids=teacher.ids,
+            _ids={"student": student.ids, "teacher": teacher.ids},
             optimal=torch.from_numpy(optimal).bool(),
             predicted=torch.from_numpy(predicted).bool(),
         )
@@ -447,8 +477,7 @@ class Aligner:
             spans=whole.spans[kept],
             offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
             batched=whole.batched,
-            student_ids=sides[0],
-            teacher_ids=sides[1],
+            _ids={"student": sides[0], "teacher": sides[1]},
             optimal=whole.optimal,
             predicted=whole.predicted[kept],
         )
@@ -461,8 +490,8 @@ class _Batch:
         name = f"{side}_ids"
         rows = self._rows(ids, name, torch.int64)
         self.is_batch = not isinstance(rows, Tensor) or rows.dim() == 2
-        self.ids = rows if isinstance(rows, Tensor) else pad_rows(rows)
         self.flat, self.offsets = self._flat(rows)
+        self.ids = rows if isinstance(rows, Tensor) else _Ragged(torch.from_numpy(self.flat), self.offsets)
         self.mask: NDArray[np.uint8] | None = None
         if mask is not None:
             mask_rows = self._rows(mask, f"{side}_mask", torch.uint8)
