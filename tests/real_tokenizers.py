@@ -137,3 +137,9 @@ def encode(tokenizer: Any, text: str) -> list[int]:
     """Ids without special tokens, for both kinds of tokenizers."""
     encoded = tokenizer.encode(text, add_special_tokens=False)
     return list(getattr(encoded, "ids", encoded))
+
+
+def invalid_utf8_ids(vocabulary: Any) -> list[int]:
+    """Ids of the text tokens whose bytes are not valid UTF-8 by themselves."""
+    text_ids = vocabulary.is_text.nonzero()[0].tolist()
+    return [i for i in text_ids if vocabulary[i].decode("utf-8", "ignore").encode() != vocabulary[i]]

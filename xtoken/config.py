@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 
 from . import _core
+from .losses._backends import backend_names
 
 
 def config() -> dict[str, str]:
@@ -24,7 +25,7 @@ def config() -> dict[str, str]:
         "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
         "CUDA kernels": "no: this version has none; losses on CUDA tensors use the reference backend",
         "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else _no_device(torch),
-        "loss backends": "reference",
+        "loss backends": ", ".join(backend_names()),
     }
 
 

@@ -60,12 +60,7 @@ void bind_vocabulary(py::module_& m) {
                      if (v.is_text(checked(v, id))) text += v.bytes(static_cast<int32_t>(id));
                  }
                  return py::bytes(text);
-             })
-        .def("valid_utf8", [](const Vocabulary& v) {
-            std::vector<uint8_t> valid;
-            for (int32_t id = 0; id < v.size(); ++id) valid.push_back(is_utf8(v.bytes(id)));
-            return to_array<uint8_t>(std::move(valid));
-        });
+             });
 }
 
 }  // namespace xtoken

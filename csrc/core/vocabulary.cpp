@@ -152,11 +152,4 @@ Vocabulary::Vocabulary(const std::vector<std::string>& tokens, std::vector<Token
     }
 }
 
-bool is_utf8(std::string_view bytes) {
-    for (size_t i = 0; i < bytes.size();) {
-        if (next_code_point(bytes, i) < 0) return false;
-    }
-    return true;
-}
-
 }  // namespace xtoken

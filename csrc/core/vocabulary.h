@@ -54,7 +54,4 @@ class Vocabulary {
     Roles roles_;
 };
 
-// Whether `bytes` is well-formed UTF-8 (RFC 3629: no surrogates, no overlong forms).
-bool is_utf8(std::string_view bytes);
-
 }  // namespace xtoken

@@ -175,6 +175,11 @@ def unregister_backend(name: str) -> None:
     del _BACKENDS[name]
 
 
+def backend_names() -> tuple[str, ...]:
+    """Backends of this build; ``"auto"`` prefers the later ones."""
+    return tuple(_BACKENDS)
+
+
 def select_backend(requested: str, device: torch.device | str, operation: str | None = None) -> str:
     """The name of the backend that computes a loss.
 
