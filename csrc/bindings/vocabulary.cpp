@@ -53,14 +53,13 @@ void bind_vocabulary(py::module_& m) {
              }),
              py::arg("tokens"), py::arg("kinds"), py::arg("roles"))
         .def("__len__", &Vocabulary::size)
-        .def("join",
-             [](const Vocabulary& v, const Array<int64_t>& ids) {
-                 std::string text;
-                 for (const int64_t id : to_vector(ids, "ids")) {
-                     if (v.is_text(checked(v, id))) text += v.bytes(static_cast<int32_t>(id));
-                 }
-                 return py::bytes(text);
-             });
+        .def("join", [](const Vocabulary& v, const Array<int64_t>& ids) {
+            std::string text;
+            for (const int64_t id : to_vector(ids, "ids")) {
+                if (v.is_text(checked(v, id))) text += v.bytes(static_cast<int32_t>(id));
+            }
+            return py::bytes(text);
+        });
 }
 
 }  // namespace xtoken
