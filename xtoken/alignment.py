@@ -405,6 +405,9 @@ class Aligner:
         """
         student = _Batch(student_ids, student_mask, "student")
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
+        return self._align(student, teacher)
+
+    def _align(self, student: _Batch, teacher: _Batch) -> Alignment:
         if student.is_batch != teacher.is_batch:
             raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
         spans, offsets, predicted, optimal = self._core.align(
@@ -457,7 +460,7 @@ class Aligner:
             raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
         student = _Batch(student_ids, student_mask, "student")
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
-        whole = self.align(student_ids, teacher_ids, student_mask, teacher_mask)
+        whole = self._align(student, teacher)
         lengths = torch.from_numpy(np.stack([np.diff(student.offsets), np.diff(teacher.offsets)], axis=1))
         fits = (lengths <= torch.tensor(limits)).all(dim=1)
         sample = whole.sample_index
@@ -502,8 +505,7 @@ class _Batch:
     @staticmethod
     def _rows(value: Any, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
         """One tensor of one or two dimensions, or the rows of a ragged batch."""
-        is_ragged = isinstance(value, (list, tuple)) and len(value) > 0 and not np.isscalar(value[0])
-        if is_ragged and not (isinstance(value[0], (Tensor, np.ndarray)) and value[0].ndim == 0):
+        if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
             tensors = [_int_tensor(row, name, dtype, allow_bool=dtype == torch.uint8).cpu() for row in value]
             if any(row.dim() != 1 for row in tensors):
                 raise ValueError(f"{name}: expected one dimension a sample")

@@ -147,8 +147,8 @@ def coverage_audit(
             f"got {list(projection.shape)}"
         )
     projection.check_tokenizers(student, teacher)
-    names = [token_class(student[i], bool(text)) for i, text in enumerate(student.is_text)]
-    members = {name: np.array([n == name for n in names], dtype=bool) for name in CLASSES}
+    classes_of = np.array([token_class(student[i], text) for i, text in enumerate(student.is_text.tolist())], dtype=str)
+    members = {name: classes_of == name for name in CLASSES}
     pattern = _critical_pattern(critical)
     if pattern is not None:
         members["critical"] = np.array(

@@ -14,6 +14,7 @@ def config() -> dict[str, str]:
     import torch
     import transformers
 
+    no_device = "none found" if torch.version.cuda else "none: this torch is built without CUDA"
     return {
         "xtoken": _core.version,
         "python": platform.python_version(),
@@ -24,14 +25,9 @@ def config() -> dict[str, str]:
         "processors": str(_core.available_processors()),
         "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
         "CUDA kernels": "no: this version has none; losses on CUDA tensors use the reference backend",
-        "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else _no_device(torch),
+        "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else no_device,
         "loss backends": ", ".join(backend_names()),
     }
-
-
-def _no_device(torch: object) -> str:
-    built_for = getattr(torch.version, "cuda", None)  # type: ignore[attr-defined]
-    return "none found" if built_for else "none: this torch is built without CUDA"
 
 
 def show_config() -> None:

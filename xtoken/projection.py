@@ -133,7 +133,7 @@ class ProjectionMatrix:
         Returns
         -------
         ProjectionMatrix
-            Deterministic. Takes the memory of both vocabularies and of the matrix, a few tens of MB.
+            Deterministic. Llama 3 to Qwen3 takes about 0.1 GB beyond the two tokenizers.
 
         Notes
         -----

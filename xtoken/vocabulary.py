@@ -135,9 +135,9 @@ class Vocabulary:
             )
         spelling, word_prefix, byte_fallback = _spelling(backend)
 
-        ids = backend.get_vocab(with_added_tokens=True)
         base = backend.get_vocab(with_added_tokens=False)
-        size = max(ids.values(), default=-1) + 1
+        added_tokens = backend.get_added_tokens_decoder()
+        size = max([*base.values(), *added_tokens], default=-1) + 1
         tokens: list[bytes] = [b""] * size
         kinds = np.full(size, TOKEN_KINDS.index("unused"), dtype=np.uint8)
         pieces = list(base)
@@ -150,7 +150,7 @@ class Vocabulary:
                 tokens[i] = bytes.fromhex(match[1])
                 kinds[i] = TOKEN_KINDS.index("byte")
         special: dict[str, int] = {}
-        for i, added in backend.get_added_tokens_decoder().items():
+        for i, added in added_tokens.items():
             if added.special:
                 tokens[i] = added.content.encode()
                 kinds[i] = TOKEN_KINDS.index("unused" if _RESERVED.search(added.content) else "special")
@@ -272,7 +272,7 @@ def _find_roles(tokenizer: Any, special: Mapping[str, int]) -> dict[str, int]:
     """Roles from the tokenizer's attributes, then from well-known names."""
     roles: dict[str, int] = {}
     for role, names in ROLES.items():
-        token_id = getattr(tokenizer, _ATTRIBUTES.get(role, ""), None)
+        token_id = getattr(tokenizer, _ATTRIBUTES[role], None) if role in _ATTRIBUTES else None
         if token_id is not None:
             roles[role] = token_id
             continue

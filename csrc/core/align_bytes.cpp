@@ -1,12 +1,10 @@
-// The byte merge: cuts two token sequences of the same text at every boundary that both share, in linear
-// time.
+// The byte merge: cuts two token sequences of the same text at every boundary that both share, in linear time.
 //
-// At a common boundary the loop takes one token from each side and then keeps extending the side that is
-// shorter, in bytes, until both end together: that is the finest chunk. The first byte that differs ends the
-// chunk attempt, and the disagreement begins at the last common boundary. To resume, `find_agreement` looks
-// for the nearest pair of token boundaries from which the sides agree again; the nearer the pair, the fewer
-// tokens it costs, so the search window grows by doubling and costs no more than a constant times the
-// distance skipped.
+// At a common boundary the loop takes one token from each side and then keeps extending the side that is shorter, in
+// bytes, until both end together: that is the finest chunk. The first byte that differs ends the chunk attempt, and the
+// disagreement begins at the last common boundary. To resume, `find_agreement` looks for the nearest pair of token
+// boundaries from which the sides agree again; the nearer the pair, the fewer tokens it costs, so the search window
+// grows by doubling and costs no more than a constant times the distance skipped.
 #include "core/align_bytes.h"
 
 #include <algorithm>
@@ -17,16 +15,14 @@
 namespace xtoken {
 namespace {
 
-// Bytes that must agree for the sides to count as reading the same text again, `cost` tokens further on. A
-// few will do next to the disagreement; farther away more are needed, since common words match there by
-// chance.
+// Bytes that must agree for the sides to count as reading the same text again, `cost` tokens further on. A few will do
+// next to the disagreement; farther away more are needed, since common words match there by chance.
 constexpr size_t kMostEvidence = 16;
 size_t evidence(int32_t cost) { return std::min(kMostEvidence, 2 + 2 * static_cast<size_t>(cost)); }
-// Pairs of boundaries up to this cost are tried one by one; beyond, evidence is kMostEvidence and a sorted
-// index of that many bytes finds them.
+// Pairs of boundaries up to this cost are tried one by one; beyond, evidence is kMostEvidence and a sorted index of
+// that many bytes finds them.
 constexpr int32_t kNear = 7;
-// Boundaries with equal bytes behind them that are tried for one boundary of the other side (periodic text
-// has many).
+// Boundaries with equal bytes behind them that are tried for one boundary of the other side (periodic text has many).
 constexpr int kTries = 4;
 
 class Side {
@@ -84,8 +80,8 @@ bool take_common(Cursor& a, Cursor& b, size_t& taken) {
     return true;
 }
 
-// Whether both sides agree from boundaries (i, j) on: over `enough` bytes, an equal atomic token, or to the
-// end of a side.
+// Whether both sides agree from boundaries (i, j) on: over `enough` bytes, an equal atomic token, or to the end of a
+// side.
 bool agrees(const Side& first, const Side& second, int32_t i, int32_t j, size_t enough) {
     Cursor a{first, i, {}}, b{second, j, {}};
     for (size_t seen = 0, taken = 0; seen < enough; seen += taken) {
@@ -105,8 +101,7 @@ struct Boundary {
     int32_t first, second;
 };
 
-// The boundaries nearest to (i, j), by tokens skipped in all, from which the sides agree; the ends if there
-// are none.
+// The boundaries nearest to (i, j), by tokens skipped in all, from which the sides agree; the ends if there are none.
 Boundary find_agreement(const Side& first, const Side& second, int32_t i, int32_t j) {
     for (int32_t cost = 1; cost <= kNear; ++cost) {
         for (int32_t x = i; x <= i + cost; ++x) {
@@ -145,9 +140,9 @@ struct Attempt {
     int32_t student_end, teacher_end;  // of the chunk, if it closed
 };
 
-// Tries to close the finest chunk that begins at (i, j). Otherwise tells whether one side's text simply ends
-// within the other's, or else which side comes first in an order of what they spell. The order makes the
-// search that follows independent of which side is called the student.
+// Tries to close the finest chunk that begins at (i, j). Otherwise tells whether one side's text simply ends within the
+// other's, or else which side comes first in an order of what they spell. The order makes the search that follows
+// independent of which side is called the student.
 Attempt close_chunk(const Side& student, const Side& teacher, int32_t i, int32_t j) {
     Cursor a{student, i, {}}, b{teacher, j, {}};
     for (;;) {

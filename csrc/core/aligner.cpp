@@ -70,8 +70,7 @@ bool Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher,
             value_error(name, ": sample ", sample, " has over 2^31 tokens");
         int64_t begin = 0, end = length;
         if (!batch.mask) {
-            // A run of pad tokens at an end is padding, but the one next to the text may be a real eos or
-            // bos.
+            // A run of pad tokens at an end is padding, but the one next to the text may be a real eos or bos.
             while (end > 0 && ids[end - 1] == padding.id) --end;
             if (padding.is_end && end > 0 && end < length) ++end;
             while (begin < end && ids[begin] == padding.id) ++begin;
@@ -147,8 +146,7 @@ bool Aligner::align_sample(const TokenBatch& student, const TokenBatch& teacher,
 
 BatchAlignment Aligner::align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples, AlignMethod method,
                               int64_t cell_budget, int threads) const {
-    // Consecutive samples form a range; the ranges' results are put together in order, whatever thread made
-    // them.
+    // Consecutive samples form a range; the ranges' results are put together in order, whatever thread made them.
     const int64_t tokens = samples ? student.offsets[samples] + teacher.offsets[samples] : 0;
     const int64_t ranges_wanted = std::clamp<int64_t>(tokens / kTokensPerRange, 1, std::max<int64_t>(1, samples));
     const int64_t grain = (std::max<int64_t>(1, samples) + ranges_wanted - 1) / ranges_wanted;

@@ -35,8 +35,8 @@ class Aligner {
   public:
     Aligner(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules);
 
-    // Throws Error (value) if an unmasked id is out of range, naming side, sample and position.
-    // `cell_budget` bounds the table cells of each dynamic program.
+    // Throws Error (value) if an unmasked id is out of range, naming side, sample and position. `cell_budget` bounds
+    // the table cells of each dynamic program.
     BatchAlignment align(const TokenBatch& student, const TokenBatch& teacher, int64_t samples, AlignMethod method,
                          int64_t cell_budget, int threads) const;
 

@@ -18,8 +18,7 @@ class Error : public std::runtime_error {
     Kind kind_;
 };
 
-// A bad value given by the caller. The parts are streamed together: name the argument, what was expected,
-// what came.
+// A bad value given by the caller. The parts are streamed together: name the argument, what was expected, what came.
 template <typename... Parts>
 [[noreturn]] void value_error(const Parts&... parts) {
     std::ostringstream message;

@@ -25,8 +25,7 @@ void offer(std::unordered_map<std::string_view, int32_t>& ids, std::string_view 
     if (!is_new && preferred(vocabulary, id, entry->second)) entry->second = id;
 }
 
-// Keeps the top_k largest entries, the earlier on ties, divides by their sum and appends the row in column
-// order.
+// Keeps the top_k largest entries, the earlier on ties, divides by their sum and appends the row in column order.
 void append_row(std::vector<Entry>& entries, int32_t top_k, SparseRows& rows) {
     std::stable_sort(entries.begin(), entries.end(), [](Entry a, Entry b) { return a.weight > b.weight; });
     if (entries.size() > static_cast<size_t>(top_k)) entries.resize(static_cast<size_t>(top_k));

@@ -52,8 +52,8 @@ struct SparseRows {
     std::vector<float> weight;
 };
 
-// How weight is spread: piece i of a token gets beta * gamma^i, the weights of a repeated piece add up, the
-// top_k largest are kept (earlier position first on ties) and divided by their sum.
+// How weight is spread: piece i of a token gets beta * gamma^i, the weights of a repeated piece add up, the top_k
+// largest are kept (earlier position first on ties) and divided by their sum.
 struct PieceWeights {
     double beta = 0.9, gamma = 0.1;
     int32_t top_k = 4;
@@ -63,9 +63,8 @@ struct PieceWeights {
 SparseRows build_rows(const std::vector<int32_t>& image, const std::vector<int32_t>& rows, const Sequences& pieces,
                       PieceWeights weights);
 
-// Pass 3: for teacher tokens `columns`, each encoded by the student into `pieces`, adds beta * gamma^i to
-// (piece i, column); then cuts every row that changed to top_k (larger weight, then lower column) and
-// normalises it.
+// Pass 3: for teacher tokens `columns`, each encoded by the student into `pieces`, adds beta * gamma^i to (piece i,
+// column); then cuts every row that changed to top_k (larger weight, then lower column) and normalises it.
 SparseRows add_reverse(const SparseRows& matrix, const std::vector<int32_t>& columns, const Sequences& pieces,
                        PieceWeights weights);
 

@@ -61,8 +61,7 @@ TokenPair::TokenPair(const Vocabulary& student, const Vocabulary& teacher, Canon
     intern_texts(student, student_);
     intern_texts(teacher, teacher_);
 
-    // Atomic tokens: one class for each set of special tokens linked by a role or a literal across the two
-    // sides.
+    // Atomic tokens: one class for each set of special tokens linked by a role or a literal across the two sides.
     Classes classes(student_.size() + teacher_.size());
     const size_t teacher_base = student_.size();
     for (const auto& [role, student_id] : student.roles()) {

@@ -18,10 +18,10 @@ struct CanonicalRules {
 // The canonical form of a token's bytes, a suffix of them. Idempotent.
 std::string_view canonical_text(std::string_view bytes, CanonicalRules rules);
 
-// Every token of the two vocabularies as a canonical id ("symbol"). Two tokens have the same symbol exactly
-// if they are both text with equal canonical bytes, or both special with a common role or equal literals.
-// Symbols below `num_texts()` are texts, which may be concatenated; the others are atomic and only equal
-// themselves. The pad role makes nothing equal: padding is never aligned.
+// Every token of the two vocabularies as a canonical id ("symbol"). Two tokens have the same symbol exactly if they are
+// both text with equal canonical bytes, or both special with a common role or equal literals. Symbols below
+// `num_texts()` are texts, which may be concatenated; the others are atomic and only equal themselves. The pad role
+// makes nothing equal: padding is never aligned.
 class TokenPair {
   public:
     TokenPair(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules);
