@@ -5,7 +5,22 @@ from ._core import version as __version__
 from .alignment import Aligner, Alignment
 from .audit import ClassCoverage, CoverageReport, coverage_audit
 from .config import show_config
-from .losses import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, select_backend, uld_loss
+from .losses import (
+    LinearLogits,
+    Teacher,
+    TopKLogits,
+    XTokenLoss,
+    gold_loss,
+    hkl_loss,
+    kd_loss,
+    linear_gold_loss,
+    linear_hkl_loss,
+    linear_kd_loss,
+    linear_pkl_loss,
+    pkl_loss,
+    select_backend,
+    uld_loss,
+)
 from .projection import ProjectionMatrix
 from .vocabulary import Vocabulary
 
@@ -14,8 +29,10 @@ __all__ = [
     "Alignment",
     "ClassCoverage",
     "CoverageReport",
+    "LinearLogits",
     "ProjectionMatrix",
     "Teacher",
+    "TopKLogits",
     "Vocabulary",
     "XTokenLoss",
     "__version__",
@@ -23,6 +40,10 @@ __all__ = [
     "gold_loss",
     "hkl_loss",
     "kd_loss",
+    "linear_gold_loss",
+    "linear_hkl_loss",
+    "linear_kd_loss",
+    "linear_pkl_loss",
     "pkl_loss",
     "reference",
     "select_backend",

@@ -166,13 +166,13 @@ def _uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor
 
 def _kd(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = None, **options: Any) -> Tensor:
     size = min(case.projection.shape)
-    chunks = reference.Chunks.of(_positions(case), student.shape[1], teacher.shape[1])
+    chunks = reference.Chunks.of(positions(case), student.shape[1], teacher.shape[1])
     columns = reference.column_set(teacher[..., :size], top_k)
     z, y = student.flatten(0, 1)[:, :size], teacher.flatten(0, 1)[:, :size]
     return reference.kd(z, y, chunks, columns, **options)
 
 
-def _positions(case: Case) -> Alignment:
+def positions(case: Case) -> Alignment:
     """Every student position with the teacher's of the same number, for `kd_loss`."""
     count = min(case.student.shape[1], case.teacher.shape[1]) - 1
     start = torch.arange(1, count + 1)
@@ -197,7 +197,7 @@ def _public_uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) ->
 
 
 def _public_kd(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    return xtoken.kd_loss(student, teacher, _positions(case), vocab_size=min(case.projection.shape), **options)
+    return xtoken.kd_loss(student, teacher, positions(case), vocab_size=min(case.projection.shape), **options)
 
 
 OPERATIONS = {

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, uld_loss
 from xtoken.alignment import Alignment
+from xtoken.losses._logits import DenseSource
 from xtoken.losses.pkl import select_columns
 
 
@@ -147,7 +148,7 @@ def test_agreement_and_mass_by_hand() -> None:
     top_k = 20
     criterion = XTokenLoss([Teacher(case.projection, top_k=top_k)])
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
-    columns = select_columns(case.teacher, case.projection, top_k=top_k)
+    columns = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection, top_k=top_k)
     dense = torch.zeros(case.projection.shape, dtype=torch.float64)
     for student_id in range(case.projection.shape[0]):
         ids, weights = case.projection.row(student_id)

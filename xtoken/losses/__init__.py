@@ -1,18 +1,26 @@
 """Distillation losses: one file for each, one autograd function for all, backends behind one table."""
 
 from xtoken.losses._backends import select_backend
+from xtoken.losses._logits import LinearLogits, TopKLogits
 from xtoken.losses.combined import Teacher, XTokenLoss
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
+from xtoken.losses.linear import linear_gold_loss, linear_hkl_loss, linear_kd_loss, linear_pkl_loss
 from xtoken.losses.pkl import pkl_loss
 from xtoken.losses.uld import uld_loss
 
 __all__ = [
+    "LinearLogits",
     "Teacher",
+    "TopKLogits",
     "XTokenLoss",
     "gold_loss",
     "hkl_loss",
     "kd_loss",
+    "linear_gold_loss",
+    "linear_hkl_loss",
+    "linear_kd_loss",
+    "linear_pkl_loss",
     "pkl_loss",
     "select_backend",
     "uld_loss",

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from xtoken.reference import Chunks
+from xtoken.reference import LOWEST_LOGIT, Chunks
+
+IGNORED = -100
+"""Label of a token that no loss looks at, as in PyTorch and transformers."""
 
 BLOCK_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
 """Logits that the reference backend works on at a time, by device type; its temporaries are of that size."""
@@ -46,6 +50,30 @@ class Problem:
     options: Options
     weight: Tensor | None = None
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the losses: the widest type of the logits, at least float32."""
+        return torch.promote_types(torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The student's next-token cross-entropy, wanted from the same call.
+
+    Parameters
+    ----------
+    ids : int64 [B * T_s]
+        The token that each row should predict, -100 where none.
+    losses : [B * T_s]
+        Receives the cross-entropy of each row (temperature 1, vocabulary columns only), 0 where there is no label.
+    scale : float
+        Factor of the gradient ``softmax(z) - onehot(label)`` of each labelled row.
+    """
+
+    ids: Tensor
+    losses: Tensor
+    scale: float
+
 
 class Operation(Protocol):
     """Computes the loss of every chunk and, into buffers of the caller, gradients.
@@ -53,17 +81,20 @@ class Operation(Protocol):
     Parameters
     ----------
     problem : Problem
-    student_grad : like ``problem.student``, zero, optional
-        Receives ``sum_k scale_k d loss_k / d student``.
+    student_grad : [B, T_s, >= V_student], contiguous, in the student's type, uninitialised, optional
+        Every element is written: ``sum_k scale_k d loss_k / d student``, and zero elsewhere.
     weight_grad : like ``problem.weight``, zero, optional
         Receives ``sum_k scale_k d loss_k / d weight``.
     scale : [K], optional
         Default: ones.
+    *labels : Labels
+        One, and only for operations that the backend lists as `fused_labels`: also the cross-entropy, its gradient
+        added to ``student_grad``.
 
     Returns
     -------
     Tensor
-        [K], in the promoted type of the logits and float32.
+        [K], in ``problem.dtype``.
     """
 
     def __call__(
@@ -72,7 +103,37 @@ class Operation(Protocol):
         student_grad: Tensor | None = None,
         weight_grad: Tensor | None = None,
         scale: Tensor | None = None,
+        *labels: Labels,
     ) -> Tensor: ...
+
+
+class CrossEntropy(Protocol):
+    """Cross-entropy of each row: fills ``labels.losses``; adds its gradient to ``student_grad`` if given."""
+
+    def __call__(self, student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None: ...
+
+
+def run_cross_entropy(student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None:
+    """Cross-entropy in plain PyTorch, block by block; see `CrossEntropy`."""
+    rows = labels.ids.numel()
+    labels.losses.zero_()
+    labelled = (labels.ids != IGNORED).nonzero()[:, 0]
+    length = student.shape[1]
+    step = max(1, BLOCK_ELEMENTS.get(student.device.type, BLOCK_ELEMENTS["cpu"]) // max(1, student.shape[2]))
+    flat = None if student_grad is None else student_grad.view(rows, -1)[:, : student.shape[2]]
+    for index in labelled.split(step):
+        logits = student[index // length, index % length].to(labels.losses.dtype).clamp_min_(LOWEST_LOGIT)
+        label = labels.ids[index, None]
+        log_p = logits.log_softmax(-1)
+        labels.losses[index] = -log_p.gather(1, label)[:, 0]
+        if flat is not None:
+            grad = log_p.exp_().scatter_add_(1, label, -torch.ones_like(label, dtype=log_p.dtype)).mul_(labels.scale)
+            flat[index] = (flat[index] + grad).to(flat.dtype)
+
+
+def can_do_anything(problem: Problem) -> str | None:
+    """The reason of a backend that takes every problem."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -85,11 +146,35 @@ class Backend:
     operations : mapping from an operation's name ("pkl", "gold", "uld", "kd") to an `Operation`
     missing : callable
         Why it cannot work on a device, or None if it can.
+    unsupported : callable
+        Why it cannot take a problem on such a device (a type of logits, say), or None if it can.
+    cross_entropy : CrossEntropy
+        For operations without labels of their own.
+    fused_labels : set of operations that take `Labels`
     """
 
     name: str
     operations: Mapping[str, Operation]
     missing: Callable[[torch.device], str | None]
+    unsupported: Callable[[Problem], str | None] = can_do_anything
+    cross_entropy: CrossEntropy = run_cross_entropy
+    fused_labels: frozenset[str] = frozenset()
+
+    def run(
+        self,
+        problem: Problem,
+        student_grad: Tensor | None = None,
+        weight_grad: Tensor | None = None,
+        scale: Tensor | None = None,
+        labels: Labels | None = None,
+    ) -> Tensor:
+        """The operation of the problem, with labels whether or not it has them fused."""
+        operation = self.operations[problem.options.operation]
+        if labels is None or problem.options.operation in self.fused_labels:
+            return operation(problem, student_grad, weight_grad, scale, *(() if labels is None else (labels,)))
+        losses = operation(problem, student_grad, weight_grad, scale)
+        self.cross_entropy(problem.student, labels, student_grad)
+        return losses
 
 
 class Block(NamedTuple):
@@ -125,13 +210,36 @@ def blocks(student: Tensor, teacher: Tensor, chunks: Chunks) -> Iterator[Block]:
         start = stop
 
 
+_AUTOGRAD_KEYS = [
+    key
+    for name in ("AutogradFunctionality", "ADInplaceOrView", "AutogradCPU", "AutogradCUDA", "AutogradOther")
+    if (key := getattr(torch._C.DispatchKey, name, None)) is not None
+]
+
+
+@contextmanager
+def _autograd_recording(wanted: bool) -> Iterator[None]:
+    """Records operations for autograd, also inside an operator, where torch has switched that off."""
+    if not wanted:
+        with torch.no_grad():
+            yield
+        return
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in _AUTOGRAD_KEYS:
+        excluded = excluded.remove(key)
+    with torch._C._ForceDispatchKeyGuard(torch._C._dispatch_tls_local_include_set(), excluded), torch.enable_grad():
+        yield
+
+
 def run_reference(
     problem: Problem,
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
+    *labels: Labels,
 ) -> Tensor:
     """The formulas of `xtoken.reference`, block by block, each block differentiated at once by autograd."""
+    assert not labels
     parts = []
     for block in blocks(problem.student, problem.teacher, problem.chunks):
         weight = problem.weight if problem.weight is None else problem.weight.detach()
@@ -140,20 +248,22 @@ def run_reference(
             wanted.append(block.student.requires_grad_())
         if weight_grad is not None and weight is not None:
             wanted.append(weight.requires_grad_())
-        with torch.set_grad_enabled(bool(wanted)):
+        with _autograd_recording(bool(wanted)):
             losses = problem.options.reference(block.student, block.teacher, block.chunks, weight)
         parts.append(losses.detach())
         if wanted:
             upstream = torch.ones_like(losses) if scale is None else scale[block.span].to(losses.dtype)
             grads = list(torch.autograd.grad(losses, wanted, upstream))
             if student_grad is not None:
-                student_grad[block.student_index] = grads.pop(0)
+                student_grad[..., : problem.student.shape[2]][block.student_index] = grads.pop(0)
             if weight_grad is not None:
                 weight_grad += grads.pop(0)
-    if parts:
-        return torch.cat(parts)
-    dtype = torch.promote_types(torch.promote_types(problem.student.dtype, problem.teacher.dtype), torch.float32)
-    return problem.student.new_zeros(0, dtype=dtype)
+    if student_grad is not None:  # last, so that the gradient may take the place of the logits
+        unused = torch.ones(student_grad.shape[:2], dtype=torch.bool, device=student_grad.device)
+        unused.view(-1)[problem.chunks.student.index()] = False
+        student_grad[unused] = 0
+        student_grad[..., problem.student.shape[2] :] = 0
+    return torch.cat(parts) if parts else problem.student.new_zeros(0, dtype=problem.dtype)
 
 
 _BACKENDS: dict[str, Backend] = {}
@@ -180,6 +290,13 @@ def backend_names() -> tuple[str, ...]:
     return tuple(_BACKENDS)
 
 
+def check_backend(requested: str) -> None:
+    """``requested`` is "auto" or the name of a backend, built or not."""
+    if requested != "auto" and requested not in _BACKENDS and requested not in _NOT_BUILT:
+        known = ", ".join(repr(name) for name in dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT]))
+        raise ValueError(f"backend: expected one of {known}, got {requested!r}")
+
+
 def select_backend(requested: str, device: torch.device | str, operation: str | None = None) -> str:
     """The name of the backend that computes a loss.
 
@@ -195,7 +312,8 @@ def select_backend(requested: str, device: torch.device | str, operation: str | 
     Returns
     -------
     str
-        For ``"auto"`` the fastest backend that works on the device, ``"reference"`` if there is no other.
+        For ``"auto"`` the fastest backend that works on the device, ``"reference"`` if there is no other. (A call
+        with logits of a type that this backend does not take uses the next one.)
 
     Raises
     ------
@@ -204,33 +322,43 @@ def select_backend(requested: str, device: torch.device | str, operation: str | 
     RuntimeError
         If the backend exists but cannot do this; the message says why.
     """
-    device = torch.device(device)
+    return select(requested, torch.device(device), operation).name
+
+
+def backend_of(requested: str, problem: Problem) -> Backend:
+    """The selected backend for a problem.
+
+    Raises
+    ------
+    ValueError, RuntimeError
+        As `select_backend`; RuntimeError also if the requested backend does not take this problem.
+    """
+    return select(requested, problem.student.device, problem.options.operation, problem)
+
+
+def select(
+    requested: str, device: torch.device, operation: str | None = None, problem: Problem | None = None
+) -> Backend:
+    """The backend of `select_backend`, or of `backend_of` with a problem."""
     if requested == "auto":
         for name in reversed(_BACKENDS):
-            if _reason(name, device, operation) is None:
-                return name
+            if _reason(name, device, operation, problem) is None:
+                return _BACKENDS[name]
         raise RuntimeError(f"backend: none has the operation {operation!r}")
-    if requested not in _BACKENDS and requested not in _NOT_BUILT:
-        known = ", ".join(repr(name) for name in dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT]))
-        raise ValueError(f"backend: expected one of {known}, got {requested!r}")
-    reason = _reason(requested, device, operation)
+    check_backend(requested)
+    reason = _reason(requested, device, operation, problem)
     if reason is not None:
         raise RuntimeError(f"backend: {requested!r} is not available: {reason}")
-    return requested
+    return _BACKENDS[requested]
 
 
-def operation_of(requested: str, device: torch.device, operation: str) -> Operation:
-    """The operation of the selected backend."""
-    return _BACKENDS[select_backend(requested, device, operation)].operations[operation]
-
-
-def _reason(name: str, device: torch.device, operation: str | None) -> str | None:
+def _reason(name: str, device: torch.device, operation: str | None, problem: Problem | None) -> str | None:
     if name not in _BACKENDS:
         return _NOT_BUILT[name]
     backend = _BACKENDS[name]
     if operation is not None and operation not in backend.operations:
         return f"it has no operation {operation!r}"
-    return backend.missing(device)
+    return backend.missing(device) or (None if problem is None else backend.unsupported(problem))
 
 
 register_backend(Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd"), run_reference), lambda device: None))

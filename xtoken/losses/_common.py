@@ -1,129 +1,165 @@
-"""What all losses share: argument checks, the autograd function, reductions."""
+"""What all losses share: argument checks, and the way from arguments to the operator."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import Operation, Problem, operation_of
-from xtoken.reference import Chunks, Rows
+from xtoken.losses._backends import check_backend
+from xtoken.losses._logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
+from xtoken.losses._ops import Inputs, Settings, run
+from xtoken.reference import Chunks
 
-SCALED_ROWS = 256
-"""Rows that backward scales at a time; bounds the float32 copies that torch makes of half-precision rows."""
+REDUCTIONS = ("mean", "sum", "none")
 
-
-class ChunkLoss(torch.autograd.Function):
-    """Losses of all chunks [K]; forward also computes the gradient of the student's logits, backward scales
-    it.
-
-    A row of the student belongs to at most one chunk, so scaling each row by its chunk's upstream gradient is
-    exact. Weights of W are shared by all chunks: if they need a gradient, it is computed in backward, from
-    the saved inputs.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, student_logits: Tensor, weight: Tensor | None, problem: Problem, run: Operation) -> Tensor:
-        ctx.problem, ctx.run = problem, run
-        ctx.needs_student, ctx.needs_weight = ctx.needs_input_grad[:2]
-        if ctx.needs_weight:
-            ctx.save_for_backward(student_logits, problem.teacher, weight)
-            return run(problem)
-        grad = student_logits.new_zeros(student_logits.shape)
-        losses = run(problem, _vocabulary_part(grad, problem))
-        ctx.save_for_backward(grad)
-        return losses
-
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
-        with torch.no_grad():
-            grads = _weight_backward(ctx, upstream) if ctx.needs_weight else _student_backward(ctx, upstream)
-        if torch.is_grad_enabled():
-            grads = [grad if grad is None else _OnceOnly.apply(grad.requires_grad_()) for grad in grads]
-        return *grads, None, None
+Losses = Tensor | tuple[Tensor, Tensor]
+"""The loss, or with ``labels=`` (the loss, the cross-entropy)."""
 
 
-class _OnceOnly(torch.autograd.Function):
-    """Identity that cannot be differentiated, so that a second derivative is an error, not a zero."""
+def compute(
+    operation: str,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    alignment: Alignment | None,
+    *,
+    sizes: tuple[int | None, int | None],
+    projection: Any = None,
+    mask: Tensor | None = None,
+    columns: Any = None,
+    labels: Tensor | None = None,
+    reduction: str,
+    backend: str,
+    inplace: bool = False,
+    **settings: Any,
+) -> Losses:
+    """Checks what every loss has, and calls the operator; `sizes` are the vocabularies (None: all columns)."""
+    check_logits(student_logits, teacher_logits)
+    check_temperature(settings["temperature"])
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_backend(backend)
+    if isinstance(student_logits, TopKLogits):
+        raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
+    student_size = _vocabulary_size(student_logits, sizes[0], "student_logits")
+    teacher_size = _vocabulary_size(teacher_logits, sizes[1], "teacher_logits")
+    student, teacher = _tensors(student_logits), _tensors(teacher_logits)
+    if alignment is not None:
+        check_alignment(alignment, student.rows.shape[0])
+    if labels is not None:
+        labels = checked_labels(student_logits, labels)
+        if reduction == "none":
+            raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
+    if inplace:
+        _check_inplace(student_logits, labels, projection)
+    chain = settings.get("merge") == "chain"
+    inputs = Inputs(
+        student.rows,
+        student.head,
+        student.bias,
+        teacher.rows.detach(),
+        None if teacher.head is None else teacher.head.detach(),
+        None if teacher.bias is None else teacher.bias.detach(),
+        teacher.top,
+        None if alignment is None else alignment.spans,
+        None if alignment is None else alignment.offsets,
+        mask if alignment is None else alignment.predicted,
+        _batched(alignment.student_ids) if chain and alignment is not None else None,
+        _batched(alignment.teacher_ids) if chain and alignment is not None else None,
+        None if projection is None else projection.row_ptr,
+        None if projection is None else projection.col,
+        None if projection is None else projection.weight,
+        None if columns is None else torch.as_tensor(columns),
+        labels,
+    )
+    tail = teacher_logits.tail if isinstance(teacher_logits, TopKLogits) else ""
+    loss, cross_entropy = run(
+        inputs,
+        Settings(operation, backend, reduction, student_size, teacher_size, tail=tail, **settings),
+        inplace,
+    )
+    return loss if labels is None else (loss, cross_entropy)
 
-    @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
-        return grad.view_as(grad)
 
-    @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> Tensor:
-        raise RuntimeError(
-            "xtoken losses have no second derivative: the gradient is computed in forward; "
-            "differentiate the formulas in xtoken.reference instead"
-        )
+class _Tensors(NamedTuple):
+    rows: Tensor  # [B, T, ...]
+    head: Tensor | None = None
+    bias: Tensor | None = None
+    top: Tensor | None = None
 
 
-def _student_backward(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-    (grad,) = ctx.saved_tensors
-    scaled = torch.empty_like(grad)
-    rows = _row_scale(ctx.problem.chunks.student, upstream, grad.shape[:-1].numel())
-    flat = (grad.flatten(0, -2), rows[:, None], scaled.flatten(0, -2))
-    for part, scale, out in zip(*(tensor.split(SCALED_ROWS) for tensor in flat), strict=True):
-        torch.mul(part, scale, out=out)
-    return [scaled, None]
+def _tensors(logits: AnyLogits) -> _Tensors:
+    if isinstance(logits, LinearLogits):
+        return _Tensors(_rows(logits.hidden), logits.weight, logits.bias)
+    if isinstance(logits, TopKLogits):
+        return _Tensors(_rows(logits.logprobs), top=_rows(logits.ids))
+    return _Tensors(_rows(logits))
 
 
-def _weight_backward(ctx: Any, upstream: Tensor) -> list[Tensor | None]:
-    student_logits, _, weight = ctx.saved_tensors
-    student_grad = student_logits.new_zeros(student_logits.shape) if ctx.needs_student else None
-    weight_grad = torch.zeros_like(weight)
-    part = None if student_grad is None else _vocabulary_part(student_grad, ctx.problem)
-    ctx.run(ctx.problem, part, weight_grad, upstream)
-    return [student_grad, weight_grad]
+def _rows(values: Tensor) -> Tensor:
+    return values if values.dim() == 3 else values[None]
 
 
-def _vocabulary_part(grad: Tensor, problem: Problem) -> Tensor:
-    return grad.view(problem.student.shape[:2] + grad.shape[-1:])[..., : problem.student.shape[2]]
+def _batched(ids: Tensor | None) -> Tensor | None:
+    return ids if ids is None or ids.dim() == 2 else ids[None]
 
 
-def _row_scale(rows: Rows, scale: Tensor, count: int) -> Tensor:
-    scales = scale.new_zeros(count)
-    scales[rows.index()] = scale[rows.owner()]
-    return scales
+def source(logits: AnyLogits, size: int) -> Source:
+    """The rows of logits of any kind, without a gradient and without columns that belong to no token."""
+    rows, head, bias, top = (None if part is None else part.detach() for part in _tensors(logits))
+    assert rows is not None
+    if head is not None:
+        return LinearSource(rows, head, bias, size)
+    if top is not None:
+        assert isinstance(logits, TopKLogits)
+        return TopKSource(top, rows, logits.tail, size)
+    return DenseSource(rows, size)
 
 
-def chunk_losses(student_logits: Tensor, problem: Problem, weight: Tensor | None, backend: str) -> Tensor:
-    """Loss of each chunk [K], connected to ``student_logits`` and ``weight`` where they need a gradient."""
-    run = operation_of(backend, student_logits.device, problem.options.operation)
-    needed = student_logits.requires_grad or (weight is not None and weight.requires_grad)
-    if torch.is_grad_enabled() and needed:
-        losses: Tensor = ChunkLoss.apply(student_logits, weight, problem, run)
-        return losses
-    return run(problem)
+def leading_shape(logits: AnyLogits) -> torch.Size:
+    """[B, T] or [T]."""
+    if isinstance(logits, LinearLogits):
+        return logits.hidden.shape[:-1]
+    if isinstance(logits, TopKLogits):
+        return logits.ids.shape[:-1]
+    return logits.shape[:-1]
 
 
-def reduce(losses: Tensor, chunks: Chunks, total: int, reduction: str) -> Tensor:
-    """``"mean"`` over the chunks used, ``"sum"``, or ``"none"``: [total], zero where a chunk was not used."""
-    if reduction == "none":
-        return losses.new_zeros(total).index_copy(0, chunks.used, losses)
-    return losses.sum() / max(len(losses), 1) if reduction == "mean" else losses.sum()
+def device_of(logits: AnyLogits) -> torch.device:
+    """Where the logits are."""
+    if isinstance(logits, LinearLogits):
+        return logits.hidden.device
+    return logits.logprobs.device if isinstance(logits, TopKLogits) else logits.device
 
 
-def check_logits(student_logits: Tensor, teacher_logits: Tensor) -> None:
+def width_of(logits: AnyLogits) -> int | None:
+    """Columns; None where that is not known."""
+    if isinstance(logits, LinearLogits):
+        return logits.weight.shape[0]
+    return None if isinstance(logits, TopKLogits) else logits.shape[-1]
+
+
+def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
     """Same device, same number of dimensions (2 or 3), same batch, floating point."""
     for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+        if isinstance(logits, (TopKLogits, LinearLogits)):
+            continue
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
             raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape [B, T, V] or [T, V], got {list(logits.shape)}")
-    if student_logits.device != teacher_logits.device:
+    if device_of(student_logits) != device_of(teacher_logits):
         raise ValueError(
-            f"teacher_logits: expected the device of student_logits ({student_logits.device}), "
-            f"got {teacher_logits.device}"
+            f"teacher_logits: expected the device of student_logits ({device_of(student_logits)}), "
+            f"got {device_of(teacher_logits)}"
         )
-    if student_logits.shape[:-2] != teacher_logits.shape[:-2]:
+    if leading_shape(student_logits)[:-1] != leading_shape(teacher_logits)[:-1]:
         raise ValueError(
-            f"teacher_logits: expected the batch of student_logits {list(student_logits.shape)}, "
-            f"got {list(teacher_logits.shape)}"
+            f"teacher_logits: expected the batch of student_logits {list(leading_shape(student_logits))}, "
+            f"got {list(leading_shape(teacher_logits))}"
         )
 
 
@@ -133,29 +169,89 @@ def check_projection(projection: Any) -> None:
         raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
 
 
-def vocabulary_columns(logits: Tensor, size: int | None, name: str) -> Tensor:
-    """``logits`` as detached [B, T, size]: a view without the extra columns of a padded output layer."""
-    logits = logits.detach()
-    logits = logits if logits.dim() == 3 else logits[None]
-    if size is None:
-        return logits
-    if logits.shape[-1] < size:
-        raise ValueError(
-            f"{name}: expected at least {size} columns (the vocabulary), got {logits.shape[-1]} "
-            f"in shape {list(logits.shape)}"
-        )
-    return logits[..., :size]
-
-
-def aligned_chunks(alignment: Alignment, student: Tensor, teacher: Tensor, realised: bool = False) -> Chunks:
-    """The chunks of an alignment that fits the logits [B, T, V]."""
+def check_alignment(alignment: Alignment, samples: int) -> None:
+    """An alignment of so many samples."""
     if not isinstance(alignment, Alignment):
         raise TypeError(f"alignment: expected an xtoken.Alignment, got {type(alignment).__name__}")
-    if len(alignment) != student.shape[0]:
+    if len(alignment) != samples:
+        raise ValueError(f"alignment: expected {samples} samples (the batch of the logits), got {len(alignment)}")
+
+
+def checked_labels(student_logits: AnyLogits, labels: Tensor) -> Tensor:
+    """Labels [B, T], one for each row of the logits."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected an integer tensor, got {got}")
+    if labels.shape != leading_shape(student_logits):
+        expected = list(leading_shape(student_logits))
+        raise ValueError(f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
+    return labels if labels.dim() == 2 else labels[None]
+
+
+def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, projection: Any) -> None:
+    if labels is not None:
+        raise ValueError("inplace: expected False with labels, whose gradient needs the logits again")
+    if projection is not None and projection.weight.requires_grad:
+        raise ValueError("inplace: expected False for a projection whose weights need a gradient")
+    if not isinstance(student_logits, Tensor) or not student_logits.is_contiguous():
+        raise ValueError("inplace: expected contiguous logits in memory to write the gradient to")
+    if student_logits.is_leaf and student_logits.requires_grad:
+        raise ValueError("inplace: expected logits computed by a model, got a leaf, whose values you still own")
+
+
+def _vocabulary_size(logits: AnyLogits, size: int | None, name: str) -> int:
+    width = width_of(logits)
+    if size is None:
+        if width is None:
+            raise ValueError(f"{name}: expected the size of the vocabulary to be given too, for TopKLogits")
+        return width
+    if width is not None and width < size:
         raise ValueError(
-            f"alignment: expected {student.shape[0]} samples (the batch of the logits), got {len(alignment)}"
+            f"{name}: expected at least {size} columns (the vocabulary), got {width} "
+            f"in shape {[*leading_shape(logits), width]}"
         )
-    return Chunks.of(alignment, student.shape[1], teacher.shape[1], student.device, realised)
+    return size
+
+
+def aligned_chunks(
+    alignment: Alignment,
+    student_length: int,
+    teacher_length: int,
+    device: torch.device,
+    realised: bool = False,
+) -> Chunks:
+    """The chunks of an alignment that have predictor rows within the logits [B, T, V]."""
+    return Chunks.of(alignment, student_length, teacher_length, device, realised)
+
+
+def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: bool = False) -> Chunks:
+    """The chunks that the tensors of an alignment describe."""
+    alignment = Alignment._trusted(
+        spans=inputs.spans,
+        offsets=inputs.offsets,
+        batched=True,
+        _ids={"student": inputs.student_ids, "teacher": inputs.teacher_ids},
+        predicted=inputs.predicted,
+    )
+    return aligned_chunks(alignment, student.length, teacher.length, inputs.student.device, realised)
+
+
+class Matrix(NamedTuple):
+    """W in compressed rows."""
+
+    row_ptr: Tensor
+    col: Tensor
+    weight: Tensor
+    shape: tuple[int, int]
+
+
+def given_matrix(inputs: Inputs, settings: Settings) -> Matrix:
+    """The projection of a call."""
+    assert inputs.row_ptr is not None
+    assert inputs.col is not None
+    assert inputs.weight is not None
+    shape = settings.student_size, settings.teacher_size
+    return Matrix(inputs.row_ptr, inputs.col, inputs.weight, shape)
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
@@ -176,6 +272,3 @@ def check_count(value: int | None, name: str, optional: bool = False) -> None:
         return
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: expected an integer of at least 1{' or None' if optional else ''}, got {value!r}")
-
-
-REDUCTIONS = ("mean", "sum", "none")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,16 +12,23 @@ from torch import Tensor, nn
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import blocks
-from xtoken.losses._common import aligned_chunks, check_choice, check_logits, vocabulary_columns
+from xtoken.losses._backends import IGNORED, blocks
+from xtoken.losses._common import (
+    aligned_chunks,
+    check_alignment,
+    check_choice,
+    check_logits,
+    checked_labels,
+    device_of,
+    source,
+    width_of,
+)
+from xtoken.losses._logits import AnyLogits, DenseSource, Source, row_blocks
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
-from xtoken.losses.pkl import pkl_loss, select_columns
+from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
 from xtoken.losses.uld import uld_loss
 from xtoken.reference import Chunks
-
-IGNORED = -100
-"""Label of a token that no loss looks at, as in PyTorch and transformers."""
 
 LOSSES = ("pkl", "hkl", "gold", "uld", "kd")
 SCALINGS = ("dynamic", "fixed")
@@ -135,7 +142,7 @@ class XTokenLoss(nn.Module):
         self,
         student_logits: Tensor,
         labels: Tensor,
-        teacher_logits: Tensor | Sequence[Tensor],
+        teacher_logits: AnyLogits | Sequence[AnyLogits],
         alignments: Alignment | Sequence[Alignment | None] | None = None,
         num_items: Count | None = None,
         num_chunks: Count | Sequence[Count] | None = None,
@@ -175,16 +182,24 @@ class XTokenLoss(nn.Module):
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
-        next_labels = _next_labels(student_logits, labels)
-        ce_sum, items = self._cross_entropy(student_logits, next_labels)
-        ce = ce_sum / (items if num_items is None else num_items)
-        kd = ce.new_zeros(())
+        checked_labels(student_logits, labels)
+        mask = _following(labels) != IGNORED
+        items = mask.sum().clamp_min(1) if num_items is None else num_items
+        ce_sum: Tensor | None = None
+        kd: Tensor | None = None
         done = []
         for teacher, one, alignment, divisor in zip(self.teachers, logits, aligned, divisors, strict=True):
             check_logits(student_logits, one)
-            part = self._distil(teacher, student_logits, one, alignment, next_labels != IGNORED, divisor)
-            kd = kd + teacher.weight * part.loss
+            # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
+            wanted = labels if ce_sum is None else None
+            part = self._distil(teacher, student_logits, one, alignment, mask, divisor, wanted)
+            ce_sum = part.cross_entropy if ce_sum is None else ce_sum
+            kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
+        if ce_sum is None or kd is None:
+            ce_sum = self._cross_entropy(student_logits, labels)
+            kd = ce_sum.new_zeros(())
+        ce = ce_sum / items
         total = self.ce_weight * ce + self.kd_weight * self._factor(ce.detach(), kd.detach()) * kd
         parts = {
             "ce": ce.detach(),
@@ -209,76 +224,85 @@ class XTokenLoss(nn.Module):
             return 1.0
         return torch.where(kd == 0, 0.0, ce / kd.abs())
 
-    def _cross_entropy(self, student_logits: Tensor, next_labels: Tensor) -> tuple[Tensor, Tensor]:
-        logits = student_logits[..., : self.vocab_size]
-        logits = logits.reshape(-1, logits.shape[-1])
-        dtype = torch.promote_types(logits.dtype, torch.float32)
-        targets = next_labels.flatten()
-        loss = nn.functional.cross_entropy(logits.to(dtype), targets, ignore_index=IGNORED, reduction="sum")
-        return loss, (targets != IGNORED).sum().clamp_min(1)
+    def _cross_entropy(self, student_logits: Tensor, labels: Tensor) -> Tensor:
+        logits = student_logits[..., : self.vocab_size].flatten(0, -2)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        targets = _following(labels).flatten()
+        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
     def _distil(
         self,
         teacher: Teacher,
-        student_logits: Tensor,
-        teacher_logits: Tensor,
+        student_logits: AnyLogits,
+        teacher_logits: AnyLogits,
         alignment: Alignment | None,
         mask: Tensor,
         divisor: Count | None,
+        labels: Tensor | None,
     ) -> _Distilled:
-        student, teacher_part = self._vocabulary(teacher, student_logits, teacher_logits)
+        student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
+        device = device_of(student_logits)
         if alignment is not None:
-            chunks = aligned_chunks(alignment, student, teacher_part)
+            check_alignment(alignment, student.samples)
+            chunks = aligned_chunks(alignment, student.length, teacher_source.length, device)
         elif teacher.loss == "kd":
-            chunks = position_chunks(student_logits, teacher_logits, mask)
+            chunks = position_chunks(mask.numel(), mask, device)
         else:
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
         W, columns = teacher.projection, None
         if teacher.loss == "pkl" or (self.diagnostics and W is not None):
-            columns = select_columns(teacher_part, W, top_k=teacher.top_k, support=teacher.support)
+            columns = select_columns(teacher_source, W, top_k=teacher.top_k, support=teacher.support, device=device)
         elif self.diagnostics and teacher.loss == "kd":
-            columns = reference.column_set(teacher_part, teacher.top_k)
+            columns = teacher_columns(teacher_source, teacher.top_k, device)
         inputs: list[Any] = [student_logits, teacher_logits, alignment]
         shared: dict[str, Any] = {
             "temperature": teacher.temperature,
             "reduction": "sum",
             "backend": self.backend,
+            "labels": labels,
         }
         if teacher.loss == "kd":
-            shared.update(reverse=teacher.reverse, top_k=teacher.top_k, vocab_size=student.shape[-1])
-            loss = kd_loss(*inputs, mask=mask if alignment is None else None, **shared)
+            shared.update(reverse=teacher.reverse, top_k=teacher.top_k, vocab_size=student.size)
+            result = kd_loss(*inputs, mask=mask if alignment is None else None, **shared)
         elif teacher.loss == "uld":
-            sizes = student.shape[-1], teacher_part.shape[-1]
-            loss = uld_loss(*inputs, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1], **shared)
+            sizes = student.size, teacher_source.size
+            result = uld_loss(*inputs, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1], **shared)
         elif teacher.loss == "pkl":
             shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns)
             inputs.append(W)
-            loss = pkl_loss(*inputs, **shared)
+            result = pkl_loss(*inputs, **shared)
         else:
             shared.update(reverse=teacher.reverse, uncommon_top_k=teacher.uncommon_top_k)
             inputs.append(W)
-            loss = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
+            result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
+        loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
         loss = loss / (max(len(chunks), 1) if divisor is None else divisor)
         agreement = mass = math.nan
         if self.diagnostics and columns is not None and len(chunks):
-            agreement, mass = _diagnose(student, teacher_part, chunks.first(), columns, W)
-        return _Distilled(loss, len(chunks), agreement, mass)
+            agreement, mass = _diagnose(student, teacher_source, chunks.first(), columns, W)
+        return _Distilled(loss, cross_entropy, len(chunks), agreement, mass)
 
-    def _vocabulary(self, teacher: Teacher, student_logits: Tensor, teacher_logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Both logits as [B, T, V], without the columns that belong to no token."""
-        sizes: tuple[int | None, int | None] = self.vocab_size, None
+    def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
+        """Both logits without the columns that belong to no token."""
+        widths = width_of(student_logits), width_of(teacher_logits)
+        sizes: tuple[int | None, int | None] = self.vocab_size or widths[0], widths[1]
         if teacher.projection is not None:
             sizes = teacher.projection.shape
         elif teacher.loss == "kd":
-            sizes = (self.vocab_size or min(student_logits.shape[-1], teacher_logits.shape[-1]),) * 2
-        return (
-            vocabulary_columns(student_logits, sizes[0], "student_logits"),
-            vocabulary_columns(teacher_logits, sizes[1], "teacher_logits"),
-        )
+            sizes = (self.vocab_size or min(width for width in widths if width is not None),) * 2
+        for name, width, size in zip(("student_logits", "teacher_logits"), widths, sizes, strict=True):
+            if size is None:
+                raise ValueError(f"{name}: expected logits or LinearLogits for loss={teacher.loss!r}, got TopKLogits")
+            if width is not None and width < size:
+                raise ValueError(f"{name}: expected at least {size} columns (the vocabulary), got {width}")
+        assert sizes[0] is not None
+        assert sizes[1] is not None
+        return source(student_logits, sizes[0]), source(teacher_logits, sizes[1])
 
 
 class _Distilled(NamedTuple):
     loss: Tensor
+    cross_entropy: Tensor | None
     chunks: int
     agreement: float
     mass: float
@@ -286,25 +310,29 @@ class _Distilled(NamedTuple):
 
 @torch.no_grad()
 def _diagnose(
-    student: Tensor, teacher: Tensor, chunks: Chunks, columns: Tensor, projection: Any
+    student: Source, teacher: Source, chunks: Chunks, columns: Tensor, projection: Any
 ) -> tuple[float, float]:
     """Mean top-1 agreement and mass of C over the chunks, block by block."""
     entries = None if projection is None else reference.restrict(projection, columns)
     agreed, mass = 0.0, 0.0
-    for block in blocks(student, teacher, chunks):
-        rows = block.student, block.teacher
-        agreed += float(reference.agreement(*rows, block.chunks, columns, entries).sum())
-        mass += float(reference.column_mass(block.teacher, block.chunks.teacher, columns).sum())
+    for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
+        for block in blocks(student_rows, teacher_rows, part):
+            rows = block.student, block.teacher
+            agreed += float(reference.agreement(*rows, block.chunks, columns, entries).sum())
+            mass += float(reference.column_mass(block.teacher, block.chunks.teacher, columns).sum())
     return agreed / len(chunks), mass / len(chunks)
 
 
-def _next_labels(student_logits: Tensor, labels: Tensor) -> Tensor:
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected an integer tensor, got {got}")
-    if labels.shape != student_logits.shape[:-1]:
-        expected = list(student_logits.shape[:-1])
-        raise ValueError(f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
+def _dense_parts(student: Source, teacher: Source, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor, Chunks]]:
+    if isinstance(student, DenseSource) and isinstance(teacher, DenseSource):
+        yield student.logits, teacher.logits, chunks
+        return
+    for block in row_blocks(student, teacher, chunks):
+        yield *block.dense(student, teacher), block.chunks
+
+
+def _following(labels: Tensor) -> Tensor:
+    """The label that each row predicts."""
     return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
 
 

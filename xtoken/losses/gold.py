@@ -8,22 +8,20 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import Problem
 from xtoken.losses._common import (
-    REDUCTIONS,
-    aligned_chunks,
-    check_choice,
+    Losses,
     check_count,
-    check_logits,
     check_projection,
-    check_temperature,
-    chunk_losses,
-    reduce,
-    vocabulary_columns,
+    compute,
+    given_chunks,
+    given_matrix,
 )
+from xtoken.losses._logits import AnyLogits, Source
+from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
 from xtoken.reference import Chunks
 
 GOLD_MIN_WEIGHT = 1.0
@@ -56,17 +54,19 @@ class GoldOptions:
 
 
 def gold_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
     reverse: bool = False,
     reduction: str = "mean",
+    inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Losses:
     """GOLD: KL(teacher || student) on the tokens that both vocabularies have, L1 between the sorted others.
 
     The formulas are those of `xtoken.reference.gold`; common tokens are the rows of W with a single weight 1.
@@ -86,28 +86,32 @@ def gold_loss(
         teacher_logits,
         alignment,
         projection,
+        labels=labels,
         temperature=temperature,
         uncommon_top_k=uncommon_top_k,
         min_weight=GOLD_MIN_WEIGHT,
         reverse=reverse,
         reduction=reduction,
+        inplace=inplace,
         backend=backend,
     )
 
 
 def hkl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     uncommon_top_k: int = 8192,
     min_weight: float = HKL_MIN_WEIGHT,
     reverse: bool = False,
     reduction: str = "mean",
+    inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Losses:
     """H-KL: as `gold_loss`, with the common tokens widened to the rows of W whose largest weight is dominant.
 
     Parameters
@@ -119,22 +123,38 @@ def hkl_loss(
     """
     if not 0.0 < min_weight <= 1.0:
         raise ValueError(f"min_weight: expected a number in (0, 1], got {min_weight!r}")
-    check_logits(student_logits, teacher_logits)
     check_projection(projection)
-    check_temperature(temperature)
     check_count(uncommon_top_k, "uncommon_top_k")
-    check_choice(reduction, "reduction", REDUCTIONS)
-    student = vocabulary_columns(student_logits, projection.shape[0], "student_logits")
-    teacher = vocabulary_columns(teacher_logits, projection.shape[1], "teacher_logits")
-    chunks = aligned_chunks(alignment, student, teacher)
-    pairs = common_pairs(projection, min_weight, student.device)
-    options = GoldOptions(*pairs, uncommon_top_k, float(temperature), bool(reverse))
-    losses = chunk_losses(student_logits, Problem(student, teacher, chunks, options), None, backend)
-    return reduce(losses, chunks, alignment.num_chunks, reduction)
+    return compute(
+        "gold",
+        student_logits,
+        teacher_logits,
+        alignment,
+        sizes=tuple(projection.shape),
+        projection=projection,
+        labels=labels,
+        reduction=reduction,
+        backend=backend,
+        inplace=inplace,
+        temperature=temperature,
+        reverse=reverse,
+        min_weight=min_weight,
+        uncommon_top_k=uncommon_top_k,
+    )
+
+
+def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
+    chunks = given_chunks(inputs, student, teacher)
+    pairs = common_pairs(given_matrix(inputs, settings), settings.min_weight, inputs.student.device)
+    return Prepared(chunks, GoldOptions(*pairs, settings.uncommon_top_k, settings.temperature, settings.reverse))
+
+
+PREPARE["gold"] = _prepare
 
 
 _Pairs = tuple[Tensor, Tensor]
-_PAIRS: weakref.WeakKeyDictionary[Any, dict[Any, tuple[Tensor, int, _Pairs]]] = weakref.WeakKeyDictionary()
+_PAIRS: Any = WeakIdKeyDictionary()
+"""By the tensor of W's column ids, which lives as long as W: {(min_weight, device): (weight, version, pairs)}."""
 
 
 def common_pairs(projection: Any, min_weight: float, device: torch.device | str = "cpu") -> _Pairs:
@@ -143,12 +163,11 @@ def common_pairs(projection: Any, min_weight: float, device: torch.device | str 
     Kept for as long as the projection lives and its weights stay as they are.
     """
     weight = projection.weight
-    kept = _PAIRS.setdefault(projection, {})
+    kept: dict[Any, tuple[Any, int, _Pairs]] = _PAIRS.setdefault(projection.col, {})
     key = min_weight, torch.device(device)
-    if key in kept and kept[key][0] is weight and kept[key][1] == weight._version:
+    if key in kept and kept[key][0]() is weight and kept[key][1] == weight._version:
         return kept[key][2]
     student, teacher = reference.common_pairs(projection, min_weight)
     pairs = student.to(device), teacher.to(device)
-    if not weight.requires_grad:
-        kept[key] = weight, weight._version, pairs
+    kept[key] = weakref.ref(weight), weight._version, pairs
     return pairs

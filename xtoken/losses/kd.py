@@ -10,18 +10,10 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import Problem
-from xtoken.losses._common import (
-    REDUCTIONS,
-    aligned_chunks,
-    check_choice,
-    check_count,
-    check_logits,
-    check_temperature,
-    chunk_losses,
-    reduce,
-    vocabulary_columns,
-)
+from xtoken.losses._common import Losses, check_count, check_logits, compute, given_chunks, leading_shape, width_of
+from xtoken.losses._logits import AnyLogits, Source
+from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.pkl import teacher_columns
 from xtoken.reference import Chunks, Rows
 
 
@@ -40,18 +32,20 @@ class KdOptions:
 
 
 def kd_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     alignment: Alignment | None = None,
     *,
+    labels: Tensor | None = None,
     mask: Any = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     reverse: bool = False,
     reduction: str = "mean",
     vocab_size: int | None = None,
+    inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Losses:
     """KL(teacher || student) at each position, for one shared tokenizer.
 
     The formula is that of `xtoken.reference.kd`. Arguments, results, errors, gradients and memory are as for
@@ -78,48 +72,71 @@ def kd_loss(
     Source: Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
     check_logits(student_logits, teacher_logits)
-    check_temperature(temperature)
     check_count(top_k, "top_k", optional=True)
     check_count(vocab_size, "vocab_size", optional=True)
-    check_choice(reduction, "reduction", REDUCTIONS)
     if vocab_size is None:
-        vocab_size = min(student_logits.shape[-1], teacher_logits.shape[-1])
-    student = vocabulary_columns(student_logits, vocab_size, "student_logits")
-    teacher = vocabulary_columns(teacher_logits, vocab_size, "teacher_logits")
+        widths = [width for width in (width_of(student_logits), width_of(teacher_logits)) if width is not None]
+        vocab_size = min(widths, default=None)
     if alignment is None:
-        chunks = position_chunks(student_logits, teacher_logits, mask)
+        mask = _checked_mask(student_logits, teacher_logits, mask)
     elif mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
+    result = compute(
+        "kd",
+        student_logits,
+        teacher_logits,
+        alignment,
+        sizes=(vocab_size, vocab_size),
+        mask=mask,
+        labels=labels,
+        reduction=reduction,
+        backend=backend,
+        inplace=inplace,
+        temperature=temperature,
+        reverse=reverse,
+        top_k=top_k,
+    )
+    if alignment is None and reduction == "none":
+        assert isinstance(result, Tensor)
+        return result.view(leading_shape(student_logits))
+    return result
+
+
+def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
+    if inputs.spans is None:
+        chunks = position_chunks(student.samples * student.length, inputs.predicted, inputs.student.device)
     else:
-        chunks = aligned_chunks(alignment, student, teacher)
+        chunks = given_chunks(inputs, student, teacher)
         _check_single(chunks)
-    columns = None if top_k is None or top_k >= vocab_size else reference.column_set(teacher, top_k)
-    options = KdOptions(columns, float(temperature), bool(reverse))
-    losses = chunk_losses(student_logits, Problem(student, teacher, chunks, options), None, backend)
-    if alignment is not None:
-        return reduce(losses, chunks, alignment.num_chunks, reduction)
-    shape = student_logits.shape[:-1]
-    loss = reduce(losses, chunks, shape.numel(), reduction)
-    return loss.view(shape) if reduction == "none" else loss
+    columns = None
+    if settings.top_k is not None and settings.top_k < settings.teacher_size:
+        columns = teacher_columns(teacher, settings.top_k, inputs.student.device)
+    return Prepared(chunks, KdOptions(columns, settings.temperature, settings.reverse))
 
 
-def position_chunks(student_logits: Tensor, teacher_logits: Tensor, mask: Any = None) -> Chunks:
-    """One chunk for each position that `mask` names, the same on both sides."""
-    shape = student_logits.shape[:-1]
-    if teacher_logits.shape[:-1] != shape:
+PREPARE["kd"] = _prepare
+
+
+def _checked_mask(student_logits: AnyLogits, teacher_logits: AnyLogits, mask: Any) -> Tensor | None:
+    shape = leading_shape(student_logits)
+    if leading_shape(teacher_logits) != shape:
         raise ValueError(
             f"teacher_logits: expected the positions of student_logits {list(shape)}, got "
-            f"{list(teacher_logits.shape[:-1])}; pass an alignment if they differ"
+            f"{list(leading_shape(teacher_logits))}; pass an alignment if they differ"
         )
     if mask is None:
-        used = torch.arange(shape.numel(), device=student_logits.device)
-    else:
-        mask = torch.as_tensor(mask, device=student_logits.device)
-        if mask.dtype != torch.bool or mask.shape != shape:
-            raise ValueError(f"mask: expected bool {list(shape)}, got {mask.dtype} {list(mask.shape)}")
-        used = mask.flatten().nonzero()[:, 0]
-    rows = Rows(used, torch.ones_like(used))
-    return Chunks(rows, rows, used)
+        return None
+    given: Tensor = torch.as_tensor(mask)
+    if given.dtype != torch.bool or given.shape != shape:
+        raise ValueError(f"mask: expected bool {list(shape)}, got {given.dtype} {list(given.shape)}")
+    return given
+
+
+def position_chunks(rows: int, mask: Tensor | None, device: torch.device | str) -> Chunks:
+    """One chunk for each of so many rows that `mask` names, the same on both sides."""
+    used = torch.arange(rows, device=device) if mask is None else mask.to(device).flatten().nonzero()[:, 0]
+    same = Rows(used, torch.ones_like(used))
+    return Chunks(same, same, used)
 
 
 def _check_single(chunks: Chunks) -> None:

@@ -10,19 +10,17 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import Problem
 from xtoken.losses._common import (
-    REDUCTIONS,
-    aligned_chunks,
+    Losses,
     check_choice,
     check_count,
-    check_logits,
     check_projection,
-    check_temperature,
-    chunk_losses,
-    reduce,
-    vocabulary_columns,
+    compute,
+    given_chunks,
+    given_matrix,
 )
+from xtoken.losses._logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
+from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
 from xtoken.reference import Chunks, Entries
 
 MERGES = ("first", "mean", "chain")
@@ -58,11 +56,12 @@ class PklOptions:
 
 
 def pkl_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = 8192,
     merge: str = "first",
@@ -70,26 +69,31 @@ def pkl_loss(
     reduction: str = "mean",
     support: str = "all",
     columns: Tensor | None = None,
+    inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Losses:
     """Projected KL: KL(teacher || W^T student) on the teacher's columns C, for each chunk of aligned text.
 
     The formulas are those of `xtoken.reference.pkl`. Forward computes the gradient at once, in the student
-    logits' type and size; other temporaries are bounded by a block of chunks. Backward only scales it. The
-    teacher's logits get no gradient. Second derivatives raise RuntimeError.
+    logits' type and size; other temporaries are bounded by a block of chunks. Backward only scales it (with
+    ``reduction="none"`` it computes it, and so does a second backward through the same graph). The teacher's
+    logits get no gradient. Second derivatives raise RuntimeError. Works inside ``torch.compile``.
 
     Parameters
     ----------
     student_logits : float16, bfloat16, float32 or float64 [B, T_s, >= V_student], or [T_s, >= V_student]
-        Row ``t`` predicts token ``t + 1``. Columns beyond the vocabulary take no part and get zero gradient.
+        Row ``t`` predicts token ``t + 1``. Columns beyond the vocabulary take no part and get zero gradient. Or
+        `LinearLogits`: hidden states and output layer, see `linear_pkl_loss`.
     teacher_logits : floating [B, T_t, >= V_teacher], or [T_t, >= V_teacher]
-        On the same device.
+        On the same device. Or `TopKLogits` (a cached or served teacher), or `LinearLogits`.
     alignment : Alignment
         Of the same batch. Chunks without a predictor on either side are left out.
     projection : ProjectionMatrix
         W [V_student, V_teacher]; or any object with ``row_ptr``, ``col``, ``weight`` and ``shape``. If
-        ``weight`` requires a gradient, it gets one (and backward then computes the gradients itself, in a
-        second pass).
+        ``weight`` requires a gradient, it gets one.
+    labels : int64 [B, T_s] or [T_s], optional
+        Token ids at their own positions, -100 where ignored. Also returns the student's next-token
+        cross-entropy, from the same pass over the logits.
     temperature : float
         Divides all logits; the loss is multiplied by its square.
     top_k : int or None
@@ -107,14 +111,18 @@ def pkl_loss(
         "reachable" removes from C the columns that no student token reaches under W.
     columns : int64 [C], optional
         Teacher ids, distinct; replaces ``top_k``.
+    inplace : bool
+        The gradient overwrites ``student_logits``, whose values are lost. Only for contiguous logits that a
+        model computed, without labels, outside ``torch.compile``.
     backend : "auto", "reference", ...
         See `select_backend`.
 
     Returns
     -------
-    Tensor
-        Scalar, or [K] for ``reduction="none"``; float32, or float64 if an input is. Deterministic on the CPU;
-        on CUDA the reference backend adds with atomics.
+    Tensor, or with ``labels`` a pair (loss, cross-entropy)
+        Scalar, or [K] for ``reduction="none"`` (not with labels); float32, or float64 if an input is. The
+        cross-entropy is a mean over labels, or for ``reduction="sum"`` their sum. Deterministic on the CPU; on
+        CUDA the reference backend adds with atomics.
 
     Raises
     ------
@@ -135,42 +143,65 @@ def pkl_loss(
     >>> f"{loss.item():.4f}"
     '0.0000'
     """
-    check_logits(student_logits, teacher_logits)
     check_projection(projection)
-    check_temperature(temperature)
+    check_count(top_k, "top_k", optional=True)
     check_choice(merge, "merge", MERGES)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    student = vocabulary_columns(student_logits, projection.shape[0], "student_logits")
-    teacher = vocabulary_columns(teacher_logits, projection.shape[1], "teacher_logits")
-    chunks = aligned_chunks(alignment, student, teacher, realised=merge == "chain")
-    if merge == "first":
+    check_choice(support, "support", SUPPORTS)
+    return compute(
+        "pkl",
+        student_logits,
+        teacher_logits,
+        alignment,
+        sizes=tuple(projection.shape),
+        projection=projection,
+        columns=columns,
+        labels=labels,
+        reduction=reduction,
+        backend=backend,
+        inplace=inplace,
+        temperature=temperature,
+        reverse=reverse,
+        merge=merge,
+        support=support,
+        top_k=top_k,
+    )
+
+
+def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
+    W = given_matrix(inputs, settings)
+    chunks = given_chunks(inputs, student, teacher, realised=settings.merge == "chain")
+    if settings.merge == "first":
         chunks = chunks.first()
-    if merge == "chain":
-        _check_realised(chunks, projection.shape)
-    columns = select_columns(teacher, projection, top_k=top_k, support=support, columns=columns)
-    entries = reference.restrict(projection, columns)
-    options = PklOptions(columns, entries.student, entries.column, float(temperature), merge, bool(reverse))
-    problem = Problem(student, teacher, chunks, options, entries.weight.detach())
-    losses = chunk_losses(student_logits, problem, entries.weight, backend)
-    return reduce(losses, chunks, alignment.num_chunks, reduction)
+    if settings.merge == "chain":
+        _check_realised(chunks, W.shape)
+    columns = select_columns(
+        teacher, W, top_k=settings.top_k, support=settings.support, columns=inputs.columns,
+        device=inputs.student.device,
+    )  # fmt: skip
+    entries = reference.restrict(W._replace(weight=torch.arange(len(W.col), device=W.col.device)), columns)
+    options = PklOptions(columns, entries.student, entries.column, settings.temperature, settings.merge,
+                         settings.reverse)  # fmt: skip
+    return Prepared(chunks, options, entries.weight)
+
+
+PREPARE["pkl"] = _prepare
 
 
 def select_columns(
-    teacher_logits: Tensor,
+    teacher: Source,
     projection: Any,
     *,
     top_k: int | None = 8192,
     support: str = "all",
     columns: Tensor | None = None,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """The column set C that `pkl_loss` uses with the same arguments: int64 [C], ascending."""
-    check_count(top_k, "top_k", optional=True)
-    check_choice(support, "support", SUPPORTS)
+    """The column set C that `pkl_loss` uses with the same arguments: int64 [C], ascending, on ``device``."""
     width = projection.shape[1]
     if columns is None:
-        columns = reference.column_set(vocabulary_columns(teacher_logits, width, "teacher_logits"), top_k)
+        columns = teacher_columns(teacher, top_k, device)
     else:
-        columns = _checked_columns(columns, width).to(teacher_logits.device)
+        columns = _checked_columns(columns, width).to(device)
     if support == "reachable":
         reachable = torch.zeros(width, dtype=torch.bool, device=columns.device)
         reachable[projection.col.to(columns.device).long()] = True
@@ -178,6 +209,18 @@ def select_columns(
         if columns.numel() == 0:
             raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
     return columns
+
+
+def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str) -> Tensor:
+    """`xtoken.reference.column_set` for logits of any kind."""
+    if isinstance(teacher, DenseSource):
+        return reference.column_set(teacher.logits, top_k)
+    total = teacher.samples * teacher.length
+    if top_k is None or top_k >= teacher.size or total == 0:
+        return torch.arange(teacher.size if top_k is None else min(top_k, teacher.size), device=device)
+    step = max(1, BLOCK_ELEMENTS // teacher.size)
+    maxima = [teacher.rows(first, min(total, first + step)).amax(0) for first in range(0, total, step)]
+    return reference.column_set(torch.stack(maxima), top_k)
 
 
 def _checked_columns(given: Any, width: int) -> Tensor:

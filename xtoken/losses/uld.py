@@ -9,18 +9,9 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import Problem
-from xtoken.losses._common import (
-    REDUCTIONS,
-    aligned_chunks,
-    check_choice,
-    check_count,
-    check_logits,
-    check_temperature,
-    chunk_losses,
-    reduce,
-    vocabulary_columns,
-)
+from xtoken.losses._common import Losses, check_count, compute, given_chunks
+from xtoken.losses._logits import AnyLogits, Source
+from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
 from xtoken.reference import Chunks
 
 
@@ -37,16 +28,18 @@ class UldOptions:
 
 
 def uld_loss(
-    student_logits: Tensor,
-    teacher_logits: Tensor,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
     alignment: Alignment,
     *,
+    labels: Tensor | None = None,
     temperature: float = 1.0,
     reduction: str = "mean",
     student_vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
+    inplace: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Losses:
     """Universal logit distillation: L1 between the two descending-sorted distributions of each chunk.
 
     The formula is that of `xtoken.reference.uld`. Arguments, results, errors, gradients and memory are as for
@@ -55,17 +48,28 @@ def uld_loss(
     Parameters
     ----------
     student_vocab_size, teacher_vocab_size : int, optional
-        Columns of the logits that belong to tokens. Default: all.
+        Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
 
     Source: Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss (arXiv 2402.12030).
     """
-    check_logits(student_logits, teacher_logits)
-    check_temperature(temperature)
-    check_choice(reduction, "reduction", REDUCTIONS)
     check_count(student_vocab_size, "student_vocab_size", optional=True)
     check_count(teacher_vocab_size, "teacher_vocab_size", optional=True)
-    student = vocabulary_columns(student_logits, student_vocab_size, "student_logits")
-    teacher = vocabulary_columns(teacher_logits, teacher_vocab_size, "teacher_logits")
-    chunks = aligned_chunks(alignment, student, teacher)
-    problem = Problem(student, teacher, chunks, UldOptions(float(temperature)))
-    return reduce(chunk_losses(student_logits, problem, None, backend), chunks, alignment.num_chunks, reduction)
+    return compute(
+        "uld",
+        student_logits,
+        teacher_logits,
+        alignment,
+        sizes=(student_vocab_size, teacher_vocab_size),
+        labels=labels,
+        reduction=reduction,
+        backend=backend,
+        inplace=inplace,
+        temperature=temperature,
+    )
+
+
+def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
+    return Prepared(given_chunks(inputs, student, teacher), UldOptions(settings.temperature))
+
+
+PREPARE["uld"] = _prepare

@@ -1,0 +1,328 @@
+"""The operator behind the losses: torch.compile, opcheck, labels, other kinds of logits, in place, twice."""
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparer import assert_close
+from harness import BACKENDS, OPERATIONS, Case, make_case, positions
+from torch import Tensor
+
+import xtoken
+from xtoken import LinearLogits, TopKLogits, pkl_loss
+from xtoken.losses import _logits, _ops
+from xtoken.losses._backends import IGNORED
+
+LINEAR = {
+    "pkl": xtoken.linear_pkl_loss,
+    "gold": xtoken.linear_gold_loss,
+    "hkl": xtoken.linear_hkl_loss,
+}
+
+
+def small_case(dtype: torch.dtype = torch.float32) -> Case:
+    case = make_case()
+    return Case(case.student.to(dtype), case.teacher.to(dtype), case.alignment, case.projection)
+
+
+def make_labels(case: Case, size: int = 67) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(size, case.student.shape[:2], generator=generator)
+    labels[:, 3] = IGNORED
+    return labels
+
+
+def cross_entropy(student: Tensor, labels: Tensor, reduction: str, size: int) -> Tensor:
+    rows = student[:, :-1, :size].flatten(0, 1)
+    return torch.nn.functional.cross_entropy(rows, labels[:, 1:].flatten(), reduction=reduction)
+
+
+def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss, inputs)
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of five rows, so that a small case has many."""
+    monkeypatch.setattr(_logits, "BLOCK_ELEMENTS", 5 * 67)
+
+
+def call_loss(name: str, case: Case, student: Any, teacher: Any, **options: Any) -> Any:
+    return OPERATIONS[name].public(case, student, teacher, **options)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_labels(name: str, reduction: str, backend: str) -> None:
+    case = small_case(torch.float64 if backend == "reference" else torch.float32)
+    size = min(case.projection.shape) if name == "kd" else 67
+    labels = make_labels(case, size)
+    student = case.student.requires_grad_()
+    options = {"reduction": reduction, "backend": backend}
+    alone = call_loss(name, case, student, case.teacher, **options)
+    want = cross_entropy(student, labels, reduction, size)
+    for factors in ((1.0, 1.0), (2.0, 2.0), (0.5, 3.0), (0.0, 1.0), (1.0, 0.0)):
+        loss, ce = call_loss(name, case, student, case.teacher, labels=labels, **options)
+        assert_close(loss, alone.detach(), rtol=1e-5)
+        assert_close(ce, want.detach(), rtol=1e-5)
+        (grad,) = gradients(factors[0] * loss + factors[1] * ce, student)
+        (expected,) = torch.autograd.grad(factors[0] * alone + factors[1] * want, student, retain_graph=True)
+        assert_close(grad, expected, rtol=1e-4, atol=1e-6 * float(expected.abs().max()))
+
+
+def test_labels_that_do_not_fit() -> None:
+    case = small_case()
+    labels = make_labels(case)
+    call = lambda labels, **options: pkl_loss(case.student, case.teacher, case.alignment, case.projection,
+                                              labels=labels, **options)  # fmt: skip
+    with pytest.raises(ValueError, match=r"labels: expected shape \[2, \d+\]"):
+        call(labels[:, :-1])
+    with pytest.raises(TypeError, match=r"labels: expected an integer tensor, got torch.float32"):
+        call(labels.float())
+    with pytest.raises(ValueError, match="labels: expected reduction='mean' or 'sum'"):
+        call(labels, reduction="none")
+    labels[0, 1] = 67
+    with pytest.raises(ValueError, match=r"labels: expected token ids in 0 ... 66, or -100, got 67"):
+        call(labels)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_second_backward_computes_the_gradient_again(name: str, backend: str) -> None:
+    case = small_case()
+    student = case.student.requires_grad_()
+    loss = call_loss(name, case, student, case.teacher, backend=backend)
+    (first,) = torch.autograd.grad(3.0 * loss, student, retain_graph=True)
+    kept = first.clone()
+    (second,) = torch.autograd.grad(3.0 * loss, student)
+    assert_close(second, kept, rtol=1e-5, atol=1e-6 * float(kept.abs().max()))
+    assert torch.equal(first, kept)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_inplace(name: str, backend: str) -> None:
+    case = small_case()
+    leaf = case.student.clone().requires_grad_()
+    want_loss = call_loss(name, case, leaf, case.teacher, backend=backend)
+    (want,) = gradients(2.0 * want_loss, leaf)
+    logits = leaf * 1.0
+    address = logits.data_ptr()
+    loss = call_loss(name, case, logits, case.teacher, backend=backend, inplace=True)
+    (got,) = torch.autograd.grad(2.0 * loss, logits, retain_graph=True)
+    assert torch.equal(loss, want_loss)
+    assert torch.equal(got, want)
+    assert got.data_ptr() == address
+    with pytest.raises(RuntimeError, match="backward works once"):
+        torch.autograd.grad(loss, logits)
+
+
+def test_inplace_refuses_what_it_would_break() -> None:
+    case = small_case()
+    arguments = case.teacher, case.alignment, case.projection
+    with pytest.raises(ValueError, match="inplace: expected logits computed by a model, got a leaf"):
+        pkl_loss(case.student.requires_grad_(), *arguments, inplace=True)
+    computed = case.student.detach() * 1.0
+    with pytest.raises(ValueError, match="inplace: expected contiguous logits"):
+        pkl_loss(computed.transpose(0, 1).contiguous().transpose(0, 1), *arguments, inplace=True)
+    with pytest.raises(ValueError, match="inplace: expected False with labels"):
+        pkl_loss(computed, *arguments, inplace=True, labels=make_labels(case))
+
+
+def top_k_of(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
+    logprobs = logits[..., :size].log_softmax(-1)
+    top = logprobs.topk(k, dim=-1)
+    return top.indices, top.values
+
+
+@pytest.mark.parametrize("tail", ["uniform", "renormalize"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", OPERATIONS)
+@pytest.mark.usefixtures("small_blocks")
+def test_top_k_teacher(name: str, backend: str, tail: str) -> None:
+    """Equal to dense logits made from the same log-probabilities by hand."""
+    case = small_case()
+    size = min(case.projection.shape) if name == "kd" else case.projection.shape[1]
+    ids, logprobs = top_k_of(case.teacher, 7, size)
+    ids[..., -1] = -1  # fewer than k in every row
+    listed = torch.zeros(*case.teacher.shape[:2], size)
+    listed.scatter_(-1, ids[..., :-1], logprobs[..., :-1].exp())
+    if tail == "uniform":
+        rest = (1 - listed.sum(-1, keepdim=True)) / (size - 6)
+        dense = torch.where(listed > 0, listed, rest).log()
+    else:
+        dense = (listed / listed.sum(-1, keepdim=True)).log()
+    student = case.student.requires_grad_()
+    options: dict[str, Any] = {"backend": backend}
+    if name in ("pkl", "kd"):
+        options["top_k"] = 20
+    want = call_loss(name, case, student, dense, **options)
+    got = call_loss(name, case, student, TopKLogits(ids, logprobs, tail), **options)
+    assert_close(got, want, rtol=1e-5)
+    assert_close(*gradients(got, student), *gradients(want, student), rtol=1e-3, atol=1e-7)
+
+
+def test_top_k_logits_that_do_not_fit() -> None:
+    ids, logprobs = torch.tensor([[0, 1]]), torch.tensor([[-0.1, -3.0]])
+    with pytest.raises(TypeError, match=r"ids: expected an int64 or int32 tensor, got torch.float32"):
+        TopKLogits(ids.float(), logprobs)
+    with pytest.raises(TypeError, match=r"logprobs: expected a floating-point tensor, got torch.int64"):
+        TopKLogits(ids, ids)
+    with pytest.raises(ValueError, match=r"logprobs: expected the shape .* of ids \[1, 2\], got \[1, 1\]"):
+        TopKLogits(ids, logprobs[:, :1])
+    with pytest.raises(ValueError, match="tail: expected one of 'uniform', 'renormalize', got 'zero'"):
+        TopKLogits(ids, logprobs, "zero")
+    case = small_case()
+    shape = (*case.teacher.shape[:2], 2)
+    arguments = case.alignment, case.projection
+    with pytest.raises(ValueError, match=r"ids: expected token ids in 0 ... 58, or -1, got 59"):
+        pkl_loss(case.student, TopKLogits(torch.full(shape, 59), torch.zeros(shape)), *arguments)
+    with pytest.raises(ValueError, match="ids: expected distinct token ids in a row, got one twice in row 0"):
+        pkl_loss(case.student, TopKLogits(torch.full(shape, 3), torch.zeros(shape)), *arguments)
+    with pytest.raises(ValueError, match="teacher_logits: expected the size of the vocabulary"):
+        xtoken.uld_loss(case.student, TopKLogits(ids[None].repeat(2, shape[1], 1), torch.zeros(shape)), case.alignment)
+    with pytest.raises(TypeError, match="student_logits: expected logits or LinearLogits"):
+        pkl_loss(TopKLogits(ids[None].repeat(2, shape[1], 1), torch.zeros(shape)), case.teacher, *arguments)
+
+
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize("teacher_kind", ["dense", "linear"])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("name", [*LINEAR, "kd"])
+@pytest.mark.usefixtures("small_blocks")
+def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> None:
+    """Hidden states and output layer: as the logits that they make, also for the gradients of both."""
+    case = small_case()
+    generator = torch.Generator().manual_seed(3)
+
+    def make(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    vocab = case.projection.shape
+    size = min(vocab) if name == "kd" else vocab[0]
+    hidden, head, bias = make(2, case.student.shape[1], 11), make(size + 3, 11), make(size + 3)
+    teacher_hidden, teacher_head = make(2, case.teacher.shape[1], 9), make(vocab[1] + 2, 9)
+    leaves = [value.requires_grad_() for value in (hidden, head, bias)]
+    dense_teacher = teacher_hidden @ teacher_head.T
+    teacher = dense_teacher if teacher_kind == "dense" else LinearLogits(teacher_hidden, teacher_head)
+    options: dict[str, Any] = {"backend": backend}
+    if labelled:
+        options["labels"] = make_labels(case, size)
+    if name == "kd":
+        alignment = positions(case)
+        options["vocab_size"] = size
+        want = xtoken.kd_loss(hidden @ head.T + bias, dense_teacher, alignment, **options)
+        got = xtoken.linear_kd_loss(hidden, head, teacher, alignment, bias=bias, **options)
+    else:
+        arguments = case.alignment, case.projection
+        public = {"pkl": pkl_loss, "gold": xtoken.gold_loss, "hkl": xtoken.hkl_loss}[name]
+        want = public(hidden @ head.T + bias, dense_teacher, *arguments, **options)
+        got = LINEAR[name](hidden, head, teacher, *arguments, bias=bias, **options)
+    if labelled:
+        want, got = 0.3 * want[0] + 2.0 * want[1], 0.3 * got[0] + 2.0 * got[1]
+    assert_close(got, want, rtol=1e-4)
+    for one, other in zip(gradients(got, *leaves), gradients(want, *leaves), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+def test_linear_that_does_not_fit() -> None:
+    hidden, head = torch.zeros(2, 5, 4), torch.zeros(9, 4)
+    with pytest.raises(ValueError, match=r"weight: expected shape \[V, 4\] to go with hidden, got \[9, 3\]"):
+        LinearLogits(hidden, head[:, :3])
+    with pytest.raises(ValueError, match=r"weight: expected torch.float32 on cpu as hidden"):
+        LinearLogits(hidden, head.double())
+    with pytest.raises(ValueError, match=r"bias: expected torch.float32 \[9\], got torch.float32 \[8\]"):
+        LinearLogits(hidden, head, torch.zeros(8))
+    with pytest.raises(ValueError, match=r"hidden: expected shape"):
+        LinearLogits(hidden[0, 0], head)
+    with pytest.raises(TypeError, match="hidden: expected a floating-point tensor, got list"):
+        LinearLogits([[0.0]], head)  # type: ignore[arg-type]
+
+
+def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case(samples=3)
+    student, teacher = (_logits.DenseSource(logits, logits.shape[-1]) for logits in (case.student, case.teacher))
+    chunks = xtoken.reference.Chunks.of(case.alignment, student.length, teacher.length)
+    for rows in (1, 2, 3, 5, 8, 1000):
+        monkeypatch.setattr(_logits, "BLOCK_ELEMENTS", rows * 67)
+        blocks = list(_logits.row_blocks(student, teacher, chunks))
+        assert blocks[0].student.start == 0
+        assert blocks[-1].student.stop == student.samples * student.length
+        assert all(a.student.stop == b.student.start for a, b in itertools.pairwise(blocks))
+        assert torch.equal(torch.cat([block.chunks.used for block in blocks]), chunks.used)
+        for block in blocks:
+            for side, whole, one in (
+                (block.student, chunks.student, block.chunks.student),
+                (block.teacher, chunks.teacher, block.chunks.teacher),
+            ):
+                assert torch.equal(one.start + side.start, whole.start[block.span])
+                assert bool((one.start + one.count <= side.stop - side.start).all())
+        if rows == 1000:
+            assert len(blocks) == 1
+
+
+STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
+    "pkl": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, top_k=30),
+    "pkl mean": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="mean", top_k=None),
+    "pkl chain": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="chain", reduction="sum"),
+    "pkl none": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, reduction="none").square().sum(),
+    "pkl labels": lambda c, z, y, labels: sum(pkl_loss(z, y, c.alignment, c.projection, labels=labels)),  # type: ignore
+    "gold": lambda c, z, y, labels: xtoken.gold_loss(z, y, c.alignment, c.projection),
+    "hkl": lambda c, z, y, labels: xtoken.hkl_loss(z, y, c.alignment, c.projection),
+    "uld": lambda c, z, y, labels: xtoken.uld_loss(z, y, c.alignment),
+    "kd": lambda c, z, y, labels: xtoken.kd_loss(z, z.detach().flip(1), top_k=20, vocab_size=67),
+    "linear": lambda c, z, y, labels: xtoken.linear_pkl_loss(z, torch.eye(z.shape[-1]), y, c.alignment, c.projection),
+}
+
+
+@pytest.mark.parametrize("name", STEPS)
+def test_compiled_into_one_graph(name: str) -> None:
+    case = small_case()
+    labels = make_labels(case)
+
+    def step(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        return STEPS[name](case, student * 1.5, teacher, labels)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    results = []
+    for function in (step, compiled):
+        student = case.student.clone().requires_grad_()
+        loss = function(student, case.teacher, labels)
+        results.append((loss.detach(), *gradients(loss, student)))
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd"])
+def test_opcheck(operation: str, reduction: str) -> None:
+    case = small_case()
+    W = case.projection
+    same = operation == "kd"
+    teacher = case.student.flip(1) if same else case.teacher
+    inputs = _ops.Inputs(
+        case.student.requires_grad_(), None, None, teacher, None, None, None,
+        None if same else case.alignment.spans, None if same else case.alignment.offsets,
+        None if same else case.alignment.predicted, None, None, W.row_ptr, W.col, W.weight, None, None,
+    )  # fmt: skip
+    sizes = (67, 67) if same else W.shape
+    settings = _ops.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
+    flags = reduction == "mean", False, None, None
+    torch.library.opcheck(torch.ops.xtoken.loss.default, (*inputs, *settings, *flags))
+
+
+def test_autocast_and_no_gradient() -> None:
+    case = small_case()
+    layer = torch.nn.Linear(67, 67)
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = layer(case.student)
+        assert logits.dtype == torch.bfloat16
+        loss = pkl_loss(logits, case.teacher, case.alignment, case.projection)
+    loss.backward()
+    assert layer.weight.grad is not None
+    assert loss.dtype == torch.float32
+    assert not pkl_loss(case.student, case.teacher, case.alignment, case.projection).requires_grad

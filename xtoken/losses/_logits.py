@@ -1,0 +1,228 @@
+"""Logits that are not held in memory: served or cached teachers, hidden states with their output layer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from xtoken.reference import Chunks, Rows
+
+TAILS = ("uniform", "renormalize")
+
+BLOCK_ELEMENTS = 2**25
+"""Logits of one side that are made at a time where they are not given."""
+
+
+@dataclass(frozen=True)
+class TopKLogits:
+    """The largest log-probabilities of each row, in place of a row of logits: a cached or served teacher.
+
+    Parameters
+    ----------
+    ids : int64 or int32 [B, T, k] or [T, k]
+        Token ids, distinct within a row; -1 where a row has fewer than k.
+    logprobs : floating [B, T, k] or [T, k]
+        Natural logarithms of their probabilities (temperature 1), as vLLM and others return them.
+    tail : "uniform" or "renormalize"
+        Where the rest of the mass goes: evenly to all other tokens, or to the listed ones in proportion.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes and types that do not fit together.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+    tail: str = "uniform"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.ids, Tensor) or self.ids.dtype not in (torch.int32, torch.int64):
+            got = self.ids.dtype if isinstance(self.ids, Tensor) else type(self.ids).__name__
+            raise TypeError(f"ids: expected an int64 or int32 tensor, got {got}")
+        if not isinstance(self.logprobs, Tensor) or not self.logprobs.is_floating_point():
+            got = self.logprobs.dtype if isinstance(self.logprobs, Tensor) else type(self.logprobs).__name__
+            raise TypeError(f"logprobs: expected a floating-point tensor, got {got}")
+        if self.ids.dim() not in (2, 3) or self.ids.shape != self.logprobs.shape:
+            raise ValueError(
+                f"logprobs: expected the shape [B, T, k] or [T, k] of ids {list(self.ids.shape)}, "
+                f"got {list(self.logprobs.shape)}"
+            )
+        if self.ids.device != self.logprobs.device:
+            raise ValueError(f"logprobs: expected the device of ids ({self.ids.device}), got {self.logprobs.device}")
+        if self.tail not in TAILS:
+            raise ValueError(f"tail: expected one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+
+
+@dataclass(frozen=True)
+class LinearLogits:
+    """Logits ``hidden @ weight.T + bias`` that are made a block of rows at a time and never held as a whole.
+
+    Parameters
+    ----------
+    hidden : floating [B, T, D] or [T, D]
+    weight : floating [V, D]
+        The output layer (``lm_head.weight``), in the type of ``hidden``.
+    bias : floating [V], optional
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes and types that do not fit together.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "weight"):
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or not value.is_floating_point():
+                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
+                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        if self.hidden.dim() not in (2, 3):
+            raise ValueError(f"hidden: expected shape [B, T, D] or [T, D], got {list(self.hidden.shape)}")
+        width = self.hidden.shape[-1]
+        if self.weight.dim() != 2 or self.weight.shape[1] != width:
+            raise ValueError(f"weight: expected shape [V, {width}] to go with hidden, got {list(self.weight.shape)}")
+        if self.weight.dtype != self.hidden.dtype or self.weight.device != self.hidden.device:
+            raise ValueError(
+                f"weight: expected {self.hidden.dtype} on {self.hidden.device} as hidden, got {self.weight.dtype} on "
+                f"{self.weight.device}"
+            )
+        if self.bias is not None and (self.bias.shape != self.weight.shape[:1] or self.bias.dtype != self.weight.dtype):
+            raise ValueError(
+                f"bias: expected {self.weight.dtype} [{self.weight.shape[0]}], got {self.bias.dtype} "
+                f"{list(self.bias.shape)}"
+            )
+
+
+AnyLogits = Tensor | TopKLogits | LinearLogits
+
+
+class Source(Protocol):
+    """Rows of logits, [B, T] of them, ``size`` wide."""
+
+    samples: int
+    length: int
+    size: int
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        """Rows ``start ... stop - 1`` of all samples' rows, one after the other: [stop - start, size]."""
+        ...
+
+
+class DenseSource:
+    """Logits in memory [B, T, >= size]."""
+
+    def __init__(self, logits: Tensor, size: int) -> None:
+        self.logits = logits[..., :size]
+        self.samples, self.length, self.size = self.logits.shape
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.logits.flatten(0, 1)[start:stop]
+
+
+class TopKSource:
+    """The rows of `TopKLogits`: ids and log-probabilities [B, T, k]."""
+
+    def __init__(self, ids: Tensor, logprobs: Tensor, tail: str, size: int) -> None:
+        self.samples, self.length = ids.shape[:2]
+        self.size = size
+        self.ids, self.logprobs, self.tail = ids.flatten(0, 1), logprobs.flatten(0, 1), tail
+        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        if low < -1 or high >= size:
+            raise ValueError(f"ids: expected token ids in 0 ... {size - 1}, or -1, got {low if low < -1 else high}")
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        ids = self.ids[start:stop].long()
+        dtype = torch.promote_types(self.logprobs.dtype, torch.float32)
+        logprobs = self.logprobs[start:stop].to(dtype).masked_fill(ids < 0, -torch.inf)
+        ordered = ids.sort(dim=1).values
+        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+        if bool(twice.any()):
+            row = start + int(twice.nonzero()[0])
+            raise ValueError(f"ids: expected distinct token ids in a row, got one twice in row {row}")
+        if self.tail == "renormalize":
+            logprobs = logprobs - logprobs.logsumexp(dim=1, keepdim=True)
+            rest = torch.full_like(logprobs[:, 0], -torch.inf)
+        else:
+            others = (self.size - (ids >= 0).sum(dim=1)).clamp_min(1)
+            rest = ((1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0) / others).log().to(dtype)
+        dense = rest[:, None].repeat(1, self.size + 1)  # the last column takes what has no id
+        return dense.scatter_(1, torch.where(ids < 0, self.size, ids), logprobs)[:, : self.size]
+
+
+class LinearSource:
+    """The rows of `LinearLogits`: hidden states [B, T, D] and an output layer, cut to the vocabulary."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> None:
+        self.samples, self.length = hidden.shape[:2]
+        self.size = size
+        self.hidden = hidden.flatten(0, 1)
+        self.weight = weight[:size]
+        self.bias = None if bias is None else bias[:size]
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return torch.nn.functional.linear(self.hidden[start:stop], self.weight, self.bias)
+
+
+class RowBlock(NamedTuple):
+    """Consecutive chunks, and ranges of rows that hold them; `chunks` are numbered within those rows."""
+
+    span: slice
+    chunks: Chunks
+    student: slice
+    teacher: slice
+
+    def dense(self, student: Source, teacher: Source) -> tuple[Tensor, Tensor]:
+        """The rows themselves: [1, R_s, V_student] and [1, R_t, V_teacher]."""
+        return (
+            student.rows(self.student.start, self.student.stop)[None],
+            teacher.rows(self.teacher.start, self.teacher.stop)[None],
+        )
+
+
+def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[RowBlock]:
+    """Cuts the chunks so that neither side has many more than `BLOCK_ELEMENTS` logits in a block.
+
+    The student's ranges follow each other from the first row to the last; chunks come in the order of their rows.
+    """
+    limits = [max(1, BLOCK_ELEMENTS // max(1, side.size)) for side in (student, teacher)]
+    sides = [(rows.start.tolist(), (rows.start + rows.count).tolist()) for rows in (chunks.student, chunks.teacher)]
+    (student_starts, student_ends), (teacher_starts, teacher_ends) = sides
+    total = student.samples * student.length
+    row, first, count = 0, 0, len(chunks)
+    while row < total or first < count:
+        last, stop = first, min(total, row + limits[0])
+        while last < count and (
+            (last == first and student_starts[last] < stop)
+            or (student_ends[last] <= stop and teacher_ends[last] - teacher_starts[first] <= limits[1])
+        ):
+            last += 1
+        if last > first:  # a chunk longer than the limit is a block of its own
+            stop = max(stop, student_ends[first])
+        if last < count:
+            stop = min(stop, student_starts[last])
+        begin, end = (teacher_starts[first], teacher_ends[last - 1]) if last > first else (0, 0)
+        yield RowBlock(
+            slice(first, last),
+            Chunks(
+                _shifted(chunks.student, first, last, row, stop),
+                _shifted(chunks.teacher, first, last, begin, end),
+                chunks.used[first:last],
+            ),
+            slice(row, stop),
+            slice(begin, end),
+        )
+        row, first = stop, last
+
+
+def _shifted(rows: Rows, first: int, last: int, begin: int, end: int) -> Rows:
+    next_ids = None if rows.next_ids is None else rows.next_ids[begin:end]
+    return Rows(rows.start[first:last] - begin, rows.count[first:last], next_ids)
