@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from real_tokenizers import invalid_utf8_ids
 from safetensors.torch import save_file
 
+import xtoken
 from xtoken import ProjectionMatrix, Vocabulary
 from xtoken.projection import ROW_KINDS, write_atomically
 
@@ -356,3 +357,31 @@ def test_nemo_files(tmp_path):
 def test_empty_vocabularies():
     assert ProjectionMatrix.build(Vocabulary([]), TEACHER).shape == (0, 7)
     assert kinds(ProjectionMatrix.build(TEACHER, Vocabulary([]))) == ["none"] * 7
+
+
+def test_learnable_rows_keep_their_sum_and_get_a_gradient() -> None:
+    W = ProjectionMatrix.from_topk([[0, 2], [1, -1], [-1, -1]], [[3.0, 1.0], [0.5, 0.0], [0.0, 0.0]], 3)
+    module = W.learnable()
+    assert module.weight.tolist() == pytest.approx([0.75, 0.25, 1.0])
+    with torch.no_grad():
+        module.logits += torch.tensor([64.0, 64.0, -64.0])
+    assert module.weight.tolist() == pytest.approx([0.75, 0.25, 1.0], abs=1e-4)
+    student = torch.tensor([[[0.1, -0.3, 0.2]] * 3])
+    teacher = torch.tensor([[[0.5, 0.2, -0.4]] * 3])
+    same = xtoken.Alignment([[1, 2, 1, 2], [2, 3, 2, 3]], [0, 2])
+    for reduction in ("mean", "none"):
+        module.logits.grad = None
+        xtoken.pkl_loss(student, teacher, same, module, reduction=reduction).sum().backward()
+        grad = module.logits.grad
+        assert grad is not None
+        assert abs(float(grad[0])) > 1e-3
+        assert float(grad[0] + grad[1]) == pytest.approx(0.0, abs=1e-6)
+    kept = module.projection()
+    assert kept.shape == W.shape
+    assert torch.equal(kept.kind, W.kind)
+    assert torch.equal(kept.weight, module.weight.detach())
+
+
+def test_learnable_refuses_weights_of_zero() -> None:
+    with pytest.raises(ValueError, match=r"projection: expected weights above 0, got 0 in row 1"):
+        ProjectionMatrix([0, 1, 2], [0, 1], [1.0, 0.0], 2).learnable()

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import _core
 from .retokenize import encode_pieces
@@ -356,6 +355,10 @@ class ProjectionMatrix:
         likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)
         torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, path)
 
+    def learnable(self) -> LearnableProjection:
+        """A module with the same entries, whose weights are trained with the student."""
+        return LearnableProjection(self)
+
     def __repr__(self) -> str:
         counts = torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist()
         named = dict(zip(ROW_KINDS, counts, strict=True))
@@ -365,19 +368,52 @@ class ProjectionMatrix:
         return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file that appears complete or not at all, even if the machine stops."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+class LearnableProjection(nn.Module):
+    """W with trainable weights, for `xtoken.pkl_loss` and `xtoken.Teacher`.
+
+    The parameter ``logits`` [nnz] holds a number for each entry; a softmax over each row makes the weights, so rows
+    keep summing to 1. At first they are those of the given matrix, scaled to a sum of 1.
+
+    Parameters
+    ----------
+    projection : ProjectionMatrix
+        Every weight above zero.
+
+    Raises
+    ------
+    ValueError
+        If a weight is zero: its logarithm could not be trained.
+    """
+
+    row_ptr: Tensor
+    col: Tensor
+    row_index: Tensor
+
+    def __init__(self, projection: ProjectionMatrix) -> None:
+        super().__init__()
+        if not bool((projection.weight > 0).all()):
+            entry = int((projection.weight <= 0).nonzero()[0])
+            raise ValueError(f"projection: expected weights above 0, got 0 in row {int(projection.row_index[entry])}")
+        self.shape = projection.shape
+        self.metadata = dict(projection.metadata)
+        self.register_buffer("row_ptr", projection.row_ptr, persistent=False)
+        self.register_buffer("col", projection.col, persistent=False)
+        self.register_buffer("row_index", projection.row_index, persistent=False)
+        self.register_buffer("kind", projection.kind, persistent=False)
+        self.logits = nn.Parameter(projection.weight.log())
+
+    @property
+    def weight(self) -> Tensor:
+        """float32 [nnz], differentiable with respect to ``logits``."""
+        rows = self.shape[0]
+        top = self.logits.detach().new_full((rows,), -torch.inf)
+        top = top.scatter_reduce(0, self.row_index, self.logits.detach(), "amax")
+        mass = (self.logits - top[self.row_index]).exp()
+        return mass / mass.new_zeros(rows).index_add(0, self.row_index, mass)[self.row_index]
+
+    def projection(self) -> ProjectionMatrix:
+        """The matrix with the present weights, to save or to use without training."""
+        row_ptr, col, weight, kind = (
+            values.detach().cpu() for values in (self.row_ptr, self.col, self.weight, self.get_buffer("kind"))
+        )
+        return ProjectionMatrix(row_ptr, col, weight, self.shape[1], kind, self.metadata)

@@ -252,25 +252,9 @@ def test_one_sample_without_a_batch() -> None:
     assert_within(total, criterion(case.student, labels, case.teacher, case.alignment)[0], 1e-12)
 
 
-class Trainable(nn.Module):
-    """W with trainable weights, normalised in each row."""
-
-    def __init__(self, case: Case) -> None:
-        super().__init__()
-        W = case.projection
-        self.row_ptr, self.col, self.shape = W.row_ptr, W.col, W.shape
-        self.row = torch.repeat_interleave(torch.arange(W.shape[0]), W.row_ptr.diff())
-        self.logits = nn.Parameter(W.weight.log())
-
-    @property
-    def weight(self) -> Tensor:
-        mass = self.logits.exp()
-        return mass / mass.new_zeros(self.shape[0]).index_add(0, self.row, mass)[self.row]
-
-
 def test_a_trainable_projection_learns() -> None:
     case = make_case(scale=1.0)
-    criterion = XTokenLoss([Teacher(Trainable(case))], scaling="fixed")
+    criterion = XTokenLoss([Teacher(case.projection.learnable())], scaling="fixed")
     assert len(list(criterion.parameters())) == 1
     optimizer = torch.optim.SGD(criterion.parameters(), lr=1.0)
     history = []

@@ -76,8 +76,10 @@ def test_labels(name: str, reduction: str, backend: str) -> None:
 def test_labels_that_do_not_fit() -> None:
     case = small_case()
     labels = make_labels(case)
-    call = lambda labels, **options: pkl_loss(case.student, case.teacher, case.alignment, case.projection,
-                                              labels=labels, **options)  # fmt: skip
+
+    def call(labels: Tensor, **options: Any) -> Any:
+        return pkl_loss(case.student, case.teacher, case.alignment, case.projection, labels=labels, **options)
+
     with pytest.raises(ValueError, match=r"labels: expected shape \[2, \d+\]"):
         call(labels[:, :-1])
     with pytest.raises(TypeError, match=r"labels: expected an integer tensor, got torch.float32"):
