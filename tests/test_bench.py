@@ -27,6 +27,8 @@ def test_bench_align(tmp_path):
         "1",
         "--repeat",
         "1",
+        "--hostile-tokens",
+        "0",
         "--output",
         str(output),
     ]
@@ -36,3 +38,11 @@ def test_bench_align(tmp_path):
     assert all(row["million_tokens_per_second"] > 0 for row in results["rows"])
     assert "| llama3 / smollm2 | 256 | 1 | dp |" in printed
     assert results["machine"]["xtoken"]
+
+
+def test_bench_align_on_hostile_input():
+    part = {"run": "measure_hostile", "name": "random a, b", "method": "dp", "size": 60}
+    command = [sys.executable, str(ROOT / "bench" / "bench_align.py"), "--part", json.dumps(part)]
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    assert (row["student_tokens"], row["teacher_tokens"], row["optimal"]) == (60, 60, True)
+    assert row["chunks"] > 20

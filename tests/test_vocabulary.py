@@ -38,6 +38,7 @@ def test_tokens_of_a_text_spell_its_bytes(name, text, tokenizer, vocabulary):
 @pytest.mark.parametrize("name", ["llama3", "o200k", "tekken"])  # smollm2 has no token for some bytes, qwen3 is NFC
 @given(text=st.text(max_size=40))
 def test_byte_level_tokenizers_spell_any_text(name, tokenizer, vocabulary, text):
+    text = text.replace("<|", "< |")  # the literal of a special token is that token
     spelled = vocabulary(name).decode(encode(tokenizer(name), text))
     assert spelled == text.encode()
 

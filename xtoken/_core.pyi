@@ -61,16 +61,14 @@ class Aligner:
     def __init__(self, student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool) -> None: ...
     def align(
         self,
-        student_ids: NDArray[np.int64],
-        student_offsets: NDArray[np.int64],
-        student_mask: NDArray[np.uint8] | None,
-        teacher_ids: NDArray[np.int64],
-        teacher_offsets: NDArray[np.int64],
-        teacher_mask: NDArray[np.uint8] | None,
+        student_ids: list[NDArray[np.int64]],
+        student_masks: list[NDArray[np.uint8]] | None,
+        teacher_ids: list[NDArray[np.int64]],
+        teacher_masks: list[NDArray[np.uint8]] | None,
         method: AlignMethod,
         cell_budget: int,
         threads: int,
-    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]: ...
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.bool_], NDArray[np.bool_]]: ...
 
 def exact_images(
     student: Vocabulary, teacher: Vocabulary, fold_space_punctuation: bool

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -81,7 +81,7 @@ class Alignment:
         if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
         self._check_order()
-        self._ids: dict[str, Tensor | _Ragged | None] = {
+        self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
             "student": self._check_ids(student_ids, "student_ids"),
             "teacher": self._check_ids(teacher_ids, "teacher_ids"),
         }
@@ -134,8 +134,8 @@ class Alignment:
 
     def _padded_ids(self, side: str) -> Tensor | None:
         ids = self._ids[side]
-        if isinstance(ids, _Ragged):  # padded when first asked for: corpora never ask
-            ids = self._ids[side] = pad_rows(ids.rows())
+        if isinstance(ids, list):  # padded when first asked for: corpora never ask
+            ids = self._ids[side] = pad_rows(ids)
         return ids
 
     def __len__(self) -> int:
@@ -297,23 +297,13 @@ class Alignment:
         return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
 
 
-class _Ragged(NamedTuple):
-    """Rows of different lengths, one after the other: row b is ``flat[offsets[b]:offsets[b + 1]]``."""
-
-    flat: Tensor
-    offsets: NDArray[np.int64]
-
-    def rows(self) -> tuple[Tensor, ...]:
-        rows: tuple[Tensor, ...] = self.flat.split(np.diff(self.offsets).tolist())
-        return rows
-
-
-def pad_rows(rows: Iterable[Tensor], value: int = -1) -> Tensor:
+def pad_rows(rows: Iterable[Tensor | NDArray[np.int64]], value: int = -1) -> Tensor:
     """Rows of different lengths as one matrix, padded on the right; int64 [0, 0] if there are none."""
     rows = list(rows)
-    if not rows:
-        return torch.zeros(0, 0, dtype=torch.int64)
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=value)
+    padded = torch.full((len(rows), max(map(len, rows), default=0)), value)
+    for padded_row, row in zip(padded, rows, strict=True):
+        padded_row[: len(row)] = torch.as_tensor(row)
+    return padded
 
 
 class Aligner:
@@ -411,7 +401,7 @@ class Aligner:
         if student.is_batch != teacher.is_batch:
             raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
         spans, offsets, predicted, optimal = self._core.align(
-            student.flat, student.offsets, student.mask, teacher.flat, teacher.offsets, teacher.mask,
+            student.rows, student.masks, teacher.rows, teacher.masks,
             _core.AlignMethod[self.method], self.cell_budget, self.num_threads,
         )  # fmt: skip
         return Alignment._trusted(
@@ -419,8 +409,8 @@ class Aligner:
             offsets=torch.from_numpy(offsets),
             batched=student.is_batch,
             _ids={"student": student.ids, "teacher": teacher.ids},
-            optimal=torch.from_numpy(optimal).bool(),
-            predicted=torch.from_numpy(predicted).bool(),
+            optimal=torch.from_numpy(optimal),
+            predicted=torch.from_numpy(predicted),
         )
 
     def truncate(
@@ -461,7 +451,8 @@ class Aligner:
         student = _Batch(student_ids, student_mask, "student")
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
         whole = self._align(student, teacher)
-        lengths = torch.from_numpy(np.stack([np.diff(student.offsets), np.diff(teacher.offsets)], axis=1))
+        sizes = [[len(row) for row in side.rows] for side in (student, teacher)]
+        lengths = torch.tensor(sizes, dtype=torch.int64).T
         fits = (lengths <= torch.tensor(limits)).all(dim=1)
         sample = whole.sample_index
         kept = fits[sample] | (whole.spans[:, 1::2] <= torch.tensor(limits)).all(dim=1)
@@ -471,9 +462,7 @@ class Aligner:
         ends = torch.where(fits[:, None], lengths, ends)
         sides = []
         for batch, cut in ((student, ends[:, 0]), (teacher, ends[:, 1])):
-            flat = torch.from_numpy(batch.flat)
-            starts = batch.offsets.tolist()
-            rows = pad_rows([flat[start : start + n] for start, n in zip(starts, cut.tolist(), strict=False)])
+            rows = pad_rows(row[:n] for row, n in zip(batch.rows, cut.tolist(), strict=True))
             sides.append(rows if whole.batched else rows[0])
         counts = torch.bincount(sample[kept], minlength=len(whole))
         return Alignment._trusted(
@@ -487,42 +476,37 @@ class Aligner:
 
 
 class _Batch:
-    """The ids and the mask of one side, laid out one sample after the other."""
+    """The ids and the masks of one side, one array a sample; they view the caller's memory where it allows."""
 
     def __init__(self, ids: Any, mask: Any, side: str) -> None:
         name = f"{side}_ids"
-        rows = self._rows(ids, name, torch.int64)
-        self.is_batch = not isinstance(rows, Tensor) or rows.dim() == 2
-        self.flat, self.offsets = self._flat(rows)
-        self.ids = rows if isinstance(rows, Tensor) else _Ragged(torch.from_numpy(self.flat), self.offsets)
-        self.mask: NDArray[np.uint8] | None = None
+        self.rows: list[NDArray[np.int64]]
+        self.rows, whole = _rows(ids, name, torch.int64)
+        self.is_batch = whole is None or whole.dim() == 2
+        self.ids: Tensor | list[NDArray[np.int64]] = self.rows if whole is None else whole
+        self.masks: list[NDArray[np.uint8]] | None = None
         if mask is not None:
-            mask_rows = self._rows(mask, f"{side}_mask", torch.uint8)
-            self.mask, offsets = self._flat(mask_rows)
-            if not np.array_equal(offsets, self.offsets):
-                raise ValueError(f"{side}_mask: expected the shape of {name}, one entry a token")
+            self.masks, _ = _rows(mask, f"{side}_mask", torch.uint8)
 
-    @staticmethod
-    def _rows(value: Any, name: str, dtype: torch.dtype) -> Tensor | list[Tensor]:
-        """One tensor of one or two dimensions, or the rows of a ragged batch."""
-        if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
-            tensors = [_int_tensor(row, name, dtype, allow_bool=dtype == torch.uint8).cpu() for row in value]
-            if any(row.dim() != 1 for row in tensors):
-                raise ValueError(f"{name}: expected one dimension a sample")
-            return tensors
-        tensor = _int_tensor(value, name, dtype, allow_bool=dtype == torch.uint8).cpu()
-        if tensor.dim() not in (1, 2):
-            raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
-        return tensor
 
-    @staticmethod
-    def _flat(rows: Tensor | list[Tensor]) -> tuple[NDArray[Any], NDArray[np.int64]]:
-        if isinstance(rows, Tensor):
-            samples, length = (1, len(rows)) if rows.dim() == 1 else rows.shape
-            return rows.contiguous().view(-1).numpy(), np.arange(samples + 1, dtype=np.int64) * length
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
-        return torch.cat(rows).numpy(), offsets
+def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]], Tensor | None]:
+    """The samples of `value`, each a contiguous array, and the tensor [T] or [B, T] that they view, if there is one."""
+    allow_bool = dtype == torch.uint8
+    if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
+        wanted = np.dtype(np.uint8 if allow_bool else np.int64)
+        rows = [
+            np.ascontiguousarray(row)
+            if type(row) is np.ndarray and row.dtype == wanted
+            else _int_tensor(row, name, dtype, allow_bool).cpu().contiguous().numpy()
+            for row in value
+        ]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError(f"{name}: expected one dimension a sample")
+        return rows, None
+    tensor = _int_tensor(value, name, dtype, allow_bool).cpu().contiguous()
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
+    return list(tensor.reshape(1, -1).numpy() if tensor.dim() == 1 else tensor.numpy()), tensor
 
 
 def _shown(token: bytes) -> str:

@@ -12,15 +12,25 @@
 namespace xtoken {
 namespace {
 
-// One side of a batch as arrays; checks that the offsets fit the ids.
-TokenBatch to_batch(const char* name, const Array<int64_t>& ids, const Array<int64_t>& offsets,
-                    const std::optional<Array<uint8_t>>& mask) {
-    const int64_t* ends = offsets.data();
-    bool fits = ids.ndim() == 1 && offsets.ndim() == 1 && offsets.size() > 0 && ends[0] == 0;
-    for (py::ssize_t b = 1; fits && b < offsets.size(); ++b) fits = ends[b - 1] <= ends[b];
-    if (!fits || ends[offsets.size() - 1] != ids.size()) value_error(name, ": offsets do not fit the ids");
-    if (mask && mask->size() != ids.size()) value_error(name, ": the mask has another size than the ids");
-    return {ids.data(), ends, mask ? mask->data() : nullptr};
+using Rows = std::vector<Array<int64_t>>;
+using Masks = std::optional<std::vector<Array<uint8_t>>>;
+
+// One side of a batch; the rows view the arrays. Checks that the masks fit the ids.
+std::vector<TokenRow> to_rows(const char* name, const Rows& ids, const Masks& masks) {
+    bool fits = !masks || masks->size() == ids.size();
+    std::vector<TokenRow> rows;
+    rows.reserve(ids.size());
+    for (size_t b = 0; fits && b < ids.size(); ++b) {
+        fits = ids[b].ndim() == 1 && (!masks || ((*masks)[b].ndim() == 1 && (*masks)[b].size() == ids[b].size()));
+        rows.push_back({ids[b].data(), masks ? (*masks)[b].data() : nullptr, ids[b].size()});
+    }
+    if (!fits) value_error(name, "_mask: expected the shape of ", name, "_ids, one entry a token");
+    return rows;
+}
+
+template <typename T>
+py::capsule owner_of(Buffer<T>& buffer) {
+    return {buffer.data.release(), [](void* p) { std::free(p); }};
 }
 
 }  // namespace
@@ -40,30 +50,26 @@ void bind_aligner(py::module_& m) {
              py::arg("student"), py::arg("teacher"), py::arg("fold_space_punctuation"))
         .def(
             "align",
-            [](const Aligner& aligner, const Array<int64_t>& student_ids, const Array<int64_t>& student_offsets,
-               const std::optional<Array<uint8_t>>& student_mask, const Array<int64_t>& teacher_ids,
-               const Array<int64_t>& teacher_offsets, const std::optional<Array<uint8_t>>& teacher_mask,
-               AlignMethod method, int64_t cell_budget, int threads) {
-                const TokenBatch student = to_batch("student_ids", student_ids, student_offsets, student_mask);
-                const TokenBatch teacher = to_batch("teacher_ids", teacher_ids, teacher_offsets, teacher_mask);
-                const int64_t samples = student_offsets.size() - 1;
-                if (teacher_offsets.size() - 1 != samples) {
-                    value_error("teacher_ids: expected ", samples, " samples, as student_ids has, got ",
-                                teacher_offsets.size() - 1);
-                }
+            [](const Aligner& aligner, const Rows& student_ids, const Masks& student_masks, const Rows& teacher_ids,
+               const Masks& teacher_masks, AlignMethod method, int64_t cell_budget, int threads) {
+                const std::vector<TokenRow> student = to_rows("student", student_ids, student_masks);
+                const std::vector<TokenRow> teacher = to_rows("teacher", teacher_ids, teacher_masks);
                 BatchAlignment result;
                 {
                     py::gil_scoped_release release;
-                    result = aligner.align(student, teacher, samples, method, cell_budget, threads);
+                    result = aligner.align(student, teacher, method, cell_budget, threads);
                 }
                 static_assert(sizeof(Span) == 4 * sizeof(int32_t), "a Span is a row of four integers");
-                return py::make_tuple(
-                    to_array<int32_t>(std::move(result.spans), 4), to_array<int64_t>(std::move(result.offsets)),
-                    to_array<uint8_t>(std::move(result.predicted)), to_array<uint8_t>(std::move(result.optimal)));
+                const auto chunks = static_cast<py::ssize_t>(result.spans.size);
+                const auto* spans = reinterpret_cast<const int32_t*>(result.spans.data.get());
+                const auto* predicted = reinterpret_cast<const bool*>(result.predicted.data.get());
+                return py::make_tuple(py::array_t<int32_t>({chunks, py::ssize_t{4}}, spans, owner_of(result.spans)),
+                                      to_array<int64_t>(std::move(result.offsets)),
+                                      py::array_t<bool>(chunks, predicted, owner_of(result.predicted)),
+                                      to_array<bool>(std::move(result.optimal)));
             },
-            py::arg("student_ids"), py::arg("student_offsets"), py::arg("student_mask"), py::arg("teacher_ids"),
-            py::arg("teacher_offsets"), py::arg("teacher_mask"), py::arg("method"), py::arg("cell_budget"),
-            py::arg("threads"));
+            py::arg("student_ids"), py::arg("student_masks"), py::arg("teacher_ids"), py::arg("teacher_masks"),
+            py::arg("method"), py::arg("cell_budget"), py::arg("threads"));
 }
 
 }  // namespace xtoken

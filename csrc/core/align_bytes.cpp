@@ -143,7 +143,7 @@ struct Attempt {
 // Tries to close the finest chunk that begins at (i, j). Otherwise tells whether one side's text simply ends within the
 // other's, or else which side comes first in an order of what they spell. The order makes the search that follows
 // independent of which side is called the student.
-Attempt close_chunk(const Side& student, const Side& teacher, int32_t i, int32_t j) {
+Attempt close_chunk(const Side& student, const Side& teacher, int32_t i, int32_t j, SideOrder order) {
     Cursor a{student, i, {}}, b{teacher, j, {}};
     for (;;) {
         const bool more_a = a.fill(), more_b = b.fill();
@@ -157,14 +157,17 @@ Attempt close_chunk(const Side& student, const Side& teacher, int32_t i, int32_t
         }
         const bool end_a = !more_a && a.next == student.size(), end_b = !more_b && b.next == teacher.size();
         if (end_a || end_b) return {Merge::truncated, i, j};
-        return {more_b ? Merge::student_first : Merge::teacher_first, i, j};
+        if (more_a != more_b) return {more_b ? Merge::student_first : Merge::teacher_first, i, j};
+        const bool student_first = order == SideOrder::by_symbol ? student.symbol(a.next) < teacher.symbol(b.next)
+                                                                 : order == SideOrder::student;
+        return {student_first ? Merge::student_first : Merge::teacher_first, i, j};
     }
 }
 
 }  // namespace
 
 void align_bytes(const TokenPair& pair, const int32_t* student_symbols, int32_t n, const int32_t* teacher_symbols,
-                 int32_t m, std::vector<Span>& chunks, std::vector<Span>& gaps) {
+                 int32_t m, SideOrder order, std::vector<Span>& chunks, std::vector<Span>& gaps) {
     const Side student(pair, student_symbols, n), teacher(pair, teacher_symbols, m);
 
     const auto add_gap = [&](Span gap) {
@@ -189,14 +192,13 @@ void align_bytes(const TokenPair& pair, const int32_t* student_symbols, int32_t 
             student.is_empty(i) ? ++i : ++j;
             continue;
         }
-        const Attempt attempt = close_chunk(student, teacher, i, j);
+        const Attempt attempt = close_chunk(student, teacher, i, j, order);
+        if (attempt.outcome == Merge::truncated) return;
         Span step{i, attempt.student_end, j, attempt.teacher_end};
         if (attempt.outcome == Merge::closed) {
             chunks.push_back(step);
         } else {
-            if (attempt.outcome == Merge::truncated) {
-                step.student_end = n, step.teacher_end = m;
-            } else if (attempt.outcome == Merge::student_first) {
+            if (attempt.outcome == Merge::student_first) {
                 const Boundary end = find_agreement(student, teacher, i, j);
                 step.student_end = end.first, step.teacher_end = end.second;
             } else {

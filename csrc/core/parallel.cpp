@@ -22,29 +22,23 @@ int available_processors() {
     return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
 
-void parallel_for(int64_t count, int64_t grain, int threads, const std::function<void(int64_t, int64_t)>& body) {
-    if (count <= 0) return;
-    grain = std::max<int64_t>(1, grain);
-    const int64_t ranges = (count + grain - 1) / grain;
-    const int workers = static_cast<int>(std::min<int64_t>(std::max(1, threads), ranges));
-    if (workers == 1) return body(0, count);
-
+void parallel_for(int64_t count, int threads, const std::function<void(int, int64_t)>& body) {
     std::atomic<int64_t> next{0};
     std::exception_ptr error;
     std::mutex error_mutex;
-    auto work = [&] {
+    const auto work = [&](int worker) {
         try {
-            for (int64_t r; (r = next.fetch_add(1)) < ranges;) body(r * grain, std::min(count, (r + 1) * grain));
+            for (int64_t item; (item = next.fetch_add(1)) < count;) body(worker, item);
         } catch (...) {
-            next = ranges;
+            next = count;
             std::lock_guard<std::mutex> lock(error_mutex);
             if (!error) error = std::current_exception();
         }
     };
-    std::vector<std::thread> pool;
-    for (int i = 1; i < workers; ++i) pool.emplace_back(work);
-    work();
-    for (std::thread& thread : pool) thread.join();
+    std::vector<std::thread> others;
+    for (int worker = 1; worker < std::min<int64_t>(threads, count); ++worker) others.emplace_back(work, worker);
+    work(0);
+    for (std::thread& thread : others) thread.join();
     if (error) std::rethrow_exception(error);
 }
 

@@ -26,8 +26,9 @@ class TokenPair {
   public:
     TokenPair(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules);
 
-    int32_t student_size() const { return static_cast<int32_t>(student_.size()); }
-    int32_t teacher_size() const { return static_cast<int32_t>(teacher_.size()); }
+    // Symbol of each token id.
+    const std::vector<int32_t>& student_symbols() const { return student_; }
+    const std::vector<int32_t>& teacher_symbols() const { return teacher_; }
     // Symbol of a token id, which must be in range.
     int32_t student_symbol(int64_t id) const { return student_[static_cast<size_t>(id)]; }
     int32_t teacher_symbol(int64_t id) const { return teacher_[static_cast<size_t>(id)]; }

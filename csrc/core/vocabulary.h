@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -46,6 +47,12 @@ class Vocabulary {
     }
     // Whether the token stands for text (normal or byte).
     bool is_text(int32_t id) const { return kind(id) == TokenKind::normal || kind(id) == TokenKind::byte; }
+
+    // Some total order, the same whenever the program runs; vocabularies without an order between them are equal.
+    bool operator<(const Vocabulary& other) const {
+        return std::tie(start_, arena_, kinds_, roles_) <
+               std::tie(other.start_, other.arena_, other.kinds_, other.roles_);
+    }
 
   private:
     std::string arena_;           // all tokens, one after the other
