@@ -1,5 +1,6 @@
 # make demo   set up a virtual environment and distil a real teacher
 # make test   set up the same environment, check format, types and lint, build with warnings as errors, run all tests
+# make sanitize   run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint, make format, make build, make clean
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,13 +11,26 @@ export TOKENIZERS_PARALLELISM := true
 # Threads of torch that wait must not take a busy machine's cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-.PHONY: demo test lint format build clean
+SANITIZED := build/sanitized
+SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py tests/test_projection.py \
+	tests/test_vocabulary.py --deselect tests/test_projection.py::test_llama3_to_qwen3_is_quick_and_small
+
+.PHONY: demo test sanitize lint format build clean
 
 demo: build
 	$(BIN)/xtoken demo
 
 test: lint build
 	$(BIN)/python -m pytest
+
+# The sanitizers' library comes first into the process; leaks are not looked for, since Python itself has many. C++
+# exceptions of other libraries need the C++ runtime there too.
+sanitize: $(VENV)/ready
+	rm -rf $(SANITIZED)
+	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/pytest $(SANITIZED_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -1,6 +1,7 @@
 """Builds the C++ extension `xtoken._core` with CMake and Ninja; everything else is in pyproject.toml.
 
-Environment: XTOKEN_WERROR=1 turns compiler warnings into errors, XTOKEN_BUILD_TYPE picks CMake's build type.
+Environment: XTOKEN_WERROR=1 turns compiler warnings into errors, XTOKEN_SANITIZE=1 adds sanitizers,
+XTOKEN_BUILD_TYPE picks CMake's build type.
 """
 
 import os
@@ -24,6 +25,7 @@ class CMakeBuild(build_ext):
         configure = [
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('XTOKEN_BUILD_TYPE', 'Release')}",
+            f"-DXTOKEN_SANITIZE={os.environ.get('XTOKEN_SANITIZE', '0')}",
             f"-DXTOKEN_WERROR={os.environ.get('XTOKEN_WERROR', '0')}",
             f"-DXTOKEN_VERSION={self.distribution.get_version()}",
             f"-DXTOKEN_OUTPUT_DIR={target}",
