@@ -101,3 +101,45 @@ def add_reverse(
     gamma: float,
     top_k: int,
 ) -> SparseRows: ...
+def cpu_levels() -> list[str]: ...
+def cpu_level() -> str: ...
+def cpu_exp(
+    x: NDArray[np.float32], centre: float, temperature: float, level: str
+) -> tuple[NDArray[np.float32], float]: ...
+def cpu_log(x: NDArray[np.float32], level: str) -> NDArray[np.float32]: ...
+def cpu_to_float(x: NDArray[np.uint16], element: str, level: str) -> NDArray[np.float32]: ...
+def cpu_from_float(x: NDArray[np.float32], element: str, level: str) -> NDArray[np.uint16]: ...
+
+LogitsArgument = tuple[int, str, int, int, int, int, int]
+RowsArgument = tuple[int, int, int]
+LabelsArgument = tuple[int, float, int]
+
+class CpuMatrix:
+    def __init__(
+        self, row_ptr: NDArray[np.int64], col: NDArray[np.int32], weight: NDArray[np.float32], teacher_size: int
+    ) -> None: ...
+
+class CpuPlan:
+    def __init__(self, matrix: CpuMatrix, columns: NDArray[np.int32]) -> None: ...
+    entries: int
+
+def cpu_pkl(
+    plan: CpuPlan,
+    student: LogitsArgument,
+    teacher: LogitsArgument,
+    grad: LogitsArgument,
+    student_rows: RowsArgument,
+    teacher_rows: RowsArgument,
+    chunks: int,
+    scale: int,
+    losses: int,
+    weight_grad: int,
+    labels: LabelsArgument,
+    temperature: float,
+    merge: str,
+    reverse: bool,
+    lowest: float,
+    epsilon: float,
+    level: str,
+    threads: int,
+) -> None: ...

@@ -24,6 +24,7 @@ def config() -> dict[str, str]:
         "compiler": f"{_core.compiler}, {_core.build_type} build",
         "processors": str(_core.available_processors()),
         "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
+        "CPU kernels": f"{_core.cpu_level()} (can run: {', '.join(_core.cpu_levels())})",
         "CUDA kernels": "no: this version has none; losses on CUDA tensors use the reference backend",
         "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else no_device,
         "loss backends": ", ".join(backend_names()),

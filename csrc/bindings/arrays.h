@@ -41,5 +41,6 @@ void bind_vocabulary(py::module_& m);
 void bind_align_dp(py::module_& m);
 void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
+void bind_cpu(py::module_& m);
 
 }  // namespace xtoken

@@ -19,13 +19,31 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import xtoken
-from xtoken import reference
+from xtoken import _core, reference
 from xtoken.alignment import Alignment
+from xtoken.losses import _cpu
+from xtoken.losses._backends import backends_with, register_backend, unregister_backend
 from xtoken.projection import ProjectionMatrix
 
-BACKENDS = ("reference",)
+
+def _register_levels() -> tuple[str, ...]:
+    """The CPU kernels of every level that this machine runs, as backends; "cpu", the fastest, stays the last."""
+    unregister_backend("cpu")
+    names = [f"cpu:{level}" for level in _core.cpu_levels() if level != _core.cpu_level()]
+    for name in names:
+        register_backend(_cpu.backend(name, name.removeprefix("cpu:")))
+    register_backend(_cpu.backend())
+    return ("reference", *names, "cpu")
+
+
+BACKENDS = _register_levels()
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 GOLDEN = Path(__file__).resolve().parents[1] / "data" / "golden"
+
+
+def backends_of(operation: str) -> tuple[str, ...]:
+    """The backends under test that have the operation."""
+    return tuple(name for name in BACKENDS if name in backends_with(operation))
 
 
 @dataclass(frozen=True)

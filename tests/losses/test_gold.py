@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from harness import BACKENDS, BAD_INPUTS, CASES, DTYPES, Golden, bad_call, check, golden, make_case
+from harness import BAD_INPUTS, CASES, DTYPES, Golden, backends_of, bad_call, check, golden, make_case
 from torch import Tensor
 
 from xtoken import gold_loss, hkl_loss, reference, uld_loss
@@ -20,7 +20,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
 }
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backends_of("gold"))
 both = pytest.mark.parametrize("name", LOSSES)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close, assert_within
-from harness import BACKENDS, CASES, DTYPES, check
+from harness import CASES, DTYPES, backends_of, check
 from torch import Tensor
 
 from xtoken import kd_loss, pkl_loss
@@ -19,7 +19,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True, "top_k": 13},
     "temperature": {"temperature": 2.5},
 }
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backends_of("kd"))
 
 
 def logits(samples: int = 2, length: int = 5, width: int = 23) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from harness import BACKENDS, OPERATIONS, Case, make_case, positions
+from harness import OPERATIONS, Case, backends_of, make_case, positions
 from torch import Tensor
 
 import xtoken

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from comparer import assert_close, assert_within
-from harness import BACKENDS, BAD_INPUTS, CASES, DTYPES, Golden, bad_call, check, golden, make_case
+from comparer import assert_as_accurate, assert_close, assert_within
+from harness import BAD_INPUTS, CASES, DTYPES, Golden, backends_of, bad_call, check, golden, make_case
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,7 +29,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "all": {"top_k": None},
     "reachable": {"support": "reachable"},
 }
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backends_of("pkl"))
 merges = pytest.mark.parametrize("merge", MERGES)
 
 
@@ -47,7 +47,7 @@ def trainable(projection: ProjectionMatrix) -> Any:
 @pytest.mark.parametrize("result", golden("pkl"), ids=lambda g: g.fields["file"])
 def test_golden(result: Golden, backend: str) -> None:
     case, fields = result.case(), result.fields
-    student = case.student.requires_grad_()
+    student = case.student.clone().requires_grad_()
     options = {key: fields[key] for key in ("temperature", "top_k", "reverse")}
     loss = pkl_loss(student, case.teacher, case.alignment, case.projection, merge="mean", backend=backend, **options)
     loss.backward()
@@ -85,10 +85,9 @@ def test_strides(merge: str, backend: str) -> None:
     check(backend, "pkl", make_case(), torch.float32, strided=True, merge=merge)
 
 
-@backends
 @merges
 @pytest.mark.parametrize("reverse", [False, True])
-def test_gradcheck(merge: str, reverse: bool, backend: str) -> None:
+def test_gradcheck(merge: str, reverse: bool) -> None:
     case = make_case(13, 11, samples=1, shapes=((1, 1), (2, 3), (1, 1), (3, 1)))
     projection = trainable(case.projection)
 
@@ -101,7 +100,7 @@ def test_gradcheck(merge: str, reverse: bool, backend: str) -> None:
             case.alignment,
             projection,
             reduction="none",
-            backend=backend,
+            backend="reference",
             **options,
         )
 
@@ -110,8 +109,7 @@ def test_gradcheck(merge: str, reverse: bool, backend: str) -> None:
         assert torch.autograd.gradcheck(losses, inputs, fast_mode=True)
 
 
-@backends
-def test_blocks_do_not_change_the_result(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     projection = trainable(case.projection)
     student = case.student.requires_grad_()
@@ -125,7 +123,7 @@ def test_blocks_do_not_change_the_result(backend: str, monkeypatch: pytest.Monke
             projection,
             merge="chain",
             reduction="none",
-            backend=backend,
+            backend="reference",
         )
         upstream = torch.arange(len(losses), dtype=losses.dtype)
         results.append([losses, *torch.autograd.grad(losses, [student, projection.weight], upstream)])
@@ -381,3 +379,51 @@ def test_examples() -> None:
     result = doctest.testmod(xtoken.losses.pkl)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@backends
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("reverse", [False, True])
+def test_gradient_of_the_weights(reverse: bool, merge: str, backend: str) -> None:
+    case = make_case()
+    grads = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        projection = SimpleNamespace(
+            row_ptr=case.projection.row_ptr,
+            col=case.projection.col,
+            shape=case.projection.shape,
+            weight=case.projection.weight.to(dtype).requires_grad_(),
+        )
+        logits = case.student.float().to(dtype), case.teacher.float().to(dtype)
+        options: dict[str, Any] = {"merge": merge, "reverse": reverse, "top_k": 31, "backend": name}
+        loss = pkl_loss(*logits, case.alignment, projection, **options)
+        grads.append(torch.autograd.grad(loss, projection.weight)[0])
+    floor = 4 * torch.finfo(torch.float32).eps * float(grads[2].abs().max())
+    assert_as_accurate(grads[0], grads[1], grads[2], floor, "gradient of the weights")
+
+
+@pytest.mark.parametrize("name", [name for name in backends_of("pkl") if name.startswith("cpu")])
+@pytest.mark.parametrize("top_k", [31, None])
+def test_threads_do_not_change_the_result(top_k: int | None, name: str) -> None:
+    case = make_case(samples=5)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        weight = case.projection.weight.clone().requires_grad_()
+        projection = SimpleNamespace(
+            row_ptr=case.projection.row_ptr, col=case.projection.col, shape=case.projection.shape, weight=weight
+        )
+        student = case.student.float().requires_grad_()
+        options: dict[str, Any] = {"merge": "mean", "top_k": top_k, "reduction": "none", "backend": name}
+        losses = pkl_loss(student, case.teacher.float(), case.alignment, projection, **options)
+        results.append([losses, *torch.autograd.grad(losses.sum(), [student, weight])])
+    torch.set_num_threads(1)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert_within(one, other, 0.0)
+
+
+def test_types_that_the_kernels_do_not_take() -> None:
+    case = make_case()
+    with pytest.raises(RuntimeError, match=r"'cpu' is not available: student_logits: expected one of .*float64"):
+        pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="cpu")

@@ -3,13 +3,13 @@
 import pytest
 import torch
 from comparer import assert_close
-from harness import BACKENDS, BAD_INPUTS, CASES, DTYPES, bad_call, check, make_case
+from harness import BAD_INPUTS, CASES, DTYPES, backends_of, bad_call, check, make_case
 from torch import Tensor
 
 from xtoken import uld_loss
 from xtoken.alignment import Alignment
 
-backends = pytest.mark.parametrize("backend", BACKENDS)
+backends = pytest.mark.parametrize("backend", backends_of("uld"))
 
 
 @backends

@@ -41,7 +41,7 @@ class Problem:
     chunks : Chunks
     options : Options
     weight : [E], optional
-        Weights of W in the column set (P-KL).
+        Weights of W in the column set, if they need a gradient (P-KL).
     """
 
     student: Tensor
@@ -268,7 +268,6 @@ def run_reference(
 
 _BACKENDS: dict[str, Backend] = {}
 _NOT_BUILT = {
-    "cpu": "this build of xtoken has no CPU kernels",
     "cuda": "this build of xtoken has no CUDA kernels",
 }
 
@@ -288,6 +287,11 @@ def unregister_backend(name: str) -> None:
 def backend_names() -> tuple[str, ...]:
     """Backends of this build; ``"auto"`` prefers the later ones."""
     return tuple(_BACKENDS)
+
+
+def backends_with(operation: str) -> tuple[str, ...]:
+    """Those of `backend_names` that have the operation."""
+    return tuple(name for name in _BACKENDS if operation in _BACKENDS[name].operations)
 
 
 def check_backend(requested: str) -> None:

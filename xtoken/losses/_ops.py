@@ -74,11 +74,10 @@ class Result(NamedTuple):
 
 
 class Prepared(NamedTuple):
-    """What a loss makes of its inputs: the chunks, the options of its backends, and W's weights in use."""
+    """What a loss makes of its inputs: the chunks and the options of its backends."""
 
     chunks: Chunks
     options: Any
-    entries: Tensor | None = None  # int64 [E]: entries of W whose weights enter
 
 
 PREPARE: dict[str, Callable[[Inputs, Settings, Source, Source], Prepared]] = {}
@@ -102,13 +101,13 @@ def _loss(
     )  # fmt: skip
     prepared = PREPARE[settings.operation](inputs, settings, student, teacher)
     chunks = prepared.chunks
-    weight = None
-    if prepared.entries is not None:
-        assert inputs.weight is not None
-        weight = inputs.weight.detach().to(inputs.student.device)[prepared.entries]
+    weight = entries = None
+    if weight_wanted and inputs.weight is not None:
+        entries = prepared.options.entry_index
+        weight = inputs.weight.detach().to(inputs.student.device)[entries]
     scale = _chunk_scale(chunks, settings.reduction, upstream, inputs.student)
     labels = _labels(inputs.labels, inputs.student, settings.student_size, settings.reduction, label_upstream)
-    grads = _Gradients(inputs, weight, student_wanted, weight_wanted, inplace)
+    grads = _Gradients(inputs, weight, student_wanted, inplace)
     parts = []
     for problem, span, rows in _problems(student, teacher, prepared, weight):
         backend = backend_of(settings.backend, problem)
@@ -121,7 +120,7 @@ def _loss(
     return Result(
         _reduce(losses, chunks, count, settings.reduction),
         losses.new_zeros(()) if labels is None else _reduced_labels(labels, settings.reduction),
-        *grads.results(prepared.entries),
+        *grads.results(entries),
     )
 
 
@@ -151,7 +150,7 @@ class _Gradients:
     """Buffers of the gradients that are wanted."""
 
     def __init__(
-        self, inputs: Inputs, weight: Tensor | None, student_wanted: bool, weight_wanted: bool, inplace: bool
+        self, inputs: Inputs, weight: Tensor | None, student_wanted: bool, inplace: bool
     ) -> None:
         self.inputs, self.wanted = inputs, student_wanted
         head, bias = inputs.student_head, inputs.student_bias
@@ -165,7 +164,7 @@ class _Gradients:
             self.head = torch.zeros_like(head)
         if self.wanted and bias is not None:
             self.bias = torch.zeros_like(bias)
-        self.entries = torch.zeros_like(weight) if weight_wanted and weight is not None else None
+        self.entries = None if weight is None else torch.zeros_like(weight)
 
     def logits(self, problem: Problem, rows: slice) -> Tensor | None:
         """Where the gradient of the logits of these rows goes: [B, T, >= V]."""
@@ -344,7 +343,7 @@ def _backward(ctx: Any, upstream: Tensor, label_upstream: Tensor, *_: Tensor) ->
     prepared, ctx.prepared = ctx.prepared, None
     with torch.no_grad():
         if prepared is None:
-            flags = student_wanted, bool(needed.weight), upstream, label_upstream
+            flags = student_wanted, bool(needed.weight) and settings.operation == "pkl", upstream, label_upstream
             prepared = torch.ops.xtoken.loss(*inputs, *settings, *flags)[2:]
         else:
             prepared = tuple(_scaled(grad, upstream) for grad in prepared)
@@ -357,7 +356,10 @@ def _backward(ctx: Any, upstream: Tensor, label_upstream: Tensor, *_: Tensor) ->
     grads: dict[str, Tensor] = {"student": student, "student_head": head, "student_bias": bias, "weight": weight}
     if torch.is_grad_enabled():
         grads = {name: _OnceOnly.apply(grad.requires_grad_()) for name, grad in grads.items()}
-    given = [grads[name] if name in grads and getattr(needed, name) else None for name in Inputs._fields]
+    given = [
+        grads[name] if name in grads and getattr(needed, name) and grads[name].shape == value.shape else None
+        for name, value in zip(Inputs._fields, inputs, strict=True)
+    ]
     return (*given, *[None] * (len(ctx.needs_input_grad) - _SPLIT))
 
 
@@ -388,7 +390,12 @@ def run(inputs: Inputs, settings: Settings, inplace: bool = False) -> tuple[Tens
     student_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     if inplace and student_wanted:
         return InplaceLoss.apply(inputs.student, inputs, settings), inputs.student.new_zeros(())
-    weight_wanted = torch.is_grad_enabled() and inputs.weight is not None and inputs.weight.requires_grad
+    weight_wanted = (
+        settings.operation == "pkl"  # the others look at the weights only to choose pairs
+        and torch.is_grad_enabled()
+        and inputs.weight is not None
+        and inputs.weight.requires_grad
+    )
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
     # its own, and not if gradients of the loss and of the cross-entropy are already mixed in those of a head.
     prepare = settings.reduction != "none" and (inputs.labels is None or inputs.student_head is None)

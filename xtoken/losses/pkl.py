@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -12,6 +13,7 @@ from xtoken import reference
 from xtoken.alignment import Alignment
 from xtoken.losses._common import (
     Losses,
+    Matrix,
     check_choice,
     check_count,
     check_projection,
@@ -29,25 +31,33 @@ SUPPORTS = ("all", "reachable")
 
 @dataclass(frozen=True)
 class PklOptions:
-    """The column set [C] (teacher ids, ascending), the indices [E] of W's entries in it, and the switches."""
+    """W, the column set [C] (teacher ids, ascending), and the switches."""
 
     operation: ClassVar[str] = "pkl"
+    projection: Matrix
     columns: Tensor
-    entry_student: Tensor
-    entry_column: Tensor
     temperature: float
     merge: str
     reverse: bool
 
+    @cached_property
+    def entry_index(self) -> Tensor:
+        """int64 [E]: the entries of W in the columns."""
+        number = torch.arange(len(self.projection.col), device=self.projection.col.device)
+        return reference.restrict(self.projection._replace(weight=number), self.columns).weight
+
+    @cached_property
+    def entries(self) -> Entries:
+        """The entries of W in the columns."""
+        return reference.restrict(self.projection._replace(weight=self.projection.weight.detach()), self.columns)
+
     def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
-        """See `xtoken.reference.pkl`."""
-        if weight is None:
-            raise ValueError("weight: P-KL needs the weights of W")
+        """See `xtoken.reference.pkl`; `weight` replaces the weights of W in the columns."""
         return reference.pkl(
             student,
             teacher,
             chunks,
-            Entries(self.entry_student, self.entry_column, weight),
+            self.entries if weight is None else replace(self.entries, weight=weight),
             self.columns,
             temperature=self.temperature,
             merge=self.merge,
@@ -178,10 +188,7 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
         teacher, W, top_k=settings.top_k, support=settings.support, columns=inputs.columns,
         device=inputs.student.device,
     )  # fmt: skip
-    entries = reference.restrict(W._replace(weight=torch.arange(len(W.col), device=W.col.device)), columns)
-    options = PklOptions(columns, entries.student, entries.column, settings.temperature, settings.merge,
-                         settings.reverse)  # fmt: skip
-    return Prepared(chunks, options, entries.weight)
+    return Prepared(chunks, PklOptions(W, columns, settings.temperature, settings.merge, settings.reverse))
 
 
 PREPARE["pkl"] = _prepare

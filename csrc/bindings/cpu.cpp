@@ -1,0 +1,146 @@
+// Bindings of csrc/cpu. Tensors come as addresses and strides; their owners are the callers in xtoken/losses/_cpu.py.
+#include <pybind11/stl.h>
+
+#include "bindings/arrays.h"
+#include "cpu/dispatch.h"
+#include "cpu/pkl.h"
+#include "cpu/plan.h"
+#include "cpu/simd_kernel.h"
+
+namespace xtoken {
+namespace {
+
+cpu::Element to_element(const std::string& name) {
+    if (name == "float32") return cpu::Element::float32;
+    if (name == "bfloat16") return cpu::Element::bfloat16;
+    if (name == "float16") return cpu::Element::float16;
+    value_error("element: expected 'float32', 'bfloat16' or 'float16', got '", name, "'");
+}
+
+template <typename T>
+T* address(uintptr_t value) {
+    return reinterpret_cast<T*>(value);  // 0 is null
+}
+
+// (address, element, samples, length, width, sample stride, row stride)
+using LogitsArgument = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t, int64_t, int64_t>;
+
+cpu::Logits to_logits(const LogitsArgument& a) {
+    return {address<void>(std::get<0>(a)),
+            to_element(std::get<1>(a)),
+            std::get<2>(a),
+            std::get<3>(a),
+            std::get<4>(a),
+            std::get<5>(a),
+            std::get<6>(a)};
+}
+
+// (start, count, next) addresses
+using RowsArgument = std::tuple<uintptr_t, uintptr_t, uintptr_t>;
+
+cpu::ChunkRows to_rows(const RowsArgument& a) {
+    return {address<const int64_t>(std::get<0>(a)), address<const int64_t>(std::get<1>(a)),
+            address<const int64_t>(std::get<2>(a))};
+}
+
+// (ids, scale, losses)
+using LabelsArgument = std::tuple<uintptr_t, double, uintptr_t>;
+
+cpu::Labels to_labels(const LabelsArgument& a) {
+    return {address<const int64_t>(std::get<0>(a)), std::get<1>(a), address<double>(std::get<2>(a))};
+}
+
+cpu::Merge to_merge(const std::string& name) {
+    if (name == "first") return cpu::Merge::first;
+    if (name == "mean") return cpu::Merge::mean;
+    if (name == "chain") return cpu::Merge::chain;
+    value_error("merge: expected 'first', 'mean' or 'chain', got '", name, "'");
+}
+
+}  // namespace
+
+void bind_cpu(py::module_& m) {
+    using namespace cpu;
+    m.def("cpu_levels", &available_levels, "Levels of the CPU kernels that this processor can run.");
+    m.def("cpu_level", &default_level, "The level that is used by default.");
+
+    m.def(
+        "cpu_exp",
+        [](const Array<float>& x, float centre, double temperature, const std::string& level) {
+            Array<float> result(x.size());
+            const double unit =
+                XTOKEN_PICK(level_of(level), exp_array)(x.data(), x.size(), centre, temperature, result.mutable_data());
+            return py::make_tuple(result, unit);
+        },
+        py::arg("x"), py::arg("centre"), py::arg("temperature"), py::arg("level"));
+    m.def(
+        "cpu_log",
+        [](const Array<float>& x, const std::string& level) {
+            Array<float> result(x.size());
+            XTOKEN_PICK(level_of(level), log_array)(x.data(), x.size(), result.mutable_data());
+            return result;
+        },
+        py::arg("x"), py::arg("level"));
+    m.def(
+        "cpu_to_float",
+        [](const Array<uint16_t>& x, const std::string& element, const std::string& level) {
+            Array<float> result(x.size());
+            XTOKEN_PICK(level_of(level), to_float)(x.data(), to_element(element), x.size(), result.mutable_data());
+            return result;
+        },
+        py::arg("x"), py::arg("element"), py::arg("level"));
+    m.def(
+        "cpu_from_float",
+        [](const Array<float>& x, const std::string& element, const std::string& level) {
+            Array<uint16_t> result(x.size());
+            XTOKEN_PICK(level_of(level), from_float)(x.data(), to_element(element), x.size(), result.mutable_data());
+            return result;
+        },
+        py::arg("x"), py::arg("element"), py::arg("level"));
+
+    py::class_<ColumnIndex>(m, "CpuMatrix")
+        .def(py::init([](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& weight,
+                         int64_t teacher_size) {
+                 return ColumnIndex({to_vector(row_ptr, "row_ptr"), to_vector(col, "col"), to_vector(weight, "weight")},
+                                    teacher_size);
+             }),
+             py::arg("row_ptr"), py::arg("col"), py::arg("weight"), py::arg("teacher_size"));
+    py::class_<Plan>(m, "CpuPlan")
+        .def(py::init([](const ColumnIndex& matrix, const Array<int32_t>& columns) {
+                 return Plan(matrix, to_vector(columns, "columns"));
+             }),
+             py::arg("matrix"), py::arg("columns"))
+        .def_property_readonly("entries", [](const Plan& plan) { return plan.view().entries; });
+    m.def(
+        "cpu_pkl",
+        [](const Plan& plan, const LogitsArgument& student, const LogitsArgument& teacher, const LogitsArgument& grad,
+           const RowsArgument& student_rows, const RowsArgument& teacher_rows, int64_t chunks, uintptr_t scale,
+           uintptr_t losses, uintptr_t weight_grad, const LabelsArgument& labels, double temperature,
+           const std::string& merge, bool reverse, float lowest, double epsilon, const std::string& level,
+           int threads) {
+            const PklParams params{to_logits(student),
+                                   to_logits(teacher),
+                                   to_logits(grad),
+                                   to_rows(student_rows),
+                                   to_rows(teacher_rows),
+                                   chunks,
+                                   address<const double>(scale),
+                                   address<double>(losses),
+                                   temperature,
+                                   to_merge(merge),
+                                   reverse,
+                                   {lowest, epsilon},
+                                   to_labels(labels),
+                                   address<double>(weight_grad),
+                                   plan.view()};
+            const Level chosen = level_of(level);
+            py::gil_scoped_release release;
+            pkl(params, chosen, threads);
+        },
+        py::arg("plan"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"),
+        py::arg("teacher_rows"), py::arg("chunks"), py::arg("scale"), py::arg("losses"), py::arg("weight_grad"),
+        py::arg("labels"), py::arg("temperature"), py::arg("merge"), py::arg("reverse"), py::arg("lowest"),
+        py::arg("epsilon"), py::arg("level"), py::arg("threads"));
+}
+
+}  // namespace xtoken

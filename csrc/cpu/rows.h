@@ -1,0 +1,178 @@
+// Passes over one row of logits: sums of exponentials, and writing a row of a gradient. For kernels, see simd.h.
+#pragma once
+
+#include "cpu/logits.h"
+#include "cpu/simd.h"
+
+namespace xtoken::cpu::XTOKEN_LEVEL {
+
+// Floats are added in lanes for this many elements, then in double.
+constexpr int64_t flush = 128 * lanes;
+// How far ahead a row is fetched, in elements; the processor's own prefetching ends at each page.
+constexpr int64_t ahead = 1024;
+
+// Calls body(static_cast<const T*>(p)) with the type of the elements.
+template <typename Body>
+inline auto typed(Element type, const void* p, Body body) {
+    if (type == Element::bfloat16) return body(static_cast<const BFloat16*>(p));
+    if (type == Element::float16) return body(static_cast<const Float16*>(p));
+    return body(static_cast<const float*>(p));
+}
+
+// The element type of a pointer, without references and const.
+template <typename T>
+struct Element_of {
+    using type = T;
+};
+template <typename T>
+struct Element_of<const T&> {
+    using type = T;
+};
+
+inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// A row of logits, all of it in order.
+template <typename T>
+struct WholeRow {
+    const T* p;
+    Floats at(int64_t i) const {
+        prefetch(p + i + ahead);
+        return load(p + i);
+    }
+    Floats tail(int64_t i, int64_t n) const { return load(p + i, n, broadcast(0.0f)); }
+};
+
+// Its elements at the columns `index`, which is padded to whole vectors.
+template <typename T>
+struct PickedRow {
+    const T* p;
+    const int32_t* index;
+    Floats at(int64_t i) const { return gather(p, index + i); }
+    Floats tail(int64_t i, int64_t) const { return gather(p, index + i); }
+};
+
+// sum body(i, row[i ... i + 15]) for i = 0, 16, ... below n; the last vector gets lanes that body's `valid` masks out.
+template <typename Row, typename Body>
+inline void each_vector(const Row& row, int64_t n, Body body) {
+    const int64_t whole = n / lanes * lanes;
+    for (int64_t i = 0; i < whole; i += lanes) body(i, row.at(i), lanes);
+    if (whole < n) body(whole, row.tail(whole, n - whole), n - whole);
+}
+
+// The exponentials of a row, e_i = exp((max(row_i, lowest) - centre) / temperature), and their sum.
+struct Normaliser {
+    Exponential exp;
+    float centre;
+    double total;
+
+    double log_sum() const { return ::log(total) + exp.log_unit(); }
+};
+
+// Calls store(i, e) with the exponentials of each 16 elements (zero beyond n), in order, perhaps twice over all. The
+// unit comes from the largest of the first elements; if one that follows is larger by far, everything is done again.
+template <typename Row, typename Store>
+inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double temperature, Store store) {
+    Floats top = broadcast(lowest);
+    each_vector(row, smaller(n, 4096), [&](int64_t, Floats x, int64_t count) {
+        top = max(count < lanes ? select(first(count), x, broadcast(lowest)) : x, top);
+    });
+    float centre = largest(top);
+    for (;;) {
+        Normaliser result{Exponential::around(centre, lowest, temperature), centre, 0.0};
+        DoubleSum total;
+        Floats part = broadcast(0.0f);
+        top = broadcast(centre);
+        const Exponential exp = result.exp;
+        const int64_t whole = n / lanes * lanes;
+        for (int64_t begin = 0; begin < whole; begin += flush) {
+            const int64_t end = smaller(begin + flush, whole);
+            for (int64_t i = begin; i < end; i += lanes) {
+                const Floats x = row.at(i);
+                top = max(x, top);
+                const Floats e = exp(x);
+                part += e;
+                store(i, e);
+            }
+            total.add(part);
+            part = broadcast(0.0f);
+        }
+        if (whole < n) {
+            const Floats x = row.tail(whole, n - whole);
+            const Mask valid = first(n - whole);
+            top = max(select(valid, x, top), top);
+            const Floats e = select(valid, exp(x), broadcast(0.0f));
+            total.add(e);
+            store(whole, e);
+        }
+        const float found = largest(top);
+        if (!(found > centre + 30 * temperature) || found > 3e38f) {
+            result.total = total.total();
+            return result;
+        }
+        centre = found;
+    }
+}
+
+// Where a row of a gradient goes: `width` elements, of which those from n on become zero.
+struct Target {
+    void* row;
+    int64_t n, width;
+};
+
+// row[i ... i + 15] = value(i), converted; past the caches if the row is aligned for that.
+template <typename T, typename Value>
+inline void write_row(const Target& target, const T*, Value value) {
+    T* out = static_cast<T*>(target.row);
+    const int64_t whole = target.n / lanes * lanes;
+    if (reinterpret_cast<uintptr_t>(out) % (lanes * sizeof(T)) == 0) {
+        for (int64_t i = 0; i < whole; i += lanes) stream(out + i, value(i));
+        fence();
+    } else {
+        for (int64_t i = 0; i < whole; i += lanes) store(out + i, value(i));
+    }
+    if (whole < target.n) store(out + whole, target.n - whole, value(whole));
+    for (int64_t i = target.n; i < target.width; ++i) out[i] = T{};
+}
+
+// The cross-entropy part of a row's gradient: weight * exp(z) - onehot * scale.
+struct LabelTerm {
+    bool present = false;
+    int64_t label = -1;
+    float scale = 0.0f;   // of the one-hot
+    float weight = 0.0f;  // scale / sum of the exponentials
+    Exponential exp = Exponential::around(0.0f, 0.0f, 1.0);
+
+    // The one-hot's part of lanes i ... i + 15.
+    Floats without_label(int64_t i, Floats x) const {
+        if (label < i || label >= i + lanes) return x;
+        return select(from_bits(1u << (label - i)), x - broadcast(scale), x);
+    }
+};
+
+// Writes the row's cross-entropy and prepares its gradient; `one` is the row's normaliser at temperature 1.
+template <typename T>
+inline LabelTerm label_term(const Labels& labels, int64_t r, const T* z, const Normaliser& one) {
+    LabelTerm term;
+    term.present = true;
+    term.label = labels.ids[r];
+    term.scale = static_cast<float>(labels.scale);
+    term.weight = static_cast<float>(labels.scale / one.total);
+    term.exp = one.exp;
+    labels.losses[r] = one.log_sum() - static_cast<double>(widened(z[term.label]));
+    return term;
+}
+
+// A row's gradient weight * exp(z / temperature) - onehot, plus the label's: for rows that only have softmax terms.
+template <typename T>
+inline void write_softmax_row(const Target& target, const T* z, const Exponential& exp, float weight,
+                              const LabelTerm& onehot, const LabelTerm& label) {
+    const auto value = [&](int64_t i) {
+        const Floats x = load(z + i, target.n - i, broadcast(0.0f));
+        Floats y = onehot.without_label(i, exp(x) * broadcast(weight));
+        if (label.present) y = label.without_label(i, fma(label.exp(x), broadcast(label.weight), y));
+        return y;
+    };
+    write_row(target, z, value);
+}
+
+}  // namespace xtoken::cpu::XTOKEN_LEVEL
