@@ -143,3 +143,26 @@ def cpu_pkl(
     level: str,
     threads: int,
 ) -> None: ...
+
+class CpuGoldPlan:
+    def __init__(
+        self, student_ids: NDArray[np.int64], teacher_ids: NDArray[np.int64], students: int, teachers: int
+    ) -> None: ...
+
+def cpu_gold(
+    plan: CpuGoldPlan | None,
+    student: LogitsArgument,
+    teacher: LogitsArgument,
+    grad: LogitsArgument,
+    student_rows: tuple[int, int, int],
+    teacher_rows: tuple[int, int, int],
+    chunks: int,
+    scale: int,
+    losses: int,
+    temperature: float,
+    reverse: bool,
+    top_k: int,
+    lowest: float,
+    level: str,
+    threads: int,
+) -> None: ...

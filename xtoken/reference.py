@@ -354,7 +354,7 @@ def gold(
         uncommon = sum_i |P_i - Q_i|
 
     where P, Q are the largest probabilities outside the pairs, descending, ``min(uncommon_top_k, |P|, |Q|)``
-    of them.
+    of them. Equal probabilities of the student share their gradient (see `uld`).
 
     Parameters
     ----------
@@ -381,8 +381,7 @@ def gold(
         common = (lq_common.exp() * (lq_common - lp_common)).sum(-1)
     p = lp.index_select(1, _others(pairs[0], lp.shape[1])).exp()
     q = lq.index_select(1, _others(pairs[1], lq.shape[1])).exp()
-    k = min(uncommon_top_k, p.shape[1], q.shape[1])
-    uncommon = (p.topk(k).values - q.topk(k).values).abs().sum(-1)
+    uncommon = _sorted_l1(p, q, min(uncommon_top_k, p.shape[1], q.shape[1]))
     return common * temperature**2, uncommon * temperature**2
 
 
@@ -390,7 +389,10 @@ def uld(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, *, tempe
     """Universal logit distillation: ``sum_i |P_i - Q_i|`` between the two descending-sorted distributions.
 
     P and Q are ``exp`` of the log_softmax averaged over the chunk's predictor rows; the shorter is padded
-    with zeros.
+    with zeros. The gradient with respect to a student's probability is ``sign(P_i - Q_i)`` at its rank ``i``.
+    Equal probabilities have no order among themselves: each gets the mean of the signs at the ranks that they
+    share, which is the mean over all their orders. (An order by id would raise low ids and lower high ones;
+    in bfloat16 most of a vocabulary is tied.)
 
     Parameters
     ----------
@@ -408,11 +410,7 @@ def uld(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, *, tempe
     dtype = _statistics_dtype(student_logits, teacher_logits)
     p = _chunk_log_probabilities(student_logits, chunks.student, temperature, dtype).exp()
     q = _chunk_log_probabilities(teacher_logits, chunks.teacher, temperature, dtype).exp()
-    p, q = p.sort(descending=True).values, q.sort(descending=True).values
-    width = max(p.shape[1], q.shape[1])
-    p = torch.nn.functional.pad(p, (0, width - p.shape[1]))
-    q = torch.nn.functional.pad(q, (0, width - q.shape[1]))
-    return (p - q).abs().sum(-1) * temperature**2
+    return _sorted_l1(p, q, max(p.shape[1], q.shape[1])) * temperature**2
 
 
 def kd(
@@ -499,7 +497,29 @@ def _scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
 
 
 def _chunk_log_probabilities(logits: Tensor, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:
-    return rows.mean(_scaled(logits[rows.index()], temperature, dtype).log_softmax(-1))
+    """Mean over the rows of log_softmax, with the logits averaged by themselves: equal sums stay equal."""
+    z = _scaled(logits[rows.index()], 1.0, dtype)
+    z = z - z.detach().amax(-1, keepdim=True)
+    normaliser = (z / temperature).exp().sum(-1, keepdim=True).log()
+    return rows.mean(z) / temperature - rows.mean(normaliser)
+
+
+def _sorted_l1(p: Tensor, q: Tensor, count: int) -> Tensor:
+    """Sum of |P_i - Q_i| over the `count` first ranks, descending, padded with zeros; see `uld` for ties."""
+    ordered, token = p.detach().sort(descending=True)
+    difference = _first(ordered, count) - _first(q.sort(descending=True).values, count)
+    sign = _first(difference.detach().sign(), p.shape[1])
+    distinct = torch.ones_like(token)
+    distinct[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = distinct.cumsum(1) - 1
+    shared = torch.zeros_like(sign).scatter_reduce(1, group, sign, "mean", include_self=False)
+    slope = torch.zeros_like(sign).scatter(1, token, shared.gather(1, group))
+    return difference.abs().sum(-1) + (slope * (p - p.detach())).sum(-1)
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The first `count` columns, zeros where there are fewer."""
+    return torch.nn.functional.pad(values[:, :count], (0, max(0, count - values.shape[1])))
 
 
 def _later_log_probability(logits: Tensor, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:

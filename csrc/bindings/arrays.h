@@ -42,5 +42,6 @@ void bind_align_dp(py::module_& m);
 void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
 void bind_cpu(py::module_& m);
+void bind_cpu_gold(py::module_& m);
 
 }  // namespace xtoken

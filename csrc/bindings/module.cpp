@@ -38,6 +38,7 @@ PYBIND11_MODULE(_core, m) {
     bind_aligner(m);
     bind_projection(m);
     bind_cpu(m);
+    bind_cpu_gold(m);
 }
 
 }  // namespace

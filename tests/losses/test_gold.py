@@ -28,7 +28,7 @@ both = pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("result", golden("gold", "hkl"), ids=lambda g: g.fields["file"])
 def test_golden(result: Golden, backend: str) -> None:
     case, fields = result.case(), result.fields
-    student = case.student.requires_grad_()
+    student = case.student.clone().requires_grad_()
     options = {key: fields[key] for key in ("temperature", "uncommon_top_k", "reverse")}
     loss = LOSSES[fields["mode"]](student, case.teacher, case.alignment, case.projection, backend=backend, **options)
     loss.backward()
@@ -66,10 +66,9 @@ def test_options(variant: str, case: str, name: str, backend: str) -> None:
     check(backend, name, CASES[case](), torch.float32, strided=True, **VARIANTS[variant])
 
 
-@backends
 @both
 @pytest.mark.parametrize("reverse", [False, True])
-def test_gradcheck(reverse: bool, name: str, backend: str) -> None:
+def test_gradcheck(reverse: bool, name: str) -> None:
     case = make_case(13, 11, samples=1, shapes=((1, 1), (2, 3), (1, 1), (3, 1)))
 
     def losses(student: Tensor) -> Tensor:
@@ -82,7 +81,7 @@ def test_gradcheck(reverse: bool, name: str, backend: str) -> None:
             uncommon_top_k=4,
             reverse=reverse,
             reduction="none",
-            backend=backend,
+            backend="reference",
         )
 
     assert torch.autograd.gradcheck(losses, case.student.requires_grad_(), fast_mode=True)

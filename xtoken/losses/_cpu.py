@@ -15,9 +15,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xtoken import _core, reference
 from xtoken.losses._backends import Backend, Labels, Problem, register_backend
 from xtoken.losses._common import Matrix
-from xtoken.reference import Rows
-
-ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+from xtoken.losses._cpu_arguments import ELEMENTS, logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_gold import run_gold
 
 
 @dataclass
@@ -73,26 +72,6 @@ def unsupported(problem: Problem) -> str | None:
     return None
 
 
-def _rows_of_unit_stride(logits: Tensor) -> Tensor:
-    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
-
-
-def _logits(logits: Tensor | None) -> tuple[int, str, int, int, int, int, int]:
-    if logits is None:
-        return 0, "float32", 0, 1, 0, 0, 0
-    samples, length, width = logits.shape
-    sample_stride, row_stride, _ = logits.stride()
-    return logits.data_ptr(), ELEMENTS[logits.dtype], samples, max(length, 1), width, sample_stride, row_stride
-
-
-def _rows(rows: Rows) -> tuple[tuple[int, int, int], list[Tensor]]:
-    kept = [rows.start.contiguous(), rows.count.contiguous()]
-    if rows.next_ids is not None:
-        kept.append(rows.next_ids.contiguous())
-    addresses = [tensor.data_ptr() for tensor in kept] + [0] * (3 - len(kept))
-    return (addresses[0], addresses[1], addresses[2]), kept
-
-
 def run_pkl(
     problem: Problem,
     student_grad: Tensor | None = None,
@@ -106,9 +85,9 @@ def run_pkl(
     The scratch memory is a few megabytes per thread, whatever the number of rows.
     """
     options: Any = problem.options
-    student, teacher = _rows_of_unit_stride(problem.student), _rows_of_unit_stride(problem.teacher)
-    student_rows, kept_student = _rows(problem.chunks.student)
-    teacher_rows, kept_teacher = _rows(problem.chunks.teacher)
+    student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
+    student_rows, kept_student = rows_argument(problem.chunks.student)
+    teacher_rows, kept_teacher = rows_argument(problem.chunks.teacher)
     count = len(problem.chunks)
     losses = torch.empty(count, dtype=torch.float64)
     factors = None if scale is None else scale.detach().double().contiguous()
@@ -119,9 +98,9 @@ def run_pkl(
     label_ids = None if wanted is None else wanted.ids.contiguous()
     _core.cpu_pkl(
         plan,
-        _logits(student),
-        _logits(teacher),
-        _logits(student_grad),
+        logits_argument(student),
+        logits_argument(teacher),
+        logits_argument(student_grad),
         student_rows,
         teacher_rows,
         count,
@@ -153,8 +132,9 @@ def backend(name: str = "cpu", level: str = "") -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
 
-    operations = {"pkl": functools.partial(run_pkl, level=level)}
-    return Backend(name, operations, missing, unsupported, fused_labels=frozenset(["pkl"]))
+    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold}
+    leveled = {key: functools.partial(run, level=level) for key, run in operations.items()}
+    return Backend(name, leveled, missing, unsupported, fused_labels=frozenset(["pkl"]))
 
 
 register_backend(backend())

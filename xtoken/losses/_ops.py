@@ -149,9 +149,7 @@ def _problems(student: Source, teacher: Source, prepared: Prepared, weight: Tens
 class _Gradients:
     """Buffers of the gradients that are wanted."""
 
-    def __init__(
-        self, inputs: Inputs, weight: Tensor | None, student_wanted: bool, inplace: bool
-    ) -> None:
+    def __init__(self, inputs: Inputs, weight: Tensor | None, student_wanted: bool, inplace: bool) -> None:
         self.inputs, self.wanted = inputs, student_wanted
         head, bias = inputs.student_head, inputs.student_bias
         self.student = inputs.student.new_empty(0)  # an operator's results must not share memory
@@ -356,10 +354,10 @@ def _backward(ctx: Any, upstream: Tensor, label_upstream: Tensor, *_: Tensor) ->
     grads: dict[str, Tensor] = {"student": student, "student_head": head, "student_bias": bias, "weight": weight}
     if torch.is_grad_enabled():
         grads = {name: _OnceOnly.apply(grad.requires_grad_()) for name, grad in grads.items()}
-    given = [
-        grads[name] if name in grads and getattr(needed, name) and grads[name].shape == value.shape else None
-        for name, value in zip(Inputs._fields, inputs, strict=True)
-    ]
+    given: list[Tensor | None] = []
+    for name, value, is_needed in zip(Inputs._fields, inputs, needed, strict=True):
+        grad = grads.get(name) if is_needed else None
+        given.append(grad if grad is not None and value is not None and grad.shape == value.shape else None)
     return (*given, *[None] * (len(ctx.needs_input_grad) - _SPLIT))
 
 

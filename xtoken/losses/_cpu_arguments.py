@@ -1,0 +1,34 @@
+"""Tensors as the kernels of csrc/cpu take them: addresses, types, shapes and strides."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xtoken.reference import Rows
+
+ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
+"""Types of logits that the kernels take."""
+
+
+def unit_stride(logits: Tensor) -> Tensor:
+    """The logits, copied if their columns do not follow each other in memory."""
+    return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
+
+
+def logits_argument(logits: Tensor | None) -> tuple[int, str, int, int, int, int, int]:
+    """(address, type, B, T, V, stride of a sample, stride of a row) of logits [B, T, V]."""
+    if logits is None:
+        return 0, "float32", 0, 1, 0, 0, 0
+    samples, length, width = logits.shape
+    sample_stride, row_stride, _ = logits.stride()
+    return logits.data_ptr(), ELEMENTS[logits.dtype], samples, max(length, 1), width, sample_stride, row_stride
+
+
+def rows_argument(rows: Rows) -> tuple[tuple[int, int, int], list[Tensor]]:
+    """Addresses of (start, count, realised ids or 0), and the tensors to keep alive during the call."""
+    kept = [rows.start.contiguous(), rows.count.contiguous()]
+    if rows.next_ids is not None:
+        kept.append(rows.next_ids.contiguous())
+    addresses = [tensor.data_ptr() for tensor in kept] + [0] * (3 - len(kept))
+    return (addresses[0], addresses[1], addresses[2]), kept
