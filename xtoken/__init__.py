@@ -5,6 +5,7 @@ from ._core import version as __version__
 from .alignment import Aligner, Alignment
 from .audit import ClassCoverage, CoverageReport, coverage_audit
 from .config import show_config
+from .corpus import align_corpus
 from .losses import (
     LinearLogits,
     Teacher,
@@ -36,6 +37,7 @@ __all__ = [
     "Vocabulary",
     "XTokenLoss",
     "__version__",
+    "align_corpus",
     "coverage_audit",
     "gold_loss",
     "hkl_loss",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -137,6 +137,11 @@ class Alignment:
         if isinstance(ids, list):  # padded when first asked for: corpora never ask
             ids = self._ids[side] = pad_rows(ids)
         return ids
+
+    def ragged_ids(self, side: str) -> Ragged | None:
+        """Token ids of ``"student"`` or ``"teacher"`` without padding; None unless they came, or were cut, as rows."""
+        ids = self._ids[side]
+        return Ragged.of(ids) if isinstance(ids, list) else None
 
     def __len__(self) -> int:
         """Number of samples."""
@@ -295,6 +300,27 @@ class Alignment:
     def __repr__(self) -> str:
         exact = int(self.exact.sum())
         return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
+
+
+class Ragged(NamedTuple):
+    """Rows of different lengths, one after the other: row b is ``flat[offsets[b]:offsets[b + 1]]``.
+
+    `Aligner` takes it wherever it takes a list of sequences.
+    """
+
+    flat: NDArray[np.int64]
+    offsets: NDArray[np.int64]
+
+    @staticmethod
+    def of(rows: Sequence[NDArray[np.int64]]) -> Ragged:
+        """The rows, copied one behind the other."""
+        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
+        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        return Ragged(np.concatenate(rows) if rows else np.zeros(0, np.int64), offsets)
+
+    def rows(self) -> list[NDArray[np.int64]]:
+        """Each row, as a view."""
+        return np.split(self.flat, self.offsets[1:-1]) if len(self.offsets) > 1 else []
 
 
 def pad_rows(rows: Iterable[Tensor | NDArray[np.int64]], value: int = -1) -> Tensor:
@@ -460,10 +486,10 @@ class Aligner:
         place = sample[kept, None].expand(-1, 2)
         ends.scatter_reduce_(0, place, whole.spans[kept][:, 1::2].long(), "amax")
         ends = torch.where(fits[:, None], lengths, ends)
-        sides = []
+        sides: list[Tensor | list[NDArray[np.int64]]] = []
         for batch, cut in ((student, ends[:, 0]), (teacher, ends[:, 1])):
-            rows = pad_rows(row[:n] for row, n in zip(batch.rows, cut.tolist(), strict=True))
-            sides.append(rows if whole.batched else rows[0])
+            rows = [row[:n] for row, n in zip(batch.rows, cut.tolist(), strict=True)]
+            sides.append(rows if whole.batched else torch.from_numpy(rows[0]))
         counts = torch.bincount(sample[kept], minlength=len(whole))
         return Alignment._trusted(
             spans=whole.spans[kept],
@@ -491,6 +517,8 @@ class _Batch:
 
 def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]], Tensor | None]:
     """The samples of `value`, each a contiguous array, and the tensor [T] or [B, T] that they view, if there is one."""
+    if isinstance(value, Ragged):
+        return value.rows(), None
     allow_bool = dtype == torch.uint8
     if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
         wanted = np.dtype(np.uint8 if allow_bool else np.int64)

@@ -8,6 +8,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
+from .corpus import SHARD_BYTES, align_corpus
+
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xtoken", description="Distillation of language models across tokenizers.")
@@ -35,6 +37,18 @@ def _parser() -> argparse.ArgumentParser:
     project.add_argument("--gamma", type=float, default=0.1, help="factor from piece to piece (default %(default)s)")
     project.add_argument("--reverse", action="store_true", help="also reach teacher tokens that nothing else reaches")
 
+    align = commands.add_parser("align", parents=[pair], help="align a corpus and write parquet shards")
+    align.add_argument("--input", required=True, nargs="+", metavar="FILE", help="parquet, jsonl, txt, arrow; globs")
+    align.add_argument("--output", required=True, help="folder to write shards and manifest.json to")
+    align.add_argument("--text-column", default="text", help="column or field with the text (default %(default)s)")
+    align.add_argument("--max-length", type=int, help="cut documents where both sides fit into so many tokens")
+    align.add_argument("--method", default="auto", help="alignment method (default %(default)s)")
+    align.add_argument("--engine", default="local", help="local or ray (default %(default)s)")
+    align.add_argument("--workers", type=int, help="processes (default: 1 with local, which uses all processors)")
+    align.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    align.add_argument("--on-error", default="raise", help="broken lines: raise or skip (default %(default)s)")
+    align.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="input bytes a shard (default %(default)s)")
+
     demo = commands.add_parser("demo", help="distil a real teacher into a small student, on the CPU in minutes")
     demo.add_argument("--steps", type=int, help="training steps of each student")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
@@ -50,6 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"xtoken {options.command}: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        hint = "; what is complete stays, go on with --resume" if options.command == "align" else ""
+        print(f"xtoken {options.command}: interrupted{hint}", file=sys.stderr)
+        return 130
     return 0
 
 
@@ -75,6 +93,30 @@ def _show(options: argparse.Namespace) -> str:
     return json.dumps(facts, ensure_ascii=False)
 
 
+def _align(options: argparse.Namespace) -> str:
+    manifest = align_corpus(
+        options.student,
+        options.teacher,
+        options.input,
+        options.output,
+        text_column=options.text_column,
+        max_length=options.max_length,
+        method=options.method,
+        engine=options.engine,
+        workers=options.workers,
+        resume=options.resume,
+        on_error=options.on_error,
+        shard_bytes=options.shard_bytes,
+    )
+    total = manifest.total
+    skipped = sum(total.skipped.values())
+    return (
+        f"{options.output}: {total.documents} documents in {len(manifest.shards)} shards, "
+        f"{total.student_tokens} student and {total.teacher_tokens} teacher tokens in {total.chunks} chunks"
+        + (f"; {skipped} broken documents left out" if skipped else "")
+    )
+
+
 def _run(options: argparse.Namespace) -> None:
     if options.command == "config":
         from .config import show_config
@@ -85,6 +127,8 @@ def _run(options: argparse.Namespace) -> None:
 
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
         print(report.to_json() if options.json else report)
+    elif options.command == "align":
+        print(_align(options))
     elif options.command == "show":
         print(_show(options))
     elif options.command == "project":

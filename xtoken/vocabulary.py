@@ -208,6 +208,9 @@ class Vocabulary:
         digest.update(json.dumps(sorted(self.roles.items())).encode())
         return digest.hexdigest()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Vocabulary, (self._tokens, self.kinds.tolist(), self.roles, self.tokenizer)
+
     def __repr__(self) -> str:
         counts = np.bincount(self.kinds, minlength=len(TOKEN_KINDS))
         kinds = ", ".join(f"{count} {kind}" for kind, count in zip(TOKEN_KINDS, counts, strict=True) if count)

@@ -1,0 +1,58 @@
+"""Two small tokenizers, and a corpus of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def _byte_level(vocab_size: int, texts: list[str]) -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        special_tokens=["<s>", "</s>", "<pad>"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return tokenizer
+
+
+@pytest.fixture(scope="session")
+def texts() -> list[str]:
+    """Documents of several sizes: pages of the Python manual and their paragraphs."""
+    from pydoc_data.topics import topics
+
+    pages = [topics[name] for name in sorted(topics)]
+    return [text for page in pages for text in (page, *page.split("\n\n")) if text.strip()]
+
+
+@pytest.fixture(scope="session")
+def pair(texts: list[str]) -> tuple[Any, Any]:
+    """A student's and a teacher's tokenizer that cut text differently."""
+    return _byte_level(600, texts[::9]), _byte_level(1200, texts[::7])
+
+
+@pytest.fixture(scope="session")
+def pair_files(pair: tuple[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The same as files."""
+    folder = tmp_path_factory.mktemp("pair")
+    paths = [str(folder / "student.json"), str(folder / "teacher.json")]
+    for tokenizer, path in zip(pair, paths, strict=True):
+        tokenizer.save(path)
+    return paths
+
+
+@pytest.fixture(scope="session")
+def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The texts as JSON lines."""
+    path = tmp_path_factory.mktemp("corpus") / "manual.jsonl"
+    path.write_text("".join(json.dumps({"text": text, "page": k}) + "\n" for k, text in enumerate(texts)))
+    return path

@@ -1,0 +1,268 @@
+"""Whole runs: contents, resuming after a kill, both engines, bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+import xtoken
+from xtoken import Aligner, Vocabulary, align_corpus
+from xtoken.cli import main
+from xtoken.corpus import require
+
+SHARD = 40_000
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def read_shards(folder):
+    return pq.read_table(sorted(folder.glob("shard-*.parquet")))
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pair_files, corpus, tmp_path_factory):
+    """Output of a run that nothing stopped."""
+    folder = tmp_path_factory.mktemp("undisturbed") / "out"
+    align_corpus(*pair_files, corpus, folder, shard_bytes=SHARD)
+    return folder
+
+
+def test_rows_hold_what_the_aligner_says(undisturbed, pair_files, texts):
+    vocabularies = [Vocabulary.from_tokenizer(path) for path in pair_files]
+    table = read_shards(undisturbed)
+    assert table["id"].to_pylist() == [f"manual.jsonl:{k + 1}" for k in range(len(texts))]
+    sides = [
+        [encoding.ids for encoding in vocabulary.tokenizer.encode_batch(texts, add_special_tokens=False)]
+        for vocabulary in vocabularies
+    ]
+    assert [table["student_ids"].to_pylist(), table["teacher_ids"].to_pylist()] == sides
+    alignment = Aligner(*vocabularies).align(*sides)
+    assert table["spans"].combine_chunks().flatten().flatten().to_pylist() == alignment.spans.flatten().tolist()
+    assert [str(field.type) for field in table.schema][1:] == [
+        "list<element: int32 not null>",
+        "list<element: int32 not null>",
+        "list<element: fixed_size_list<element: int32 not null>[4] not null>",
+    ]
+    metadata = pq.read_schema(undisturbed / "shard-00000.parquet").metadata
+    assert metadata[b"xtoken.student"].decode() == vocabularies[0].fingerprint()
+    assert metadata[b"xtoken.teacher"].decode() == vocabularies[1].fingerprint()
+    assert metadata[b"xtoken.method"] == b"auto"
+    assert metadata[b"xtoken.version"].decode() == xtoken.__version__
+    manifest = json.loads((undisturbed / "manifest.json").read_text())
+    assert manifest["complete"]
+    assert len(manifest["shards"]) > 10
+    assert manifest["total"]["student_tokens"] == sum(map(len, sides[0]))
+    assert manifest["total"]["documents"] == len(texts)
+
+
+def test_truncation(pair, texts, tmp_path):
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts[:50]))
+    total = align_corpus(*pair, tmp_path / "a.jsonl", tmp_path / "out", max_length=20).total
+    table = read_shards(tmp_path / "out")
+    vocabularies = [Vocabulary.from_tokenizer(tokenizer) for tokenizer in pair]
+    assert 0 < total.student_tokens <= 20 * len(table)
+    for row in table.to_pylist():
+        assert max(len(row["student_ids"]), len(row["teacher_ids"])) <= 20
+        assert vocabularies[0].decode(row["student_ids"]) == vocabularies[1].decode(row["teacher_ids"])
+
+
+def test_workers_give_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
+    align_corpus(*pair_files, corpus, tmp_path / "out", shard_bytes=SHARD, workers=2)
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
+    command = [sys.executable, "-m", "xtoken", "align", "--student", pair_files[0], "--teacher", pair_files[1]]
+    command += ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
+    moments = random.Random(5)
+    kills = 0
+    for _ in range(5):  # from the first sign of output on, a run lasts about a second
+        process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        before = set(os.listdir(tmp_path / "out")) if (tmp_path / "out").exists() else set()
+        deadline = time.monotonic() + 30
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "out").exists() and set(os.listdir(tmp_path / "out")) != before:
+                break
+            time.sleep(0.002)
+        time.sleep(moments.uniform(0, 0.08))
+        process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+    assert kills >= 3
+    assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+    assert contents(tmp_path / "out") != contents(undisturbed)
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_resume_keeps_complete_shards_and_makes_the_rest(undisturbed, pair_files, corpus, tmp_path):
+    folder = tmp_path / "out"
+    align_corpus(*pair_files, corpus, folder, shard_bytes=SHARD)
+    kept = (folder / "shard-00002.parquet").stat().st_ino
+    (folder / "shard-00000.parquet").unlink()
+    (folder / "shard-00001.parquet").write_bytes(b"PAR1 cut short")
+    (folder / ".shard-00003.parquet.0.tmp").write_bytes(b"half")
+    align_corpus(*pair_files, corpus, folder, shard_bytes=SHARD, resume=True)
+    assert contents(folder) == contents(undisturbed)
+    assert (folder / "shard-00002.parquet").stat().st_ino == kept
+
+
+def test_what_may_not_be_resumed(undisturbed, pair_files, corpus, tmp_path):
+    def again(*pair, inputs=corpus, output=undisturbed, **options):
+        options = {"shard_bytes": SHARD, "resume": True, **options}
+        align_corpus(*(pair or pair_files), inputs, output, **options)
+
+    again()
+    with pytest.raises(ValueError, match="is not empty; give another folder, or resume"):
+        again(resume=False)
+    with pytest.raises(ValueError, match="teacher: was"):
+        again(pair_files[0], pair_files[0])
+    with pytest.raises(ValueError, match="max_length: was None, now 5"):
+        again(max_length=5)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"other\.jsonl is new"):
+        again(inputs=[corpus, other])
+    align_corpus(*pair_files, other, tmp_path / "out")
+    other.write_text('{"text": "ab"}\n')
+    with pytest.raises(ValueError, match=r"other\.jsonl was changed"):
+        align_corpus(*pair_files, other, tmp_path / "out", resume=True)
+    # Same tokens, other merges: the fingerprint is the same, the ids are not.
+    tokenizer = json.loads((tmp_path.__class__(pair_files[0])).read_text())
+    tokenizer["model"]["merges"].reverse()
+    (tmp_path / "merges.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match="student_tokenizer: was"):
+        again(str(tmp_path / "merges.json"), pair_files[1])
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "thesis.txt").write_text("")
+    with pytest.raises(ValueError, match=r"holds thesis\.txt but no manifest\.json"):
+        again(output=strange)
+    (strange / "manifest.json").write_text("{}")
+    with pytest.raises(ValueError, match="not an index of aligned shards"):
+        again(output=strange)
+    (strange / "manifest.json").write_text('{"format": "0"}')
+    with pytest.raises(ValueError, match="expected format 1, got 0"):
+        again(output=strange)
+
+
+def test_broken_lines(pair_files, tmp_path, capsys):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "one"}\n{"text": \n{"text": "three"}\n')
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(path), "--output"]
+    assert main([*command, str(tmp_path / "out")]) == 1
+    assert "a.jsonl, line 2: " in capsys.readouterr().err
+    assert main([*command, str(tmp_path / "skip"), "--on-error", "skip"]) == 0
+    assert "1 broken documents left out" in capsys.readouterr().out
+    assert json.loads((tmp_path / "skip" / "manifest.json").read_text())["total"]["skipped"] == {"a.jsonl": 1}
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="line 2"):
+            align_corpus(*pair_files, path, tmp_path / f"out{workers}", workers=workers)
+        assert os.listdir(tmp_path / f"out{workers}") == ["manifest.json"]
+
+
+def test_extreme_documents(pair, tmp_path):
+    rows = ["x", "", "<s></s><pad>", "a b" * 500_000]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
+    total = align_corpus(*pair, tmp_path / "a.jsonl", tmp_path / "out").total
+    table = read_shards(tmp_path / "out").to_pylist()
+    assert total.student_tokens > 1_000_000
+    assert [len(row["student_ids"]) for row in table[:3]] == [1, 0, 3]
+    assert table[0]["spans"] == [[0, 1, 0, 1]]
+    assert table[3]["spans"][-1][1] == len(table[3]["student_ids"])
+    (tmp_path / "b.jsonl").write_text("\n")
+    assert align_corpus(*pair, tmp_path / "b.jsonl", tmp_path / "none").total.documents == 0
+    (tmp_path / "c.jsonl").write_text("")
+    empty = align_corpus(*pair, tmp_path / "c.jsonl", tmp_path / "empty")
+    assert (empty.shards, empty.is_complete) == ([], True)
+
+
+def test_tokenizers_that_cannot_be_used(pair, corpus, tmp_path):
+    with pytest.raises(TypeError, match="slow tokenizers"):
+        align_corpus(object(), pair[1], corpus, tmp_path / "out")
+    with pytest.raises(ValueError, match="student: expected a tokenizer that encodes text"):
+        align_corpus(Vocabulary([b"a"]), pair[1], corpus, tmp_path / "out")
+    random_tokenizer = type(pair[0]).from_str(pair[0].to_str())
+    random_tokenizer.model.dropout = 0.5
+    with pytest.raises(ValueError, match=r"teacher: the tokenizer has dropout 0\.5"):
+        align_corpus(pair[0], random_tokenizer, corpus, tmp_path / "out")
+
+
+def test_padding_and_truncation_of_the_tokenizer_are_turned_off(pair, corpus, tmp_path, undisturbed):
+    student = type(pair[0]).from_str(pair[0].to_str())
+    student.enable_padding(length=64)
+    student.enable_truncation(8)
+    align_corpus(student, pair[1], corpus, tmp_path / "out", shard_bytes=SHARD)
+    assert read_shards(tmp_path / "out").equals(read_shards(undisturbed))
+    assert student.padding
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("engine", "spark", "engine: expected one of"),
+        ("on_error", "warn", "on_error: expected one of"),
+        ("method", "magic", "method: expected one of"),
+        ("workers", 0, "workers: expected at least 1"),
+        ("max_length", 0, "max_length: expected at least 1"),
+        ("shard_bytes", -1, "shard_bytes: expected at least 1"),
+    ],
+)
+def test_options(option, value, message, pair, corpus, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        align_corpus(*pair, corpus, tmp_path / "out", **{option: value})
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")
+def test_full_disk(undisturbed, pair_files, corpus, tmp_path):
+    """The limit on the size of a file makes writing fail, as a full disk does."""
+    script = (
+        "import resource, sys; from xtoken.cli import main; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv.pop(1)),) * 2); sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus), "--output"]
+    command += [str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
+    run = subprocess.run([sys.executable, "-c", script, "20000", *command], capture_output=True, text=True)
+    assert run.returncode == 1
+    assert "shard-" in run.stderr
+    assert "cannot write" in run.stderr
+    assert not [name for name in os.listdir(tmp_path / "out") if name.endswith(".tmp")]
+    assert main([*command, "--resume"]) == 0
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+@pytest.mark.parametrize("workers", ["1", "2"])
+def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
+    command = [sys.executable, "-m", "xtoken", "align", "--student", pair_files[0], "--teacher", pair_files[1]]
+    command += ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
+    process = subprocess.Popen([*command, "--workers", workers], stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "out" / "manifest.json").exists():
+        time.sleep(0.002)
+    process.send_signal(signal.SIGINT)
+    error = process.communicate(timeout=60)[1]
+    assert process.returncode == 130
+    assert error.strip().endswith("interrupted; what is complete stays, go on with --resume")
+    assert "Traceback" not in error
+    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+def test_progress_bar(pair, corpus, tmp_path, capsys):
+    align_corpus(*pair, corpus, tmp_path / "out", progress=True)
+    assert "tokens/s" in capsys.readouterr().err
+    align_corpus(*pair, corpus, tmp_path / "quiet")
+    assert capsys.readouterr().err == ""
+
+
+def test_missing_dependency():
+    with pytest.raises(ImportError, match=r"pip install 'xtoken\[corpus\]'"):
+        require("no_such_module", "corpus")

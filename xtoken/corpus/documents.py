@@ -1,0 +1,56 @@
+"""What readers hand on: batches of documents, and what becomes of a broken one."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from .files import InputFile
+
+DOCUMENTS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
+"""A batch of documents; neither column holds nulls."""
+
+ID = "id"
+"""Column or field that names a document, if there is one."""
+
+
+class Broken:
+    """What becomes of broken lines and rows: an error, or a count.
+
+    Parameters
+    ----------
+    on_error : "raise" or "skip"
+
+    Attributes
+    ----------
+    skipped : Counter
+        Broken documents by name of the file.
+    """
+
+    def __init__(self, on_error: str) -> None:
+        self.on_error = on_error
+        self.skipped: Counter[str] = Counter()
+
+    def __call__(self, file: InputFile, number: int, reason: str) -> None:
+        """Reports that line or row `number` of `file` is no document."""
+        if self.on_error == "raise":
+            unit = "line" if file.format in ("json", "text") else "row"
+            raise ValueError(f"{file.path}, {unit} {number}: {reason}")
+        self.skipped[file.name] += 1
+
+
+def documents(ids: Any, texts: Any) -> pa.RecordBatch:
+    """A batch of documents from columns or lists."""
+    columns = [
+        column.combine_chunks() if isinstance(column, pa.ChunkedArray) else pa.array(column, pa.string())
+        for column in (ids, texts)
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=DOCUMENTS)
+
+
+def numbered(file: InputFile, numbers: Any) -> pa.Array:
+    """Ids ``file:number`` for documents without one."""
+    return pc.binary_join_element_wise(pa.scalar(file.name), pa.array(numbers, pa.int64()).cast(pa.string()), ":")

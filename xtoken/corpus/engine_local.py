@@ -1,0 +1,95 @@
+"""Making shards on this machine, in this process or in several."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any
+
+from .. import _core
+from .partition import Shard
+from .shards import Advance, Counts, Job, ShardMaker
+
+POLL_SECONDS = 0.5
+"""How often the progress of other processes is asked for."""
+
+
+class Stopped(Exception):
+    """The run was told to stop."""
+
+
+def make_shards(job: Job, shards: Sequence[Shard], workers: int, advance: Advance) -> Iterator[tuple[Shard, Counts]]:
+    """Makes shards and gives the counts of each when it is complete, in no certain order.
+
+    Parameters
+    ----------
+    workers : int
+        1: this process, whose tokenizers use all processors. More: so many processes, which share the processors.
+    advance : callable
+        Called as documents get done; see `shards.Advance`.
+    """
+    if workers == 1:
+        maker = ShardMaker(job)
+        for shard in shards:
+            yield shard, maker.make(shard, advance)
+    else:
+        yield from _in_processes(job, shards, workers, advance)
+
+
+def _in_processes(job: Job, shards: Sequence[Shard], workers: int, advance: Advance) -> Iterator[tuple[Shard, Counts]]:
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of the tokenizers' threads
+    done = context.Array("q", 3)  # documents, tokens, bytes of text
+    stop = context.Event()
+    threads = max(1, _core.available_processors() // workers)
+    seen = [0, 0, 0]
+
+    def report() -> None:
+        now = done[:]
+        advance(*(new - old for new, old in zip(now, seen, strict=True)))
+        seen[:] = now
+
+    with ProcessPoolExecutor(workers, context, _start, (job, threads, done, stop)) as processes:
+        try:
+            todo = iter(shards)
+            running: dict[Future[Counts], Shard] = {}
+            while True:
+                for shard in todo:
+                    running[processes.submit(_make, shard)] = shard
+                    if len(running) > workers:  # one waits, so that no process ever does
+                        break
+                if not running:
+                    break
+                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
+                report()
+                for future in finished:
+                    yield running.pop(future), future.result()
+        finally:
+            stop.set()
+            processes.shutdown(cancel_futures=True)
+
+
+_worker: dict[str, Any] = {}
+
+
+def _start(job: Job, threads: int, done: Any, stop: Any) -> None:
+    """Prepares a worker process."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and says so through `stop`
+    os.environ["RAYON_NUM_THREADS"] = str(threads)
+
+    def advance(*more: int) -> None:
+        if stop.is_set() or os.getppid() != parent:
+            raise Stopped
+        with done.get_lock():
+            for k, count in enumerate(more):
+                done[k] += count
+
+    parent = os.getppid()
+    _worker.update(maker=ShardMaker(job, threads), advance=advance)
+
+
+def _make(shard: Shard) -> Counts:
+    counts: Counts = _worker["maker"].make(shard, _worker["advance"])
+    return counts

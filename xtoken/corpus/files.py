@@ -1,0 +1,74 @@
+"""Which input files there are, their formats, and stamps that tell whether they changed."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+FORMATS: dict[str, str] = {
+    **{f".{name}{packed}": "json" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst")},
+    **{f".txt{packed}": "text" for packed in ("", ".gz", ".zst")},
+    ".parquet": "parquet",
+    **{f".{name}": "arrow" for name in ("arrow", "feather", "ipc")},
+}
+"""Format by the ending of a file's name."""
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the corpus."""
+
+    path: str
+    """Absolute."""
+    name: str
+    """Relative to the folder that all inputs share: what ids are made of."""
+    format: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def is_packed(self) -> bool:
+        """Whether the file can only be read from its start."""
+        return self.path.endswith((".gz", ".zst"))
+
+
+def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
+    """The files that paths and glob patterns stand for, each once; those of a pattern sorted.
+
+    Raises
+    ------
+    FileNotFoundError
+        If a path or pattern matches no file.
+    ValueError
+        For a folder, and for an ending that is not in `FORMATS`.
+    """
+    paths: dict[str, None] = {}
+    for given in (os.fspath(path) for path in inputs):
+        if os.path.exists(given):
+            matches = [given]
+        else:
+            matches = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
+        if not matches:
+            raise FileNotFoundError(f"input: no file matches {given}")
+        paths.update((os.path.abspath(path), None) for path in matches)
+    if not paths:
+        raise ValueError("input: expected at least one file")
+    root = os.path.commonpath([os.path.dirname(path) for path in paths])
+    files = []
+    for path in paths:
+        if os.path.isdir(path):
+            raise ValueError(f"input: {path} is a folder; expected files, such as '{path}/*.parquet'")
+        stat = os.stat(path)
+        name = Path(path).relative_to(root).as_posix()
+        files.append(InputFile(path, name, _format(path), stat.st_size, stat.st_mtime_ns))
+    return files
+
+
+def _format(path: str) -> str:
+    for ending, kind in FORMATS.items():
+        if path.lower().endswith(ending):
+            return kind
+    raise ValueError(f"input: {path} has an unknown ending; expected one of {', '.join(FORMATS)}")

@@ -1,0 +1,127 @@
+"""The index of the output, ``manifest.json``: what it was made from, its shards, and what may be resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from .files import InputFile
+from .partition import Piece, Shard
+from .shards import FORMAT_VERSION, TEMPORARY, Counts, read_counts, sync
+
+FILE_NAME = "manifest.json"
+
+
+@dataclass
+class Manifest:
+    """The index of an output folder.
+
+    Written twice: before the first shard is made, with the partition and no counts, and when all are complete. In
+    between, the shards themselves say what is complete, so that the index of a large corpus need not be written again
+    for each of them.
+    """
+
+    parameters: dict[str, Any]
+    """What the output depends on, besides the inputs: tokenizers, method, max_length and so on."""
+    inputs: list[InputFile]
+    shards: list[Shard]
+    counts: list[Counts] = field(default_factory=list)
+    """One for each shard once the output is complete."""
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether all shards were made."""
+        return len(self.counts) == len(self.shards)
+
+    @property
+    def total(self) -> Counts:
+        """The counts of all shards together."""
+        total = Counts()
+        for counts in self.counts:
+            total.add(counts)
+        return total
+
+    def changes(self, other: Manifest) -> list[str]:
+        """What differs in the parameters and inputs of another run, in words."""
+        found = [
+            f"{name}: was {self.parameters.get(name)!r}, now {value!r}"
+            for name, value in other.parameters.items()
+            if self.parameters.get(name) != value
+        ]
+        before = {file.path: file for file in self.inputs}
+        now = {file.path: file for file in other.inputs}
+        found += [f"input {path} is gone" for path in before if path not in now]
+        found += [f"input {path} is new" for path in now if path not in before]
+        found += [f"input {path} was changed" for path in now if path in before and before[path] != now[path]]
+        if not found and list(before) != list(now):
+            found.append("the inputs came in another order")
+        return found
+
+    def save(self, folder: Path) -> None:
+        """Writes the index; it is replaced as a whole or not at all."""
+        place = {file: k for k, file in enumerate(self.inputs)}
+        shards = [
+            {
+                "file": shard.file_name,
+                "pieces": [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.pieces],
+                **(
+                    {**asdict(self.counts[k]), "bytes": (folder / shard.file_name).stat().st_size}
+                    if self.counts
+                    else {}
+                ),
+            }
+            for k, shard in enumerate(self.shards)
+        ]
+        content = {
+            "format": FORMAT_VERSION,
+            "complete": self.is_complete,
+            "parameters": self.parameters,
+            "total": asdict(self.total),
+            "inputs": [asdict(file) for file in self.inputs],
+            "shards": shards,
+        }
+        temporary = folder / f".{FILE_NAME}{TEMPORARY}"
+        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, folder / FILE_NAME)
+        sync(folder)
+
+    @staticmethod
+    def load(folder: Path) -> Manifest:
+        """Reads the index of a folder.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is none.
+        ValueError
+            If it is of another format or no index at all.
+        """
+        path = folder / FILE_NAME
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != FORMAT_VERSION:
+                raise ValueError(f"{path}: expected format {FORMAT_VERSION}, got {content['format']}")
+            inputs = [InputFile(**file) for file in content["inputs"]]
+            shards = [
+                Shard(k, tuple(Piece(inputs[place], *rest) for place, *rest in entry["pieces"]))
+                for k, entry in enumerate(content["shards"])
+            ]
+            names = list(asdict(Counts()))
+            counts = [
+                Counts(**{name: entry[name] for name in names}) for entry in content["shards"] if content["complete"]
+            ]
+            return Manifest(content["parameters"], inputs, shards, counts)
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not an index of aligned shards: {error!r}") from error
+
+
+def complete_shards(manifest: Manifest, folder: Path) -> dict[int, Counts]:
+    """The shards that an earlier run completed; removes what it left half written."""
+    for leftover in folder.glob(f".*{TEMPORARY}"):
+        leftover.unlink()
+    found = {shard.index: read_counts(folder / shard.file_name) for shard in manifest.shards}
+    return {index: counts for index, counts in found.items() if counts is not None}

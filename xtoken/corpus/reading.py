@@ -1,0 +1,49 @@
+"""Pieces of the input, and the documents of a shard in batches of even size, whatever the formats of the files."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from . import lines, tables
+from .documents import Broken
+from .files import InputFile
+from .partition import Piece, Shard
+
+BATCH_BYTES = 2 << 20
+"""Text of a batch: enough documents to keep tens of threads busy, little enough to hold several in memory."""
+
+
+def scan_file(file: InputFile, text_column: str, target: int) -> list[Piece]:
+    """Cuts a file into pieces of about `target` bytes; see `lines.scan` and `tables.scan`."""
+    return lines.scan(file, target) if file.format in ("json", "text") else tables.scan(file, text_column, target)
+
+
+def read_shard(shard: Shard, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
+    """All documents of a shard, in order, in batches of at most `BATCH_BYTES` of text or one document."""
+    waiting: list[pa.RecordBatch] = []
+    size = 0
+    for piece in shard.pieces:
+        module = lines if piece.file.format in ("json", "text") else tables
+        for batch in module.read(piece, text_column, broken):
+            for part, part_size in _at_most(batch, BATCH_BYTES):
+                if waiting and size + part_size > BATCH_BYTES:
+                    yield pa.concat_batches(waiting)
+                    waiting, size = [], 0
+                waiting.append(part)
+                size += part_size
+    if waiting:
+        yield pa.concat_batches(waiting)
+
+
+def _at_most(batch: pa.RecordBatch, most: int) -> Iterator[tuple[pa.RecordBatch, int]]:
+    """Slices of a batch with at most so many bytes of text, or one document, and their bytes."""
+    ends = np.cumsum(pc.binary_length(batch["text"]).to_numpy(zero_copy_only=False).astype(np.int64))
+    start, before = 0, 0
+    while start < batch.num_rows:
+        stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
+        yield batch.slice(start, stop - start), int(ends[stop - 1]) - before
+        start, before = stop, int(ends[stop - 1])

@@ -1,0 +1,272 @@
+"""The one shard function: documents in, a complete parquet file of ids and chunks out. Both engines run it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from .. import _core
+from ..alignment import Aligner, Ragged
+from ..vocabulary import TokenizerLike, Vocabulary
+from .documents import Broken
+from .partition import Shard
+from .reading import read_shard
+
+FORMAT_VERSION = "1"
+ROW_GROUP_TOKENS = 32768
+"""Student tokens of a row group, about: what reading one document at random unpacks (1 ms)."""
+
+TEMPORARY = ".tmp"
+"""Ending of files that are being written."""
+
+BATCHES_AT_ONCE = 2
+"""Batches worked on at the same time, so that the processors have tokenizing to do while Python handles the other."""
+
+_INT = pa.field("element", pa.int32(), nullable=False)
+_IDS = pa.list_(_INT)
+_SPAN = pa.list_(_INT, 4)
+_SPANS = pa.list_(pa.field("element", _SPAN, nullable=False))
+_SCHEMA = pa.schema(
+    [
+        pa.field("id", pa.string(), nullable=False),
+        pa.field("student_ids", _IDS, nullable=False),
+        pa.field("teacher_ids", _IDS, nullable=False),
+        pa.field("spans", _SPANS, nullable=False),
+    ]
+)
+# Differences between neighbours say all about chunks; dictionaries only cost time on token ids.
+_WRITER: dict[str, Any] = {
+    "compression": "zstd",
+    "compression_level": 1,
+    "use_dictionary": False,
+    "write_statistics": False,
+    "column_encoding": {"spans.list.element.list.element": "DELTA_BINARY_PACKED"},
+}
+_COUNTS = b"xtoken.counts"
+
+
+@dataclass
+class Counts:
+    """What is in a shard, or in many."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+    chunks: int = 0
+    not_optimal: int = 0
+    """Documents on which the dynamic program ran out of budget (`Alignment.optimal`)."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Broken documents by file."""
+
+    def add(self, other: Counts) -> None:
+        """Adds the counts of another shard."""
+        for name in ("documents", "text_bytes", "student_tokens", "teacher_tokens", "chunks", "not_optimal"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, count in other.skipped.items():
+            self.skipped[name] = self.skipped.get(name, 0) + count
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know to make any shard."""
+
+    student: Vocabulary
+    teacher: Vocabulary
+    output: str
+    text_column: str
+    max_length: int | None
+    method: str
+    on_error: str
+
+
+Advance = Callable[[int, int, int], None]
+"""Called after each batch with its documents, tokens of both sides and bytes of text; may raise to stop the work."""
+
+
+def encoder(tokenizer: TokenizerLike, side: str) -> Vocabulary:
+    """A vocabulary whose tokenizer encodes text as it is: no padding, no truncation.
+
+    Raises
+    ------
+    ValueError
+        If there is no tokenizer, only tokens; if it encodes at random (BPE dropout).
+    TypeError
+        As `Vocabulary.from_tokenizer`, such as for tokenizers that are not fast.
+    """
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    if vocabulary.tokenizer is None:
+        raise ValueError(f"{side}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
+    plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
+    plain.no_padding()
+    plain.no_truncation()
+    if getattr(plain.model, "dropout", None):
+        raise ValueError(f"{side}: the tokenizer has dropout {plain.model.dropout}, so each run would give other ids")
+    kinds = vocabulary.kinds.tolist()
+    return Vocabulary([vocabulary[i] for i in range(len(vocabulary))], kinds, vocabulary.roles, plain)
+
+
+def tokenizer_hash(vocabulary: Vocabulary) -> str:
+    """SHA-256 of all that a tokenizer does, merges and pre-tokenization too, which `fingerprint` does not cover."""
+    return hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()
+
+
+class ShardMaker:
+    """Makes shards; one for each process.
+
+    Parameters
+    ----------
+    job : Job
+    threads : int, optional
+        Threads for the alignment. Default: all processors of this process.
+    """
+
+    def __init__(self, job: Job, threads: int | None = None) -> None:
+        self.job = job
+        self.aligner = Aligner(job.student, job.teacher, job.method, num_threads=threads)
+        self.schema = _SCHEMA.with_metadata(
+            {
+                "xtoken.format": FORMAT_VERSION,
+                "xtoken.version": _core.version,
+                "xtoken.student": job.student.fingerprint(),
+                "xtoken.teacher": job.teacher.fingerprint(),
+                "xtoken.method": job.method,
+                "xtoken.max_length": json.dumps(job.max_length),
+            }
+        )
+
+    def make(self, shard: Shard, advance: Advance) -> Counts:
+        """Reads, tokenizes, aligns and writes one shard; it appears under its name when it is complete.
+
+        Raises
+        ------
+        ValueError
+            For broken input, with the file and the line.
+        OSError
+            If the file cannot be written.
+        """
+        counts = Counts()
+        broken = Broken(self.job.on_error)
+        batches = read_shard(shard, self.job.text_column, broken)
+        with (
+            _atomic_file(Path(self.job.output) / shard.file_name) as file,
+            pq.ParquetWriter(file, self.schema, **_WRITER) as writer,
+        ):
+            for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
+                for start, stop in _row_groups(table):
+                    writer.write_table(table.slice(start, stop - start))
+                counts.add(part)
+                advance(part.documents, part.student_tokens + part.teacher_tokens, part.text_bytes)
+            counts.skipped = dict(sorted(broken.skipped.items()))
+            writer.add_key_value_metadata({_COUNTS.decode(): json.dumps(asdict(counts))})
+        return counts
+
+    def _align(self, batch: pa.RecordBatch) -> tuple[pa.Table, Counts]:
+        """The rows of one batch of documents."""
+        texts = batch["text"].to_pylist()
+        sides = [_encode(vocabulary.tokenizer, texts) for vocabulary in (self.job.student, self.job.teacher)]
+        if self.job.max_length is None:
+            alignment = self.aligner.align(sides[0], sides[1])
+        else:
+            alignment = self.aligner.truncate(sides[0], sides[1], self.job.max_length, self.job.max_length)
+            sides = [ids for side in ("student", "teacher") if (ids := alignment.ragged_ids(side)) is not None]
+        spans = pa.FixedSizeListArray.from_arrays(pa.array(alignment.spans.numpy().reshape(-1)), type=_SPAN)
+        columns = [_lists(ids.flat.astype(np.int32), ids.offsets, _IDS) for ids in sides]
+        columns.append(_lists(spans, alignment.offsets.numpy(), _SPANS))
+        counts = Counts(
+            batch.num_rows,
+            pc.sum(pc.binary_length(batch["text"])).as_py() or 0,
+            len(sides[0].flat),
+            len(sides[1].flat),
+            alignment.num_chunks,
+            int((~alignment.optimal).sum()),
+        )
+        return pa.Table.from_arrays([batch["id"], *columns], schema=self.schema), counts
+
+
+def read_counts(path: Path) -> Counts | None:
+    """The counts of a complete shard; None if there is none under this name."""
+    if not path.exists():
+        return None
+    try:
+        metadata = pq.read_metadata(path).metadata or {}
+    except (pa.ArrowException, OSError):
+        return None
+    return Counts(**json.loads(metadata[_COUNTS])) if _COUNTS in metadata else None
+
+
+def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
+    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    offsets = np.zeros(len(texts) + 1, np.int64)
+    np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
+    # The one step that costs per token outside of compiled code: the tokenizers hand out ids as a list only. 30 ns.
+    flat = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, int(offsets[-1]))
+    return Ragged(flat, offsets)
+
+
+def _lists(values: Any, offsets: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:
+    return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=kind)
+
+
+def _row_groups(table: pa.Table) -> Iterator[tuple[int, int]]:
+    """Row ranges with about `ROW_GROUP_TOKENS` student tokens each."""
+    ends = table["student_ids"].chunk(0).offsets.to_numpy()[1:]
+    start = 0
+    while start < len(ends):
+        before = int(ends[start - 1]) if start else 0
+        stop = max(start + 1, int(np.searchsorted(ends, before + ROW_GROUP_TOKENS, side="right")))
+        yield start, stop
+        start = stop
+
+
+def _in_order(work: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> Iterator[Any]:
+    """``map(work, items)`` on threads; reads no further ahead than the threads need."""
+    with ThreadPoolExecutor(at_once) as threads:
+        waiting: deque[Future[Any]] = deque()
+        for item in items:
+            waiting.append(threads.submit(work, item))
+            if len(waiting) > at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+@contextmanager
+def _atomic_file(path: Path) -> Iterator[pa.NativeFile]:
+    """A file that appears under its name complete or not at all, also if the machine loses power."""
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
+    try:
+        with pa.OSFile(str(temporary), "wb") as file:
+            yield file
+        sync(temporary)
+        os.replace(temporary, path)
+        sync(path.parent)
+    except OSError as error:  # reading raises ValueError, so this is about the output
+        raise OSError(f"{path}: cannot write it: {error}; complete shards stay, and can be resumed") from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Has the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

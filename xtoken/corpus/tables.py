@@ -1,0 +1,173 @@
+"""Files with a document a row: parquet, and Arrow IPC files and streams."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from .documents import ID, Broken, documents, numbered
+from .files import InputFile
+from .partition import MOST_PIECES, Piece
+
+BATCH_ROWS = 1024
+"""Rows taken from a file at a time, at most."""
+
+BATCH_BYTES = 2 << 20
+"""Text taken from a file at a time, about, unless it is one document."""
+
+
+def scan(file: InputFile, text_column: str, target: int) -> list[Piece]:
+    """Cuts a file into pieces of about `target` bytes of text: row groups or record batches, or even parts of them.
+
+    Raises
+    ------
+    ValueError
+        If the file cannot be read, or has no column of text with this name.
+    """
+    pieces: list[Piece] = []
+    start = 0
+    most = MOST_PIECES if file.format == "parquet" else 1 << 30
+    for rows, size in _parts(file, text_column):
+        parts = max(1, min(-(-size // target), most, rows))
+        cuts = [start + rows * k // parts for k in range(parts + 1)]
+        pieces += [
+            Piece(file, first, last, first + 1, -(-size // parts)) for first, last in pairwise(cuts) if last > first
+        ]
+        start += rows
+    return pieces
+
+
+def read(piece: Piece, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
+    """The documents of a piece, in batches of at most `BATCH_ROWS` rows."""
+    number = piece.number
+    for batch in _rows(piece, text_column):
+        yield _documents(batch, piece.file, text_column, number, broken)
+        number += batch.num_rows
+
+
+@contextmanager
+def _readable(file: InputFile) -> Iterator[None]:
+    """Errors of pyarrow as errors that name the file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError) as error:
+        raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
+    """The columns to read."""
+    if schema.names.count(text_column) != 1 or not _is_text(schema.field(text_column).type):
+        found = ", ".join(f"{field.name}: {field.type}" for field in schema)
+        raise ValueError(f"{file.path}: expected a column {text_column!r} of strings, got {found or 'no columns'}")
+    if text_column == ID or schema.names.count(ID) != 1:
+        return [text_column]
+    kind = schema.field(ID).type
+    if not _is_text(kind) and not pa.types.is_integer(kind):
+        raise ValueError(f"{file.path}: expected strings or integers in column {ID!r}, got {kind}")
+    return [text_column, ID]
+
+
+@contextmanager
+def _arrow_reader(file: InputFile, text_column: str) -> Iterator[Iterator[pa.RecordBatch]]:
+    """Batches of the columns that are read, without copying what is not packed."""
+    with pa.memory_map(file.path) as source:
+
+        def open_reader(**options: Any) -> tuple[Any, bool]:
+            source.seek(0)
+            is_file = source.read(6) == b"ARROW1"
+            source.seek(0)
+            reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+            return reader(source, options=pa.ipc.IpcReadOptions(**options)), is_file
+
+        schema = open_reader()[0].schema
+        columns = _columns(schema, file, text_column)
+        reader, is_file = open_reader(included_fields=[schema.get_field_index(name) for name in columns])
+        yield (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+
+
+def _parts(file: InputFile, text_column: str) -> Iterator[tuple[int, int]]:
+    """Rows and bytes of text of every row group or record batch."""
+    with _readable(file):
+        if file.format == "parquet":
+            with pq.ParquetFile(file.path) as reader:
+                _columns(reader.schema_arrow, file, text_column)
+                metadata = reader.metadata
+                leaf = [metadata.schema.column(k).path for k in range(metadata.num_columns)].index(text_column)
+                for k in range(metadata.num_row_groups):
+                    group = metadata.row_group(k)
+                    yield group.num_rows, group.column(leaf).total_uncompressed_size
+        else:
+            with _arrow_reader(file, text_column) as batches:
+                for batch in batches:
+                    yield batch.num_rows, batch[text_column].nbytes
+
+
+def _rows(piece: Piece, text_column: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a piece."""
+    file = piece.file
+    with _readable(file):
+        if file.format == "parquet":
+            with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as reader:
+                counts = [reader.metadata.row_group(k).num_rows for k in range(reader.metadata.num_row_groups)]
+                ends = np.cumsum(counts)
+                groups = [k for k, end in enumerate(ends) if end > piece.start and end - counts[k] < piece.stop]
+                start = int(ends[groups[0]] - counts[groups[0]])
+                rows = max(1, min(BATCH_ROWS, BATCH_BYTES * (piece.stop - piece.start) // max(1, piece.size)))
+                columns = _columns(reader.schema_arrow, file, text_column)
+                batches = reader.iter_batches(rows, groups, columns, use_threads=False)
+                yield from _between(batches, piece.start - start, piece.stop - start)
+        else:
+            with _arrow_reader(file, text_column) as batches:
+                yield from _between(batches, piece.start, piece.stop)
+
+
+def _between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
+    """Rows ``start ... stop - 1`` of a sequence of batches, in batches of at most `BATCH_ROWS`."""
+    first = 0
+    for batch in batches:
+        last = first + batch.num_rows
+        for begin in range(max(start, first), min(stop, last), BATCH_ROWS):
+            yield batch.slice(begin - first, min(BATCH_ROWS, stop - begin, last - begin))
+        first = last
+        if first >= stop:
+            return
+
+
+def _documents(batch: pa.RecordBatch, file: InputFile, text_column: str, number: int, broken: Broken) -> pa.RecordBatch:
+    text = batch[text_column].cast(pa.string())
+    numbers = np.arange(number, number + len(text))
+    ids = batch[ID].cast(pa.string()) if ID in batch.schema.names and text_column != ID else numbered(file, numbers)
+    faults = dict.fromkeys(np.flatnonzero(text.is_null()).tolist(), "the text is null") if text.null_count else {}
+    for column in (text, ids):
+        try:
+            column.validate(full=True)
+        except pa.ArrowInvalid:
+            faults |= {i: "not UTF-8" for i, value in enumerate(column.cast(pa.binary())) if not _is_utf8(value)}
+    for i in sorted(faults):
+        broken(file, number + i, faults[i])
+    whole = np.ones(len(text), bool)
+    whole[list(faults)] = False
+    if ids.null_count:
+        ids = pc.if_else(ids.is_null(), numbered(file, numbers), ids)
+    return documents(ids.filter(pa.array(whole)), text.filter(pa.array(whole)))
+
+
+def _is_utf8(value: pa.Scalar) -> bool:
+    try:
+        (value.as_py() or b"").decode()
+    except UnicodeDecodeError:
+        return False
+    return True

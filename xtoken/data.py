@@ -1,0 +1,226 @@
+"""Reading aligned corpora back: a map-style dataset over the shards of `xtoken.align_corpus`, and its collator."""
+
+from __future__ import annotations
+
+import os
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from .alignment import Alignment, pad_rows
+from .corpus import require
+from .vocabulary import TokenizerLike, Vocabulary
+
+OPEN_SHARDS = 16
+"""Shards that a process keeps mapped into memory."""
+
+UNPACKED_GROUPS = 8
+"""Row groups (about 32,768 student tokens each) that a process keeps unpacked."""
+
+
+class AlignedDataset(Dataset[dict[str, Any]]):
+    """The documents of an aligned corpus, by number, in the order of the input.
+
+    Shards are mapped into memory, not read: opening a corpus costs its index alone. zstd pages cannot be used in
+    place, so a document costs the unpacking of its row group, about a millisecond, and its neighbours come free.
+
+    Parameters
+    ----------
+    path : path
+        Output folder of `xtoken.align_corpus`.
+    student_tok, teacher_tok : optional
+        Tokenizers, as for `Vocabulary.from_tokenizer`, that the corpus must have been made with.
+
+    Attributes
+    ----------
+    counts : xtoken.corpus.shards.Counts
+        Documents, tokens and chunks of the corpus.
+
+    Raises
+    ------
+    ValueError
+        If the corpus was made with another tokenizer, saying on which side; if it is not complete.
+    FileNotFoundError
+        If the folder, its index or a shard is missing.
+    ImportError
+        If pyarrow is not installed.
+
+    Notes
+    -----
+    Can be sent to the workers of a DataLoader by either start method; each process maps the shards for itself.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        student_tok: TokenizerLike | None = None,
+        teacher_tok: TokenizerLike | None = None,
+    ) -> None:
+        require("pyarrow", "corpus")
+        from .corpus.manifest import Manifest
+
+        self.path = Path(path).absolute()
+        manifest = Manifest.load(self.path)
+        if not manifest.is_complete:
+            raise ValueError(f"path: {self.path} is not complete; finish it with align_corpus(..., resume=True)")
+        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
+            if tokenizer is not None:
+                given, made_with = Vocabulary.from_tokenizer(tokenizer).fingerprint(), manifest.parameters[side]
+                if given != made_with:
+                    raise ValueError(
+                        f"{side}_tok: {self.path} was made with another {side} tokenizer: "
+                        f"fingerprint {made_with[:12]}, got {given[:12]}"
+                    )
+        self.counts = manifest.total
+        self._files = [shard.file_name for shard in manifest.shards]
+        for name in self._files:
+            if not (self.path / name).exists():
+                raise FileNotFoundError(f"path: {self.path / name} is missing")
+        self._ends = np.cumsum([counts.documents for counts in manifest.counts], dtype=np.int64)
+        self._forget()
+
+    def _forget(self) -> None:
+        self._process = os.getpid()
+        self._open: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
+        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": OrderedDict(), "_groups": OrderedDict()}
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One document.
+
+        Returns
+        -------
+        dict
+            ``id`` str, ``student_ids`` and ``teacher_ids`` int64 [T], ``spans`` int32 [K, 4].
+
+        Raises
+        ------
+        IndexError
+            If there is no such document.
+        """
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
+        shard = int(np.searchsorted(self._ends, position, side="right"))
+        row = position - (int(self._ends[shard - 1]) if shard else 0)
+        group, first = self._row_group(shard, row)
+        student, teacher = (self._values(group[side], row - first) for side in ("student_ids", "teacher_ids"))
+        spans = group["spans"].slice(row - first, 1).flatten().flatten().to_numpy()
+        return {
+            "id": group["id"][row - first].as_py(),
+            "student_ids": student,
+            "teacher_ids": teacher,
+            "spans": torch.from_numpy(spans.reshape(-1, 4).copy()),
+        }
+
+    @staticmethod
+    def _values(column: Any, row: int) -> torch.Tensor:
+        return torch.from_numpy(column.slice(row, 1).flatten().to_numpy().astype(np.int64))
+
+    def _row_group(self, shard: int, row: int) -> tuple[Any, int]:
+        """The unpacked row group that holds a row, and the number of its first row."""
+        if self._process != os.getpid():  # forked: what the parent mapped is not ours to share
+            self._forget()
+        file, ends = self._recent(self._open, shard, OPEN_SHARDS, lambda: self._map(shard))
+        k = int(np.searchsorted(ends, row, side="right"))
+
+        def unpack() -> Any:
+            table = file.read_row_group(k, use_threads=False)
+            return {name: table[name].combine_chunks() for name in table.column_names}
+
+        group = self._recent(self._groups, (shard, k), UNPACKED_GROUPS, unpack)
+        return group, int(ends[k - 1]) if k else 0
+
+    @staticmethod
+    def _recent(kept: OrderedDict[Any, Any], key: Any, most: int, make: Any) -> Any:
+        """The value of a key, made if it is not among the most recent."""
+        if key not in kept:
+            kept[key] = make()
+            if len(kept) > most:
+                kept.popitem(last=False)
+        kept.move_to_end(key)
+        return kept[key]
+
+    def _map(self, shard: int) -> tuple[Any, Any]:
+        import pyarrow.parquet as pq
+
+        file = pq.ParquetFile(self.path / self._files[shard], memory_map=True)
+        groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
+        return file, np.cumsum(groups)
+
+
+class AlignedCollator:
+    """Puts documents of an `AlignedDataset` together to a batch.
+
+    Parameters
+    ----------
+    student_tok, teacher_tok : optional
+        Tokenizers, as for `Vocabulary.from_tokenizer`, whose pad token (else the end token) fills the rows.
+    student_pad_id, teacher_pad_id : int, optional
+        Id that fills the rows instead. Default, without a tokenizer or a pad token: 0; the masks tell what is padding.
+
+    Examples
+    --------
+    >>> document = {"id": "a", "student_ids": [7, 8], "teacher_ids": [5], "spans": [[0, 2, 0, 1]]}
+    >>> longer = {"id": "b", "student_ids": [7, 8, 9], "teacher_ids": [5, 6], "spans": [[0, 2, 0, 1], [2, 3, 1, 2]]}
+    >>> batch = AlignedCollator(student_pad_id=1)([document, longer])
+    >>> batch["student_ids"].tolist(), batch["teacher_mask"].tolist(), batch["alignment"].offsets.tolist()
+    ([[7, 8, 1], [7, 8, 9]], [[1, 0], [1, 1]], [0, 1, 3])
+    """
+
+    def __init__(
+        self,
+        student_tok: TokenizerLike | None = None,
+        teacher_tok: TokenizerLike | None = None,
+        *,
+        student_pad_id: int | None = None,
+        teacher_pad_id: int | None = None,
+    ) -> None:
+        self.student_pad_id = self._pad_id(student_tok) if student_pad_id is None else student_pad_id
+        self.teacher_pad_id = self._pad_id(teacher_tok) if teacher_pad_id is None else teacher_pad_id
+
+    @staticmethod
+    def _pad_id(tokenizer: TokenizerLike | None) -> int:
+        roles = Vocabulary.from_tokenizer(tokenizer).roles if tokenizer is not None else {}
+        return roles.get("pad", roles.get("eos", 0))
+
+    def __call__(self, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of B documents.
+
+        Returns
+        -------
+        dict
+            ``ids`` list of str; ``student_ids`` int64 [B, T], padded on the right, and ``student_mask`` int64 [B, T],
+            1 for tokens; ``teacher_ids`` and ``teacher_mask`` likewise; ``alignment``, an `Alignment` with the ids.
+
+        Raises
+        ------
+        ValueError
+            If there are no documents.
+        """
+        if not documents:
+            raise ValueError("documents: expected at least one")
+        batch: dict[str, Any] = {"ids": [document["id"] for document in documents]}
+        for side, pad_id in (("student", self.student_pad_id), ("teacher", self.teacher_pad_id)):
+            rows = [torch.as_tensor(document[f"{side}_ids"], dtype=torch.int64) for document in documents]
+            batch[f"{side}_ids"] = pad_rows(rows, pad_id)
+            batch[f"{side}_mask"] = pad_rows([torch.ones_like(row) for row in rows], 0)
+        spans = [torch.as_tensor(document["spans"], dtype=torch.int32).reshape(-1, 4) for document in documents]
+        batch["alignment"] = Alignment(
+            torch.cat(spans),
+            np.cumsum([0, *map(len, spans)]),
+            batch["student_ids"],
+            batch["teacher_ids"],
+        )
+        return batch
