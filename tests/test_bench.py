@@ -46,3 +46,22 @@ def test_bench_align_on_hostile_input():
     row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert (row["student_tokens"], row["teacher_tokens"], row["optimal"]) == (60, 60, True)
     assert row["chunks"] > 20
+
+
+def test_bench_losses(tmp_path):
+    output = tmp_path / "losses.json"
+    small = ["--rows", "12", "--threads", "1", "--repeat", "1", "--vocabulary", "3000", "--reference-rows", "4"]
+    command = [sys.executable, str(ROOT / "bench" / "bench_losses.py"), *small, "--output", str(output)]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    rows = json.loads(output.read_text())["rows"]
+    measured = [row for row in rows if "level" in row and "missing" not in row]
+    assert {"P-KL all columns", "GOLD", "H-KL", "ULD"} <= {row["loss"] for row in measured}
+    assert all(row["ms_per_row"] > 0 and row["times_reference"] > 0 for row in measured)
+    assert "| torch cross_entropy | fp32 |" in printed
+
+
+def test_bench_corpus(tmp_path):
+    output = tmp_path / "corpus.json"
+    command = [sys.executable, str(ROOT / "bench" / "bench_corpus.py"), "--megabytes", "0.1", "--repeat", "1"]
+    subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True)
+    assert json.loads(output.read_text())

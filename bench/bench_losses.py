@@ -1,0 +1,243 @@
+"""Speed and memory of the losses, against the plain formulas and against torch's own cross-entropy.
+
+Logits are random, of the real vocabularies of Llama 3 and Qwen3. Every row of the table is the public function, forward
+and backward, N student rows; `cross_entropy` is torch's, forward and backward, on the same logits. The plain formulas
+(`xtoken.reference`, differentiated by autograd) run on fewer rows, since they hold many copies of them. The result is
+compared with theirs first. Results go to bench/results/losses.json.
+
+    python bench/bench_losses.py [--rows 512] [--threads 2] [--repeat 5] [--levels avx512 avx2]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import random
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+import torch  # noqa: E402
+from real_tokenizers import LOADERS, encode  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+import xtoken  # noqa: E402
+from xtoken import _core, reference  # noqa: E402
+from xtoken.losses import _cpu  # noqa: E402
+from xtoken.losses._backends import register_backend  # noqa: E402
+
+TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def numbers_text(seed: int, words: int) -> str:
+    """Words with many numbers between them."""
+    draw = random.Random(seed)
+    nouns = ["readers", "tokens", "prices", "seconds", "students", "miles", "books", "errors"]
+    return " ".join(f"{draw.randint(0, 10 ** draw.randint(1, 7)):,} {draw.choice(nouns)}," for _ in range(words))
+
+
+def alignments(tokenizers: list[Any], rows: int) -> dict[str, xtoken.Alignment]:
+    """Chunks of one token on each side; and those of a text full of numbers, cut to so many student tokens."""
+    start = torch.arange(1, rows + 1, dtype=torch.int32)
+    ones = xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1)[:-1])
+    text = numbers_text(0, rows)
+    ids = [encode(tokenizer, text) for tokenizer in tokenizers]
+    mixed = xtoken.Aligner(*tokenizers).align(*ids)
+    fits = (mixed.spans[:, 1] <= rows) & (mixed.spans[:, 3] <= 2 * rows)
+    return {"1-to-1": ones, "numbers": xtoken.Alignment(mixed.spans[fits])}
+
+
+def best(run: Callable[[], Any], repeat: int) -> float:
+    run()
+    seconds = []
+    for _ in range(repeat):
+        started = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds)
+
+
+def peak_growth(run: Callable[[], Any]) -> int | None:
+    """Bytes by which the process grows at most during a run; None where the system does not tell."""
+    clear = Path("/proc/self/clear_refs")
+    if not clear.exists():
+        return None
+    run()
+
+    def status(field: str) -> int:
+        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore
+
+    before = status("VmRSS")
+    clear.write_text("5")
+    run()
+    return status("VmHWM") - before
+
+
+def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizers = [LOADERS[name](Path(folder)) for name in ("llama3", "qwen3")]
+    W = xtoken.ProjectionMatrix.build(*tokenizers)
+    sizes = W.shape if options.vocabulary is None else (options.vocabulary, options.vocabulary)
+    if options.vocabulary is not None:
+        W = small_projection(W, options.vocabulary)
+    cut = alignments(tokenizers, options.rows)
+    generator = torch.Generator().manual_seed(0)
+    columns = torch.randperm(sizes[1], generator=generator)[: min(8192, sizes[1] // 2)].sort().values
+    losses: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
+        "P-KL all columns": ("1-to-1", xtoken.pkl_loss, {"projection": W, "top_k": None}),
+        "P-KL 8192 columns": ("1-to-1", xtoken.pkl_loss, {"projection": W, "columns": columns}),
+        "P-KL all columns, numbers": ("numbers", xtoken.pkl_loss, {"projection": W, "top_k": None, "merge": "mean"}),
+        "GOLD": ("1-to-1", xtoken.gold_loss, {"projection": W}),
+        "H-KL": ("1-to-1", xtoken.hkl_loss, {"projection": W}),
+        "ULD": ("1-to-1", xtoken.uld_loss, {}),
+        "KD (Llama 3 to itself)": ("1-to-1", xtoken.kd_loss, {}),
+    }
+    rows = []
+    for type_name in options.types:
+        dtype = TYPES[type_name]
+        student = (3 * torch.randn(1, options.rows, sizes[0], generator=generator)).to(dtype)
+        teacher = (3 * torch.randn(1, 2 * options.rows, sizes[1], generator=generator)).to(dtype)
+        labels = torch.randint(sizes[0], (options.rows,), generator=generator)
+
+        def cross_entropy(student: Tensor = student, labels: Tensor = labels) -> None:
+            leaf = student[0].detach().requires_grad_()
+            torch.nn.functional.cross_entropy(leaf, labels).backward()
+
+        baseline = best(cross_entropy, options.repeat)
+        for name, (chunks, function, arguments) in losses.items():
+            if options.only and not any(part in name for part in options.only):
+                continue
+            same = function is xtoken.kd_loss
+            y = student.flip(1) if same else teacher
+            one = xtoken.Alignment(cut[chunks].spans, [0, cut[chunks].num_chunks])
+            plain = reference_seconds(function, student, y, one, arguments, options.reference_rows)
+            for level in options.levels:
+                backend = f"cpu:{level}"
+                register_backend(_cpu.backend(backend, level))
+
+                def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):  # type: ignore
+                    leaf = student.detach().requires_grad_()
+                    loss = function(leaf, y, one, backend=backend, **arguments)
+                    loss.backward()
+                    return leaf.grad
+
+                try:
+                    step()
+                except RuntimeError as missing:
+                    rows.append({"loss": name, "type": type_name, "level": level, "missing": str(missing)})
+                    continue
+                seconds = best(step, options.repeat)
+                grown = peak_growth(step)
+                row = {
+                    "loss": name,
+                    "type": type_name,
+                    "level": level,
+                    "ms_per_row": 1e3 * seconds / options.rows,
+                    "of_cross_entropy": seconds / baseline,
+                    "times_reference": None if plain is None else plain * options.rows / seconds,
+                    "megabytes_beyond_gradient": None if grown is None else (grown - student.nbytes) / 1e6,
+                    "gigabytes_per_second": (2 * student.nbytes + y.nbytes * used_share(one, y)) / seconds / 1e9,
+                }
+                rows.append(row)
+                print(json.dumps(row), flush=True)
+        rows.append({"loss": "torch cross_entropy", "type": type_name, "ms_per_row": 1e3 * baseline / options.rows})
+    return rows
+
+
+def used_share(alignment: xtoken.Alignment, teacher: Tensor) -> float:
+    """Share of the teacher's rows that chunks use."""
+    lengths = alignment.spans[:, 3] - alignment.spans[:, 2]
+    return float(lengths.sum()) / teacher.shape[1]
+
+
+def reference_seconds(
+    function: Callable[..., Any], student: Tensor, teacher: Tensor, alignment: xtoken.Alignment,
+    arguments: dict[str, Any], count: int,
+) -> float | None:  # fmt: skip
+    """Seconds a student row of the plain formulas; and a check of the default backend against them."""
+    if count == 0:
+        return None
+    few = alignment.spans[:count]
+    rows = int(few[-1, 1])
+    z, y = student[0, :rows].float(), teacher[0, : int(few[-1, 3])].float()
+    one = xtoken.Alignment(few)
+    chunks = reference.Chunks.of(one, len(z), len(y))
+    W = arguments.get("projection")
+
+    def run() -> Tensor:
+        leaf = z.detach().requires_grad_()
+        if function is xtoken.pkl_loss:
+            columns = arguments.get("columns")
+            columns = torch.arange(W.shape[1]) if columns is None else columns
+            merge = arguments.get("merge", "first")
+            losses = reference.pkl(leaf, y, chunks, reference.restrict(W, columns), columns, merge=merge)
+        elif function is xtoken.uld_loss:
+            losses = reference.uld(leaf, y, chunks)
+        elif function is xtoken.kd_loss:
+            losses = reference.kd(leaf, y, chunks)
+        else:
+            weight = 1.0 if function is xtoken.gold_loss else 0.6
+            losses = sum(reference.gold(leaf, y, chunks, reference.common_pairs(W, weight)))  # type: ignore
+        losses.mean().backward()
+        return losses.detach().mean()
+
+    want = run()
+    got = function(z, y, one, **arguments)
+    assert abs(float(got - want)) <= 1e-4 * abs(float(want)) + 1e-5, f"wrong loss: {float(got)}, not {float(want)}"
+    return best(run, 2) / rows
+
+
+def small_projection(W: xtoken.ProjectionMatrix, size: int) -> xtoken.ProjectionMatrix:
+    """The corner [size, size] of W."""
+    keep = (W.row_index < size) & (W.col < size)
+    counts = torch.bincount(W.row_index[keep], minlength=size)[:size]
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    return xtoken.ProjectionMatrix(row_ptr, W.col[keep], W.weight[keep], size)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", type=int, default=512)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    parser.add_argument("--levels", nargs="+", default=_core.cpu_levels(), choices=_core.cpu_levels())
+    parser.add_argument("--only", nargs="+", help="parts of the names of losses")
+    parser.add_argument("--reference-rows", type=int, default=32, help="chunks of the plain formulas; 0: leave out")
+    parser.add_argument("--vocabulary", type=int, help="cut both vocabularies to this size (for a quick look)")
+    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "losses.json"))
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rows = measure(options)
+    names = ("loss", "type", "level", "ms_per_row", "of_cross_entropy", "times_reference", "megabytes_beyond_gradient")
+    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
+    for row in rows:
+        cells = [row.get(name, "") for name in names]
+        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    cpuinfo = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
+    machine = {
+        "commit": revision,
+        "xtoken": xtoken.__version__,
+        "torch": torch.__version__,
+        "processor": found[1] if found else platform.processor(),
+        "threads": options.threads,
+        "rows": options.rows,
+    }
+    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    Path(options.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
