@@ -9,6 +9,7 @@ import torch
 from comparer import assert_close
 from harness import OPERATIONS, Case, backends_of, make_case, positions
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtoken
 from xtoken import LinearLogits, TopKLogits, pkl_loss
@@ -326,3 +327,30 @@ def test_autocast_and_no_gradient() -> None:
     assert layer.weight.grad is not None
     assert loss.dtype == torch.float32
     assert not pkl_loss(case.student, case.teacher, case.alignment, case.projection).requires_grad
+
+
+class Allocations(TorchDispatchMode):
+    """Sizes of the tensors that operators give back, seen from outside of the losses, in elements."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        results = function(*args, **(kwargs or {}))
+        for result in results if isinstance(results, (tuple, list)) else [results]:
+            if isinstance(result, Tensor) and result.numel():
+                self.sizes[result.untyped_storage().data_ptr()] = result.untyped_storage().nbytes()
+        return results
+
+
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[1] == "cpu"])
+def test_one_gradient_and_nothing_else_of_its_size(name: str, backend: str) -> None:
+    case = small_case()
+    student = case.student.requires_grad_()
+    given = {student.untyped_storage().data_ptr(), case.teacher.untyped_storage().data_ptr()}
+    with Allocations() as seen:
+        (2.0 * call_loss(name, case, student, case.teacher, backend=backend)).backward()
+    assert student.grad is not None
+    large = {address for address, size in seen.sizes.items() if size >= student.nbytes} - given
+    assert large == {student.grad.untyped_storage().data_ptr()}

@@ -329,12 +329,18 @@ class _OnceOnly(torch.autograd.Function):
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.settings, (student_wanted, weight_wanted, *_) = _parts(inputs)
+    ctx.set_materialize_grads(False)  # torch would make zeros of the size of every gradient
     ctx.save_for_backward(*tensors)
+    ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     ctx.prepared = tuple(grad.detach() for grad in output[2:]) if student_wanted or weight_wanted else None
 
 
-def _backward(ctx: Any, upstream: Tensor, label_upstream: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _backward(
+    ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    upstream = ctx.zeros[0] if upstream is None else upstream
+    label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
     inputs, settings = Inputs(*ctx.saved_tensors), ctx.settings
     needed = Inputs(*ctx.needs_input_grad[:_SPLIT])
     student_wanted = bool(needed.student or needed.student_head or needed.student_bias)
