@@ -266,3 +266,21 @@ def test_progress_bar(pair, corpus, tmp_path, capsys):
 def test_missing_dependency():
     with pytest.raises(ImportError, match=r"pip install 'xtoken\[corpus\]'"):
         require("no_such_module", "corpus")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory from /proc")
+def test_memory_does_not_grow_with_the_input(pair_files, texts, tmp_path):
+    script = (
+        "import sys, re, pathlib, xtoken\n"
+        "xtoken.align_corpus(*sys.argv[1:5], shard_bytes=3_000_000)\n"
+        "print(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])"
+    )
+    peaks = []
+    for copies in (6, 20):  # the first is enough to fill all batches in flight
+        source = tmp_path / f"{copies}.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts) * copies)
+        command = [sys.executable, "-c", script, *pair_files, str(source), str(tmp_path / f"out{copies}")]
+        peaks.append(int(subprocess.run(command, capture_output=True, text=True, check=True).stdout) // 1024)
+    input_growth = (tmp_path / "20.jsonl").stat().st_size - (tmp_path / "6.jsonl").stat().st_size
+    assert input_growth > 10e6
+    assert peaks[1] - peaks[0] < 30, f"peaks of {peaks} MB"
