@@ -354,3 +354,16 @@ def test_one_gradient_and_nothing_else_of_its_size(name: str, backend: str) -> N
     assert student.grad is not None
     large = {address for address, size in seen.sizes.items() if size >= student.nbytes} - given
     assert large == {student.grad.untyped_storage().data_ptr()}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_a_teacher_in_inference_mode(reduction: str) -> None:
+    case = small_case()
+    with torch.inference_mode():
+        teacher = case.teacher * 1.0
+    grads = []
+    for logits in (case.teacher, teacher):
+        student = case.student.clone().requires_grad_()
+        loss = pkl_loss(student, logits, case.alignment, case.projection, reduction=reduction).sum()
+        grads.append(*gradients(loss, student))
+    assert torch.equal(grads[0], grads[1])

@@ -330,7 +330,9 @@ class _OnceOnly(torch.autograd.Function):
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     tensors, ctx.settings, (student_wanted, weight_wanted, *_) = _parts(inputs)
     ctx.set_materialize_grads(False)  # torch would make zeros of the size of every gradient
-    ctx.save_for_backward(*tensors)
+    # Tensors made in inference mode, as a teacher's logits often are, cannot be saved; they never need a gradient.
+    ctx.inference = {k: x for k, x in enumerate(tensors) if x is not None and x.is_inference()}
+    ctx.save_for_backward(*(None if k in ctx.inference else x for k, x in enumerate(tensors)))
     ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     ctx.prepared = tuple(grad.detach() for grad in output[2:]) if student_wanted or weight_wanted else None
@@ -341,7 +343,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     upstream = ctx.zeros[0] if upstream is None else upstream
     label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
-    inputs, settings = Inputs(*ctx.saved_tensors), ctx.settings
+    inputs = Inputs(*(ctx.inference.get(k, x) for k, x in enumerate(ctx.saved_tensors)))
+    settings = ctx.settings
     needed = Inputs(*ctx.needs_input_grad[:_SPLIT])
     student_wanted = bool(needed.student or needed.student_head or needed.student_bias)
     prepared, ctx.prepared = ctx.prepared, None
