@@ -57,7 +57,7 @@ def alignments(tokenizers: list[Any], rows: int) -> dict[str, xtoken.Alignment]:
     return {"1-to-1": ones, "numbers": xtoken.Alignment(mixed.spans[fits])}
 
 
-def best(run: Callable[[], Any], repeat: int) -> float:
+def median_seconds(run: Callable[[], Any], repeat: int) -> float:
     run()
     seconds = []
     for _ in range(repeat):
@@ -113,7 +113,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             leaf = student[0].detach().requires_grad_()
             torch.nn.functional.cross_entropy(leaf, labels).backward()
 
-        baseline = best(cross_entropy, options.repeat)
+        baseline = median_seconds(cross_entropy, options.repeat)
         for name, (chunks, function, arguments) in losses.items():
             if options.only and not any(part in name for part in options.only):
                 continue
@@ -136,7 +136,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 except RuntimeError as missing:
                     rows.append({"loss": name, "type": type_name, "level": level, "missing": str(missing)})
                     continue
-                seconds = best(step, options.repeat)
+                seconds = median_seconds(step, options.repeat)
                 grown = peak_growth(step)
                 row = {
                     "loss": name,
@@ -194,7 +194,7 @@ def reference_seconds(
     want = run()
     got = function(z, y, one, **arguments)
     assert abs(float(got - want)) <= 1e-4 * abs(float(want)) + 1e-5, f"wrong loss: {float(got)}, not {float(want)}"
-    return best(run, 2) / rows
+    return median_seconds(run, 2) / rows
 
 
 def small_projection(W: xtoken.ProjectionMatrix, size: int) -> xtoken.ProjectionMatrix:

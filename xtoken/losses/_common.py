@@ -213,17 +213,6 @@ def _vocabulary_size(logits: AnyLogits, size: int | None, name: str) -> int:
     return size
 
 
-def aligned_chunks(
-    alignment: Alignment,
-    student_length: int,
-    teacher_length: int,
-    device: torch.device,
-    realised: bool = False,
-) -> Chunks:
-    """The chunks of an alignment that have predictor rows within the logits [B, T, V]."""
-    return Chunks.of(alignment, student_length, teacher_length, device, realised)
-
-
 def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: bool = False) -> Chunks:
     """The chunks that the tensors of an alignment describe."""
     alignment = Alignment._trusted(
@@ -233,7 +222,7 @@ def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: boo
         _ids={"student": inputs.student_ids, "teacher": inputs.teacher_ids},
         predicted=inputs.predicted,
     )
-    return aligned_chunks(alignment, student.length, teacher.length, inputs.student.device, realised)
+    return Chunks.of(alignment, student.length, teacher.length, inputs.student.device, realised)
 
 
 class Matrix(NamedTuple):

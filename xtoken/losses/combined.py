@@ -14,7 +14,6 @@ from xtoken import reference
 from xtoken.alignment import Alignment
 from xtoken.losses._backends import IGNORED, blocks
 from xtoken.losses._common import (
-    aligned_chunks,
     check_alignment,
     check_choice,
     check_logits,
@@ -244,7 +243,7 @@ class XTokenLoss(nn.Module):
         device = device_of(student_logits)
         if alignment is not None:
             check_alignment(alignment, student.samples)
-            chunks = aligned_chunks(alignment, student.length, teacher_source.length, device)
+            chunks = Chunks.of(alignment, student.length, teacher_source.length, device)
         elif teacher.loss == "kd":
             chunks = position_chunks(mask.numel(), mask, device)
         else:
