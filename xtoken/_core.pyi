@@ -166,3 +166,24 @@ def cpu_gold(
     level: str,
     threads: int,
 ) -> None: ...
+def cpu_kd(
+    student: LogitsArgument,
+    teacher: LogitsArgument,
+    grad: LogitsArgument,
+    student_rows: RowsArgument,
+    teacher_rows: RowsArgument,
+    chunks: int,
+    scale: int,
+    losses: int,
+    labels: LabelsArgument,
+    temperature: float,
+    reverse: bool,
+    lowest: float,
+    columns: NDArray[np.int32] | None,
+    level: str,
+    threads: int,
+) -> None: ...
+def cpu_cross_entropy(
+    student: LogitsArgument, grad: LogitsArgument, labels: LabelsArgument, lowest: float, level: str, threads: int
+) -> None: ...
+def cpu_largest_columns(logits: LogitsArgument, count: int, ids: int, level: str, threads: int) -> None: ...

@@ -43,5 +43,6 @@ void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_cpu_gold(py::module_& m);
+void bind_cpu_kd(py::module_& m);
 
 }  // namespace xtoken

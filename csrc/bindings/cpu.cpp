@@ -11,13 +11,6 @@
 namespace xtoken {
 namespace {
 
-// (ids, scale, losses)
-using LabelsArgument = std::tuple<uintptr_t, double, uintptr_t>;
-
-cpu::Labels to_labels(const LabelsArgument& a) {
-    return {address<const int64_t>(std::get<0>(a)), std::get<1>(a), address<double>(std::get<2>(a))};
-}
-
 cpu::Merge to_merge(const std::string& name) {
     if (name == "first") return cpu::Merge::first;
     if (name == "mean") return cpu::Merge::mean;

@@ -43,4 +43,11 @@ inline cpu::ChunkRows to_rows(const RowsArgument& a) {
             address<const int64_t>(std::get<2>(a))};
 }
 
+// (ids, scale, losses)
+using LabelsArgument = std::tuple<uintptr_t, double, uintptr_t>;
+
+inline cpu::Labels to_labels(const LabelsArgument& a) {
+    return {address<const int64_t>(std::get<0>(a)), std::get<1>(a), address<double>(std::get<2>(a))};
+}
+
 }  // namespace xtoken

@@ -39,6 +39,7 @@ PYBIND11_MODULE(_core, m) {
     bind_projection(m);
     bind_cpu(m);
     bind_cpu_gold(m);
+    bind_cpu_kd(m);
 }
 
 }  // namespace

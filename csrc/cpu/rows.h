@@ -64,6 +64,7 @@ struct Normaliser {
     Exponential exp;
     float centre;
     double total;
+    float lowest = 0.0f;
 
     double log_sum() const { return ::log(total) + exp.log_unit(); }
 };
@@ -78,7 +79,7 @@ inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double t
     });
     float centre = largest(top);
     for (;;) {
-        Normaliser result{Exponential::around(centre, lowest, temperature), centre, 0.0};
+        Normaliser result{Exponential::around(centre, lowest, temperature), centre, 0.0, lowest};
         DoubleSum total;
         Floats part = broadcast(0.0f);
         top = broadcast(centre);
@@ -158,7 +159,8 @@ inline LabelTerm label_term(const Labels& labels, int64_t r, const T* z, const N
     term.scale = static_cast<float>(labels.scale);
     term.weight = static_cast<float>(labels.scale / one.total);
     term.exp = one.exp;
-    labels.losses[r] = one.log_sum() - static_cast<double>(widened(z[term.label]));
+    const float realised = widened(z[term.label]);
+    labels.losses[r] = one.log_sum() - static_cast<double>(realised < one.lowest ? one.lowest : realised);
     return term;
 }
 

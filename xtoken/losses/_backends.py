@@ -10,7 +10,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.reference import LOWEST_LOGIT, Chunks
+from xtoken.reference import LOWEST_LOGIT, Chunks, column_set
 
 IGNORED = -100
 """Label of a token that no loss looks at, as in PyTorch and transformers."""
@@ -150,6 +150,8 @@ class Backend:
         Why it cannot take a problem on such a device (a type of logits, say), or None if it can.
     cross_entropy : CrossEntropy
         For operations without labels of their own.
+    column_set : callable
+        `xtoken.reference.column_set` for logits of any type.
     fused_labels : set of operations that take `Labels`
     """
 
@@ -158,6 +160,7 @@ class Backend:
     missing: Callable[[torch.device], str | None]
     unsupported: Callable[[Problem], str | None] = can_do_anything
     cross_entropy: CrossEntropy = run_cross_entropy
+    column_set: Callable[[Tensor, int | None], Tensor] = column_set
     fused_labels: frozenset[str] = frozenset()
 
     def run(

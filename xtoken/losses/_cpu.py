@@ -15,8 +15,9 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xtoken import _core, reference
 from xtoken.losses._backends import Backend, Labels, Problem, register_backend
 from xtoken.losses._common import Matrix
-from xtoken.losses._cpu_arguments import ELEMENTS, logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_arguments import ELEMENTS, LabelBuffers, logits_argument, rows_argument, unit_stride
 from xtoken.losses._cpu_gold import run_gold
+from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
 
 
 @dataclass
@@ -93,9 +94,7 @@ def run_pkl(
     factors = None if scale is None else scale.detach().double().contiguous()
     plan = plan_for(options.projection, options.columns)
     weight_sums = None if weight_grad is None else torch.empty(plan.entries, dtype=torch.float64)
-    wanted = labels[0] if labels else None
-    label_losses = None if wanted is None else torch.empty(wanted.ids.shape, dtype=torch.float64)
-    label_ids = None if wanted is None else wanted.ids.contiguous()
+    buffers = LabelBuffers(*labels)
     _core.cpu_pkl(
         plan,
         logits_argument(student),
@@ -107,9 +106,7 @@ def run_pkl(
         0 if factors is None else factors.data_ptr(),
         losses.data_ptr(),
         0 if weight_sums is None else weight_sums.data_ptr(),
-        (0, 0.0, 0)
-        if wanted is None or label_ids is None or label_losses is None
-        else (label_ids.data_ptr(), wanted.scale, label_losses.data_ptr()),
+        buffers.argument,
         options.temperature,
         options.merge,
         options.reverse,
@@ -121,8 +118,7 @@ def run_pkl(
     del kept_student, kept_teacher
     if weight_grad is not None and weight_sums is not None:
         weight_grad.copy_(weight_sums)
-    if wanted is not None and label_losses is not None:
-        wanted.losses.copy_(label_losses)
+    buffers.finish()
     return losses.float()
 
 
@@ -132,9 +128,16 @@ def backend(name: str = "cpu", level: str = "") -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
 
-    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold}
-    leveled = {key: functools.partial(run, level=level) for key, run in operations.items()}
-    return Backend(name, leveled, missing, unsupported, fused_labels=frozenset(["pkl"]))
+    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold, "kd": run_kd}
+    return Backend(
+        name,
+        {key: functools.partial(run, level=level) for key, run in operations.items()},
+        missing,
+        unsupported,
+        functools.partial(run_cross_entropy, level=level),
+        functools.partial(column_set, level=level),
+        fused_labels=frozenset(["pkl", "kd"]),
+    )
 
 
 register_backend(backend())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from xtoken.losses._backends import Labels
 from xtoken.reference import Rows
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -32,3 +33,21 @@ def rows_argument(rows: Rows) -> tuple[tuple[int, int, int], list[Tensor]]:
         kept.append(rows.next_ids.contiguous())
     addresses = [tensor.data_ptr() for tensor in kept] + [0] * (3 - len(kept))
     return (addresses[0], addresses[1], addresses[2]), kept
+
+
+class LabelBuffers:
+    """Labels as a kernel takes them, if there are any, with room for its results in double precision."""
+
+    argument: tuple[int, float, int] = 0, 0.0, 0
+
+    def __init__(self, labels: Labels | None = None) -> None:
+        self._labels = labels
+        if labels is not None:
+            self._ids = labels.ids.contiguous()
+            self._losses = torch.empty(self._ids.shape, dtype=torch.float64)
+            self.argument = self._ids.data_ptr(), labels.scale, self._losses.data_ptr()
+
+    def finish(self) -> None:
+        """Hands the results over."""
+        if self._labels is not None:
+            self._labels.losses.copy_(self._losses)

@@ -250,9 +250,11 @@ class XTokenLoss(nn.Module):
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
         W, columns = teacher.projection, None
         if teacher.loss == "pkl" or (self.diagnostics and W is not None):
-            columns = select_columns(teacher_source, W, top_k=teacher.top_k, support=teacher.support, device=device)
+            columns = select_columns(
+                teacher_source, W, top_k=teacher.top_k, support=teacher.support, device=device, backend=self.backend
+            )
         elif self.diagnostics and teacher.loss == "kd":
-            columns = teacher_columns(teacher_source, teacher.top_k, device)
+            columns = teacher_columns(teacher_source, teacher.top_k, device, self.backend)
         inputs: list[Any] = [student_logits, teacher_logits, alignment]
         shared: dict[str, Any] = {
             "temperature": teacher.temperature,

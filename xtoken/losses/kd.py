@@ -110,7 +110,7 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
         _check_single(chunks)
     columns = None
     if settings.top_k is not None and settings.top_k < settings.teacher_size:
-        columns = teacher_columns(teacher, settings.top_k, inputs.student.device)
+        columns = teacher_columns(teacher, settings.top_k, inputs.student.device, settings.backend)
     return Prepared(chunks, KdOptions(columns, settings.temperature, settings.reverse))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
+from xtoken.losses._backends import select
 from xtoken.losses._common import (
     Losses,
     Matrix,
@@ -186,7 +187,7 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
         _check_realised(chunks, W.shape)
     columns = select_columns(
         teacher, W, top_k=settings.top_k, support=settings.support, columns=inputs.columns,
-        device=inputs.student.device,
+        device=inputs.student.device, backend=settings.backend,
     )  # fmt: skip
     return Prepared(chunks, PklOptions(W, columns, settings.temperature, settings.merge, settings.reverse))
 
@@ -202,11 +203,12 @@ def select_columns(
     support: str = "all",
     columns: Tensor | None = None,
     device: torch.device | str = "cpu",
+    backend: str = "auto",
 ) -> Tensor:
     """The column set C that `pkl_loss` uses with the same arguments: int64 [C], ascending, on ``device``."""
     width = projection.shape[1]
     if columns is None:
-        columns = teacher_columns(teacher, top_k, device)
+        columns = teacher_columns(teacher, top_k, device, backend)
     else:
         columns = _checked_columns(columns, width).to(device)
     if support == "reachable":
@@ -218,16 +220,17 @@ def select_columns(
     return columns
 
 
-def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str) -> Tensor:
-    """`xtoken.reference.column_set` for logits of any kind."""
+def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str, backend: str = "auto") -> Tensor:
+    """`xtoken.reference.column_set` for logits of any kind, by a backend."""
+    column_set = select(backend, torch.device(device)).column_set
     if isinstance(teacher, DenseSource):
-        return reference.column_set(teacher.logits, top_k)
+        return column_set(teacher.logits, top_k)
     total = teacher.samples * teacher.length
     if top_k is None or top_k >= teacher.size or total == 0:
         return torch.arange(teacher.size if top_k is None else min(top_k, teacher.size), device=device)
     step = max(1, BLOCK_ELEMENTS // teacher.size)
     maxima = [teacher.rows(first, min(total, first + step)).amax(0) for first in range(0, total, step)]
-    return reference.column_set(torch.stack(maxima), top_k)
+    return column_set(torch.stack(maxima)[None], top_k)
 
 
 def _checked_columns(given: Any, width: int) -> Tensor:

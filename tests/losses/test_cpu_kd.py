@@ -1,0 +1,136 @@
+"""Same-tokenizer KL and cross-entropy on the CPU: wide rows, every kind of label, threads."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from comparer import assert_as_accurate
+from harness import BACKENDS, DTYPES, Case, check, make_case
+from torch import Tensor
+
+from xtoken import kd_loss, pkl_loss
+from xtoken.losses import _backends
+from xtoken.losses._backends import IGNORED, Labels
+
+CPU = [name for name in BACKENDS if name != "reference"]
+cpu = pytest.mark.parametrize("backend", CPU)
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
+
+
+@functools.cache
+def wide_case() -> Case:
+    case = make_case(5003, 5003, samples=1, shapes=((1, 1),) * 3)
+    case.student[:, 1, 4990:] += 100.0
+    case.teacher[:, 2, 4985:] += 100.0
+    return case
+
+
+@cpu
+@dtypes
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"top_k": 1000, "temperature": 3.0}], ids=str)
+def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    """The largest logits come after the first 4096, so the unit of the exponentials is found twice."""
+    check(backend, "kd", wide_case(), dtype, strided=True, **options)
+
+
+def cross_entropy_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits with -inf and a padded head, labels of which some have that logit, and a gradient to add to."""
+    generator = torch.Generator().manual_seed(0)
+    student = 4 * torch.randn(3, 7, 83, generator=generator, dtype=torch.float64)
+    student[..., 1::3] = -math.inf
+    student[0, 0] = -math.inf
+    labels = torch.randint(83, (21,), generator=generator)
+    labels[3::5] = IGNORED
+    grad = torch.randn(3, 7, 90, generator=generator, dtype=torch.float64)
+    return student.to(dtype), labels, grad.to(dtype)
+
+
+@cpu
+@dtypes
+@pytest.mark.parametrize("strided", [False, True])
+def test_cross_entropy(strided: bool, dtype: torch.dtype, backend: str) -> None:
+    given, ids, before = cross_entropy_inputs(dtype)
+    if strided:
+        given = torch.nn.functional.pad(given, (2, 3, 1, 1), value=math.nan)[:, 1:-1, 2:-3]
+
+    def run(function: Callable[..., None], to: torch.dtype) -> tuple[Tensor, Tensor]:
+        losses, grad = torch.full((21,), math.nan, dtype=torch.promote_types(to, torch.float32)), before.to(to)
+        function(given.to(to) if to != dtype else given, Labels(ids, losses, 0.37), grad)
+        only = torch.empty_like(losses)
+        function(given.to(to), Labels(ids, only, 1.0))
+        assert torch.equal(only, losses)
+        assert torch.equal(grad[..., 83:], before[..., 83:].to(to))
+        return losses, grad
+
+    losses, grad = run(_backends.select(backend, torch.device("cpu")).cross_entropy, dtype)
+    plain, plain_grad = run(_backends.run_cross_entropy, dtype)
+    true, true_grad = run(_backends.run_cross_entropy, torch.float64)
+    assert_as_accurate(losses, plain, true, 4 * torch.finfo(torch.float32).eps * float(true.max()), "losses")
+    floor = torch.finfo(dtype).eps * float(true_grad.abs().max())
+    assert_as_accurate(grad, plain_grad, true_grad, floor, "gradient")
+    unlabelled = (ids == IGNORED).reshape(3, 7)
+    assert torch.equal(grad[unlabelled], before[unlabelled])
+    assert losses[ids == IGNORED].count_nonzero() == 0
+
+
+@cpu
+def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
+    given, ids, before = cross_entropy_inputs(torch.float64)
+    results = []
+    for function in (_backends.select(backend, torch.device("cpu")).cross_entropy, _backends.run_cross_entropy):
+        losses, grad = torch.empty(21, dtype=torch.float64), before.clone()
+        function(given, Labels(ids, losses, 1.0), grad)
+        results.append((losses, grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+@cpu
+@pytest.mark.parametrize("loss", ["kd", "pkl"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0}], ids=str)
+def test_labels_in_the_same_pass(options: dict[str, Any], loss: str, backend: str) -> None:
+    """As two losses of the reference, also where the label's logit is -inf and in rows without a chunk."""
+    case = make_case(67, 67)
+    case.student[..., 1::3] = -math.inf
+    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    labels[:, 3] = IGNORED
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        student = case.student.float().to(dtype).requires_grad_()
+        arguments: dict[str, Any] = {"labels": labels, "backend": name, "top_k": None, **options}
+        if loss == "kd":
+            mask = torch.ones(student.shape[:2], dtype=torch.bool)
+            mask[:, ::4] = False
+            pair = kd_loss(student, student.detach().flip(1).clamp_min(-9.0), mask=mask, **arguments)
+        else:
+            teacher = case.teacher.float().to(dtype)
+            pair = pkl_loss(student, teacher, case.alignment, case.projection, **arguments)
+        results.append((*pair, *torch.autograd.grad(pair[0] + 0.7 * pair[1], student)))
+    for got, plain, truth in zip(*results, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
+        assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, loss)
+
+
+@cpu
+@pytest.mark.parametrize("top_k", [31, None])
+def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> None:
+    case = make_case(1000, 1000)
+    labels = torch.randint(1000, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    teacher = case.teacher[:, : case.student.shape[1]].float()
+    length = teacher.shape[1]
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        student = case.student[:, :length].float().requires_grad_()
+        loss, ce = kd_loss(student, teacher, labels=labels[:, :length], top_k=top_k, backend=backend)
+        losses, grad = torch.empty(labels.numel()), torch.zeros_like(case.student, dtype=torch.float32)
+        function = _backends.select(backend, torch.device("cpu")).cross_entropy
+        function(case.student.float(), Labels(labels.flatten(), losses, 1.0), grad)
+        results.append([loss, ce, *torch.autograd.grad(loss + ce, student), losses, grad])
+    torch.set_num_threads(1)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other)
