@@ -11,6 +11,13 @@
 namespace xtoken {
 namespace {
 
+const float* weights_of(const cpu::ColumnIndex& matrix, const Array<float>& weight) {
+    if (weight.size() != matrix.entries()) {
+        value_error("weight: expected ", matrix.entries(), " weights (the matrix's entries), got ", weight.size());
+    }
+    return weight.data();
+}
+
 cpu::Merge to_merge(const std::string& name) {
     if (name == "first") return cpu::Merge::first;
     if (name == "mean") return cpu::Merge::mean;
@@ -60,17 +67,21 @@ void bind_cpu(py::module_& m) {
         py::arg("x"), py::arg("element"), py::arg("level"));
 
     py::class_<ColumnIndex>(m, "CpuMatrix")
-        .def(py::init([](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& weight,
-                         int64_t teacher_size) {
-                 return ColumnIndex({to_vector(row_ptr, "row_ptr"), to_vector(col, "col"), to_vector(weight, "weight")},
-                                    teacher_size);
+        .def(py::init([](const Array<int64_t>& row_ptr, const Array<int32_t>& col, int64_t teacher_size) {
+                 return ColumnIndex(to_vector(row_ptr, "row_ptr"), to_vector(col, "col"), teacher_size);
              }),
-             py::arg("row_ptr"), py::arg("col"), py::arg("weight"), py::arg("teacher_size"));
+             py::arg("row_ptr"), py::arg("col"), py::arg("teacher_size"));
     py::class_<Plan>(m, "CpuPlan")
-        .def(py::init([](const ColumnIndex& matrix, const Array<int32_t>& columns) {
-                 return Plan(matrix, to_vector(columns, "columns"));
+        .def(py::init([](const ColumnIndex& matrix, const Array<float>& weight, const Array<int32_t>& columns) {
+                 return Plan(matrix, weights_of(matrix, weight), to_vector(columns, "columns"));
              }),
-             py::arg("matrix"), py::arg("columns"))
+             py::arg("matrix"), py::arg("weight"), py::arg("columns"))
+        .def(
+            "reweighted",
+            [](const Plan& plan, const ColumnIndex& matrix, const Array<float>& weight) {
+                return plan.reweighted(matrix, weights_of(matrix, weight));
+            },
+            py::arg("matrix"), py::arg("weight"))
         .def_property_readonly("entries", [](const Plan& plan) { return plan.view().entries; });
     m.def(
         "cpu_pkl",

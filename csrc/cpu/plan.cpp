@@ -17,163 +17,240 @@ int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
 }  // namespace
 
-ColumnIndex::ColumnIndex(SparseRows matrix, int64_t teacher_size) : rows_(std::move(matrix)) {
+ColumnIndex::ColumnIndex(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t teacher_size)
+    : row_ptr_(std::move(row_ptr)), col_(std::move(col)) {
     col_ptr_.assign(static_cast<size_t>(teacher_size) + 1, 0);
-    for (const int32_t t : rows_.col) {
+    for (const int32_t t : col_) {
         if (t < 0 || t >= teacher_size) value_error("col: expected ids below ", teacher_size, ", got ", t);
         ++col_ptr_[static_cast<size_t>(t) + 1];
     }
     for (size_t t = 1; t < col_ptr_.size(); ++t) col_ptr_[t] += col_ptr_[t - 1];
-    entry_.resize(rows_.col.size());
-    row_.resize(rows_.col.size());
+    entry_.resize(col_.size());
+    row_.resize(col_.size());
     std::vector<int64_t> next(col_ptr_.begin(), col_ptr_.end() - 1);
     for (int64_t s = 0; s < student_size(); ++s) {
-        for (int64_t e = rows_.row_ptr[s]; e < rows_.row_ptr[s + 1]; ++e) {
-            const int64_t at = next[rows_.col[e]]++;
-            entry_[at] = e;
+        for (int64_t e = row_ptr_[s]; e < row_ptr_[s + 1]; ++e) {
+            const int64_t at = next[col_[e]]++;
+            entry_[at] = static_cast<int32_t>(e);
             row_[at] = static_cast<int32_t>(s);
         }
     }
 }
 
-SumsView Plan::Sums::view() const {
-    return {static_cast<int64_t>(start.size()) - 1, start.data(), index.data(), weight.data(), remainder.data()};
-}
+// Rows or columns, and their entries one list after the other.
+struct Plan::Lists {
+    std::vector<int32_t> owner, begin, place;
+    std::vector<int32_t> index, entry;
 
-Plan::Sums Plan::make_sums(std::vector<List>& lists, const std::vector<int32_t>& index,
-                           const std::vector<float>& weight, int32_t zero_slot, int32_t first_slot,
-                           std::vector<int32_t>& source) {
-    std::stable_sort(lists.begin(), lists.end(), [](const List& a, const List& b) { return a.count > b.count; });
-    const auto count = static_cast<int64_t>(lists.size());
-    const int64_t slices = padded(count) / lanes;
-    Sums sums;
-    sums.start.push_back(0);
-    for (int64_t k = 0; k < slices; ++k) sums.start.push_back(sums.start.back() + lists[k * lanes].count);
+    void clear() {
+        for (auto* values : {&owner, &begin, &place, &index, &entry}) values->clear();
+    }
+    int64_t size() const { return static_cast<int64_t>(owner.size()); }
+    int32_t count(int64_t i) const {
+        return (i + 1 < size() ? begin[i + 1] : static_cast<int32_t>(index.size())) - begin[i];
+    }
+};
+
+Plan::SumsLayout Plan::make_sums(Lists& lists, int32_t zero_slot, std::vector<int32_t>& source) {
+    SumsLayout sums;
+    sums.count = lists.size();
+    // The place of each list when they are sorted by length, longest first, others in their order.
+    int32_t longest = 0;
+    for (int64_t i = 0; i < lists.size(); ++i) longest = std::max(longest, lists.count(i));
+    std::vector<int32_t> next(static_cast<size_t>(longest) + 2, 0);
+    for (int64_t i = 0; i < lists.size(); ++i) ++next[longest - lists.count(i) + 1];
+    for (size_t i = 1; i < next.size(); ++i) next[i] += next[i - 1];
+    for (int64_t i = 0; i < lists.size(); ++i) lists.place.push_back(next[longest - lists.count(i)]++);
+
+    const int64_t slices = padded(sums.count) / lanes;
+    sums.start.assign(slices + 1, 0);
+    for (int64_t i = 0; i < lists.size(); ++i) {
+        if (lists.place[i] % lanes == 0) sums.start[lists.place[i] / lanes + 1] = lists.count(i);
+    }
+    for (int64_t k = 0; k < slices; ++k) sums.start[k + 1] += sums.start[k];
     sums.index.assign(lanes * sums.start.back(), zero_slot);
-    sums.weight.assign(lanes * sums.start.back(), 0.0f);
-    sums.remainder.assign(lanes * slices, 0.0f);
-    for (int64_t n = 0; n < count; ++n) {
-        const List& list = lists[n];
-        const int64_t base = lanes * sums.start[n / lanes] + n % lanes;
-        double total = 0;
-        for (int32_t i = 0; i < list.count; ++i) {
-            sums.index[base + lanes * i] = index[list.begin + i];
-            sums.weight[base + lanes * i] = weight[list.begin + i];
-            total += static_cast<double>(weight[list.begin + i]);
+    sums.entry.assign(lanes * sums.start.back(), -1);
+    const auto first_slot = static_cast<int32_t>(zero_slot + lanes);
+    for (int64_t i = 0; i < lists.size(); ++i) {
+        const int64_t base = lanes * sums.start[lists.place[i] / lanes] + lists.place[i] % lanes;
+        for (int32_t n = 0; n < lists.count(i); ++n) {
+            sums.index[base + lanes * n] = lists.index[lists.begin[i] + n];
+            sums.entry[base + lanes * n] = lists.entry[lists.begin[i] + n];
         }
-        sums.remainder[n] = static_cast<float>(1 - total);
-        source[list.owner] = first_slot + static_cast<int32_t>(n);
+        source[lists.owner[i]] = first_slot + lists.place[i];
     }
     return sums;
 }
 
-Plan::Plan(const ColumnIndex& matrix, std::vector<int32_t> chosen) : chosen_(std::move(chosen)) {
-    const SparseRows& W = matrix.rows_;
-    const bool all = chosen_.empty();
+std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix, const float* weight,
+                                                      std::vector<int32_t> chosen) {
+    // Kept from call to call: most of the time would go into getting this memory from the system.
+    static thread_local Lists lists;
+    static thread_local std::vector<int32_t> compact;    // student id -> compact row
+    static thread_local std::vector<int32_t> column_of;  // teacher id -> compact column, or -1
+
+    auto result = std::make_shared<Layout>();
+    Layout& layout = *result;
+    const bool all = chosen.empty();
     const int64_t students = matrix.student_size(), teachers = matrix.teacher_size();
-    const int64_t columns = all ? teachers : static_cast<int64_t>(chosen_.size());
+    const int64_t columns = all ? teachers : static_cast<int64_t>(chosen.size());
 
     // The student ids that have an entry in the columns.
-    std::vector<int32_t> compact;  // student id -> compact row
     if (!all) {
-        active_bits_.assign(padded(students) / lanes, 0);
-        for (const int32_t t : chosen_) {
+        layout.active_bits.assign(padded(students) / lanes, 0);
+        for (const int32_t t : chosen) {
             for (int64_t i = matrix.col_ptr_[t]; i < matrix.col_ptr_[t + 1]; ++i) {
-                active_bits_[matrix.row_[i] / lanes] |= static_cast<uint16_t>(1u << (matrix.row_[i] % lanes));
+                layout.active_bits[matrix.row_[i] / lanes] |= static_cast<uint16_t>(1u << (matrix.row_[i] % lanes));
             }
         }
         compact.resize(students);
         for (int64_t s = 0; s < students; ++s) {
-            if (active_bits_[s / lanes] == 0) {
+            if (layout.active_bits[s / lanes] == 0) {
                 s |= lanes - 1;
-            } else if ((active_bits_[s / lanes] >> (s % lanes) & 1u) != 0) {
-                compact[s] = static_cast<int32_t>(active_.size());
-                active_.push_back(static_cast<int32_t>(s));
+            } else if ((layout.active_bits[s / lanes] >> (s % lanes) & 1u) != 0) {
+                compact[s] = static_cast<int32_t>(layout.active.size());
+                layout.active.push_back(static_cast<int32_t>(s));
             }
         }
     }
-    const int64_t rows = all ? students : static_cast<int64_t>(active_.size());
+    const int64_t rows = all ? students : static_cast<int64_t>(layout.active.size());
+    const auto row_zero = static_cast<int32_t>(padded(rows)), column_zero = static_cast<int32_t>(padded(columns));
 
     // Columns: entries in order of the student.
-    std::vector<List> lists;
-    std::vector<int32_t> index;
-    std::vector<float> weight;
-    const auto row_zero = static_cast<int32_t>(padded(rows)), column_zero = static_cast<int32_t>(padded(columns));
-    column_source_.assign(padded(columns), row_zero);
+    lists.clear();
+    layout.column_source.assign(padded(columns), row_zero);
+    int64_t entries = 0;
     for (int64_t j = 0; j < columns; ++j) {
-        const int64_t t = all ? j : chosen_[j];
+        const int64_t t = all ? j : chosen[j];
         const int64_t first = matrix.col_ptr_[t], count = matrix.col_ptr_[t + 1] - first;
         const auto row_at = [&](int64_t i) { return all ? matrix.row_[i] : compact[matrix.row_[i]]; };
+        entries += count;
         if (count == 0) continue;
-        if (count == 1 && W.weight[matrix.entry_[first]] == 1.0f) {
-            column_source_[j] = row_at(first);
+        if (count == 1 && weight[matrix.entry_[first]] == 1.0f) {
+            layout.column_source[j] = row_at(first);
+            layout.direct.push_back(matrix.entry_[first]);
             continue;
         }
-        lists.push_back({static_cast<int32_t>(j), static_cast<int64_t>(index.size()), static_cast<int32_t>(count)});
+        lists.owner.push_back(static_cast<int32_t>(j));
+        lists.begin.push_back(static_cast<int32_t>(lists.index.size()));
         for (int64_t i = first; i < first + count; ++i) {
-            index.push_back(row_at(i));
-            weight.push_back(W.weight[matrix.entry_[i]]);
+            lists.index.push_back(row_at(i));
+            lists.entry.push_back(matrix.entry_[i]);
         }
     }
-    column_sums_ = make_sums(lists, index, weight, row_zero, row_zero + lanes, column_source_);
+    layout.column_sums = make_sums(lists, row_zero, layout.column_source);
 
     // Rows: entries in order of the column.
-    std::vector<int32_t> column_of;  // teacher id -> compact column, or -1
     if (!all) {
         column_of.assign(teachers, -1);
-        for (int64_t j = 0; j < columns; ++j) column_of[chosen_[j]] = static_cast<int32_t>(j);
+        for (int64_t j = 0; j < columns; ++j) column_of[chosen[j]] = static_cast<int32_t>(j);
     }
     lists.clear();
-    index.clear();
-    weight.clear();
-    row_source_.assign(padded(rows), column_zero);
-    row_weight_.assign(padded(rows), 0.0f);
+    layout.row_source.assign(padded(rows), column_zero);
+    for (auto* values : {&layout.entry, &layout.entry_row, &layout.entry_column}) values->reserve(entries);
     for (int64_t i = 0; i < rows; ++i) {
-        const int64_t s = all ? i : active_[i];
-        const auto begin = static_cast<int64_t>(index.size());
-        double total = 0;
-        for (int64_t e = W.row_ptr[s]; e < W.row_ptr[s + 1]; ++e) {
-            const int32_t j = all ? W.col[e] : column_of[W.col[e]];
+        const int64_t s = all ? i : layout.active[i];
+        const size_t begin = lists.index.size();
+        for (int64_t e = matrix.row_ptr_[s]; e < matrix.row_ptr_[s + 1]; ++e) {
+            const int32_t j = all ? matrix.col_[e] : column_of[matrix.col_[e]];
             if (j < 0) continue;
-            index.push_back(j);
-            weight.push_back(W.weight[e]);
-            entry_row_.push_back(static_cast<int32_t>(i));
-            entry_column_.push_back(j);
-            total += static_cast<double>(W.weight[e]);
+            lists.index.push_back(j);
+            lists.entry.push_back(static_cast<int32_t>(e));
+            layout.entry_row.push_back(static_cast<int32_t>(i));
+            layout.entry_column.push_back(j);
+            layout.entry.push_back(static_cast<int32_t>(e));
         }
-        const auto count = static_cast<int32_t>(static_cast<int64_t>(index.size()) - begin);
-        if (count == 0) empty_.push_back(static_cast<int32_t>(i));
-        row_weight_[i] = static_cast<float>(total);
-        if (std::abs(1 - total) > complete) deficient_.push_back(static_cast<int32_t>(i));
-        if (count == 1 && weight.back() == 1.0f) {
-            row_source_[i] = index.back();
-            index.pop_back();
-            weight.pop_back();
+        const size_t count = lists.index.size() - begin;
+        if (count == 0) layout.empty.push_back(static_cast<int32_t>(i));
+        if (count == 1 && weight[lists.entry.back()] == 1.0f) {
+            layout.row_source[i] = lists.index.back();
+            layout.direct.push_back(lists.entry.back());
+            lists.index.pop_back();
+            lists.entry.pop_back();
         } else {
-            lists.push_back({static_cast<int32_t>(i), begin, count});
+            lists.owner.push_back(static_cast<int32_t>(i));
+            lists.begin.push_back(static_cast<int32_t>(begin));
         }
     }
-    row_sums_ = make_sums(lists, index, weight, column_zero, column_zero + lanes, row_source_);
+    layout.row_sums = make_sums(lists, column_zero, layout.row_source);
 
-    chosen_.resize(all ? 0 : padded(columns), all ? 0 : chosen_.front());
-    view_.student_size = students;
-    view_.teacher_size = teachers;
-    view_.rows = rows;
-    view_.columns = columns;
-    view_.active_bits = all ? nullptr : active_bits_.data();
-    view_.chosen = all ? nullptr : chosen_.data();
-    view_.column_source = column_source_.data();
-    view_.row_source = row_source_.data();
-    view_.column_sums = column_sums_.view();
-    view_.row_sums = row_sums_.view();
+    if (!all) chosen.resize(padded(columns), chosen.front());
+    layout.chosen = std::move(chosen);
+    layout.student_size = students;
+    layout.teacher_size = teachers;
+    layout.rows = rows;
+    layout.columns = columns;
+    return result;
+}
+
+SumsView Plan::Sums::view(const SumsLayout& layout) const {
+    return {static_cast<int64_t>(layout.start.size()) - 1, layout.start.data(), layout.index.data(), weight.data(),
+            remainder.data()};
+}
+
+Plan::Sums Plan::weigh(const SumsLayout& layout, const float* weight) {
+    Sums sums;
+    sums.weight.resize(layout.entry.size());
+    sums.remainder.assign(padded(layout.count), 0.0f);
+    for (int64_t n = 0; n < layout.count; ++n) {
+        const int64_t k = n / lanes;
+        double total = 0;
+        for (int64_t i = lanes * layout.start[k] + n % lanes; i < lanes * layout.start[k + 1]; i += lanes) {
+            if (layout.entry[i] < 0) break;
+            sums.weight[i] = weight[layout.entry[i]];
+            total += static_cast<double>(sums.weight[i]);
+        }
+        sums.remainder[n] = static_cast<float>(1 - total);
+    }
+    return sums;
+}
+
+Plan::Plan(std::shared_ptr<const Layout> shared, const float* weight) : layout_(std::move(shared)) {
+    const Layout& layout = *layout_;
+    column_sums_ = weigh(layout.column_sums, weight);
+    row_sums_ = weigh(layout.row_sums, weight);
+    row_weight_.assign(padded(layout.rows), 0.0f);
+    size_t next = 0;
+    for (int64_t i = 0; i < layout.rows; ++i) {
+        double total = 0;
+        for (; next < layout.entry.size() && layout.entry_row[next] == i; ++next) {
+            total += static_cast<double>(weight[layout.entry[next]]);
+        }
+        row_weight_[i] = static_cast<float>(total);
+        if (std::abs(1 - total) > complete) deficient_.push_back(static_cast<int32_t>(i));
+    }
+
+    const bool all = layout.chosen.empty();
+    view_.student_size = layout.student_size;
+    view_.teacher_size = layout.teacher_size;
+    view_.rows = layout.rows;
+    view_.columns = layout.columns;
+    view_.active_bits = all ? nullptr : layout.active_bits.data();
+    view_.chosen = all ? nullptr : layout.chosen.data();
+    view_.column_source = layout.column_source.data();
+    view_.row_source = layout.row_source.data();
+    view_.column_sums = column_sums_.view(layout.column_sums);
+    view_.row_sums = row_sums_.view(layout.row_sums);
     view_.row_weight = row_weight_.data();
     view_.deficient = deficient_.data();
     view_.num_deficient = static_cast<int64_t>(deficient_.size());
-    view_.empty = empty_.data();
-    view_.num_empty = static_cast<int64_t>(empty_.size());
-    view_.entry_row = entry_row_.data();
-    view_.entry_column = entry_column_.data();
-    view_.entries = static_cast<int64_t>(entry_row_.size());
+    view_.empty = layout.empty.data();
+    view_.num_empty = static_cast<int64_t>(layout.empty.size());
+    view_.entry_row = layout.entry_row.data();
+    view_.entry_column = layout.entry_column.data();
+    view_.entries = static_cast<int64_t>(layout.entry_row.size());
+}
+
+Plan::Plan(const ColumnIndex& matrix, const float* weight, std::vector<int32_t> chosen)
+    : Plan(make_layout(matrix, weight, std::move(chosen)), weight) {}
+
+Plan Plan::reweighted(const ColumnIndex& matrix, const float* weight) const {
+    const std::vector<int32_t>& direct = layout_->direct;
+    if (std::all_of(direct.begin(), direct.end(), [=](int32_t e) { return weight[e] == 1.0f; })) {
+        return Plan(layout_, weight);
+    }
+    const std::vector<int32_t>& chosen = layout_->chosen;
+    return Plan(matrix, weight, {chosen.begin(), chosen.empty() ? chosen.end() : chosen.begin() + layout_->columns});
 }
 
 }  // namespace xtoken::cpu

@@ -9,8 +9,6 @@
 #include <memory>
 #include <vector>
 
-#include "core/projection.h"
-
 namespace xtoken::cpu {
 
 // Weighted sums, 16 side by side: entry i of lane l of slice k is at 16 * (start[k] + i) + l. Sorted by length, filled
@@ -45,49 +43,65 @@ struct PlanView {
     int64_t entries;
 };
 
-// The matrix in compressed rows and in compressed columns.
+// Where a matrix has entries, in compressed rows and in compressed columns.
 class ColumnIndex {
   public:
-    ColumnIndex(SparseRows matrix, int64_t teacher_size);
+    ColumnIndex(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t teacher_size);
 
-    const SparseRows& rows() const { return rows_; }
-    int64_t student_size() const { return static_cast<int64_t>(rows_.row_ptr.size()) - 1; }
+    int64_t student_size() const { return static_cast<int64_t>(row_ptr_.size()) - 1; }
     int64_t teacher_size() const { return static_cast<int64_t>(col_ptr_.size()) - 1; }
+    int64_t entries() const { return static_cast<int64_t>(col_.size()); }
 
   private:
     friend class Plan;
-    SparseRows rows_;
+    std::vector<int64_t> row_ptr_;  // [student_size + 1]
+    std::vector<int32_t> col_;      // [entries]
     std::vector<int64_t> col_ptr_;  // [teacher_size + 1]
-    std::vector<int64_t> entry_;    // [nnz] positions in rows_, by column
-    std::vector<int32_t> row_;      // [nnz] their rows
+    std::vector<int32_t> entry_;    // [entries] positions in col_, by column
+    std::vector<int32_t> row_;      // [entries] their rows
 };
 
+// A layout that depends on where W has entries (and which of them are alone and weigh 1), and the weights in it.
 class Plan {
   public:
-    // For all columns (`chosen` empty), or for these: ascending, distinct.
-    Plan(const ColumnIndex& matrix, std::vector<int32_t> chosen);
+    // For all columns (`chosen` empty), or for these: ascending, distinct. `weight` [matrix.entries()].
+    Plan(const ColumnIndex& matrix, const float* weight, std::vector<int32_t> chosen);
+    Plan(Plan&&) = default;
+
+    // The same columns with other weights; shares the layout, if the entries that have to weigh 1 still do.
+    Plan reweighted(const ColumnIndex& matrix, const float* weight) const;
 
     const PlanView& view() const { return view_; }
 
   private:
-    struct Sums {
+    // Of sums, in the order of SumsView; entries are positions in W, -1 where a sum is filled up.
+    struct SumsLayout {
+        int64_t count = 0;  // of sums that somebody needs
         std::vector<int64_t> start;
-        std::vector<int32_t> index;
+        std::vector<int32_t> index, entry;
+    };
+    struct Layout {
+        std::vector<int32_t> chosen, active, column_source, row_source, empty, entry, entry_row, entry_column;
+        std::vector<uint16_t> active_bits;
+        std::vector<int32_t> direct;  // entries that a source leads to without a sum: they weigh 1
+        SumsLayout column_sums, row_sums;
+        int64_t student_size, teacher_size, rows, columns;
+    };
+    struct Lists;
+    struct Sums {
         std::vector<float> weight, remainder;
-        SumsView view() const;
+        SumsView view(const SumsLayout& layout) const;
     };
-    // One row or column: entries [begin, begin + count) of `index` and `weight`.
-    struct List {
-        int32_t owner;
-        int64_t begin;
-        int32_t count;
-    };
-    static Sums make_sums(std::vector<List>& lists, const std::vector<int32_t>& index, const std::vector<float>& weight,
-                          int32_t zero_slot, int32_t first_slot, std::vector<int32_t>& source);
 
-    std::vector<int32_t> chosen_, active_, column_source_, row_source_, deficient_, empty_, entry_row_, entry_column_;
-    std::vector<uint16_t> active_bits_;
+    Plan(std::shared_ptr<const Layout> layout, const float* weight);
+    static std::shared_ptr<const Layout> make_layout(const ColumnIndex& matrix, const float* weight,
+                                                     std::vector<int32_t> chosen);
+    static SumsLayout make_sums(Lists& lists, int32_t zero_slot, std::vector<int32_t>& source);
+    static Sums weigh(const SumsLayout& layout, const float* weight);
+
+    std::shared_ptr<const Layout> layout_;
     std::vector<float> row_weight_;
+    std::vector<int32_t> deficient_;
     Sums column_sums_, row_sums_;
     PlanView view_;
 };

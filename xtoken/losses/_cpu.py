@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import weakref
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -20,16 +20,24 @@ from xtoken.losses._cpu_gold import run_gold
 from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
 
 
+class _Kept(NamedTuple):
+    """A plan, its columns (None: all) and the weights that it was made of."""
+
+    plan: _core.CpuPlan
+    columns: Tensor | None
+    weight: weakref.ref[Tensor]
+    version: int
+
+
 @dataclass
 class _Plans:
     """The layouts of one W: its transpose, the plan for all columns, and the last one for a subset."""
 
-    weight: weakref.ref[Tensor]
-    version: tuple[int, ...]
+    row_ptr: weakref.ref[Tensor]
+    version: tuple[int, int]
     matrix: _core.CpuMatrix
-    all: _core.CpuPlan | None = None
-    columns: Tensor | None = None
-    subset: _core.CpuPlan | None = None
+    all: _Kept | None = None
+    subset: _Kept | None = None
 
 
 _PLANS: Any = WeakIdKeyDictionary()
@@ -37,30 +45,41 @@ _PLANS: Any = WeakIdKeyDictionary()
 
 
 def plan_for(projection: Matrix, columns: Tensor) -> _core.CpuPlan:
-    """The layout of W in ascending columns [C]; kept while W's tensors are the same and unchanged, for a
-    subset until another one comes."""
+    """The layout of W in ascending columns [C].
+
+    Kept while W has its entries in the same places, for a subset until another one comes. Other weights, which a
+    learnable W has at every step, are put into the layout that there is.
+    """
     plans = _plans_of(projection)
-    if len(columns) == projection.shape[1]:
-        if plans.all is None:
-            plans.all = _core.CpuPlan(plans.matrix, np.empty(0, np.int32))
-        return plans.all
-    if plans.subset is None or plans.columns is None or not torch.equal(plans.columns, columns):
-        plans.subset = _core.CpuPlan(plans.matrix, columns.to(torch.int32).numpy())
-        plans.columns = columns.clone()
-    return plans.subset
+    everything = len(columns) == projection.shape[1]
+    kept = plans.all if everything else plans.subset
+    if kept is not None and kept.columns is not None and not torch.equal(kept.columns, columns):
+        kept = None
+    weight = projection.weight
+    if kept is not None and kept.weight() is weight and kept.version == weight._version:
+        return kept.plan
+    values = np.ascontiguousarray(weight.detach().cpu().to(torch.float32).numpy())
+    if kept is not None:
+        plan = kept.plan.reweighted(plans.matrix, values)
+    else:
+        ids = np.empty(0, np.int32) if everything else columns.to(torch.int32).numpy()
+        plan = _core.CpuPlan(plans.matrix, values, ids)
+    made = _Kept(plan, None if everything else columns.clone(), weakref.ref(weight), weight._version)
+    if everything:
+        plans.all = made
+    else:
+        plans.subset = made
+    return plan
 
 
 def _plans_of(projection: Matrix) -> _Plans:
-    tensors = projection.row_ptr, projection.col, projection.weight
-    version = tuple(tensor._version for tensor in tensors)
-    known: _Plans | None = _PLANS.get(projection.col)
-    if known is not None and known.weight() is projection.weight and known.version == version:
+    row_ptr, col = projection.row_ptr, projection.col
+    version = row_ptr._version, col._version
+    known: _Plans | None = _PLANS.get(col)
+    if known is not None and known.row_ptr() is row_ptr and known.version == version:
         return known
-    row_ptr, col, weight = (tensor.detach().cpu().numpy() for tensor in tensors)
-    matrix = _core.CpuMatrix(row_ptr, col, np.ascontiguousarray(weight, dtype=np.float32), projection.shape[1])
-    plans = _Plans(weakref.ref(projection.weight), version, matrix)
-    if not projection.weight.requires_grad:
-        _PLANS[projection.col] = plans
+    matrix = _core.CpuMatrix(row_ptr.detach().cpu().numpy(), col.detach().cpu().numpy(), projection.shape[1])
+    plans = _PLANS[col] = _Plans(weakref.ref(row_ptr), version, matrix)
     return plans
 
 

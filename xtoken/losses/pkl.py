@@ -44,8 +44,9 @@ class PklOptions:
     @cached_property
     def entry_index(self) -> Tensor:
         """int64 [E]: the entries of W in the columns."""
-        number = torch.arange(len(self.projection.col), device=self.projection.col.device)
-        return reference.restrict(self.projection._replace(weight=number), self.columns).weight
+        chosen = torch.zeros(self.projection.shape[1], dtype=torch.bool, device=self.columns.device)
+        chosen[self.columns] = True
+        return chosen[self.projection.col.to(chosen.device)].nonzero()[:, 0]
 
     @cached_property
     def entries(self) -> Entries:

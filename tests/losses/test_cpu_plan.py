@@ -1,0 +1,109 @@
+"""Plans of W for the CPU kernels: kept from call to call, reweighted for a learnable W."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from comparer import assert_as_accurate
+from harness import BACKENDS, Case, make_case
+from torch import Tensor
+
+from xtoken import _core, pkl_loss
+
+cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
+
+
+class Builds:
+    """Counts what is built anew."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.matrices = self.plans = 0
+        matrix, plan = _core.CpuMatrix, _core.CpuPlan
+
+        def make_matrix(*arguments: Any) -> Any:
+            self.matrices += 1
+            return matrix(*arguments)
+
+        def make_plan(*arguments: Any) -> Any:
+            self.plans += 1
+            return plan(*arguments)
+
+        monkeypatch.setattr(_core, "CpuMatrix", make_matrix)
+        monkeypatch.setattr(_core, "CpuPlan", make_plan)
+
+
+def weighted(case: Case, weight: Tensor) -> SimpleNamespace:
+    W = case.projection
+    return SimpleNamespace(row_ptr=W.row_ptr, col=W.col, shape=W.shape, weight=weight)
+
+
+def compare(case: Case, weight: Tensor, backend: str, top_k: int | None, merge: str = "first") -> None:
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        student, leaf = (x.float().to(dtype).requires_grad_() for x in (case.student, weight.detach()))
+        options: dict[str, Any] = {"top_k": top_k, "merge": merge, "backend": name}
+        teacher = case.teacher.float().to(dtype)
+        loss = pkl_loss(student, teacher, case.alignment, weighted(case, leaf), **options)
+        results.append((loss.detach(), *torch.autograd.grad(loss, [student, leaf])))
+    for got, plain, truth in zip(*results, strict=True):
+        assert_as_accurate(got, plain, truth, 4 * torch.finfo(torch.float32).eps * float(truth.abs().max()))
+
+
+@cpu
+@pytest.mark.parametrize("top_k", [31, None])
+def test_other_weights_use_the_same_layout(top_k: int | None, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    logits = torch.randn(len(case.projection.weight), generator=torch.Generator().manual_seed(0))
+    row = torch.repeat_interleave(case.projection.row_ptr.diff())
+    builds = Builds(monkeypatch)
+    for step in range(4):
+        shares = (logits * step).exp()
+        weight = shares / torch.zeros(case.projection.shape[0]).index_add(0, row, shares)[row]
+        compare(case, weight, backend, top_k)
+    assert (builds.matrices, builds.plans) == (1, 1)
+
+
+@cpu
+@pytest.mark.parametrize("merge", ["first", "mean"])
+@pytest.mark.parametrize("top_k", [31, None])
+def test_weights_that_no_longer_are_one(top_k: int | None, merge: str, backend: str) -> None:
+    """The layout reads past an entry that weighs 1 and is alone; it must not when the weight has changed."""
+    case = make_case()
+    ones = torch.ones_like(case.projection.weight)
+    for weight in (case.projection.weight, ones, 0.75 * ones, ones, case.projection.weight * 0.5):
+        compare(case, weight, backend, top_k, merge)
+
+
+def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    builds = Builds(monkeypatch)
+    logits = case.student.float(), case.teacher.float()
+
+    def step(**options: Any) -> Tensor:
+        return pkl_loss(*logits, case.alignment, case.projection, backend="cpu", **options)
+
+    first = step(top_k=31), step(top_k=None)
+    again = step(top_k=31), step(top_k=None)
+    assert first == again
+    assert (builds.matrices, builds.plans) == (1, 2)
+    step(top_k=30)
+    assert builds.plans == 3
+    case.projection.weight.mul_(0.5)  # in place: the same tensor, another version
+    changed = step(top_k=None)
+    assert changed == pkl_loss(*logits, case.alignment, case.projection, top_k=None, backend="cpu")
+    assert builds.matrices == 1
+
+
+def test_sizes_that_do_not_fit() -> None:
+    matrix = _core.CpuMatrix(np.array([0, 1, 2]), np.array([0, 1], np.int32), 2)
+    ones, none = np.ones(2, np.float32), np.empty(0, np.int32)
+    plan = _core.CpuPlan(matrix, ones, none)
+    assert plan.reweighted(matrix, ones).entries == plan.entries == 2
+    with pytest.raises(ValueError, match=r"weight: expected 2 weights \(the matrix's entries\), got 1"):
+        _core.CpuPlan(matrix, ones[:1], none)
+    with pytest.raises(ValueError, match=r"weight: expected 2 weights \(the matrix's entries\), got 0"):
+        plan.reweighted(matrix, ones[:0])
+    with pytest.raises(ValueError, match=r"col: expected ids below 2, got 2"):
+        _core.CpuMatrix(np.array([0, 1, 2]), np.array([0, 2], np.int32), 2)
