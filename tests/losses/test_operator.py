@@ -1,7 +1,10 @@
 """The operator behind the losses: torch.compile, opcheck, labels, other kinds of logits, in place, twice."""
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -316,17 +319,56 @@ def test_opcheck(operation: str, reduction: str) -> None:
     torch.library.opcheck(torch.ops.xtoken.loss.default, (*inputs, *settings, *flags))
 
 
-def test_autocast_and_no_gradient() -> None:
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler, and there is none"
+)
+def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # no trial compilations: half of the time
+    case = small_case()
+    layer = torch.nn.Linear(67, 67)
+
+    def step(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        loss, ce = pkl_loss(
+            layer(student).tanh() * 3, teacher, case.alignment, case.projection, top_k=30, labels=labels
+        )
+        return 2.0 * loss + ce
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        loss = function(case.student, case.teacher, make_labels(case))
+        results.append((loss.detach(), *gradients(loss, layer.weight, layer.bias)))
+    torch._dynamo.reset()
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_autocast_and_no_gradient(name: str, backend: str) -> None:
     case = small_case()
     layer = torch.nn.Linear(67, 67)
     with torch.autocast("cpu", torch.bfloat16):
         logits = layer(case.student)
         assert logits.dtype == torch.bfloat16
-        loss = pkl_loss(logits, case.teacher, case.alignment, case.projection)
+        loss = call_loss(name, case, logits, case.teacher, backend=backend)
     loss.backward()
     assert layer.weight.grad is not None
+    assert bool(layer.weight.grad.any())
     assert loss.dtype == torch.float32
-    assert not pkl_loss(case.student, case.teacher, case.alignment, case.projection).requires_grad
+    want = call_loss(name, case, logits.detach(), case.teacher, backend=backend)
+    assert not want.requires_grad
+    assert_close(loss, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_a_second_derivative_is_an_error(name: str, backend: str) -> None:
+    case = small_case()
+    student = case.student.requires_grad_()
+    loss = call_loss(name, case, student, case.teacher, backend=backend)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
 
 
 class Allocations(TorchDispatchMode):
