@@ -23,21 +23,26 @@ from .losses import (
     uld_loss,
 )
 from .projection import ProjectionMatrix
+from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
 
 __all__ = [
     "Aligner",
     "Alignment",
+    "CachedDocument",
     "ClassCoverage",
     "CoverageReport",
     "LinearLogits",
     "ProjectionMatrix",
     "Teacher",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "TopKLogits",
     "Vocabulary",
     "XTokenLoss",
     "__version__",
     "align_corpus",
+    "cache_teacher",
     "coverage_audit",
     "gold_loss",
     "hkl_loss",
