@@ -97,6 +97,12 @@ def test_tail_keeps_the_mass_that_rounding_moves(tmp_path: Path) -> None:
     torch.testing.assert_close(listed, expected, rtol=3e-6, atol=0)
 
 
+def test_tiny_tails_stay_finite(tmp_path: Path) -> None:
+    document = cache_teacher(Model(scale=40.0), TOKENIZER, TEXTS[4:5], tmp_path, top_k=64)[0]
+    assert float(document.logits.logprobs[:, 0].max()) > -1e-5
+    assert bool(torch.isfinite(dense(document.logits)).all())
+
+
 def test_whole_vocabulary_gives_the_loss_of_the_full_teacher(tmp_path: Path) -> None:
     model = Model()
     text = TEXTS[4]

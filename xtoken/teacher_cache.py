@@ -48,6 +48,9 @@ SHARD_TOKENS = 1 << 18
 WINDOW = 256
 """Documents that are sorted by length together, so that a batch holds documents of similar length."""
 
+LEAST_TAIL = 2e-6
+"""Probability that a tail has at least when it is read: less would drown in the rounding of the listed ones."""
+
 BLOCK_ROWS = 512
 """Rows of logits turned into log-probabilities at a time."""
 
@@ -385,7 +388,8 @@ class TeacherCache:
         logprobs = logprobs.float()
         # Rounding to float16 moved the listed probabilities a little; the tail was kept exactly.
         listed = logprobs.double().exp().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        logprobs = logprobs + ((1.0 - tail.double()) / listed).log().float()[:, None]
+        rest = tail.double() if ids.shape[1] == self.vocab_size else tail.double().clamp_min(LEAST_TAIL)
+        logprobs = logprobs + ((1.0 - rest) / listed).log().float()[:, None]
         return CachedDocument(tokens.long(), byte_ends.long(), TopKLogits(ids, logprobs))
 
     def lookup(self, text: str) -> CachedDocument:
