@@ -59,13 +59,13 @@ def main() -> None:
     for top_k in options.top_k:
         with tempfile.TemporaryDirectory() as folder:
             started = time.perf_counter()
-            cache = cache_teacher(recorded, tokenizer, texts, folder, top_k=top_k, batch_tokens=1)
+            cache = cache_teacher(recorded, tokenizer, documents, folder, top_k=top_k, batch_tokens=1)
             writing = time.perf_counter() - started
             size = sum(path.stat().st_size for path in Path(folder).iterdir())
             divergence = tail = 0.0
-            for ids, text in zip(documents, texts, strict=True):
+            for ids in documents:
                 full = recorded.rows[tuple(ids)][:, : cache.vocab_size].double().log_softmax(-1)
-                logits = cache.lookup(text).logits
+                logits = cache.lookup(ids).logits
                 seen = TopKSource(logits.ids[None], logits.logprobs[None], logits.tail, cache.vocab_size)
                 divergence += float((full.exp() * (full - seen.rows(0, len(ids)).double())).sum())
                 tail += float((1 - logits.logprobs.double().exp().sum(1)).sum())

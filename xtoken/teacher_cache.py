@@ -12,8 +12,11 @@ ids        int32 [N, k] the k likeliest next tokens, likeliest first
 logprobs   f16 [N, k]   their log-probabilities (softmax over the vocabulary, temperature 1)
 tail       float32 [N]  probability of all other tokens together
 offsets    int64 [D+1]  where each document begins
-digests    uint8 [D, 32] SHA-256 of each document's text in UTF-8
+digests    u8 [D, 32]   `document_digest` of each document
 ========== ============ ==========================================================================
+
+A document is found by its token ids, all of them, also where log-probabilities cover its beginning only. So a cache
+serves plain text and chats alike, and any student: a student's tokenizer has no part in it.
 
 float16 rather than bfloat16: log-probabilities lie within -65504 ... 0, and three more bits of precision cost nothing.
 """
@@ -75,8 +78,9 @@ class CachedDocument:
     logits: TopKLogits
 
 
-def _digest(text: str) -> bytes:
-    return hashlib.sha256(text.encode()).digest()
+def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
+    """What a document is found by: SHA-256 of its token ids as little-endian int32."""
+    return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).digest()
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -104,7 +108,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     top_k : int
         Log-probabilities kept for each token; at most the size of the vocabulary.
     max_length : int, optional
-        Most tokens of a document, for the record; `add` refuses longer ones.
+        Most tokens of a document that log-probabilities are kept of.
     resume : bool
         Go on behind the documents of complete shards.
 
@@ -174,17 +178,17 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             with _open(self.folder / shard["file"]) as file:
                 yield from (bytes(row) for row in file.get_tensor("digests").numpy())
 
-    def add(self, text: str, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
+    def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
         """Adds a document.
 
         Parameters
         ----------
-        text : str
-            What the document is found by. Token ids may stand for its beginning only (`max_length`).
         token_ids : int [T]
+            The whole document.
         logits : TopKLogits
-            [T, k] with k >= `top_k` or the whole vocabulary; row t predicts token t + 1. Ids of -1 stand for less.
-        tail : [T], optional
+            [R, k] with k >= `top_k` or the whole vocabulary; row t predicts token t + 1. R may be less than T where
+            only the beginning is kept. Ids of -1 stand for less than k.
+        tail : [R], optional
             Probability of tokens that are not among the `top_k`. Default: what the listed ones leave.
 
         Raises
@@ -194,13 +198,12 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         """
         tokens = np.asarray(token_ids, dtype=np.int32)
         size = len(self.vocabulary)
-        if logits.ids.dim() != 2 or logits.ids.shape[0] != len(tokens) or logits.ids.shape[1] < self.top_k:
+        most = len(tokens) if self.max_length is None else min(len(tokens), self.max_length)
+        if logits.ids.dim() != 2 or logits.ids.shape[0] > most or logits.ids.shape[1] < self.top_k:
             raise ValueError(
-                f"logits: expected [{len(tokens)}, >= {self.top_k}] as token_ids and top_k, got "
+                f"logits: expected [<= {most}, >= {self.top_k}] as token_ids, max_length and top_k, got "
                 f"{list(logits.ids.shape)}"
             )
-        if self.max_length is not None and len(tokens) > self.max_length:
-            raise ValueError(f"token_ids: expected at most {self.max_length}, got {len(tokens)}")
         for name, ids, low in (("token_ids", tokens, 0), ("logits.ids", logits.ids, -1)):
             if len(tokens) and not low <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(f"{name}: expected {low} ... {size - 1}, got {int(ids.min())} to {int(ids.max())}")
@@ -214,8 +217,9 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         if tail is None:
             tail = 1.0 - logprobs.double().exp().sum(1)
         kept = TopKLogits(ids.cpu(), logprobs.half().cpu())
-        self._waiting.append((tokens, kept, tail.float().clamp(0.0, 1.0).cpu(), _digest(text)))
-        self._waiting_tokens += len(tokens)
+        rows = len(logprobs)
+        self._waiting.append((tokens[:rows], kept, tail.float().clamp(0.0, 1.0).cpu(), document_digest(tokens)))
+        self._waiting_tokens += rows
         if self._waiting_tokens >= self.shard_tokens:
             self._write_shard()
 
@@ -317,7 +321,7 @@ class TeacherCache:
     --------
     ::
 
-        cached = TeacherCache("cache").lookup(text)
+        cached = TeacherCache("cache").lookup(teacher_tok(text).input_ids)
         alignment = aligner.align(student_ids, cached.token_ids)
         loss = xtoken.pkl_loss(student_logits, cached.logits, alignment, W)
     """
@@ -392,31 +396,37 @@ class TeacherCache:
         logprobs = logprobs + ((1.0 - rest) / listed).log().float()[:, None]
         return CachedDocument(tokens.long(), byte_ends.long(), TopKLogits(ids, logprobs))
 
-    def lookup(self, text: str) -> CachedDocument:
-        """A document by its text.
+    def lookup(self, token_ids: Sequence[int] | Tensor | NDArray[Any]) -> CachedDocument:
+        """A document by the teacher's token ids, all of them.
 
         Raises
         ------
         ValueError
-            If the text is not in the cache.
+            If it is not in the cache.
         """
-        digest = _digest(text)
+        found = self.find(document_digest(token_ids))
+        if found is None:
+            raise ValueError(
+                f"token_ids: not among the {len(self)} documents of the teacher cache {self.path}, which was made from "
+                f"other text or with other special tokens: {list(token_ids[:8])}"
+            )
+        return found
+
+    def find(self, digest: bytes) -> CachedDocument | None:
+        """A document by its `document_digest`; None if there is none."""
         key = np.frombuffer(digest[:8], "<u8")[0]
         for at in range(*(int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))):
             index = int(self._order[at])
             shard, row = self._place(index)
             if bytes(shard.get_slice("digests")[row : row + 1].numpy()[0]) == digest:
                 return self[index]
-        raise ValueError(
-            f"text: not among the {len(self)} documents of the teacher cache {self.path}; it was made from other text: "
-            f"{text[:60]!r}"
-        )
+        return None
 
 
 def cache_teacher(
     model: Any,
     teacher_tok: TokenizerLike,
-    texts: Iterable[str],
+    documents: Iterable[str | Sequence[int]],
     output: str | os.PathLike[str],
     *,
     top_k: int = 128,
@@ -436,13 +446,14 @@ def cache_teacher(
     teacher_tok
         Its tokenizer, as for `Vocabulary.from_tokenizer`. Special tokens that it adds to a text (bos) are part of
         the document.
-    texts : iterable of str
-        Documents. With `resume`, the same ones in the same order.
+    documents : iterable of str or of token ids
+        Texts, or what the tokenizer made of them, such as a chat by its template. With `resume`, the same ones in the
+        same order.
     output : path
         Folder to write to.
     top_k : int
     max_length : int, optional
-        Most tokens of a document; the rest of a longer one is left out. Default: what the model's configuration says.
+        Most tokens of a document that log-probabilities are kept of. Default: what the model's configuration says.
     batch_tokens : int
         Most tokens of a batch, padding included (at least one document).
     resume : bool
@@ -460,50 +471,61 @@ def cache_teacher(
     ------
     ValueError
         If logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume` meets other
-        texts; and as `TeacherCacheWriter`.
+        documents; and as `TeacherCacheWriter`.
 
     Notes
     -----
     ``10 + 6 top_k`` bytes a token and 40 a document, about.
     """
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
-    if vocabulary.tokenizer is None:
-        raise ValueError("teacher_tok: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-    plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
-    plain.no_padding()
-    plain.no_truncation()
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     with TeacherCacheWriter(
         output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens
     ) as writer:
-        remaining = iter(texts)
+        remaining = _token_ids(documents, vocabulary)
         for number, digest in enumerate(writer.digests()):
-            if _digest(next(remaining, "")) != digest:
-                raise ValueError(f"texts: document {number} is not the one that {writer.folder} was begun with")
+            if document_digest(next(remaining, [])) != digest:
+                raise ValueError(f"documents: number {number} is not the one that {writer.folder} was begun with")
         done = len(writer)
         while window := list(itertools.islice(remaining, WINDOW)):
-            documents = [encoding.ids[:max_length] for encoding in plain.encode_batch(window)]
+            read = [ids[:max_length] for ids in window]
             results: dict[int, tuple[TopKLogits, Tensor]] = {}
-            for batch in _batches(documents, batch_tokens):
-                logits = _run(model, [documents[k] for k in batch])
+            for batch in _batches(read, batch_tokens):
+                logits = _run(model, [read[k] for k in batch])
                 if logits.shape[-1] < len(vocabulary):
                     raise ValueError(
                         f"model: expected logits at least {len(vocabulary)} wide, as teacher_tok, "
                         f"got {logits.shape[-1]}"
                     )
                 for k, rows in zip(batch, logits, strict=True):
-                    results[k] = _top_k(rows[: len(documents[k]), : len(vocabulary)], writer.top_k)
+                    results[k] = _top_k(rows[: len(read[k]), : len(vocabulary)], writer.top_k)
                     if not bool(torch.isfinite(results[k][1]).all()):
-                        raise ValueError(f"model: NaN or infinite logits in document {done + k}: {window[k][:60]!r}")
-            for k, text in enumerate(window):
-                writer.add(text, documents[k], *results[k])
+                        raise ValueError(f"model: NaN or infinite logits in document {done + k}")
+            for k, ids in enumerate(window):
+                writer.add(ids, *results[k])
             done += len(window)
             if advance is not None:
-                advance(len(window), sum(map(len, documents)))
+                advance(len(window), sum(map(len, read)))
     return TeacherCache(output)
+
+
+def _token_ids(documents: Iterable[str | Sequence[int]], vocabulary: Vocabulary) -> Iterator[Sequence[int]]:
+    """The documents as token ids; texts are encoded many at a time."""
+    plain: Any = None
+    source = iter(documents)
+    while window := list(itertools.islice(source, WINDOW)):
+        if plain is None and any(isinstance(one, str) for one in window):
+            if vocabulary.tokenizer is None:
+                raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
+            plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
+            plain.no_padding()
+            plain.no_truncation()
+        texts = iter(plain.encode_batch([one for one in window if isinstance(one, str)]) if plain is not None else [])
+        for one in window:
+            yield next(texts).ids if isinstance(one, str) else one
 
 
 def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
