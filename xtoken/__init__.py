@@ -19,9 +19,11 @@ from .losses import (
     linear_kd_loss,
     linear_pkl_loss,
     pkl_loss,
+    prefix_kl_loss,
     select_backend,
     uld_loss,
 )
+from .pieces import PieceIndex
 from .projection import ProjectionMatrix
 from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
@@ -33,6 +35,7 @@ __all__ = [
     "ClassCoverage",
     "CoverageReport",
     "LinearLogits",
+    "PieceIndex",
     "ProjectionMatrix",
     "Teacher",
     "TeacherCache",
@@ -52,6 +55,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_pkl_loss",
     "pkl_loss",
+    "prefix_kl_loss",
     "reference",
     "select_backend",
     "show_config",

@@ -37,6 +37,7 @@ PYBIND11_MODULE(_core, m) {
     bind_align_dp(m);
     bind_aligner(m);
     bind_projection(m);
+    bind_piece_index(m);
     bind_cpu(m);
     bind_cpu_gold(m);
     bind_cpu_kd(m);

@@ -8,6 +8,7 @@ from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
 from xtoken.losses.linear import linear_gold_loss, linear_hkl_loss, linear_kd_loss, linear_pkl_loss
 from xtoken.losses.pkl import pkl_loss
+from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_pkl_loss",
     "pkl_loss",
+    "prefix_kl_loss",
     "select_backend",
     "uld_loss",
 ]

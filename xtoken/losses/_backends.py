@@ -143,7 +143,7 @@ class Backend:
     Parameters
     ----------
     name : str
-    operations : mapping from an operation's name ("pkl", "gold", "uld", "kd") to an `Operation`
+    operations : mapping from an operation's name ("pkl", "gold", "uld", "kd", "prefix") to an `Operation`
     missing : callable
         Why it cannot work on a device, or None if it can.
     unsupported : callable
@@ -314,7 +314,7 @@ def select_backend(requested: str, device: torch.device | str, operation: str | 
     device : torch.device
         Where the logits are.
     operation : str, optional
-        ``"pkl"``, ``"gold"`` (H-KL too), ``"uld"`` or ``"kd"``; default: any.
+        ``"pkl"``, ``"gold"`` (H-KL too), ``"uld"``, ``"kd"`` or ``"prefix"``; default: any.
 
     Returns
     -------
@@ -368,4 +368,6 @@ def _reason(name: str, device: torch.device, operation: str | None, problem: Pro
     return backend.missing(device) or (None if problem is None else backend.unsupported(problem))
 
 
-register_backend(Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd"), run_reference), lambda device: None))
+register_backend(
+    Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd", "prefix"), run_reference), lambda device: None)
+)

@@ -35,12 +35,13 @@ class Inputs(NamedTuple):
     spans: Tensor | None  # int32 [K, 4]; None: every position is a chunk, on both sides the same (kd)
     offsets: Tensor | None  # int64 [B + 1]
     predicted: Tensor | None  # bool [K], or [B, T] without spans
-    student_ids: Tensor | None  # int64 [B, T], for merge="chain"
+    student_ids: Tensor | None  # int64 [B, T], for merge="chain" and prefix KL
     teacher_ids: Tensor | None
     row_ptr: Tensor | None  # W
     col: Tensor | None
     weight: Tensor | None
     columns: Tensor | None  # int64 [C], given column set
+    pieces: Tensor | None  # int32 [n], data of a PieceIndex
     labels: Tensor | None  # int64 [B, T], at the tokens' own positions
 
 
