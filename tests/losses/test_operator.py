@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from harness import OPERATIONS, Case, backends_of, make_case, positions
+from harness import OPERATIONS, Case, backends_of, make_case, piece_index, positions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -268,6 +268,8 @@ def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -
             assert len(blocks) == 1
 
 
+PIECES = piece_index(67, 59)
+
 STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
     "pkl": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, top_k=30),
     "pkl mean": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="mean", top_k=None),
@@ -278,6 +280,7 @@ STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
     "hkl": lambda c, z, y, labels: xtoken.hkl_loss(z, y, c.alignment, c.projection),
     "uld": lambda c, z, y, labels: xtoken.uld_loss(z, y, c.alignment),
     "kd": lambda c, z, y, labels: xtoken.kd_loss(z, z.detach().flip(1), top_k=20, vocab_size=67),
+    "prefix": lambda c, z, y, labels: xtoken.prefix_kl_loss(z, y, c.alignment, PIECES),
     "linear": lambda c, z, y, labels: xtoken.linear_pkl_loss(z, torch.eye(z.shape[-1]), y, c.alignment, c.projection),
 }
 
@@ -302,16 +305,18 @@ def test_compiled_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd"])
+@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd", "prefix"])
 def test_opcheck(operation: str, reduction: str) -> None:
     case = small_case()
     W = case.projection
     same = operation == "kd"
     teacher = case.student.flip(1) if same else case.teacher
+    ids = (case.alignment.student_ids, case.alignment.teacher_ids) if operation == "prefix" else (None, None)
     inputs = _ops.Inputs(
         case.student.requires_grad_(), None, None, teacher, None, None, None,
         None if same else case.alignment.spans, None if same else case.alignment.offsets,
-        None if same else case.alignment.predicted, None, None, W.row_ptr, W.col, W.weight, None, None, None,
+        None if same else case.alignment.predicted, *ids, W.row_ptr, W.col, W.weight, None,
+        case.pieces.data if operation == "prefix" else None, None,
     )  # fmt: skip
     sizes = (67, 67) if same else W.shape
     settings = _ops.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
