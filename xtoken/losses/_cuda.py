@@ -384,7 +384,7 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
     operations: dict[str, Any] = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
-    return Backend(name, operations, missing, unsupported, kernels.cross_entropy, frozenset(["pkl"]))
+    return Backend(name, operations, missing, unsupported, kernels.cross_entropy, fused_labels=frozenset(["pkl"]))
 
 
 if (_module := _built()) is not None:
