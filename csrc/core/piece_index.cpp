@@ -85,10 +85,9 @@ void visit_boundaries(const PieceSide& whole, const PieceSide& part, const int64
             const int64_t first = j;
             const int32_t* pieces = whole.pieces + whole.ptr[whole_tokens[i]];
             const int64_t known = whole.ptr[whole_tokens[i] + 1] - whole.ptr[whole_tokens[i]];
-            for (; j < part_count && j - first < known && pieces[j - first] == part_tokens[j];) {
-                part_start += part.length[part_tokens[j]];
-                ++j;
-                if (part_start >= whole_end || j == part_count) break;
+            while (j < part_count && j - first < known && pieces[j - first] == part_tokens[j]) {
+                part_start += part.length[part_tokens[j++]];
+                if (j == part_count || part_start >= whole_end) break;
                 visit(i, j, j - first);
             }
         }
@@ -96,20 +95,23 @@ void visit_boundaries(const PieceSide& whole, const PieceSide& part, const int64
     }
 }
 
-}  // namespace
-
-Partners partners(const Vocabulary& student, const Vocabulary& teacher) {
-    const TokenPair pair(student, teacher, CanonicalRules{});
+Partners partners_of(const TokenPair& pair, const Vocabulary& student, const Vocabulary& teacher) {
     if (student.size() == 0 || teacher.size() == 0) value_error("vocabulary: expected at least one token");
     return {partners_of(pair.student_symbols(), pair.teacher_symbols(), teacher),
             partners_of(pair.teacher_symbols(), pair.student_symbols(), student)};
 }
 
+}  // namespace
+
+Partners partners(const Vocabulary& student, const Vocabulary& teacher) {
+    return partners_of(TokenPair(student, teacher, CanonicalRules{}), student, teacher);
+}
+
 std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabulary& teacher,
                                        const std::vector<int32_t>& student_rows, const Sequences& student_pieces,
                                        const std::vector<int32_t>& teacher_rows, const Sequences& teacher_pieces) {
-    const Partners exact = partners(student, teacher);
     const TokenPair pair(student, teacher, CanonicalRules{});
+    const Partners exact = partners_of(pair, student, teacher);
     const std::array<const Vocabulary*, 2> vocabulary = {&student, &teacher};
     const std::array<const std::vector<int32_t>*, 2> partner = {&exact.student, &exact.teacher};
     const std::array<const std::vector<int32_t>*, 2> symbol = {&pair.student_symbols(), &pair.teacher_symbols()};
