@@ -205,7 +205,7 @@ class XTokenTrainer(Trainer):
             every = max(1, int(self.state.logging_steps))
             return bool(step % every == 0 or (self.args.logging_first_step and step == 1))
         steps_per_epoch = max(1, round(self.state.max_steps / max(1, self.state.num_train_epochs)))
-        return step % steps_per_epoch == 0
+        return bool(step % steps_per_epoch == 0)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         """Loss and gradients of a micro-batch."""
@@ -308,7 +308,7 @@ class XTokenTrainer(Trainer):
             if bool(bad.any()):
                 sample, position = bad.nonzero()[0].tolist()
                 return f"{name}: logits are not a number at {where}, first in sample {sample} at position {position}"
-        return f"loss: expected a finite number, got {float(total)} at {where}, though no logit is not a number"
+        return f"loss: expected a finite number, got {float(total.detach())} at {where}, from logits that are"
 
     # Trainable weights of W.
 
