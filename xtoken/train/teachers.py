@@ -53,6 +53,7 @@ def load_model(
     FileNotFoundError
         If a GGUF file does not exist.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(source)
@@ -66,8 +67,9 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if device is not None and str(device) == "auto":
         options["device_map"] = "auto"
+    dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=wanted, **options)
+    model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
     if device is not None and str(device) != "auto":
         model = model.to(device)
     ensure_pad_token(tokenizer)
