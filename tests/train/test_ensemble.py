@@ -7,7 +7,7 @@ import torch
 from comparer import assert_close
 
 from xtoken import Alignment, TopKLogits
-from xtoken.train.ensemble import mean_logits, position_alignment, select_best
+from xtoken.train.ensemble import mean_logits, only_exact, position_alignment, select_best
 
 
 def test_mean_of_probabilities():
@@ -56,3 +56,9 @@ def test_selects_by_cross_entropy_a_student_token():
     top = TopKLogits(torch.zeros(3, 3, 1, dtype=torch.int64), torch.full((3, 3, 1), -1e-3))
     best = select_best([first, second], [logits, top], [ids, ids], [4, 4])
     assert best[1].predicted.tolist() == [True, False]
+
+
+def test_only_exact():
+    alignment = Alignment([[1, 2, 1, 2], [2, 4, 2, 3], [4, 5, 3, 4]], [0, 3], predicted=[True, True, False])
+    assert only_exact(alignment).predicted.tolist() == [True, False, False]
+    assert alignment.predicted.tolist() == [True, True, False]

@@ -37,6 +37,8 @@ def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as)
     load_model(tmp_path / "model.gguf", dtype=dtype)
     assert [name for name, _ in asked] == [str(tmp_path)] * 2
     assert asked[0][1] == {"gguf_file": "model.gguf"}
+    quantization = asked[1][1].pop("quantization_config", None)
+    assert quantization is None or quantization.dequantize
     assert asked[1][1] == {"gguf_file": "model.gguf", "dtype": loaded_as}
 
 

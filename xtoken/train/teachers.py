@@ -69,7 +69,11 @@ def load_model(
         options["device_map"] = "auto"
     dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
+    if is_gguf and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
+    if is_gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
     if device is not None and str(device) != "auto":
         model = model.to(device)
     ensure_pad_token(tokenizer)

@@ -18,7 +18,7 @@ from xtoken.projection import LearnableProjection, write_atomically
 from xtoken.vocabulary import Vocabulary
 
 from .config import XTokenConfig
-from .ensemble import mean_logits, position_alignment, select_best
+from .ensemble import mean_logits, only_exact, position_alignment, select_best
 from .meter import Meter, Stopwatch
 from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
 
@@ -181,9 +181,19 @@ class XTokenTrainer(Trainer):
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """float64 [1 + M]: labels, and for each teacher of the criterion chunks, of one batch."""
-        alignments = [entry.get("alignment") for entry in batch["teachers"]]
-        items, chunks = self.criterion.counts(batch["labels"], alignments[: len(self.criterion.teachers)])
+        alignments = self._alignments(batch["teachers"])[: len(self.criterion.teachers)]
+        items, chunks = self.criterion.counts(batch["labels"], alignments)
         return torch.tensor([items, *chunks], dtype=torch.float64)
+
+    def _alignments(self, entries: Sequence[Mapping[str, Any]]) -> list[Alignment | None]:
+        """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
+        if len(entries) != len(self.teachers):
+            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
+        alignments = [entry.get("alignment") for entry in entries]
+        return [
+            only_exact(alignment) if teacher.objective.loss == "kd" and alignment is not None else alignment
+            for teacher, alignment in zip(self.teachers, alignments, strict=True)
+        ]
 
     def _divisors(self, counts: Tensor) -> list[float]:
         """What to divide the sums of CE and of each teacher's KD by: the counts of all processes, at least 1."""
@@ -247,8 +257,6 @@ class XTokenTrainer(Trainer):
         return (total, outputs) if return_outputs else total
 
     def _check_entries(self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
-        if len(entries) != len(self.teachers):
-            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
         for teacher, entry in zip(self.teachers, entries, strict=True):
             teacher.check_entry(entry, inputs)
             ids, alignment = entry.get("input_ids"), entry.get("alignment")
@@ -263,7 +271,7 @@ class XTokenTrainer(Trainer):
     ) -> tuple[list[AnyLogits], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers."""
         logits = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
-        alignments = [entry.get("alignment") for entry in entries]
+        alignments = self._alignments(entries)
         ids = [inputs["input_ids"] if entry.get("input_ids") is None else entry["input_ids"] for entry in entries]
         if self.args.teacher_mode == "average" and len(logits) > 1:
             weights = [teacher.objective.weight for teacher in self.teachers]
