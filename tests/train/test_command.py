@@ -105,6 +105,15 @@ def test_errors_are_one_line(folders, tmp_path, capsys):
     assert "source: no such file: none.gguf" in capsys.readouterr().err
 
 
+def test_teachers_of_the_same_name(folders, tmp_path):
+    """Two folders of one name get two names."""
+    again = tmp_path / "teacher"
+    again.symlink_to(folders["teacher"])
+    arguments = command(folders, tmp_path / "out", "--teacher", str(again), "--max_steps", "1", "--loss", "uld")
+    assert main(arguments) == 0
+    assert {"eval_kd/teacher", "eval_kd/teacher-2"} <= history(tmp_path / "out")[-1].keys()
+
+
 def test_weights_and_losses():
     assert weights_of(None, 1) == [1.0]
     assert weights_of(None, 2) == [0.5, 0.5]

@@ -278,7 +278,11 @@ def test_bad_arguments(tmp_path, student_tok, teacher_tok):
         XTokenTrainer(model, config, [teacher])
     with pytest.raises(ValueError, match="student: expected an output layer of at least 700 rows"):
         XTokenTrainer(make_model(699, 0), make_config(tmp_path), [teacher], processing_class=student_tok)
-    other = make_teacher(student_tok, None)
+    with pytest.raises(
+        ValueError, match=r"teachers: expected a name of its own for each, got \['teacher', 'teacher'\]"
+    ):
+        XTokenTrainer(model, make_config(tmp_path), [teacher, teacher])
+    other = make_teacher(student_tok, None, name="other")
     with pytest.raises(ValueError, match="teacher_mode: expected teachers with one tokenizer for 'average', but"):
         make_trainer(tmp_path, student_tok, [teacher, other], None, teacher_mode="average")
 

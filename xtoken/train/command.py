@@ -144,14 +144,18 @@ def build_teacher(
         source, dtype=options.teacher_dtype, device=where, trust_remote_code=options.trust_remote_code
     )
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    name = Path(source).stem or source
-    projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
+    name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
     reasons: list[str] = []
     if loss == "auto":
-        loss, reasons = choose_loss(student, vocabulary, projection, options.cache)
-    learn = options.learn_projection and loss == "pkl"
+        loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
+    projection: Any = None
+    if loss != "kd":
+        projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
+        reasons = [*reasons, repr(projection)]
+    if options.learn_projection and loss == "pkl":
+        projection = projection.learnable()
     objective = Teacher(
-        projection=None if loss == "kd" else projection.learnable() if learn else projection,
+        projection=projection,
         loss=loss,
         weight=weight,
         temperature=options.temperature,
@@ -161,8 +165,6 @@ def build_teacher(
         reverse=options.reverse,
     )
     said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
-    if objective.projection is not None:
-        said.append(f"  {projection!r}")
     placed = None if where == "auto" else where
     return TeacherModel(objective, model, vocabulary, name, placed), tokenizer, said
 
@@ -181,6 +183,9 @@ def main(arguments: Sequence[str]) -> None:
             for one in zip(options.teacher or [], losses, weights, strict=True)
         ]
     teachers, teacher_toks = [one[0] for one in built], [one[1] for one in built]
+    for k, teacher in enumerate(teachers):
+        if teacher.name in [one.name for one in teachers[:k]]:
+            teacher.name = f"{teacher.name}-{k + 1}"
     if config.process_index == 0:
         print("\n".join(line for one in built for line in one[2]))
     train, held_out = (
@@ -204,7 +209,8 @@ def main(arguments: Sequence[str]) -> None:
         callbacks=[PlotCallback()] if options.plot else [],
     )
     trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
-    if held_out is not None and not any("eval_ce" in entry for entry in trainer.state.log_history[-2:]):
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
+    if held_out is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()

@@ -76,7 +76,8 @@ class XTokenTrainer(Trainer):
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
     time since the last log; agreement and masses are of the logged step only. `evaluate` reports ``eval_ce`` and
-    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor.
+    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor;
+    several processes count the samples twice that fill their last batch.
 
     Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them.
     """
@@ -100,6 +101,9 @@ class XTokenTrainer(Trainer):
                 "accelerate launch"
             )
         self.teachers = list(teachers)
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: expected a name of its own for each, got {names}")
         self.vocabulary = None if processing_class is None else Vocabulary.from_tokenizer(processing_class)
         if self.vocabulary is not None:
             check_head(model, self.vocabulary, "student")
