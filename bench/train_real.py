@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import sys
 import tempfile
 import time
@@ -86,12 +85,7 @@ def run(pair: str, steps: int, held_out_passages: int, output: Path) -> dict[str
         "options": options,
         "held_out_passages": held_out_passages,
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": {
-            "xtoken": __version__,
-            "torch": torch.__version__,
-            "cpus": os.cpu_count(),
-            "cpu": platform.processor(),
-        },
+        "machine": {"xtoken": __version__, "torch": torch.__version__, "cpus": os.cpu_count()},
         "history": history,
     }
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -112,6 +112,8 @@ def test_cached_logits(student_tok):
     cached = TopKLogits(ids[..., None], torch.zeros(1, 3, 1))
     teacher = TeacherModel(Teacher(loss="kd"), name="T")
     teacher.place(torch.device("cpu"))
+    teacher.check_entry({"logits": cached}, {"input_ids": ids})
+    make_teacher(student_tok, student_tok, loss="uld").check_entry({"logits": cached}, {"input_ids": ids})
     assert teacher.logits({"logits": cached}, {"input_ids": ids}) is cached
     with pytest.raises(ValueError, match="T: expected cached logits in the batch, since it has no model"):
         teacher.logits({}, {"input_ids": ids})

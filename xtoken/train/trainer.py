@@ -79,7 +79,9 @@ class XTokenTrainer(Trainer):
     ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor;
     several processes count the samples twice that fill their last batch.
 
-    Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them.
+    Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them. Data
+    parallelism is tested with two processes on the CPU; FSDP and DeepSpeed, which accelerate has for accelerators only,
+    have not been run.
     """
 
     def __init__(
