@@ -75,3 +75,30 @@ def test_bench_cache(tmp_path):
     assert little["kl_nats_per_token"] > 0.3
     assert 0 <= most["kl_nats_per_token"] < 1e-4
     assert "| 4 |" in printed
+
+
+def test_train_real(tmp_path, monkeypatch, capsys):
+    """The data, the options and the table; training itself is tested with small models."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import train_real
+
+    def train(arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        lines = [json.loads(line) for line in Path(options["--eval_data"]).read_text().splitlines()]
+        assert len(lines) == 3
+        assert all(line["text"] for line in lines)
+        output = Path(options["--output"])
+        output.mkdir()
+        history = [{"step": 2, "eval_ce": 1.5, "eval_kd": 0.5, "eval_agreement": 0.25}]
+        (output / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        return 0
+
+    monkeypatch.setattr(train_real, "demo_pair", lambda folder: ["--student", "S", "--teacher", "T"])
+    monkeypatch.setattr(train_real.cli, "main", train)
+    output = tmp_path / "real.json"
+    monkeypatch.setattr(
+        sys, "argv", ["train_real.py", "demo", "--steps", "2", "--held-out-passages", "3", "--output", str(output)]
+    )
+    train_real.main()
+    assert "| 2 | 1.500 | 0.500 | 0.250 |" in capsys.readouterr().out
+    assert json.loads(output.read_text())["pair"] == "demo"

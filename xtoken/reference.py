@@ -609,6 +609,18 @@ def column_mass(teacher_logits: Tensor, rows: Rows, columns: Tensor) -> Tensor:
     return (y.index_select(1, columns).logsumexp(-1) - y.logsumexp(-1)).exp()
 
 
+@torch.no_grad()
+def projected_mass(student_logits: Tensor, rows: Rows, columns: Tensor, entries: Entries | None = None) -> Tensor:
+    """[K]: the student's probability that W sends into the columns, at each chunk's first predictor row.
+
+    With no `entries` (same tokenizer) its probability inside the columns.
+    """
+    p = _scaled(student_logits[rows.start], 1.0, _statistics_dtype(student_logits)).softmax(-1)
+    if entries is None:
+        return p.index_select(1, columns).sum(-1)
+    return p @ p.new_zeros(p.shape[1]).index_add(0, entries.student, entries.weight.to(p.dtype))
+
+
 def _statistics_dtype(*tensors: Tensor) -> torch.dtype:
     dtype = torch.float32
     for tensor in tensors:

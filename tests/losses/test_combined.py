@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
+from xtoken.losses import combined
 from xtoken.losses._logits import DenseSource
 from xtoken.losses.pkl import select_columns
 
@@ -350,3 +351,80 @@ def test_one_count_does_not_do_for_two_teachers() -> None:
 def test_shows_its_settings() -> None:
     text = repr(XTokenLoss([Teacher(make_case().projection), Teacher(weight=0.5)]))
     assert "teachers=[1 pkl, 0.5 kd], scaling='dynamic'" in text
+
+
+def test_a_given_factor_replaces_the_ratio() -> None:
+    case = make_case()
+    call = case.student, make_labels(case), case.teacher, case.alignment
+    for scaling in ("dynamic", "fixed"):
+        total, parts = XTokenLoss([Teacher(case.projection)], scaling)(*call, scale=3.0)
+        assert_close(total, parts["ce"] + 3.0 * parts["kd"], rtol=1e-12)
+        assert parts["scale"].item() == 3.0
+    own = XTokenLoss([Teacher(case.projection)])(*call)[1]
+    assert_close(own["scale"], own["ce"] / own["kd"], rtol=1e-12)
+    assert XTokenLoss([Teacher(case.projection)], "fixed")(*call)[1]["scale"].item() == 1.0
+
+
+def test_ratio_of_all_ranks() -> None:
+    """`reduce` adds what the other ranks have: here 2 to CE and 3 to KD."""
+    case = make_case()
+    call = case.student, make_labels(case), case.teacher, case.alignment
+    others = torch.tensor([2.0, 3.0], dtype=torch.float64)
+    total, parts = XTokenLoss([Teacher(case.projection)])(*call, reduce=lambda sums: sums + others)
+    assert_close(parts["scale"], (parts["ce"] + 2.0) / (parts["kd"] + 3.0), rtol=1e-12)
+    assert_close(total, parts["ce"] + parts["scale"] * parts["kd"], rtol=1e-12)
+
+
+def test_given_columns() -> None:
+    """The same columns for a batch and its halves, whose sums then add up."""
+    case = make_case(samples=4)
+    labels = make_labels(case)
+    columns = torch.arange(5, 25)
+    criterion = XTokenLoss([Teacher(case.projection, columns=columns)], scaling="fixed")
+    whole = criterion(case.student, labels, case.teacher, case.alignment)[1]
+    want = pkl_loss(case.student, case.teacher, case.alignment, case.projection, columns=columns)
+    assert_close(whole["kd"], want, rtol=1e-12)
+    chunks = int(whole["chunks"])
+    parts = [criterion(*half, num_chunks=chunks)[1]["kd"] for half in halves(case, labels)]
+    assert_close(sum(parts), want, rtol=1e-12)
+
+
+def test_projected_mass_outside_by_hand() -> None:
+    case = make_case(samples=1, shapes=((1, 1),) * 6)
+    columns = torch.arange(10, 30)
+    criterion = XTokenLoss([Teacher(case.projection, columns=columns)])
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    inside = torch.zeros(case.projection.shape[0], dtype=torch.float64)
+    for student_id in range(case.projection.shape[0]):
+        ids, weights = case.projection.row(student_id)
+        inside[student_id] = weights[(ids >= 10) & (ids < 30)].double().sum()
+    rows = case.alignment.spans[case.alignment.predicted].long()[:, 0] - 1
+    want = 1 - (case.student[0, rows].softmax(-1) @ inside).mean()
+    assert_close(parts["outside"], want[None], rtol=1e-6)
+    twin = make_case(59, 59)
+    logits = twin.student[0, :-1][make_labels(twin)[0, 1:] != -100]
+    teacher = twin.student[:1].roll(3, 2)
+    _, parts = XTokenLoss([Teacher(top_k=10)])(twin.student[:1], make_labels(twin)[:1], teacher)
+    columns = select_columns(DenseSource(teacher, 59), twin.projection, top_k=10)
+    assert_close(parts["outside"], 1 - logits.softmax(-1)[:, columns].sum(1).mean()[None], rtol=1e-6)
+
+
+def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Twice the same sample: every other chunk of twice as many gives the same, when they stand in pairs."""
+    monkeypatch.setattr(combined, "DIAGNOSED_CHUNKS", 6)
+    case = make_case(samples=1, shapes=((1, 1),) * 7)  # 6 chunks with a predictor
+    twice = Case(
+        *(torch.repeat_interleave(x, 2, 1) for x in (case.student, case.teacher)), case.alignment, case.projection
+    )
+    spans = torch.arange(1, 13)
+    pairs = Alignment(torch.stack([spans, spans + 1, spans, spans + 1], 1), [0, 12])
+    few = XTokenLoss([Teacher(case.projection, top_k=None)])(
+        case.student, make_labels(case), case.teacher, case.alignment
+    )[1]
+    shifted = XTokenLoss([Teacher(case.projection, top_k=None)])(
+        twice.student, make_labels(twice), twice.teacher, pairs
+    )[1]
+    assert int(shifted["chunks"]) == 12
+    for name in ("agreement", "mass", "outside"):
+        assert not math.isnan(float(shifted[name]))
+    assert float(shifted["agreement"]) == float(few["agreement"])

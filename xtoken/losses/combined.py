@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -29,10 +29,13 @@ from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks
+from xtoken.reference import Chunks, Rows
 
 LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
+
+DIAGNOSED_CHUNKS = 256
+"""Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
 
 Count = int | Tensor
 
@@ -50,8 +53,10 @@ class Teacher:
         Default: "pkl" with a projection, "prefix" with pieces, else "kd".
     weight : float
         Factor of this teacher's loss, >= 0.
-    temperature, top_k, merge, reverse, support, uncommon_top_k
-        As in the loss functions; each loss takes those that it knows.
+    temperature, top_k, merge, reverse, support, columns, uncommon_top_k
+        As in the loss functions; each loss takes those that it knows. With ``top_k`` P-KL chooses its columns by
+        the teacher's logits of the call, so a batch and its micro-batches do not see quite the same ones; with
+        ``columns``, or ``top_k=None``, they do.
     pieces : PieceIndex, optional
         Of this student and teacher, for ``loss="prefix"``.
 
@@ -69,6 +74,7 @@ class Teacher:
     merge: str = "first"
     reverse: bool = False
     support: str = "all"
+    columns: Tensor | None = None
     uncommon_top_k: int = 8192
     pieces: PieceIndex | None = None
 
@@ -112,7 +118,7 @@ class XTokenLoss(nn.Module):
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
     diagnostics : bool
-        Also report agreement and mass; costs a part of a forward pass.
+        Also report agreement and mass, of at most `DIAGNOSED_CHUNKS` chunks of a call. May be changed at any time.
     backend : str
         See `select_backend`.
 
@@ -162,6 +168,8 @@ class XTokenLoss(nn.Module):
         alignments: Alignment | Sequence[Alignment | None] | None = None,
         num_items: Count | None = None,
         num_chunks: Count | Sequence[Count] | None = None,
+        scale: float | Tensor | None = None,
+        reduce: Callable[[Tensor], Tensor] | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss and its parts.
 
@@ -179,9 +187,14 @@ class XTokenLoss(nn.Module):
             What to divide the sums of CE and of each KD by. Default: the number of labels and of chunks in
             this call, giving means. With gradient accumulation or data parallelism pass the sums of `counts`
             over all micro-batches and ranks; the totals of the calls then add up to the loss of the whole
-            batch (exactly with "fixed"; "dynamic" takes each call's own ratio). Where gradients are averaged
-            over ranks (DDP), multiply the total by the number of ranks. With several teachers, ``num_chunks``
-            is a sequence.
+            batch, and so do "ce" and "kd". Where gradients are averaged over ranks (DDP), multiply the total by
+            the number of ranks. With several teachers, ``num_chunks`` is a sequence.
+        scale : float or scalar tensor, optional
+            The factor s. Default: 1 for ``scaling="fixed"``, this call's own CE / |KD| for "dynamic", which
+            differs between micro-batches and ranks; to have one for them all, give it, or (for ranks) `reduce`.
+        reduce : callable, optional
+            Sums a small tensor over the ranks; "dynamic" then has the ratio of CE and KD of all ranks. Every rank
+            must make the call.
 
         Returns
         -------
@@ -189,11 +202,13 @@ class XTokenLoss(nn.Module):
             Scalar, at least float32.
         parts : dict of detached tensors
             "ce", "kd" : scalar, as they enter the total before scaling and weights.
+            "scale" : scalar, the factor s of KD.
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
             at the first predictor row, among C; nan where undefined or switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
+            "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
         """
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
@@ -216,14 +231,16 @@ class XTokenLoss(nn.Module):
             ce_sum = self._cross_entropy(student_logits, labels)
             kd = ce_sum.new_zeros(())
         ce = ce_sum / items
-        total = self.ce_weight * ce + self.kd_weight * self._factor(ce.detach(), kd.detach()) * kd
+        if scale is None:
+            scale = self._ratio(ce.detach(), kd.detach(), reduce)
+        total = self.ce_weight * ce + self.kd_weight * scale * kd
         parts = {
             "ce": ce.detach(),
             "kd": kd.detach(),
+            "scale": torch.as_tensor(scale, dtype=kd.dtype, device=kd.device).detach(),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
             "chunks": torch.tensor([part.chunks for part in done], dtype=torch.int64),
-            "agreement": torch.tensor([part.agreement for part in done]),
-            "mass": torch.tensor([part.mass for part in done]),
+            **{name: torch.tensor([getattr(part.diagnosis, name) for part in done]) for name in _Diagnosis._fields},
         }
         return total, parts
 
@@ -235,9 +252,11 @@ class XTokenLoss(nn.Module):
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         return items, [items if one is None else int(reference.predictable(one).sum()) for one in aligned]
 
-    def _factor(self, ce: Tensor, kd: Tensor) -> Tensor | float:
+    def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
             return 1.0
+        if reduce is not None:
+            ce, kd = reduce(torch.stack([ce, kd.to(ce.dtype)]))
         return torch.where(kd == 0, 0.0, ce / kd.abs())
 
     def _cross_entropy(self, student_logits: Tensor, labels: Tensor) -> Tensor:
@@ -268,7 +287,13 @@ class XTokenLoss(nn.Module):
         W, columns = teacher.projection, None
         if teacher.loss == "pkl" or (self.diagnostics and W is not None):
             columns = select_columns(
-                teacher_source, W, top_k=teacher.top_k, support=teacher.support, device=device, backend=self.backend
+                teacher_source,
+                W,
+                top_k=teacher.top_k,
+                support=teacher.support,
+                columns=teacher.columns,
+                device=device,
+                backend=self.backend,
             )
         elif self.diagnostics and teacher.loss == "kd":
             columns = teacher_columns(teacher_source, teacher.top_k, device, self.backend)
@@ -300,10 +325,10 @@ class XTokenLoss(nn.Module):
             result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
         loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
         loss = loss / (max(len(chunks), 1) if divisor is None else divisor)
-        agreement = mass = math.nan
+        diagnosis = _Diagnosis()
         if self.diagnostics and columns is not None and len(chunks):
-            agreement, mass = _diagnose(student, teacher_source, chunks.first(), columns, W)
-        return _Distilled(loss, cross_entropy, len(chunks), agreement, mass)
+            diagnosis = _diagnose(student, teacher_source, _evenly(chunks.first(), DIAGNOSED_CHUNKS), columns, W)
+        return _Distilled(loss, cross_entropy, len(chunks), diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
@@ -323,27 +348,44 @@ class XTokenLoss(nn.Module):
         return source(student_logits, sizes[0]), source(teacher_logits, sizes[1])
 
 
+class _Diagnosis(NamedTuple):
+    """Means over chunks; see `XTokenLoss.forward`."""
+
+    agreement: float = math.nan
+    mass: float = math.nan
+    outside: float = math.nan
+
+
 class _Distilled(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor | None
     chunks: int
-    agreement: float
-    mass: float
+    diagnosis: _Diagnosis
 
 
 @torch.no_grad()
-def _diagnose(
-    student: Source, teacher: Source, chunks: Chunks, columns: Tensor, projection: Any
-) -> tuple[float, float]:
-    """Mean top-1 agreement and mass of C over the chunks, block by block."""
+def _diagnose(student: Source, teacher: Source, chunks: Chunks, columns: Tensor, projection: Any) -> _Diagnosis:
+    """Agreement and masses, block by block; the chunks have one row on each side."""
     entries = None if projection is None else reference.restrict(projection, columns)
-    agreed, mass = 0.0, 0.0
+    sums = torch.zeros(len(_Diagnosis._fields), dtype=torch.float64)
     for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
         for block in blocks(student_rows, teacher_rows, part):
-            rows = block.student, block.teacher
-            agreed += float(reference.agreement(*rows, block.chunks, columns, entries).sum())
-            mass += float(reference.column_mass(block.teacher, block.chunks.teacher, columns).sum())
-    return agreed / len(chunks), mass / len(chunks)
+            one = block.chunks
+            sums += torch.stack([
+                reference.agreement(block.student, block.teacher, one, columns, entries).sum().double().cpu(),
+                reference.column_mass(block.teacher, one.teacher, columns).sum().double().cpu(),
+                len(one) - reference.projected_mass(block.student, one.student, columns, entries).sum().double().cpu(),
+            ])  # fmt: skip
+    return _Diagnosis(*(sums / len(chunks)).tolist())
+
+
+def _evenly(chunks: Chunks, most: int) -> Chunks:
+    """At most so many of the chunks, evenly spaced."""
+    if len(chunks) <= most:
+        return chunks
+    index = torch.arange(most, device=chunks.used.device) * len(chunks) // most
+    student, teacher = (Rows(rows.start[index], rows.count[index]) for rows in (chunks.student, chunks.teacher))
+    return Chunks(student, teacher, chunks.used[index])
 
 
 def _dense_parts(student: Source, teacher: Source, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor, Chunks]]:

@@ -1,0 +1,171 @@
+"""What the tests of training share: small tokenizers, models, batches and trainers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import TrainerCallback
+
+from xtoken import Aligner, ProjectionMatrix, Teacher
+from xtoken.alignment import Alignment, pad_rows
+from xtoken.train import TeacherModel, XTokenConfig, XTokenTrainer
+
+SMALL_TEXTS = [
+    f"In {1900 + 7 * k}, {13 * k + 100} readers paid ${k}.{k % 10}0 for {'one book' if k % 3 else 'two books'}, "
+    + "and then they read it. " * (1 + k % 3)
+    for k in range(24)
+]
+
+
+def make_tokenizer(size: int, digits: str, bos: str) -> Any:
+    """A byte-level BPE with end and pad tokens, as transformers wraps it; `digits` is how many make one piece."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    split = pre_tokenizers.Split(Regex(rf"\d{digits}| ?[^\s\d]+|\s+"), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    special = [bos, "</s>", "<pad>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    numbers = [str(n) for n in range(1000)] * 3
+    trainer = trainers.BpeTrainer(
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([*SMALL_TEXTS, *numbers], trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token="</s>", pad_token="<pad>", padding_side="right"
+    )
+
+
+def make_model(vocab_size: int, seed: int, hidden: int = 32) -> Any:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=256, bos_token_id=None, eos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def encode(texts: Sequence[str], student_tok: Any, *teacher_toks: Any) -> list[dict[str, Any]]:
+    """Examples as the collator takes them; a teacher tokenizer None reads the student's ids."""
+    examples = []
+    for text in texts:
+        ids = [student_tok.bos_token_id, *student_tok.encode(text, add_special_tokens=False)]
+        teachers: list[dict[str, Any]] = []
+        for tok in teacher_toks:
+            if tok is None:
+                teachers.append({"ids": None, "spans": None})
+                continue
+            theirs = [tok.bos_token_id, *tok.encode(text, add_special_tokens=False)]
+            spans = Aligner(student_tok, tok).align(ids, theirs).spans
+            teachers.append({"ids": theirs, "spans": spans})
+        examples.append({"student_ids": ids, "labels": [-100, *ids[1:]], "teachers": teachers})
+    return examples
+
+
+def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """A batch of such examples."""
+
+    def rows(key: str, items: Sequence[Any], fill: int) -> torch.Tensor:
+        return pad_rows([torch.tensor(item[key]) for item in items], fill)
+
+    batch = {"input_ids": rows("student_ids", examples, 0), "labels": rows("labels", examples, -100)}
+    batch["attention_mask"] = pad_rows([torch.ones(len(one["student_ids"]), dtype=torch.int64) for one in examples], 0)
+    entries = []
+    for parts in zip(*(one["teachers"] for one in examples), strict=True):
+        if parts[0]["ids"] is None:
+            entries.append({"alignment": None})
+            continue
+        spans = [torch.as_tensor(part["spans"], dtype=torch.int32).reshape(-1, 4) for part in parts]
+        offsets = torch.tensor([0, *map(len, spans)]).cumsum(0)
+        entries.append({
+            "input_ids": rows("ids", parts, 0),
+            "attention_mask": pad_rows([torch.ones(len(part["ids"]), dtype=torch.int64) for part in parts], 0),
+            "alignment": Alignment(torch.cat(spans), offsets),
+        })  # fmt: skip
+    return {**batch, "teachers": entries}
+
+
+def make_teacher(student_tok: Any, teacher_tok: Any, seed: int = 1, **objective: Any) -> TeacherModel:
+    """A small random teacher; P-KL over all columns unless told otherwise. Same tokenizer: kd."""
+    name = objective.pop("name", "teacher")
+    objective.setdefault("top_k", None)
+    if teacher_tok is None:
+        return TeacherModel(Teacher(**objective), make_model(len(student_tok), seed), student_tok, name)
+    projection = ProjectionMatrix.build(student_tok, teacher_tok)
+    if objective.pop("learnable", False):
+        projection = projection.learnable()
+    return TeacherModel(
+        Teacher(projection=projection, **objective), make_model(len(teacher_tok), seed), teacher_tok, name
+    )
+
+
+def make_config(folder: Path, **options: Any) -> XTokenConfig:
+    defaults: dict[str, Any] = {
+        "output_dir": str(folder),
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 4,
+        "max_steps": 2,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "seed": 3,
+        "max_grad_norm": 0.0,
+        "dataloader_num_workers": 0,
+    }
+    return XTokenConfig(**{**defaults, **options})
+
+
+def make_trainer(
+    folder: Path,
+    student_tok: Any,
+    teachers: Sequence[TeacherModel],
+    examples: Any,
+    held_out: Any = None,
+    **options: Any,
+) -> XTokenTrainer:
+    return XTokenTrainer(
+        model=make_model(len(student_tok), seed=0),
+        args=make_config(folder, **options),
+        teachers=teachers,
+        data_collator=collate,
+        train_dataset=examples,
+        eval_dataset=held_out,
+        processing_class=student_tok,
+    )
+
+
+class _Gradients(TrainerCallback):
+    """Keeps the student's gradients of the last step, and what was logged."""
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.gradients = {
+            name.removeprefix("module."): weight.grad.clone() for name, weight in named if weight.grad is not None
+        }
+
+
+def run_one_step(
+    folder: Path, student_tok: Any, teachers: Sequence[TeacherModel], examples: Any, steps: int = 1, **options: Any
+) -> dict[str, torch.Tensor]:
+    """The gradients of the last of some SGD steps, those of W too, and the ``ce`` and ``kd`` that it logged."""
+    options = {"max_steps": steps, "optim": "sgd", "learning_rate": 0.1, "lr_scheduler_type": "constant", **options}
+    trainer = make_trainer(folder, student_tok, teachers, examples, **options)
+    kept = _Gradients()
+    trainer.add_callback(kept)
+    trainer.train()
+    gradients = dict(kept.gradients)
+    for k, weight in enumerate(trainer.criterion.parameters()):
+        assert weight.grad is not None
+        gradients[f"W{k}"] = weight.grad
+    logged = [one for one in trainer.state.log_history if "ce" in one][-1]
+    return {**gradients, "logged": torch.tensor([logged["ce"], logged["kd"]])}

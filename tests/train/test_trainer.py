@@ -1,0 +1,332 @@
+"""XTokenTrainer: what a run learns, reports, keeps and refuses."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_teacher, make_trainer
+from transformers import TrainingArguments
+
+from xtoken import ProjectionMatrix, kd_loss, pkl_loss
+from xtoken.train import XTokenConfig, XTokenTrainer
+
+
+@pytest.fixture(scope="module")
+def examples(student_tok, teacher_tok) -> Any:
+    return encode(SMALL_TEXTS, student_tok, teacher_tok)
+
+
+@pytest.fixture(scope="module")
+def twins(student_tok, teacher_tok) -> Any:
+    """Each for two teachers of another tokenizer and one of the student's."""
+    return encode(SMALL_TEXTS, student_tok, teacher_tok, teacher_tok, None)
+
+
+def logged(trainer: XTokenTrainer, name: str) -> list[float]:
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+def test_learns_and_reports(tmp_path, student_tok, teacher_tok, examples):
+    teacher = make_teacher(student_tok, teacher_tok, top_k=100)
+    trainer = make_trainer(
+        tmp_path, student_tok, [teacher], examples[:16], examples[16:], max_steps=12, logging_steps=3,
+        learning_rate=3e-3, scaling="fixed", kd_weight=0.5,
+    )  # fmt: skip
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_ce"] < before["eval_ce"] - 0.1
+    assert after["eval_kd"] < before["eval_kd"] - 0.1
+    assert after["eval_loss"] == pytest.approx(after["eval_ce"] + 0.5 * after["eval_kd"])
+    assert after["eval_chunks"] == sum(len(one["teachers"][0]["spans"]) - 1 for one in examples[16:])  # but the bos
+    assert len(logged(trainer, "ce")) == 4
+    for k in range(4):
+        entry = [one for one in trainer.state.log_history if "tokens_per_second" in one][k]
+        assert entry["loss"] == pytest.approx(entry["ce"] + 0.5 * entry["kd"], rel=1e-4)
+        assert entry["kd_scale"] == 1
+        assert entry["tokens_per_second"] > 0
+        assert 0 <= entry["agreement"] <= 1
+        assert 0 < entry["teacher_mass"] < 1
+        assert 0 < entry["projected_outside"] < 1
+        shares = [entry[f"time_{name}"] for name in ("teacher", "student", "loss")]
+        assert min(shares) > 0
+        assert sum(shares) <= 1
+    assert not any(weight.requires_grad for weight in teacher.model.parameters())
+    assert all(weight.grad is None for weight in teacher.model.parameters())
+
+
+def test_evaluation_is_over_all_labels_and_chunks(tmp_path, student_tok, teacher_tok, examples):
+    """Batches of different sizes weigh by what is in them."""
+    teacher = make_teacher(student_tok, teacher_tok)
+    trainer = make_trainer(tmp_path, student_tok, [teacher], None, examples[:7])
+    got = trainer.evaluate()
+    batch = collate(examples[:7])
+    with torch.no_grad():
+        logits = trainer.model(batch["input_ids"], attention_mask=batch["attention_mask"]).logits
+        entry = batch["teachers"][0]
+        theirs = teacher.model(entry["input_ids"], attention_mask=entry["attention_mask"]).logits
+    ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
+    kd = pkl_loss(logits, theirs, entry["alignment"], teacher.objective.projection, top_k=None)
+    assert got["eval_ce"] == pytest.approx(float(ce), rel=1e-5)
+    assert got["eval_kd"] == pytest.approx(float(kd), rel=1e-5)
+
+
+def test_several_teachers_add_up(tmp_path, student_tok, teacher_tok, twins):
+    teachers = [
+        make_teacher(student_tok, teacher_tok, 1, name="a", weight=0.2),
+        make_teacher(student_tok, teacher_tok, 2, name="b", loss="hkl", weight=0.5),
+        make_teacher(student_tok, None, 3, name="c", weight=2.0),
+    ]
+    trainer = make_trainer(tmp_path, student_tok, teachers, None, twins[:4])
+    got = trainer.evaluate()
+    parts = [got[f"eval_kd/{name}"] for name in "abc"]
+    assert got["eval_kd"] == pytest.approx(0.2 * parts[0] + 0.5 * parts[1] + 2.0 * parts[2])
+    assert got["eval_chunks/c"] == sum(len(one["labels"]) - 1 for one in twins[:4])
+    assert got["eval_agreement/c"] <= 1
+
+
+def test_select_takes_the_better_teacher(tmp_path, student_tok, teacher_tok, twins):
+    """A teacher that has learned the text is chosen for every sample, and the sums are those of it alone."""
+    good, bad = (
+        make_teacher(student_tok, teacher_tok, 1, name="good"),
+        make_teacher(student_tok, teacher_tok, 2, name="bad"),
+    )
+    twin = make_teacher(student_tok, None, 3, name="twin")
+    with torch.no_grad():  # a teacher that is sure of the wrong tokens is worse than one that knows nothing
+        bad.model.lm_head.weight.mul_(40)
+        twin.model.lm_head.weight.mul_(40)
+    trainer = make_trainer(tmp_path, student_tok, [bad, good, twin], None, twins[:6], teacher_mode="select")
+    got = trainer.evaluate()
+    assert got["eval_chunks/good"] > 0
+    assert got["eval_chunks/bad"] == got["eval_chunks/twin"] == 0
+    alone = make_trainer(tmp_path, student_tok, [good], None, encode_first(twins[:6])).evaluate()
+    chunks = [alone["eval_chunks"]] * 2 + [sum(len(one["labels"]) - 1 for one in twins[:6])]
+    mean = sum(chunks) / 3
+    assert got["eval_kd"] == pytest.approx(alone["eval_kd"] * alone["eval_chunks"] / mean, rel=1e-5)
+
+
+def encode_first(examples: Any) -> list[dict[str, Any]]:
+    return [{**one, "teachers": one["teachers"][:1]} for one in examples]
+
+
+def test_average_is_one_teacher(tmp_path, student_tok, teacher_tok, twins):
+    teachers = [
+        make_teacher(student_tok, None, k, name=name, weight=w) for k, name, w in ((1, "a", 1.0), (2, "b", 3.0))
+    ]
+    pair = [{**one, "teachers": [one["teachers"][2]] * 2} for one in twins[:4]]
+    trainer = make_trainer(tmp_path, student_tok, teachers, None, pair, teacher_mode="average")
+    got = trainer.evaluate()
+    batch = collate(pair)
+    with torch.no_grad():
+        given = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        logits = trainer.model(**given).logits
+        p = [teacher.model(**given).logits.softmax(-1) for teacher in teachers]
+    mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
+    want = kd_loss(logits, (0.25 * p[0] + 0.75 * p[1]).log(), mask=mask)
+    assert got["eval_kd"] == pytest.approx(float(want), rel=1e-4)
+    assert "eval_kd/a" not in got
+
+
+def test_trainable_projection(tmp_path, student_tok, teacher_tok, examples):
+    """W has its own learning rate, no clipping, no decay; it is saved, and a projection beside it."""
+    teacher = make_teacher(student_tok, teacher_tok, learnable=True, name="T")
+    start = teacher.objective.projection.projection()
+    trainer = make_trainer(
+        tmp_path, student_tok, [teacher], examples, max_steps=3, max_grad_norm=1e-9, save_strategy="steps",
+        save_steps=3, weight_decay=0.1, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    group = trainer.optimizer.param_groups[-1]
+    assert (group["lr"], group["weight_decay"]) == (1e-2, 0.0)
+    learned = ProjectionMatrix.load(tmp_path / "checkpoint-3" / "projection-T.safetensors", student_tok, teacher_tok)
+    moved = (learned.weight - start.weight).abs()
+    assert float(moved.max()) > 1e-3
+    state = load_file(tmp_path / "checkpoint-3" / "distillation.safetensors")
+    assert list(state) == ["projections.0.logits"]
+
+
+@pytest.mark.parametrize("learnable", [False, True])
+def test_an_interrupted_run_goes_on_as_if_it_had_not(tmp_path, student_tok, teacher_tok, examples, learnable, threads):
+    """The same losses, to the last digit, with accumulation, dynamic scaling and dropped-in W."""
+    options = {
+        "max_steps": 6, "save_strategy": "steps", "save_steps": 3, "gradient_accumulation_steps": 2,
+        "lr_scheduler_type": "linear",
+    }  # fmt: skip
+
+    def trainer(folder: str) -> XTokenTrainer:
+        teacher = make_teacher(student_tok, teacher_tok, learnable=learnable)
+        return make_trainer(tmp_path / folder, student_tok, [teacher], examples, **options)
+
+    whole = trainer("whole")
+    whole.train()
+    resumed = trainer("resumed")
+    resumed.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-3"))
+    for name in ("loss", "ce", "kd", "kd_scale"):
+        assert logged(resumed, name) == logged(whole, name)
+    assert len(logged(resumed, "ce")) == 6
+    for (name, got), want in zip(resumed.model.named_parameters(), whole.model.parameters(), strict=True):
+        assert torch.equal(got, want), name
+
+
+def test_samples_without_chunks(tmp_path, student_tok, teacher_tok, examples):
+    """Some, and then all: cross-entropy goes on, and nothing becomes NaN."""
+    none = [{**one, "teachers": [{**one["teachers"][0], "spans": []}]} for one in examples]
+    teacher = make_teacher(student_tok, teacher_tok)
+    mixed = make_trainer(tmp_path, student_tok, [teacher], none[:2] + examples[2:8], max_steps=4)
+    mixed.train()
+    assert min(logged(mixed, "kd")) >= 0
+    alone = make_trainer(
+        tmp_path, student_tok, [teacher], none[:8], none[:4], max_steps=4, gradient_accumulation_steps=2
+    )
+    alone.train()
+    assert logged(alone, "kd") == [0.0] * 4
+    assert logged(alone, "loss") == pytest.approx(logged(alone, "ce"), rel=1e-5)
+    assert logged(alone, "ce")[-1] < logged(alone, "ce")[0]
+    assert alone.evaluate()["eval_kd"] == 0
+
+
+def test_a_step_without_chunks_does_not_switch_distillation_off(tmp_path, student_tok, teacher_tok, examples):
+    """The factor of the next step is that of the last step that had chunks."""
+    none = [{**one, "teachers": [{**one["teachers"][0], "spans": []}]} for one in examples]
+    data = [*none[:2], *examples[2:4], *none[4:8], *examples[8:12]]
+    trainer = make_trainer(
+        tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], data, max_steps=3,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+    )  # fmt: skip
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)  # type: ignore[method-assign]
+    trainer.train()
+    scales, kd, ce = (logged(trainer, name) for name in ("kd_scale", "kd", "ce"))
+    assert kd[1] == 0
+    assert scales[1] == scales[2] == pytest.approx(ce[0] / kd[0], rel=1e-5)
+
+
+def spoil(model: Any, student_tok: Any) -> None:
+    """NaN for whatever follows token 5."""
+    forward = model.forward
+
+    def spoiled(*args: Any, **kwargs: Any) -> Any:
+        outputs = forward(*args, **kwargs)
+        outputs.logits = outputs.logits.clone()
+        outputs.logits[1, 2] = math.nan
+        return outputs
+
+    model.forward = spoiled
+
+
+def test_logits_that_are_not_numbers(tmp_path, student_tok, teacher_tok, examples):
+    teacher = make_teacher(student_tok, teacher_tok, name="T")
+    trainer = make_trainer(tmp_path, student_tok, [teacher], examples, examples[:4])
+    spoil(teacher.model, student_tok)
+    with pytest.raises(ValueError, match=r"T: logits are not a number at step 1, first in sample 1 at position 2"):
+        trainer.train()
+    with pytest.raises(ValueError, match=r"T: logits are not a number at evaluation"):
+        trainer.evaluate()
+    trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], examples, max_steps=3)
+    trainer.train()
+    spoil(trainer.model, student_tok)
+    with pytest.raises(ValueError, match=r"student: logits are not a number at step 1"):
+        trainer.train()
+
+
+def test_a_loss_that_is_not_finite(tmp_path, student_tok, teacher_tok, examples):
+    teacher = make_teacher(student_tok, teacher_tok, learnable=True)
+    with torch.no_grad():
+        teacher.objective.projection.logits.fill_(math.nan)
+    trainer = make_trainer(tmp_path, student_tok, [teacher], examples)
+    with pytest.raises(ValueError, match="loss: expected a finite number, got nan at step 1"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry, batch: entry.pop("input_ids"), "T: expected input_ids of its own tokenizer, got none"),
+        (lambda entry, batch: entry.update(input_ids=batch["input_ids"]), "T: got the student's input_ids"),
+        (
+            lambda entry, batch: entry.update(input_ids=(entry["input_ids"] + 17) % 250),
+            "T: expected chunks that spell the same text on both sides, but only",
+        ),
+        (lambda entry, batch: entry["input_ids"].fill_(699), r"T: expected input_ids below \d+, got 699"),
+        (lambda entry, batch: batch["teachers"].append(entry), "teachers: expected 1 in a batch, got 2"),
+    ],
+)  # fmt: skip
+def test_a_teacher_is_not_fed_the_students_ids(tmp_path, student_tok, teacher_tok, examples, change, message):
+    trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok, name="T")], examples)
+
+    def spoiled(items: Any) -> Any:
+        batch = collate(items)
+        change(batch["teachers"][0], batch)
+        return batch
+
+    trainer.data_collator = spoiled
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+def test_bad_arguments(tmp_path, student_tok, teacher_tok):
+    model, teacher = make_model(700, 0), make_teacher(student_tok, teacher_tok)
+    with pytest.raises(TypeError, match="args: expected an XTokenConfig, got TrainingArguments"):
+        XTokenTrainer(model, TrainingArguments(output_dir=str(tmp_path), report_to="none"), [teacher])
+    config = make_config(tmp_path)
+    config._n_gpu = 2
+    with pytest.raises(ValueError, match="args: expected one device a process, got 2 for DataParallel"):
+        XTokenTrainer(model, config, [teacher])
+    with pytest.raises(ValueError, match="student: expected an output layer of at least 700 rows"):
+        XTokenTrainer(make_model(699, 0), make_config(tmp_path), [teacher], processing_class=student_tok)
+    with pytest.raises(
+        ValueError, match=r"teachers: expected a name of its own for each, got \['teacher', 'teacher'\]"
+    ):
+        XTokenTrainer(model, make_config(tmp_path), [teacher, teacher])
+    other = make_teacher(student_tok, None, name="other")
+    with pytest.raises(ValueError, match="teacher_mode: expected teachers with one tokenizer for 'average', but"):
+        make_trainer(tmp_path, student_tok, [teacher, other], None, teacher_mode="average")
+
+
+def test_deepspeed_cannot_train_projections(tmp_path, student_tok, teacher_tok, monkeypatch):
+    def create(self: XTokenTrainer) -> None:
+        super(XTokenTrainer, self).create_accelerator_and_postprocess()
+        self.is_deepspeed_enabled = True
+
+    monkeypatch.setattr(XTokenTrainer, "create_accelerator_and_postprocess", create)
+    with pytest.raises(ValueError, match="teachers: expected projections without trainable weights for DeepSpeed"):
+        make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok, learnable=True)], None)
+
+
+def test_average_wants_the_same_ids(tmp_path, student_tok, teacher_tok, twins):
+    teachers = [make_teacher(student_tok, teacher_tok, k, name=str(k)) for k in (1, 2)]
+    mixed = [{**one, "teachers": [one["teachers"][0], other["teachers"][1]]} for one, other in pairwise(twins)]
+    trainer = make_trainer(tmp_path, student_tok, teachers, None, mixed[:4], teacher_mode="average")
+    trainer._ids_checked = True
+    with pytest.raises(ValueError, match="teacher_mode: expected 'average' teachers to read the same ids"):
+        trainer.evaluate()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"scaling": "static"}, "scaling: expected one of 'dynamic', 'fixed', got 'static'"),
+        ({"teacher_mode": "vote"}, "teacher_mode: expected one of 'sum', 'select', 'average', got 'vote'"),
+        ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
+    ],
+)
+def test_bad_config(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        XTokenConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_twin_with_another_template(tmp_path, student_tok):
+    """A teacher with the student's tokenizer but ids of its own is compared where both cut the text alike."""
+    pair = encode(SMALL_TEXTS[:4], student_tok, student_tok)
+    for one in pair:  # as if a chunk in the middle were cut differently
+        spans = one["teachers"][0]["spans"].clone()
+        spans[2, 1], spans[2, 3] = spans[3, 1], spans[3, 3]
+        one["teachers"][0]["spans"] = torch.cat([spans[:3], spans[4:]])
+    trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, None)], None, pair)
+    got = trainer.evaluate()
+    assert got["eval_chunks"] == sum(len(one["teachers"][0]["spans"]) - 2 for one in pair)
+    assert got["eval_kd"] > 0

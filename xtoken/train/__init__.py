@@ -1,0 +1,21 @@
+"""Training on top of transformers' Trainer; importing this package imports transformers."""
+
+from .collator import XTokenCollator, pack
+from .config import XTokenConfig
+from .data import AlignedExamples, EncodedDataset, load_examples
+from .encode import ExampleEncoder
+from .teachers import TeacherModel, load_model
+from .trainer import XTokenTrainer
+
+__all__ = [
+    "AlignedExamples",
+    "EncodedDataset",
+    "ExampleEncoder",
+    "TeacherModel",
+    "XTokenCollator",
+    "XTokenConfig",
+    "XTokenTrainer",
+    "load_examples",
+    "load_model",
+    "pack",
+]

@@ -1,0 +1,183 @@
+"""Chat templates: a conversation as each tokenizer's own template writes it, and where its contents stand in that."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "thinking", "arguments", "name"})
+"""Fields of a message, at any depth, whose strings are its contents; a message's own ``name`` is not."""
+
+_THINK_TAGS = re.compile(r"</?think>")
+_MARKER = re.compile(r"xtoken0piece(\d+)end")
+_KEPT_SKELETONS = 4096
+
+
+class Conversation(NamedTuple):
+    """Messages taken apart.
+
+    Attributes
+    ----------
+    messages, tools, options
+        What the template is given: messages, tools, and further variables.
+    skeleton : list of dict
+        The messages with a marker in place of each piece.
+    pieces : list of str
+        The contents, in order, without white space at their edges (templates strip it) and without think tags (that
+        templates move). Neither is empty.
+    owners : list of int
+        The message of each piece.
+    """
+
+    messages: list[dict[str, Any]]
+    tools: Any
+    options: dict[str, Any]
+    skeleton: list[dict[str, Any]]
+    pieces: list[str]
+    owners: list[int]
+
+
+class Place(NamedTuple):
+    """Where a piece stands in a rendered conversation, in characters."""
+
+    piece: int
+    start: int
+    end: int
+    next_start: int
+    """Where the next piece starts: what the template writes between two pieces is ``text[end:next_start]``."""
+    is_verbatim: bool
+
+
+def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options: Any = None) -> Conversation:
+    """Finds the contents of messages.
+
+    Raises
+    ------
+    ValueError
+        If a message is not a mapping with a ``role``.
+    """
+    pieces: list[str] = []
+    owners: list[int] = []
+
+    def mark(text: str, owner: int) -> str:
+        parts = []
+        at = 0
+        for tag in [*_THINK_TAGS.finditer(text), None]:
+            inner = text[at : tag.start() if tag else len(text)]
+            core = inner.strip()
+            if core:
+                before = inner.index(core)
+                parts.append(f"{inner[:before]}xtoken0piece{len(pieces)}end{inner[before + len(core) :]}")
+                pieces.append(core)
+                owners.append(owner)
+            else:
+                parts.append(inner)
+            if tag:
+                parts.append(tag.group())
+                at = tag.end()
+        return "".join(parts)
+
+    def walk(value: Any, owner: int, is_content: bool) -> Any:
+        if isinstance(value, str):
+            return mark(value, owner) if is_content else value
+        if isinstance(value, Mapping):
+            return {key: walk(one, owner, is_content or key in CONTENT_KEYS) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [walk(one, owner, is_content) for one in value]
+        return value
+
+    skeleton: list[dict[str, Any]] = []
+    for owner, message in enumerate(messages):
+        if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
+            raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
+        skeleton.append({
+            key: walk(value, owner, key in CONTENT_KEYS and key != "name") for key, value in message.items()
+        })  # fmt: skip
+    return Conversation([dict(one) for one in messages], tools, dict(options or {}), skeleton, pieces, owners)
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer.
+
+    Parameters
+    ----------
+    tokenizer
+        Of `transformers`.
+    name : str
+        For messages.
+
+    Raises
+    ------
+    ValueError
+        If the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: Any, name: str) -> None:
+        if not hasattr(tokenizer, "apply_chat_template") or not getattr(tokenizer, "chat_template", None):
+            shown = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
+            raise ValueError(
+                f"{name}: tokenizer {shown} has no chat template, so it cannot read messages; set its chat_template, "
+                "or give prompt and completion"
+            )
+        self.tokenizer = tokenizer
+        self.name = name
+        self._skeletons: dict[str, list[str]] = {}
+
+    def render(self, conversation: Conversation) -> tuple[str, list[Place]]:
+        """The conversation as text, and the places of its pieces in it, in their order there.
+
+        A piece that the template drops has no place, and one that it writes otherwise is not verbatim. Where the
+        template writes something else around the pieces than around their markers, the places end.
+
+        Raises
+        ------
+        ValueError
+            If the template refuses the conversation.
+        """
+        text = self._apply(conversation.messages, conversation)
+        key = json.dumps([conversation.skeleton, conversation.tools, conversation.options], default=str)
+        parts = self._skeletons.get(key)
+        if parts is None:
+            parts = _MARKER.split(self._apply(conversation.skeleton, conversation))
+            if len(self._skeletons) >= _KEPT_SKELETONS:
+                self._skeletons.clear()
+            self._skeletons[key] = parts
+        return text, _places(text, parts, conversation.pieces)
+
+    def _apply(self, messages: Any, conversation: Conversation) -> str:
+        try:
+            rendered: str = self.tokenizer.apply_chat_template(
+                messages, tools=conversation.tools, tokenize=False, **conversation.options
+            )
+        except Exception as error:  # templates raise what they like
+            raise ValueError(f"{self.name}: its chat template refuses the messages: {error}") from error
+        return rendered
+
+
+def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Place]:
+    """Places of pieces; `parts` are the texts around the markers, at even places, and the pieces' numbers between."""
+    places: list[Place] = []
+    seen: set[int] = set()
+    if not text.startswith(parts[0]):
+        return places
+    at = len(parts[0])
+    for k in range(1, len(parts), 2):
+        number, behind = int(parts[k]), parts[k + 1]
+        piece = pieces[number]
+        is_last = k + 2 == len(parts)
+        end = at + len(piece)
+        next_start = end + len(behind)
+        is_verbatim = text.startswith(piece, at) and text.startswith(behind, end)
+        if not is_verbatim or (is_last and next_start != len(text)):
+            is_verbatim = False
+            end = len(text) - len(behind) if is_last else text.find(behind, at)
+            next_start = end + len(behind)
+            if end < at or not behind or not text.startswith(behind, end):
+                break
+        if number not in seen:  # a template may repeat itself; the first time counts
+            seen.add(number)
+            places.append(Place(number, at, end, next_start, is_verbatim))
+        at = next_start
+    return places

@@ -1,0 +1,172 @@
+"""XTokenCollator: encoded examples to a batch, one a row or several packed into one row."""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xtoken.alignment import Alignment, pad_rows
+from xtoken.losses._backends import IGNORED
+from xtoken.vocabulary import TokenizerLike, Vocabulary
+
+
+def pack(examples: Sequence[Mapping[str, Any]], max_length: int) -> list[list[int]]:
+    """Examples that share a row: best fit, longest first.
+
+    Parameters
+    ----------
+    examples : sequence of encoded examples
+        As `xtoken.train.ExampleEncoder` makes them.
+    max_length : int
+        Most student tokens of a row; one longer example has a row of its own.
+
+    Returns
+    -------
+    list of list of int
+        Numbers of the examples of each row, in increasing order; the rows in the order of their first example.
+    """
+    lengths = [len(example["student_ids"]) for example in examples]
+    rows: list[list[int]] = []
+    room: list[tuple[int, int]] = []  # (free tokens, row), sorted
+    for k in sorted(range(len(lengths)), key=lambda k: -lengths[k]):
+        fit = bisect.bisect_left(room, (lengths[k], -1))
+        if fit < len(room):
+            free, row = room.pop(fit)
+            rows[row].append(k)
+        else:
+            free, row = max_length, len(rows)
+            rows.append([k])
+        bisect.insort(room, (free - lengths[k], row))
+    return sorted(sorted(row) for row in rows)
+
+
+class XTokenCollator:
+    """Puts encoded examples together to a batch.
+
+    Parameters
+    ----------
+    student_tok : tokenizer
+        As for `Vocabulary.from_tokenizer`. Its pad token, else its end token, fills the rows.
+    teacher_toks : sequence of tokenizers
+        One for each teacher, likewise.
+    packed : bool
+        Whether to put several examples of a batch into one row, of at most `max_length` student tokens.
+    max_length : int, optional
+        Required with `packed`.
+
+    Raises
+    ------
+    ValueError
+        If a tokenizer has neither a pad nor an end token, saying which; for `packed` without `max_length`.
+
+    Examples
+    --------
+    >>> vocabulary = Vocabulary([b"<pad>", b"a", b"b"], roles={"pad": 0})
+    >>> one = {"student_ids": [1, 2], "labels": [-100, 2], "teachers": [{"ids": [1, 2], "spans": [[1, 2, 1, 2]]}]}
+    >>> two = {"student_ids": [2], "labels": [-100], "teachers": [{"ids": [2], "spans": []}]}
+    >>> batch = XTokenCollator(vocabulary, [vocabulary])([one, two])
+    >>> batch["input_ids"].tolist(), batch["labels"].tolist(), batch["teachers"][0]["alignment"].offsets.tolist()
+    ([[1, 2], [2, 0]], [[-100, 2], [-100, -100]], [0, 1, 1])
+    """
+
+    def __init__(
+        self,
+        student_tok: TokenizerLike,
+        teacher_toks: Sequence[TokenizerLike] = (),
+        *,
+        packed: bool = False,
+        max_length: int | None = None,
+    ) -> None:
+        if packed and max_length is None:
+            raise ValueError("max_length: expected the most tokens of a packed row, got None")
+        self.packed = packed
+        self.max_length = max_length
+        self.student_pad_id = _pad_id(student_tok, "student_tok")
+        self.teacher_pad_ids = [_pad_id(tok, f"teacher_toks[{k}]") for k, tok in enumerate(teacher_toks)]
+
+    def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """A batch of B rows.
+
+        Returns
+        -------
+        dict
+            ``input_ids`` and ``labels`` int64 [B, T], padded on the right; ``attention_mask`` int64 [B, T], 1 for
+            tokens; ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of
+            ``alignment`` None if it reads the student's ids.
+            With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the
+            padding), in place of ``attention_mask``: that is how the models of transformers know that examples must
+            not see each other. No chunk or label is at the first token of an example.
+
+        Raises
+        ------
+        ValueError
+            If there are no examples; if one has more or fewer teachers than the others.
+        """
+        if not examples:
+            raise ValueError("examples: expected at least one")
+        if self.packed and self.max_length is not None:
+            rows = [[examples[k] for k in row] for row in pack(examples, self.max_length)]
+        else:
+            rows = [[example] for example in examples]
+        counts = {len(example["teachers"]) for example in examples}
+        if counts != {len(self.teacher_pad_ids)}:
+            raise ValueError(f"examples: expected {len(self.teacher_pad_ids)} teachers each, got {sorted(counts)}")
+        batch = self._side([[example["student_ids"] for example in row] for row in rows], self.student_pad_id)
+        labels = [np.concatenate([_unpredicted(example["labels"]) for example in row]) for row in rows]
+        batch["labels"] = pad_rows(labels, IGNORED)
+        batch["teachers"] = [self._teacher(rows, m) for m in range(len(self.teacher_pad_ids))]
+        return batch
+
+    def _side(self, rows: Sequence[Sequence[Any]], pad_id: int) -> dict[str, Any]:
+        ids = [np.concatenate([np.asarray(one, np.int64) for one in row]) for row in rows]
+        side: dict[str, Any] = {"input_ids": pad_rows(ids, pad_id)}
+        if not self.packed:
+            side["attention_mask"] = pad_rows([np.ones_like(row) for row in ids], 0)
+            return side
+        width = side["input_ids"].shape[1]
+        positions = torch.empty_like(side["input_ids"])
+        for position, row, flat in zip(positions, rows, ids, strict=True):
+            sizes = [*map(len, row), width - len(flat)]
+            position[:] = torch.cat([torch.arange(size) for size in sizes])
+        side["position_ids"] = positions
+        return side
+
+    def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, Any]:
+        entries = [[example["teachers"][m] for example in row] for row in rows]
+        direct = [entry["ids"] is None for row in entries for entry in row]
+        if all(direct):
+            return {"alignment": None}
+        if any(direct):
+            raise ValueError(f"examples: expected ids of teacher {m} in all or in none, got {len(direct)} mixed")
+        side = self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m])
+        spans: list[Tensor] = []
+        for row, ours in zip(entries, rows, strict=True):
+            parts, shift = [], np.zeros(4, np.int64)
+            for entry, example in zip(row, ours, strict=True):
+                part = np.asarray(entry["spans"], np.int64).reshape(-1, 4)
+                parts.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
+                shift += np.repeat([len(example["student_ids"]), len(entry["ids"])], 2)
+            spans.append(torch.from_numpy(np.concatenate(parts)))
+        offsets = torch.tensor([0, *map(len, spans)]).cumsum(0)
+        return {**side, "alignment": Alignment(torch.cat(spans), offsets)}
+
+
+def _unpredicted(labels: Any) -> NDArray[np.int64]:
+    """Labels without the first: nothing predicts it."""
+    row = np.array(labels, np.int64)
+    row[:1] = IGNORED
+    return row
+
+
+def _pad_id(tokenizer: TokenizerLike, name: str) -> int:
+    roles = Vocabulary.from_tokenizer(tokenizer).roles
+    pad = roles.get("pad", roles.get("eos"))
+    if pad is None:
+        raise ValueError(f"{name}: expected a pad or an end token to fill rows with, got neither; set its pad_token")
+    return pad

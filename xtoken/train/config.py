@@ -1,0 +1,69 @@
+"""XTokenConfig: the Trainer's arguments and those of the distillation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from xtoken.losses._common import check_choice
+from xtoken.losses.combined import SCALINGS
+
+TEACHER_MODES = ("sum", "select", "average")
+
+
+@dataclass
+class XTokenConfig(TrainingArguments):
+    """`transformers.TrainingArguments` and the following.
+
+    Parameters
+    ----------
+    scaling : "dynamic" or "fixed"
+        Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is CE / KD of the whole step, all
+        processes together. With gradient accumulation that is not known until the step's last micro-batch, so it
+        is the ratio of the previous step (and in the first step that of its first micro-batch): one factor for
+        all micro-batches of a step, however the step is cut.
+    ce_weight, kd_weight : float
+        Weights of cross-entropy and distillation, >= 0.
+    teacher_mode : "sum", "select" or "average"
+        Several teachers: the weighted sum of their losses; for each sample the loss of the teacher that predicts it
+        best (least cross-entropy a student token of aligned text); or the weighted mean of their probabilities as
+        one teacher (they must share a tokenizer).
+    projection_learning_rate : float
+        Learning rate of trainable weights of W, which are neither decayed nor clipped.
+    loss_backend : str
+        See `xtoken.select_backend`.
+
+    Raises
+    ------
+    ValueError
+        For unknown choices, and for ``remove_unused_columns=True``, which would drop the teachers' inputs.
+
+    Notes
+    -----
+    Defaults that differ from those of TrainingArguments: ``remove_unused_columns=False``, ``label_names=["labels"]``,
+    and every process reads its own batches (``dispatch_batches=False``).
+    """
+
+    output_dir: str | None = field(
+        default=None, metadata={"aliases": ["--output"], "help": "folder for checkpoints, the student and the log"}
+    )
+    scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation: dynamic or fixed"})
+    ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
+    kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})
+    teacher_mode: str = field(default="sum", metadata={"help": "several teachers: sum, select or average"})
+    projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
+    loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
+    label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: it would drop the teachers"})
+
+    def __post_init__(self) -> None:
+        check_choice(self.scaling, "scaling", SCALINGS)
+        check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
+        if self.remove_unused_columns:
+            raise ValueError(
+                "remove_unused_columns: expected False, since the teachers' inputs are no columns of the student"
+            )
+        super().__post_init__()
+        if self.accelerator_config.dispatch_batches is None:
+            self.accelerator_config.dispatch_batches = False

@@ -1,0 +1,243 @@
+"""Training data: reading files, encoding them for all models, and aligned corpora as examples."""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import logging
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from xtoken.corpus import require
+from xtoken.corpus.files import InputFile, find_files
+from xtoken.data import AlignedDataset
+from xtoken.losses._backends import IGNORED
+from xtoken.vocabulary import TokenizerLike
+
+from .encode import ExampleEncoder
+
+BATCH_ROWS = 256
+"""Rows that are encoded at once."""
+
+logger = logging.getLogger(__name__)
+
+
+class EncodedDataset(Dataset[dict[str, Any]]):
+    """Encoded examples in memory.
+
+    Parameters
+    ----------
+    rows : iterable of mappings
+        Rows as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face.
+    encoder : ExampleEncoder
+
+    Attributes
+    ----------
+    dropped : int
+        Rows of which nothing is trained on: empty, without a turn of the assistant, cut before it, ...
+
+    Raises
+    ------
+    ValueError
+        If a row has none of the forms, or if nothing is left.
+    """
+
+    def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
+        self.dropped = 0
+        self._examples: list[dict[str, Any]] = []
+        source = iter(rows)
+        while batch := list(itertools.islice(source, BATCH_ROWS)):
+            for example in encoder.encode(batch):
+                if example is None:
+                    self.dropped += 1
+                else:
+                    self._examples.append(example)
+        if not self._examples:
+            raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
+        if self.dropped:
+            logger.warning(
+                "%d of %d rows are left out: nothing of them is trained on", self.dropped, self.dropped + len(self)
+            )
+
+    def __len__(self) -> int:
+        """Number of examples."""
+        return len(self._examples)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One example, as `ExampleEncoder.encode` returns it."""
+        return self._examples[index]
+
+
+class AlignedExamples(Dataset[dict[str, Any]]):
+    """The documents of an aligned corpus as examples; all of their text is trained on.
+
+    Parameters
+    ----------
+    path : path
+        Output folder of `xtoken.align_corpus`.
+    student_tok, teacher_tok : tokenizer
+        Those it was made with. The special tokens that they put before a text are put there.
+    max_length, max_teacher_length : int, optional
+        As for `ExampleEncoder`.
+
+    Raises
+    ------
+    ValueError, FileNotFoundError, ImportError
+        As `AlignedDataset`.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        *,
+        max_length: int | None = None,
+        max_teacher_length: int | None = None,
+    ) -> None:
+        encoder = ExampleEncoder(student_tok, [teacher_tok])
+        teacher = encoder.teachers[0] or encoder.student
+        self.documents = AlignedDataset(path, student_tok, teacher_tok)
+        self.prefixes = [np.asarray(side.prefix, np.int64) for side in (encoder.student, teacher)]
+        self.limits = (max_length, max_teacher_length)
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return len(self.documents)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """One document, as `ExampleEncoder.encode` returns it."""
+        document = self.documents[index]
+        before = np.repeat([len(prefix) for prefix in self.prefixes], 2)
+        spans = document["spans"].numpy() + before.astype(np.int32)
+        ids = [
+            np.concatenate([prefix, document[f"{side}_ids"].numpy()])
+            for prefix, side in zip(self.prefixes, ("student", "teacher"), strict=True)
+        ]
+        limits = [len(row) if limit is None else limit for row, limit in zip(ids, self.limits, strict=True)]
+        if any(len(row) > limit for row, limit in zip(ids, limits, strict=True)):
+            spans = spans[(spans[:, 1] <= limits[0]) & (spans[:, 3] <= limits[1])]
+            ends = spans[-1, 1::2] if len(spans) else (0, 0)
+            ids = [row[:end] for row, end in zip(ids, ends, strict=True)]
+        labels = ids[0].copy()
+        labels[: max(1, len(self.prefixes[0]))] = IGNORED
+        spans = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
+        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans}]}
+
+
+def load_examples(
+    files: Sequence[str | os.PathLike[str]],
+    student_tok: TokenizerLike,
+    teacher_toks: Sequence[TokenizerLike],
+    *,
+    text_column: str = "text",
+    max_length: int | None = None,
+    max_teacher_length: int | None = None,
+    train_on: str = "all",
+) -> Dataset[dict[str, Any]]:
+    """Examples from files, or from the folder of an aligned corpus.
+
+    Parameters
+    ----------
+    files : sequence of paths
+        JSON lines, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one folder that it
+        has written, for one teacher.
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on
+        As for `ExampleEncoder`.
+
+    Returns
+    -------
+    EncodedDataset or AlignedExamples
+
+    Raises
+    ------
+    ValueError
+        For broken rows, with file and row; for an aligned corpus with more than one teacher or other files.
+    FileNotFoundError
+        If a path matches no file.
+    """
+    folders = [path for path in files if os.path.isdir(path)]
+    if folders:
+        if len(files) > 1 or len(teacher_toks) != 1:
+            raise ValueError(
+                f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
+                f"{len(teacher_toks)} teachers"
+            )
+        return AlignedExamples(
+            folders[0], student_tok, teacher_toks[0], max_length=max_length, max_teacher_length=max_teacher_length
+        )
+    encoder = ExampleEncoder(
+        student_tok,
+        teacher_toks,
+        train_on=train_on,
+        max_length=max_length,
+        max_teacher_length=max_teacher_length,
+        text_column=text_column,
+    )
+    return EncodedDataset(read_rows(files, text_column), encoder)
+
+
+def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:
+    """The rows of files, with all their columns; a line of a text file is a row with `text_column`.
+
+    Raises
+    ------
+    ValueError
+        If a line is not a JSON object, with file and line.
+    FileNotFoundError
+        If a path matches no file.
+    ImportError
+        If pyarrow, which reads parquet, Arrow and zstd, is not installed.
+    """
+    for file in find_files(files):
+        if file.format in ("json", "text"):
+            yield from _lines(file, text_column)
+        else:
+            yield from _tables(file)
+
+
+def _lines(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
+    with _unpacked(file.path) as stream:
+        for number, line in enumerate(stream, 1):
+            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
+            if not line.strip():
+                continue
+            try:
+                text = line.decode()
+                row = json.loads(text) if file.format == "json" else {text_column: text.rstrip("\r\n")}
+                if not isinstance(row, dict):
+                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
+            except ValueError as error:
+                raise ValueError(f"{file.path}, line {number}: {error}") from error
+            yield row
+
+
+@contextmanager
+def _unpacked(path: str) -> Iterator[Iterable[bytes]]:
+    if path.lower().endswith(".zst"):
+        with require("pyarrow", "corpus").input_stream(path, compression="zstd") as stream:
+            yield stream
+    elif path.lower().endswith(".gz"):
+        with gzip.open(path, "rb") as stream:
+            yield stream
+    else:
+        with Path(path).open("rb") as stream:
+            yield stream
+
+
+def _tables(file: InputFile) -> Iterator[dict[str, Any]]:
+    require("pyarrow", "corpus")
+    import pyarrow.dataset
+
+    try:
+        for batch in pyarrow.dataset.dataset(file.path, format=file.format).to_batches(batch_size=1024):
+            yield from batch.to_pylist()
+    except pyarrow.ArrowException as error:
+        raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error

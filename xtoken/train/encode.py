@@ -1,0 +1,500 @@
+"""Encoding: text, prompt and completion, or chat messages to token ids of every model, labels and aligned chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtoken.losses._backends import IGNORED
+from xtoken.losses._common import check_choice
+from xtoken.vocabulary import TokenizerLike, Vocabulary
+
+from .chat import ChatTemplate, Conversation, take_apart
+from .teachers import same_tokens
+
+TRAIN_ON = ("all", "completion", "assistant")
+
+END_ROLES = ("end_of_turn", "eos")
+"""Roles of the tokens that end a turn."""
+
+Ints = NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    """An example, before any tokenizer reads it.
+
+    Attributes
+    ----------
+    pieces : list of str
+        The texts that are aligned: contents of messages; prompt and completion; or the whole text.
+    owners : list of int
+        The turn of each piece.
+    trained : list of bool
+        Whether a turn is trained on.
+    conversation : Conversation, optional
+        If it is a chat; else the pieces follow each other as they are, and only the last one has an end.
+    """
+
+    pieces: list[str]
+    owners: list[int]
+    trained: list[bool]
+    conversation: Conversation | None
+
+
+def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
+    """Takes a row apart; see `ExampleEncoder` for its forms.
+
+    Raises
+    ------
+    ValueError
+        If it has none of the forms.
+    """
+    messages = row.get("messages")
+    if messages is not None:
+        last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
+        return _chat(row, list(messages), last + 1, train_on)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        parts = [(text, trained) for text, trained in ((prompt, train_on == "all"), (completion, True)) if text]
+        return Example([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts], None)
+    if prompt is not None and completion is not None and not isinstance(prompt, str):
+        return _chat(row, [*prompt, *completion], len(prompt), train_on)
+    text = row.get(text_column)
+    if isinstance(text, str):
+        return Example([text] if text else [], [0] if text else [], [True] if text else [], None)
+    found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
+    raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on: str) -> Example:
+    conversation = take_apart(messages, row.get("tools"), row.get("chat_template_kwargs"))
+    trained = [
+        train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
+        for k, one in enumerate(messages)
+    ]
+    return Example(conversation.pieces, conversation.owners, trained, conversation)
+
+
+class _Table(NamedTuple):
+    """The P pieces and M turns of B examples."""
+
+    length: Ints
+    """[P]: bytes of each piece."""
+    trained_piece: NDArray[np.bool_]
+    trained_turn: NDArray[np.bool_]
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> _Table:
+        return _Table(
+            np.array([len(piece.encode()) for example in examples for piece in example.pieces], np.int64),
+            np.array([example.trained[owner] for example in examples for owner in example.owners], bool),
+            np.array([trained for example in examples for trained in example.trained], bool),
+        )
+
+
+class _Tokens(NamedTuple):
+    """The tokens of B examples on one side, one example after the other.
+
+    Byte positions count through all examples, with gaps between them, so that one search serves the batch.
+    """
+
+    ids: Ints
+    start: Ints
+    """[N]: byte at which a token begins; a token that stands for no text is empty."""
+    end: Ints
+    ptr: Ints
+    """[B + 1]: example b has the tokens ``ptr[b] ... ptr[b + 1] - 1``."""
+    text_end: Ints
+    """[B]: byte at which the text of an example ends."""
+    is_exact: NDArray[np.bool_]
+    """[B]: whether the tokens' bytes, put together, are the text; else positions are the tokenizer's own offsets."""
+    piece_start: Ints
+    """[P]: byte at which each piece begins, -1 if it does not stand there verbatim."""
+    turn_end: Ints
+    """[M]: the token that ends each turn, -1 if there is none."""
+
+
+class _Side:
+    """One model's way of reading."""
+
+    def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
+        if self.vocabulary.tokenizer is None:
+            raise ValueError(f"{name}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
+        self.backend = type(self.vocabulary.tokenizer).from_str(self.vocabulary.tokenizer.to_str())
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
+        self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
+        self.is_special = ~self.vocabulary.is_text
+        self.prefix = self._prefix()
+        self.end_id = self.vocabulary.roles.get("eos")
+        self.is_end = np.zeros(len(self.tokens), bool)
+        self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
+        self._template: ChatTemplate | None = None
+
+    def _prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text, such as BOS."""
+        encode = getattr(self.tokenizer, "encode", self.backend.encode)
+        plain, whole = (encode("a", add_special_tokens=special) for special in (False, True))
+        plain, whole = (list(getattr(one, "ids", one)) for one in (plain, whole))
+        return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
+
+    @property
+    def template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer, self.name)
+        return self._template
+
+    def reads_as(self, other: _Side) -> bool:
+        """Whether this model reads the other's ids as its own: same tokens, same template."""
+        return (
+            same_tokens(self.vocabulary, other.vocabulary)
+            and self.backend.to_str() == other.backend.to_str()
+            and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
+        )
+
+    def roles(self, token_id: int) -> set[str]:
+        return {role for role, i in self.vocabulary.roles.items() if i == token_id}
+
+    def encode(self, examples: Sequence[Example], add_end: bool) -> _Tokens:
+        texts: list[str] = []
+        piece_start: list[int] = []
+        after: list[int] = []  # for each turn, the bytes between which its end is looked for
+        until: list[int] = []
+        bases: list[int] = []
+        raws: list[bytes] = []
+        base = 1
+        for example in examples:
+            starts = [-1] * len(example.pieces)
+            ends = [(-1, -1)] * len(example.trained)
+            if example.conversation is None:
+                text = "".join(example.pieces)
+                at = base
+                for k, piece in enumerate(example.pieces):
+                    starts[k] = at
+                    at += len(piece.encode())
+                if ends:
+                    ends[-1] = (at, at + 1)
+            else:
+                text, places = self.template.render(example.conversation)
+                at, char = base, 0
+                for place in places:
+                    at, char = at + len(text[char : place.start].encode()), place.start
+                    if place.is_verbatim:
+                        starts[place.piece] = at
+                    at, char = at + len(text[char : place.end].encode()), place.end
+                    ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
+            texts.append(text)
+            raws.append(text.encode())
+            bases.append(base)
+            piece_start += starts
+            after += [one for one, _ in ends]
+            until += [two for _, two in ends]
+            base += len(raws[-1]) + 2
+        rows = []
+        is_exact = np.ones(len(examples), bool)
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        for k, (encoding, raw, example) in enumerate(zip(encodings, raws, examples, strict=True)):
+            ids = encoding.ids
+            if b"".join([self.tokens[i] for i in ids]) == raw:
+                row = np.asarray(ids, np.int64)
+                end = np.cumsum(self.lengths[row])
+                start = end - self.lengths[row]
+            else:
+                is_exact[k] = False
+                row, start, end = self._offsets(texts[k])
+            if example.conversation is None:
+                closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
+                before, behind = len(self.prefix), len(closing)
+                row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
+                start, end = (
+                    np.concatenate([np.full(before, -1), one, np.full(behind, len(raw))]) for one in (start, end)
+                )
+            rows.append((row, start + bases[k], end + bases[k]))
+        ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
+        return _Tokens(
+            ids,
+            start,
+            end,
+            np.cumsum([0, *(len(row) for row, _, _ in rows)]),
+            np.array([base + len(raw) for base, raw in zip(bases, raws, strict=True)]),
+            is_exact,
+            np.array(piece_start, np.int64),
+            self._turn_ends(ids, start, np.array(after, np.int64), np.array(until, np.int64)),
+        )
+
+    def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
+        """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
+        byte = np.concatenate([[0], np.cumsum(sizes)])
+        start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
+        return np.asarray(encoding.ids, np.int64), start, end
+
+    def _turn_ends(self, ids: Ints, start: Ints, after: Ints, until: Ints) -> Ints:
+        """The first end token between the given bytes, for each turn."""
+        (places,) = self.is_end[ids].nonzero()
+        places = np.append(places, -1)
+        position = np.append(start[places[:-1]], np.iinfo(np.int64).max)
+        k = np.searchsorted(position[:-1], after)
+        return np.where((after >= 0) & (position[k] < until), places[k], -1)
+
+
+class _Chunks(NamedTuple):
+    """Chunks of B examples, in order."""
+
+    spans: Ints
+    """[K, 4]: token positions within the examples."""
+    trained: NDArray[np.bool_]
+    ptr: Ints
+
+
+class ExampleEncoder:
+    """Turns rows of data into what `XTokenCollator` takes.
+
+    Parameters
+    ----------
+    student_tok : tokenizer
+        As for `Vocabulary.from_tokenizer`; messages need one of `transformers` with a chat template.
+    teacher_toks : sequence of tokenizers
+        One for each teacher. A teacher with the student's tokenizer and chat template reads the student's ids.
+    train_on : "all", "completion" or "assistant"
+        Which turns are trained on. "assistant": the turns of the assistant. "completion": those behind the last turn
+        of anyone else but a tool. Of prompt and completion both mean the completion. Plain text is always trained on.
+    max_length, max_teacher_length : int, optional
+        Most tokens of an example, for the student and for each teacher. Longer ones are cut on all sides behind a
+        chunk that all of them share, so that no model reads text that another does not.
+    text_column : str
+        Field with plain text.
+    add_end : bool
+        Whether plain text and completions end with each tokenizer's end token.
+
+    Raises
+    ------
+    ValueError
+        For unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
+
+    Notes
+    -----
+    A row is a mapping with ``messages`` (and ``tools``, ``chat_template_kwargs``); with ``prompt`` and ``completion``,
+    both strings or both lists of messages; or with `text_column`.
+
+    Messages are written by each tokenizer's own chat template. Their contents (texts, reasoning, names and arguments of
+    tool calls) are found by writing the conversation a second time with markers in their place. A content that a
+    template leaves out or writes otherwise is aligned with nothing; white space at the edges of a content, which
+    templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk, with one
+    exception: the token that ends a turn that is trained on is a label, and a chunk with the teacher's, where both
+    play the same role in their vocabularies. Special tokens that stand in a content are left out as well.
+
+    Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
+    edge of a content is in no chunk. Prompt and completion are encoded as one text.
+    """
+
+    def __init__(
+        self,
+        student_tok: TokenizerLike,
+        teacher_toks: Sequence[TokenizerLike],
+        *,
+        train_on: str = "all",
+        max_length: int | None = None,
+        max_teacher_length: int | None = None,
+        text_column: str = "text",
+        add_end: bool = True,
+    ) -> None:
+        check_choice(train_on, "train_on", TRAIN_ON)
+        for name, limit in (("max_length", max_length), ("max_teacher_length", max_teacher_length)):
+            if limit is not None and limit < 2:
+                raise ValueError(f"{name}: expected at least 2, got {limit}")
+        self.train_on = train_on
+        self.max_length = max_length
+        self.max_teacher_length = max_teacher_length
+        self.text_column = text_column
+        self.add_end = add_end
+        self.student = _Side(student_tok, "student")
+        sides = [_Side(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
+        self.teachers = [None if side.reads_as(self.student) else side for side in sides]
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+        """Encodes rows, best some hundreds at a time.
+
+        Returns
+        -------
+        list
+            For each row None if nothing of it is trained on, else a dict: ``student_ids`` int64 [T]; ``labels`` int64
+            [T], the ids where trained on, else -100, unshifted; ``teachers``: for each a dict of ``ids`` int64 and
+            ``spans`` int32 [K, 4], the chunks that are trained on, or of None and None if it reads the student's ids.
+
+        Raises
+        ------
+        ValueError
+            If a row has none of the forms (saying which), or a template is missing or refuses it.
+        """
+        if not rows:
+            return []
+        examples = []
+        for number, row in enumerate(rows):
+            try:
+                examples.append(parse_example(row, self.train_on, self.text_column))
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+        table = _Table.of(examples)
+        student = self.student.encode(examples, self.add_end)
+        labels = self._labels(table, student)
+        sides = [None if side is None else side.encode(examples, self.add_end) for side in self.teachers]
+        chunks = [
+            None if side is None or tokens is None else self._chunks(table, student, side, tokens)
+            for side, tokens in zip(self.teachers, sides, strict=True)
+        ]
+        return [self._one(k, student, labels, sides, chunks) for k in range(len(examples))]
+
+    def _labels(self, table: _Table, student: _Tokens) -> Ints:
+        found, within = _piece_of(student.start, student.piece_start, table.length)
+        within &= (student.end <= student.piece_start[found] + table.length[found]) & (student.end > student.start)
+        within &= table.trained_piece[found] & ~self.student.is_special[student.ids]
+        ends = student.turn_end[table.trained_turn & (student.turn_end >= 0)]
+        within[ends] = True
+        within[student.ptr[:-1][student.ptr[:-1] < len(within)]] = False
+        return np.where(within, student.ids, IGNORED)
+
+    def _chunks(self, table: _Table, student: _Tokens, side: _Side, teacher: _Tokens) -> _Chunks:
+        piece_begin = np.cumsum(table.length + 1) - table.length - 1  # pieces on a line of their own, with gaps
+        lines = [_edges(tokens, table.length, piece_begin) for tokens in (student, teacher)]
+        common, i, j = np.intersect1d(lines[0][0], lines[1][0], return_indices=True)
+        tokens = np.stack([lines[0][1][i], lines[1][1][j]], axis=1)
+        piece = np.searchsorted(piece_begin, common, "right") - 1
+        (first,) = (piece[1:] == piece[:-1]).nonzero()
+        spans = np.stack([tokens[first, 0], tokens[first + 1, 0], tokens[first, 1], tokens[first + 1, 1]], axis=1)
+        trained = table.trained_piece[piece[first]]
+        keep = (spans[:, 1] > spans[:, 0]) & (spans[:, 3] > spans[:, 2])
+        for k, (one, ids) in enumerate(((self.student, student.ids), (side, teacher.ids))):
+            specials = np.concatenate([[0], np.cumsum(one.is_special[ids])])
+            keep &= specials[spans[:, 2 * k + 1]] == specials[spans[:, 2 * k]]
+        spans, trained = spans[keep], trained[keep]
+
+        ends = np.stack([student.turn_end, teacher.turn_end], axis=1)
+        (turns,) = (ends >= 0).all(axis=1).nonzero()
+        pairs = zip(student.ids[ends[turns, 0]].tolist(), teacher.ids[ends[turns, 1]].tolist(), strict=True)
+        turns = turns[np.array([bool(self.student.roles(a) & side.roles(b)) for a, b in pairs], bool)]
+        ends = ends[turns]
+        spans = np.concatenate([spans, np.stack([ends[:, 0], ends[:, 0] + 1, ends[:, 1], ends[:, 1] + 1], axis=1)])
+        trained = np.concatenate([trained, table.trained_turn[turns]])
+
+        order = np.argsort(spans[:, 0], kind="stable")
+        spans, trained = spans[order], trained[order]
+        sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
+        spans = spans - np.stack(
+            [student.ptr[sample], student.ptr[sample], teacher.ptr[sample], teacher.ptr[sample]], 1
+        )
+        keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & self._in_order(spans, sample)
+        inexact = ~(student.is_exact & teacher.is_exact)
+        if inexact.any():
+            for k in (keep & inexact[sample]).nonzero()[0].tolist():
+                a, b, c, d = spans[k].tolist()
+                ours = student.ids[student.ptr[sample[k]] + a : student.ptr[sample[k]] + b]
+                theirs = teacher.ids[teacher.ptr[sample[k]] + c : teacher.ptr[sample[k]] + d]
+                keep[k] = self.student.vocabulary.decode(ours) == side.vocabulary.decode(theirs)
+        counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
+        return _Chunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
+
+    @staticmethod
+    def _in_order(spans: Ints, sample: Ints) -> NDArray[np.bool_]:
+        """Leaves out chunks that go backwards on the teacher's side: a template may move contents."""
+        keep = np.ones(len(spans), bool)
+        backwards = (sample[1:] == sample[:-1]) & (spans[1:, 2] < spans[:-1, 3])
+        for b in np.unique(sample[1:][backwards]).tolist():
+            reached = 0
+            for k in (sample == b).nonzero()[0].tolist():
+                keep[k] = spans[k, 2] >= reached
+                reached = max(reached, int(spans[k, 3]))
+        return keep
+
+    def _one(
+        self,
+        k: int,
+        student: _Tokens,
+        labels: Ints,
+        sides: Sequence[_Tokens | None],
+        chunks: Sequence[_Chunks | None],
+    ) -> dict[str, Any] | None:
+        """Example k, cut to the limits; None if nothing is left to train on."""
+        ours = slice(int(student.ptr[k]), int(student.ptr[k + 1]))
+        ids, wanted = student.ids[ours], labels[ours]
+        rows = [None if side is None else side.ids[side.ptr[k] : side.ptr[k + 1]] for side in sides]
+        parts = [
+            None if one is None else (one.spans[one.ptr[k] : one.ptr[k + 1]], one.trained[one.ptr[k] : one.ptr[k + 1]])
+            for one in chunks
+        ]
+        cut = self._cut(len(ids), rows, [None if part is None else part[0] for part in parts])
+        if cut is not None:
+            ids, wanted = ids[:cut], wanted[:cut]
+        teachers: list[dict[str, Any]] = []
+        for row, part in zip(rows, parts, strict=True):
+            if row is None or part is None:
+                teachers.append({"ids": None, "spans": None})
+                continue
+            spans, trained = part
+            if cut is not None:
+                inside = spans[:, 1] <= cut
+                spans, trained = spans[inside], trained[inside]
+                row = row[: spans[-1, 3] if len(spans) else 0]
+            teachers.append({"ids": row.copy(), "spans": spans[trained].astype(np.int32)})
+        if not (wanted != IGNORED).any():
+            return None
+        return {"student_ids": ids.copy(), "labels": wanted.copy(), "teachers": teachers}
+
+    def _cut(self, length: int, rows: Sequence[Ints | None], spans: Sequence[Ints | None]) -> int | None:
+        """Student tokens to keep so that all sides keep to their limits and end with the same text; None for all."""
+        limit = self.max_length or length
+        teacher_limit = self.max_teacher_length
+        too_long = teacher_limit is not None and any(row is not None and len(row) > teacher_limit for row in rows)
+        if length <= limit and not too_long:
+            return None
+        places: Ints | None = None
+        for one in spans:
+            if one is not None:
+                fits = one[:, 1] <= limit
+                if teacher_limit is not None:
+                    fits &= one[:, 3] <= teacher_limit
+                ends = one[fits, 1]
+                places = ends if places is None else np.intersect1d(places, ends)
+        if places is None:
+            return limit
+        return int(places.max()) if len(places) else 0
+
+
+def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, NDArray[np.bool_]]:
+    """The piece at or before each byte, and whether it reaches there."""
+    if not (piece_start >= 0).any():
+        return np.zeros(len(position), np.int64), np.zeros(len(position), bool)
+    order = np.argsort(piece_start, kind="stable")
+    order = order[piece_start[order] >= 0]
+    k = np.searchsorted(piece_start[order], position, "right") - 1
+    piece = order[np.maximum(k, 0)]
+    return piece, (k >= 0) & (position <= piece_start[piece] + length[piece])
+
+
+def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints) -> tuple[Ints, Ints]:
+    """Places within pieces at which a token begins, on the pieces' own line, and these tokens."""
+    reached = np.concatenate([[-1], np.maximum.accumulate(tokens.end)])[: len(tokens.end)]
+    (clean,) = (tokens.start >= reached).nonzero()
+    position = np.concatenate([tokens.start[clean], tokens.text_end])
+    token = np.concatenate([clean, tokens.ptr[1:]])
+    lines, indices = [], []
+    # An edge may end one piece and begin the next: the piece that begins at or before it, and that before the edge.
+    for before in (0, 1):
+        piece, within = _piece_of(position - before, tokens.piece_start, length)
+        if before:
+            within = (tokens.piece_start[piece] + length[piece] == position) if len(length) else within
+        lines.append((piece_begin[piece] + position - tokens.piece_start[piece])[within])
+        indices.append(token[within])
+    return np.concatenate(lines), np.concatenate(indices)

@@ -1,0 +1,122 @@
+"""Several teachers as one: the mean of their probabilities, or for each sample the one that predicts it best."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment import Alignment
+from xtoken.losses._backends import IGNORED
+from xtoken.losses._common import source, width_of
+from xtoken.losses._logits import AnyLogits
+from xtoken.reference import predictable
+
+
+def mean_logits(
+    logits: Sequence[AnyLogits], ids: Sequence[Tensor], weights: Sequence[float], size: int | None = None
+) -> Tensor:
+    """``log(sum_m w_m softmax(logits_m))`` with the weights scaled to a sum of 1.
+
+    Parameters
+    ----------
+    logits : sequence of M floating [B, T, >= V]
+    ids : sequence of M int64 [B, T]
+        What the teachers read: all the same.
+    weights : sequence of M float
+    size : int, optional
+        V. Default: the smallest width.
+
+    Returns
+    -------
+    Tensor
+        [B, T, V], at least float32.
+
+    Raises
+    ------
+    ValueError
+        If they are no tensors, the ids differ, or all weights are zero.
+    """
+    dense = [one for one in logits if isinstance(one, Tensor)]
+    if len(dense) < len(logits):
+        raise ValueError("teacher_mode: expected logits in memory for 'average', got TopKLogits or LinearLogits")
+    if any(not torch.equal(one, ids[0]) for one in ids[1:]):
+        raise ValueError("teacher_mode: expected 'average' teachers to read the same ids; do their templates differ?")
+    total = sum(weights)
+    if not total > 0:
+        raise ValueError(f"weights: expected one above 0 for the mean of the teachers, got {list(weights)}")
+    size = min(one.shape[-1] for one in dense) if size is None else size
+    mean: Tensor | None = None
+    for one, weight in zip(dense, weights, strict=True):
+        if weight == 0:
+            continue
+        log_p = one[..., :size].to(torch.promote_types(one.dtype, torch.float32)).log_softmax(-1)
+        log_p = log_p + torch.tensor(weight / total, dtype=torch.float64).log().to(log_p)
+        mean = log_p if mean is None else torch.logaddexp(mean, log_p)
+    assert mean is not None
+    return mean
+
+
+def position_alignment(labels: Tensor) -> Alignment:
+    """One chunk for each labelled token but the first, for a teacher that reads the student's ids [B, T]."""
+    wanted = labels != IGNORED
+    wanted[:, 0] = False
+    sample, position = wanted.nonzero(as_tuple=True)
+    spans = torch.stack([position, position + 1, position, position + 1], dim=1)
+    counts = torch.bincount(sample, minlength=len(labels))
+    return Alignment(spans, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def only_exact(alignment: Alignment) -> Alignment:
+    """The alignment with only the chunks of one token on each side."""
+    kept = copy.copy(alignment)
+    kept.predicted = alignment.predicted & alignment.exact
+    return kept
+
+
+def select_best(
+    alignments: Sequence[Alignment], logits: Sequence[AnyLogits], ids: Sequence[Tensor], sizes: Sequence[int | None]
+) -> list[Alignment]:
+    """The alignments with, of each sample, only the chunks of the teacher that predicts it best.
+
+    That is the one with the least cross-entropy a student token: of the tokens in its chunks, divided by the number of
+    the student's tokens in them, so that tokenizers can be compared. The first among equals.
+
+    Parameters
+    ----------
+    alignments : sequence of M Alignment, of B samples
+    logits : sequence of M, [B, T_m, >= V_m]
+    ids : sequence of M int64 [B, T_m]
+        What each teacher read.
+    sizes : sequence of M
+        V_m; None: all columns.
+    """
+    scores = torch.stack([_scores(*one) for one in zip(alignments, logits, ids, sizes, strict=True)])
+    best = scores.argmin(0)
+    results = []
+    for m, alignment in enumerate(alignments):
+        kept = copy.copy(alignment)
+        kept.predicted = alignment.predicted & (best == m).to(alignment.spans.device)[alignment.sample_index]
+        results.append(kept)
+    return results
+
+
+@torch.no_grad()
+def _scores(alignment: Alignment, logits: AnyLogits, ids: Tensor, size: int | None) -> Tensor:
+    """float64 [B]: nats a student token; infinite for a sample without a chunk."""
+    width = size if size is not None else width_of(logits)
+    assert width is not None
+    rows = source(logits, width)
+    samples, length = ids.shape
+    used = torch.nn.functional.pad(predictable(alignment), (0, 1))  # the last for tokens in no chunk, index -1
+    inside = [used[alignment.chunk_ids(side, n)] for side, n in (("student", None), ("teacher", length))]
+    scores = torch.full((samples,), torch.inf, dtype=torch.float64)
+    for b in range(samples):
+        wanted = inside[1][b].to(ids.device).nonzero()[:, 0]
+        if len(wanted):
+            predicted = rows.rows(b * length, (b + 1) * length)[wanted - 1].float()
+            nats = torch.nn.functional.cross_entropy(predicted, ids[b, wanted], reduction="sum")
+            scores[b] = float(nats) / int(inside[0][b].sum())
+    return scores

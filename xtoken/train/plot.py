@@ -1,0 +1,86 @@
+"""Curves of a training run as PNG files."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
+    "losses": (("ce", "cross-entropy, nats a token"), ("kd", "distillation, nats a chunk")),
+    "projection": (
+        ("agreement", "chunks with the same first choice, share"),
+        ("projected_outside", "student's probability outside the columns"),
+    ),
+    "speed": (("tokens_per_second", "student tokens a second"), ("time_", "share of the time")),
+}
+"""Name of each file, and of each panel the prefix of the metrics in it and its label."""
+
+
+def plot_curves(history: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) -> list[Path]:
+    """Draws the metrics of a run, those of training and of evaluation in one panel.
+
+    Parameters
+    ----------
+    history : sequence of dict
+        ``trainer.state.log_history``.
+    folder : path
+        Receives ``losses.png``, ``projection.png`` and ``speed.png``, those of which anything is known.
+
+    Raises
+    ------
+    ImportError
+        If matplotlib is not installed.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("plots need matplotlib; run: pip install 'xtoken[plot]'")
+    from matplotlib.figure import Figure
+
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    written = []
+    for name, panels in FIGURES.items():
+        figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
+        drawn = False
+        for axes, (prefix, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for key, steps, values in _curves(history, prefix):
+                style = "o--" if key.startswith("eval_") else "-"
+                axes.plot(steps, values, style, label=key, markersize=3)
+                drawn = True
+            axes.set_xlabel("step")
+            axes.set_ylabel(label)
+            axes.grid(alpha=0.3)
+            if axes.lines:
+                axes.legend(fontsize="small")
+        if drawn:
+            written.append(Path(folder) / f"{name}.png")
+            figure.savefig(written[-1], dpi=120)
+    return written
+
+
+def _curves(history: Sequence[dict[str, Any]], prefix: str) -> list[tuple[str, list[float], list[float]]]:
+    """Each metric that is the prefix, of a teacher (``prefix/name``), or begins with a prefix that ends in ``_``."""
+
+    def wanted(key: str) -> bool:
+        base = key.removeprefix("eval_")
+        return base.split("/")[0] == prefix or (prefix.endswith("_") and base.startswith(prefix))
+
+    keys = dict.fromkeys(key for entry in history for key in entry if wanted(key))
+    return [
+        (key, [entry["step"] for entry in history if key in entry], [entry[key] for entry in history if key in entry])
+        for key in keys
+    ]
+
+
+class PlotCallback(TrainerCallback):
+    """Draws the curves into the output folder after each evaluation, and at the end."""
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            plot_curves(state.log_history, args.output_dir)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.on_evaluate(args, state, control)

@@ -1,0 +1,104 @@
+"""W and the audit of a pair of tokenizers, made once and kept in a cache folder."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from xtoken import _core
+from xtoken.audit import ClassCoverage, CoverageReport, coverage_audit
+from xtoken.projection import ProjectionMatrix, write_atomically
+from xtoken.vocabulary import Vocabulary
+
+from .teachers import same_tokens
+
+Made = TypeVar("Made")
+
+
+def cache_folder() -> Path:
+    """``$XTOKEN_CACHE``, else ``xtoken`` in the user's cache folder."""
+    given = os.environ.get("XTOKEN_CACHE")
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(given) if given else Path(base) / "xtoken"
+
+
+def cached_projection(
+    student: Vocabulary, teacher: Vocabulary, folder: str | os.PathLike[str] | None = None, **options: Any
+) -> ProjectionMatrix:
+    """`ProjectionMatrix.build` of the same arguments, read from the cache if it has been built before.
+
+    Files are named by the fingerprints of both vocabularies, the options and the version of this library; damaged ones
+    are built again.
+    """
+    path = _path(folder, "projection", student, teacher, options, ".safetensors")
+    return _cached(
+        path,
+        lambda: ProjectionMatrix.load(path, student, teacher),
+        lambda: ProjectionMatrix.build(student, teacher, **options),
+        lambda made: made.save(path),
+    )
+
+
+def cached_audit(
+    student: Vocabulary, teacher: Vocabulary, projection: ProjectionMatrix, folder: str | os.PathLike[str] | None = None
+) -> CoverageReport:
+    """`coverage_audit` of the pair, likewise."""
+    path = _path(folder, "audit", student, teacher, projection.metadata, ".json")
+    return _cached(
+        path,
+        lambda: _report(path.read_text()),
+        lambda: coverage_audit(student, teacher, projection),
+        lambda made: write_atomically(path, made.to_json().encode()),
+    )
+
+
+def choose_loss(
+    student: Vocabulary, teacher: Vocabulary, folder: str | os.PathLike[str] | None = None, **options: Any
+) -> tuple[str, list[str]]:
+    """What ``loss="auto"`` means for a pair, and why; the arguments are those of `cached_projection`.
+
+    Returns
+    -------
+    loss : "kd", "pkl" or "hkl"
+        "kd" if both number the same tokens alike, else as the audit recommends.
+    reasons : list of str
+    """
+    if same_tokens(student, teacher):
+        return "kd", ["teacher and student share one tokenizer"]
+    report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
+    return report.recommendation, report.reasons
+
+
+def _path(
+    folder: str | os.PathLike[str] | None,
+    kind: str,
+    student: Vocabulary,
+    teacher: Vocabulary,
+    options: dict[str, Any],
+    suffix: str,
+) -> Path:
+    facts = [student.fingerprint(), teacher.fingerprint(), sorted(options.items()), _core.version]
+    digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
+    return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}{suffix}"
+
+
+def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], write: Callable[[Made], None]) -> Made:
+    if path.exists():
+        try:
+            return read()
+        except (ValueError, TypeError, KeyError):
+            pass  # damaged, or of another version: made again
+    made = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write(made)
+    return made
+
+
+def _report(text: str) -> CoverageReport:
+    facts = json.loads(text)
+    classes = {name: ClassCoverage(**counts) for name, counts in facts.pop("classes").items()}
+    return CoverageReport(classes, **facts)

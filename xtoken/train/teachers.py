@@ -1,0 +1,238 @@
+"""Teachers: loading models, running them without a gradient, and guarding against mixed-up vocabularies."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from xtoken.alignment import Alignment
+from xtoken.losses import Teacher
+from xtoken.losses._logits import AnyLogits
+from xtoken.vocabulary import Vocabulary
+
+SAME_BYTES_SHARE = 0.5
+"""Of the first batch's chunks at least this share must spell the same bytes on both sides."""
+
+
+def load_model(
+    source: str | os.PathLike[str],
+    *,
+    dtype: torch.dtype | str = "auto",
+    device: torch.device | str | None = None,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+) -> tuple[Any, Any]:
+    """A causal language model and its tokenizer.
+
+    Parameters
+    ----------
+    source : path or str
+        A folder, a Hub id, or a GGUF file (``.gguf``), which is unpacked to `dtype`.
+    dtype : torch.dtype or str
+        Of the weights, such as "bfloat16"; "auto" is the type they are stored in (float32 for GGUF).
+    device : torch.device, optional
+        Where to put the model; "auto" spreads it over all accelerators. Default: left on the CPU.
+    trust_remote_code, revision
+        As for ``from_pretrained``.
+
+    Returns
+    -------
+    model, tokenizer
+        The tokenizer has a pad token: if it brings none, its end token, and if it has none either, the token 0.
+        Padding is masked everywhere, so it does not matter which.
+
+    Raises
+    ------
+    ValueError
+        If the output layer is narrower than the tokenizer; see `check_head`.
+    FileNotFoundError
+        If a GGUF file does not exist.
+    """
+    import transformers
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    name = str(source)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
+    is_gguf = name.endswith(".gguf")
+    if is_gguf:
+        path = Path(source)
+        if not path.is_file():
+            raise FileNotFoundError(f"source: no such file: {path}")
+        name, options = str(path.parent), {"gguf_file": path.name}
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    if device is not None and str(device) == "auto":
+        options["device_map"] = "auto"
+    dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
+    wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
+    if is_gguf and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
+    if is_gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
+    if device is not None and str(device) != "auto":
+        model = model.to(device)
+    ensure_pad_token(tokenizer)
+    check_head(model, Vocabulary.from_tokenizer(tokenizer), str(source))
+    return model, tokenizer
+
+
+def ensure_pad_token(tokenizer: Any) -> None:
+    """Gives a tokenizer without a pad token its end token, else the token 0, to fill rows with."""
+    if tokenizer.pad_token is None:
+        end = tokenizer.eos_token
+        tokenizer.pad_token = end if end is not None else tokenizer.convert_ids_to_tokens(0)
+
+
+def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
+    """Raises ValueError if a model's output layer has fewer rows than its tokenizer has ids."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None or not hasattr(head, "weight"):
+        return
+    rows = getattr(head, "out_features", head.weight.shape[0])
+    if rows < len(vocabulary):
+        raise ValueError(
+            f"{name}: expected an output layer of at least {len(vocabulary)} rows, one a token of its tokenizer, got "
+            f"{rows}; use the tokenizer that it was trained with, or call model.resize_token_embeddings"
+        )
+
+
+def same_tokens(student: Vocabulary, teacher: Vocabulary) -> bool:
+    """Whether both number the same tokens in the same way, so that one model can read the other's ids."""
+    return len(student) == len(teacher) and all(student[i] == teacher[i] for i in range(len(student)))
+
+
+class TeacherModel:
+    """A frozen model that a student learns from, and how.
+
+    Parameters
+    ----------
+    objective : xtoken.Teacher
+        Loss, weight and W.
+    model : nn.Module, optional
+        Called with ``input_ids``, ``attention_mask`` and, for packed rows, ``position_ids``; its result has
+        ``logits``. It is switched to evaluation and frozen. None: its logits come with the batches, from a cache.
+    tokenizer : optional
+        As for `Vocabulary.from_tokenizer`; lets ids be checked against the vocabulary.
+    name : str
+        For messages and metrics.
+    device : torch.device, optional
+        Where the model computes. Default: with the student, unless the model is spread by a device map.
+
+    Raises
+    ------
+    ValueError
+        If the model's output layer is narrower than the tokenizer.
+    """
+
+    def __init__(
+        self,
+        objective: Teacher,
+        model: nn.Module | None = None,
+        tokenizer: Any = None,
+        name: str = "teacher",
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.objective = objective
+        self.model = model
+        self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
+        self.name = name
+        self.device = None if device is None else torch.device(device)
+        if model is not None:
+            model.eval().requires_grad_(False)
+            if self.vocabulary is not None:
+                check_head(model, self.vocabulary, name)
+
+    @property
+    def reads_student_ids(self) -> bool:
+        """Whether it may be given the student's own ids: only with the student's tokenizer."""
+        return self.objective.loss == "kd"
+
+    def check_student(self, student: Vocabulary) -> None:
+        """Raises ValueError if the objective does not go with the student's tokenizer."""
+        if self.vocabulary is None:
+            return
+        if self.reads_student_ids and not same_tokens(student, self.vocabulary):
+            raise ValueError(
+                f"{self.name}: loss='kd' feeds it the student's ids, but its tokenizer numbers tokens differently "
+                f"({len(self.vocabulary)} and {len(student)} tokens); use 'pkl' or 'hkl' with a projection"
+            )
+        W = self.objective.projection
+        if W is not None and tuple(W.shape) != (len(student), len(self.vocabulary)):
+            raise ValueError(
+                f"{self.name}: expected a projection of shape {[len(student), len(self.vocabulary)]} for the student's "
+                f"and its own tokenizer, got {list(W.shape)}"
+            )
+
+    def place(self, device: torch.device) -> None:
+        """Moves the model to its device; by default to this one."""
+        if self.model is None or getattr(self.model, "hf_device_map", None) is not None:
+            return
+        self.device = self.device or device
+        self.model.to(self.device)
+
+    def check_entry(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Raises ValueError if a batch would feed this teacher ids of another vocabulary."""
+        ids = entry.get("input_ids")
+        if entry.get("logits") is not None:
+            return
+        if ids is None:
+            if not self.reads_student_ids:
+                raise ValueError(
+                    f"{self.name}: expected input_ids of its own tokenizer, got none; a teacher with another tokenizer "
+                    "must not read the student's ids"
+                )
+            return
+        if ids is inputs["input_ids"] and not self.reads_student_ids:
+            raise ValueError(f"{self.name}: got the student's input_ids, expected those of its own tokenizer")
+        size = None if self.vocabulary is None else len(self.vocabulary)
+        if size is not None and ids.numel() and int(ids.max()) >= size:
+            raise ValueError(
+                f"{self.name}: expected input_ids below {size}, got {int(ids.max())}, of another tokenizer"
+            )
+
+    @torch.inference_mode()
+    def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
+        """The teacher's logits [B, T, V] for a batch, on the device of the student's inputs.
+
+        Parameters
+        ----------
+        entry : mapping
+            This teacher's part of a batch: ``logits`` if they are cached; else ``input_ids`` and ``attention_mask``
+            (and ``position_ids``); else nothing, for a teacher that reads the student's ids.
+        inputs : mapping
+            The student's part of the batch.
+        """
+        if entry.get("logits") is not None:
+            cached: AnyLogits = entry["logits"]
+            return cached
+        if self.model is None:
+            raise ValueError(f"{self.name}: expected cached logits in the batch, since it has no model")
+        source = entry if entry.get("input_ids") is not None else inputs
+        names = ("input_ids", "attention_mask", "position_ids")
+        device = self.device if self.device is not None else inputs["input_ids"].device
+        given = {name: source[name].to(device) for name in names if source.get(name) is not None}
+        logits: Tensor = self.model(**given, use_cache=False).logits
+        return logits.to(inputs["input_ids"].device)
+
+
+def check_same_bytes(
+    alignment: Alignment, student_ids: Tensor, teacher_ids: Tensor, student: Vocabulary, teacher: Vocabulary, name: str
+) -> None:
+    """Raises ValueError if most chunks of a batch do not spell the same bytes on both sides.
+
+    A few may differ where a tokenizer normalises text; with ids of another tokenizer nearly all do.
+    """
+    same = 0
+    spans, samples = alignment.spans.tolist(), alignment.sample_index.tolist()
+    for (a, b, c, d), sample in zip(spans, samples, strict=True):
+        same += student.decode(student_ids[sample, a:b].cpu()) == teacher.decode(teacher_ids[sample, c:d].cpu())
+    if same < SAME_BYTES_SHARE * len(spans):
+        raise ValueError(
+            f"{name}: expected chunks that spell the same text on both sides, but only {same} of {len(spans)} do; "
+            "were its ids, or the student's, made by another tokenizer?"
+        )
