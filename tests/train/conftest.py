@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from chats import cached, small_chat
 from small import SMALL_TEXTS, make_tokenizer
 
 
@@ -31,3 +32,17 @@ def threads() -> Any:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def chat_tok(tokenizer: Any) -> Any:
+    """A real tokenizer with the chat template of its model, by its name in LOADERS."""
+    return cached(tokenizer)
+
+
+@pytest.fixture(scope="session")
+def small_chat_tok() -> Any:
+    """A small tokenizer with the special tokens and the chat template of a model, by name."""
+    sizes = {"llama3": (700, "{1,3}"), "qwen3": (500, ""), "gemma3": (450, ""), "mistral": (600, "{1,2}")}
+    made = {name: small_chat(name, *size) for name, size in sizes.items()}
+    return made.__getitem__

@@ -8,10 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "thinking", "arguments", "name"})
-"""Fields of a message, at any depth, whose strings are its contents; a message's own ``name`` is not."""
+"""Fields of a message, at any depth, whose strings are its contents; a message's own ``name`` is not.
 
-_THINK_TAGS = re.compile(r"</?think>")
-_MARKER = re.compile(r"xtoken0piece(\d+)end")
+Of ``arguments`` that are a mapping the strings at any depth."""
+
+REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
+"""Those of them that hold what is written between think tags."""
+
+OPEN, CLOSE = "<think>", "</think>"
+
+_TAG = re.compile(f"{OPEN}|{CLOSE}")
+_MARKER = re.compile(r"xtoken0piece(\d+)end", re.IGNORECASE)
 _KEPT_SKELETONS = 4096
 
 
@@ -25,10 +32,12 @@ class Conversation(NamedTuple):
     skeleton : list of dict
         The messages with a marker in place of each piece.
     pieces : list of str
-        The contents, in order, without white space at their edges (templates strip it) and without think tags (that
-        templates move). Neither is empty.
+        The contents, in order, without white space at their edges (templates strip it); none is empty. Behind a
+        reasoning come its tags ``<think>`` and ``</think>``: they have no marker, since the template may write them.
     owners : list of int
         The message of each piece.
+    reasoning : set of int
+        The pieces that are a reasoning, with tags behind them.
     """
 
     messages: list[dict[str, Any]]
@@ -37,6 +46,7 @@ class Conversation(NamedTuple):
     skeleton: list[dict[str, Any]]
     pieces: list[str]
     owners: list[int]
+    reasoning: set[int]
 
 
 class Place(NamedTuple):
@@ -60,42 +70,52 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     """
     pieces: list[str] = []
     owners: list[int] = []
+    reasoning: set[int] = set()
 
-    def mark(text: str, owner: int) -> str:
+    def mark(text: str, owner: int, is_reasoning: bool) -> str:
         parts = []
         at = 0
-        for tag in [*_THINK_TAGS.finditer(text), None]:
+        for tag in [*_TAG.finditer(text), None]:
             inner = text[at : tag.start() if tag else len(text)]
             core = inner.strip()
-            if core:
+            if not core:
+                parts.append(inner)
+            else:
                 before = inner.index(core)
                 parts.append(f"{inner[:before]}xtoken0piece{len(pieces)}end{inner[before + len(core) :]}")
-                pieces.append(core)
-                owners.append(owner)
-            else:
-                parts.append(inner)
+                is_between = (at > 0 and text[:at].endswith(OPEN)) or (tag is not None and tag.group() == CLOSE)
+                found = [core]
+                if is_reasoning or is_between:
+                    reasoning.add(len(pieces))
+                    found += [OPEN, CLOSE]
+                pieces.extend(found)
+                owners.extend([owner] * len(found))
             if tag:
                 parts.append(tag.group())
                 at = tag.end()
         return "".join(parts)
 
-    def walk(value: Any, owner: int, is_content: bool) -> Any:
+    def walk(value: Any, owner: int, key: str) -> Any:
+        """The value with markers in its contents; `key` is the field that makes it one, if any."""
         if isinstance(value, str):
-            return mark(value, owner) if is_content else value
+            return mark(value, owner, key in REASONING_KEYS) if key else value
         if isinstance(value, Mapping):
-            return {key: walk(one, owner, is_content or key in CONTENT_KEYS) for key, one in value.items()}
+            below = {
+                name: "arguments" if key == "arguments" else name if name in CONTENT_KEYS else "" for name in value
+            }
+            return {name: walk(one, owner, below[name]) for name, one in value.items()}
         if isinstance(value, (list, tuple)):
-            return [walk(one, owner, is_content) for one in value]
+            return [walk(one, owner, key) for one in value]
         return value
 
     skeleton: list[dict[str, Any]] = []
     for owner, message in enumerate(messages):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
-        skeleton.append({
-            key: walk(value, owner, key in CONTENT_KEYS and key != "name") for key, value in message.items()
-        })  # fmt: skip
-    return Conversation([dict(one) for one in messages], tools, dict(options or {}), skeleton, pieces, owners)
+        top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is none of its words
+        skeleton.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
+    plain = [dict(one) for one in messages]
+    return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning)
 
 
 class ChatTemplate:
@@ -144,7 +164,7 @@ class ChatTemplate:
             if len(self._skeletons) >= _KEPT_SKELETONS:
                 self._skeletons.clear()
             self._skeletons[key] = parts
-        return text, _places(text, parts, conversation.pieces)
+        return text, _with_tags(text, _places(text, parts, conversation.pieces), conversation.reasoning)
 
     def _apply(self, messages: Any, conversation: Conversation) -> str:
         try:
@@ -181,3 +201,22 @@ def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Plac
             places.append(Place(number, at, end, next_start, is_verbatim))
         at = next_start
     return places
+
+
+def _with_tags(text: str, places: Sequence[Place], reasoning: set[int]) -> list[Place]:
+    """The places, and those of the tags that the template, or the content itself, has around a reasoning."""
+    found: list[Place] = []
+    for place in places:
+        if place.piece not in reasoning:
+            found.append(place)
+            continue
+        opened = text.rfind(OPEN, found[-1].end if found else 0, place.start)
+        if opened >= 0:
+            if found:
+                found[-1] = found[-1]._replace(next_start=opened)
+            found.append(Place(place.piece + 1, opened, opened + len(OPEN), place.start, True))
+        closed = text.find(CLOSE, place.end, place.next_start)
+        found.append(place if closed < 0 else place._replace(next_start=closed))
+        if closed >= 0:
+            found.append(Place(place.piece + 2, closed, closed + len(CLOSE), place.next_start, True))
+    return found

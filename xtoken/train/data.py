@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import io
 import itertools
 import json
 import logging
@@ -54,16 +55,14 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self._examples: list[dict[str, Any]] = []
         source = iter(rows)
         while batch := list(itertools.islice(source, BATCH_ROWS)):
-            for example in encoder.encode(batch):
-                if example is None:
-                    self.dropped += 1
-                else:
-                    self._examples.append(example)
+            for examples in encoder.encode(batch):
+                self._examples += examples
+                self.dropped += not examples
         if not self._examples:
             raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
         if self.dropped:
             logger.warning(
-                "%d of %d rows are left out: nothing of them is trained on", self.dropped, self.dropped + len(self)
+                "%d rows are left out, since nothing of them is trained on; %d examples", self.dropped, len(self)
             )
 
     def __len__(self) -> int:
@@ -71,7 +70,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One example, as `ExampleEncoder.encode` returns it."""
+        """One of the examples of `ExampleEncoder.encode`."""
         return self._examples[index]
 
 
@@ -113,7 +112,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         return len(self.documents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One document, as `ExampleEncoder.encode` returns it."""
+        """One document as an example of `ExampleEncoder.encode`; longer ones lose their end."""
         document = self.documents[index]
         before = np.repeat([len(prefix) for prefix in self.prefixes], 2)
         spans = document["spans"].numpy() + before.astype(np.int32)
@@ -222,8 +221,8 @@ def _lines(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
 @contextmanager
 def _unpacked(path: str) -> Iterator[Iterable[bytes]]:
     if path.lower().endswith(".zst"):
-        with require("pyarrow", "corpus").input_stream(path, compression="zstd") as stream:
-            yield stream
+        with require("pyarrow", "corpus").input_stream(path, compression="zstd") as packed:
+            yield io.BufferedReader(packed)
     elif path.lower().endswith(".gz"):
         with gzip.open(path, "rb") as stream:
             yield stream
@@ -234,10 +233,19 @@ def _unpacked(path: str) -> Iterator[Iterable[bytes]]:
 
 def _tables(file: InputFile) -> Iterator[dict[str, Any]]:
     require("pyarrow", "corpus")
-    import pyarrow.dataset
+    import pyarrow as pa
+    import pyarrow.parquet as pq
 
     try:
-        for batch in pyarrow.dataset.dataset(file.path, format=file.format).to_batches(batch_size=1024):
-            yield from batch.to_pylist()
-    except pyarrow.ArrowException as error:
+        with pa.memory_map(file.path) as source:
+            if file.format == "parquet":
+                batches = pq.ParquetFile(source).iter_batches(1024)
+            else:
+                is_stream = source.read(6) != b"ARROW1"
+                source.seek(0)
+                reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
+                batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
+            for batch in batches:
+                yield from batch.to_pylist()
+    except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error

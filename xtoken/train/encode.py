@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,9 @@ TRAIN_ON = ("all", "completion", "assistant")
 
 END_ROLES = ("end_of_turn", "eos")
 """Roles of the tokens that end a turn."""
+
+MOST_OVERHANG = 64
+"""Bytes of white space by which a token may reach over the edge of a piece."""
 
 Ints = NDArray[np.int64]
 
@@ -58,7 +62,9 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
         return _chat(row, list(messages), last + 1, train_on)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        parts = [(text, trained) for text, trained in ((prompt, train_on == "all"), (completion, True)) if text]
+        head = prompt.rstrip()  # a token may join a space to the word behind it
+        turns = ((head, train_on == "all"), (prompt[len(head) :] + completion, True))
+        parts = [(text, trained) for text, trained in turns if text]
         return Example([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts], None)
     if prompt is not None and completion is not None and not isinstance(prompt, str):
         return _chat(row, [*prompt, *completion], len(prompt), train_on)
@@ -113,6 +119,8 @@ class _Tokens(NamedTuple):
     """[B + 1]: example b has the tokens ``ptr[b] ... ptr[b + 1] - 1``."""
     text_end: Ints
     """[B]: byte at which the text of an example ends."""
+    raw: list[bytes]
+    """[B]: the texts."""
     is_exact: NDArray[np.bool_]
     """[B]: whether the tokens' bytes, put together, are the text; else positions are the tokenizer's own offsets."""
     piece_start: Ints
@@ -130,9 +138,11 @@ class _Side:
         self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
         if self.vocabulary.tokenizer is None:
             raise ValueError(f"{name}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
-        self.backend = type(self.vocabulary.tokenizer).from_str(self.vocabulary.tokenizer.to_str())
-        self.backend.no_padding()
-        self.backend.no_truncation()
+        self.backend = self.vocabulary.tokenizer
+        if self.backend.padding is not None or self.backend.truncation is not None:
+            self.backend = type(self.backend).from_str(self.backend.to_str())
+            self.backend.no_padding()
+            self.backend.no_truncation()
         self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
         self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
         self.is_special = ~self.vocabulary.is_text
@@ -228,6 +238,7 @@ class _Side:
             end,
             np.cumsum([0, *(len(row) for row, _, _ in rows)]),
             np.array([base + len(raw) for base, raw in zip(bases, raws, strict=True)]),
+            raws,
             is_exact,
             np.array(piece_start, np.int64),
             self._turn_ends(ids, start, np.array(after, np.int64), np.array(until, np.int64)),
@@ -273,7 +284,8 @@ class ExampleEncoder:
         of anyone else but a tool. Of prompt and completion both mean the completion. Plain text is always trained on.
     max_length, max_teacher_length : int, optional
         Most tokens of an example, for the student and for each teacher. Longer ones are cut on all sides behind a
-        chunk that all of them share, so that no model reads text that another does not.
+        chunk that all of them share, so that no model reads text that another does not. Plain text is cut into several
+        examples, each of which begins as each tokenizer begins a text; the others lose their end.
     text_column : str
         Field with plain text.
     add_end : bool
@@ -292,12 +304,14 @@ class ExampleEncoder:
     Messages are written by each tokenizer's own chat template. Their contents (texts, reasoning, names and arguments of
     tool calls) are found by writing the conversation a second time with markers in their place. A content that a
     template leaves out or writes otherwise is aligned with nothing; white space at the edges of a content, which
-    templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk, with one
-    exception: the token that ends a turn that is trained on is a label, and a chunk with the teacher's, where both
-    play the same role in their vocabularies. Special tokens that stand in a content are left out as well.
+    templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk, with these
+    exceptions in turns that are trained on: the token that ends the turn is a label, and a chunk with the teacher's,
+    where both play the same role in their vocabularies; and the tags around a reasoning are taken for content, since
+    the student must write them itself. Special tokens that stand in a content are left out.
 
     Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
-    edge of a content is in no chunk. Prompt and completion are encoded as one text.
+    edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher's
+    does the same. Prompt and completion are encoded as one text; white space between them belongs to the completion.
     """
 
     def __init__(
@@ -324,15 +338,16 @@ class ExampleEncoder:
         sides = [_Side(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any] | None]:
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
         """Encodes rows, best some hundreds at a time.
 
         Returns
         -------
         list
-            For each row None if nothing of it is trained on, else a dict: ``student_ids`` int64 [T]; ``labels`` int64
-            [T], the ids where trained on, else -100, unshifted; ``teachers``: for each a dict of ``ids`` int64 and
-            ``spans`` int32 [K, 4], the chunks that are trained on, or of None and None if it reads the student's ids.
+            For each row a list of examples: none if nothing of it is trained on, several if a long text was cut. An
+            example is a dict: ``student_ids`` int64 [T]; ``labels`` int64 [T], the ids where trained on, else -100,
+            unshifted; ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are
+            trained on, or of None and None if it reads the student's ids.
 
         Raises
         ------
@@ -355,30 +370,56 @@ class ExampleEncoder:
             None if side is None or tokens is None else self._chunks(table, student, side, tokens)
             for side, tokens in zip(self.teachers, sides, strict=True)
         ]
-        return [self._one(k, student, labels, sides, chunks) for k in range(len(examples))]
+        teachers = [
+            None if tokens is None or one is None else (tokens, one) for tokens, one in zip(sides, chunks, strict=True)
+        ]
+        return [self._examples(k, example, student, labels, teachers) for k, example in enumerate(examples)]
 
     def _labels(self, table: _Table, student: _Tokens) -> Ints:
-        found, within = _piece_of(student.start, student.piece_start, table.length)
-        within &= (student.end <= student.piece_start[found] + table.length[found]) & (student.end > student.start)
-        within &= table.trained_piece[found] & ~self.student.is_special[student.ids]
-        ends = student.turn_end[table.trained_turn & (student.turn_end >= 0)]
-        within[ends] = True
-        within[student.ptr[:-1][student.ptr[:-1] < len(within)]] = False
-        return np.where(within, student.ids, IGNORED)
+        """The ids of the tokens that begin or end in a piece that is trained on, and of ends of turns; else -100."""
+        if not len(table.length):
+            return np.full(len(student.ids), IGNORED)
+        wanted = np.zeros(len(student.ids), bool)
+        for position, overhang_is_behind in ((student.start, True), (np.maximum(student.end - 1, -1), False)):
+            piece, within = _piece_of(position, student.piece_start, table.length)
+            first, last = student.piece_start[piece], student.piece_start[piece] + table.length[piece]
+            within &= (student.end > student.start) & (position < last) & table.trained_piece[piece]
+            over = within & ((student.end > last) if overhang_is_behind else (student.start < first))
+            for i in over.nonzero()[0].tolist():
+                begin, end = (last[i], student.end[i]) if overhang_is_behind else (student.start[i], first[i])
+                within[i] = _is_space(student, int(begin), int(end))
+            wanted |= within
+        wanted &= ~self.student.is_special[student.ids]
+        wanted[student.turn_end[table.trained_turn & (student.turn_end >= 0)]] = True
+        return np.where(wanted, student.ids, IGNORED)
 
     def _chunks(self, table: _Table, student: _Tokens, side: _Side, teacher: _Tokens) -> _Chunks:
-        piece_begin = np.cumsum(table.length + 1) - table.length - 1  # pieces on a line of their own, with gaps
-        lines = [_edges(tokens, table.length, piece_begin) for tokens in (student, teacher)]
+        room = table.length + 2 * MOST_OVERHANG + 1
+        piece_begin = np.cumsum(room) - room + MOST_OVERHANG  # pieces on a line of their own, with gaps
+        lines = [
+            _edges(student, table.length, piece_begin, only_open=True),
+            _edges(teacher, table.length, piece_begin, only_open=False),
+        ]
         common, i, j = np.intersect1d(lines[0][0], lines[1][0], return_indices=True)
         tokens = np.stack([lines[0][1][i], lines[1][1][j]], axis=1)
-        piece = np.searchsorted(piece_begin, common, "right") - 1
+        piece = np.searchsorted(piece_begin - MOST_OVERHANG, common, "right") - 1
         (first,) = (piece[1:] == piece[:-1]).nonzero()
         spans = np.stack([tokens[first, 0], tokens[first + 1, 0], tokens[first, 1], tokens[first + 1, 1]], axis=1)
         trained = table.trained_piece[piece[first]]
-        keep = (spans[:, 1] > spans[:, 0]) & (spans[:, 3] > spans[:, 2])
+        begin, length = piece_begin[piece[first]], table.length[piece[first]]
+        # Where a token reaches over an edge, and where positions are not exact, the two sides' bytes are compared.
+        doubtful = (common[first] < begin) | (common[first + 1] > begin + length)
+        sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
+        doubtful |= ~(student.is_exact & teacher.is_exact)[sample]
+        keep = (common[first] < begin + length) & (common[first + 1] > begin)
+        keep &= (spans[:, 1] > spans[:, 0]) & (spans[:, 3] > spans[:, 2])
         for k, (one, ids) in enumerate(((self.student, student.ids), (side, teacher.ids))):
             specials = np.concatenate([[0], np.cumsum(one.is_special[ids])])
             keep &= specials[spans[:, 2 * k + 1]] == specials[spans[:, 2 * k]]
+        for k in (keep & doubtful).nonzero()[0].tolist():
+            a, b, c, d = spans[k].tolist()
+            ours, theirs = self.student.vocabulary.decode(student.ids[a:b]), side.vocabulary.decode(teacher.ids[c:d])
+            keep[k] = ours == theirs
         spans, trained = spans[keep], trained[keep]
 
         ends = np.stack([student.turn_end, teacher.turn_end], axis=1)
@@ -392,17 +433,8 @@ class ExampleEncoder:
         order = np.argsort(spans[:, 0], kind="stable")
         spans, trained = spans[order], trained[order]
         sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
-        spans = spans - np.stack(
-            [student.ptr[sample], student.ptr[sample], teacher.ptr[sample], teacher.ptr[sample]], 1
-        )
+        spans = spans - np.repeat(np.stack([student.ptr[sample], teacher.ptr[sample]], axis=1), 2, axis=1)
         keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & self._in_order(spans, sample)
-        inexact = ~(student.is_exact & teacher.is_exact)
-        if inexact.any():
-            for k in (keep & inexact[sample]).nonzero()[0].tolist():
-                a, b, c, d = spans[k].tolist()
-                ours = student.ids[student.ptr[sample[k]] + a : student.ptr[sample[k]] + b]
-                theirs = teacher.ids[teacher.ptr[sample[k]] + c : teacher.ptr[sample[k]] + d]
-                keep[k] = self.student.vocabulary.decode(ours) == side.vocabulary.decode(theirs)
         counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
         return _Chunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
 
@@ -410,66 +442,97 @@ class ExampleEncoder:
     def _in_order(spans: Ints, sample: Ints) -> NDArray[np.bool_]:
         """Leaves out chunks that go backwards on the teacher's side: a template may move contents."""
         keep = np.ones(len(spans), bool)
-        backwards = (sample[1:] == sample[:-1]) & (spans[1:, 2] < spans[:-1, 3])
+        backwards = (sample[1:] == sample[:-1]) & (spans[1:, 0::2] < spans[:-1, 1::2]).any(axis=1)
         for b in np.unique(sample[1:][backwards]).tolist():
-            reached = 0
+            reached = np.zeros(2, np.int64)
             for k in (sample == b).nonzero()[0].tolist():
-                keep[k] = spans[k, 2] >= reached
-                reached = max(reached, int(spans[k, 3]))
+                keep[k] = (spans[k, 0::2] >= reached).all()
+                if keep[k]:
+                    reached = spans[k, 1::2]
         return keep
 
-    def _one(
+    def _examples(
         self,
         k: int,
+        example: Example,
         student: _Tokens,
         labels: Ints,
-        sides: Sequence[_Tokens | None],
-        chunks: Sequence[_Chunks | None],
-    ) -> dict[str, Any] | None:
-        """Example k, cut to the limits; None if nothing is left to train on."""
-        ours = slice(int(student.ptr[k]), int(student.ptr[k + 1]))
-        ids, wanted = student.ids[ours], labels[ours]
-        rows = [None if side is None else side.ids[side.ptr[k] : side.ptr[k + 1]] for side in sides]
-        parts = [
-            None if one is None else (one.spans[one.ptr[k] : one.ptr[k + 1]], one.trained[one.ptr[k] : one.ptr[k + 1]])
-            for one in chunks
-        ]
-        cut = self._cut(len(ids), rows, [None if part is None else part[0] for part in parts])
-        if cut is not None:
-            ids, wanted = ids[:cut], wanted[:cut]
-        teachers: list[dict[str, Any]] = []
-        for row, part in zip(rows, parts, strict=True):
-            if row is None or part is None:
-                teachers.append({"ids": None, "spans": None})
-                continue
-            spans, trained = part
-            if cut is not None:
-                inside = spans[:, 1] <= cut
-                spans, trained = spans[inside], trained[inside]
-                row = row[: spans[-1, 3] if len(spans) else 0]
-            teachers.append({"ids": row.copy(), "spans": spans[trained].astype(np.int32)})
+        teachers: Sequence[tuple[_Tokens, _Chunks] | None],
+    ) -> list[dict[str, Any]]:
+        """Row k as examples within the limits: the whole if it fits, else its beginning, and of a text what follows."""
+        ids, wanted = (one[student.ptr[k] : student.ptr[k + 1]] for one in (student.ids, labels))
         if not (wanted != IGNORED).any():
-            return None
-        return {"student_ids": ids.copy(), "labels": wanted.copy(), "teachers": teachers}
+            return []
+        readings = [_Reading.of(k, *one) for one in teachers if one is not None]
+        sides = [self.student, *(side for side in self.teachers if side is not None)]
+        prefixes = [np.asarray(side.prefix, np.int64) for side in sides]
+        limits = [self.max_length, *(self.max_teacher_length for _ in readings)]
+        cuts = _cuts(len(ids), readings)
+        windows = _windows(cuts, [len(prefix) for prefix in prefixes], [limit or cuts.max() for limit in limits])
+        if example.conversation is not None or len(example.pieces) > 1:
+            windows = itertools.islice(windows, 1)
+        examples = []
+        for first, last in windows:
+            before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]
+            row = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
+            row[:1] = IGNORED
+            if not (row != IGNORED).any():
+                continue
+            cut = iter(
+                {
+                    "ids": np.concatenate([before[m], reading.ids[first[m] : last[m]]]),
+                    "spans": reading.spans_between(first[[0, m]], last[[0, m]], [len(before[0]), len(before[m])]),
+                }
+                for m, reading in enumerate(readings, 1)
+            )
+            examples.append({
+                "student_ids": np.concatenate([before[0], ids[first[0] : last[0]]]),
+                "labels": row,
+                "teachers": [{"ids": None, "spans": None} if one is None else next(cut) for one in teachers],
+            })  # fmt: skip
+        return examples
 
-    def _cut(self, length: int, rows: Sequence[Ints | None], spans: Sequence[Ints | None]) -> int | None:
-        """Student tokens to keep so that all sides keep to their limits and end with the same text; None for all."""
-        limit = self.max_length or length
-        teacher_limit = self.max_teacher_length
-        too_long = teacher_limit is not None and any(row is not None and len(row) > teacher_limit for row in rows)
-        if length <= limit and not too_long:
-            return None
-        places: Ints | None = None
-        for one in spans:
-            if one is not None:
-                fits = one[:, 1] <= limit
-                if teacher_limit is not None:
-                    fits &= one[:, 3] <= teacher_limit
-                ends = one[fits, 1]
-                places = ends if places is None else np.intersect1d(places, ends)
-        if places is None:
-            return limit
-        return int(places.max()) if len(places) else 0
+
+class _Reading(NamedTuple):
+    """One example as one teacher reads it."""
+
+    ids: Ints
+    spans: Ints
+    trained: NDArray[np.bool_]
+
+    @staticmethod
+    def of(k: int, tokens: _Tokens, chunks: _Chunks) -> _Reading:
+        these = slice(chunks.ptr[k], chunks.ptr[k + 1])
+        return _Reading(tokens.ids[tokens.ptr[k] : tokens.ptr[k + 1]], chunks.spans[these], chunks.trained[these])
+
+    def spans_between(self, first: Ints, last: Ints, prefix: Sequence[int]) -> NDArray[np.int32]:
+        """The chunks to train on of a window, counted from its start; `first` and `last` are of student and teacher."""
+        inside = self.trained & (self.spans[:, 0] >= first[0]) & (self.spans[:, 1] <= last[0])
+        spans = self.spans[inside] - np.repeat(first - np.asarray(prefix), 2)
+        predicted: NDArray[np.int32] = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)].astype(np.int32)
+        return predicted
+
+
+def _cuts(length: int, readings: Sequence[_Reading]) -> Ints:
+    """[C, 1 + teachers]: how many tokens each side has read at each place where all can be cut, from none to all."""
+    places = np.arange(1, length)
+    for reading in readings:
+        places = np.intersect1d(places, reading.spans[:, 1])
+    inner = [reading.spans[np.searchsorted(reading.spans[:, 1], places), 3] for reading in readings]
+    whole = [length, *(len(reading.ids) for reading in readings)]
+    return np.concatenate([[[0] * len(whole)], np.stack([places, *inner], axis=1), [whole]])
+
+
+def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
+    """Stretches from cut to cut, each as long as the limits allow; what is too long between two cuts is left out."""
+    k = 0
+    while k + 1 < len(cuts):
+        used = cuts[k + 1 :] - cuts[k] + (np.asarray(prefix) if k else 0)
+        fits = (used <= np.asarray(limits)).all(axis=1)
+        count = len(fits) if fits.all() else int(fits.argmin())
+        if count:
+            yield cuts[k], cuts[k + count]
+        k += max(count, 1)
 
 
 def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, NDArray[np.bool_]]:
@@ -483,18 +546,47 @@ def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, ND
     return piece, (k >= 0) & (position <= piece_start[piece] + length[piece])
 
 
-def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints) -> tuple[Ints, Ints]:
-    """Places within pieces at which a token begins, on the pieces' own line, and these tokens."""
+def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints, *, only_open: bool) -> tuple[Ints, Ints]:
+    """Places within pieces at which a token begins, on the pieces' own line, and these tokens.
+
+    Places outside take part too, as far as there is only white space up to there. With `only_open` just the nearest,
+    and only where no token begins at the edge of the piece itself: so a token that is no part of it is in no chunk.
+    """
     reached = np.concatenate([[-1], np.maximum.accumulate(tokens.end)])[: len(tokens.end)]
     (clean,) = (tokens.start >= reached).nonzero()
     position = np.concatenate([tokens.start[clean], tokens.text_end])
     token = np.concatenate([clean, tokens.ptr[1:]])
-    lines, indices = [], []
-    # An edge may end one piece and begin the next: the piece that begins at or before it, and that before the edge.
-    for before in (0, 1):
-        piece, within = _piece_of(position - before, tokens.piece_start, length)
-        if before:
-            within = (tokens.piece_start[piece] + length[piece] == position) if len(length) else within
-        lines.append((piece_begin[piece] + position - tokens.piece_start[piece])[within])
-        indices.append(token[within])
-    return np.concatenate(lines), np.concatenate(indices)
+    order = np.argsort(position, kind="stable")
+    position, token = position[order], token[order]
+
+    (pieces,) = (tokens.piece_start >= 0).nonzero()
+    first = tokens.piece_start[pieces]
+    last = first + length[pieces]
+    left, right = np.searchsorted(position, first), np.searchsorted(position, last, "right")  # places in each piece
+    counts = right - left
+    inside = np.arange(counts.sum()) + np.repeat(left - (counts.cumsum() - counts), counts)
+    line = [position[inside] + np.repeat(piece_begin[pieces] - first, counts)]
+    found = [token[inside]]
+    ends = np.concatenate([[-1], position, [-1]])  # places as k + 1, so that there is one before the first
+    for side, start, step, edge in ((left, left, -1, first), (right - 1, right, 1, last)):
+        wanted = np.ones(len(pieces), bool) if not only_open else ends[side + 1] != edge
+        for p in wanted.nonzero()[0].tolist():
+            k, bound = int(start[p]) + (step < 0) * step, int(edge[p])
+            while 0 <= k < len(position) and abs(int(position[k]) - bound) <= MOST_OVERHANG:
+                place = int(position[k])
+                if not _is_space(tokens, min(place, bound), max(place, bound)):
+                    break
+                line.append(np.array([piece_begin[pieces[p]] - first[p] + place]))
+                found.append(token[k : k + 1])
+                k += step
+                if only_open:
+                    break
+    return np.concatenate(line), np.concatenate(found)
+
+
+def _is_space(tokens: _Tokens, start: int, end: int) -> bool:
+    """Whether the text between two bytes is white space."""
+    k = int(np.searchsorted(tokens.text_end, start))
+    base = int(tokens.text_end[k]) - len(tokens.raw[k])
+    text = tokens.raw[k][max(start - base, 0) : end - base]
+    return text.decode("utf-8", "replace").isspace()

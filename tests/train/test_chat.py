@@ -1,0 +1,211 @@
+"""Contents are found in what each model's own chat template writes; the rest never enters the loss."""
+
+from __future__ import annotations
+
+import pytest
+from chats import joined, pieces_of, trained_text
+
+from xtoken.train import ExampleEncoder
+from xtoken.train.chat import ChatTemplate, take_apart
+
+TALK = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1234 + 8765?"},
+    {"role": "assistant", "content": "It is 9999, größer als 8765."},
+    {"role": "user", "content": "And in Chinese?"},
+    {"role": "assistant", "content": "是 9999。"},
+]
+CALL = [
+    {"role": "user", "content": "Weather in Köln?"},
+    {
+        "role": "assistant",
+        "content": "",
+        "tool_calls": [
+            {"type": "function", "function": {"name": "get_weather", "arguments": {"city": "Köln am Rhein", "days": 3}}}
+        ],
+    },
+    {"role": "tool", "content": '{"sky": "clear"}'},
+    {"role": "assistant", "content": "Clear skies."},
+]
+TOOLS = [{"type": "function", "function": {"name": "get_weather", "description": "Weather of a city"}}]
+REASONED = [
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "<think>\nEarlier thoughts.\n</think>\n\nFour."},
+    {"role": "user", "content": "3 + 3?"},
+    {"role": "assistant", "content": "<think>\nThree and three.\n</think>\n\nSix."},
+]
+
+
+ENCODERS: dict[tuple[int, int, str], ExampleEncoder] = {}
+
+
+def encode(student, teacher, row, train_on="assistant"):
+    """The one example of a row, its chunks and the student's vocabulary."""
+    key = (id(student), id(teacher), train_on)
+    if key not in ENCODERS:  # of tokenizers that live as long as the session
+        ENCODERS[key] = ExampleEncoder(student, [teacher], train_on=train_on)
+    encoder = ENCODERS[key]
+    (examples,) = encoder.encode([row])
+    (example,) = examples
+    vocabularies = encoder.student.vocabulary, encoder.teachers[0].vocabulary
+    return example, pieces_of(example, *vocabularies), vocabularies[0]
+
+
+CLOSE = {"llama3": "<|eot_id|>", "qwen3": "<|im_end|>", "smollm2": "<|im_end|>", "gemma3": "<end_of_turn>"}
+PAIRS = [("llama3", "qwen3"), ("qwen3", "llama3"), ("smollm2", "qwen3")]
+
+
+@pytest.mark.parametrize(("student", "teacher"), PAIRS)
+def test_contents_and_ends_of_turns_are_aligned(student, teacher, chat_tok):
+    names = student, teacher
+    student, teacher = chat_tok(student), chat_tok(teacher)
+    example, chunks, vocabulary = encode(student, teacher, {"messages": TALK})
+    close, their_close = CLOSE[names[0]], CLOSE[names[1]]
+    answers = [message["content"] for message in TALK if message["role"] == "assistant"]
+    assert trained_text(example, vocabulary) == close.join(answers) + close
+    assert joined(chunks) == close.join(answers) + close
+    assert joined(chunks, 1) == their_close.join(answers) + their_close
+    assert all(a == b for a, b in chunks if a != close.encode())
+
+
+def test_which_turns_are_trained_on(small_chat_tok):
+    close = CLOSE["qwen3"]
+    student, teacher = small_chat_tok("qwen3"), small_chat_tok("gemma3")
+
+    def trained(train_on, row=None):
+        example, chunks, vocabulary = encode(student, teacher, row or {"messages": TALK}, train_on)
+        return trained_text(example, vocabulary), joined(chunks)
+
+    contents = [message["content"] for message in TALK]
+    assert trained("completion") == (contents[4] + close, contents[4] + close)
+    assert trained("assistant")[0] == contents[2] + close + contents[4] + close
+    labels, chunks = trained("all")
+    assert labels == "".join(content + close for content in contents)
+    # Gemma puts the system prompt into the question, so that no end of a turn stands behind it.
+    assert chunks == contents[0] + "".join(content + close for content in contents[1:])
+    halves = {"prompt": TALK[:2], "completion": TALK[2:]}
+    assert trained("completion", halves)[0] == contents[2] + close + contents[4] + close
+    assert trained("completion", {"prompt": TALK[:4], "completion": TALK[4:]})[0] == contents[4] + close
+
+
+def test_end_tokens_of_different_roles_are_labels_but_no_chunk(small_chat_tok):
+    student, teacher = (
+        small_chat_tok("mistral"),
+        small_chat_tok("gemma3"),
+    )  # </s> only ends texts, <end_of_turn> only turns
+    example, chunks, vocabulary = encode(student, teacher, {"messages": TALK[1:]})
+    assert (example["labels"] == vocabulary.roles["eos"]).sum() == 2
+    assert "</s>" not in joined(chunks)
+    _, chunks, _ = encode(student, small_chat_tok("qwen3"), {"messages": TALK[1:]})  # <|im_end|> ends both
+    assert [theirs for ours, theirs in chunks if ours == b"</s>"] == [b"<|im_end|>"] * 2
+    example, _, vocabulary = encode(student, teacher, {"messages": TALK[1:]}, "all")
+    assert (example["labels"] == vocabulary.roles["eos"]).sum() == 2  # nothing ends a question in this format
+
+
+def test_reasoning_that_both_templates_write_is_aligned(chat_tok):
+    student, teacher = chat_tok("qwen3"), chat_tok("llama3")
+    example, chunks, vocabulary = encode(student, teacher, {"messages": REASONED})
+    # Qwen drops the reasoning of earlier turns, Llama keeps it: nothing of it is in the loss.
+    assert trained_text(example, vocabulary) == "Four.<|im_end|><think>Three and three.\n</think>Six.<|im_end|>"
+    # Llama joins the bracket of a tag to the line end behind it, Qwen does not.
+    assert joined(chunks) == "Four.<|im_end|>Three and three.\nSix.<|im_end|>"
+    example, chunks, vocabulary = encode(teacher, student, {"messages": REASONED})
+    assert joined(chunks) == "Four.<|eot_id|><think>\nThree and three.\n</think>\n\nSix.<|eot_id|>"
+    assert trained_text(example, vocabulary) == "<think>\nEarlier thoughts.\n</think>\n\n" + joined(chunks)
+
+
+def test_reasoning_in_a_field_of_its_own(chat_tok):
+    student = chat_tok("qwen3")
+    messages = [REASONED[2], {"role": "assistant", "reasoning_content": "Three and three.", "content": "Six."}]
+    example, chunks, vocabulary = encode(student, chat_tok("llama3"), {"messages": messages})
+    # The tokens that end with the template's line ends are the student's to write all the same.
+    assert trained_text(example, vocabulary) == "<think>Three and three.\n</think>Six.<|im_end|>"
+    assert joined(chunks) == "Six.<|im_end|>"  # this Llama does not write that field
+
+
+def test_a_reasoning_block_that_the_template_adds_is_no_content(chat_tok):
+    messages = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "Four."}]
+    example, chunks, vocabulary = encode(chat_tok("qwen3"), chat_tok("llama3"), {"messages": messages})
+    assert "<think>\n\n</think>" in chat_tok("qwen3").decode(example["student_ids"])
+    assert trained_text(example, vocabulary) == joined(chunks) == "Four.<|im_end|>"
+
+
+def test_tool_calls_align_where_both_templates_write_the_same(chat_tok):
+    row = {"messages": CALL, "tools": TOOLS}
+    example, chunks, vocabulary = encode(chat_tok("qwen3"), chat_tok("llama3"), row)
+    expected = "get_weatherKöln am Rhein<|im_end|>Clear skies.<|im_end|>"
+    assert trained_text(example, vocabulary) == joined(chunks) == expected
+    row["messages"] = [*CALL[:2], {"role": "tool", "content": ' a "quoted" \n'}, CALL[3]]
+    _, chunks, _ = encode(chat_tok("qwen3"), chat_tok("llama3"), row, "all")
+    assert '> "quoted"<' in joined(chunks)  # of " a" one template strips the space
+    row["messages"] = [
+        CALL[0],
+        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"q": 'x"y'}}}]},
+    ]
+    example, chunks, vocabulary = encode(chat_tok("qwen3"), chat_tok("llama3"), row)
+    assert trained_text(example, vocabulary) == joined(chunks) == "f<|im_end|>"  # the argument is written with \\"
+
+
+def test_contents_that_look_like_the_template(small_chat_tok):
+    for content in ("assistant", "user\nuser", "a", "xtoken0piece0end", "[INST] b [/INST]"):
+        messages = [{"role": "user", "content": "assistant"}, {"role": "assistant", "content": content}]
+        _, chunks, _ = encode(small_chat_tok("llama3"), small_chat_tok("mistral"), {"messages": messages}, "all")
+        assert joined(chunks) == "assistant" + content + "<|eot_id|>"
+
+
+def test_special_tokens_in_contents_are_left_out(chat_tok):
+    messages = [TALK[1], {"role": "assistant", "content": "one<|eot_id|>two<|im_end|>three"}]
+    example, chunks, vocabulary = encode(chat_tok("llama3"), chat_tok("qwen3"), {"messages": messages})
+    assert [theirs for ours, theirs in chunks if ours == b"<|eot_id|>"] == [b"<|im_end|>"]
+    assert joined(chunks) == "onetwothree<|eot_id|>"
+    assert trained_text(example, vocabulary) == "onetwo<|im_end|>three<|eot_id|>"  # for Llama that is text
+
+
+def test_white_space_at_the_edges_is_the_templates(chat_tok):
+    messages = [TALK[1], {"role": "assistant", "content": "\n\n  four  \nfive \n"}]
+    example, chunks, vocabulary = encode(chat_tok("smollm2"), chat_tok("llama3"), {"messages": messages})
+    assert trained_text(example, vocabulary) == " four  \nfive<|im_end|>"
+    assert joined(chunks) == "  \nfive<|im_end|>"  # Llama strips what smollm2 joins to the first word
+
+
+def test_missing_template_is_named(small_chat_tok, teacher_tok):
+    encoder = ExampleEncoder(small_chat_tok("llama3"), [teacher_tok])
+    with pytest.raises(ValueError, match=r"teacher 0: tokenizer .* has no chat template"):
+        encoder.encode([{"messages": TALK}])
+    with pytest.raises(ValueError, match="student: tokenizer Tokenizer has no chat template"):
+        ChatTemplate(teacher_tok.backend_tokenizer, "student")
+
+
+def test_bad_messages(small_chat_tok):
+    student, teacher = small_chat_tok("llama3"), small_chat_tok("gemma3")
+    with pytest.raises(ValueError, match="teacher 0: its chat template refuses the messages: only user and assistant"):
+        encode(student, teacher, {"messages": CALL})
+    for messages in (["hello"], [{"content": "hello"}], [{"role": 3, "content": "hello"}]):
+        with pytest.raises(ValueError, match="row 0: messages: expected a mapping with a role"):
+            encode(student, teacher, {"messages": messages})
+
+
+def test_parts_of_a_content_and_repeated_contents():
+    parts = [{"type": "text", "text": " x "}, {"type": "text", "text": "y"}]
+    messages = [{"role": "user", "name": "Ann", "content": parts}]
+    conversation = take_apart(messages)
+    assert (conversation.pieces, conversation.owners) == (["x", "y"], [0, 0])
+
+    class Twice:
+        chat_template = "twice"
+
+        def apply_chat_template(self, messages, **options):
+            parts = [part["text"] for message in messages for part in message["content"]]
+            return "|".join(["", *parts, *parts, ""])
+
+    text, places = ChatTemplate(Twice(), "student").render(conversation)
+    assert [(text[place.start : place.end], place.is_verbatim) for place in places] == [("x", True), ("y", True)]
+
+
+def test_a_template_that_writes_contents_otherwise(small_chat_tok):
+    student = small_chat_tok("llama3")
+    teacher = type(student)(tokenizer_object=student.backend_tokenizer, eos_token="<|eot_id|>")
+    teacher.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content | upper }}<|eot_id|>{% endfor %}"
+    messages = [TALK[1], {"role": "assistant", "content": "OK 12."}, TALK[3], TALK[4]]
+    _, chunks, _ = encode(student, teacher, {"messages": messages}, "all")
+    assert joined(chunks).replace("<|eot_id|>", "") == "OK 12.是 9999。"

@@ -1,0 +1,281 @@
+"""Encoded examples: every chunk lies in what is trained on, and nothing else is in the loss."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from chats import joined, pieces_of, trained_text
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small import SMALL_TEXTS
+
+from xtoken import Aligner, Vocabulary
+from xtoken.train import ExampleEncoder
+
+WORDS = st.one_of(
+    st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
+    st.sampled_from(
+        [
+            " ",
+            "\n",
+            "\n\n",
+            "12345",
+            " the book",
+            "they read it. ",
+            "ß",
+            "👩‍👩‍👧",
+            "</",
+            "user",
+            "[INST]",
+            "assistant\n",
+        ]
+    ),
+)
+CONTENTS = st.lists(WORDS, max_size=6).map("".join)
+TALKS = st.lists(st.tuples(CONTENTS, CONTENTS), min_size=1, max_size=3)
+NAMES = ("llama3", "qwen3", "gemma3", "mistral")
+
+
+def spelled(ids, vocabulary):
+    return b"".join(vocabulary[i] for i in ids)
+
+
+@pytest.mark.parametrize("student_name", NAMES)
+def test_random_conversations(student_name, small_chat_tok):
+    others = [name for name in NAMES if name != student_name]
+    toks = [small_chat_tok(name) for name in (student_name, *others)]
+    encoders = {on: ExampleEncoder(toks[0], toks[1:], train_on=on) for on in ("all", "completion", "assistant")}
+    student = encoders["all"].student.vocabulary
+    specials = [name for tok in toks for name in (*tok.all_special_tokens, "think>", "<|")]
+
+    @settings(max_examples=60, deadline=None)
+    @given(talk=TALKS, train_on=st.sampled_from(["all", "completion", "assistant"]))
+    def check(talk, train_on):
+        messages = [
+            {
+                "role": role,
+                "content": content if not any(one in content for one in [*specials, "think>", "<|"]) else "x",
+            }
+            for turn in talk
+            for role, content in zip(("user", "assistant"), turn, strict=True)
+        ]
+        encoder = encoders[train_on]
+        (examples,) = encoder.encode([{"messages": messages}])
+        trained = [
+            message["content"].strip()
+            for k, message in enumerate(messages)
+            if train_on == "all" or (k % 2 == 1 and (train_on == "assistant" or k == len(messages) - 1))
+        ]
+        if not any(trained):
+            assert not examples
+            return
+        (example,) = examples
+        ids, labels = example["student_ids"], example["labels"]
+        ends = {student.roles[role] for role in ("eos", "end_of_turn") if role in student.roles}
+        wanted = labels != -100
+        assert (labels[wanted] == ids[wanted]).all()
+        # The labels, cut at the ends of turns, are the contents, but for white space that tokens join to them.
+        turns = [[]]
+        for i in labels[wanted].tolist():
+            turns[-1].append(i)
+            if i in ends:
+                turns.append([])
+        said = [spelled([i for i in turn if i not in ends], student).decode().split() for turn in turns]
+        expected = [text.split() for text in trained]
+        if student_name == "mistral":  # nothing ends its questions
+            said, expected = (["".join(itertools.chain(*turns))] for turns in (said, expected))
+        assert [turn for turn in said if turn] == [turn for turn in expected if turn]
+        for m, part in enumerate(example["teachers"]):
+            other = encoder.teachers[m].vocabulary
+            spans = part["spans"]
+            assert (spans[1:, 0::2] >= spans[:-1, 1::2]).all()
+            assert (spans[:, 0::2] > 0).all()
+            covered = np.zeros(len(ids), bool)
+            for (a, b, c, d), (ours, theirs) in zip(spans.tolist(), pieces_of(example, student, other, m), strict=True):
+                covered[a:b] = True
+                if ids[a] in ends:
+                    assert b - a == d - c == 1
+                    assert part["ids"][c] in {other.roles.get(role) for role in ("eos", "end_of_turn")}
+                else:
+                    assert ours == theirs
+            assert not (covered & ~wanted).any()
+
+    check()
+
+
+@pytest.mark.parametrize("names", [("llama3", "qwen3"), ("gemma3", "llama3")])
+def test_chunks_of_contents_between_special_tokens_are_complete(names, small_chat_tok):
+    student, teacher = map(small_chat_tok, names)
+    encoder = ExampleEncoder(student, [teacher], train_on="assistant")
+    vocabularies = encoder.student.vocabulary, encoder.teachers[0].vocabulary
+    rows = [
+        {"messages": [{"role": "user", "content": "?"}, {"role": "assistant", "content": text.strip()}]}
+        for text in SMALL_TEXTS
+    ]
+    for row, (example,) in zip(rows, encoder.encode(rows), strict=True):
+        chunks = pieces_of(example, *vocabularies)
+        assert joined(chunks[:-1]) == row["messages"][1]["content"]
+        assert trained_text(example, vocabularies[0]) == joined(chunks)
+
+
+@pytest.mark.parametrize("pair", [("llama3", "qwen3"), ("smollm2", "llama3")])
+def test_text_is_aligned_as_the_aligner_does(pair, tokenizer):
+    from real_tokenizers import TEXTS, encode
+
+    student, teacher = map(tokenizer, pair)
+    encoder = ExampleEncoder(student, [teacher], add_end=False)
+    aligner = Aligner(encoder.student.vocabulary, encoder.teachers[0].vocabulary, "bytes")
+    for text, (example,) in zip(
+        TEXTS.values(), encoder.encode([{"text": text} for text in TEXTS.values()]), strict=True
+    ):
+        ids = [encode(tok, text) for tok in (student, teacher)]
+        assert example["student_ids"].tolist() == ids[0]
+        assert example["labels"].tolist() == [-100, *ids[0][1:]]
+        assert example["teachers"][0]["ids"].tolist() == ids[1]
+        expected = aligner.align(*ids)
+        assert example["teachers"][0]["spans"].tolist() == expected.spans[expected.predicted].tolist()
+
+
+def test_tokenizers_that_change_the_text(tokenizer, teacher_tok):
+    """Where bytes do not add up, offsets are used, and only chunks with equal bytes are kept."""
+    encoder = ExampleEncoder(tokenizer("unigram"), [teacher_tok], add_end=False)
+    texts = ["the ﬁrst line", "Größe and 12", "emoji 👍🏽 here", "  two  spaces "]
+    for text, (example,) in zip(texts, encoder.encode([{"text": text} for text in texts]), strict=True):
+        chunks = pieces_of(example, encoder.student.vocabulary, encoder.teachers[0].vocabulary)
+        assert all(a == b for a, b in chunks)
+        assert all(a.decode("utf-8", "ignore") in text for a, _ in chunks)
+    assert sum(len(example["teachers"][0]["spans"]) for (example,) in encoder.encode([{"text": texts[1]}])) >= 2
+
+
+def with_bos(tok):
+    """The tokenizer with a post-processor that puts its first special token before a text."""
+    from tokenizers import processors
+
+    bos = tok.convert_ids_to_tokens(0)
+    copy = type(tok)(
+        tokenizer_object=type(tok.backend_tokenizer).from_str(tok.backend_tokenizer.to_str()), eos_token="</s>"
+    )
+    copy.backend_tokenizer.post_processor = processors.TemplateProcessing(single=f"{bos} $A", special_tokens=[(bos, 0)])
+    return copy
+
+
+def test_beginning_and_end_of_a_text(student_tok, teacher_tok):
+    (example,) = ExampleEncoder(with_bos(student_tok), [teacher_tok]).encode([{"text": "they read it"}])[0]
+    plain, theirs = (tok.encode("they read it", add_special_tokens=False) for tok in (student_tok, teacher_tok))
+    assert example["student_ids"].tolist() == [0, *plain, student_tok.eos_token_id]
+    assert example["labels"].tolist() == [-100, *plain, student_tok.eos_token_id]
+    assert example["teachers"][0]["ids"].tolist() == [*theirs, teacher_tok.eos_token_id]
+    spans = example["teachers"][0]["spans"].tolist()
+    assert spans[0][2] == 1  # nothing predicts the teacher's first token
+    assert spans[-1] == [len(plain) + 1, len(plain) + 2, len(theirs), len(theirs) + 1]
+    (example,) = ExampleEncoder(student_tok, [teacher_tok], add_end=False).encode([{"text": "they read it"}])[0]
+    assert example["student_ids"].tolist() == plain
+
+
+def test_prompt_and_completion(student_tok, teacher_tok):
+    def trained(prompt, completion, train_on="completion"):
+        encoder = ExampleEncoder(student_tok, [teacher_tok], train_on=train_on)
+        (example,) = encoder.encode([{"prompt": prompt, "completion": completion}])[0]
+        vocabularies = encoder.student.vocabulary, encoder.teachers[0].vocabulary
+        assert trained_text(example, vocabularies[0]).endswith("</s>")
+        return trained_text(example, vocabularies[0])[:-4], joined(pieces_of(example, *vocabularies)[:-1])
+
+    assert trained("In 1990,", " readers paid") == (" readers paid", " readers paid")
+    assert trained("In 1990, ", "readers paid") == (" readers paid", " readers paid")
+    assert trained("In 19", "90 readers") == ("0 readers", "0 readers")  # the student's "199" is of both
+    assert trained("", "readers paid")[0].endswith("ers paid")  # nothing predicts the first token
+    labels, chunks = trained("In 1990,", " readers paid", "all")
+    assert labels.endswith(" 1990, readers paid")
+    assert chunks == labels
+
+
+def test_several_teachers_and_the_students_own_tokenizer(student_tok, teacher_tok, small_chat_tok):
+    toks = [teacher_tok, student_tok, small_chat_tok("qwen3")]
+    (example,) = ExampleEncoder(student_tok, toks).encode([{"text": SMALL_TEXTS[0]}])[0]
+    assert [part["ids"] is None for part in example["teachers"]] == [False, True, False]
+    assert example["teachers"][1]["spans"] is None
+    other = type(student_tok)(tokenizer_object=student_tok.backend_tokenizer)
+    other.chat_template = "{{ messages }}"
+    assert ExampleEncoder(student_tok, [other]).teachers[0] is not None  # its own template, so ids of its own
+
+
+@pytest.mark.parametrize("limits", [(20, None), (9, 12), (None, 22), (11, 16)])
+def test_long_texts_are_cut_into_examples_that_all_models_read_alike(limits, student_tok, teacher_tok, small_chat_tok):
+    toks = [with_bos(teacher_tok), small_chat_tok("mistral")]
+    encoder = ExampleEncoder(with_bos(student_tok), toks, max_length=limits[0], max_teacher_length=limits[1])
+    vocabularies = [encoder.student.vocabulary, *(side.vocabulary for side in encoder.teachers)]
+    for text, examples in zip(SMALL_TEXTS, encoder.encode([{"text": text} for text in SMALL_TEXTS]), strict=True):
+        assert len(examples) > 1
+        texts = []
+        for example in examples:
+            rows = [example["student_ids"], *(part["ids"] for part in example["teachers"])]
+            assert all(
+                limit is None or len(row) <= limit for limit, row in zip((*limits, limits[1]), rows, strict=True)
+            )
+            spelling = {vocabulary.decode(row) for vocabulary, row in zip(vocabularies, rows, strict=True)}
+            assert len(spelling) == 1
+            texts.append(spelling.pop().decode())
+            assert (rows[0][0], rows[1][0]) == (0, 0)
+            for m in (0, 1):
+                spans = example["teachers"][m]["spans"]
+                assert all(
+                    a == b for a, b in pieces_of(example, vocabularies[0], vocabularies[m + 1], m) if a != b"</s>"
+                )
+                assert spans[0, 0] == 1 or m == 1
+                assert spans[-1, 1] == len(rows[0])
+        assert "".join(texts) == text
+
+
+def test_long_conversations_lose_their_end(small_chat_tok):
+    student, teacher = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    messages = [{"role": "user", "content": "they read it"}, {"role": "assistant", "content": SMALL_TEXTS[0]}]
+    rows = [{"messages": messages}, {"prompt": SMALL_TEXTS[1], "completion": SMALL_TEXTS[2]}]
+    whole = ExampleEncoder(student, [teacher], train_on="assistant").encode(rows)
+    lengths = [len(one["student_ids"]) for (one,) in whole]
+    cut = ExampleEncoder(student, [teacher], train_on="assistant", max_length=min(lengths) - 5).encode(rows)
+    for (long,), (short,) in zip(whole, cut, strict=True):
+        count = len(short["student_ids"])
+        assert count <= min(lengths) - 5
+        assert short["student_ids"].tolist() == long["student_ids"][:count].tolist()
+        assert short["labels"].tolist() == long["labels"][:count].tolist()
+        spans = long["teachers"][0]["spans"]
+        assert short["teachers"][0]["spans"].tolist() == spans[spans[:, 1] <= count].tolist()
+        assert short["teachers"][0]["spans"][-1, 3] == len(short["teachers"][0]["ids"])
+    assert ExampleEncoder(student, [teacher], train_on="assistant", max_length=10).encode(rows) == [[], []]
+    alone = ExampleEncoder(student, [], max_length=10).encode(rows)
+    assert [len(example["student_ids"]) for (example,) in alone] == [10, 10]
+
+
+def test_nothing_to_train_on(student_tok, teacher_tok, small_chat_tok):
+    encoder = ExampleEncoder(small_chat_tok("qwen3"), [teacher_tok], add_end=False)
+    assert encoder.encode([]) == []
+    assert encoder.encode([{"text": ""}, {"text": "a"}, {"prompt": "a", "completion": ""}]) == [[], [], []]
+
+
+def test_bad_input(student_tok, teacher_tok):
+    with pytest.raises(ValueError, match="train_on: expected"):
+        ExampleEncoder(student_tok, [], train_on="some")
+    for name in ("max_length", "max_teacher_length"):
+        with pytest.raises(ValueError, match=f"{name}: expected at least 2, got 1"):
+            ExampleEncoder(student_tok, [], **{name: 1})
+    with pytest.raises(ValueError, match="teacher 0: expected a tokenizer that encodes text"):
+        ExampleEncoder(student_tok, [Vocabulary([b"a"])])
+    encoder = ExampleEncoder(student_tok, [teacher_tok], text_column="body")
+    for row in ({"text": "a"}, {"body": 3}, {}, {"prompt": "a"}):
+        with pytest.raises(
+            ValueError, match=r"row 1: expected messages, prompt and completion, or text in 'body', got"
+        ):
+            encoder.encode([{"body": "fine"}, row])
+
+
+def test_padding_and_truncation_of_the_tokenizer_take_no_part(student_tok, teacher_tok):
+    backend = type(student_tok.backend_tokenizer).from_str(student_tok.backend_tokenizer.to_str())
+    backend.enable_truncation(4)
+    backend.enable_padding(length=50)
+    rows = [{"text": text} for text in SMALL_TEXTS[:2]]
+    cut = type(student_tok)(tokenizer_object=backend, eos_token="</s>")
+    found, expected = (ExampleEncoder(tok, [teacher_tok]).encode(rows) for tok in (cut, student_tok))
+    assert [one["student_ids"].tolist() for (one,) in found] == [one["student_ids"].tolist() for (one,) in expected]
+    assert backend.truncation is not None
