@@ -51,6 +51,19 @@ def _parser() -> argparse.ArgumentParser:
 
     commands.add_parser("train", add_help=False, help="distil from teachers into a student; see xtoken train --help")
 
+    cache = commands.add_parser("cache-teacher", help="run a teacher once and keep its log-probabilities")
+    cache.add_argument("--teacher", required=True, help="model: a folder, a Hub id or a GGUF file")
+    cache.add_argument("--data", required=True, nargs="+", metavar="FILE", help="files as for xtoken train; globs")
+    cache.add_argument("--output", required=True, help="folder to write to")
+    cache.add_argument("--top-k", type=int, default=128, help="log-probabilities a token (default %(default)s)")
+    cache.add_argument("--max-length", type=int, help="tokens of a document (default: as many as the model can take)")
+    cache.add_argument("--batch-tokens", type=int, default=4096, help="tokens at a time (default %(default)s)")
+    cache.add_argument("--text-column", default="text", help="field with plain text (default %(default)s)")
+    cache.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
+    cache.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
+    cache.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    cache.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
+
     demo = commands.add_parser("demo", help="distil a real teacher into a small student, on the CPU in minutes")
     demo.add_argument("--steps", type=int, help="training steps of each student")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
@@ -69,7 +82,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"xtoken {options.command}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        hint = "; what is complete stays, go on with --resume" if options.command == "align" else ""
+        hint = "; what is complete stays, go on with --resume" if options.command in ("align", "cache-teacher") else ""
         print(f"xtoken {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
     return 0
@@ -147,6 +160,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         from .train import command
 
         command.main(rest)
+    elif options.command == "cache-teacher":
+        from .train import cached
+
+        print(cached.main(options))
     elif options.command == "demo":
         from . import demo
 

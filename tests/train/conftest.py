@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 import torch
 from chats import cached, small_chat
-from small import SMALL_TEXTS, make_tokenizer
+from small import SMALL_TEXTS, make_model, make_tokenizer
 
 
 @pytest.fixture(scope="session")
@@ -46,3 +47,15 @@ def small_chat_tok() -> Any:
     sizes = {"llama3": (700, "{1,3}"), "qwen3": (500, ""), "gemma3": (450, ""), "mistral": (600, "{1,2}")}
     made = {name: small_chat(name, *size) for name, size in sizes.items()}
     return made.__getitem__
+
+
+@pytest.fixture(scope="module")
+def folders(student_tok, teacher_tok, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    for name, tok, seed in (("student", student_tok, 0), ("teacher", teacher_tok, 1), ("twin", student_tok, 2)):
+        make_model(len(tok), seed).save_pretrained(root / name)
+        tok.save_pretrained(root / name)
+    lines = [json.dumps({"text": text}) for text in SMALL_TEXTS]
+    (root / "train.jsonl").write_text("\n".join(lines[:16]) + "\n")
+    (root / "test.jsonl").write_text("\n".join(lines[16:]) + "\n")
+    return {path.stem: str(path) for path in root.iterdir()}

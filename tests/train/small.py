@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -169,3 +170,16 @@ def run_one_step(
         gradients[f"W{k}"] = weight.grad
     logged = [one for one in trainer.state.log_history if "ce" in one][-1]
     return {**gradients, "logged": torch.tensor([logged["ce"], logged["kd"]])}
+
+
+def command(folders: dict[str, str], output: Path, *more: str) -> list[str]:
+    return [
+        "train", "--student", folders["student"], "--teacher", folders["teacher"], "--data", folders["train"],
+        "--eval_data", folders["test"], "--output", str(output), "--cache", str(output.parent / "cache"),
+        "--per-device-train-batch-size", "4", "--learning_rate", "3e-3", "--use_cpu", "--disable_tqdm", "true",
+        "--logging_steps", "2", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]

@@ -2,40 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-from small import SMALL_TEXTS, make_model
+from small import command, history
 
 from xtoken.cli import main
 from xtoken.train.command import one_each, parse, weights_of
-
-
-@pytest.fixture(scope="module")
-def folders(student_tok, teacher_tok, tmp_path_factory) -> dict[str, str]:
-    root = tmp_path_factory.mktemp("models")
-    for name, tok, seed in (("student", student_tok, 0), ("teacher", teacher_tok, 1), ("twin", student_tok, 2)):
-        make_model(len(tok), seed).save_pretrained(root / name)
-        tok.save_pretrained(root / name)
-    lines = [json.dumps({"text": text}) for text in SMALL_TEXTS]
-    (root / "train.jsonl").write_text("\n".join(lines[:16]) + "\n")
-    (root / "test.jsonl").write_text("\n".join(lines[16:]) + "\n")
-    return {path.stem: str(path) for path in root.iterdir()}
-
-
-def command(folders: dict[str, str], output: Path, *more: str) -> list[str]:
-    return [
-        "train", "--student", folders["student"], "--teacher", folders["teacher"], "--data", folders["train"],
-        "--eval_data", folders["test"], "--output", str(output), "--cache", str(output.parent / "cache"),
-        "--per-device-train-batch-size", "4", "--learning_rate", "3e-3", "--use_cpu", "--disable_tqdm", "true",
-        "--logging_steps", "2", "--report_to", "none", *more,
-    ]  # fmt: skip
-
-
-def history(output: Path) -> list[dict[str, Any]]:
-    return json.loads((output / "trainer_state.json").read_text())["log_history"]
 
 
 def test_auto(folders, tmp_path, capsys):
@@ -148,3 +121,10 @@ def test_recipes_are_understood(name, tmp_path):
         "dynamic",
         str(tmp_path),
     )
+
+
+@pytest.mark.parametrize("more", [("prefix",), ("pkl", "--merge", "chain")])
+def test_losses_that_need_the_token_ids(folders, tmp_path, capsys, more):
+    assert main(command(folders, tmp_path / "out", "--max_steps", "2", "--loss", *more)) == 0
+    assert f"teacher teacher: {more[0]}, weight 1" in capsys.readouterr().out
+    assert all(entry["eval_kd"] > 0 for entry in history(tmp_path / "out") if "eval_kd" in entry)

@@ -57,6 +57,11 @@ class TopKLogits:
         if self.tail not in TAILS:
             raise ValueError(f"tail: expected one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
 
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> TopKLogits:
+        """The same on a device."""
+        ids, logprobs = (one.to(device, non_blocking=non_blocking) for one in (self.ids, self.logprobs))
+        return TopKLogits(ids, logprobs, self.tail)
+
     @classmethod
     def from_vllm(cls, prompt_logprobs: Sequence[Mapping[Any, Any] | None], tail: str = "uniform") -> TopKLogits:
         """Log-probabilities as vLLM returns them for a prompt (``SamplingParams(prompt_logprobs=k)``).

@@ -1,14 +1,16 @@
 """Training on top of transformers' Trainer; importing this package imports transformers."""
 
+from .cached import CachedExamples
 from .collator import XTokenCollator, pack
 from .config import XTokenConfig
 from .data import AlignedExamples, EncodedDataset, load_examples
 from .encode import ExampleEncoder
-from .teachers import TeacherModel, load_model
+from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
 __all__ = [
     "AlignedExamples",
+    "CachedExamples",
     "EncodedDataset",
     "ExampleEncoder",
     "TeacherModel",
@@ -17,5 +19,6 @@ __all__ = [
     "XTokenTrainer",
     "load_examples",
     "load_model",
+    "load_tokenizer",
     "pack",
 ]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.alignment import Alignment, pad_rows
+from xtoken.losses import TopKLogits
 from xtoken.losses._backends import IGNORED
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
@@ -98,7 +99,8 @@ class XTokenCollator:
         dict
             ``input_ids`` and ``labels`` int64 [B, T], padded on the right; ``attention_mask`` int64 [B, T], 1 for
             tokens; ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of
-            ``alignment`` None if it reads the student's ids.
+            ``alignment`` None if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k],
+            if it is cached.
             With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the
             padding), in place of ``attention_mask``: that is how the models of transformers know that examples must
             not see each other. No chunk or label is at the first token of an example.
@@ -120,7 +122,7 @@ class XTokenCollator:
         batch = self._side([[example["student_ids"] for example in row] for row in rows], self.student_pad_id)
         labels = [np.concatenate([_unpredicted(example["labels"]) for example in row]) for row in rows]
         batch["labels"] = pad_rows(labels, IGNORED)
-        batch["teachers"] = [self._teacher(rows, m) for m in range(len(self.teacher_pad_ids))]
+        batch["teachers"] = [self._teacher(rows, m, batch["input_ids"]) for m in range(len(self.teacher_pad_ids))]
         return batch
 
     def _side(self, rows: Sequence[Sequence[Any]], pad_id: int) -> dict[str, Any]:
@@ -137,14 +139,17 @@ class XTokenCollator:
         side["position_ids"] = positions
         return side
 
-    def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int) -> dict[str, Any]:
+    def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int, student_ids: Tensor) -> dict[str, Any]:
         entries = [[example["teachers"][m] for example in row] for row in rows]
         direct = [entry["ids"] is None for row in entries for entry in row]
+        side: dict[str, Any] = {}
+        if any("logits" in entry for row in entries for entry in row):
+            side["logits"] = collate_logits([[entry["logits"] for entry in row] for row in entries])
         if all(direct):
-            return {"alignment": None}
+            return {**side, "alignment": None}
         if any(direct):
             raise ValueError(f"examples: expected ids of teacher {m} in all or in none, got {len(direct)} mixed")
-        side = self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m])
+        side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
         spans: list[Tensor] = []
         for row, ours in zip(entries, rows, strict=True):
             parts, shift = [], np.zeros(4, np.int64)
@@ -154,7 +159,18 @@ class XTokenCollator:
                 shift += np.repeat([len(example["student_ids"]), len(entry["ids"])], 2)
             spans.append(torch.from_numpy(np.concatenate(parts)))
         offsets = torch.tensor([0, *map(len, spans)]).cumsum(0)
-        return {**side, "alignment": Alignment(torch.cat(spans), offsets)}
+        return {**side, "alignment": Alignment(torch.cat(spans), offsets, student_ids, side["input_ids"])}
+
+
+def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:
+    """Log-probabilities [B, T, k] of rows, each of one or several examples; padded with ids of -1."""
+    ids, logprobs = (
+        torch.nn.utils.rnn.pad_sequence(
+            [torch.cat([getattr(one, name) for one in row]) for row in rows], batch_first=True, padding_value=padding
+        )
+        for name, padding in (("ids", -1), ("logprobs", -torch.inf))
+    )
+    return TopKLogits(ids, logprobs, rows[0][0].tail)
 
 
 def _unpredicted(labels: Any) -> NDArray[np.int64]:

@@ -20,14 +20,17 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from xtoken.losses import Teacher
+from xtoken.pieces import PieceIndex
+from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
 
+from .cached import CachedExamples
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import load_examples
 from .plot import PlotCallback
 from .prepare import cached_projection, choose_loss
-from .teachers import TeacherModel, load_model
+from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
 
@@ -45,7 +48,9 @@ class TrainArguments:
     data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
     loss: list[str] | None = _option(
-        None, "auto (the audit decides), pkl, hkl, gold, uld or kd; one for all teachers or one each", action="extend"
+        None,
+        "auto (the audit decides), pkl, hkl, gold, uld, kd or prefix; one for all teachers or one each",
+        action="extend",
     )
     teacher_weight: list[float] | None = _option(
         None, "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
@@ -65,6 +70,10 @@ class TrainArguments:
     student_dtype: str = _option("float32", "type of the student's weights")
     teacher_dtype: str = _option("auto", "type of the teachers' weights; auto: as stored")
     teacher_device: str | None = _option(None, "device of the teachers; default: the student's; auto: spread")
+    teacher_cache: list[str] | None = _option(
+        None, "folder of `xtoken cache-teacher` in place of running the teacher; one for each, or none for one that "
+        "runs", action="extend",
+    )  # fmt: skip
     cache: str | None = _option(None, "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken")
     trust_remote_code: bool = _option(False, "run code that comes with models")
     resume: bool = _option(False, "go on from the last checkpoint in the output folder, if there is one")
@@ -136,26 +145,41 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
 
 
 def build_teacher(
-    source: str, loss: str, weight: float, student: Vocabulary, options: TrainArguments, device: torch.device
+    source: str,
+    loss: str,
+    weight: float,
+    is_cached: bool,
+    student: Vocabulary,
+    options: TrainArguments,
+    device: torch.device,
 ) -> tuple[TeacherModel, Any, list[str]]:
-    """A teacher, its tokenizer, and what there is to say about it."""
+    """A teacher, its tokenizer, and what there is to say about it; no model is loaded if it is cached."""
     where = options.teacher_device or device
-    model, tokenizer = load_model(
-        source, dtype=options.teacher_dtype, device=where, trust_remote_code=options.trust_remote_code
-    )
+    model: Any = None
+    if is_cached:
+        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+    else:
+        model, tokenizer = load_model(
+            source, dtype=options.teacher_dtype, device=where, trust_remote_code=options.trust_remote_code
+        )
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
     reasons: list[str] = []
     if loss == "auto":
         loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
     projection: Any = None
-    if loss != "kd":
+    pieces: PieceIndex | None = None
+    if loss == "prefix":
+        pieces = PieceIndex.build(student, vocabulary)
+        reasons = [repr(pieces)]
+    elif loss != "kd":
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
         reasons = [*reasons, repr(projection)]
     if options.learn_projection and loss == "pkl":
         projection = projection.learnable()
     objective = Teacher(
         projection=projection,
+        pieces=pieces,
         loss=loss,
         weight=weight,
         temperature=options.temperature,
@@ -174,13 +198,14 @@ def main(arguments: Sequence[str]) -> None:
     options, config = parse(arguments)
     count = len(options.teacher or [])
     losses, weights = one_each(options.loss, "auto", count, "loss"), weights_of(options.teacher_weight, count)
+    folders = one_each(options.teacher_cache, "none", count, "teacher_cache")
     student, student_tok = load_model(
         str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code
     )
     with config.main_process_first(desc="W and audit"):  # the others find them in the cache
         built = [
             build_teacher(*one, Vocabulary.from_tokenizer(student_tok), options, config.device)
-            for one in zip(options.teacher or [], losses, weights, strict=True)
+            for one in zip(options.teacher or [], losses, weights, [f != "none" for f in folders], strict=True)
         ]
     teachers, teacher_toks = [one[0] for one in built], [one[1] for one in built]
     for k, teacher in enumerate(teachers):
@@ -188,13 +213,19 @@ def main(arguments: Sequence[str]) -> None:
             teacher.name = f"{teacher.name}-{k + 1}"
     if config.process_index == 0:
         print("\n".join(line for one in built for line in one[2]))
-    train, held_out = (
-        load_examples(
+    caches = [
+        None if folder == "none" else TeacherCache(folder, tokenizer)
+        for folder, tokenizer in zip(folders, teacher_toks, strict=True)
+    ]
+
+    def examples(files: Sequence[str]) -> Any:
+        loaded = load_examples(
             files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
-            train_on=options.train_on,
-        ) if files else None
-        for files in (options.data, options.eval_data)
-    )  # fmt: skip
+            train_on=options.train_on, name_documents=any(cache is not None for cache in caches),
+        )  # fmt: skip
+        return CachedExamples(loaded, caches) if any(cache is not None for cache in caches) else loaded
+
+    train, held_out = (examples(files) if files else None for files in (options.data, options.eval_data))
     folder = str(config.output_dir)
     last = get_last_checkpoint(folder) if options.resume and os.path.isdir(folder) else None
     config.eval_on_start = held_out is not None and last is None

@@ -140,6 +140,7 @@ def load_examples(
     max_length: int | None = None,
     max_teacher_length: int | None = None,
     train_on: str = "all",
+    name_documents: bool = False,
 ) -> Dataset[dict[str, Any]]:
     """Examples from files, or from the folder of an aligned corpus.
 
@@ -148,7 +149,7 @@ def load_examples(
     files : sequence of paths
         JSON lines, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one folder that it
         has written, for one teacher.
-    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
         As for `ExampleEncoder`.
 
     Returns
@@ -158,11 +159,14 @@ def load_examples(
     Raises
     ------
     ValueError
-        For broken rows, with file and row; for an aligned corpus with more than one teacher or other files.
+        For broken rows, with file and row; for an aligned corpus with more than one teacher, other files, or
+        `name_documents`.
     FileNotFoundError
         If a path matches no file.
     """
     folders = [path for path in files if os.path.isdir(path)]
+    if folders and name_documents:
+        raise ValueError(f"files: a cached teacher needs the text, got the aligned corpus {folders[0]}")
     if folders:
         if len(files) > 1 or len(teacher_toks) != 1:
             raise ValueError(
@@ -179,6 +183,7 @@ def load_examples(
         max_length=max_length,
         max_teacher_length=max_teacher_length,
         text_column=text_column,
+        name_documents=name_documents,
     )
     return EncodedDataset(read_rows(files, text_column), encoder)
 

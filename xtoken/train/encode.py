@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from xtoken.losses._backends import IGNORED
 from xtoken.losses._common import check_choice
+from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 from .chat import ChatTemplate, Conversation, take_apart
@@ -290,6 +291,8 @@ class ExampleEncoder:
         Field with plain text.
     add_end : bool
         Whether plain text and completions end with each tokenizer's end token.
+    name_documents : bool
+        Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
 
     Raises
     ------
@@ -324,6 +327,7 @@ class ExampleEncoder:
         max_teacher_length: int | None = None,
         text_column: str = "text",
         add_end: bool = True,
+        name_documents: bool = False,
     ) -> None:
         check_choice(train_on, "train_on", TRAIN_ON)
         for name, limit in (("max_length", max_length), ("max_teacher_length", max_teacher_length)):
@@ -334,6 +338,7 @@ class ExampleEncoder:
         self.max_teacher_length = max_teacher_length
         self.text_column = text_column
         self.add_end = add_end
+        self.name_documents = name_documents
         self.student = _Side(student_tok, "student")
         sides = [_Side(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
@@ -347,7 +352,9 @@ class ExampleEncoder:
             For each row a list of examples: none if nothing of it is trained on, several if a long text was cut. An
             example is a dict: ``student_ids`` int64 [T]; ``labels`` int64 [T], the ids where trained on, else -100,
             unshifted; ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are
-            trained on, or of None and None if it reads the student's ids.
+            trained on, or of None and None if it reads the student's ids. With `name_documents` also ``document``, the
+            `document_digest` of the teacher's ids of the whole row, and ``first``, which of these the example's ids
+            begin at; special tokens that are put before a later part take the places of the tokens before it.
 
         Raises
         ------
@@ -471,9 +478,15 @@ class ExampleEncoder:
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], [limit or cuts.max() for limit in limits])
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
+        documents = (
+            [document_digest(row) for row in (ids, *(one.ids for one in readings))] if self.name_documents else []
+        )
         examples = []
         for first, last in windows:
             before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]
+            named: list[dict[str, Any]] = [{} for _ in prefixes]
+            for m, document in enumerate(documents):
+                named[m] = {"document": document, "first": int(first[m]) - len(before[m])}
             row = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
             row[:1] = IGNORED
             if not (row != IGNORED).any():
@@ -482,13 +495,15 @@ class ExampleEncoder:
                 {
                     "ids": np.concatenate([before[m], reading.ids[first[m] : last[m]]]),
                     "spans": reading.spans_between(first[[0, m]], last[[0, m]], [len(before[0]), len(before[m])]),
+                    **named[m],
                 }
                 for m, reading in enumerate(readings, 1)
             )
+            direct = {"ids": None, "spans": None, **named[0]}
             examples.append({
                 "student_ids": np.concatenate([before[0], ids[first[0] : last[0]]]),
                 "labels": row,
-                "teachers": [{"ids": None, "spans": None} if one is None else next(cut) for one in teachers],
+                "teachers": [dict(direct) if one is None else next(cut) for one in teachers],
             })  # fmt: skip
         return examples
 

@@ -54,17 +54,11 @@ def load_model(
         If a GGUF file does not exist.
     """
     import transformers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
-    name = str(source)
-    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision}
-    is_gguf = name.endswith(".gguf")
-    if is_gguf:
-        path = Path(source)
-        if not path.is_file():
-            raise FileNotFoundError(f"source: no such file: {path}")
-        name, options = str(path.parent), {"gguf_file": path.name}
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
+    name, options = _place(source, trust_remote_code, revision)
+    is_gguf = "gguf_file" in options
     if device is not None and str(device) == "auto":
         options["device_map"] = "auto"
     dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
@@ -76,9 +70,30 @@ def load_model(
         model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
     if device is not None and str(device) != "auto":
         model = model.to(device)
-    ensure_pad_token(tokenizer)
     check_head(model, Vocabulary.from_tokenizer(tokenizer), str(source))
     return model, tokenizer
+
+
+def load_tokenizer(
+    source: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
+) -> Any:
+    """The tokenizer of `load_model`, without the model."""
+    from transformers import AutoTokenizer
+
+    name, options = _place(source, trust_remote_code, revision)
+    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    ensure_pad_token(tokenizer)
+    return tokenizer
+
+
+def _place(source: str | os.PathLike[str], trust_remote_code: bool, revision: str | None) -> tuple[str, dict[str, Any]]:
+    """What ``from_pretrained`` takes for a folder, a Hub id or a GGUF file."""
+    if not str(source).endswith(".gguf"):
+        return str(source), {"trust_remote_code": trust_remote_code, "revision": revision}
+    path = Path(source)
+    if not path.is_file():
+        raise FileNotFoundError(f"source: no such file: {path}")
+    return str(path.parent), {"gguf_file": path.name}
 
 
 def ensure_pad_token(tokenizer: Any) -> None:

@@ -1,0 +1,146 @@
+"""Training from a teacher cache: the same logits as the teacher itself, for every form of data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small import SMALL_TEXTS, command, history, make_model
+
+from xtoken import cache_teacher
+from xtoken.cli import main
+from xtoken.losses._logits import TopKSource
+from xtoken.train import EncodedDataset, ExampleEncoder, XTokenCollator, load_examples
+from xtoken.train.cached import CachedExamples, teacher_documents
+
+CHAT = [
+    {"role": "user", "content": "Add 17 and 25."},
+    {"role": "assistant", "content": "17 plus 25 is 42."},
+    {"role": "user", "content": "And 100 more?"},
+    {"role": "assistant", "content": "142."},
+]
+ROWS = [
+    {"text": " ".join(SMALL_TEXTS[:4])},
+    {"prompt": "How many in 1999? ", "completion": "There were 113 readers."},
+    {"messages": CHAT},
+    {"text": SMALL_TEXTS[5]},
+]
+
+
+def dense(logits: Any, size: int) -> torch.Tensor:
+    flat = TopKSource(logits.ids, logits.logprobs, logits.tail, size)
+    return flat.rows(0, logits.ids.shape[0] * logits.ids.shape[1]).view(*logits.ids.shape[:2], size)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_cached_logits_are_the_teachers_own(small_chat_tok, tmp_path, packed):
+    """Whole vocabulary cached: the student's loss sees what the model says, at each row that a chunk uses."""
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    model = make_model(len(teacher_tok), 0).eval()
+    cache = cache_teacher(model, teacher_tok, teacher_documents(teacher_tok, iter(ROWS)), tmp_path, top_k=10**6)
+    encoder = ExampleEncoder(student_tok, [teacher_tok], name_documents=True)
+    examples = CachedExamples(EncodedDataset(ROWS, encoder), [cache])
+    assert len(examples) == len(cache) == len(ROWS)
+    collator = XTokenCollator(student_tok, [teacher_tok], packed=packed, max_length=300)
+    entry = collator([examples[k] for k in range(len(examples))])["teachers"][0]
+    given = {name: entry[name] for name in ("input_ids", "attention_mask", "position_ids") if name in entry}
+    with torch.no_grad():
+        expected = model(**given, use_cache=False).logits.log_softmax(-1)
+    got = dense(entry["logits"], len(teacher_tok))
+    chunks = entry["alignment"]
+    assert len(chunks.spans) > 60
+    for (_, _, start, end), sample in zip(chunks.spans.tolist(), chunks.sample_index.tolist(), strict=True):
+        for row in range(start - 1, end - 1):
+            torch.testing.assert_close(got[sample, row].exp(), expected[sample, row].exp(), rtol=4e-3, atol=1e-6)
+
+
+def test_parts_of_a_long_text_read_their_own_rows(small_chat_tok, tmp_path):
+    """A text that the student takes in several parts has one document in the cache, with all that came before."""
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    model = make_model(len(teacher_tok), 0).eval()
+    cache = cache_teacher(model, teacher_tok, teacher_documents(teacher_tok, iter(ROWS[:1])), tmp_path, top_k=10**6)
+    encoder = ExampleEncoder(student_tok, [teacher_tok], max_length=20, name_documents=True)
+    examples = CachedExamples(EncodedDataset(ROWS[:1], encoder), [cache])
+    assert len(cache) == 1
+    assert len(examples) > 3
+    whole = cache[0]
+    with torch.no_grad():
+        expected = model(input_ids=whole.token_ids[None]).logits[0].log_softmax(-1)
+    for k in range(len(examples)):
+        entry = examples[k]["teachers"][0]
+        got = dense(type(entry["logits"])(entry["logits"].ids[None], entry["logits"].logprobs[None]), len(teacher_tok))[
+            0
+        ]
+        assert len(got) == len(entry["ids"])
+        for _, _, start, end in entry["spans"].tolist():
+            token = entry["ids"][start]
+            at = entry["first"] + start
+            assert int(whole.token_ids[at]) == int(token)
+            rows = slice(start - 1, end - 1)
+            there = slice(at - 1, at - 1 + end - start)
+            torch.testing.assert_close(got[rows].exp(), expected[there].exp(), rtol=4e-3, atol=1e-6)
+
+
+def test_a_cache_that_was_cut(small_chat_tok, tmp_path):
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    model = make_model(len(teacher_tok), 0).eval()
+    documents = list(teacher_documents(teacher_tok, iter(ROWS)))
+    cache = cache_teacher(model, teacher_tok, documents, tmp_path / "other", top_k=4, max_length=12)
+    examples = CachedExamples(
+        EncodedDataset(ROWS, ExampleEncoder(student_tok, [teacher_tok], name_documents=True)), [cache]
+    )
+    entry = examples[0]["teachers"][0]
+    assert len(entry["ids"]) == len(entry["logits"].ids) == 12
+    assert 0 < len(entry["spans"]) < 12
+    assert entry["spans"][:, 3].max() <= 12
+    twin = cache_teacher(
+        make_model(len(student_tok), 0).eval(),
+        student_tok,
+        teacher_documents(student_tok, iter(ROWS)),
+        tmp_path / "twin",
+        top_k=4,
+        max_length=12,
+    )
+    direct = EncodedDataset(ROWS, ExampleEncoder(student_tok, [student_tok], name_documents=True))
+    with pytest.raises(ValueError, match=r"example 0: the teacher cache .* was cut at 12 tokens"):
+        CachedExamples(direct, [twin])[0]
+
+
+def test_another_text_is_refused(small_chat_tok, tmp_path):
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    model = make_model(len(teacher_tok), 0).eval()
+    cache = cache_teacher(model, teacher_tok, teacher_documents(teacher_tok, iter(ROWS[:2])), tmp_path, top_k=4)
+    examples = EncodedDataset(ROWS, ExampleEncoder(student_tok, [teacher_tok], name_documents=True))
+    with pytest.raises(ValueError, match="example 2: not in the teacher cache"):
+        CachedExamples(examples, [cache])[2]
+    with pytest.raises(ValueError, match="caches: expected 1, one a teacher, got 2"):
+        CachedExamples(examples, [cache, None])
+
+
+def test_commands(folders, tmp_path, capsys):
+    """`xtoken cache-teacher`, then `xtoken train` without the teacher's weights: nearly the same evaluation."""
+    folder = str(tmp_path / "cache")
+    caching = ["cache-teacher", "--teacher", folders["teacher"], "--data", folders["train"], folders["test"]]
+    assert main([*caching, "--output", folder, "--top-k", "100000"]) == 0
+    assert "24 documents, " in capsys.readouterr().out
+    assert main([*caching, "--output", folder, "--top-k", "100000"]) == 1
+    assert "is not empty" in capsys.readouterr().err
+    evaluations = []
+    for name, more in (("live", []), ("cached", ["--teacher_cache", folder])):
+        assert main(command(folders, tmp_path / name, "--max_steps", "4", "--loss", "pkl", "--top_k", "0", *more)) == 0
+        evaluations.append([entry for entry in history(tmp_path / name) if "eval_kd" in entry])
+    for live, cached in zip(*evaluations, strict=True):
+        assert cached["eval_kd"] == pytest.approx(live["eval_kd"], rel=1e-2)
+        assert cached["eval_ce"] == pytest.approx(live["eval_ce"], rel=1e-2)
+    assert evaluations[1][-1]["eval_kd"] < evaluations[1][0]["eval_kd"]
+    Path(folders["test"]).write_text(json.dumps({"text": "something else"}) + "\n")
+    assert main(command(folders, tmp_path / "other", "--max_steps", "1", "--teacher_cache", folder)) == 1
+    assert "not in the teacher cache" in capsys.readouterr().err
+
+
+def test_aligned_corpora_have_no_text(small_chat_tok, tmp_path):
+    with pytest.raises(ValueError, match="files: a cached teacher needs the text"):
+        load_examples([str(tmp_path)], small_chat_tok("llama3"), [small_chat_tok("qwen3")], name_documents=True)
