@@ -6,7 +6,6 @@ import ctypes
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,9 +18,12 @@ ROOT = FOLDER.parents[1]
 ORDERS = ("forward", "reverse", "random", "one_ahead")
 
 COMMON_FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
-# The compiler's calls before each access end in checks.cpp. -fno-tree-sra: a vector load stays one access, whatever part
-# of it is used. -ffp-contract=off: as the source says, on every machine.
-KERNEL_FLAGS = "-O1 -fno-tree-sra -ffp-contract=off -DXTOKEN_EMULATED -fsanitize=thread --param tsan-instrument-func-entry-exit=0 -x c++"
+# The compiler's calls before each access end in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
+# part of it is used. -ffp-contract=off: as the source says, on every machine.
+KERNEL_FLAGS = (
+    "-O1 -fno-tree-sra -ffp-contract=off -x c++ -DXTOKEN_EMULATED"
+    " -fsanitize=thread --param tsan-instrument-func-entry-exit=0"
+)
 
 NINJA = """\
 rule compile
