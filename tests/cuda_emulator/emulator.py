@@ -147,10 +147,15 @@ class Memory:
         copied.copy_(tensor)
         values = torch.zeros(extent, dtype=torch.bool)
         values.as_strided(tensor.shape, tensor.stride()).fill_(True)
-        written = values.repeat_interleave(tensor.itemsize).contiguous()
-        size = ctypes.c_size_t(written.numel())
-        self.emulator.call("set_written", ctypes.c_void_p(flat.data_ptr()), size, ctypes.c_void_p(written.data_ptr()))
+        self.mark_written(flat, values)
         return copied
+
+    def mark_written(self, tensor: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """The host has written this contiguous tensor: all of it, or the elements `where` is true."""
+        mask = torch.ones(tensor.numel(), dtype=torch.bool) if where is None else where.reshape(-1)
+        mask = mask.repeat_interleave(tensor.itemsize)
+        size = ctypes.c_size_t(mask.numel())
+        self.emulator.call("set_written", ctypes.c_void_p(tensor.data_ptr()), size, ctypes.c_void_p(mask.data_ptr()))
 
     def unwritten(self, tensor: torch.Tensor) -> int:
         """How many bytes of a contiguous tensor nobody has written."""
