@@ -31,7 +31,7 @@ rule compile
   depfile = $out.d
   deps = gcc
 rule link
-  command = {compiler} -shared -Wl,-z,defs $in $libraries -o $out
+  command = {compiler} -shared $in $libraries -o $out
 """
 
 

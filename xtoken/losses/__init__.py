@@ -1,6 +1,6 @@
 """Distillation losses: one file for each, one autograd function for all, backends behind one table."""
 
-from xtoken.losses import _cpu  # noqa: F401  registers the backend
+from xtoken.losses import _cpu, _cuda  # noqa: F401  register the backends
 from xtoken.losses._backends import select_backend
 from xtoken.losses._logits import LinearLogits, TopKLogits
 from xtoken.losses.combined import Teacher, XTokenLoss

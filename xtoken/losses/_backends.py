@@ -66,13 +66,13 @@ class Labels:
         The token that each row should predict, -100 where none.
     losses : [B * T_s]
         Receives the cross-entropy of each row (temperature 1, vocabulary columns only), 0 where there is no label.
-    scale : float
-        Factor of the gradient ``softmax(z) - onehot(label)`` of each labelled row.
+    scale : float64 []
+        On the device of `ids`. Factor of the gradient ``softmax(z) - onehot(label)`` of each labelled row.
     """
 
     ids: Tensor
     losses: Tensor
-    scale: float
+    scale: Tensor
 
 
 class Operation(Protocol):

@@ -109,7 +109,7 @@ def run_pkl(
         0 if weight_sums is None else weight_sums.data_ptr(),
         (0, 0.0, 0)
         if wanted is None or label_ids is None or label_losses is None
-        else (label_ids.data_ptr(), wanted.scale, label_losses.data_ptr()),
+        else (label_ids.data_ptr(), float(wanted.scale), label_losses.data_ptr()),
         options.temperature,
         options.merge,
         options.reverse,
