@@ -5,6 +5,7 @@
 #include "bindings/cuda_arguments.h"
 #include "bindings/errors.h"
 #include "cuda/cross_entropy.h"
+#include "cuda/gold.h"
 #include "cuda/kd.h"
 #include "cuda/pkl.h"
 
@@ -60,6 +61,23 @@ PklPlan to_plan(const PlanArgument& a) {
             device_address<const int64_t>(entry_row),
             device_address<const int64_t>(entry_column),
             entries};
+}
+
+// (pairs, student_rest, teacher_rest, student_pair, teacher_pair, student_others, teacher_others, slot)
+using GoldPlanArgument =
+    std::tuple<int32_t, int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+GoldPlan to_gold_plan(const GoldPlanArgument& a) {
+    const auto [pairs, student_rest, teacher_rest, student_pair, teacher_pair, student_others, teacher_others, slot] =
+        a;
+    return {pairs,
+            student_rest,
+            teacher_rest,
+            device_address<const int32_t>(student_pair),
+            device_address<const int32_t>(teacher_pair),
+            device_address<const int32_t>(student_others),
+            device_address<const int32_t>(teacher_others),
+            device_address<const int32_t>(slot)};
 }
 
 PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
@@ -140,6 +158,58 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
         py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"), py::arg("teacher_rows"),
         py::arg("chunks"), py::arg("chosen"), py::arg("place"), py::arg("columns"), py::arg("scale"),
         py::arg("losses"), py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
+    m.def("gold_workspace", &gold_workspace, py::arg("students"), py::arg("teachers"),
+          "Floats of workspace that a block of gold_forward and gold_backward needs.");
+    m.def(
+        "gold_forward",
+        [](const GoldPlanArgument& plan, const CudaLogits& student, const CudaLogits& teacher,
+           const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, double temperature,
+           bool reverse, double lowest, uintptr_t workspace, uintptr_t common, uintptr_t student_values,
+           uintptr_t teacher_values, const CudaLaunch& launch) {
+            GoldParams params{};
+            params.student = to_cuda_logits(student);
+            params.teacher = to_cuda_logits(teacher);
+            params.student_rows = to_cuda_rows(student_rows);
+            params.teacher_rows = to_cuda_rows(teacher_rows);
+            params.chunks = chunks;
+            params.temperature = static_cast<float>(temperature);
+            params.reverse = reverse;
+            params.lowest = static_cast<float>(lowest);
+            params.workspace = device_address<float>(workspace);
+            params.plan = to_gold_plan(plan);
+            params.common = device_address<float>(common);
+            params.student_values = device_address<float>(student_values);
+            params.teacher_values = device_address<float>(teacher_values);
+            gold_forward(params, to_cuda_launch(launch));
+        },
+        py::arg("plan"), py::arg("student"), py::arg("teacher"), py::arg("student_rows"), py::arg("teacher_rows"),
+        py::arg("chunks"), py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("workspace"),
+        py::arg("common"), py::arg("student_values"), py::arg("teacher_values"), py::arg("launch"), Free());
+    m.def(
+        "gold_backward",
+        [](const GoldPlanArgument& plan, const CudaLogits& student, const CudaLogits& teacher, const CudaLogits& grad,
+           const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, uintptr_t scale,
+           double temperature, bool reverse, double lowest, uintptr_t workspace, uintptr_t slope,
+           const CudaLaunch& launch) {
+            GoldParams params{};
+            params.student = to_cuda_logits(student);
+            params.teacher = to_cuda_logits(teacher);
+            params.grad = to_cuda_logits(grad);
+            params.student_rows = to_cuda_rows(student_rows);
+            params.teacher_rows = to_cuda_rows(teacher_rows);
+            params.chunks = chunks;
+            params.scale = device_address<const float>(scale);
+            params.temperature = static_cast<float>(temperature);
+            params.reverse = reverse;
+            params.lowest = static_cast<float>(lowest);
+            params.workspace = device_address<float>(workspace);
+            params.plan = to_gold_plan(plan);
+            params.slope = device_address<const float>(slope);
+            gold_backward(params, to_cuda_launch(launch));
+        },
+        py::arg("plan"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"),
+        py::arg("teacher_rows"), py::arg("chunks"), py::arg("scale"), py::arg("temperature"), py::arg("reverse"),
+        py::arg("lowest"), py::arg("workspace"), py::arg("slope"), py::arg("launch"), Free());
 }
 
 }  // namespace

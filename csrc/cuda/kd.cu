@@ -10,17 +10,17 @@ namespace xtoken::cuda {
 namespace {
 
 // Log-probabilities of a row.
+template <typename T>
 struct Side {
-    Exponential exp;
-    float inverse_temperature, log_total, inverse_total;
+    Exponential<T> exp;
+    float log_total, inverse_total;
 
-    __device__ explicit Side(const Statistics& s)
+    __device__ explicit Side(const Statistics<T>& s)
         : exp(s.exp),
-          inverse_temperature(s.inverse_temperature),
           log_total(static_cast<float>(s.log_total())),
           inverse_total(static_cast<float>(1.0 / s.total)) {}
     __device__ float log_share(float x) const {
-        return (at_least(x, exp.lowest) - exp.top) * inverse_temperature - log_total;
+        return (at_least(x, exp.lowest) - exp.top) * exp.inverse_temperature - log_total;
     }
     __device__ float share(float x) const { return exp(x) * inverse_total; }
 };
@@ -31,9 +31,9 @@ __global__ __launch_bounds__(max_threads) void kd_kernel(const __grid_constant__
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         const S* z = row_of<S>(params.student, params.student_rows[k]);
         const T* y = row_of<T>(params.teacher, params.teacher_rows[k]);
-        const Side p(statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared,
+        const Side<S> p(statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared,
                                 Unweighted{}));
-        const Side q(statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared,
+        const Side<T> q(statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared,
                                 Unweighted{}));
         float part = 0.0f;
         each_column(z, params.chosen, params.columns, [&](int j, const auto& x) {

@@ -117,7 +117,7 @@ class Chunk {
         } else {
             for (int64_t r = row_; r < row_ + merged_; ++r) {
                 const S* z = row_of<S>(p_.student, r);
-                const Statistics one = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
+                const Statistics<S> one = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
                                                   [&](int i, auto& h) { row_values(i, h); });
                 token_gradient(r, z, one, one.weighted / one.total, share);
             }
@@ -144,7 +144,7 @@ class Chunk {
             for (int i = 0; i < merged_; ++i) {
                 const S* z = row_of<S>(p_.student, row_ + i);
                 // its barriers also separate the additions to `mean` of one row from those of the next
-                const Statistics one =
+                const Statistics<S> one =
                     statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, Unweighted{});
                 const auto share = static_cast<float>(1.0 / (one.total * merged_));
                 each_vector(z, plan_.students, [&](int s, const auto& x) {
@@ -182,7 +182,7 @@ class Chunk {
                 u = (log_m - log_q) + x / added;
                 loss = fmaf(x * per_d, log_m - log_q, loss);
             } else {
-                const float q = fast_exp2(log_q * log2_e);
+                const float q = exponential<T>(log_q);
                 u = q / added;
                 loss = fmaf(q, log_q - log_m, loss);
             }
@@ -192,7 +192,7 @@ class Chunk {
         const int merged = p_.merge == Merge::mean ? teacher_count_ : 1;
         if (merged == 1) {
             const T* y = row_of<T>(p_.teacher, teacher_row_);
-            const Statistics q =
+            const Statistics<T> q =
                 statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
             const auto log_total = static_cast<float>(q.log_total());
             each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
@@ -202,7 +202,7 @@ class Chunk {
                 float u[N];
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
-                    const float relative = (at_least(x[k], p_.lowest) - q.exp.top) * q.inverse_temperature;
+                    const float relative = (at_least(x[k], p_.lowest) - q.exp.top) * q.exp.inverse_temperature;
                     u[k] = column(relative - log_total, slot[k]);
                 }
                 store_lanes(u_, j, u);
@@ -211,7 +211,7 @@ class Chunk {
             double constant = 0.0;  // of log q = mean ((y - top) / temperature) + constant
             for (int i = 0; i < merged; ++i) {
                 const T* y = row_of<T>(p_.teacher, teacher_row_ + i);
-                const Statistics q =
+                const Statistics<T> q =
                     statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
                 constant -= q.log_total() / merged;
                 each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
@@ -244,7 +244,7 @@ class Chunk {
         double result = 0.0;
         for (int64_t r = start + 1; r < start + count; ++r) {
             const E* z = row_of<E>(logits, r);
-            const Statistics all =
+            const Statistics<E> all =
                 statistics(z, nullptr, logits.width, p_.lowest, p_.temperature, shared_, Unweighted{});
             result += all.log_share(widen(z[rows.next[r]]));
         }
@@ -264,8 +264,8 @@ class Chunk {
     }
 
     // The gradient p_s share (h_s - mean) of row r.
-    __device__ void token_gradient(int64_t r, const S* z, const Statistics& one, double mean, double share) {
-        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
+    __device__ void token_gradient(int64_t r, const S* z, const Statistics<S>& one, double mean, double share) {
+        const LabelTerm<S> label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
                                            p_.temperature == 1.0f ? &one : nullptr, shared_);
         const auto factor = static_cast<float>(share / one.total);
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
@@ -302,9 +302,9 @@ class Chunk {
     // A later row under merge="chain": factor * (onehot - softmax).
     __device__ void later_gradient(int64_t r, float factor) {
         const S* z = row_of<S>(p_.student, r);
-        const Statistics all =
+        const Statistics<S> all =
             statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, Unweighted{});
-        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
+        const LabelTerm<S> label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
                                            p_.temperature == 1.0f ? &all : nullptr, shared_);
         const auto weight = static_cast<float>(-static_cast<double>(factor) / all.total);
         const auto next = static_cast<int>(p_.student_rows.next[r]);
@@ -335,7 +335,7 @@ class Chunk {
     int teacher_count_, merged_;
     const S* z_;
     float *column_sums_, *u_, *mean_;
-    Statistics student_{};
+    Statistics<S> student_{};
     double total_ = 0.0, d_ = 0.0, loss_ = 0.0;
     float b_ = 0.0f, b_low_ = 0.0f;
 };

@@ -148,7 +148,7 @@ __device__ void write_row(const T* z, T* out, int size, int width, Prepare prepa
             if (together) {
                 uint4 raw;
                 memcpy(&raw, result, sizeof raw);
-                *reinterpret_cast<uint4*>(out + i) = raw;
+                __stcs(reinterpret_cast<uint4*>(out + i), raw);  // not read again: keeps the rows in L2
                 return;
             }
         }
@@ -210,24 +210,35 @@ __device__ inline float block_max(float x, Sums& shared) {
     return shared.top;
 }
 
-// exp((x - top) / temperature) for x of at least `lowest`.
-struct Exponential {
-    float top, lowest, per_unit;  // per_unit = log2(e) / temperature
+// exp(x), for values from logits of type T: where those have 8 or 11 bits themselves, one instruction and a product are
+// exact enough (a relative error of about |x| 1e-7).
+template <typename T>
+__device__ float exponential(float x) {
+    if constexpr (sizeof(T) == 4) return expf(x);
+    return fast_exp2(x * log2_e);
+}
 
-    __device__ float operator()(float x) const { return fast_exp2((at_least(x, lowest) - top) * per_unit); }
+// exp((x - top) / temperature) for x of at least `lowest`.
+template <typename T>
+struct Exponential {
+    float top, lowest, inverse_temperature;
+
+    __device__ float operator()(float x) const {
+        return exponential<T>((at_least(x, lowest) - top) * inverse_temperature);
+    }
 };
 
 // Maximum of a row, and sums of its exponentials relative to it.
+template <typename T>
 struct Statistics {
-    Exponential exp;
-    float inverse_temperature;
+    Exponential<T> exp;
     double total;     // sum of exp
     double weighted;  // sum of weight * exp
 
     __device__ double log_total() const { return log(total); }
     // log softmax of an element
     __device__ double log_share(float x) const {
-        return static_cast<double>(at_least(x, exp.lowest) - exp.top) * static_cast<double>(inverse_temperature) -
+        return static_cast<double>(at_least(x, exp.lowest) - exp.top) * static_cast<double>(exp.inverse_temperature) -
                log_total();
     }
 };
@@ -240,10 +251,10 @@ struct Unweighted {
 // One pass over (the chosen elements of) a row: the sums are rescaled whenever a thread meets a larger logit.
 // weights(i, w) fills w[N] for the elements from i on.
 template <typename T, typename Weights>
-__device__ Statistics statistics(const T* row, const int32_t* chosen, int size, float lowest, float temperature,
+__device__ Statistics<T> statistics(const T* row, const int32_t* chosen, int size, float lowest, float temperature,
                                  Sums& shared, const Weights& weights) {
     constexpr bool has_weights = !std::is_same_v<Weights, Unweighted>;
-    const float per_unit = log2_e / temperature;
+    const float inverse = 1.0f / temperature;
     float top = lowest, total = 0.0f, weighted = 0.0f;
     each_column(row, chosen, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
@@ -251,7 +262,7 @@ __device__ Statistics statistics(const T* row, const int32_t* chosen, int size, 
 #pragma unroll
         for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
         if (largest > top) {
-            const float shrink = fast_exp2((top - largest) * per_unit);
+            const float shrink = exponential<T>((top - largest) * inverse);
             total *= shrink;
             weighted *= shrink;
             top = largest;
@@ -260,13 +271,13 @@ __device__ Statistics statistics(const T* row, const int32_t* chosen, int size, 
         weights(i, w);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            const float e = fast_exp2((at_least(x[k], lowest) - top) * per_unit);
+            const float e = exponential<T>((at_least(x[k], lowest) - top) * inverse);
             total += e;
             if constexpr (has_weights) weighted = fmaf(e, w[k], weighted);
         }
     });
-    Statistics result{{block_max(top, shared), lowest, per_unit}, 1.0f / temperature, 0.0, 0.0};
-    const double shrink = static_cast<double>(fast_exp2((top - result.exp.top) * per_unit));
+    Statistics<T> result{{block_max(top, shared), lowest, inverse}, 0.0, 0.0};
+    const double shrink = static_cast<double>(exponential<T>((top - result.exp.top) * inverse));
     double sums[2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
     block_sum(sums, shared);
     result.total = sums[0];
@@ -275,10 +286,11 @@ __device__ Statistics statistics(const T* row, const int32_t* chosen, int size, 
 }
 
 // The cross-entropy's part of a row's gradient: scale * (softmax - onehot).
+template <typename T>
 struct LabelTerm {
     int label = -1;  // none
     float scale = 0.0f, weight = 0.0f;
-    Exponential exp{};
+    Exponential<T> exp{};
 
     __device__ float operator()(int i, float x) const {
         if (label < 0) return 0.0f;
@@ -288,16 +300,16 @@ struct LabelTerm {
 
 // The term of row r, z, and its loss. `known`: statistics of the whole row at temperature 1, if there are any.
 template <typename T>
-__device__ LabelTerm label_term(const Labels& labels, int64_t r, const T* z, int size, float lowest,
-                                const Statistics* known, Sums& shared) {
-    LabelTerm term;
+__device__ LabelTerm<T> label_term(const Labels& labels, int64_t r, const T* z, int size, float lowest,
+                                typename SameType<const Statistics<T>*>::type known, Sums& shared) {
+    LabelTerm<T> term;
     if (labels.ids == nullptr) return term;
     const int64_t id = labels.ids[r];
     if (id < 0 || id >= size) {
         if (threadIdx.x == 0) labels.losses[r] = id == -100 ? 0.0f : nanf("");
         return term;
     }
-    const Statistics one =
+    const Statistics<T> one =
         known != nullptr ? *known : statistics(z, nullptr, size, lowest, 1.0f, shared, Unweighted{});
     if (threadIdx.x == 0) labels.losses[r] = static_cast<float>(-one.log_share(widen(z[id])));
     term.label = static_cast<int>(id);

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import emulated
 import torch
 from comparer import assert_as_accurate
 from safetensors.torch import load_file
@@ -27,11 +28,15 @@ from xtoken.projection import ProjectionMatrix
 
 
 def _register_levels() -> tuple[str, ...]:
-    """The CPU kernels of every level that this machine runs, as backends; "cpu", the fastest, stays the last."""
+    """The CPU kernels of every level that this machine runs, and the CUDA kernels on the emulator, as backends; "cpu",
+    the fastest, stays the last."""
     unregister_backend("cpu")
     names = [f"cpu:{level}" for level in _core.cpu_levels() if level != _core.cpu_level()]
     for name in names:
         register_backend(_cpu.backend(name, name.removeprefix("cpu:")))
+    if emulated.why_not() is None:
+        register_backend(emulated.backend())
+        names.append("emulated")
     register_backend(_cpu.backend())
     return ("reference", *names, "cpu")
 

@@ -43,13 +43,12 @@ def test_options(variant: str, case: str, backend: str) -> None:
     check(backend, "kd", CASES[case](), torch.float32, strided=True, **VARIANTS[variant])
 
 
-@backends
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_gradcheck(variant: str, backend: str) -> None:
+def test_gradcheck(variant: str) -> None:
     student, teacher = logits(width=17)
 
     def losses(student: Tensor) -> Tensor:
-        return kd_loss(student, teacher, reduction="none", backend=backend, **VARIANTS[variant])
+        return kd_loss(student, teacher, reduction="none", backend="reference", **VARIANTS[variant])
 
     assert torch.autograd.gradcheck(losses, student.requires_grad_(), fast_mode=True)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from xtoken import reference
 from xtoken.losses._backends import Backend, Labels, Problem, register_backend
 from xtoken.losses._cpu_arguments import ELEMENTS, logits_argument, unit_stride
+from xtoken.losses._cuda_gold import SORTED_ELEMENTS, GoldPlan, gold_plan_for, sorted_l1
 from xtoken.losses._cuda_plan import Lists, Plan, plan_for
 from xtoken.reference import Rows
 
@@ -188,6 +189,78 @@ class Kernels:
                 self._other_rows(memory, student, grad, student_rows, chunks.student, (0, 0, 0))
         return losses
 
+    def gold(
+        self,
+        problem: Problem,
+        student_grad: Tensor | None = None,
+        weight_grad: Tensor | None = None,
+        scale: Tensor | None = None,
+    ) -> Tensor:
+        """GOLD and H-KL: kernels around torch's sort, a group of chunks at a time; see `SORTED_ELEMENTS`."""
+        options: Any = problem.options
+        chunks, device = problem.chunks, problem.student.device
+        shape = problem.student.shape[-1], problem.teacher.shape[-1]
+        plan = gold_plan_for(options.student_ids, options.teacher_ids, shape)
+        rest = len(plan.student_others), len(plan.teacher_others)
+        step = max(1, SORTED_ELEMENTS // max(1, sum(rest)))
+        parts = []
+        for first in range(0, len(chunks), step):
+            last = min(len(chunks), first + step)
+            count = last - first
+            common = torch.empty(count, dtype=torch.float32, device=device)
+            values = [torch.empty(count, size, dtype=torch.float32, device=device) for size in rest]
+            with self.memory(device) as memory:
+                given = self._gold(memory, problem, plan, first, last)
+                outputs = [memory.output(tensor) for tensor in (common, *values)]
+                self.module.gold_forward(
+                    *given[:5],
+                    count,
+                    options.temperature,
+                    options.reverse,
+                    reference.LOWEST_LOGIT,
+                    given[5],
+                    *outputs,
+                    memory.launch,
+                )
+            uncommon, slope = sorted_l1(*values, min(options.uncommon_top_k, *rest))
+            parts.append(common + uncommon * options.temperature**2)
+            if student_grad is None:
+                continue
+            with self.memory(device) as memory:
+                given = self._gold(memory, problem, plan, first, last)
+                self.module.gold_backward(
+                    *given[:3],
+                    _gradient(memory, student_grad, keep=True),
+                    *given[3:5],
+                    count,
+                    _floats(memory, None if scale is None else scale[first:last]),
+                    options.temperature,
+                    options.reverse,
+                    reference.LOWEST_LOGIT,
+                    given[5],
+                    memory.input(slope),
+                    memory.launch,
+                )
+        if student_grad is not None:
+            with self.memory(device) as memory:
+                student, grad = _logits(memory, problem.student), _gradient(memory, student_grad, keep=True)
+                rows = _rows(memory, chunks.student)
+                self._other_rows(memory, student, grad, rows, chunks.student, (0, 0, 0))
+        return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device=device)
+
+    def _gold(self, memory: Memory, problem: Problem, plan: GoldPlan, first: int, last: int) -> tuple[Any, ...]:
+        """Plan, logits, rows and workspace of a group of chunks."""
+        widths = problem.student.shape[-1], problem.teacher.shape[-1]
+        sides = [Rows(rows.start[first:last], rows.count[first:last]) for rows in (problem.chunks.student, problem.chunks.teacher)]
+        pairs, rest = len(plan.student_pair), (len(plan.student_others), len(plan.teacher_others))
+        return (
+            (pairs, *rest, *(memory.input(tensor) for tensor in vars(plan).values())),
+            _logits(memory, problem.student),
+            _logits(memory, problem.teacher),
+            *(_rows(memory, rows) for rows in sides),
+            memory.output(memory.scratch((memory.launch[0], self.module.gold_workspace(*widths)))),
+        )
+
     def cross_entropy(self, student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None:
         """See `xtoken.losses._backends.CrossEntropy`. Nothing is done for a scale of 0, the losses included."""
         with self.memory(student.device) as memory:
@@ -290,7 +363,7 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
-    operations = {"pkl": kernels.pkl, "kd": kernels.kd}
+    operations = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
     return Backend(name, operations, missing, unsupported, kernels.cross_entropy, frozenset(["pkl"]))
 
 
