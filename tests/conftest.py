@@ -1,4 +1,4 @@
-"""Fixtures of all tests: real tokenizers and their vocabularies, one of each a session."""
+"""Fixtures of all tests: real tokenizers and their vocabularies, one of each a session; tests that need a GPU."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ from typing import Any
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
+import torch
 from real_tokenizers import LOADERS
 
 from xtoken import Vocabulary
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked `cuda` run wherever there is a GPU."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason="no GPU"))
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,7 @@
 #include "cuda/gold.h"
 #include "cuda/kd.h"
 #include "cuda/pkl.h"
+#include "cuda/scale.h"
 
 #ifndef XTOKEN_CUDA_MODULE
 #define XTOKEN_CUDA_MODULE _cuda
@@ -64,8 +65,7 @@ PklPlan to_plan(const PlanArgument& a) {
 }
 
 // (pairs, student_rest, teacher_rest, student_pair, teacher_pair, student_others, teacher_others, slot)
-using GoldPlanArgument =
-    std::tuple<int32_t, int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+using GoldPlanArgument = std::tuple<int32_t, int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
 
 GoldPlan to_gold_plan(const GoldPlanArgument& a) {
     const auto [pairs, student_rest, teacher_rest, student_pair, teacher_pair, student_others, teacher_others, slot] =
@@ -156,16 +156,23 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
                to_cuda_launch(launch));
         },
         py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"), py::arg("teacher_rows"),
-        py::arg("chunks"), py::arg("chosen"), py::arg("place"), py::arg("columns"), py::arg("scale"),
-        py::arg("losses"), py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
+        py::arg("chunks"), py::arg("chosen"), py::arg("place"), py::arg("columns"), py::arg("scale"), py::arg("losses"),
+        py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
+    m.def(
+        "scale",
+        [](uintptr_t data, const std::string& element, int64_t size, uintptr_t factor, const CudaLaunch& launch) {
+            scale(device_address<void>(data), to_cuda_element(element), size, device_address<const float>(factor),
+                  to_cuda_launch(launch));
+        },
+        py::arg("data"), py::arg("element"), py::arg("size"), py::arg("factor"), py::arg("launch"), Free());
     m.def("gold_workspace", &gold_workspace, py::arg("students"), py::arg("teachers"),
           "Floats of workspace that a block of gold_forward and gold_backward needs.");
     m.def(
         "gold_forward",
         [](const GoldPlanArgument& plan, const CudaLogits& student, const CudaLogits& teacher,
-           const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, double temperature,
-           bool reverse, double lowest, uintptr_t workspace, uintptr_t common, uintptr_t student_values,
-           uintptr_t teacher_values, const CudaLaunch& launch) {
+           const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, double temperature, bool reverse,
+           double lowest, uintptr_t workspace, uintptr_t common, uintptr_t student_values, uintptr_t teacher_values,
+           const CudaLaunch& launch) {
             GoldParams params{};
             params.student = to_cuda_logits(student);
             params.teacher = to_cuda_logits(teacher);

@@ -28,8 +28,13 @@ using CudaLogits = std::tuple<uintptr_t, std::string, int64_t, int64_t, int64_t,
 inline cuda::Logits to_cuda_logits(const CudaLogits& a) {
     const auto [address, element, samples, length, width, sample_stride, row_stride] = a;
     if (width > INT32_MAX) value_error("logits: expected at most ", INT32_MAX, " columns, got ", width);
-    return {device_address<void>(address), to_cuda_element(element), samples,   length,
-            static_cast<int32_t>(width),   sample_stride,            row_stride};
+    return {device_address<void>(address),
+            to_cuda_element(element),
+            samples,
+            length,
+            static_cast<int32_t>(width),
+            sample_stride,
+            row_stride};
 }
 
 // (start, count, next)

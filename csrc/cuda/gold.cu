@@ -73,8 +73,7 @@ __global__ __launch_bounds__(max_threads) void gold_forward_kernel(const __grid_
 #pragma unroll 4
         for (int i = thread; i < plan.pairs; i += threads) {
             const float lp = p.log_share(plan.student_pair[i]), lq = q.log_share(plan.teacher_pair[i]);
-            part = params.reverse ? fmaf(exponential<S>(lp), lp - lq, part)
-                                  : fmaf(exponential<T>(lq), lq - lp, part);
+            part = params.reverse ? fmaf(exponential<S>(lp), lp - lq, part) : fmaf(exponential<T>(lq), lq - lp, part);
         }
         float* student_values = params.student_values + k * plan.student_rest;
 #pragma unroll 4
@@ -94,8 +93,7 @@ __global__ __launch_bounds__(max_threads) void gold_backward_kernel(const __grid
     XTOKEN_SHARED(shared, Sums);
     const GoldPlan& plan = params.plan;
     const int students = params.student.width;
-    float* student_sums =
-        params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
+    float* student_sums = params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         const Side<S> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<T> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);

@@ -26,10 +26,10 @@ struct GoldParams {
     float lowest;      // smaller logits count as this one
     float* workspace;  // [blocks, gold_workspace]
     GoldPlan plan;
-    float* common;            // [chunks] out of gold_forward
-    float* student_values;    // [chunks, student_rest] out of gold_forward: probabilities outside the pairs
-    float* teacher_values;    // [chunks, teacher_rest]
-    const float* slope;       // [chunks, student_rest] into gold_backward: d uncommon / d probability
+    float* common;          // [chunks] out of gold_forward
+    float* student_values;  // [chunks, student_rest] out of gold_forward: probabilities outside the pairs
+    float* teacher_values;  // [chunks, teacher_rest]
+    const float* slope;     // [chunks, student_rest] into gold_backward: d uncommon / d probability
 };
 
 // Floats of workspace that a block needs.

@@ -16,9 +16,7 @@ struct Side {
     float log_total, inverse_total;
 
     __device__ explicit Side(const Statistics<T>& s)
-        : exp(s.exp),
-          log_total(static_cast<float>(s.log_total())),
-          inverse_total(static_cast<float>(1.0 / s.total)) {}
+        : exp(s.exp), log_total(static_cast<float>(s.log_total())), inverse_total(static_cast<float>(1.0 / s.total)) {}
     __device__ float log_share(float x) const {
         return (at_least(x, exp.lowest) - exp.top) * exp.inverse_temperature - log_total;
     }
@@ -31,10 +29,10 @@ __global__ __launch_bounds__(max_threads) void kd_kernel(const __grid_constant__
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         const S* z = row_of<S>(params.student, params.student_rows[k]);
         const T* y = row_of<T>(params.teacher, params.teacher_rows[k]);
-        const Side<S> p(statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared,
-                                Unweighted{}));
-        const Side<T> q(statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared,
-                                Unweighted{}));
+        const Side<S> p(
+            statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
+        const Side<T> q(
+            statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
         float part = 0.0f;
         each_column(z, params.chosen, params.columns, [&](int j, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
@@ -57,8 +55,8 @@ __global__ __launch_bounds__(max_threads) void kd_kernel(const __grid_constant__
         if (threadIdx.x == 0) params.losses[k] = static_cast<float>(sums[0] * temperature * temperature);
         if (params.grad.data == nullptr) continue;
         const auto loss = static_cast<float>(sums[0]);
-        const auto factor = static_cast<float>(
-            (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature);
+        const auto factor =
+            static_cast<float>((params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature);
         write_row(z, row_of<S>(params.grad, params.student_rows[k]), params.student.width, params.grad.width,
                   [&](int i, const auto& x, auto& g) {
                       constexpr int N = sizeof(x) / sizeof(float);
@@ -69,9 +67,9 @@ __global__ __launch_bounds__(max_threads) void kd_kernel(const __grid_constant__
 #pragma unroll
                       for (int n = 0; n < N; ++n) {
                           const float share = p.share(x[n]);
-                          const float slope =
-                              params.reverse ? share * (p.log_share(x[n]) - q.log_share(target[n]) - loss)
-                                             : share - q.share(target[n]);
+                          const float slope = params.reverse
+                                                  ? share * (p.log_share(x[n]) - q.log_share(target[n]) - loss)
+                                                  : share - q.share(target[n]);
                           g[n] = place[n] < 0 || x[n] < params.lowest ? 0.0f : slope * factor;
                       }
                   });

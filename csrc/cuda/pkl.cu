@@ -2,8 +2,8 @@
 //
 // With e the student's exponentials (or, for several tokens, their mean distribution) and Z their sum, x = W^T e, S =
 // sum_C x, D = S + eps Z and x' = x + eps D:
-//   log(m + eps) = log x' - log D,     u_t = (D / gamma) dL/dm_t,     B = sum_t x_t u_t / D,     h_s = sum_t W_st (u_t - B)
-//   dL/dlogit_s = p_s gamma Z / (D temperature) (h_s - sum p h)
+//   log(m + eps) = log x' - log D,     u_t = (D / gamma) dL/dm_t,     B = sum_t x_t u_t / D,     h_s = sum_t W_st (u_t
+//   - B) dL/dlogit_s = p_s gamma Z / (D temperature) (h_s - sum p h)
 // where KL(q || m) has u = q / x' and gamma = -D, and the reverse has u = dL/dm and gamma = 1. For one token sum p h is
 // B eps exactly, and S = sum_s w_s e_s needs only W's row sums, so that the softmax needs no pass of its own:
 //   1. z: maximum, Z, S               2. y: maximum, sum                 3. sums of columns with several entries
@@ -21,7 +21,9 @@ namespace {
 
 constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
 
-__host__ __device__ int64_t whole(int64_t count) { return (count + workspace_unit - 1) / workspace_unit * workspace_unit; }
+__host__ __device__ int64_t whole(int64_t count) {
+    return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
+}
 
 // Floats of a block's workspace.
 struct Workspace {
@@ -118,7 +120,7 @@ class Chunk {
             for (int64_t r = row_; r < row_ + merged_; ++r) {
                 const S* z = row_of<S>(p_.student, r);
                 const Statistics<S> one = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
-                                                  [&](int i, auto& h) { row_values(i, h); });
+                                                     [&](int i, auto& h) { row_values(i, h); });
                 token_gradient(r, z, one, one.weighted / one.total, share);
             }
         }
@@ -265,8 +267,8 @@ class Chunk {
 
     // The gradient p_s share (h_s - mean) of row r.
     __device__ void token_gradient(int64_t r, const S* z, const Statistics<S>& one, double mean, double share) {
-        const LabelTerm<S> label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
-                                           p_.temperature == 1.0f ? &one : nullptr, shared_);
+        const LabelTerm<S> label =
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, p_.temperature == 1.0f ? &one : nullptr, shared_);
         const auto factor = static_cast<float>(share / one.total);
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
         const bool peaked = one.total < 2.0;  // one token has more than half of the mass
@@ -304,8 +306,8 @@ class Chunk {
         const S* z = row_of<S>(p_.student, r);
         const Statistics<S> all =
             statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, Unweighted{});
-        const LabelTerm<S> label = label_term(p_.labels, r, z, plan_.students, p_.lowest,
-                                           p_.temperature == 1.0f ? &all : nullptr, shared_);
+        const LabelTerm<S> label =
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, p_.temperature == 1.0f ? &all : nullptr, shared_);
         const auto weight = static_cast<float>(-static_cast<double>(factor) / all.total);
         const auto next = static_cast<int>(p_.student_rows.next[r]);
         write_row(z, row_of<S>(p_.grad, r), plan_.students, p_.grad.width, [&](int i, const auto& x, auto& g) {

@@ -19,10 +19,11 @@ struct Lists {
 };
 
 // W in the teacher columns C. x = W^T e and h = W u are gathers by index alone: most columns are fed by one entry of
-// weight 1, and the sums of the others are computed first and put behind e and u, with a zero for those without entries.
+// weight 1, and the sums of the others are computed first and put behind e and u, with a zero for those without
+// entries.
 struct PklPlan {
     int32_t students, columns;
-    const int32_t* chosen;      // [columns] teacher ids, ascending; null: all
+    const int32_t* chosen;       // [columns] teacher ids, ascending; null: all
     const int32_t* column_slot;  // [columns] in (e [students], 0, sums of column_lists)
     const int32_t* row_slot;     // [students] in (u [columns], 0, sums of row_lists)
     const float* row_weight;     // [students] sum of the row's weights in C

@@ -238,8 +238,8 @@ struct Statistics {
     __device__ double log_total() const { return log(total); }
     // log softmax of an element
     __device__ double log_share(float x) const {
-        return static_cast<double>(at_least(x, exp.lowest) - exp.top) * static_cast<double>(exp.inverse_temperature) -
-               log_total();
+        const double relative = static_cast<double>(at_least(x, exp.lowest)) - static_cast<double>(exp.top);
+        return relative * static_cast<double>(exp.inverse_temperature) - log_total();
     }
 };
 
@@ -252,7 +252,7 @@ struct Unweighted {
 // weights(i, w) fills w[N] for the elements from i on.
 template <typename T, typename Weights>
 __device__ Statistics<T> statistics(const T* row, const int32_t* chosen, int size, float lowest, float temperature,
-                                 Sums& shared, const Weights& weights) {
+                                    Sums& shared, const Weights& weights) {
     constexpr bool has_weights = !std::is_same_v<Weights, Unweighted>;
     const float inverse = 1.0f / temperature;
     float top = lowest, total = 0.0f, weighted = 0.0f;
@@ -301,7 +301,7 @@ struct LabelTerm {
 // The term of row r, z, and its loss. `known`: statistics of the whole row at temperature 1, if there are any.
 template <typename T>
 __device__ LabelTerm<T> label_term(const Labels& labels, int64_t r, const T* z, int size, float lowest,
-                                typename SameType<const Statistics<T>*>::type known, Sums& shared) {
+                                   typename SameType<const Statistics<T>*>::type known, Sums& shared) {
     LabelTerm<T> term;
     if (labels.ids == nullptr) return term;
     const int64_t id = labels.ids[r];

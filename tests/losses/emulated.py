@@ -1,6 +1,8 @@
-"""The backend "emulated": the sources of the CUDA kernels, run by tests/cuda_emulator, behind the code of "cuda".
+"""The CUDA kernels as backends for CPU tensors, so that every test of the losses runs on them.
 
-Tensors of a call are copied into the emulator's memory, where every access of a kernel is checked, and results back.
+"emulated" is their source on tests/cuda_emulator, where every access is checked; "on_gpu" is the real thing, where
+there is a GPU. Both are the code of the backend "cuda", but for the memory: tensors of a call are copied in, and
+results back.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from xtoken.losses._cuda import backend as cuda_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cuda_emulator import emulator  # noqa: E402
+from cuda_emulator import emulator
 
 MODULE = "xtoken_cuda_emulated"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
@@ -50,13 +52,12 @@ def load() -> tuple[Any, emulator.Emulator]:
     return module, emulator.Emulator(library)
 
 
-class EmulatedMemory:
-    """The emulator's memory for one call; see `xtoken.losses._cuda.Memory`."""
+class CopiedMemory:
+    """Other memory for the tensors of one call; see `xtoken.losses._cuda.Memory`."""
 
-    launch = BLOCKS, THREADS, 0
-
-    def __init__(self, memory: emulator.Memory) -> None:
+    def __init__(self, memory: Any, stream: int = 0) -> None:
         self.memory = memory
+        self.launch = BLOCKS, THREADS, stream
         self.inside: dict[int, Tensor] = {}  # by the address outside, or that of scratch memory itself
         self.results: list[tuple[Tensor, Tensor]] = []
 
@@ -78,7 +79,7 @@ class EmulatedMemory:
             return known.data_ptr()
         assert tensor.is_contiguous()
         made = self.memory.copy(tensor) if keep else self.memory.empty(tensor.shape, tensor.dtype)
-        self.results.append((tensor, made))
+        self.results.append((tensor, made))  # which keeps the memory, too
         return made.data_ptr()
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
@@ -92,17 +93,48 @@ class EmulatedMemory:
 
 
 @contextmanager
-def _memory(controls: emulator.Emulator, device: torch.device) -> Iterator[EmulatedMemory]:
+def _memory(controls: emulator.Emulator, device: torch.device) -> Iterator[CopiedMemory]:
     with controls.memory() as memory:
-        call = EmulatedMemory(memory)
+        call = CopiedMemory(memory)
         yield call
         call.give_back()
 
 
+class GpuBuffers:
+    """What `emulator.Memory` is for the emulator, on a GPU."""
+
+    def empty(self, shape: Any, dtype: torch.dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="cuda")
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cuda").copy_(tensor)
+
+    def result(self, tensor: Tensor) -> Tensor:
+        return tensor.cpu()
+
+
+@contextmanager
+def _gpu_memory(device: torch.device) -> Iterator[CopiedMemory]:
+    call = CopiedMemory(GpuBuffers(), torch.cuda.current_stream().cuda_stream)
+    yield call
+    call.give_back()
+
+
+def memory() -> Any:
+    """Opens the emulator's memory for a call of `Kernels`."""
+    return functools.partial(_memory, load()[1])
+
+
 def backend(name: str = "emulated") -> Backend:
     """The kernels on CPU tensors."""
-    module, controls = load()
-    return cuda_backend(name, Kernels(module, functools.partial(_memory, controls)), "cpu")
+    return cuda_backend(name, Kernels(load()[0], memory()), "cpu")
+
+
+def gpu_backend(name: str = "on_gpu") -> Backend:
+    """The kernels of this build on a GPU, for CPU tensors."""
+    from xtoken import _cuda
+
+    return cuda_backend(name, Kernels(_cuda, _gpu_memory), "cpu")
 
 
 def set_order(order: str, seed: int = 0) -> None:

@@ -23,13 +23,13 @@ import xtoken
 from xtoken import _core, reference
 from xtoken.alignment import Alignment
 from xtoken.losses import _cpu
-from xtoken.losses._backends import backends_with, register_backend, unregister_backend
+from xtoken.losses._backends import backend_names, backends_with, register_backend, unregister_backend
 from xtoken.projection import ProjectionMatrix
 
 
 def _register_levels() -> tuple[str, ...]:
-    """The CPU kernels of every level that this machine runs, and the CUDA kernels on the emulator, as backends; "cpu",
-    the fastest, stays the last."""
+    """The CPU kernels of every level that this machine runs, and the CUDA kernels on the emulator and, if there is one,
+    on a GPU, as backends for CPU tensors; "cpu", the fastest, stays the last."""
     unregister_backend("cpu")
     names = [f"cpu:{level}" for level in _core.cpu_levels() if level != _core.cpu_level()]
     for name in names:
@@ -37,6 +37,9 @@ def _register_levels() -> tuple[str, ...]:
     if emulated.why_not() is None:
         register_backend(emulated.backend())
         names.append("emulated")
+    if torch.cuda.is_available() and "cuda" in backend_names():
+        register_backend(emulated.gpu_backend())
+        names.append("on_gpu")
     register_backend(_cpu.backend())
     return ("reference", *names, "cpu")
 

@@ -131,6 +131,11 @@ def run_cross_entropy(student: Tensor, labels: Labels, student_grad: Tensor | No
             flat[index] = (flat[index] + grad).to(flat.dtype)
 
 
+SCALE: dict[str, Callable[[Tensor, Tensor], object]] = {}
+"""How to multiply a contiguous tensor by a scalar tensor in place, by type of device; where there is a better way than
+`Tensor.mul_`, which reads and writes everything even for a factor of 1."""
+
+
 def can_do_anything(problem: Problem) -> str | None:
     """The reason of a backend that takes every problem."""
     return None

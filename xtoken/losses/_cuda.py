@@ -6,6 +6,7 @@ torch's allocator.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -14,16 +15,19 @@ import torch
 from torch import Tensor
 
 from xtoken import reference
-from xtoken.losses._backends import Backend, Labels, Problem, register_backend
+from xtoken.losses._backends import SCALE, Backend, Labels, Problem, register_backend
 from xtoken.losses._cpu_arguments import ELEMENTS, logits_argument, unit_stride
 from xtoken.losses._cuda_gold import SORTED_ELEMENTS, GoldPlan, gold_plan_for, sorted_l1
 from xtoken.losses._cuda_plan import Lists, Plan, plan_for
 from xtoken.reference import Rows
 
-try:
-    from xtoken import _cuda
-except ImportError:
-    _cuda = None
+
+def _built() -> Any:
+    """The launchers of this build, None if it has none that load here."""
+    try:
+        return importlib.import_module("xtoken._cuda")
+    except ImportError:
+        return None
 
 
 class Memory(Protocol):
@@ -208,10 +212,10 @@ class Kernels:
             last = min(len(chunks), first + step)
             count = last - first
             common = torch.empty(count, dtype=torch.float32, device=device)
-            values = [torch.empty(count, size, dtype=torch.float32, device=device) for size in rest]
+            p, q = (torch.empty(count, size, dtype=torch.float32, device=device) for size in rest)
             with self.memory(device) as memory:
                 given = self._gold(memory, problem, plan, first, last)
-                outputs = [memory.output(tensor) for tensor in (common, *values)]
+                outputs = [memory.output(tensor) for tensor in (common, p, q)]
                 self.module.gold_forward(
                     *given[:5],
                     count,
@@ -222,7 +226,7 @@ class Kernels:
                     *outputs,
                     memory.launch,
                 )
-            uncommon, slope = sorted_l1(*values, min(options.uncommon_top_k, *rest))
+            uncommon, slope = sorted_l1(p, q, min(options.uncommon_top_k, *rest))
             parts.append(common + uncommon * options.temperature**2)
             if student_grad is None:
                 continue
@@ -251,7 +255,10 @@ class Kernels:
     def _gold(self, memory: Memory, problem: Problem, plan: GoldPlan, first: int, last: int) -> tuple[Any, ...]:
         """Plan, logits, rows and workspace of a group of chunks."""
         widths = problem.student.shape[-1], problem.teacher.shape[-1]
-        sides = [Rows(rows.start[first:last], rows.count[first:last]) for rows in (problem.chunks.student, problem.chunks.teacher)]
+        sides = [
+            Rows(rows.start[first:last], rows.count[first:last])
+            for rows in (problem.chunks.student, problem.chunks.teacher)
+        ]
         pairs, rest = len(plan.student_pair), (len(plan.student_others), len(plan.teacher_others))
         return (
             (pairs, *rest, *(memory.input(tensor) for tensor in vars(plan).values())),
@@ -272,6 +279,17 @@ class Kernels:
                 student_grad is not None,
                 0,
                 memory.launch,
+            )
+
+    def scale(self, grad: Tensor, factor: Tensor) -> None:
+        """``grad *= factor`` for a contiguous gradient; reads and writes nothing for a factor of 1."""
+        if grad.dtype not in ELEMENTS or not grad.is_contiguous():
+            grad.mul_(factor)
+            return
+        with self.memory(grad.device) as memory:
+            address = memory.output(grad, keep=True)
+            self.module.scale(
+                address, ELEMENTS[grad.dtype], grad.numel(), memory.input(factor.detach().float()), memory.launch
             )
 
     def _other_rows(
@@ -304,7 +322,9 @@ class Kernels:
             memory.input(plan.column_slot),
             memory.input(plan.row_slot),
             memory.input(row_weight),
-            _lists(memory, structure.column_lists, structure.column_lists.index, plan.column_weight, plan.column_wanted),
+            _lists(
+                memory, structure.column_lists, structure.column_lists.index, plan.column_weight, plan.column_wanted
+            ),
             _lists(memory, structure.row_lists, plan.row_index, plan.row_weight, None),
             memory.input(None if entries is None else entries.student),
             memory.input(None if entries is None else entries.column),
@@ -363,9 +383,11 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
-    operations = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
+    operations: dict[str, Any] = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
     return Backend(name, operations, missing, unsupported, kernels.cross_entropy, frozenset(["pkl"]))
 
 
-if _cuda is not None:
-    register_backend(backend("cuda", Kernels(_cuda, device_memory), "cuda"))
+if (_module := _built()) is not None:
+    _kernels = Kernels(_module, device_memory)
+    register_backend(backend("cuda", _kernels, "cuda"))
+    SCALE["cuda"] = _kernels.scale

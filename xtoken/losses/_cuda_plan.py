@@ -1,4 +1,4 @@
-"""W as the CUDA kernels read it: index-only gathers, and sorted lists for the rest. Made without waiting for the device.
+"""W as the CUDA kernels read it: index-only gathers, and sorted lists for the rest, with no wait for the device.
 
 What depends on W alone is built once with NumPy and moved to the device; a column set, which is usually chosen there
 on every step, needs only a few small operations on the device.

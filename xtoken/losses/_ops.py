@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken.losses._backends import IGNORED, Labels, Problem, backend_of, select
+from xtoken.losses._backends import IGNORED, SCALE, Labels, Problem, backend_of, select
 from xtoken.losses._logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
 from xtoken.reference import Chunks
 
@@ -298,8 +298,10 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad * factor`` for a scalar ``factor``, in place; a tracer gets a new tensor, and fuses the product."""
     if type(grad) is not Tensor:
         return grad * factor
-    if grad.device.type != "cpu" or float(factor) != 1.0:
-        grad.mul_(factor.to(grad.device))
+    if grad.device.type != "cpu":
+        SCALE.get(grad.device.type, Tensor.mul_)(grad, factor.to(grad.device))
+    elif float(factor) != 1.0:
+        grad.mul_(factor)
     return grad
 
 

@@ -1,0 +1,217 @@
+"""The CUDA kernels: on the emulator in several orders of its threads, and on a GPU where there is one."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import emulated
+import pytest
+import torch
+from comparer import assert_close
+from harness import OPERATIONS, Case, check, losses_and_grad, make_case
+from torch import Tensor
+
+from xtoken import gold_loss, kd_loss, pkl_loss
+from xtoken.losses import _cuda, _cuda_gold
+from xtoken.losses._cuda import Kernels
+from xtoken.losses._cuda_plan import WARP, plan_for
+from xtoken.projection import ProjectionMatrix
+
+needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+ORDERS = (("reverse", 0), ("one_ahead", 0), ("random", 1))
+OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
+    "first": ("pkl", {"top_k": 31}),
+    "mean": ("pkl", {"merge": "mean", "top_k": None}),
+    "chain": ("pkl", {"merge": "chain", "reverse": True, "temperature": 2.5}),
+    "hkl": ("hkl", {"uncommon_top_k": 20}),
+    "kd": ("kd", {"top_k": 13}),
+}
+
+
+@pytest.fixture
+def order() -> Iterator[Any]:
+    """Sets the order of the emulated threads; the usual one comes back at the end."""
+    yield emulated.set_order
+    emulated.set_order("forward")
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_order_of_threads_does_not_matter(name: str, order: Any) -> None:
+    operation, options = OPTIONS[name]
+    case = make_case(samples=1, scale=9.0)
+
+    def results() -> tuple[Tensor, Tensor]:
+        options_of_call = {"reduction": "none", "backend": "emulated", **options}
+        return losses_and_grad(OPERATIONS[operation].public, case, torch.bfloat16, **options_of_call)
+
+    want = results()
+    for name_of_order, seed in ORDERS:
+        order(name_of_order, seed)
+        assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
+
+
+def long_case() -> Case:
+    """More entries in a column than a warp has lanes, and rows longer than a warp."""
+    case = make_case(151, 41, samples=1, shapes=((1, 1), (1, 1), (2, 2)))
+    dense = torch.rand(40, 41, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(41).repeat(151, 1)
+    weight = torch.zeros(151, 41)
+    weight[:40] = dense / dense.sum(1, keepdim=True)
+    weight[40:, 3] = 1.0
+    return Case(case.student, case.teacher, case.alignment, ProjectionMatrix.from_topk(index, weight, 41))
+
+
+@needs_emulator
+@pytest.mark.parametrize("top_k", [None, 17])
+def test_long_rows_and_columns(top_k: int | None) -> None:
+    case = long_case()
+    plan = plan_for(case.projection, torch.arange(41), False)
+    assert plan.structure.column_lists.shared == 41
+    assert plan.structure.row_lists.shared == 40
+    for merge in ("first", "mean"):
+        check("emulated", "pkl", case, torch.float32, merge=merge, top_k=top_k)
+
+
+def test_the_layout_of_lists() -> None:
+    """Every entry is in its list once, and what fills them up has no weight."""
+    case = long_case()
+    structure = plan_for(case.projection, torch.arange(41), False).structure
+    weight = torch.cat([case.projection.weight, torch.zeros(1)])
+    for lists, side, size in ((structure.column_lists, 0, 151), (structure.row_lists, 1, 41)):
+        dense = torch.zeros(len(lists.owner), size)
+        for n in range(len(lists.owner)):
+            piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
+            block = slice(WARP * int(lists.start[piece]), WARP * int(lists.start[piece + 1]))
+            lane = slice(None) if n < lists.shared else slice((n - lists.shared) % WARP, None, WARP)
+            index, entry = lists.index[block][lane].long(), lists.entry[block][lane]
+            dense[n].index_add_(0, index, weight[entry])
+        whole = _dense(case.projection)
+        want = whole.T if side == 0 else whole
+        assert torch.equal(dense, want[lists.owner.long()])
+
+
+def _dense(projection: ProjectionMatrix) -> Tensor:
+    dense = torch.zeros(projection.shape)
+    row = torch.repeat_interleave(torch.arange(projection.shape[0]), projection.row_ptr.diff())
+    dense[row, projection.col.long()] = projection.weight
+    return dense
+
+
+@needs_emulator
+def test_weights_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Layouts of a trained W are built once, from its structure, and follow its weights."""
+    case = make_case(samples=1)
+    built = []
+    structure_of = _cuda.plan_for.__globals__["structure_of"]
+    monkeypatch.setitem(_cuda.plan_for.__globals__, "structure_of", lambda *a: built.append(a) or structure_of(*a))
+    student = case.student.float()
+    for factor in (1.0, 0.5):
+        weight = (case.projection.weight * factor).requires_grad_()
+        projection: Any = types.SimpleNamespace(
+            row_ptr=case.projection.row_ptr, col=case.projection.col, shape=case.projection.shape, weight=weight
+        )
+        grads = [
+            torch.autograd.grad(
+                pkl_loss(student, case.teacher.float(), case.alignment, projection, merge="mean", backend=backend),
+                weight,
+            )[0]
+            for backend in ("emulated", "reference")
+        ]
+        assert_close(grads[0], grads[1], rtol=1e-4, atol=1e-6 * float(grads[1].abs().max()))
+    assert len(built) == 1
+
+
+@needs_emulator
+def test_groups_of_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = make_case()
+    results = []
+    for elements in (_cuda_gold.SORTED_ELEMENTS, 1):
+        monkeypatch.setattr(_cuda, "SORTED_ELEMENTS", elements)
+        student = case.student.float().requires_grad_()
+        loss = gold_loss(student, case.teacher.float(), case.alignment, case.projection, backend="emulated")
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_emulator
+def test_launches_that_no_kernel_is_compiled_for() -> None:
+    module = emulated.load()[0]
+    for blocks, threads in ((0, 32), (1, 33), (1, 2 * module.max_threads)):
+        with pytest.raises(ValueError, match="launch: expected at least one block of a multiple of 32 threads"):
+            module.mark_rows(0, 0, 1, 0, (blocks, threads, 0))
+    lists = 0, 0, 0, 0, 0, 0, 0
+    with pytest.raises(ValueError, match="merge: expected 'first', 'mean' or 'chain', got 'last'"):
+        module.pkl_workspace((1, 1, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
+
+
+@needs_emulator
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [0, 5, 8, 70001])
+def test_scale(size: int, dtype: torch.dtype) -> None:
+    kernels = Kernels(emulated.load()[0], emulated.memory())
+    values = torch.randn(size + 1, generator=torch.Generator().manual_seed(0)).to(dtype)[1:].contiguous()
+    for factor in (1.0, -0.3):
+        got = values.clone()
+        kernels.scale(got, torch.tensor(factor))
+        assert torch.equal(got, (values.float() * factor).to(dtype))
+
+
+# What only a GPU can show. The semantic tests run there too, as the backend "cuda" of the harness.
+
+
+def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    return case.student.to("cuda", dtype).requires_grad_(), case.teacher.to("cuda", dtype)
+
+
+@pytest.mark.cuda
+def test_auto_is_cuda_and_repeats_itself() -> None:
+    case = make_case(1031, 907, samples=4)
+    results = []
+    for _ in range(2):
+        student, teacher = on_gpu(case, torch.bfloat16)
+        loss = pkl_loss(student, teacher, case.alignment, case.projection, merge="mean", top_k=301)
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    student, teacher = on_gpu(case, torch.bfloat16)
+    explicit = pkl_loss(student, teacher, case.alignment, case.projection, merge="mean", top_k=301, backend="cuda")
+    assert torch.equal(explicit, results[0][0])
+
+
+@pytest.mark.cuda
+def test_a_step_does_not_wait_for_the_device() -> None:
+    """kd without an alignment: every tensor is on the device."""
+    student, teacher = (torch.randn(2, 9, 1031, device="cuda") for _ in range(2))
+    student.requires_grad_()
+    kd_loss(student, teacher, top_k=301).backward()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        kd_loss(student, teacher, top_k=301).backward()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.cuda
+def test_cuda_graph() -> None:
+    student, teacher = (torch.randn(2, 9, 1031, device="cuda") for _ in range(2))
+    student.requires_grad_()
+
+    def step() -> tuple[Tensor, Tensor]:
+        loss = kd_loss(student, teacher, top_k=301)
+        return loss, torch.autograd.grad(loss, student)[0]
+
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        step()
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        student.copy_(torch.randn_like(student))
+    graph.replay()
+    for got, want in zip(captured, step(), strict=True):
+        assert torch.equal(got, want)
