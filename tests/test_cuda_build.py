@@ -1,8 +1,9 @@
-"""The CUDA kernels compile for every architecture, without warnings and spills; the built module says what it holds."""
+"""The CUDA kernels compile without warnings and spills; the configuration says what is built."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 import types
 from pathlib import Path
@@ -26,6 +27,9 @@ cuda_resources = load_script("cuda_resources")
 needs_nvcc = pytest.mark.skipif(
     cuda_resources.find_nvcc() is None, reason="no nvcc on this machine: CUDA kernels are not compiled"
 )
+
+# Of the gate. All take minutes of two cores, so XTOKEN_CUDA_GATE=all asks for them; a wheel is built for all anyhow.
+GATE = cuda_resources.build_settings()[0] if os.environ.get("XTOKEN_CUDA_GATE") == "all" else ["90"]
 
 REPORT = """\
 ptxas info    : 0 bytes gmem
@@ -64,6 +68,11 @@ def test_occupancy(registers, shared, threads, arch, share):
     assert kernel.occupancy == share
 
 
+def test_launch_bounds_are_read_from_the_sources():
+    bounds = cuda_resources.launch_bounds()
+    assert bounds["pkl_kernel"] == bounds["gold_forward_kernel"] == 512
+
+
 def test_every_architecture_has_limits():
     archs, _ = cuda_resources.build_settings()
     assert set(archs) <= set(cuda_resources.LIMITS)
@@ -83,11 +92,10 @@ def test_show_config_says_why_there_are_no_kernels(monkeypatch):
 
 
 @needs_nvcc
-def test_kernels_compile_for_every_architecture_and_stay_in_registers():
-    kernels = cuda_resources.resources()
-    archs, _ = cuda_resources.build_settings()
+def test_kernels_compile_without_warnings_and_stay_in_registers():
+    kernels = cuda_resources.resources(GATE)
     sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources for arch in archs}
+    assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources for arch in GATE}
     print(cuda_resources.table(kernels))
     wrong = [k for k in kernels if k.spilled or k.registers > k.register_bound]
     assert not wrong, f"spills, or more registers than fit:\n{cuda_resources.table(wrong)}"
