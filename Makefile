@@ -5,11 +5,15 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h)
+CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h \
+	tests/cuda_emulator/*.cu)
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 # Threads of torch that wait must not take a busy machine's cores from those that work.
 export OMP_WAIT_POLICY := passive
+
+# The module of the CUDA kernels is built for this architecture only; the tests compile the kernels for all of them.
+CUDA_ARCHS ?= 90
 
 SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py tests/test_projection.py \
@@ -29,7 +33,7 @@ test: lint build
 # exceptions of other libraries need the C++ runtime there too.
 sanitize: $(VENV)/ready
 	rm -rf $(SANITIZED)
-	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
+	XTOKEN_SANITIZE=1 XTOKEN_CUDA=0 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest $(SANITIZED_TESTS)
@@ -46,7 +50,7 @@ format: $(VENV)/ready
 	$(BIN)/clang-format -i $(CPP)
 
 build: $(VENV)/ready
-	XTOKEN_WERROR=1 $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	XTOKEN_WERROR=1 XTOKEN_BUILD_DIR=build/cmake XTOKEN_CUDA_ARCHS=$(CUDA_ARCHS) $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
 
 $(VENV)/ready: requirements/dev.txt requirements/assets.txt
 	$(PYTHON) -m venv $(VENV)
@@ -55,4 +59,4 @@ $(VENV)/ready: requirements/dev.txt requirements/assets.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info xtoken/_core.*.so
+	rm -rf $(VENV) build *.egg-info xtoken/_core.*.so xtoken/_cuda.*.so

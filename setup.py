@@ -1,10 +1,13 @@
-"""Builds the C++ extension `xtoken._core` with CMake and Ninja; everything else is in pyproject.toml.
+"""Builds the extensions `xtoken._core` and `xtoken._cuda` with CMake and Ninja; all else is in pyproject.toml.
 
-Environment: XTOKEN_WERROR=1 turns compiler warnings into errors, XTOKEN_SANITIZE=1 adds sanitizers,
-XTOKEN_BUILD_TYPE picks CMake's build type.
+Environment: XTOKEN_CUDA=1 demands the CUDA kernels and XTOKEN_CUDA=0 leaves them out; without it they are built where
+nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns compiler warnings into
+errors, XTOKEN_SANITIZE=1 adds sanitizers, XTOKEN_BUILD_TYPE picks CMake's build type, XTOKEN_BUILD_DIR a folder to
+keep, so that the next build is an incremental one.
 """
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,16 +17,44 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 
+def find_nvcc() -> str | None:
+    """CUDA's compiler: on the path, in CUDA_HOME, or where its installer puts it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def cuda_compiler() -> str | None:
+    """What to compile CUDA kernels with; None if there are to be none."""
+    wanted = os.environ.get("XTOKEN_CUDA", "")
+    if wanted not in {"", "0", "1"}:
+        raise SystemExit(f"XTOKEN_CUDA: expected 0, 1 or nothing, got {wanted!r}")
+    nvcc = find_nvcc()
+    if wanted == "1" and nvcc is None:
+        raise SystemExit("XTOKEN_CUDA=1: nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
+    return None if wanted == "0" else nvcc
+
+
+NVCC = cuda_compiler()
+
+
 class CMakeBuild(build_ext):
-    """Configures and builds the CMake project once; CMake puts the module where setuptools expects it."""
+    """Configures and builds the CMake project once; CMake puts the modules where setuptools expects them."""
+
+    def run(self) -> None:
+        self.built = False
+        super().run()
 
     def build_extension(self, ext: Extension) -> None:
+        if self.built:
+            return
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(self.build_temp).resolve()
+        build = Path(os.environ.get("XTOKEN_BUILD_DIR") or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
+            f"-DCMAKE_MAKE_PROGRAM={shutil.which('ninja')}",
             f"-DCMAKE_BUILD_TYPE={os.environ.get('XTOKEN_BUILD_TYPE', 'Release')}",
             f"-DXTOKEN_SANITIZE={os.environ.get('XTOKEN_SANITIZE', '0')}",
             f"-DXTOKEN_WERROR={os.environ.get('XTOKEN_WERROR', '0')}",
@@ -31,9 +62,16 @@ class CMakeBuild(build_ext):
             f"-DXTOKEN_OUTPUT_DIR={target}",
             f"-DPython_EXECUTABLE={sys.executable}",
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
+            f"-DXTOKEN_CUDA={'ON' if NVCC else 'OFF'}",
         ]  # fmt: skip
+        if NVCC:
+            configure.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
+        if NVCC and os.environ.get("XTOKEN_CUDA_ARCHS"):
+            configure.append(f"-DXTOKEN_CUDA_ARCHS={os.environ['XTOKEN_CUDA_ARCHS']}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
+        self.built = True
 
 
-setup(ext_modules=[Extension("xtoken._core", sources=[])], cmdclass={"build_ext": CMakeBuild})
+EXTENSIONS = ["xtoken._core", *(["xtoken._cuda"] if NVCC else [])]
+setup(ext_modules=[Extension(name, sources=[]) for name in EXTENSIONS], cmdclass={"build_ext": CMakeBuild})

@@ -12,7 +12,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_the_core_knows_neither_torch_nor_python():
     sources = [
-        path for path in (ROOT / "csrc").rglob("*") if path.suffix in {".cpp", ".h"} and "bindings" not in path.parts
+        path
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in {".cpp", ".h", ".cu", ".cuh"} and "bindings" not in path.parts
     ]
     assert len(sources) > 10
     for path in sources:
@@ -20,7 +22,8 @@ def test_the_core_knows_neither_torch_nor_python():
 
 
 def test_every_source_opens_with_what_it_holds():
-    for path in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.h")]:
+    sources = [*(ROOT / "csrc").rglob("*.*"), *(ROOT / "tests" / "cuda_emulator").glob("*.*")]
+    for path in [path for path in sources if path.suffix in {".cpp", ".h", ".cu", ".cuh"}]:
         assert path.read_text().startswith("// "), path
     for path in [*(ROOT / "xtoken").rglob("*.py"), *(ROOT / "tests").rglob("*.py")]:
         assert path.read_text().startswith('"""'), path
@@ -28,7 +31,7 @@ def test_every_source_opens_with_what_it_holds():
 
 def test_every_source_is_built():
     listed = (ROOT / "CMakeLists.txt").read_text()
-    for path in (ROOT / "csrc").rglob("*.cpp"):
+    for path in [*(ROOT / "csrc").rglob("*.cpp"), *(ROOT / "csrc").rglob("*.cu")]:
         assert path.relative_to(ROOT).as_posix() in listed, path
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import platform
 
 from . import _core
@@ -25,10 +26,23 @@ def config() -> dict[str, str]:
         "processors": str(_core.available_processors()),
         "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
         "CPU kernels": f"{_core.cpu_level()} (can run: {', '.join(_core.cpu_levels())})",
-        "CUDA kernels": "no: this version has none; losses on CUDA tensors use the reference backend",
+        "CUDA kernels": _cuda_kernels(),
         "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else no_device,
         "loss backends": ", ".join(backend_names()),
     }
+
+
+def _cuda_kernels() -> str:
+    """Architectures that the CUDA kernels are built for, or why there are none."""
+    try:
+        _cuda = importlib.import_module("xtoken._cuda")
+    except ModuleNotFoundError:
+        return "not built: no nvcc, or XTOKEN_CUDA=0; losses on CUDA tensors use the reference backend"
+    except ImportError as error:
+        return f"built, but they do not load: {error}"
+    architectures = _cuda.architectures.split(",")
+    version = f"{_cuda.cuda_version // 1000}.{_cuda.cuda_version % 1000 // 10}"
+    return f"sm_{', sm_'.join(architectures)}; PTX of {architectures[-1]} for later ones (CUDA {version})"
 
 
 def show_config() -> None:

@@ -1,4 +1,5 @@
 // The Python module xtoken._cuda: launchers of csrc/cuda. Tensors come as addresses; xtoken/losses/_cuda.py owns them.
+#include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -84,6 +85,10 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
     m.doc() = "The CUDA kernels of xtoken; use the losses of the package xtoken instead.";
     register_error_translator();
     m.attr("max_threads") = max_threads;
+    m.attr("cuda_version") = CUDART_VERSION;
+#ifdef XTOKEN_CUDA_ARCHITECTURES
+    m.attr("architectures") = XTOKEN_CUDA_ARCHITECTURES;
+#endif
 
     m.def(
         "pkl_workspace",

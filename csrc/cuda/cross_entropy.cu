@@ -8,7 +8,8 @@ namespace xtoken::cuda {
 namespace {
 
 template <typename T>
-__global__ __launch_bounds__(max_threads) void cross_entropy_kernel(const __grid_constant__ CrossEntropyParams params) {
+__global__ __launch_bounds__(max_threads,
+                             1) void cross_entropy_kernel(const __grid_constant__ CrossEntropyParams params) {
     XTOKEN_SHARED(shared, Sums);
     if (params.add && *params.labels.scale == 0.0) return;  // known only here: nobody waits for the device
     const int size = params.student.width;

@@ -60,7 +60,7 @@ class Side {
 };
 
 template <typename S, typename T>
-__global__ __launch_bounds__(max_threads) void gold_forward_kernel(const __grid_constant__ GoldParams params) {
+__global__ __launch_bounds__(max_threads, 1) void gold_forward_kernel(const __grid_constant__ GoldParams params) {
     XTOKEN_SHARED(shared, Sums);
     const GoldPlan& plan = params.plan;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -89,7 +89,7 @@ __global__ __launch_bounds__(max_threads) void gold_forward_kernel(const __grid_
 }
 
 template <typename S, typename T>
-__global__ __launch_bounds__(max_threads) void gold_backward_kernel(const __grid_constant__ GoldParams params) {
+__global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __grid_constant__ GoldParams params) {
     XTOKEN_SHARED(shared, Sums);
     const GoldPlan& plan = params.plan;
     const int students = params.student.width;

@@ -24,7 +24,7 @@ struct Side {
 };
 
 template <typename S, typename T>
-__global__ __launch_bounds__(max_threads) void kd_kernel(const __grid_constant__ KdParams params) {
+__global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         const S* z = row_of<S>(params.student, params.student_rows[k]);

@@ -343,7 +343,7 @@ class Chunk {
 };
 
 template <typename S, typename T>
-__global__ __launch_bounds__(max_threads) void pkl_kernel(const __grid_constant__ PklParams params) {
+__global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params) {
     XTOKEN_SHARED(shared, Sums);
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;

@@ -105,7 +105,8 @@ def pkl_loss(
         ``weight`` requires a gradient, it gets one.
     labels : int64 [B, T_s] or [T_s], optional
         Token ids at their own positions, -100 where ignored. Also returns the student's next-token
-        cross-entropy, from the same pass over the logits.
+        cross-entropy, from the same pass over the logits. Ids that do not fit raise ValueError on the CPU; elsewhere
+        a check would wait for the device, and they make the cross-entropy nan.
     temperature : float
         Divides all logits; the loss is multiplied by its square.
     top_k : int or None

@@ -1,0 +1,218 @@
+"""What every CUDA kernel takes of a multiprocessor, on each architecture: a table, from the compiler's own report.
+
+Registers of a thread, static shared memory of a block, bytes of stack and of registers spilled to it, the block size
+that the kernel is compiled for (`__launch_bounds__`), and which share of the multiprocessor's threads such blocks fill.
+Compiles csrc/cuda with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
+build/cuda_resources until a source changes. No GPU is needed.
+
+    python bench/cuda_resources.py [--archs 90 120] [--files pkl kd]
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = ROOT / "csrc" / "cuda"
+REPORTS = ROOT / "build" / "cuda_resources"
+
+DEFAULT_THREADS = 1024
+"""A kernel without launch bounds must run with the largest block."""
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits of one multiprocessor (CUDA C++ programming guide, table of compute capabilities)."""
+
+    threads: int
+    blocks: int
+    shared_kb: int
+    registers: int = 65536
+
+
+LIMITS = {
+    "80": Multiprocessor(2048, 32, 164),
+    "86": Multiprocessor(1536, 16, 100),
+    "87": Multiprocessor(1536, 16, 164),
+    "89": Multiprocessor(1536, 24, 100),
+    "90": Multiprocessor(2048, 32, 228),
+    "100": Multiprocessor(2048, 32, 228),
+    "103": Multiprocessor(2048, 32, 228),
+    "120": Multiprocessor(1536, 24, 100),
+    "121": Multiprocessor(1536, 24, 100),
+}
+
+
+@dataclass(frozen=True)
+class Resources:
+    """One kernel on one architecture; sizes in bytes."""
+
+    source: str
+    kernel: str
+    arch: str
+    registers: int
+    shared: int
+    stack: int
+    spilled: int
+    threads: int
+
+    @property
+    def register_bound(self) -> int:
+        """Registers that a thread may have for one block of `threads` to fit."""
+        return min(255, LIMITS[self.arch].registers // self.threads // 8 * 8)
+
+    @property
+    def occupancy(self) -> float:
+        """Share of the multiprocessor's threads that blocks of `threads` fill, without dynamic shared memory."""
+        limits = LIMITS[self.arch]
+        warps = -(-self.threads // 32)
+        warp_registers = -(-self.registers * 32 // 256) * 256
+        by_registers = limits.registers // (warp_registers * warps)
+        by_shared = limits.shared_kb * 1024 // (self.shared + 1024)  # the system keeps 1 KB a block
+        blocks = min(limits.threads // self.threads, limits.blocks, by_registers, by_shared)
+        return blocks * self.threads / limits.threads
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler, from the same places as setup.py's."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    return shutil.which("nvcc", path=os.pathsep.join(folders))
+
+
+def build_settings() -> tuple[list[str], list[str]]:
+    """Architectures and compiler flags of cmake/Cuda.cmake."""
+    text = (ROOT / "cmake" / "Cuda.cmake").read_text()
+    archs = re.search(r'set\(XTOKEN_CUDA_ARCHS "([\d;]+)"', text)
+    flags = re.search(r"set\(XTOKEN_CUDA_FLAGS ([^)]+)\)", text)
+    assert archs is not None, "cmake/Cuda.cmake sets no XTOKEN_CUDA_ARCHS"
+    assert flags is not None, "cmake/Cuda.cmake sets no XTOKEN_CUDA_FLAGS"
+    return archs[1].split(";"), flags[1].split()
+
+
+def launch_bounds() -> dict[str, int]:
+    """Threads of a block by the kernel's name, as written in its `__launch_bounds__`: a number or a constant."""
+    texts = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in {".h", ".cuh", ".cu"}]
+    constants = {name: int(value) for t in texts for name, value in re.findall(r"constexpr \w+ (\w+) = (\d+);", t)}
+    bounds = {}
+    for text in texts:
+        for bound, name in re.findall(r"__launch_bounds__\((\w+)[^)]*\)\s*(?:void\s+)?(\w+)\(", text):
+            bounds[name] = int(bound) if bound.isdigit() else constants[bound]
+    return bounds
+
+
+def compiler_report(nvcc: str, source: Path, arch: str) -> str:
+    """What ptxas says of the source's kernels; compiled only if a source or a flag has changed."""
+    command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-cubin"]
+    command += [f"-arch=sm_{arch}", "-Xptxas=-v", str(source)]
+    digest = hashlib.sha256(" ".join(command).encode())
+    for path in [source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]:
+        digest.update(path.read_bytes())
+    report = REPORTS / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:16]}.txt"
+    if not report.exists():
+        REPORTS.mkdir(parents=True, exist_ok=True)
+        cubin = report.with_suffix(".cubin")
+        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
+        cubin.unlink()
+        for old in REPORTS.glob(f"{source.stem}.sm_{arch}.*.txt"):
+            old.unlink()
+        report.write_text(done.stderr)
+    return report.read_text()
+
+
+def readable(mangled: str) -> str:
+    """A kernel's name with its template arguments, without name spaces and parameters."""
+    tool = shutil.which("c++filt")
+    if tool is None:
+        return mangled
+    name = subprocess.run([tool, mangled], capture_output=True, text=True, check=True).stdout.strip()
+    name = re.sub(r"\(anonymous namespace\)::|\b\w+::", "", name).removeprefix("void ")
+    depth = 0
+    for at, letter in enumerate(name):  # the parameters begin at the first parenthesis outside of < >
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0:
+            return name[:at]
+    return name
+
+
+def parse(source: str, arch: str, report: str, bounds: dict[str, int]) -> list[Resources]:
+    """The kernels of one report."""
+    kernels = []
+    for part in report.split("Compiling entry function ")[1:]:
+        found = re.match(r"'(\S+)' for 'sm_", part)
+        assert found is not None, f"a report that this script does not know:\n{part[:200]}"
+        name = readable(found[1])
+
+        def number(pattern: str, text: str = part) -> int:
+            match = re.search(pattern, text)
+            return int(match[1]) if match else 0
+
+        kernels.append(
+            Resources(
+                source=source,
+                kernel=name,
+                arch=arch,
+                registers=number(r"Used (\d+) registers"),
+                shared=number(r"(\d+) bytes smem"),
+                stack=number(r"(\d+) bytes stack frame"),
+                spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+                threads=bounds.get(name.split("<")[0], DEFAULT_THREADS),
+            )
+        )
+    return kernels
+
+
+def resources(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> list[Resources]:
+    """All kernels on all architectures (of cmake/Cuda.cmake, unless given), compiled side by side."""
+    nvcc = find_nvcc()
+    if nvcc is None:
+        raise RuntimeError("nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
+    sources = [path for path in sorted(SOURCES.glob("*.cu")) if files is None or path.stem in files]
+    tasks = [(source, arch) for source in sources for arch in archs or build_settings()[0]]
+    bounds = launch_bounds()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        reports = list(pool.map(lambda task: compiler_report(nvcc, *task), tasks))
+    return [
+        kernel
+        for (source, arch), report in zip(tasks, reports, strict=True)
+        for kernel in parse(source.name, arch, report, bounds)
+    ]
+
+
+def table(kernels: Sequence[Resources]) -> str:
+    """The resources as a Markdown table."""
+    lines = ["| source | kernel | arch | registers | shared B | stack B | spilled B | threads | occupancy |"]
+    lines.append("| --- " * 3 + "| ---: " * 6 + "|")
+    for k in kernels:
+        sizes = f"{k.registers} / {k.register_bound} | {k.shared} | {k.stack} | {k.spilled} | {k.threads}"
+        lines.append(f"| {k.source} | {k.kernel} | {k.arch} | {sizes} | {k.occupancy:.0%} |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--archs", nargs="+", choices=sorted(LIMITS), help="instead of those of cmake/Cuda.cmake")
+    parser.add_argument("--files", nargs="+", help="names of sources without .cu; all unless given")
+    options = parser.parse_args()
+    try:
+        print(table(resources(options.archs, options.files)))
+    except RuntimeError as error:
+        print(f"cuda_resources: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

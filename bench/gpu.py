@@ -1,0 +1,348 @@
+"""Everything that needs a GPU, in one command of a few minutes: build, tests, sanitizer, speed.
+
+Stages: the CUDA kernels are built for this GPU; tests marked `cuda` run; compute-sanitizer looks for bad accesses and
+for races in a small set of calls; the losses are timed against the plain formulas (`xtoken.reference`), torch.compile
+of them, and, where it is installed, Liger's JSD of one vocabulary as an orientation. Bandwidth is that of traffic that
+cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
+
+A stage whose tool is missing is left out, and says so. Results go to bench/results/gpu-NAME.json; the exit status is 0
+if no stage failed, 1 if one did, 2 where there is no GPU.
+
+    python bench/gpu.py [--rows 4096] [--minutes 8] [--skip build sanitizer]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+STAGES = ("build", "tests", "memcheck", "racecheck", "speed")
+LIMITS = {"build": 180, "tests": 150, "memcheck": 90, "racecheck": 90, "speed": 180}
+"""Seconds that a stage may take at most."""
+
+
+class MissingTool(Exception):
+    """A stage cannot run here; the text says what it needs."""
+
+
+def no_gpu() -> str | None:
+    """Why there is no GPU to work on; None if there is one."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA; install a CUDA build of torch"
+    if not torch.cuda.is_available():
+        return "torch finds no CUDA device; nvidia-smi shows whether the driver does"
+    return None
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit: on the path, in CUDA_HOME, or where its installer puts it."""
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
+    found = shutil.which(name, path=os.pathsep.join(folders))
+    if found is None:
+        raise MissingTool(f"{name} is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
+    return found
+
+
+def command(stage: str, options: argparse.Namespace, architecture: str) -> tuple[list[str], dict[str, str]]:
+    """What a stage runs, and what it adds to the environment; MissingTool if it cannot."""
+    part = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--rows", str(options.rows)]
+    part += ["--vocabulary", *map(str, options.vocabulary)]
+    if stage == "build":
+        tool("nvcc")
+        environment = {"XTOKEN_CUDA": "1", "XTOKEN_CUDA_ARCHS": architecture, "XTOKEN_BUILD_DIR": "build/gpu"}
+        return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], environment
+    if stage == "tests":
+        if importlib.util.find_spec("pytest") is None:
+            raise MissingTool("pytest is not installed")
+        return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"], {}
+    if stage in {"memcheck", "racecheck"}:
+        run = [tool("compute-sanitizer"), "--tool", stage, "--error-exitcode", "9", "--kernel-regex", "kns=xtoken"]
+        # One allocation a tensor: otherwise an access past one tensor hits the next in torch's pool.
+        return [*run, *part, "--part", "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    return [*part, "--part", "speed"], {}
+
+
+def run_stage(stage: str, options: argparse.Namespace, architecture: str, seconds: float) -> dict[str, Any]:
+    """Runs a stage in a process of its own; its outcome, with what it printed last."""
+    try:
+        arguments, environment = command(stage, options, architecture)
+    except MissingTool as missing:
+        return {"status": "left out", "reason": str(missing)}
+    started = time.perf_counter()
+    limit = min(LIMITS[stage], seconds)
+    if limit < 5:
+        return {"status": "left out", "reason": "no time is left; see --minutes"}
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    try:
+        done = subprocess.run(
+            arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
+            capture_output=True, text=True, timeout=limit,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return {"status": "failed", "reason": f"not finished after {limit:.0f} seconds"}
+    result: dict[str, Any] = {"status": "passed", "seconds": round(time.perf_counter() - started, 1)}
+    last = (done.stdout + done.stderr).strip().splitlines()[-15:]
+    if done.returncode != 0:
+        return {**result, "status": "failed", "reason": f"exit status {done.returncode}", "output": last}
+    if stage == "speed":
+        return {**result, **json.loads(done.stdout.strip().splitlines()[-1])}
+    return {**result, "output": last[-3:]}
+
+
+# ---- parts: what runs under the sanitizer, and what is timed ----
+
+
+def projection(students: int, teachers: int) -> Any:
+    """Much like Llama 3 to Qwen3: 85 % of the students have one exact partner, the others two to four pieces."""
+    import xtoken
+
+    generator = torch.Generator().manual_seed(0)
+    counts = torch.where(torch.rand(students, generator=generator) < 0.85, 1, 2)
+    counts += (counts > 1) * torch.randint(0, 3, (students,), generator=generator)
+    row = torch.arange(students).repeat_interleave(counts)
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+    position = torch.arange(len(row)) - row_ptr[row]
+    col = torch.randperm(students, generator=generator)[row] % (teachers - 28) + 7 * position
+    weight = 0.1**position
+    total = torch.zeros(students).index_add_(0, row, weight)
+    return xtoken.ProjectionMatrix(row_ptr, col.int(), weight / total[row], teachers)
+
+
+def alignment(rows: int) -> Any:
+    """Chunks of one token on each side, rows of them."""
+    import xtoken
+
+    start = torch.arange(1, rows + 1, dtype=torch.int32)
+    return xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
+
+
+def small(options: argparse.Namespace) -> None:
+    """Every loss, forward and backward, on vocabularies of a few hundred tokens; compared with the plain formulas."""
+    import xtoken
+
+    W, chunks = projection(333, 401), alignment(7)
+    calls = {
+        "pkl": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=None, **kw),
+        "pkl mean": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=100, merge="mean", **kw),
+        "gold": lambda z, y, **kw: xtoken.gold_loss(z, y, chunks, W, **kw),
+        "hkl": lambda z, y, **kw: xtoken.hkl_loss(z, y, chunks, W, **kw),
+        "kd": lambda z, y, **kw: xtoken.kd_loss(z, z.detach().flip(-1), chunks, **kw),
+    }
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        generator = torch.Generator().manual_seed(0)
+        z = torch.randn(8, 333, generator=generator).to(options.device, dtype).requires_grad_()
+        y = torch.randn(8, 401, generator=generator).to(options.device, dtype)
+        for name, call in calls.items():
+            loss = call(z, y)
+            loss.backward()
+            got = float(loss.detach())
+            want = float(call(z, y, backend="reference").detach())
+            if not abs(got - want) <= 0.02 * abs(want) + 1e-3:
+                raise SystemExit(f"{name}, {dtype}: {got}, and {want} by the plain formulas")
+    print("small set: ran and compared")
+
+
+def seconds_of(run: Callable[[], Any], device: str, repeat: int = 7) -> float:
+    """Median seconds of a run that is warm."""
+    for _ in range(2):
+        run()
+    times = []
+    for _ in range(repeat):
+        if device == "cpu":
+            started = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - started)
+            continue
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / 1e3)
+    return statistics.median(times)
+
+
+def copy_bandwidth(device: str, elements: int) -> float:
+    """Bytes read and written a second by a copy of so many floats."""
+    source = torch.zeros(elements, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
+
+
+def peak_memory(run: Callable[[], Any], device: str) -> int | None:
+    """Bytes that a run allocates beyond what is there; None on a CPU."""
+    if device == "cpu":
+        return None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    run()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
+    """What is timed: forward and backward by name, each with the bytes that it cannot avoid to move."""
+    import xtoken
+    from xtoken import reference
+
+    W, chunks = projection(z.shape[-1], y.shape[-1]), alignment(z.shape[0] - 1)
+    columns = torch.arange(y.shape[-1], device=z.device)
+    rows = reference.Chunks.of(chunks.to(z.device), z.shape[0], y.shape[0])
+    entries = reference.restrict(W, columns)
+    traffic = 2 * z.nbytes + y.nbytes
+
+    def step(loss: Callable[[Tensor], Tensor]) -> Callable[[], None]:
+        def run() -> None:
+            leaf = z.detach().requires_grad_()
+            loss(leaf).backward()
+
+        return run
+
+    def plain(leaf: Tensor) -> Tensor:
+        return reference.pkl(leaf, y, rows, entries, columns).mean()
+
+    labels = torch.zeros(len(z), dtype=torch.int64, device=z.device)
+    same = z.detach().roll(1, 0)
+    result = {
+        "P-KL all columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=None)), traffic),
+        "P-KL 8192 columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=8192)), traffic),
+        "GOLD": (step(lambda leaf: xtoken.gold_loss(leaf, y, chunks, W)), traffic),
+        "H-KL": (step(lambda leaf: xtoken.hkl_loss(leaf, y, chunks, W)), traffic),
+        "KD": (step(lambda leaf: xtoken.kd_loss(leaf, same, chunks)), 3 * z.nbytes),
+        "torch cross_entropy": (
+            step(lambda leaf: torch.nn.functional.cross_entropy(leaf.float(), labels)), 2 * z.nbytes
+        ),
+        "P-KL all columns, plain formulas": (step(plain), traffic),
+        "P-KL all columns, torch.compile of the plain formulas": (step(torch.compile(plain)), traffic),
+    }  # fmt: skip
+    if importlib.util.find_spec("liger_kernel") is not None and z.device.type == "cuda":
+        from liger_kernel.transformers.jsd import LigerJSD
+
+        jsd = LigerJSD(beta=0.5)
+        target = same.log_softmax(-1)
+        result["Liger JSD, one vocabulary"] = (step(lambda leaf: jsd(leaf.log_softmax(-1), target)), 3 * z.nbytes)
+    return result
+
+
+def speed(options: argparse.Namespace) -> dict[str, Any]:
+    """Times of `steps`; on fewer rows where they do not fit into memory."""
+    device = options.device
+    copied = copy_bandwidth(device, 2**28 if device == "cuda" else 2**20)
+    measured = []
+    students, teachers = options.vocabulary
+    names = list(steps(*(torch.zeros(2, v, device=device) for v in options.vocabulary)))
+    for name in names:
+        rows = options.rows
+        while rows >= 1:
+            try:
+                generator = torch.Generator(device).manual_seed(0)
+                z = torch.randn(rows + 1, students, generator=generator, device=device).bfloat16()
+                y = torch.randn(rows + 1, teachers, generator=generator, device=device).bfloat16()
+                run, traffic = steps(z, y)[name]
+                seconds = seconds_of(run, device)
+                peak = peak_memory(run, device)
+            except torch.OutOfMemoryError:
+                rows //= 2
+                continue
+            except Exception as error:  # one of the competitors' failures must not end the others
+                measured.append({"name": name, "failed": f"{type(error).__name__}: {error}"[:500]})
+                break
+            row = {"name": name, "rows": rows, "ms": 1e3 * seconds, "us_per_row": 1e6 * seconds / rows}
+            row["gigabytes_per_second"] = traffic / seconds / 1e9
+            row["of_copy"] = traffic / seconds / copied
+            row["peak_megabytes"] = None if peak is None else peak / 1e6
+            measured.append(row)
+            break
+        else:
+            measured.append({"name": name, "failed": "out of memory with one row"})
+    missing = [] if any("Liger" in name for name in names) else ["liger-kernel is not installed"]
+    return {"copy_gigabytes_per_second": copied / 1e9, "rows": measured, "missing": missing}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The measured rows as a Markdown table."""
+    lines = ["| step (bf16) | rows | ms | µs a row | GB/s | of copy | peak MB |", "| --- |" + " ---: |" * 6]
+    for row in rows:
+        if "failed" in row:
+            lines.append(f"| {row['name']} | failed: {row['failed'][:80]} |" + " |" * 5)
+            continue
+        peak = "" if row["peak_megabytes"] is None else f"{row['peak_megabytes']:.0f}"
+        numbers = f"{row['ms']:.3g} | {row['us_per_row']:.3g} | {row['gigabytes_per_second']:.0f}"
+        lines.append(f"| {row['name']} | {row['rows']} | {numbers} | {row['of_copy']:.0%} | {peak} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=4096, help="rows of logits that are timed")
+    parser.add_argument("--vocabulary", type=int, nargs=2, default=[128256, 151936], help="of student and teacher")
+    parser.add_argument("--minutes", type=float, default=8, help="no stage goes on after this")
+    parser.add_argument("--skip", nargs="+", default=[], choices=STAGES)
+    parser.add_argument("--part", choices=["small", "speed"], help="one part, in this process")
+    parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"], help="of --part")
+    parser.add_argument("--output", help="instead of bench/results/gpu-NAME.json")
+    options = parser.parse_args(arguments)
+    reason = None if options.part and options.device == "cpu" else no_gpu()
+    if reason is not None:
+        print(f"gpu: no GPU to measure on: {reason}", file=sys.stderr)
+        return 2
+    if options.part == "small":
+        small(options)
+        return 0
+    if options.part == "speed":
+        print(json.dumps(speed(options)))
+        return 0
+    end = time.perf_counter() + 60 * options.minutes
+    properties = torch.cuda.get_device_properties(0)
+    architecture = f"{properties.major}{properties.minor}"
+    results: dict[str, Any] = {"machine": machine(properties)}
+    for stage in [stage for stage in STAGES if stage not in options.skip]:
+        results[stage] = run_stage(stage, options, architecture, end - time.perf_counter())
+        outcome = results[stage]
+        print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
+        if outcome["status"] == "failed":
+            print("\n".join(outcome.get("output", [])), flush=True)
+    if "rows" in results.get("speed", {}):
+        print(f"copy: {results['speed']['copy_gigabytes_per_second']:.0f} GB/s\n{table(results['speed']['rows'])}")
+    slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
+    output = Path(options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(results, indent=1) + "\n")
+    print(f"written: {output}")
+    return int(any(results[stage]["status"] == "failed" for stage in STAGES if stage in results))
+
+
+def machine(properties: Any) -> dict[str, Any]:
+    """What the results hold for."""
+    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    return {
+        "commit": revision,
+        "gpu": properties.name,
+        "compute_capability": f"{properties.major}.{properties.minor}",
+        "multiprocessors": properties.multi_processor_count,
+        "memory_gb": properties.total_memory / 1e9,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,124 @@
+"""bench/gpu.py as far as it goes without a GPU: what it says then, its stages on a fake device, its parts."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
+
+
+def load_script():
+    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+gpu = load_script()
+OPTIONS = argparse.Namespace(device="cpu", rows=6, vocabulary=[300, 350])
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_it_says_so():
+    done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("gpu: no GPU to measure on: torch ")
+
+
+@pytest.fixture
+def fake_device(monkeypatch):
+    """A GPU that torch believes in, and stages that run a line of Python each."""
+    properties = SimpleNamespace(name="Fake GPU 9000", major=9, minor=0, multi_processor_count=1, total_memory=2**34)
+    monkeypatch.setattr(gpu, "no_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    lines = dict.fromkeys(gpu.STAGES, "print('fine')")
+    row = {"name": "P-KL", "rows": 4, "ms": 0.5, "us_per_row": 125.0, "gigabytes_per_second": 1500.0, "of_copy": 0.5}
+    rows = [{**row, "peak_megabytes": 1.0}, {"name": "other", "failed": "OutOfMemoryError"}]
+    lines["speed"] = f"print({json.dumps(json.dumps({'copy_gigabytes_per_second': 3000.0, 'rows': rows}))})"
+    monkeypatch.setattr(gpu, "command", lambda stage, *_: ([sys.executable, "-c", lines[stage]], {}))
+    return lines
+
+
+def test_results_of_a_fake_device_are_written(fake_device, tmp_path, capsys):
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--output", str(output)]) == 0
+    printed = capsys.readouterr().out
+    assert "memcheck: passed\n" in printed
+    assert "copy: 3000 GB/s" in printed
+    assert "| P-KL | 4 | 0.5 | 125 | 1500 | 50% | 1 |" in printed
+    assert "| other | failed: OutOfMemoryError |" in printed
+    results = json.loads(output.read_text())
+    assert results["machine"]["gpu"] == "Fake GPU 9000"
+    assert [results[stage]["status"] for stage in gpu.STAGES] == ["passed"] * 5
+
+
+def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, capsys):
+    fake_device["racecheck"] = "print('RACECHECK SUMMARY: 1 hazard'); raise SystemExit(9)"
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--output", str(output), "--skip", "build"]) == 1
+    printed = capsys.readouterr().out
+    assert "racecheck: failed: exit status 9\nRACECHECK SUMMARY: 1 hazard\nspeed: passed" in printed
+    assert "build" not in json.loads(output.read_text())
+
+
+def test_a_stage_that_takes_too_long_is_ended(fake_device, monkeypatch):
+    fake_device["tests"] = "import time; time.sleep(60)"
+    result = gpu.run_stage("tests", OPTIONS, "90", 5.0)
+    assert result == {"status": "failed", "reason": "not finished after 5 seconds"}
+    assert gpu.run_stage("tests", OPTIONS, "90", 1.0)["status"] == "left out"
+
+
+@pytest.mark.parametrize(("stage", "name"), [("build", "nvcc"), ("memcheck", "compute-sanitizer")])
+def test_a_missing_tool_leaves_the_stage_out(monkeypatch, stage, name):
+    monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
+    result = gpu.run_stage(stage, OPTIONS, "90", 60.0)
+    assert result["status"] == "left out"
+    assert result["reason"].startswith(f"{name} is not on the path")
+
+
+def test_commands_of_the_stages(monkeypatch):
+    monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
+    build, environment = gpu.command("build", OPTIONS, "90")
+    assert build[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
+    assert (environment["XTOKEN_CUDA"], environment["XTOKEN_CUDA_ARCHS"]) == ("1", "90")
+    memcheck, _ = gpu.command("memcheck", OPTIONS, "90")
+    assert memcheck[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
+    assert memcheck[-2:] == ["--part", "small"]
+    assert gpu.command("tests", OPTIONS, "90")[0][-3:] == ["-m", "cuda", "tests"]
+
+
+def test_the_small_set_runs_and_compares(capsys):
+    gpu.small(OPTIONS)
+    assert capsys.readouterr().out == "small set: ran and compared\n"
+
+
+def test_speed_on_the_cpu(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
+    result = gpu.speed(OPTIONS)
+    names = [row["name"] for row in result["rows"]]
+    assert names[0] == "P-KL all columns"
+    assert "P-KL all columns, torch.compile of the plain formulas" in names
+    assert all(row["ms"] > 0 and row["rows"] == 6 for row in result["rows"])
+    assert result["copy_gigabytes_per_second"] > 0
+
+
+def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch):
+    def one_step(z, y):
+        def run():
+            if len(z) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        return {"step": (run, 100)}
+
+    monkeypatch.setattr(gpu, "steps", one_step)
+    (row,) = gpu.speed(OPTIONS)["rows"]
+    assert row["rows"] == 1

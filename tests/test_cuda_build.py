@@ -1,0 +1,135 @@
+"""The CUDA kernels compile without warnings and spills; the configuration says what is built."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from pathlib import Path
+
+import pytest
+
+import xtoken.config
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_script(name: str):
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+cuda_resources = load_script("cuda_resources")
+needs_nvcc = pytest.mark.skipif(
+    cuda_resources.find_nvcc() is None, reason="no nvcc on this machine: CUDA kernels are not compiled"
+)
+
+# Of the gate. All take minutes of two cores, so XTOKEN_CUDA_GATE=all asks for them; a wheel is built for all anyhow.
+GATE = cuda_resources.build_settings()[0] if os.environ.get("XTOKEN_CUDA_GATE") == "all" else ["90"]
+
+REPORT = """\
+ptxas info    : 0 bytes gmem
+ptxas info    : Compiling entry function '_ZN6xtoken4cuda12_GLOBAL__N_19kd_kernelIffEEvi' for 'sm_90'
+ptxas info    : Function properties for _ZN6xtoken4cuda12_GLOBAL__N_19kd_kernelIffEEvi
+    64 bytes stack frame, 8 bytes spill stores, 12 bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 64 bytes cumulative stack size, 480 bytes smem
+ptxas info    : Compiling entry function '_Z5plainv' for 'sm_90'
+ptxas info    : Function properties for _Z5plainv
+    0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads
+ptxas info    : Used 20 registers, used 0 barriers
+"""
+
+
+def test_the_report_of_the_compiler_is_understood():
+    kd, plain = cuda_resources.parse("kd.cu", "90", REPORT, {"kd_kernel": 512})
+    assert (kd.registers, kd.shared, kd.stack, kd.spilled, kd.threads) == (64, 480, 64, 20, 512)
+    assert (kd.register_bound, kd.occupancy) == (128, 0.5)
+    assert (plain.registers, plain.spilled, plain.threads, plain.register_bound) == (20, 0, 1024, 64)
+    assert "| kd.cu | kd_kernel<float, float> | 90 | 64 / 128 | 480 | 64 | 20 | 512 | 50% |" in cuda_resources.table(
+        [kd]
+    )
+
+
+@pytest.mark.parametrize(
+    ("registers", "shared", "threads", "arch", "share"),
+    [
+        (128, 0, 512, "90", 0.25),
+        (65, 0, 512, "90", 0.25),
+        (32, 100 << 10, 256, "90", 0.25),
+        (40, 0, 1024, "120", 2 / 3),
+    ],
+)
+def test_occupancy(registers, shared, threads, arch, share):
+    kernel = cuda_resources.Resources("x.cu", "x", arch, registers, shared, 0, 0, threads)
+    assert kernel.occupancy == share
+
+
+def test_launch_bounds_are_read_from_the_sources():
+    bounds = cuda_resources.launch_bounds()
+    assert bounds["pkl_kernel"] == bounds["gold_forward_kernel"] == 512
+
+
+def test_every_architecture_has_limits():
+    archs, _ = cuda_resources.build_settings()
+    assert set(archs) <= set(cuda_resources.LIMITS)
+
+
+def test_show_config_lists_the_architectures(monkeypatch, capsys):
+    built = types.ModuleType("xtoken._cuda")
+    built.architectures, built.cuda_version = "80,90", 13000
+    monkeypatch.setitem(sys.modules, "xtoken._cuda", built)
+    xtoken.show_config()
+    assert "sm_80, sm_90; PTX of 90 for later ones (CUDA 13.0)" in capsys.readouterr().out
+
+
+def test_show_config_says_why_there_are_no_kernels(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xtoken._cuda", None)
+    assert "XTOKEN_CUDA=0" in xtoken.config.config()["CUDA kernels"]
+
+
+@needs_nvcc
+def test_kernels_compile_without_warnings_and_stay_in_registers():
+    kernels = cuda_resources.resources(GATE)
+    sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources for arch in GATE}
+    print(cuda_resources.table(kernels))
+    wrong = [k for k in kernels if k.spilled or k.registers > k.register_bound]
+    assert not wrong, f"spills, or more registers than fit:\n{cuda_resources.table(wrong)}"
+
+
+@needs_nvcc
+def test_a_kernel_that_spills_is_seen(tmp_path, monkeypatch):
+    lines = [
+        '#include "cuda/platform.cuh"',
+        "__global__ void __launch_bounds__(1024) greedy(const float* in, float* out, int n) {",
+        "    float x[96];",
+        "#pragma unroll",
+        "    for (int i = 0; i < 96; ++i) x[i] = in[i * 1024 + threadIdx.x];",
+        "    for (int k = 0; k < n; ++k) {",
+        "#pragma unroll",
+        "        for (int i = 0; i < 96; ++i) x[i] = x[i] * x[(i + 1) % 96] + x[(i + 7) % 96];",
+        "    }",
+        "#pragma unroll",
+        "    for (int i = 0; i < 96; ++i) out[i * 1024 + threadIdx.x] = x[i];",
+        "}",
+    ]
+    (tmp_path / "greedy.cu").write_text("\n".join(lines))
+    monkeypatch.setattr(cuda_resources, "SOURCES", tmp_path)
+    monkeypatch.setattr(cuda_resources, "REPORTS", tmp_path)
+    (kernel,) = cuda_resources.resources(["90"])
+    assert kernel.kernel == "greedy"
+    assert kernel.spilled > 0
+    assert kernel.threads == 1024
+
+
+@needs_nvcc
+def test_warnings_are_errors(tmp_path, monkeypatch):
+    (tmp_path / "unused.cu").write_text("__global__ void kernel() { int unused; }\n")
+    monkeypatch.setattr(cuda_resources, "SOURCES", tmp_path)
+    monkeypatch.setattr(cuda_resources, "REPORTS", tmp_path)
+    with pytest.raises(RuntimeError, match=r"unused\.cu does not compile for sm_90"):
+        cuda_resources.resources(["90"])
