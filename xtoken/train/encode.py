@@ -466,9 +466,11 @@ class ExampleEncoder:
         readings = [_Reading.of(k, *one) for one in teachers if one is not None]
         sides = [self.student, *(side for side in self.teachers if side is not None)]
         prefixes = [np.asarray(side.prefix, np.int64) for side in sides]
+        whole = np.array([len(ids), *(len(reading.ids) for reading in readings)])
         limits = [self.max_length, *(self.max_teacher_length for _ in readings)]
-        cuts = _cuts(len(ids), readings)
-        windows = _windows(cuts, [len(prefix) for prefix in prefixes], [limit or cuts.max() for limit in limits])
+        limits = [size if limit is None else limit for limit, size in zip(limits, whole.tolist(), strict=True)]
+        cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, readings)
+        windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
         examples = []
@@ -513,14 +515,13 @@ class _Reading(NamedTuple):
         return predicted
 
 
-def _cuts(length: int, readings: Sequence[_Reading]) -> Ints:
+def _cuts(whole: Ints, readings: Sequence[_Reading]) -> Ints:
     """[C, 1 + teachers]: how many tokens each side has read at each place where all can be cut, from none to all."""
-    places = np.arange(1, length)
+    places = np.arange(1, whole[0])
     for reading in readings:
         places = np.intersect1d(places, reading.spans[:, 1])
     inner = [reading.spans[np.searchsorted(reading.spans[:, 1], places), 3] for reading in readings]
-    whole = [length, *(len(reading.ids) for reading in readings)]
-    return np.concatenate([[[0] * len(whole)], np.stack([places, *inner], axis=1), [whole]])
+    return np.concatenate([[np.zeros_like(whole)], np.stack([places, *inner], axis=1), [whole]])
 
 
 def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
