@@ -65,3 +65,30 @@ def test_bench_corpus(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "bench_corpus.py"), "--megabytes", "0.1", "--repeat", "1"]
     subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True)
     assert json.loads(output.read_text())
+
+
+def test_train_real(tmp_path, monkeypatch, capsys):
+    """The data, the options and the table; training itself is tested with small models."""
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import train_real
+
+    def train(arguments):
+        options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
+        lines = [json.loads(line) for line in Path(options["--eval_data"]).read_text().splitlines()]
+        assert len(lines) == 3
+        assert all(line["text"] for line in lines)
+        output = Path(options["--output"])
+        output.mkdir()
+        history = [{"step": 2, "eval_ce": 1.5, "eval_kd": 0.5, "eval_agreement": 0.25}]
+        (output / "trainer_state.json").write_text(json.dumps({"log_history": history}))
+        return 0
+
+    monkeypatch.setattr(train_real, "demo_pair", lambda folder: ["--student", "S", "--teacher", "T"])
+    monkeypatch.setattr(train_real.cli, "main", train)
+    output = tmp_path / "real.json"
+    monkeypatch.setattr(
+        sys, "argv", ["train_real.py", "demo", "--steps", "2", "--held-out-passages", "3", "--output", str(output)]
+    )
+    train_real.main()
+    assert "| 2 | 1.500 | 0.500 | 0.250 |" in capsys.readouterr().out
+    assert json.loads(output.read_text())["pair"] == "demo"

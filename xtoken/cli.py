@@ -49,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--on-error", default="raise", help="broken lines: raise or skip (default %(default)s)")
     align.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="input bytes a shard (default %(default)s)")
 
+    commands.add_parser("train", add_help=False, help="distil from teachers into a student; see xtoken train --help")
+
     demo = commands.add_parser("demo", help="distil a real teacher into a small student, on the CPU in minutes")
     demo.add_argument("--steps", type=int, help="training steps of each student")
     demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
@@ -58,9 +60,11 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     parser = _parser()
-    options = parser.parse_args(arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    known, rest = (given[:1], given[1:]) if given[:1] == ["train"] else (given, [])
+    options = parser.parse_args(known)
     try:
-        _run(options)
+        _run(options, rest)
     except (ValueError, TypeError, OSError, ImportError) as error:
         print(f"xtoken {options.command}: {error}", file=sys.stderr)
         return 1
@@ -117,7 +121,7 @@ def _align(options: argparse.Namespace) -> str:
     )
 
 
-def _run(options: argparse.Namespace) -> None:
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.command == "config":
         from .config import show_config
 
@@ -139,6 +143,10 @@ def _run(options: argparse.Namespace) -> None:
         )
         matrix.save(options.output)
         print(f"{options.output}: {matrix}")
+    elif options.command == "train":
+        from .train import command
+
+        command.main(rest)
     elif options.command == "demo":
         from . import demo
 

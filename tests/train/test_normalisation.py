@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from small import encode, make_teacher, run_one_step
+from small import SMALL_TEXTS, encode, make_teacher, make_trainer, run_one_step
 
 CUTS = [(8, 1), (4, 2), (2, 4)]
 
@@ -25,8 +25,6 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 
 @pytest.fixture(scope="module")
 def examples(student_tok, teacher_tok) -> Any:
-    from small import SMALL_TEXTS
-
     return encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
 
 
@@ -56,8 +54,6 @@ def test_micro_batches(tmp_path, student_tok, teacher_tok, examples):
 def test_dynamic_scaling_is_one_factor_a_step(tmp_path, student_tok, teacher_tok, examples):
     """Steps 2, 3, ... take the ratio of the step before, whatever the cut."""
     teachers = [make_teacher(student_tok, teacher_tok)]
-    from small import make_trainer
-
     scales = {}
     for size, accumulated in [(8, 1), (4, 2), (2, 4)]:
         trainer = make_trainer(

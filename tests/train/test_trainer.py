@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import collate, encode, make_config, make_model, make_teacher, make_trainer
+from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_teacher, make_trainer
 from transformers import TrainingArguments
 
 from xtoken import ProjectionMatrix, kd_loss, pkl_loss
@@ -18,16 +18,12 @@ from xtoken.train import XTokenConfig, XTokenTrainer
 
 @pytest.fixture(scope="module")
 def examples(student_tok, teacher_tok) -> Any:
-    from small import SMALL_TEXTS
-
     return encode(SMALL_TEXTS, student_tok, teacher_tok)
 
 
 @pytest.fixture(scope="module")
 def twins(student_tok, teacher_tok) -> Any:
     """Each for two teachers of another tokenizer and one of the student's."""
-    from small import SMALL_TEXTS
-
     return encode(SMALL_TEXTS, student_tok, teacher_tok, teacher_tok, None)
 
 
@@ -282,7 +278,11 @@ def test_bad_arguments(tmp_path, student_tok, teacher_tok):
         XTokenTrainer(model, config, [teacher])
     with pytest.raises(ValueError, match="student: expected an output layer of at least 700 rows"):
         XTokenTrainer(make_model(699, 0), make_config(tmp_path), [teacher], processing_class=student_tok)
-    other = make_teacher(student_tok, None)
+    with pytest.raises(
+        ValueError, match=r"teachers: expected a name of its own for each, got \['teacher', 'teacher'\]"
+    ):
+        XTokenTrainer(model, make_config(tmp_path), [teacher, teacher])
+    other = make_teacher(student_tok, None, name="other")
     with pytest.raises(ValueError, match="teacher_mode: expected teachers with one tokenizer for 'average', but"):
         make_trainer(tmp_path, student_tok, [teacher, other], None, teacher_mode="average")
 
@@ -317,3 +317,16 @@ def test_average_wants_the_same_ids(tmp_path, student_tok, teacher_tok, twins):
 def test_bad_config(tmp_path, options, message):
     with pytest.raises(ValueError, match=message):
         XTokenConfig(output_dir=str(tmp_path), **options)
+
+
+def test_a_twin_with_another_template(tmp_path, student_tok):
+    """A teacher with the student's tokenizer but ids of its own is compared where both cut the text alike."""
+    pair = encode(SMALL_TEXTS[:4], student_tok, student_tok)
+    for one in pair:  # as if a chunk in the middle were cut differently
+        spans = one["teachers"][0]["spans"].clone()
+        spans[2, 1], spans[2, 3] = spans[3, 1], spans[3, 3]
+        one["teachers"][0]["spans"] = torch.cat([spans[:3], spans[4:]])
+    trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, None)], None, pair)
+    got = trainer.evaluate()
+    assert got["eval_chunks"] == sum(len(one["teachers"][0]["spans"]) - 2 for one in pair)
+    assert got["eval_kd"] > 0

@@ -45,6 +45,9 @@ class XTokenConfig(TrainingArguments):
     and every process reads its own batches (``dispatch_batches=False``).
     """
 
+    output_dir: str | None = field(
+        default=None, metadata={"aliases": ["--output"], "help": "folder for checkpoints, the student and the log"}
+    )
     scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation: dynamic or fixed"})
     ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
     kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})

@@ -69,6 +69,13 @@ def position_alignment(labels: Tensor) -> Alignment:
     return Alignment(spans, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
+def only_exact(alignment: Alignment) -> Alignment:
+    """The alignment with only the chunks of one token on each side."""
+    kept = copy.copy(alignment)
+    kept.predicted = alignment.predicted & alignment.exact
+    return kept
+
+
 def select_best(
     alignments: Sequence[Alignment], logits: Sequence[AnyLogits], ids: Sequence[Tensor], sizes: Sequence[int | None]
 ) -> list[Alignment]:

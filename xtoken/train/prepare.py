@@ -57,9 +57,9 @@ def cached_audit(
 
 
 def choose_loss(
-    student: Vocabulary, teacher: Vocabulary, projection: ProjectionMatrix, folder: str | os.PathLike[str] | None = None
+    student: Vocabulary, teacher: Vocabulary, folder: str | os.PathLike[str] | None = None, **options: Any
 ) -> tuple[str, list[str]]:
-    """What ``loss="auto"`` means for a pair, and why.
+    """What ``loss="auto"`` means for a pair, and why; the arguments are those of `cached_projection`.
 
     Returns
     -------
@@ -69,7 +69,7 @@ def choose_loss(
     """
     if same_tokens(student, teacher):
         return "kd", ["teacher and student share one tokenizer"]
-    report = cached_audit(student, teacher, projection, folder)
+    report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
     return report.recommendation, report.reasons
 
 

@@ -53,6 +53,7 @@ def load_model(
     FileNotFoundError
         If a GGUF file does not exist.
     """
+    import transformers
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name = str(source)
@@ -66,8 +67,13 @@ def load_model(
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if device is not None and str(device) == "auto":
         options["device_map"] = "auto"
+    dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
-    model = AutoModelForCausalLM.from_pretrained(name, torch_dtype=wanted, **options)
+    if is_gguf and hasattr(transformers, "GgufConfig"):
+        options["quantization_config"] = transformers.GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
+    if is_gguf and getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
     if device is not None and str(device) != "auto":
         model = model.to(device)
     ensure_pad_token(tokenizer)
@@ -172,6 +178,8 @@ class TeacherModel:
     def check_entry(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         """Raises ValueError if a batch would feed this teacher ids of another vocabulary."""
         ids = entry.get("input_ids")
+        if entry.get("logits") is not None:
+            return
         if ids is None:
             if not self.reads_student_ids:
                 raise ValueError(

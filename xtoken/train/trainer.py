@@ -18,7 +18,7 @@ from xtoken.projection import LearnableProjection, write_atomically
 from xtoken.vocabulary import Vocabulary
 
 from .config import XTokenConfig
-from .ensemble import mean_logits, position_alignment, select_best
+from .ensemble import mean_logits, only_exact, position_alignment, select_best
 from .meter import Meter, Stopwatch
 from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
 
@@ -76,9 +76,12 @@ class XTokenTrainer(Trainer):
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
     time since the last log; agreement and masses are of the logged step only. `evaluate` reports ``eval_ce`` and
-    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor.
+    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor;
+    several processes count the samples twice that fill their last batch.
 
-    Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them.
+    Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them. Data
+    parallelism is tested with two processes on the CPU; FSDP and DeepSpeed, which accelerate has for accelerators only,
+    have not been run.
     """
 
     def __init__(
@@ -100,6 +103,9 @@ class XTokenTrainer(Trainer):
                 "accelerate launch"
             )
         self.teachers = list(teachers)
+        names = [teacher.name for teacher in self.teachers]
+        if len(set(names)) < len(names):
+            raise ValueError(f"teachers: expected a name of its own for each, got {names}")
         self.vocabulary = None if processing_class is None else Vocabulary.from_tokenizer(processing_class)
         if self.vocabulary is not None:
             check_head(model, self.vocabulary, "student")
@@ -181,9 +187,19 @@ class XTokenTrainer(Trainer):
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """float64 [1 + M]: labels, and for each teacher of the criterion chunks, of one batch."""
-        alignments = [entry.get("alignment") for entry in batch["teachers"]]
-        items, chunks = self.criterion.counts(batch["labels"], alignments[: len(self.criterion.teachers)])
+        alignments = self._alignments(batch["teachers"])[: len(self.criterion.teachers)]
+        items, chunks = self.criterion.counts(batch["labels"], alignments)
         return torch.tensor([items, *chunks], dtype=torch.float64)
+
+    def _alignments(self, entries: Sequence[Mapping[str, Any]]) -> list[Alignment | None]:
+        """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
+        if len(entries) != len(self.teachers):
+            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
+        alignments = [entry.get("alignment") for entry in entries]
+        return [
+            only_exact(alignment) if teacher.objective.loss == "kd" and alignment is not None else alignment
+            for teacher, alignment in zip(self.teachers, alignments, strict=True)
+        ]
 
     def _divisors(self, counts: Tensor) -> list[float]:
         """What to divide the sums of CE and of each teacher's KD by: the counts of all processes, at least 1."""
@@ -247,8 +263,6 @@ class XTokenTrainer(Trainer):
         return (total, outputs) if return_outputs else total
 
     def _check_entries(self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
-        if len(entries) != len(self.teachers):
-            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
         for teacher, entry in zip(self.teachers, entries, strict=True):
             teacher.check_entry(entry, inputs)
             ids, alignment = entry.get("input_ids"), entry.get("alignment")
@@ -263,7 +277,7 @@ class XTokenTrainer(Trainer):
     ) -> tuple[list[AnyLogits], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers."""
         logits = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
-        alignments = [entry.get("alignment") for entry in entries]
+        alignments = self._alignments(entries)
         ids = [inputs["input_ids"] if entry.get("input_ids") is None else entry["input_ids"] for entry in entries]
         if self.args.teacher_mode == "average" and len(logits) > 1:
             weights = [teacher.objective.weight for teacher in self.teachers]

@@ -1,0 +1,150 @@
+"""``xtoken train`` from the command line, on tiny models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from small import SMALL_TEXTS, make_model
+
+from xtoken.cli import main
+from xtoken.train.command import one_each, parse, weights_of
+
+
+@pytest.fixture(scope="module")
+def folders(student_tok, teacher_tok, tmp_path_factory) -> dict[str, str]:
+    root = tmp_path_factory.mktemp("models")
+    for name, tok, seed in (("student", student_tok, 0), ("teacher", teacher_tok, 1), ("twin", student_tok, 2)):
+        make_model(len(tok), seed).save_pretrained(root / name)
+        tok.save_pretrained(root / name)
+    lines = [json.dumps({"text": text}) for text in SMALL_TEXTS]
+    (root / "train.jsonl").write_text("\n".join(lines[:16]) + "\n")
+    (root / "test.jsonl").write_text("\n".join(lines[16:]) + "\n")
+    return {path.stem: str(path) for path in root.iterdir()}
+
+
+def command(folders: dict[str, str], output: Path, *more: str) -> list[str]:
+    return [
+        "train", "--student", folders["student"], "--teacher", folders["teacher"], "--data", folders["train"],
+        "--eval_data", folders["test"], "--output", str(output), "--cache", str(output.parent / "cache"),
+        "--per-device-train-batch-size", "4", "--learning_rate", "3e-3", "--use_cpu", "--disable_tqdm", "true",
+        "--logging_steps", "2", "--report_to", "none", *more,
+    ]  # fmt: skip
+
+
+def history(output: Path) -> list[dict[str, Any]]:
+    return json.loads((output / "trainer_state.json").read_text())["log_history"]
+
+
+def test_auto(folders, tmp_path, capsys):
+    """The audit chooses P-KL and says why; the student learns, is saved, and can be loaded."""
+    output = tmp_path / "out"
+    assert main(command(folders, output, "--max_steps", "8", "--plot")) == 0
+    printed = capsys.readouterr().out
+    assert "teacher teacher: pkl, weight 1\n" in printed
+    assert "  ProjectionMatrix([" in printed
+    assert "are in GOLD's common set, less than 99%" in printed
+    first, *_, last = [entry for entry in history(output) if "eval_ce" in entry]
+    assert last["eval_ce"] < first["eval_ce"]
+    assert last["eval_kd"] < first["eval_kd"]
+    assert {path.name for path in output.glob("*.png")} == {"losses.png", "projection.png", "speed.png"}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
+    assert len(AutoTokenizer.from_pretrained(output)) > 0
+    assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
+    output = tmp_path / "out"
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"teacher: [{folders['teacher']}, {folders['twin']}]\nteacher_weight: [0.2]\nlearn_projection: true\n"
+        "max_steps: 4\nsave_steps: 2\nscaling: fixed\nlearning_rate: 1.0\naccelerator_config: {split_batches: false}\n"
+    )
+    arguments = command(folders, output, "--config", str(recipe), "--loss", "auto")
+    del arguments[3:5]  # the teacher, which the file has
+    assert main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "teacher teacher: pkl, weight 0.8" in printed
+    assert "teacher twin: kd, weight 0.2" in printed
+    assert "teacher and student share one tokenizer" in printed
+    assert (output / "checkpoint-4" / "projection-teacher.safetensors").exists()
+    assert history(output)[-1]["eval_kd/twin"] > 0
+    assert main([*arguments, "--resume", "--max_steps", "6"]) == 0
+    steps = [entry["step"] for entry in history(output) if "ce" in entry]
+    assert steps == [2, 4, 6]
+    assert [entry["learning_rate"] < 1e-2 for entry in history(output) if "learning_rate" in entry] == [True] * 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--student: expected one"),
+        (["--student", "S"], "--teacher: expected one"),
+        (["--student", "S", "--teacher", "T"], "--data: expected one"),
+        (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
+        (["--config", "odd.yaml"], "--config: odd.yaml has an unknown option: colour"),
+    ],
+)
+def test_bad_options(tmp_path, monkeypatch, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    Path("list.yaml").write_text("[1, 2]")
+    Path("odd.yaml").write_text("colour: red")
+    with pytest.raises(ValueError, match=message):
+        parse(arguments)
+
+
+def test_errors_are_one_line(folders, tmp_path, capsys):
+    assert main(command(folders, tmp_path / "out", "--loss", "pkl", "hkl")) == 1
+    error = capsys.readouterr().err
+    assert error == "xtoken train: --loss: expected one, or one for each of the 1 teachers, got 2\n"
+    assert main(command(folders, tmp_path / "out", "--student", "./none.gguf")) == 1
+    assert "source: no such file: none.gguf" in capsys.readouterr().err
+
+
+def test_teachers_of_the_same_name(folders, tmp_path):
+    """Two folders of one name get two names."""
+    again = tmp_path / "teacher"
+    again.symlink_to(folders["teacher"])
+    arguments = command(folders, tmp_path / "out", "--teacher", str(again), "--max_steps", "1", "--loss", "uld")
+    assert main(arguments) == 0
+    assert {"eval_kd/teacher", "eval_kd/teacher-2"} <= history(tmp_path / "out")[-1].keys()
+
+
+def test_weights_and_losses():
+    assert weights_of(None, 1) == [1.0]
+    assert weights_of(None, 2) == [0.5, 0.5]
+    assert weights_of([0.2], 2) == [0.8, 0.2]
+    assert weights_of([0.3], 1) == [0.3]
+    with pytest.raises(ValueError, match="--teacher_weight: expected one for each of the 3 teachers, got 1"):
+        weights_of([0.3], 3)
+    assert one_each(None, "auto", 2, "loss") == ["auto", "auto"]
+    assert one_each(["pkl", "kd"], "auto", 2, "loss") == ["pkl", "kd"]
+
+
+def test_help_names_the_options(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["train", "--help"])
+    printed = capsys.readouterr().out
+    for name in ("--student", "--teacher_weight", "--teacher-weight", "--fsdp", "--gradient_accumulation_steps"):
+        assert name in printed
+
+
+@pytest.mark.parametrize("name", ["llama-3.2-1b-from-qwen3-4b", "llama-3.2-1b-from-two"])
+def test_recipes_are_understood(name, tmp_path):
+    """The models are out of reach here; the options are not."""
+    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
+    given = ["--config", str(recipe), "--data", "a.jsonl", "b.jsonl", "--use_cpu", "--output", str(tmp_path)]
+    options, config = parse(given)
+    assert options.student == "meta-llama/Llama-3.2-1B"
+    assert options.data == ["a.jsonl", "b.jsonl"]
+    assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
+    assert (config.max_steps, options.top_k, config.scaling, config.output_dir) == (
+        30000,
+        8192,
+        "dynamic",
+        str(tmp_path),
+    )

@@ -1,0 +1,63 @@
+"""W and audits in the cache folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtoken import ProjectionMatrix, Vocabulary
+from xtoken.train import prepare
+from xtoken.train.prepare import cache_folder, cached_audit, cached_projection, choose_loss
+
+
+@pytest.fixture
+def pair(student_tok, teacher_tok) -> tuple[Vocabulary, Vocabulary]:
+    return Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+
+
+def test_projection_is_built_once(pair, tmp_path, monkeypatch):
+    first = cached_projection(*pair, tmp_path, gamma=0.2)
+    (path,) = tmp_path.iterdir()
+    assert torch.equal(first.weight, ProjectionMatrix.build(*pair, gamma=0.2).weight)
+    monkeypatch.setattr(ProjectionMatrix, "build", None)
+    assert torch.equal(cached_projection(*pair, tmp_path, gamma=0.2).weight, first.weight)
+    monkeypatch.undo()
+    assert not torch.equal(cached_projection(*pair, tmp_path, gamma=0.1).weight, first.weight)
+    assert cached_projection(pair[1], pair[0], tmp_path).shape == (len(pair[1]), len(pair[0]))
+    assert len(list(tmp_path.iterdir())) == 3
+    path.write_bytes(path.read_bytes()[:100])  # damaged
+    assert torch.equal(cached_projection(*pair, tmp_path, gamma=0.2).weight, first.weight)
+    assert len(path.read_bytes()) > 100
+
+
+def test_audit_is_made_once(pair, tmp_path, monkeypatch):
+    projection = ProjectionMatrix.build(*pair)
+    first = cached_audit(*pair, projection, tmp_path)
+    monkeypatch.setattr(prepare, "coverage_audit", None)
+    assert cached_audit(*pair, projection, tmp_path) == first
+    monkeypatch.undo()
+    (path,) = tmp_path.iterdir()
+    path.write_text('{"classes": {}}')
+    assert cached_audit(*pair, projection, tmp_path) == first
+
+
+def test_choice(pair, tmp_path):
+    loss, reasons = choose_loss(*pair, tmp_path, gamma=0.2)
+    assert loss == "pkl"
+    assert any("digits_3" in reason for reason in reasons)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert choose_loss(pair[0], pair[0], tmp_path)[0] == "kd"
+    assert len(list(tmp_path.iterdir())) == 2  # which needs neither
+    assert choose_loss(pair[1], pair[0], tmp_path)[0] == "hkl"  # the single digits are tokens on both sides
+
+
+def test_folder(monkeypatch):
+    monkeypatch.setenv("XTOKEN_CACHE", "/here")
+    assert cache_folder() == Path("/here")
+    monkeypatch.delenv("XTOKEN_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/there")
+    assert cache_folder() == Path("/there/xtoken")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache_folder() == Path.home() / ".cache" / "xtoken"

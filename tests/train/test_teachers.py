@@ -1,0 +1,131 @@
+"""Teachers: loading, guards, running."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from small import encode, make_model, make_teacher, make_tokenizer
+
+from xtoken import Alignment, Teacher, TopKLogits, Vocabulary
+from xtoken.train import TeacherModel, load_model
+from xtoken.train.teachers import check_head, check_same_bytes, ensure_pad_token, same_tokens
+
+
+def test_loads_a_folder(tmp_path, teacher_tok):
+    make_model(len(teacher_tok), 1).save_pretrained(tmp_path)
+    teacher_tok.save_pretrained(tmp_path)
+    model, tokenizer = load_model(tmp_path, dtype="bfloat16", device="cpu")
+    assert model.dtype == torch.bfloat16
+    assert tokenizer.get_vocab() == teacher_tok.get_vocab()
+    assert load_model(str(tmp_path))[0].dtype == torch.float32
+
+
+@pytest.mark.parametrize(("dtype", "loaded_as"), [("auto", torch.float32), ("bfloat16", "bfloat16")])
+def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as):
+    """transformers is told the folder and the file, and a type to unpack to; reading such files is its job."""
+    asked = []
+
+    def load(what):
+        return lambda name, **options: asked.append((name, options)) or what
+
+    (tmp_path / "model.gguf").touch()
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load(teacher_tok))
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load(make_model(len(teacher_tok), 1)))
+    load_model(tmp_path / "model.gguf", dtype=dtype)
+    assert [name for name, _ in asked] == [str(tmp_path)] * 2
+    assert asked[0][1] == {"gguf_file": "model.gguf"}
+    quantization = asked[1][1].pop("quantization_config", None)
+    assert quantization is None or quantization.dequantize
+    assert asked[1][1] == {"gguf_file": "model.gguf", "dtype": loaded_as}
+
+
+def test_missing_file():
+    with pytest.raises(FileNotFoundError, match=r"source: no such file: none\.gguf"):
+        load_model("none.gguf")
+
+
+def test_pad_token(tmp_path):
+    tokenizer = make_tokenizer(400, "", "<s>")
+    assert tokenizer.pad_token == "<pad>"
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token == "<pad>"
+    tokenizer.pad_token = None
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token == "</s>"
+    tokenizer.pad_token = tokenizer.eos_token = None
+    ensure_pad_token(tokenizer)
+    assert tokenizer.pad_token_id == 0
+
+
+def test_head_narrower_than_the_tokenizer(teacher_tok, student_tok):
+    model = make_model(len(teacher_tok) - 1, 1)
+    with pytest.raises(ValueError, match=rf"T: expected an output layer of at least {len(teacher_tok)} rows.*got "):
+        TeacherModel(Teacher(loss="uld"), model, teacher_tok, "T")
+    check_head(make_model(len(teacher_tok) + 5, 1), Vocabulary.from_tokenizer(teacher_tok), "T")
+    check_head(torch.nn.Linear(2, 2), Vocabulary.from_tokenizer(teacher_tok), "has no output layer to look at")
+
+
+def test_objectives_that_do_not_go_with_the_student(student_tok, teacher_tok):
+    student = Vocabulary.from_tokenizer(student_tok)
+    assert same_tokens(student, Vocabulary.from_tokenizer(student_tok))
+    assert not same_tokens(student, Vocabulary.from_tokenizer(teacher_tok))
+    wrong = TeacherModel(Teacher(loss="kd"), make_model(len(teacher_tok), 1), teacher_tok, "T")
+    with pytest.raises(ValueError, match="T: loss='kd' feeds it the student's ids, but its tokenizer numbers tokens"):
+        wrong.check_student(student)
+    turned = make_teacher(teacher_tok, student_tok, name="T")
+    with pytest.raises(ValueError, match=r"T: expected a projection of shape \[700, 700\] for the student's"):
+        turned.check_student(student)
+    TeacherModel(Teacher(loss="kd")).check_student(student)  # without a tokenizer there is nothing to check
+
+
+def test_another_type_and_inference_mode(student_tok, teacher_tok):
+    teacher = make_teacher(student_tok, None)
+    teacher.model.bfloat16().train()
+    again = TeacherModel(teacher.objective, teacher.model, student_tok, device="cpu")
+    again.place(torch.device("cpu"))
+    assert not teacher.model.training
+    ids = torch.tensor([[1, 2, 3]])
+    logits = again.logits({}, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
+    assert logits.dtype == torch.bfloat16
+    assert logits.is_inference()
+
+
+def test_position_ids_of_packed_rows_are_passed_on(student_tok):
+    seen = {}
+
+    class Model(torch.nn.Module):
+        def forward(self, **inputs):
+            seen.update(inputs)
+            return SimpleNamespace(logits=torch.zeros(1, 3, 5))
+
+    ids = torch.tensor([[1, 2, 3]])
+    teacher = TeacherModel(Teacher(loss="uld"), Model())
+    teacher.logits({"input_ids": ids, "position_ids": ids, "attention_mask": ids}, {"input_ids": ids})
+    assert set(seen) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
+
+
+def test_cached_logits(student_tok):
+    ids = torch.tensor([[1, 2, 3]])
+    cached = TopKLogits(ids[..., None], torch.zeros(1, 3, 1))
+    teacher = TeacherModel(Teacher(loss="kd"), name="T")
+    teacher.place(torch.device("cpu"))
+    teacher.check_entry({"logits": cached}, {"input_ids": ids})
+    make_teacher(student_tok, student_tok, loss="uld").check_entry({"logits": cached}, {"input_ids": ids})
+    assert teacher.logits({"logits": cached}, {"input_ids": ids}) is cached
+    with pytest.raises(ValueError, match="T: expected cached logits in the batch, since it has no model"):
+        teacher.logits({}, {"input_ids": ids})
+
+
+def test_chunks_that_spell_different_text(student_tok, teacher_tok):
+    student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+    (example,) = encode(["In 1995, 123 readers"], student_tok, teacher_tok)
+    ids, entry = torch.tensor([example["student_ids"]]), example["teachers"][0]
+    theirs = torch.tensor([entry["ids"]])
+    alignment = Alignment(entry["spans"], [0, len(entry["spans"])])
+    check_same_bytes(alignment, ids, theirs, student, teacher, "T")
+    with pytest.raises(ValueError, match=r"T: expected chunks that spell the same text .* only \d of \d+ do"):
+        check_same_bytes(alignment, ids, theirs.flip(1), student, teacher, "T")
+    check_same_bytes(Alignment([], [0, 0]), ids, theirs, student, teacher, "T")

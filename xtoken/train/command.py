@@ -1,0 +1,216 @@
+"""``xtoken train``: distils from one or several teachers into a student; a script to read, copy and change.
+
+Everything that `transformers.TrainingArguments` takes is an option too: ``--learning_rate``, ``--bf16``,
+``--gradient_accumulation_steps``, ``--fsdp``, ``--deepspeed``, ``--report_to tensorboard`` ... On several devices:
+``torchrun --nproc-per-node 8 -m xtoken train ...`` or ``accelerate launch -m xtoken train ...``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+from transformers.trainer_utils import get_last_checkpoint
+
+from xtoken.losses import Teacher
+from xtoken.vocabulary import Vocabulary
+
+from .collator import XTokenCollator
+from .config import XTokenConfig
+from .data import load_examples
+from .plot import PlotCallback
+from .prepare import cached_projection, choose_loss
+from .teachers import TeacherModel, load_model
+from .trainer import XTokenTrainer
+
+
+# ruff: noqa: RUF009, since this makes fields
+def _option(default: Any, help: str, **metadata: Any) -> Any:
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class TrainArguments:
+    """What to train on what; see ``--help``."""
+
+    student: str | None = _option(None, "the student: a folder, a Hub id or a GGUF file")
+    teacher: list[str] | None = _option(None, "a teacher, likewise; may be repeated", action="extend")
+    data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
+    eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
+    loss: list[str] | None = _option(
+        None, "auto (the audit decides), pkl, hkl, gold, uld or kd; one for all teachers or one each", action="extend"
+    )
+    teacher_weight: list[float] | None = _option(
+        None, "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
+        "default 1 for one teacher, equal shares of 1 for several", action="extend",
+    )  # fmt: skip
+    temperature: float = _option(1.0, "of teacher and student")
+    top_k: int = _option(8192, "teacher's columns in P-KL and same-tokenizer KL; 0: all")
+    merge: str = _option("first", "chunks of several tokens in P-KL: first, mean or chain")
+    support: str = _option("all", "columns of P-KL: all, or reachable by W")
+    reverse: bool = _option(False, "KL(student || teacher)")
+    gamma: float = _option(0.1, "factor of W from one piece of a token to the next")
+    learn_projection: bool = _option(False, "train the weights of W too (P-KL)")
+    train_on: str = _option("all", "all, completion or assistant")
+    text_column: str = _option("text", "field with the text of a document")
+    max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
+    packed: bool = _option(False, "put several examples into one row of max_length tokens")
+    student_dtype: str = _option("float32", "type of the student's weights")
+    teacher_dtype: str = _option("auto", "type of the teachers' weights; auto: as stored")
+    teacher_device: str | None = _option(None, "device of the teachers; default: the student's; auto: spread")
+    cache: str | None = _option(None, "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken")
+    trust_remote_code: bool = _option(False, "run code that comes with models")
+    resume: bool = _option(False, "go on from the last checkpoint in the output folder, if there is one")
+    plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
+
+
+def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
+    """Options from the command line, and for those not given there from the YAML file that ``--config`` names.
+
+    Raises
+    ------
+    ValueError
+        If one is missing, unknown, or does not go with the others.
+    """
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config")
+    chosen, given = first.parse_known_args(arguments)
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = HfArgumentParser(
+        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__, formatter_class=formatter
+    )
+    parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
+    parser.set_defaults(logging_steps=10)
+    if chosen.config:
+        given = [*_from_yaml(chosen.config, parser, given), *given]
+    options, config = parser.parse_args_into_dataclasses(given)[:2]
+    for name in ("student", "teacher", "data"):
+        if not getattr(options, name):
+            raise ValueError(f"--{name}: expected one")
+    return options, config
+
+
+def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
+    """The options of a file that are not given already, as on a command line."""
+    import yaml
+
+    values = yaml.safe_load(Path(path).read_text())
+    if not isinstance(values, dict):
+        raise ValueError(f"--config: expected options and their values in {path}, got {type(values).__name__}")
+    names = {action.dest: action.option_strings for action in parser._actions}
+    present = {argument.split("=")[0] for argument in given}
+    arguments = []
+    for name, value in values.items():
+        if name not in names:
+            raise ValueError(f"--config: {path} has an unknown option: {name}")
+        if present.isdisjoint(names[name]):
+            several = value if isinstance(value, list) else [value]
+            arguments += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in several)]
+    return arguments
+
+
+def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) -> list[Any]:
+    """A value for each teacher, from one for all, one for each, or none."""
+    values = [default] if values is None else list(values)
+    if len(values) not in (1, count):
+        raise ValueError(f"--{name}: expected one, or one for each of the {count} teachers, got {len(values)}")
+    return values * count if len(values) == 1 else values
+
+
+def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
+    """The teachers' weights; see ``--teacher_weight``."""
+    if given is None:
+        return [1.0 / count] * count
+    if len(given) == count - 1:
+        given = [1.0 - sum(given), *given]
+    if len(given) != count:
+        raise ValueError(f"--teacher_weight: expected one for each of the {count} teachers, got {len(given)}")
+    return list(given)
+
+
+def build_teacher(
+    source: str, loss: str, weight: float, student: Vocabulary, options: TrainArguments, device: torch.device
+) -> tuple[TeacherModel, Any, list[str]]:
+    """A teacher, its tokenizer, and what there is to say about it."""
+    where = options.teacher_device or device
+    model, tokenizer = load_model(
+        source, dtype=options.teacher_dtype, device=where, trust_remote_code=options.trust_remote_code
+    )
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
+    reasons: list[str] = []
+    if loss == "auto":
+        loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
+    projection: Any = None
+    if loss != "kd":
+        projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
+        reasons = [*reasons, repr(projection)]
+    if options.learn_projection and loss == "pkl":
+        projection = projection.learnable()
+    objective = Teacher(
+        projection=projection,
+        loss=loss,
+        weight=weight,
+        temperature=options.temperature,
+        top_k=options.top_k or None,
+        merge=options.merge,
+        support=options.support,
+        reverse=options.reverse,
+    )
+    said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
+    placed = None if where == "auto" else where
+    return TeacherModel(objective, model, vocabulary, name, placed), tokenizer, said
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs ``xtoken train``."""
+    options, config = parse(arguments)
+    count = len(options.teacher or [])
+    losses, weights = one_each(options.loss, "auto", count, "loss"), weights_of(options.teacher_weight, count)
+    student, student_tok = load_model(
+        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code
+    )
+    with config.main_process_first(desc="W and audit"):  # the others find them in the cache
+        built = [
+            build_teacher(*one, Vocabulary.from_tokenizer(student_tok), options, config.device)
+            for one in zip(options.teacher or [], losses, weights, strict=True)
+        ]
+    teachers, teacher_toks = [one[0] for one in built], [one[1] for one in built]
+    for k, teacher in enumerate(teachers):
+        if teacher.name in [one.name for one in teachers[:k]]:
+            teacher.name = f"{teacher.name}-{k + 1}"
+    if config.process_index == 0:
+        print("\n".join(line for one in built for line in one[2]))
+    train, held_out = (
+        load_examples(
+            files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
+            train_on=options.train_on,
+        ) if files else None
+        for files in (options.data, options.eval_data)
+    )  # fmt: skip
+    folder = str(config.output_dir)
+    last = get_last_checkpoint(folder) if options.resume and os.path.isdir(folder) else None
+    config.eval_on_start = held_out is not None and last is None
+    trainer = XTokenTrainer(
+        model=student,
+        args=config,
+        teachers=teachers,
+        data_collator=XTokenCollator(student_tok, teacher_toks, packed=options.packed, max_length=options.max_length),
+        train_dataset=train,
+        eval_dataset=held_out,
+        processing_class=student_tok,
+        callbacks=[PlotCallback()] if options.plot else [],
+    )
+    trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
+    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
+    if held_out is not None and trainer.state.global_step not in evaluated:
+        trainer.evaluate()
+    trainer.save_model()
+    trainer.save_state()
