@@ -467,8 +467,8 @@ class ExampleEncoder:
         sides = [self.student, *(side for side in self.teachers if side is not None)]
         prefixes = [np.asarray(side.prefix, np.int64) for side in sides]
         whole = np.array([len(ids), *(len(reading.ids) for reading in readings)])
-        limits = [self.max_length, *(self.max_teacher_length for _ in readings)]
-        limits = [size if limit is None else limit for limit, size in zip(limits, whole.tolist(), strict=True)]
+        given = [self.max_length, *(self.max_teacher_length for _ in readings)]
+        limits = [size if limit is None else limit for limit, size in zip(given, whole.tolist(), strict=True)]
         cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, readings)
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
