@@ -238,7 +238,7 @@ class XTokenTrainer(Trainer):
         self._check_entries(entries, inputs)
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, labels)
-        outputs = model(**inputs, use_cache=False)  # with a cache, examples that share a row would see each other
+        outputs = model(**inputs)
         step = self._step if self.model.training else None
         # In evaluation the sums themselves are wanted; in a training loop without `get_batch_samples` means.
         alone = (None, None) if self.model.training else (1, [1] * len(logits))
