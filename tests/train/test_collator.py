@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from small import SMALL_TEXTS, make_model
+from small import SMALL_TEXTS, make_model, make_teacher, make_trainer
 
 from xtoken import ProjectionMatrix, Vocabulary, pkl_loss
 from xtoken.train import ExampleEncoder, XTokenCollator, pack
@@ -61,6 +61,19 @@ def test_packed_models_see_each_example_alone(examples, student_tok, teacher_tok
         )
         results.append((kd.item(), ce.item(), sides[1]["alignment"].num_chunks, int((batch["labels"] != -100).sum())))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_packing_does_not_change_a_step(examples, student_tok, teacher_tok, tmp_path):
+    logged = []
+    for options in ({}, {"packed": True, "max_length": 150}):
+        teachers = [make_teacher(student_tok, teacher_tok), make_teacher(student_tok, None, name="direct")]
+        trainer = make_trainer(
+            tmp_path, student_tok, teachers, examples[:8], max_steps=1, per_device_train_batch_size=8
+        )
+        trainer.data_collator = XTokenCollator(student_tok, [teacher_tok, student_tok], **options)
+        trainer.train()
+        logged += [(one["ce"], one["kd"]) for one in trainer.state.log_history if "ce" in one]
+    assert logged[0] == pytest.approx(logged[1], rel=1e-5)
 
 
 def test_no_label_or_chunk_at_the_first_token(examples, student_tok, teacher_tok):

@@ -270,6 +270,25 @@ def test_bad_input(student_tok, teacher_tok):
             encoder.encode([{"body": "fine"}, row])
 
 
+def test_rows_are_counted_from_the_first(small_chat_tok, student_tok):
+    encoder = ExampleEncoder(small_chat_tok("gemma3"), [small_chat_tok("llama3")])
+    fine = {"messages": [{"role": "user", "content": "who?"}]}
+    with pytest.raises(ValueError, match="row 7: student: its chat template refuses the messages"):
+        encoder.encode([fine, {"messages": [*fine["messages"], {"role": "tool", "content": "a"}]}], 6)
+    with pytest.raises(ValueError, match=r"row 6: .*surrogates not allowed"):
+        encoder.encode([{"text": "a\ud800b"}], 6)
+
+
+def test_tokenizers_by_path(student_tok, teacher_tok, tmp_path):
+    teacher_tok.backend_tokenizer.save(str(tmp_path / "tokenizer.json"))
+    row = {"text": SMALL_TEXTS[0]}
+    (found,), (expected,) = (
+        ExampleEncoder(student_tok, [teacher], add_end=False).encode([row])[0]
+        for teacher in (tmp_path / "tokenizer.json", teacher_tok)
+    )
+    assert found["teachers"][0]["spans"].tolist() == expected["teachers"][0]["spans"].tolist()
+
+
 def test_padding_and_truncation_of_the_tokenizer_take_no_part(student_tok, teacher_tok):
     backend = type(student_tok.backend_tokenizer).from_str(student_tok.backend_tokenizer.to_str())
     backend.enable_truncation(4)

@@ -67,10 +67,17 @@ def test_files_are_encoded(tmp_path, student_tok, teacher_tok, small_chat_tok):
     expected = [example for one in encoder.encode([*ROWS[::2], *ROWS[1::2]]) for example in one]
     assert len(loaded) == len(expected) > len(ROWS)
     assert listed(loaded[k] for k in range(len(loaded))) == listed(expected)
-    chats = write(tmp_path / "c.parquet", [CHAT] * 3)  # columns that only some rows have come as None
+
+
+def test_fields_that_only_some_rows_have(tmp_path, small_chat_tok):
+    function = {"name": "look", "arguments": {"place": "here"}}
+    call = {"messages": [CHAT["messages"][0], {"role": "assistant", "tool_calls": [{"function": function}]}]}
+    chats = write(tmp_path / "c.parquet", [CHAT, call])
+    assert next(read_rows([chats]))["messages"][1]["tool_calls"] is None
     toks = small_chat_tok("llama3"), [small_chat_tok("qwen3")]
     loaded = load_examples([chats], *toks, train_on="assistant")
-    assert listed([loaded[0]]) == listed(ExampleEncoder(*toks, train_on="assistant").encode([CHAT])[0])
+    expected = [example for one in ExampleEncoder(*toks, train_on="assistant").encode([CHAT, call]) for example in one]
+    assert listed(loaded[k] for k in range(len(loaded))) == listed(expected)
 
 
 def test_rows_without_anything_to_train_on_are_counted(student_tok, teacher_tok, caplog):

@@ -68,6 +68,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     ValueError
         If a message is not a mapping with a ``role``.
     """
+    plain, tools, options = _given(list(messages)), _given(tools), _given(options)
     pieces: list[str] = []
     owners: list[int] = []
     reasoning: set[int] = set()
@@ -109,13 +110,24 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         return value
 
     skeleton: list[dict[str, Any]] = []
-    for owner, message in enumerate(messages):
+    for owner, message in enumerate(plain):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
         top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is none of its words
         skeleton.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
-    plain = [dict(one) for one in messages]
     return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning)
+
+
+def _given(value: Any) -> Any:
+    """The value without fields that are None: tables have every field in every row, and templates ask if one is there.
+
+    A ``content`` of None stays: that is how messages with tool calls are written.
+    """
+    if isinstance(value, Mapping):
+        return {key: _given(one) for key, one in value.items() if one is not None or key == "content"}
+    if isinstance(value, (list, tuple)):
+        return [_given(one) for one in value]
+    return value
 
 
 class ChatTemplate:

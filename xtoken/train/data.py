@@ -53,9 +53,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
         self.dropped = 0
         self._examples: list[dict[str, Any]] = []
-        source = iter(rows)
+        source, count = iter(rows), 0
         while batch := list(itertools.islice(source, BATCH_ROWS)):
-            for examples in encoder.encode(batch):
+            encoded = encoder.encode(batch, count)
+            count += len(batch)
+            for examples in encoded:
                 self._examples += examples
                 self.dropped += not examples
         if not self._examples:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 from xtoken.losses._backends import IGNORED
 from xtoken.losses._common import check_choice
 from xtoken.teacher_cache import document_digest
-from xtoken.vocabulary import TokenizerLike, Vocabulary
+from xtoken.vocabulary import TokenizerLike, Vocabulary, _load
 
 from .chat import ChatTemplate, Conversation, take_apart
 from .teachers import same_tokens
@@ -35,6 +36,8 @@ class Example(NamedTuple):
     ----------
     pieces : list of str
         The texts that are aligned: contents of messages; prompt and completion; or the whole text.
+    sizes : list of int
+        Their bytes.
     owners : list of int
         The turn of each piece.
     trained : list of bool
@@ -44,9 +47,17 @@ class Example(NamedTuple):
     """
 
     pieces: list[str]
+    sizes: list[int]
     owners: list[int]
     trained: list[bool]
     conversation: Conversation | None
+
+    @staticmethod
+    def of(
+        pieces: list[str], owners: list[int], trained: list[bool], conversation: Conversation | None = None
+    ) -> Example:
+        sizes = [len(piece.encode()) for piece in pieces]
+        return Example(pieces, sizes, owners, trained, conversation)
 
 
 def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
@@ -55,7 +66,7 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
     Raises
     ------
     ValueError
-        If it has none of the forms.
+        If it has none of the forms, or text with lone surrogates.
     """
     messages = row.get("messages")
     if messages is not None:
@@ -66,12 +77,12 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
         head = prompt.rstrip()  # a token may join a space to the word behind it
         turns = ((head, train_on == "all"), (prompt[len(head) :] + completion, True))
         parts = [(text, trained) for text, trained in turns if text]
-        return Example([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts], None)
+        return Example.of([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts])
     if prompt is not None and completion is not None and not isinstance(prompt, str):
         return _chat(row, [*prompt, *completion], len(prompt), train_on)
     text = row.get(text_column)
     if isinstance(text, str):
-        return Example([text] if text else [], [0] if text else [], [True] if text else [], None)
+        return Example.of([text] if text else [], [0] if text else [], [True] if text else [])
     found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
     raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
 
@@ -86,7 +97,7 @@ def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on
         train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
         for k, one in enumerate(messages)
     ]
-    return Example(conversation.pieces, conversation.owners, trained, conversation)
+    return Example.of(conversation.pieces, conversation.owners, trained, conversation)
 
 
 class _Table(NamedTuple):
@@ -100,7 +111,7 @@ class _Table(NamedTuple):
     @staticmethod
     def of(examples: Sequence[Example]) -> _Table:
         return _Table(
-            np.array([len(piece.encode()) for example in examples for piece in example.pieces], np.int64),
+            np.array([size for example in examples for size in example.sizes], np.int64),
             np.array([example.trained[owner] for example in examples for owner in example.owners], bool),
             np.array([trained for example in examples for trained in example.trained], bool),
         )
@@ -130,10 +141,25 @@ class _Tokens(NamedTuple):
     """[M]: the token that ends each turn, -1 if there is none."""
 
 
+class _Layout(NamedTuple):
+    """An example as one model's text."""
+
+    text: str
+    raw: bytes
+    base: int
+    """Number of its first byte."""
+    piece_start: list[int]
+    """Byte at which each piece begins, -1 if it does not stand there verbatim."""
+    turn_end: list[tuple[int, int]]
+    """For each turn the bytes between which its end token is looked for, (-1, -1) if nothing of it is there."""
+
+
 class _Side:
     """One model's way of reading."""
 
     def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = _load(tokenizer)
         self.tokenizer = tokenizer
         self.name = name
         self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
@@ -155,9 +181,7 @@ class _Side:
 
     def _prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text, such as BOS."""
-        encode = getattr(self.tokenizer, "encode", self.backend.encode)
-        plain, whole = (encode("a", add_special_tokens=special) for special in (False, True))
-        plain, whole = (list(getattr(one, "ids", one)) for one in (plain, whole))
+        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
         return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
 
     @property
@@ -177,73 +201,71 @@ class _Side:
     def roles(self, token_id: int) -> set[str]:
         return {role for role, i in self.vocabulary.roles.items() if i == token_id}
 
-    def encode(self, examples: Sequence[Example], add_end: bool) -> _Tokens:
-        texts: list[str] = []
-        piece_start: list[int] = []
-        after: list[int] = []  # for each turn, the bytes between which its end is looked for
-        until: list[int] = []
-        bases: list[int] = []
-        raws: list[bytes] = []
+    def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> _Tokens:
+        """Writes and encodes examples; errors count rows from `first_row`."""
+        layouts = []
         base = 1
-        for example in examples:
-            starts = [-1] * len(example.pieces)
-            ends = [(-1, -1)] * len(example.trained)
-            if example.conversation is None:
-                text = "".join(example.pieces)
-                at = base
-                for k, piece in enumerate(example.pieces):
-                    starts[k] = at
-                    at += len(piece.encode())
-                if ends:
-                    ends[-1] = (at, at + 1)
-            else:
-                text, places = self.template.render(example.conversation)
-                at, char = base, 0
-                for place in places:
-                    at, char = at + len(text[char : place.start].encode()), place.start
-                    if place.is_verbatim:
-                        starts[place.piece] = at
-                    at, char = at + len(text[char : place.end].encode()), place.end
-                    ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
-            texts.append(text)
-            raws.append(text.encode())
-            bases.append(base)
-            piece_start += starts
-            after += [one for one, _ in ends]
-            until += [two for _, two in ends]
-            base += len(raws[-1]) + 2
+        for number, example in enumerate(examples, first_row):
+            try:
+                layouts.append(self._layout(example, base))
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            base += len(layouts[-1].raw) + 2
+        texts = [layout.text for layout in layouts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
         rows = []
         is_exact = np.ones(len(examples), bool)
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        for k, (encoding, raw, example) in enumerate(zip(encodings, raws, examples, strict=True)):
+        for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
             ids = encoding.ids
-            if b"".join([self.tokens[i] for i in ids]) == raw:
+            if b"".join([self.tokens[i] for i in ids]) == layout.raw:
                 row = np.asarray(ids, np.int64)
                 end = np.cumsum(self.lengths[row])
                 start = end - self.lengths[row]
             else:
                 is_exact[k] = False
-                row, start, end = self._offsets(texts[k])
+                row, start, end = self._offsets(layout.text)
             if example.conversation is None:
                 closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
                 before, behind = len(self.prefix), len(closing)
                 row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
                 start, end = (
-                    np.concatenate([np.full(before, -1), one, np.full(behind, len(raw))]) for one in (start, end)
+                    np.concatenate([np.full(before, -1), one, np.full(behind, len(layout.raw))]) for one in (start, end)
                 )
-            rows.append((row, start + bases[k], end + bases[k]))
+            rows.append((row, start + layout.base, end + layout.base))
         ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
         return _Tokens(
             ids,
             start,
             end,
             np.cumsum([0, *(len(row) for row, _, _ in rows)]),
-            np.array([base + len(raw) for base, raw in zip(bases, raws, strict=True)]),
-            raws,
+            np.array([layout.base + len(layout.raw) for layout in layouts]),
+            [layout.raw for layout in layouts],
             is_exact,
-            np.array(piece_start, np.int64),
-            self._turn_ends(ids, start, np.array(after, np.int64), np.array(until, np.int64)),
+            np.array([start for layout in layouts for start in layout.piece_start], np.int64),
+            self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end]),
         )
+
+    def _layout(self, example: Example, base: int) -> _Layout:
+        """An example as this model's text, whose first byte has number `base`."""
+        starts = [-1] * len(example.pieces)
+        ends = [(-1, -1)] * len(example.trained)
+        at = base
+        if example.conversation is None:
+            text = "".join(example.pieces)
+            for k, size in enumerate(example.sizes):
+                starts[k] = at
+                at += size
+            ends[-1:] = [(at, at + 1)] * len(ends[-1:])
+        else:
+            text, places = self.template.render(example.conversation)
+            char = 0
+            for place in places:
+                at, char = at + len(text[char : place.start].encode()), place.start
+                if place.is_verbatim:
+                    starts[place.piece] = at
+                at, char = at + len(text[char : place.end].encode()), place.end
+                ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
+        return _Layout(text, text.encode(), base, starts, ends)
 
     def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
         """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
@@ -253,8 +275,9 @@ class _Side:
         start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
         return np.asarray(encoding.ids, np.int64), start, end
 
-    def _turn_ends(self, ids: Ints, start: Ints, after: Ints, until: Ints) -> Ints:
-        """The first end token between the given bytes, for each turn."""
+    def _turn_ends(self, ids: Ints, start: Ints, stretches: Sequence[tuple[int, int]]) -> Ints:
+        """The first end token in each stretch of bytes, -1 if there is none or the stretch begins at -1."""
+        after, until = np.array(stretches, np.int64).reshape(-1, 2).T
         (places,) = self.is_end[ids].nonzero()
         places = np.append(places, -1)
         position = np.append(start[places[:-1]], np.iinfo(np.int64).max)
@@ -313,8 +336,11 @@ class ExampleEncoder:
     the student must write them itself. Special tokens that stand in a content are left out.
 
     Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
-    edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher's
-    does the same. Prompt and completion are encoded as one text; white space between them belongs to the completion.
+    edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher has
+    the same white space there.
+
+    Prompt and completion are encoded as one text; white space between them belongs to the completion. Fields of
+    messages that are None, as tables fill them in, are left out; ``content`` stays.
     """
 
     def __init__(
@@ -343,8 +369,8 @@ class ExampleEncoder:
         sides = [_Side(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
 
-    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-        """Encodes rows, best some hundreds at a time.
+    def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
+        """Encodes rows, best some hundreds at a time; errors count them from `first_row`.
 
         Returns
         -------
@@ -359,20 +385,20 @@ class ExampleEncoder:
         Raises
         ------
         ValueError
-            If a row has none of the forms (saying which), or a template is missing or refuses it.
+            If a row has none of the forms, or a template is missing or refuses it, saying which.
         """
         if not rows:
             return []
         examples = []
-        for number, row in enumerate(rows):
+        for number, row in enumerate(rows, first_row):
             try:
                 examples.append(parse_example(row, self.train_on, self.text_column))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
         table = _Table.of(examples)
-        student = self.student.encode(examples, self.add_end)
+        student = self.student.encode(examples, self.add_end, first_row)
         labels = self._labels(table, student)
-        sides = [None if side is None else side.encode(examples, self.add_end) for side in self.teachers]
+        sides = [None if side is None else side.encode(examples, self.add_end, first_row) for side in self.teachers]
         chunks = [
             None if side is None or tokens is None else self._chunks(table, student, side, tokens)
             for side, tokens in zip(self.teachers, sides, strict=True)
@@ -473,9 +499,11 @@ class ExampleEncoder:
         readings = [_Reading.of(k, *one) for one in teachers if one is not None]
         sides = [self.student, *(side for side in self.teachers if side is not None)]
         prefixes = [np.asarray(side.prefix, np.int64) for side in sides]
-        limits = [self.max_length, *(self.max_teacher_length for _ in readings)]
-        cuts = _cuts(len(ids), readings)
-        windows = _windows(cuts, [len(prefix) for prefix in prefixes], [limit or cuts.max() for limit in limits])
+        whole = np.array([len(ids), *(len(reading.ids) for reading in readings)])
+        given = [self.max_length, *(self.max_teacher_length for _ in readings)]
+        limits = [size if limit is None else limit for limit, size in zip(given, whole.tolist(), strict=True)]
+        cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, readings)
+        windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
         documents = (
@@ -528,14 +556,13 @@ class _Reading(NamedTuple):
         return predicted
 
 
-def _cuts(length: int, readings: Sequence[_Reading]) -> Ints:
+def _cuts(whole: Ints, readings: Sequence[_Reading]) -> Ints:
     """[C, 1 + teachers]: how many tokens each side has read at each place where all can be cut, from none to all."""
-    places = np.arange(1, length)
+    places = np.arange(1, whole[0])
     for reading in readings:
         places = np.intersect1d(places, reading.spans[:, 1])
     inner = [reading.spans[np.searchsorted(reading.spans[:, 1], places), 3] for reading in readings]
-    whole = [length, *(len(reading.ids) for reading in readings)]
-    return np.concatenate([[[0] * len(whole)], np.stack([places, *inner], axis=1), [whole]])
+    return np.concatenate([[np.zeros_like(whole)], np.stack([places, *inner], axis=1), [whole]])
 
 
 def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterator[tuple[Ints, Ints]]:
