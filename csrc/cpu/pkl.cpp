@@ -46,8 +46,8 @@ void pkl(const PklParams& params, Level level, int threads) {
     const auto others = static_cast<int64_t>(other_rows.size());
     const int64_t few = params.chunks / (8 * std::max(threads, 1));  // so that the threads end at about the same time
     const int64_t together = std::min(row_group, std::max<int64_t>(few, 1));
-    const int64_t groups =
-        params.weight_grad == nullptr ? (params.chunks + together - 1) / together : std::min(params.chunks, weight_groups);
+    const int64_t groups = params.weight_grad == nullptr ? (params.chunks + together - 1) / together
+                                                         : std::min(params.chunks, weight_groups);
     const int64_t entries = params.plan.entries;
     std::vector<float> sums(params.weight_grad == nullptr ? 0 : groups * entries, 0.0f);
     const int64_t items = groups + (others + row_group - 1) / row_group;
