@@ -13,7 +13,9 @@ export OMP_WAIT_POLICY := passive
 
 SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py tests/test_projection.py \
-	tests/test_vocabulary.py --deselect tests/test_projection.py::test_llama3_to_qwen3_is_quick_and_small
+	tests/test_vocabulary.py --deselect tests/test_projection.py::test_llama3_to_qwen3_is_quick_and_small \
+	--deselect tests/losses/test_operator.py::test_compiled_by_inductor \
+	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows
 
 .PHONY: demo test sanitize lint format build clean
 

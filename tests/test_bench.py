@@ -65,3 +65,13 @@ def test_bench_corpus(tmp_path):
     command = [sys.executable, str(ROOT / "bench" / "bench_corpus.py"), "--megabytes", "0.1", "--repeat", "1"]
     subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True)
     assert json.loads(output.read_text())
+
+
+def test_bench_cache(tmp_path):
+    output = tmp_path / "cache.json"
+    command = [sys.executable, str(ROOT / "bench" / "bench_cache.py"), "--passages", "2", "--top-k", "4", "40000"]
+    printed = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True).stdout
+    little, most = json.loads(output.read_text())["rows"]
+    assert little["kl_nats_per_token"] > 0.3
+    assert 0 <= most["kl_nats_per_token"] < 1e-4
+    assert "| 4 |" in printed

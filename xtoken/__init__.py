@@ -19,25 +19,33 @@ from .losses import (
     linear_kd_loss,
     linear_pkl_loss,
     pkl_loss,
+    prefix_kl_loss,
     select_backend,
     uld_loss,
 )
+from .pieces import PieceIndex
 from .projection import ProjectionMatrix
+from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
 
 __all__ = [
     "Aligner",
     "Alignment",
+    "CachedDocument",
     "ClassCoverage",
     "CoverageReport",
     "LinearLogits",
+    "PieceIndex",
     "ProjectionMatrix",
     "Teacher",
+    "TeacherCache",
+    "TeacherCacheWriter",
     "TopKLogits",
     "Vocabulary",
     "XTokenLoss",
     "__version__",
     "align_corpus",
+    "cache_teacher",
     "coverage_audit",
     "gold_loss",
     "hkl_loss",
@@ -47,6 +55,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_pkl_loss",
     "pkl_loss",
+    "prefix_kl_loss",
     "reference",
     "select_backend",
     "show_config",

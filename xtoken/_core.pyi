@@ -101,6 +101,27 @@ def add_reverse(
     gamma: float,
     top_k: int,
 ) -> SparseRows: ...
+def partners(student: Vocabulary, teacher: Vocabulary) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
+def build_piece_index(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    student_rows: NDArray[np.int32],
+    student_ptr: NDArray[np.int64],
+    student_ids: NDArray[np.int32],
+    teacher_rows: NDArray[np.int32],
+    teacher_ptr: NDArray[np.int64],
+    teacher_ids: NDArray[np.int32],
+) -> NDArray[np.int32]: ...
+def check_piece_index(data: NDArray[np.int32]) -> None: ...
+def inner_boundaries(
+    data: NDArray[np.int32],
+    student_start: NDArray[np.int64],
+    student_count: NDArray[np.int64],
+    student_next: NDArray[np.int64],
+    teacher_start: NDArray[np.int64],
+    teacher_count: NDArray[np.int64],
+    teacher_next: NDArray[np.int64],
+) -> NDArray[np.int64]: ...
 def cpu_levels() -> list[str]: ...
 def cpu_level() -> str: ...
 def cpu_exp(

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "core/error.h"
+#include "core/projection.h"
 
 namespace xtoken {
 
@@ -37,10 +38,14 @@ std::vector<T> to_vector(const Array<T>& array, const char* name) {
     return std::vector<T>(array.data(), array.data() + array.size());
 }
 
+// Token sequences of a Python caller, checked: `count` of them, ids within the vocabulary.
+Sequences to_sequences(const Array<int64_t>& ptr, const Array<int32_t>& ids, size_t count, int32_t vocabulary_size);
+
 void bind_vocabulary(py::module_& m);
 void bind_align_dp(py::module_& m);
 void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
+void bind_piece_index(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_cpu_gold(py::module_& m);
 void bind_cpu_kd(py::module_& m);

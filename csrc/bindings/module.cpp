@@ -2,32 +2,16 @@
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"
+#include "bindings/errors.h"
 #include "core/cpu_features.h"
 #include "core/parallel.h"
 
 namespace xtoken {
 namespace {
 
-void translate(const Error& error) {
-    switch (error.kind()) {
-        case Error::Kind::value:
-            return py::set_error(PyExc_ValueError, error.what());
-        case Error::Kind::type:
-            return py::set_error(PyExc_TypeError, error.what());
-        case Error::Kind::runtime:
-            return py::set_error(PyExc_RuntimeError, error.what());
-    }
-}
-
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The C++ core of xtoken; use the functions of the package xtoken instead.";
-    py::register_exception_translator([](std::exception_ptr pointer) {
-        try {
-            if (pointer) std::rethrow_exception(pointer);
-        } catch (const Error& error) {
-            translate(error);
-        }
-    });
+    register_error_translator();
     m.attr("version") = XTOKEN_VERSION;
     m.attr("compiler") = XTOKEN_COMPILER;
     m.attr("build_type") = XTOKEN_BUILD_TYPE;
@@ -37,6 +21,7 @@ PYBIND11_MODULE(_core, m) {
     bind_align_dp(m);
     bind_aligner(m);
     bind_projection(m);
+    bind_piece_index(m);
     bind_cpu(m);
     bind_cpu_gold(m);
     bind_cpu_kd(m);

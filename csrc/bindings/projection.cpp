@@ -6,12 +6,6 @@
 #include "bindings/arrays.h"
 
 namespace xtoken {
-namespace {
-
-py::tuple to_tuple(SparseRows&& rows) {
-    return py::make_tuple(to_array<int64_t>(std::move(rows.row_ptr)), to_array<int32_t>(std::move(rows.col)),
-                          to_array<float>(std::move(rows.weight)));
-}
 
 Sequences to_sequences(const Array<int64_t>& ptr, const Array<int32_t>& ids, size_t count, int32_t vocabulary_size) {
     Sequences pieces{to_vector(ptr, "piece_ptr"), to_vector(ids, "piece_ids")};
@@ -26,6 +20,13 @@ Sequences to_sequences(const Array<int64_t>& ptr, const Array<int32_t>& ids, siz
         }
     }
     return pieces;
+}
+
+namespace {
+
+py::tuple to_tuple(SparseRows&& rows) {
+    return py::make_tuple(to_array<int64_t>(std::move(rows.row_ptr)), to_array<int32_t>(std::move(rows.col)),
+                          to_array<float>(std::move(rows.weight)));
 }
 
 PieceWeights to_weights(double beta, double gamma, int32_t top_k) {

@@ -6,20 +6,24 @@ in float64 on the same rounded inputs. The error may be twice that of the refere
 
 from __future__ import annotations
 
+import functools
+import itertools
 import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from random import Random
 from typing import Any
 
+import emulated
 import torch
 from comparer import assert_as_accurate
 from safetensors.torch import load_file
 from torch import Tensor
 
 import xtoken
-from xtoken import _core, reference
+from xtoken import PieceIndex, Vocabulary, _core, reference
 from xtoken.alignment import Alignment
 from xtoken.losses import _cpu
 from xtoken.losses._backends import backends_with, register_backend, unregister_backend
@@ -27,11 +31,15 @@ from xtoken.projection import ProjectionMatrix
 
 
 def _register_levels() -> tuple[str, ...]:
-    """The CPU kernels of every level that this machine runs, as backends; "cpu", the fastest, stays the last."""
+    """The CPU kernels of every level that this machine runs, and the CUDA kernels on the emulator, as backends; "cpu",
+    the fastest, stays the last."""
     unregister_backend("cpu")
     names = [f"cpu:{level}" for level in _core.cpu_levels() if level != _core.cpu_level()]
     for name in names:
         register_backend(_cpu.backend(name, name.removeprefix("cpu:")))
+    if emulated.why_not() is None:
+        register_backend(emulated.backend())
+        names.append("emulated")
     register_backend(_cpu.backend())
     return ("reference", *names, "cpu")
 
@@ -55,13 +63,55 @@ class Case:
     alignment: Alignment
     projection: ProjectionMatrix
 
+    @property
+    def pieces(self) -> PieceIndex:
+        """Of vocabularies in which the two sides of a chunk spell the same text."""
+        return piece_index(*self.projection.shape)
+
+
+@functools.cache
+def tokens(size: int, side: int) -> list[bytes]:
+    """So many strings over two letters, shorter ones first; half of the longer ones are the other side's too."""
+    texts = (bytes(text) for n in itertools.count(1) for text in itertools.product(b"ab", repeat=n))
+    return list(itertools.islice((t for i, t in enumerate(texts) if i < 2 or i % 4 in (side, 3)), size))
+
+
+@functools.cache
+def piece_index(students: int, teachers: int) -> PieceIndex:
+    return PieceIndex.build(Vocabulary(tokens(students, 0)), Vocabulary(tokens(teachers, 1)))
+
+
+def split(text: bytes, count: int, vocabulary: list[bytes]) -> list[int] | None:
+    """The text as so many tokens, the longest possible first."""
+    if count == 0:
+        return None if text else []
+    for end in range(len(text), 0, -1):
+        if text[:end] in vocabulary:
+            rest = split(text[end:], count - 1, vocabulary)
+            if rest is not None:
+                return [vocabulary.index(text[:end]), *rest]
+    return None
+
+
+def same_text(shape: tuple[int, int], vocab: tuple[int, int], random: Random) -> tuple[list[int], list[int]] | None:
+    """Random ids of so many tokens on both sides that spell the same text, if a few tries find some."""
+    sides = tokens(vocab[0], 0), tokens(vocab[1], 1)
+    fewer = int(shape[1] < shape[0])
+    own = [i for i, token in enumerate(sides[fewer]) if shape[0] == shape[1] or token not in sides[1 - fewer]]
+    for _ in range(100 if own else 0):
+        ids = random.choices(own, k=shape[fewer])
+        others = split(b"".join(sides[fewer][i] for i in ids), shape[1 - fewer], sides[1 - fewer])
+        if others is not None:
+            return (others, ids) if fewer else (ids, others)
+    return None
+
 
 # Chunk lengths (student, teacher); the cut leaves rows before, between and after them.
 SHAPES = ((1, 1), (1, 2), (1, 1), (3, 1), (2, 2), (1, 1), (2, 3))
 
 
 def make_alignment(samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = (1, 1), seed: int = 0) -> Alignment:
-    """The same chunks in each sample: the first without a predictor, a gap after every third."""
+    """The same chunks in each sample, each of one text: the first without a predictor, a gap after every third."""
     generator = torch.Generator().manual_seed(seed)
     spans, end = [], [0, 0]
     for k, (student, teacher) in enumerate(shapes):
@@ -69,6 +119,12 @@ def make_alignment(samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = 
         end = [end[0] + student + (k % 3 == 2), end[1] + teacher]
     ids = [torch.randint(v, (samples, n), generator=generator) for v, n in zip(vocab, end, strict=True)]
     offsets = torch.arange(samples + 1) * len(spans)
+    random = Random(seed)
+    for sample in range(samples):
+        for (a, b, c, d), shape in zip(spans, shapes, strict=True):
+            found = same_text(shape, vocab, random)
+            if found is not None:
+                ids[0][sample, a:b], ids[1][sample, c:d] = map(torch.tensor, found)
     return Alignment(torch.tensor(spans * samples).reshape(-1, 4), offsets, *ids)
 
 
@@ -190,6 +246,11 @@ def _kd(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = None, 
     return reference.kd(z, y, chunks, columns, **options)
 
 
+def _prefix(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    z, y, chunks = _parts(case, student, teacher, realised=True)
+    return _all(case, chunks, reference.prefix(z, y, chunks, case.pieces.data, **options))
+
+
 def positions(case: Case) -> Alignment:
     """Every student position with the teacher's of the same number, for `kd_loss`."""
     count = min(case.student.shape[1], case.teacher.shape[1]) - 1
@@ -218,12 +279,17 @@ def _public_kd(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> 
     return xtoken.kd_loss(student, teacher, positions(case), vocab_size=min(case.projection.shape), **options)
 
 
+def _public_prefix(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    return xtoken.prefix_kl_loss(student, teacher, case.alignment, case.pieces, **options)
+
+
 OPERATIONS = {
     "pkl": Operation(_projected(xtoken.pkl_loss), _pkl),
     "gold": Operation(_projected(xtoken.gold_loss), lambda *a, **o: _gold(*a, min_weight=1.0, **o)),
     "hkl": Operation(_projected(xtoken.hkl_loss), lambda *a, **o: _gold(*a, min_weight=0.6, **o)),
     "uld": Operation(_public_uld, _uld),
     "kd": Operation(_public_kd, _kd),
+    "prefix": Operation(_public_prefix, _prefix),
 }
 
 

@@ -58,7 +58,7 @@ def registered() -> Iterator[Callable[..., None]]:
     names = []
 
     def register(name: str, run: Callable[..., Tensor], missing: str | None = None) -> None:
-        operations = dict.fromkeys(("pkl", "gold", "uld", "kd"), run)
+        operations = dict.fromkeys(("pkl", "gold", "uld", "kd", "prefix"), run)
         register_backend(Backend(name, operations, lambda device: missing))
         names.append(name)
 

@@ -11,7 +11,7 @@ from comparer import assert_close, assert_within
 from harness import Case, make_case
 from torch import Tensor, nn
 
-from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, uld_loss
+from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
 from xtoken.losses._logits import DenseSource
 from xtoken.losses.pkl import select_columns
@@ -115,6 +115,17 @@ def test_every_loss(loss: str) -> None:
     assert_close(parts["kd"], want, rtol=1e-12)
     assert 0 <= float(parts["agreement"]) <= 1
     assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
+
+
+def test_prefix_kl() -> None:
+    case = make_case()
+    criterion = XTokenLoss([Teacher(pieces=case.pieces, reverse=True)])
+    assert criterion.vocab_size == 67
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    want = prefix_kl_loss(case.student, case.teacher, case.alignment, case.pieces, reverse=True)
+    assert_close(parts["kd"], want, rtol=1e-12)
+    assert parts["agreement"].isnan().all()
+    assert parts["mass"].isnan().all()
 
 
 def test_shared_tokenizer_uses_the_labels_positions() -> None:
@@ -273,11 +284,14 @@ def test_a_trainable_projection_learns() -> None:
     [
         (
             {"loss": "kl", "projection": 1},
-            "loss: expected one of 'pkl', 'hkl', 'gold', 'uld', 'kd', got 'kl'",
+            "loss: expected one of 'pkl', 'hkl', 'gold', 'uld', 'kd', 'prefix', got 'kl'",
         ),
         ({"loss": "pkl"}, "projection: expected a projection matrix for loss='pkl', got None"),
         ({"loss": "hkl"}, "projection: expected a projection matrix for loss='hkl', got None"),
         ({"loss": "kd", "projection": 1}, "projection: expected None for loss='kd'"),
+        ({"loss": "prefix", "projection": 1, "pieces": 1}, "projection: expected None for loss='prefix'"),
+        ({"loss": "prefix"}, "pieces: expected a PieceIndex for loss='prefix', got None"),
+        ({"loss": "pkl", "projection": 1, "pieces": 1}, "pieces: expected None for loss='pkl', got one"),
         ({"weight": -1.0}, "weight: expected a finite number >= 0, got -1.0"),
         ({"weight": math.nan}, "weight: expected a finite number >= 0, got nan"),
     ],

@@ -1,13 +1,16 @@
 """The operator behind the losses: torch.compile, opcheck, labels, other kinds of logits, in place, twice."""
 
 import itertools
+import os
+import shutil
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from comparer import assert_close
-from harness import OPERATIONS, Case, backends_of, make_case, positions
+from harness import OPERATIONS, Case, backends_of, make_case, piece_index, positions
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -265,6 +268,8 @@ def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -
             assert len(blocks) == 1
 
 
+PIECES = piece_index(67, 59)
+
 STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
     "pkl": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, top_k=30),
     "pkl mean": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="mean", top_k=None),
@@ -275,6 +280,7 @@ STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
     "hkl": lambda c, z, y, labels: xtoken.hkl_loss(z, y, c.alignment, c.projection),
     "uld": lambda c, z, y, labels: xtoken.uld_loss(z, y, c.alignment),
     "kd": lambda c, z, y, labels: xtoken.kd_loss(z, z.detach().flip(1), top_k=20, vocab_size=67),
+    "prefix": lambda c, z, y, labels: xtoken.prefix_kl_loss(z, y, c.alignment, PIECES),
     "linear": lambda c, z, y, labels: xtoken.linear_pkl_loss(z, torch.eye(z.shape[-1]), y, c.alignment, c.projection),
 }
 
@@ -299,16 +305,18 @@ def test_compiled_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd"])
+@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd", "prefix"])
 def test_opcheck(operation: str, reduction: str) -> None:
     case = small_case()
     W = case.projection
     same = operation == "kd"
     teacher = case.student.flip(1) if same else case.teacher
+    ids = (case.alignment.student_ids, case.alignment.teacher_ids) if operation == "prefix" else (None, None)
     inputs = _ops.Inputs(
         case.student.requires_grad_(), None, None, teacher, None, None, None,
         None if same else case.alignment.spans, None if same else case.alignment.offsets,
-        None if same else case.alignment.predicted, None, None, W.row_ptr, W.col, W.weight, None, None,
+        None if same else case.alignment.predicted, *ids, W.row_ptr, W.col, W.weight, None,
+        case.pieces.data if operation == "prefix" else None, None,
     )  # fmt: skip
     sizes = (67, 67) if same else W.shape
     settings = _ops.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
@@ -316,17 +324,56 @@ def test_opcheck(operation: str, reduction: str) -> None:
     torch.library.opcheck(torch.ops.xtoken.loss.default, (*inputs, *settings, *flags))
 
 
-def test_autocast_and_no_gradient() -> None:
+@pytest.mark.skipif(
+    shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler, and there is none"
+)
+def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # no trial compilations: half of the time
+    case = small_case()
+    layer = torch.nn.Linear(67, 67)
+
+    def step(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        loss, ce = pkl_loss(
+            layer(student).tanh() * 3, teacher, case.alignment, case.projection, top_k=30, labels=labels
+        )
+        return 2.0 * loss + ce
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True)):
+        loss = function(case.student, case.teacher, make_labels(case))
+        results.append((loss.detach(), *gradients(loss, layer.weight, layer.bias)))
+    torch._dynamo.reset()
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_autocast_and_no_gradient(name: str, backend: str) -> None:
     case = small_case()
     layer = torch.nn.Linear(67, 67)
     with torch.autocast("cpu", torch.bfloat16):
         logits = layer(case.student)
         assert logits.dtype == torch.bfloat16
-        loss = pkl_loss(logits, case.teacher, case.alignment, case.projection)
+        loss = call_loss(name, case, logits, case.teacher, backend=backend)
     loss.backward()
     assert layer.weight.grad is not None
+    assert bool(layer.weight.grad.any())
     assert loss.dtype == torch.float32
-    assert not pkl_loss(case.student, case.teacher, case.alignment, case.projection).requires_grad
+    want = call_loss(name, case, logits.detach(), case.teacher, backend=backend)
+    assert not want.requires_grad
+    assert_close(loss, want, rtol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_a_second_derivative_is_an_error(name: str, backend: str) -> None:
+    case = small_case()
+    student = case.student.requires_grad_()
+    loss = call_loss(name, case, student, case.teacher, backend=backend)
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.square().sum().backward()
 
 
 class Allocations(TorchDispatchMode):

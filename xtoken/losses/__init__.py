@@ -1,6 +1,6 @@
 """Distillation losses: one file for each, one autograd function for all, backends behind one table."""
 
-from xtoken.losses import _cpu  # noqa: F401  registers the backend
+from xtoken.losses import _cpu, _cuda  # noqa: F401  register the backends
 from xtoken.losses._backends import select_backend
 from xtoken.losses._logits import LinearLogits, TopKLogits
 from xtoken.losses.combined import Teacher, XTokenLoss
@@ -8,6 +8,7 @@ from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
 from xtoken.losses.linear import linear_gold_loss, linear_hkl_loss, linear_kd_loss, linear_pkl_loss
 from xtoken.losses.pkl import pkl_loss
+from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "linear_kd_loss",
     "linear_pkl_loss",
     "pkl_loss",
+    "prefix_kl_loss",
     "select_backend",
     "uld_loss",
 ]

@@ -66,13 +66,13 @@ class Labels:
         The token that each row should predict, -100 where none.
     losses : [B * T_s]
         Receives the cross-entropy of each row (temperature 1, vocabulary columns only), 0 where there is no label.
-    scale : float
-        Factor of the gradient ``softmax(z) - onehot(label)`` of each labelled row.
+    scale : float64 []
+        On the device of `ids`. Factor of the gradient ``softmax(z) - onehot(label)`` of each labelled row.
     """
 
     ids: Tensor
     losses: Tensor
-    scale: float
+    scale: Tensor
 
 
 class Operation(Protocol):
@@ -143,7 +143,7 @@ class Backend:
     Parameters
     ----------
     name : str
-    operations : mapping from an operation's name ("pkl", "gold", "uld", "kd") to an `Operation`
+    operations : mapping from an operation's name ("pkl", "gold", "uld", "kd", "prefix") to an `Operation`
     missing : callable
         Why it cannot work on a device, or None if it can.
     unsupported : callable
@@ -314,7 +314,7 @@ def select_backend(requested: str, device: torch.device | str, operation: str | 
     device : torch.device
         Where the logits are.
     operation : str, optional
-        ``"pkl"``, ``"gold"`` (H-KL too), ``"uld"`` or ``"kd"``; default: any.
+        ``"pkl"``, ``"gold"`` (H-KL too), ``"uld"``, ``"kd"`` or ``"prefix"``; default: any.
 
     Returns
     -------
@@ -368,4 +368,6 @@ def _reason(name: str, device: torch.device, operation: str | None, problem: Pro
     return backend.missing(device) or (None if problem is None else backend.unsupported(problem))
 
 
-register_backend(Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd"), run_reference), lambda device: None))
+register_backend(
+    Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd", "prefix"), run_reference), lambda device: None)
+)

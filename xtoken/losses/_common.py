@@ -28,6 +28,7 @@ def compute(
     *,
     sizes: tuple[int | None, int | None],
     projection: Any = None,
+    pieces: Tensor | None = None,
     mask: Tensor | None = None,
     columns: Any = None,
     labels: Tensor | None = None,
@@ -54,7 +55,7 @@ def compute(
             raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
         _check_inplace(student_logits, labels, projection)
-    chain = settings.get("merge") == "chain"
+    realised = operation == "prefix" or settings.get("merge") == "chain"
     inputs = Inputs(
         student.rows,
         student.head,
@@ -66,12 +67,13 @@ def compute(
         None if alignment is None else alignment.spans,
         None if alignment is None else alignment.offsets,
         mask if alignment is None else alignment.predicted,
-        _batched(alignment.student_ids) if chain and alignment is not None else None,
-        _batched(alignment.teacher_ids) if chain and alignment is not None else None,
+        _batched(alignment.student_ids) if realised and alignment is not None else None,
+        _batched(alignment.teacher_ids) if realised and alignment is not None else None,
         None if projection is None else projection.row_ptr,
         None if projection is None else projection.col,
         None if projection is None else projection.weight,
         None if columns is None else torch.as_tensor(columns),
+        pieces,
         labels,
     )
     tail = teacher_logits.tail if isinstance(teacher_logits, TopKLogits) else ""

@@ -45,7 +45,7 @@ class LabelBuffers:
         if labels is not None:
             self._ids = labels.ids.contiguous()
             self._losses = torch.empty(self._ids.shape, dtype=torch.float64)
-            self.argument = self._ids.data_ptr(), labels.scale, self._losses.data_ptr()
+            self.argument = self._ids.data_ptr(), float(labels.scale), self._losses.data_ptr()
 
     def finish(self) -> None:
         """Hands the results over."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -56,6 +56,46 @@ class TopKLogits:
             raise ValueError(f"logprobs: expected the device of ids ({self.ids.device}), got {self.logprobs.device}")
         if self.tail not in TAILS:
             raise ValueError(f"tail: expected one of {', '.join(map(repr, TAILS))}, got {self.tail!r}")
+
+    @classmethod
+    def from_vllm(cls, prompt_logprobs: Sequence[Mapping[Any, Any] | None], tail: str = "uniform") -> TopKLogits:
+        """Log-probabilities as vLLM returns them for a prompt (``SamplingParams(prompt_logprobs=k)``).
+
+        Parameters
+        ----------
+        prompt_logprobs : sequence of mappings, length T
+            For each token of the prompt, what was predicted in its place: token id to log-probability, the latter a
+            number, an object with ``logprob`` (`vllm.Logprob`), or a mapping with ``"logprob"`` and ids as strings
+            (the server's JSON). The first is None.
+        tail : "uniform" or "renormalize"
+
+        Returns
+        -------
+        TopKLogits
+            [T, k], k the largest number of entries. vLLM counts from the token that is predicted, the rows here from
+            the one that predicts, so entry t + 1 becomes row t; the last row, which no loss looks at, is empty.
+
+        Raises
+        ------
+        ValueError
+            If an entry other than the first is None.
+        """
+        entries = [*prompt_logprobs[1:], {}][: len(prompt_logprobs)]
+        for position, entry in enumerate(entries):
+            if entry is None:
+                raise ValueError(f"prompt_logprobs: expected a mapping at position {position + 1}, got None")
+        width = max((len(entry) for entry in entries if entry is not None), default=0)
+        ids = torch.full((len(entries), width), -1)
+        logprobs = torch.full((len(entries), width), -torch.inf)
+        for row, entry in enumerate(entries):
+            if entry:
+                ids[row, : len(entry)] = torch.tensor([int(token) for token in entry])
+                logprobs[row, : len(entry)] = torch.tensor([_logprob(value) for value in entry.values()])
+        return cls(ids, logprobs, tail)
+
+
+def _logprob(value: Any) -> float:
+    return float(value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value))
 
 
 @dataclass(frozen=True)

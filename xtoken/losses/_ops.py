@@ -35,12 +35,13 @@ class Inputs(NamedTuple):
     spans: Tensor | None  # int32 [K, 4]; None: every position is a chunk, on both sides the same (kd)
     offsets: Tensor | None  # int64 [B + 1]
     predicted: Tensor | None  # bool [K], or [B, T] without spans
-    student_ids: Tensor | None  # int64 [B, T], for merge="chain"
+    student_ids: Tensor | None  # int64 [B, T], for merge="chain" and prefix KL
     teacher_ids: Tensor | None
     row_ptr: Tensor | None  # W
     col: Tensor | None
     weight: Tensor | None
     columns: Tensor | None  # int64 [C], given column set
+    pieces: Tensor | None  # int32 [n], data of a PieceIndex
     labels: Tensor | None  # int64 [B, T], at the tokens' own positions
 
 
@@ -210,12 +211,15 @@ def _labels(
     if labels is None:
         return None
     following = torch.nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED).flatten()
-    bad = ((following < 0) | (following >= size)) & (following != IGNORED)
-    if bool(bad.any()):
-        got = int(following[bad][0])
-        raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {got}")
-    count = max(int((following != IGNORED).sum()), 1)
-    scale = (1.0 if upstream is None else float(upstream)) / (count if reduction == "mean" else 1)
+    if following.device.type == "cpu":  # elsewhere this would wait for the device; a bad id there makes the loss nan
+        bad = ((following < 0) | (following >= size)) & (following != IGNORED)
+        if bool(bad.any()):
+            got = int(following[bad][0])
+            raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {got}")
+    following = following.to(student.device)
+    scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
+    if reduction == "mean":
+        scale = scale / (following != IGNORED).sum().clamp_min(1)
     dtype = torch.promote_types(student.dtype, torch.float32)
     return Labels(following, torch.empty(len(following), dtype=dtype, device=student.device), scale)
 
@@ -305,7 +309,7 @@ def add_cross_entropy_(
     grad: Tensor, student: Tensor, labels: Tensor, factor: Tensor, size: int, reduction: str, backend: str
 ) -> None:
     """Adds ``factor d cross_entropy / d student`` for dense logits; nothing is done where the factor is 0."""
-    if float(factor) == 0.0:
+    if grad.device.type == "cpu" and float(factor) == 0.0:
         return
     wanted = _labels(labels, student, size, reduction, factor)
     if wanted is not None:

@@ -26,10 +26,12 @@ from xtoken.losses._logits import AnyLogits, DenseSource, Source, row_blocks
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
 from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
+from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
+from xtoken.pieces import PieceIndex
 from xtoken.reference import Chunks
 
-LOSSES = ("pkl", "hkl", "gold", "uld", "kd")
+LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
 
 Count = int | Tensor
@@ -43,18 +45,20 @@ class Teacher:
     ----------
     projection : ProjectionMatrix or nn.Module, optional
         W of this student and teacher; a module's parameters become the criterion's. None: the teacher shares
-        the student's tokenizer (or ``loss="uld"``, which needs no W).
-    loss : "pkl", "hkl", "gold", "uld" or "kd", optional
-        Default: "pkl" with a projection, "kd" without.
+        the student's tokenizer (or has a loss that needs no W: "uld", "prefix").
+    loss : "pkl", "hkl", "gold", "uld", "kd" or "prefix", optional
+        Default: "pkl" with a projection, "prefix" with pieces, else "kd".
     weight : float
         Factor of this teacher's loss, >= 0.
     temperature, top_k, merge, reverse, support, uncommon_top_k
         As in the loss functions; each loss takes those that it knows.
+    pieces : PieceIndex, optional
+        Of this student and teacher, for ``loss="prefix"``.
 
     Raises
     ------
     ValueError
-        If the loss does not go with the projection, or the weight is negative.
+        If the loss does not go with the projection or the pieces, or the weight is negative.
     """
 
     projection: Any = None
@@ -66,17 +70,30 @@ class Teacher:
     reverse: bool = False
     support: str = "all"
     uncommon_top_k: int = 8192
+    pieces: PieceIndex | None = None
 
     def __post_init__(self) -> None:
         if self.loss is None:
-            object.__setattr__(self, "loss", "kd" if self.projection is None else "pkl")
+            default = "prefix" if self.pieces is not None else "kd"
+            object.__setattr__(self, "loss", default if self.projection is None else "pkl")
         check_choice(str(self.loss), "loss", LOSSES)
         if self.projection is None and self.loss in ("pkl", "hkl", "gold"):
             raise ValueError(f"projection: expected a projection matrix for loss={self.loss!r}, got None")
         if self.projection is not None and self.loss == "kd":
             raise ValueError("projection: expected None for loss='kd' (a shared tokenizer), got one")
+        if self.projection is not None and self.loss == "prefix":
+            raise ValueError("projection: expected None for loss='prefix', which needs no weights, got one")
+        if (self.pieces is None) == (self.loss == "prefix"):
+            expected, got = ("a PieceIndex", "None") if self.pieces is None else ("None", "one")
+            raise ValueError(f"pieces: expected {expected} for loss={self.loss!r}, got {got}")
         if not 0.0 <= self.weight < float("inf"):
             raise ValueError(f"weight: expected a finite number >= 0, got {self.weight!r}")
+
+    @property
+    def shape(self) -> tuple[int, int] | None:
+        """Sizes of the student's and the teacher's vocabulary, where W or the pieces tell."""
+        known = self.pieces if self.projection is None else self.projection
+        return None if known is None else known.shape
 
 
 class XTokenLoss(nn.Module):
@@ -92,8 +109,8 @@ class XTokenLoss(nn.Module):
     ce_weight, kd_weight : float
         >= 0. A part of weight 0 is still reported.
     vocab_size : int, optional
-        Columns of the student's logits that belong to tokens. Default: the projections' number of rows, or
-        all columns if there is no projection.
+        Columns of the student's logits that belong to tokens. Default: as the projections and
+        pieces say, or all columns if there is neither.
     diagnostics : bool
         Also report agreement and mass; costs a part of a forward pass.
     backend : str
@@ -118,7 +135,7 @@ class XTokenLoss(nn.Module):
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
-        sizes = {teacher.projection.shape[0] for teacher in teachers if teacher.projection is not None}
+        sizes = {teacher.shape[0] for teacher in teachers if teacher.shape is not None}
         sizes |= set() if vocab_size is None else {vocab_size}
         if len(sizes) > 1:
             raise ValueError(f"teachers: expected one student vocabulary size, got {sorted(sizes)}")
@@ -268,6 +285,11 @@ class XTokenLoss(nn.Module):
         elif teacher.loss == "uld":
             sizes = student.size, teacher_source.size
             result = uld_loss(*inputs, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1], **shared)
+        elif teacher.loss == "prefix":
+            assert teacher.pieces is not None
+            shared.update(reverse=teacher.reverse)
+            inputs.append(teacher.pieces)
+            result = prefix_kl_loss(*inputs, **shared)
         elif teacher.loss == "pkl":
             shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns)
             inputs.append(W)
@@ -287,8 +309,8 @@ class XTokenLoss(nn.Module):
         """Both logits without the columns that belong to no token."""
         widths = width_of(student_logits), width_of(teacher_logits)
         sizes: tuple[int | None, int | None] = self.vocab_size or widths[0], widths[1]
-        if teacher.projection is not None:
-            sizes = teacher.projection.shape
+        if teacher.shape is not None:
+            sizes = teacher.shape
         elif teacher.loss == "kd":
             sizes = (self.vocab_size or min(width for width in widths if width is not None),) * 2
         for name, width, size in zip(("student_logits", "teacher_logits"), widths, sizes, strict=True):

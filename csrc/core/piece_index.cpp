@@ -1,0 +1,257 @@
+// The piece index of prefix KL: the common events of two vocabularies, and each vocabulary in the order of its pieces.
+#include "core/piece_index.h"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+#include <string_view>
+#include <tuple>
+
+#include "core/error.h"
+#include "core/token_pair.h"
+
+namespace xtoken {
+namespace {
+
+constexpr const char* kSideNames[2] = {"student", "teacher"};
+
+std::vector<int32_t> partners_of(const std::vector<int32_t>& symbols, const std::vector<int32_t>& others,
+                                 const Vocabulary& other) {
+    std::vector<int32_t> best(1 + static_cast<size_t>(std::max(*std::max_element(symbols.begin(), symbols.end()),
+                                                               *std::max_element(others.begin(), others.end()))),
+                              -1);
+    for (int32_t id = 0; id < other.size(); ++id) {
+        int32_t& chosen = best[static_cast<size_t>(others[static_cast<size_t>(id)])];
+        if (chosen < 0 || other.kind(id) < other.kind(chosen)) chosen = id;
+    }
+    std::vector<int32_t> result(symbols.size());
+    for (size_t i = 0; i < symbols.size(); ++i) result[i] = best[static_cast<size_t>(symbols[i])];
+    return result;
+}
+
+// The pieces of every token of one side, as `PieceSide` describes them.
+struct Pieces {
+    std::vector<int32_t> ptr{0};
+    std::vector<int32_t> ids;
+};
+
+Pieces usable_pieces(const Vocabulary& vocabulary, const Vocabulary& other, const std::vector<int32_t>& partner,
+                     const std::vector<int32_t>& rows, const Sequences& given) {
+    Pieces result;
+    size_t next = 0;  // into rows
+    for (int32_t id = 0; id < vocabulary.size(); ++id) {
+        const bool is_given = next < rows.size() && rows[next] == id;
+        if (partner[static_cast<size_t>(id)] >= 0) {
+            result.ids.push_back(partner[static_cast<size_t>(id)]);
+        } else if (is_given) {
+            std::string_view rest = vocabulary.bytes(id);
+            for (int64_t p = given.ptr[next]; p < given.ptr[next + 1] && !rest.empty(); ++p) {
+                const int32_t piece = given.ids[static_cast<size_t>(p)];
+                const std::string_view bytes = other.bytes(piece);
+                if (bytes.empty() || rest.substr(0, bytes.size()) != bytes) break;
+                result.ids.push_back(piece);
+                rest.remove_prefix(bytes.size());
+            }
+            if (!rest.empty()) result.ids.push_back(other.size());
+        }
+        next += is_given;
+        if (result.ids.size() > static_cast<size_t>(std::numeric_limits<int32_t>::max())) {
+            value_error("vocabulary: over 2^31 pieces");
+        }
+        result.ptr.push_back(static_cast<int32_t>(result.ids.size()));
+    }
+    return result;
+}
+
+std::vector<int32_t> sorted_by_pieces(const Pieces& pieces) {
+    std::vector<int32_t> order(pieces.ptr.size() - 1);
+    std::iota(order.begin(), order.end(), 0);
+    const auto begin = [&](int32_t id) { return pieces.ids.begin() + pieces.ptr[static_cast<size_t>(id)]; };
+    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
+        return std::lexicographical_compare(begin(a), begin(a + 1), begin(b), begin(b + 1));
+    });
+    return order;
+}
+
+// Calls visit(boundary) for every inner boundary of a chunk in the tokens of `whole`.
+template <typename Visit>
+void visit_boundaries(const PieceSide& whole, const PieceSide& part, const int64_t* whole_tokens, int64_t whole_count,
+                      const int64_t* part_tokens, int64_t part_count, const Visit& visit) {
+    int64_t whole_start = 0, part_start = 0, j = 0;
+    for (int64_t i = 0; i < whole_count; ++i) {
+        const int64_t whole_end = whole_start + whole.length[whole_tokens[i]];
+        for (; j < part_count && part_start < whole_start; ++j) part_start += part.length[part_tokens[j]];
+        if (part_start == whole_start) {
+            const int64_t first = j;
+            const int32_t* pieces = whole.pieces + whole.ptr[whole_tokens[i]];
+            const int64_t known = whole.ptr[whole_tokens[i] + 1] - whole.ptr[whole_tokens[i]];
+            for (; j < part_count && j - first < known && pieces[j - first] == part_tokens[j];) {
+                part_start += part.length[part_tokens[j]];
+                ++j;
+                if (part_start >= whole_end || j == part_count) break;
+                visit(i, j, j - first);
+            }
+        }
+        whole_start = whole_end;
+    }
+}
+
+}  // namespace
+
+Partners partners(const Vocabulary& student, const Vocabulary& teacher) {
+    const TokenPair pair(student, teacher, CanonicalRules{});
+    if (student.size() == 0 || teacher.size() == 0) value_error("vocabulary: expected at least one token");
+    return {partners_of(pair.student_symbols(), pair.teacher_symbols(), teacher),
+            partners_of(pair.teacher_symbols(), pair.student_symbols(), student)};
+}
+
+std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabulary& teacher,
+                                       const std::vector<int32_t>& student_rows, const Sequences& student_pieces,
+                                       const std::vector<int32_t>& teacher_rows, const Sequences& teacher_pieces) {
+    const Partners exact = partners(student, teacher);
+    const TokenPair pair(student, teacher, CanonicalRules{});
+    const std::array<const Vocabulary*, 2> vocabulary = {&student, &teacher};
+    const std::array<const std::vector<int32_t>*, 2> partner = {&exact.student, &exact.teacher};
+    const std::array<const std::vector<int32_t>*, 2> symbol = {&pair.student_symbols(), &pair.teacher_symbols()};
+    const std::array<Pieces, 2> pieces = {usable_pieces(student, teacher, exact.student, student_rows, student_pieces),
+                                          usable_pieces(teacher, student, exact.teacher, teacher_rows, teacher_pieces)};
+
+    // Shorter texts first: a first piece is always shorter, so its root is known by then.
+    std::array<std::vector<int32_t>, 2> event;
+    std::vector<std::pair<size_t, int32_t>> tokens;
+    for (size_t side = 0; side < 2; ++side) {
+        event[side].assign(static_cast<size_t>(vocabulary[side]->size()), -1);
+        for (int32_t id = 0; id < vocabulary[side]->size(); ++id) tokens.emplace_back(side, id);
+    }
+    std::stable_sort(tokens.begin(), tokens.end(), [&](const auto& a, const auto& b) {
+        return vocabulary[a.first]->bytes(a.second).size() < vocabulary[b.first]->bytes(b.second).size();
+    });
+    std::vector<int32_t> event_of_symbol;
+    int32_t events = 0;
+    bool has_rootless = false;
+    for (const bool is_exact : {true, false}) {
+        for (const auto& [side, token] : tokens) {
+            const size_t id = static_cast<size_t>(token);
+            if ((partner[side]->at(id) >= 0) != is_exact) continue;
+            if (is_exact) {
+                const size_t s = static_cast<size_t>(symbol[side]->at(id));
+                if (s >= event_of_symbol.size()) event_of_symbol.resize(s + 1, -1);
+                if (event_of_symbol[s] < 0) event_of_symbol[s] = events++;
+                event[side][id] = event_of_symbol[s];
+            } else if (pieces[side].ptr[id] < pieces[side].ptr[id + 1]) {
+                const int32_t first = pieces[side].ids[static_cast<size_t>(pieces[side].ptr[id])];
+                if (first < vocabulary[1 - side]->size()) event[side][id] = event[1 - side][static_cast<size_t>(first)];
+            }
+            has_rootless |= event[side][id] < 0;
+        }
+    }
+
+    std::vector<int32_t> data = {student.size(), teacher.size(), events + has_rootless,
+                                 static_cast<int32_t>(pieces[0].ids.size()),
+                                 static_cast<int32_t>(pieces[1].ids.size())};
+    const auto append = [&](const std::vector<int32_t>& part) { data.insert(data.end(), part.begin(), part.end()); };
+    for (size_t side = 0; side < 2; ++side) {
+        for (int32_t& e : event[side]) e = e < 0 ? events : e;
+        append(event[side]);
+        for (int32_t id = 0; id < vocabulary[side]->size(); ++id) {
+            const bool is_text = vocabulary[side]->is_text(id);
+            data.push_back(is_text ? static_cast<int32_t>(vocabulary[side]->bytes(id).size()) : 0);
+        }
+        append(sorted_by_pieces(pieces[side]));
+        append(pieces[side].ptr);
+        append(pieces[side].ids);
+    }
+    return data;
+}
+
+PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
+    const auto damaged = [](const auto&... parts) { value_error("pieces: not a piece index: ", parts...); };
+    if (size < kPieceIndexHead) damaged(size, " numbers");
+    for (size_t i = 0; i < kPieceIndexHead; ++i) {
+        if (data[i] < (i < 3)) damaged("number ", i, " of its head is ", data[i]);
+    }
+    PieceIndex index{};
+    index.events = data[2];
+    const int32_t* next = data + kPieceIndexHead;
+    size_t expected = kPieceIndexHead;
+    for (size_t s = 0; s < 2; ++s) expected += 4 * static_cast<size_t>(data[s]) + 1 + static_cast<size_t>(data[3 + s]);
+    if (size != expected) damaged("expected ", expected, " numbers, got ", size);
+    for (size_t s = 0; s < 2; ++s) {
+        PieceSide& side = index.side[s];
+        side.size = data[s];
+        side.event = next;
+        side.length = side.event + side.size;
+        side.order = side.length + side.size;
+        side.ptr = side.order + side.size;
+        side.pieces = side.ptr + side.size + 1;
+        next = side.pieces + data[3 + s];
+        if (!all) continue;
+        std::vector<bool> seen(static_cast<size_t>(side.size), false);
+        bool fits = side.ptr[0] == 0 && side.ptr[side.size] == data[3 + s];
+        for (int32_t i = 0; fits && i < side.size; ++i) {
+            const int32_t id = side.order[i];
+            fits = side.event[i] >= 0 && side.event[i] < index.events && side.length[i] >= 0 && id >= 0 &&
+                   id < side.size && !seen[static_cast<size_t>(id)] && side.ptr[i] <= side.ptr[i + 1];
+            if (fits) seen[static_cast<size_t>(id)] = true;
+        }
+        for (int32_t p = 0; fits && p < data[3 + s]; ++p) {
+            fits = side.pieces[p] >= 0 && side.pieces[p] <= data[1 - s];
+        }
+        const auto begin = [&](int32_t i) { return side.pieces + side.ptr[side.order[i]]; };
+        const auto end = [&](int32_t i) { return side.pieces + side.ptr[side.order[i] + 1]; };
+        for (int32_t i = 1; fits && i < side.size; ++i) {
+            fits = !std::lexicographical_compare(begin(i), end(i), begin(i - 1), end(i - 1));
+        }
+        if (!fits) damaged("a number of the ", kSideNames[s], "'s part is out of place");
+    }
+    return index;
+}
+
+std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chunks, const PredictedTokens& student,
+                                            const PredictedTokens& teacher) {
+    std::vector<InnerBoundary> result;
+    const std::array<const PredictedTokens*, 2> predicted = {&student, &teacher};
+    for (size_t k = 0; k < chunks; ++k) {
+        if (student.count[k] == 1 && teacher.count[k] == 1) continue;
+        std::array<int64_t, 2> length = {0, 0};
+        for (size_t s = 0; s < 2; ++s) {
+            const PredictedTokens& side = *predicted[s];
+            for (int64_t row = side.start[k]; row < side.start[k] + side.count[k]; ++row) {
+                const int64_t id = row >= 0 && row < side.rows ? side.next[row] : -1;
+                if (id < 0 || id >= index.side[s].size) {
+                    value_error("alignment: expected ", kSideNames[s], "_ids in 0 ... ", index.side[s].size - 1,
+                                " within chunks, got ", id);
+                }
+                length[s] += index.side[s].length[id];
+            }
+        }
+        if (length[0] != length[1]) continue;
+        for (size_t s = 0; s < 2; ++s) {
+            const PieceSide& whole = index.side[s];
+            const PredictedTokens &ours = *predicted[s], &theirs = *predicted[1 - s];
+            const int64_t* known = theirs.next + theirs.start[k];
+            visit_boundaries(
+                whole, index.side[1 - s], ours.next + ours.start[k], ours.count[k], known, theirs.count[k],
+                [&](int64_t i, int64_t j, int64_t depth) {
+                    // Where the first `depth` pieces of a token stand to the tokens before the boundary: -1, 0, 1.
+                    const auto compare = [&](int32_t token) {
+                        for (int64_t d = 0; d < depth; ++d) {
+                            const int64_t at = whole.ptr[token] + d;
+                            if (at >= whole.ptr[token + 1]) return -1;
+                            const int64_t piece = whole.pieces[at], wanted = known[j - depth + d];
+                            if (piece != wanted) return piece < wanted ? -1 : 1;
+                        }
+                        return 0;
+                    };
+                    const int32_t *begin = whole.order, *end = whole.order + whole.size;
+                    const int32_t* first = std::partition_point(begin, end, [&](int32_t t) { return compare(t) < 0; });
+                    const int32_t* last = std::partition_point(first, end, [&](int32_t t) { return compare(t) == 0; });
+                    result.push_back({static_cast<int64_t>(k), static_cast<int64_t>(s), ours.start[k] + i,
+                                      theirs.start[k] + j, depth, first - begin, last - begin});
+                });
+        }
+    }
+    return result;
+}
+
+}  // namespace xtoken

@@ -1,0 +1,57 @@
+// Next-token cross-entropy of a row by a block: logsumexp(z) - z[label], and scale * (softmax(z) - onehot(label)).
+#include "cuda/cross_entropy.h"
+
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+
+namespace xtoken::cuda {
+namespace {
+
+template <typename T>
+__global__ __launch_bounds__(max_threads) void cross_entropy_kernel(const __grid_constant__ CrossEntropyParams params) {
+    XTOKEN_SHARED(shared, Sums);
+    if (params.add && *params.labels.scale == 0.0) return;  // known only here: nobody waits for the device
+    const int size = params.student.width;
+    for (int64_t r = blockIdx.x; r < params.student.samples * params.student.length; r += gridDim.x) {
+        if (params.skip != nullptr && params.skip[r] != 0) continue;
+        const T* z = row_of<T>(params.student, r);
+        const LabelTerm<T> label = label_term(params.labels, r, z, size, params.lowest, nullptr, shared);
+        if (params.grad.data == nullptr || (params.add && label.label < 0)) continue;
+        T* grad = row_of<T>(params.grad, r);
+        write_row(z, grad, size, params.add ? size : params.grad.width, [&](int i, const auto& x, auto& g) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            if (params.add) {
+                load_elements(grad, i, g);
+            } else {
+#pragma unroll
+                for (int k = 0; k < N; ++k) g[k] = 0.0f;
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] += x[k] < params.lowest ? 0.0f : label(i + k, x[k]);
+        });
+    }
+}
+
+__global__ void mark_rows_kernel(const int64_t* start, const int64_t* count, int64_t chunks, uint8_t* covered) {
+    const int64_t threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t k = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; k < chunks; k += threads) {
+        for (int64_t r = start[k]; r < start[k] + count[k]; ++r) covered[r] = 1;
+    }
+}
+
+}  // namespace
+
+void cross_entropy(const CrossEntropyParams& params, const Launch& launch) {
+    typed(params.student.type, [&](const auto* element) {
+        using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
+        launch_items("cross_entropy", cross_entropy_kernel<T>, launch, params.student.samples * params.student.length,
+                     params);
+    });
+}
+
+void mark_rows(const int64_t* start, const int64_t* count, int64_t chunks, uint8_t* covered, const Launch& launch) {
+    launch_items("mark_rows", mark_rows_kernel, launch, (chunks + launch.threads - 1) / launch.threads, start, count,
+                 chunks, covered);
+}
+
+}  // namespace xtoken::cuda

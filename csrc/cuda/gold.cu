@@ -1,0 +1,176 @@
+// GOLD and H-KL of one chunk by one block, in two passes with a sort between them.
+//
+// With lp, lq the chunk's mean log-probabilities, g_v = d loss / d lp_v is -q_t on a pair (reverse: p_s (lp_s - lq_t +
+// 1)) and slope * p_v outside. Each of the n student rows z_i gets d loss / d z_i = (g - softmax(z_i) sum g) / (n tau).
+#include "cuda/gold.h"
+
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+
+namespace xtoken::cuda {
+namespace {
+
+// The mean log-probabilities of a chunk's rows on one side. Logits are summed by themselves, so that equal sums stay
+// equal, and taken relative to the sum of the rows' maxima, so that floats are exact enough.
+template <typename T>
+class Side {
+  public:
+    // `sums` [width]: room for the sums of several rows.
+    __device__ Side(const Logits& logits, const ChunkRows& rows, int64_t k, const GoldParams& params, float* sums,
+                    Sums& shared)
+        : row_(row_of<T>(logits, rows.start[k])), count_(static_cast<int>(rows.count[k])), sums_(sums) {
+        const int64_t start = rows.start[k];
+        double top = 0.0, log_total = 0.0;
+        for (int i = 0; i < count_; ++i) {
+            const T* z = row_of<T>(logits, start + i);
+            // its barriers also separate the additions of one row from those of the next
+            const Statistics<T> one =
+                statistics(z, nullptr, logits.width, params.lowest, params.temperature, shared, Unweighted{});
+            top += static_cast<double>(one.exp.top);
+            log_total += one.log_total() / count_;
+            if (count_ > 1) {
+                each_vector(z, logits.width, [&](int v, const auto& x) {
+                    constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+                    for (int n = 0; n < N; ++n) {
+                        const float own = at_least(x[n], params.lowest);
+                        sums_[v + n] = i == 0 ? own : sums_[v + n] + own;
+                    }
+                });
+            }
+        }
+        __syncthreads();  // the sums are there
+        lowest_ = params.lowest;
+        top_ = static_cast<float>(top);
+        inverse_ = 1.0f / (params.temperature * static_cast<float>(count_));
+        log_total_ = static_cast<float>(log_total);
+    }
+
+    __device__ float log_share(int v) const {
+        const float sum = count_ > 1 ? sums_[v] : at_least(widen(row_[v]), lowest_);
+        return (sum - top_) * inverse_ - log_total_;
+    }
+    __device__ float share(int v) const { return exponential<T>(log_share(v)); }
+
+  private:
+    const T* row_;
+    int count_;
+    float* sums_;
+    float lowest_ = 0.0f, top_ = 0.0f, inverse_ = 0.0f, log_total_ = 0.0f;
+};
+
+template <typename S, typename T>
+__global__ __launch_bounds__(max_threads) void gold_forward_kernel(const __grid_constant__ GoldParams params) {
+    XTOKEN_SHARED(shared, Sums);
+    const GoldPlan& plan = params.plan;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    float* student_sums =
+        params.workspace + blockIdx.x * (static_cast<int64_t>(params.student.width) + params.teacher.width);
+    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        const Side<S> p(params.student, params.student_rows, k, params, student_sums, shared);
+        const Side<T> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width, shared);
+        float part = 0.0f;
+#pragma unroll 4
+        for (int i = thread; i < plan.pairs; i += threads) {
+            const float lp = p.log_share(plan.student_pair[i]), lq = q.log_share(plan.teacher_pair[i]);
+            part = params.reverse ? fmaf(exponential<S>(lp), lp - lq, part)
+                                  : fmaf(exponential<T>(lq), lq - lp, part);
+        }
+        float* student_values = params.student_values + k * plan.student_rest;
+#pragma unroll 4
+        for (int i = thread; i < plan.student_rest; i += threads) student_values[i] = p.share(plan.student_others[i]);
+        float* teacher_values = params.teacher_values + k * plan.teacher_rest;
+#pragma unroll 4
+        for (int i = thread; i < plan.teacher_rest; i += threads) teacher_values[i] = q.share(plan.teacher_others[i]);
+        double sums[1] = {static_cast<double>(part)};
+        block_sum(sums, shared);  // and everybody has read the workspace
+        const double temperature = static_cast<double>(params.temperature);
+        if (thread == 0) params.common[k] = static_cast<float>(sums[0] * temperature * temperature);
+    }
+}
+
+template <typename S, typename T>
+__global__ __launch_bounds__(max_threads) void gold_backward_kernel(const __grid_constant__ GoldParams params) {
+    XTOKEN_SHARED(shared, Sums);
+    const GoldPlan& plan = params.plan;
+    const int students = params.student.width;
+    float* student_sums =
+        params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
+    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        const Side<S> p(params.student, params.student_rows, k, params, student_sums, shared);
+        const Side<T> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
+        const float* slope = params.slope + k * plan.student_rest;
+        // g_v goes where the sums of the student's logits were, or would be: every element is used by one thread
+        float part = 0.0f;
+        for (int v = static_cast<int>(threadIdx.x); v < students; v += static_cast<int>(blockDim.x)) {
+            const int slot = plan.slot[v];
+            const float lp = p.log_share(v);
+            float g;
+            if (slot < 0) {
+                g = slope[-1 - slot] * exponential<S>(lp);
+            } else if (params.reverse) {
+                g = exponential<S>(lp) * (lp - q.log_share(slot) + 1.0f);
+            } else {
+                g = -q.share(slot);
+            }
+            part += g;
+            student_sums[v] = g;
+        }
+        double sums[1] = {static_cast<double>(part)};
+        block_sum(sums, shared);  // g is there, too
+        const int64_t start = params.student_rows.start[k], count = params.student_rows.count[k];
+        const double factor = (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) *
+                              static_cast<double>(params.temperature) / static_cast<double>(count);
+        for (int64_t r = start; r < start + count; ++r) {
+            const S* z = row_of<S>(params.student, r);
+            const Statistics<S> one =
+                statistics(z, nullptr, students, params.lowest, params.temperature, shared, Unweighted{});
+            const auto weight = static_cast<float>(-factor * sums[0] / one.total);
+            const auto value = static_cast<float>(factor);
+            write_row(z, row_of<S>(params.grad, r), students, params.grad.width, [&](int i, const auto& x, auto& g) {
+                constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+                for (int n = 0; n < N; ++n) {
+                    g[n] = fmaf(student_sums[i + n], value, one.exp(x[n]) * weight);
+                    if (x[n] < params.lowest) g[n] = 0.0f;
+                }
+            });
+        }
+        __syncthreads();  // the workspace may be overwritten
+    }
+}
+
+template <template <typename, typename> class Pick>
+void launch_typed(const char* what, const GoldParams& params, const Launch& launch) {
+    typed(params.student.type, [&](const auto* s) {
+        typed(params.teacher.type, [&](const auto* t) {
+            using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+            using T = std::remove_const_t<std::remove_pointer_t<decltype(t)>>;
+            launch_items(what, Pick<S, T>::kernel, launch, params.chunks, params);
+        });
+    });
+}
+
+template <typename S, typename T>
+struct Forward {
+    static constexpr auto kernel = gold_forward_kernel<S, T>;
+};
+
+template <typename S, typename T>
+struct Backward {
+    static constexpr auto kernel = gold_backward_kernel<S, T>;
+};
+
+}  // namespace
+
+int64_t gold_workspace(int32_t students, int32_t teachers) { return static_cast<int64_t>(students) + teachers; }
+
+void gold_forward(const GoldParams& params, const Launch& launch) {
+    launch_typed<Forward>("gold_forward", params, launch);
+}
+
+void gold_backward(const GoldParams& params, const Launch& launch) {
+    launch_typed<Backward>("gold_backward", params, launch);
+}
+
+}  // namespace xtoken::cuda

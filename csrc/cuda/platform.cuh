@@ -1,0 +1,65 @@
+// What kernel sources include in place of CUDA's own headers: nvcc's world, or the emulator's (tests/cuda_emulator).
+//
+// Kernels are plain CUDA C++. Three things are spelled in a way that both compilers take: shared memory and launches
+// below, and PTX instructions without an intrinsic, which are functions here.
+#pragma once
+
+#ifdef XTOKEN_EMULATED
+#include "emulator.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+
+#include <cstddef>
+#include <tuple>
+#include <utility>
+
+namespace xtoken::cuda {
+
+template <typename T>
+struct SameType {
+    using type = T;
+};
+
+// Calls kernel<<<grid, block, shared_bytes, stream>>>(arguments...).
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                   Arguments&&... arguments) {
+    std::tuple<Parameters...> values(std::forward<Arguments>(arguments)...);
+    return std::apply(
+        [&](auto&... value) {
+            void* pointers[] = {static_cast<void*>(&value)..., nullptr};
+            return cudaLaunchKernel(reinterpret_cast<const void*>(kernel), grid, block, pointers, shared_bytes, stream);
+        },
+        values);
+}
+
+#ifdef __CUDACC__
+// 2^x, one instruction: at most 2 units in the last place off; results below 2^-126 are 0.
+__device__ __forceinline__ float fast_exp2(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
+// Base-2 logarithm, one instruction: at most 2^-22 off around 1, 2 units in the last place elsewhere.
+__device__ __forceinline__ float fast_log2(float x) {
+    float y;
+    asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+#endif
+
+}  // namespace xtoken::cuda
+
+// A variable in static shared memory: XTOKEN_SHARED(partial, float[32]);
+#define XTOKEN_SHARED(name, ...) __shared__ typename xtoken::cuda::SameType<__VA_ARGS__>::type name
+
+// A pointer to the dynamic shared memory, 16-byte aligned: XTOKEN_DYNAMIC_SHARED(float, scratch);
+#define XTOKEN_DYNAMIC_SHARED(type, name)                                         \
+    extern __shared__ __align__(16) unsigned char xtoken_dynamic_shared_memory[]; \
+    type* const name = reinterpret_cast<type*>(xtoken_dynamic_shared_memory)
+
+#endif

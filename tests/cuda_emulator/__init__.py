@@ -1,0 +1,1 @@
+"""Runs the source of CUDA kernels on the CPU and checks every access; README.md says how."""

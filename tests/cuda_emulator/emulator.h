@@ -1,0 +1,134 @@
+// What a kernel source sees of the emulator: CUDA's types, built-in variables, barriers, shuffles, atomics, launches.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+#include <tuple>
+#include <type_traits>
+#include <utility>
+
+#undef __launch_bounds__
+#define __launch_bounds__(...)
+#undef __grid_constant__
+#define __grid_constant__
+
+// Where a call is in the source; barriers are compared and reported by it.
+#define XTOKEN_CALL_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
+
+namespace xtoken::emulator {
+
+struct Launch {
+    const void* kernel;
+    dim3 grid, block;
+    size_t shared_bytes;
+    void (*entry)(const void* kernel, const void* arguments);
+    const void* arguments;
+    size_t arguments_size;
+};
+
+// Runs all blocks; throws std::runtime_error with the report if there is anything to report.
+cudaError_t run(const Launch& launch);
+
+// The built-in variables. They never change within a thread, so calls may be merged.
+__attribute__((const)) uint3 thread_index();
+__attribute__((const)) uint3 block_index();
+__attribute__((const)) dim3 block_size();
+__attribute__((const)) dim3 grid_size();
+
+// Shared memory: the variable with this key (one a declaration) in this block, and the dynamic part.
+void* shared_variable(const void* key, const char* name, size_t size, size_t alignment);
+void* dynamic_shared();
+
+struct BarrierResult {
+    int count, every, any;  // of the predicates
+};
+BarrierResult block_barrier(int predicate, const char* file, int line);
+
+enum class WarpCall { sync, shuffle, vote, match, reduce };
+struct WarpValues {
+    unsigned lanes;  // that took part
+    unsigned lane;   // the caller
+    uint64_t value[32];
+};
+// Waits for the lanes of the mask, and gives what each of them brought.
+WarpValues warp_exchange(WarpCall call, unsigned mask, uint64_t value, const char* file, int line);
+
+// Lane `source` of the exchange; an error if it took no part.
+uint64_t value_of_lane(const WarpValues& values, unsigned source, const char* file, int line);
+
+// Marks memory as used atomically by the calling thread; and as read through the read-only path.
+void atomic_access(const void* address, size_t size);
+void read_only_access(const void* address, size_t size);
+void uncounted_copy(void* to, const void* from, size_t size);
+void fence();
+[[noreturn]] void trap(const char* file, int line);
+
+template <typename To, typename From>
+To bits(const From& from) {
+    static_assert(std::is_trivially_copyable_v<From> && sizeof(From) <= sizeof(uint64_t));
+    To to{};
+    __builtin_memcpy(&to, &from, sizeof(From) < sizeof(To) ? sizeof(From) : sizeof(To));
+    return to;
+}
+
+template <typename T>
+T shuffle(unsigned mask, T value, unsigned source, const char* file, int line) {
+    const WarpValues values = warp_exchange(WarpCall::shuffle, mask, bits<uint64_t>(value), file, line);
+    return bits<T>(value_of_lane(values, source, file, line));
+}
+
+__attribute__((const)) inline unsigned lane_index() {
+    const uint3 t = thread_index();
+    const dim3 b = block_size();
+    return (t.x + b.x * (t.y + b.y * t.z)) % 32;
+}
+
+// The update of an atomic. Its accesses count as atomic ones only.
+template <typename T, typename Update>
+T atomic_update(T* address, Update update) {
+    static_assert(sizeof(T) <= 16);
+    atomic_access(address, sizeof(T));
+    T old, next;
+    uncounted_copy(&old, address, sizeof(T));
+    next = update(old);
+    uncounted_copy(address, &next, sizeof(T));
+    return old;
+}
+
+}  // namespace xtoken::emulator
+
+namespace xtoken::cuda {
+
+template <typename T>
+struct SameType {
+    using type = T;
+};
+
+template <typename... Parameters, typename... Arguments>
+cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t,
+                   Arguments&&... arguments) {
+    using Values = std::tuple<Parameters...>;
+    const Values values(std::forward<Arguments>(arguments)...);
+    const auto entry = [](const void* function, const void* stored) {
+        std::apply(reinterpret_cast<void (*)(Parameters...)>(function), *static_cast<const Values*>(stored));
+    };
+    return emulator::run(
+        {reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, entry, &values, sizeof(values)});
+}
+
+inline float fast_exp2(float x) { return __builtin_exp2f(x); }
+inline float fast_log2(float x) { return __builtin_log2f(x); }
+
+}  // namespace xtoken::cuda
+
+#define XTOKEN_SHARED(name, ...)                                                    \
+    static const char name##_key = 0;                                               \
+    auto& name = *static_cast<typename xtoken::cuda::SameType<__VA_ARGS__>::type*>( \
+        xtoken::emulator::shared_variable(&name##_key, #name, sizeof(__VA_ARGS__), alignof(__VA_ARGS__)))
+#define XTOKEN_DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(xtoken::emulator::dynamic_shared())
+
+#include "intrinsics.h"

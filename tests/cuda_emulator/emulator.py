@@ -1,0 +1,171 @@
+"""Builds kernel sources for the emulator, and controls it: memory, orders."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import shutil
+import subprocess
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+
+import torch
+
+FOLDER = Path(__file__).parent
+ROOT = FOLDER.parents[1]
+ORDERS = ("forward", "reverse", "random", "one_ahead")
+
+COMMON_FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
+# The compiler's calls before each access end in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
+# part of it is used. -ffp-contract=off: as the source says, on every machine.
+KERNEL_FLAGS = (
+    "-O1 -fno-tree-sra -ffp-contract=off -x c++ -DXTOKEN_EMULATED"
+    " -fsanitize=thread --param tsan-instrument-func-entry-exit=0"
+)
+
+NINJA = """\
+rule compile
+  command = {compiler} $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = {compiler} -shared $in $libraries -o $out
+"""
+
+
+def cuda_headers() -> Path | None:
+    """The folder with CUDA's headers: the toolkit's, or that of NVIDIA's packages for pip."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    folders = [Path(home) / "include" for home in homes if home]
+    folders += sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/*/include"))
+    needed = ("cuda_runtime_api.h", "cuda_bf16.h", "vector_functions.h")
+    return next((f for f in folders if all((f / name).is_file() for name in needed)), None)
+
+
+def why_not() -> str | None:
+    """Why nothing can be built for the emulator here; None if it can."""
+    missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
+    if missing:
+        return f"needs {' and '.join(missing)}"
+    return None if cuda_headers() else "needs CUDA's headers: the toolkit, or the package nvidia-cuda-runtime"
+
+
+def build(
+    name: str, kernels: Sequence[Path], host: Sequence[Path] = (), *, python: bool = False, flags: str = ""
+) -> Path:
+    """A shared library of the emulator, `kernels` (instrumented) and `host` sources; rebuilds what has changed.
+
+    `python` makes it an extension module, with pybind11's and Python's headers. `flags` go to every source.
+    """
+    folder = ROOT / "build" / "emulated" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    includes = [FOLDER, ROOT / "csrc", cuda_headers()]
+    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if python else '.so'}"
+    if python:
+        import pybind11
+
+        includes += [pybind11.get_include(), sysconfig.get_path("include")]
+    common = " ".join([COMMON_FLAGS, flags, *(f"-isystem {i}" if i is includes[2] else f"-I{i}" for i in includes)])
+    lines = [NINJA.format(compiler="g++")]
+    objects = []
+    for source in [*kernels, *host, *sorted(FOLDER.glob("*.cpp"))]:
+        objects.append(f"{source.parent.name}_{source.stem}.o")
+        own = KERNEL_FLAGS if source in kernels else "-O2"
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {own}"]
+    lines += [f"build {target.name}: link {' '.join(objects)}", "  libraries = -ldl", ""]
+    (folder / "build.ninja").write_text("\n".join(lines))
+    done = subprocess.run(["ninja", "-C", str(folder), target.name], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"building {name} for the emulator failed:\n{done.stdout}{done.stderr}")
+    return target
+
+
+class Emulator:
+    """The emulator inside a library that `build` made: the order of threads, and memory."""
+
+    def __init__(self, library: Path) -> None:
+        self.library = ctypes.CDLL(str(library))
+        self.library.xtoken_emulator_failure.restype = ctypes.c_char_p
+
+    def call(self, function: str, *arguments: object) -> None:
+        if getattr(self.library, f"xtoken_emulator_{function}")(*arguments) != 0:
+            raise RuntimeError(self.library.xtoken_emulator_failure().decode())
+
+    def set_order(self, order: str, seed: int = 0) -> None:
+        """How threads and blocks take turns from now on: one of ORDERS."""
+        self.call("set_order", ORDERS.index(order), ctypes.c_uint(seed))
+
+    def set_multiprocessors(self, count: int) -> None:
+        """How many multiprocessors launchers are told of; 2 at first."""
+        self.call("set_multiprocessors", count)
+
+    def memory(self) -> Memory:
+        """Device memory, freed at the end of the `with` block."""
+        return Memory(self)
+
+
+class Memory:
+    """Tensors in memory that kernels may use, with inaccessible surroundings. Valid inside the `with` block."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        self.pointers: list[int] = []
+
+    def __enter__(self) -> Memory:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for pointer in self.pointers:
+            self.emulator.call("free", ctypes.c_void_p(pointer))
+        self.pointers.clear()
+
+    def empty(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> torch.Tensor:
+        """A contiguous tensor of NaN patterns; reading it before a kernel has written it is reported."""
+        count = torch.Size(shape).numel()
+        size = count * dtype.itemsize
+        pointer = ctypes.c_void_p()
+        self.emulator.call("allocate", name.encode(), ctypes.c_size_t(max(size, 1)), ctypes.byref(pointer))
+        assert pointer.value is not None
+        self.pointers.append(pointer.value)
+        if count == 0:
+            return torch.empty(shape, dtype=dtype)
+        storage = (ctypes.c_char * size).from_address(pointer.value)
+        return torch.frombuffer(storage, dtype=dtype, count=count).view(tuple(shape))
+
+    def copy(self, tensor: torch.Tensor, name: str = "buffer") -> torch.Tensor:
+        """A tensor with the same values and strides (gaps between rows count as unwritten)."""
+        if tensor.numel() == 0:
+            return tensor
+        extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+        flat = self.empty((extent,), tensor.dtype, name)
+        copied = flat.as_strided(tensor.shape, tensor.stride())
+        copied.copy_(tensor)
+        values = torch.zeros(extent, dtype=torch.bool)
+        values.as_strided(tensor.shape, tensor.stride()).fill_(True)
+        self.mark_written(flat, values)
+        return copied
+
+    def mark_written(self, tensor: torch.Tensor, where: torch.Tensor | None = None) -> None:
+        """The host has written this contiguous tensor: all of it, or the elements `where` is true."""
+        mask = torch.ones(tensor.numel(), dtype=torch.bool) if where is None else where.reshape(-1)
+        mask = mask.repeat_interleave(tensor.itemsize)
+        size = ctypes.c_size_t(mask.numel())
+        self.emulator.call("set_written", ctypes.c_void_p(tensor.data_ptr()), size, ctypes.c_void_p(mask.data_ptr()))
+
+    def unwritten(self, tensor: torch.Tensor) -> int:
+        """How many bytes of a contiguous tensor nobody has written."""
+        count = ctypes.c_size_t()
+        size = ctypes.c_size_t(tensor.numel() * tensor.itemsize)
+        self.emulator.call("unwritten", ctypes.c_void_p(tensor.data_ptr()), size, ctypes.byref(count))
+        return count.value
+
+    def result(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A copy for the world outside of a contiguous tensor; an error if a part of it was not written."""
+        if tensor.numel() and (missing := self.unwritten(tensor)):
+            raise RuntimeError(f"CUDA emulator: nobody wrote {missing} of {tensor.numel() * tensor.itemsize} bytes")
+        return tensor.clone()

@@ -1,0 +1,341 @@
+// Kernels for the emulator's own tests: some are right, and each of the others has one fault.
+#include "cuda/platform.cuh"
+
+#include <cstring>
+#include <exception>
+#include <string_view>
+
+namespace {
+
+constexpr unsigned all = 0xffffffffu;
+
+struct Arguments {
+    const float* in;  // [n]
+    float* out;       // [n]
+    unsigned* count;  // [1]
+    int n;
+};
+
+// ---- right ----
+
+// Sum of the input into out[block], through shuffles and static shared memory.
+__global__ void block_sum(Arguments a) {
+    XTOKEN_SHARED(partial, float[32]);
+    float sum = 0;
+    for (int i = threadIdx.x; i < a.n; i += blockDim.x) sum += a.in[i];
+    for (int lanes = 16; lanes > 0; lanes /= 2) sum += __shfl_xor_sync(all, sum, lanes);
+    if (threadIdx.x % 32 == 0) partial[threadIdx.x / 32] = sum;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        sum = 0;
+        for (unsigned warp = 0; warp < blockDim.x / 32; ++warp) sum += partial[warp];
+        a.out[blockIdx.x] = sum;
+    }
+}
+
+// Reverses the input through dynamic shared memory of n floats; one block.
+__global__ void reverse(Arguments a) {
+    XTOKEN_DYNAMIC_SHARED(float, values);
+    for (int i = threadIdx.x; i < a.n; i += blockDim.x) values[i] = a.in[i];
+    __syncthreads();
+    for (int i = threadIdx.x; i < a.n; i += blockDim.x) a.out[i] = values[a.n - 1 - i];
+}
+
+// The same with 16-byte loads; n is a multiple of 4.
+__global__ void reverse_by_four(Arguments a) {
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.n / 4; i += gridDim.x * blockDim.x) {
+        const float4 v = __ldg(reinterpret_cast<const float4*>(a.in) + i);
+        __stcs(reinterpret_cast<float4*>(a.out) + a.n / 4 - 1 - i, make_float4(v.w, v.z, v.y, v.x));
+    }
+}
+
+// Every thread of every block counts the positive inputs at its places; the last block to finish stores the total.
+__global__ void count_positive(Arguments a) {
+    XTOKEN_SHARED(in_block, unsigned);
+    XTOKEN_SHARED(is_last, bool);
+    if (threadIdx.x == 0) in_block = 0;
+    __syncthreads();
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < a.n; i += gridDim.x * blockDim.x) {
+        if (a.in[i] > 0) atomicAdd(&in_block, 1u);
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        a.out[1 + blockIdx.x] = in_block;
+        __threadfence();
+        is_last = atomicAdd(a.count, 1u) == gridDim.x - 1;
+    }
+    __syncthreads();
+    if (is_last && threadIdx.x == 0) {
+        float total = 0;
+        for (unsigned block = 0; block < gridDim.x; ++block) total += a.out[1 + block];
+        a.out[0] = total;
+    }
+}
+
+// Each warp moves its values one lane to the right, through shared memory and a warp barrier only.
+__global__ void rotate_warp(Arguments a) {
+    XTOKEN_SHARED(lanes, float[1024]);
+    lanes[threadIdx.x] = a.in[threadIdx.x];
+    __syncwarp();
+    a.out[threadIdx.x] = lanes[threadIdx.x / 32 * 32 + (threadIdx.x + 31) % 32];
+}
+
+// The first warp works alone, with warp barriers only, and the others wait for it at the block's: warps specialise.
+__global__ void first_warp_scans(Arguments a) {
+    XTOKEN_SHARED(sums, float[32]);
+    if (threadIdx.x < 32) {
+        float sum = a.in[threadIdx.x];
+        for (unsigned delta = 1; delta < 32; delta *= 2) {
+            const float other = __shfl_up_sync(all, sum, delta);
+            if (threadIdx.x >= delta) sum += other;
+        }
+        sums[threadIdx.x] = sum;
+        __syncwarp();
+    }
+    __syncthreads();
+    a.out[threadIdx.x] = sums[threadIdx.x % 32];
+}
+
+// Votes and counts of the block: out = {any, all, count, ballot of the warp, lowest set lane}, by thread 0.
+__global__ void votes(Arguments a) {
+    const bool positive = a.in[threadIdx.x] > 0;
+    const int any = __syncthreads_or(positive), every = __syncthreads_and(positive),
+              count = __syncthreads_count(positive);
+    const unsigned ballot = __ballot_sync(all, positive);
+    const unsigned same = __match_any_sync(all, positive);
+    const bool consistent = same == (positive ? ballot : ~ballot) && __any_sync(all, positive) == (ballot != 0) &&
+                            __all_sync(all, positive) == (ballot == all) &&
+                            __reduce_add_sync(all, static_cast<unsigned>(positive)) == unsigned(__popc(ballot));
+    if (threadIdx.x == 0) {
+        a.out[0] = any;
+        a.out[1] = every;
+        a.out[2] = count;
+        a.out[3] = __popc(ballot);
+        a.out[4] = __ffs(ballot);
+        a.out[5] = consistent;
+    }
+}
+
+// ---- one fault each ----
+
+// Each thread reads what its neighbour wrote, without a barrier.
+__global__ void missing_barrier(Arguments a) {
+    XTOKEN_SHARED(values, float[64]);
+    values[threadIdx.x] = a.in[threadIdx.x];
+    a.out[threadIdx.x] = values[(threadIdx.x + 1) % 64];
+}
+
+// The second barrier of a loop is missing: the next round overwrites what slower threads still read.
+__global__ void missing_second_barrier(Arguments a) {
+    XTOKEN_SHARED(value, float);
+    float sum = 0;
+    for (int i = 0; i < 4; ++i) {
+        if (threadIdx.x == 0) value = a.in[i];
+        __syncthreads();
+        sum += value;
+    }
+    a.out[threadIdx.x] = sum;
+}
+
+// All threads add to one word, not atomically.
+__global__ void race_in_shared(Arguments a) {
+    XTOKEN_SHARED(sum, float);
+    if (threadIdx.x == 0) sum = 0;
+    __syncthreads();
+    sum += a.in[threadIdx.x];
+    __syncthreads();
+    if (threadIdx.x == 0) a.out[0] = sum;
+}
+
+// Lanes of one warp: a shuffle is no barrier for memory.
+__global__ void race_in_warp(Arguments a) {
+    XTOKEN_SHARED(values, float[32]);
+    values[threadIdx.x] = a.in[threadIdx.x];
+    const float first = __shfl_sync(all, a.in[threadIdx.x], 0);
+    a.out[threadIdx.x] = values[31 - threadIdx.x] + first;
+}
+
+// Every block writes the same word.
+__global__ void race_between_blocks(Arguments a) {
+    if (threadIdx.x == 0) a.out[0] = a.in[blockIdx.x];
+}
+
+// As count_positive, without the fence.
+__global__ void missing_fence(Arguments a) {
+    if (threadIdx.x != 0) return;
+    a.out[1 + blockIdx.x] = a.in[blockIdx.x];
+    if (atomicAdd(a.count, 1u) != gridDim.x - 1) return;
+    float total = 0;
+    for (unsigned block = 0; block < gridDim.x; ++block) total += a.out[1 + block];
+    a.out[0] = total;
+}
+
+// An atomic and an ordinary access to the same word.
+__global__ void atomic_and_plain(Arguments a) {
+    if (threadIdx.x == 0) {
+        *a.count = 1;
+    } else {
+        atomicAdd(a.count, 1u);
+    }
+}
+
+// Half of the threads end before the barrier.
+__global__ void barrier_after_exit(Arguments a) {
+    if (threadIdx.x >= blockDim.x / 2) return;
+    __syncthreads();
+    a.out[threadIdx.x] = 1;
+}
+
+// The two halves of a block are at different barriers.
+__global__ void barrier_in_branch(Arguments a) {
+    if (threadIdx.x < 32) {
+        __syncthreads();
+        a.out[threadIdx.x] = 1;
+    } else {
+        __syncthreads();
+        a.out[threadIdx.x] = 2;
+    }
+}
+
+// One warp waits for the block, the other for a lane that waits for the block.
+__global__ void barrier_against_warp(Arguments a) {
+    if (threadIdx.x % 32 == 5) {
+        __syncthreads();
+    } else {
+        __syncwarp();
+    }
+    a.out[threadIdx.x] = 1;
+}
+
+// Lane 7 does not come to the shuffle.
+__global__ void shuffle_without_lane(Arguments a) {
+    if (threadIdx.x == 7) return;
+    a.out[threadIdx.x] = __shfl_xor_sync(all, a.in[threadIdx.x], 1);
+}
+
+// A lane reads from one that its mask does not name.
+__global__ void shuffle_outside_mask(Arguments a) {
+    if (threadIdx.x < 16) a.out[threadIdx.x] = __shfl_xor_sync(0xffffu, a.in[threadIdx.x], 16);
+}
+
+// One past the end.
+__global__ void store_out_of_bounds(Arguments a) {
+    for (int i = threadIdx.x; i <= a.n; i += blockDim.x) a.out[i] = 0;
+}
+
+// A tail that is read by four.
+__global__ void load_out_of_bounds(Arguments a) {
+    const float4 v = reinterpret_cast<const float4*>(a.in)[a.n / 4];
+    a.out[0] = v.x;
+}
+
+__global__ void load_misaligned(Arguments a) {
+    const float4 v = *reinterpret_cast<const float4*>(a.in + 1);
+    a.out[0] = v.x;
+}
+
+__global__ void shared_out_of_bounds(Arguments a) {
+    XTOKEN_SHARED(values, float[32]);
+    values[threadIdx.x] = a.in[threadIdx.x];
+    __syncthreads();
+    a.out[threadIdx.x] = values[threadIdx.x + 1];
+}
+
+__global__ void dynamic_out_of_bounds(Arguments a) {
+    XTOKEN_DYNAMIC_SHARED(float, values);
+    values[a.n] = 0;
+}
+
+__global__ void null_pointer(Arguments a) { *(a.n > 0 ? static_cast<float*>(nullptr) : a.out) = 1; }
+
+__global__ void uninitialised_shared(Arguments a) {
+    XTOKEN_SHARED(values, float[64]);
+    if (threadIdx.x < 63) values[threadIdx.x] = a.in[threadIdx.x];
+    __syncthreads();
+    a.out[threadIdx.x] = values[63 - threadIdx.x];
+}
+
+// The previous block's shared memory is not this one's.
+__global__ void left_by_previous_block(Arguments a) {
+    XTOKEN_SHARED(value, float);
+    if (threadIdx.x == 0 && blockIdx.x == 0) value = 1;
+    __syncthreads();
+    if (threadIdx.x == 0) a.out[blockIdx.x] = value;
+}
+
+__global__ void uninitialised_global(Arguments a) { a.out[threadIdx.x] += 1; }
+
+// The read-only path is for memory that nobody writes in the launch.
+__global__ void read_only_of_written(Arguments a) {
+    a.out[threadIdx.x] = 1;
+    __syncthreads();
+    a.out[threadIdx.x] += __ldg(a.out + (threadIdx.x + 1) % blockDim.x);
+}
+
+__global__ void too_much_shared(Arguments a) {
+    XTOKEN_SHARED(values, float[12289]);
+    values[threadIdx.x] = 0;
+    a.out[threadIdx.x] = values[threadIdx.x];
+}
+
+__global__ void trapped(Arguments) { __trap(); }
+
+struct Named {
+    const char* name;
+    void (*kernel)(Arguments);
+};
+#define KERNEL(name) {#name, name}
+const Named kernels[] = {KERNEL(block_sum),
+                         KERNEL(reverse),
+                         KERNEL(reverse_by_four),
+                         KERNEL(count_positive),
+                         KERNEL(rotate_warp),
+                         KERNEL(first_warp_scans),
+                         KERNEL(votes),
+                         KERNEL(missing_barrier),
+                         KERNEL(missing_second_barrier),
+                         KERNEL(race_in_shared),
+                         KERNEL(race_in_warp),
+                         KERNEL(race_between_blocks),
+                         KERNEL(missing_fence),
+                         KERNEL(atomic_and_plain),
+                         KERNEL(barrier_after_exit),
+                         KERNEL(barrier_in_branch),
+                         KERNEL(barrier_against_warp),
+                         KERNEL(shuffle_without_lane),
+                         KERNEL(shuffle_outside_mask),
+                         KERNEL(store_out_of_bounds),
+                         KERNEL(load_out_of_bounds),
+                         KERNEL(load_misaligned),
+                         KERNEL(shared_out_of_bounds),
+                         KERNEL(dynamic_out_of_bounds),
+                         KERNEL(null_pointer),
+                         KERNEL(uninitialised_shared),
+                         KERNEL(left_by_previous_block),
+                         KERNEL(uninitialised_global),
+                         KERNEL(read_only_of_written),
+                         KERNEL(too_much_shared),
+                         KERNEL(trapped)};
+
+char failure[1 << 16];
+
+}  // namespace
+
+extern "C" __attribute__((visibility("default"))) const char* last_failure() { return failure; }
+
+// Launches the kernel of this name; returns a cudaError_t, or -1 after a report.
+extern "C" __attribute__((visibility("default"))) int launch(const char* name, unsigned grid, unsigned block,
+                                                             unsigned shared_bytes, const float* in, float* out,
+                                                             unsigned* count, int n) {
+    for (const Named& named : kernels) {
+        if (std::string_view(named.name) != name) continue;
+        try {
+            return xtoken::cuda::launch(named.kernel, dim3(grid), dim3(block), shared_bytes, nullptr,
+                                        Arguments{in, out, count, n});
+        } catch (const std::exception& error) {
+            std::strncpy(failure, error.what(), sizeof(failure) - 1);
+            return -1;
+        }
+    }
+    return -2;
+}

@@ -1,0 +1,157 @@
+// The part of CUDA's runtime API that launchers call, and the functions by which tests control the emulator.
+#include <cstring>
+#include <stdexcept>
+
+#include "machine.h"
+
+using xtoken::emulator::machine;
+
+namespace {
+
+int multiprocessors = 2;
+thread_local std::string last_failure;
+
+template <typename Function>
+int guarded(Function function) {
+    try {
+        function();
+        return 0;
+    } catch (const std::exception& error) {
+        last_failure = error.what();
+        return 1;
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// ---- CUDA's runtime API ----
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+cudaError_t cudaPeekAtLastError() { return cudaSuccess; }
+const char* cudaGetErrorName(cudaError_t error) { return error == cudaSuccess ? "cudaSuccess" : "cudaError"; }
+const char* cudaGetErrorString(cudaError_t error) {
+    switch (error) {
+        case cudaSuccess:
+            return "no error";
+        case cudaErrorInvalidConfiguration:
+            return "invalid configuration argument";
+        case cudaErrorInvalidValue:
+            return "invalid argument";
+        default:
+            return "unknown error";
+    }
+}
+cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
+    return cudaSuccess;
+}
+cudaError_t cudaGetDeviceCount(int* count) {
+    *count = 1;
+    return cudaSuccess;
+}
+cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount:
+            *value = multiprocessors;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin:
+            *value = 227 << 10;
+            return cudaSuccess;
+        case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
+            *value = 228 << 10;
+            return cudaSuccess;
+        case cudaDevAttrMaxThreadsPerMultiProcessor:
+            *value = 2048;
+            return cudaSuccess;
+        case cudaDevAttrL2CacheSize:
+            *value = 50 << 20;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMajor:
+            *value = 9;
+            return cudaSuccess;
+        case cudaDevAttrComputeCapabilityMinor:
+            *value = 0;
+            return cudaSuccess;
+        default:
+            return cudaErrorInvalidValue;
+    }
+}
+cudaError_t cudaFuncSetAttribute(const void* kernel, cudaFuncAttribute attribute, int value) {
+    if (attribute == cudaFuncAttributeMaxDynamicSharedMemorySize) {
+        if (value < 0 || value > 227 << 10) return cudaErrorInvalidValue;
+        machine.dynamic_limit[kernel] = static_cast<size_t>(value);
+    }
+    return cudaSuccess;
+}
+cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessor(int* blocks, const void*, int threads, size_t shared_bytes) {
+    if (threads < 1 || threads > 1024) return cudaErrorInvalidValue;
+    *blocks = 2048 / threads;
+    if (shared_bytes > 0) *blocks = std::min(*blocks, static_cast<int>((228 << 10) / shared_bytes));
+    return cudaSuccess;
+}
+cudaError_t cudaMemsetAsync(void* memory, int value, size_t size, cudaStream_t) {
+    if (size == 0) return cudaSuccess;
+    auto* region = machine.regions.find(memory);
+    if (region == nullptr || size > region->size - (static_cast<char*>(memory) - region->begin)) {
+        return cudaErrorInvalidValue;
+    }
+    std::memset(memory, value, size);
+    std::memset(region->written.data() + (static_cast<char*>(memory) - region->begin), 1, size);
+    return cudaSuccess;
+}
+
+// ---- control ----
+
+#define XTOKEN_EXPORT __attribute__((visibility("default")))
+
+// Each returns 0, or 1 and the reason in xtoken_emulator_failure().
+XTOKEN_EXPORT const char* xtoken_emulator_failure() { return last_failure.c_str(); }
+
+// Order: 0 forward, 1 reverse, 2 random, 3 one warp ahead.
+XTOKEN_EXPORT int xtoken_emulator_set_order(int order, unsigned seed) {
+    return guarded([&] {
+        if (order < 0 || order > 3) throw std::invalid_argument("emulator: orders are 0 to 3");
+        machine.order = static_cast<xtoken::emulator::Order>(order);
+        machine.seed = seed;
+    });
+}
+XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {
+    return guarded([&] { multiprocessors = count; });
+}
+
+// Memory with inaccessible surroundings, uninitialised.
+XTOKEN_EXPORT int xtoken_emulator_allocate(const char* name, size_t size, void** memory) {
+    return guarded([&] {
+        *memory = xtoken::emulator::allocate_guarded(size);
+        machine.regions.add(name, *memory, size, false, false).forget();
+    });
+}
+XTOKEN_EXPORT int xtoken_emulator_free(void* memory) {
+    return guarded([&] {
+        machine.regions.remove(memory);
+        xtoken::emulator::free_guarded(memory);
+    });
+}
+// Which of these bytes the caller has written itself: mask [size], 0 or 1.
+XTOKEN_EXPORT int xtoken_emulator_set_written(void* memory, size_t size, const unsigned char* mask) {
+    return guarded([&] {
+        auto* region = machine.regions.find(memory);
+        const size_t offset = region == nullptr ? 0 : static_cast<char*>(memory) - region->begin;
+        if (region == nullptr || size > region->size - offset) throw std::invalid_argument("emulator: no such memory");
+        std::memcpy(region->written.data() + offset, mask, size);
+    });
+}
+// How many of these bytes nobody has written.
+XTOKEN_EXPORT int xtoken_emulator_unwritten(const void* memory, size_t size, size_t* count) {
+    return guarded([&] {
+        auto* region = machine.regions.find(memory);
+        const size_t offset = region == nullptr ? 0 : static_cast<const char*>(memory) - region->begin;
+        if (region == nullptr || size > region->size - offset) throw std::invalid_argument("emulator: no such memory");
+        const auto begin = region->written.begin() + offset;
+        *count = std::count(begin, begin + size, 0);
+    });
+}
+}

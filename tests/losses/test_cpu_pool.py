@@ -1,0 +1,181 @@
+"""Threads and memory of the CPU kernels: callers in parallel, forks, other numbers of threads, scratch."""
+
+import json
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from harness import OPERATIONS, Case, make_case
+from torch import Tensor
+
+CALLS: dict[str, tuple[str, dict[str, Any]]] = {
+    "pkl": ("pkl", {"merge": "mean", "top_k": None}),
+    "pkl subset": ("pkl", {"top_k": 200}),
+    "gold": ("gold", {}),
+    "uld": ("uld", {}),
+    "kd": ("kd", {"top_k": 100}),
+    "labels": ("kd", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def threads() -> Iterator[None]:
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(1)
+
+
+def case_of(seed: int) -> Case:
+    return make_case(500, 410, samples=3, seed=seed)
+
+
+def results(case: Case) -> list[Tensor]:
+    """Losses of every operation, and their gradients."""
+    found = []
+    for name, (operation, options) in CALLS.items():
+        student = case.student.float().requires_grad_()
+        if name == "labels":
+            options = {"labels": (case.student[..., 0].abs() * 100).long() % 400}
+        out = OPERATIONS[operation].public(case, student, case.teacher.float(), backend="cpu", **options)
+        loss = out[0] + out[1] if name == "labels" else out
+        found += [loss.detach(), *torch.autograd.grad(loss, student)]
+    return found
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def test_other_numbers_of_threads_from_call_to_call() -> None:
+    case = case_of(0)
+    want = results(case)
+    for count in (1, 4, 2, 1, 3):
+        torch.set_num_threads(count)
+        assert same(results(case), want)
+
+
+def test_callers_in_several_threads() -> None:
+    cases = [case_of(seed) for seed in range(4)]
+    want = [results(case) for case in cases]
+    start = threading.Barrier(4)
+
+    def caller(k: int) -> bool:
+        torch.set_num_threads(3)
+        start.wait(timeout=60)
+        return all(same(results(cases[k]), want[k]) for _ in range(5))
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(caller, range(4), timeout=120)) == [True] * 4
+
+
+def in_child(case: Case, want: list[Tensor], code: Any) -> None:
+    torch.set_num_threads(1)  # its OpenMP would wait for the parent's threads for ever
+    torch.get_num_threads = lambda: 3  # what the kernels ask for
+    code.value = 1 if same(results(case), want) and same(results(case), want) else 2
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.parametrize("busy", [False, True])
+def test_after_a_fork(busy: bool) -> None:
+    """The child has none of its parent's threads, and perhaps a lock that one of them held."""
+    case = case_of(0)
+    want = results(case)
+    context = multiprocessing.get_context("fork")
+    stop = threading.Event()
+
+    def keep_busy() -> None:
+        with torch.no_grad():
+            while not stop.is_set():
+                options: dict[str, Any] = {"backend": "cpu", "top_k": None}
+                OPERATIONS["pkl"].public(case, case.student.float(), case.teacher.float(), **options)
+
+    other = threading.Thread(target=keep_busy)
+    if busy:
+        other.start()
+    try:
+        for _ in range(3):
+            code = context.Value("i", 0)
+            child = context.Process(target=in_child, args=(case, want, code))
+            child.start()
+            child.join(timeout=60)
+            hung = child.is_alive()
+            if hung:
+                child.kill()
+                child.join()
+            assert not hung, "the child hangs"
+            assert (child.exitcode, code.value) == (0, 1)
+    finally:
+        stop.set()
+        if busy:
+            other.join()
+    assert same(results(case), want)
+
+
+MEASURE = """
+import json, re, sys
+from pathlib import Path
+import torch, xtoken
+
+V = 40_000
+
+def status(field):
+    return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def run(name, student, teacher, labels):
+    rows = student.shape[1]
+    start = torch.arange(1, rows, dtype=torch.int32)
+    alignment = xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
+    leaf = student.requires_grad_()
+    options = {"labels": labels, "backend": "cpu"}
+    if name == "pkl":
+        loss, ce = xtoken.pkl_loss(leaf, teacher, alignment, W, top_k=None, **options)
+    elif name == "pkl subset":
+        loss, ce = xtoken.pkl_loss(leaf, teacher, alignment, W, top_k=8192, merge="mean", **options)
+    elif name == "gold":
+        loss, ce = xtoken.gold_loss(leaf, teacher, alignment, W, **options)
+    elif name == "uld":
+        loss, ce = xtoken.uld_loss(leaf, teacher, alignment, **options)
+    elif name == "kd":
+        loss, ce = xtoken.kd_loss(leaf, teacher, **options)
+    else:
+        loss, ce = xtoken.kd_loss(leaf, teacher, top_k=8192, **options)
+    loss.backward()  # of the cross-entropy nothing: its gradient is taken back, which needs the logits again
+    student.grad = None
+
+torch.set_num_threads(2)
+ids = torch.arange(V)
+W = xtoken.ProjectionMatrix.from_topk(
+    torch.stack([ids, (ids + 1) % V], 1), torch.tensor([[0.9, 0.1]]).repeat(V, 1), teacher_vocab_size=V
+)
+rows = int(sys.argv[1])
+student, teacher = torch.randn(1, rows, V), torch.randn(1, rows, V)
+labels = torch.randint(V, (1, rows))
+found = {}
+for name in ("pkl", "pkl subset", "gold", "uld", "kd", "kd subset"):
+    run(name, student[:, :8].clone(), teacher[:, :8].clone(), labels[:, :8])
+    before = status("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")
+    run(name, student, teacher, labels)
+    found[name] = status("VmHWM") - before - student.nbytes
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
+def test_memory_beyond_the_gradient_does_not_grow_with_the_rows() -> None:
+    """After a call with 8 rows, one with 300 takes its gradient (48 MB) and next to nothing else."""
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back to the system
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, "300"], env=environment, capture_output=True, text=True, timeout=120, check=True
+    )
+    for name, extra in json.loads(done.stdout).items():
+        assert extra < 6 * 2**20, f"{name}: {extra / 2**20:.1f} MB"

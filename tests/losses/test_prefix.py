@@ -1,0 +1,346 @@
+"""Tests of prefix KL: the formula against an enumeration of all tokens, its optimum, and hand-made chunks."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import pytest
+import torch
+from comparer import assert_close, assert_within
+from harness import BAD_INPUTS, CASES, DTYPES, backends_of, bad_call, check, make_case, tokens
+from torch import Tensor
+
+from xtoken import (
+    Alignment,
+    LinearLogits,
+    PieceIndex,
+    ProjectionMatrix,
+    Vocabulary,
+    kd_loss,
+    pkl_loss,
+    prefix_kl_loss,
+    reference,
+)
+
+backends = pytest.mark.parametrize("backend", backends_of("prefix"))
+
+# Two vocabularies over one alphabet; neither contains the other.
+STUDENT = [b"a", b"b", b"c", b"ab", b"ac", b"abc", b"cab", b"bb", b"abb", b"ca"]
+TEACHER = [b"c", b"a", b"b", b"ab", b"bc", b"aa", b"abca", b"cc", b"bb"]
+
+
+def cut(text: bytes, tokens: list[bytes]) -> list[int]:
+    """Ids of the longest tokens that fit next."""
+    ids = []
+    while text:
+        token = max((t for t in tokens if text.startswith(t)), key=len)
+        ids.append(tokens.index(token))
+        text = text[len(token) :]
+    return ids
+
+
+def root(token: bytes, own: list[bytes], other: list[bytes]) -> bytes:
+    """The token itself if both sides have it, else the root of its first piece."""
+    return token if token in other else root(other[cut(token, other)[0]], other, own)
+
+
+def divergence(p: dict[Any, float], q: dict[Any, float]) -> float:
+    """KL(q || p) over the events of both, each divided by its sum."""
+    events = p.keys() & q.keys()
+    p_sum, q_sum = (math.fsum(side[e] for e in events) for side in (p, q))
+    return math.fsum(q[e] / q_sum * math.log(q[e] / q_sum / (p[e] / p_sum)) for e in events if q[e] > 0)
+
+
+def masses(events: list[Any], probabilities: list[float]) -> dict[Any, float]:
+    """Probability of each event, given that of each token; None takes no part."""
+    total: dict[Any, float] = {}
+    for event, probability in zip(events, probabilities, strict=True):
+        if event is not None:
+            total[event] = total.get(event, 0.0) + probability
+    return total
+
+
+def enumerated(
+    student: list[bytes],
+    teacher: list[bytes],
+    s_ids: list[int],
+    t_ids: list[int],
+    p: Any,
+    q: Any,
+    reverse: bool = False,
+) -> tuple[float, int]:
+    """The loss of one chunk, and its number of boundaries, from the rows of probabilities p and q."""
+
+    def term(mine: dict[Any, float], theirs: dict[Any, float]) -> float:
+        return divergence(theirs, mine) if reverse else divergence(mine, theirs)
+
+    loss = term(
+        masses([root(t, student, teacher) for t in student], p[0]),
+        masses([root(t, teacher, student) for t in teacher], q[0]),
+    )
+    count = 1
+    ends = [
+        list(itertools.accumulate((len(v[i]) for i in ids), initial=0))
+        for v, ids in ((student, s_ids), (teacher, t_ids))
+    ]
+    for whole in (0, 1):
+        own, other = ((student, teacher), (teacher, student))[whole]
+        own_ids, other_ids = ((s_ids, t_ids), (t_ids, s_ids))[whole]
+        own_rows, other_rows = ((p, q), (q, p))[whole]
+        pieces = [[other.index(t)] if t in other else cut(t, other) for t in own]
+        for i, token in enumerate(own_ids):
+            for j, start in enumerate(ends[1 - whole][:-1]):
+                if not ends[whole][i] < start < ends[whole][i + 1] or ends[whole][i] not in ends[1 - whole]:
+                    continue
+                since = other_ids[ends[1 - whole].index(ends[whole][i]) : j]
+                if pieces[token][: len(since)] != since:
+                    continue
+                going = [sequence[: len(since)] == since for sequence in pieces]
+                following = [
+                    (s[len(since)] if len(s) > len(since) else "ends") if g else None
+                    for s, g in zip(pieces, going, strict=True)
+                ]
+                whole_mass = masses(following, own_rows[i])
+                part_mass = masses([t if t in following else "ends" for t in range(len(other))], other_rows[j])
+                loss += term(*((whole_mass, part_mass) if whole == 0 else (part_mass, whole_mass)))
+                count += 1
+    return loss, count
+
+
+# Text of a chunk as each side cuts it, and the boundaries that have a term.
+CHUNKS: dict[str, tuple[list[bytes], list[bytes], int]] = {
+    "1 to 1, shared": ([b"ab"], [b"ab"], 1),
+    "1 to 2": ([b"abc"], [b"ab", b"c"], 2),
+    "1 to 2, another cut": ([b"abc"], [b"a", b"bc"], 1),
+    "2 to 1": ([b"b", b"c"], [b"bc"], 2),
+    "2 to 1, pieces": ([b"abc", b"a"], [b"abca"], 2),
+    "3 to 1": ([b"ab", b"c", b"a"], [b"abca"], 1),
+    "2 to 2, crossing": ([b"abc", b"a"], [b"ab", b"c", b"a"], 2),
+    "2 to 2, overlapping": ([b"ab", b"c"], [b"a", b"bc"], 1),
+    "3 to 2": ([b"cab", b"b", b"c"], [b"c", b"ab", b"bc"], 3),
+    "1 to 3": ([b"cab"], [b"c", b"a", b"b"], 2),
+    "2 to 3": ([b"ca", b"b"], [b"c", b"a", b"b"], 2),
+}
+
+
+def logits_for(seed: int, rows: int, size: int) -> Tensor:
+    return 2 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def chunk_of(
+    name: str, student: list[bytes] = STUDENT, teacher: list[bytes] = TEACHER
+) -> tuple[PieceIndex, Alignment, list[int], list[int]]:
+    s_texts, t_texts, _ = CHUNKS[name]
+    s_ids, t_ids = [student.index(t) for t in s_texts], [teacher.index(t) for t in t_texts]
+    alignment = Alignment([[1, 1 + len(s_ids), 1, 1 + len(t_ids)]], None, [0, *s_ids], [0, *t_ids])
+    return PieceIndex.build(Vocabulary(student), Vocabulary(teacher)), alignment, s_ids, t_ids
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_formula_against_enumeration(name: str, reverse: bool) -> None:
+    pieces, alignment, s_ids, t_ids = chunk_of(name)
+    z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
+    tau = 1.3
+    p, q = (z / tau).softmax(-1).tolist(), (y / tau).softmax(-1).tolist()
+    want, boundaries = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, reverse)
+    assert boundaries == CHUNKS[name][2]
+    chunks = reference.Chunks.of(alignment, len(z), len(y), realised=True)
+    got = reference.prefix(z, y, chunks, pieces.data, temperature=tau, reverse=reverse)
+    assert_close(got, torch.tensor([want * tau**2], dtype=torch.float64), rtol=1e-12)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_formula_over_a_batch(reverse: bool) -> None:
+    """Every chunk of two samples, boundaries of both kinds among them."""
+    case = make_case(31, 29)
+    student, teacher = tokens(31, 0), tokens(29, 1)
+    got = prefix_kl_loss(case.student, case.teacher, case.alignment, case.pieces, reverse=reverse, reduction="none")
+    used = reference.predictable(case.alignment)
+    s_all, t_all = case.alignment.student_ids, case.alignment.teacher_ids
+    assert s_all is not None
+    assert t_all is not None
+    inner = 0
+    for k in used.nonzero()[:, 0].tolist():
+        sample = int(case.alignment.sample_index[k])
+        a, b, c, d = case.alignment.spans[k].tolist()
+        p, q = case.student[sample, a - 1 : b - 1].softmax(-1), case.teacher[sample, c - 1 : d - 1].softmax(-1)
+        ids = s_all[sample, a:b].tolist(), t_all[sample, c:d].tolist()
+        assert b"".join(student[i] for i in ids[0]) == b"".join(teacher[i] for i in ids[1])
+        want, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse)
+        inner += count - 1
+        assert_close(got[k], torch.tensor(want, dtype=torch.float64), rtol=1e-10)
+    assert inner >= 5
+    assert not got[~used].any()
+
+
+@backends
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES)
+def test_hard_inputs(case: str, dtype: torch.dtype, backend: str) -> None:
+    check(backend, "prefix", CASES[case](), dtype)
+
+
+@backends
+@pytest.mark.parametrize("case", ["teacher_below", "infinite"])
+@pytest.mark.parametrize("options", [{"reverse": True}, {"temperature": 2.5}], ids=str)
+def test_options(options: dict[str, Any], case: str, backend: str) -> None:
+    check(backend, "prefix", CASES[case](), torch.float32, strided=True, **options)
+
+
+@backends
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_gradcheck(name: str, reverse: bool, backend: str) -> None:
+    pieces, alignment, s_ids, t_ids = chunk_of(name)
+    student = logits_for(3, len(s_ids) + 1, len(STUDENT)).requires_grad_()
+    teacher = logits_for(4, len(t_ids) + 1, len(TEACHER))
+
+    def loss(student: Tensor) -> Tensor:
+        return prefix_kl_loss(student, teacher, alignment, pieces, reverse=reverse, backend=backend)
+
+    assert torch.autograd.gradcheck(loss, student)
+
+
+# The teacher writes digits; the student also has every pair of digits.
+DIGITS = [b"0", b"1", b"2", b"."]
+NUMBERS = [*DIGITS, *(a + b for a in DIGITS[:3] for b in DIGITS[:3])]
+
+
+def numbers() -> tuple[PieceIndex, Alignment, Tensor, Tensor]:
+    """The chunk "21", the teacher's two rows, and the student's probabilities that agree with them."""
+    q = torch.tensor([[0.2, 0.1, 0.6, 0.1], [0.3, 0.5, 0.1, 0.1]], dtype=torch.float64)
+    single = torch.cat([q[0, :3] * q[1, 3], q[0, 3:]])  # a digit that ends there, and the full stop
+    p = torch.cat([single, (q[0, :3, None] * q[1, None, :3]).flatten()])
+    pieces = PieceIndex.build(Vocabulary(NUMBERS), Vocabulary(DIGITS))
+    alignment = Alignment([[1, 2, 1, 3]], None, [3, NUMBERS.index(b"21")], [3, 2, 1])
+    return pieces, alignment, p, q
+
+
+def loss_and_grad(p: Tensor, loss: Any) -> tuple[float, Tensor]:
+    logits = p.log()[None].requires_grad_()
+    value = loss(logits.expand(2, -1))
+    return float(value.detach()), torch.autograd.grad(value, logits)[0][0]
+
+
+def test_zero_exactly_where_the_events_agree() -> None:
+    """Mass may move between tokens of the same events, and nowhere else."""
+    pieces, alignment, p, q = numbers()
+    teacher = torch.cat([q, q[:1]]).log()
+
+    def loss(logits: Tensor) -> Tensor:
+        return prefix_kl_loss(logits, teacher, alignment, pieces)
+
+    value, grad = loss_and_grad(p, loss)
+    assert abs(value) < 1e-14
+    assert_within(grad, torch.zeros_like(grad), 1e-14)
+    for a, b in itertools.permutations(range(len(NUMBERS)), 2):
+        moved = p.clone()
+        moved[a] -= 0.5 * p[a]
+        moved[b] += 0.5 * p[a]
+        # Behind a "2" the chunk also tells what comes next; behind other digits it does not.
+        same_events = NUMBERS[a][:1] == NUMBERS[b][:1] != b"2"
+        value, grad = loss_and_grad(moved, loss)
+        if same_events:
+            assert abs(value) < 1e-14, (NUMBERS[a], NUMBERS[b])
+            assert_within(grad, torch.zeros_like(grad), 1e-14)
+        else:
+            assert value > 1e-5, (NUMBERS[a], NUMBERS[b])
+            assert grad.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("gamma", [0.1, 0.0])
+def test_projected_kl_is_biased(gamma: float) -> None:
+    """At the student that agrees with the teacher, P-KL still pulls towards pairs of equal digits."""
+    pieces, alignment, p, q = numbers()
+    teacher = torch.cat([q, q[:1]]).log()
+    W = ProjectionMatrix.build(Vocabulary(NUMBERS), Vocabulary(DIGITS), gamma=gamma)
+    value, grad = loss_and_grad(p, lambda logits: pkl_loss(logits, teacher, alignment, W))
+    _, ours = loss_and_grad(p, lambda logits: prefix_kl_loss(logits, teacher, alignment, pieces))
+    assert ours.abs().max() < 1e-14
+    if gamma == 0.0:  # a piece is all that W sees: no bias at the first row, and nothing known of the second
+        assert abs(value) < 1e-8
+        return
+    assert value > 1e-3
+    assert grad.abs().max() > 5e-3
+    # Descent adds d log p = -grad / p: more for "22" than for "20" and "21", as "99" over "95".
+    pull = -grad / p
+    twos = {text: float(pull[NUMBERS.index(text)]) for text in (b"20", b"21", b"22")}
+    assert twos[b"22"] > max(twos[b"20"], twos[b"21"]) + 0.01
+
+
+def test_one_tokenizer_is_per_position_kl() -> None:
+    vocabulary = Vocabulary(STUDENT)
+    pieces = PieceIndex.build(vocabulary, vocabulary)
+    assert pieces.events == len(STUDENT)
+    student, teacher = logits_for(5, 6, len(STUDENT)), logits_for(6, 6, len(STUDENT))
+    alignment = Alignment([[t, t + 1] * 2 for t in range(1, 6)], None, [0] * 6, [0] * 6)
+    for reverse in (False, True):
+        want = kd_loss(student, teacher, alignment, temperature=1.5, reverse=reverse)
+        got = prefix_kl_loss(student, teacher, alignment, pieces, temperature=1.5, reverse=reverse)
+        assert_close(got, want, rtol=1e-12)
+
+
+def test_nothing_is_left_out() -> None:
+    """At the start of a chunk the events of each side sum to 1."""
+    pieces, *_ = chunk_of("1 to 2")
+    for side, size in ((pieces.student, len(STUDENT)), (pieces.teacher, len(TEACHER))):
+        log_p = logits_for(7, 4, size).log_softmax(-1)
+        mass = reference._event_log_mass(log_p, side.event.long().expand(4, -1), pieces.events).exp()
+        assert mass.shape == (4, pieces.events)
+        assert_close(mass.sum(-1), torch.ones(4, dtype=torch.float64), rtol=1e-12)
+
+
+def test_an_event_that_one_side_lacks_is_left_out_on_both() -> None:
+    student = Vocabulary([b"a", b"b"])
+    teacher = Vocabulary([b"a", b"b", b"<tool>"], kinds=["normal", "normal", "special"])
+    pieces = PieceIndex.build(student, teacher)
+    assert pieces.events == 3
+    assert pieces.teacher.event.tolist() == [0, 1, 2]
+    alignment = Alignment([[1, 2, 1, 2]], None, [0, 1], [0, 1])
+    z, y = logits_for(8, 2, 2), logits_for(9, 2, 3)
+    assert_close(prefix_kl_loss(z, y, alignment, pieces), kd_loss(z, y[:, :2], alignment), rtol=1e-12)
+
+
+def test_chunks_of_different_lengths_have_no_inner_boundary() -> None:
+    """Where the bytes of the two sides differ (a chunk of one's own making), only its start is compared."""
+    pieces, _, s_ids, t_ids = chunk_of("1 to 2")
+    z, y = logits_for(1, 2, len(STUDENT)), logits_for(2, 4, len(TEACHER))
+    longer = Alignment([[1, 2, 1, 4]], None, [0, *s_ids], [0, *t_ids, 0])
+    shorter = Alignment([[1, 2, 1, 2]], None, [0, *s_ids], [0, *t_ids, 0])
+    assert_close(prefix_kl_loss(z, y, longer, pieces), prefix_kl_loss(z, y, shorter, pieces), rtol=1e-12)
+
+
+def test_hidden_states() -> None:
+    case = make_case(31, 29, samples=1)
+    hidden, head = logits_for(1, case.student.shape[1], 8)[None], logits_for(2, 31, 8)
+    dense = prefix_kl_loss(hidden @ head.T, case.teacher, case.alignment, case.pieces)
+    got = prefix_kl_loss(LinearLogits(hidden, head), case.teacher, case.alignment, case.pieces)
+    assert_close(got, dense, rtol=1e-12)
+
+
+@backends
+@pytest.mark.parametrize("name", BAD_INPUTS)
+def test_bad_inputs(name: str, backend: str) -> None:
+    call, exception, message = bad_call(name, backend)
+    with pytest.raises(exception, match=message):
+        prefix_kl_loss(pieces=make_case().pieces, **call)
+
+
+def test_bad_pieces_and_ids() -> None:
+    pieces, alignment, s_ids, t_ids = chunk_of("1 to 2")
+    z, y = logits_for(1, 2, len(STUDENT)), logits_for(2, 3, len(TEACHER))
+    with pytest.raises(TypeError, match=r"pieces: expected an xtoken.PieceIndex, got Tensor"):
+        prefix_kl_loss(z, y, alignment, pieces.data)  # type: ignore[arg-type]
+    spans = alignment.spans
+    with pytest.raises(ValueError, match=r"prefix KL need the token ids, but alignment.student_ids is None"):
+        prefix_kl_loss(z, y, Alignment(spans), pieces)
+    with pytest.raises(ValueError, match=r"alignment: expected student_ids in 0 \.\.\. 9 within chunks, got 10"):
+        prefix_kl_loss(z, y, Alignment(spans, None, [0, 10], [0, *t_ids]), pieces)
+    with pytest.raises(ValueError, match=r"alignment: expected teacher_ids in 0 \.\.\. 8 within chunks, got -1"):
+        prefix_kl_loss(z, y, Alignment(spans, None, [0, *s_ids], [0, t_ids[0], -1]), pieces)
+    chunks = reference.Chunks.of(alignment, 2, 3)
+    with pytest.raises(ValueError, match="chunks: prefix KL needs the realised ids"):
+        reference.prefix(z, y, chunks, pieces.data)

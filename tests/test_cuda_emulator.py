@@ -1,0 +1,145 @@
+"""The emulator of CUDA: right kernels pass in every order, and each planted fault is reported."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+
+import pytest
+import torch
+from cuda_emulator.emulator import FOLDER, Emulator, build, why_not
+
+pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
+
+SCHEDULES = [("forward", 0), ("reverse", 0), *((order, seed) for order in ("random", "one_ahead") for seed in range(3))]
+
+
+@pytest.fixture(scope="session")
+def emulator() -> Emulator:
+    return Emulator(build("faults", [FOLDER / "faults.cu"]))
+
+
+class Kernels:
+    """Launches kernels of faults.cu on n inputs; the outputs and the counter start without values."""
+
+    def __init__(self, emulator: Emulator) -> None:
+        self.emulator = emulator
+        emulator.library.last_failure.restype = ctypes.c_char_p
+
+    def launch(self, name: str, inputs: torch.Tensor, grid: int = 1, block: int = 64, shared: int = 0) -> torch.Tensor:
+        with self.emulator.memory() as memory:
+            n = inputs.numel()
+            out = memory.empty((n,), torch.float32, "out")
+            count = memory.copy(torch.zeros(1, dtype=torch.int32), "count")
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in (memory.copy(inputs, "in"), out, count)]
+            code = self.emulator.library.launch(name.encode(), grid, block, shared, *pointers, n)
+            if code == -1:
+                raise RuntimeError(self.emulator.library.last_failure().decode())
+            assert code == 0, f"CUDA error {code}"
+            return out.clone()
+
+
+@pytest.fixture(params=SCHEDULES, ids=lambda s: f"{s[0]}-{s[1]}")
+def kernels(emulator: Emulator, request: pytest.FixtureRequest) -> Kernels:
+    emulator.set_order(*request.param)
+    return Kernels(emulator)
+
+
+def numbers(n: int) -> torch.Tensor:
+    return torch.randn(n, generator=torch.Generator().manual_seed(n))
+
+
+# ---- right kernels ----
+
+
+@pytest.mark.parametrize(("n", "block"), [(5000, 256), (7, 32), (1000, 1024)])
+def test_sums_through_shuffles_and_shared_memory(kernels, n, block):
+    out = kernels.launch("block_sum", numbers(n), grid=3, block=block)
+    assert torch.allclose(out[:3], numbers(n).sum(), atol=1e-3)
+
+
+def test_dynamic_shared_memory(kernels):
+    assert torch.equal(kernels.launch("reverse", numbers(500), shared=2000), numbers(500).flip(0))
+
+
+def test_vector_loads_and_stores(kernels):
+    assert torch.equal(kernels.launch("reverse_by_four", numbers(500), grid=2), numbers(500).flip(0))
+
+
+def test_atomics_and_the_last_block(kernels):
+    out = kernels.launch("count_positive", numbers(999), grid=5)
+    assert out[0] == (numbers(999) > 0).sum()
+
+
+def test_a_warp_barrier_orders_its_lanes(kernels):
+    out = kernels.launch("rotate_warp", numbers(128), block=128)
+    assert torch.equal(out, numbers(128).view(4, 32).roll(1, dims=1).flatten())
+
+
+def test_one_warp_may_work_while_others_wait(kernels):
+    out = kernels.launch("first_warp_scans", numbers(96), block=96)
+    assert torch.allclose(out, numbers(96)[:32].cumsum(0).repeat(3), atol=1e-5)
+
+
+def test_votes(kernels):
+    x = numbers(64)
+    out = kernels.launch("votes", x)
+    lanes = (x > 0)[:32]
+    expected = [(x > 0).any(), (x > 0).all(), (x > 0).sum(), lanes.sum(), 1 + lanes.int().argmax(), 1]
+    assert out[:6].tolist() == [float(v) for v in expected]
+
+
+# ---- faults ----
+
+FAULTS = [
+    ("missing_barrier", r"race: read of 4 bytes at shared 'values' \+ \d+ .*; write by|race: write .*; read by", {}),
+    ("missing_second_barrier", r"race: (write|read) of 4 bytes at shared 'value' \+ 0", {}),
+    ("race_in_shared", r"race: (write|read) of 4 bytes at shared 'sum' \+ 0", {}),
+    ("race_in_warp", r"race: (write|read) of 4 bytes at shared 'values'", {"block": 32}),
+    ("race_between_blocks", r"race between blocks: write of 4 bytes at 'out' \+ 0 ", {"grid": 2}),
+    ("missing_fence", r"race between blocks: read of 4 bytes at 'out' \+ \d", {"grid": 3}),
+    ("atomic_and_plain", r"race: (write|atomic update) of 4 bytes at 'count' \+ 0", {}),
+    ("barrier_after_exit", r"divergent barrier: ", {}),
+    ("barrier_in_branch", r"divergent barrier: .* is at another barrier", {}),
+    ("barrier_against_warp", r"divergent barrier: block \(0,0,0\) waits for ever: ", {}),
+    ("shuffle_without_lane", r"divergent (warp|barrier): ", {"block": 32}),
+    ("shuffle_outside_mask", r"divergent warp: .* reads lane \d+, which takes no part", {"block": 32}),
+    ("store_out_of_bounds", r"out of bounds: write of 4 bytes at 0 bytes past the end of 'out' \(256 bytes\)", {}),
+    ("load_out_of_bounds", r"out of bounds: read of 16 bytes at 0 bytes past the end of 'in' ", {}),
+    ("load_misaligned", r"misaligned: read of 16 bytes at 'in' \+ 4", {}),
+    ("shared_out_of_bounds", r"out of bounds: read .* at 0 bytes past the end of shared 'values'", {"block": 32}),
+    ("dynamic_out_of_bounds", r"out of bounds: write .* at 0 bytes past the end of shared 'dynamic'", {"shared": 256}),
+    ("null_pointer", r"out of bounds: write of 4 bytes at a null pointer", {}),
+    ("uninitialised_shared", r"uninitialised: read of 4 bytes at shared 'values' \+ 252 .*: nobody wrote there", {}),
+    ("left_by_previous_block", r"uninitialised: read of 4 bytes at shared 'value' .* of block \(1,0,0\)", {"grid": 2}),
+    ("uninitialised_global", r"uninitialised: read of 4 bytes at 'out' \+ \d", {}),
+    ("read_only_of_written", r"read-only: read-only load of 4 bytes at 'out' ", {}),
+    ("too_much_shared", r"shared memory: 'values' makes 49156 static bytes", {}),
+    ("trapped", r"trap: called by thread", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "message", "sizes"), FAULTS, ids=[fault[0] for fault in FAULTS])
+def test_a_fault_is_reported(kernels, name, message, sizes):
+    with pytest.raises(RuntimeError, match=message) as error:
+        kernels.launch(name, numbers(64), **sizes)
+    report = str(error.value)
+    assert re.match(rf"CUDA emulator: kernel .*{name}, grid \(\d,1,1\), block \(\d+,1,1\), order ", report)
+    if name != "too_much_shared":
+        assert "faults.cu:" in report or name == "barrier_against_warp"
+
+
+def test_a_report_names_lines(emulator):
+    emulator.set_order("forward")
+    lines = (FOLDER / "faults.cu").read_text().splitlines()
+    with pytest.raises(RuntimeError) as error:
+        Kernels(emulator).launch("store_out_of_bounds", numbers(64))
+    line = int(re.search(r"faults\.cu:(\d+)", str(error.value)).group(1))
+    assert "a.out[i] = 0" in lines[line - 1]
+
+
+def test_launches_work_again_after_a_fault(kernels):
+    for name in ("barrier_in_branch", "store_out_of_bounds"):
+        with pytest.raises(RuntimeError):
+            kernels.launch(name, numbers(64))
+    assert torch.equal(kernels.launch("reverse", numbers(64), shared=256), numbers(64).flip(0))

@@ -1,0 +1,270 @@
+"""A teacher's log-probabilities on disk: what comes back, resuming, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+import xtoken
+from xtoken import TeacherCache, TeacherCacheWriter, TopKLogits, cache_teacher
+from xtoken.teacher_cache import INDEX
+
+TEXTS = ["one fish", "", "a", "Grüße, 漢字!", "a much longer document of many bytes, twice over " * 2, "a"]
+
+
+def make_tokenizer(bos: bool = True) -> Any:
+    """Bytes as tokens, in front of each document a bos."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.add_special_tokens(["<s>"])
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", tokenizer.token_to_id("<s>"))]
+        )
+    return tokenizer
+
+
+TOKENIZER = make_tokenizer()
+SIZE = TOKENIZER.get_vocab_size()
+
+
+class Model:
+    """A causal model: a row depends on the token and its position."""
+
+    def __init__(self, width: int = SIZE + 7, fails_at: int | None = None, scale: float = 2.0) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.table = scale * torch.randn(SIZE, width, generator=generator)
+        self.table[:, SIZE:] = 100.0  # columns beyond the vocabulary
+        self.position = torch.randn(512, 1, generator=generator)
+        self.fails_at = fails_at
+        self.calls = 0
+        self.config = SimpleNamespace(max_position_embeddings=512)
+
+    def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+        assert input_ids.shape == attention_mask.shape
+        assert bool((attention_mask.diff(dim=1) <= 0).all())
+        self.calls += 1
+        if self.calls == self.fails_at:
+            raise KeyboardInterrupt
+        return SimpleNamespace(logits=self.table[input_ids] * (1 + self.position[: input_ids.shape[1]].abs()))
+
+    def log_softmax(self, text: str) -> Tensor:
+        ids = torch.tensor([TOKENIZER.encode(text).ids])
+        logits: Tensor = self(ids, torch.ones_like(ids)).logits
+        return logits[0, :, :SIZE].log_softmax(-1)
+
+
+def dense(logits: TopKLogits) -> Tensor:
+    """The log-probabilities [T, V] that the losses see."""
+    from xtoken.losses._logits import TopKSource
+
+    return TopKSource(logits.ids[None], logits.logprobs[None], logits.tail, SIZE).rows(0, len(logits.ids))
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 40, 4096])
+def test_every_document_comes_back(tmp_path: Path, batch_tokens: int) -> None:
+    model = Model()
+    cache = cache_teacher(model, TOKENIZER, TEXTS, tmp_path, top_k=5, batch_tokens=batch_tokens, shard_tokens=30)
+    assert len(list(tmp_path.glob("shard-*"))) == 2
+    assert len(cache) == len(TEXTS)
+    for text, document in zip(TEXTS, cache, strict=True):
+        ids = TOKENIZER.encode(text).ids
+        assert document.token_ids.tolist() == ids
+        assert document.byte_ends.tolist() == list(range(len(text.encode()) + 1))
+        expected = model.log_softmax(text).topk(5)
+        assert torch.equal(document.logits.ids.long(), expected.indices)
+        torch.testing.assert_close(document.logits.logprobs, expected.values, rtol=1e-3, atol=1e-3)
+        mass = dense(document.logits).double().exp().sum(1)
+        torch.testing.assert_close(mass, torch.ones_like(mass), rtol=1e-6, atol=0)
+        assert cache.lookup(ids).token_ids.tolist() == ids
+
+
+def test_tail_keeps_the_mass_that_rounding_moves(tmp_path: Path) -> None:
+    model = Model(scale=0.1)  # flat: most mass in the tail
+    document = cache_teacher(model, TOKENIZER, TEXTS[4:5], tmp_path, top_k=3)[0]
+    listed = document.logits.logprobs.double().exp().sum(1)
+    expected = model.log_softmax(TEXTS[4]).double().topk(3).values.exp().sum(1)
+    torch.testing.assert_close(listed, expected, rtol=3e-6, atol=0)
+
+
+def test_tiny_tails_stay_finite(tmp_path: Path) -> None:
+    document = cache_teacher(Model(scale=40.0), TOKENIZER, TEXTS[4:5], tmp_path, top_k=64)[0]
+    assert float(document.logits.logprobs[:, 0].max()) > -1e-5
+    assert bool(torch.isfinite(dense(document.logits)).all())
+
+
+def test_whole_vocabulary_gives_the_loss_of_the_full_teacher(tmp_path: Path) -> None:
+    model = Model()
+    text = TEXTS[4]
+    cached = cache_teacher(model, TOKENIZER, [text], tmp_path, top_k=10**6).lookup(TOKENIZER.encode(text).ids)
+    assert cached.logits.ids.shape[1] == SIZE
+    student = make_tokenizer(bos=False)
+    student_ids = student.encode(text).ids
+    projection = xtoken.ProjectionMatrix.build(student, TOKENIZER)
+    alignment = xtoken.Aligner(student, TOKENIZER).align(student_ids, cached.token_ids)
+    logits = torch.randn(len(student_ids), student.get_vocab_size(), generator=torch.Generator().manual_seed(1))
+    losses = [
+        xtoken.pkl_loss(logits, teacher, alignment, projection) for teacher in (model.log_softmax(text), cached.logits)
+    ]
+    assert float(losses[0]) > 0.1
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)
+
+
+def test_long_documents_are_cut(tmp_path: Path) -> None:
+    cache = cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path, top_k=2, max_length=6)
+    assert cache.max_length == 6
+    assert [len(document.token_ids) for document in cache] == [6, 1, 2, 6, 6, 2]
+    assert cache.lookup(TOKENIZER.encode(TEXTS[4]).ids).byte_ends[-1] == 5
+
+
+def test_resume_gives_the_same_files(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"top_k": 4, "batch_tokens": 8, "shard_tokens": 20}
+    texts = TEXTS * 80  # two windows
+    cache_teacher(Model(), TOKENIZER, texts, tmp_path / "once", **options)
+    with pytest.raises(KeyboardInterrupt):
+        cache_teacher(Model(fails_at=200), TOKENIZER, texts, tmp_path / "twice", **options)
+    with pytest.raises(ValueError, match="is not complete"):
+        TeacherCache(tmp_path / "twice")
+    assert list((tmp_path / "twice").glob("shard-*"))
+    with pytest.raises(ValueError, match="is not empty"):
+        cache_teacher(Model(), TOKENIZER, texts, tmp_path / "twice", **options)
+    with pytest.raises(ValueError, match="documents: number 0 is not"):
+        cache_teacher(Model(), TOKENIZER, ["other"], tmp_path / "twice", resume=True, **options)
+    with pytest.raises(ValueError, match="documents: number 6 is not"):
+        cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path / "twice", resume=True, **options)
+    with pytest.raises(ValueError, match="was made with top_k=4, now 3"):
+        cache_teacher(Model(), TOKENIZER, texts, tmp_path / "twice", resume=True, **{**options, "top_k": 3})
+    cache_teacher(Model(), TOKENIZER, texts, tmp_path / "twice", resume=True, **options)
+    files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("once", "twice")]
+    assert files[0] == files[1]
+
+
+def test_other_text_and_other_tokenizer_are_refused(tmp_path: Path) -> None:
+    cache = cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path, top_k=2)
+    with pytest.raises(ValueError, match=r"token_ids: not among the 6 documents of the teacher cache .*: \[1, 2\]"):
+        cache.lookup([1, 2])
+    with pytest.raises(ValueError, match=r"teacher_tok: .* was made with another tokenizer"):
+        TeacherCache(tmp_path, make_tokenizer(bos=False))
+    with pytest.raises(IndexError, match="index: expected -6 to 5, got 6"):
+        cache[6]
+    assert cache[-1].token_ids.tolist() == cache[5].token_ids.tolist()
+
+
+def test_opens_in_another_process(tmp_path: Path) -> None:
+    cache = cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path, top_k=2)
+    copy = pickle.loads(pickle.dumps(cache))
+    assert copy.lookup(TOKENIZER.encode(TEXTS[0]).ids).token_ids.tolist() == cache[0].token_ids.tolist()
+
+
+def test_empty_cache(tmp_path: Path) -> None:
+    cache = cache_teacher(Model(), TOKENIZER, [], tmp_path)
+    assert len(cache) == 0
+    with pytest.raises(ValueError, match="not among the 0 documents"):
+        cache.lookup([1])
+
+
+def test_bad_models(tmp_path: Path) -> None:
+    class Broken(Model):
+        def __call__(self, input_ids: Tensor, attention_mask: Tensor) -> Any:
+            result = super().__call__(input_ids, attention_mask)
+            result.logits[(input_ids == TOKENIZER.encode("漢").ids[1]).any(1)] = float("nan")
+            return result
+
+    with pytest.raises(ValueError, match="model: NaN or infinite logits in document 3"):
+        cache_teacher(Broken(), TOKENIZER, TEXTS, tmp_path / "nan")
+    with pytest.raises(
+        ValueError, match=f"model: expected logits at least {SIZE} wide, as teacher_tok, got {SIZE - 1}"
+    ):
+        cache_teacher(Model(SIZE - 1), TOKENIZER, TEXTS, tmp_path / "narrow")
+    with pytest.raises(ValueError, match="teacher_tok: expected a tokenizer that encodes text"):
+        cache_teacher(Model(), xtoken.Vocabulary([b"a"]), TEXTS, tmp_path / "tokens")
+
+
+@pytest.mark.parametrize("name", ["top_k", "max_length", "batch_tokens", "shard_tokens"])
+def test_bad_options(tmp_path: Path, name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name}: expected at least 1, got 0"):
+        cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path / "cache", **{name: 0})
+
+
+def test_bad_documents(tmp_path: Path) -> None:
+    writer = TeacherCacheWriter(tmp_path, TOKENIZER, 2, max_length=3)
+    good = TopKLogits(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[-1.0, -2.0]] * 2))
+    with pytest.raises(ValueError, match=r"logits: expected \[<= 1, >= 2\] as token_ids, .*, got \[2, 2\]"):
+        writer.add([1], good)
+    with pytest.raises(ValueError, match=r"logits: expected \[<= 3, >= 2\] as token_ids, .*, got \[4, 2\]"):
+        writer.add([1] * 5, TopKLogits(good.ids.repeat(2, 1), good.logprobs.repeat(2, 1)))
+    with pytest.raises(ValueError, match=f"token_ids: expected 0 ... {SIZE - 1}, got 1 to {SIZE}"):
+        writer.add([1, SIZE], good)
+    with pytest.raises(ValueError, match=f"logits.ids: expected -1 ... {SIZE - 1}, got 0 to {SIZE}"):
+        writer.add([1, 2], TopKLogits(torch.tensor([[0, 1], [2, SIZE]]), good.logprobs))
+    with pytest.raises(ValueError, match=r"logits.logprobs: expected logarithms of probabilities, got 0.5"):
+        writer.add([1, 2], TopKLogits(good.ids, torch.tensor([[-1.0, 0.5]] * 2)))
+    with pytest.raises(ValueError, match=r"logits.logprobs: expected logarithms of probabilities, got nan"):
+        writer.add([1, 2], TopKLogits(good.ids, torch.tensor([[-1.0, float("nan")]] * 2)))
+
+
+def test_bad_files(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        TeacherCache(tmp_path)
+    strange = tmp_path / "strange"
+    strange.mkdir()
+    (strange / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match=r"output: .* holds notes.txt but no cache.json"):
+        TeacherCacheWriter(strange, TOKENIZER, resume=True)
+    folder = tmp_path / "cache"
+    cache_teacher(Model(), TOKENIZER, TEXTS, folder, top_k=2)
+    shard = next(folder.glob("shard-*"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    with pytest.raises(ValueError, match="not a shard of a teacher cache"):
+        TeacherCache(folder)
+    shard.unlink()
+    with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
+        TeacherCache(folder)
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps({**index, "format": 99}))
+    with pytest.raises(ValueError, match="expected format 1, got 99"):
+        TeacherCache(folder)
+    del index["top_k"]
+    (folder / INDEX).write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="not the index of a teacher cache: KeyError"):
+        TeacherCache(folder)
+
+
+def test_served_teacher_fills_a_cache(tmp_path: Path) -> None:
+    """What a server returns for a prompt, written by `TeacherCacheWriter`."""
+    ids = TOKENIZER.encode("ab").ids
+    prompt_logprobs = [
+        None,
+        {ids[1]: SimpleNamespace(logprob=-0.5, rank=1), 7: SimpleNamespace(logprob=-1.5, rank=2)},
+        {"9": {"logprob": -0.25}, str(ids[2]): {"logprob": -3.0}, "3": -4.0},
+    ]
+    logits = TopKLogits.from_vllm(prompt_logprobs)
+    assert logits.ids.tolist() == [[ids[1], 7, -1], [9, ids[2], 3], [-1, -1, -1]]
+    with TeacherCacheWriter(tmp_path, TOKENIZER, 2) as writer:
+        writer.add(ids, logits)
+    document = TeacherCache(tmp_path).lookup(ids)
+    assert document.logits.ids.tolist() == [[ids[1], 7], [9, ids[2]], [-1, -1]]
+    torch.testing.assert_close(document.logits.logprobs[:2], torch.tensor([[-0.5, -1.5], [-0.25, -3.0]]))
+    torch.testing.assert_close(dense(document.logits)[2].exp(), torch.full([SIZE], 1 / SIZE))
+    with pytest.raises(ValueError, match="prompt_logprobs: expected a mapping at position 1, got None"):
+        TopKLogits.from_vllm([None, None])
+
+
+def test_token_ids_and_texts_are_the_same_documents(tmp_path: Path) -> None:
+    ids = [TOKENIZER.encode(text).ids for text in TEXTS]
+    mixed = [one if k % 2 else text for k, (one, text) in enumerate(zip(ids, TEXTS, strict=True))]
+    for name, documents in (("texts", TEXTS), ("ids", ids), ("mixed", mixed)):
+        cache_teacher(Model(), TOKENIZER, documents, tmp_path / name, top_k=2)
+    files = [(tmp_path / name / "shard-00000.safetensors").read_bytes() for name in ("texts", "ids", "mixed")]
+    assert files[0] == files[1] == files[2]

@@ -1,0 +1,204 @@
+"""W as the CUDA kernels read it: index-only gathers, and sorted lists for the rest. Made without waiting for the device.
+
+What depends on W alone is built once with NumPy and moved to the device; a column set, which is usually chosen there
+on every step, needs only a few small operations on the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from xtoken.losses._common import Matrix
+
+WARP = 32
+"""Lists that are summed side by side, and entries of a longer list that are."""
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Lists:
+    """Weighted sums in the layout of csrc/cuda/pkl.h; `owner` is the row or column of each."""
+
+    shared: int
+    start: Tensor  # int32 [slices + 1]
+    index: Tensor  # int32 [32 * start[slices]]
+    entry: Tensor  # int64, as index: entries of W; their number where there is none
+    owner: Tensor  # int32 [count]
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What depends on W alone, on one device."""
+
+    row_ptr: Tensor  # int64
+    col: Tensor  # int32
+    column_code: Tensor  # int32 [V_teacher]: a student id, V_student: nothing, V_student + 1 + n: list n
+    row_code: Tensor  # int32 [V_student]: a teacher id, -1: nothing, -2 - n: list n
+    column_lists: Lists
+    row_lists: Lists
+
+
+def _lists(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
+    """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
+    order = np.argsort(-counts, kind="stable")
+    keys, counts, begin = keys[order], counts[order], begin[order]
+    shared = int((counts > WARP).sum())
+    lengths = np.concatenate([-(-counts[:shared] // WARP), counts[shared::WARP]])
+    start = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
+    number = np.repeat(np.arange(len(keys)), counts)
+    offset = np.arange(len(number)) - np.repeat(counts.cumsum() - counts, counts)
+    source = np.repeat(begin, counts) + offset
+    alone = number < shared
+    side = (number - shared) // WARP
+    at = np.where(
+        alone,
+        WARP * start[np.where(alone, number, 0)] + offset,
+        WARP * (start[np.where(alone, 0, shared + side)] + offset) + (number - shared) % WARP,
+    )
+    index = np.zeros(WARP * start[-1], np.int32)
+    entries = np.full(WARP * start[-1], total, np.int64)
+    index[at], entries[at] = other[source], entry[source]
+    return Lists(
+        shared,
+        torch.from_numpy(start.astype(np.int32)),
+        torch.from_numpy(index),
+        torch.from_numpy(entries),
+        torch.from_numpy(keys.astype(np.int32)),
+    )
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    return type(value)(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(value).values()))
+
+
+def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Structure:
+    """The layouts of W. `exact`: entries of weight 1 become plain gathers; else the weights are not looked at."""
+    students, teachers = projection.shape
+    row_ptr, col = projection.row_ptr.detach().cpu().numpy(), projection.col.detach().cpu().numpy()
+    total = len(col)
+    ones = projection.weight.detach().cpu().float().numpy() == 1.0 if exact else np.zeros(total, bool)
+    row_count = np.diff(row_ptr)
+    row = np.repeat(np.arange(students), row_count)
+    by_column = np.argsort(col, kind="stable")
+    column_count = np.bincount(col, minlength=teachers).astype(np.int64)
+    column_begin = column_count.cumsum() - column_count
+
+    def codes(count: _Ints, begin: _Ints, order: _Ints, other: _Ints) -> tuple[_Ints, _Ints]:
+        code = np.full(len(count), -1, np.int64)
+        first = order[begin[count > 0]]
+        single = np.zeros(len(count), bool)
+        single[count > 0] = (count[count > 0] == 1) & ones[first]
+        code[single] = other[order[begin[single]]]
+        return code, ((count > 0) & ~single).nonzero()[0]
+
+    identity = np.arange(total)
+    column_code, many_columns = codes(column_count, column_begin, by_column, row)
+    row_code, many_rows = codes(row_count, row_ptr[:-1], identity, col.astype(np.int64))
+    column_lists = _lists(
+        many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column, total
+    )
+    row_lists = _lists(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
+    column_code[column_code < 0] = students
+    column_code[column_lists.owner.numpy()] = students + 1 + np.arange(len(many_columns))
+    row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
+    return Structure(
+        projection.row_ptr.to(device, torch.int64),
+        projection.col.to(device, torch.int32),
+        torch.from_numpy(column_code.astype(np.int32)).to(device),
+        torch.from_numpy(row_code.astype(np.int32)).to(device),
+        _moved(column_lists, device),
+        _moved(row_lists, device),
+    )
+
+
+@dataclass(frozen=True)
+class Plan:
+    """W in a column set, before `row_weight` is computed; see PklPlan in csrc/cuda/pkl.h."""
+
+    structure: Structure
+    weight: Tensor  # float32 [nnz]
+    place: Tensor  # int32 [V_teacher]: place in the column set, -1: outside
+    chosen: Tensor | None  # int32 [C]; None: all
+    column_slot: Tensor
+    row_slot: Tensor
+    column_wanted: Tensor | None  # uint8 [column lists]
+    column_weight: Tensor
+    row_index: Tensor
+    row_weight: Tensor
+
+
+def plan_of(structure: Structure, weight: Tensor, columns: Tensor) -> Plan:
+    """The plan for ascending columns [C], which are on the device of the structure."""
+    teachers = len(structure.column_code)
+    size = len(columns)
+    everything = size == teachers
+    place = torch.full((teachers,), -1, dtype=torch.int32, device=columns.device)
+    place[columns] = torch.arange(size, dtype=torch.int32, device=columns.device)
+    code = structure.row_code
+    single = place[code.clamp_min(0).long()]
+    row_slot = torch.where(code >= 0, torch.where(single >= 0, single, size), size - 1 - code)
+    rows, lists = structure.row_lists, structure.column_lists
+    padded = torch.cat([weight, weight.new_zeros(1)])
+    row_place = place[rows.index.long()]
+    return Plan(
+        structure,
+        weight,
+        place,
+        None if everything else columns.to(torch.int32),
+        structure.column_code if everything else structure.column_code[columns],
+        row_slot,
+        None if everything else (place[lists.owner.long()] >= 0).to(torch.uint8),
+        padded[lists.entry],
+        row_place.clamp_min(0),
+        torch.where(row_place >= 0, padded[rows.entry], 0.0),
+    )
+
+
+@dataclass
+class _Kept:
+    """Of one W on one device: the layouts, and the plan for all columns."""
+
+    weight: weakref.ref[Tensor]
+    version: int
+    exact: bool
+    structure: Structure
+    device_weight: Tensor | None = None
+    everything: Plan | None = None
+
+
+_KEPT: Any = WeakIdKeyDictionary()
+"""By the tensor of W's column ids, which lives as long as W: {device: _Kept}."""
+
+
+def plan_for(projection: Matrix, columns: Tensor, trained: bool) -> Plan:
+    """The plan of W in the columns, on their device.
+
+    A W whose weights are being trained (`trained`) is not looked at, so that a step does not wait for the device; its
+    layouts then treat no entry as exact. Layouts are kept for as long as W lives (and, if they depend on them, its
+    weights stay as they are).
+    """
+    device, weight = columns.device, projection.weight
+    kept: dict[torch.device, _Kept] = _KEPT.setdefault(projection.col, {})
+    known = kept.get(device)
+    same = known is not None and known.weight() is weight and known.version == weight._version
+    if known is None or (known.exact and (trained or not same)):
+        known = _Kept(weakref.ref(weight), weight._version, not trained, structure_of(projection, device, not trained))
+        kept[device] = known
+        same = not trained
+    if not same or known.device_weight is None:
+        known.weight, known.version, known.everything = weakref.ref(weight), weight._version, None
+        known.device_weight = weight.detach().to(device, torch.float32).contiguous()
+    if len(columns) != projection.shape[1]:
+        return plan_of(known.structure, known.device_weight, columns)
+    if known.everything is None:
+        known.everything = plan_of(known.structure, known.device_weight, columns)
+    return known.everything

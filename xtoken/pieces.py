@@ -1,0 +1,189 @@
+"""The piece index: the common events of two vocabularies, and how the tokens of each begin in the other's tokens."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import _core
+from .projection import write_atomically
+from .retokenize import encode_pieces
+from .vocabulary import TokenizerLike, Vocabulary
+
+FORMAT_VERSION = "1"
+HEAD = 5
+"""Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events, and pieces of each side."""
+
+
+class Side(NamedTuple):
+    """One vocabulary of a `PieceIndex`, int32 views into its data.
+
+    Pieces are ids of the other vocabulary that spell the token, and V_other for a rest that it cannot spell. A token
+    with an exact partner has that as its only piece; one that stands for no text has none.
+    """
+
+    event: Tensor  # [V] in [0, events)
+    length: Tensor  # [V] bytes of text
+    order: Tensor  # [V] ids, ascending by their sequences of pieces
+    ptr: Tensor  # [V + 1]: token t has pieces[ptr[t] : ptr[t + 1]]
+    pieces: Tensor
+
+
+class PieceIndex:
+    """What `prefix_kl_loss` knows about a pair of vocabularies. It has no weights and nothing to tune.
+
+    Parameters
+    ----------
+    data : int32 [n]
+        As `build` makes it; see ``csrc/core/piece_index.h``.
+    metadata : mapping of str to str, optional
+        Fingerprints of both vocabularies.
+
+    Raises
+    ------
+    ValueError
+        If the data is not a piece index.
+
+    Attributes
+    ----------
+    shape : (int, int)
+        Sizes of the student's and of the teacher's vocabulary.
+    events : int
+        Events at the start of a chunk; if there are tokens without a root, they form the last one.
+    student, teacher : Side
+    """
+
+    def __init__(self, data: Any, metadata: Mapping[str, str] | None = None) -> None:
+        self.data = torch.as_tensor(data, dtype=torch.int32).contiguous()
+        self.metadata = dict(metadata or {})
+        _core.check_piece_index(self.data.cpu().numpy())
+        students, teachers, self.events, *_ = self.data[:HEAD].tolist()
+        self.shape = (students, teachers)
+        self.student, self.teacher = sides(self.data)
+
+    @classmethod
+    def build(cls, student_tok: TokenizerLike, teacher_tok: TokenizerLike) -> PieceIndex:
+        """Builds the index of two tokenizers.
+
+        The event of a token is its root: the token itself if the other side has one of equal bytes or of equal role,
+        else the root of its first piece under the other side's tokenizer, which is a shorter text.
+
+        Parameters
+        ----------
+        student_tok, teacher_tok
+            Tokenizers, as for `Vocabulary.from_tokenizer`.
+
+        Returns
+        -------
+        PieceIndex
+            Deterministic.
+
+        Examples
+        --------
+        The student packs "95" and "99" into tokens; to the teacher both begin with "9":
+
+        >>> student = Vocabulary([b"5", b"9", b"95", b"99"])
+        >>> teacher = Vocabulary([b"5", b"9"])
+        >>> pieces = PieceIndex.build(student, teacher)
+        >>> pieces
+        PieceIndex([4, 2], events=2)
+        >>> pieces.student.event.tolist(), pieces.teacher.event.tolist()
+        ([0, 1, 1, 1], [0, 1])
+        """
+        student = Vocabulary.from_tokenizer(student_tok)
+        teacher = Vocabulary.from_tokenizer(teacher_tok)
+        student_partner, teacher_partner = _core.partners(student._core, teacher._core)
+        data = _core.build_piece_index(
+            student._core,
+            teacher._core,
+            *_pieces(student, teacher, student_partner),
+            *_pieces(teacher, student, teacher_partner),
+        )
+        metadata = {"student_fingerprint": student.fingerprint(), "teacher_fingerprint": teacher.fingerprint()}
+        return cls(data, metadata)
+
+    def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
+        """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
+        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
+            built_for = self.metadata.get(f"{side}_fingerprint")
+            if tokenizer is None or built_for is None:
+                continue
+            got = Vocabulary.from_tokenizer(tokenizer).fingerprint()
+            if got != built_for:
+                raise ValueError(
+                    f"pieces: built for another {side} tokenizer (fingerprint {built_for[:12]}) than "
+                    f"{side}_tok ({got[:12]}); build it again with PieceIndex.build"
+                )
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes a safetensors file with the data and both fingerprints: complete, or not at all."""
+        from safetensors.torch import save
+
+        metadata = {**self.metadata, "format": "xtoken.pieces", "version": FORMAT_VERSION}
+        write_atomically(path, save({"data": self.data.cpu()}, metadata=metadata))
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
+    ) -> PieceIndex:
+        """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
+
+        Raises
+        ------
+        FileNotFoundError
+            If there is no such file.
+        ValueError
+            If the file is not a piece index, is damaged, has another version, or was built for other tokenizers.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                metadata = dict(file.metadata() or {})
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+        if metadata.pop("format", None) != "xtoken.pieces" or set(tensors) != {"data"}:
+            raise ValueError(f"{path}: not a piece index of xtoken")
+        version = metadata.pop("version", None)
+        if version != FORMAT_VERSION:
+            raise ValueError(f"{path}: format version {version}, this xtoken reads version {FORMAT_VERSION}")
+        try:
+            index = cls(tensors["data"], metadata)
+        except ValueError as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+        index.check_tokenizers(student_tok, teacher_tok)
+        return index
+
+    def __repr__(self) -> str:
+        return f"PieceIndex({list(self.shape)}, events={self.events})"
+
+
+def _pieces(
+    vocabulary: Vocabulary, other: Vocabulary, partner: NDArray[np.int32]
+) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+    """The text tokens without a partner, and their pieces under the other tokenizer."""
+    rows = np.flatnonzero((partner < 0) & vocabulary.is_text).astype(np.int32)
+    return rows, *encode_pieces(other, [vocabulary[i] for i in rows.tolist()])
+
+
+def sides(data: Tensor) -> tuple[Side, Side]:
+    """The student's and the teacher's part of `PieceIndex.data`."""
+    head = data[:HEAD].tolist()
+    parts = []
+    for size, pieces in zip(head[:2], head[3:], strict=True):
+        parts += [size, size, size, size + 1, pieces]
+    views = data[HEAD:].split(parts)
+    return Side(*views[:5]), Side(*views[5:])

@@ -1,0 +1,570 @@
+"""A teacher's log-probabilities on disk: run the teacher once, distil into any student, with any tokenizer.
+
+One folder holds ``cache.json``, the index, and ``shard-00000.safetensors`` and so on. A shard holds documents one after
+the other, N tokens in all of D documents:
+
+========== ============ ==========================================================================
+tensor     type, shape  meaning
+========== ============ ==========================================================================
+tokens     int32 [N]    the teacher's token ids
+byte_ends  int32 [N]    bytes of text that the document's tokens up to this one spell
+ids        int32 [N, k] the k likeliest next tokens, likeliest first
+logprobs   f16 [N, k]   their log-probabilities (softmax over the vocabulary, temperature 1)
+tail       float32 [N]  probability of all other tokens together
+offsets    int64 [D+1]  where each document begins
+digests    u8 [D, 32]   `document_digest` of each document
+========== ============ ==========================================================================
+
+A document is found by its token ids, all of them, also where log-probabilities cover its beginning only. So a cache
+serves plain text and chats alike, and any student: a student's tokenizer has no part in it.
+
+float16 rather than bfloat16: log-probabilities lie within -65504 ... 0, and three more bits of precision cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from . import _core
+from .losses import TopKLogits
+from .vocabulary import TokenizerLike, Vocabulary
+
+FORMAT_VERSION = 1
+INDEX = "cache.json"
+SHARD_TOKENS = 1 << 18
+"""Tokens of a shard, about: 200 MB at ``top_k=128``."""
+
+WINDOW = 256
+"""Documents that are sorted by length together, so that a batch holds documents of similar length."""
+
+LEAST_TAIL = 2e-6
+"""Probability that a tail has at least when it is read: less would drown in the rounding of the listed ones."""
+
+BLOCK_ROWS = 512
+"""Rows of logits turned into log-probabilities at a time."""
+
+
+@dataclass(frozen=True)
+class CachedDocument:
+    """What a cache holds of one document of T tokens.
+
+    Parameters
+    ----------
+    token_ids : int64 [T]
+        The teacher's tokens, as `Aligner.align` takes them.
+    byte_ends : int64 [T]
+        Bytes of text that tokens 0 ... t spell; special tokens spell none.
+    logits : TopKLogits
+        ``ids`` and ``logprobs`` [T, k], in place of the teacher's logits in every loss. The listed probabilities and
+        the tail sum to 1.
+    """
+
+    token_ids: Tensor
+    byte_ends: Tensor
+    logits: TopKLogits
+
+
+def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
+    """What a document is found by: SHA-256 of its token ids as little-endian int32."""
+    return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).digest()
+
+
+def _write(path: Path, content: bytes) -> None:
+    """A file that appears under its name complete or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
+    """Writes a cache, document by document; `cache_teacher` does so with a model, a served teacher can fill one too.
+
+    Parameters
+    ----------
+    output : path
+        Folder, created if missing.
+    teacher_tok
+        The teacher's tokenizer, as for `Vocabulary.from_tokenizer`.
+    top_k : int
+        Log-probabilities kept for each token; at most the size of the vocabulary.
+    max_length : int, optional
+        Most tokens of a document that log-probabilities are kept of.
+    resume : bool
+        Go on behind the documents of complete shards.
+
+    Raises
+    ------
+    ValueError
+        If the folder holds something and `resume` is false; if it was written otherwise, naming the difference; for a
+        `top_k` or `max_length` below 1.
+
+    Notes
+    -----
+    A shard appears under its name when it is complete, so a run that is killed loses less than one shard. Leaving the
+    ``with`` block without an exception writes the last shard and marks the cache as complete.
+    """
+
+    def __init__(
+        self,
+        output: str | os.PathLike[str],
+        teacher_tok: TokenizerLike,
+        top_k: int = 128,
+        *,
+        max_length: int | None = None,
+        resume: bool = False,
+        shard_tokens: int = SHARD_TOKENS,
+    ) -> None:
+        for name, number in (("top_k", top_k), ("max_length", max_length), ("shard_tokens", shard_tokens)):
+            if number is not None and number < 1:
+                raise ValueError(f"{name}: expected at least 1, got {number}")
+        self.vocabulary = Vocabulary.from_tokenizer(teacher_tok)
+        self.top_k = min(top_k, len(self.vocabulary))
+        self.max_length = max_length
+        self.shard_tokens = shard_tokens
+        self.folder = Path(output).absolute()
+        self._lengths = np.array([len(self.vocabulary[i]) for i in range(len(self.vocabulary))]) * (
+            self.vocabulary.is_text
+        )
+        self._parameters = {
+            "teacher": self.vocabulary.fingerprint(),
+            "vocab_size": len(self.vocabulary),
+            "top_k": self.top_k,
+            "max_length": max_length,
+        }
+        self._shards: list[dict[str, Any]] = []
+        held = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
+        if held and not resume:
+            raise ValueError(f"output: {self.folder} is not empty; give another folder, or resume (--resume) it")
+        if INDEX in held:
+            index = _read_index(self.folder)
+            for name, value in self._parameters.items():
+                if index[name] != value:
+                    raise ValueError(f"resume: {self.folder} was made with {name}={index[name]!r}, now {value!r}")
+            self._shards = index["shards"]
+        elif held:
+            raise ValueError(f"output: {self.folder} holds {min(held)} but no {INDEX}; expected a teacher cache")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._waiting: list[tuple[NDArray[np.int32], TopKLogits, Tensor, bytes]] = []
+        self._waiting_tokens = 0
+        self._save_index(complete=False)
+
+    def __len__(self) -> int:
+        """Documents of complete shards; after ``resume=True``, those that need not be added again."""
+        return sum(shard["documents"] for shard in self._shards)
+
+    def digests(self) -> Iterator[bytes]:
+        """SHA-256 of the documents of complete shards, in order."""
+        for shard in self._shards:
+            with _open(self.folder / shard["file"]) as file:
+                yield from (bytes(row) for row in file.get_tensor("digests").numpy())
+
+    def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
+        """Adds a document.
+
+        Parameters
+        ----------
+        token_ids : int [T]
+            The whole document.
+        logits : TopKLogits
+            [R, k] with k >= `top_k` or the whole vocabulary; row t predicts token t + 1. R may be less than T where
+            only the beginning is kept. Ids of -1 stand for less than k.
+        tail : [R], optional
+            Probability of tokens that are not among the `top_k`. Default: what the listed ones leave.
+
+        Raises
+        ------
+        ValueError
+            For shapes that do not fit, ids out of range, and log-probabilities that are NaN or above 0.
+        """
+        tokens = np.asarray(token_ids, dtype=np.int32)
+        size = len(self.vocabulary)
+        most = len(tokens) if self.max_length is None else min(len(tokens), self.max_length)
+        if logits.ids.dim() != 2 or logits.ids.shape[0] > most or logits.ids.shape[1] < self.top_k:
+            raise ValueError(
+                f"logits: expected [<= {most}, >= {self.top_k}] as token_ids, max_length and top_k, got "
+                f"{list(logits.ids.shape)}"
+            )
+        for name, ids, low in (("token_ids", tokens, 0), ("logits.ids", logits.ids, -1)):
+            if len(tokens) and not low <= int(ids.min()) <= int(ids.max()) < size:
+                raise ValueError(f"{name}: expected {low} ... {size - 1}, got {int(ids.min())} to {int(ids.max())}")
+        logprobs = logits.logprobs.detach().float().masked_fill(logits.ids < 0, -torch.inf)
+        # A little above 0 is rounding of whoever computed them.
+        if not bool((logprobs <= 1e-3).all()):
+            raise ValueError(f"logits.logprobs: expected logarithms of probabilities, got {float(logprobs.max())}")
+        logprobs, order = logprobs.clamp_max_(0.0).sort(dim=1, descending=True, stable=True)
+        ids = logits.ids.gather(1, order)[:, : self.top_k].to(torch.int32)
+        logprobs = logprobs[:, : self.top_k]
+        if tail is None:
+            tail = 1.0 - logprobs.double().exp().sum(1)
+        kept = TopKLogits(ids.cpu(), logprobs.half().cpu())
+        rows = len(logprobs)
+        self._waiting.append((tokens[:rows], kept, tail.float().clamp(0.0, 1.0).cpu(), document_digest(tokens)))
+        self._waiting_tokens += rows
+        if self._waiting_tokens >= self.shard_tokens:
+            self._write_shard()
+
+    def _write_shard(self) -> None:
+        if not self._waiting:
+            return
+        from safetensors.torch import save
+
+        documents = [tokens for tokens, *_ in self._waiting]
+        content = {
+            "tokens": torch.from_numpy(np.concatenate(documents)),
+            "byte_ends": torch.from_numpy(
+                np.concatenate([np.cumsum(self._lengths[tokens]) for tokens in documents]).astype(np.int32)
+            ),
+            "ids": torch.cat([logits.ids for _, logits, _, _ in self._waiting]),
+            "logprobs": torch.cat([logits.logprobs for _, logits, _, _ in self._waiting]),
+            "tail": torch.cat([tail for _, _, tail, _ in self._waiting]),
+            "offsets": torch.tensor([0, *itertools.accumulate(map(len, documents))]),
+            "digests": torch.frombuffer(bytearray(b"".join(d for *_, d in self._waiting)), dtype=torch.uint8).view(
+                -1, 32
+            ),
+        }
+        name = f"shard-{len(self._shards):05d}.safetensors"
+        _write(self.folder / name, save(content))
+        self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
+        self._save_index(complete=False)
+        self._waiting, self._waiting_tokens = [], 0
+
+    def _save_index(self, complete: bool) -> None:
+        index = {
+            "format": FORMAT_VERSION,
+            "xtoken": _core.version,
+            "complete": complete,
+            **self._parameters,
+            "shards": self._shards,
+        }
+        _write(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self._write_shard()
+            self._save_index(complete=True)
+
+
+def _read_index(folder: Path) -> dict[str, Any]:
+    path = folder / INDEX
+    try:
+        index = json.loads(path.read_text(encoding="utf-8"))
+        if index["format"] != FORMAT_VERSION:
+            raise ValueError(f"{path}: expected format {FORMAT_VERSION}, got {index['format']!r}")
+        for name in ("complete", "teacher", "vocab_size", "top_k", "max_length"):
+            index[name]
+        for shard in index["shards"]:
+            shard["file"], shard["documents"], shard["tokens"]
+    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not the index of a teacher cache: {error!r}") from error
+    return dict(index)
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise ValueError(f"{path}: not a shard of a teacher cache: {error}") from error
+
+
+class TeacherCache:
+    """A teacher cache, read from the disk document by document.
+
+    Parameters
+    ----------
+    path : path
+        What `cache_teacher` wrote.
+    teacher_tok : optional
+        Tokenizer that the cache must have been made with.
+
+    Attributes
+    ----------
+    fingerprint : str
+        Of the teacher's vocabulary; see `Vocabulary.fingerprint`.
+    vocab_size, top_k, max_length : int
+
+    Raises
+    ------
+    ValueError
+        If the cache is not complete, or was made with another tokenizer.
+    FileNotFoundError
+        If the folder, its index or a shard is missing.
+
+    Notes
+    -----
+    Shards are mapped into memory. Can be sent to the workers of a DataLoader.
+
+    Examples
+    --------
+    ::
+
+        cached = TeacherCache("cache").lookup(teacher_tok(text).input_ids)
+        alignment = aligner.align(student_ids, cached.token_ids)
+        loss = xtoken.pkl_loss(student_logits, cached.logits, alignment, W)
+    """
+
+    def __init__(self, path: str | os.PathLike[str], teacher_tok: TokenizerLike | None = None) -> None:
+        self.path = Path(path).absolute()
+        index = _read_index(self.path)
+        if not index["complete"]:
+            raise ValueError(f"path: {self.path} is not complete; finish it with cache_teacher(..., resume=True)")
+        self.fingerprint: str = index["teacher"]
+        self.vocab_size: int = index["vocab_size"]
+        self.top_k: int = index["top_k"]
+        self.max_length: int | None = index["max_length"]
+        if teacher_tok is not None:
+            given = Vocabulary.from_tokenizer(teacher_tok).fingerprint()
+            if given != self.fingerprint:
+                raise ValueError(
+                    f"teacher_tok: {self.path} was made with another tokenizer: fingerprint {self.fingerprint[:12]}, "
+                    f"got {given[:12]}"
+                )
+        self._files = [self.path / shard["file"] for shard in index["shards"]]
+        for file in self._files:
+            if not file.exists():
+                raise FileNotFoundError(f"path: {file} is missing")
+        self._ends = np.cumsum([shard["documents"] for shard in index["shards"]], dtype=np.int64)
+        self._open: dict[int, Any] = {}
+        keys = [
+            np.ascontiguousarray(self._shard(k).get_tensor("digests").numpy()[:, :8]).view("<u8")[:, 0]
+            for k in range(len(self._files))
+        ]
+        joined = np.concatenate(keys) if keys else np.zeros(0, "<u8")
+        self._order = np.argsort(joined, kind="stable")
+        self._keys = joined[self._order]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_open": {}}
+
+    def _shard(self, k: int) -> Any:
+        if k not in self._open:
+            self._open[k] = _open(self._files[k])
+        return self._open[k]
+
+    def __len__(self) -> int:
+        """Number of documents."""
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def _place(self, index: int) -> tuple[Any, int]:
+        """The shard of a document, and its number in there."""
+        k = int(np.searchsorted(self._ends, index, side="right"))
+        return self._shard(k), index - (int(self._ends[k - 1]) if k else 0)
+
+    def __getitem__(self, index: int) -> CachedDocument:
+        """A document by its number in the order in which they were added.
+
+        Raises
+        ------
+        IndexError
+            If there is no such document.
+        """
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
+        shard, row = self._place(position)
+        start, stop = shard.get_slice("offsets")[row : row + 2].tolist()
+        tokens, byte_ends, ids, logprobs, tail = (
+            shard.get_slice(name)[start:stop] for name in ("tokens", "byte_ends", "ids", "logprobs", "tail")
+        )
+        logprobs = logprobs.float()
+        # Rounding to float16 moved the listed probabilities a little; the tail was kept exactly.
+        listed = logprobs.double().exp().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
+        rest = tail.double() if ids.shape[1] == self.vocab_size else tail.double().clamp_min(LEAST_TAIL)
+        logprobs = logprobs + ((1.0 - rest) / listed).log().float()[:, None]
+        return CachedDocument(tokens.long(), byte_ends.long(), TopKLogits(ids, logprobs))
+
+    def lookup(self, token_ids: Sequence[int] | Tensor | NDArray[Any]) -> CachedDocument:
+        """A document by the teacher's token ids, all of them.
+
+        Raises
+        ------
+        ValueError
+            If it is not in the cache.
+        """
+        found = self.find(document_digest(token_ids))
+        if found is None:
+            raise ValueError(
+                f"token_ids: not among the {len(self)} documents of the teacher cache {self.path}, which was made from "
+                f"other text or with other special tokens: {list(token_ids[:8])}"
+            )
+        return found
+
+    def find(self, digest: bytes) -> CachedDocument | None:
+        """A document by its `document_digest`; None if there is none."""
+        key = np.frombuffer(digest[:8], "<u8")[0]
+        for at in range(*(int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))):
+            index = int(self._order[at])
+            shard, row = self._place(index)
+            if bytes(shard.get_slice("digests")[row : row + 1].numpy()[0]) == digest:
+                return self[index]
+        return None
+
+
+def cache_teacher(
+    model: Any,
+    teacher_tok: TokenizerLike,
+    documents: Iterable[str | Sequence[int]],
+    output: str | os.PathLike[str],
+    *,
+    top_k: int = 128,
+    max_length: int | None = None,
+    batch_tokens: int = 4096,
+    resume: bool = False,
+    shard_tokens: int = SHARD_TOKENS,
+    advance: Any = None,
+) -> TeacherCache:
+    """Runs a teacher over texts and keeps its top-k log-probabilities.
+
+    Parameters
+    ----------
+    model
+        A causal language model of transformers, or a callable ``model(input_ids=, attention_mask=)`` whose result has
+        ``logits`` [B, T, >= V]. It is not trained; columns beyond the tokenizer's vocabulary are ignored.
+    teacher_tok
+        Its tokenizer, as for `Vocabulary.from_tokenizer`. Special tokens that it adds to a text (bos) are part of
+        the document.
+    documents : iterable of str or of token ids
+        Texts, or what the tokenizer made of them, such as a chat by its template. With `resume`, the same ones in the
+        same order.
+    output : path
+        Folder to write to.
+    top_k : int
+    max_length : int, optional
+        Most tokens of a document that log-probabilities are kept of. Default: what the model's configuration says.
+    batch_tokens : int
+        Most tokens of a batch, padding included (at least one document).
+    resume : bool
+        Go on with a run that was stopped: complete shards are kept.
+    shard_tokens : int
+        Tokens of a file, about.
+    advance : callable, optional
+        Called as ``advance(documents, tokens)`` as they get done.
+
+    Returns
+    -------
+    TeacherCache
+
+    Raises
+    ------
+    ValueError
+        If logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume` meets other
+        documents; and as `TeacherCacheWriter`.
+
+    Notes
+    -----
+    ``10 + 6 top_k`` bytes a token and 40 a document, about.
+    """
+    vocabulary = Vocabulary.from_tokenizer(teacher_tok)
+    if batch_tokens < 1:
+        raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
+    if max_length is None:
+        max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    with TeacherCacheWriter(
+        output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens
+    ) as writer:
+        remaining = _token_ids(documents, vocabulary)
+        for number, digest in enumerate(writer.digests()):
+            if document_digest(next(remaining, [])) != digest:
+                raise ValueError(f"documents: number {number} is not the one that {writer.folder} was begun with")
+        done = len(writer)
+        while window := list(itertools.islice(remaining, WINDOW)):
+            read = [ids[:max_length] for ids in window]
+            results: dict[int, tuple[TopKLogits, Tensor]] = {}
+            for batch in _batches(read, batch_tokens):
+                logits = _run(model, [read[k] for k in batch])
+                if logits.shape[-1] < len(vocabulary):
+                    raise ValueError(
+                        f"model: expected logits at least {len(vocabulary)} wide, as teacher_tok, "
+                        f"got {logits.shape[-1]}"
+                    )
+                for k, rows in zip(batch, logits, strict=True):
+                    results[k] = _top_k(rows[: len(read[k]), : len(vocabulary)], writer.top_k)
+                    if not bool(torch.isfinite(results[k][1]).all()):
+                        raise ValueError(f"model: NaN or infinite logits in document {done + k}")
+            for k, ids in enumerate(window):
+                writer.add(ids, *results[k])
+            done += len(window)
+            if advance is not None:
+                advance(len(window), sum(map(len, read)))
+    return TeacherCache(output)
+
+
+def _token_ids(documents: Iterable[str | Sequence[int]], vocabulary: Vocabulary) -> Iterator[Sequence[int]]:
+    """The documents as token ids; texts are encoded many at a time."""
+    plain: Any = None
+    source = iter(documents)
+    while window := list(itertools.islice(source, WINDOW)):
+        if plain is None and any(isinstance(one, str) for one in window):
+            if vocabulary.tokenizer is None:
+                raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
+            plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
+            plain.no_padding()
+            plain.no_truncation()
+        texts = iter(plain.encode_batch([one for one in window if isinstance(one, str)]) if plain is not None else [])
+        for one in window:
+            yield next(texts).ids if isinstance(one, str) else one
+
+
+def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
+    """Numbers of documents, similar lengths together; no more than `batch_tokens` with padding unless it is one."""
+    batch: list[int] = []
+    for k in sorted(range(len(documents)), key=lambda k: -len(documents[k])):
+        if batch and (len(batch) + 1) * max(1, len(documents[batch[0]])) > batch_tokens:
+            yield batch
+            batch = []
+        batch.append(k)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def _run(model: Any, documents: Sequence[Sequence[int]]) -> Tensor:
+    """Logits [B, T, V] of documents, padded on the right."""
+    length = max(1, max(map(len, documents)))
+    device = getattr(model, "device", None)
+    ids = torch.zeros(len(documents), length, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for row, document in enumerate(documents):
+        ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64)
+        mask[row, : len(document)] = 1
+    logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+    return logits
+
+
+@torch.inference_mode()
+def _top_k(rows: Tensor, k: int) -> tuple[TopKLogits, Tensor]:
+    """The k largest log-probabilities of rows [T, V], and the probability [T] of the rest."""
+    ids = torch.empty(len(rows), k, dtype=torch.int32)
+    logprobs = torch.empty(len(rows), k)
+    tail = torch.empty(len(rows))
+    for start in range(0, len(rows), BLOCK_ROWS):
+        block = slice(start, start + BLOCK_ROWS)
+        log_p = rows[block].float().log_softmax(-1)
+        top, index = log_p.topk(k, dim=-1)
+        ids[block] = index.to(torch.int32)
+        logprobs[block] = top
+        tail[block] = (1.0 - top.double().exp().sum(-1)).float()
+    return TopKLogits(ids, logprobs), tail
