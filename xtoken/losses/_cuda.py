@@ -364,7 +364,7 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
     operations = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
-    return Backend(name, operations, missing, unsupported, kernels.cross_entropy, frozenset(["pkl"]))
+    return Backend(name, operations, missing, unsupported, kernels.cross_entropy, fused_labels=frozenset(["pkl"]))
 
 
 if _cuda is not None:
