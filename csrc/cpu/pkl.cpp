@@ -21,10 +21,9 @@ int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }
 }  // namespace
 
 int64_t pkl_workspace(const PlanView& plan) {
-    const int64_t e = whole(plan.rows) + 16 * (1 + plan.column_sums.slices);
-    const int64_t u = whole(plan.columns) + 16 * (1 + plan.row_sums.slices);
-    const int64_t token = whole(plan.rows) + 16;
-    return e + u + token;
+    const int64_t e = whole(plan.rows) + 16, f = whole(plan.columns) + 16;
+    const int64_t h = whole(plan.rows) + 16 + 16 * plan.column_sums.slices;
+    return e + f + h;
 }
 
 void pkl(const PklParams& params, Level level, int threads) {
