@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "core/error.h"
+#include "cpu/huge_pages.h"
 #include "cpu/pool.h"
 
 namespace xtoken::cpu {
@@ -68,6 +69,7 @@ int64_t gold_workspace(const GoldParams& params, int64_t rows) {
 }
 
 void gold(const GoldParams& params, Level level, int threads) {
+    prefer_huge_pages(params.grad);
     const auto chunk = XTOKEN_PICK(level, gold_chunk);
     const ChunkRows& rows = params.student_rows;
     std::vector<int64_t> unused;

@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "cpu/cross_entropy.h"
+#include "cpu/huge_pages.h"
 #include "cpu/pool.h"
 
 namespace xtoken::cpu {
@@ -18,6 +19,7 @@ int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 int64_t kd_workspace(const KdParams& params) { return 2 * (padded(params.columns.count) + lanes); }
 
 void kd(KdParams params, const int32_t* columns, int64_t count, Level level, int threads) {
+    prefer_huge_pages(params.grad);
     std::vector<int32_t> ids;
     std::vector<uint16_t> bits;
     if (columns != nullptr) {

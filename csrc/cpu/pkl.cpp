@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/huge_pages.h"
 #include "cpu/pool.h"
 
 namespace xtoken::cpu {
@@ -11,7 +12,8 @@ namespace {
 
 // Gradients of W are summed in this many groups of chunks, whatever the number of threads.
 constexpr int64_t weight_groups = 16;
-// Rows without a chunk that one item takes.
+// Neighbouring chunks, or rows without one, that one item takes where there are enough: so threads do not wait for each
+// other at the first write to a huge page.
 constexpr int64_t row_group = 8;
 
 int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }
@@ -19,16 +21,16 @@ int64_t whole(int64_t count) { return (count + 15) / 16 * 16; }
 }  // namespace
 
 int64_t pkl_workspace(const PlanView& plan) {
-    const int64_t e = whole(plan.rows) + 16 * (1 + plan.column_sums.slices);
-    const int64_t u = whole(plan.columns) + 16 * (1 + plan.row_sums.slices);
-    const int64_t token = whole(plan.rows) + 16;
-    return e + u + token;
+    const int64_t e = whole(plan.rows) + 16, f = whole(plan.columns) + 16;
+    const int64_t h = whole(plan.rows) + 16 + 16 * plan.column_sums.slices;
+    return e + f + h;
 }
 
 void pkl(const PklParams& params, Level level, int threads) {
     const auto chunk = XTOKEN_PICK(level, pkl_chunk);
     const auto row = XTOKEN_PICK(level, label_row);
 
+    prefer_huge_pages(params.grad);
     std::vector<int64_t> other_rows;
     if (params.grad.data != nullptr || params.labels.ids != nullptr) {
         std::vector<char> covered(params.student.rows(), 0);
@@ -41,7 +43,10 @@ void pkl(const PklParams& params, Level level, int threads) {
         }
     }
     const auto others = static_cast<int64_t>(other_rows.size());
-    const int64_t groups = params.weight_grad == nullptr ? params.chunks : std::min(params.chunks, weight_groups);
+    const int64_t few = params.chunks / (8 * std::max(threads, 1));  // so that the threads end at about the same time
+    const int64_t together = std::min(row_group, std::max<int64_t>(few, 1));
+    const int64_t groups = params.weight_grad == nullptr ? (params.chunks + together - 1) / together
+                                                         : std::min(params.chunks, weight_groups);
     const int64_t entries = params.plan.entries;
     std::vector<float> sums(params.weight_grad == nullptr ? 0 : groups * entries, 0.0f);
     const int64_t items = groups + (others + row_group - 1) / row_group;
@@ -52,9 +57,9 @@ void pkl(const PklParams& params, Level level, int threads) {
             return;
         }
         float* workspace = scratch.take<float>(pkl_workspace(params.plan));
-        if (sums.empty()) return chunk(params, item, workspace, nullptr);
+        float* sum = sums.empty() ? nullptr : sums.data() + item * entries;
         const int64_t begin = params.chunks * item / groups, end = params.chunks * (item + 1) / groups;
-        for (int64_t k = begin; k < end; ++k) chunk(params, k, workspace, sums.data() + item * entries);
+        for (int64_t k = begin; k < end; ++k) chunk(params, k, workspace, sum);
     });
     for (int64_t e = 0; params.weight_grad != nullptr && e < entries; ++e) {
         double total = 0;

@@ -10,6 +10,10 @@
 //
 // Where nearly all mass is on one token, h_s - B cancels there. B is two floats, and that token's gradient is set to
 // what makes the row's sum zero.
+//
+// Everything is in the order of the student's rows but f (for the reverse: log q), which comes in that of the teacher's
+// columns and is put into memory. For a pair of a row and a column (see plan.h) x, u and h are then passed through in
+// order. Columns without entries have x = 0: only the sum of f over them counts.
 #include "cpu/pkl.h"
 
 #include "cpu/rows.h"
@@ -19,14 +23,15 @@ namespace {
 
 constexpr float tiny_share = 1e-3f;  // below this mass in the columns, eps counts for rows without entries too
 
-// Weighted sums of elements of `values`, added to `out` with `remainder` times b.
-void sum_lists(const SumsView& sums, const float* values, float* out, float b) {
+// Calls body(n, total) with the weighted sums n ... n + 15 of elements of `values`, each with `remainder` times b.
+template <typename Body>
+void each_sum(const SumsView& sums, const float* values, float b, Body body) {
     for (int64_t k = 0; k < sums.slices; ++k) {
         Floats total = load(sums.remainder + lanes * k) * broadcast(b);
         for (int64_t i = lanes * sums.start[k]; i < lanes * sums.start[k + 1]; i += lanes) {
             total = fma(gather(values, sums.index + i), load(sums.weight + i), total);
         }
-        store(out + lanes * k, total);
+        body(lanes * k, total);
     }
 }
 
@@ -84,8 +89,8 @@ class Chunk {
         : p_(p), plan_(p.plan), k_(k), lowest_(p.definition.lowest), eps_(p.definition.epsilon) {
         const int64_t rows = padded(plan_.rows), columns = padded(plan_.columns);
         e_ = workspace;
-        u_ = e_ + rows + lanes * (1 + plan_.column_sums.slices);
-        token_ = u_ + columns + lanes * (1 + plan_.row_sums.slices);
+        f_ = e_ + rows + lanes;
+        h_ = f_ + columns + lanes;
         row_ = p.student_rows.start[k];
         count_ = p.merge == Merge::first ? 1 : p.student_rows.count[k];
         teacher_row_ = p.teacher_rows.start[k];
@@ -96,12 +101,7 @@ class Chunk {
         merged_ = p_.merge == Merge::mean ? count_ : 1;
         student();
         masses();
-        if (p_.merge == Merge::mean ? teacher_count_ > 1 || p_.reverse : p_.reverse) {
-            general_columns();
-        } else {
-            forward_columns();
-        }
-        for (int64_t i = 0; i < lanes; ++i) u_[padded(plan_.columns) + i] = 0.0f;
+        columns();
 
         double later_student = 0, later_teacher = 0, factor = 1, later_factor = 0;
         if (p_.merge == Merge::chain) {
@@ -124,7 +124,7 @@ class Chunk {
         if (weight_sum != nullptr) add_weight_gradient(weight_sum);
         if (p_.grad.data == nullptr) return;
         constant_ = -b_ * (merged_ == 1 ? 1 + eps_ : 1.0);
-        sum_lists(plan_.row_sums, u_, u_ + padded(plan_.columns) + lanes, static_cast<float>(b_));
+        row_sums();
         if (merged_ > 1) {
             token_gradients();
         } else {
@@ -163,16 +163,15 @@ class Chunk {
         } else {
             z_total_ = 1;
             for (int64_t i = 0; i < merged_; ++i) {
-                const Normaliser one = compact_exponentials(row_ + i, token_);
+                const Normaliser one = compact_exponentials(row_ + i, h_);
                 const Floats share = broadcast(static_cast<float>(1 / (one.total * static_cast<double>(merged_))));
                 for (int64_t s = 0; s < rows; s += lanes) {
-                    const Floats p = load(token_ + s) * share;
+                    const Floats p = load(h_ + s) * share;
                     store(e_ + s, i == 0 ? p : load(e_ + s) + p);
                 }
             }
             for (int64_t i = 0; i < lanes; ++i) e_[rows + i] = 0.0f;
         }
-        sum_lists(plan_.column_sums, e_, e_ + rows + lanes, 0.0f);
     }
 
     // S and D.
@@ -196,131 +195,174 @@ class Chunk {
         d_ = s + eps_ * z_total_;
     }
 
-    // KL(q || m) for one teacher row.
-    void forward_columns() {
-        typed(p_.teacher.type, p_.teacher.row(teacher_row_), [&](const auto* y) {
-            using T = typename Element_of<decltype(*y)>::type;
-            if (plan_.chosen == nullptr) {
-                forward_columns(WholeRow<T>{y});
-            } else {
-                forward_columns(PickedRow<T>{y, plan_.chosen});
-            }
-        });
-    }
-
-    template <typename Row>
-    void forward_columns(const Row& row) {
-        const int64_t n = plan_.columns, full = n / lanes * lanes;
-        Floats top = broadcast(lowest_);
-        each_vector(row, smaller(n, 4096), [&](int64_t, Floats y, int64_t count) {
-            top = max(select(first(count), y, broadcast(lowest_)), top);
-        });
-        float centre = largest(top);
-        const Floats epsilon = broadcast(static_cast<float>(eps_ * d_));
-        const Floats inverse = broadcast(static_cast<float>(1 / p_.temperature));
-        const Floats per_d = broadcast(static_cast<float>(1 / d_));
-        for (;;) {
-            const Exponential exp = Exponential::around(centre, lowest_, p_.temperature);
-            DoubleSum total, products, mass;
-            Floats total_part = broadcast(0.0f), product_part = total_part, mass_part = total_part;
-            top = broadcast(centre);
-            const auto step = [&](int64_t i, Floats y, Mask valid, bool partial) {
-                const Floats x = gather(e_, plan_.column_source + i);
-                const Floats relative = exp.relative(y);
-                Floats f = exp.of_relative(relative);
-                if (partial) f = select(valid, f, broadcast(0.0f));
-                const Floats xe = x + epsilon;
-                const Floats u = f / xe;
-                store(u_ + i, u);
-                total_part += f;
-                mass_part = fma(x, u, mass_part);
-                product_part = fma(f, fma(relative, inverse, broadcast(0.0f) - log(xe * per_d)), product_part);
-            };
-            const auto add = [&] {
-                total.add(total_part);
-                products.add(product_part);
-                mass.add(mass_part);
-                total_part = product_part = mass_part = broadcast(0.0f);
-            };
-            for (int64_t begin = 0; begin < full; begin += flush) {
-                const int64_t end = smaller(begin + flush, full);
-                for (int64_t i = begin; i < end; i += lanes) {
-                    const Floats y = row.at(i);
-                    top = max(y, top);
-                    step(i, y, first(lanes), false);
-                }
-                add();
-            }
-            if (full < n) {
-                const Mask valid = first(n - full);
-                const Floats y = select(valid, row.tail(full, n - full), broadcast(lowest_));
-                top = max(y, top);
-                step(full, y, valid, true);
-                add();
-            }
-            const float found = largest(top);
-            if (found > centre + 30 * p_.temperature && found < 3e38f) {
-                centre = found;
-                continue;
-            }
-            const double zq = total.total();
-            gamma_ = -d_ / zq;
-            b_ = mass.total() / d_;
-            loss_ = products.total() / zq - ::log(zq);
-            return;
+    void columns() {
+        const int64_t teachers = p_.merge == Merge::mean ? teacher_count_ : 1;
+        for (int64_t i = 0; i < lanes; ++i) f_[padded(plan_.columns) + i] = 0.0f;
+        if (p_.reverse) {
+            log_probabilities(teachers);
+            reverse_columns();
+        } else {
+            forward_columns(teachers == 1 ? one_teacher() : several_teachers(teachers));
         }
     }
 
-    // Several teacher rows, or the reverse: log q is known before the columns are gone through.
-    void general_columns() {
+    // Of a teacher's distribution q = f / total in the columns: sum f, sum f log f, and sum f without entries.
+    struct Teacher {
+        double total, entropy, empty;
+    };
+
+    // f of one teacher row, its exponentials.
+    Teacher one_teacher() {
+        Teacher result{};
+        each_teacher_row(0, [&](const auto& row) {
+            const int64_t n = plan_.columns;
+            DoubleSum products, empty;
+            Floats product_part = broadcast(0.0f), empty_part = product_part;
+            const auto restart = [&] {
+                products = empty = DoubleSum();
+                product_part = empty_part = broadcast(0.0f);
+            };
+            const auto body = [&](int64_t i, Floats f, Floats relative) {
+                if (i == 0) restart();
+                store(f_ + i, f);
+                product_part = fma(f, relative, product_part);
+                empty_part += select(from_bits(plan_.empty_bits[i / lanes]), f, broadcast(0.0f));
+                if (i % flush == flush - lanes) {
+                    products.add(product_part);
+                    empty.add(empty_part);
+                    product_part = empty_part = broadcast(0.0f);
+                }
+            };
+            const Normaliser q = each_exponential(row, n, lowest_, p_.temperature, body);
+            products.add(product_part);
+            empty.add(empty_part);
+            result = {q.total, products.total() / p_.temperature, empty.total()};
+        });
+        return result;
+    }
+
+    // f_ = log q = mean over the teacher rows of (y / temperature) + a constant.
+    void log_probabilities(int64_t teachers) {
         const int64_t n = plan_.columns;
-        const int64_t merged = p_.merge == Merge::mean ? teacher_count_ : 1;
-        double constant = 0;  // of log q = mean (y / temperature) + constant
-        for (int64_t j = 0; j < merged; ++j) {
-            each_teacher_vector(j, [&](const auto& row) {
+        double constant = 0;
+        for (int64_t j = 0; j < teachers; ++j) {
+            each_teacher_row(j, [&](const auto& row) {
                 const Normaliser q = exponentials(row, n, lowest_, p_.temperature, [](int64_t, Floats) {});
                 // y is taken relative to a number near its largest, so that floats are exact enough
                 each_vector(row, n, [&](int64_t i, Floats y, int64_t) {
                     const Floats z = max(broadcast(lowest_), y) - broadcast(q.centre);
-                    store(u_ + i, j == 0 ? z : load(u_ + i) + z);
+                    store(f_ + i, j == 0 ? z : load(f_ + i) + z);
                 });
                 constant -= ::log(q.total);
             });
         }
-        constant /= static_cast<double>(merged);
-        const Floats inverse = broadcast(static_cast<float>(1 / (p_.temperature * static_cast<double>(merged))));
-        const Floats offset = broadcast(static_cast<float>(constant));
+        const Floats inverse = broadcast(static_cast<float>(1 / (p_.temperature * static_cast<double>(teachers))));
+        const Floats offset = broadcast(static_cast<float>(constant / static_cast<double>(teachers)));
+        for (int64_t i = 0; i < n; i += lanes) store(f_ + i, fma(load(f_ + i), inverse, offset));
+    }
+
+    // f = q of several teacher rows, which need not sum to 1.
+    Teacher several_teachers(int64_t teachers) {
+        log_probabilities(teachers);
+        const Exponential exp = Exponential::around(0.0f, -1e30f, 1.0);
+        DoubleSum products, empty;
+        for (int64_t i = 0; i < plan_.columns; i += lanes) {
+            const Floats log_q = load(f_ + i);
+            const Floats q = select(first(plan_.columns - i), exp(log_q), broadcast(0.0f));
+            store(f_ + i, q);
+            products.add(q * log_q);
+            empty.add(select(from_bits(plan_.empty_bits[i / lanes]), q, broadcast(0.0f)));
+        }
+        return {1.0, products.total(), empty.total()};
+    }
+
+    // Calls u = body(x, f) for the columns with entries and stores u; x and f are 0 in lanes without a column. Calls
+    // add() after at most `flush` elements.
+    template <typename Body, typename Add>
+    void each_column(Body body, Add add) {
+        const int64_t rows = padded(plan_.rows);
+        const bool masked = p_.reverse;  // otherwise nothing comes from lanes where f is 0
+        for (int64_t begin = 0; begin < rows; begin += flush) {
+            const int64_t end = smaller(begin + flush, rows);
+            for (int64_t i = begin; i < end; i += lanes) {
+                const Mask paired = from_bits(plan_.paired_bits[i / lanes]);
+                const int32_t run = plan_.partner_run[i / lanes];
+                const Floats f =
+                    run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), broadcast(0.0f));
+                const Floats e = load(e_ + i);
+                store(h_ + i, body(masked ? select(paired, e, broadcast(0.0f)) : e, f));
+            }
+            add();
+        }
+        float* others = h_ + rows + lanes;
+        each_sum(plan_.column_sums, e_, 0.0f, [&](int64_t n, Floats x) {
+            store(others + n, body(x, gather(f_, plan_.column_sums.owner + n)));
+            if (n % flush == flush - lanes) add();
+        });
+        add();
+        for (int64_t i = 0; i < lanes; ++i) h_[rows + i] = 0.0f;
+    }
+
+    void forward_columns(const Teacher& q) {
         const Floats epsilon = broadcast(static_cast<float>(eps_ * d_));
         const Floats per_d = broadcast(static_cast<float>(1 / d_));
-        const Exponential exp = Exponential::around(0.0f, -1e30f, 1.0);
-        DoubleSum loss, mass;
-        for (int64_t i = 0; i < n; i += lanes) {
-            const Mask valid = first(n - i);
-            const Floats log_q = fma(load(u_ + i), inverse, offset);
-            const Floats x = gather(e_, plan_.column_source + i);
-            const Floats xe = x + epsilon;
-            const Floats difference = log(xe * per_d) - log_q;
-            Floats u, term;
-            if (p_.reverse) {
-                u = difference + x / xe;
-                term = x * per_d * difference;
-            } else {
-                const Floats q = exp(log_q);
-                u = q / xe;
-                term = broadcast(0.0f) - q * difference;
-            }
-            u = select(valid, u, broadcast(0.0f));
-            store(u_ + i, u);
-            loss.add(select(valid, term, broadcast(0.0f)));
-            mass.add(x * u);
-        }
-        gamma_ = p_.reverse ? 1 : -d_;
+        DoubleSum products, mass;
+        Floats product_part = broadcast(0.0f), mass_part = product_part;
+        each_column(
+            [&](Floats x, Floats f) {
+                const Floats xe = x + epsilon;
+                const Floats u = f * reciprocal(xe);
+                mass_part = fma(x, u, mass_part);
+                product_part = fma(f, log(xe * per_d), product_part);
+                return u;
+            },
+            [&] {
+                products.add(product_part);
+                mass.add(mass_part);
+                product_part = mass_part = broadcast(0.0f);
+            });
+        gamma_ = -d_ / q.total;
         b_ = mass.total() / d_;
-        loss_ = loss.total();
+        loss_ = (q.entropy - products.total() - q.empty * ::log(eps_)) / q.total - ::log(q.total);
+    }
+
+    // Columns without entries have neither loss nor u, since x = 0.
+    void reverse_columns() {
+        const Floats epsilon = broadcast(static_cast<float>(eps_ * d_));
+        const Floats per_d = broadcast(static_cast<float>(1 / d_));
+        DoubleSum loss, mass;
+        Floats loss_part = broadcast(0.0f), mass_part = loss_part;
+        each_column(
+            [&](Floats x, Floats log_q) {
+                const Floats xe = x + epsilon;
+                const Floats difference = log(xe * per_d) - log_q;
+                const Floats u = difference + x / xe;
+                loss_part = fma(x, difference, loss_part);
+                mass_part = fma(x, u, mass_part);
+                return u;
+            },
+            [&] {
+                loss.add(loss_part);
+                mass.add(mass_part);
+                loss_part = mass_part = broadcast(0.0f);
+            });
+        gamma_ = 1;
+        b_ = mass.total() / d_;
+        loss_ = loss.total() / d_;
+    }
+
+    // h of the rows that are no part of a pair; but nothing of those without entries.
+    void row_sums() {
+        const SumsView& sums = plan_.row_sums;
+        each_sum(sums, h_, static_cast<float>(b_), [&](int64_t n, Floats total) {
+            alignas(64) float lane[lanes];
+            store(lane, total);
+            for (int64_t i = 0; i < lanes; ++i) h_[sums.owner[n + i]] = lane[i];
+        });
     }
 
     template <typename Body>
-    void each_teacher_vector(int64_t j, Body body) {
+    void each_teacher_row(int64_t j, Body body) {
         typed(p_.teacher.type, p_.teacher.row(teacher_row_ + j), [&](const auto* y) {
             using T = typename Element_of<decltype(*y)>::type;
             if (plan_.chosen == nullptr) {
@@ -366,7 +408,7 @@ class Chunk {
     }
 
     // h, with the constant.
-    Floats centred(int64_t i, const Pair& constant) const { return constant.add_to(gather(u_, plan_.row_source + i)); }
+    Floats centred(int64_t i, const Pair& constant) const { return constant.add_to(load(h_ + i)); }
 
     // One token: gradient of its row.
     void single_gradient() {
@@ -379,8 +421,9 @@ class Chunk {
                 const bool again = label.present && p_.temperature != 1.0;
                 // h_s - B (w_s + eps) of rows without entries is B eps: exact only if it is not a difference
                 for (int64_t j = 0; j < plan_.num_empty; ++j) {
-                    token_[j] = e_[plan_.empty[j]];
-                    e_[plan_.empty[j]] = 0.0f;
+                    const int32_t i = plan_.empty[j];
+                    h_[i] = e_[i];
+                    e_[i] = 0.0f;
                 }
                 const Floats weight = broadcast(again ? 0.0f : label.weight);
                 write_row(target(row_), z, [&](int64_t i) {
@@ -402,8 +445,9 @@ class Chunk {
                 const auto rest = static_cast<float>(-unit_ / p_.temperature * b_ * eps_);
                 double others = 0;
                 for (int64_t j = 0; j < plan_.num_empty; ++j) {
-                    others += static_cast<double>(token_[j] * rest);
-                    put_single(plan_.empty[j], token_[j] * rest, token_[j]);
+                    const float e = h_[plan_.empty[j]];
+                    others += static_cast<double>(e * rest);
+                    put_single(plan_.empty[j], e * rest, e);
                 }
                 if (peak.found()) put_single(peak.index(), peak.corrected(others), peak.mass());
                 return;
@@ -449,29 +493,30 @@ class Chunk {
         const Pair constant(constant_);
         for (int64_t i = 0; i < padded(plan_.rows); i += lanes) store(e_ + i, centred(i, constant));
         for (int64_t j = 0; j < plan_.num_empty; ++j) e_[plan_.empty[j]] = 0.0f;
+        float* token = h_;  // h is in e_ now
         for (int64_t r = row_; r < row_ + merged_; ++r) {
-            const Normaliser one = compact_exponentials(r, token_);
+            const Normaliser one = compact_exponentials(r, token);
             DoubleSum inner;
-            for (int64_t i = 0; i < plan_.rows; i += lanes) inner.add(load(token_ + i) * load(e_ + i));
+            for (int64_t i = 0; i < plan_.rows; i += lanes) inner.add(load(token + i) * load(e_ + i));
             const Pair mean(-inner.total() / one.total);
             const double share = unit_ / (p_.temperature * static_cast<double>(merged_) * one.total);
             const Floats factor = broadcast(static_cast<float>(share));
             Peak peak(one.total);
             for (int64_t i = 0; i < plan_.rows; i += lanes) {
-                const Floats e = load(token_ + i);
+                const Floats e = load(token + i);
                 const Floats g = e * (mean.add_to(load(e_ + i)) * factor);
                 peak.see(i, e, g);
-                store(token_ + i, g);
+                store(token + i, g);
             }
             typed(p_.student.type, p_.student.row(r), [&](const auto* z) {
                 const LabelTerm label = label_of(r, z, &one);
                 if (plan_.active_bits != nullptr) {
                     const double rest = share * static_cast<double>(mean.high);
-                    return write_expanded(r, z, static_cast<float>(rest), one.exp, label, token_);
+                    return write_expanded(r, z, static_cast<float>(rest), one.exp, label, token);
                 }
-                if (peak.found()) token_[peak.index()] = peak.corrected();
+                if (peak.found()) token[peak.index()] = peak.corrected();
                 write_row(target(r), z, [&](int64_t i) {
-                    const Floats g = load(token_ + i);
+                    const Floats g = load(token + i);
                     if (!label.present) return g;
                     return label.without_label(i, fma(label.exp(tail_load(z, i)), broadcast(label.weight), g));
                 });
@@ -498,7 +543,7 @@ class Chunk {
     void add_weight_gradient(float* weight_sum) {
         const auto factor = static_cast<float>(unit_), b = static_cast<float>(b_);
         for (int64_t e = 0; e < plan_.entries; ++e) {
-            weight_sum[e] += e_[plan_.entry_row[e]] * factor * (u_[plan_.entry_column[e]] - b);
+            weight_sum[e] += e_[plan_.entry_row[e]] * factor * (h_[plan_.entry_u[e]] - b);
         }
     }
 
@@ -518,7 +563,7 @@ class Chunk {
     int64_t k_;
     float lowest_;
     double eps_;
-    float *e_, *u_, *token_;
+    float *e_, *f_, *h_;
     int64_t row_, count_, teacher_row_, teacher_count_, merged_ = 1;
     Normaliser normaliser_{Exponential::around(0.0f, 0.0f, 1.0), 0.0f, 0.0};
     double z_total_ = 0, d_ = 0, gamma_ = 0, b_ = 0, unit_ = 0, constant_ = 0, loss_ = 0;

@@ -51,7 +51,7 @@ struct Plan::Lists {
     }
 };
 
-Plan::SumsLayout Plan::make_sums(Lists& lists, int32_t zero_slot, std::vector<int32_t>& source) {
+Plan::SumsLayout Plan::make_sums(Lists& lists, int32_t zero_slot, int32_t no_owner) {
     SumsLayout sums;
     sums.count = lists.size();
     // The place of each list when they are sorted by length, longest first, others in their order.
@@ -70,24 +70,41 @@ Plan::SumsLayout Plan::make_sums(Lists& lists, int32_t zero_slot, std::vector<in
     for (int64_t k = 0; k < slices; ++k) sums.start[k + 1] += sums.start[k];
     sums.index.assign(lanes * sums.start.back(), zero_slot);
     sums.entry.assign(lanes * sums.start.back(), -1);
-    const auto first_slot = static_cast<int32_t>(zero_slot + lanes);
+    sums.owner.assign(lanes * slices, no_owner);
     for (int64_t i = 0; i < lists.size(); ++i) {
         const int64_t base = lanes * sums.start[lists.place[i] / lanes] + lists.place[i] % lanes;
         for (int32_t n = 0; n < lists.count(i); ++n) {
             sums.index[base + lanes * n] = lists.index[lists.begin[i] + n];
             sums.entry[base + lanes * n] = lists.entry[lists.begin[i] + n];
         }
-        source[lists.owner[i]] = first_slot + lists.place[i];
+        sums.owner[lists.place[i]] = lists.owner[i];
     }
     return sums;
+}
+
+void Plan::find_runs(Layout& layout) {
+    const int64_t blocks = static_cast<int64_t>(layout.partner.size()) / lanes;
+    layout.partner_run.assign(blocks, -1);
+    for (int64_t k = 0; k < blocks; ++k) {
+        const int32_t* partner = layout.partner.data() + lanes * k;
+        const uint32_t paired = layout.paired_bits[k];
+        int32_t begin = 0;
+        bool run = true;
+        for (int32_t i = lanes - 1; i >= 0; --i) {
+            if ((paired >> i & 1u) != 0) begin = partner[i] - i;
+        }
+        for (int32_t i = 0; i < lanes; ++i) run = run && ((paired >> i & 1u) == 0 || partner[i] - i == begin);
+        if (run && begin >= 0) layout.partner_run[k] = begin;
+    }
 }
 
 std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix, const float* weight,
                                                       std::vector<int32_t> chosen) {
     // Kept from call to call: most of the time would go into getting this memory from the system.
-    static thread_local Lists lists;
+    static thread_local Lists lists, column_lists;
     static thread_local std::vector<int32_t> compact;    // student id -> compact row
     static thread_local std::vector<int32_t> column_of;  // teacher id -> compact column, or -1
+    static thread_local std::vector<int32_t> u_at;       // compact column -> where its u is, or -1
 
     auto result = std::make_shared<Layout>();
     Layout& layout = *result;
@@ -96,9 +113,11 @@ std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix,
     const int64_t columns = all ? teachers : static_cast<int64_t>(chosen.size());
 
     // The student ids that have an entry in the columns.
+    int64_t entries = all ? matrix.entries() : 0;
     if (!all) {
         layout.active_bits.assign(padded(students) / lanes, 0);
         for (const int32_t t : chosen) {
+            entries += matrix.col_ptr_[t + 1] - matrix.col_ptr_[t];
             for (int64_t i = matrix.col_ptr_[t]; i < matrix.col_ptr_[t + 1]; ++i) {
                 layout.active_bits[matrix.row_[i] / lanes] |= static_cast<uint16_t>(1u << (matrix.row_[i] % lanes));
             }
@@ -116,38 +135,17 @@ std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix,
     const int64_t rows = all ? students : static_cast<int64_t>(layout.active.size());
     const auto row_zero = static_cast<int32_t>(padded(rows)), column_zero = static_cast<int32_t>(padded(columns));
 
-    // Columns: entries in order of the student.
-    lists.clear();
-    layout.column_source.assign(padded(columns), row_zero);
-    int64_t entries = 0;
-    for (int64_t j = 0; j < columns; ++j) {
-        const int64_t t = all ? j : chosen[j];
-        const int64_t first = matrix.col_ptr_[t], count = matrix.col_ptr_[t + 1] - first;
-        const auto row_at = [&](int64_t i) { return all ? matrix.row_[i] : compact[matrix.row_[i]]; };
-        entries += count;
-        if (count == 0) continue;
-        if (count == 1 && weight[matrix.entry_[first]] == 1.0f) {
-            layout.column_source[j] = row_at(first);
-            layout.direct.push_back(matrix.entry_[first]);
-            continue;
-        }
-        lists.owner.push_back(static_cast<int32_t>(j));
-        lists.begin.push_back(static_cast<int32_t>(lists.index.size()));
-        for (int64_t i = first; i < first + count; ++i) {
-            lists.index.push_back(row_at(i));
-            lists.entry.push_back(matrix.entry_[i]);
-        }
-    }
-    layout.column_sums = make_sums(lists, row_zero, layout.column_source);
-
-    // Rows: entries in order of the column.
     if (!all) {
         column_of.assign(teachers, -1);
         for (int64_t j = 0; j < columns; ++j) column_of[chosen[j]] = static_cast<int32_t>(j);
     }
+
+    // Rows: entries in order of the column. Those of the other rows keep the column until its u has a place.
     lists.clear();
-    layout.row_source.assign(padded(rows), column_zero);
-    for (auto* values : {&layout.entry, &layout.entry_row, &layout.entry_column}) values->reserve(entries);
+    u_at.assign(columns, -1);
+    for (auto* values : {&layout.entry, &layout.entry_row, &layout.entry_u}) values->reserve(entries);
+    layout.partner.assign(padded(rows), column_zero);
+    layout.paired_bits.assign(padded(rows) / lanes, 0);
     for (int64_t i = 0; i < rows; ++i) {
         const int64_t s = all ? i : layout.active[i];
         const size_t begin = lists.index.size();
@@ -157,22 +155,53 @@ std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix,
             lists.index.push_back(j);
             lists.entry.push_back(static_cast<int32_t>(e));
             layout.entry_row.push_back(static_cast<int32_t>(i));
-            layout.entry_column.push_back(j);
+            layout.entry_u.push_back(j);
             layout.entry.push_back(static_cast<int32_t>(e));
         }
         const size_t count = lists.index.size() - begin;
         if (count == 0) layout.empty.push_back(static_cast<int32_t>(i));
         if (count == 1 && weight[lists.entry.back()] == 1.0f) {
-            layout.row_source[i] = lists.index.back();
-            layout.direct.push_back(lists.entry.back());
-            lists.index.pop_back();
-            lists.entry.pop_back();
-        } else {
-            lists.owner.push_back(static_cast<int32_t>(i));
-            lists.begin.push_back(static_cast<int32_t>(begin));
+            const int32_t j = lists.index.back(), t = matrix.col_[lists.entry.back()];
+            if (matrix.col_ptr_[t + 1] - matrix.col_ptr_[t] == 1) {
+                u_at[j] = static_cast<int32_t>(i);
+                layout.partner[i] = j;
+                layout.paired_bits[i / lanes] |= static_cast<uint16_t>(1u << (i % lanes));
+                layout.pair.push_back(lists.entry.back());
+                lists.index.pop_back();
+                lists.entry.pop_back();
+                continue;
+            }
+        }
+        if (count == 0) continue;
+        lists.owner.push_back(static_cast<int32_t>(i));
+        lists.begin.push_back(static_cast<int32_t>(begin));
+    }
+    find_runs(layout);
+
+    // Columns: entries in order of the student.
+    column_lists.clear();
+    layout.empty_bits.assign(padded(columns) / lanes, 0);
+    for (int64_t j = 0; j < columns; ++j) {
+        const int64_t t = all ? j : chosen[j];
+        const int64_t first = matrix.col_ptr_[t], count = matrix.col_ptr_[t + 1] - first;
+        if (count == 0) layout.empty_bits[j / lanes] |= static_cast<uint16_t>(1u << (j % lanes));
+        if (count == 0 || u_at[j] >= 0) continue;
+        column_lists.owner.push_back(static_cast<int32_t>(j));
+        column_lists.begin.push_back(static_cast<int32_t>(column_lists.index.size()));
+        for (int64_t i = first; i < first + count; ++i) {
+            column_lists.index.push_back(all ? matrix.row_[i] : compact[matrix.row_[i]]);
+            column_lists.entry.push_back(matrix.entry_[i]);
         }
     }
-    layout.row_sums = make_sums(lists, column_zero, layout.row_source);
+    layout.column_sums = make_sums(column_lists, row_zero, column_zero);
+    for (int64_t n = 0; n < layout.column_sums.count; ++n) {
+        u_at[layout.column_sums.owner[n]] = static_cast<int32_t>(row_zero + lanes + n);
+    }
+
+    for (auto* places : {&lists.index, &layout.entry_u}) {
+        for (int32_t& place : *places) place = u_at[place];
+    }
+    layout.row_sums = make_sums(lists, row_zero, row_zero);
 
     if (!all) chosen.resize(padded(columns), chosen.front());
     layout.chosen = std::move(chosen);
@@ -184,7 +213,11 @@ std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix,
 }
 
 SumsView Plan::Sums::view(const SumsLayout& layout) const {
-    return {static_cast<int64_t>(layout.start.size()) - 1, layout.start.data(), layout.index.data(), weight.data(),
+    return {static_cast<int64_t>(layout.start.size()) - 1,
+            layout.start.data(),
+            layout.index.data(),
+            weight.data(),
+            layout.owner.data(),
             remainder.data()};
 }
 
@@ -227,8 +260,10 @@ Plan::Plan(std::shared_ptr<const Layout> shared, const float* weight) : layout_(
     view_.columns = layout.columns;
     view_.active_bits = all ? nullptr : layout.active_bits.data();
     view_.chosen = all ? nullptr : layout.chosen.data();
-    view_.column_source = layout.column_source.data();
-    view_.row_source = layout.row_source.data();
+    view_.partner = layout.partner.data();
+    view_.partner_run = layout.partner_run.data();
+    view_.paired_bits = layout.paired_bits.data();
+    view_.empty_bits = layout.empty_bits.data();
     view_.column_sums = column_sums_.view(layout.column_sums);
     view_.row_sums = row_sums_.view(layout.row_sums);
     view_.row_weight = row_weight_.data();
@@ -237,7 +272,7 @@ Plan::Plan(std::shared_ptr<const Layout> shared, const float* weight) : layout_(
     view_.empty = layout.empty.data();
     view_.num_empty = static_cast<int64_t>(layout.empty.size());
     view_.entry_row = layout.entry_row.data();
-    view_.entry_column = layout.entry_column.data();
+    view_.entry_u = layout.entry_u.data();
     view_.entries = static_cast<int64_t>(layout.entry_row.size());
 }
 
@@ -245,8 +280,8 @@ Plan::Plan(const ColumnIndex& matrix, const float* weight, std::vector<int32_t> 
     : Plan(make_layout(matrix, weight, std::move(chosen)), weight) {}
 
 Plan Plan::reweighted(const ColumnIndex& matrix, const float* weight) const {
-    const std::vector<int32_t>& direct = layout_->direct;
-    if (std::all_of(direct.begin(), direct.end(), [=](int32_t e) { return weight[e] == 1.0f; })) {
+    const std::vector<int32_t>& pairs = layout_->pair;
+    if (std::all_of(pairs.begin(), pairs.end(), [=](int32_t e) { return weight[e] == 1.0f; })) {
         return Plan(layout_, weight);
     }
     const std::vector<int32_t>& chosen = layout_->chosen;

@@ -1,8 +1,9 @@
 // Layouts of W, restricted to a set of teacher columns, for the P-KL kernel.
 //
-// x = W^T e and h = W u are gathers by index alone: where a column is fed by one entry of weight 1 (most are), x[j] is
-// an element of e. Sums of several entries, or of one with another weight, are computed first, 16 at a time, and put
-// behind e, so the same gather finds them; so does a zero for columns without entries.
+// Most entries are pairs: alone in their row and in their column, and of weight 1. There x = W^T e is an element of e
+// and h = W u one of u, in the order of the rows: all that a pair needs from elsewhere is the teacher's probability of
+// its column, and where the ids of 16 rows follow each other, so do their columns'. The other columns, and the other
+// rows, are weighted sums of a few elements, 16 at a time.
 #pragma once
 
 #include <cstdint>
@@ -12,13 +13,14 @@
 namespace xtoken::cpu {
 
 // Weighted sums, 16 side by side: entry i of lane l of slice k is at 16 * (start[k] + i) + l. Sorted by length, filled
-// up with entries of weight 0 that name the zero slot.
+// up with entries of weight 0 that name a zero slot.
 struct SumsView {
     int64_t slices;
     const int64_t* start;    // [slices + 1]
     const int32_t* index;    // [16 * start[slices]]
     const float* weight;     // as index
-    const float* remainder;  // [16 * slices] 1 - (sum of the weights)
+    const int32_t* owner;    // [16 * slices] the column or row that it is the sum of; behind the last, a zero slot
+    const float* remainder;  // [16 * slices] 1 - (sum of the weights); 0 behind the last
 };
 
 // What the kernels see of a plan. "Rows" are student tokens: all of them, or with a column subset the active ones,
@@ -28,18 +30,22 @@ struct PlanView {
     int64_t rows, columns;        // compact counts
     const uint16_t* active_bits;  // [ceil(student_size / 16)] one bit a student id; null: all are active
     const int32_t* chosen;        // [padded columns] teacher ids, ascending; null: all
-    // Where x[j] is in (e, 16 zeros, column sums), and h[i] in (u, 16 zeros, row sums); padded with the zero slot.
-    const int32_t* column_source;
-    const int32_t* row_source;
+    // The column of each row that is one of a pair; else the slot behind `padded columns`, which is zero.
+    const int32_t* partner;      // [padded rows]
+    const int32_t* partner_run;  // [padded rows / 16] the first, if the others that are paired follow in order; else -1
+    const uint16_t* paired_bits;  // [padded rows / 16] one bit a row
+    const uint16_t* empty_bits;   // [padded columns / 16] one bit a column without entries
+    // The other columns' x, from e (padded rows, a zero slot), and the other rows' h. The latter come from (u of the
+    // pairs in their rows' places, 16 zeros, u of the other columns in the order of their sums).
     SumsView column_sums, row_sums;
     const float* row_weight;   // [padded rows] sum of the row's weights in the columns
     const int32_t* deficient;  // [num_deficient] compact rows whose weights do not sum to 1
     int64_t num_deficient;
     const int32_t* empty;  // [num_empty] compact rows without entries; with a subset there are none
     int64_t num_empty;
-    // The entries in the columns, by row, for gradients of W: compact row and column.
+    // The entries in the columns, by row, for gradients of W: the compact row, and where the column's u is.
     const int32_t* entry_row;
-    const int32_t* entry_column;
+    const int32_t* entry_u;
     int64_t entries;
 };
 
@@ -76,14 +82,14 @@ class Plan {
   private:
     // Of sums, in the order of SumsView; entries are positions in W, -1 where a sum is filled up.
     struct SumsLayout {
-        int64_t count = 0;  // of sums that somebody needs
+        int64_t count = 0;
         std::vector<int64_t> start;
-        std::vector<int32_t> index, entry;
+        std::vector<int32_t> index, entry, owner;
     };
     struct Layout {
-        std::vector<int32_t> chosen, active, column_source, row_source, empty, entry, entry_row, entry_column;
-        std::vector<uint16_t> active_bits;
-        std::vector<int32_t> direct;  // entries that a source leads to without a sum: they weigh 1
+        std::vector<int32_t> chosen, active, partner, partner_run, empty, entry, entry_row, entry_u;
+        std::vector<uint16_t> active_bits, paired_bits, empty_bits;
+        std::vector<int32_t> pair;  // entries of pairs: they weigh 1
         SumsLayout column_sums, row_sums;
         int64_t student_size, teacher_size, rows, columns;
     };
@@ -96,7 +102,8 @@ class Plan {
     Plan(std::shared_ptr<const Layout> layout, const float* weight);
     static std::shared_ptr<const Layout> make_layout(const ColumnIndex& matrix, const float* weight,
                                                      std::vector<int32_t> chosen);
-    static SumsLayout make_sums(Lists& lists, int32_t zero_slot, std::vector<int32_t>& source);
+    static SumsLayout make_sums(Lists& lists, int32_t zero_slot, int32_t no_owner);
+    static void find_runs(Layout& layout);
     static Sums weigh(const SumsLayout& layout, const float* weight);
 
     std::shared_ptr<const Layout> layout_;

@@ -69,10 +69,11 @@ struct Normaliser {
     double log_sum() const { return ::log(total) + exp.log_unit(); }
 };
 
-// Calls store(i, e) with the exponentials of each 16 elements (zero beyond n), in order, perhaps twice over all. The
-// unit comes from the largest of the first elements; if one that follows is larger by far, everything is done again.
-template <typename Row, typename Store>
-inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double temperature, Store store) {
+// Calls body(i, e, relative) with the exponentials of each 16 elements (zero beyond n) and max(row, lowest) - centre,
+// in order, perhaps twice over all. The unit comes from the largest of the first elements; if one that follows is
+// larger by far, everything is done again.
+template <typename Row, typename Body>
+inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, double temperature, Body body) {
     Floats top = broadcast(lowest);
     each_vector(row, smaller(n, 4096), [&](int64_t, Floats x, int64_t count) {
         top = max(count < lanes ? select(first(count), x, broadcast(lowest)) : x, top);
@@ -90,9 +91,10 @@ inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double t
             for (int64_t i = begin; i < end; i += lanes) {
                 const Floats x = row.at(i);
                 top = max(x, top);
-                const Floats e = exp(x);
+                const Floats relative = exp.relative(x);
+                const Floats e = exp.of_relative(relative);
                 part += e;
-                store(i, e);
+                body(i, e, relative);
             }
             total.add(part);
             part = broadcast(0.0f);
@@ -101,9 +103,10 @@ inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double t
             const Floats x = row.tail(whole, n - whole);
             const Mask valid = first(n - whole);
             top = max(select(valid, x, top), top);
-            const Floats e = select(valid, exp(x), broadcast(0.0f));
+            const Floats relative = exp.relative(x);
+            const Floats e = select(valid, exp.of_relative(relative), broadcast(0.0f));
             total.add(e);
-            store(whole, e);
+            body(whole, e, relative);
         }
         const float found = largest(top);
         if (!(found > centre + 30 * temperature) || found > 3e38f) {
@@ -112,6 +115,11 @@ inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double t
         }
         centre = found;
     }
+}
+
+template <typename Row, typename Store>
+inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double temperature, Store store) {
+    return each_exponential(row, n, lowest, temperature, [&](int64_t i, Floats e, Floats) { store(i, e); });
 }
 
 // Where a row of a gradient goes: `width` elements, of which those from n on become zero.

@@ -18,6 +18,7 @@ inline Floats operator+(Floats x, Floats y) { return {_mm256_add_ps(x.a, y.a), _
 inline Floats operator-(Floats x, Floats y) { return {_mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)}; }
 inline Floats operator*(Floats x, Floats y) { return {_mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)}; }
 inline Floats operator/(Floats x, Floats y) { return {_mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)}; }
+inline Floats reciprocal(Floats x) { return broadcast(1.0f) / x; }
 inline Floats fma(Floats x, Floats y, Floats z) {
     return {_mm256_fmadd_ps(x.a, y.a, z.a), _mm256_fmadd_ps(x.b, y.b, z.b)};
 }
@@ -90,10 +91,16 @@ inline void stream(Half* p, Floats x) {
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// Loads, not the gather instruction: see simd_avx512.h.
+inline __m128 gather_quarter(const float* base, const int32_t* index) {
+    __m128 x = _mm_load_ss(base + index[0]);
+    x = _mm_insert_ps(x, _mm_load_ss(base + index[1]), 0x10);
+    x = _mm_insert_ps(x, _mm_load_ss(base + index[2]), 0x20);
+    return _mm_insert_ps(x, _mm_load_ss(base + index[3]), 0x30);
+}
 inline Floats gather(const float* base, const int32_t* index) {
-    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index));
-    const __m256i high = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(index + 8));
-    return {_mm256_i32gather_ps(base, low, 4), _mm256_i32gather_ps(base, high, 4)};
+    return {_mm256_set_m128(gather_quarter(base, index + 4), gather_quarter(base, index)),
+            _mm256_set_m128(gather_quarter(base, index + 12), gather_quarter(base, index + 8))};
 }
 
 inline int64_t compress(float* p, Mask m, Floats x) {

@@ -18,6 +18,12 @@ inline Floats operator+(Floats a, Floats b) { return {_mm512_add_ps(a.v, b.v)}; 
 inline Floats operator-(Floats a, Floats b) { return {_mm512_sub_ps(a.v, b.v)}; }
 inline Floats operator*(Floats a, Floats b) { return {_mm512_mul_ps(a.v, b.v)}; }
 inline Floats operator/(Floats a, Floats b) { return {_mm512_div_ps(a.v, b.v)}; }
+// 1 / x of normal numbers below 2^126, to 1 or 2 units in the last place: a division takes twice as long.
+inline Floats reciprocal(Floats x) {
+    const __m512 rough = _mm512_rcp14_ps(x.v);
+    const __m512 error = _mm512_fnmadd_ps(x.v, rough, _mm512_set1_ps(1.0f));
+    return {_mm512_fmadd_ps(rough, error, rough)};
+}
 inline Floats fma(Floats a, Floats b, Floats c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }    // a b + c
 inline Floats fnma(Floats a, Floats b, Floats c) { return {_mm512_fnmadd_ps(a.v, b.v, c.v)}; }  // c - a b
 // a > b ? a : b, and a < b ? a : b: the second where one is NaN.
@@ -63,8 +69,18 @@ inline void stream(Float16* p, Floats x) {
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 
+// Sixteen loads: on Zen 4 in 3.5 ns, where the gather instruction takes 6; and it is slow on every Intel processor with
+// a correction for "Downfall".
+inline __m128 gather_quarter(const float* base, const int32_t* index) {
+    __m128 x = _mm_load_ss(base + index[0]);
+    x = _mm_insert_ps(x, _mm_load_ss(base + index[1]), 0x10);
+    x = _mm_insert_ps(x, _mm_load_ss(base + index[2]), 0x20);
+    return _mm_insert_ps(x, _mm_load_ss(base + index[3]), 0x30);
+}
 inline Floats gather(const float* base, const int32_t* index) {
-    return {_mm512_i32gather_ps(_mm512_loadu_si512(index), base, 4)};
+    const __m256 low = _mm256_set_m128(gather_quarter(base, index + 4), gather_quarter(base, index));
+    const __m256 high = _mm256_set_m128(gather_quarter(base, index + 12), gather_quarter(base, index + 8));
+    return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};
 }
 
 // Lanes of the mask to the front: writes 16 floats, of which the first (returned) count.

@@ -44,6 +44,7 @@ inline Floats operator*(Floats a, Floats b) {
 inline Floats operator/(Floats a, Floats b) {
     return each([&](int i) { return a.v[i] / b.v[i]; });
 }
+inline Floats reciprocal(Floats x) { return broadcast(1.0f) / x; }
 #ifdef __FP_FAST_FMAF
 inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
 #else

@@ -1,5 +1,7 @@
 """Plans of W for the CPU kernels: kept from call to call, reweighted for a learnable W."""
 
+import itertools
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,10 +9,10 @@ import numpy as np
 import pytest
 import torch
 from comparer import assert_as_accurate
-from harness import BACKENDS, Case, make_case
+from harness import BACKENDS, Case, check, make_case
 from torch import Tensor
 
-from xtoken import _core, pkl_loss
+from xtoken import ProjectionMatrix, _core, pkl_loss
 
 cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 
@@ -74,6 +76,32 @@ def test_weights_that_no_longer_are_one(top_k: int | None, merge: str, backend: 
     ones = torch.ones_like(case.projection.weight)
     for weight in (case.projection.weight, ones, 0.75 * ones, ones, case.projection.weight * 0.5):
         compare(case, weight, backend, top_k, merge)
+
+
+def paired_projection() -> ProjectionMatrix:
+    """Rows whose columns follow each other, with and without gaps, and out of order; rows and columns that share."""
+    columns: list[list[int]] = [[]]
+    columns += [[s - 1] for s in range(1, 24)]  # the first row would be at column -1
+    columns += [[s + 5] if s % 7 else [40 + s, 200] for s in range(24, 96)]  # runs with holes
+    columns += [[s + 30] for s in range(96, 128)]  # whole runs
+    columns += [[190 - s % 2] if s % 5 == 0 else [350 - s] for s in range(128, 170)]
+    columns += [[s + 50] for s in range(170, 179)]  # up to the last column
+    weights = [1 / len(row) for row in columns for _ in row]
+    pointers = [0, *itertools.accumulate(len(row) for row in columns)]
+    return ProjectionMatrix(pointers, [t for row in columns for t in row], weights, 229)
+
+
+@cpu
+@pytest.mark.parametrize("top_k", [180, None])
+@pytest.mark.parametrize(
+    "options", [{}, {"merge": "mean"}, {"merge": "mean", "reverse": True}, {"merge": "chain"}], ids=str
+)
+def test_pairs_in_every_order(options: dict[str, Any], top_k: int | None, backend: str) -> None:
+    W = paired_projection()
+    case = replace(make_case(*W.shape), projection=W)
+    check(backend, "pkl", case, torch.float32, top_k=top_k, **options)
+    if backend != "emulated":
+        compare(case, W.weight, backend, top_k, options.get("merge", "first"))
 
 
 def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
