@@ -3,9 +3,12 @@
 Logits are random, of the real vocabularies of Llama 3 and Qwen3. Every row of the table is the public function, forward
 and backward, N student rows; `cross_entropy` is torch's, forward and backward, on the same logits. The plain formulas
 (`xtoken.reference`, differentiated by autograd) run on fewer rows, since they hold many copies of them. The result is
-compared with theirs first. Results go to bench/results/losses.json.
+compared with theirs first. The byte floor is the time that a copy in memory takes for as many bytes as the loss has to
+read (logits) and write (gradient), on as many threads. Results go to bench/results/losses.json, beside those that
+earlier runs of the same commit and machine left there for other types, levels, threads and losses.
 
-    python bench/bench_losses.py [--rows 512] [--threads 2] [--repeat 5] [--levels avx512 avx2]
+    python bench/bench_losses.py [--rows 512] [--threads 1 2] [--repeat 5] [--levels avx512 avx2] [--types fp32]
+    python bench/bench_losses.py --linear
 """
 
 from __future__ import annotations
@@ -67,12 +70,13 @@ def median_seconds(run: Callable[[], Any], repeat: int) -> float:
     return statistics.median(seconds)
 
 
-def peak_growth(run: Callable[[], Any]) -> int | None:
+def peak_growth(run: Callable[[], Any], warm: bool = True) -> int | None:
     """Bytes by which the process grows at most during a run; None where the system does not tell."""
     clear = Path("/proc/self/clear_refs")
     if not clear.exists():
         return None
-    run()
+    if warm:
+        run()
 
     def status(field: str) -> int:
         return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore
@@ -81,6 +85,42 @@ def peak_growth(run: Callable[[], Any]) -> int | None:
     clear.write_text("5")
     run()
     return status("VmHWM") - before
+
+
+def copy_rate(repeat: int) -> float:
+    """Bytes read and written in a second by a copy of a quarter of a gigabyte, into memory in use."""
+    source = torch.ones(2**26)
+    target = torch.zeros_like(source)
+    return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeat)
+
+
+def measure_linear(options: argparse.Namespace) -> list[dict[str, Any]]:
+    """Memory of `linear_pkl_loss` against that of the logits and their gradient."""
+    rows, width = options.linear_rows, options.linear_width
+    size = options.vocabulary or 128256
+    ids = torch.arange(size, dtype=torch.int32)
+    W = xtoken.ProjectionMatrix(torch.arange(size + 1), ids, torch.ones(size), size)
+    start = torch.arange(1, rows, dtype=torch.int32)
+    cut = xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
+    torch.manual_seed(0)
+    hidden = torch.randn(1, rows, width)
+    head = torch.randn(size, width) / width**0.5
+    teacher = torch.randn(1, rows, size, dtype=torch.bfloat16)
+
+    def step() -> None:
+        leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
+        xtoken.linear_pkl_loss(*leaves, teacher, cut, W, top_k=None).backward()  # type: ignore[union-attr]
+
+    started = time.perf_counter()
+    grown = peak_growth(step, warm=False)
+    seconds = time.perf_counter() - started
+    materialised = 2 * rows * size * hidden.element_size()
+    extra = None if grown is None else (grown - hidden.nbytes - head.nbytes) / materialised
+    row = {"loss": f"linear P-KL, {rows} rows of {width}", "type": "fp32", "level": _core.cpu_level(),
+           "threads": torch.get_num_threads(), "ms_per_row": 1e3 * seconds / rows,
+           "memory_of_materialised": extra}  # fmt: skip
+    print(json.dumps(row), flush=True)
+    return [row]
 
 
 def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
@@ -113,44 +153,51 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             leaf = student[0].detach().requires_grad_()
             torch.nn.functional.cross_entropy(leaf, labels).backward()
 
-        baseline = median_seconds(cross_entropy, options.repeat)
+        baseline, rate = {}, {}
+        for threads in options.threads:
+            torch.set_num_threads(threads)
+            baseline[threads], rate[threads] = median_seconds(cross_entropy, options.repeat), copy_rate(options.repeat)
+            rows.append({"loss": "torch cross_entropy", "type": type_name, "threads": threads,
+                         "ms_per_row": 1e3 * baseline[threads] / options.rows})  # fmt: skip
         for name, (chunks, function, arguments) in losses.items():
             if options.only and not any(part in name for part in options.only):
                 continue
             same = function is xtoken.kd_loss
             y = student.flip(1) if same else teacher
             one = xtoken.Alignment(cut[chunks].spans, [0, cut[chunks].num_chunks])
-            plain = reference_seconds(function, student, y, one, arguments, options.reference_rows)
-            for level in options.levels:
-                backend = f"cpu:{level}"
-                register_backend(_cpu.backend(backend, level))
+            bytes_moved = 2 * student.nbytes + y.nbytes * used_share(one, y)
+            if arguments.get("columns") is not None:
+                bytes_moved -= y.nbytes * used_share(one, y) * (1 - len(columns) / sizes[1])
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                plain = reference_seconds(function, student, y, one, arguments, options.reference_rows)
+                floor = bytes_moved / rate[threads]
+                for level in options.levels:
+                    backend = f"cpu:{level}"
+                    register_backend(_cpu.backend(backend, level))
 
-                def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):  # type: ignore
-                    leaf = student.detach().requires_grad_()
-                    loss = function(leaf, y, one, backend=backend, **arguments)
-                    loss.backward()
-                    return leaf.grad
+                    def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):  # type: ignore
+                        leaf = student.detach().requires_grad_()
+                        loss = function(leaf, y, one, backend=backend, **arguments)
+                        loss.backward()
+                        return leaf.grad
 
-                try:
-                    step()
-                except RuntimeError as missing:
-                    rows.append({"loss": name, "type": type_name, "level": level, "missing": str(missing)})
-                    continue
-                seconds = median_seconds(step, options.repeat)
-                grown = peak_growth(step)
-                row = {
-                    "loss": name,
-                    "type": type_name,
-                    "level": level,
-                    "ms_per_row": 1e3 * seconds / options.rows,
-                    "of_cross_entropy": seconds / baseline,
-                    "times_reference": None if plain is None else plain * options.rows / seconds,
-                    "megabytes_beyond_gradient": None if grown is None else (grown - student.nbytes) / 1e6,
-                    "gigabytes_per_second": (2 * student.nbytes + y.nbytes * used_share(one, y)) / seconds / 1e9,
-                }
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-        rows.append({"loss": "torch cross_entropy", "type": type_name, "ms_per_row": 1e3 * baseline / options.rows})
+                    seconds = median_seconds(step, options.repeat)
+                    grown = peak_growth(step)
+                    row = {
+                        "loss": name,
+                        "type": type_name,
+                        "level": level,
+                        "threads": threads,
+                        "ms_per_row": 1e3 * seconds / options.rows,
+                        "of_cross_entropy": seconds / baseline[threads],
+                        "times_reference": None if plain is None else plain * options.rows / seconds,
+                        "floor_ms_per_row": 1e3 * floor / options.rows,
+                        "floor_share": floor / seconds,
+                        "megabytes_beyond_gradient": None if grown is None else (grown - student.nbytes) / 1e6,
+                    }
+                    rows.append(row)
+                    print(json.dumps(row), flush=True)
     return rows
 
 
@@ -205,21 +252,29 @@ def small_projection(W: xtoken.ProjectionMatrix, size: int) -> xtoken.Projection
     return xtoken.ProjectionMatrix(row_ptr, W.col[keep], W.weight[keep], size)
 
 
+def identity(row: dict[str, Any]) -> tuple[Any, ...]:
+    return tuple(row.get(name) for name in ("loss", "type", "level", "threads"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
     parser.add_argument("--levels", nargs="+", default=_core.cpu_levels(), choices=_core.cpu_levels())
     parser.add_argument("--only", nargs="+", help="parts of the names of losses")
     parser.add_argument("--reference-rows", type=int, default=32, help="chunks of the plain formulas; 0: leave out")
+    parser.add_argument("--linear", action="store_true", help="only the memory of linear_pkl_loss")
+    parser.add_argument("--linear-rows", type=int, default=4096)
+    parser.add_argument("--linear-width", type=int, default=2048)
     parser.add_argument("--vocabulary", type=int, help="cut both vocabularies to this size (for a quick look)")
     parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "losses.json"))
     options = parser.parse_args()
-    torch.set_num_threads(options.threads)
-    rows = measure(options)
-    names = ("loss", "type", "level", "ms_per_row", "of_cross_entropy", "times_reference", "megabytes_beyond_gradient")
+    torch.set_num_threads(max(options.threads))
+    rows = measure_linear(options) if options.linear else measure(options)
+    names = ("loss", "type", "level", "threads", "ms_per_row", "of_cross_entropy", "times_reference", "floor_share",
+             "megabytes_beyond_gradient", "memory_of_materialised")  # fmt: skip
     print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
     for row in rows:
         cells = [row.get(name, "") for name in names]
@@ -232,10 +287,14 @@ def main() -> None:
         "xtoken": xtoken.__version__,
         "torch": torch.__version__,
         "processor": found[1] if found else platform.processor(),
-        "threads": options.threads,
         "rows": options.rows,
     }
     Path(options.output).parent.mkdir(parents=True, exist_ok=True)
+    if Path(options.output).exists():
+        before = json.loads(Path(options.output).read_text())
+        new = {identity(row) for row in rows}
+        if before["machine"] == machine:
+            rows = [row for row in before["rows"] if identity(row) not in new] + rows
     Path(options.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
 
 

@@ -57,7 +57,13 @@ def test_bench_losses(tmp_path):
     measured = [row for row in rows if "level" in row and "missing" not in row]
     assert {"P-KL all columns", "GOLD", "H-KL", "ULD"} <= {row["loss"] for row in measured}
     assert all(row["ms_per_row"] > 0 and row["times_reference"] > 0 for row in measured)
+    assert all(row["floor_share"] > 0 for row in measured)
     assert "| torch cross_entropy | fp32 |" in printed
+    linear = [*small[:2], "--linear", "--linear-rows", "12", "--linear-width", "8", "--vocabulary", "3000"]
+    subprocess.run([*command[:2], *linear, "--output", str(output)], capture_output=True, text=True, check=True)
+    kept = json.loads(output.read_text())["rows"]
+    assert kept[: len(rows)] == rows
+    assert kept[-1]["loss"].startswith("linear P-KL")
 
 
 def test_bench_corpus(tmp_path):

@@ -426,7 +426,8 @@ class Chunk {
                     e_[i] = 0.0f;
                 }
                 const Floats weight = broadcast(again ? 0.0f : label.weight);
-                write_row(target(row_), z, [&](int64_t i) {
+                // otherwise it becomes a call for each vector
+                write_row(target(row_), z, [&](int64_t i) __attribute__((always_inline)) {
                     const Floats e = load(e_ + i);
                     const Floats g = e * (centred(i, constant) * factor);
                     peak.see(i, e, g);
