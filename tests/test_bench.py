@@ -108,3 +108,47 @@ def test_train_real(tmp_path, monkeypatch, capsys):
     train_real.main()
     assert "| 2 | 1.500 | 0.500 | 0.250 |" in capsys.readouterr().out
     assert json.loads(output.read_text())["pair"] == "demo"
+
+
+def test_reproduce(tmp_path):
+    output = tmp_path / "reproduce.json"
+    script = [sys.executable, str(ROOT / "bench" / "reproduce.py"), "--output", str(output)]
+    few = ["--quick", "--threads", "1", "--steps", "12", "--teacher-steps", "12"]
+    first = subprocess.run([*script, *few], capture_output=True, text=True, check=True).stdout
+    results = json.loads(output.read_text())
+    assert "coverage_audit recommends pkl" in first
+    assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
+    curves = results["runs"][0]["curves"]
+    assert {"CE", "GOLD", "prefix KL"} <= set(curves)
+    assert all(len(curve) == results["size"]["evaluations"] for curve in curves.values())
+    again = subprocess.run([*script, *few, "--resume"], capture_output=True, text=True, check=True).stdout
+    assert json.loads(output.read_text())["runs"] == results["runs"]
+    table = subprocess.run([*script, "--report"], capture_output=True, text=True, check=True).stdout
+    assert "| prefix KL |" in table
+    assert table in again
+
+
+def test_reproduce_counts_right_answers():
+    """A model that knows one answer by heart is right on that problem alone; the model beside it learns nothing."""
+    sys.path.insert(0, str(ROOT / "bench"))
+    try:
+        import reproduce
+    finally:
+        sys.path.pop(0)
+
+    size = reproduce.Size()
+    text = reproduce.Text(size)
+    assert not set(text.held_out) & set(text.training)
+    tokenizer = reproduce.build_tokenizer(3, 300, seed=1, text=text)
+    known, *others = text.problems(40)
+    others = [problem for problem in others if problem.answer != known.answer]
+    model = reproduce.Transformers(2, tokenizer.get_vocab_size(), layers=1, width=32, seed=0)
+    adam, _ = reproduce.optimizer(model, size, steps=60)
+    batch = reproduce.encode(tokenizer, [known.text])
+    for _ in range(60):
+        adam.zero_grad()
+        reproduce.cross_entropy(model(batch.ids)[0], batch.labels).backward()
+        adam.step()
+        assert not model.token.grad[1].any()
+    assert reproduce.accuracy(model, tokenizer, [known]) == [1.0, 0.0]
+    assert reproduce.accuracy(model, tokenizer, others)[0] == 0.0
