@@ -28,7 +28,7 @@ __global__ __launch_bounds__(max_threads,
                 for (int k = 0; k < N; ++k) g[k] = 0.0f;
             }
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] += x[k] < params.lowest ? 0.0f : label(i + k, x[k]);
+            for (int k = 0; k < N; ++k) g[k] += label(i + k, x[k]);
         });
     }
 }

@@ -292,7 +292,7 @@ class Chunk {
                         others += own;
                     }
                 }
-                g[k] = x[k] < p_.lowest ? 0.0f : own + added;
+                g[k] = own + added;
             }
         });
         if (!peaked) return;
@@ -314,8 +314,8 @@ class Chunk {
             constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                g[k] = fmaf(all.exp(x[k]), weight, i + k == next ? factor : 0.0f) + label(i + k, x[k]);
-                if (x[k] < p_.lowest) g[k] = 0.0f;
+                const float own = fmaf(all.exp(x[k]), weight, i + k == next ? factor : 0.0f);
+                g[k] = (x[k] < p_.lowest ? 0.0f : own) + label(i + k, x[k]);
             }
         });
     }
