@@ -171,9 +171,15 @@ def test_normalising_tokenizers(student, teacher, text, tokenizer, vocabulary):
     assert 12 < len(chunks) < 20
     v = [vocabulary(name) for name in pair]
     alignment = Aligner(*v).align(a, b)
-    # A lone space between two words that read differently may pair with the space before them: nothing tells which.
-    assert len([chunk for chunk in chunks if chunk not in alignment.spans.tolist()]) <= 1
-    assert len(alignment.spans) == len(chunks)
+    # A lone space beside a word that reads differently may pair with the space on its other side: nothing tells which.
+    spaces, aligned_spaces = (
+        [span for span in spans if v[0].decode(a[span[0] : span[1]]) == b" "]
+        for spans in (chunks, alignment.spans.tolist())
+    )
+    assert [span for span in alignment.spans.tolist() if span not in aligned_spaces] == [
+        chunk for chunk in chunks if chunk not in spaces
+    ]
+    assert len(aligned_spaces) == len(spaces)
     assert Aligner(v[1], v[0]).align(b, a).spans.tolist() == swapped(alignment.spans)
 
 

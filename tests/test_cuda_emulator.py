@@ -24,7 +24,7 @@ class Kernels:
 
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
-        emulator.library.last_failure.restype = ctypes.c_char_p
+        emulator.functions.last_failure.restype = ctypes.c_char_p
 
     def launch(self, name: str, inputs: torch.Tensor, grid: int = 1, block: int = 64, shared: int = 0) -> torch.Tensor:
         with self.emulator.memory() as memory:
@@ -32,9 +32,9 @@ class Kernels:
             out = memory.empty((n,), torch.float32, "out")
             count = memory.copy(torch.zeros(1, dtype=torch.int32), "count")
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (memory.copy(inputs, "in"), out, count)]
-            code = self.emulator.library.launch(name.encode(), grid, block, shared, *pointers, n)
+            code = self.emulator.functions.launch(name.encode(), grid, block, shared, *pointers, n)
             if code == -1:
-                raise RuntimeError(self.emulator.library.last_failure().decode())
+                raise RuntimeError(self.emulator.functions.last_failure().decode())
             assert code == 0, f"CUDA error {code}"
             return out.clone()
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from . import _core
 from .projection import write_atomically
 from .retokenize import encode_pieces
-from .vocabulary import TokenizerLike, Vocabulary
+from .vocabulary import TokenizerLike, Vocabulary, check_fingerprints
 
 FORMAT_VERSION = "1"
 HEAD = 5
@@ -111,16 +111,7 @@ class PieceIndex:
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
-        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
-            built_for = self.metadata.get(f"{side}_fingerprint")
-            if tokenizer is None or built_for is None:
-                continue
-            got = Vocabulary.from_tokenizer(tokenizer).fingerprint()
-            if got != built_for:
-                raise ValueError(
-                    f"pieces: built for another {side} tokenizer (fingerprint {built_for[:12]}) than "
-                    f"{side}_tok ({got[:12]}); build it again with PieceIndex.build"
-                )
+        check_fingerprints("pieces", type(self), self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with the data and both fingerprints: complete, or not at all."""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from . import _core
 from .retokenize import encode_pieces
-from .vocabulary import TokenizerLike, Vocabulary
+from .vocabulary import TokenizerLike, Vocabulary, check_fingerprints
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
@@ -234,16 +234,7 @@ class ProjectionMatrix:
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if W was built for other tokenizers than these (those that are given)."""
-        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
-            built_for = self.metadata.get(f"{side}_fingerprint")
-            if tokenizer is None or built_for is None:
-                continue
-            got = Vocabulary.from_tokenizer(tokenizer).fingerprint()
-            if got != built_for:
-                raise ValueError(
-                    f"projection: built for another {side} tokenizer (fingerprint {built_for[:12]}) than "
-                    f"{side}_tok ({got[:12]}); build it again with ProjectionMatrix.build"
-                )
+        check_fingerprints("projection", type(self), self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: complete, or not at all.

@@ -41,7 +41,8 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
-from .vocabulary import TokenizerLike, Vocabulary
+from .projection import write_atomically
+from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
 FORMAT_VERSION = 1
 INDEX = "cache.json"
@@ -81,19 +82,6 @@ class CachedDocument:
 def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
     """What a document is found by: SHA-256 of its token ids as little-endian int32."""
     return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).digest()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """A file that appears under its name complete or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
@@ -243,7 +231,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             ),
         }
         name = f"shard-{len(self._shards):05d}.safetensors"
-        _write(self.folder / name, save(content))
+        write_atomically(self.folder / name, save(content))
         self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
         self._save_index(complete=False)
         self._waiting, self._waiting_tokens = [], 0
@@ -256,7 +244,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             **self._parameters,
             "shards": self._shards,
         }
-        _write(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        write_atomically(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -520,9 +508,7 @@ def _token_ids(documents: Iterable[str | Sequence[int]], vocabulary: Vocabulary)
         if plain is None and any(isinstance(one, str) for one in window):
             if vocabulary.tokenizer is None:
                 raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
-            plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
-            plain.no_padding()
-            plain.no_truncation()
+            plain = unpadded(vocabulary.tokenizer)
         texts = iter(plain.encode_batch([one for one in window if isinstance(one, str)]) if plain is not None else [])
         for one in window:
             yield next(texts).ids if isinstance(one, str) else one

@@ -87,12 +87,12 @@ class Emulator:
     """The emulator inside a library that `build` made: the order of threads, and memory."""
 
     def __init__(self, library: Path) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.library.xtoken_emulator_failure.restype = ctypes.c_char_p
+        self.functions = ctypes.CDLL(str(library))
+        self.functions.xtoken_emulator_failure.restype = ctypes.c_char_p
 
     def call(self, function: str, *arguments: object) -> None:
-        if getattr(self.library, f"xtoken_emulator_{function}")(*arguments) != 0:
-            raise RuntimeError(self.library.xtoken_emulator_failure().decode())
+        if getattr(self.functions, f"xtoken_emulator_{function}")(*arguments) != 0:
+            raise RuntimeError(self.functions.xtoken_emulator_failure().decode())
 
     def set_order(self, order: str, seed: int = 0) -> None:
         """How threads and blocks take turns from now on: one of ORDERS."""

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..alignment import Aligner, Ragged
-from ..vocabulary import TokenizerLike, Vocabulary
+from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from .documents import Broken
 from .partition import Shard
 from .reading import read_shard
@@ -113,9 +113,7 @@ def encoder(tokenizer: TokenizerLike, side: str) -> Vocabulary:
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     if vocabulary.tokenizer is None:
         raise ValueError(f"{side}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
-    plain = type(vocabulary.tokenizer).from_str(vocabulary.tokenizer.to_str())
-    plain.no_padding()
-    plain.no_truncation()
+    plain = unpadded(vocabulary.tokenizer)
     if getattr(plain.model, "dropout", None):
         raise ValueError(f"{side}: the tokenizer has dropout {plain.model.dropout}, so each run would give other ids")
     kinds = vocabulary.kinds.tolist()

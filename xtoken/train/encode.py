@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xtoken.losses._backends import IGNORED
 from xtoken.losses._common import check_choice
 from xtoken.teacher_cache import document_digest
-from xtoken.vocabulary import TokenizerLike, Vocabulary, _load
+from xtoken.vocabulary import TokenizerLike, Vocabulary, _load, unpadded
 
 from .chat import ChatTemplate, Conversation, take_apart
 from .teachers import same_tokens
@@ -167,9 +167,7 @@ class _Side:
             raise ValueError(f"{name}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
         self.backend = self.vocabulary.tokenizer
         if self.backend.padding is not None or self.backend.truncation is not None:
-            self.backend = type(self.backend).from_str(self.backend.to_str())
-            self.backend.no_padding()
-            self.backend.no_truncation()
+            self.backend = unpadded(self.backend)
         self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
         self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
         self.is_special = ~self.vocabulary.is_text
