@@ -249,7 +249,9 @@ def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
         time.sleep(0.002)
     process.send_signal(signal.SIGINT)
     error = process.communicate(timeout=60)[1]
-    assert process.returncode == 130
+    # If the signal comes while Python runs code from a string (as dataclasses do on import), Python ends by the signal
+    # itself although the exception was caught; a shell says 130 both times.
+    assert process.returncode in (130, -signal.SIGINT)
     assert error.strip().endswith("interrupted; what is complete stays, go on with --resume")
     assert "Traceback" not in error
     subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
