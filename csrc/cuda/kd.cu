@@ -24,6 +24,10 @@ template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (params.student_rows[k] < 0) {
+            if (threadIdx.x == 0) params.losses[k] = 0.0f;
+            continue;
+        }
         const Row<S> z(params.student, params.student_rows[k]);
         const AnyRow y(params.teacher, params.teacher_rows[k]);
         const Side p(
