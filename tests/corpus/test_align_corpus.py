@@ -9,7 +9,6 @@ import signal
 import string
 import subprocess
 import sys
-import time
 from itertools import count
 
 import pyarrow.parquet as pq
@@ -85,25 +84,31 @@ def test_workers_give_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
 
 
 def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
-    command = [sys.executable, "-m", "xtoken", "align", "--student", pair_files[0], "--teacher", pair_files[1]]
-    command += ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
-    moments = random.Random(5)
-    kills = 0
-    for _ in range(5):  # from the first sign of output on, a run lasts about a second
-        process = subprocess.Popen([*command, "--resume"], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-        before = set(os.listdir(tmp_path / "out")) if (tmp_path / "out").exists() else set()
-        deadline = time.monotonic() + 30
-        while process.poll() is None and time.monotonic() < deadline:
-            if (tmp_path / "out").exists() and set(os.listdir(tmp_path / "out")) != before:
-                break
-            time.sleep(0.002)
-        time.sleep(moments.uniform(0, 0.08))
-        process.send_signal(signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-    assert kills >= 3
-    assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
-    assert contents(tmp_path / "out") != contents(undisturbed)
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    """A process that kills itself at some write, sync or renaming, of a shard or of the index."""
+    script = (
+        "import os, signal, sys; import pyarrow.parquet as pq; from xtoken.cli import main\n"
+        "left = int(sys.argv.pop(1))\n"
+        "def mortal(function):\n"
+        "    def call(*args, **options):\n"
+        "        global left\n"
+        "        left -= 1\n"
+        "        if left == 0: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "        return function(*args, **options)\n"
+        "    return call\n"
+        "pq.ParquetWriter.write_table = mortal(pq.ParquetWriter.write_table)\n"
+        "os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus)]
+    command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD), "--resume"]
+    for calls in (3, 12, 13, 18):
+        died = subprocess.run([sys.executable, "-c", script, str(calls), *command], capture_output=True)
+        assert died.returncode == -signal.SIGKILL
+        files = os.listdir(tmp_path / "out")
+        if "manifest.json" in files:
+            assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+    assert 3 < len([name for name in files if name.startswith("shard-")]) < len(contents(undisturbed)) - 3
+    assert main(command) == 0
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
@@ -245,19 +250,24 @@ def test_full_disk(undisturbed, pair_files, corpus, tmp_path):
 
 @pytest.mark.parametrize("workers", ["1", "2"])
 def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
-    command = [sys.executable, "-m", "xtoken", "align", "--student", pair_files[0], "--teacher", pair_files[1]]
-    command += ["--input", str(corpus), "--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
-    process = subprocess.Popen([*command, "--workers", workers], stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "out" / "manifest.json").exists():
-        time.sleep(0.002)
-    process.send_signal(signal.SIGINT)
-    error = process.communicate(timeout=60)[1]
+    """The signal comes when the first shard is complete."""
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus)]
+    command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
+    script = (
+        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.progress import Progress\n"
+        "Progress.shard_done = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    process = subprocess.run(
+        [sys.executable, "-c", script, *command, "--workers", workers], stderr=subprocess.PIPE, text=True
+    )
+    error = process.stderr
     # If the signal comes while Python runs code from a string (as dataclasses do on import), Python ends by the signal
     # itself although the exception was caught; a shell says 130 both times.
     assert process.returncode in (130, -signal.SIGINT)
     assert error.strip().endswith("interrupted; what is complete stays, go on with --resume")
     assert "Traceback" not in error
-    subprocess.run([*command, "--resume"], check=True, stdout=subprocess.DEVNULL)
+    assert main([*command, "--resume"]) == 0
     assert contents(tmp_path / "out") == contents(undisturbed)
 
 
