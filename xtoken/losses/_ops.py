@@ -310,7 +310,13 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op("xtoken::add_cross_entropy_", mutates_args=("grad",))
+@torch.library.custom_op(
+    "xtoken::add_cross_entropy_",
+    mutates_args=("grad",),
+    # torch 2.4 cannot read it off annotations that are strings.
+    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor factor, SymInt size, str reduction, str backend)"
+    " -> ()",
+)
 def add_cross_entropy_(
     grad: Tensor, student: Tensor, labels: Tensor, factor: Tensor, size: int, reduction: str, backend: str
 ) -> None:

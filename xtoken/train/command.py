@@ -66,6 +66,7 @@ class TrainArguments:
     train_on: str = _option("all", "all, completion or assistant")
     text_column: str = _option("text", "field with the text of a document")
     max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
+    max_teacher_length: int | None = _option(None, "tokens of an example for each teacher; default: no limit")
     packed: bool = _option(False, "put several examples into one row of max_length tokens")
     student_dtype: str = _option("float32", "type of the student's weights")
     teacher_dtype: str = _option("auto", "type of the teachers' weights; auto: as stored")
@@ -221,7 +222,8 @@ def main(arguments: Sequence[str]) -> None:
     def examples(files: Sequence[str]) -> Any:
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
-            train_on=options.train_on, name_documents=any(cache is not None for cache in caches),
+            max_teacher_length=options.max_teacher_length, train_on=options.train_on,
+            name_documents=any(cache is not None for cache in caches),
         )  # fmt: skip
         return CachedExamples(loaded, caches) if any(cache is not None for cache in caches) else loaded
 
