@@ -280,7 +280,7 @@ class Kernels:
             self.module.cross_entropy(
                 _logits(memory, student),
                 _gradient(memory, student_grad, keep=True),
-                _labels(memory, labels),
+                _labels(memory, labels, keep=True),
                 reference.LOWEST_LOGIT,
                 student_grad is not None,
                 0,
@@ -364,10 +364,10 @@ def _rows(memory: Memory, rows: Rows) -> tuple[int, int, int]:
     return memory.input(rows.start.contiguous()), memory.input(rows.count.contiguous()), memory.input(next_ids)
 
 
-def _labels(memory: Memory, labels: Labels | None) -> tuple[int, int, int]:
+def _labels(memory: Memory, labels: Labels | None, keep: bool = False) -> tuple[int, int, int]:
     if labels is None:
         return 0, 0, 0
-    return memory.input(labels.ids.contiguous()), memory.input(labels.scale), memory.output(labels.losses)
+    return memory.input(labels.ids.contiguous()), memory.input(labels.scale), memory.output(labels.losses, keep)
 
 
 def _floats(memory: Memory, values: Tensor | None) -> int:
