@@ -333,7 +333,7 @@ class XTokenLoss(nn.Module):
             some = _evenly(chunks.first().kept()[0], DIAGNOSED_CHUNKS)
             if len(some) and teacher.pieces is not None:
                 diagnosis = _diagnose_events(student, teacher_source, some, teacher.pieces)
-            elif len(some):
+            elif len(some) and columns is not None:
                 diagnosis = _diagnose(student, teacher_source, some, columns, W)
         return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
