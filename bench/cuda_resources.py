@@ -100,6 +100,11 @@ def build_settings() -> tuple[list[str], list[str]]:
     return archs[1].split(";"), flags[1].split()
 
 
+def ptx_arch() -> str:
+    """The architecture whose PTX all others are assembled from."""
+    return min(build_settings()[0], key=int)
+
+
 def launch_bounds() -> dict[str, int]:
     """Threads of a block by the kernel's name, as written in its `__launch_bounds__`: a number or a constant."""
     texts = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in {".h", ".cuh", ".cu"}]
@@ -114,7 +119,7 @@ def launch_bounds() -> dict[str, int]:
 def compiler_report(nvcc: str, source: Path, arch: str) -> str:
     """What ptxas says of the source's kernels; compiled only if a source or a flag has changed."""
     command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-cubin"]
-    command += [f"-arch=sm_{arch}", "-Xptxas=-v", str(source)]
+    command += [f"-gencode=arch=compute_{ptx_arch()},code=sm_{arch}", "-Xptxas=-v", str(source)]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in [source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.read_bytes())

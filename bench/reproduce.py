@@ -519,10 +519,13 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the students")
     parser.add_argument("--teacher-steps", type=int, help="of every teacher")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument(
+        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL"
+    )
     parser.add_argument("--output", type=Path, help="default: bench/results/reproduce.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    options.plans = QUICK if options.quick else PLANS
+    options.plans = QUICK if options.quick else {name: PLANS[name] for name in options.plans}
     options.seeds = options.seeds or (1 if options.quick else 3)
     if options.output is None:
         options.output = ROOT / ("build/reproduce_quick.json" if options.quick else "bench/results/reproduce.json")

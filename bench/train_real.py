@@ -61,11 +61,13 @@ def write_data(folder: Path, held_out_passages: int) -> list[str]:
     return ["--data", str(folder / "train.jsonl"), "--eval_data", str(folder / "held_out.jsonl")]
 
 
-def run(pair: str, steps: int, held_out_passages: int, output: Path) -> dict[str, Any]:
+def run(pair: str, loss: str, steps: int, held_out_passages: int, output: Path) -> dict[str, Any]:
     """Trains, and writes the log as JSON."""
     options = {"demo": DEMO_OPTIONS, "gemma": GEMMA_OPTIONS}[pair]
+    if loss == "none":
+        loss, options = "pkl", [*options, "--kd_weight", "0"]
     options = [
-        *options, "--max_steps", str(steps), "--loss", "auto", "--max_length", "192", "--use_cpu",
+        *options, "--max_steps", str(steps), "--loss", loss, "--max_length", "192", "--use_cpu",
         "--report_to", "none",
         "--logging_steps", str(max(1, steps // 20)), "--eval_strategy", "steps",
         "--eval_steps", str(max(1, steps // 4)), "--save_strategy", "no", "--lr_scheduler_type", "cosine",
@@ -96,12 +98,13 @@ def run(pair: str, steps: int, held_out_passages: int, output: Path) -> dict[str
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pair", choices=["demo", "gemma"])
+    parser.add_argument("--loss", default="auto", help="of `xtoken train`; none: cross-entropy alone")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--held-out-passages", type=int, default=16)
     parser.add_argument("--output", type=Path, help="default: bench/results/train_PAIR.json")
     given = parser.parse_args()
     output = given.output or RESULTS / f"train_{given.pair}.json"
-    facts = run(given.pair, given.steps, given.held_out_passages, output)
+    facts = run(given.pair, given.loss, given.steps, given.held_out_passages, output)
     print(
         "| step | held-out cross-entropy, nats/token | held-out KD, nats/chunk | agreement |\n"
         "| ---: | ---: | ---: | ---: |"

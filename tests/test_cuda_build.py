@@ -83,7 +83,7 @@ def test_show_config_lists_the_architectures(monkeypatch, capsys):
     built.architectures, built.cuda_version = "80,90", 13000
     monkeypatch.setitem(sys.modules, "xtoken._cuda", built)
     xtoken.show_config()
-    assert "sm_80, sm_90; PTX of 90 for later ones (CUDA 13.0)" in capsys.readouterr().out
+    assert "sm_80, sm_90; PTX of 80 for others (CUDA 13.0)" in capsys.readouterr().out
 
 
 def test_show_config_says_why_there_are_no_kernels(monkeypatch):

@@ -48,11 +48,20 @@ class Alignment:
         Whether on both sides a real token stands before the chunk, so that a row of logits predicts it. Default:
         true unless the chunk begins at position 0 on either side. Losses leave the other chunks out.
 
+    Notes
+    -----
+    Losses check and count chunks on the CPU, where `Aligner` leaves them, and copy the few numbers that kernels need to
+    the logits' device without waiting for it. An alignment that is used several times, or in a CUDA graph, can be moved
+    there before, with `to`; it keeps the original for the checks.
+
     Raises
     ------
     ValueError
         For wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
     """
+
+    _host: Alignment | None = None  # the same on the CPU, for one on another device
+    _packed: Tensor | None = None  # `packed` on another device
 
     def __init__(
         self,
@@ -166,10 +175,38 @@ class Alignment:
 
     def to(self, device: torch.device | str) -> Alignment:
         """The same alignment with its tensors on `device`."""
+        device = torch.device(device)
+        if device.type == "cpu" and self._host is not None:
+            return self._host
         fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         padded = {side: self._padded_ids(side) for side in self._ids}
         fields["_ids"] = {side: ids if ids is None else ids.to(device) for side, ids in padded.items()}
+        fields["_host"] = fields["_packed"] = None
+        if device.type != "cpu":
+            fields["_host"] = self.host
+            fields["_packed"] = self.host.packed(ids=True).to(device)
         return Alignment._trusted(**fields)
+
+    @property
+    def host(self) -> Alignment:
+        """The same alignment on the CPU: itself, what `to` was called of, or a copy that is made once."""
+        if self.spans.device.type == "cpu":
+            return self
+        if self._host is None:
+            self._host = self.to("cpu")
+        return self._host
+
+    def packed(self, ids: bool) -> Tensor:
+        """int64 [n]: what losses need on a device, as one tensor for one copy; of an alignment on the CPU.
+
+        Of each chunk that `predictable` names its number, its sample and its span [6, K]; then, if wanted, the ids of
+        both sides, as far as there are any.
+        """
+        used = predictable(self).nonzero()[:, 0]
+        parts = [used, self.sample_index[used], self.spans[used].long().T.flatten()]
+        if ids:
+            parts += [part.flatten() for part in (self.student_ids, self.teacher_ids) if part is not None]
+        return torch.cat(parts)
 
     @staticmethod
     def _trusted(**fields: Any) -> Alignment:
@@ -300,6 +337,11 @@ class Alignment:
     def __repr__(self) -> str:
         exact = int(self.exact.sum())
         return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
+
+
+def predictable(alignment: Alignment) -> Tensor:
+    """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
+    return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
 
 
 class Ragged(NamedTuple):

@@ -42,7 +42,7 @@ def _cuda_kernels() -> str:
         return f"built, but they do not load: {error}"
     architectures = _cuda.architectures.split(",")
     version = f"{_cuda.cuda_version // 1000}.{_cuda.cuda_version % 1000 // 10}"
-    return f"sm_{', sm_'.join(architectures)}; PTX of {architectures[-1]} for later ones (CUDA {version})"
+    return f"sm_{', sm_'.join(architectures)}; PTX of {architectures[0]} for others (CUDA {version})"
 
 
 def show_config() -> None:

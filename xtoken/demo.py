@@ -71,7 +71,7 @@ def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> A
     from tokenizers import AddedToken
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern).converted()
+    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern, additional_special_tokens=()).converted()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer
 

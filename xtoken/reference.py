@@ -23,6 +23,7 @@ from torch import Tensor
 
 from xtoken import _core
 from xtoken.alignment import Alignment
+from xtoken.alignment import predictable as predictable
 from xtoken.pieces import Side
 from xtoken.pieces import sides as piece_sides
 
@@ -68,7 +69,7 @@ class Rows:
 
     def first(self) -> Rows:
         """Only the first row of each chunk."""
-        return replace(self, count=torch.ones_like(self.count))
+        return replace(self, count=self.count.clamp_max(1))
 
     def later(self) -> tuple[Tensor, Tensor]:
         """Rows of each chunk but its first, and the chunk of each: int64 [R - K] twice."""
@@ -87,25 +88,53 @@ class Rows:
         return self.total(values, self.owner()) / self.count[:, None]
 
 
-def predictable(alignment: Alignment) -> Tensor:
-    """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
-    return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
-
-
 @dataclass(frozen=True)
 class Chunks:
-    """Predictor rows of the chunks that a loss uses; ``used`` [K] are their indices in the alignment."""
+    """Predictor rows of the chunks that a loss uses.
+
+    Parameters
+    ----------
+    student, teacher : Rows
+    used : int64 [K]
+        The chunks' indices in the alignment.
+    mask : bool [K], optional
+        The chunks that count, where only a device knows which; the others have row -1 and no count. Default: all.
+    copy : Chunks, optional
+        The same chunks on the CPU (without mask), for those on another device.
+    """
 
     student: Rows
     teacher: Rows
     used: Tensor
+    mask: Tensor | None = None
+    copy: Chunks | None = None
 
     def __len__(self) -> int:
         return len(self.used)
 
+    @property
+    def host(self) -> Chunks:
+        """The chunks on the CPU, as far as they are known without waiting for the device."""
+        return self if self.copy is None else self.copy
+
+    @property
+    def number(self) -> int | Tensor:
+        """How many chunks count: int64 [] on the device if there is a mask."""
+        return len(self) if self.mask is None else self.mask.sum()
+
     def first(self) -> Chunks:
         """Only the first predictor row of each chunk, on both sides."""
-        return replace(self, student=self.student.first(), teacher=self.teacher.first())
+        copy = None if self.copy is None else self.copy.first()
+        return replace(self, student=self.student.first(), teacher=self.teacher.first(), copy=copy)
+
+    def kept(self) -> tuple[Chunks, Tensor]:
+        """Only the chunks that count, and their places among all: int64. Waits for the device if there is a mask."""
+        if self.mask is None:
+            return self, torch.arange(len(self), device=self.used.device)
+        index = self.mask.nonzero()[:, 0]
+        student, teacher = (replace(side, start=side.start[index], count=side.count[index])
+                            for side in (self.student, self.teacher))  # fmt: skip
+        return Chunks(student, teacher, self.used[index]), index
 
     @staticmethod
     def of(
@@ -123,7 +152,7 @@ class Chunks:
         student_length, teacher_length : int
             Rows ``T`` of one sample's logits, so that sample ``b`` begins at row ``b * T``.
         device : torch.device
-            Where the indices go.
+            Where the indices go; nothing waits for it.
         realised : bool
             Also take the realised tokens from the alignment's ids (for ``merge="chain"``).
 
@@ -132,29 +161,65 @@ class Chunks:
         ValueError
             If a chunk ends beyond the logits, or ids are needed and missing.
         """
-        spans = alignment.spans.long()
-        used = predictable(alignment).nonzero()[:, 0]
-        sample = alignment.sample_index[used]
-        sides = []
-        for name, column, length in (("student", 0, student_length), ("teacher", 2, teacher_length)):
-            start, end = spans[:, column], spans[:, column + 1]
+        device, host = torch.device(device), alignment.host
+        lengths = student_length, teacher_length
+        for name, column, length in (("student", 1, student_length), ("teacher", 3, teacher_length)):
+            end = host.spans[:, column]
             if len(end) and int(end.max()) > length:
                 raise ValueError(
                     f"{name}_logits: expected a row for every token that the alignment names (chunk "
                     f"{int(end.argmax())} ends at token {int(end.max())}), got {length} rows"
                 )
-            next_ids = None
-            if realised:
-                next_ids = _next_ids(getattr(alignment, f"{name}_ids"), len(alignment), length, name).to(device)
-            begin = sample * length + start[used] - 1
-            sides.append(Rows(begin.to(device), (end - start)[used].to(device), next_ids))
-        return Chunks(sides[0], sides[1], used.to(device))
+            if realised and getattr(host, f"{name}_ids") is None:
+                raise ValueError(
+                    f"alignment: merge='chain' and prefix KL need the token ids, but alignment.{name}_ids is None"
+                )
+        packed = host.packed(realised)
+        chunks = _unpacked(packed, host, lengths, realised)
+        if device.type == "cpu":
+            return chunks
+        placed = alignment._packed
+        if placed is None or placed.device != device:
+            placed = moved(packed, device)
+        return replace(_unpacked(placed, host, lengths, realised), copy=chunks)
 
 
-def _next_ids(ids: Tensor | None, samples: int, length: int, name: str) -> Tensor:
-    if ids is None:
-        raise ValueError(f"alignment: merge='chain' and prefix KL need the token ids, but alignment.{name}_ids is None")
-    ids = ids.reshape(samples, -1)[:, 1 : length + 1]
+def _unpacked(packed: Tensor, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
+    """The chunks of an alignment from its packed form, on any device."""
+    ids = [part for part in (host.student_ids, host.teacher_ids) if part is not None]
+    count = int(predictable(host).sum())
+    used, sample, *spans = packed[: 6 * count].view(6, count).unbind()
+    sides, first = [], 6 * count
+    for side, length in enumerate(lengths):
+        start, end = spans[2 * side : 2 * side + 2]
+        next_ids = None
+        if realised:
+            size = ids[side].numel()
+            next_ids = _next_ids(packed[first : first + size], len(host), length)
+            first += size
+        sides.append(Rows(sample * length + start - 1, end - start, next_ids))
+    return Chunks(sides[0], sides[1], used)
+
+
+def moved(values: Tensor, device: torch.device) -> Tensor:
+    """The values of a tensor on a device, without waiting for it.
+
+    Raises
+    ------
+    RuntimeError
+        While a CUDA graph is captured, which would read the host's memory at every replay.
+    """
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "inside a CUDA graph losses take tensors on the device only: move the alignment, labels and columns there"
+        )
+    return values.pin_memory().to(device, non_blocking=True)
+
+
+def _next_ids(ids: Tensor, samples: int, length: int) -> Tensor:
+    ids = ids.view(samples, -1)[:, 1 : length + 1]
     return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
 
 
@@ -600,6 +665,19 @@ def agreement(
         x = project(p, replace(entries, student=student), len(columns))
     y = teacher_logits[chunks.teacher.start].index_select(1, columns)
     return x.argmax(-1) == y.argmax(-1)
+
+
+@torch.no_grad()
+def event_agreement(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, pieces: Tensor) -> Tensor:
+    """bool [K]: the same root is the most probable, of prefix KL's events, at the first predictor row."""
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    best = []
+    sides = zip((student_logits, teacher_logits), (chunks.student, chunks.teacher), piece_sides(pieces), strict=True)
+    for logits, rows, side in sides:
+        event = side.event.to(logits.device).long()
+        z = _scaled(logits[rows.start][:, : len(event)], 1.0, dtype)
+        best.append(_event_log_mass(z, event.expand(len(z), -1), int(pieces[2])).argmax(-1))
+    return best[0] == best[1]
 
 
 @torch.no_grad()

@@ -15,14 +15,14 @@ __global__ __launch_bounds__(max_threads,
     const int size = params.student.width;
     for (int64_t r = blockIdx.x; r < params.student.samples * params.student.length; r += gridDim.x) {
         if (params.skip != nullptr && params.skip[r] != 0) continue;
-        const T* z = row_of<T>(params.student, r);
-        const LabelTerm<T> label = label_term(params.labels, r, z, size, params.lowest, nullptr, shared);
+        const Row<T> z(params.student, r);
+        const LabelTerm label = label_term(params.labels, r, z, size, params.lowest, shared);
         if (params.grad.data == nullptr || (params.add && label.label < 0)) continue;
         T* grad = row_of<T>(params.grad, r);
         write_row(z, grad, size, params.add ? size : params.grad.width, [&](int i, const auto& x, auto& g) {
             constexpr int N = sizeof(x) / sizeof(float);
             if (params.add) {
-                load_elements(grad, i, g);
+                Row<T>(grad).elements(i, g);
             } else {
 #pragma unroll
                 for (int k = 0; k < N; ++k) g[k] = 0.0f;

@@ -12,20 +12,19 @@ namespace {
 
 // The mean log-probabilities of a chunk's rows on one side. Logits are summed by themselves, so that equal sums stay
 // equal, and taken relative to the sum of the rows' maxima, so that floats are exact enough.
-template <typename T>
+template <typename R>
 class Side {
   public:
     // `sums` [width]: room for the sums of several rows.
     __device__ Side(const Logits& logits, const ChunkRows& rows, int64_t k, const GoldParams& params, float* sums,
                     Sums& shared)
-        : row_(row_of<T>(logits, rows.start[k])), count_(static_cast<int>(rows.count[k])), sums_(sums) {
+        : row_(logits, rows.start[k]), count_(static_cast<int>(rows.count[k])), sums_(sums) {
         const int64_t start = rows.start[k];
         double top = 0.0, log_total = 0.0;
         for (int i = 0; i < count_; ++i) {
-            const T* z = row_of<T>(logits, start + i);
+            const R z(logits, start + i);
             // its barriers also separate the additions of one row from those of the next
-            const Statistics<T> one =
-                statistics(z, nullptr, logits.width, params.lowest, params.temperature, shared, Unweighted{});
+            const Statistics one = row_statistics(z, logits.width, params.lowest, params.temperature, shared);
             top += static_cast<double>(one.exp.top);
             log_total += one.log_total() / count_;
             if (count_ > 1) {
@@ -47,19 +46,20 @@ class Side {
     }
 
     __device__ float log_share(int v) const {
-        const float sum = count_ > 1 ? sums_[v] : at_least(widen(row_[v]), lowest_);
+        const float sum = count_ > 1 ? sums_[v] : at_least(row_[v], lowest_);
         return (sum - top_) * inverse_ - log_total_;
     }
-    __device__ float share(int v) const { return exponential<T>(log_share(v)); }
+    __device__ float exp(float log_share) const { return exponential(log_share, row_.precise()); }
+    __device__ float share(int v) const { return exp(log_share(v)); }
 
   private:
-    const T* row_;
+    R row_;
     int count_;
     float* sums_;
     float lowest_ = 0.0f, top_ = 0.0f, inverse_ = 0.0f, log_total_ = 0.0f;
 };
 
-template <typename S, typename T>
+template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void gold_forward_kernel(const __grid_constant__ GoldParams params) {
     XTOKEN_SHARED(shared, Sums);
     const GoldPlan& plan = params.plan;
@@ -67,13 +67,14 @@ __global__ __launch_bounds__(max_threads, 1) void gold_forward_kernel(const __gr
     float* student_sums =
         params.workspace + blockIdx.x * (static_cast<int64_t>(params.student.width) + params.teacher.width);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        const Side<S> p(params.student, params.student_rows, k, params, student_sums, shared);
-        const Side<T> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width, shared);
+        const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
+        const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width,
+                             shared);
         float part = 0.0f;
 #pragma unroll 4
         for (int i = thread; i < plan.pairs; i += threads) {
             const float lp = p.log_share(plan.student_pair[i]), lq = q.log_share(plan.teacher_pair[i]);
-            part = params.reverse ? fmaf(exponential<S>(lp), lp - lq, part) : fmaf(exponential<T>(lq), lq - lp, part);
+            part = params.reverse ? fmaf(p.exp(lp), lp - lq, part) : fmaf(q.exp(lq), lq - lp, part);
         }
         float* student_values = params.student_values + k * plan.student_rest;
 #pragma unroll 4
@@ -88,15 +89,15 @@ __global__ __launch_bounds__(max_threads, 1) void gold_forward_kernel(const __gr
     }
 }
 
-template <typename S, typename T>
+template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __grid_constant__ GoldParams params) {
     XTOKEN_SHARED(shared, Sums);
     const GoldPlan& plan = params.plan;
     const int students = params.student.width;
     float* student_sums = params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        const Side<S> p(params.student, params.student_rows, k, params, student_sums, shared);
-        const Side<T> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
+        const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
+        const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
         const float* slope = params.slope + k * plan.student_rest;
         // g_v goes where the sums of the student's logits were, or would be: every element is used by one thread
         float part = 0.0f;
@@ -105,9 +106,9 @@ __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __g
             const float lp = p.log_share(v);
             float g;
             if (slot < 0) {
-                g = slope[-1 - slot] * exponential<S>(lp);
+                g = slope[-1 - slot] * p.exp(lp);
             } else if (params.reverse) {
-                g = exponential<S>(lp) * (lp - q.log_share(slot) + 1.0f);
+                g = p.exp(lp) * (lp - q.log_share(slot) + 1.0f);
             } else {
                 g = -q.share(slot);
             }
@@ -120,9 +121,8 @@ __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __g
         const double factor = (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) *
                               static_cast<double>(params.temperature) / static_cast<double>(count);
         for (int64_t r = start; r < start + count; ++r) {
-            const S* z = row_of<S>(params.student, r);
-            const Statistics<S> one =
-                statistics(z, nullptr, students, params.lowest, params.temperature, shared, Unweighted{});
+            const Row<S> z(params.student, r);
+            const Statistics one = row_statistics(z, students, params.lowest, params.temperature, shared);
             const auto weight = static_cast<float>(-factor * sums[0] / one.total);
             const auto value = static_cast<float>(factor);
             write_row(z, row_of<S>(params.grad, r), students, params.grad.width, [&](int i, const auto& x, auto& g) {
@@ -138,37 +138,22 @@ __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __g
     }
 }
 
-template <template <typename, typename> class Pick>
-void launch_typed(const char* what, const GoldParams& params, const Launch& launch) {
-    typed(params.student.type, [&](const auto* s) {
-        typed(params.teacher.type, [&](const auto* t) {
-            using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-            using T = std::remove_const_t<std::remove_pointer_t<decltype(t)>>;
-            launch_items(what, Pick<S, T>::kernel, launch, params.chunks, params);
-        });
-    });
-}
-
-template <typename S, typename T>
-struct Forward {
-    static constexpr auto kernel = gold_forward_kernel<S, T>;
-};
-
-template <typename S, typename T>
-struct Backward {
-    static constexpr auto kernel = gold_backward_kernel<S, T>;
-};
-
 }  // namespace
 
 int64_t gold_workspace(int32_t students, int32_t teachers) { return static_cast<int64_t>(students) + teachers; }
 
 void gold_forward(const GoldParams& params, const Launch& launch) {
-    launch_typed<Forward>("gold_forward", params, launch);
+    typed(params.student.type, [&](const auto* s) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        launch_items("gold_forward", gold_forward_kernel<S>, launch, params.chunks, params);
+    });
 }
 
 void gold_backward(const GoldParams& params, const Launch& launch) {
-    launch_typed<Backward>("gold_backward", params, launch);
+    typed(params.student.type, [&](const auto* s) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        launch_items("gold_backward", gold_backward_kernel<S>, launch, params.chunks, params);
+    });
 }
 
 }  // namespace xtoken::cuda

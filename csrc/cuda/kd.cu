@@ -10,37 +10,38 @@ namespace xtoken::cuda {
 namespace {
 
 // Log-probabilities of a row.
-template <typename T>
 struct Side {
-    Exponential<T> exp;
+    Exponential exp;
     float log_total, inverse_total;
 
-    __device__ explicit Side(const Statistics<T>& s)
+    __device__ explicit Side(const Statistics& s)
         : exp(s.exp), log_total(static_cast<float>(s.log_total())), inverse_total(static_cast<float>(1.0 / s.total)) {}
-    __device__ float log_share(float x) const {
-        return (at_least(x, exp.lowest) - exp.top) * exp.inverse_temperature - log_total;
-    }
+    __device__ float log_share(float x) const { return exp.log_share(x, log_total); }
     __device__ float share(float x) const { return exp(x) * inverse_total; }
 };
 
-template <typename S, typename T>
+template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        const S* z = row_of<S>(params.student, params.student_rows[k]);
-        const T* y = row_of<T>(params.teacher, params.teacher_rows[k]);
-        const Side<S> p(
+        if (params.student_rows[k] < 0) {
+            if (threadIdx.x == 0) params.losses[k] = 0.0f;
+            continue;
+        }
+        const Row<S> z(params.student, params.student_rows[k]);
+        const AnyRow y(params.teacher, params.teacher_rows[k]);
+        const Side p(
             statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
-        const Side<T> q(
+        const Side q(
             statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
         float part = 0.0f;
         each_column(z, params.chosen, params.columns, [&](int j, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
             float target[N];
             if (params.chosen != nullptr) {
-                target[0] = widen(y[params.chosen[j]]);
+                target[0] = y[params.chosen[j]];
             } else {
-                load_elements(y, j, target);
+                y.elements(j, target);
             }
 #pragma unroll
             for (int n = 0; n < N; ++n) {
@@ -61,7 +62,7 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
                   [&](int i, const auto& x, auto& g) {
                       constexpr int N = sizeof(x) / sizeof(float);
                       float target[N];
-                      load_elements(y, i, target);
+                      y.elements(i, target);
                       int32_t place[N] = {};
                       if (params.place != nullptr) load_lanes(params.place, i, place);
 #pragma unroll
@@ -80,11 +81,8 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
 
 void kd(const KdParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
-        typed(params.teacher.type, [&](const auto* t) {
-            using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-            using T = std::remove_const_t<std::remove_pointer_t<decltype(t)>>;
-            launch_items("kd", kd_kernel<S, T>, launch, params.chunks, params);
-        });
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        launch_items("kd", kd_kernel<S>, launch, params.chunks, params);
     });
 }
 

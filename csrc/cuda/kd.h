@@ -8,7 +8,7 @@ namespace xtoken::cuda {
 struct KdParams {
     Logits student, teacher;      // of the vocabulary's width, the same on both sides
     Logits grad;                  // as student, perhaps wider; data null: losses only
-    const int64_t* student_rows;  // [K]
+    const int64_t* student_rows;  // [K] negative: this chunk does not count, its loss is 0
     const int64_t* teacher_rows;  // [K]
     int64_t chunks;
     const int32_t* chosen;  // [columns] ids, ascending; null: all

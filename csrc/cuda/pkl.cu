@@ -60,7 +60,7 @@ __device__ void sum_lists(const Lists& lists, float* out, Value value) {
     }
 }
 
-template <typename S, typename T>
+template <typename S, Merge merge>
 class Chunk {
   public:
     __device__ Chunk(const PklParams& p, int64_t k, Sums& shared)
@@ -69,12 +69,12 @@ class Chunk {
           shared_(shared),
           k_(k),
           row_(p.student_rows.start[k]),
-          count_(p.merge == Merge::first ? 1 : static_cast<int>(p.student_rows.count[k])),
+          count_(merge == Merge::first ? 1 : static_cast<int>(p.student_rows.count[k])),
           teacher_row_(p.teacher_rows.start[k]),
-          teacher_count_(p.merge == Merge::first ? 1 : static_cast<int>(p.teacher_rows.count[k])),
-          merged_(p.merge == Merge::mean ? count_ : 1),
-          z_(row_of<S>(p.student, row_)) {
-        const Workspace parts(p.plan, p.merge);
+          teacher_count_(merge == Merge::first ? 1 : static_cast<int>(p.teacher_rows.count[k])),
+          z_(p.student, row_) {
+        student_.exp.precise = z_.precise();
+        const Workspace parts(p.plan, merge);
         column_sums_ = p.workspace + blockIdx.x * parts.total();
         u_ = column_sums_ + parts.column_sums;
         mean_ = u_ + parts.u;
@@ -92,9 +92,10 @@ class Chunk {
         columns();
 
         double loss = loss_, factor = 1.0, later_factor = 0.0;
-        if (p_.merge == Merge::chain) {
-            const double student = later_log_probability<S>(p_.student, p_.student_rows, row_, count_);
-            const double teacher = later_log_probability<T>(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
+        if constexpr (merge == Merge::chain) {
+            const double student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row_, count_);
+            const double teacher =
+                later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
             const double c = ::exp(p_.reverse ? student : teacher);
             loss = c * (loss + (p_.reverse ? student - teacher : teacher - student));
             factor = c;
@@ -107,48 +108,51 @@ class Chunk {
         if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
             for (int64_t r = row_; r < row_ + count_; ++r) {
-                label_term(p_.labels, r, row_of<S>(p_.student, r), plan_.students, p_.lowest, nullptr, shared_);
+                label_term(p_.labels, r, Row<S>(p_.student, r), plan_.students, p_.lowest, shared_);
             }
             return;
         }
         sum_lists(plan_.row_lists, u_ + plan_.columns + 1, [&](int j) { return (u_[j] - b_) - b_low_; });
         __syncthreads();  // the rows' sums are there
-        const double share = unit * total_ / (temperature * merged_);
-        if (merged_ == 1) {
-            token_gradient(row_, z_, student_, static_cast<double>(b_) * static_cast<double>(p_.epsilon), share);
-        } else {
-            for (int64_t r = row_; r < row_ + merged_; ++r) {
-                const S* z = row_of<S>(p_.student, r);
-                const Statistics<S> one = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
-                                                     [&](int i, auto& h) { row_values(i, h); });
-                token_gradient(r, z, one, one.weighted / one.total, share);
+        const double share = unit * total_ / (temperature * merged());
+        double mean = static_cast<double>(b_) * static_cast<double>(p_.epsilon);
+        for (int64_t r = row_; r < row_ + merged(); ++r) {
+            const Row<S> z(p_.student, r);
+            if (merged() > 1) {
+                student_ = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
+                                      [&](int i, auto& h) { row_values(i, h); });
+                mean = student_.weighted / student_.total;
             }
+            token_gradient(r, z, student_, mean, share);
         }
-        for (int64_t r = row_ + 1; p_.merge == Merge::chain && r < row_ + count_; ++r) {
-            later_gradient(r, static_cast<float>(scale * later_factor / temperature));
+        if constexpr (merge == Merge::chain) {
+            const auto later = static_cast<float>(scale * later_factor / temperature);
+            for (int64_t r = row_ + 1; r < row_ + count_; ++r) later_gradient(r, later);
         }
     }
 
   private:
+    // Rows whose distributions are averaged.
+    __device__ int merged() const { return merge == Merge::mean ? count_ : 1; }
+
     // e_s
-    __device__ float mass(int s) const { return merged_ > 1 ? mean_[s] : student_.exp(widen(z_[s])); }
+    __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.exp(z_[s]); }
 
     // e, Z, S and D.
     __device__ void masses() {
         const auto row_weight = [&](int i, auto& w) { load_lanes(plan_.row_weight, i, w); };
         double weighted;
-        if (merged_ == 1) {
+        if (merged() == 1) {
             student_ = statistics(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, row_weight);
             total_ = student_.total;
             weighted = student_.weighted;
         } else {
             total_ = 1.0;
-            for (int i = 0; i < merged_; ++i) {
-                const S* z = row_of<S>(p_.student, row_ + i);
+            for (int i = 0; i < merged(); ++i) {
+                const Row<S> z(p_.student, row_ + i);
                 // its barriers also separate the additions to `mean` of one row from those of the next
-                const Statistics<S> one =
-                    statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, Unweighted{});
-                const auto share = static_cast<float>(1.0 / (one.total * merged_));
+                const Statistics one = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_);
+                const auto share = static_cast<float>(1.0 / (one.total * merged()));
                 each_vector(z, plan_.students, [&](int s, const auto& x) {
                     constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
@@ -175,63 +179,52 @@ class Chunk {
         const auto small = static_cast<float>(static_cast<double>(p_.epsilon) * d_);
         const auto per_d = static_cast<float>(1.0 / d_);
         float loss = 0.0f, b = 0.0f;
-        const auto column = [&](float log_q, int slot) {
-            const float x = slot < plan_.students ? mass(slot) : column_sums_[slot - plan_.students];
-            const float added = x + small;
-            const float log_m = logf(added * per_d);
-            float u;
-            if (p_.reverse) {
-                u = (log_m - log_q) + x / added;
-                loss = fmaf(x * per_d, log_m - log_q, loss);
-            } else {
-                const float q = exponential<T>(log_q);
-                u = q / added;
-                loss = fmaf(q, log_q - log_m, loss);
-            }
-            b = fmaf(x, u, b);
-            return u;
-        };
-        const int merged = p_.merge == Merge::mean ? teacher_count_ : 1;
-        if (merged == 1) {
-            const T* y = row_of<T>(p_.teacher, teacher_row_);
-            const Statistics<T> q =
-                statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
-            const auto log_total = static_cast<float>(q.log_total());
-            each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
-                constexpr int N = sizeof(x) / sizeof(float);
-                int32_t slot[N];
-                load_lanes(plan_.column_slot, j, slot);
-                float u[N];
-#pragma unroll
-                for (int k = 0; k < N; ++k) {
-                    const float relative = (at_least(x[k], p_.lowest) - q.exp.top) * q.exp.inverse_temperature;
-                    u[k] = column(relative - log_total, slot[k]);
-                }
-                store_lanes(u_, j, u);
-            });
-        } else {
-            double constant = 0.0;  // of log q = mean ((y - top) / temperature) + constant
-            for (int i = 0; i < merged; ++i) {
-                const T* y = row_of<T>(p_.teacher, teacher_row_ + i);
-                const Statistics<T> q =
-                    statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
-                constant -= q.log_total() / merged;
-                each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
-                    constexpr int N = sizeof(x) / sizeof(float);
-#pragma unroll
-                    for (int k = 0; k < N; ++k) {
-                        const float relative = at_least(x[k], p_.lowest) - q.exp.top;
-                        u_[j + k] = i == 0 ? relative : u_[j + k] + relative;
-                    }
-                });
-            }
-            __syncthreads();  // the sums of the rows are there; from here on columns are shared out in another way
-            const float per_row = 1.0f / (p_.temperature * static_cast<float>(merged));
-            const auto offset = static_cast<float>(constant);
-            for (int j = static_cast<int>(threadIdx.x); j < plan_.columns; j += static_cast<int>(blockDim.x)) {
-                u_[j] = column(fmaf(u_[j], per_row, offset), plan_.column_slot[j]);
-            }
+        const int merged = merge == Merge::mean ? teacher_count_ : 1;
+        AnyRow y(p_.teacher, teacher_row_);
+        const int32_t* chosen = plan_.chosen;
+        Statistics q = statistics(y, chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+        double log_total = q.log_total();
+        if (merged > 1) {
+            log_total = sum_teacher(merged);
+            y = AnyRow(u_);
+            chosen = nullptr;
+            q.exp.top = 0.0f;
+            q.exp.lowest = -INFINITY;
+            q.exp.inverse_temperature /= static_cast<float>(merged);
         }
+        const auto log_sum = static_cast<float>(log_total);
+        each_column(y, chosen, plan_.columns, [&](int j, const auto& own) {
+            constexpr int N = sizeof(own) / sizeof(float);
+            int32_t slot[N];
+            load_lanes(plan_.column_slot, j, slot);
+            constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
+            float u[N];
+#pragma unroll
+            for (int first = 0; first < N; first += M) {
+                float x[M], log_q[M], share[M];
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    const int from = slot[first + k];
+                    x[k] = from < plan_.students ? mass(from) : column_sums_[from - plan_.students];
+                    share[k] = log_q[k] = q.exp.log_share(own[first + k], log_sum);
+                }
+                if (!p_.reverse) exponentials(share, q.exp.precise);
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    const float added = x[k] + small;
+                    const float log_m = logf(added * per_d);
+                    if (p_.reverse) {
+                        u[first + k] = (log_m - log_q[k]) + x[k] / added;
+                        loss = fmaf(x[k] * per_d, log_m - log_q[k], loss);
+                    } else {
+                        u[first + k] = share[k] / added;
+                        loss = fmaf(share[k], log_q[k] - log_m, loss);
+                    }
+                    b = fmaf(x[k], u[first + k], b);
+                }
+            }
+            store_lanes(u_, j, u);
+        });
         double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
         block_sum(sums, shared_);  // u is there, too
         loss_ = sums[0];
@@ -240,15 +233,36 @@ class Chunk {
         b_low_ = static_cast<float>(mean - static_cast<double>(b_));
     }
 
+    // Sums of the teacher's logits, relative to the rows' maxima, in the place of u; returns the mean of the logarithms
+    // of their totals.
+    __device__ double sum_teacher(int merged) {
+        double log_totals = 0.0;
+        for (int i = 0; i < merged; ++i) {
+            const AnyRow y(p_.teacher, teacher_row_ + i);
+            const Statistics q =
+                statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+            log_totals += q.log_total() / merged;
+            each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
+                constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    const float relative = at_least(x[k], p_.lowest) - q.exp.top;
+                    u_[j + k] = i == 0 ? relative : u_[j + k] + relative;
+                }
+            });
+        }
+        __syncthreads();  // the sums are there; from here on columns are shared out in another way
+        return log_totals;
+    }
+
     // Sum over the rows but the first of log p(the token that follows).
-    template <typename E>
+    template <typename R>
     __device__ double later_log_probability(const Logits& logits, const ChunkRows& rows, int64_t start, int count) {
         double result = 0.0;
         for (int64_t r = start + 1; r < start + count; ++r) {
-            const E* z = row_of<E>(logits, r);
-            const Statistics<E> all =
-                statistics(z, nullptr, logits.width, p_.lowest, p_.temperature, shared_, Unweighted{});
-            result += all.log_share(widen(z[rows.next[r]]));
+            const R z(logits, r);
+            const Statistics all = row_statistics(z, logits.width, p_.lowest, p_.temperature, shared_);
+            result += all.log_share(z[static_cast<int>(rows.next[r])]);
         }
         return result;
     }
@@ -266,9 +280,9 @@ class Chunk {
     }
 
     // The gradient p_s share (h_s - mean) of row r.
-    __device__ void token_gradient(int64_t r, const S* z, const Statistics<S>& one, double mean, double share) {
-        const LabelTerm<S> label =
-            label_term(p_.labels, r, z, plan_.students, p_.lowest, p_.temperature == 1.0f ? &one : nullptr, shared_);
+    __device__ void token_gradient(int64_t r, const Row<S>& z, const Statistics& one, double mean, double share) {
+        const LabelTerm label =
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f, one);
         const auto factor = static_cast<float>(share / one.total);
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
         const bool peaked = one.total < 2.0;  // one token has more than half of the mass
@@ -303,11 +317,10 @@ class Chunk {
 
     // A later row under merge="chain": factor * (onehot - softmax).
     __device__ void later_gradient(int64_t r, float factor) {
-        const S* z = row_of<S>(p_.student, r);
-        const Statistics<S> all =
-            statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, Unweighted{});
-        const LabelTerm<S> label =
-            label_term(p_.labels, r, z, plan_.students, p_.lowest, p_.temperature == 1.0f ? &all : nullptr, shared_);
+        const Row<S> z(p_.student, r);
+        const Statistics all = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_);
+        const LabelTerm label =
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f, all);
         const auto weight = static_cast<float>(-static_cast<double>(factor) / all.total);
         const auto next = static_cast<int>(p_.student_rows.next[r]);
         write_row(z, row_of<S>(p_.grad, r), plan_.students, p_.grad.width, [&](int i, const auto& x, auto& g) {
@@ -334,21 +347,21 @@ class Chunk {
     int64_t k_, row_;
     int count_;
     int64_t teacher_row_;
-    int teacher_count_, merged_;
-    const S* z_;
+    int teacher_count_;
+    Row<S> z_;
     float *column_sums_, *u_, *mean_;
-    Statistics<S> student_{};
+    Statistics student_;
     double total_ = 0.0, d_ = 0.0, loss_ = 0.0;
     float b_ = 0.0f, b_low_ = 0.0f;
 };
 
-template <typename S, typename T>
+template <typename S, Merge merge>
 __global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params) {
     XTOKEN_SHARED(shared, Sums);
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        Chunk<S, T>(params, k, shared).run(weight_sums);
+        Chunk<S, merge>(params, k, shared).run(weight_sums);
         __syncthreads();  // the workspace may be overwritten
     }
 }
@@ -379,11 +392,11 @@ int64_t pkl_workspace(const PklPlan& plan, Merge merge) { return Workspace(plan,
 
 void pkl(const PklParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
-        typed(params.teacher.type, [&](const auto* t) {
-            using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-            using T = std::remove_const_t<std::remove_pointer_t<decltype(t)>>;
-            launch_items("pkl", pkl_kernel<S, T>, launch, params.chunks, params);
-        });
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        auto* kernel = pkl_kernel<S, Merge::first>;
+        if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean>;
+        if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain>;
+        launch_items("pkl", kernel, launch, params.chunks, params);
     });
 }
 

@@ -8,8 +8,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/arguments.h"
-#include "cuda/platform.cuh"
+#include "cuda/elements.cuh"
 
 namespace xtoken::cuda {
 
@@ -17,126 +16,52 @@ constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
 constexpr float log2_e = 1.4426950408889634f;
 
-__device__ inline float widen(float x) { return x; }
-__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ inline float widen(__half x) { return __half2float(x); }
-
-__device__ inline void narrow(float x, float& out) { out = x; }
-__device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16(x); }
-__device__ inline void narrow(float x, __half& out) { out = __float2half(x); }
-
-template <typename T>
-__device__ T* row_of(const Logits& logits, int64_t r) {
-    return static_cast<T*>(logits.data) + r / logits.length * logits.sample_stride +
-           r % logits.length * logits.row_stride;
-}
-
 // As torch's clamp_min: not a number stays what it is.
 __device__ inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
 
-// N elements from `values + i`, 16 bytes at a time where i allows it; `values` itself is aligned.
-template <int N, typename T>
-__device__ void load_lanes(const T* values, int i, T (&out)[N]) {
-    static_assert(sizeof(T) == 4, "four to a vector");
-    if constexpr (N % 4 == 0) {
-        if (i % 4 == 0) {
-#pragma unroll
-            for (int k = 0; k < N; k += 4) {
-                const uint4 raw = *reinterpret_cast<const uint4*>(values + i + k);
-                memcpy(&out[k], &raw, sizeof raw);
-            }
-            return;
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = values[i + k];
-}
-
-template <int N>
-__device__ void store_lanes(float* values, int i, const float (&x)[N]) {
-    if constexpr (N % 4 == 0) {
-        if (i % 4 == 0) {
-#pragma unroll
-            for (int k = 0; k < N; k += 4) {
-                *reinterpret_cast<float4*>(values + i + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
-            }
-            return;
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < N; ++k) values[i + k] = x[k];
-}
-
-// N elements of a row from i on, in one load where they are a whole aligned vector.
-template <typename T, int N>
-__device__ void load_elements(const T* row, int i, float (&out)[N]) {
-    if constexpr (N == 16 / sizeof(T)) {
-        if (reinterpret_cast<uintptr_t>(row + i) % 16 == 0) {
-            const uint4 raw = *reinterpret_cast<const uint4*>(row + i);
-            T lanes[N];
-            memcpy(static_cast<void*>(lanes), &raw, sizeof raw);
-#pragma unroll
-            for (int k = 0; k < N; ++k) out[k] = widen(lanes[k]);
-            return;
-        }
-    }
-#pragma unroll
-    for (int k = 0; k < N; ++k) out[k] = widen(row[i + k]);
-}
-
-template <typename T, int N, typename Body>
-__device__ void widened(const uint4& raw, int i, Body& body) {
-    T lanes[N];
-    memcpy(static_cast<void*>(lanes), &raw, sizeof raw);
-    float x[N];
-#pragma unroll
-    for (int k = 0; k < N; ++k) x[k] = widen(lanes[k]);
-    body(i, x);
-}
-
-// Shares the elements of a row out among the threads of the block, 16 bytes at a time: body(i, x) with x a float[N],
-// N = 16 / sizeof(T), or float[1] at the ends of a row that does not begin or end at such a boundary. Two rows of
+// Shares the elements of a row out among the threads of the block, 16 bytes at a time: body(i, x) with x a
+// float[R::vector], or float[1] at the ends of a row that does not begin or end at such a boundary. Two rows of
 // different alignment are shared out differently.
-template <typename T, typename Body>
-__device__ void each_vector(const T* row, int size, Body body) {
-    constexpr int N = 16 / sizeof(T);
+template <typename R, typename Body>
+__device__ void each_vector(const R& row, int size, Body body) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int misaligned = static_cast<int>(reinterpret_cast<uintptr_t>(row) / sizeof(T)) % N;
-    const int head = misaligned == 0 ? 0 : min(size, N - misaligned);
-    const auto single = [&](int i) {
-        const float x[1] = {widen(row[i])};
-        body(i, x);
-    };
-    for (int i = thread; i < head; i += threads) single(i);
-    const uint4* vectors = reinterpret_cast<const uint4*>(row + head);
-    const int count = (size - head) / N;
-    int v = thread;
-    for (; v + 3 * threads < count; v += 4 * threads) {  // four loads in flight hide the latency of memory
-        uint4 raw[4];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) raw[k] = vectors[v + k * threads];
-#pragma unroll
-        for (int k = 0; k < 4; ++k) widened<T, N>(raw[k], head + (v + k * threads) * N, body);
+    const int head = min(size, row.head()), count = (size - head) / R::vector, whole = count * R::vector;
+    for (int i = thread; i < size - whole; i += threads) {
+        const int at = i < head ? i : i + whole;
+        const float x[1] = {row[at]};
+        body(at, x);
     }
-    for (; v < count; v += threads) widened<T, N>(vectors[v], head + v * N, body);
-    for (int i = head + count * N + thread; i < size; i += threads) single(i);
+    const auto place = [&](int v) { return head + v * R::vector; };
+    Ring ring{};  // values, so that nothing of another pass is kept for the loads that are left out
+#pragma unroll
+    for (int k = 0; k < Ring::loads; ++k) {
+        if (k < row.ahead() && thread + k * threads < count) row.load(ring, k, place(thread + k * threads));
+    }
+#pragma unroll 1  // code that fits the instruction cache, and compiles in time
+    for (int v = thread; v < count; v += threads) {
+        float x[R::vector];
+        row.take(ring, x);
+        const int next = v + row.ahead() * threads;
+        if (next < count) row.load_last(ring, place(next));
+        body(place(v), x);
+    }
 }
 
 // The same for chosen elements of a row: body(j, x) with x[0] = row[chosen[j]]. All of the row if `chosen` is null.
-template <typename T, typename Body>
-__device__ void each_column(const T* row, const int32_t* chosen, int columns, Body body) {
+template <typename R, typename Body>
+__device__ void each_column(const R& row, const int32_t* chosen, int columns, Body body) {
     if (chosen == nullptr) return each_vector(row, columns, body);
 #pragma unroll 4
     for (int j = static_cast<int>(threadIdx.x); j < columns; j += static_cast<int>(blockDim.x)) {
-        const float x[1] = {widen(row[chosen[j]])};
+        const float x[1] = {row[chosen[j]]};
         body(j, x);
     }
 }
 
-// out[i] = body(i, z[i], k) for i < size with k the lane, and zeros up to `width`. `out` may be `z`.
+// out[i] = body(i, z[i], k) for i < size with k the lane, and zeros up to `width`. `out` may be the row itself.
 template <typename T, typename Prepare>
-__device__ void write_row(const T* z, T* out, int size, int width, Prepare prepare) {
-    const bool together = (reinterpret_cast<uintptr_t>(z) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
+__device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
+    const bool together = (reinterpret_cast<uintptr_t>(z.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
     each_vector(z, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
         float g[N];
@@ -210,28 +135,38 @@ __device__ inline float block_max(float x, Sums& shared) {
     return shared.top;
 }
 
-// exp(x), for values from logits of type T: where those have 8 or 11 bits themselves, one instruction and a product are
-// exact enough (a relative error of about |x| 1e-7).
-template <typename T>
-__device__ float exponential(float x) {
-    if constexpr (sizeof(T) == 4) return expf(x);
-    return fast_exp2(x * log2_e);
+// exp(x). Not `precise`, for logits that have 8 or 11 bits themselves: one instruction and a product are exact enough
+// (a relative error of about |x| 1e-7).
+__device__ inline float exponential(float x, bool precise) { return precise ? expf(x) : fast_exp2(x * log2_e); }
+
+// The same for several, asking only once.
+template <int N>
+__device__ void exponentials(float (&x)[N], bool precise) {
+    if (precise) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = expf(x[k]);
+    } else {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = fast_exp2(x[k] * log2_e);
+    }
 }
 
 // exp((x - top) / temperature) for x of at least `lowest`.
-template <typename T>
 struct Exponential {
+    bool precise;
     float top, lowest, inverse_temperature;
 
-    __device__ float operator()(float x) const {
-        return exponential<T>((at_least(x, lowest) - top) * inverse_temperature);
+    __device__ float exponent(float x) const { return (at_least(x, lowest) - top) * inverse_temperature; }
+    __device__ float operator()(float x) const { return exponential(exponent(x), precise); }
+    // log softmax, with the logarithm of the exponentials' sum
+    __device__ float log_share(float x, float log_total) const {
+        return fmaf(at_least(x, lowest) - top, inverse_temperature, -log_total);
     }
 };
 
 // Maximum of a row, and sums of its exponentials relative to it.
-template <typename T>
 struct Statistics {
-    Exponential<T> exp;
+    Exponential exp;
     double total;     // sum of exp
     double weighted;  // sum of weight * exp
 
@@ -250,47 +185,53 @@ struct Unweighted {
 
 // One pass over (the chosen elements of) a row: the sums are rescaled whenever a thread meets a larger logit.
 // weights(i, w) fills w[N] for the elements from i on.
-template <typename T, typename Weights>
-__device__ Statistics<T> statistics(const T* row, const int32_t* chosen, int size, float lowest, float temperature,
-                                    Sums& shared, const Weights& weights) {
+template <typename R, typename Weights>
+__device__ Statistics statistics(const R& row, const int32_t* chosen, int size, float lowest, float temperature,
+                                 Sums& shared, const Weights& weights) {
     constexpr bool has_weights = !std::is_same_v<Weights, Unweighted>;
-    const float inverse = 1.0f / temperature;
-    float top = lowest, total = 0.0f, weighted = 0.0f;
+    Exponential exp{row.precise(), lowest, lowest, 1.0f / temperature};
+    float total = 0.0f, weighted = 0.0f;
     each_column(row, chosen, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
-        float largest = top;
+        float largest = exp.top;
 #pragma unroll
         for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
-        if (largest > top) {
-            const float shrink = exponential<T>((top - largest) * inverse);
+        if (largest > exp.top) {
+            const float shrink = exponential((exp.top - largest) * exp.inverse_temperature, exp.precise);
             total *= shrink;
             weighted *= shrink;
-            top = largest;
+            exp.top = largest;
         }
-        float w[N];
+        float w[N], e[N];
         weights(i, w);
 #pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = exp.exponent(x[k]);
+        exponentials(e, exp.precise);
+#pragma unroll
         for (int k = 0; k < N; ++k) {
-            const float e = exponential<T>((at_least(x[k], lowest) - top) * inverse);
-            total += e;
-            if constexpr (has_weights) weighted = fmaf(e, w[k], weighted);
+            total += e[k];
+            if constexpr (has_weights) weighted = fmaf(e[k], w[k], weighted);
         }
     });
-    Statistics<T> result{{block_max(top, shared), lowest, inverse}, 0.0, 0.0};
-    const double shrink = static_cast<double>(exponential<T>((top - result.exp.top) * inverse));
+    const float top = exp.top;
+    exp.top = block_max(top, shared);
+    const auto shrink = static_cast<double>(exponential((top - exp.top) * exp.inverse_temperature, exp.precise));
     double sums[2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
     block_sum(sums, shared);
-    result.total = sums[0];
-    result.weighted = sums[1];
-    return result;
+    return {exp, sums[0], sums[1]};
+}
+
+// Of a whole row.
+template <typename R>
+__device__ Statistics row_statistics(const R& row, int size, float lowest, float temperature, Sums& shared) {
+    return statistics(row, nullptr, size, lowest, temperature, shared, Unweighted{});
 }
 
 // The cross-entropy's part of a row's gradient: scale * (softmax - onehot).
-template <typename T>
 struct LabelTerm {
+    Exponential exp;
     int label = -1;  // none
     float scale = 0.0f, weight = 0.0f;
-    Exponential<T> exp{};
 
     __device__ float operator()(int i, float x) const {
         if (label < 0) return 0.0f;
@@ -298,38 +239,26 @@ struct LabelTerm {
     }
 };
 
-// The term of row r, z, and its loss. `known`: statistics of the whole row at temperature 1, if there are any.
-template <typename T>
-__device__ LabelTerm<T> label_term(const Labels& labels, int64_t r, const T* z, int size, float lowest,
-                                   typename SameType<const Statistics<T>*>::type known, Sums& shared) {
-    LabelTerm<T> term;
+// The term of row r, z, and its loss. `one`: statistics of the whole row if they are `known`, which they are at
+// temperature 1; by value, since an object that a pointer may name is not kept in registers.
+template <typename R>
+__device__ LabelTerm label_term(const Labels& labels, int64_t r, const R& z, int size, float lowest, Sums& shared,
+                                bool known = false, Statistics one = {}) {
+    LabelTerm term;
+    term.exp.precise = z.precise();
     if (labels.ids == nullptr) return term;
     const int64_t id = labels.ids[r];
     if (id < 0 || id >= size) {
         if (threadIdx.x == 0) labels.losses[r] = id == -100 ? 0.0f : nanf("");
         return term;
     }
-    const Statistics<T> one =
-        known != nullptr ? *known : statistics(z, nullptr, size, lowest, 1.0f, shared, Unweighted{});
-    if (threadIdx.x == 0) labels.losses[r] = static_cast<float>(-one.log_share(widen(z[id])));
+    if (!known) one = row_statistics(z, size, lowest, 1.0f, shared);
+    if (threadIdx.x == 0) labels.losses[r] = static_cast<float>(-one.log_share(z[static_cast<int>(id)]));
     term.label = static_cast<int>(id);
     term.scale = static_cast<float>(*labels.scale);
     term.weight = static_cast<float>(*labels.scale / one.total);
     term.exp = one.exp;
     return term;
-}
-
-// Calls body with a null pointer to the type of the elements.
-template <typename Body>
-void typed(Element element, Body body) {
-    switch (element) {
-        case Element::float32:
-            return body(static_cast<const float*>(nullptr));
-        case Element::bfloat16:
-            return body(static_cast<const __nv_bfloat16*>(nullptr));
-        case Element::float16:
-            return body(static_cast<const __half*>(nullptr));
-    }
 }
 
 }  // namespace xtoken::cuda

@@ -15,7 +15,7 @@ __global__ __launch_bounds__(max_threads, 1) void scale_kernel(T* data, int64_t 
     if (f == 1.0f) return;
     for (int64_t begin = int64_t{segment} * blockIdx.x; begin < size; begin += int64_t{segment} * gridDim.x) {
         const int count = size - begin < segment ? static_cast<int>(size - begin) : segment;
-        write_row(data + begin, data + begin, count, count, [&](int, const auto& x, auto& g) {
+        write_row(Row<T>(data + begin), data + begin, count, count, [&](int, const auto& x, auto& g) {
             constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
             for (int k = 0; k < N; ++k) g[k] = x[k] * f;

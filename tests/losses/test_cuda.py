@@ -13,7 +13,7 @@ from comparer import assert_close
 from harness import OPERATIONS, Case, check, losses_and_grad, make_case
 from torch import Tensor
 
-from xtoken import gold_loss, kd_loss, pkl_loss
+from xtoken import gold_loss, pkl_loss
 from xtoken.losses import _cuda, _cuda_gold
 from xtoken.losses._cuda import Kernels
 from xtoken.losses._cuda_plan import WARP, plan_for
@@ -159,7 +159,7 @@ def test_scale(size: int, dtype: torch.dtype) -> None:
         assert torch.equal(got, (values.float() * factor).to(dtype))
 
 
-# What only a GPU can show. The semantic tests run there too, as the backend "cuda" of the harness.
+# What only a GPU can show; more in test_device.py. The semantic tests run there too, as backend "cuda" of the harness.
 
 
 def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -178,40 +178,3 @@ def test_auto_is_cuda_and_repeats_itself() -> None:
     student, teacher = on_gpu(case, torch.bfloat16)
     explicit = pkl_loss(student, teacher, case.alignment, case.projection, merge="mean", top_k=301, backend="cuda")
     assert torch.equal(explicit, results[0][0])
-
-
-@pytest.mark.cuda
-def test_a_step_does_not_wait_for_the_device() -> None:
-    """kd without an alignment: every tensor is on the device."""
-    student, teacher = (torch.randn(2, 9, 1031, device="cuda") for _ in range(2))
-    student.requires_grad_()
-    kd_loss(student, teacher, top_k=301).backward()
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        kd_loss(student, teacher, top_k=301).backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
-@pytest.mark.cuda
-def test_cuda_graph() -> None:
-    student, teacher = (torch.randn(2, 9, 1031, device="cuda") for _ in range(2))
-    student.requires_grad_()
-
-    def step() -> tuple[Tensor, Tensor]:
-        loss = kd_loss(student, teacher, top_k=301)
-        return loss, torch.autograd.grad(loss, student)[0]
-
-    side = torch.cuda.Stream()
-    with torch.cuda.stream(side):
-        step()
-    side.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    with torch.no_grad():
-        student.copy_(torch.randn_like(student))
-    graph.replay()
-    for got, want in zip(captured, step(), strict=True):
-        assert torch.equal(got, want)

@@ -315,7 +315,7 @@ def test_opcheck(operation: str, reduction: str) -> None:
     inputs = _ops.Inputs(
         case.student.requires_grad_(), None, None, teacher, None, None, None,
         None if same else case.alignment.spans, None if same else case.alignment.offsets,
-        None if same else case.alignment.predicted, *ids, W.row_ptr, W.col, W.weight, None,
+        None if same else case.alignment.predicted, *ids, None, W.row_ptr, W.col, W.weight, None,
         case.pieces.data if operation == "prefix" else None, None,
     )  # fmt: skip
     sizes = (67, 67) if same else W.shape

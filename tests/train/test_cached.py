@@ -10,7 +10,7 @@ import pytest
 import torch
 from small import SMALL_TEXTS, command, history, make_model
 
-from xtoken import cache_teacher
+from xtoken import align_corpus, cache_teacher
 from xtoken.cli import main
 from xtoken.losses._logits import TopKSource
 from xtoken.train import EncodedDataset, ExampleEncoder, XTokenCollator, load_examples
@@ -141,6 +141,25 @@ def test_commands(folders, tmp_path, capsys):
     assert "not in the teacher cache" in capsys.readouterr().err
 
 
-def test_aligned_corpora_have_no_text(small_chat_tok, tmp_path):
-    with pytest.raises(ValueError, match="files: a cached teacher needs the text"):
-        load_examples([str(tmp_path)], small_chat_tok("llama3"), [small_chat_tok("qwen3")], name_documents=True)
+def test_an_aligned_corpus_finds_its_texts(small_chat_tok, tmp_path):
+    """The same log-probabilities as the texts that it was made of, but those of the end, which it does not keep."""
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    model = make_model(len(teacher_tok), 0).eval()
+    texts = [{"text": text} for text in ("In 1995 readers paid 1,024.", "Numbers: 7 77 777", "one two three")]
+    source = tmp_path / "texts.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in texts))
+    align_corpus(student_tok, teacher_tok, source, tmp_path / "aligned", progress=False)
+    cache = cache_teacher(model, teacher_tok, teacher_documents(teacher_tok, iter(texts)), tmp_path / "cache", top_k=9)
+
+    def cached(path, **options):
+        loaded = load_examples([str(path)], student_tok, [teacher_tok], name_documents=True, **options)
+        return CachedExamples(loaded, [cache])
+
+    whole, aligned = cached(source), cached(tmp_path / "aligned")
+    for k in range(len(texts)):
+        expected, found = whole[k]["teachers"][0], aligned[k]["teachers"][0]
+        assert found["logits"].ids.tolist() == expected["logits"].ids[: len(found["ids"])].tolist()
+        assert torch.equal(found["logits"].logprobs, expected["logits"].logprobs[: len(found["ids"])])
+        assert len(expected["ids"]) == len(found["ids"]) + 1
+    cut = cached(tmp_path / "aligned", max_length=8)[0]["teachers"][0]
+    assert len(cut["logits"].ids) == len(cut["ids"]) < len(aligned[0]["teachers"][0]["ids"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, NamedTuple, Protocol
 
 import torch
@@ -40,8 +40,8 @@ class Problem:
     teacher : [B, T_t, V_teacher]
     chunks : Chunks
     options : Options
-    weight : [E], optional
-        Weights of W in the column set, if they need a gradient (P-KL).
+    weight : [nnz], optional
+        The weights of W, if they need a gradient (P-KL).
     """
 
     student: Tensor
@@ -83,8 +83,8 @@ class Operation(Protocol):
     problem : Problem
     student_grad : [B, T_s, >= V_student], contiguous, in the student's type, uninitialised, optional
         Every element is written: ``sum_k scale_k d loss_k / d student``, and zero elsewhere.
-    weight_grad : like ``problem.weight``, zero, optional
-        Receives ``sum_k scale_k d loss_k / d weight``.
+    weight_grad : like ``problem.weight``, optional
+        ``sum_k scale_k d loss_k / d weight`` is added.
     scale : [K], optional
         Default: ones.
     *labels : Labels
@@ -158,6 +158,7 @@ class Backend:
     column_set : callable
         `xtoken.reference.column_set` for logits of any type.
     fused_labels : set of operations that take `Labels`
+    masked : set of operations that take chunks with a mask (see `Chunks`); the others wait for the device for it
     """
 
     name: str
@@ -167,6 +168,7 @@ class Backend:
     cross_entropy: CrossEntropy = run_cross_entropy
     column_set: Callable[[Tensor, int | None], Tensor] = column_set
     fused_labels: frozenset[str] = frozenset()
+    masked: frozenset[str] = frozenset()
 
     def run(
         self,
@@ -177,6 +179,11 @@ class Backend:
         labels: Labels | None = None,
     ) -> Tensor:
         """The operation of the problem, with labels whether or not it has them fused."""
+        if problem.chunks.mask is not None and problem.options.operation not in self.masked:
+            chunks, kept = problem.chunks.kept()
+            part = None if scale is None else scale[kept]
+            few = self.run(replace(problem, chunks=chunks), student_grad, weight_grad, part, labels)
+            return few.new_zeros(len(problem.chunks)).index_copy_(0, kept, few)
         operation = self.operations[problem.options.operation]
         if labels is None or problem.options.operation in self.fused_labels:
             return operation(problem, student_grad, weight_grad, scale, *(() if labels is None else (labels,)))

@@ -55,6 +55,7 @@ def compute(
             raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
         _check_inplace(student_logits, labels, projection)
+    host = None if alignment is None else alignment.host
     realised = operation == "prefix" or settings.get("merge") == "chain"
     inputs = Inputs(
         student.rows,
@@ -64,11 +65,12 @@ def compute(
         None if teacher.head is None else teacher.head.detach(),
         None if teacher.bias is None else teacher.bias.detach(),
         teacher.top,
-        None if alignment is None else alignment.spans,
-        None if alignment is None else alignment.offsets,
-        mask if alignment is None else alignment.predicted,
-        _batched(alignment.student_ids) if realised and alignment is not None else None,
-        _batched(alignment.teacher_ids) if realised and alignment is not None else None,
+        None if host is None else host.spans,
+        None if host is None else host.offsets,
+        mask if host is None else host.predicted,
+        _batched(host.student_ids) if realised and host is not None else None,
+        _batched(host.teacher_ids) if realised and host is not None else None,
+        None if alignment is None else alignment._packed,
         None if projection is None else projection.row_ptr,
         None if projection is None else projection.col,
         None if projection is None else projection.weight,
@@ -223,6 +225,7 @@ def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: boo
         batched=True,
         _ids={"student": inputs.student_ids, "teacher": inputs.teacher_ids},
         predicted=inputs.predicted,
+        _packed=inputs.packed,
     )
     return Chunks.of(alignment, student.length, teacher.length, inputs.student.device, realised)
 
@@ -243,6 +246,13 @@ def given_matrix(inputs: Inputs, settings: Settings) -> Matrix:
     assert inputs.weight is not None
     shape = settings.student_size, settings.teacher_size
     return Matrix(inputs.row_ptr, inputs.col, inputs.weight, shape)
+
+
+def settled(values: Tensor) -> Tensor:
+    """Waits until the values of a tensor are there, so that any stream may read them; for what is kept."""
+    if values.device.type != "cpu":
+        values.flatten()[:1].cpu()
+    return values
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:

@@ -137,7 +137,7 @@ def run_pkl(
     )
     del kept_student, kept_teacher
     if weight_grad is not None and weight_sums is not None:
-        weight_grad.copy_(weight_sums)
+        weight_grad.index_add_(0, options.entry_index, weight_sums.to(weight_grad.dtype))
     buffers.finish()
     return losses.float()
 

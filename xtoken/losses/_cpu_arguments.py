@@ -19,11 +19,16 @@ def unit_stride(logits: Tensor) -> Tensor:
 
 def logits_argument(logits: Tensor | None) -> tuple[int, str, int, int, int, int, int]:
     """(address, type, B, T, V, stride of a sample, stride of a row) of logits [B, T, V]."""
+    return 0 if logits is None else logits.data_ptr(), *logits_layout(logits)
+
+
+def logits_layout(logits: Tensor | None) -> tuple[str, int, int, int, int, int]:
+    """`logits_argument` without the address."""
     if logits is None:
-        return 0, "float32", 0, 1, 0, 0, 0
+        return "float32", 0, 1, 0, 0, 0
     samples, length, width = logits.shape
     sample_stride, row_stride, _ = logits.stride()
-    return logits.data_ptr(), ELEMENTS[logits.dtype], samples, max(length, 1), width, sample_stride, row_stride
+    return ELEMENTS[logits.dtype], samples, max(length, 1), width, sample_stride, row_stride
 
 
 def rows_argument(rows: Rows) -> tuple[tuple[int, int, int], list[Tensor]]:

@@ -16,9 +16,9 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.losses._backends import SCALE, Backend, Labels, Problem, register_backend
-from xtoken.losses._cpu_arguments import ELEMENTS, logits_argument, unit_stride
-from xtoken.losses._cuda_gold import SORTED_ELEMENTS, GoldPlan, gold_plan_for, sorted_l1
-from xtoken.losses._cuda_plan import Lists, Plan, plan_for
+from xtoken.losses._cpu_arguments import ELEMENTS, logits_layout, unit_stride
+from xtoken.losses._cuda_gold import SORTED_ELEMENTS, GoldPlan, gold_plan_for, sorted_l1, unpaired_plan
+from xtoken.losses._cuda_plan import Entries, Lists, Plan, entries_of, plan_for
 from xtoken.reference import Rows
 
 
@@ -115,10 +115,10 @@ class Kernels:
         with self.memory(device) as memory:
             blocks, threads, stream = memory.launch
             student, grad = _logits(memory, problem.student), _gradient(memory, student_grad)
-            entries = options.entries if weight_grad is not None else None
+            entries = entries_of(plan, options.columns) if weight_grad is not None else None
             arguments = self._plan(memory, plan, entries)
             grid = max(1, min(blocks, count))
-            sums = memory.scratch((grid, len(entries.weight)), zero=True) if entries is not None else None
+            sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
             workspace = memory.scratch((grid, self.module.pkl_workspace(arguments, options.merge)))
             student_rows = _rows(memory, chunks.student)
             label_arguments = _labels(memory, wanted)
@@ -142,15 +142,15 @@ class Kernels:
                 memory.output(workspace),
                 (grid, threads, stream),
             )
-            if sums is not None and weight_grad is not None:
-                total = torch.empty(weight_grad.shape, dtype=torch.float32, device=device)
+            if sums is not None:
+                total = torch.empty(sums.shape[1], dtype=torch.float32, device=device)
                 self.module.sum_blocks(
                     memory.input(sums), grid, sums.shape[1], memory.output(total), (4 * blocks, threads, stream)
                 )
             if student_grad is not None or wanted is not None:
                 self._other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
-        if weight_grad is not None:
-            weight_grad.copy_(total)
+        if weight_grad is not None and entries is not None:
+            entries.add(total, weight_grad)
         return losses
 
     def kd(
@@ -200,12 +200,18 @@ class Kernels:
         weight_grad: Tensor | None = None,
         scale: Tensor | None = None,
     ) -> Tensor:
-        """GOLD and H-KL: kernels around torch's sort, a group of chunks at a time; see `SORTED_ELEMENTS`."""
+        """GOLD, H-KL and ULD: kernels around torch's sort, a group of chunks at a time; see `SORTED_ELEMENTS`."""
         options: Any = problem.options
         chunks, device = problem.chunks, problem.student.device
         shape = problem.student.shape[-1], problem.teacher.shape[-1]
-        plan = gold_plan_for(options.student_ids, options.teacher_ids, shape)
+        paired = options.operation == "gold"
+        if paired:
+            plan = gold_plan_for(options.student_ids, options.teacher_ids, shape)
+        else:
+            plan = unpaired_plan(shape, device)
         rest = len(plan.student_others), len(plan.teacher_others)
+        compared = min(options.uncommon_top_k, *rest) if paired else max(rest)
+        reverse = paired and options.reverse
         step = max(1, SORTED_ELEMENTS // max(1, sum(rest)))
         parts = []
         for first in range(0, len(chunks), step):
@@ -220,13 +226,13 @@ class Kernels:
                     *given[:5],
                     count,
                     options.temperature,
-                    options.reverse,
+                    reverse,
                     reference.LOWEST_LOGIT,
                     given[5],
                     *outputs,
                     memory.launch,
                 )
-            uncommon, slope = sorted_l1(p, q, min(options.uncommon_top_k, *rest))
+            uncommon, slope = sorted_l1(p, q, compared)
             parts.append(common + uncommon * options.temperature**2)
             if student_grad is None:
                 continue
@@ -239,7 +245,7 @@ class Kernels:
                     count,
                     _floats(memory, None if scale is None else scale[first:last]),
                     options.temperature,
-                    options.reverse,
+                    reverse,
                     reference.LOWEST_LOGIT,
                     given[5],
                     memory.input(slope),
@@ -274,7 +280,7 @@ class Kernels:
             self.module.cross_entropy(
                 _logits(memory, student),
                 _gradient(memory, student_grad, keep=True),
-                _labels(memory, labels),
+                _labels(memory, labels, keep=True),
                 reference.LOWEST_LOGIT,
                 student_grad is not None,
                 0,
@@ -301,7 +307,7 @@ class Kernels:
         self.module.mark_rows(rows[0], rows[1], len(chunks.start), address, memory.launch)
         self.module.cross_entropy(student, grad, labels, reference.LOWEST_LOGIT, False, address, memory.launch)
 
-    def _plan(self, memory: Memory, plan: Plan, entries: Any) -> tuple[Any, ...]:
+    def _plan(self, memory: Memory, plan: Plan, entries: Entries | None) -> tuple[Any, ...]:
         """The argument of `pkl`, with the sums of W's rows in the columns."""
         structure, students = plan.structure, len(plan.row_slot)
         row_weight = memory.scratch((students,))
@@ -326,9 +332,9 @@ class Kernels:
                 memory, structure.column_lists, structure.column_lists.index, plan.column_weight, plan.column_wanted
             ),
             _lists(memory, structure.row_lists, plan.row_index, plan.row_weight, None),
-            memory.input(None if entries is None else entries.student),
+            memory.input(None if entries is None else entries.row),
             memory.input(None if entries is None else entries.column),
-            0 if entries is None else len(entries.weight),
+            0 if entries is None else len(entries.index),
         )
 
 
@@ -346,11 +352,11 @@ def _lists(memory: Memory, lists: Lists, index: Tensor, weight: Tensor, wanted: 
 
 def _logits(memory: Memory, logits: Tensor) -> _Logits:
     given = unit_stride(logits)
-    return (memory.input(given), *logits_argument(given)[1:])
+    return memory.input(given), *logits_layout(given)
 
 
 def _gradient(memory: Memory, grad: Tensor | None, keep: bool = False) -> _Logits:
-    return (memory.output(grad, keep), *logits_argument(grad)[1:])
+    return memory.output(grad, keep), *logits_layout(grad)
 
 
 def _rows(memory: Memory, rows: Rows) -> tuple[int, int, int]:
@@ -358,10 +364,10 @@ def _rows(memory: Memory, rows: Rows) -> tuple[int, int, int]:
     return memory.input(rows.start.contiguous()), memory.input(rows.count.contiguous()), memory.input(next_ids)
 
 
-def _labels(memory: Memory, labels: Labels | None) -> tuple[int, int, int]:
+def _labels(memory: Memory, labels: Labels | None, keep: bool = False) -> tuple[int, int, int]:
     if labels is None:
         return 0, 0, 0
-    return memory.input(labels.ids.contiguous()), memory.input(labels.scale), memory.output(labels.losses)
+    return memory.input(labels.ids.contiguous()), memory.input(labels.scale), memory.output(labels.losses, keep)
 
 
 def _floats(memory: Memory, values: Tensor | None) -> int:
@@ -383,8 +389,16 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
-    operations: dict[str, Any] = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold}
-    return Backend(name, operations, missing, unsupported, kernels.cross_entropy, fused_labels=frozenset(["pkl"]))
+    operations: dict[str, Any] = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold, "uld": kernels.gold}
+    return Backend(
+        name,
+        operations,
+        missing,
+        unsupported,
+        kernels.cross_entropy,
+        fused_labels=frozenset(["pkl"]),
+        masked=frozenset(["kd"]),
+    )
 
 
 if (_module := _built()) is not None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken.losses._common import Matrix
+from xtoken.losses._common import Matrix, settled
 
 WARP = 32
 """Lists that are summed side by side, and entries of a longer list that are."""
@@ -41,6 +41,8 @@ class Structure:
 
     row_ptr: Tensor  # int64
     col: Tensor  # int32
+    row: Tensor  # int64 [nnz]: the row of each entry
+    most: _Ints  # [V_teacher + 1]: entries in that many columns, at most
     column_code: Tensor  # int32 [V_teacher]: a student id, V_student: nothing, V_student + 1 + n: list n
     row_code: Tensor  # int32 [V_student]: a teacher id, -1: nothing, -2 - n: list n
     column_lists: Lists
@@ -113,6 +115,8 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     return Structure(
         projection.row_ptr.to(device, torch.int64),
         projection.col.to(device, torch.int32),
+        torch.from_numpy(row).to(device),
+        np.concatenate([[0], np.sort(column_count)[::-1].cumsum()]),
         torch.from_numpy(column_code.astype(np.int32)).to(device),
         torch.from_numpy(row_code.astype(np.int32)).to(device),
         _moved(column_lists, device),
@@ -163,6 +167,34 @@ def plan_of(structure: Structure, weight: Tensor, columns: Tensor) -> Plan:
     )
 
 
+@dataclass(frozen=True)
+class Entries:
+    """The entries of W in a column set, as many as there can be at most in one of its size, for gradients of W."""
+
+    index: Tensor  # int64 [E]: of W; the number of its entries where there is none
+    row: Tensor  # int64 [E]
+    column: Tensor  # int64 [E]: place in the column set
+
+    def add(self, values: Tensor, weight_grad: Tensor) -> None:
+        """Adds values [E] to a gradient [nnz]."""
+        size = len(weight_grad)
+        weight_grad += weight_grad.new_zeros(size + 1).index_copy_(0, self.index, values.to(weight_grad.dtype))[:size]
+
+
+def entries_of(plan: Plan, columns: Tensor) -> Entries:
+    """The entries in the columns of the plan; how many they are stays on the device."""
+    structure = plan.structure
+    total, size = len(structure.col), int(structure.most[len(columns)])
+    place = plan.place[structure.col.long()].long()
+    inside = place >= 0
+    at = torch.where(inside, inside.cumsum(0) - 1, size)
+    index = torch.full((size + 1,), total, device=at.device)
+    index.scatter_(0, at, torch.arange(total, device=at.device))
+    index = index[:size]
+    given = index.clamp_max(max(total - 1, 0))  # where there is none, any will do: its value is dropped
+    return Entries(index, structure.row[given], place[given].clamp_min(0))
+
+
 @dataclass
 class _Kept:
     """Of one W on one device: the layouts, and the plan for all columns."""
@@ -197,8 +229,12 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool) -> Plan:
     if not same or known.device_weight is None:
         known.weight, known.version, known.everything = weakref.ref(weight), weight._version, None
         known.device_weight = weight.detach().to(device, torch.float32).contiguous()
+        if not trained:
+            settled(known.device_weight)
     if len(columns) != projection.shape[1]:
         return plan_of(known.structure, known.device_weight, columns)
     if known.everything is None:
         known.everything = plan_of(known.structure, known.device_weight, columns)
+        if not trained:
+            settled(known.everything.row_weight)
     return known.everything

@@ -24,7 +24,8 @@ class TopKLogits:
     Parameters
     ----------
     ids : int64 or int32 [B, T, k] or [T, k]
-        Token ids, distinct within a row; -1 where a row has fewer than k.
+        Token ids, distinct within a row; -1 where a row has fewer than k. Losses check them on the CPU only, because
+        they would have to wait for another device.
     logprobs : floating [B, T, k] or [T, k]
         Natural logarithms of their probabilities (temperature 1), as vLLM and others return them.
     tail : "uniform" or "renormalize"
@@ -180,7 +181,8 @@ class TopKSource:
         self.samples, self.length = ids.shape[:2]
         self.size = size
         self.ids, self.logprobs, self.tail = ids.flatten(0, 1), logprobs.flatten(0, 1), tail
-        low, high = (int(ids.min()), int(ids.max())) if ids.numel() else (0, 0)
+        self.checked = ids.device.type == "cpu"  # elsewhere checks would wait for the device
+        low, high = (int(ids.min()), int(ids.max())) if self.checked and ids.numel() else (0, 0)
         if low < -1 or high >= size:
             raise ValueError(f"ids: expected token ids in 0 ... {size - 1}, or -1, got {low if low < -1 else high}")
 
@@ -188,11 +190,8 @@ class TopKSource:
         ids = self.ids[start:stop].long()
         dtype = torch.promote_types(self.logprobs.dtype, torch.float32)
         logprobs = self.logprobs[start:stop].to(dtype).masked_fill(ids < 0, -torch.inf)
-        ordered = ids.sort(dim=1).values
-        twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
-        if bool(twice.any()):
-            row = start + int(twice.nonzero()[0])
-            raise ValueError(f"ids: expected distinct token ids in a row, got one twice in row {row}")
+        if self.checked:
+            _check_distinct(ids, start)
         if self.tail == "renormalize":
             logprobs = logprobs - logprobs.logsumexp(dim=1, keepdim=True)
             rest = torch.full_like(logprobs[:, 0], -torch.inf)
@@ -201,6 +200,14 @@ class TopKSource:
             rest = ((1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0) / others).log().to(dtype)
         dense = rest[:, None].repeat(1, self.size + 1)  # the last column takes what has no id
         return dense.scatter_(1, torch.where(ids < 0, self.size, ids), logprobs)[:, : self.size]
+
+
+def _check_distinct(ids: Tensor, start: int) -> None:
+    ordered = ids.sort(dim=1).values
+    twice = ((ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)).any(dim=1)
+    if bool(twice.any()):
+        row = start + int(twice.nonzero()[0])
+        raise ValueError(f"ids: expected distinct token ids in a row, got one twice in row {row}")
 
 
 class LinearSource:
@@ -239,7 +246,8 @@ def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[Row
     The student's ranges follow each other from the first row to the last; chunks come in the order of their rows.
     """
     limits = [max(1, BLOCK_ELEMENTS // max(1, side.size)) for side in (student, teacher)]
-    sides = [(rows.start.tolist(), (rows.start + rows.count).tolist()) for rows in (chunks.student, chunks.teacher)]
+    host = chunks.host
+    sides = [(rows.start.tolist(), (rows.start + rows.count).tolist()) for rows in (host.student, host.teacher)]
     (student_starts, student_ends), (teacher_starts, teacher_ends) = sides
     total = student.samples * student.length
     row, first, count = 0, 0, len(chunks)
@@ -261,6 +269,7 @@ def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[Row
                 _shifted(chunks.student, first, last, row, stop),
                 _shifted(chunks.teacher, first, last, begin, end),
                 chunks.used[first:last],
+                None if chunks.mask is None else chunks.mask[first:last],
             ),
             slice(row, stop),
             slice(begin, end),

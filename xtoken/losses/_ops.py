@@ -15,7 +15,7 @@ from torch import Tensor
 
 from xtoken.losses._backends import IGNORED, SCALE, Labels, Problem, backend_of, select
 from xtoken.losses._logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
-from xtoken.reference import Chunks
+from xtoken.reference import Chunks, moved
 
 
 class Inputs(NamedTuple):
@@ -37,6 +37,7 @@ class Inputs(NamedTuple):
     predicted: Tensor | None  # bool [K], or [B, T] without spans
     student_ids: Tensor | None  # int64 [B, T], for merge="chain" and prefix KL
     teacher_ids: Tensor | None
+    packed: Tensor | None  # int64 [n]: `Alignment.packed` on the device, if it is there; its other tensors are not
     row_ptr: Tensor | None  # W
     col: Tensor | None
     weight: Tensor | None
@@ -102,10 +103,9 @@ def _loss(
     )  # fmt: skip
     prepared = PREPARE[settings.operation](inputs, settings, student, teacher)
     chunks = prepared.chunks
-    weight = entries = None
+    weight = None
     if weight_wanted and inputs.weight is not None:
-        entries = prepared.options.entry_index
-        weight = inputs.weight.detach().to(inputs.student.device)[entries]
+        weight = inputs.weight.detach().to(inputs.student.device)
     scale = _chunk_scale(chunks, settings.reduction, upstream, inputs.student)
     labels = _labels(inputs.labels, inputs.student, settings.student_size, settings.reduction, label_upstream)
     grads = _Gradients(inputs, weight, student_wanted, inplace)
@@ -114,14 +114,14 @@ def _loss(
         backend = backend_of(settings.backend, problem)
         part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
         logits_grad = grads.logits(problem, rows)
-        parts.append(backend.run(problem, logits_grad, grads.entries, None if scale is None else scale[span], part))
+        parts.append(backend.run(problem, logits_grad, grads.weight, None if scale is None else scale[span], part))
         grads.add(logits_grad, rows)
     losses = torch.cat(parts) if len(parts) != 1 else parts[0]
     count = inputs.predicted.numel() if inputs.predicted is not None else inputs.student.shape[:2].numel()
     return Result(
         _reduce(losses, chunks, count, settings.reduction),
         losses.new_zeros(()) if labels is None else _reduced_labels(labels, settings.reduction),
-        *grads.results(entries),
+        *grads.results(),
     )
 
 
@@ -163,7 +163,7 @@ class _Gradients:
             self.head = torch.zeros_like(head)
         if self.wanted and bias is not None:
             self.bias = torch.zeros_like(bias)
-        self.entries = None if weight is None else torch.zeros_like(weight)
+        self.weight = None if weight is None else torch.zeros_like(weight)
 
     def logits(self, problem: Problem, rows: slice) -> Tensor | None:
         """Where the gradient of the logits of these rows goes: [B, T, >= V]."""
@@ -188,20 +188,19 @@ class _Gradients:
         if bias is not None:
             self.bias[:size] += grad.sum(0)
 
-    def results(self, entries: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.entries is None or entries is None or self.inputs.weight is None:
+    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        if self.weight is None or self.inputs.weight is None:
             return self.student, self.head, self.bias, self.inputs.student.new_empty(0)
-        weight = torch.zeros_like(self.inputs.weight)
-        weight[entries.to(weight.device)] = self.entries.to(weight.device)
-        return self.student, self.head, self.bias, weight
+        return self.student, self.head, self.bias, self.weight.to(self.inputs.weight.device)
 
 
 def _chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
     if reduction == "none":
-        return None if upstream is None else upstream.flatten()[chunks.used].to(student.device)
-    factor = 1.0 / max(len(chunks), 1) if reduction == "mean" else 1.0
-    scale = torch.full((len(chunks),), factor, dtype=torch.float64 if student.dtype == torch.float64 else torch.float32,
-                       device=student.device)  # fmt: skip
+        return None if upstream is None else upstream.flatten()[chunks.used]
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    scale = torch.ones(len(chunks), dtype=dtype, device=student.device)
+    if reduction == "mean":
+        scale = scale / at_least_one(chunks.number)
     return scale if upstream is None else scale * upstream
 
 
@@ -216,7 +215,7 @@ def _labels(
         if bool(bad.any()):
             got = int(following[bad][0])
             raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {got}")
-    following = following.to(student.device)
+    following = moved(following, student.device)
     scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
     if reduction == "mean":
         scale = scale / (following != IGNORED).sum().clamp_min(1)
@@ -236,7 +235,12 @@ def _reduce(losses: Tensor, chunks: Chunks, total: int, reduction: str) -> Tenso
     if reduction == "none":
         return losses.new_zeros(total).index_copy(0, chunks.used, losses)
     loss = losses.sum(dtype=torch.float64)
-    return (loss / max(len(losses), 1) if reduction == "mean" else loss).to(losses.dtype)
+    return (loss / at_least_one(chunks.number) if reduction == "mean" else loss).to(losses.dtype)
+
+
+def at_least_one(number: int | Tensor) -> int | Tensor:
+    """A divisor that may be counted on a device."""
+    return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
 
 
 _FLAGS = "bool student_wanted, bool weight_wanted, Tensor? upstream, Tensor? label_upstream"
@@ -306,7 +310,13 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op("xtoken::add_cross_entropy_", mutates_args=("grad",))
+@torch.library.custom_op(
+    "xtoken::add_cross_entropy_",
+    mutates_args=("grad",),
+    # torch 2.4 cannot read it off annotations that are strings.
+    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor factor, SymInt size, str reduction, str backend)"
+    " -> ()",
+)
 def add_cross_entropy_(
     grad: Tensor, student: Tensor, labels: Tensor, factor: Tensor, size: int, reduction: str, backend: str
 ) -> None:

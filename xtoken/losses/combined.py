@@ -23,6 +23,7 @@ from xtoken.losses._common import (
     width_of,
 )
 from xtoken.losses._logits import AnyLogits, DenseSource, Source, row_blocks
+from xtoken.losses._ops import at_least_one
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
 from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
@@ -118,7 +119,8 @@ class XTokenLoss(nn.Module):
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
     diagnostics : bool
-        Also report agreement and mass, of at most `DIAGNOSED_CHUNKS` chunks of a call. May be changed at any time.
+        Also report agreement and mass, of at most `DIAGNOSED_CHUNKS` chunks of a call. May be changed at any time. On
+        a GPU they wait for the device, which nothing else does.
     backend : str
         See `select_backend`.
 
@@ -204,9 +206,10 @@ class XTokenLoss(nn.Module):
             "ce", "kd" : scalar, as they enter the total before scaling and weights.
             "scale" : scalar, the factor s of KD.
             "kd_per_teacher" : [M]
-            "chunks" : int64 [M], chunks (or positions) of this call.
+            "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
-            at the first predictor row, among C; nan where undefined or switched off.
+            at the first predictor row, among C; for "prefix" their most probable event; nan where undefined or
+            switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
         """
@@ -237,9 +240,9 @@ class XTokenLoss(nn.Module):
         parts = {
             "ce": ce.detach(),
             "kd": kd.detach(),
-            "scale": torch.as_tensor(scale, dtype=kd.dtype, device=kd.device).detach(),
+            "scale": scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
-            "chunks": torch.tensor([part.chunks for part in done], dtype=torch.int64),
+            "chunks": _numbers([part.chunks for part in done], kd.device),
             **{name: torch.tensor([getattr(part.diagnosis, name) for part in done]) for name in _Diagnosis._fields},
         }
         return total, parts
@@ -324,11 +327,15 @@ class XTokenLoss(nn.Module):
             inputs.append(W)
             result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
         loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        loss = loss / (max(len(chunks), 1) if divisor is None else divisor)
+        loss = loss / (at_least_one(chunks.number) if divisor is None else divisor)
         diagnosis = _Diagnosis()
-        if self.diagnostics and columns is not None and len(chunks):
-            diagnosis = _diagnose(student, teacher_source, _evenly(chunks.first(), DIAGNOSED_CHUNKS), columns, W)
-        return _Distilled(loss, cross_entropy, len(chunks), diagnosis)
+        if self.diagnostics and (columns is not None or teacher.pieces is not None):
+            some = _evenly(chunks.first().kept()[0], DIAGNOSED_CHUNKS)
+            if len(some) and teacher.pieces is not None:
+                diagnosis = _diagnose_events(student, teacher_source, some, teacher.pieces)
+            elif len(some):
+                diagnosis = _diagnose(student, teacher_source, some, columns, W)
+        return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
@@ -359,7 +366,7 @@ class _Diagnosis(NamedTuple):
 class _Distilled(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor | None
-    chunks: int
+    chunks: int | Tensor
     diagnosis: _Diagnosis
 
 
@@ -379,6 +386,17 @@ def _diagnose(student: Source, teacher: Source, chunks: Chunks, columns: Tensor,
     return _Diagnosis(*(sums / len(chunks)).tolist())
 
 
+@torch.no_grad()
+def _diagnose_events(student: Source, teacher: Source, chunks: Chunks, pieces: PieceIndex) -> _Diagnosis:
+    """Agreement on prefix KL's events, which leave nothing out on either side."""
+    agreed = 0
+    for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
+        for block in blocks(student_rows, teacher_rows, part):
+            same = reference.event_agreement(block.student, block.teacher, block.chunks, pieces.data)
+            agreed += int(same.sum())
+    return _Diagnosis(agreed / len(chunks), 1.0, 0.0)
+
+
 def _evenly(chunks: Chunks, most: int) -> Chunks:
     """At most so many of the chunks, evenly spaced."""
     if len(chunks) <= most:
@@ -394,6 +412,13 @@ def _dense_parts(student: Source, teacher: Source, chunks: Chunks) -> Iterator[t
         return
     for block in row_blocks(student, teacher, chunks):
         yield *block.dense(student, teacher), block.chunks
+
+
+def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:
+    """int64 [M]; on the device if one of them is."""
+    if not any(isinstance(value, Tensor) for value in values):
+        return torch.tensor(values, dtype=torch.int64)
+    return torch.stack([v if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
 
 
 def _following(labels: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,7 @@ from xtoken.losses._common import Losses, check_count, check_logits, compute, gi
 from xtoken.losses._logits import AnyLogits, Source
 from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
 from xtoken.losses.pkl import teacher_columns
-from xtoken.reference import Chunks, Rows
+from xtoken.reference import Chunks, Rows, moved
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,7 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
         chunks = position_chunks(student.samples * student.length, inputs.predicted, inputs.student.device)
     else:
         chunks = given_chunks(inputs, student, teacher)
-        _check_single(chunks)
+        _check_single(chunks.host)
     columns = None
     if settings.top_k is not None and settings.top_k < settings.teacher_size:
         columns = teacher_columns(teacher, settings.top_k, inputs.student.device, settings.backend)
@@ -133,8 +133,21 @@ def _checked_mask(student_logits: AnyLogits, teacher_logits: AnyLogits, mask: An
 
 
 def position_chunks(rows: int, mask: Tensor | None, device: torch.device | str) -> Chunks:
-    """One chunk for each of so many rows that `mask` names, the same on both sides."""
-    used = torch.arange(rows, device=device) if mask is None else mask.to(device).flatten().nonzero()[:, 0]
+    """One chunk for each of so many rows that `mask` names, the same on both sides; of a mask on a device for all."""
+    device = torch.device(device)
+    if mask is None:
+        chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
+    elif mask.device.type == "cpu":
+        chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
+        used = moved(chunks.used, device)
+    else:
+        used, chosen = torch.arange(rows, device=device), mask.to(device).flatten()
+        same = Rows(torch.where(chosen, used, -1), chosen.long())
+        return Chunks(same, same, used, chosen, _rows_as_chunks(torch.arange(rows)))
+    return chunks if device.type == "cpu" else replace(_rows_as_chunks(used), copy=chunks)
+
+
+def _rows_as_chunks(used: Tensor) -> Chunks:
     same = Rows(used, torch.ones_like(used))
     return Chunks(same, same, used)
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
 from xtoken.alignment import Alignment
@@ -21,10 +22,11 @@ from xtoken.losses._common import (
     compute,
     given_chunks,
     given_matrix,
+    settled,
 )
 from xtoken.losses._logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
 from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
-from xtoken.reference import Chunks, Entries
+from xtoken.reference import Chunks, Entries, moved
 
 MERGES = ("first", "mean", "chain")
 SUPPORTS = ("all", "reachable")
@@ -54,12 +56,12 @@ class PklOptions:
         return reference.restrict(self.projection._replace(weight=self.projection.weight.detach()), self.columns)
 
     def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
-        """See `xtoken.reference.pkl`; `weight` replaces the weights of W in the columns."""
+        """See `xtoken.reference.pkl`; `weight` replaces the weights of W."""
         return reference.pkl(
             student,
             teacher,
             chunks,
-            self.entries if weight is None else replace(self.entries, weight=weight),
+            self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index]),
             self.columns,
             temperature=self.temperature,
             merge=self.merge,
@@ -121,9 +123,10 @@ def pkl_loss(
         "mean" is over the chunks used; no chunk gives 0. "none" gives the losses of all chunks of the
         alignment [K], 0 where a chunk has no predictor.
     support : "all" or "reachable"
-        "reachable" removes from C the columns that no student token reaches under W.
+        "reachable" removes from C the columns that no student token reaches under W. With ``top_k`` or ``columns``
+        their number is known on the device only, and the call waits for it; no other option does.
     columns : int64 [C], optional
-        Teacher ids, distinct; replaces ``top_k``.
+        Teacher ids, distinct; replaces ``top_k``. A tensor is checked when it is first used.
     inplace : bool
         The gradient overwrites ``student_logits``, whose values are lost. Only for contiguous logits that a
         model computed, without labels, outside ``torch.compile``.
@@ -186,7 +189,7 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
     if settings.merge == "first":
         chunks = chunks.first()
     if settings.merge == "chain":
-        _check_realised(chunks, W.shape)
+        _check_realised(chunks.host, W.shape)
     columns = select_columns(
         teacher, W, top_k=settings.top_k, support=settings.support, columns=inputs.columns,
         device=inputs.student.device, backend=settings.backend,
@@ -212,14 +215,30 @@ def select_columns(
     if columns is None:
         columns = teacher_columns(teacher, top_k, device, backend)
     else:
-        columns = _checked_columns(columns, width).to(device)
+        columns = _checked_columns(columns, width, torch.device(device))
     if support == "reachable":
-        reachable = torch.zeros(width, dtype=torch.bool, device=columns.device)
-        reachable[projection.col.to(columns.device).long()] = True
-        columns = columns[reachable[columns]]
+        columns = _reachable(columns, projection)
         if columns.numel() == 0:
             raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
+    if columns.device.type != "cpu":
+        _COLUMNS[columns] = _Columns(columns._version, width, {columns.device: columns})
     return columns
+
+
+def _reachable(columns: Tensor, projection: Any) -> Tensor:
+    """Those of the columns that W reaches; kept for all columns, while for others a device has to be waited for."""
+    kept = _REACHABLE.setdefault(projection.col, {})
+    key = columns.device, projection.col._version
+    everything = len(columns) == projection.shape[1]
+    if everything and key in kept:
+        ids: Tensor = kept[key]
+        return ids
+    reachable = torch.zeros(projection.shape[1], dtype=torch.bool, device=columns.device)
+    reachable[projection.col.to(columns.device).long()] = True
+    ids = columns[reachable[columns]]
+    if everything:
+        kept[key] = settled(ids)
+    return ids
 
 
 def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str, backend: str = "auto") -> Tensor:
@@ -235,8 +254,34 @@ def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | s
     return column_set(torch.stack(maxima)[None], top_k)
 
 
-def _checked_columns(given: Any, width: int) -> Tensor:
-    ids = torch.as_tensor(given)
+class _Columns(NamedTuple):
+    """Given columns that are known to be right, ascending, by device."""
+
+    version: int
+    width: int
+    ordered: dict[torch.device, Tensor]
+
+
+_COLUMNS: Any = WeakIdKeyDictionary()
+"""By the tensor that was given: `_Columns`. On a device it is looked at once, and not again at every step."""
+
+_REACHABLE: Any = WeakIdKeyDictionary()
+"""By the tensor of W's column ids: {(device, version): the columns that W reaches}."""
+
+
+def _checked_columns(given: Any, width: int, device: torch.device) -> Tensor:
+    if not isinstance(given, Tensor):
+        return moved(_ordered_columns(torch.as_tensor(given), width), device)
+    known: _Columns | None = _COLUMNS.get(given)
+    if known is None or known.version != given._version or known.width != width:
+        ordered = _ordered_columns(given, width)
+        known = _COLUMNS[given] = _Columns(given._version, width, {ordered.device: ordered})
+    if device not in known.ordered:
+        known.ordered[device] = next(iter(known.ordered.values())).to(device)
+    return known.ordered[device]
+
+
+def _ordered_columns(ids: Tensor, width: int) -> Tensor:
     if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
         raise ValueError(f"columns: expected teacher ids [C], got {ids.dtype} of shape {list(ids.shape)}")
     ordered: Tensor = ids.long().sort().values

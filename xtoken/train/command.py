@@ -49,7 +49,8 @@ class TrainArguments:
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
     loss: list[str] | None = _option(
         None,
-        "auto (the audit decides), pkl, hkl, gold, uld, kd or prefix; one for all teachers or one each",
+        "auto (by the audit: hkl or prefix; kd for a shared tokenizer), pkl, hkl, gold, uld, kd or prefix; one for all "
+        "teachers or one each",
         action="extend",
     )
     teacher_weight: list[float] | None = _option(
@@ -66,6 +67,7 @@ class TrainArguments:
     train_on: str = _option("all", "all, completion or assistant")
     text_column: str = _option("text", "field with the text of a document")
     max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
+    max_teacher_length: int | None = _option(None, "tokens of an example for each teacher; default: no limit")
     packed: bool = _option(False, "put several examples into one row of max_length tokens")
     student_dtype: str = _option("float32", "type of the student's weights")
     teacher_dtype: str = _option("auto", "type of the teachers' weights; auto: as stored")
@@ -167,11 +169,12 @@ def build_teacher(
     reasons: list[str] = []
     if loss == "auto":
         loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
+        loss = "pkl" if options.learn_projection and loss == "prefix" else loss
     projection: Any = None
     pieces: PieceIndex | None = None
     if loss == "prefix":
         pieces = PieceIndex.build(student, vocabulary)
-        reasons = [repr(pieces)]
+        reasons = [*reasons, repr(pieces)]
     elif loss != "kd":
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
         reasons = [*reasons, repr(projection)]
@@ -221,7 +224,8 @@ def main(arguments: Sequence[str]) -> None:
     def examples(files: Sequence[str]) -> Any:
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
-            train_on=options.train_on, name_documents=any(cache is not None for cache in caches),
+            max_teacher_length=options.max_teacher_length, train_on=options.train_on,
+            name_documents=any(cache is not None for cache in caches),
         )  # fmt: skip
         return CachedExamples(loaded, caches) if any(cache is not None for cache in caches) else loaded
 

@@ -20,6 +20,7 @@ from xtoken.corpus import require
 from xtoken.corpus.files import InputFile, find_files
 from xtoken.data import AlignedDataset
 from xtoken.losses._backends import IGNORED
+from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
 from .encode import ExampleEncoder
@@ -85,8 +86,8 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         Output folder of `xtoken.align_corpus`.
     student_tok, teacher_tok : tokenizer
         Those it was made with. The special tokens that they put before a text are put there.
-    max_length, max_teacher_length : int, optional
-        As for `ExampleEncoder`.
+    max_length, max_teacher_length, name_documents : optional
+        As for `ExampleEncoder`. A document that the corpus has cut short is not the one that a teacher cache holds.
 
     Raises
     ------
@@ -102,12 +103,16 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         *,
         max_length: int | None = None,
         max_teacher_length: int | None = None,
+        name_documents: bool = False,
     ) -> None:
         encoder = ExampleEncoder(student_tok, [teacher_tok])
         teacher = encoder.teachers[0] or encoder.student
         self.documents = AlignedDataset(path, student_tok, teacher_tok)
         self.prefixes = [np.asarray(side.prefix, np.int64) for side in (encoder.student, teacher)]
         self.limits = (max_length, max_teacher_length)
+        self.name_documents = name_documents
+        # What a teacher cache has read ends as texts do for training; a corpus does not keep the end.
+        self.end = np.asarray([] if teacher.end_id is None else [teacher.end_id], np.int64)
 
     def __len__(self) -> int:
         """Number of documents."""
@@ -122,6 +127,9 @@ class AlignedExamples(Dataset[dict[str, Any]]):
             np.concatenate([prefix, document[f"{side}_ids"].numpy()])
             for prefix, side in zip(self.prefixes, ("student", "teacher"), strict=True)
         ]
+        named: dict[str, Any] = {}
+        if self.name_documents:
+            named = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
         limits = [len(row) if limit is None else limit for row, limit in zip(ids, self.limits, strict=True)]
         if any(len(row) > limit for row, limit in zip(ids, limits, strict=True)):
             spans = spans[(spans[:, 1] <= limits[0]) & (spans[:, 3] <= limits[1])]
@@ -130,7 +138,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         labels = ids[0].copy()
         labels[: max(1, len(self.prefixes[0]))] = IGNORED
         spans = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
-        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans}]}
+        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **named}]}
 
 
 def load_examples(
@@ -161,14 +169,11 @@ def load_examples(
     Raises
     ------
     ValueError
-        For broken rows, with file and row; for an aligned corpus with more than one teacher, other files, or
-        `name_documents`.
+        For broken rows, with file and row; for an aligned corpus with more than one teacher or other files.
     FileNotFoundError
         If a path matches no file.
     """
     folders = [path for path in files if os.path.isdir(path)]
-    if folders and name_documents:
-        raise ValueError(f"files: a cached teacher needs the text, got the aligned corpus {folders[0]}")
     if folders:
         if len(files) > 1 or len(teacher_toks) != 1:
             raise ValueError(
@@ -176,7 +181,12 @@ def load_examples(
                 f"{len(teacher_toks)} teachers"
             )
         return AlignedExamples(
-            folders[0], student_tok, teacher_toks[0], max_length=max_length, max_teacher_length=max_teacher_length
+            folders[0],
+            student_tok,
+            teacher_toks[0],
+            max_length=max_length,
+            max_teacher_length=max_teacher_length,
+            name_documents=name_documents,
         )
     encoder = ExampleEncoder(
         student_tok,

@@ -238,7 +238,8 @@ class XTokenTrainer(Trainer):
         self._check_entries(entries, inputs)
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, labels)
-        outputs = model(**inputs)
+        # A model that keeps a cache does not look for several examples in a row (transformers 4).
+        outputs = model(**inputs, **({"use_cache": False} if "position_ids" in inputs else {}))
         step = self._step if self.model.training else None
         # In evaluation the sums themselves are wanted; in a training loop without `get_batch_samples` means.
         alone = (None, None) if self.model.training else (1, [1] * len(logits))

@@ -1,0 +1,247 @@
+// How kernels read and write elements of rows: their types, and 16 bytes at a time.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "cuda/arguments.h"
+#include "cuda/platform.cuh"
+
+namespace xtoken::cuda {
+
+__device__ inline float widen(float x) { return x; }
+__device__ inline float widen(__nv_bfloat16 x) { return __bfloat162float(x); }
+__device__ inline float widen(__half x) { return __half2float(x); }
+
+__device__ inline void narrow(float x, float& out) { out = x; }
+__device__ inline void narrow(float x, __nv_bfloat16& out) { out = __float2bfloat16(x); }
+__device__ inline void narrow(float x, __half& out) { out = __float2half(x); }
+
+// N = 2 or 4 words, in one load.
+template <int N>
+__device__ void load_words(const void* from, uint32_t* words) {
+    using Vector = std::conditional_t<N == 4, uint4, uint2>;
+    static_assert(sizeof(Vector) == N * sizeof(uint32_t), "a vector of CUDA's");
+    const Vector raw = *static_cast<const Vector*>(from);
+    memcpy(words, &raw, sizeof raw);
+}
+
+// N elements from `values + i`, 16 bytes at a time where i allows it; `values` itself is aligned.
+template <int N, typename T>
+__device__ void load_lanes(const T* values, int i, T (&out)[N]) {
+    static_assert(sizeof(T) == 4, "four to a vector");
+    if constexpr (N % 4 == 0) {
+        if (i % 4 == 0) {
+#pragma unroll
+            for (int k = 0; k < N; k += 4) {
+                const uint4 raw = *reinterpret_cast<const uint4*>(values + i + k);
+                memcpy(&out[k], &raw, sizeof raw);
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) out[k] = values[i + k];
+}
+
+template <int N>
+__device__ void store_lanes(float* values, int i, const float (&x)[N]) {
+    if constexpr (N % 4 == 0) {
+        if (i % 4 == 0) {
+#pragma unroll
+            for (int k = 0; k < N; k += 4) {
+                *reinterpret_cast<float4*>(values + i + k) = make_float4(x[k], x[k + 1], x[k + 2], x[k + 3]);
+            }
+            return;
+        }
+    }
+#pragma unroll
+    for (int k = 0; k < N; ++k) values[i + k] = x[k];
+}
+
+template <typename T>
+__device__ T* row_of(const Logits& logits, int64_t r) {
+    return static_cast<T*>(logits.data) + r / logits.length * logits.sample_stride +
+           r % logits.length * logits.row_stride;
+}
+
+// Loads of a thread that are in flight; the first to come is at the beginning.
+struct Ring {
+    static constexpr int loads = 4;  // hides the latency of memory
+    uint4 raw[loads];
+
+    template <int N>
+    __device__ void drop() {
+#pragma unroll
+        for (int k = N; k < loads; ++k) raw[k - N] = raw[k];
+    }
+};
+
+// A row of elements of a type that the kernel is compiled for.
+template <typename T>
+struct Row {
+    static constexpr int vector = 16 / sizeof(T);  // elements that are loaded together
+    const T* data;
+
+    __device__ explicit Row(const T* row) : data(row) {}
+    __device__ Row(const Logits& logits, int64_t r) : data(row_of<T>(logits, r)) {}
+
+    __device__ float operator[](int i) const { return widen(data[i]); }
+    // Whether exponentials need more than one instruction.
+    __device__ constexpr bool precise() const { return sizeof(T) == 4; }
+    // Elements before the first at a 16-byte boundary.
+    __device__ int head() const {
+        return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
+    }
+    __device__ int ahead() const { return Ring::loads; }
+    __device__ void load(Ring& ring, int place, int i) const {
+        ring.raw[place] = *reinterpret_cast<const uint4*>(data + i);
+    }
+    __device__ void load_last(Ring& ring, int i) const { load(ring, Ring::loads - 1, i); }
+    __device__ void take(Ring& ring, float (&x)[vector]) const {
+        widened(ring.raw, x);
+        ring.drop<1>();
+    }
+    // N elements from i on, in one load where they are a whole aligned vector.
+    template <int N>
+    __device__ void elements(int i, float (&x)[N]) const {
+        if constexpr (N == vector) {
+            if (reinterpret_cast<uintptr_t>(data + i) % 16 == 0) {
+                const uint4 raw = *reinterpret_cast<const uint4*>(data + i);
+                return widened(&raw, x);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = widen(data[i + k]);
+    }
+
+  private:
+    __device__ void widened(const uint4* raw, float (&x)[vector]) const {
+        T lanes[vector];
+        memcpy(static_cast<void*>(lanes), raw, sizeof lanes);
+#pragma unroll
+        for (int k = 0; k < vector; ++k) x[k] = widen(lanes[k]);
+    }
+};
+
+// A row of elements of any type: the teacher's, so that a kernel is compiled for three types and not for nine pairs.
+// The type is the same for all threads; it is asked for once per eight elements, and single loads are predicated, so
+// that several are in flight.
+struct AnyRow {
+    static constexpr int vector = 8;
+    const char* data;
+    Element type;
+
+    __device__ AnyRow(const Logits& logits, int64_t r) : type(logits.type) {
+        const int64_t offset = r / logits.length * logits.sample_stride + r % logits.length * logits.row_stride;
+        data = static_cast<const char*>(logits.data) + offset * size();
+    }
+
+    __device__ explicit AnyRow(const float* row) : data(reinterpret_cast<const char*>(row)), type(Element::float32) {}
+
+    __device__ bool precise() const { return type == Element::float32; }
+    __device__ int size() const { return type == Element::float32 ? 4 : 2; }
+    __device__ const char* at(int i) const { return data + static_cast<int64_t>(i) * size(); }
+
+    __device__ float operator[](int i) const {
+        uint32_t bits;
+        if (type == Element::float32) {
+            bits = *reinterpret_cast<const uint32_t*>(at(i));
+        } else {
+            bits = *reinterpret_cast<const uint16_t*>(at(i));
+        }
+        float x[2] = {__uint_as_float(bits), 0.0f};
+        if (type != Element::float32) widened<2>(&bits, x);
+        return x[0];
+    }
+    __device__ int head() const {
+        return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16) / size();
+    }
+    __device__ int ahead() const { return type == Element::float32 ? Ring::loads / 2 : Ring::loads; }
+    __device__ void load(Ring& ring, int place, int i) const {  // `place` is known to the compiler: words are registers
+        if (type == Element::float32) {
+            ring.raw[2 * place] = reinterpret_cast<const uint4*>(at(i))[0];
+            ring.raw[2 * place + 1] = reinterpret_cast<const uint4*>(at(i))[1];
+        } else {
+            ring.raw[place] = *reinterpret_cast<const uint4*>(at(i));
+        }
+    }
+    __device__ void load_last(Ring& ring, int i) const {
+        if (type == Element::float32) {
+            load(ring, Ring::loads / 2 - 1, i);
+        } else {
+            load(ring, Ring::loads - 1, i);
+        }
+    }
+    __device__ void take(Ring& ring, float (&x)[vector]) const {
+        uint32_t words[vector];
+        memcpy(words, ring.raw, sizeof words);
+        widened<vector>(words, x);
+        if (type == Element::float32) {
+            ring.drop<2>();
+        } else {
+            ring.drop<1>();
+        }
+    }
+    template <int N>
+    __device__ void elements(int i, float (&x)[N]) const {
+        if constexpr (N % 4 == 0) {
+            if (reinterpret_cast<uintptr_t>(at(i)) % (N * size() < 16 ? 8 : 16) == 0) {
+                uint32_t words[N];
+                load<N>(i, words);
+                return widened<N>(words, x);
+            }
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = (*this)[i + k];
+    }
+
+  private:
+    // N elements from an aligned place, N a multiple of 4.
+    template <int N>
+    __device__ void load(int i, uint32_t* words) const {
+        const char* from = at(i);
+        if (type == Element::float32) {
+#pragma unroll
+            for (int k = 0; k < N; k += 4) load_words<4>(from + 4 * k, words + k);
+        } else {
+            load_words<N / 2>(from, words);
+        }
+    }
+    template <int N>
+    __device__ void widened(const uint32_t* words, float (&x)[N]) const {
+        if (type == Element::float32) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) x[k] = __uint_as_float(words[k]);
+        } else if (type == Element::bfloat16) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                x[k] = __uint_as_float(k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000u);
+            }
+        } else {
+#pragma unroll
+            for (int k = 0; k < N; k += 2) {
+                __half2 pair;
+                memcpy(static_cast<void*>(&pair), words + k / 2, sizeof pair);
+                x[k] = __low2float(pair);
+                x[k + 1] = __high2float(pair);
+            }
+        }
+    }
+};
+
+// Calls body with a null pointer to the type of the elements.
+template <typename Body>
+void typed(Element element, Body body) {
+    switch (element) {
+        case Element::float32:
+            return body(static_cast<const float*>(nullptr));
+        case Element::bfloat16:
+            return body(static_cast<const __nv_bfloat16*>(nullptr));
+        case Element::float16:
+            return body(static_cast<const __half*>(nullptr));
+    }
+}
+
+}  // namespace xtoken::cuda
