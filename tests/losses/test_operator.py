@@ -3,6 +3,7 @@
 import itertools
 import os
 import shutil
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,23 @@ def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> N
         want, got = 0.3 * want[0] + 2.0 * want[1], 0.3 * got[0] + 2.0 * got[1]
     assert_close(got, want, rtol=1e-4)
     for one, other in zip(gradients(got, *leaves), gradients(want, *leaves), strict=True):
+        assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+@pytest.mark.parametrize("backend", backends_of("pkl"))
+@pytest.mark.usefixtures("small_blocks")
+def test_linear_adds_the_blocks_to_the_gradient_of_w(backend: str) -> None:
+    case = small_case()
+    generator = torch.Generator().manual_seed(3)
+    hidden, head = (torch.randn(*n, generator=generator) for n in ((2, case.student.shape[1], 11), (67, 11)))
+    W = case.projection
+    weight = W.weight.clone().requires_grad_()
+    learned: Any = types.SimpleNamespace(row_ptr=W.row_ptr, col=W.col, weight=weight, shape=W.shape)
+    arguments = case.teacher.float(), case.alignment, learned
+    got = LINEAR["pkl"](hidden, head, *arguments, top_k=31, backend=backend)
+    want = pkl_loss(hidden @ head.T, *arguments, top_k=31, backend=backend)
+    for one, other in zip(gradients(got, weight), gradients(want, weight), strict=True):
+        assert float(other.abs().max()) > 0
         assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
 
 
