@@ -519,7 +519,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="of the students")
     parser.add_argument("--teacher-steps", type=int, help="of every teacher")
     parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument("--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL")
+    parser.add_argument(
+        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL"
+    )
     parser.add_argument("--output", type=Path, help="default: bench/results/reproduce.json")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
