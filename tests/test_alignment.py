@@ -307,9 +307,9 @@ def test_hostile_input_stays_near_linear():
     sides = [[rng.choice("ab") for _ in range(60_000)] for _ in range(2)]
     v = Vocabulary([b"a", b"b"])
     ids = [["ab".index(t) for t in side] for side in sides]
-    started = time.perf_counter()
+    started = time.process_time()
     alignment = Aligner(v, v, "bytes").align(*ids)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     assert alignment.num_chunks > 1000
     check_invariants(alignment, v, v, *ids)
 
@@ -392,20 +392,26 @@ def test_threads_do_not_change_the_result_and_release_the_gil(tokenizer, vocabul
         assert torch.equal(results[0].offsets, other.offsets)
         assert torch.equal(results[0].predicted, other.predicted)
 
-    beats, stop = [], threading.Event()
+    beats, stop = [0], threading.Event()
 
     def beat() -> None:
         while not stop.is_set():
-            beats.append(time.perf_counter())
+            beats[0] += 1
             time.sleep(0.0005)
+
+    def beats_of_a_call() -> int:
+        before = beats[0]
+        aligners[0].align(*ids)
+        return beats[0] - before
 
     thread = threading.Thread(target=beat)
     ids = [torch.tensor(side).repeat(60_000 // len(side) * len(side)) for side in (student, teacher)]
     thread.start()
-    aligners[0].align(*ids)
+    # If the call kept the lock, the thread would run as it begins and ends only. A busy machine may need several calls.
+    released = any(beats_of_a_call() > 5 for _ in range(20))
     stop.set()
     thread.join()
-    assert len(beats) > 5
+    assert released
 
 
 def test_empty_inputs(toy):

@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -114,28 +116,46 @@ def test_reproduce(tmp_path):
     output = tmp_path / "reproduce.json"
     script = [sys.executable, str(ROOT / "bench" / "reproduce.py"), "--output", str(output)]
     few = ["--quick", "--threads", "1", "--steps", "12", "--teacher-steps", "12"]
-    first = subprocess.run([*script, *few], capture_output=True, text=True, check=True).stdout
+    first = subprocess.run([*script, *few], capture_output=True, text=True)
     results = json.loads(output.read_text())
-    assert "coverage_audit recommends pkl" in first
+    assert "coverage_audit recommends pkl" in first.stdout
+    assert first.returncode == 1  # so few steps show nothing
+    assert "The finding is absent. Expected GOLD below half of CE: 0.0 and 0.0%; prefix KL above twice" in first.stderr
     assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
     curves = results["runs"][0]["curves"]
     assert {"CE", "GOLD", "prefix KL"} <= set(curves)
     assert all(len(curve) == results["size"]["evaluations"] for curve in curves.values())
-    again = subprocess.run([*script, *few, "--resume"], capture_output=True, text=True, check=True).stdout
+    again = subprocess.run([*script, *few, "--resume"], capture_output=True, text=True).stdout
     assert json.loads(output.read_text())["runs"] == results["runs"]
     table = subprocess.run([*script, "--report"], capture_output=True, text=True, check=True).stdout
     assert "| prefix KL |" in table
     assert table in again
 
 
-def test_reproduce_counts_right_answers():
-    """A model that knows one answer by heart is right on that problem alone; the model beside it learns nothing."""
-    sys.path.insert(0, str(ROOT / "bench"))
-    try:
-        import reproduce
-    finally:
-        sys.path.pop(0)
+@pytest.fixture
+def reproduce(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import reproduce
 
+    return reproduce
+
+
+@pytest.mark.parametrize(
+    ("ends", "absent"),
+    [
+        ({}, []),
+        ({"GOLD": 0.25}, ["GOLD below half of CE: 25.0 and 45.0%"]),
+        ({"prefix KL": 0.1}, ["prefix KL above twice P-KL: 10.0 and 5.0%"]),
+    ],
+)
+def test_reproduce_tells_whether_the_finding_is_there(reproduce, ends, absent):
+    ends = {"CE": 0.45, "GOLD": 0.0, "P-KL first 0.1 all": 0.05, "prefix KL": 0.6, **ends}
+    run = {"setting": "plenty", "seed": 0, "curves": {method: [0.0, end] for method, end in ends.items()}}
+    assert reproduce.lacking({"runs": [run]}) == absent
+
+
+def test_reproduce_counts_right_answers(reproduce):
+    """A model that knows one answer by heart is right on that problem alone; the model beside it learns nothing."""
     size = reproduce.Size()
     text = reproduce.Text(size)
     assert not set(text.held_out) & set(text.training)

@@ -168,8 +168,8 @@ def test_llama3_to_qwen3_is_quick_and_small(tokenizer, tmp_path):
     code = (
         "import re, sys, time; from tokenizers import Tokenizer; from xtoken import ProjectionMatrix\n"
         "student, teacher = map(Tokenizer.from_file, sys.argv[1:])\n"
-        "started = time.perf_counter(); W = ProjectionMatrix.build(student, teacher)\n"
-        "seconds = time.perf_counter() - started\n"
+        "started = time.process_time(); W = ProjectionMatrix.build(student, teacher)\n"
+        "seconds = time.process_time() - started\n"
         "peak = re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]\n"
         "print(seconds, peak, W.nnz)"
     )
@@ -178,7 +178,7 @@ def test_llama3_to_qwen3_is_quick_and_small(tokenizer, tmp_path):
         tokenizer(name).save(path)
     output = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True).stdout
     seconds, kilobytes, nnz = map(float, output.split())
-    assert seconds < 6  # 3 s on two idle cores; the margin is for a busy machine
+    assert seconds < 10  # of all processors, which other processes do not change; the margin is for slow ones
     assert kilobytes < 1e6  # of the whole process, torch and both tokenizers included
     assert nnz > 150_000
 

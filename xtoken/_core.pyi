@@ -207,3 +207,24 @@ def cpu_cross_entropy(
     student: LogitsArgument, grad: LogitsArgument, labels: LabelsArgument, lowest: float, level: str, threads: int
 ) -> None: ...
 def cpu_largest_columns(logits: LogitsArgument, count: int, ids: int, level: str, threads: int) -> None: ...
+
+class CpuPrefixPlan:
+    def __init__(self, data: NDArray[np.int32]) -> None: ...
+
+def cpu_prefix(
+    plan: CpuPrefixPlan,
+    student: LogitsArgument,
+    teacher: LogitsArgument,
+    grad: LogitsArgument,
+    student_rows: RowsArgument,
+    teacher_rows: RowsArgument,
+    chunks: int,
+    scale: int,
+    losses: int,
+    labels: LabelsArgument,
+    temperature: float,
+    reverse: bool,
+    lowest: float,
+    level: str,
+    threads: int,
+) -> None: ...

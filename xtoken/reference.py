@@ -668,6 +668,19 @@ def agreement(
 
 
 @torch.no_grad()
+def event_agreement(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, pieces: Tensor) -> Tensor:
+    """bool [K]: the same root is the most probable, of prefix KL's events, at the first predictor row."""
+    dtype = _statistics_dtype(student_logits, teacher_logits)
+    best = []
+    sides = zip((student_logits, teacher_logits), (chunks.student, chunks.teacher), piece_sides(pieces), strict=True)
+    for logits, rows, side in sides:
+        event = side.event.to(logits.device).long()
+        z = _scaled(logits[rows.start][:, : len(event)], 1.0, dtype)
+        best.append(_event_log_mass(z, event.expand(len(z), -1), int(pieces[2])).argmax(-1))
+    return best[0] == best[1]
+
+
+@torch.no_grad()
 def column_mass(teacher_logits: Tensor, rows: Rows, columns: Tensor) -> Tensor:
     """[K]: the teacher's probability inside the columns, at each chunk's first predictor row."""
     y = _scaled(teacher_logits[rows.start], 1.0, _statistics_dtype(teacher_logits))

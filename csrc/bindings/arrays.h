@@ -49,5 +49,6 @@ void bind_piece_index(py::module_& m);
 void bind_cpu(py::module_& m);
 void bind_cpu_gold(py::module_& m);
 void bind_cpu_kd(py::module_& m);
+void bind_cpu_prefix(py::module_& m);
 
 }  // namespace xtoken

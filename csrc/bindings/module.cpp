@@ -25,6 +25,7 @@ PYBIND11_MODULE(_core, m) {
     bind_cpu(m);
     bind_cpu_gold(m);
     bind_cpu_kd(m);
+    bind_cpu_prefix(m);
 }
 
 }  // namespace

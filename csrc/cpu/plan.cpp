@@ -17,6 +17,22 @@ int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
 }  // namespace
 
+std::vector<int32_t> find_runs(const std::vector<int32_t>& partners, const std::vector<uint16_t>& paired_bits) {
+    std::vector<int32_t> runs(paired_bits.size(), -1);
+    for (size_t k = 0; k < runs.size(); ++k) {
+        const int32_t* partner = partners.data() + lanes * k;
+        const uint32_t paired = paired_bits[k];
+        int32_t begin = 0;
+        bool run = true;
+        for (int32_t i = lanes - 1; i >= 0; --i) {
+            if ((paired >> i & 1u) != 0) begin = partner[i] - i;
+        }
+        for (int32_t i = 0; i < lanes; ++i) run = run && ((paired >> i & 1u) == 0 || partner[i] - i == begin);
+        if (run && begin >= 0) runs[k] = begin;
+    }
+    return runs;
+}
+
 ColumnIndex::ColumnIndex(std::vector<int64_t> row_ptr, std::vector<int32_t> col, int64_t teacher_size)
     : row_ptr_(std::move(row_ptr)), col_(std::move(col)) {
     col_ptr_.assign(static_cast<size_t>(teacher_size) + 1, 0);
@@ -80,22 +96,6 @@ Plan::SumsLayout Plan::make_sums(Lists& lists, int32_t zero_slot, int32_t no_own
         sums.owner[lists.place[i]] = lists.owner[i];
     }
     return sums;
-}
-
-void Plan::find_runs(Layout& layout) {
-    const int64_t blocks = static_cast<int64_t>(layout.partner.size()) / lanes;
-    layout.partner_run.assign(blocks, -1);
-    for (int64_t k = 0; k < blocks; ++k) {
-        const int32_t* partner = layout.partner.data() + lanes * k;
-        const uint32_t paired = layout.paired_bits[k];
-        int32_t begin = 0;
-        bool run = true;
-        for (int32_t i = lanes - 1; i >= 0; --i) {
-            if ((paired >> i & 1u) != 0) begin = partner[i] - i;
-        }
-        for (int32_t i = 0; i < lanes; ++i) run = run && ((paired >> i & 1u) == 0 || partner[i] - i == begin);
-        if (run && begin >= 0) layout.partner_run[k] = begin;
-    }
 }
 
 std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix, const float* weight,
@@ -176,7 +176,7 @@ std::shared_ptr<const Plan::Layout> Plan::make_layout(const ColumnIndex& matrix,
         lists.owner.push_back(static_cast<int32_t>(i));
         lists.begin.push_back(static_cast<int32_t>(begin));
     }
-    find_runs(layout);
+    layout.partner_run = find_runs(layout.partner, layout.paired_bits);
 
     // Columns: entries in order of the student.
     column_lists.clear();

@@ -49,6 +49,9 @@ struct PlanView {
     int64_t entries;
 };
 
+// For each 16 rows the partner of the first, if those of the others that are paired follow in order; else -1.
+std::vector<int32_t> find_runs(const std::vector<int32_t>& partners, const std::vector<uint16_t>& paired_bits);
+
 // Where a matrix has entries, in compressed rows and in compressed columns.
 class ColumnIndex {
   public:
@@ -103,7 +106,6 @@ class Plan {
     static std::shared_ptr<const Layout> make_layout(const ColumnIndex& matrix, const float* weight,
                                                      std::vector<int32_t> chosen);
     static SumsLayout make_sums(Lists& lists, int32_t zero_slot, int32_t no_owner);
-    static void find_runs(Layout& layout);
     static Sums weigh(const SumsLayout& layout, const float* weight);
 
     std::shared_ptr<const Layout> layout_;

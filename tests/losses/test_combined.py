@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close, assert_within
-from harness import Case, make_case
+from harness import Case, make_case, piece_index
 from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
@@ -125,8 +125,8 @@ def test_prefix_kl() -> None:
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
     want = prefix_kl_loss(case.student, case.teacher, case.alignment, case.pieces, reverse=True)
     assert_close(parts["kd"], want, rtol=1e-12)
-    assert parts["agreement"].isnan().all()
-    assert parts["mass"].isnan().all()
+    assert 0 <= float(parts["agreement"]) <= 1
+    assert float(parts["mass"]) == 1
 
 
 def test_shared_tokenizer_uses_the_labels_positions() -> None:
@@ -171,6 +171,21 @@ def test_agreement_and_mass_by_hand() -> None:
     agreement = (projected.argmax(1) == q.argmax(1)).double().mean()
     assert_close(parts["agreement"], agreement[None], rtol=1e-6)
     assert_close(parts["mass"], q.sum(1).mean()[None], rtol=1e-6)
+
+
+def test_agreement_on_events_by_hand() -> None:
+    case = make_case(samples=1, shapes=((1, 1), (2, 1), (1, 3)))
+    pieces = piece_index(*case.projection.shape)
+    criterion = XTokenLoss([Teacher(pieces=pieces)])
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    used = case.alignment.spans[case.alignment.predicted].long()
+    best = []
+    for logits, start, side in ((case.student, used[:, 0], pieces.student), (case.teacher, used[:, 2], pieces.teacher)):
+        p = logits[0, start - 1, : len(side.event)].double().softmax(-1)
+        masses = torch.zeros(len(p), pieces.events, dtype=torch.float64).index_add(1, side.event.long(), p)
+        best.append(masses.argmax(1))
+    assert parts["agreement"].tolist() == [float((best[0] == best[1]).double().mean())]
+    assert (parts["mass"].tolist(), parts["outside"].tolist()) == ([1.0], [0.0])
 
 
 def test_diagnostics_can_be_switched_off() -> None:

@@ -23,6 +23,9 @@ LOSSES: dict[str, tuple[str, dict[str, Any]]] = {
     "kd": ("kd", {}),
     "kd subset": ("kd", {"top_k": 31, "temperature": 1.5}),
     "kd reverse": ("kd", {"reverse": True}),
+    "prefix": ("prefix", {}),
+    "prefix temperature": ("prefix", {"temperature": 1.5}),
+    "prefix reverse": ("prefix", {"reverse": True}),
 }
 
 

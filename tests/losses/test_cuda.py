@@ -159,7 +159,7 @@ def test_scale(size: int, dtype: torch.dtype) -> None:
         assert torch.equal(got, (values.float() * factor).to(dtype))
 
 
-# What only a GPU can show; more in test_device.py. The semantic tests run there too, as the backend "on_gpu".
+# What only a GPU can show; more in test_device.py. The semantic tests run there too, as backend "cuda" of the harness.
 
 
 def on_gpu(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

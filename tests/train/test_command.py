@@ -12,12 +12,12 @@ from xtoken.train.command import one_each, parse, weights_of
 
 
 def test_auto(folders, tmp_path, capsys):
-    """The audit chooses P-KL and says why; the student learns, is saved, and can be loaded."""
+    """Numbers are cut otherwise: prefix KL, and the audit says why. The student learns, is saved, and can be loaded."""
     output = tmp_path / "out"
     assert main(command(folders, output, "--max_steps", "8", "--plot")) == 0
     printed = capsys.readouterr().out
-    assert "teacher teacher: pkl, weight 1\n" in printed
-    assert "  ProjectionMatrix([" in printed
+    assert "teacher teacher: prefix, weight 1\n" in printed
+    assert "  PieceIndex(" in printed
     assert "are in GOLD's common set, less than 99%" in printed
     first, *_, last = [entry for entry in history(output) if "eval_ce" in entry]
     assert last["eval_ce"] < first["eval_ce"]

@@ -45,7 +45,7 @@ def test_audit_is_made_once(pair, tmp_path, monkeypatch):
 
 def test_choice(pair, tmp_path):
     loss, reasons = choose_loss(*pair, tmp_path, gamma=0.2)
-    assert loss == "pkl"
+    assert loss == "prefix"
     assert any("digits_3" in reason for reason in reasons)
     assert len(list(tmp_path.iterdir())) == 2
     assert choose_loss(pair[0], pair[0], tmp_path)[0] == "kd"

@@ -6,7 +6,13 @@ from xtoken.losses._logits import LinearLogits, TopKLogits
 from xtoken.losses.combined import Teacher, XTokenLoss
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
-from xtoken.losses.linear import linear_gold_loss, linear_hkl_loss, linear_kd_loss, linear_pkl_loss
+from xtoken.losses.linear import (
+    linear_gold_loss,
+    linear_hkl_loss,
+    linear_kd_loss,
+    linear_pkl_loss,
+    linear_prefix_kl_loss,
+)
 from xtoken.losses.pkl import pkl_loss
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
@@ -23,6 +29,7 @@ __all__ = [
     "linear_hkl_loss",
     "linear_kd_loss",
     "linear_pkl_loss",
+    "linear_prefix_kl_loss",
     "pkl_loss",
     "prefix_kl_loss",
     "select_backend",

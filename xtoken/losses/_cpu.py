@@ -18,6 +18,7 @@ from xtoken.losses._common import Matrix
 from xtoken.losses._cpu_arguments import ELEMENTS, LabelBuffers, logits_argument, rows_argument, unit_stride
 from xtoken.losses._cpu_gold import run_gold
 from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
+from xtoken.losses._cpu_prefix import run_prefix
 
 
 class _Kept(NamedTuple):
@@ -147,7 +148,7 @@ def backend(name: str = "cpu", level: str = "") -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
 
-    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold, "kd": run_kd}
+    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold, "kd": run_kd, "prefix": run_prefix}
     return Backend(
         name,
         {key: functools.partial(run, level=level) for key, run in operations.items()},
@@ -155,7 +156,7 @@ def backend(name: str = "cpu", level: str = "") -> Backend:
         unsupported,
         functools.partial(run_cross_entropy, level=level),
         functools.partial(column_set, level=level),
-        fused_labels=frozenset(["pkl", "kd"]),
+        fused_labels=frozenset(["pkl", "kd", "prefix"]),
     )
 
 

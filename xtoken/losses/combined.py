@@ -208,7 +208,8 @@ class XTokenLoss(nn.Module):
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
-            at the first predictor row, among C; nan where undefined or switched off.
+            at the first predictor row, among C; for "prefix" their most probable event; nan where undefined or
+            switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
         """
@@ -328,9 +329,12 @@ class XTokenLoss(nn.Module):
         loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
         loss = loss / (at_least_one(chunks.number) if divisor is None else divisor)
         diagnosis = _Diagnosis()
-        if self.diagnostics and columns is not None:
+        if self.diagnostics and (columns is not None or teacher.pieces is not None):
             some = _evenly(chunks.first().kept()[0], DIAGNOSED_CHUNKS)
-            diagnosis = _diagnose(student, teacher_source, some, columns, W) if len(some) else diagnosis
+            if len(some) and teacher.pieces is not None:
+                diagnosis = _diagnose_events(student, teacher_source, some, teacher.pieces)
+            elif len(some) and columns is not None:
+                diagnosis = _diagnose(student, teacher_source, some, columns, W)
         return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
@@ -380,6 +384,17 @@ def _diagnose(student: Source, teacher: Source, chunks: Chunks, columns: Tensor,
                 len(one) - reference.projected_mass(block.student, one.student, columns, entries).sum().double().cpu(),
             ])  # fmt: skip
     return _Diagnosis(*(sums / len(chunks)).tolist())
+
+
+@torch.no_grad()
+def _diagnose_events(student: Source, teacher: Source, chunks: Chunks, pieces: PieceIndex) -> _Diagnosis:
+    """Agreement on prefix KL's events, which leave nothing out on either side."""
+    agreed = 0
+    for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
+        for block in blocks(student_rows, teacher_rows, part):
+            same = reference.event_agreement(block.student, block.teacher, block.chunks, pieces.data)
+            agreed += int(same.sum())
+    return _Diagnosis(agreed / len(chunks), 1.0, 0.0)
 
 
 def _evenly(chunks: Chunks, most: int) -> Chunks:

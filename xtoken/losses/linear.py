@@ -12,6 +12,8 @@ from xtoken.losses._logits import AnyLogits, LinearLogits
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
 from xtoken.losses.pkl import pkl_loss
+from xtoken.losses.prefix import prefix_kl_loss
+from xtoken.pieces import PieceIndex
 
 
 def linear_pkl_loss(
@@ -83,6 +85,22 @@ def linear_hkl_loss(
     """`hkl_loss` from hidden states; see `linear_pkl_loss`."""
     return hkl_loss(
         LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, projection, **options
+    )
+
+
+def linear_prefix_kl_loss(
+    student_hidden: Tensor,
+    lm_head_weight: Tensor,
+    teacher_logits: AnyLogits,
+    alignment: Alignment,
+    pieces: PieceIndex,
+    *,
+    bias: Tensor | None = None,
+    **options: Any,
+) -> Losses:
+    """`prefix_kl_loss` from hidden states; see `linear_pkl_loss`."""
+    return prefix_kl_loss(
+        LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, pieces, **options
     )
 
 

@@ -49,7 +49,8 @@ class TrainArguments:
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
     loss: list[str] | None = _option(
         None,
-        "auto (the audit decides), pkl, hkl, gold, uld, kd or prefix; one for all teachers or one each",
+        "auto (by the audit: hkl or prefix; kd for a shared tokenizer), pkl, hkl, gold, uld, kd or prefix; one for all "
+        "teachers or one each",
         action="extend",
     )
     teacher_weight: list[float] | None = _option(
@@ -168,11 +169,12 @@ def build_teacher(
     reasons: list[str] = []
     if loss == "auto":
         loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
+        loss = "pkl" if options.learn_projection and loss == "prefix" else loss
     projection: Any = None
     pieces: PieceIndex | None = None
     if loss == "prefix":
         pieces = PieceIndex.build(student, vocabulary)
-        reasons = [repr(pieces)]
+        reasons = [*reasons, repr(pieces)]
     elif loss != "kd":
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
         reasons = [*reasons, repr(projection)]
