@@ -1,12 +1,13 @@
 """Everything that needs a GPU, in one command of a few minutes: build, tests, sanitizer, speed.
 
-Stages: the CUDA kernels are built for this GPU; tests marked `cuda` run; compute-sanitizer looks for bad accesses and
-for races in a small set of calls; the losses are timed against the plain formulas (`xtoken.reference`), torch.compile
-of them, and, where it is installed, Liger's JSD of one vocabulary as an orientation. Bandwidth is that of traffic that
-cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
+Stages: the CUDA kernels are built for this GPU; tests marked `cuda` run; the losses are timed against plain formulas
+(`xtoken.reference`), torch.compile of them, and, where it is installed, Liger's JSD of one vocabulary as an
+orientation; compute-sanitizer looks for bad accesses and for races in a small set of calls. Bandwidth is that of
+traffic that cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
 
-A stage whose tool is missing is left out, and says so. Results go to bench/results/gpu-NAME.json; the exit status is 0
-if no stage failed, 1 if one did, 2 where there is no GPU.
+A stage whose tool is missing is left out, and says so. Each stage, and each step that is timed, has a limit of its own,
+and what was measured before it is kept. Results go to bench/results/gpu-NAME.json after every stage; the exit status is
+0 if no stage failed, 1 if one did, 2 where there is no GPU.
 
     python bench/gpu.py [--rows 4096] [--minutes 8] [--skip build sanitizer]
 """
@@ -19,11 +20,13 @@ import json
 import os
 import re
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,9 +35,12 @@ ROOT = Path(__file__).resolve().parents[1]
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
-STAGES = ("build", "tests", "memcheck", "racecheck", "speed")
-LIMITS = {"build": 180, "tests": 150, "memcheck": 90, "racecheck": 90, "speed": 180}
-"""Seconds that a stage may take at most."""
+STAGES = ("build", "tests", "speed", "memcheck", "racecheck")
+LIMITS = {"build": 120, "tests": 120, "speed": 120, "memcheck": 60, "racecheck": 60}
+"""Seconds that a stage may take at most: eight minutes in all."""
+
+STEP_LIMIT = 40
+"""Seconds that a step may take to be timed, with its compilation where it has one."""
 
 
 class MissingTool(Exception):
@@ -64,6 +70,8 @@ def command(stage: str, options: argparse.Namespace, architecture: str) -> tuple
     """What a stage runs, and what it adds to the environment; MissingTool if it cannot."""
     part = [sys.executable, str(Path(__file__).resolve()), "--device", options.device, "--rows", str(options.rows)]
     part += ["--vocabulary", *map(str, options.vocabulary)]
+    if stage != "build" and not any((ROOT / "xtoken").glob("_cuda.*.so")):
+        raise MissingTool("xtoken._cuda is not built")
     if stage == "build":
         tool("nvcc")
         environment = {"XTOKEN_CUDA": "1", "XTOKEN_CUDA_ARCHS": architecture, "XTOKEN_BUILD_DIR": "build/gpu"}
@@ -95,15 +103,29 @@ def run_stage(stage: str, options: argparse.Namespace, architecture: str, second
             arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
             capture_output=True, text=True, timeout=limit,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "reason": f"not finished after {limit:.0f} seconds"}
+    except subprocess.TimeoutExpired as ended:
+        measured = collected((ended.stdout or b"").decode()) if stage == "speed" else {}
+        return {"status": "failed", "reason": f"not finished after {limit:.0f} seconds", **measured}
     result: dict[str, Any] = {"status": "passed", "seconds": round(time.perf_counter() - started, 1)}
     last = (done.stdout + done.stderr).strip().splitlines()[-15:]
+    if stage == "speed":
+        result.update(collected(done.stdout))
     if done.returncode != 0:
         return {**result, "status": "failed", "reason": f"exit status {done.returncode}", "output": last}
-    if stage == "speed":
-        return {**result, **json.loads(done.stdout.strip().splitlines()[-1])}
-    return {**result, "output": last[-3:]}
+    return result if stage == "speed" else {**result, "output": last[-3:]}
+
+
+def collected(printed: str) -> dict[str, Any]:
+    """What `speed` has printed, as far as it came: one JSON object a line, rows being those with a name."""
+    result: dict[str, Any] = {"rows": []}
+    for line in printed.splitlines():
+        try:
+            one = json.loads(line)
+        except json.JSONDecodeError:  # of somebody else, or cut off
+            continue
+        if isinstance(one, dict):
+            result.update(one) if "name" not in one else result["rows"].append(one)
+    return result
 
 
 # ---- parts: what runs under the sanitizer, and what is timed ----
@@ -138,9 +160,13 @@ def small(options: argparse.Namespace) -> None:
     import xtoken
 
     W, chunks = projection(333, 401), alignment(7)
+    labels = torch.arange(8).to(options.device)
+    backend = "cuda" if options.device == "cuda" else "auto"
     calls = {
         "pkl": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=None, **kw),
         "pkl mean": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=100, merge="mean", **kw),
+        "pkl labels": lambda z, y, **kw: sum(xtoken.pkl_loss(z, y, chunks, W, labels=labels, **kw)),
+        "uld": lambda z, y, **kw: xtoken.uld_loss(z, y, chunks, **kw),
         "gold": lambda z, y, **kw: xtoken.gold_loss(z, y, chunks, W, **kw),
         "hkl": lambda z, y, **kw: xtoken.hkl_loss(z, y, chunks, W, **kw),
         "kd": lambda z, y, **kw: xtoken.kd_loss(z, z.detach().flip(-1), chunks, **kw),
@@ -150,7 +176,7 @@ def small(options: argparse.Namespace) -> None:
         z = torch.randn(8, 333, generator=generator).to(options.device, dtype).requires_grad_()
         y = torch.randn(8, 401, generator=generator).to(options.device, dtype)
         for name, call in calls.items():
-            loss = call(z, y)
+            loss = call(z, y, backend=backend)
             loss.backward()
             got = float(loss.detach())
             want = float(call(z, y, backend="reference").detach())
@@ -159,8 +185,8 @@ def small(options: argparse.Namespace) -> None:
     print("small set: ran and compared")
 
 
-def seconds_of(run: Callable[[], Any], device: str, repeat: int = 7) -> float:
-    """Median seconds of a run that is warm."""
+def seconds_of(run: Callable[[], Any], device: str, repeat: int = 7, together: int = 5) -> float:
+    """Median seconds of a run that is warm; on a GPU of a few in a row, so that it does not wait for Python."""
     for _ in range(2):
         run()
     times = []
@@ -172,11 +198,28 @@ def seconds_of(run: Callable[[], Any], device: str, repeat: int = 7) -> float:
             continue
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
-        run()
+        for _ in range(together):
+            run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3)
+        times.append(begin.elapsed_time(end) / 1e3 / together)
     return statistics.median(times)
+
+
+@contextmanager
+def limited(seconds: int) -> Iterator[None]:
+    """Raises TimeoutError inside the block after so many seconds."""
+
+    def end(*_: Any) -> None:
+        raise TimeoutError(f"not finished after {seconds} seconds")
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.alarm(seconds)
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
@@ -203,9 +246,10 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     import xtoken
     from xtoken import reference
 
-    W, chunks = projection(z.shape[-1], y.shape[-1]), alignment(z.shape[0] - 1)
+    W, chunks = projection(z.shape[-1], y.shape[-1]), alignment(z.shape[0] - 1).to(z.device)
+    kw: dict[str, Any] = {"backend": "cuda" if z.device.type == "cuda" else "auto"}
     columns = torch.arange(y.shape[-1], device=z.device)
-    rows = reference.Chunks.of(chunks.to(z.device), z.shape[0], y.shape[0])
+    rows = reference.Chunks.of(chunks, z.shape[0], y.shape[0], z.device)
     entries = reference.restrict(W, columns)
     traffic = 2 * z.nbytes + y.nbytes
 
@@ -222,11 +266,12 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     labels = torch.zeros(len(z), dtype=torch.int64, device=z.device)
     same = z.detach().roll(1, 0)
     result = {
-        "P-KL all columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=None)), traffic),
-        "P-KL 8192 columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=8192)), traffic),
-        "GOLD": (step(lambda leaf: xtoken.gold_loss(leaf, y, chunks, W)), traffic),
-        "H-KL": (step(lambda leaf: xtoken.hkl_loss(leaf, y, chunks, W)), traffic),
-        "KD": (step(lambda leaf: xtoken.kd_loss(leaf, same, chunks)), 3 * z.nbytes),
+        "P-KL all columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=None, **kw)), traffic),
+        "P-KL 8192 columns": (step(lambda leaf: xtoken.pkl_loss(leaf, y, chunks, W, top_k=8192, **kw)), traffic),
+        "GOLD": (step(lambda leaf: xtoken.gold_loss(leaf, y, chunks, W, **kw)), traffic),
+        "H-KL": (step(lambda leaf: xtoken.hkl_loss(leaf, y, chunks, W, **kw)), traffic),
+        "ULD": (step(lambda leaf: xtoken.uld_loss(leaf, y, chunks, **kw)), traffic),
+        "KD": (step(lambda leaf: xtoken.kd_loss(leaf, same, chunks, **kw)), 3 * z.nbytes),
         "torch cross_entropy": (
             step(lambda leaf: torch.nn.functional.cross_entropy(leaf.float(), labels)), 2 * z.nbytes
         ),
@@ -242,39 +287,51 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     return result
 
 
-def speed(options: argparse.Namespace) -> dict[str, Any]:
-    """Times of `steps`; on fewer rows where they do not fit into memory."""
+def speed(options: argparse.Namespace) -> None:
+    """Prints the times of `steps` as they come, each as JSON on a line; on fewer rows where memory is short."""
+
+    def show(result: dict[str, Any]) -> None:
+        print(json.dumps(result), flush=True)
+
     device = options.device
     copied = copy_bandwidth(device, 2**28 if device == "cuda" else 2**20)
-    measured = []
-    students, teachers = options.vocabulary
+    show({"copy_gigabytes_per_second": copied / 1e9})
     names = list(steps(*(torch.zeros(2, v, device=device) for v in options.vocabulary)))
+    if not any("Liger" in name for name in names):
+        show({"missing": ["liger-kernel is not installed"]})
     for name in names:
-        rows = options.rows
-        while rows >= 1:
-            try:
-                generator = torch.Generator(device).manual_seed(0)
-                z = torch.randn(rows + 1, students, generator=generator, device=device).bfloat16()
-                y = torch.randn(rows + 1, teachers, generator=generator, device=device).bfloat16()
-                run, traffic = steps(z, y)[name]
-                seconds = seconds_of(run, device)
-                peak = peak_memory(run, device)
-            except torch.OutOfMemoryError:
-                rows //= 2
-                continue
-            except Exception as error:  # one of the competitors' failures must not end the others
-                measured.append({"name": name, "failed": f"{type(error).__name__}: {error}"[:500]})
-                break
-            row = {"name": name, "rows": rows, "ms": 1e3 * seconds, "us_per_row": 1e6 * seconds / rows}
-            row["gigabytes_per_second"] = traffic / seconds / 1e9
-            row["of_copy"] = traffic / seconds / copied
-            row["peak_megabytes"] = None if peak is None else peak / 1e6
-            measured.append(row)
-            break
-        else:
-            measured.append({"name": name, "failed": "out of memory with one row"})
-    missing = [] if any("Liger" in name for name in names) else ["liger-kernel is not installed"]
-    return {"copy_gigabytes_per_second": copied / 1e9, "rows": measured, "missing": missing}
+        try:
+            with limited(STEP_LIMIT):
+                show({"name": name, **timed(name, options, copied)})
+        except Exception as error:  # one of the competitors' failures must not end the others
+            show({"name": name, "failed": f"{type(error).__name__}: {error}"[:500]})
+
+
+def timed(name: str, options: argparse.Namespace, copied: float) -> dict[str, Any]:
+    """Time, bandwidth and memory of a step."""
+    rows, device = options.rows, options.device
+    while rows >= 1:
+        try:
+            generator = torch.Generator(device).manual_seed(0)
+            z, y = (
+                torch.randn(rows + 1, size, generator=generator, device=device).bfloat16()
+                for size in options.vocabulary
+            )
+            run, traffic = steps(z, y)[name]
+            seconds = seconds_of(run, device)
+            peak = peak_memory(run, device)
+        except torch.OutOfMemoryError:
+            rows //= 2
+            continue
+        return {
+            "rows": rows,
+            "ms": 1e3 * seconds,
+            "us_per_row": 1e6 * seconds / rows,
+            "gigabytes_per_second": traffic / seconds / 1e9,
+            "of_copy": traffic / seconds / copied,
+            "peak_megabytes": None if peak is None else peak / 1e6,
+        }
+    raise MemoryError("out of memory with one row")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -308,24 +365,24 @@ def main(arguments: list[str] | None = None) -> int:
         small(options)
         return 0
     if options.part == "speed":
-        print(json.dumps(speed(options)))
+        speed(options)
         return 0
     end = time.perf_counter() + 60 * options.minutes
     properties = torch.cuda.get_device_properties(0)
     architecture = f"{properties.major}{properties.minor}"
-    results: dict[str, Any] = {"machine": machine(properties)}
-    for stage in [stage for stage in STAGES if stage not in options.skip]:
-        results[stage] = run_stage(stage, options, architecture, end - time.perf_counter())
-        outcome = results[stage]
-        print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
-        if outcome["status"] == "failed":
-            print("\n".join(outcome.get("output", [])), flush=True)
-    if "rows" in results.get("speed", {}):
-        print(f"copy: {results['speed']['copy_gigabytes_per_second']:.0f} GB/s\n{table(results['speed']['rows'])}")
     slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
     output = Path(options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(results, indent=1) + "\n")
+    results: dict[str, Any] = {"machine": machine(properties)}
+    for stage in [stage for stage in STAGES if stage not in options.skip]:
+        outcome = results[stage] = run_stage(stage, options, architecture, end - time.perf_counter())
+        output.write_text(json.dumps(results, indent=1) + "\n")
+        print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
+        if outcome["status"] == "failed":
+            print("\n".join(outcome.get("output", [])), flush=True)
+        if outcome.get("rows"):
+            copied = outcome["copy_gigabytes_per_second"]
+            print(f"copy: {copied:.0f} GB/s\n{table(outcome['rows'])}", flush=True)
     print(f"written: {output}")
     return int(any(results[stage]["status"] == "failed" for stage in STAGES if stage in results))
 

@@ -16,7 +16,11 @@ from xtoken import Vocabulary
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` run wherever there is a GPU."""
+    """Tests marked `cuda` run wherever there is a GPU; those of the losses' backend "on_gpu" are marked here."""
+    for item in items:
+        parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+        if any(isinstance(value, str) and value == "on_gpu" for value in parameters):
+            item.add_marker(pytest.mark.cuda)
     if torch.cuda.is_available():
         return
     for item in items:

@@ -7,6 +7,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -43,9 +44,18 @@ def fake_device(monkeypatch):
     lines = dict.fromkeys(gpu.STAGES, "print('fine')")
     row = {"name": "P-KL", "rows": 4, "ms": 0.5, "us_per_row": 125.0, "gigabytes_per_second": 1500.0, "of_copy": 0.5}
     rows = [{**row, "peak_megabytes": 1.0}, {"name": "other", "failed": "OutOfMemoryError"}]
-    lines["speed"] = f"print({json.dumps(json.dumps({'copy_gigabytes_per_second': 3000.0, 'rows': rows}))})"
+    printed = "\n".join(map(json.dumps, [{"copy_gigabytes_per_second": 3000.0}, *rows]))
+    lines["speed"] = f"print({printed!r}, flush=True)"
     monkeypatch.setattr(gpu, "command", lambda stage, *_: ([sys.executable, "-c", lines[stage]], {}))
     return lines
+
+
+@pytest.fixture
+def built(monkeypatch, tmp_path):
+    """A folder with kernels that are built."""
+    (tmp_path / "xtoken").mkdir()
+    (tmp_path / "xtoken" / "_cuda.abi3.so").touch()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
 
 
 def test_results_of_a_fake_device_are_written(fake_device, tmp_path, capsys):
@@ -66,7 +76,7 @@ def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, c
     output = tmp_path / "gpu.json"
     assert gpu.main(["--output", str(output), "--skip", "build"]) == 1
     printed = capsys.readouterr().out
-    assert "racecheck: failed: exit status 9\nRACECHECK SUMMARY: 1 hazard\nspeed: passed" in printed
+    assert "racecheck: failed: exit status 9\nRACECHECK SUMMARY: 1 hazard\nwritten: " in printed
     assert "build" not in json.loads(output.read_text())
 
 
@@ -75,17 +85,51 @@ def test_a_stage_that_takes_too_long_is_ended(fake_device, monkeypatch):
     result = gpu.run_stage("tests", OPTIONS, "90", 5.0)
     assert result == {"status": "failed", "reason": "not finished after 5 seconds"}
     assert gpu.run_stage("tests", OPTIONS, "90", 1.0)["status"] == "left out"
+    fake_device["speed"] += "; import time; time.sleep(60)"
+    result = gpu.run_stage("speed", OPTIONS, "90", 5.0)
+    assert result["status"] == "failed"
+    assert [row["name"] for row in result["rows"]] == ["P-KL", "other"]
+
+
+def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatch):
+    output = tmp_path / "gpu.json"
+    run_stage = gpu.run_stage
+
+    def interrupted(stage, *rest):
+        if stage == "memcheck":
+            raise KeyboardInterrupt
+        return run_stage(stage, *rest)
+
+    monkeypatch.setattr(gpu, "run_stage", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.main(["--output", str(output)])
+    assert list(json.loads(output.read_text())) == ["machine", "build", "tests", "speed"]
+
+
+def test_a_step_that_takes_too_long_is_ended():
+    def too_long():
+        with gpu.limited(1):
+            time.sleep(30)
+
+    with pytest.raises(TimeoutError, match="not finished after 1 seconds"):
+        too_long()
+
+
+def test_without_kernels_only_the_build_runs(monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    result = gpu.run_stage("speed", OPTIONS, "90", 60.0)
+    assert result == {"status": "left out", "reason": "xtoken._cuda is not built"}
 
 
 @pytest.mark.parametrize(("stage", "name"), [("build", "nvcc"), ("memcheck", "compute-sanitizer")])
-def test_a_missing_tool_leaves_the_stage_out(monkeypatch, stage, name):
+def test_a_missing_tool_leaves_the_stage_out(monkeypatch, built, stage, name):
     monkeypatch.setattr(gpu.shutil, "which", lambda *_, **__: None)
     result = gpu.run_stage(stage, OPTIONS, "90", 60.0)
     assert result["status"] == "left out"
     assert result["reason"].startswith(f"{name} is not on the path")
 
 
-def test_commands_of_the_stages(monkeypatch):
+def test_commands_of_the_stages(monkeypatch, built):
     monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
     build, environment = gpu.command("build", OPTIONS, "90")
     assert build[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
@@ -101,24 +145,32 @@ def test_the_small_set_runs_and_compares(capsys):
     assert capsys.readouterr().out == "small set: ran and compared\n"
 
 
-def test_speed_on_the_cpu(monkeypatch):
+def test_speed_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
-    result = gpu.speed(OPTIONS)
+    gpu.speed(OPTIONS)
+    result = gpu.collected(capsys.readouterr().out)
     names = [row["name"] for row in result["rows"]]
     assert names[0] == "P-KL all columns"
+    assert "ULD" in names
     assert "P-KL all columns, torch.compile of the plain formulas" in names
     assert all(row["ms"] > 0 and row["rows"] == 6 for row in result["rows"])
     assert result["copy_gigabytes_per_second"] > 0
+    assert result["missing"] == ["liger-kernel is not installed"]
 
 
-def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch):
+def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch, capsys):
     def one_step(z, y):
         def run():
             if len(z) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        return {"step": (run, 100)}
+        def broken():
+            raise ValueError("no")
+
+        return {"step": (run, 100), "broken": (broken, 100)}
 
     monkeypatch.setattr(gpu, "steps", one_step)
-    (row,) = gpu.speed(OPTIONS)["rows"]
+    gpu.speed(OPTIONS)
+    row, failed = gpu.collected(capsys.readouterr().out)["rows"]
     assert row["rows"] == 1
+    assert failed == {"name": "broken", "failed": "ValueError: no"}
