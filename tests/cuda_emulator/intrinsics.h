@@ -169,8 +169,8 @@ XTOKEN_STORE(__stwt)
 #undef XTOKEN_LOAD
 #undef XTOKEN_STORE
 
-// Conversions whose results are often stored at once. g++ emits no check for a store of a class that a function returns,
-// so they pass through a variable; emulator.py looks for others.
+// Conversions whose results are often stored at once. g++ emits no check for a store of a class that a function
+// returns, so they pass through a variable; emulator.py looks for others.
 namespace xtoken::emulator {
 template <typename T>
 __attribute__((always_inline)) inline T through_variable(T value) {
