@@ -91,6 +91,20 @@ def test_votes(kernels):
 
 # ---- faults ----
 
+
+def test_a_store_that_would_not_be_seen_is_refused(tmp_path):
+    source = tmp_path / "unseen.cu"
+    source.write_text(
+        '#include "cuda/platform.cuh"\n'
+        "struct Pair { float a, b; };\n"
+        "__attribute__((noinline)) Pair pair(float x) { return {x, x}; }\n"
+        "__global__ void kernel(Pair* out) { *out = pair(1); }\n"
+        "void* use() { return reinterpret_cast<void*>(kernel); }\n"
+    )
+    with pytest.raises(RuntimeError, match=r"unseen.*would not see these stores: .*pair"):
+        build("unseen", [source])
+
+
 FAULTS = [
     ("missing_barrier", r"race: read of 4 bytes at shared 'values' \+ \d+ .*; write by|race: write .*; read by", {}),
     ("missing_second_barrier", r"race: (write|read) of 4 bytes at shared 'value' \+ 0", {}),
@@ -105,6 +119,7 @@ FAULTS = [
     ("shuffle_without_lane", r"divergent (warp|barrier): ", {"block": 32}),
     ("shuffle_outside_mask", r"divergent warp: .* reads lane \d+, which takes no part", {"block": 32}),
     ("store_out_of_bounds", r"out of bounds: write of 4 bytes at 0 bytes past the end of 'out' \(256 bytes\)", {}),
+    ("half_store_out_of_bounds", r"out of bounds: write of 2 bytes at 0 bytes past the end of 'out' \(256 bytes\)", {}),
     ("load_out_of_bounds", r"out of bounds: read of 16 bytes at 0 bytes past the end of 'in' ", {}),
     ("load_misaligned", r"misaligned: read of 16 bytes at 'in' \+ 4", {}),
     ("shared_out_of_bounds", r"out of bounds: read .* at 0 bytes past the end of shared 'values'", {"block": 32}),

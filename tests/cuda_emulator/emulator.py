@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import subprocess
 import sysconfig
@@ -24,6 +25,9 @@ KERNEL_FLAGS = (
     "-O1 -fno-tree-sra -ffp-contract=off -x c++ -DXTOKEN_EMULATED"
     " -fsanitize=thread --param tsan-instrument-func-entry-exit=0"
 )
+
+UNCHECKED_STORE = re.compile(r"^ *((?:\*|MEM)[^=\n]*= [\w:.~]+ \(.*)$", re.MULTILINE)
+"""In g++'s listing after it has put in the calls: a store of what a function returns, which gets none."""
 
 NINJA = """\
 rule compile
@@ -73,13 +77,16 @@ def build(
     objects = []
     for source in [*kernels, *host, *sorted(FOLDER.glob("*.cpp"))]:
         objects.append(f"{source.parent.name}_{source.stem}.o")
-        own = KERNEL_FLAGS if source in kernels else "-O2"
+        own = f"{KERNEL_FLAGS} -fdump-tree-tsan={objects[-1]}.txt" if source in kernels else "-O2"
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {own}"]
     lines += [f"build {target.name}: link {' '.join(objects)}", "  libraries = -ldl", ""]
     (folder / "build.ninja").write_text("\n".join(lines))
     done = subprocess.run(["ninja", "-C", str(folder), target.name], capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"building {name} for the emulator failed:\n{done.stdout}{done.stderr}")
+    for listing in sorted(folder.glob("*.o.txt")):
+        if unseen := UNCHECKED_STORE.findall(listing.read_text()):
+            raise RuntimeError(f"{listing.name}: the emulator would not see these stores: {unseen}")
     return target
 
 

@@ -223,6 +223,13 @@ __global__ void store_out_of_bounds(Arguments a) {
     for (int i = threadIdx.x; i <= a.n; i += blockDim.x) a.out[i] = 0;
 }
 
+// The value comes straight from a function that returns a class: g++ sees a call there, and no store.
+__global__ void half_store_out_of_bounds(Arguments a) {
+    auto* out = reinterpret_cast<__nv_bfloat16*>(a.out);
+    out[0] = __float2bfloat16(a.in[1]);
+    out[2 * a.n] = __float2bfloat16(a.in[0]);
+}
+
 // A tail that is read by four.
 __global__ void load_out_of_bounds(Arguments a) {
     const float4 v = reinterpret_cast<const float4*>(a.in)[a.n / 4];
@@ -305,6 +312,7 @@ const Named kernels[] = {KERNEL(block_sum),
                          KERNEL(shuffle_without_lane),
                          KERNEL(shuffle_outside_mask),
                          KERNEL(store_out_of_bounds),
+                         KERNEL(half_store_out_of_bounds),
                          KERNEL(load_out_of_bounds),
                          KERNEL(load_misaligned),
                          KERNEL(shared_out_of_bounds),

@@ -169,6 +169,17 @@ XTOKEN_STORE(__stwt)
 #undef XTOKEN_LOAD
 #undef XTOKEN_STORE
 
+// Conversions whose results are often stored at once. g++ emits no check for a store of a class that a function
+// returns, so they pass through a variable; emulator.py looks for others.
+namespace xtoken::emulator {
+template <typename T>
+__attribute__((always_inline)) inline T through_variable(T value) {
+    return value;
+}
+}  // namespace xtoken::emulator
+#define __float2bfloat16(...) xtoken::emulator::through_variable(__float2bfloat16(__VA_ARGS__))
+#define __float2half(...) xtoken::emulator::through_variable(__float2half(__VA_ARGS__))
+
 // Bits.
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __popcll(unsigned long long x) { return __builtin_popcountll(x); }
