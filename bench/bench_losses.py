@@ -52,12 +52,16 @@ def numbers_text(seed: int, words: int) -> str:
 def alignments(tokenizers: list[Any], rows: int) -> dict[str, xtoken.Alignment]:
     """Chunks of one token on each side; and those of a text full of numbers, cut to so many student tokens."""
     start = torch.arange(1, rows + 1, dtype=torch.int32)
-    ones = xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1)[:-1])
+    spans = torch.stack([start, start + 1, start, start + 1], 1)[:-1]
+    nothing = torch.zeros(1, 2 * rows, dtype=torch.int64)  # chunks of one token need no ids
+    ones = xtoken.Alignment(spans, [0, len(spans)], nothing, nothing)
     text = numbers_text(0, rows)
     ids = [encode(tokenizer, text) for tokenizer in tokenizers]
     mixed = xtoken.Aligner(*tokenizers).align(*ids)
     fits = (mixed.spans[:, 1] <= rows) & (mixed.spans[:, 3] <= 2 * rows)
-    return {"1-to-1": ones, "numbers": xtoken.Alignment(mixed.spans[fits])}
+    spans = mixed.spans[fits]
+    numbers = xtoken.Alignment(spans, [0, len(spans)], *(torch.tensor(one)[None] for one in ids))
+    return {"1-to-1": ones, "numbers": numbers}
 
 
 def median_seconds(run: Callable[[], Any], repeat: int) -> float:
@@ -131,12 +135,19 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.vocabulary is not None:
         W = small_projection(W, options.vocabulary)
     cut = alignments(tokenizers, options.rows)
+    vocabularies = [xtoken.Vocabulary.from_tokenizer(tokenizer) for tokenizer in tokenizers]
+    if options.vocabulary is not None:
+        vocabularies = [xtoken.Vocabulary([v[i] for i in range(options.vocabulary)]) for v in vocabularies]
+        cut = {name: cut_ids(one, options.vocabulary) for name, one in cut.items()}
+    pieces = xtoken.PieceIndex.build(*vocabularies) if wanted("prefix KL, numbers", options.only) else None
     generator = torch.Generator().manual_seed(0)
     columns = torch.randperm(sizes[1], generator=generator)[: min(8192, sizes[1] // 2)].sort().values
     losses: dict[str, tuple[str, Callable[..., Any], dict[str, Any]]] = {
         "P-KL all columns": ("1-to-1", xtoken.pkl_loss, {"projection": W, "top_k": None}),
         "P-KL 8192 columns": ("1-to-1", xtoken.pkl_loss, {"projection": W, "columns": columns}),
         "P-KL all columns, numbers": ("numbers", xtoken.pkl_loss, {"projection": W, "top_k": None, "merge": "mean"}),
+        "prefix KL": ("1-to-1", xtoken.prefix_kl_loss, {"pieces": pieces}),
+        "prefix KL, numbers": ("numbers", xtoken.prefix_kl_loss, {"pieces": pieces}),
         "GOLD": ("1-to-1", xtoken.gold_loss, {"projection": W}),
         "H-KL": ("1-to-1", xtoken.hkl_loss, {"projection": W}),
         "ULD": ("1-to-1", xtoken.uld_loss, {}),
@@ -160,11 +171,11 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
             rows.append({"loss": "torch cross_entropy", "type": type_name, "threads": threads,
                          "ms_per_row": 1e3 * baseline[threads] / options.rows})  # fmt: skip
         for name, (chunks, function, arguments) in losses.items():
-            if options.only and not any(part in name for part in options.only):
+            if not wanted(name, options.only):
                 continue
             same = function is xtoken.kd_loss
             y = student.flip(1) if same else teacher
-            one = xtoken.Alignment(cut[chunks].spans, [0, cut[chunks].num_chunks])
+            one = cut[chunks]
             bytes_moved = 2 * student.nbytes + y.nbytes * used_share(one, y)
             if arguments.get("columns") is not None:
                 bytes_moved -= y.nbytes * used_share(one, y) * (1 - len(columns) / sizes[1])
@@ -201,6 +212,17 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
+def wanted(name: str, only: list[str] | None) -> bool:
+    """Whether a loss of that name is measured."""
+    return not only or any(part in name for part in only)
+
+
+def cut_ids(alignment: xtoken.Alignment, size: int) -> xtoken.Alignment:
+    """The same with ids below the size."""
+    ids = (alignment.student_ids, alignment.teacher_ids)
+    return xtoken.Alignment(alignment.spans, alignment.offsets, *(one.clamp(max=size - 1) for one in ids))  # type: ignore
+
+
 def used_share(alignment: xtoken.Alignment, teacher: Tensor) -> float:
     """Share of the teacher's rows that chunks use."""
     lengths = alignment.spans[:, 3] - alignment.spans[:, 2]
@@ -217,8 +239,10 @@ def reference_seconds(
     few = alignment.spans[:count]
     rows = int(few[-1, 1])
     z, y = student[0, :rows].float(), teacher[0, : int(few[-1, 3])].float()
-    one = xtoken.Alignment(few)
-    chunks = reference.Chunks.of(one, len(z), len(y))
+    assert alignment.student_ids is not None
+    assert alignment.teacher_ids is not None
+    one = xtoken.Alignment(few, None, alignment.student_ids[0], alignment.teacher_ids[0])
+    chunks = reference.Chunks.of(one, len(z), len(y), realised=True)
     W = arguments.get("projection")
 
     def run() -> Tensor:
@@ -228,6 +252,8 @@ def reference_seconds(
             columns = torch.arange(W.shape[1]) if columns is None else columns
             merge = arguments.get("merge", "first")
             losses = reference.pkl(leaf, y, chunks, reference.restrict(W, columns), columns, merge=merge)
+        elif function is xtoken.prefix_kl_loss:
+            losses = reference.prefix(leaf, y, chunks, arguments["pieces"].data)
         elif function is xtoken.uld_loss:
             losses = reference.uld(leaf, y, chunks)
         elif function is xtoken.kd_loss:
