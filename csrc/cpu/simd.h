@@ -111,11 +111,10 @@ inline float largest(Floats x) {
 
 // exp((x - centre) / temperature), for x of at least `low`; smaller ones are raised to it.
 //
-// With n = round((x - centre) log2(e) / temperature), exp = 2^n polynomial(r), r = (x - centre) / temperature - n ln 2
-// in
-// [-0.35, 0.35]. 1 / temperature and ln 2 are two floats each, so r is exact to a float's rounding. n comes from adding
-// 1.5 * 2^23, which rounds to an integer. Relative error below 1e-7 beyond the rounding of x - centre; exactly 1 at the
-// centre.
+// With n = round((x - centre) log2(e) / temperature), exp = 2^n polynomial(r), r = n - (x - centre) log2(e) /
+// temperature in [-0.5, 0.5]. log2(e) / temperature is two floats, so r is exact to a float's rounding. n comes from
+// adding 1.5 * 2^23, which rounds to an integer. Relative error below 1e-7 beyond the rounding of x - centre; exactly 1
+// at the centre.
 class Exponential {
   public:
     // `centre` is near the largest x: results stay finite up to 60 temperatures above it; 200 below it they are zero.
@@ -124,9 +123,8 @@ class Exponential {
         const double cut = static_cast<double>(centre) - 200 * temperature;
         e.low_ = cut > static_cast<double>(lowest) ? static_cast<float>(cut) : lowest;
         e.centre_ = centre;
-        e.inverse_ = static_cast<float>(1 / temperature);
-        e.inverse_low_ = static_cast<float>(1 / temperature - static_cast<double>(e.inverse_));
         e.slope_ = static_cast<float>(1.4426950408889634 / temperature);
+        e.slope_low_ = static_cast<float>(1.4426950408889634 / temperature - static_cast<double>(e.slope_));
         e.log_unit_ = static_cast<double>(centre) / temperature;
         return e;
     }
@@ -139,15 +137,12 @@ class Exponential {
     Floats of_relative(Floats x) const {
         const Floats magic = broadcast(12582912.0f);
         const Floats n = fma(x, broadcast(slope_), magic) - magic;
-        // n ln2_high is exact: 9 bits times 15
-        Floats r = fma(x, broadcast(inverse_), n * broadcast(-ln2_high));
-        if (inverse_low_ != 0.0f) r = fma(x, broadcast(inverse_low_), r);
-        r = fma(n, broadcast(-ln2_low), r);
-        Floats y = fma(broadcast(1.3814596459e-3f), r, broadcast(8.3687175065e-3f));
-        y = fma(y, r, broadcast(4.1668388993e-2f));
-        y = fma(y, r, broadcast(1.6666521132e-1f));
-        y = fma(y, r, broadcast(0.4999999403953552f));
-        y = fma(y, r, broadcast(1.0f));
+        const Floats r = fnma(x, broadcast(slope_low_), fnma(x, broadcast(slope_), n));  // n - x log2(e) / temperature
+        Floats y = fma(broadcast(1.5327840811e-04f), r, broadcast(-1.3390997192e-03f));
+        y = fma(y, r, broadcast(9.6185030416e-03f));
+        y = fma(y, r, broadcast(-5.5503595620e-02f));
+        y = fma(y, r, broadcast(2.4022647738e-01f));
+        y = fma(y, r, broadcast(-6.9314718246e-01f));
         y = fma(y, r, broadcast(1.0f));
         return scale_by_power(y, n);
     }
@@ -156,9 +151,7 @@ class Exponential {
     double log_unit() const { return log_unit_; }
 
   private:
-    // ln 2 in two parts, the first with zeros at the end
-    static constexpr float ln2_high = 0.693145751953125f, ln2_low = 1.42860682e-6f;
-    float low_, centre_, inverse_, inverse_low_, slope_;
+    float low_, centre_, slope_, slope_low_;
     double log_unit_;
 };
 
