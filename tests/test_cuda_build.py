@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import types
 from pathlib import Path
@@ -27,9 +26,6 @@ cuda_resources = load_script("cuda_resources")
 needs_nvcc = pytest.mark.skipif(
     cuda_resources.find_nvcc() is None, reason="no nvcc on this machine: CUDA kernels are not compiled"
 )
-
-# Of the gate. All take minutes of two cores, so XTOKEN_CUDA_GATE=all asks for them; a wheel is built for all anyhow.
-GATE = cuda_resources.build_settings()[0] if os.environ.get("XTOKEN_CUDA_GATE") == "all" else ["90"]
 
 REPORT = """\
 ptxas info    : 0 bytes gmem
@@ -93,9 +89,12 @@ def test_show_config_says_why_there_are_no_kernels(monkeypatch):
 
 @needs_nvcc
 def test_kernels_compile_without_warnings_and_stay_in_registers():
-    kernels = cuda_resources.resources(GATE)
+    architectures = cuda_resources.build_settings()[0]
+    kernels = cuda_resources.resources(architectures)
     sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
-    assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources for arch in GATE}
+    assert {(k.source, k.arch) for k in kernels} == {
+        (source, arch) for source in sources for arch in cuda_resources.build_settings()[0]
+    }
     print(cuda_resources.table(kernels))
     wrong = [k for k in kernels if k.spilled or k.registers > k.register_bound]
     assert not wrong, f"spills, or more registers than fit:\n{cuda_resources.table(wrong)}"
