@@ -114,7 +114,7 @@ int64_t prefix_workspace(const PrefixParams& params) {
     const int64_t at_start = lanes * (plan.student.start[plan.student.slices] + 1 + teachers) +
                              7 * padded(plan.events) + padded(plan.others) + lanes;
     const int64_t inside = 7 * padded(params.most + 1) + 3 * padded(params.most);
-    const int64_t row = padded(params.student.width) + 2 * padded(widest) / lanes;
+    const int64_t row = 3 * padded(params.student.width) + 2 * padded(widest) / lanes;
     return 4 * (at_start + inside + row) + 64 * 32;
 }
 

@@ -8,8 +8,8 @@
 //
 // An event of several tokens is kept as the largest logit ("top") and the sum of the exponentials relative to it, so
 // that log a_e is exact however small a_e is. At the start of a chunk most events are pairs of one token on each side:
-// they are read in the order of the student's row and their exponentials are computed again for the gradient, as in
-// kd_kernel.cpp; lists of tokens are gathered. The sums of both kinds have centres of their own and meet as logarithms.
+// they are read in the order of the student's row, and their exponentials are kept for the gradient; lists of tokens
+// are gathered. The sums of both kinds have centres of their own and meet as logarithms.
 #include "cpu/prefix.h"
 
 #include "cpu/rows.h"
@@ -104,6 +104,8 @@ class Chunk {
           k_(k),
           size_(p.student.width),
           wanted_(p.grad.data != nullptr),
+          e_(take<float>(at, padded(size_))),
+          pair_(take<float>(at, padded(size_))),
           shares_(take<float>(at, lanes * (plan_.student.start[plan_.student.slices] + 1))),
           gathered_(take<float>(at, plan_.teacher.slices == 0 ? 0 : lanes * plan_.teacher.start[1])),
           list_top_(take<float>(at, padded(plan_.events))),
@@ -181,19 +183,12 @@ class Chunk {
         const bool same = label.present && all.total > 0;
         const float* other = others_;
         write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) {
-            const Floats zi = load(z + i, size_ - i, zero), yi = partners(y, i);
-            const Floats e = pairs.p(zi);
-            Floats g;
-            if (p_.reverse) {
-                const Floats difference = relative(zi, pairs.z_centre) - relative(yi, pairs.y_centre);
-                g = e * student * ((difference - high) - low);
-            } else {
-                g = fma(e, student, zero - pairs.q(yi) * teacher);
-            }
+            const Floats zi = load(z + i, size_ - i, zero), e = load(e_ + i), x = load(pair_ + i);
+            Floats g = p_.reverse ? e * student * ((x - high) - low) : fma(e, student, zero - x * teacher);
             const uint32_t paired = plan_.paired_bits[i / lanes], rest = ~paired & 0xFFFFu;
             if (rest != 0) {
                 g = select(from_bits(paired), g, expand(other, from_bits(rest)));
-                for (uint32_t m = rest; m != 0; m &= m - 1) ++other;
+                other += __builtin_popcount(rest);
             }
             // the derivative of max(z, lowest)
             g = select(greater(lowest, zi), zero, additions_.to(i, g));
@@ -242,6 +237,8 @@ class Chunk {
                 p_part += pe;
                 q_part += qf;
                 product_part = p_.reverse ? fma(pe, difference, product_part) : fnma(qf, difference, product_part);
+                store(e_ + i, e);
+                store(pair_ + i, p_.reverse ? difference : qf);
             };
             const auto add = [&] {
                 p_total.add(p_part);
@@ -550,6 +547,7 @@ class Chunk {
     const PrefixPlanView& plan_;
     int64_t k_, size_;
     bool wanted_;
+    float *e_, *pair_;  // by student id: the exponentials; the partners' ones (for the reverse: the differences)
     float *shares_, *gathered_, *list_top_, *list_sum_;
     Events start_;
     float* others_;
