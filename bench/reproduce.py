@@ -418,7 +418,7 @@ def table(results: dict[str, Any]) -> str:
 
 
 def lacking(results: dict[str, Any]) -> list[str]:
-    """What of the finding a quick run does not show; in the whole run's three seeds the margins are tens of points."""
+    """What of the finding a quick run does not show; in the whole run the margins are tens of points, in every seed."""
     ends = {method: 100 * final(curves) for method, curves in collect(results, "plenty").items()}
     ce, gold, pkl, prefix = (ends[method] for method in QUICK["quick"]["plenty"])
     claims = {
