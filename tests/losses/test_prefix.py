@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparer import assert_close, assert_within
+from comparer import assert_as_accurate, assert_close, assert_within
 from harness import BAD_INPUTS, CASES, DTYPES, backends_of, bad_call, check, make_case, tokens
 from torch import Tensor
 
@@ -380,3 +380,23 @@ def test_bad_pieces_and_ids() -> None:
     chunks = reference.Chunks.of(alignment, 2, 3)
     with pytest.raises(ValueError, match="chunks: prefix KL needs the realised ids"):
         reference.prefix(z, y, chunks, pieces.data)
+
+
+@cpu
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_labels_in_the_same_pass(temperature: float, backend: str) -> None:
+    """As two losses of the reference, also where the label's logit is -inf and in rows without a chunk."""
+    case = make_case()
+    case.student[..., 1::3] = -math.inf
+    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    labels[:, 3] = -100
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        student, teacher = case.student.float().to(dtype).requires_grad_(), case.teacher.float().to(dtype)
+        loss, ce = prefix_kl_loss(
+            student, teacher, case.alignment, case.pieces, labels=labels, temperature=temperature, backend=name
+        )
+        results.append((loss, ce, *torch.autograd.grad(loss + 0.7 * ce, student)))
+    for got, plain, truth in zip(*results, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
+        assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, "prefix")
