@@ -536,6 +536,8 @@ def main() -> None:
     )
     parser.add_argument("--output", type=Path, help="default: bench/results/reproduce.json")
     options = parser.parse_args()
+    if options.quick and "plenty" not in options.settings:
+        parser.error("--settings: expected plenty with --quick")
     torch.set_num_threads(options.threads)
     options.plans = QUICK if options.quick else {name: PLANS[name] for name in options.plans}
     options.seeds = options.seeds or (1 if options.quick else 3)
