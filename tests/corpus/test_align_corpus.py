@@ -255,6 +255,7 @@ def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
     command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
     script = (
         "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.progress import Progress\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts background jobs without it
         "Progress.shard_done = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))"
     )
