@@ -491,7 +491,7 @@ def measure(options: argparse.Namespace, size: Size) -> dict[str, Any]:
         for seed in range(options.seeds):
             for setting, wanted in plan.items():
                 done = {name for run in results["runs"] if key(run) == (setting, seed) for name in run["curves"]}
-                names = [name for name in wanted if name not in done]
+                names = [name for name in wanted if name not in done and name in (options.losses or wanted)]
                 if not names or setting not in options.settings:
                     continue
                 digits = 3 if setting == "mirror" else 1
@@ -534,6 +534,7 @@ def main() -> None:
     parser.add_argument(
         "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL"
     )
+    parser.add_argument("--losses", nargs="+", choices=sorted({*MAIN, *VARIANTS}), help="only these; default: all")
     parser.add_argument("--output", type=Path, help="default: bench/results/reproduce.json")
     options = parser.parse_args()
     if options.quick and "plenty" not in options.settings:
