@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xtoken import _core, reference
 from xtoken.losses._backends import Backend, Labels, Problem, register_backend
 from xtoken.losses._common import Matrix
-from xtoken.losses._cpu_arguments import ELEMENTS, LabelBuffers, logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_arguments import ELEMENTS, ChunkArguments, LabelBuffers
 from xtoken.losses._cpu_gold import run_gold
 from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
 from xtoken.losses._cpu_prefix import run_prefix
@@ -106,25 +106,13 @@ def run_pkl(
     The scratch memory is a few megabytes per thread, whatever the number of rows.
     """
     options: Any = problem.options
-    student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
-    student_rows, kept_student = rows_argument(problem.chunks.student)
-    teacher_rows, kept_teacher = rows_argument(problem.chunks.teacher)
-    count = len(problem.chunks)
-    losses = torch.empty(count, dtype=torch.float64)
-    factors = None if scale is None else scale.detach().double().contiguous()
+    chunks = ChunkArguments(problem, student_grad, scale)
     plan = plan_for(options.projection, options.columns)
     weight_sums = None if weight_grad is None else torch.empty(plan.entries, dtype=torch.float64)
     buffers = LabelBuffers(*labels)
     _core.cpu_pkl(
         plan,
-        logits_argument(student),
-        logits_argument(teacher),
-        logits_argument(student_grad),
-        student_rows,
-        teacher_rows,
-        count,
-        0 if factors is None else factors.data_ptr(),
-        losses.data_ptr(),
+        *chunks.argument,
         0 if weight_sums is None else weight_sums.data_ptr(),
         buffers.argument,
         options.temperature,
@@ -135,11 +123,10 @@ def run_pkl(
         level,
         torch.get_num_threads(),
     )
-    del kept_student, kept_teacher
     if weight_grad is not None and weight_sums is not None:
         weight_grad.index_add_(0, options.entry_index, weight_sums.to(weight_grad.dtype))
     buffers.finish()
-    return losses.float()
+    return chunks.losses()
 
 
 def backend(name: str = "cpu", level: str = "") -> Backend:

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from xtoken.losses._backends import Labels
+from xtoken.losses._backends import Labels, Problem
 from xtoken.reference import Rows
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Types of logits that the kernels take."""
+
+_Logits = tuple[int, str, int, int, int, int, int]
+_Rows = tuple[int, int, int]
 
 
 def unit_stride(logits: Tensor) -> Tensor:
@@ -17,7 +20,7 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def logits_argument(logits: Tensor | None) -> tuple[int, str, int, int, int, int, int]:
+def logits_argument(logits: Tensor | None) -> _Logits:
     """(address, type, B, T, V, stride of a sample, stride of a row) of logits [B, T, V]."""
     return 0 if logits is None else logits.data_ptr(), *logits_layout(logits)
 
@@ -31,13 +34,41 @@ def logits_layout(logits: Tensor | None) -> tuple[str, int, int, int, int, int]:
     return ELEMENTS[logits.dtype], samples, max(length, 1), width, sample_stride, row_stride
 
 
-def rows_argument(rows: Rows) -> tuple[tuple[int, int, int], list[Tensor]]:
+def rows_argument(rows: Rows) -> tuple[_Rows, list[Tensor]]:
     """Addresses of (start, count, realised ids or 0), and the tensors to keep alive during the call."""
     kept = [rows.start.contiguous(), rows.count.contiguous()]
     if rows.next_ids is not None:
         kept.append(rows.next_ids.contiguous())
     addresses = [tensor.data_ptr() for tensor in kept] + [0] * (3 - len(kept))
     return (addresses[0], addresses[1], addresses[2]), kept
+
+
+class ChunkArguments:
+    """What the kernels over chunks have in common: logits, predictor rows, factors, and room for the losses."""
+
+    argument: tuple[_Logits, _Logits, _Logits, _Rows, _Rows, int, int, int]
+
+    def __init__(self, problem: Problem, student_grad: Tensor | None, scale: Tensor | None) -> None:
+        student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
+        student_rows, kept_student = rows_argument(problem.chunks.student)
+        teacher_rows, kept_teacher = rows_argument(problem.chunks.teacher)
+        factors = None if scale is None else scale.detach().double().contiguous()
+        self._kept = student, teacher, student_grad, factors, kept_student, kept_teacher  # alive during the call
+        self._losses = torch.empty(len(problem.chunks), dtype=torch.float64)
+        self.argument = (
+            logits_argument(student),
+            logits_argument(teacher),
+            logits_argument(student_grad),
+            student_rows,
+            teacher_rows,
+            len(problem.chunks),
+            0 if factors is None else factors.data_ptr(),
+            self._losses.data_ptr(),
+        )
+
+    def losses(self) -> Tensor:
+        """float32 [K]: what the kernel has written."""
+        return self._losses.float()
 
 
 class LabelBuffers:

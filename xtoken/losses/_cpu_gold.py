@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken import _core, reference
 from xtoken.losses._backends import Problem
-from xtoken.losses._cpu_arguments import logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_arguments import ChunkArguments
 
 _PLANS = WeakTensorKeyDictionary()
 
@@ -38,23 +38,12 @@ def run_gold(
     Scratch memory is about 3 MB per thread (ULD: 9 MB) for vocabularies of 150,000, whatever the number of rows.
     """
     options: Any = problem.options
-    student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
+    chunks = ChunkArguments(problem, student_grad, scale)
     paired = options.operation == "gold"
-    shape = student.shape[-1], teacher.shape[-1]
-    (student_start, student_count, _), kept_student = rows_argument(problem.chunks.student)
-    (teacher_start, teacher_count, _), kept_teacher = rows_argument(problem.chunks.teacher)
-    factors = None if scale is None else scale.detach().double().contiguous()
-    losses = torch.empty(len(problem.chunks), dtype=torch.float64)
+    shape = problem.student.shape[-1], problem.teacher.shape[-1]
     _core.cpu_gold(
         plan_for(options.student_ids, options.teacher_ids, shape) if paired else None,
-        logits_argument(student),
-        logits_argument(teacher),
-        logits_argument(student_grad),
-        (student_start, student_count, 0),
-        (teacher_start, teacher_count, 0),
-        len(problem.chunks),
-        0 if factors is None else factors.data_ptr(),
-        losses.data_ptr(),
+        *chunks.argument,
         options.temperature,
         paired and options.reverse,
         options.uncommon_top_k if paired else 0,
@@ -62,5 +51,4 @@ def run_gold(
         level,
         torch.get_num_threads(),
     )
-    del kept_student, kept_teacher
-    return losses.float()
+    return chunks.losses()

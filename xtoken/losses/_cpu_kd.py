@@ -10,7 +10,7 @@ from torch import Tensor
 from xtoken import _core, reference
 from xtoken.losses import _backends
 from xtoken.losses._backends import Labels, Problem
-from xtoken.losses._cpu_arguments import ELEMENTS, LabelBuffers, logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_arguments import ELEMENTS, ChunkArguments, LabelBuffers, logits_argument, unit_stride
 
 
 def run_kd(
@@ -26,21 +26,10 @@ def run_kd(
     Needs no scratch memory for all columns, and 8 bytes a column and thread for a subset.
     """
     options: Any = problem.options
-    student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
-    student_rows, kept_student = rows_argument(problem.chunks.student)
-    teacher_rows, kept_teacher = rows_argument(problem.chunks.teacher)
-    factors = None if scale is None else scale.detach().double().contiguous()
-    losses = torch.empty(len(problem.chunks), dtype=torch.float64)
+    chunks = ChunkArguments(problem, student_grad, scale)
     buffers = LabelBuffers(*labels)
     _core.cpu_kd(
-        logits_argument(student),
-        logits_argument(teacher),
-        logits_argument(student_grad),
-        student_rows,
-        teacher_rows,
-        len(problem.chunks),
-        0 if factors is None else factors.data_ptr(),
-        losses.data_ptr(),
+        *chunks.argument,
         buffers.argument,
         options.temperature,
         options.reverse,
@@ -49,9 +38,8 @@ def run_kd(
         level,
         torch.get_num_threads(),
     )
-    del kept_student, kept_teacher
     buffers.finish()
-    return losses.float()
+    return chunks.losses()
 
 
 def run_cross_entropy(student: Tensor, labels: Labels, student_grad: Tensor | None = None, *, level: str = "") -> None:

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken import _core, reference
 from xtoken.losses._backends import Labels, Problem
-from xtoken.losses._cpu_arguments import LabelBuffers, logits_argument, rows_argument, unit_stride
+from xtoken.losses._cpu_arguments import ChunkArguments, LabelBuffers
 
 _PLANS = WeakTensorKeyDictionary()
 
@@ -37,22 +37,11 @@ def run_prefix(
     Scratch memory is about 2 MB per thread for vocabularies of 150,000, whatever the number of rows.
     """
     options: Any = problem.options
-    student, teacher = unit_stride(problem.student), unit_stride(problem.teacher)
-    student_rows, kept_student = rows_argument(problem.chunks.student)
-    teacher_rows, kept_teacher = rows_argument(problem.chunks.teacher)
-    factors = None if scale is None else scale.detach().double().contiguous()
-    losses = torch.empty(len(problem.chunks), dtype=torch.float64)
+    chunks = ChunkArguments(problem, student_grad, scale)
     buffers = LabelBuffers(*labels)
     _core.cpu_prefix(
         plan_for(options.pieces),
-        logits_argument(student),
-        logits_argument(teacher),
-        logits_argument(student_grad),
-        student_rows,
-        teacher_rows,
-        len(problem.chunks),
-        0 if factors is None else factors.data_ptr(),
-        losses.data_ptr(),
+        *chunks.argument,
         buffers.argument,
         options.temperature,
         options.reverse,
@@ -60,6 +49,5 @@ def run_prefix(
         level,
         torch.get_num_threads(),
     )
-    del kept_student, kept_teacher
     buffers.finish()
-    return losses.float()
+    return chunks.losses()

@@ -120,7 +120,7 @@ class XTokenLoss(nn.Module):
         pieces say, or all columns if there is neither.
     diagnostics : bool
         Also report agreement and mass, of at most `DIAGNOSED_CHUNKS` chunks of a call. May be changed at any time. On
-        a GPU they wait for the device, which nothing else does.
+        a GPU they wait for the device.
     backend : str
         See `select_backend`.
 
