@@ -26,7 +26,7 @@ from xtoken.losses._logits import AnyLogits, DenseSource, Source, row_blocks
 from xtoken.losses._ops import at_least_one
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
-from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
+from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_columns
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
@@ -293,7 +293,6 @@ class XTokenLoss(nn.Module):
                 teacher_source,
                 W,
                 top_k=teacher.top_k,
-                support=teacher.support,
                 columns=teacher.columns,
                 device=device,
                 backend=self.backend,
@@ -319,7 +318,7 @@ class XTokenLoss(nn.Module):
             inputs.append(teacher.pieces)
             result = prefix_kl_loss(*inputs, **shared)
         elif teacher.loss == "pkl":
-            shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns)
+            shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns, support=teacher.support)
             inputs.append(W)
             result = pkl_loss(*inputs, **shared)
         else:
@@ -334,6 +333,9 @@ class XTokenLoss(nn.Module):
             if len(some) and teacher.pieces is not None:
                 diagnosis = _diagnose_events(student, teacher_source, some, teacher.pieces)
             elif len(some) and columns is not None:
+                if W is not None and teacher.support == "reachable":
+                    columns, count = reachable(columns, W)
+                    columns = columns if count is None else columns[: int(count)]
                 diagnosis = _diagnose(student, teacher_source, some, columns, W)
         return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
