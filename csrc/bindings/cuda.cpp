@@ -44,17 +44,18 @@ Lists to_lists(const ListsArgument& a) {
             device_address<const uint8_t>(wanted)};
 }
 
-// (students, columns, chosen, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row, entry_column,
-// entries)
-using PlanArgument = std::tuple<int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, ListsArgument,
+// (students, columns, chosen, count, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row,
+// entry_column, entries)
+using PlanArgument = std::tuple<int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, ListsArgument,
                                 ListsArgument, uintptr_t, uintptr_t, int64_t>;
 
 PklPlan to_plan(const PlanArgument& a) {
-    const auto& [students, columns, chosen, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row,
-                 entry_column, entries] = a;
+    const auto& [students, columns, chosen, count, column_slot, row_slot, row_weight, column_lists, row_lists,
+                 entry_row, entry_column, entries] = a;
     return {students,
             columns,
             device_address<const int32_t>(chosen),
+            device_address<const int32_t>(count),
             device_address<const int32_t>(column_slot),
             device_address<const int32_t>(row_slot),
             device_address<const float>(row_weight),

@@ -66,6 +66,7 @@ class Chunk {
     __device__ Chunk(const PklParams& p, int64_t k, Sums& shared)
         : p_(p),
           plan_(p.plan),
+          columns_(p.plan.count == nullptr ? p.plan.columns : *p.plan.count),
           shared_(shared),
           k_(k),
           row_(p.student_rows.start[k]),
@@ -182,7 +183,7 @@ class Chunk {
         const int merged = merge == Merge::mean ? teacher_count_ : 1;
         AnyRow y(p_.teacher, teacher_row_);
         const int32_t* chosen = plan_.chosen;
-        Statistics q = statistics(y, chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+        Statistics q = statistics(y, chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
         double log_total = q.log_total();
         if (merged > 1) {
             log_total = sum_teacher(merged);
@@ -193,7 +194,7 @@ class Chunk {
             q.exp.inverse_temperature /= static_cast<float>(merged);
         }
         const auto log_sum = static_cast<float>(log_total);
-        each_column(y, chosen, plan_.columns, [&](int j, const auto& own) {
+        each_column(y, chosen, columns_, [&](int j, const auto& own) {
             constexpr int N = sizeof(own) / sizeof(float);
             int32_t slot[N];
             load_lanes(plan_.column_slot, j, slot);
@@ -227,7 +228,7 @@ class Chunk {
         });
         double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
         block_sum(sums, shared_);  // u is there, too
-        loss_ = sums[0];
+        loss_ = columns_ > 0 ? sums[0] : static_cast<double>(nanf(""));
         const double mean = sums[1] / d_;
         b_ = static_cast<float>(mean);
         b_low_ = static_cast<float>(mean - static_cast<double>(b_));
@@ -240,9 +241,9 @@ class Chunk {
         for (int i = 0; i < merged; ++i) {
             const AnyRow y(p_.teacher, teacher_row_ + i);
             const Statistics q =
-                statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+                statistics(y, plan_.chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
             log_totals += q.log_total() / merged;
-            each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
+            each_column(y, plan_.chosen, columns_, [&](int j, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
@@ -343,6 +344,7 @@ class Chunk {
 
     const PklParams& p_;
     const PklPlan& plan_;
+    int columns_;
     Sums& shared_;
     int64_t k_, row_;
     int count_;

@@ -144,7 +144,7 @@ def test_launches_that_no_kernel_is_compiled_for() -> None:
             module.mark_rows(0, 0, 1, 0, (blocks, threads, 0))
     lists = 0, 0, 0, 0, 0, 0, 0
     with pytest.raises(ValueError, match="merge: expected 'first', 'mean' or 'chain', got 'last'"):
-        module.pkl_workspace((1, 1, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
+        module.pkl_workspace((1, 1, 0, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
 
 
 @needs_emulator

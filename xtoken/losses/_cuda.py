@@ -109,13 +109,13 @@ class Kernels:
         chunks = problem.chunks
         count, device = len(chunks), problem.student.device
         trained = problem.weight is not None or options.projection.weight.requires_grad
-        plan = plan_for(options.projection, options.columns, trained)
+        plan = plan_for(options.projection, options.chosen, trained, options.count)
         wanted = labels[0] if labels else None
         losses = torch.empty(count, dtype=torch.float32, device=device)
         with self.memory(device) as memory:
             blocks, threads, stream = memory.launch
             student, grad = _logits(memory, problem.student), _gradient(memory, student_grad)
-            entries = entries_of(plan, options.columns) if weight_grad is not None else None
+            entries = entries_of(plan, options.chosen) if weight_grad is not None else None
             arguments = self._plan(memory, plan, entries)
             grid = max(1, min(blocks, count))
             sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
@@ -335,6 +335,7 @@ class Kernels:
             students,
             len(plan.column_slot),
             memory.input(plan.chosen),
+            memory.input(plan.count),
             memory.input(plan.column_slot),
             memory.input(plan.row_slot),
             memory.input(row_weight),
