@@ -49,7 +49,7 @@ def _xtoken_loss(s: Step) -> Tensor:
 
 
 def _xtoken_prefix(s: Step) -> Tensor:
-    criterion = xtoken.XTokenLoss([xtoken.Teacher(pieces=s.case.pieces)], diagnostics=False, backend=s.backend)
+    criterion = xtoken.XTokenLoss([xtoken.Teacher(pieces=s.case.pieces)], backend=s.backend)
     total, _ = criterion(s.student, s.labels, s.teacher, s.alignment)
     return total
 
