@@ -5,9 +5,10 @@ Stages: the CUDA kernels are built for this GPU; tests marked `cuda` run; the lo
 orientation; compute-sanitizer looks for bad accesses and for races in a small set of calls. Bandwidth is that of
 traffic that cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
 
-A stage whose tool is missing is left out, and says so. Each stage, and each step that is timed, has a limit of its own,
-and what was measured before it is kept. Results go to bench/results/gpu-NAME.json after every stage; the exit status is
-0 if no stage failed, 1 if one did, 2 where there is no GPU.
+A stage whose tool is missing is left out, and says so; nothing is downloaded. Each stage, and each step that is timed,
+has a limit of its own, after which all of its processes are ended, and what was measured before it is kept. Where the
+build fails, older kernels are not measured in place of these. Results go to bench/results/gpu-NAME.json after every
+stage; the exit status is 0 if no stage failed, 1 if one did, 2 where there is no GPU.
 
     python bench/gpu.py [--rows 4096] [--minutes 8] [--skip build sanitizer]
 """
@@ -15,6 +16,8 @@ and what was measured before it is kept. Results go to bench/results/gpu-NAME.js
 from __future__ import annotations
 
 import argparse
+import functools
+import importlib
 import importlib.util
 import json
 import os
@@ -24,9 +27,10 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +40,14 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 STAGES = ("build", "tests", "speed", "memcheck", "racecheck")
-LIMITS = {"build": 120, "tests": 120, "speed": 120, "memcheck": 60, "racecheck": 60}
-"""Seconds that a stage may take at most: eight minutes in all."""
+SHARES = {"build": 120, "tests": 110, "speed": 120, "memcheck": 65, "racecheck": 65}
+"""Seconds that a stage may take of the usual eight minutes; what one leaves over goes to those after it."""
 
 STEP_LIMIT = 40
 """Seconds that a step may take to be timed, with its compilation where it has one."""
+
+PLAIN = "P-KL all columns, plain formulas"
+COMPILED = "P-KL all columns, torch.compile of the plain formulas"
 
 
 class MissingTool(Exception):
@@ -79,7 +86,9 @@ def command(stage: str, options: argparse.Namespace, architecture: str) -> tuple
     if stage == "tests":
         if importlib.util.find_spec("pytest") is None:
             raise MissingTool("pytest is not installed")
-        return [sys.executable, "-m", "pytest", "-q", "-m", "cuda", "tests"], {}
+        # Names as they begin, and a traceback of what hangs, so that the last lines tell where.
+        pytest = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40"]
+        return [sys.executable, *pytest, "-m", "cuda", "tests/losses"], {}
     if stage in {"memcheck", "racecheck"}:
         run = [tool("compute-sanitizer"), "--tool", stage, "--error-exitcode", "9", "--kernel-regex", "kns=xtoken"]
         # One allocation a tensor: otherwise an access past one tensor hits the next in torch's pool.
@@ -88,31 +97,55 @@ def command(stage: str, options: argparse.Namespace, architecture: str) -> tuple
 
 
 def run_stage(stage: str, options: argparse.Namespace, architecture: str, seconds: float) -> dict[str, Any]:
-    """Runs a stage in a process of its own; its outcome, with what it printed last."""
+    """Runs a stage in a process of its own, for so many seconds at most; its outcome, with what it printed last."""
     try:
         arguments, environment = command(stage, options, architecture)
     except MissingTool as missing:
         return {"status": "left out", "reason": str(missing)}
-    started = time.perf_counter()
-    limit = min(LIMITS[stage], seconds)
-    if limit < 5:
+    if seconds < 5:
         return {"status": "left out", "reason": "no time is left; see --minutes"}
-    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    try:
-        done = subprocess.run(
-            arguments, cwd=ROOT, env={**os.environ, "PYTHONPATH": path, **environment},
-            capture_output=True, text=True, timeout=limit,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as ended:
-        measured = collected((ended.stdout or b"").decode()) if stage == "speed" else {}
-        return {"status": "failed", "reason": f"not finished after {limit:.0f} seconds", **measured}
-    result: dict[str, Any] = {"status": "passed", "seconds": round(time.perf_counter() - started, 1)}
-    last = (done.stdout + done.stderr).strip().splitlines()[-15:]
+    started = time.perf_counter()
+    status, printed, errors = finished(arguments, environment, seconds)
+    result: dict[str, Any] = {"seconds": round(time.perf_counter() - started, 1)}
     if stage == "speed":
-        result.update(collected(done.stdout))
-    if done.returncode != 0:
-        return {**result, "status": "failed", "reason": f"exit status {done.returncode}", "output": last}
-    return result if stage == "speed" else {**result, "output": last[-3:]}
+        result.update(collected(printed))
+    last = (printed + errors).strip().splitlines()[-15:]
+    if status == 0:
+        return {"status": "passed", **result, **({} if stage == "speed" else {"output": last[-3:]})}
+    unsupported = [line for line in last if "Device not supported" in line]
+    if unsupported:  # the sanitizer's word for a machine on which it cannot work
+        return {"status": "left out", "reason": unsupported[0].strip("= ")}
+    reason = f"not finished after {seconds:.0f} seconds" if status is None else f"exit status {status}"
+    return {"status": "failed", "reason": reason, **result, "output": last}
+
+
+def finished(arguments: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str, str]:
+    """Runs a command: its exit status, None if it was ended with all processes that it had started; what it printed.
+
+    Printed to files: a pipe would be waited for as long as one of the processes holds it.
+    """
+    search = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    programs = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)])
+    given = {**os.environ, "PATH": programs, "PYTHONPATH": search, "PYTHONUNBUFFERED": "1", **environment}
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        process = subprocess.Popen(
+            arguments, cwd=ROOT, env=given, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True
+        )
+        status: int | None = None
+        try:
+            status = process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            pass
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            with suppress(subprocess.TimeoutExpired):  # one that hangs in the driver does not end, and is left
+                process.wait(5)
+        texts = []
+        for file in (out, err):
+            file.seek(0)
+            texts.append(file.read().decode(errors="replace"))
+    return status, texts[0], texts[1]
 
 
 def collected(printed: str) -> dict[str, Any]:
@@ -155,21 +188,35 @@ def alignment(rows: int) -> Any:
     return xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
 
 
+def check_kernels(device: str) -> None:
+    """Raises the import's own error where the kernels do not load: the package itself would go on without them."""
+    if device == "cuda":
+        importlib.import_module("xtoken._cuda")
+
+
 def small(options: argparse.Namespace) -> None:
     """Every loss, forward and backward, on vocabularies of a few hundred tokens; compared with the plain formulas."""
     import xtoken
 
+    check_kernels(options.device)
     W, chunks = projection(333, 401), alignment(7)
     labels = torch.arange(8).to(options.device)
+    pairs = torch.tensor([[k, k + 2, k, k + 2] for k in range(1, 7, 2)], dtype=torch.int32)
+    realised = xtoken.Alignment(pairs, student_ids=torch.arange(8), teacher_ids=torch.arange(8))
     backend = "cuda" if options.device == "cuda" else "auto"
     calls = {
         "pkl": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=None, **kw),
         "pkl mean": lambda z, y, **kw: xtoken.pkl_loss(z, y, chunks, W, top_k=100, merge="mean", **kw),
         "pkl labels": lambda z, y, **kw: sum(xtoken.pkl_loss(z, y, chunks, W, labels=labels, **kw)),
+        "pkl chain": lambda z, y, **kw: xtoken.pkl_loss(z, y, realised, W, merge="chain", reverse=True, **kw),
         "uld": lambda z, y, **kw: xtoken.uld_loss(z, y, chunks, **kw),
         "gold": lambda z, y, **kw: xtoken.gold_loss(z, y, chunks, W, **kw),
         "hkl": lambda z, y, **kw: xtoken.hkl_loss(z, y, chunks, W, **kw),
+        "gold labels": lambda z, y, **kw: sum(xtoken.gold_loss(z, y, chunks, W, labels=labels, **kw)),
         "kd": lambda z, y, **kw: xtoken.kd_loss(z, z.detach().flip(-1), chunks, **kw),
+        "kd labels": lambda z, y, **kw: sum(xtoken.kd_loss(z, z.detach().flip(-1), labels=labels, top_k=100, **kw)),
+        # whose parts have different factors: backward goes over the gradient again
+        "all": lambda z, y, **kw: xtoken.XTokenLoss([xtoken.Teacher(W)], **kw)(z, labels, y, chunks)[0],
     }
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         generator = torch.Generator().manual_seed(0)
@@ -275,15 +322,24 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
         "torch cross_entropy": (
             step(lambda leaf: torch.nn.functional.cross_entropy(leaf.float(), labels)), 2 * z.nbytes
         ),
-        "P-KL all columns, plain formulas": (step(plain), traffic),
-        "P-KL all columns, torch.compile of the plain formulas": (step(torch.compile(plain)), traffic),
+        PLAIN: (step(plain), traffic),
+        COMPILED: (step(torch.compile(plain)), traffic),
     }  # fmt: skip
     if importlib.util.find_spec("liger_kernel") is not None and z.device.type == "cuda":
         from liger_kernel.transformers.jsd import LigerJSD
 
         jsd = LigerJSD(beta=0.5)
-        target = same.log_softmax(-1)
-        result["Liger JSD, one vocabulary"] = (step(lambda leaf: jsd(leaf.log_softmax(-1), target)), 3 * z.nbytes)
+        target = functools.cache(lambda: same.log_softmax(-1))  # only if this step is the one that is timed
+        result["Liger JSD, one vocabulary"] = (step(lambda leaf: jsd(leaf.log_softmax(-1), target())), 3 * z.nbytes)
+    result["KD with labels"] = (
+        step(lambda leaf: sum(xtoken.kd_loss(leaf, same, chunks, labels=labels, **kw))),
+        3 * z.nbytes,
+    )
+    criterion = xtoken.XTokenLoss([xtoken.Teacher(W)], diagnostics=False, **kw)
+    result["cross-entropy and P-KL 8192 columns, dynamic scaling"] = (
+        step(lambda leaf: criterion(leaf, labels, y, chunks)[0]),
+        traffic,
+    )
     return result
 
 
@@ -294,23 +350,29 @@ def speed(options: argparse.Namespace) -> None:
         print(json.dumps(result), flush=True)
 
     device = options.device
+    check_kernels(device)
     copied = copy_bandwidth(device, 2**28 if device == "cuda" else 2**20)
     show({"copy_gigabytes_per_second": copied / 1e9})
     names = list(steps(*(torch.zeros(2, v, device=device) for v in options.vocabulary)))
     if not any("Liger" in name for name in names):
         show({"missing": ["liger-kernel is not installed"]})
-    for name in names:
+    fitting = options.rows
+    for name in sorted(names, key=lambda name: name == COMPILED):  # last: it takes longest, and may fail
         try:
             with limited(STEP_LIMIT):
-                show({"name": name, **timed(name, options, copied)})
+                # compiled for as many rows as the formulas fitted in: each number of them is a compilation
+                result = timed(name, options.device, fitting if name == COMPILED else options.rows, options, copied)
+            fitting = result["rows"] if name == PLAIN else fitting
+            show({"name": name, **result})
         except Exception as error:  # one of the competitors' failures must not end the others
             show({"name": name, "failed": f"{type(error).__name__}: {error}"[:500]})
 
 
-def timed(name: str, options: argparse.Namespace, copied: float) -> dict[str, Any]:
-    """Time, bandwidth and memory of a step."""
-    rows, device = options.rows, options.device
+def timed(name: str, device: str, rows: int, options: argparse.Namespace, copied: float) -> dict[str, Any]:
+    """Time, bandwidth and memory of a step, with so many rows or as many as fit."""
     while rows >= 1:
+        if device == "cuda":
+            torch.cuda.empty_cache()
         try:
             generator = torch.Generator(device).manual_seed(0)
             z, y = (
@@ -322,6 +384,7 @@ def timed(name: str, options: argparse.Namespace, copied: float) -> dict[str, An
             peak = peak_memory(run, device)
         except torch.OutOfMemoryError:
             rows //= 2
+            z = y = run = None  # what is left of the try must not be in the next one's way
             continue
         return {
             "rows": rows,
@@ -374,24 +437,35 @@ def main(arguments: list[str] | None = None) -> int:
     output = Path(options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json")
     output.parent.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"machine": machine(properties)}
-    for stage in [stage for stage in STAGES if stage not in options.skip]:
-        outcome = results[stage] = run_stage(stage, options, architecture, end - time.perf_counter())
+    left = [stage for stage in STAGES if stage not in options.skip]
+    while left:
+        share = (end - time.perf_counter()) * SHARES[left[0]] / sum(SHARES[stage] for stage in left)
+        stage = left.pop(0)
+        if results.get("build", {}).get("status") == "failed":
+            outcome = {"status": "left out", "reason": "the build failed"}
+        else:
+            outcome = run_stage(stage, options, architecture, share)
+        results[stage] = outcome
         output.write_text(json.dumps(results, indent=1) + "\n")
         print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
         if outcome["status"] == "failed":
             print("\n".join(outcome.get("output", [])), flush=True)
+        if "copy_gigabytes_per_second" in outcome:
+            print(f"copy: {outcome['copy_gigabytes_per_second']:.0f} GB/s", flush=True)
         if outcome.get("rows"):
-            copied = outcome["copy_gigabytes_per_second"]
-            print(f"copy: {copied:.0f} GB/s\n{table(outcome['rows'])}", flush=True)
+            print(table(outcome["rows"]), flush=True)
     print(f"written: {output}")
     return int(any(results[stage]["status"] == "failed" for stage in STAGES if stage in results))
 
 
 def machine(properties: Any) -> dict[str, Any]:
     """What the results hold for."""
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    revision = ""
+    with suppress(OSError):  # a machine may have neither git nor the history
+        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        revision = asked.stdout.strip()
     return {
-        "commit": revision,
+        "commit": revision or None,
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,

@@ -83,12 +83,60 @@ def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, c
 def test_a_stage_that_takes_too_long_is_ended(fake_device, monkeypatch):
     fake_device["tests"] = "import time; time.sleep(60)"
     result = gpu.run_stage("tests", OPTIONS, "90", 5.0)
-    assert result == {"status": "failed", "reason": "not finished after 5 seconds"}
+    assert (result["status"], result["reason"]) == ("failed", "not finished after 5 seconds")
     assert gpu.run_stage("tests", OPTIONS, "90", 1.0)["status"] == "left out"
     fake_device["speed"] += "; import time; time.sleep(60)"
     result = gpu.run_stage("speed", OPTIONS, "90", 5.0)
     assert result["status"] == "failed"
     assert [row["name"] for row in result["rows"]] == ["P-KL", "other"]
+
+
+def test_processes_of_a_stage_end_with_it(tmp_path):
+    """One that holds what the stage prints to would keep a pipe open."""
+    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+    parent = f"import subprocess, sys; print('begun'); subprocess.run([sys.executable, '-c', {child!r}])"
+    started = time.perf_counter()
+    assert gpu.finished([sys.executable, "-c", parent], {}, 2.0) == (None, "begun\n", "")
+    time.sleep(max(0.0, started + 6.0 - time.perf_counter()))
+    assert not (tmp_path / "late").exists()
+
+
+def test_after_a_build_that_fails_older_kernels_are_left_alone(fake_device, tmp_path):
+    fake_device["build"] = "raise SystemExit('nvcc: no')"
+    output = tmp_path / "gpu.json"
+    assert gpu.main(["--output", str(output)]) == 1
+    results = json.loads(output.read_text())
+    assert results["build"]["output"] == ["nvcc: no"]
+    assert all(results[stage] == {"status": "left out", "reason": "the build failed"} for stage in gpu.STAGES[1:])
+
+
+def test_a_sanitizer_that_cannot_work_here_is_left_out(fake_device):
+    fake_device["memcheck"] = "print('========= Error: Device not supported. Use ...'); raise SystemExit(1)"
+    result = gpu.run_stage("memcheck", OPTIONS, "90", 60.0)
+    assert result == {"status": "left out", "reason": "Error: Device not supported. Use ..."}
+
+
+def test_time_that_is_left_over_goes_to_later_stages(fake_device, tmp_path, monkeypatch):
+    given = {}
+    monkeypatch.setattr(gpu, "run_stage", lambda stage, *rest: given.update({stage: rest[-1]}) or {"status": "passed"})
+    gpu.main(["--output", str(tmp_path / "gpu.json"), "--skip", "racecheck"])
+    shares = gpu.SHARES
+    assert given["build"] == pytest.approx(480 * shares["build"] / (sum(shares.values()) - shares["racecheck"]), abs=1)
+    assert given["memcheck"] == pytest.approx(480, abs=2)
+    assert sum(shares.values()) == 480
+
+
+def test_a_machine_without_git(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    properties = SimpleNamespace(name="x", major=9, minor=0, multi_processor_count=1, total_memory=2**34)
+    assert gpu.machine(properties)["commit"] is None
+
+
+def test_kernels_that_do_not_load_are_an_error(monkeypatch):
+    monkeypatch.setitem(sys.modules, "xtoken._cuda", None)
+    gpu.check_kernels("cpu")
+    with pytest.raises(ImportError):
+        gpu.check_kernels("cuda")
 
 
 def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatch):
@@ -137,7 +185,7 @@ def test_commands_of_the_stages(monkeypatch, built):
     memcheck, _ = gpu.command("memcheck", OPTIONS, "90")
     assert memcheck[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
     assert memcheck[-2:] == ["--part", "small"]
-    assert gpu.command("tests", OPTIONS, "90")[0][-3:] == ["-m", "cuda", "tests"]
+    assert gpu.command("tests", OPTIONS, "90")[0][-3:] == ["-m", "cuda", "tests/losses"]
 
 
 def test_the_small_set_runs_and_compares(capsys):
@@ -151,26 +199,32 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
     result = gpu.collected(capsys.readouterr().out)
     names = [row["name"] for row in result["rows"]]
     assert names[0] == "P-KL all columns"
-    assert "ULD" in names
-    assert "P-KL all columns, torch.compile of the plain formulas" in names
+    assert {"ULD", "KD with labels", gpu.PLAIN} < set(names)
+    assert names[-1] == gpu.COMPILED
     assert all(row["ms"] > 0 and row["rows"] == 6 for row in result["rows"])
     assert result["copy_gigabytes_per_second"] > 0
     assert result["missing"] == ["liger-kernel is not installed"]
 
 
 def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch, capsys):
+    tried = []
+
     def one_step(z, y):
         def run():
+            if not tried or tried[-1] != len(z) - 1:
+                tried.append(len(z) - 1)
             if len(z) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
         def broken():
             raise ValueError("no")
 
-        return {"step": (run, 100), "broken": (broken, 100)}
+        return {"step": (run, 100), gpu.COMPILED: (run, 100), "broken": (broken, 100), gpu.PLAIN: (run, 100)}
 
     monkeypatch.setattr(gpu, "steps", one_step)
     gpu.speed(OPTIONS)
-    row, failed = gpu.collected(capsys.readouterr().out)["rows"]
+    row, failed, *compiled = gpu.collected(capsys.readouterr().out)["rows"]
     assert row["rows"] == 1
     assert failed == {"name": "broken", "failed": "ValueError: no"}
+    assert [one["rows"] for one in compiled] == [1, 1]  # the compiled formulas begin where the plain ones ended
+    assert tried == [6, 3, 1] * 2

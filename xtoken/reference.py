@@ -644,59 +644,56 @@ def kd(
 
 
 @torch.no_grad()
-def agreement(
+def diagnosis(
     student_logits: Tensor,
     teacher_logits: Tensor,
-    chunks: Chunks,
     columns: Tensor,
     entries: Entries | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
-    """bool [K]: teacher and student have the same largest column in C at the first predictor row.
+    """[K, 3]: how far the student, projected, is the teacher inside the columns C, for each pair of rows.
 
-    The student's columns are ``W^T p`` (``entries`` given) or its own logits (same tokenizer).
+    Whether both have the same largest column (1 or 0); the teacher's probability inside C; the student's probability
+    that W sends to no column of C.
+
+    Parameters
+    ----------
+    student_logits : [K, V_student]
+    teacher_logits : [K, V_teacher]
+    columns : int64 [C]
+    entries : Entries, optional
+        W in the columns. Default: the tokenizer is the same.
+    count : int32 [], optional
+        So many of the columns, from the first on, are C, and no entry is in the others. Default: all are.
     """
     dtype = _statistics_dtype(student_logits, teacher_logits)
-    z = student_logits[chunks.student.start]
-    if entries is None:
-        x = z.index_select(1, columns)
-    else:
-        active, student = entries.student.unique(return_inverse=True)
-        p = _scaled(z.index_select(1, active), 1.0, dtype).softmax(-1)
-        x = project(p, replace(entries, student=student), len(columns))
-    y = teacher_logits[chunks.teacher.start].index_select(1, columns)
-    return x.argmax(-1) == y.argmax(-1)
+    p, q = (_scaled(logits, 1.0, dtype).softmax(-1) for logits in (student_logits, teacher_logits))
+    x = p.index_select(1, columns) if entries is None else project(p, entries, len(columns))
+    y = q.index_select(1, columns)
+    if count is not None:
+        y = y.masked_fill(torch.arange(len(columns), device=y.device) >= count, 0.0)
+    return torch.stack([(x.argmax(-1) == y.argmax(-1)).to(dtype), y.sum(-1), 1 - x.sum(-1)], 1)
 
 
 @torch.no_grad()
-def event_agreement(student_logits: Tensor, teacher_logits: Tensor, chunks: Chunks, pieces: Tensor) -> Tensor:
-    """bool [K]: the same root is the most probable, of prefix KL's events, at the first predictor row."""
+def event_agreement(
+    student_logits: Tensor, teacher_logits: Tensor, events: tuple[Tensor, Tensor], count: int
+) -> Tensor:
+    """bool [K]: of prefix KL's ``count`` events the same is the most probable, for each pair of rows.
+
+    Parameters
+    ----------
+    student_logits : [K, V_student]
+    teacher_logits : [K, V_teacher]
+    events : int64 [V_student], [V_teacher]
+        The event of each token.
+    """
     dtype = _statistics_dtype(student_logits, teacher_logits)
     best = []
-    sides = zip((student_logits, teacher_logits), (chunks.student, chunks.teacher), piece_sides(pieces), strict=True)
-    for logits, rows, side in sides:
-        event = side.event.to(logits.device).long()
-        z = _scaled(logits[rows.start][:, : len(event)], 1.0, dtype)
-        best.append(_event_log_mass(z, event.expand(len(z), -1), int(pieces[2])).argmax(-1))
+    for logits, event in zip((student_logits, teacher_logits), events, strict=True):
+        z = _scaled(logits[:, : len(event)], 1.0, dtype)
+        best.append(_event_log_mass(z, event.expand(len(z), -1), count).argmax(-1))
     return best[0] == best[1]
-
-
-@torch.no_grad()
-def column_mass(teacher_logits: Tensor, rows: Rows, columns: Tensor) -> Tensor:
-    """[K]: the teacher's probability inside the columns, at each chunk's first predictor row."""
-    y = _scaled(teacher_logits[rows.start], 1.0, _statistics_dtype(teacher_logits))
-    return (y.index_select(1, columns).logsumexp(-1) - y.logsumexp(-1)).exp()
-
-
-@torch.no_grad()
-def projected_mass(student_logits: Tensor, rows: Rows, columns: Tensor, entries: Entries | None = None) -> Tensor:
-    """[K]: the student's probability that W sends into the columns, at each chunk's first predictor row.
-
-    With no `entries` (same tokenizer) its probability inside the columns.
-    """
-    p = _scaled(student_logits[rows.start], 1.0, _statistics_dtype(student_logits)).softmax(-1)
-    if entries is None:
-        return p.index_select(1, columns).sum(-1)
-    return p @ p.new_zeros(p.shape[1]).index_add(0, entries.student, entries.weight.to(p.dtype))
 
 
 def _statistics_dtype(*tensors: Tensor) -> torch.dtype:

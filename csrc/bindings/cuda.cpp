@@ -153,17 +153,18 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
         "kd",
         [](const CudaLogits& student, const CudaLogits& teacher, const CudaLogits& grad, uintptr_t student_rows,
            uintptr_t teacher_rows, int64_t chunks, uintptr_t chosen, uintptr_t place, int32_t columns, uintptr_t scale,
-           uintptr_t losses, double temperature, bool reverse, double lowest, const CudaLaunch& launch) {
+           uintptr_t losses, const CudaLabels& labels, double temperature, bool reverse, double lowest,
+           const CudaLaunch& launch) {
             kd({to_cuda_logits(student), to_cuda_logits(teacher), to_cuda_logits(grad),
                 device_address<const int64_t>(student_rows), device_address<const int64_t>(teacher_rows), chunks,
                 device_address<const int32_t>(chosen), device_address<const int32_t>(place), columns,
                 device_address<const float>(scale), device_address<float>(losses), static_cast<float>(temperature),
-                reverse, static_cast<float>(lowest)},
+                reverse, static_cast<float>(lowest), to_cuda_labels(labels)},
                to_cuda_launch(launch));
         },
         py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"), py::arg("teacher_rows"),
         py::arg("chunks"), py::arg("chosen"), py::arg("place"), py::arg("columns"), py::arg("scale"), py::arg("losses"),
-        py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
+        py::arg("labels"), py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
     m.def(
         "scale",
         [](uintptr_t data, const std::string& element, int64_t size, uintptr_t factor, const CudaLaunch& launch) {
@@ -202,8 +203,8 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
         "gold_backward",
         [](const GoldPlanArgument& plan, const CudaLogits& student, const CudaLogits& teacher, const CudaLogits& grad,
            const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, uintptr_t scale,
-           double temperature, bool reverse, double lowest, uintptr_t workspace, uintptr_t slope,
-           const CudaLaunch& launch) {
+           const CudaLabels& labels, double temperature, bool reverse, double lowest, uintptr_t workspace,
+           uintptr_t slope, const CudaLaunch& launch) {
             GoldParams params{};
             params.student = to_cuda_logits(student);
             params.teacher = to_cuda_logits(teacher);
@@ -218,11 +219,12 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
             params.workspace = device_address<float>(workspace);
             params.plan = to_gold_plan(plan);
             params.slope = device_address<const float>(slope);
+            params.labels = to_cuda_labels(labels);
             gold_backward(params, to_cuda_launch(launch));
         },
         py::arg("plan"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"),
-        py::arg("teacher_rows"), py::arg("chunks"), py::arg("scale"), py::arg("temperature"), py::arg("reverse"),
-        py::arg("lowest"), py::arg("workspace"), py::arg("slope"), py::arg("launch"), Free());
+        py::arg("teacher_rows"), py::arg("chunks"), py::arg("scale"), py::arg("labels"), py::arg("temperature"),
+        py::arg("reverse"), py::arg("lowest"), py::arg("workspace"), py::arg("slope"), py::arg("launch"), Free());
 }
 
 }  // namespace

@@ -123,6 +123,8 @@ __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __g
         for (int64_t r = start; r < start + count; ++r) {
             const Row<S> z(params.student, r);
             const Statistics one = row_statistics(z, students, params.lowest, params.temperature, shared);
+            const LabelTerm label =
+                label_term(params.labels, r, z, students, params.lowest, shared, params.temperature == 1.0f, one);
             const auto weight = static_cast<float>(-factor * sums[0] / one.total);
             const auto value = static_cast<float>(factor);
             write_row(z, row_of<S>(params.grad, r), students, params.grad.width, [&](int i, const auto& x, auto& g) {
@@ -131,6 +133,7 @@ __global__ __launch_bounds__(max_threads, 1) void gold_backward_kernel(const __g
                 for (int n = 0; n < N; ++n) {
                     g[n] = fmaf(student_sums[i + n], value, one.exp(x[n]) * weight);
                     if (x[n] < params.lowest) g[n] = 0.0f;
+                    g[n] += label(i + n, x[n]);
                 }
             });
         }

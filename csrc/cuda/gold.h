@@ -30,6 +30,7 @@ struct GoldParams {
     float* student_values;  // [chunks, student_rest] out of gold_forward: probabilities outside the pairs
     float* teacher_values;  // [chunks, teacher_rest]
     const float* slope;     // [chunks, student_rest] into gold_backward: d uncommon / d probability
+    Labels labels;          // into gold_backward, of the chunks' rows
 };
 
 // Floats of workspace that a block needs.

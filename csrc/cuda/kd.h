@@ -18,7 +18,8 @@ struct KdParams {
     float* losses;       // [chunks] out
     float temperature;
     bool reverse;
-    float lowest;  // smaller logits count as this one
+    float lowest;   // smaller logits count as this one
+    Labels labels;  // of the rows of chunks that count; those of other rows are not touched
 };
 
 // All chunks, each by one block; rows of the gradient that belong to no chunk are not touched.

@@ -92,9 +92,16 @@ class CopiedMemory:
             outside.copy_(self.memory.result(inside))
 
 
+class _Launchers:
+    """The launchers, compiled when the first of them is asked for."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(load()[0], name)
+
+
 @contextmanager
-def _memory(controls: emulator.Emulator, device: torch.device) -> Iterator[CopiedMemory]:
-    with controls.memory() as memory:
+def _memory(device: torch.device) -> Iterator[CopiedMemory]:
+    with load()[1].memory() as memory:
         call = CopiedMemory(memory)
         yield call
         call.give_back()
@@ -122,12 +129,12 @@ def _gpu_memory(device: torch.device) -> Iterator[CopiedMemory]:
 
 def memory() -> Any:
     """Opens the emulator's memory for a call of `Kernels`."""
-    return functools.partial(_memory, load()[1])
+    return _memory
 
 
 def backend(name: str = "emulated") -> Backend:
-    """The kernels on CPU tensors."""
-    return cuda_backend(name, Kernels(load()[0], memory()), "cpu")
+    """The kernels on CPU tensors. Nothing is built before they are used."""
+    return cuda_backend(name, Kernels(_Launchers(), memory()), "cpu")
 
 
 def gpu_backend(name: str = "on_gpu") -> Backend:

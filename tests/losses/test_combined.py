@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
-from xtoken.losses import combined
+from xtoken.losses import _diagnostics
 from xtoken.losses._logits import DenseSource
 from xtoken.losses.pkl import select_columns
 
@@ -426,7 +426,7 @@ def test_projected_mass_outside_by_hand() -> None:
 
 def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the same sample: every other chunk of twice as many gives the same, when they stand in pairs."""
-    monkeypatch.setattr(combined, "DIAGNOSED_CHUNKS", 6)
+    monkeypatch.setattr(_diagnostics, "DIAGNOSED_CHUNKS", 6)
     case = make_case(samples=1, shapes=((1, 1),) * 7)  # 6 chunks with a predictor
     twice = Case(
         *(torch.repeat_interleave(x, 2, 1) for x in (case.student, case.teacher)), case.alignment, case.projection

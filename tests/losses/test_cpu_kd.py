@@ -11,7 +11,7 @@ from comparer import assert_as_accurate
 from harness import BACKENDS, DTYPES, Case, check, make_case
 from torch import Tensor
 
-from xtoken import kd_loss, pkl_loss
+from xtoken import gold_loss, kd_loss, pkl_loss
 from xtoken.losses import _backends
 from xtoken.losses._backends import IGNORED, Labels
 
@@ -91,26 +91,33 @@ def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("loss", ["kd", "pkl"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("loss", ["kd", "pkl", "gold"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0, "reverse": True}], ids=str)
 def test_labels_in_the_same_pass(options: dict[str, Any], loss: str, backend: str) -> None:
-    """As two losses of the reference, also where the label's logit is -inf and in rows without a chunk."""
+    """As two losses of the reference, also at a logit of -inf, in rows of no chunk, and without a gradient."""
     case = make_case(67, 67)
     case.student[..., 1::3] = -math.inf
     labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
     labels[:, 3] = IGNORED
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        student = case.student.float().to(dtype).requires_grad_()
+
+    def call(student: Tensor, name: str) -> Any:
         arguments: dict[str, Any] = {"labels": labels, "backend": name, "top_k": None, **options}
+        teacher = case.teacher.float().to(student.dtype)
         if loss == "kd":
             mask = torch.ones(student.shape[:2], dtype=torch.bool)
             mask[:, ::4] = False
-            pair = kd_loss(student, student.detach().flip(1).clamp_min(-9.0), mask=mask, **arguments)
-        else:
-            teacher = case.teacher.float().to(dtype)
-            pair = pkl_loss(student, teacher, case.alignment, case.projection, **arguments)
-        results.append((*pair, *torch.autograd.grad(pair[0] + 0.7 * pair[1], student)))
+            return kd_loss(student, student.detach().flip(1).clamp_min(-9.0), mask=mask, **arguments)
+        if loss == "gold":
+            arguments["uncommon_top_k"] = arguments.pop("top_k") or 67
+            return gold_loss(student, teacher, case.alignment, case.projection, **arguments)
+        return pkl_loss(student, teacher, case.alignment, case.projection, **arguments)
+
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        student = case.student.float().to(dtype).requires_grad_()
+        pair = call(student, name)
+        gradient = torch.autograd.grad(pair[0] + 0.7 * pair[1], student)
+        results.append((*pair, *gradient, *call(student.detach(), name)))
     for got, plain, truth in zip(*results, strict=True):
         floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
         assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, loss)

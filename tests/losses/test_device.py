@@ -43,9 +43,9 @@ class Step:
 
 def _xtoken_loss(s: Step) -> Tensor:
     teachers = [xtoken.Teacher(s.case.projection, top_k=31, support="reachable"), xtoken.Teacher(loss="kd", top_k=None)]
-    criterion = xtoken.XTokenLoss(teachers, diagnostics=False, backend=s.backend)
-    total, _ = criterion(s.student, s.labels, [s.teacher, s.student.detach().flip(1)], [s.alignment, None])
-    return total
+    criterion = xtoken.XTokenLoss(teachers, backend=s.backend)
+    total, parts = criterion(s.student, s.labels, [s.teacher, s.student.detach().flip(1)], [s.alignment, None])
+    return total + parts["scale"] + sum(parts[name].sum() for name in ("agreement", "mass", "outside"))
 
 
 def _fixed(s: Step) -> Tensor:

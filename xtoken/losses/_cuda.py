@@ -159,6 +159,7 @@ class Kernels:
         student_grad: Tensor | None = None,
         weight_grad: Tensor | None = None,
         scale: Tensor | None = None,
+        *labels: Labels,
     ) -> Tensor:
         """KL for one shared tokenizer."""
         options: Any = problem.options
@@ -169,9 +170,11 @@ class Kernels:
         if columns is not None:
             place = torch.full((width,), -1, dtype=torch.int32, device=device)
             place[columns] = torch.arange(len(columns), dtype=torch.int32, device=device)
+        wanted = labels[0] if labels else None
         with self.memory(device) as memory:
             student, grad = _logits(memory, problem.student), _gradient(memory, student_grad)
             student_rows = _rows(memory, chunks.student)
+            label_arguments = _labels(memory, wanted)
             self.module.kd(
                 student,
                 _logits(memory, problem.teacher),
@@ -184,13 +187,14 @@ class Kernels:
                 width if columns is None else len(columns),
                 _floats(memory, scale),
                 memory.output(losses),
+                label_arguments,
                 options.temperature,
                 options.reverse,
                 reference.LOWEST_LOGIT,
                 memory.launch,
             )
-            if student_grad is not None:
-                self._other_rows(memory, student, grad, student_rows, chunks.student, (0, 0, 0))
+            if student_grad is not None or wanted is not None:
+                self._other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
         return losses
 
     def gold(
@@ -199,6 +203,7 @@ class Kernels:
         student_grad: Tensor | None = None,
         weight_grad: Tensor | None = None,
         scale: Tensor | None = None,
+        *labels: Labels,
     ) -> Tensor:
         """GOLD, H-KL and ULD: kernels around torch's sort, a group of chunks at a time; see `SORTED_ELEMENTS`."""
         options: Any = problem.options
@@ -212,6 +217,7 @@ class Kernels:
         rest = len(plan.student_others), len(plan.teacher_others)
         compared = min(options.uncommon_top_k, *rest) if paired else max(rest)
         reverse = paired and options.reverse
+        wanted = labels[0] if labels else None
         step = max(1, SORTED_ELEMENTS // max(1, sum(rest)))
         parts = []
         for first in range(0, len(chunks), step):
@@ -244,6 +250,7 @@ class Kernels:
                     *given[3:5],
                     count,
                     _floats(memory, None if scale is None else scale[first:last]),
+                    _labels(memory, wanted, keep=True),
                     options.temperature,
                     reverse,
                     reference.LOWEST_LOGIT,
@@ -255,7 +262,10 @@ class Kernels:
             with self.memory(device) as memory:
                 student, grad = _logits(memory, problem.student), _gradient(memory, student_grad, keep=True)
                 rows = _rows(memory, chunks.student)
-                self._other_rows(memory, student, grad, rows, chunks.student, (0, 0, 0))
+                others = _labels(memory, wanted, keep=True)
+                self._other_rows(memory, student, grad, rows, chunks.student, others)
+        elif wanted is not None:
+            self.cross_entropy(problem.student, wanted)
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.float32, device=device)
 
     def _gold(self, memory: Memory, problem: Problem, plan: GoldPlan, first: int, last: int) -> tuple[Any, ...]:
@@ -397,7 +407,7 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
         missing,
         unsupported,
         kernels.cross_entropy,
-        fused_labels=frozenset(["pkl"]),
+        fused_labels=frozenset(operations),
         masked=frozenset(["kd"]),
     )
 

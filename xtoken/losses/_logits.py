@@ -162,6 +162,10 @@ class Source(Protocol):
         """Rows ``start ... stop - 1`` of all samples' rows, one after the other: [stop - start, size]."""
         ...
 
+    def at(self, index: Tensor) -> Tensor:
+        """Single rows of them: int64 [n] to [n, size]."""
+        ...
+
 
 class DenseSource:
     """Logits in memory [B, T, >= size]."""
@@ -172,6 +176,9 @@ class DenseSource:
 
     def rows(self, start: int, stop: int) -> Tensor:
         return self.logits.flatten(0, 1)[start:stop]
+
+    def at(self, index: Tensor) -> Tensor:
+        return self.logits[index // self.length, index % self.length]
 
 
 class TopKSource:
@@ -187,11 +194,17 @@ class TopKSource:
             raise ValueError(f"ids: expected token ids in 0 ... {size - 1}, or -1, got {low if low < -1 else high}")
 
     def rows(self, start: int, stop: int) -> Tensor:
-        ids = self.ids[start:stop].long()
-        dtype = torch.promote_types(self.logprobs.dtype, torch.float32)
-        logprobs = self.logprobs[start:stop].to(dtype).masked_fill(ids < 0, -torch.inf)
         if self.checked:
-            _check_distinct(ids, start)
+            _check_distinct(self.ids[start:stop], start)
+        return self._dense(slice(start, stop))
+
+    def at(self, index: Tensor) -> Tensor:
+        return self._dense(index)
+
+    def _dense(self, rows: slice | Tensor) -> Tensor:
+        ids = self.ids[rows].long()
+        dtype = torch.promote_types(self.logprobs.dtype, torch.float32)
+        logprobs = self.logprobs[rows].to(dtype).masked_fill(ids < 0, -torch.inf)
         if self.tail == "renormalize":
             logprobs = logprobs - logprobs.logsumexp(dim=1, keepdim=True)
             rest = torch.full_like(logprobs[:, 0], -torch.inf)
@@ -221,7 +234,10 @@ class LinearSource:
         self.bias = None if bias is None else bias[:size]
 
     def rows(self, start: int, stop: int) -> Tensor:
-        return torch.nn.functional.linear(self.hidden[start:stop], self.weight, self.bias)
+        return self.at(slice(start, stop))
+
+    def at(self, index: slice | Tensor) -> Tensor:
+        return torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
 
 
 class RowBlock(NamedTuple):

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import IGNORED, blocks
+from xtoken.losses._backends import IGNORED
 from xtoken.losses._common import (
     check_alignment,
     check_choice,
@@ -22,7 +21,8 @@ from xtoken.losses._common import (
     source,
     width_of,
 )
-from xtoken.losses._logits import AnyLogits, DenseSource, Source, row_blocks
+from xtoken.losses._diagnostics import NAMES, diagnose, diagnose_events, nothing
+from xtoken.losses._logits import AnyLogits, Source
 from xtoken.losses._ops import at_least_one
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
@@ -30,13 +30,10 @@ from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_colum
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks, Rows
+from xtoken.reference import Chunks
 
 LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
-
-DIAGNOSED_CHUNKS = 256
-"""Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
 
 Count = int | Tensor
 
@@ -119,8 +116,7 @@ class XTokenLoss(nn.Module):
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
     diagnostics : bool
-        Also report agreement and mass, of at most `DIAGNOSED_CHUNKS` chunks of a call. May be changed at any time. On
-        a GPU they wait for the device.
+        Also report agreement and mass, of at most 256 chunks of a call. May be changed at any time.
     backend : str
         See `select_backend`.
 
@@ -203,6 +199,7 @@ class XTokenLoss(nn.Module):
         total : Tensor
             Scalar, at least float32.
         parts : dict of detached tensors
+            On the device of the logits; nothing here waits for their values.
             "ce", "kd" : scalar, as they enter the total before scaling and weights.
             "scale" : scalar, the factor s of KD.
             "kd_per_teacher" : [M]
@@ -237,13 +234,14 @@ class XTokenLoss(nn.Module):
         if scale is None:
             scale = self._ratio(ce.detach(), kd.detach(), reduce)
         total = self.ce_weight * ce + self.kd_weight * scale * kd
+        diagnoses = torch.stack([part.diagnosis for part in done]) if done else ce.new_zeros(0, len(NAMES))
         parts = {
             "ce": ce.detach(),
             "kd": kd.detach(),
             "scale": scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
             "chunks": _numbers([part.chunks for part in done], kd.device),
-            **{name: torch.tensor([getattr(part.diagnosis, name) for part in done]) for name in _Diagnosis._fields},
+            **dict(zip(NAMES, diagnoses.unbind(1), strict=True)),
         }
         return total, parts
 
@@ -327,16 +325,13 @@ class XTokenLoss(nn.Module):
             result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
         loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
         loss = loss / (at_least_one(chunks.number) if divisor is None else divisor)
-        diagnosis = _Diagnosis()
-        if self.diagnostics and (columns is not None or teacher.pieces is not None):
-            some = _evenly(chunks.first().kept()[0], DIAGNOSED_CHUNKS)
-            if len(some) and teacher.pieces is not None:
-                diagnosis = _diagnose_events(student, teacher_source, some, teacher.pieces)
-            elif len(some) and columns is not None:
-                if W is not None and teacher.support == "reachable":
-                    columns, count = reachable(columns, W)
-                    columns = columns if count is None else columns[: int(count)]
-                diagnosis = _diagnose(student, teacher_source, some, columns, W)
+        diagnosis = nothing(device)
+        if self.diagnostics and teacher.pieces is not None:
+            diagnosis = diagnose_events(student, teacher_source, chunks, teacher.pieces)
+        elif self.diagnostics and columns is not None:
+            reached = W is not None and teacher.support == "reachable"
+            chosen, count = reachable(columns, W) if reached else (columns, None)
+            diagnosis = diagnose(student, teacher_source, chunks, chosen, count, W)
         return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
@@ -357,63 +352,11 @@ class XTokenLoss(nn.Module):
         return source(student_logits, sizes[0]), source(teacher_logits, sizes[1])
 
 
-class _Diagnosis(NamedTuple):
-    """Means over chunks; see `XTokenLoss.forward`."""
-
-    agreement: float = math.nan
-    mass: float = math.nan
-    outside: float = math.nan
-
-
 class _Distilled(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor | None
     chunks: int | Tensor
-    diagnosis: _Diagnosis
-
-
-@torch.no_grad()
-def _diagnose(student: Source, teacher: Source, chunks: Chunks, columns: Tensor, projection: Any) -> _Diagnosis:
-    """Agreement and masses, block by block; the chunks have one row on each side."""
-    entries = None if projection is None else reference.restrict(projection, columns)
-    sums = torch.zeros(len(_Diagnosis._fields), dtype=torch.float64)
-    for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
-        for block in blocks(student_rows, teacher_rows, part):
-            one = block.chunks
-            sums += torch.stack([
-                reference.agreement(block.student, block.teacher, one, columns, entries).sum().double().cpu(),
-                reference.column_mass(block.teacher, one.teacher, columns).sum().double().cpu(),
-                len(one) - reference.projected_mass(block.student, one.student, columns, entries).sum().double().cpu(),
-            ])  # fmt: skip
-    return _Diagnosis(*(sums / len(chunks)).tolist())
-
-
-@torch.no_grad()
-def _diagnose_events(student: Source, teacher: Source, chunks: Chunks, pieces: PieceIndex) -> _Diagnosis:
-    """Agreement on prefix KL's events, which leave nothing out on either side."""
-    agreed = 0
-    for student_rows, teacher_rows, part in _dense_parts(student, teacher, chunks):
-        for block in blocks(student_rows, teacher_rows, part):
-            same = reference.event_agreement(block.student, block.teacher, block.chunks, pieces.data)
-            agreed += int(same.sum())
-    return _Diagnosis(agreed / len(chunks), 1.0, 0.0)
-
-
-def _evenly(chunks: Chunks, most: int) -> Chunks:
-    """At most so many of the chunks, evenly spaced."""
-    if len(chunks) <= most:
-        return chunks
-    index = torch.arange(most, device=chunks.used.device) * len(chunks) // most
-    student, teacher = (Rows(rows.start[index], rows.count[index]) for rows in (chunks.student, chunks.teacher))
-    return Chunks(student, teacher, chunks.used[index])
-
-
-def _dense_parts(student: Source, teacher: Source, chunks: Chunks) -> Iterator[tuple[Tensor, Tensor, Chunks]]:
-    if isinstance(student, DenseSource) and isinstance(teacher, DenseSource):
-        yield student.logits, teacher.logits, chunks
-        return
-    for block in row_blocks(student, teacher, chunks):
-        yield *block.dense(student, teacher), block.chunks
+    diagnosis: Tensor
 
 
 def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:

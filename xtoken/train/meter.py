@@ -40,7 +40,7 @@ class Meter:
         """The parts of one call, and the student tokens that it read."""
         self._losses += torch.cat([parts["ce"][None].double(), parts["kd_per_teacher"].double()]).cpu()
         chunks = parts["chunks"].double().cpu()
-        diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).double()
+        diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).double().cpu()
         known = ~diagnoses.isnan().any(0)
         self._chunks += chunks
         self._diagnosed += chunks * known
