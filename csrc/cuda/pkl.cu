@@ -199,6 +199,7 @@ class Chunk {
             int32_t slot[N];
             load_lanes(plan_.column_slot, j, slot);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
+            constexpr bool precise = sizeof(S) == 4;
             float u[N];
 #pragma unroll
             for (int first = 0; first < N; first += M) {
@@ -213,12 +214,12 @@ class Chunk {
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     const float added = x[k] + small;
-                    const float log_m = logf(added * per_d);
+                    const float log_m = logarithm(added * per_d, precise);
                     if (p_.reverse) {
-                        u[first + k] = (log_m - log_q[k]) + x[k] / added;
+                        u[first + k] = (log_m - log_q[k]) + quotient(x[k], added, precise);
                         loss = fmaf(x[k] * per_d, log_m - log_q[k], loss);
                     } else {
-                        u[first + k] = share[k] / added;
+                        u[first + k] = quotient(share[k], added, precise);
                         loss = fmaf(share[k], log_q[k] - log_m, loss);
                     }
                     b = fmaf(x[k], u[first + k], b);

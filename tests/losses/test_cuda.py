@@ -10,7 +10,7 @@ import emulated
 import pytest
 import torch
 from comparer import assert_close
-from harness import OPERATIONS, Case, check, losses_and_grad, make_case, piece_index
+from harness import CASES, DTYPES, OPERATIONS, Case, check, losses_and_grad, make_case, piece_index
 from torch import Tensor
 
 from xtoken import gold_loss, pkl_loss
@@ -27,7 +27,9 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("pkl", {"merge": "mean", "top_k": None}),
     "chain": ("pkl", {"merge": "chain", "reverse": True, "temperature": 2.5}),
     "hkl": ("hkl", {"uncommon_top_k": 20}),
+    "gold": ("gold", {"reverse": True}),
     "kd": ("kd", {"top_k": 13}),
+    "kd, reverse": ("kd", {"reverse": True}),
     "prefix": ("prefix", {"temperature": 1.5}),
     "prefix, reverse": ("prefix", {"reverse": True}),
 }
@@ -54,6 +56,24 @@ def test_the_order_of_threads_does_not_matter(name: str, order: Any) -> None:
     for name_of_order, seed in ORDERS:
         order(name_of_order, seed)
         assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
+
+
+@pytest.fixture(params=["above", "below", "mixed"])
+def errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Approximate functions are off by as much as CUDA says that they may be."""
+    emulated.set_errors(request.param)
+    yield
+    emulated.set_errors("none")
+
+
+@needs_emulator
+@pytest.mark.usefixtures("errors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_errors_of_approximate_functions(name: str, dtype: torch.dtype) -> None:
+    operation, options = OPTIONS[name]
+    for case in ("teacher_below", "peaky", "infinite", "one_chunk"):
+        check("emulated", operation, CASES[case](), dtype, **options)
 
 
 def long_case() -> Case:
