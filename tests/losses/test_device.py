@@ -48,6 +48,12 @@ def _xtoken_loss(s: Step) -> Tensor:
     return total + parts["scale"] + sum(parts[name].sum() for name in ("agreement", "mass", "outside"))
 
 
+def _xtoken_prefix(s: Step) -> Tensor:
+    criterion = xtoken.XTokenLoss([xtoken.Teacher(pieces=s.case.pieces)], backend=s.backend)
+    total, _ = criterion(s.student, s.labels, s.teacher, s.alignment)
+    return total
+
+
 def _fixed(s: Step) -> Tensor:
     criterion = xtoken.XTokenLoss([xtoken.Teacher(loss="kd")], "fixed", diagnostics=False, backend=s.backend)
     total, parts = criterion(s.student, s.labels, s.student.detach().flip(1))
@@ -56,6 +62,12 @@ def _fixed(s: Step) -> Tensor:
 
 def _pkl(**options: Any) -> Callable[[Step], Any]:
     return lambda s: xtoken.pkl_loss(s.student, s.teacher, s.alignment, s.case.projection, backend=s.backend, **options)
+
+
+def _prefix(**options: Any) -> Callable[[Step], Any]:
+    return lambda s: xtoken.prefix_kl_loss(
+        s.student, s.teacher, s.alignment, s.case.pieces, backend=s.backend, **options
+    )
 
 
 def _labelled(s: Step) -> Tensor:
@@ -116,6 +128,16 @@ CALLS: dict[str, Callable[[Step], Any]] = {
     "kd, alignment": lambda s: xtoken.kd_loss(
         s.student, s.student.detach().flip(1), s.constants.positions, labels=s.labels, backend=s.backend
     )[0],
+    "prefix": _prefix(),
+    "prefix, none": lambda s: _prefix(reduction="none", reverse=True, temperature=2.0)(s).square().sum(),
+    "prefix, inplace": lambda s: xtoken.prefix_kl_loss(
+        s.student * 1.0, s.teacher, s.alignment, s.case.pieces, inplace=True, backend=s.backend
+    ),
+    "prefix, labels": lambda s: sum(_prefix(labels=s.labels)(s)),
+    "prefix, linear": lambda s: xtoken.linear_prefix_kl_loss(
+        s.hidden, s.head, s.teacher, s.alignment, s.case.pieces, backend=s.backend
+    ),
+    "prefix, combined": _xtoken_prefix,
     "everything": _xtoken_loss,
     "everything, fixed": _fixed,
 }  # fmt: skip

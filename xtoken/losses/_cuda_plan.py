@@ -49,7 +49,7 @@ class Structure:
     row_lists: Lists
 
 
-def _lists(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
+def lists_of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
     """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
     order = np.argsort(-counts, kind="stable")
     keys, counts, begin = keys[order], counts[order], begin[order]
@@ -105,10 +105,10 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     identity = np.arange(total)
     column_code, many_columns = codes(column_count, column_begin, by_column, row)
     row_code, many_rows = codes(row_count, row_ptr[:-1], identity, col.astype(np.int64))
-    column_lists = _lists(
+    column_lists = lists_of(
         many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column, total
     )
-    row_lists = _lists(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
+    row_lists = lists_of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
     column_code[column_code < 0] = students
     column_code[column_lists.owner.numpy()] = students + 1 + np.arange(len(many_columns))
     row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
