@@ -115,6 +115,7 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     options, config = parse(given)
     assert options.student == "meta-llama/Llama-3.2-1B"
     assert options.data == ["a.jsonl", "b.jsonl"]
+    assert options.loss == (["pkl"] if name == "llama-3.2-1b-from-qwen3-4b" else ["auto"])  # no prefix KL in the paper
     assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
     assert (config.max_steps, options.top_k, config.scaling, config.output_dir) == (
         30000,
