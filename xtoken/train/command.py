@@ -203,7 +203,7 @@ def main(arguments: Sequence[str]) -> None:
     losses, weights = one_each(options.loss, "auto", count, "loss"), weights_of(options.teacher_weight, count)
     folders = one_each(options.teacher_cache, "none", count, "teacher_cache")
     student, student_tok = load_model(
-        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code
+        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code, may_shard=True
     )
     with config.main_process_first(desc="W and audit"):  # the others find them in the cache
         built = [
