@@ -178,9 +178,10 @@ def test_arguments_that_a_template_does_not_write_as_json(small_chat_tok):
     """Values are aligned where they are the same text; what stands between them is the student's alone."""
     student = small_chat_tok("qwen3")
     row = calls({"city": "Köln", "days": 3, "units": {"is_metric": True}, "quoted": 'x"y'})
-    for template in (
-        "{% for key, value in call.arguments.items() %}<{{ key }}>{{ value }}</{{ key }}>{% endfor %}",
-        "{{ call.arguments | tojson(indent=1) }}",
+    for template, aligned in (
+        ("{% for key, value in call.arguments.items() %}<{{ key }}>{{ value }}</{{ key }}>{% endfor %}", "Köln3"),
+        ("{{ call.arguments | tojson(indent=1) }}", "Köln3"),
+        ("{{ call.arguments | tojson(ensure_ascii=True) }}", "3"),  # the same JSON but for one letter
     ):
         teacher = type(student)(tokenizer_object=small_chat_tok("llama3").backend_tokenizer, eos_token="<|eot_id|>")
         teacher.chat_template = (
@@ -197,7 +198,7 @@ def test_arguments_that_a_template_does_not_write_as_json(small_chat_tok):
         assert trained_text(example, vocabulary) == "f0" + text + "<|im_end|>"
         chunks = pieces_of(example, vocabulary, encoder.teachers[0].vocabulary)
         assert all(ours == theirs for ours, theirs in chunks[:-1])
-        assert joined(chunks) == "f0Köln3<|im_end|>"
+        assert joined(chunks) == f"f0{aligned}<|im_end|>"
 
 
 def test_arguments_that_are_text_stay_as_they_are(small_chat_tok):

@@ -72,6 +72,8 @@ def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"source: no such file: none\.gguf"):
         load_model("none.gguf")
+    with pytest.raises(OSError, match=r"^no/such-model: "):
+        load_model("no/such-model")
 
 
 def test_pad_token(tmp_path):

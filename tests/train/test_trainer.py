@@ -169,10 +169,14 @@ def test_projections_follow_the_schedule_and_skip_what_is_skipped(tmp_path, stud
     trainer.train()
     assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
     before = teacher.objective.projection.logits.detach().clone()
+    trainer.args.learning_rate = 0.0  # then W keeps its own, though the schedule is at its end
     trainer.optimizer._is_overflow = True
     assert trainer.accelerator.optimizer_step_was_skipped
     trainer._projection_steps.on_optimizer_step(trainer.args, trainer.state, trainer.control)
     assert torch.equal(teacher.objective.projection.logits, before)
+    trainer.optimizer._is_overflow = False
+    trainer._projection_steps.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert not torch.equal(teacher.objective.projection.logits, before)
 
 
 def test_the_best_model_brings_its_projection(tmp_path, student_tok, teacher_tok, examples):

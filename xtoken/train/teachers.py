@@ -59,6 +59,8 @@ def load_model(
         If the output layer is narrower than the tokenizer; see `check_head`.
     FileNotFoundError
         If a GGUF file does not exist.
+    OSError
+        If there is no such model, naming it.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -105,7 +107,10 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     name, options = _place(source, trust_remote_code, revision)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except OSError as error:  # which does not always say of what
+        raise OSError(f"{source}: {error}") from error
     ensure_pad_token(tokenizer)
     return tokenizer
 
