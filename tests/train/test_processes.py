@@ -35,7 +35,9 @@ def launch(folder: Path, **work: Any) -> dict[str, Any]:
     command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
     command += [str(here / "two_processes.py"), str(folder), json.dumps(work)]
     path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
-    environment = {**os.environ, "PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+    fsdp = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}  # as transformers 5 has them anyway
+    environment = {**os.environ, **cpu, **fsdp, "PYTHONPATH": path}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=280)
     assert done.returncode == 0, done.stderr[-4000:]
     loaded: dict[str, Any] = torch.load(folder / "results.pt")
