@@ -339,6 +339,11 @@ class ExampleEncoder:
     where both play the same role in their vocabularies; and the tags around a reasoning are taken for content, since
     the student must write them itself. Special tokens that stand in a content are left out.
 
+    Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
+    numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its
+    strings and numbers are aligned, and what stands between them is the student's to learn from labels alone.
+    Arguments that are a string are a content like others. What a template writes around a call is not trained on.
+
     Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
     edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher has
     the same white space there.
