@@ -46,6 +46,7 @@ def small_chat_tok() -> Any:
     """A small tokenizer with the special tokens and the chat template of a model, by name."""
     sizes = {"llama3": (700, "{1,3}"), "qwen3": (500, ""), "gemma3": (450, ""), "mistral": (600, "{1,2}")}
     made = {name: small_chat(name, *size) for name, size in sizes.items()}
+    made["qwen3x"] = small_chat("qwen3", 650, "{1,2}")
     return made.__getitem__
 
 

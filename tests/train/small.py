@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from comparer import assert_close
 from transformers import TrainerCallback
 
 from xtoken import Aligner, ProjectionMatrix, Teacher
 from xtoken.alignment import Alignment, pad_rows
-from xtoken.train import TeacherModel, XTokenConfig, XTokenTrainer
+from xtoken.train import TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 
 SMALL_TEXTS = [
     f"In {1900 + 7 * k}, {13 * k + 100} readers paid ${k}.{k % 10}0 for {'one book' if k % 3 else 'two books'}, "
@@ -146,12 +147,14 @@ def make_trainer(
 
 
 class _Gradients(TrainerCallback):
-    """Keeps the student's gradients of the last step, and what was logged."""
+    """Keeps the student's gradients of the last step, whole where FSDP has shared them out."""
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = kwargs["model"].named_parameters()
         self.gradients = {
-            name.removeprefix("module."): weight.grad.clone() for name, weight in named if weight.grad is not None
+            name.removeprefix("module."): getattr(weight.grad, "full_tensor", weight.grad.clone)()
+            for name, weight in named
+            if weight.grad is not None
         }
 
 
@@ -170,6 +173,54 @@ def run_one_step(
         gradients[f"W{k}"] = weight.grad
     logged = [one for one in trainer.state.log_history if "ce" in one][-1]
     return {**gradients, "logged": torch.tensor([logged["ce"], logged["kd"]])}
+
+
+def cut(size: int, accumulated: int) -> dict[str, int]:
+    """The options of a step of some micro-batches of a size."""
+    return {"per_device_train_batch_size": size, "gradient_accumulation_steps": accumulated}
+
+
+def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> None:
+    """Of what `run_one_step` gives, but for rounding."""
+    assert got.keys() == want.keys()
+    for name, value in want.items():
+        assert_close(got[name], value, rtol=1e-4, atol=2e-6 * float(value.abs().max()) + 1e-9, what=name)
+
+
+FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
+
+
+def two_teachers(student_tok: Any, teacher_tok: Any, learnable: bool = False) -> list[TeacherModel]:
+    """P-KL from another tokenizer, and one with the student's."""
+    return [
+        make_teacher(student_tok, teacher_tok, learnable=learnable),
+        make_teacher(student_tok, None, 2, name="twin"),
+    ]
+
+
+def held_out(folder: Path, student_tok: Any, teacher_tok: Any, count: int, packed: bool) -> dict[str, float]:
+    """What evaluation says of some examples, two a batch and process."""
+    examples = encode(SMALL_TEXTS[:count], student_tok, teacher_tok, None)
+    trainer = make_trainer(
+        folder, student_tok, two_teachers(student_tok, teacher_tok), None, examples, per_device_eval_batch_size=2
+    )
+    if packed:
+        trainer.data_collator = XTokenCollator(student_tok, [teacher_tok, student_tok], packed=True, max_length=256)
+    return trainer.evaluate()
+
+
+def train_and_resume(folder: Path, student_tok: Any, teacher_tok: Any, **options: Any) -> list[list[dict[str, Any]]]:
+    """The logs of a run with trained W, and of one that goes on from its middle; both save at their end."""
+    examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
+    logs = []
+    for name, start in (("whole", None), ("resumed", folder / "whole" / "checkpoint-2")):
+        trainer = make_trainer(
+            folder / name, student_tok, two_teachers(student_tok, teacher_tok, learnable=True), examples,
+            max_steps=4, save_strategy="steps", save_steps=2, scaling="fixed", lr_scheduler_type="linear", **options,
+        )  # fmt: skip
+        trainer.train(resume_from_checkpoint=None if start is None else str(start))
+        logs.append([one for one in trainer.state.log_history if "ce" in one])
+    return logs
 
 
 def command(folders: dict[str, str], output: Path, *more: str) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from chats import joined, pieces_of, trained_text
 
@@ -132,18 +134,79 @@ def test_a_reasoning_block_that_the_template_adds_is_no_content(chat_tok):
 
 def test_tool_calls_align_where_both_templates_write_the_same(chat_tok):
     row = {"messages": CALL, "tools": TOOLS}
+    arguments = 'get_weather {"city": "Köln am Rhein", "days": 3'
     example, chunks, vocabulary = encode(chat_tok("qwen3"), chat_tok("llama3"), row)
-    expected = "get_weatherKöln am Rhein<|im_end|>Clear skies.<|im_end|>"
-    assert trained_text(example, vocabulary) == joined(chunks) == expected
+    # Qwen joins both closing braces to a line end, so that no token of Llama is the same text.
+    assert trained_text(example, vocabulary) == arguments + "}}\n<|im_end|>Clear skies.<|im_end|>"
+    assert joined(chunks) == arguments + "<|im_end|>Clear skies.<|im_end|>"
+    assert joined(chunks, 1) == arguments + "<|eot_id|>Clear skies.<|eot_id|>"
     row["messages"] = [*CALL[:2], {"role": "tool", "content": ' a "quoted" \n'}, CALL[3]]
     _, chunks, _ = encode(chat_tok("qwen3"), chat_tok("llama3"), row, "all")
     assert '> "quoted"<' in joined(chunks)  # of " a" one template strips the space
-    row["messages"] = [
-        CALL[0],
-        {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": {"q": 'x"y'}}}]},
-    ]
-    example, chunks, vocabulary = encode(chat_tok("qwen3"), chat_tok("llama3"), row)
-    assert trained_text(example, vocabulary) == joined(chunks) == "f<|im_end|>"  # the argument is written with \\"
+
+
+def calls(*arguments: Any) -> dict[str, Any]:
+    functions = [{"name": f"f{k}", "arguments": one} for k, one in enumerate(arguments)]
+    return {"messages": [CALL[0], {"role": "assistant", "tool_calls": [{"function": one} for one in functions]}]}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        (
+            {"q": 'x"y\n', "n": [1, -2.5, True, {"deep": " b "}]},
+            r'{"q": "x\"y\n", "n": [1, -2.5, true, {"deep": " b "}]}',
+        ),
+        ({"n": 7}, '{"n": 7}'),
+        ({"is_on": False}, '{"is_on": false}'),
+        ({}, "{}"),
+    ],
+)
+def test_arguments_of_any_type_are_aligned_as_json(small_chat_tok, arguments, text):
+    """Numbers, truth values, keys and brackets too, up to the brace that closes the call."""
+    example, chunks, vocabulary = encode(small_chat_tok("qwen3"), small_chat_tok("llama3"), calls(arguments))
+    assert trained_text(example, vocabulary) == joined(chunks) == "f0" + text + "}<|im_end|>"
+    assert joined(chunks, 1) == "f0" + text + "}<|eot_id|>"
+
+
+def test_several_calls_of_one_message(small_chat_tok):
+    example, chunks, vocabulary = encode(small_chat_tok("qwen3"), small_chat_tok("qwen3x"), calls({}, {"n": 7}, {}))
+    assert trained_text(example, vocabulary) == joined(chunks) == 'f0{}}f1{"n": 7}}f2{}}<|im_end|>'
+
+
+def test_arguments_that_a_template_does_not_write_as_json(small_chat_tok):
+    """Values are aligned where they are the same text; what stands between them is the student's alone."""
+    student = small_chat_tok("qwen3")
+    row = calls({"city": "Köln", "days": 3, "units": {"is_metric": True}, "quoted": 'x"y'})
+    for template, aligned in (
+        ("{% for key, value in call.arguments.items() %}<{{ key }}>{{ value }}</{{ key }}>{% endfor %}", "Köln3"),
+        ("{{ call.arguments | tojson(indent=1) }}", "Köln3"),
+        ("{{ call.arguments | tojson(ensure_ascii=True) }}", "3"),  # the same JSON but for one letter
+    ):
+        teacher = type(student)(tokenizer_object=small_chat_tok("llama3").backend_tokenizer, eos_token="<|eot_id|>")
+        teacher.chat_template = (
+            "{% for m in messages %}<{{ m.role }}> {{ m.content }}"
+            "{% for one in m.tool_calls or [] %}{% set call = one.function %}{{ call.name }}: "
+            + template
+            + "{% endfor %}"
+            "<|eot_id|>{% endfor %}"
+        )
+        encoder = ExampleEncoder(student, [teacher], train_on="assistant")
+        ((example,),) = encoder.encode([row])
+        vocabulary = encoder.student.vocabulary
+        text = r'{"city": "Köln", "days": 3, "units": {"is_metric": true}, "quoted": "x\"y"}'
+        assert trained_text(example, vocabulary) == "f0" + text + "<|im_end|>"
+        chunks = pieces_of(example, vocabulary, encoder.teachers[0].vocabulary)
+        assert all(ours == theirs for ours, theirs in chunks[:-1])
+        assert joined(chunks) == f"f0{aligned}<|im_end|>"
+
+
+def test_arguments_that_are_text_stay_as_they_are(small_chat_tok):
+    """Where a template writes them as they are they are aligned; where it quotes them they are not."""
+    student = small_chat_tok("qwen3")
+    row = calls('{"n": 7}')
+    example, chunks, vocabulary = encode(student, small_chat_tok("llama3"), row)
+    assert trained_text(example, vocabulary) == joined(chunks) == "f0<|im_end|>"
 
 
 def test_contents_that_look_like_the_template(small_chat_tok):

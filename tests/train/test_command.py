@@ -8,7 +8,9 @@ import pytest
 from small import command, history
 
 from xtoken.cli import main
-from xtoken.train.command import one_each, parse, weights_of
+from xtoken.train.command import check, one_each, parse, weights_of
+
+ALL = ["--student", "S", "--teacher", "T", "--output", "out"]
 
 
 def test_auto(folders, tmp_path, capsys):
@@ -58,6 +60,10 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         ([], "--student: expected one"),
         (["--student", "S"], "--teacher: expected one"),
         (["--student", "S", "--teacher", "T"], "--data: expected one"),
+        (["--student", "S", "--teacher", "T", "--data", "D"], "--output: expected a folder"),
+        ([*ALL, "--data", ".", "--loss", "pkl", "best"], "--loss: expected one of 'auto', 'pkl', .*, got 'best'"),
+        ([*ALL, "--data", ".", "--eval_data", "none.txt"], "input: no file matches none.txt"),
+        ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
         (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
         (["--config", "odd.yaml"], "--config: odd.yaml has an unknown option: colour"),
     ],
@@ -66,8 +72,8 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("[1, 2]")
     Path("odd.yaml").write_text("colour: red")
-    with pytest.raises(ValueError, match=message):
-        parse(arguments)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        check(parse(arguments)[0])
 
 
 def test_errors_are_one_line(folders, tmp_path, capsys):
@@ -115,6 +121,7 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     options, config = parse(given)
     assert options.student == "meta-llama/Llama-3.2-1B"
     assert options.data == ["a.jsonl", "b.jsonl"]
+    assert options.loss == (["pkl"] if name == "llama-3.2-1b-from-qwen3-4b" else ["auto"])  # no prefix KL in the paper
     assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
     assert (config.max_steps, options.top_k, config.scaling, config.output_dir) == (
         30000,

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from small import encode, make_model, make_teacher, make_tokenizer
+from transformers.integrations import deepspeed
 
 from xtoken import Alignment, Teacher, TopKLogits, Vocabulary
-from xtoken.train import TeacherModel, load_model
-from xtoken.train.teachers import check_head, check_same_bytes, ensure_pad_token, same_tokens
+from xtoken.train import TeacherModel, load_model, load_tokenizer
+from xtoken.train.teachers import EFFICIENT_LOADING, check_head, check_same_bytes, ensure_pad_token, same_tokens
 
 
 def test_loads_a_folder(tmp_path, teacher_tok):
@@ -43,9 +45,35 @@ def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as)
     assert asked[1][1] == {"gguf_file": "model.gguf", name: loaded_as}
 
 
+def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
+    """What makes FSDP and DeepSpeed load shares of a model is switched off meanwhile, but for the student."""
+    make_model(len(teacher_tok), 1).save_pretrained(tmp_path)
+    teacher_tok.save_pretrained(tmp_path)
+    config = SimpleNamespace(is_zero3=lambda: True)
+    monkeypatch.setenv(EFFICIENT_LOADING, "true")
+    monkeypatch.setattr(deepspeed, "_hf_deepspeed_config_weak_ref", lambda: config)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    seen = []
+
+    def watched(*args, **kwargs):
+        seen.append((os.environ.get(EFFICIENT_LOADING), deepspeed.is_deepspeed_zero3_enabled()))
+        deepspeed.unset_hf_deepspeed_config()
+        return load(*args, **kwargs)
+
+    monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", watched)
+    load_model(tmp_path)
+    assert seen == [(None, False)]
+    assert os.environ[EFFICIENT_LOADING] == "true"
+    assert deepspeed.is_deepspeed_zero3_enabled()
+    load_model(tmp_path, may_shard=True)
+    assert seen[1:] == [("true", True)]
+
+
 def test_missing_file():
     with pytest.raises(FileNotFoundError, match=r"source: no such file: none\.gguf"):
         load_model("none.gguf")
+    with pytest.raises(OSError, match=r"^no/such-model: "):
+        load_model("no/such-model")
 
 
 def test_pad_token(tmp_path):
@@ -59,10 +87,17 @@ def test_pad_token(tmp_path):
     tokenizer.pad_token = tokenizer.eos_token = None
     ensure_pad_token(tokenizer)
     assert tokenizer.pad_token_id == 0
+    tokenizer.pad_token, tokenizer.eos_token = None, "</s>"
+    tokenizer.save_pretrained(tmp_path)
+    assert load_tokenizer(tmp_path).pad_token == "</s>"
 
 
-def test_head_narrower_than_the_tokenizer(teacher_tok, student_tok):
+def test_head_narrower_than_the_tokenizer(tmp_path, teacher_tok, student_tok):
     model = make_model(len(teacher_tok) - 1, 1)
+    model.save_pretrained(tmp_path)
+    teacher_tok.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=rf"{tmp_path}: expected an output layer of at least {len(teacher_tok)} rows"):
+        load_model(tmp_path)
     with pytest.raises(ValueError, match=rf"T: expected an output layer of at least {len(teacher_tok)} rows.*got "):
         TeacherModel(Teacher(loss="uld"), model, teacher_tok, "T")
     check_head(make_model(len(teacher_tok) + 5, 1), Vocabulary.from_tokenizer(teacher_tok), "T")

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import math
 from itertools import pairwise
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from comparer import assert_close
 from safetensors.torch import load_file
 from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_teacher, make_trainer
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainingArguments
 
 from xtoken import ProjectionMatrix, kd_loss, pkl_loss
 from xtoken.train import XTokenConfig, XTokenTrainer
@@ -135,19 +137,60 @@ def test_average_is_one_teacher(tmp_path, student_tok, teacher_tok, twins):
 def test_trainable_projection(tmp_path, student_tok, teacher_tok, examples):
     """W has its own learning rate, no clipping, no decay; it is saved, and a projection beside it."""
     teacher = make_teacher(student_tok, teacher_tok, learnable=True, name="T")
-    start = teacher.objective.projection.projection()
+    weight = teacher.objective.projection.logits
+    start, start_weight = teacher.objective.projection.projection(), weight.detach().clone()
     trainer = make_trainer(
-        tmp_path, student_tok, [teacher], examples, max_steps=3, max_grad_norm=1e-9, save_strategy="steps",
-        save_steps=3, weight_decay=0.1, lr_scheduler_type="constant",
+        tmp_path, student_tok, [teacher], examples, max_steps=1, max_grad_norm=1e-9, save_strategy="steps",
+        save_steps=1, weight_decay=0.1, learning_rate=1e-5,
     )  # fmt: skip
     trainer.train()
-    group = trainer.optimizer.param_groups[-1]
-    assert (group["lr"], group["weight_decay"]) == (1e-2, 0.0)
-    learned = ProjectionMatrix.load(tmp_path / "checkpoint-3" / "projection-T.safetensors", student_tok, teacher_tok)
-    moved = (learned.weight - start.weight).abs()
-    assert float(moved.max()) > 1e-3
-    state = load_file(tmp_path / "checkpoint-3" / "distillation.safetensors")
-    assert list(state) == ["projections.0.logits"]
+    # A first step of Adam goes as far as the learning rate, wherever the gradient is well above Adam's epsilon.
+    moved = (weight.detach() - start_weight)[weight.grad.abs() > 1e-5].abs()
+    assert len(moved)
+    assert_close(moved, torch.full_like(moved, 1e-2), rtol=2e-3)
+    assert torch.equal(weight.detach()[weight.grad == 0], start_weight[weight.grad == 0])
+    learned = ProjectionMatrix.load(tmp_path / "checkpoint-1" / "projection-T.safetensors", student_tok, teacher_tok)
+    assert float((learned.weight - start.weight).abs().max()) > 1e-3
+    state = load_file(tmp_path / "checkpoint-1" / "distillation.safetensors")
+    assert {name for name in state if not name.startswith("moments.0.")} == {"projections.0.logits"}
+
+
+def test_projections_follow_the_schedule_and_skip_what_is_skipped(tmp_path, student_tok, teacher_tok, examples):
+    """Their rate is the same share of its start as the student's; a step that fp16 leaves out moves neither."""
+    teacher = make_teacher(student_tok, teacher_tok, learnable=True)
+    trainer = make_trainer(tmp_path, student_tok, [teacher], examples, max_steps=4, lr_scheduler_type="linear")
+    rates = []
+
+    class Watch(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            rates.append(trainer._projection_steps.optimizer.param_groups[0]["lr"])
+
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert rates == pytest.approx([1e-2, 7.5e-3, 5e-3, 2.5e-3])
+    before = teacher.objective.projection.logits.detach().clone()
+    trainer.args.learning_rate = 0.0  # then W keeps its own, though the schedule is at its end
+    trainer.optimizer._is_overflow = True
+    assert trainer.accelerator.optimizer_step_was_skipped
+    trainer._projection_steps.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert torch.equal(teacher.objective.projection.logits, before)
+    trainer.optimizer._is_overflow = False
+    trainer._projection_steps.on_optimizer_step(trainer.args, trainer.state, trainer.control)
+    assert not torch.equal(teacher.objective.projection.logits, before)
+
+
+def test_the_best_model_brings_its_projection(tmp_path, student_tok, teacher_tok, examples):
+    teacher = make_teacher(student_tok, teacher_tok, learnable=True)
+    trainer = make_trainer(
+        tmp_path, student_tok, [teacher], examples[:8], examples[8:12], max_steps=2, save_strategy="steps",
+        save_steps=1, eval_strategy="steps", eval_steps=1, load_best_model_at_end=True, greater_is_better=True,
+        metric_for_best_model="eval_loss", learning_rate=1e-3,
+    )  # fmt: skip
+    trainer.train()
+    best = trainer.state.best_model_checkpoint
+    assert best.endswith("checkpoint-1")
+    kept = load_file(f"{best}/distillation.safetensors")["projections.0.logits"]
+    assert torch.equal(teacher.objective.projection.logits.detach(), kept)
 
 
 @pytest.mark.parametrize("learnable", [False, True])
@@ -287,14 +330,20 @@ def test_bad_arguments(tmp_path, student_tok, teacher_tok):
         make_trainer(tmp_path, student_tok, [teacher, other], None, teacher_mode="average")
 
 
-def test_deepspeed_cannot_train_projections(tmp_path, student_tok, teacher_tok, monkeypatch):
-    def create(self: XTokenTrainer) -> None:
-        super(XTokenTrainer, self).create_accelerator_and_postprocess()
-        self.is_deepspeed_enabled = True
+def test_deepspeed_in_fp16_cannot_train_projections(tmp_path, student_tok, teacher_tok, monkeypatch):
+    scales = XTokenTrainer._scales_gradients
 
-    monkeypatch.setattr(XTokenTrainer, "create_accelerator_and_postprocess", create)
-    with pytest.raises(ValueError, match="teachers: expected projections without trainable weights for DeepSpeed"):
-        make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok, learnable=True)], None)
+    def trainer(**config: Any) -> Any:
+        state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(deepspeed_config=config))
+        return SimpleNamespace(is_deepspeed_enabled=True, accelerator=SimpleNamespace(state=state))
+
+    assert [scales(trainer(fp16={"enabled": value})) for value in (True, False)] == [True, False]
+    assert not scales(trainer(bf16={"enabled": True}))
+    monkeypatch.setattr(XTokenTrainer, "_scales_gradients", lambda self: True)
+    make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], None)
+    teachers = [make_teacher(student_tok, teacher_tok, learnable=True)]
+    with pytest.raises(ValueError, match="teachers: expected projections without trainable weights for DeepSpeed in"):
+        make_trainer(tmp_path, student_tok, teachers, None)
 
 
 def test_average_wants_the_same_ids(tmp_path, student_tok, teacher_tok, twins):

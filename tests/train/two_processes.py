@@ -1,25 +1,80 @@
-"""Run by torchrun in two processes: the gradients of one step, written by the first of them."""
+"""Run by torchrun in two processes: what `test_processes` compares with one process, written by the first of them."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
-from small import SMALL_TEXTS, encode, make_teacher, make_tokenizer, run_one_step
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from small import (
+    SMALL_TEXTS,
+    encode,
+    held_out,
+    make_config,
+    make_model,
+    make_tokenizer,
+    run_one_step,
+    train_and_resume,
+    two_teachers,
+)
+
+from xtoken.train import load_model
+
+
+def allow_fsdp_on_the_cpu() -> None:
+    """accelerate leaves FSDP off without an accelerator, and says nothing; torch's FSDP2 runs on the CPU too."""
+    start = AcceleratorState.__init__
+
+    def start_with_fsdp(self: Any, *args: Any, fsdp_plugin: Any = None, **options: Any) -> None:
+        start(self, *args, fsdp_plugin=fsdp_plugin, **options)
+        if fsdp_plugin is not None:
+            self.fsdp_plugin = fsdp_plugin
+            self.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = start_with_fsdp
+
+
+def allow_deepspeed_on_the_cpu() -> None:
+    """accelerate takes two processes without an accelerator for one when DeepSpeed is on; DeepSpeed does not."""
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_CPU)
+
+
+def loaded_whole(folder: Path, tokenizer: Any, options: dict[str, Any]) -> list[bool]:
+    """Whether `load_model` gives all weights while ZeRO-3 is configured: of a teacher, and of the student."""
+    if torch.distributed.get_rank() == 0:
+        make_model(len(tokenizer), 1).save_pretrained(folder / "model")
+        tokenizer.save_pretrained(folder / "model")
+    torch.distributed.barrier()
+    config = make_config(folder, **options)
+    models = [load_model(folder / "model", may_shard=may_shard)[0] for may_shard in (False, True)]
+    assert config.hf_deepspeed_config.is_zero3()
+    return [all(weight.numel() for weight in model.parameters()) for model in models]
+
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    folder, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    folder, work = Path(sys.argv[1]), json.loads(sys.argv[2])
     student_tok, teacher_tok = make_tokenizer(700, "{1,3}", "<s>"), make_tokenizer(500, "", "<|begin|>")
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
-    for k, one in enumerate(options):
-        teachers = [
-            make_teacher(student_tok, teacher_tok, learnable=one.pop("learnable", False)),
-            make_teacher(student_tok, None, 2, name="twin"),
-        ]
-        gradients = run_one_step(folder, student_tok, teachers, examples, **one)
-        if torch.distributed.get_rank() == 0:
-            torch.save(gradients, folder / f"{k}.pt")
+    results: dict[str, Any] = {"gradients": [], "resumed": {}}
+    results["held_out"] = [held_out(folder, student_tok, teacher_tok, *one) for one in work.get("held_out", [])]
+    allow_fsdp_on_the_cpu()
+    for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
+        teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False))
+        results["gradients"].append(run_one_step(folder, student_tok, teachers, examples, **one))
+    for name, one in work["resumed"].items():
+        if "deepspeed" in one:
+            allow_deepspeed_on_the_cpu()
+        results["resumed"][name] = train_and_resume(folder / name, student_tok, teacher_tok, **one)
+        expected = DistributedType.DEEPSPEED if "deepspeed" in one else DistributedType.FSDP
+        assert AcceleratorState().distributed_type == expected
+        assert AcceleratorState().num_processes == 2
+    if "zero3" in work["resumed"]:
+        results["is_whole"] = loaded_whole(folder, teacher_tok, work["resumed"]["zero3"])
+    if torch.distributed.get_rank() == 0:
+        torch.save(results, folder / "results.pt")
     torch.distributed.destroy_process_group()

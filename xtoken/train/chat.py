@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "thinking", "arguments", "name"})
 """Fields of a message, at any depth, whose strings are its contents; a message's own ``name`` is not.
 
-Of ``arguments`` that are a mapping the strings at any depth."""
+``arguments`` that are a mapping are contents as a whole; see `Arguments`."""
 
 REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Those of them that hold what is written between think tags."""
@@ -19,7 +19,37 @@ OPEN, CLOSE = "<think>", "</think>"
 
 _TAG = re.compile(f"{OPEN}|{CLOSE}")
 _MARKER = re.compile(r"xtoken0piece(\d+)end", re.IGNORECASE)
+_NUMBER = re.compile(r"70709070(\d{6})90709070")  # a marker that is a number, for templates that look at types
 _KEPT_SKELETONS = 4096
+
+
+def _marker(piece: int) -> str:
+    return f"xtoken0piece{piece}end"
+
+
+class Arguments(NamedTuple):
+    """The arguments of a tool call, which most templates write as JSON, though not all.
+
+    Attributes
+    ----------
+    whole : int
+        The piece that is the JSON text.
+    closed : int
+        The piece that is the JSON text and a closing brace: most templates write the call as an object around its
+        arguments, and tokenizers join the two braces.
+    parts : list of int
+        The pieces that it consists of, one behind the other: its values, and what stands between them.
+    skeleton : str
+        The JSON text with markers in place of values.
+    name : int, optional
+        The piece that is the name of the called function.
+    """
+
+    whole: int
+    closed: int
+    parts: list[int]
+    skeleton: str
+    name: int | None
 
 
 class Conversation(NamedTuple):
@@ -38,6 +68,8 @@ class Conversation(NamedTuple):
         The message of each piece.
     reasoning : set of int
         The pieces that are a reasoning, with tags behind them.
+    arguments : list of Arguments
+        Of tool calls.
     """
 
     messages: list[dict[str, Any]]
@@ -47,6 +79,7 @@ class Conversation(NamedTuple):
     pieces: list[str]
     owners: list[int]
     reasoning: set[int]
+    arguments: list[Arguments]
 
 
 class Place(NamedTuple):
@@ -72,6 +105,12 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     pieces: list[str] = []
     owners: list[int] = []
     reasoning: set[int] = set()
+    arguments: list[Arguments] = []
+
+    def add(piece: str, owner: int) -> int:
+        pieces.append(piece)
+        owners.append(owner)
+        return len(pieces) - 1
 
     def mark(text: str, owner: int, is_reasoning: bool) -> str:
         parts = []
@@ -83,14 +122,12 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
                 parts.append(inner)
             else:
                 before = inner.index(core)
-                parts.append(f"{inner[:before]}xtoken0piece{len(pieces)}end{inner[before + len(core) :]}")
+                parts.append(f"{inner[:before]}{_marker(add(core, owner))}{inner[before + len(core) :]}")
                 is_between = (at > 0 and text[:at].endswith(OPEN)) or (tag is not None and tag.group() == CLOSE)
-                found = [core]
                 if is_reasoning or is_between:
-                    reasoning.add(len(pieces))
-                    found += [OPEN, CLOSE]
-                pieces.extend(found)
-                owners.extend([owner] * len(found))
+                    reasoning.add(len(pieces) - 1)
+                    add(OPEN, owner)
+                    add(CLOSE, owner)
             if tag:
                 parts.append(tag.group())
                 at = tag.end()
@@ -101,13 +138,54 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         if isinstance(value, str):
             return mark(value, owner, key in REASONING_KEYS) if key else value
         if isinstance(value, Mapping):
-            below = {
-                name: "arguments" if key == "arguments" else name if name in CONTENT_KEYS else "" for name in value
+            first = len(pieces)
+            found = {
+                name: walk(one, owner, name if name in CONTENT_KEYS else "")
+                for name, one in value.items()
+                if name != "arguments" or not isinstance(one, Mapping)
             }
-            return {name: walk(one, owner, below[name]) for name, one in value.items()}
+            if isinstance(value.get("arguments"), Mapping):
+                called = value.get("name")
+                name = next((k for k in range(first, len(pieces)) if pieces[k] == str(called).strip()), None)
+                found["arguments"] = call(value["arguments"], owner, name)
+            return {name: found[name] for name in value}
         if isinstance(value, (list, tuple)):
             return [walk(one, owner, key) for one in value]
         return value
+
+    def call(given: Mapping[str, Any], owner: int, name: int | None) -> Any:
+        """The arguments with markers in place of their values."""
+        values: dict[int, str] = {}
+
+        def marked(value: Any) -> Any:
+            if isinstance(value, str) and value.strip():
+                piece = add(value.strip(), owner)
+                values[piece] = json.dumps(pieces[piece], ensure_ascii=False)[1:-1]
+                return value.replace(pieces[piece], _marker(piece), 1)
+            if isinstance(value, (int, float)) and not isinstance(value, bool):
+                piece = add(json.dumps(value), owner)
+                values[piece] = pieces[piece]
+                return int(f"70709070{piece:06d}90709070")
+            if isinstance(value, Mapping):
+                return {name: marked(one) for name, one in value.items()}
+            return [marked(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+        skeleton = marked(given)
+        text = _NUMBER.sub(lambda found: _marker(int(found[1])), json.dumps(skeleton, ensure_ascii=False))
+        parts: list[int] = []
+        between = ""
+        for k, part in enumerate(_MARKER.split(text)):
+            if k % 2 == 0:
+                between += part
+            elif values[int(part)] != pieces[int(part)]:  # JSON writes it otherwise
+                between += values[int(part)]
+            else:
+                parts += [add(between, owner), int(part)] if between else [int(part)]
+                between = ""
+        parts += [add(between, owner)] if between else []
+        whole = add("".join(pieces[part] for part in parts), owner)
+        arguments.append(Arguments(whole, add(pieces[whole] + "}", owner), parts, text, name))
+        return skeleton
 
     skeleton: list[dict[str, Any]] = []
     for owner, message in enumerate(plain):
@@ -115,7 +193,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
         top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is none of its words
         skeleton.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
-    return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning)
+    return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning, arguments)
 
 
 def _given(value: Any) -> Any:
@@ -155,13 +233,14 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.name = name
-        self._skeletons: dict[str, list[str]] = {}
+        self._skeletons: dict[str, str] = {}
 
     def render(self, conversation: Conversation) -> tuple[str, list[Place]]:
         """The conversation as text, and the places of its pieces in it, in their order there.
 
         A piece that the template drops has no place, and one that it writes otherwise is not verbatim. Where the
-        template writes something else around the pieces than around their markers, the places end.
+        template writes something else around the pieces than around their markers, the places end. The arguments of a
+        call are placed by their parts if they are written as JSON, else by their values alone.
 
         Raises
         ------
@@ -170,13 +249,18 @@ class ChatTemplate:
         """
         text = self._apply(conversation.messages, conversation)
         key = json.dumps([conversation.skeleton, conversation.tools, conversation.options], default=str)
-        parts = self._skeletons.get(key)
-        if parts is None:
-            parts = _MARKER.split(self._apply(conversation.skeleton, conversation))
+        skeleton = self._skeletons.get(key)
+        if skeleton is None:
+            applied = self._apply(conversation.skeleton, conversation)
+            skeleton = _NUMBER.sub(lambda found: _marker(int(found[1])), applied)
             if len(self._skeletons) >= _KEPT_SKELETONS:
                 self._skeletons.clear()
-            self._skeletons[key] = parts
-        return text, _with_tags(text, _places(text, parts, conversation.pieces), conversation.reasoning)
+            self._skeletons[key] = skeleton
+        places = _places(text, _MARKER.split(_joined(skeleton, conversation.arguments)), conversation.pieces)
+        places, is_json = _with_parts(places, conversation)
+        if not is_json:
+            places = _places(text, _MARKER.split(skeleton), conversation.pieces)
+        return text, _with_tags(text, places, conversation.reasoning)
 
     def _apply(self, messages: Any, conversation: Conversation) -> str:
         try:
@@ -186,6 +270,38 @@ class ChatTemplate:
         except Exception as error:  # templates raise what they like
             raise ValueError(f"{self.name}: its chat template refuses the messages: {error}") from error
         return rendered
+
+
+def _joined(skeleton: str, arguments: Sequence[Arguments]) -> str:
+    """The text of a skeleton with one marker for all arguments of a call, where they are written as JSON."""
+    for call in arguments:
+        marker = _marker(call.whole)
+        if _MARKER.search(call.skeleton):
+            skeleton = skeleton.replace(call.skeleton, marker)
+        elif call.name is not None and _marker(call.name) in skeleton:  # without a value: between its name and the next
+            behind = skeleton.index(_marker(call.name)) + len(_marker(call.name))
+            following = _MARKER.search(skeleton, behind)
+            at = skeleton.find(call.skeleton, behind, following.start() if following else len(skeleton))
+            skeleton = skeleton if at < 0 else skeleton[:at] + marker + skeleton[at + len(call.skeleton) :]
+    return skeleton
+
+
+def _with_parts(places: Sequence[Place], conversation: Conversation) -> tuple[list[Place], bool]:
+    """The places with those of parts for the arguments of calls, and whether all of these are verbatim."""
+    calls = {call.whole: call for call in conversation.arguments}
+    found: list[Place] = []
+    for place in places:
+        if place.piece not in calls:
+            found.append(place)
+            continue
+        if not place.is_verbatim:
+            return found, False
+        at = place.start
+        for part in calls[place.piece].parts:
+            end = at + len(conversation.pieces[part])
+            found.append(Place(part, at, end, end if end < place.end else place.next_start, True))
+            at = end
+    return found, True
 
 
 def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Place]:

@@ -19,7 +19,10 @@ import torch
 from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
+from xtoken.corpus.files import find_files
 from xtoken.losses import Teacher
+from xtoken.losses._common import check_choice
+from xtoken.losses.combined import LOSSES
 from xtoken.pieces import PieceIndex
 from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
@@ -95,8 +98,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     chosen, given = first.parse_known_args(arguments)
     formatter = argparse.RawDescriptionHelpFormatter
     parser = HfArgumentParser(
-        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__, formatter_class=formatter
-    )
+        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__, formatter_class=formatter,
+        usage="%(prog)s --student STUDENT --teacher TEACHER --data FILE ... --output FOLDER [option ...]",
+    )  # fmt: skip
     parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
     parser.set_defaults(logging_steps=10)
     if chosen.config:
@@ -105,7 +109,18 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")
+    if not {f"--{name}" for name in ("output", "output_dir", "output-dir")} & {one.split("=")[0] for one in given}:
+        raise ValueError("--output: expected a folder")
     return options, config
+
+
+def check(options: TrainArguments) -> None:
+    """Raises ValueError or FileNotFoundError for a loss or a file that does not exist, before models are loaded."""
+    for loss in options.loss or []:
+        check_choice(loss, "--loss", ("auto", *LOSSES))
+    for path in [*(options.data or []), *(options.eval_data or [])]:
+        if not os.path.isdir(path):
+            find_files([path])
 
 
 def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
@@ -199,11 +214,12 @@ def build_teacher(
 def main(arguments: Sequence[str]) -> None:
     """Runs ``xtoken train``."""
     options, config = parse(arguments)
+    check(options)
     count = len(options.teacher or [])
     losses, weights = one_each(options.loss, "auto", count, "loss"), weights_of(options.teacher_weight, count)
     folders = one_each(options.teacher_cache, "none", count, "teacher_cache")
     student, student_tok = load_model(
-        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code
+        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code, may_shard=True
     )
     with config.main_process_first(desc="W and audit"):  # the others find them in the cache
         built = [

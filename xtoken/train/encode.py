@@ -263,7 +263,13 @@ class _Side:
                     starts[place.piece] = at
                 at, char = at + len(text[char : place.end].encode()), place.end
                 ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
-        return _Layout(text, text.encode(), base, starts, ends)
+        raw = text.encode()
+        for call in example.conversation.arguments if example.conversation is not None else ():
+            start = starts[call.parts[0]]  # what stands between the values is placed only in JSON
+            for piece in (call.whole, call.closed):
+                if start >= 0 and raw.startswith(example.pieces[piece].encode(), start - base):
+                    starts[piece] = start
+        return _Layout(text, raw, base, starts, ends)
 
     def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
         """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
@@ -333,6 +339,11 @@ class ExampleEncoder:
     where both play the same role in their vocabularies; and the tags around a reasoning are taken for content, since
     the student must write them itself. Special tokens that stand in a content are left out.
 
+    Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
+    numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its
+    strings and numbers are aligned, and what stands between them is the student's to learn from labels alone.
+    Arguments that are a string are a content like others. What a template writes around a call is not trained on.
+
     Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
     edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher has
     the same white space there.
@@ -395,8 +406,9 @@ class ExampleEncoder:
                 raise ValueError(f"row {number}: {error}") from error
         table = _Table.of(examples)
         student = self.student.encode(examples, self.add_end, first_row)
-        labels = self._labels(table, student)
         sides = [None if side is None else side.encode(examples, self.add_end, first_row) for side in self.teachers]
+        _choose_wholes(examples, [student, *(side for side in sides if side is not None)])
+        labels = self._labels(table, student)
         chunks = [
             None if side is None or tokens is None else self._chunks(table, student, side, tokens)
             for side, tokens in zip(self.teachers, sides, strict=True)
@@ -532,6 +544,22 @@ class ExampleEncoder:
                 "teachers": [dict(direct) if one is None else next(cut) for one in teachers],
             })  # fmt: skip
         return examples
+
+
+def _choose_wholes(examples: Sequence[Example], sides: Sequence[_Tokens]) -> None:
+    """Keeps arguments of calls as one piece where all models write the same JSON, else as the parts that each has.
+
+    The longer the piece the better, since tokens may reach over its edges.
+    """
+    first = 0
+    for example in examples:
+        for call in example.conversation.arguments if example.conversation is not None else ():
+            choices = [[call.closed], [call.whole], call.parts]
+            is_shared = [all(side.piece_start[first + one[0]] >= 0 for side in sides) for one in choices[:2]]
+            del choices[[*is_shared, True].index(True)]
+            for side in sides:
+                side.piece_start[[first + piece for choice in choices for piece in choice]] = -1
+        first += len(example.pieces)
 
 
 class _Reading(NamedTuple):

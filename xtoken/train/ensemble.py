@@ -76,6 +76,13 @@ def only_exact(alignment: Alignment) -> Alignment:
     return kept
 
 
+def first_samples(alignment: Alignment, count: int) -> Alignment:
+    """The alignment with only the chunks of the first samples."""
+    kept = copy.copy(alignment)
+    kept.predicted = alignment.predicted & (alignment.sample_index < count)
+    return kept
+
+
 def select_best(
     alignments: Sequence[Alignment], logits: Sequence[AnyLogits], ids: Sequence[Tensor], sizes: Sequence[int | None]
 ) -> list[Alignment]:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,8 @@ from xtoken.alignment import Alignment
 from xtoken.losses import Teacher
 from xtoken.losses._logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
+
+EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 SAME_BYTES_SHARE = 0.5
 """Of the first batch's chunks at least this share must spell the same bytes on both sides."""
@@ -26,6 +29,7 @@ def load_model(
     device: torch.device | str | None = None,
     trust_remote_code: bool = False,
     revision: str | None = None,
+    may_shard: bool = False,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
@@ -39,6 +43,9 @@ def load_model(
         Where to put the model; "auto" spreads it over all accelerators. Default: left on the CPU.
     trust_remote_code, revision
         As for ``from_pretrained``.
+    may_shard : bool
+        Whether a process may get only its share of the weights where FSDP (``cpu_ram_efficient_loading``) or DeepSpeed
+        (ZeRO-3) are switched on. That is for the model that they train; a teacher is needed whole.
 
     Returns
     -------
@@ -52,6 +59,8 @@ def load_model(
         If the output layer is narrower than the tokenizer; see `check_head`.
     FileNotFoundError
         If a GGUF file does not exist.
+    OSError
+        If there is no such model, naming it.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -65,13 +74,30 @@ def load_model(
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
     if is_gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
+    with nullcontext() if may_shard else _whole():
+        model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
     if is_gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
     if device is not None and str(device) != "auto":
         model = model.to(device)
     check_head(model, Vocabulary.from_tokenizer(tokenizer), str(source))
     return model, tokenizer
+
+
+@contextmanager
+def _whole() -> Iterator[None]:
+    """Keeps transformers from loading shares of a model: it asks an environment variable and a global configuration."""
+    from transformers.integrations import deepspeed
+
+    efficient = os.environ.pop(EFFICIENT_LOADING, None)
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
+        if efficient is not None:
+            os.environ[EFFICIENT_LOADING] = efficient
 
 
 def load_tokenizer(
@@ -81,7 +107,10 @@ def load_tokenizer(
     from transformers import AutoTokenizer
 
     name, options = _place(source, trust_remote_code, revision)
-    tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except OSError as error:  # which does not always say of what
+        raise OSError(f"{source}: {error}") from error
     ensure_pad_token(tokenizer)
     return tokenizer
 

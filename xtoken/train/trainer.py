@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,17 +15,23 @@ from transformers import Trainer
 
 from xtoken.alignment import Alignment
 from xtoken.losses import Teacher, XTokenLoss
+from xtoken.losses._backends import IGNORED
 from xtoken.losses._logits import AnyLogits
 from xtoken.projection import LearnableProjection, write_atomically
 from xtoken.vocabulary import Vocabulary
 
+from .collator import XTokenCollator
 from .config import XTokenConfig
-from .ensemble import mean_logits, only_exact, position_alignment, select_best
+from .ensemble import first_samples, mean_logits, only_exact, position_alignment, select_best
 from .meter import Meter, Stopwatch
+from .projections import ProjectionSteps
 from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
 
 STATE_FILE = "distillation.safetensors"
-"""In a checkpoint: trained weights of W, and the last step's factor of the distillation."""
+"""In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
+
+MOMENTS = "moments."
+"""In `STATE_FILE`: before the names of moments."""
 
 
 @dataclass
@@ -76,13 +84,17 @@ class XTokenTrainer(Trainer):
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
     time since the last log; agreement and masses are of the logged step only. `evaluate` reports ``eval_ce`` and
-    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor;
-    several processes count the samples twice that fill their last batch.
+    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor. The
+    samples that several processes repeat to fill their last batch do not count; for that a held-out batch has a row for
+    each sample (packing is turned off).
 
-    Trainable weights of W belong to the optimizer but not to the model, so DeepSpeed cannot train them. Data
-    parallelism is tested with two processes on the CPU; FSDP and DeepSpeed, which accelerate has for accelerators only,
-    have not been run.
+    Trainable weights of W are no part of the model, so nothing wraps or shards them: every process has all of them, and
+    an Adam of their own, whose learning rate falls as the student's does. Teachers are not wrapped either. Tested with
+    two processes on the CPU: data parallelism, FSDP2, and DeepSpeed's ZeRO-2 and ZeRO-3 where it is installed. FSDP1
+    has not been run: torch has it for accelerators only.
     """
+
+    data_collator: Any
 
     def __init__(
         self,
@@ -133,14 +145,26 @@ class XTokenTrainer(Trainer):
             vocab_size=None if self.vocabulary is None else len(self.vocabulary),
             backend=args.loss_backend,
         )
-        if self.is_deepspeed_enabled and list(self.criterion.parameters()):
-            raise ValueError("teachers: expected projections without trainable weights for DeepSpeed, got one with")
+        if list(self.criterion.parameters()) and self._scales_gradients():
+            raise ValueError(
+                "teachers: expected projections without trainable weights for DeepSpeed in fp16, which has a factor of "
+                "its own for gradients, got one with; use bf16"
+            )
+        self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
+        if self._projection_steps is not None:
+            self.add_callback(self._projection_steps)
         self._step: _Step | None = None
         self._last_scale: float | None = None
         self._ids_checked = False
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
         self._watch = Stopwatch(args.device)
+
+    def _scales_gradients(self) -> bool:
+        """Whether DeepSpeed does, as it does for fp16."""
+        if not self.is_deepspeed_enabled:
+            return False
+        return bool(self.accelerator.state.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled", False))
 
     def _objectives(self) -> list[Teacher]:
         """The criterion's teachers, W on the student's device."""
@@ -325,26 +349,6 @@ class XTokenTrainer(Trainer):
                 return f"{name}: logits are not a number at {where}, first in sample {sample} at position {position}"
         return f"loss: expected a finite number, got {float(total.detach())} at {where}, from logits that are"
 
-    # Trainable weights of W.
-
-    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's optimizer, with the trainable weights of W in a group of their own."""
-        is_new = self.optimizer is None
-        super().create_optimizer(*args, **kwargs)
-        weights = list(self.criterion.parameters())
-        if is_new and weights:
-            rate = self.args.projection_learning_rate
-            self.optimizer.add_param_group({"params": weights, "lr": rate, "weight_decay": 0.0})
-            self.optimizer.register_step_pre_hook(lambda *_: self._average_projection_gradients())
-        return self.optimizer
-
-    def _average_projection_gradients(self) -> None:
-        """What DDP does for the student's gradients."""
-        for weight in self.criterion.parameters():
-            if self.accelerator.num_processes > 1:
-                grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-                weight.grad = self.accelerator.reduce(grad, reduction="mean")
-
     # Metrics.
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
@@ -367,7 +371,7 @@ class XTokenTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
         """Takes note of a held-out batch's sums; logits and labels if they are wanted."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._without_repeated(self._prepare_inputs(inputs))
         counts = self._counts(inputs)
         self._held_out += counts
         with torch.no_grad(), self.compute_loss_context_manager():
@@ -376,6 +380,43 @@ class XTokenTrainer(Trainer):
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs.logits.detach(), inputs["labels"]
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, of batches with a row for each sample."""
+        with self._a_row_each():
+            return super().get_eval_dataloader(*args, **kwargs)
+
+    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """Likewise."""
+        with self._a_row_each():
+            return super().get_test_dataloader(*args, **kwargs)
+
+    @contextmanager
+    def _a_row_each(self) -> Iterator[None]:
+        """Turns packing off, since repeated samples could not be told from the others of their row."""
+        collator = self.data_collator
+        if self.accelerator.num_processes > 1 and isinstance(collator, XTokenCollator) and collator.packed:
+            self.data_collator = copy.copy(collator)
+            self.data_collator.packed = False
+        try:
+            yield
+        finally:
+            self.data_collator = collator
+
+    def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch, in which samples that only fill the last round of the processes have no label and no chunk."""
+        state = self.accelerator.gradient_state
+        is_filled = self.args.accelerator_config.even_batches and self.accelerator.num_processes > 1
+        if not is_filled or not state.end_of_dataloader or state.remainder <= 0:
+            return inputs
+        labels = inputs["labels"].clone()
+        count = max(0, state.remainder - len(labels) * self.accelerator.process_index)
+        labels[count:] = IGNORED
+        entries = [
+            {**entry, "alignment": None if entry.get("alignment") is None else first_samples(entry["alignment"], count)}
+            for entry in inputs["teachers"]
+        ]
+        return {**inputs, "labels": labels, "teachers": entries}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""
@@ -407,7 +448,10 @@ class XTokenTrainer(Trainer):
     def _save_distillation(self, folder: Path) -> None:
         from safetensors.torch import save
 
-        state = {name: value.detach().cpu().contiguous() for name, value in self.criterion.state_dict().items()}
+        state = dict(self.criterion.state_dict())
+        if self._projection_steps is not None:
+            state.update({MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
+        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         metadata = {} if self._last_scale is None else {"scale": repr(self._last_scale)}
         if not state and not metadata:
             return
@@ -417,14 +461,26 @@ class XTokenTrainer(Trainer):
             if isinstance(objective.projection, LearnableProjection):
                 objective.projection.projection().save(folder / f"projection-{teacher.name}.safetensors")
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            self._load_distillation(Path(checkpoint))
+
+    def _load_best_model(self) -> None:
+        super()._load_best_model()
+        self._load_distillation(Path(str(self.state.best_model_checkpoint)))
+
+    def _load_distillation(self, folder: Path) -> None:
         from safetensors import safe_open
 
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        path = Path(resume_from_checkpoint) / STATE_FILE
+        path = folder / STATE_FILE
         if not path.exists():
             return
         with safe_open(str(path), framework="pt") as file:
-            self.criterion.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             scale = (file.metadata() or {}).get("scale")
         self._last_scale = None if scale is None else float(scale)
+        moments = {name.removeprefix(MOMENTS): state.pop(name) for name in list(state) if name.startswith(MOMENTS)}
+        self.criterion.load_state_dict(state)
+        if self._projection_steps is not None:
+            self._projection_steps.load_state_dict(moments)
