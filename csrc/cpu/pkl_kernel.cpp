@@ -222,7 +222,7 @@ class Chunk {
                 products = empty = DoubleSum();
                 product_part = empty_part = broadcast(0.0f);
             };
-            const auto body = [&](int64_t i, Floats f, Floats relative) {
+            const auto body = [&](int64_t i, Floats f, Floats, Floats relative) {
                 if (i == 0) restart();
                 store(f_ + i, f);
                 product_part = fma(f, relative, product_part);
