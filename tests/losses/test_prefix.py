@@ -10,9 +10,11 @@ import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
 from harness import BAD_INPUTS, CASES, DTYPES, backends_of, bad_call, check, make_case, tokens
+from real_tokenizers import encode
 from torch import Tensor
 
 from xtoken import (
+    Aligner,
     Alignment,
     PieceIndex,
     ProjectionMatrix,
@@ -382,21 +384,79 @@ def test_bad_pieces_and_ids() -> None:
         reference.prefix(z, y, chunks, pieces.data)
 
 
+def compare_with_labels(
+    backend: str,
+    logits: tuple[Tensor, Tensor],
+    alignment: Alignment,
+    pieces: PieceIndex,
+    labels: Tensor,
+    **options: Any,
+) -> None:
+    """Both losses and their gradient, against two losses of the reference."""
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        student, teacher = (x.float().to(dtype) for x in logits)
+        student.requires_grad_()
+        loss, ce = prefix_kl_loss(student, teacher, alignment, pieces, labels=labels, backend=name, **options)
+        results.append((loss.detach(), ce.detach(), *torch.autograd.grad(loss + 0.7 * ce, student)))
+    for got, plain, truth in zip(*results, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+        assert_as_accurate(got, plain, truth, floor, "prefix")
+
+
 @cpu
 @pytest.mark.parametrize("temperature", [1.0, 2.0])
 def test_labels_in_the_same_pass(temperature: float, backend: str) -> None:
-    """As two losses of the reference, also where the label's logit is -inf and in rows without a chunk."""
+    """Also where the label's logit is -inf and in rows without a chunk."""
     case = make_case()
     case.student[..., 1::3] = -math.inf
     labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
     labels[:, 3] = -100
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        student, teacher = case.student.float().to(dtype).requires_grad_(), case.teacher.float().to(dtype)
-        loss, ce = prefix_kl_loss(
-            student, teacher, case.alignment, case.pieces, labels=labels, temperature=temperature, backend=name
-        )
-        results.append((loss, ce, *torch.autograd.grad(loss + 0.7 * ce, student)))
-    for got, plain, truth in zip(*results, strict=True):
-        floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
-        assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, "prefix")
+    logits = case.student, case.teacher
+    compare_with_labels(backend, logits, case.alignment, case.pieces, labels, temperature=temperature)
+
+
+@cpu
+@pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"temperature": 0.5}], ids=str)
+def test_logits_far_apart(options: dict[str, Any], side: int, backend: str) -> None:
+    """Nearly all mass on tokens that only this side has; its events too rare for sums of floats; none that counts."""
+    sizes = 401, 373
+    texts = [tokens(size, s) for s, size in enumerate(sizes)]
+    kinds = [["normal"] * size for size in sizes]
+    texts[side], kinds[side] = [*texts[side], *(b"<%d>" % i for i in range(5))], kinds[side] + ["special"] * 5
+    pieces = PieceIndex.build(*(Vocabulary(t, kinds=k) for t, k in zip(texts, kinds, strict=True)))
+    events = pieces.student.event.long(), pieces.teacher.event.long()
+    counts = [event.bincount(minlength=pieces.events) for event in events]
+    assert counts[1 - side][-1] == 0
+    lists = (counts[0] > 0) & (counts[1] > 0) & (counts[0] + counts[1] > 2)
+    assert lists.sum() > 16
+    rare = lists & (torch.arange(pieces.events) % 2 == 0)
+    logits = logits_for(0, 5, len(texts[0])), logits_for(1, 5, len(texts[1]))
+    logits[side][1, -5:] += 100.0
+    logits[side][2] -= 80.0 * rare[events[side]]
+    logits[side][3, 1:] = -math.inf
+    alignment = Alignment([[t, t + 1] * 2 for t in range(1, 5)], None, [0] * 5, [0] * 5)
+    compare_with_labels(backend, logits, alignment, pieces, torch.arange(5) * 50, **options)
+
+
+@pytest.fixture(scope="module")
+def real_pair(tokenizer: Any, vocabulary: Any) -> tuple[Alignment, PieceIndex]:
+    """A sentence of chunks of one and of several tokens, and the index, from Llama 3 to Qwen3."""
+    names = "llama3", "qwen3"
+    ids = [encode(tokenizer(name), "In 1995, 1,024 readers paid $12.50; they weren't sorry.") for name in names]
+    alignment = Aligner(*map(tokenizer, names)).align(*ids)
+    assert int((alignment.spans[:, 3] - alignment.spans[:, 2]).max()) > 2
+    return alignment, PieceIndex.build(*map(vocabulary, names))
+
+
+@cpu
+@pytest.mark.parametrize("reverse", [False, True])
+def test_real_vocabularies(reverse: bool, backend: str, real_pair: tuple[Alignment, PieceIndex]) -> None:
+    alignment, pieces = real_pair
+    assert alignment.student_ids is not None
+    assert alignment.teacher_ids is not None
+    sizes = len(pieces.student.event), len(pieces.teacher.event)
+    lengths = len(alignment.student_ids), len(alignment.teacher_ids)
+    logits = logits_for(0, lengths[0], sizes[0]), logits_for(1, lengths[1], sizes[1])
+    compare_with_labels(backend, logits, alignment, pieces, alignment.student_ids, reverse=reverse)
