@@ -183,7 +183,7 @@ class Chunk {
         const bool same = label.present && all.total > 0, plain = !low && !additions_.any(), reverse = p_.reverse;
         const float *others = others_, *es = e_, *xs = x_;
         const uint16_t* paired_bits = plan_.student.paired_bits;
-        // otherwise it becomes a call for each vector
+        // otherwise it becomes a call for each vector; so do the bodies below
         write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) __attribute__((always_inline)) {
             const Floats e = load(es + i), x = load(xs + i);
             Floats g = reverse ? e * student * ((x - high) - mean_low) : fnma(x, teacher, e * student);
@@ -203,7 +203,8 @@ class Chunk {
         DoubleSum products;
         Floats part = broadcast(0.0f);
         const Side side = start_side(
-            y, p_.teacher.width, plan_.teacher, nullptr, [&](int64_t i, Floats f, Floats relative, Floats cut) {
+            y, p_.teacher.width, plan_.teacher, nullptr,
+            [&](int64_t i, Floats f, Floats relative, Floats cut) __attribute__((always_inline)) {
                 if (i == 0) {
                     products = DoubleSum();
                     part = broadcast(0.0f);
@@ -228,29 +229,31 @@ class Chunk {
     Side student_start(const S* z, double* product, Normaliser* all, bool* low) {
         DoubleSum products;
         Floats part = broadcast(0.0f), bottom = part;
-        const Side side = start_side(z, size_, plan_.student, all, [&](int64_t i, Floats e, Floats relative, Floats) {
-            if (i == 0) {
-                products = DoubleSum();
-                part = broadcast(0.0f);
-                bottom = relative;
-            }
-            const int32_t run = plan_.partner_run[i / lanes];
-            const Mask paired = from_bits(plan_.student.paired_bits[i / lanes]);
-            Floats x = run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), broadcast(0.0f));
-            if (p_.reverse) {
-                x = relative - x;
-                part = fma(select(paired, e, broadcast(0.0f)), x, part);
-            } else {
-                part = fnma(x, relative, part);
-            }
-            store(e_ + i, e);
-            store(x_ + i, x);
-            bottom = min(relative, bottom);
-            if (i % flush == flush - lanes) {
-                products.add(part);
-                part = broadcast(0.0f);
-            }
-        });
+        const Side side = start_side(z, size_, plan_.student, all,
+                                     [&](int64_t i, Floats e, Floats relative, Floats) __attribute__((always_inline)) {
+                                         if (i == 0) {
+                                             products = DoubleSum();
+                                             part = broadcast(0.0f);
+                                             bottom = relative;
+                                         }
+                                         const int32_t run = plan_.partner_run[i / lanes];
+                                         const Mask paired = from_bits(plan_.student.paired_bits[i / lanes]);
+                                         Floats x = run < 0 ? gather(f_, plan_.partner + i)
+                                                            : select(paired, load(f_ + run), broadcast(0.0f));
+                                         if (p_.reverse) {
+                                             x = relative - x;
+                                             part = fma(select(paired, e, broadcast(0.0f)), x, part);
+                                         } else {
+                                             part = fnma(x, relative, part);
+                                         }
+                                         store(e_ + i, e);
+                                         store(x_ + i, x);
+                                         bottom = min(relative, bottom);
+                                         if (i % flush == flush - lanes) {
+                                             products.add(part);
+                                             part = broadcast(0.0f);
+                                         }
+                                     });
         products.add(part);
         *product += products.total();
         *low = -largest(broadcast(0.0f) - bottom) <= p_.lowest - side.centre;
