@@ -24,7 +24,7 @@ def run_prefix(
 ) -> Tensor:
     """Prefix KL; writes every element of `student_grad`.
 
-    Scratch memory is about 2 MB per thread for vocabularies of 150,000, whatever the number of rows.
+    Scratch memory is about 2.4 MB per thread for vocabularies of 150,000, whatever the number of rows.
     """
     options: Any = problem.options
     pieces = options.pieces
