@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "cpu/cross_entropy.h"
 #include "cpu/huge_pages.h"
 #include "cpu/pool.h"
 
@@ -28,7 +29,8 @@ int64_t pkl_workspace(const PlanView& plan) {
 
 void pkl(const PklParams& params, Level level, int threads) {
     const auto chunk = XTOKEN_PICK(level, pkl_chunk);
-    const auto row = XTOKEN_PICK(level, label_row);
+    const auto other = XTOKEN_PICK(level, cross_entropy_row);
+    const CrossEntropyParams labels{params.student, params.grad, params.labels, params.definition.lowest, false};
 
     prefer_huge_pages(params.grad);
     std::vector<int64_t> other_rows;
@@ -53,7 +55,7 @@ void pkl(const PklParams& params, Level level, int threads) {
     run_items(items, threads, [&](int64_t item, Scratch& scratch) {
         if (item >= groups) {
             const int64_t begin = (item - groups) * row_group;
-            for (int64_t i = begin; i < std::min(others, begin + row_group); ++i) row(params, other_rows[i]);
+            for (int64_t i = begin; i < std::min(others, begin + row_group); ++i) other(labels, other_rows[i]);
             return;
         }
         float* workspace = scratch.take<float>(pkl_workspace(params.plan));

@@ -31,9 +31,6 @@ int64_t pkl_workspace(const PlanView& plan);
 // Chunk k: its loss, and the gradient of its rows. `weight_sum` [plan.entries] is added to, unless null.
 XTOKEN_KERNEL(void, pkl_chunk, (const PklParams& params, int64_t k, float* workspace, float* weight_sum))
 
-// A row of the gradient that belongs to no chunk: its cross-entropy's, or zeros.
-XTOKEN_KERNEL(void, label_row, (const PklParams& params, int64_t r))
-
 // All chunks. Writes every element of the gradient. Every chunk is computed by one thread, and sums over chunks are in
 // a fixed order, so results do not depend on `threads`.
 void pkl(const PklParams& params, Level level, int threads);

@@ -1,4 +1,4 @@
-// P-KL of one chunk, and the cross-entropy of a row. The formula is that of xtoken.reference.pkl.
+// P-KL of one chunk. The formula is that of xtoken.reference.pkl.
 //
 // With e the student's exponentials (or, for several tokens, their mean distribution; Z is then 1), S = sum_s w_s e_s
 // where w_s is the sum of row s of W in the columns, D = S + eps Z, x = W^T e and x' = x + eps D:
@@ -222,7 +222,7 @@ class Chunk {
                 products = empty = DoubleSum();
                 product_part = empty_part = broadcast(0.0f);
             };
-            const auto body = [&](int64_t i, Floats f, Floats relative) {
+            const auto body = [&](int64_t i, Floats f, Floats, Floats relative) {
                 if (i == 0) restart();
                 store(f_ + i, f);
                 product_part = fma(f, relative, product_part);
@@ -574,22 +574,6 @@ class Chunk {
 
 void pkl_chunk(const PklParams& params, int64_t k, float* workspace, float* weight_sum) {
     Chunk(params, k, workspace).run(weight_sum);
-}
-
-void label_row(const PklParams& p, int64_t r) {
-    const Target target{p.grad.data == nullptr ? nullptr : p.grad.row(r), p.student.width, p.grad.width};
-    typed(p.student.type, p.student.row(r), [&](const auto* z) {
-        using T = typename Element_of<decltype(*z)>::type;
-        if (p.labels.of(r) < 0) {
-            if (p.labels.ids != nullptr) p.labels.losses[r] = 0;
-            if (target.row != nullptr) write_row(target, z, [](int64_t) { return broadcast(0.0f); });
-            return;
-        }
-        const Normaliser one =
-            exponentials(WholeRow<T>{z}, p.student.width, p.definition.lowest, 1.0, [](int64_t, Floats) {});
-        const LabelTerm term = label_term(p.labels, r, z, one);
-        if (target.row != nullptr) write_softmax_row(target, z, one.exp, term.weight, term, {});
-    });
 }
 
 }  // namespace xtoken::cpu::XTOKEN_LEVEL

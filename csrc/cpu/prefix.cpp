@@ -24,43 +24,54 @@ std::vector<int32_t> tokens_of_events(const PieceSide& side, int32_t events) {
     return count;
 }
 
+void set_bit(std::vector<uint16_t>& bits, int32_t id) { bits[id / lanes] |= static_cast<uint16_t>(1u << id % lanes); }
+
 }  // namespace
 
-ListsView PrefixPlan::Lists::view() const {
-    return {static_cast<int64_t>(start.size()) - 1, start.data(), tokens.data(), lanes.data()};
+StartView PrefixPlan::Start::view() const {
+    const ListsView lists{static_cast<int64_t>(start.size()) - 1, start.data(), tokens.data(), lanes.data()};
+    return {lists, absent.data(), absent_bits.data(), absent_count, paired_bits.data()};
 }
 
-std::vector<int32_t> PrefixPlan::lay_out(const PieceSide& side, std::vector<int32_t>& number, Lists& lists) {
-    std::vector<std::vector<int32_t>> tokens(number.size());
+std::vector<int32_t> PrefixPlan::lay_out(const PieceSide& side, const std::vector<Kind>& kinds, Start& out) {
+    out.absent_bits.assign(padded(side.size) / lanes, 0);
+    out.paired_bits = out.absent_bits;
+    std::vector<std::vector<int32_t>> lists(kinds.size());
+    std::vector<int32_t> order;  // events in the order of their first tokens, so that neighbours are read together
     for (int32_t id = 0; id < side.size; ++id) {
-        if (number[side.event[id]] >= 0) tokens[side.event[id]].push_back(id);
+        const int32_t event = side.event[id];
+        if (kinds[event] == Kind::pair) {
+            set_bit(out.paired_bits, id);
+        } else if (kinds[event] == Kind::absent) {
+            set_bit(out.absent_bits, id);
+            out.absent.push_back(id);
+        } else {
+            if (lists[event].empty()) order.push_back(event);
+            lists[event].push_back(id);
+        }
     }
-    std::vector<int32_t> order;
-    for (size_t e = 0; e < number.size(); ++e) {
-        if (number[e] >= 0) order.push_back(static_cast<int32_t>(e));
-    }
+    out.absent_count = static_cast<int64_t>(out.absent.size());
+    out.absent.resize(padded(out.absent_count), 0);
     std::stable_sort(order.begin(), order.end(),
-                     [&](int32_t a, int32_t b) { return tokens[a].size() > tokens[b].size(); });
-    std::vector<int32_t> place(static_cast<size_t>(side.size), -1);
+                     [&](int32_t a, int32_t b) { return lists[a].size() > lists[b].size(); });
+    std::vector<int32_t> number(kinds.size(), 0);
     for (size_t n = 0; n < order.size(); ++n) {
-        const std::vector<int32_t>& list = tokens[order[n]];
+        const std::vector<int32_t>& list = lists[order[n]];
         number[order[n]] = static_cast<int32_t>(n);
         const int64_t lane = static_cast<int64_t>(n) % lanes;
         if (lane == 0) {
-            lists.start.push_back(lists.start.back() + static_cast<int64_t>(list.size()));
-            lists.tokens.resize(lanes * lists.start.back(), 0);
-            lists.lanes.resize(lists.start.back(), 0);
+            out.start.push_back(out.start.back() + static_cast<int64_t>(list.size()));
+            out.tokens.resize(lanes * out.start.back(), 0);
+            out.lanes.resize(out.start.back(), 0);
         }
-        const int64_t begin = lists.start[lists.start.size() - 2];
+        const int64_t begin = out.start[out.start.size() - 2];
         for (size_t i = 0; i < list.size(); ++i) {
             const int64_t row = begin + static_cast<int64_t>(i);
-            place[list[i]] = static_cast<int32_t>(lanes * row + lane);
-            lists.tokens[lanes * row + lane] = list[i];
-            ++lists.lanes[row];
+            out.tokens[lanes * row + lane] = list[i];
+            ++out.lanes[row];
         }
     }
-    for (int32_t& at : place) at = at < 0 ? static_cast<int32_t>(lanes * lists.start.back()) : at;
-    return place;
+    return number;
 }
 
 PrefixPlan::PrefixPlan(std::vector<int32_t> data)
@@ -68,54 +79,49 @@ PrefixPlan::PrefixPlan(std::vector<int32_t> data)
     const auto& [student, teacher] = index_.side;
     const std::vector<int32_t> students = tokens_of_events(student, index_.events);
     const std::vector<int32_t> teachers = tokens_of_events(teacher, index_.events);
-    std::vector<int32_t> teacher_token(students.size(), 0);
-    for (int32_t id = 0; id < teacher.size; ++id) teacher_token[teacher.event[id]] = id;
-
-    std::vector<int32_t> student_number(students.size(), -1);
-    for (size_t e = 0; e < students.size(); ++e) {
-        const bool shared = students[e] > 0 && teachers[e] > 0;
-        if (shared && (students[e] > 1 || teachers[e] > 1)) student_number[e] = 0;
+    std::vector<Kind> kinds(students.size(), Kind::absent);
+    for (size_t e = 0; e < kinds.size(); ++e) {
+        if (students[e] == 0 || teachers[e] == 0) continue;
+        kinds[e] = students[e] == 1 && teachers[e] == 1 ? Kind::pair : Kind::list;
     }
-    std::vector<int32_t> teacher_number = student_number;
-    events_ = std::count(student_number.begin(), student_number.end(), 0);
-    const std::vector<int32_t> place = lay_out(student, student_number, student_);
-    lay_out(teacher, teacher_number, teacher_);
+    events_ = std::count(kinds.begin(), kinds.end(), Kind::list);
+    const std::vector<int32_t> student_number = lay_out(student, kinds, student_);
+    const std::vector<int32_t> teacher_number = lay_out(teacher, kinds, teacher_);
     teacher_list_.assign(padded(events_), 0);
-    for (size_t e = 0; e < students.size(); ++e) {
-        if (student_number[e] >= 0) teacher_list_[student_number[e]] = teacher_number[e];
+    std::vector<int32_t> teacher_token(kinds.size(), 0);
+    for (size_t e = 0; e < kinds.size(); ++e) {
+        if (kinds[e] == Kind::list) teacher_list_[student_number[e]] = teacher_number[e];
     }
-
-    partner_.assign(padded(student.size), 0);
-    paired_bits_.assign(padded(student.size) / lanes, 0);
+    for (int32_t id = 0; id < teacher.size; ++id) teacher_token[teacher.event[id]] = id;
+    partner_.assign(padded(student.size), static_cast<int32_t>(padded(teacher.size)));
     for (int32_t id = 0; id < student.size; ++id) {
         const int32_t event = student.event[id];
-        if (students[event] == 1 && teachers[event] == 1) {
+        if (kinds[event] == Kind::pair) {
             partner_[id] = teacher_token[event];
-            paired_bits_[id / lanes] |= static_cast<uint16_t>(1u << id % lanes);
         } else {
-            other_place_.push_back(place[id]);
+            other_list_.push_back(kinds[event] == Kind::list ? student_number[event]
+                                                             : static_cast<int32_t>(padded(events_)));
         }
     }
-    others_ = static_cast<int64_t>(other_place_.size());
-    other_place_.resize(padded(others_), 0);
-    partner_run_ = find_runs(partner_, paired_bits_);
-    for (int32_t& run : partner_run_) run = run + lanes <= teacher.size ? run : -1;  // a load of 16 would leave the row
+    others_ = static_cast<int64_t>(other_list_.size());
+    other_list_.resize(padded(others_), 0);
+    partner_run_ = find_runs(partner_, student_.paired_bits);
 }
 
 PrefixPlanView PrefixPlan::view() const {
-    return {partner_.data(), partner_run_.data(),  paired_bits_.data(), events_, student_.view(),
-            teacher_.view(), teacher_list_.data(), other_place_.data(), others_};
+    return {partner_.data(), partner_run_.data(),  student_.view(),    teacher_.view(),
+            events_,         teacher_list_.data(), other_list_.data(), others_};
 }
 
 int64_t prefix_workspace(const PrefixParams& params) {
     const PrefixPlanView& plan = params.plan;
-    const int64_t widest = std::max(params.student.width, params.teacher.width);
-    const int64_t teachers = plan.teacher.slices == 0 ? 0 : plan.teacher.start[1];  // the first slice is the longest
-    const int64_t at_start = lanes * (plan.student.start[plan.student.slices] + 1 + teachers) +
-                             7 * padded(plan.events) + padded(plan.others) + lanes;
+    const int64_t students = padded(params.student.width), teachers = padded(params.teacher.width) + lanes;
+    const auto longest = [](const ListsView& lists) { return lists.slices == 0 ? 0 : lists.start[1]; };
+    const int64_t start = 2 * students + teachers + 2 * padded(plan.events) + padded(plan.others) + 2 * lanes +
+                          lanes * std::max(longest(plan.student.lists), longest(plan.teacher.lists));
     const int64_t inside = 7 * padded(params.most + 1) + 3 * padded(params.most);
-    const int64_t row = 3 * padded(params.student.width) + 2 * padded(widest) / lanes;
-    return 4 * (at_start + inside + row) + 64 * 32;
+    const int64_t row = students + 2 * std::max(students, teachers) / lanes;
+    return 4 * (start + inside + row) + 64 * 32;
 }
 
 void prefix(PrefixParams params, Level level, int threads) {

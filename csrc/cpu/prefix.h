@@ -18,17 +18,27 @@ struct ListsView {
     const int32_t* lanes;   // [start[slices]] how many lanes have that token; the others' lists are shorter
 };
 
+// One vocabulary at the start of a chunk.
+struct StartView {
+    ListsView lists;  // the tokens of events that are no pairs, but that both sides have
+    // Tokens of events that the other side does not have.
+    const int32_t* absent;        // [padded count]
+    const uint16_t* absent_bits;  // [padded tokens / 16] one bit a token
+    int64_t absent_count;
+    const uint16_t* paired_bits;  // [padded tokens / 16] one bit a token
+};
+
 // The events at the start of a chunk, as the kernels read them. Most are pairs: one token on each side.
 struct PrefixPlanView {
-    const int32_t* partner;       // [padded students] teacher id of a pair; else 0
-    const int32_t* partner_run;   // [padded students / 16] the first, if the others that are paired follow; else -1
-    const uint16_t* paired_bits;  // [padded students / 16] one bit a student id
+    // Teacher ids of the students' pairs; else the slot behind `padded teachers`, which is zero.
+    const int32_t* partner;      // [padded students]
+    const int32_t* partner_run;  // [padded students / 16] the first, if the others that are paired follow; else -1
+    StartView student, teacher;
     // The other events that both sides have, each a list on both sides. They are numbered by their students' lists.
     int64_t events;
-    ListsView student, teacher;
     const int32_t* teacher_list;  // [padded events] the number of the teacher's list
-    // Student tokens outside the pairs, ascending: where they are in the students' lists, or behind the last for none.
-    const int32_t* other_place;  // [padded others]
+    // Student tokens that are no part of a pair, ascending: the number of their list, or `padded events` for none.
+    const int32_t* other_list;  // [padded others]
     int64_t others;
 };
 
@@ -44,21 +54,23 @@ class PrefixPlan {
     PrefixPlanView view() const;
 
   private:
-    struct Lists {
+    // How an event is laid out.
+    enum class Kind : char { pair, list, absent };
+    struct Start {
         std::vector<int64_t> start{0};
-        std::vector<int32_t> tokens, lanes;
-        ListsView view() const;
+        std::vector<int32_t> tokens, lanes, absent;
+        int64_t absent_count = 0;
+        std::vector<uint16_t> absent_bits, paired_bits;
+        StartView view() const;
     };
-    // Fills `lists`; returns where each token is in them, and for none the place behind the last, by token id. `number`
-    // [events] receives the number of each list, which is -1 where it is not wanted.
-    static std::vector<int32_t> lay_out(const PieceSide& side, std::vector<int32_t>& number, Lists& lists);
+    // Fills `out`; returns for each event that is a list its number.
+    static std::vector<int32_t> lay_out(const PieceSide& side, const std::vector<Kind>& kinds, Start& out);
 
     std::vector<int32_t> data_;
     PieceIndex index_;
     int64_t events_ = 0, others_ = 0;
-    std::vector<int32_t> partner_, partner_run_, teacher_list_, other_place_;
-    std::vector<uint16_t> paired_bits_;
-    Lists student_, teacher_;
+    std::vector<int32_t> partner_, partner_run_, teacher_list_, other_list_;
+    Start student_, teacher_;
 };
 
 struct PrefixParams {

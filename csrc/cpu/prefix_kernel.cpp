@@ -6,10 +6,13 @@
 //   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
 // and d log a_e / d logit_s = (share of s in a_e) / tau for its tokens s.
 //
-// An event of several tokens is kept as the largest logit ("top") and the sum of the exponentials relative to it, so
-// that log a_e is exact however small a_e is. At the start of a chunk most events are pairs of one token on each side:
-// they are read in the order of the student's row, and their exponentials are kept for the gradient; lists of tokens
-// are gathered. The sums of both kinds have centres of their own and meet as logarithms.
+// At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e, and with them
+// x, which is f of a pair's partner: the pair's gradient is e / A - x / B. All are in order, and relative to one logit
+// of each side, near the largest that counts. Events of several tokens are lists: their a and b are gathered sums of e
+// and f, and the gradient of their tokens is e h, h = 1 / A - b / (a B). Where a is so small that this is not exact,
+// the list is read again, relative to its own largest logit ("top"). For the reverse f and x are logarithms: x = tau D.
+//
+// Inside of tokens every event has its own top and the sum of the exponentials relative to it.
 #include "cpu/prefix.h"
 
 #include "cpu/rows.h"
@@ -26,26 +29,39 @@ T* take(char*& at, int64_t count) {
     return result;
 }
 
-// Sums over some of the events of a boundary.
-struct Part {
-    Exponential p, q;          // of the student and the teacher
-    float z_centre, y_centre;  // logits that their exponentials are relative to
-    double p_total, q_total;   // a and b in those units
-    double mean;               // of temperature D with logits relative to the centres, under the first distribution
-    bool is_empty;
+constexpr float least = 1e-30f;  // sums of exponentials below it are not exact
 
-    double log_p() const { return ::log(p_total) + p.log_unit(); }
-    double log_q() const { return ::log(q_total) + q.log_unit(); }
+// What makes a gradient: student * e - teacher * f, or the reverse student * e (tau D - mean).
+struct Slope {
+    float student = 0.0f, teacher = 0.0f, mean_high = 0.0f, mean_low = 0.0f;
+};
+
+// The exponentials of one side of a boundary.
+struct Side {
+    Exponential exp;
+    float centre;  // a logit that they are relative to
+    double total;  // of the events that both sides have
 };
 
 // Functions, not constants: nothing of a level may run before it is chosen.
 Exponential any_exponential() { return Exponential::around(0.0f, 0.0f, 1.0); }
-Part no_part() { return {any_exponential(), any_exponential(), 0.0f, 0.0f, 0.0, 0.0, 0.0, true}; }
+Normaliser no_normaliser() { return {any_exponential(), 0.0f, 0.0}; }
 
-// What makes a gradient of a part: student * e - teacher * f, or the reverse student * e (tau D - mean).
-struct Slope {
-    float student = 0.0f, teacher = 0.0f, mean_high = 0.0f, mean_low = 0.0f;
-};
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t longest(const ListsView& lists) { return lists.slices == 0 ? 0 : lists.start[1]; }
+
+// Calls body(i, x, n) with the elements of `row` that are the tokens i of the lists of slice k, in n lanes.
+template <typename T, typename Body>
+inline void each_token(const ListsView& lists, int64_t k, const T* row, Body body) {
+    const int64_t begin = lists.start[k];
+    for (int64_t i = begin; i < lists.start[k + 1]; ++i) {
+        body(i - begin, gather(row, lists.tokens + lanes * i), lists.lanes[i]);
+    }
+}
+
+// Lanes from n on become `fill`.
+inline Floats only(int64_t n, Floats x, Floats fill) { return n == lanes ? x : select(first(n), x, fill); }
 
 // Events with tops and sums of both sides, in arrays padded to whole vectors.
 struct Events {
@@ -87,6 +103,7 @@ class Additions {
         touched_[block] = 1;
         values_[token] += x;
     }
+    bool any() const { return any_; }
     Floats to(int64_t i, Floats x) const { return any_ && touched_[i / lanes] != 0 ? x + load(values_ + i) : x; }
 
   private:
@@ -105,20 +122,18 @@ class Chunk {
           size_(p.student.width),
           wanted_(p.grad.data != nullptr),
           e_(take<float>(at, padded(size_))),
-          pair_(take<float>(at, padded(size_))),
-          shares_(take<float>(at, lanes * (plan_.student.start[plan_.student.slices] + 1))),
-          gathered_(take<float>(at, plan_.teacher.slices == 0 ? 0 : lanes * plan_.teacher.start[1])),
-          list_top_(take<float>(at, padded(plan_.events))),
-          list_sum_(take<float>(at, padded(plan_.events))),
-          start_(take_events(at, plan_.events)),
+          x_(take<float>(at, padded(size_))),
+          f_(take<float>(at, padded(p.teacher.width) + lanes)),
+          slice_(take<float>(at, lanes * larger(longest(plan_.student.lists), longest(plan_.teacher.lists)))),
+          teacher_sum_(take<float>(at, padded(plan_.events))),
+          h_(take<float>(at, padded(plan_.events) + lanes)),
           others_(take<float>(at, padded(plan_.others) + lanes)),
           inner_(take_events(at, p.most + 1)),
           piece_(take<int32_t>(at, p.most + 1)),
           begin_(take<int32_t>(at, p.most + 2)),
           values_(take<float>(at, padded(p.most))),
           tokens_(take<int32_t>(at, padded(p.most))),
-          without_(take<uint16_t>(
-              at, padded(p.student.width > p.teacher.width ? p.student.width : p.teacher.width) / lanes)),
+          without_(take<uint16_t>(at, padded(larger(p.student.width, p.teacher.width)) / lanes)),
           additions_(take<float>(at, padded(size_)), take<uint16_t>(at, padded(size_) / lanes), padded(size_) / lanes) {
     }
 
@@ -149,169 +164,230 @@ class Chunk {
         return events;
     }
 
-    // The teacher's logits of the partners of students i ... i + 15.
-    template <typename T>
-    Floats partners(const T* y, int64_t i) const {
-        const int32_t run = plan_.partner_run[i / lanes];
-        return run < 0 ? gather(y, plan_.partner + i) : load(y + run);
-    }
-
-    Floats relative(Floats x, float centre) const { return max(broadcast(p_.lowest), x) - broadcast(centre); }
-
     // The first row: the events at the start of the chunk, and boundaries inside the first token.
     template <typename S, typename T>
     void first_row(int64_t r, const S* z, const T* y) {
-        Normaliser all{any_exponential(), 0.0f, 0.0, p_.lowest};
-        const Part pairs = compare_pairs(z, y, &all);
-        read_lists(plan_.student, z, shares_, true, start_.z_top, start_.z_sum);
-        read_lists(plan_.teacher, y, gathered_, false, list_top_, list_sum_);
-        for (int64_t e = 0; e < plan_.events; e += lanes) {
-            store(start_.y_top + e, gather(list_top_, plan_.teacher_list + e));
-            store(start_.y_sum + e, gather(list_sum_, plan_.teacher_list + e));
-        }
-        const Part lists = compare_events(start_, plan_.events);
-        Slope pair_slope, list_slope;
-        combine(pairs, lists, &pair_slope, &list_slope);
+        double product = 0;  // sum of b tau D, or the reverse's a tau D
+        bool low = false;
+        Normaliser all = no_normaliser();
+        const Side q = teacher_start(y, &product);
+        const Side p = student_start(z, &product, &all, &low);
+        product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
+        const Slope slope = add_term(p.total, q.total, product);
         inside(r, z);
         const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
         if (!wanted_) return;
-        event_slopes(start_, plan_.events, lists, list_slope);
-        spread_lists();
-        const Floats zero = broadcast(0.0f), lowest = broadcast(p_.lowest);
-        const Floats student = broadcast(pair_slope.student), teacher = broadcast(pair_slope.teacher);
-        const Floats high = broadcast(pair_slope.mean_high), low = broadcast(pair_slope.mean_low);
-        const bool same = label.present && all.total > 0;
-        const float* other = others_;
-        write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) {
-            const Floats zi = load(z + i, size_ - i, zero), e = load(e_ + i), x = load(pair_ + i);
-            Floats g = p_.reverse ? e * student * ((x - high) - low) : fma(e, student, zero - x * teacher);
-            const uint32_t paired = plan_.paired_bits[i / lanes], rest = ~paired & 0xFFFFu;
+        spread_lists(slope);
+        const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
+        const Floats high = broadcast(slope.mean_high), mean_low = broadcast(slope.mean_low);
+        const bool same = label.present && all.total > 0, plain = !low && !additions_.any(), reverse = p_.reverse;
+        const float *others = others_, *es = e_, *xs = x_;
+        const uint16_t* paired_bits = plan_.student.paired_bits;
+        // otherwise it becomes a call for each vector; so do the bodies below
+        write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) __attribute__((always_inline)) {
+            const Floats e = load(es + i), x = load(xs + i);
+            Floats g = reverse ? e * student * ((x - high) - mean_low) : fnma(x, teacher, e * student);
+            const uint32_t paired = paired_bits[i / lanes], rest = ~paired & 0xFFFFu;
             if (rest != 0) {
-                g = select(from_bits(paired), g, expand(other, from_bits(rest)));
-                other += __builtin_popcount(rest);
+                g = select(from_bits(paired), g, e * expand(others, from_bits(rest)));
+                others += __builtin_popcount(rest);
             }
-            // the derivative of max(z, lowest)
-            g = select(greater(lowest, zi), zero, additions_.to(i, g));
-            return label.present ? with_label(label, i, same ? e : label.exp(zi), g) : g;
+            if (!plain) g = above_lowest(i, z, additions_.to(i, g));
+            return label.present ? with_label(label, i, same ? e : label.exp(tail_load(z, i)), g) : g;
         });
     }
 
-    // The pairs; `all` receives the normaliser of the whole student row, if the temperature is 1 and the pairs' centre
-    // does for it.
-    template <typename S, typename T>
-    Part compare_pairs(const S* z, const T* y, Normaliser* all) const {
-        const double tau = p_.temperature;
-        const int64_t whole = size_ / lanes * lanes;
-        const WholeRow<S> student{z};
-        const Floats zero = broadcast(0.0f);
-        Floats z_top = broadcast(nothing), y_top = z_top;
-        bool found = false;
-        for (int64_t i = 0; i < size_ && (i < 4096 || !found); i += lanes) {
-            const uint32_t paired = plan_.paired_bits[i / lanes];
-            if (paired == 0) continue;
-            found = true;
-            const Mask mask = from_bits(paired);
-            z_top = max(select(mask, max(broadcast(p_.lowest), load(z + i, size_ - i, zero)), z_top), z_top);
-            y_top = max(select(mask, max(broadcast(p_.lowest), partners(y, i)), y_top), y_top);
-        }
-        if (!found) return no_part();
-        float z_centre = largest(z_top), y_centre = largest(y_top);
-        for (;;) {
-            const Exponential p = Exponential::around(z_centre, p_.lowest, tau);
-            const Exponential q = Exponential::around(y_centre, p_.lowest, tau);
-            DoubleSum p_total, q_total, products, every;
-            Floats p_part = zero, q_part = zero, product_part = zero, every_part = zero;
-            z_top = broadcast(z_centre);
-            y_top = broadcast(y_centre);
-            Floats every_top = z_top;
-            const auto step = [&](int64_t i, Floats zi, Mask valid) {
-                const Mask paired = from_bits(plan_.paired_bits[i / lanes]);
-                const Floats yi = partners(y, i);
-                const Floats e = select(valid, p(zi), zero);
-                every_part += e;
-                every_top = max(select(valid, zi, every_top), every_top);
-                z_top = max(select(paired, zi, z_top), z_top);
-                y_top = max(select(paired, yi, y_top), y_top);
-                const Floats pe = select(paired, e, zero), qf = select(paired, q(yi), zero);
-                const Floats difference = relative(zi, z_centre) - relative(yi, y_centre);
-                p_part += pe;
-                q_part += qf;
-                product_part = p_.reverse ? fma(pe, difference, product_part) : fnma(qf, difference, product_part);
-                store(e_ + i, e);
-                store(pair_ + i, p_.reverse ? difference : qf);
-            };
-            const auto add = [&] {
-                p_total.add(p_part);
-                q_total.add(q_part);
-                products.add(product_part);
-                every.add(every_part);
-                p_part = q_part = product_part = every_part = zero;
-            };
-            for (int64_t begin = 0; begin < whole; begin += flush) {
-                for (int64_t i = begin; i < smaller(begin + flush, whole); i += lanes) {
-                    prefetch(y + i +
-                             ahead);  // ids of partners are near each other; a row of either side ends somewhere
-                    step(i, student.at(i), from_bits(0xFFFFu));
-                }
-                add();
-            }
-            if (whole < size_) {
-                step(whole, load(z + whole, size_ - whole, zero), first(size_ - whole));
-                add();
-            }
-            // As in `exponentials`: once more if the largest numbers were not among the first.
-            const float z_found = largest(z_top), y_found = largest(y_top), every_found = largest(every_top);
-            const bool z_grew = z_found > z_centre + 30 * tau && z_found < 3e38f;
-            const bool y_grew = y_found > y_centre + 30 * tau && y_found < 3e38f;
-            if (z_grew) z_centre = z_found;
-            if (y_grew) y_centre = y_found;
-            if (z_grew || y_grew) continue;
-            if (tau == 1.0 && every_found <= z_centre + 30) *all = {p, z_centre, every.total(), p_.lowest};
-            const double over = p_.reverse ? p_total.total() : q_total.total();
-            return {p, q, z_centre, y_centre, p_total.total(), q_total.total(), products.total() / over, false};
-        }
-    }
-
-    // The tops and sums of each list of tokens of a row. `values` receives the exponentials relative to the tops, all
-    // with `keep`, else only those of the last slice.
+    // f of the teacher's row, and the pairs' part of sum b log b.
     template <typename T>
-    void read_lists(const ListsView& lists, const T* row, float* values, bool keep, float* top_out,
-                    float* sum_out) const {
+    Side teacher_start(const T* y, double* product) {
+        DoubleSum products;
+        Floats part = broadcast(0.0f);
+        const Side side = start_side(
+            y, p_.teacher.width, plan_.teacher, nullptr,
+            [&](int64_t i, Floats f, Floats relative, Floats cut) __attribute__((always_inline)) {
+                if (i == 0) {
+                    products = DoubleSum();
+                    part = broadcast(0.0f);
+                }
+                store(f_ + i, p_.reverse ? relative : f);
+                part = fma(select(from_bits(plan_.teacher.paired_bits[i / lanes]), f, broadcast(0.0f)), cut, part);
+                if (i % flush == flush - lanes) {
+                    products.add(part);
+                    part = broadcast(0.0f);
+                }
+            });
+        products.add(part);
+        if (!p_.reverse) *product += products.total();
+        store(f_ + padded(p_.teacher.width), broadcast(0.0f));
+        return side;
+    }
+
+    // e and the pairs' x of the student's row, and the pairs' part of - sum b log a, or of the reverse's sum a D. `all`
+    // receives the normaliser of the whole row, if the temperature is 1 and there is one; `low` whether there may be
+    // logits below the lowest.
+    template <typename S>
+    Side student_start(const S* z, double* product, Normaliser* all, bool* low) {
+        DoubleSum products;
+        Floats part = broadcast(0.0f), bottom = part;
+        const Side side = start_side(z, size_, plan_.student, all,
+                                     [&](int64_t i, Floats e, Floats relative, Floats) __attribute__((always_inline)) {
+                                         if (i == 0) {
+                                             products = DoubleSum();
+                                             part = broadcast(0.0f);
+                                             bottom = relative;
+                                         }
+                                         const int32_t run = plan_.partner_run[i / lanes];
+                                         const Mask paired = from_bits(plan_.student.paired_bits[i / lanes]);
+                                         Floats x = run < 0 ? gather(f_, plan_.partner + i)
+                                                            : select(paired, load(f_ + run), broadcast(0.0f));
+                                         if (p_.reverse) {
+                                             x = relative - x;
+                                             part = fma(select(paired, e, broadcast(0.0f)), x, part);
+                                         } else {
+                                             part = fnma(x, relative, part);
+                                         }
+                                         store(e_ + i, e);
+                                         store(x_ + i, x);
+                                         bottom = min(relative, bottom);
+                                         if (i % flush == flush - lanes) {
+                                             products.add(part);
+                                             part = broadcast(0.0f);
+                                         }
+                                     });
+        products.add(part);
+        *product += products.total();
+        *low = -largest(broadcast(0.0f) - bottom) <= p_.lowest - side.centre;
+        return side;
+    }
+
+    // One side at the start of a chunk: calls body as each_exponential does. `all`: see above.
+    template <typename T, typename Body>
+    Side start_side(const T* row, int64_t size, const StartView& start, Normaliser* all, Body body) const {
+        const double tau = p_.temperature;
+        const Normaliser whole = each_exponential(WholeRow<T>{row}, size, p_.lowest, tau, body);
+        DoubleSum absent;
+        for (int64_t i = 0; i < start.absent_count; i += lanes) {
+            const Floats e = whole.exp(gather(row, start.absent + i));
+            absent.add(select(first(start.absent_count - i), e, broadcast(0.0f)));
+        }
+        const double total = whole.total - absent.total();
+        if (total > whole.total / 2) {
+            if (all != nullptr && tau == 1.0) *all = whole;
+            return {whole.exp, whole.centre, total};
+        }
+        // most of the mass is on tokens that do not count: their exponentials are no measure for the others
+        const RemainingRow<T> rest{row, start.absent_bits, p_.lowest};
+        const Normaliser counted = each_exponential(rest, size, nothing, tau, body);
+        return {counted.exp, counted.centre, counted.total};
+    }
+
+    // The lists' part of sum b tau D, and h.
+    template <typename S>
+    double forward_lists(const S* z, const Side& p, const Side& q) {
+        const ListsView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+        const Floats zero = broadcast(0.0f), smallest = broadcast(least);
+        const Floats tau = broadcast(static_cast<float>(p_.temperature));
+        const Slope slope = slope_of(p.total, q.total, 0);
+        const Floats per_a = broadcast(slope.student), per_b = broadcast(slope.teacher);
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            Floats b = zero;
+            each_token(teacher, k, f_, [&](int64_t, Floats f, int64_t n) { b += only(n, f, zero); });
+            store(teacher_sum_ + lanes * k, b);
+        }
+        DoubleSum products;
+        for (int64_t k = 0; k < student.slices; ++k) {
+            const Mask valid = first(plan_.events - lanes * k);
+            Floats a = zero;
+            each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
+            a = select(valid, a, broadcast(1.0f));
+            const Floats b = select(valid, gather(teacher_sum_, plan_.teacher_list + lanes * k), zero);
+            Floats log_a = log(a) * tau, h = per_a - b * per_b / a;
+            if (bits(greater(smallest, a)) != 0) {
+                const Floats top = exact_sums(student, k, z, p_.lowest, &a);
+                log_a = fma(log(a), tau, top - broadcast(p.centre));
+                add_exactly(student, k, zero - b * per_b / a);
+                h = per_a;
+            }
+            store(h_ + lanes * k, h);
+            products.add(b * fma(log(max(smallest, b)), tau, zero - log_a));
+        }
+        return products.total();
+    }
+
+    // The lists' part of sum a tau D, and tau D as h.
+    double reverse_lists() {
+        const ListsView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+        const Floats zero = broadcast(0.0f), tau = broadcast(static_cast<float>(p_.temperature));
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            Floats b;
+            const Floats top = exact_sums(teacher, k, f_, nothing, &b);
+            store(teacher_sum_ + lanes * k, fma(log(b), tau, top));
+        }
+        DoubleSum products;
+        for (int64_t k = 0; k < student.slices; ++k) {
+            Floats a = zero;
+            each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
+            const Floats log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
+            const Floats d = fma(log(max(broadcast(least), a)), tau, zero - log_b);
+            products.add(select(first(plan_.events - lanes * k), a * d, zero));
+            store(h_ + lanes * k, d);
+        }
+        return products.total();
+    }
+
+    // h of each token outside the pairs, in the order of the row.
+    void spread_lists(const Slope& slope) {
+        const int64_t events = padded(plan_.events);
+        if (p_.reverse) {
+            const Floats student = broadcast(slope.student);
+            const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
+            for (int64_t e = 0; e < events; e += lanes) store(h_ + e, student * ((load(h_ + e) - high) - low));
+        }
+        store(h_ + events, broadcast(0.0f));
+        for (int64_t i = 0; i < plan_.others; i += lanes) store(others_ + i, gather(h_, plan_.other_list + i));
+    }
+
+    // The largest logits of the lists of slice k, and the sums of the exponentials relative to them, which are put into
+    // slice_. Lanes without a list have a sum of 1.
+    template <typename T>
+    Floats exact_sums(const ListsView& lists, int64_t k, const T* row, float lowest, Floats* sum) {
+        const Floats low = broadcast(nothing), zero = broadcast(0.0f);
+        Floats top = low;
+        each_token(lists, k, row, [&](int64_t i, Floats x, int64_t n) {
+            x = only(n, max(broadcast(lowest), x), low);
+            store(slice_ + lanes * i, x);
+            top = max(x, top);
+        });
         const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
-        const Floats lowest = broadcast(p_.lowest), zero = broadcast(0.0f);
-        for (int64_t k = 0; k < lists.slices; ++k) {
-            const int64_t begin = lists.start[k], end = lists.start[k + 1];
-            float* slice = values + (keep ? lanes * begin : 0);
-            Floats top = broadcast(nothing), sum = zero;
-            for (int64_t i = begin; i < end; ++i) {
-                const Floats x = max(lowest, gather(row, lists.tokens + lanes * i));
-                store(slice + lanes * (i - begin), x);
-                top = max(select(valid(lists, i), x, top), top);
-            }
-            for (int64_t i = begin; i < end; ++i) {
-                float* value = slice + lanes * (i - begin);
-                const Floats e = select(valid(lists, i), exp(load(value) - top), zero);
-                store(value, e);
-                sum += e;
-            }
-            store(top_out + lanes * k, top);
-            store(sum_out + lanes * k, sum);
+        *sum = zero;
+        for (int64_t i = lists.start[k]; i < lists.start[k + 1]; ++i) {
+            float* values = slice_ + lanes * (i - lists.start[k]);
+            const Floats e = only(lists.lanes[i], exp(load(values) - top), zero);
+            store(values, e);
+            *sum += e;
+        }
+        *sum = only(lists.lanes[lists.start[k]], *sum, broadcast(1.0f));
+        return top;
+    }
+
+    // Adds `factor` times slice_ to the gradient of the tokens of the lists of slice k.
+    void add_exactly(const ListsView& lists, int64_t k, Floats factor) {
+        for (int64_t i = lists.start[k]; wanted_ && i < lists.start[k + 1]; ++i) {
+            alignas(64) float lane[lanes];
+            store(lane, load(slice_ + lanes * (i - lists.start[k])) * factor);
+            for (int32_t l = 0; l < lists.lanes[i]; ++l) additions_.add(lists.tokens[lanes * i + l], lane[l]);
         }
     }
-    static Mask valid(const ListsView& lists, int64_t i) { return first(lists.lanes[i]); }
 
-    // Each student token outside the pairs gets its share of the event's slope, in the order of the row.
-    void spread_lists() {
-        const ListsView& lists = plan_.student;
-        for (int64_t k = 0; k < lists.slices; ++k) {
-            const Floats slope = load(start_.slope + lanes * k);
-            for (int64_t i = lists.start[k]; i < lists.start[k + 1]; ++i) {
-                const Floats share = load(shares_ + lanes * i);
-                store(shares_ + lanes * i, select(valid(lists, i), share * slope, broadcast(0.0f)));
-            }
-        }
-        store(shares_ + lanes * lists.start[lists.slices], broadcast(0.0f));
-        for (int64_t i = 0; i < plan_.others; i += lanes) store(others_ + i, gather(shares_, plan_.other_place + i));
+    template <typename T>
+    Floats tail_load(const T* z, int64_t i) const {
+        return load(z + i, size_ - i, broadcast(0.0f));
+    }
+
+    // The derivative of max(z, lowest).
+    template <typename T>
+    Floats above_lowest(int64_t i, const T* z, Floats g) const {
+        return select(greater(broadcast(p_.lowest), tail_load(z, i)), broadcast(0.0f), g);
     }
 
     // A later row: a boundary before its token, if there is one, or boundaries inside it.
@@ -320,14 +396,13 @@ class Chunk {
         const float ends = inside(r, z);
         const LabelTerm label = label_of(r, z, nullptr);
         if (!wanted_) return;
-        const Floats zero = broadcast(0.0f), lowest = broadcast(p_.lowest), factor = broadcast(ends);
+        const Floats factor = broadcast(ends);
         const RemainingRow<S> row{z, without_, p_.lowest};
         write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) {
-            const Floats zi = load(z + i, size_ - i, zero);
-            Floats g = zero;
-            if (ends != 0.0f) g = remaining_(row.remaining(i, zi)) * factor;
-            g = select(greater(lowest, zi), zero, additions_.to(i, g));
-            return label.present ? with_label(label, i, label.exp(zi), g) : g;
+            const Floats zi = tail_load(z, i);
+            const Floats g = ends == 0.0f ? broadcast(0.0f) : remaining_(row.remaining(i, zi)) * factor;
+            const Floats h = above_lowest(i, z, additions_.to(i, g));
+            return label.present ? with_label(label, i, label.exp(zi), h) : h;
         });
     }
 
@@ -400,11 +475,8 @@ class Chunk {
             whole_top[0] = part_top[0] = nothing;
             whole_sum[0] = part_sum[0] = 1.0f;
         }
-        const Part all = compare_events(inner_, count);
-        Slope slope;
-        combine(no_part(), all, nullptr, &slope);
+        compare_events(inner_, count);
         if (!wanted_) return 0.0f;
-        event_slopes(inner_, count, all, slope);
         if (boundary.whole_side == 0) {
             for (int64_t e = skipped; e < count; ++e) {
                 for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) {
@@ -442,90 +514,65 @@ class Chunk {
         }
     }
 
-    // The part of `count` events.
-    Part compare_events(const Events& events, int64_t count) const {
-        if (count == 0) return no_part();
+    // Adds the term of `count` events to the loss, and finds their slopes.
+    void compare_events(const Events& events, int64_t count) {
         Floats z_top = broadcast(nothing), y_top = z_top;
         for (int64_t e = 0; e < count; e += lanes) {
             const Mask mask = first(count - e);
             z_top = max(select(mask, load(events.z_top + e), z_top), z_top);
             y_top = max(select(mask, load(events.y_top + e), y_top), y_top);
         }
-        const float z_centre = largest(z_top), y_centre = largest(y_top);
-        const Exponential p = Exponential::around(z_centre, nothing, p_.temperature);
-        const Exponential q = Exponential::around(y_centre, nothing, p_.temperature);
+        Side p = side_around(largest(z_top)), q = side_around(largest(y_top));
         const Floats zero = broadcast(0.0f);
         DoubleSum p_total, q_total, products;
         for (int64_t e = 0; e < count; e += lanes) {
             const Mask mask = first(count - e);
-            const Floats a = select(mask, p(load(events.z_top + e)) * load(events.z_sum + e), zero);
-            const Floats b = select(mask, q(load(events.y_top + e)) * load(events.y_sum + e), zero);
-            const Floats d = select(mask, difference(events, e, z_centre, y_centre), zero);
+            const Floats a = select(mask, p.exp(load(events.z_top + e)) * load(events.z_sum + e), zero);
+            const Floats b = select(mask, q.exp(load(events.y_top + e)) * load(events.y_sum + e), zero);
+            const Floats d = select(mask, difference(events, e, p, q), zero);
             p_total.add(a);
             q_total.add(b);
             products.add(p_.reverse ? a * d : b * (zero - d));
         }
-        const double over = p_.reverse ? p_total.total() : q_total.total();
-        return {p, q, z_centre, y_centre, p_total.total(), q_total.total(), products.total() / over, false};
-    }
-
-    // temperature (log a - log b), relative to the centres.
-    Floats difference(const Events& events, int64_t e, float z_centre, float y_centre) const {
-        const Floats logs = log(load(events.z_sum + e)) - log(load(events.y_sum + e));
-        const Floats tops =
-            (load(events.z_top + e) - broadcast(z_centre)) - (load(events.y_top + e) - broadcast(y_centre));
-        return fma(logs, broadcast(static_cast<float>(p_.temperature)), tops);
-    }
-
-    void event_slopes(const Events& events, int64_t count, const Part& part, const Slope& slope) const {
+        const Slope slope = add_term(p_total.total(), q_total.total(), products.total());
         const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
-        for (int64_t e = 0; e < count; e += lanes) {
-            const Floats p = part.p(load(events.z_top + e)) * student;
+        for (int64_t e = 0; wanted_ && e < count; e += lanes) {
+            const Floats a = p.exp(load(events.z_top + e)) * student;
             Floats g;
             if (p_.reverse) {
-                const Floats d = difference(events, e, part.z_centre, part.y_centre);
-                g = p * ((d - broadcast(slope.mean_high)) - broadcast(slope.mean_low));
+                g = a * ((difference(events, e, p, q) - broadcast(slope.mean_high)) - broadcast(slope.mean_low));
             } else {
                 const Floats share = load(events.y_sum + e) / load(events.z_sum + e);
-                g = p - part.q(load(events.y_top + e)) * teacher * share;
+                g = a - q.exp(load(events.y_top + e)) * teacher * share;
             }
             store(events.slope + e, g);
         }
     }
 
-    // Adds the term of a boundary whose events are in two parts to the loss, and finds the slopes of both.
-    void combine(const Part& one, const Part& two, Slope* one_slope, Slope* two_slope) {
-        if (one.is_empty && two.is_empty) return;
-        const double log_p = together(one, two, &Part::log_p), log_q = together(one, two, &Part::log_q);
-        const double sign = p_.reverse ? 1 : -1, log_over = p_.reverse ? log_p : log_q;
-        // D = centred D + offset
-        const auto offset = [&](const Part& part) { return sign * (part.p.log_unit() - part.q.log_unit()); };
-        double mean = 0;
-        for (const Part* part : {&one, &two}) {
-            if (part->is_empty) continue;
-            const double share = ::exp((p_.reverse ? part->log_p() : part->log_q()) - log_over);
-            mean += share * (part->mean / p_.temperature + offset(*part));
-        }
-        loss_ += mean - sign * (log_p - log_q);
-        const double factor = p_.reverse ? scale_ : scale_ * p_.temperature;
-        const auto slope = [&](const Part& part, Slope* out) {
-            if (part.is_empty) return;
-            const double centred_mean = p_.temperature * (mean - offset(part));
-            out->student = static_cast<float>(factor * ::exp(part.p.log_unit() - log_p));
-            out->teacher = static_cast<float>(factor * ::exp(part.q.log_unit() - log_q));
-            out->mean_high = static_cast<float>(centred_mean);
-            out->mean_low = static_cast<float>(centred_mean - static_cast<double>(out->mean_high));
-        };
-        slope(one, one_slope);
-        slope(two, two_slope);
+    Side side_around(float centre) const { return {Exponential::around(centre, nothing, p_.temperature), centre, 0.0}; }
+
+    // temperature (log a - log b), relative to the centres.
+    Floats difference(const Events& events, int64_t e, const Side& p, const Side& q) const {
+        const Floats logs = log(load(events.z_sum + e)) - log(load(events.y_sum + e));
+        const Floats tops =
+            (load(events.z_top + e) - broadcast(p.centre)) - (load(events.y_top + e) - broadcast(q.centre));
+        return fma(logs, broadcast(static_cast<float>(p_.temperature)), tops);
     }
 
-    // The logarithm of the sum of both parts' masses.
-    static double together(const Part& one, const Part& two, double (Part::*log_mass)() const) {
-        if (one.is_empty) return (two.*log_mass)();
-        if (two.is_empty) return (one.*log_mass)();
-        const double a = (one.*log_mass)(), b = (two.*log_mass)();
-        return a > b ? a + ::log1p(::exp(b - a)) : b + ::log1p(::exp(a - b));
+    // Adds a boundary's term to the loss: from A, B, and the sum of b tau D or the reverse's a tau D, all of them
+    // relative to the centres, whose differences cancel.
+    Slope add_term(double p_total, double q_total, double product) {
+        const double mean = product / (p_.reverse ? p_total : q_total);
+        const double difference = ::log(p_total) - ::log(q_total);
+        loss_ += mean / p_.temperature + (p_.reverse ? -difference : difference);
+        return slope_of(p_total, q_total, mean);
+    }
+
+    Slope slope_of(double p_total, double q_total, double mean) const {
+        const double factor = p_.reverse ? scale_ : scale_ * p_.temperature;
+        const auto high = static_cast<float>(mean);
+        return {static_cast<float>(factor / p_total), static_cast<float>(factor / q_total), high,
+                static_cast<float>(mean - static_cast<double>(high))};
     }
 
     // The row's label; `known` is the normaliser of all tokens at temperature 1, if there is one.
@@ -547,10 +594,11 @@ class Chunk {
     const PrefixPlanView& plan_;
     int64_t k_, size_;
     bool wanted_;
-    float *e_, *pair_;  // by student id: the exponentials; the partners' ones (for the reverse: the differences)
-    float *shares_, *gathered_, *list_top_, *list_sum_;
-    Events start_;
-    float* others_;
+    float *e_, *x_;       // by student id
+    float* f_;            // by teacher id
+    float* slice_;        // of the lists of one slice
+    float* teacher_sum_;  // by the teacher's list: the sums of f, or the reverse's logarithms times temperature
+    float *h_, *others_;  // by the student's list; by the student's tokens outside the pairs, in order
     Events inner_;
     int32_t *piece_, *begin_;
     float* values_;

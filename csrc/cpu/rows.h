@@ -69,9 +69,9 @@ struct Normaliser {
     double log_sum() const { return ::log(total) + exp.log_unit(); }
 };
 
-// Calls body(i, e, relative) with the exponentials of each 16 elements (zero beyond n) and max(row, lowest) - centre,
-// in order, perhaps twice over all. The unit comes from the largest of the first elements; if one that follows is
-// larger by far, everything is done again.
+// Calls body(i, e, relative, cut) with the exponentials of each 16 elements (zero beyond n) and max(row, lowest) -
+// centre, in order, perhaps twice over all; `cut` is the latter too, but not below what makes e zero. The unit comes
+// from the largest of the first elements; if one that follows is larger by far, everything is done again.
 template <typename Row, typename Body>
 inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, double temperature, Body body) {
     Floats top = broadcast(lowest);
@@ -85,16 +85,17 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
         Floats part = broadcast(0.0f);
         top = broadcast(centre);
         const Exponential exp = result.exp;
+        const auto relative = [=](Floats x) { return max(broadcast(lowest), x) - broadcast(centre); };
         const int64_t whole = n / lanes * lanes;
         for (int64_t begin = 0; begin < whole; begin += flush) {
             const int64_t end = smaller(begin + flush, whole);
             for (int64_t i = begin; i < end; i += lanes) {
                 const Floats x = row.at(i);
                 top = max(x, top);
-                const Floats relative = exp.relative(x);
-                const Floats e = exp.of_relative(relative);
+                const Floats cut = exp.relative(x);
+                const Floats e = exp.of_relative(cut);
                 part += e;
-                body(i, e, relative);
+                body(i, e, relative(x), cut);
             }
             total.add(part);
             part = broadcast(0.0f);
@@ -103,10 +104,10 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
             const Floats x = row.tail(whole, n - whole);
             const Mask valid = first(n - whole);
             top = max(select(valid, x, top), top);
-            const Floats relative = exp.relative(x);
-            const Floats e = select(valid, exp.of_relative(relative), broadcast(0.0f));
+            const Floats cut = exp.relative(x);
+            const Floats e = select(valid, exp.of_relative(cut), broadcast(0.0f));
             total.add(e);
-            body(whole, e, relative);
+            body(whole, e, relative(x), cut);
         }
         const float found = largest(top);
         if (!(found > centre + 30 * temperature) || found > 3e38f) {
@@ -119,7 +120,7 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
 
 template <typename Row, typename Store>
 inline Normaliser exponentials(const Row& row, int64_t n, float lowest, double temperature, Store store) {
-    return each_exponential(row, n, lowest, temperature, [&](int64_t i, Floats e, Floats) { store(i, e); });
+    return each_exponential(row, n, lowest, temperature, [&](int64_t i, Floats e, Floats, Floats) { store(i, e); });
 }
 
 // Where a row of a gradient goes: `width` elements, of which those from n on become zero.

@@ -98,7 +98,7 @@ inline __m128 gather_quarter(const float* base, const int32_t* index) {
     x = _mm_insert_ps(x, _mm_load_ss(base + index[2]), 0x20);
     return _mm_insert_ps(x, _mm_load_ss(base + index[3]), 0x30);
 }
-inline Floats gather(const float* base, const int32_t* index) {
+inline __attribute__((always_inline)) Floats gather(const float* base, const int32_t* index) {
     return {_mm256_set_m128(gather_quarter(base, index + 4), gather_quarter(base, index)),
             _mm256_set_m128(gather_quarter(base, index + 12), gather_quarter(base, index + 8))};
 }
@@ -110,10 +110,28 @@ inline int64_t compress(float* p, Mask m, Floats x) {
     for (uint32_t rest = bits(m); rest != 0; rest &= rest - 1) p[count++] = lane[__builtin_ctz(rest)];
     return count;
 }
+// Which of the values that follow each other goes to each of 8 lanes, by mask.
+struct ExpandTable {
+    uint8_t place[256][8] = {};
+    constexpr ExpandTable() {
+        for (int mask = 0; mask < 256; ++mask) {
+            int next = 0;
+            for (int lane = 0; lane < 8; ++lane) {
+                place[mask][lane] = static_cast<uint8_t>(next);
+                next += mask >> lane & 1;
+            }
+        }
+    }
+};
+inline constexpr ExpandTable expand_table;
+inline __m256 expand_half(const float* p, uint32_t mask) {
+    const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(expand_table.place[mask]));
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_cvtepu8_epi32(place));
+}
 inline Floats expand(const float* p, Mask m) {
-    alignas(64) float lane[16] = {};
-    for (uint32_t rest = bits(m); rest != 0; rest &= rest - 1) lane[__builtin_ctz(rest)] = *p++;
-    return load(lane);
+    const uint32_t low = bits(m) & 0xFFu, high = bits(m) >> 8;
+    return {_mm256_and_ps(m.a, expand_half(p, low)),
+            _mm256_and_ps(m.b, expand_half(p + __builtin_popcount(low), high))};
 }
 
 inline __m256 scale_by_power(__m256 x, __m256 n) {

@@ -77,7 +77,7 @@ inline __m128 gather_quarter(const float* base, const int32_t* index) {
     x = _mm_insert_ps(x, _mm_load_ss(base + index[2]), 0x20);
     return _mm_insert_ps(x, _mm_load_ss(base + index[3]), 0x30);
 }
-inline Floats gather(const float* base, const int32_t* index) {
+inline __attribute__((always_inline)) Floats gather(const float* base, const int32_t* index) {
     const __m256 low = _mm256_set_m128(gather_quarter(base, index + 4), gather_quarter(base, index));
     const __m256 high = _mm256_set_m128(gather_quarter(base, index + 12), gather_quarter(base, index + 8));
     return {_mm512_insertf32x8(_mm512_castps256_ps512(low), high, 1)};

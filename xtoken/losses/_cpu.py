@@ -10,12 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import _core, reference
 from xtoken.losses._backends import Backend, Labels, Problem, register_backend
 from xtoken.losses._common import Matrix
-from xtoken.losses._cpu_arguments import ELEMENTS, ChunkArguments, LabelBuffers
+from xtoken.losses._cpu_arguments import ELEMENTS, ChunkArguments, LabelBuffers, Layouts
 from xtoken.losses._cpu_gold import run_gold
 from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
 from xtoken.losses._cpu_prefix import run_prefix
@@ -34,15 +33,13 @@ class _Kept(NamedTuple):
 class _Plans:
     """The layouts of one W: its transpose, the plan for all columns, and the last one for a subset."""
 
-    row_ptr: weakref.ref[Tensor]
-    version: tuple[int, int]
     matrix: _core.CpuMatrix
     all: _Kept | None = None
     subset: _Kept | None = None
 
 
-_PLANS: Any = WeakIdKeyDictionary()
-"""By the tensor of W's column ids, which lives as long as W."""
+_PLANS = Layouts[_Plans]()
+"""Of the tensor of W's column ids, which lives as long as W, and of its row pointers."""
 
 
 def plan_for(projection: Matrix, columns: Tensor) -> _core.CpuPlan:
@@ -75,13 +72,11 @@ def plan_for(projection: Matrix, columns: Tensor) -> _core.CpuPlan:
 
 def _plans_of(projection: Matrix) -> _Plans:
     row_ptr, col = projection.row_ptr, projection.col
-    version = row_ptr._version, col._version
-    known: _Plans | None = _PLANS.get(col)
-    if known is not None and known.row_ptr() is row_ptr and known.version == version:
-        return known
-    matrix = _core.CpuMatrix(row_ptr.detach().cpu().numpy(), col.detach().cpu().numpy(), projection.shape[1])
-    plans = _PLANS[col] = _Plans(weakref.ref(row_ptr), version, matrix)
-    return plans
+
+    def make() -> _Plans:
+        return _Plans(_core.CpuMatrix(row_ptr.detach().cpu().numpy(), col.detach().cpu().numpy(), projection.shape[1]))
+
+    return _PLANS.of((col, row_ptr), make)
 
 
 def unsupported(problem: Problem) -> str | None:

@@ -1,15 +1,39 @@
-"""Tensors as the kernels of csrc/cpu take them: addresses, types, shapes and strides."""
+"""Tensors as the kernels of csrc/cpu take them: addresses, types, shapes and strides; and layouts made of tensors."""
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
+
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken.losses._backends import Labels, Problem
 from xtoken.reference import Rows
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Types of logits that the kernels take."""
+
+_T = TypeVar("_T")
+
+
+class Layouts(Generic[_T]):
+    """What is made of tensors, each kept for as long as the first of its tensors lives."""
+
+    def __init__(self) -> None:
+        self._kept: Any = WeakIdKeyDictionary()
+
+    def of(self, tensors: tuple[Tensor, ...], make: Callable[[], _T], *others: Any) -> _T:
+        """`make()`, or its last result for the first tensor, if all are the same, unchanged, and `others` equal."""
+        key = [tensor._version for tensor in tensors], others
+        kept = self._kept.get(tensors[0])
+        if kept is None or kept[0] != key or any(ref() is not t for ref, t in zip(kept[1], tensors, strict=True)):
+            kept = self._kept[tensors[0]] = key, [weakref.ref(tensor) for tensor in tensors], make()
+        made: _T = kept[2]
+        return made
+
 
 _Logits = tuple[int, str, int, int, int, int, int]
 _Rows = tuple[int, int, int]

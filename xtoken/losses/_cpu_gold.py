@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken import _core, reference
 from xtoken.losses._backends import Problem
-from xtoken.losses._cpu_arguments import ChunkArguments
+from xtoken.losses._cpu_arguments import ChunkArguments, Layouts
 
-_PLANS = WeakTensorKeyDictionary()
+_PLANS = Layouts[_core.CpuGoldPlan]()
 
 
 def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -> _core.CpuGoldPlan:
-    """The layouts of common pairs; kept for as long as the tensor `student_ids` lives."""
-    kept = _PLANS.get(student_ids)
-    if kept is None or kept[0] is not teacher_ids or kept[1] != shape:
-        kept = teacher_ids, shape, _core.CpuGoldPlan(student_ids.numpy(), teacher_ids.numpy(), *shape)
-        _PLANS[student_ids] = kept
-    plan: _core.CpuGoldPlan = kept[2]
-    return plan
+    """The layouts of common pairs."""
+    make = partial(_core.CpuGoldPlan, student_ids.numpy(), teacher_ids.numpy(), *shape)
+    return _PLANS.of((student_ids, teacher_ids), make, shape)
 
 
 def run_gold(
