@@ -257,7 +257,9 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
     scaled, added = [], []
     scale, add = _ops._scaled, _ops.add_cross_entropy_
     monkeypatch.setattr(_ops, "_scaled", lambda grad, factor: scaled.append(float(factor)) or scale(grad, factor))
-    monkeypatch.setattr(_ops, "add_cross_entropy_", lambda *a: added.append(float(a[3])) or add(*a))
+    monkeypatch.setattr(
+        _ops, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
+    )
     teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss="gold")]
     for scaling, given in (("fixed", None), ("dynamic", 2.5), ("dynamic", torch.tensor(2.5)), ("dynamic", None)):
         criterion = XTokenLoss(teachers, scaling, ce_weight=0.9, kd_weight=kd_weight, backend=backend)

@@ -314,18 +314,26 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     "xtoken::add_cross_entropy_",
     mutates_args=("grad",),
     # torch 2.4 cannot read it off annotations that are strings.
-    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor factor, SymInt size, str reduction, str backend)"
-    " -> ()",
+    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor scale, Tensor factor, SymInt size, str reduction,"
+    " str backend) -> ()",
 )
 def add_cross_entropy_(
-    grad: Tensor, student: Tensor, labels: Tensor, factor: Tensor, size: int, reduction: str, backend: str
+    grad: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    size: int,
+    reduction: str,
+    backend: str,
 ) -> None:
-    """Adds ``factor d cross_entropy / d student`` for dense logits; nothing is done where the factor is 0."""
+    """``grad = scale grad + factor d cross_entropy / d student`` for dense logits."""
     if grad.device.type == "cpu" and float(factor) == 0.0:
+        _scaled(grad, scale)
         return
     wanted = _labels(labels, student, size, reduction, factor)
     if wanted is not None:
-        select(backend, student.device).cross_entropy(student[..., :size], wanted, grad)
+        select(backend, student.device).cross_entropy(student[..., :size], wanted, grad, scale)
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -384,12 +392,14 @@ def _backward(
             prepared = torch.ops.xtoken.loss(*inputs, *settings, *flags)[2:]
         else:
             factor, lacking = _remaining(upstream, label_upstream, expected, label_expected)
-            prepared = tuple(_scaled(grad, factor) for grad in prepared)
             if inputs.labels is not None and student_wanted:
                 add_cross_entropy_(
-                    prepared[0], inputs.student, inputs.labels, lacking, settings.student_size,
+                    prepared[0], inputs.student, inputs.labels, factor, lacking, settings.student_size,
                     settings.reduction, settings.backend,
                 )  # fmt: skip
+                prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
+            else:
+                prepared = tuple(_scaled(grad, factor) for grad in prepared)
     student, head, bias, weight = prepared
     grads: dict[str, Tensor] = {"student": student, "student_head": head, "student_bias": bias, "weight": weight}
     if torch.is_grad_enabled():
