@@ -180,12 +180,42 @@ def projection(students: int, teachers: int) -> Any:
     return xtoken.ProjectionMatrix(row_ptr, col.int(), weight / total[row], teachers)
 
 
+@functools.cache
+def pieces(students: int, teachers: int) -> Any:
+    """Much like Llama 3 to Qwen3: four students in five have a partner, and tokens without one begin with one."""
+    import xtoken
+
+    partners = int(0.8 * min(students, teachers))
+    words = [str(i).translate(str.maketrans("0123456789", "abcdefghij")).encode() for i in range(partners - 10)]
+    common = [*(b"%d" % digit for digit in range(10)), *words]
+    sides = []
+    for size, mark in ((students, b"0"), (teachers, b"1")):
+        others = size - partners  # of which most share a few words
+        longer = [words[i * i // others // 4] + mark + str(i).encode() for i in range(others)]
+        sides.append(xtoken.Vocabulary([*common, *longer]))
+    return xtoken.PieceIndex.build(*sides)
+
+
 def alignment(rows: int) -> Any:
     """Chunks of one token on each side, rows of them."""
     import xtoken
 
     start = torch.arange(1, rows + 1, dtype=torch.int32)
-    return xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
+    ids = [0] * (rows + 1)
+    return xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1), None, ids, ids)
+
+
+def chunks_of_several(index: Any) -> Any:
+    """Each side's first token without a partner against its pieces."""
+    import xtoken
+
+    tokens, known = [], []
+    for side in (index.student, index.teacher):
+        tokens.append(int((side.ptr.diff() > 1).nonzero()[0]))
+        known.append(side.pieces[side.ptr[tokens[-1]] : side.ptr[tokens[-1] + 1]].tolist())
+    middle = 1 + len(known[0])
+    spans = [[1, 2, 1, middle], [2, 2 + len(known[1]), middle, middle + 1]]
+    return xtoken.Alignment(spans, None, [0, tokens[0], *known[1]], [0, *known[0], tokens[1]])
 
 
 def check_kernels(device: str) -> None:
@@ -199,7 +229,8 @@ def small(options: argparse.Namespace) -> None:
     import xtoken
 
     check_kernels(options.device)
-    W, chunks = projection(333, 401), alignment(7)
+    W, chunks, index = projection(333, 401), alignment(7), pieces(333, 401)
+    longer = chunks_of_several(index)
     labels = torch.arange(8).to(options.device)
     pairs = torch.tensor([[k, k + 2, k, k + 2] for k in range(1, 7, 2)], dtype=torch.int32)
     realised = xtoken.Alignment(pairs, student_ids=torch.arange(8), teacher_ids=torch.arange(8))
@@ -217,6 +248,8 @@ def small(options: argparse.Namespace) -> None:
         "kd labels": lambda z, y, **kw: sum(xtoken.kd_loss(z, z.detach().flip(-1), labels=labels, top_k=100, **kw)),
         # whose parts have different factors: backward goes over the gradient again
         "all": lambda z, y, **kw: xtoken.XTokenLoss([xtoken.Teacher(W)], **kw)(z, labels, y, chunks)[0],
+        "prefix": lambda z, y, **kw: sum(xtoken.prefix_kl_loss(z, y, chunks, index, labels=labels, **kw)),
+        "prefix, inside tokens": lambda z, y, **kw: xtoken.prefix_kl_loss(z, y, longer, index, **kw),
     }
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         generator = torch.Generator().manual_seed(0)
@@ -294,6 +327,7 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
     from xtoken import reference
 
     W, chunks = projection(z.shape[-1], y.shape[-1]), alignment(z.shape[0] - 1).to(z.device)
+    index = pieces(z.shape[-1], y.shape[-1])
     kw: dict[str, Any] = {"backend": "cuda" if z.device.type == "cuda" else "auto"}
     columns = torch.arange(y.shape[-1], device=z.device)
     rows = reference.Chunks.of(chunks, z.shape[0], y.shape[0], z.device)
@@ -318,6 +352,7 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
         "GOLD": (step(lambda leaf: xtoken.gold_loss(leaf, y, chunks, W, **kw)), traffic),
         "H-KL": (step(lambda leaf: xtoken.hkl_loss(leaf, y, chunks, W, **kw)), traffic),
         "ULD": (step(lambda leaf: xtoken.uld_loss(leaf, y, chunks, **kw)), traffic),
+        "prefix KL": (step(lambda leaf: xtoken.prefix_kl_loss(leaf, y, chunks, index, **kw)), traffic),
         "KD": (step(lambda leaf: xtoken.kd_loss(leaf, same, chunks, **kw)), 3 * z.nbytes),
         "torch cross_entropy": (
             step(lambda leaf: torch.nn.functional.cross_entropy(leaf.float(), labels)), 2 * z.nbytes

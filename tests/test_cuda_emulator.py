@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import ctypes
+import math
 import re
 
 import pytest
 import torch
-from cuda_emulator.emulator import FOLDER, Emulator, build, why_not
+from cuda_emulator.emulator import ERRORS, FOLDER, Emulator, build, why_not
 
 pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
 
@@ -87,6 +88,26 @@ def test_votes(kernels):
     lanes = (x > 0)[:32]
     expected = [(x > 0).any(), (x > 0).all(), (x > 0).sum(), lanes.sum(), 1 + lanes.int().argmax(), 1]
     assert out[:6].tolist() == [float(v) for v in expected]
+
+
+@pytest.mark.parametrize("errors", ERRORS)
+def test_errors_of_approximate_functions(emulator, errors):
+    """They lie where they are told to, within what CUDA documents."""
+    x = torch.cat([torch.linspace(0.001, 4.0, 500), torch.tensor([0.0, 1e-40, 0.0, 1.0, 0.0])])
+    emulator.set_errors(errors)
+    got = Kernels(emulator).launch("approximate", x).double().view(-1, 5)
+    emulator.set_errors("none")
+    x = x.double().view(-1, 5)
+    exact = torch.stack([x[:, 0].exp2(), x[:, 1].log2(), x[:, 2].exp(), x[:, 3].log(), x[:, 4] / 3], 1)
+    assert got[-1].tolist() == [1.0, -math.inf, 1.0, 0.0, 0.0]
+    error, exact = (got - exact)[:-1], exact[:-1].abs()
+    bound = torch.tensor([2.5, 2.0, 2.5, 1.5, 2.5], dtype=torch.float64) * 2**-23 * exact
+    near = (x[:-1, 1] > 0.5) & (x[:-1, 1] < 2.0)
+    bound[:, 1] = torch.where(near, 2**-22, bound[:, 1])
+    assert bool((error.abs() <= bound).all())
+    above, below = bool((error > 0).any()), bool((error < 0).any())
+    assert (above, below) == {"above": (True, False), "below": (False, True)}.get(errors, (True, True))
+    assert errors == "none" or bool((error.abs() > bound / 10).all())
 
 
 # ---- faults ----

@@ -645,7 +645,11 @@ def kd(
 
 @torch.no_grad()
 def diagnosis(
-    student_logits: Tensor, teacher_logits: Tensor, columns: Tensor, entries: Entries | None = None
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    columns: Tensor,
+    entries: Entries | None = None,
+    count: Tensor | None = None,
 ) -> Tensor:
     """[K, 3]: how far the student, projected, is the teacher inside the columns C, for each pair of rows.
 
@@ -659,11 +663,15 @@ def diagnosis(
     columns : int64 [C]
     entries : Entries, optional
         W in the columns. Default: the tokenizer is the same.
+    count : int32 [], optional
+        So many of the columns, from the first on, are C, and no entry is in the others. Default: all are.
     """
     dtype = _statistics_dtype(student_logits, teacher_logits)
     p, q = (_scaled(logits, 1.0, dtype).softmax(-1) for logits in (student_logits, teacher_logits))
     x = p.index_select(1, columns) if entries is None else project(p, entries, len(columns))
     y = q.index_select(1, columns)
+    if count is not None:
+        y = y.masked_fill(torch.arange(len(columns), device=y.device) >= count, 0.0)
     return torch.stack([(x.argmax(-1) == y.argmax(-1)).to(dtype), y.sum(-1), 1 - x.sum(-1)], 1)
 
 

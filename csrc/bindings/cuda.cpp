@@ -9,6 +9,7 @@
 #include "cuda/gold.h"
 #include "cuda/kd.h"
 #include "cuda/pkl.h"
+#include "cuda/prefix.h"
 #include "cuda/scale.h"
 
 #ifndef XTOKEN_CUDA_MODULE
@@ -44,17 +45,18 @@ Lists to_lists(const ListsArgument& a) {
             device_address<const uint8_t>(wanted)};
 }
 
-// (students, columns, chosen, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row, entry_column,
-// entries)
-using PlanArgument = std::tuple<int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, ListsArgument,
+// (students, columns, chosen, count, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row,
+// entry_column, entries)
+using PlanArgument = std::tuple<int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t, ListsArgument,
                                 ListsArgument, uintptr_t, uintptr_t, int64_t>;
 
 PklPlan to_plan(const PlanArgument& a) {
-    const auto& [students, columns, chosen, column_slot, row_slot, row_weight, column_lists, row_lists, entry_row,
-                 entry_column, entries] = a;
+    const auto& [students, columns, chosen, count, column_slot, row_slot, row_weight, column_lists, row_lists,
+                 entry_row, entry_column, entries] = a;
     return {students,
             columns,
             device_address<const int32_t>(chosen),
+            device_address<const int32_t>(count),
             device_address<const int32_t>(column_slot),
             device_address<const int32_t>(row_slot),
             device_address<const float>(row_weight),
@@ -79,6 +81,42 @@ GoldPlan to_gold_plan(const GoldPlanArgument& a) {
             device_address<const int32_t>(student_others),
             device_address<const int32_t>(teacher_others),
             device_address<const int32_t>(slot)};
+}
+
+// (size, length, order, ptr, pieces)
+using PrefixSideArgument = std::tuple<int32_t, uintptr_t, uintptr_t, uintptr_t, uintptr_t>;
+
+PrefixSide to_prefix_side(const PrefixSideArgument& a) {
+    const auto [size, length, order, ptr, pieces] = a;
+    return {size, device_address<const int32_t>(length), device_address<const int32_t>(order),
+            device_address<const int32_t>(ptr), device_address<const int32_t>(pieces)};
+}
+
+// (slices, shared, count, start, tokens, event)
+using TokenListsArgument = std::tuple<int32_t, int32_t, int32_t, uintptr_t, uintptr_t, uintptr_t>;
+
+TokenLists to_token_lists(const TokenListsArgument& a) {
+    const auto [slices, shared, count, start, tokens, event] = a;
+    return {slices,
+            shared,
+            count,
+            device_address<const int32_t>(start),
+            device_address<const int32_t>(tokens),
+            device_address<const int32_t>(event)};
+}
+
+// (student, teacher, slot, events, student_lists, teacher_lists, most)
+using PrefixPlanArgument = std::tuple<PrefixSideArgument, PrefixSideArgument, uintptr_t, int32_t, TokenListsArgument,
+                                      TokenListsArgument, int32_t>;
+
+PrefixPlan to_prefix_plan(const PrefixPlanArgument& a) {
+    const auto& [student, teacher, slot, events, student_lists, teacher_lists, most] = a;
+    return {{to_prefix_side(student), to_prefix_side(teacher)},
+            device_address<const int32_t>(slot),
+            events,
+            to_token_lists(student_lists),
+            to_token_lists(teacher_lists),
+            most};
 }
 
 PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
@@ -165,6 +203,24 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
         py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"), py::arg("teacher_rows"),
         py::arg("chunks"), py::arg("chosen"), py::arg("place"), py::arg("columns"), py::arg("scale"), py::arg("losses"),
         py::arg("labels"), py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("launch"), Free());
+    m.def(
+        "prefix_workspace", [](const PrefixPlanArgument& plan) { return prefix_workspace(to_prefix_plan(plan)); },
+        py::arg("plan"), "Floats of workspace that a block of prefix needs.");
+    m.def(
+        "prefix",
+        [](const PrefixPlanArgument& plan, const CudaLogits& student, const CudaLogits& teacher, const CudaLogits& grad,
+           const CudaRows& student_rows, const CudaRows& teacher_rows, int64_t chunks, uintptr_t scale,
+           uintptr_t losses, const CudaLabels& labels, double temperature, bool reverse, double lowest,
+           uintptr_t workspace, const CudaLaunch& launch) {
+            prefix({to_cuda_logits(student), to_cuda_logits(teacher), to_cuda_logits(grad), to_cuda_rows(student_rows),
+                    to_cuda_rows(teacher_rows), chunks, device_address<const float>(scale),
+                    device_address<float>(losses), static_cast<float>(temperature), reverse, static_cast<float>(lowest),
+                    to_cuda_labels(labels), device_address<float>(workspace), to_prefix_plan(plan)},
+                   to_cuda_launch(launch));
+        },
+        py::arg("plan"), py::arg("student"), py::arg("teacher"), py::arg("grad"), py::arg("student_rows"),
+        py::arg("teacher_rows"), py::arg("chunks"), py::arg("scale"), py::arg("losses"), py::arg("labels"),
+        py::arg("temperature"), py::arg("reverse"), py::arg("lowest"), py::arg("workspace"), py::arg("launch"), Free());
     m.def(
         "scale",
         [](uintptr_t data, const std::string& element, int64_t size, uintptr_t factor, const CudaLaunch& launch) {

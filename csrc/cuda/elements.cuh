@@ -196,6 +196,32 @@ struct AnyRow {
 #pragma unroll
         for (int k = 0; k < N; ++k) x[k] = (*this)[i + k];
     }
+    // Elements at N places, 0 where a place is negative.
+    template <int N>
+    __device__ void gather(const int32_t* places, float (&x)[N]) const {
+        uint32_t bits[N];
+        if (type == Element::float32) {
+#pragma unroll
+            for (int k = 0; k < N; ++k)
+                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint32_t*>(data)[places[k]];
+        } else {
+#pragma unroll
+            for (int k = 0; k < N; ++k)
+                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint16_t*>(data)[places[k]];
+        }
+        if (type == Element::float16) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                __half2 pair;
+                memcpy(static_cast<void*>(&pair), bits + k, sizeof pair);
+                x[k] = __low2float(pair);
+            }
+        } else {
+            const int shift = type == Element::float32 ? 0 : 16;
+#pragma unroll
+            for (int k = 0; k < N; ++k) x[k] = __uint_as_float(bits[k] << shift);
+        }
+    }
 
   private:
     // N elements from an aligned place, N a multiple of 4.

@@ -66,6 +66,7 @@ class Chunk {
     __device__ Chunk(const PklParams& p, int64_t k, Sums& shared)
         : p_(p),
           plan_(p.plan),
+          columns_(p.plan.count == nullptr ? p.plan.columns : *p.plan.count),
           shared_(shared),
           k_(k),
           row_(p.student_rows.start[k]),
@@ -182,7 +183,7 @@ class Chunk {
         const int merged = merge == Merge::mean ? teacher_count_ : 1;
         AnyRow y(p_.teacher, teacher_row_);
         const int32_t* chosen = plan_.chosen;
-        Statistics q = statistics(y, chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+        Statistics q = statistics(y, chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
         double log_total = q.log_total();
         if (merged > 1) {
             log_total = sum_teacher(merged);
@@ -193,11 +194,12 @@ class Chunk {
             q.exp.inverse_temperature /= static_cast<float>(merged);
         }
         const auto log_sum = static_cast<float>(log_total);
-        each_column(y, chosen, plan_.columns, [&](int j, const auto& own) {
+        each_column(y, chosen, columns_, [&](int j, const auto& own) {
             constexpr int N = sizeof(own) / sizeof(float);
             int32_t slot[N];
             load_lanes(plan_.column_slot, j, slot);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
+            constexpr bool precise = sizeof(S) == 4;
             float u[N];
 #pragma unroll
             for (int first = 0; first < N; first += M) {
@@ -212,12 +214,12 @@ class Chunk {
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     const float added = x[k] + small;
-                    const float log_m = logf(added * per_d);
+                    const float log_m = logarithm(added * per_d, precise);
                     if (p_.reverse) {
-                        u[first + k] = (log_m - log_q[k]) + x[k] / added;
+                        u[first + k] = (log_m - log_q[k]) + quotient(x[k], added, precise);
                         loss = fmaf(x[k] * per_d, log_m - log_q[k], loss);
                     } else {
-                        u[first + k] = share[k] / added;
+                        u[first + k] = quotient(share[k], added, precise);
                         loss = fmaf(share[k], log_q[k] - log_m, loss);
                     }
                     b = fmaf(x[k], u[first + k], b);
@@ -227,7 +229,7 @@ class Chunk {
         });
         double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
         block_sum(sums, shared_);  // u is there, too
-        loss_ = sums[0];
+        loss_ = columns_ > 0 ? sums[0] : static_cast<double>(nanf(""));
         const double mean = sums[1] / d_;
         b_ = static_cast<float>(mean);
         b_low_ = static_cast<float>(mean - static_cast<double>(b_));
@@ -240,9 +242,9 @@ class Chunk {
         for (int i = 0; i < merged; ++i) {
             const AnyRow y(p_.teacher, teacher_row_ + i);
             const Statistics q =
-                statistics(y, plan_.chosen, plan_.columns, p_.lowest, p_.temperature, shared_, Unweighted{});
+                statistics(y, plan_.chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
             log_totals += q.log_total() / merged;
-            each_column(y, plan_.chosen, plan_.columns, [&](int j, const auto& x) {
+            each_column(y, plan_.chosen, columns_, [&](int j, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
@@ -343,6 +345,7 @@ class Chunk {
 
     const PklParams& p_;
     const PklPlan& plan_;
+    int columns_;
     Sums& shared_;
     int64_t k_, row_;
     int count_;

@@ -9,7 +9,7 @@ enum class Merge { first, mean, chain };
 
 // Weighted sums, a warp to a slice of 32 side by side: entry i of lane l of slice k is at 32 * (start[k] + i) + l. The
 // first `shared` slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n -
-// shared) / 32. Sorted by length; filled up with entries of weight 0 that name element 0.
+// shared) / 32. Sorted by length; filled up with entries of weight 0 that name some element.
 struct Lists {
     int32_t slices, shared, count;
     const int32_t* start;   // [slices + 1]
@@ -23,15 +23,16 @@ struct Lists {
 // entries.
 struct PklPlan {
     int32_t students, columns;
-    const int32_t* chosen;       // [columns] teacher ids, ascending; null: all
+    const int32_t* chosen;       // [columns] distinct teacher ids; null: all
+    const int32_t* count;        // [] how many of them, from the first on, are the set; null: all
     const int32_t* column_slot;  // [columns] in (e [students], 0, sums of column_lists)
     const int32_t* row_slot;     // [students] in (u [columns], 0, sums of row_lists)
     const float* row_weight;     // [students] sum of the row's weights in C
     Lists column_lists;          // of student ids
-    Lists row_lists;             // of places in C
+    Lists row_lists;             // of places in C, or the zero behind them
     // The entries in C, for gradients of W; null if those are not wanted.
     const int64_t* entry_row;     // [entries] student ids
-    const int64_t* entry_column;  // [entries] places in C
+    const int64_t* entry_column;  // [entries] places in C, or the zero behind them
     int64_t entries;
 };
 
@@ -41,7 +42,7 @@ struct PklParams {
     ChunkRows student_rows, teacher_rows;
     int64_t chunks;
     const float* scale;  // [chunks] factors of the chunks' gradients; null: ones
-    float* losses;       // [chunks] out
+    float* losses;       // [chunks] out; nan for a set of no column
     float temperature;
     Merge merge;
     bool reverse;

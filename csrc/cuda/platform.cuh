@@ -37,18 +37,25 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 #ifdef __CUDACC__
-// 2^x, one instruction: at most 2 units in the last place off; results below 2^-126 are 0.
+// 2^x, one instruction: at most 2 units in the last place off (PTX ISA, ex2); results below 2^-126 are 0.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Base-2 logarithm, one instruction: at most 2^-22 off around 1, 2 units in the last place elsewhere.
+// Base-2 logarithm, one instruction: at most 2^-22 off for x in (0.5, 2), 2^-22 of itself elsewhere (PTX ISA, lg2).
 __device__ __forceinline__ float fast_log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
+}
+
+// x / y, two instructions: at most 2 units in the last place off for |y| in [2^-126, 2^126] (PTX ISA, div).
+__device__ __forceinline__ float fast_divide(float x, float y) {
+    float z;
+    asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
 }
 #endif
 

@@ -14,7 +14,7 @@ namespace xtoken::cuda {
 
 constexpr int warp_size = 32;
 constexpr unsigned all_lanes = 0xffffffffu;
-constexpr float log2_e = 1.4426950408889634f;
+constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // As torch's clamp_min: not a number stays what it is.
 __device__ inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
@@ -150,6 +150,10 @@ __device__ void exponentials(float (&x)[N], bool precise) {
         for (int k = 0; k < N; ++k) x[k] = fast_exp2(x[k] * log2_e);
     }
 }
+
+// log(x) and x / y, likewise. No subnormal numbers if not `precise`, and y at most 2^126.
+__device__ inline float logarithm(float x, bool precise) { return precise ? logf(x) : fast_log2(x) * ln_2; }
+__device__ inline float quotient(float x, float y, bool precise) { return precise ? x / y : fast_divide(x, y); }
 
 // exp((x - top) / temperature) for x of at least `lowest`.
 struct Exponential {

@@ -67,6 +67,11 @@ void uncounted_copy(void* to, const void* from, size_t size);
 void fence();
 [[noreturn]] void trap(const char* file, int line);
 
+// Results of the functions that are not exact on the device: the correctly rounded one, or wherever the documented
+// error lets it be. `argument` decides alone in which direction, if that is mixed: equal arguments have equal results.
+float approximate(double exact, int ulps, float argument);             // units in the last place from correctly rounded
+float approximate_within(double exact, double error, float argument);  // away from the exact value
+
 template <typename To, typename From>
 To bits(const From& from) {
     static_assert(std::is_trivially_copyable_v<From> && sizeof(From) <= sizeof(uint64_t));
@@ -120,8 +125,22 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
         {reinterpret_cast<const void*>(kernel), grid, block, shared_bytes, entry, &values, sizeof(values)});
 }
 
-inline float fast_exp2(float x) { return __builtin_exp2f(x); }
-inline float fast_log2(float x) { return __builtin_log2f(x); }
+// PTX ISA, ex2 and div: 2 units; lg2: 2^-22, absolute around 1 and relative elsewhere. Subnormal numbers are 0.
+inline float fast_exp2(float x) {
+    const double exact = __builtin_exp2(static_cast<double>(x));
+    return exact < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x);
+}
+inline float fast_log2(float x) {
+    if (__builtin_fabsf(x) < 0x1p-126f) x = 0.0f;
+    const double exact = __builtin_log2(static_cast<double>(x));
+    return emulator::approximate_within(exact, 0x1p-22 * (x > 0.5f && x < 2.0f ? 1.0 : __builtin_fabs(exact)), x);
+}
+inline float fast_divide(float x, float y) {
+    const float size = __builtin_fabsf(y);
+    if (!(size >= 0x1p-126f && size <= 0x1p126f)) return __builtin_nanf("");  // nothing is said about these
+    const double exact = static_cast<double>(x) / static_cast<double>(y);
+    return __builtin_fabs(exact) < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x + y);
+}
 
 }  // namespace xtoken::cuda
 

@@ -17,6 +17,7 @@ import torch
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 ORDERS = ("forward", "reverse", "random", "one_ahead")
+ERRORS = ("none", "above", "below", "mixed")
 
 COMMON_FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
 # The compiler's calls before each access end in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
@@ -96,6 +97,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.functions = ctypes.CDLL(str(library))
         self.functions.xtoken_emulator_failure.restype = ctypes.c_char_p
+        self.errors = "none"
 
     def call(self, function: str, *arguments: object) -> None:
         if getattr(self.functions, f"xtoken_emulator_{function}")(*arguments) != 0:
@@ -104,6 +106,11 @@ class Emulator:
     def set_order(self, order: str, seed: int = 0) -> None:
         """How threads and blocks take turns from now on: one of ORDERS."""
         self.call("set_order", ORDERS.index(order), ctypes.c_uint(seed))
+
+    def set_errors(self, errors: str) -> None:
+        """Where results of approximate functions are within what CUDA documents, from now on: one of ERRORS."""
+        self.call("set_errors", ERRORS.index(errors))
+        self.errors = errors
 
     def set_multiprocessors(self, count: int) -> None:
         """How many multiprocessors launchers are told of; 2 at first."""

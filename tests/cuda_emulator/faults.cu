@@ -287,6 +287,16 @@ __global__ void too_much_shared(Arguments a) {
 
 __global__ void trapped(Arguments) { __trap(); }
 
+// Functions whose results are approximate, one an input.
+__global__ void approximate(Arguments a) {
+    for (int i = threadIdx.x; i < a.n; i += blockDim.x) {
+        const float x = a.in[i];
+        const float results[] = {xtoken::cuda::fast_exp2(x), xtoken::cuda::fast_log2(x), expf(x), logf(x),
+                                 xtoken::cuda::fast_divide(x, 3.0f)};
+        a.out[i] = results[i % 5];
+    }
+}
+
 struct Named {
     const char* name;
     void (*kernel)(Arguments);
@@ -299,6 +309,7 @@ const Named kernels[] = {KERNEL(block_sum),
                          KERNEL(rotate_warp),
                          KERNEL(first_warp_scans),
                          KERNEL(votes),
+                         KERNEL(approximate),
                          KERNEL(missing_barrier),
                          KERNEL(missing_second_barrier),
                          KERNEL(race_in_shared),

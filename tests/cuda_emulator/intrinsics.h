@@ -198,13 +198,14 @@ inline unsigned __float_as_uint(float x) { return xtoken::emulator::bits<unsigne
 inline float __int_as_float(int x) { return xtoken::emulator::bits<float>(x); }
 inline float __uint_as_float(unsigned x) { return xtoken::emulator::bits<float>(x); }
 
-// Arithmetic. The approximate functions are exact to rounding here.
-inline float __expf(float x) { return std::exp(x); }
-inline float __exp10f(float x) { return std::pow(10.0f, x); }
-inline float __logf(float x) { return std::log(x); }
-inline float __log2f(float x) { return std::log2(x); }
-inline float __powf(float x, float y) { return std::pow(x, y); }
-inline float __fdividef(float x, float y) { return x / y; }
+// Arithmetic. Units in the last place by which functions may be off: CUDA C++ Programming Guide, "Mathematical
+// Functions", "Standard Functions". (Intrinsic ones, such as __expf, are not used; see platform.cuh.)
+namespace xtoken::emulator {
+inline float standard_exp(float x) { return approximate(std::exp(static_cast<double>(x)), 2, x); }
+inline float standard_log(float x) { return approximate(std::log(static_cast<double>(x)), 1, x); }
+}  // namespace xtoken::emulator
+#define expf(...) xtoken::emulator::standard_exp(__VA_ARGS__)
+#define logf(...) xtoken::emulator::standard_log(__VA_ARGS__)
 inline float __fmaf_rn(float x, float y, float z) { return std::fma(x, y, z); }
 inline float __fadd_rn(float x, float y) { return x + y; }
 inline float __fmul_rn(float x, float y) { return x * y; }

@@ -1,4 +1,5 @@
 // The part of CUDA's runtime API that launchers call, and the functions by which tests control the emulator.
+#include <cmath>
 #include <cstring>
 #include <stdexcept>
 
@@ -9,6 +10,7 @@ using xtoken::emulator::machine;
 namespace {
 
 int multiprocessors = 2;
+enum class Errors { none, above, below, mixed } errors = Errors::none;
 thread_local std::string last_failure;
 
 template <typename Function>
@@ -22,7 +24,30 @@ int guarded(Function function) {
     }
 }
 
+// 1 or -1: whether the result for this argument lies above or below the exact one; 0: neither.
+int direction(float argument) {
+    if (errors == Errors::none || argument == 0.0f) return 0;  // exp(0) is exact
+    if (errors != Errors::mixed) return errors == Errors::above ? 1 : -1;
+    return xtoken::emulator::bits<uint32_t>(argument) * 0x9e3779b9u >> 31 == 0 ? 1 : -1;
+}
+
 }  // namespace
+
+namespace xtoken::emulator {
+
+float approximate(double exact, int ulps, float argument) {
+    auto result = static_cast<float>(exact);
+    const int way = result == 0.0f || !std::isfinite(result) ? 0 : direction(argument);
+    for (int i = 0; way != 0 && i < ulps; ++i) result = std::nextafter(result, way * INFINITY);
+    return result;
+}
+
+float approximate_within(double exact, double error, float argument) {
+    if (std::isinf(exact)) return static_cast<float>(exact);
+    return static_cast<float>(exact + direction(argument) * 0.75 * error);  // rounding may take the rest
+}
+
+}  // namespace xtoken::emulator
 
 extern "C" {
 
@@ -116,6 +141,13 @@ XTOKEN_EXPORT int xtoken_emulator_set_order(int order, unsigned seed) {
         if (order < 0 || order > 3) throw std::invalid_argument("emulator: orders are 0 to 3");
         machine.order = static_cast<xtoken::emulator::Order>(order);
         machine.seed = seed;
+    });
+}
+// Errors: 0 none, 1 above, 2 below, 3 either, by the argument.
+XTOKEN_EXPORT int xtoken_emulator_set_errors(int kind) {
+    return guarded([&] {
+        if (kind < 0 || kind > 3) throw std::invalid_argument("emulator: errors are 0 to 3");
+        errors = static_cast<Errors>(kind);
     });
 }
 XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {

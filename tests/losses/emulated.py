@@ -144,6 +144,16 @@ def gpu_backend(name: str = "on_gpu") -> Backend:
     return cuda_backend(name, Kernels(_cuda, _gpu_memory), "cpu")
 
 
+def inexact(backend: str) -> bool:
+    """Whether its functions have errors that CUDA documents."""
+    return backend == "on_gpu" or (backend == "emulated" and load()[1].errors != "none")
+
+
+def set_errors(errors: str) -> None:
+    """Where results of approximate functions are from now on; see `Emulator.set_errors`."""
+    load()[1].set_errors(errors)
+
+
 def set_order(order: str, seed: int = 0) -> None:
     """How the emulated threads take turns from now on."""
     load()[1].set_order(order, seed)

@@ -10,13 +10,14 @@ import emulated
 import pytest
 import torch
 from comparer import assert_close
-from harness import OPERATIONS, Case, check, losses_and_grad, make_case
+from harness import CASES, DTYPES, OPERATIONS, Case, check, losses_and_grad, make_case, piece_index
 from torch import Tensor
 
 from xtoken import gold_loss, pkl_loss
 from xtoken.losses import _cuda, _cuda_gold
 from xtoken.losses._cuda import Kernels
 from xtoken.losses._cuda_plan import WARP, plan_for
+from xtoken.losses._cuda_prefix import prefix_plan_for
 from xtoken.projection import ProjectionMatrix
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
@@ -26,7 +27,11 @@ OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {
     "mean": ("pkl", {"merge": "mean", "top_k": None}),
     "chain": ("pkl", {"merge": "chain", "reverse": True, "temperature": 2.5}),
     "hkl": ("hkl", {"uncommon_top_k": 20}),
+    "gold": ("gold", {"reverse": True}),
     "kd": ("kd", {"top_k": 13}),
+    "kd, reverse": ("kd", {"reverse": True}),
+    "prefix": ("prefix", {"temperature": 1.5}),
+    "prefix, reverse": ("prefix", {"reverse": True}),
 }
 
 
@@ -51,6 +56,24 @@ def test_the_order_of_threads_does_not_matter(name: str, order: Any) -> None:
     for name_of_order, seed in ORDERS:
         order(name_of_order, seed)
         assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
+
+
+@pytest.fixture(params=["above", "below", "mixed"])
+def errors(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Approximate functions are off by as much as CUDA says that they may be."""
+    emulated.set_errors(request.param)
+    yield
+    emulated.set_errors("none")
+
+
+@needs_emulator
+@pytest.mark.usefixtures("errors")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", OPTIONS)
+def test_errors_of_approximate_functions(name: str, dtype: torch.dtype) -> None:
+    operation, options = OPTIONS[name]
+    for case in ("teacher_below", "peaky", "infinite", "one_chunk"):
+        check("emulated", operation, CASES[case](), dtype, **options)
 
 
 def long_case() -> Case:
@@ -100,6 +123,40 @@ def _dense(projection: ProjectionMatrix) -> Tensor:
     return dense
 
 
+@pytest.mark.parametrize("sizes", [(67, 59), (1203, 1101)])
+def test_the_plan_of_a_piece_index(sizes: tuple[int, int]) -> None:
+    """Every token is in a pair or in the list of its event, once; the plan is kept until the index changes."""
+    pieces = piece_index(*sizes)
+    data = pieces.data.clone()
+    plan = prefix_plan_for(data, data.device)
+    paired = (plan.slot >= 0).nonzero()[:, 0]
+    partner = plan.slot[paired].long()
+    assert torch.equal(pieces.student.event[paired], pieces.teacher.event[partner])
+    events = []
+    sides = zip(
+        (plan.student_lists, plan.teacher_lists), (pieces.student, pieces.teacher), (paired, partner), strict=True
+    )
+    for lists, side, pairs in sides:
+        found = []
+        of_number = torch.full((plan.events + 1,), -1)
+        for n, number in enumerate(lists.event.tolist()):
+            piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
+            block = lists.tokens[WARP * int(lists.start[piece]) : WARP * int(lists.start[piece + 1])]
+            tokens = block if n < lists.shared else block[(n - lists.shared) % WARP :: WARP]
+            tokens = tokens[tokens >= 0].long()
+            found.append(tokens)
+            if number < plan.events:
+                (of_number[number],) = side.event[tokens].unique()
+            if side is pieces.student:
+                assert (plan.slot[tokens] == -1 - number).all()
+        assert torch.equal(torch.cat([pairs, *found]).sort().values, torch.arange(len(side.event)))
+        events.append(of_number[:-1])
+    assert torch.equal(*events)
+    assert prefix_plan_for(data, data.device) is plan
+    data.add_(0)
+    assert prefix_plan_for(data, data.device) is not plan
+
+
 @needs_emulator
 def test_weights_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts of a trained W are built once, from its structure, and follow its weights."""
@@ -144,7 +201,7 @@ def test_launches_that_no_kernel_is_compiled_for() -> None:
             module.mark_rows(0, 0, 1, 0, (blocks, threads, 0))
     lists = 0, 0, 0, 0, 0, 0, 0
     with pytest.raises(ValueError, match="merge: expected 'first', 'mean' or 'chain', got 'last'"):
-        module.pkl_workspace((1, 1, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
+        module.pkl_workspace((1, 1, 0, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
 
 
 @needs_emulator

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import emulated
@@ -20,6 +20,7 @@ from torch import Tensor
 import xtoken
 from xtoken import Alignment, TopKLogits, reference
 from xtoken.losses import select_backend
+from xtoken.projection import ProjectionMatrix
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
@@ -41,10 +42,16 @@ class Step:
 
 
 def _xtoken_loss(s: Step) -> Tensor:
-    teachers = [xtoken.Teacher(s.case.projection, top_k=31), xtoken.Teacher(loss="kd", top_k=None)]
+    teachers = [xtoken.Teacher(s.case.projection, top_k=31, support="reachable"), xtoken.Teacher(loss="kd", top_k=None)]
     criterion = xtoken.XTokenLoss(teachers, backend=s.backend)
     total, parts = criterion(s.student, s.labels, [s.teacher, s.student.detach().flip(1)], [s.alignment, None])
     return total + parts["scale"] + sum(parts[name].sum() for name in ("agreement", "mass", "outside"))
+
+
+def _xtoken_prefix(s: Step) -> Tensor:
+    criterion = xtoken.XTokenLoss([xtoken.Teacher(pieces=s.case.pieces)], backend=s.backend)
+    total, _ = criterion(s.student, s.labels, s.teacher, s.alignment)
+    return total
 
 
 def _fixed(s: Step) -> Tensor:
@@ -57,6 +64,12 @@ def _pkl(**options: Any) -> Callable[[Step], Any]:
     return lambda s: xtoken.pkl_loss(s.student, s.teacher, s.alignment, s.case.projection, backend=s.backend, **options)
 
 
+def _prefix(**options: Any) -> Callable[[Step], Any]:
+    return lambda s: xtoken.prefix_kl_loss(
+        s.student, s.teacher, s.alignment, s.case.pieces, backend=s.backend, **options
+    )
+
+
 def _labelled(s: Step) -> Tensor:
     loss, cross_entropy = xtoken.pkl_loss(
         s.student, s.teacher, s.alignment, s.case.projection, labels=s.labels, backend=s.backend
@@ -64,12 +77,15 @@ def _labelled(s: Step) -> Tensor:
     return loss + 0.3 * cross_entropy
 
 
-def _learned(s: Step) -> Tensor:
-    case, constants = s.case, s.constants
-    W = types.SimpleNamespace(
-        row_ptr=case.projection.row_ptr, col=case.projection.col, weight=constants.weight, shape=case.projection.shape
-    )
-    return xtoken.pkl_loss(s.student, s.teacher, s.alignment, W, top_k=31, backend=s.backend)
+def _learned(**options: Any) -> Callable[[Step], Tensor]:
+    def call(s: Step) -> Tensor:
+        W = types.SimpleNamespace(
+            row_ptr=s.case.projection.row_ptr, col=s.case.projection.col, weight=s.constants.weight,
+            shape=s.case.projection.shape,
+        )  # fmt: skip
+        return xtoken.pkl_loss(s.student, s.teacher, s.alignment, W, top_k=31, backend=s.backend, **options)
+
+    return call
 
 
 def _top_k_teacher(s: Step) -> Tensor:
@@ -88,6 +104,9 @@ CALLS: dict[str, Callable[[Step], Any]] = {
     "pkl, all columns": _pkl(top_k=None, merge="mean", temperature=2.0),
     "pkl, chain": _pkl(merge="chain", reverse=True),
     "pkl, reachable": _pkl(top_k=None, support="reachable"),
+    "pkl, reachable of the largest": _pkl(top_k=31, support="reachable"),
+    "pkl, reachable, mean": _pkl(top_k=31, support="reachable", merge="mean", reverse=True),
+    "pkl, reachable of columns": lambda s: _pkl(columns=s.constants.columns, support="reachable", merge="chain")(s),
     "pkl, columns": lambda s: _pkl(columns=s.constants.columns)(s),
     "pkl, columns of the host": lambda s: _pkl(columns=s.constants.host_columns)(s),
     "pkl, none": lambda s: _pkl(reduction="none")(s).square().sum(),
@@ -95,7 +114,8 @@ CALLS: dict[str, Callable[[Step], Any]] = {
         s.student * 1.0, s.teacher, s.alignment, s.case.projection, inplace=True, backend=s.backend
     ),
     "pkl, labels": _labelled,
-    "pkl, learned": _learned,
+    "pkl, learned": _learned(),
+    "pkl, learned, reachable": _learned(support="reachable", merge="mean"),
     "pkl, teacher of few": _top_k_teacher,
     "pkl, linear": _linear,
     "gold": lambda s: xtoken.gold_loss(s.student, s.teacher, s.alignment, s.case.projection, backend=s.backend),
@@ -108,6 +128,16 @@ CALLS: dict[str, Callable[[Step], Any]] = {
     "kd, alignment": lambda s: xtoken.kd_loss(
         s.student, s.student.detach().flip(1), s.constants.positions, labels=s.labels, backend=s.backend
     )[0],
+    "prefix": _prefix(),
+    "prefix, none": lambda s: _prefix(reduction="none", reverse=True, temperature=2.0)(s).square().sum(),
+    "prefix, inplace": lambda s: xtoken.prefix_kl_loss(
+        s.student * 1.0, s.teacher, s.alignment, s.case.pieces, inplace=True, backend=s.backend
+    ),
+    "prefix, labels": lambda s: sum(_prefix(labels=s.labels)(s)),
+    "prefix, linear": lambda s: xtoken.linear_prefix_kl_loss(
+        s.hidden, s.head, s.teacher, s.alignment, s.case.pieces, backend=s.backend
+    ),
+    "prefix, combined": _xtoken_prefix,
     "everything": _xtoken_loss,
     "everything, fixed": _fixed,
 }  # fmt: skip
@@ -185,6 +215,35 @@ def test_a_step_does_not_wait_for_the_device(name: str, moved: bool) -> None:
             assert isinstance(one, DeviceTensor)
             assert one.device == DEVICE
             assert torch.equal(one.values, other)
+
+
+@needs_emulator
+@pytest.mark.parametrize("merge", ["first", "mean", "chain"])
+def test_reachable_columns_are_the_largest_first(merge: str) -> None:
+    """As on the host: W may reach some of the largest columns, and on a device none of them, which is nan there."""
+    case = make_case()
+    odd = torch.stack([torch.arange(67) % 15 * 2 + 1, torch.arange(67) % 14 * 2 + 31], 1)
+    case = replace(case, projection=ProjectionMatrix.from_topk(odd, torch.tensor([0.7, 0.3]).repeat(67, 1), 59))
+    call = _pkl(top_k=9, support="reachable", merge=merge)
+    host = torch.device("cpu")
+
+    def step(device: torch.device, raised: slice) -> Step:
+        made = make_step(case, 0, device, True, constants(case, device), "auto" if device == DEVICE else "emulated")
+        made.teacher[..., raised] += 100.0
+        return made
+
+    want = results(call, step(host, slice(0, 7)))[:2]
+    with pytest.raises(ValueError, match="support: expected a column that the projection reaches, got none"):
+        call(step(host, slice(0, None, 2)))
+    with fake_device() as device:
+        got = results(call, step(DEVICE, slice(0, 7)))[:2]
+        assert all(torch.equal(one.values, other) for one, other in zip(got, want, strict=True))
+        none = step(DEVICE, slice(0, None, 2))
+        device.waits.clear()
+        loss, grad = results(call, none)[:2]
+        assert device.waits == []
+        assert bool(torch.isnan(loss.values))
+        assert merge == "chain" or bool((grad.values == 0).all())
 
 
 @needs_emulator

@@ -11,6 +11,8 @@ from harness import make_case
 from xtoken.losses import _diagnostics
 from xtoken.losses._logits import DenseSource
 from xtoken.losses.kd import position_chunks
+from xtoken.losses.pkl import reachable
+from xtoken.projection import ProjectionMatrix
 from xtoken.reference import Chunks, Rows
 
 
@@ -50,3 +52,26 @@ def test_events_do_not_wait_for_the_device() -> None:
         assert device.waits == ["_to_copy to lazy:1"] * 2  # of the logits, by this test
     assert isinstance(got, DeviceTensor)
     assert torch.equal(got.values, want)
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_reachable_columns_of_a_device_have_the_values_of_the_host() -> None:
+    """There the set is the first of the columns, and only the device knows of how many."""
+    case = make_case()
+    odd = torch.stack([torch.arange(67) % 15 * 2 + 1, torch.arange(67) % 14 * 2 + 31], 1)
+    W = ProjectionMatrix.from_topk(odd, torch.tensor([0.7, 0.3]).repeat(67, 1), 59)
+    logits = case.student.float(), case.teacher.float()
+    lengths = case.student.shape[1], case.teacher.shape[1]
+    columns = torch.arange(20)
+
+    def diagnosed(device: torch.device) -> torch.Tensor:
+        sources = [DenseSource(x.to(device), n) for x, n in zip(logits, W.shape, strict=True)]
+        chosen, count = reachable(columns.to(device), W)
+        assert (count is None) == (device.type == "cpu")
+        return _diagnostics.diagnose(*sources, Chunks.of(case.alignment, *lengths, device), chosen, count, W)
+
+    want = diagnosed(torch.device("cpu"))
+    assert 0.0 < float(want[1]) < 1.0
+    with fake_device():
+        got = diagnosed(DEVICE)
+    torch.testing.assert_close(got.values, want)

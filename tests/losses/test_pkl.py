@@ -16,7 +16,7 @@ from xtoken import pkl_loss, reference
 from xtoken.alignment import Alignment
 from xtoken.losses import _backends
 from xtoken.losses._logits import DenseSource
-from xtoken.losses.pkl import select_columns
+from xtoken.losses.pkl import reachable, select_columns
 from xtoken.projection import ProjectionMatrix
 
 MERGES = ("first", "mean", "chain")
@@ -222,7 +222,8 @@ def test_explicit_columns() -> None:
     chosen = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection, top_k=9)
     assert_within(pkl_loss(*arguments, columns=chosen.flip(0)), pkl_loss(*arguments, top_k=9), 0.0)
     projection = ProjectionMatrix.from_topk([[0], [2]], [[1.0], [1.0]], 4)
-    assert select_columns(DenseSource(torch.zeros(1, 1, 4), 4), projection, support="reachable").tolist() == [0, 2]
+    assert reachable(torch.tensor([0, 1, 2]), projection)[0].tolist() == [0, 2]
+    assert reachable(torch.arange(4), projection)[0].tolist() == [0, 2]
 
 
 def test_one_sample_without_a_batch() -> None:

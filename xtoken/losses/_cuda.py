@@ -19,6 +19,7 @@ from xtoken.losses._backends import SCALE, Backend, Labels, Problem, register_ba
 from xtoken.losses._cpu_arguments import ELEMENTS, logits_layout, unit_stride
 from xtoken.losses._cuda_gold import SORTED_ELEMENTS, GoldPlan, gold_plan_for, sorted_l1, unpaired_plan
 from xtoken.losses._cuda_plan import Entries, Lists, Plan, entries_of, plan_for
+from xtoken.losses._cuda_prefix import PrefixPlan, TokenLists, check_ids, prefix_plan_for
 from xtoken.reference import Rows
 
 
@@ -109,13 +110,13 @@ class Kernels:
         chunks = problem.chunks
         count, device = len(chunks), problem.student.device
         trained = problem.weight is not None or options.projection.weight.requires_grad
-        plan = plan_for(options.projection, options.columns, trained)
+        plan = plan_for(options.projection, options.chosen, trained, options.count)
         wanted = labels[0] if labels else None
         losses = torch.empty(count, dtype=torch.float32, device=device)
         with self.memory(device) as memory:
             blocks, threads, stream = memory.launch
             student, grad = _logits(memory, problem.student), _gradient(memory, student_grad)
-            entries = entries_of(plan, options.columns) if weight_grad is not None else None
+            entries = entries_of(plan, options.chosen) if weight_grad is not None else None
             arguments = self._plan(memory, plan, entries)
             grid = max(1, min(blocks, count))
             sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
@@ -284,6 +285,51 @@ class Kernels:
             memory.output(memory.scratch((memory.launch[0], self.module.gold_workspace(*widths)))),
         )
 
+    def prefix(
+        self,
+        problem: Problem,
+        student_grad: Tensor | None = None,
+        weight_grad: Tensor | None = None,
+        scale: Tensor | None = None,
+        *labels: Labels,
+    ) -> Tensor:
+        """Prefix KL; the workspace is about 150 KB per block of the grid for vocabularies of 150,000."""
+        options: Any = problem.options
+        chunks = problem.chunks
+        count, device = len(chunks), problem.student.device
+        check_ids(chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
+        plan = prefix_plan_for(options.pieces, device)
+        wanted = labels[0] if labels else None
+        losses = torch.empty(count, dtype=torch.float32, device=device)
+        with self.memory(device) as memory:
+            blocks, threads, stream = memory.launch
+            student, grad = _logits(memory, problem.student), _gradient(memory, student_grad)
+            arguments = _prefix_plan(memory, plan)
+            grid = max(1, min(blocks, count))
+            workspace = memory.scratch((grid, self.module.prefix_workspace(arguments)))
+            student_rows = _rows(memory, chunks.student)
+            label_arguments = _labels(memory, wanted)
+            self.module.prefix(
+                arguments,
+                student,
+                _logits(memory, problem.teacher),
+                grad,
+                student_rows,
+                _rows(memory, chunks.teacher),
+                count,
+                _floats(memory, scale),
+                memory.output(losses),
+                label_arguments,
+                options.temperature,
+                options.reverse,
+                reference.LOWEST_LOGIT,
+                memory.output(workspace),
+                (grid, threads, stream),
+            )
+            if student_grad is not None or wanted is not None:
+                self._other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
+        return losses
+
     def cross_entropy(
         self, student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
     ) -> None:
@@ -338,6 +384,7 @@ class Kernels:
             students,
             len(plan.column_slot),
             memory.input(plan.chosen),
+            memory.input(plan.count),
             memory.input(plan.column_slot),
             memory.input(plan.row_slot),
             memory.input(row_weight),
@@ -360,6 +407,25 @@ def _lists(memory: Memory, lists: Lists, index: Tensor, weight: Tensor, wanted: 
         memory.input(index),
         memory.input(weight),
         memory.input(wanted),
+    )
+
+
+def _prefix_plan(memory: Memory, plan: PrefixPlan) -> tuple[Any, ...]:
+    def lists(one: TokenLists) -> tuple[int, ...]:
+        tensors = one.start, one.tokens, one.event
+        return len(one.start) - 1, one.shared, len(one.event), *(memory.input(tensor) for tensor in tensors)
+
+    sides = [
+        (len(side.event), *(memory.input(tensor) for tensor in (side.length, side.order, side.ptr, side.pieces)))
+        for side in plan.sides
+    ]
+    return (
+        *sides,
+        memory.input(plan.slot),
+        plan.events,
+        lists(plan.student_lists),
+        lists(plan.teacher_lists),
+        plan.most,
     )
 
 
@@ -402,7 +468,9 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
-    operations: dict[str, Any] = {"pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold, "uld": kernels.gold}
+    operations: dict[str, Any] = {
+        "pkl": kernels.pkl, "kd": kernels.kd, "gold": kernels.gold, "uld": kernels.gold, "prefix": kernels.prefix,
+    }  # fmt: skip
     return Backend(
         name,
         operations,

@@ -49,7 +49,7 @@ class Structure:
     row_lists: Lists
 
 
-def _lists(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
+def lists_of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
     """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
     order = np.argsort(-counts, kind="stable")
     keys, counts, begin = keys[order], counts[order], begin[order]
@@ -105,10 +105,10 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     identity = np.arange(total)
     column_code, many_columns = codes(column_count, column_begin, by_column, row)
     row_code, many_rows = codes(row_count, row_ptr[:-1], identity, col.astype(np.int64))
-    column_lists = _lists(
+    column_lists = lists_of(
         many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column, total
     )
-    row_lists = _lists(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
+    row_lists = lists_of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
     column_code[column_code < 0] = students
     column_code[column_lists.owner.numpy()] = students + 1 + np.arange(len(many_columns))
     row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
@@ -132,6 +132,7 @@ class Plan:
     weight: Tensor  # float32 [nnz]
     place: Tensor  # int32 [V_teacher]: place in the column set, -1: outside
     chosen: Tensor | None  # int32 [C]; None: all
+    count: Tensor | None  # int32 []: how many of the chosen, from the first on, are the set; None: all
     column_slot: Tensor
     row_slot: Tensor
     column_wanted: Tensor | None  # uint8 [column lists]
@@ -140,13 +141,14 @@ class Plan:
     row_weight: Tensor
 
 
-def plan_of(structure: Structure, weight: Tensor, columns: Tensor) -> Plan:
-    """The plan for ascending columns [C], which are on the device of the structure."""
+def plan_of(structure: Structure, weight: Tensor, columns: Tensor, count: Tensor | None = None) -> Plan:
+    """The plan for the first `count` of the columns [C], which are on the device of the structure."""
     teachers = len(structure.column_code)
     size = len(columns)
     everything = size == teachers
+    number = torch.arange(size, dtype=torch.int32, device=columns.device)
     place = torch.full((teachers,), -1, dtype=torch.int32, device=columns.device)
-    place[columns] = torch.arange(size, dtype=torch.int32, device=columns.device)
+    place[columns] = number if count is None else torch.where(number < count, number, -1)
     code = structure.row_code
     single = place[code.clamp_min(0).long()]
     row_slot = torch.where(code >= 0, torch.where(single >= 0, single, size), size - 1 - code)
@@ -158,11 +160,12 @@ def plan_of(structure: Structure, weight: Tensor, columns: Tensor) -> Plan:
         weight,
         place,
         None if everything else columns.to(torch.int32),
+        count,
         structure.column_code if everything else structure.column_code[columns],
         row_slot,
         None if everything else (place[lists.owner.long()] >= 0).to(torch.uint8),
         padded[lists.entry],
-        row_place.clamp_min(0),
+        torch.where(row_place >= 0, row_place, size),
         torch.where(row_place >= 0, padded[rows.entry], 0.0),
     )
 
@@ -173,7 +176,7 @@ class Entries:
 
     index: Tensor  # int64 [E]: of W; the number of its entries where there is none
     row: Tensor  # int64 [E]
-    column: Tensor  # int64 [E]: place in the column set
+    column: Tensor  # int64 [E]: place in the column set; its size where there is none
 
     def add(self, values: Tensor, weight_grad: Tensor) -> None:
         """Adds values [E] to a gradient [nnz]."""
@@ -192,7 +195,7 @@ def entries_of(plan: Plan, columns: Tensor) -> Entries:
     index.scatter_(0, at, torch.arange(total, device=at.device))
     index = index[:size]
     given = index.clamp_max(max(total - 1, 0))  # where there is none, any will do: its value is dropped
-    return Entries(index, structure.row[given], place[given].clamp_min(0))
+    return Entries(index, structure.row[given], torch.where(place[given] >= 0, place[given], len(columns)))
 
 
 @dataclass
@@ -211,8 +214,8 @@ _KEPT: Any = WeakIdKeyDictionary()
 """By the tensor of W's column ids, which lives as long as W: {device: _Kept}."""
 
 
-def plan_for(projection: Matrix, columns: Tensor, trained: bool) -> Plan:
-    """The plan of W in the columns, on their device.
+def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor | None = None) -> Plan:
+    """The plan of W in (the first `count` of) the columns, on their device.
 
     A W whose weights are being trained (`trained`) is not looked at, so that a step does not wait for the device; its
     layouts then treat no entry as exact. Layouts are kept for as long as W lives (and, if they depend on them, its
@@ -232,7 +235,7 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool) -> Plan:
         if not trained:
             settled(known.device_weight)
     if len(columns) != projection.shape[1]:
-        return plan_of(known.structure, known.device_weight, columns)
+        return plan_of(known.structure, known.device_weight, columns, count)
     if known.everything is None:
         known.everything = plan_of(known.structure, known.device_weight, columns)
         if not trained:

@@ -33,10 +33,12 @@ def nothing(device: torch.device) -> Tensor:
     return torch.full((len(NAMES),), math.nan, device=device)
 
 
-def diagnose(student: Source, teacher: Source, chunks: Chunks, columns: Tensor, projection: Any) -> Tensor:
+def diagnose(
+    student: Source, teacher: Source, chunks: Chunks, columns: Tensor, count: Tensor | None, projection: Any
+) -> Tensor:
     """float32 [3]: the means of `xtoken.reference.diagnosis` over the first rows of some chunks."""
     entries = None if projection is None else _entries(projection, columns)
-    return _means(student, teacher, chunks, lambda z, y: reference.diagnosis(z, y, columns, entries))
+    return _means(student, teacher, chunks, lambda z, y: reference.diagnosis(z, y, columns, entries, count))
 
 
 def diagnose_events(student: Source, teacher: Source, chunks: Chunks, pieces: PieceIndex) -> Tensor:
@@ -82,7 +84,7 @@ def _entries(projection: Any, columns: Tensor) -> Entries:
     plan = plan_for(projection, columns, projection.weight.requires_grad)
     entries = entries_of(plan, columns)
     weight = torch.cat([plan.weight, plan.weight.new_zeros(1)])[entries.index]
-    return Entries(entries.row, entries.column, weight)
+    return Entries(entries.row, entries.column.clamp_max(len(columns) - 1), weight)
 
 
 _EVENTS: Any = WeakIdKeyDictionary()

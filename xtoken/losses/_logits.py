@@ -279,18 +279,20 @@ def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[Row
         if last < count:
             stop = min(stop, student_starts[last])
         begin, end = (teacher_starts[first], teacher_ends[last - 1]) if last > first else (0, 0)
-        yield RowBlock(
-            slice(first, last),
-            Chunks(
-                _shifted(chunks.student, first, last, row, stop),
-                _shifted(chunks.teacher, first, last, begin, end),
-                chunks.used[first:last],
-                None if chunks.mask is None else chunks.mask[first:last],
-            ),
-            slice(row, stop),
-            slice(begin, end),
-        )
+        part = slice(first, last), slice(row, stop), slice(begin, end)
+        yield RowBlock(part[0], _part(chunks, *part), *part[1:])
         row, first = stop, last
+
+
+def _part(chunks: Chunks, span: slice, student: slice, teacher: slice) -> Chunks:
+    """Consecutive chunks, numbered within ranges of rows."""
+    return Chunks(
+        _shifted(chunks.student, span.start, span.stop, student.start, student.stop),
+        _shifted(chunks.teacher, span.start, span.stop, teacher.start, teacher.stop),
+        chunks.used[span],
+        None if chunks.mask is None else chunks.mask[span],
+        None if chunks.copy is None else _part(chunks.copy, span, student, teacher),
+    )
 
 
 def _shifted(rows: Rows, first: int, last: int, begin: int, end: int) -> Rows:

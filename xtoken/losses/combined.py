@@ -26,7 +26,7 @@ from xtoken.losses._logits import AnyLogits, Source
 from xtoken.losses._ops import Expected, at_least_one
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
-from xtoken.losses.pkl import pkl_loss, select_columns, teacher_columns
+from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_columns
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
@@ -295,7 +295,6 @@ class XTokenLoss(nn.Module):
                 teacher_source,
                 W,
                 top_k=teacher.top_k,
-                support=teacher.support,
                 columns=teacher.columns,
                 device=device,
                 backend=self.backend,
@@ -326,7 +325,7 @@ class XTokenLoss(nn.Module):
             inputs.append(teacher.pieces)
             result = prefix_kl_loss(*inputs, **shared)
         elif teacher.loss == "pkl":
-            shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns)
+            shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns, support=teacher.support)
             inputs.append(W)
             result = pkl_loss(*inputs, **shared)
         else:
@@ -339,7 +338,9 @@ class XTokenLoss(nn.Module):
         if self.diagnostics and teacher.pieces is not None:
             diagnosis = diagnose_events(student, teacher_source, chunks, teacher.pieces)
         elif self.diagnostics and columns is not None:
-            diagnosis = diagnose(student, teacher_source, chunks, columns, W)
+            reached = W is not None and teacher.support == "reachable"
+            chosen, count = reachable(columns, W) if reached else (columns, None)
+            diagnosis = diagnose(student, teacher_source, chunks, chosen, count, W)
         return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:

@@ -34,14 +34,24 @@ SUPPORTS = ("all", "reachable")
 
 @dataclass(frozen=True)
 class PklOptions:
-    """W, the column set [C] (teacher ids, ascending), and the switches."""
+    """W, the teacher's columns, and the switches.
+
+    The column set is the first `count` of `chosen` [N] (distinct teacher ids), or all of them: how many they are may be
+    known on the device only.
+    """
 
     operation: ClassVar[str] = "pkl"
     projection: Matrix
-    columns: Tensor
+    chosen: Tensor
+    count: Tensor | None  # int32 []
     temperature: float
     merge: str
     reverse: bool
+
+    @cached_property
+    def columns(self) -> Tensor:
+        """int64 [C]: the column set, ascending; waits for the device if it has to count."""
+        return self.chosen if self.count is None else self.chosen[: int(self.count)]
 
     @cached_property
     def entry_index(self) -> Tensor:
@@ -124,8 +134,9 @@ def pkl_loss(
         "mean" is over the chunks used; no chunk gives 0. "none" gives the losses of all chunks of the
         alignment [K], 0 where a chunk has no predictor.
     support : "all" or "reachable"
-        "reachable" removes from C the columns that no student token reaches under W. With ``top_k`` or ``columns``
-        their number is known on the device only, and the call waits for it; no other option does.
+        "reachable" removes from C the columns that no student token reaches under W. If none is left, that is a
+        ValueError on the CPU; elsewhere, with ``top_k`` or ``columns``, a check would wait for the device, and the loss
+        is nan.
     columns : int64 [C], optional
         Teacher ids, distinct; replaces ``top_k``. A tensor is checked when it is first used.
     inplace : bool
@@ -192,10 +203,10 @@ def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Sourc
     if settings.merge == "chain":
         _check_realised(chunks.host, W.shape)
     columns = select_columns(
-        teacher, W, top_k=settings.top_k, support=settings.support, columns=inputs.columns,
-        device=inputs.student.device, backend=settings.backend,
-    )  # fmt: skip
-    return Prepared(chunks, PklOptions(W, columns, settings.temperature, settings.merge, settings.reverse))
+        teacher, W, top_k=settings.top_k, columns=inputs.columns, device=inputs.student.device, backend=settings.backend
+    )
+    chosen, count = reachable(columns, W) if settings.support == "reachable" else (columns, None)
+    return Prepared(chunks, PklOptions(W, chosen, count, settings.temperature, settings.merge, settings.reverse))
 
 
 PREPARE["pkl"] = _prepare
@@ -206,40 +217,58 @@ def select_columns(
     projection: Any,
     *,
     top_k: int | None = 8192,
-    support: str = "all",
     columns: Tensor | None = None,
     device: torch.device | str = "cpu",
     backend: str = "auto",
 ) -> Tensor:
-    """The column set C that `pkl_loss` uses with the same arguments: int64 [C], ascending, on ``device``."""
+    """The column set C that `pkl_loss` uses with ``support="all"``: int64 [C], ascending, on ``device``."""
     width = projection.shape[1]
     if columns is None:
         columns = teacher_columns(teacher, top_k, device, backend)
     else:
         columns = _checked_columns(columns, width, torch.device(device))
-    if support == "reachable":
-        columns = _reachable(columns, projection)
-        if columns.numel() == 0:
-            raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
     if columns.device.type != "cpu":
         _COLUMNS[columns] = _Columns(columns._version, width, {columns.device: columns})
     return columns
 
 
-def _reachable(columns: Tensor, projection: Any) -> Tensor:
-    """Those of the columns that W reaches; kept for all columns, while for others a device has to be waited for."""
-    kept = _REACHABLE.setdefault(projection.col, {})
-    key = columns.device, projection.col._version
-    everything = len(columns) == projection.shape[1]
-    if everything and key in kept:
-        ids: Tensor = kept[key]
-        return ids
-    reachable = torch.zeros(projection.shape[1], dtype=torch.bool, device=columns.device)
-    reachable[projection.col.to(columns.device).long()] = True
-    ids = columns[reachable[columns]]
-    if everything:
-        kept[key] = settled(ids)
-    return ids
+def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
+    """Those of the columns that W reaches, and None.
+
+    On a device, where their number would have to be waited for: all columns, those that W reaches first, and the number
+    (int32 []).
+    """
+    known = _reached(projection, columns.device)
+    if len(columns) == projection.shape[1]:
+        ids, count = known.ids, None
+    else:
+        outside = ~known.mask[columns]
+        if columns.device.type == "cpu":
+            ids, count = columns[~outside], None
+        else:
+            ids = columns[outside.to(torch.uint8).argsort(stable=True)]
+            count = (len(columns) - outside.sum()).to(torch.int32)
+    if ids.numel() == 0 or known.ids.numel() == 0:
+        raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
+    return ids, count
+
+
+class _Reached(NamedTuple):
+    """The teacher ids that W reaches, on one device."""
+
+    ids: Tensor  # int64, ascending
+    mask: Tensor  # bool [V_teacher]
+
+
+def _reached(projection: Any, device: torch.device) -> _Reached:
+    """Looked at once, and kept for as long as W lives."""
+    kept: dict[Any, _Reached] = _REACHED.setdefault(projection.col, {})
+    key = device, projection.shape[1], projection.col._version
+    if key not in kept:
+        mask = torch.zeros(projection.shape[1], dtype=torch.bool, device=device)
+        mask[projection.col.to(device).long()] = True
+        kept[key] = _Reached(settled(mask.nonzero()[:, 0]), mask)
+    return kept[key]
 
 
 def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str, backend: str = "auto") -> Tensor:
@@ -266,8 +295,8 @@ class _Columns(NamedTuple):
 _COLUMNS: Any = WeakIdKeyDictionary()
 """By the tensor that was given: `_Columns`. On a device it is looked at once, and not again at every step."""
 
-_REACHABLE: Any = WeakIdKeyDictionary()
-"""By the tensor of W's column ids: {(device, version): the columns that W reaches}."""
+_REACHED: Any = WeakIdKeyDictionary()
+"""By the tensor of W's column ids: {(device, V_teacher, version): _Reached}."""
 
 
 def _checked_columns(given: Any, width: int, device: torch.device) -> Tensor:

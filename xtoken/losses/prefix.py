@@ -65,7 +65,7 @@ def prefix_kl_loss(
     """Prefix KL: KL(teacher || student) at every boundary of a chunk, on events that both vocabularies know.
 
     The formula is that of `xtoken.reference.prefix`. Other arguments, results, errors, gradients and memory are as for
-    `pkl_loss`. Backends: "cpu" (fused kernels) and "reference", which "auto" takes on other devices.
+    `pkl_loss`. Backends: "cpu" and "cuda" (fused kernels), and "reference", which "auto" takes on other devices.
 
     Parameters
     ----------
