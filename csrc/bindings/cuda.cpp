@@ -172,13 +172,14 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
     m.def(
         "cross_entropy",
         [](const CudaLogits& student, const CudaLogits& grad, const CudaLabels& labels, double lowest, bool add,
-           uintptr_t skip, const CudaLaunch& launch) {
-            cross_entropy({to_cuda_logits(student), to_cuda_logits(grad), to_cuda_labels(labels),
-                           static_cast<float>(lowest), add, device_address<const uint8_t>(skip)},
-                          to_cuda_launch(launch));
+           uintptr_t factor, uintptr_t skip, const CudaLaunch& launch) {
+            cross_entropy(
+                {to_cuda_logits(student), to_cuda_logits(grad), to_cuda_labels(labels), static_cast<float>(lowest), add,
+                 device_address<const float>(factor), device_address<const uint8_t>(skip)},
+                to_cuda_launch(launch));
         },
-        py::arg("student"), py::arg("grad"), py::arg("labels"), py::arg("lowest"), py::arg("add"), py::arg("skip"),
-        py::arg("launch"), Free());
+        py::arg("student"), py::arg("grad"), py::arg("labels"), py::arg("lowest"), py::arg("add"), py::arg("factor"),
+        py::arg("skip"), py::arg("launch"), Free());
     m.def(
         "mark_rows",
         [](uintptr_t start, uintptr_t count, int64_t chunks, uintptr_t covered, const CudaLaunch& launch) {

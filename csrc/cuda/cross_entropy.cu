@@ -11,25 +11,33 @@ template <typename T>
 __global__ __launch_bounds__(max_threads,
                              1) void cross_entropy_kernel(const __grid_constant__ CrossEntropyParams params) {
     XTOKEN_SHARED(shared, Sums);
-    if (params.add && *params.labels.scale == 0.0) return;  // known only here: nobody waits for the device
+    // The factors are known only here: nobody waits for the device.
+    const float factor = params.factor == nullptr ? 1.0f : *params.factor;
+    Labels labels = params.labels;
+    if (params.add && *labels.scale == 0.0) labels.ids = nullptr;
+    if (params.add && labels.ids == nullptr && factor == 1.0f) return;
     const int size = params.student.width;
     for (int64_t r = blockIdx.x; r < params.student.samples * params.student.length; r += gridDim.x) {
         if (params.skip != nullptr && params.skip[r] != 0) continue;
         const Row<T> z(params.student, r);
-        const LabelTerm label = label_term(params.labels, r, z, size, params.lowest, shared);
-        if (params.grad.data == nullptr || (params.add && label.label < 0)) continue;
+        const LabelTerm label = label_term(labels, r, z, size, params.lowest, shared);
+        if (params.grad.data == nullptr || (params.add && label.label < 0 && factor == 1.0f)) continue;
         T* grad = row_of<T>(params.grad, r);
-        write_row(z, grad, size, params.add ? size : params.grad.width, [&](int i, const auto& x, auto& g) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            if (params.add) {
-                Row<T>(grad).elements(i, g);
-            } else {
+        // a row without a label is only scaled: its logits are not read
+        write_row(params.add && label.label < 0 ? Row<T>(grad) : z, grad, size, params.add ? size : params.grad.width,
+                  [&](int i, const auto& x, auto& g) {
+                      constexpr int N = sizeof(x) / sizeof(float);
+                      if (params.add) {
+                          Row<T>(grad).elements(i, g);
 #pragma unroll
-                for (int k = 0; k < N; ++k) g[k] = 0.0f;
-            }
+                          for (int k = 0; k < N; ++k) g[k] *= factor;
+                      } else {
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] += label(i + k, x[k]);
-        });
+                          for (int k = 0; k < N; ++k) g[k] = 0.0f;
+                      }
+#pragma unroll
+                      for (int k = 0; k < N; ++k) g[k] += label(i + k, x[k]);
+                  });
     }
 }
 

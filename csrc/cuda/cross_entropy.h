@@ -9,9 +9,10 @@ struct CrossEntropyParams {
     Logits student;  // of the vocabulary's width
     Logits grad;     // as student, perhaps wider; data null: losses only
     Labels labels;
-    float lowest;         // smaller logits count as this one
-    bool add;             // to the gradient, or nothing at all if the scale is 0; else every element of a row is
-                          // written, zeros where it has no label
+    float lowest;  // smaller logits count as this one
+    bool add;      // to `factor` times the gradient, and nothing at all if the scale is 0 and that is 1; else every
+                   // element of a row is written, zeros where it has no label
+    const float* factor;  // [] null: 1
     const uint8_t* skip;  // [rows] rows to leave alone; null: none
 };
 

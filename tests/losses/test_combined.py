@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
-from xtoken.losses import _diagnostics
+from xtoken.losses import _diagnostics, _ops
 from xtoken.losses._logits import DenseSource
 from xtoken.losses.pkl import select_columns
 
@@ -243,6 +243,42 @@ def test_accumulation_equals_the_whole_batch(dtype: torch.dtype) -> None:
     assert student.grad is not None
     assert accumulated.grad is not None
     assert_close(accumulated.grad, student.grad, rtol=eps, atol=eps * float(student.grad.abs().max()))
+
+
+@pytest.mark.parametrize("kd_weight", [0.7, 0.0])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
+    kd_weight: float, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forward has prepared the gradient with them; a further factor is one of the whole."""
+    case = make_case()
+    case = Case(case.student.float(), case.teacher.float(), case.alignment, case.projection)
+    labels = make_labels(case)
+    scaled, added = [], []
+    scale, add = _ops._scaled, _ops.add_cross_entropy_
+    monkeypatch.setattr(_ops, "_scaled", lambda grad, factor: scaled.append(float(factor)) or scale(grad, factor))
+    monkeypatch.setattr(
+        _ops, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
+    )
+    teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss="gold")]
+    for scaling, given in (("fixed", None), ("dynamic", 2.5), ("dynamic", torch.tensor(2.5)), ("dynamic", None)):
+        criterion = XTokenLoss(teachers, scaling, ce_weight=0.9, kd_weight=kd_weight, backend=backend)
+        for outer in (1.0, 1 / 3):
+            student = case.student.clone().requires_grad_()
+            scaled.clear()
+            added.clear()
+            total, parts = criterion(student, labels, [case.teacher] * 2, [case.alignment] * 2, scale=given)
+            (got,) = torch.autograd.grad(outer * total, student)
+            if (scaling, given) != ("dynamic", None):
+                lacking = 0.0 if kd_weight else 0.9 * outer / int((labels[:, 1:] >= 0).sum())
+                assert added == [pytest.approx(lacking, rel=1e-6, abs=0.0)]
+                factor, exactly = outer if kd_weight else 0.0, 0.0 if outer == 1.0 else 1e-6
+                assert scaled == pytest.approx([factor] * len(scaled), rel=exactly, abs=0.0)
+            losses = 0.3 * pkl_loss(student, case.teacher, case.alignment, case.projection, top_k=20)
+            losses = losses + gold_loss(student, case.teacher, case.alignment, case.projection)
+            want = 0.9 * cross_entropy(student, labels) + kd_weight * parts["scale"] * losses
+            (true,) = torch.autograd.grad(outer * want, student)
+            assert_close(got, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
 
 
 def test_padded_head_takes_no_part_in_cross_entropy() -> None:

@@ -46,35 +46,43 @@ def cross_entropy_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     student[0, 0] = -math.inf
     labels = torch.randint(83, (21,), generator=generator)
     labels[3::5] = IGNORED
-    grad = torch.randn(3, 7, 90, generator=generator, dtype=torch.float64)
+    grad = torch.nn.functional.pad(torch.randn(3, 7, 83, generator=generator, dtype=torch.float64), (0, 7))
     return student.to(dtype), labels, grad.to(dtype)
 
 
 @kernels
 @dtypes
 @pytest.mark.parametrize("strided", [False, True])
-def test_cross_entropy(strided: bool, dtype: torch.dtype, backend: str) -> None:
+@pytest.mark.parametrize("factor", [1.0, 0.5])
+def test_cross_entropy(factor: float, strided: bool, dtype: torch.dtype, backend: str) -> None:
+    """Added to `factor` times a gradient."""
     given, ids, before = cross_entropy_inputs(dtype)
     if strided:
         given = torch.nn.functional.pad(given, (2, 3, 1, 1), value=math.nan)[:, 1:-1, 2:-3]
 
     def run(function: Callable[..., None], to: torch.dtype) -> tuple[Tensor, Tensor]:
-        losses, grad = torch.full((21,), math.nan, dtype=torch.promote_types(to, torch.float32)), before.to(to)
-        function(given.to(to) if to != dtype else given, Labels(ids, losses, torch.tensor(0.37).double()), grad)
+        losses = torch.full((21,), math.nan, dtype=torch.promote_types(to, torch.float32))
+        grad = before.to(to, copy=True)
+        labels = Labels(ids, losses, torch.tensor(0.37).double())
+        function(given.to(to) if to != dtype else given, labels, grad, torch.tensor(factor))
         only = torch.empty_like(losses)
         function(given.to(to), Labels(ids, only, ONE))
         assert torch.equal(only, losses)
-        assert torch.equal(grad[..., 83:], before[..., 83:].to(to))
+        assert grad[..., 83:].count_nonzero() == 0
         return losses, grad
 
-    losses, grad = run(_backends.select(backend, torch.device("cpu")).cross_entropy, dtype)
+    kernel = _backends.select(backend, torch.device("cpu")).cross_entropy
+    losses, grad = run(kernel, dtype)
     plain, plain_grad = run(_backends.run_cross_entropy, dtype)
     true, true_grad = run(_backends.run_cross_entropy, torch.float64)
     assert_as_accurate(losses, plain, true, 4 * torch.finfo(torch.float32).eps * float(true.max()), "losses")
     floor = torch.finfo(dtype).eps * float(true_grad.abs().max())
     assert_as_accurate(grad, plain_grad, true_grad, floor, "gradient")
     unlabelled = (ids == IGNORED).reshape(3, 7)
-    assert torch.equal(grad[unlabelled], before[unlabelled])
+    assert torch.equal(grad[unlabelled], factor * before[unlabelled])
+    scaled = before.clone()
+    kernel(given, Labels(ids, torch.empty_like(losses), 0 * ONE), scaled, torch.tensor(factor))
+    assert torch.equal(scaled, factor * before)
     assert losses[ids == IGNORED].count_nonzero() == 0
 
 

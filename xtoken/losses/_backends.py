@@ -108,13 +108,20 @@ class Operation(Protocol):
 
 
 class CrossEntropy(Protocol):
-    """Cross-entropy of each row: fills ``labels.losses``; adds its gradient to ``student_grad`` if given."""
+    """Cross-entropy of each row: fills ``labels.losses``, and adds its gradient to `factor` (default: 1) times what
+    ``student_grad``, if given, holds; its columns beyond the vocabulary are zeros."""
 
-    def __call__(self, student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None: ...
+    def __call__(
+        self, student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
+    ) -> None: ...
 
 
-def run_cross_entropy(student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None:
+def run_cross_entropy(
+    student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
+) -> None:
     """Cross-entropy in plain PyTorch, block by block; see `CrossEntropy`."""
+    if student_grad is not None and factor is not None:
+        student_grad.mul_(factor)
     rows = labels.ids.numel()
     labels.losses.zero_()
     labelled = (labels.ids != IGNORED).nonzero()[:, 0]

@@ -11,7 +11,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment
 from xtoken.losses._backends import check_backend
 from xtoken.losses._logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
-from xtoken.losses._ops import Inputs, Settings, run
+from xtoken.losses._ops import Expected, Inputs, Settings, run
 from xtoken.reference import Chunks
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -31,13 +31,16 @@ def compute(
     pieces: Tensor | None = None,
     mask: Tensor | None = None,
     columns: Any = None,
-    labels: Tensor | None = None,
+    labels: Tensor | Expected | None = None,
     reduction: str,
     backend: str,
     inplace: bool = False,
     **settings: Any,
 ) -> Losses:
     """Checks what every loss has, and calls the operator; `sizes` are the vocabularies (None: all columns)."""
+    expected = None
+    if isinstance(labels, Expected):
+        expected, labels = labels, labels.labels
     check_logits(student_logits, teacher_logits)
     check_temperature(settings["temperature"])
     check_choice(reduction, "reduction", REDUCTIONS)
@@ -83,6 +86,7 @@ def compute(
         inputs,
         Settings(operation, backend, reduction, student_size, teacher_size, tail=tail, **settings),
         inplace,
+        expected,
     )
     return loss if labels is None else (loss, cross_entropy)
 

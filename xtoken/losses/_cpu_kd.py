@@ -42,10 +42,19 @@ def run_kd(
     return chunks.losses()
 
 
-def run_cross_entropy(student: Tensor, labels: Labels, student_grad: Tensor | None = None, *, level: str = "") -> None:
+def run_cross_entropy(
+    student: Tensor,
+    labels: Labels,
+    student_grad: Tensor | None = None,
+    factor: Tensor | None = None,
+    *,
+    level: str = "",
+) -> None:
     """See `CrossEntropy`; logits of types that the kernels do not take are left to plain PyTorch."""
     if student.dtype not in ELEMENTS:
-        return _backends.run_cross_entropy(student, labels, student_grad)
+        return _backends.run_cross_entropy(student, labels, student_grad, factor)
+    if student_grad is not None and factor is not None and float(factor) != 1.0:
+        student_grad.mul_(factor)
     student = unit_stride(student)
     buffers = LabelBuffers(labels)
     _core.cpu_cross_entropy(

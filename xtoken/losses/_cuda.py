@@ -330,8 +330,10 @@ class Kernels:
                 self._other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
         return losses
 
-    def cross_entropy(self, student: Tensor, labels: Labels, student_grad: Tensor | None = None) -> None:
-        """See `xtoken.losses._backends.CrossEntropy`. Nothing is done for a scale of 0, the losses included."""
+    def cross_entropy(
+        self, student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
+    ) -> None:
+        """See `xtoken.losses._backends.CrossEntropy`. With a gradient and a scale of 0 there are no losses either."""
         with self.memory(student.device) as memory:
             self.module.cross_entropy(
                 _logits(memory, student),
@@ -339,6 +341,7 @@ class Kernels:
                 _labels(memory, labels, keep=True),
                 reference.LOWEST_LOGIT,
                 student_grad is not None,
+                _floats(memory, factor),
                 0,
                 memory.launch,
             )
@@ -361,7 +364,7 @@ class Kernels:
         covered = memory.scratch((student[2] * student[3],), torch.uint8, zero=True)
         address = memory.output(covered)
         self.module.mark_rows(rows[0], rows[1], len(chunks.start), address, memory.launch)
-        self.module.cross_entropy(student, grad, labels, reference.LOWEST_LOGIT, False, address, memory.launch)
+        self.module.cross_entropy(student, grad, labels, reference.LOWEST_LOGIT, False, 0, address, memory.launch)
 
     def _plan(self, memory: Memory, plan: Plan, entries: Entries | None) -> tuple[Any, ...]:
         """The argument of `pkl`, with the sums of W's rows in the columns."""

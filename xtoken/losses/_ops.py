@@ -314,18 +314,26 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     "xtoken::add_cross_entropy_",
     mutates_args=("grad",),
     # torch 2.4 cannot read it off annotations that are strings.
-    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor factor, SymInt size, str reduction, str backend)"
-    " -> ()",
+    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor scale, Tensor factor, SymInt size, str reduction,"
+    " str backend) -> ()",
 )
 def add_cross_entropy_(
-    grad: Tensor, student: Tensor, labels: Tensor, factor: Tensor, size: int, reduction: str, backend: str
+    grad: Tensor,
+    student: Tensor,
+    labels: Tensor,
+    scale: Tensor,
+    factor: Tensor,
+    size: int,
+    reduction: str,
+    backend: str,
 ) -> None:
-    """Adds ``factor d cross_entropy / d student`` for dense logits; nothing is done where the factor is 0."""
+    """``grad = scale grad + factor d cross_entropy / d student`` for dense logits."""
     if grad.device.type == "cpu" and float(factor) == 0.0:
+        _scaled(grad, scale)
         return
     wanted = _labels(labels, student, size, reduction, factor)
     if wanted is not None:
-        select(backend, student.device).cross_entropy(student[..., :size], wanted, grad)
+        select(backend, student.device).cross_entropy(student[..., :size], wanted, grad, scale)
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -344,14 +352,27 @@ class _OnceOnly(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.settings, (student_wanted, weight_wanted, *_) = _parts(inputs)
+    tensors, ctx.settings, (student_wanted, weight_wanted, *expected) = _parts(inputs)
     ctx.set_materialize_grads(False)  # torch would make zeros of the size of every gradient
     # Tensors made in inference mode, as a teacher's logits often are, cannot be saved; they never need a gradient.
     ctx.inference = {k: x for k, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.save_for_backward(*(None if k in ctx.inference else x for k, x in enumerate(tensors)))
+    ctx.save_for_backward(*(None if k in ctx.inference else x for k, x in enumerate(tensors)), *expected)
     ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     ctx.prepared = tuple(grad.detach() for grad in output[2:]) if student_wanted or weight_wanted else None
+
+
+def _remaining(
+    upstream: Tensor, label_upstream: Tensor, expected: Tensor | None, label_expected: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What backward has left to do: the factor of the prepared gradient, and that of the cross-entropy it lacks."""
+    if expected is None or label_expected is None:
+        return upstream, label_upstream - upstream
+    rounding = 8 * torch.finfo(upstream.dtype).eps  # both came here by a few operations, in different orders
+    factor = upstream / expected.to(upstream.dtype)
+    factor = torch.where((factor - 1).abs() <= rounding, 1.0, factor)
+    lacking = label_upstream - label_expected * factor
+    return factor, torch.where(lacking.abs() <= rounding * label_upstream.abs(), 0.0, lacking)
 
 
 def _backward(
@@ -359,7 +380,8 @@ def _backward(
 ) -> tuple[Tensor | None, ...]:
     upstream = ctx.zeros[0] if upstream is None else upstream
     label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
-    inputs = Inputs(*(ctx.inference.get(k, x) for k, x in enumerate(ctx.saved_tensors)))
+    *saved, expected, label_expected = ctx.saved_tensors
+    inputs = Inputs(*(ctx.inference.get(k, x) for k, x in enumerate(saved)))
     settings = ctx.settings
     needed = Inputs(*ctx.needs_input_grad[:_SPLIT])
     student_wanted = bool(needed.student or needed.student_head or needed.student_bias)
@@ -369,12 +391,15 @@ def _backward(
             flags = student_wanted, bool(needed.weight) and settings.operation == "pkl", upstream, label_upstream
             prepared = torch.ops.xtoken.loss(*inputs, *settings, *flags)[2:]
         else:
-            prepared = tuple(_scaled(grad, upstream) for grad in prepared)
+            factor, lacking = _remaining(upstream, label_upstream, expected, label_expected)
             if inputs.labels is not None and student_wanted:
                 add_cross_entropy_(
-                    prepared[0], inputs.student, inputs.labels, label_upstream - upstream, settings.student_size,
+                    prepared[0], inputs.student, inputs.labels, factor, lacking, settings.student_size,
                     settings.reduction, settings.backend,
                 )  # fmt: skip
+                prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
+            else:
+                prepared = tuple(_scaled(grad, factor) for grad in prepared)
     student, head, bias, weight = prepared
     grads: dict[str, Tensor] = {"student": student, "student_head": head, "student_bias": bias, "weight": weight}
     if torch.is_grad_enabled():
@@ -407,7 +432,20 @@ class InplaceLoss(torch.autograd.Function):
         return _scaled(grad, upstream), None, None
 
 
-def run(inputs: Inputs, settings: Settings, inplace: bool = False) -> tuple[Tensor, Tensor]:
+class Expected(NamedTuple):
+    """Labels of a call, or none, with what its results will be multiplied by: float32 [], the first not 0.
+
+    Forward prepares the gradient with these factors; where they come true, backward has nothing left to do.
+    """
+
+    labels: Tensor | None
+    loss: Tensor
+    cross_entropy: Tensor
+
+
+def run(
+    inputs: Inputs, settings: Settings, inplace: bool = False, expected: Expected | None = None
+) -> tuple[Tensor, Tensor]:
     """Loss and cross-entropy (0 without labels), connected to the inputs that need a gradient."""
     leaves = [inputs.student, inputs.student_head, inputs.student_bias]
     student_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
@@ -422,6 +460,7 @@ def run(inputs: Inputs, settings: Settings, inplace: bool = False) -> tuple[Tens
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
     # its own, and not if gradients of the loss and of the cross-entropy are already mixed in those of a head.
     prepare = settings.reduction != "none" and (inputs.labels is None or inputs.student_head is None)
-    flags = student_wanted and prepare, weight_wanted and prepare, None, None
+    factors = (None, None) if expected is None or not prepare else expected[1:]
+    flags = student_wanted and prepare, weight_wanted and prepare, *factors
     result = torch.ops.xtoken.loss(*inputs, *settings, *flags)
     return result[0], result[1]

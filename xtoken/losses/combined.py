@@ -23,14 +23,14 @@ from xtoken.losses._common import (
 )
 from xtoken.losses._diagnostics import NAMES, diagnose, diagnose_events, nothing
 from xtoken.losses._logits import AnyLogits, Source
-from xtoken.losses._ops import at_least_one
+from xtoken.losses._ops import Expected, at_least_one
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
 from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_columns
 from xtoken.losses.prefix import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks
+from xtoken.reference import Chunks, moved
 
 LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
@@ -216,6 +216,9 @@ class XTokenLoss(nn.Module):
         checked_labels(student_logits, labels)
         mask = _following(labels) != IGNORED
         items = mask.sum().clamp_min(1) if num_items is None else num_items
+        known = 1.0 if scale is None and self.scaling == "fixed" else scale
+        # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
+        factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
         ce_sum: Tensor | None = None
         kd: Tensor | None = None
         done = []
@@ -223,7 +226,7 @@ class XTokenLoss(nn.Module):
             check_logits(student_logits, one)
             # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
             wanted = labels if ce_sum is None else None
-            part = self._distil(teacher, student_logits, one, alignment, mask, divisor, wanted)
+            part = self._distil(teacher, student_logits, one, alignment, mask, divisor, wanted, factors)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
@@ -275,6 +278,7 @@ class XTokenLoss(nn.Module):
         mask: Tensor,
         divisor: Count | None,
         labels: Tensor | None,
+        factors: tuple[float | Tensor, float | Tensor] | None,
     ) -> _Distilled:
         student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
         device = device_of(student_logits)
@@ -297,6 +301,7 @@ class XTokenLoss(nn.Module):
             )
         elif self.diagnostics and teacher.loss == "kd":
             columns = teacher_columns(teacher_source, teacher.top_k, device, self.backend)
+        divisor = at_least_one(chunks.number) if divisor is None else divisor
         inputs: list[Any] = [student_logits, teacher_logits, alignment]
         shared: dict[str, Any] = {
             "temperature": teacher.temperature,
@@ -304,6 +309,10 @@ class XTokenLoss(nn.Module):
             "backend": self.backend,
             "labels": labels,
         }
+        if factors is not None:
+            of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
+            of_loss = torch.where(of_loss == 0, 1.0, of_loss)
+            shared["labels"] = Expected(labels, of_loss, _scalar(factors[1], device))
         if teacher.loss == "kd":
             shared.update(reverse=teacher.reverse, top_k=teacher.top_k, vocab_size=student.size)
             result = kd_loss(*inputs, mask=mask if alignment is None else None, **shared)
@@ -324,7 +333,7 @@ class XTokenLoss(nn.Module):
             inputs.append(W)
             result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
         loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        loss = loss / (at_least_one(chunks.number) if divisor is None else divisor)
+        loss = loss / divisor
         diagnosis = nothing(device)
         if self.diagnostics and teacher.pieces is not None:
             diagnosis = diagnose_events(student, teacher_source, chunks, teacher.pieces)
@@ -357,6 +366,13 @@ class _Distilled(NamedTuple):
     cross_entropy: Tensor | None
     chunks: int | Tensor
     diagnosis: Tensor
+
+
+def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
+    """float32 [] on the device, which is not waited for."""
+    if isinstance(value, Tensor):
+        return moved(value.detach().float(), device)
+    return torch.full((), value, dtype=torch.float32, device=device)
 
 
 def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:
