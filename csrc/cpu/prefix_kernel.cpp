@@ -173,7 +173,8 @@ class Chunk {
         const Side q = teacher_start(y, &product);
         const Side p = student_start(z, &product, &all, &low);
         product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
-        const Slope slope = add_term(p.total, q.total, product);
+        const bool none = plan_.student.absent_count == size_;  // no event that both sides have
+        const Slope slope = none ? Slope() : add_term(p.total, q.total, product);
         inside(r, z);
         const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
         if (!wanted_) return;
