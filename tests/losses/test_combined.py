@@ -307,6 +307,23 @@ def test_half_precision() -> None:
     assert_close(total, criterion(*rounded)[0], rtol=1e-5)
 
 
+@pytest.mark.parametrize("scaling", ["fixed", "dynamic"])
+def test_a_scaler_saves_small_gradients_of_float16(scaling: str) -> None:
+    """Those of a mean over many items are below what float16 has, but not with the factor of a scaler."""
+    case = make_case()
+    labels = make_labels(case)
+    criterion = XTokenLoss([Teacher(case.projection)], scaling)
+
+    def gradient(student: Tensor, teacher: Tensor) -> Tensor:
+        leaf = student.clone().requires_grad_()
+        total, _ = criterion(leaf, labels, teacher, case.alignment, num_items=10**6, num_chunks=10**6)
+        return torch.autograd.grad(2.0**16 * total, leaf)[0]
+
+    student, teacher = case.student.half(), case.teacher.half()
+    got, true = gradient(student, teacher), gradient(student.double(), teacher.double())
+    assert_close(got.double(), true, rtol=5e-3, atol=1e-3 * float(true.abs().max()))
+
+
 def test_one_sample_without_a_batch() -> None:
     case = make_case(samples=1)
     labels = make_labels(case)

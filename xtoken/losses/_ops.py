@@ -435,7 +435,8 @@ class InplaceLoss(torch.autograd.Function):
 class Expected(NamedTuple):
     """Labels of a call, or none, with what its results will be multiplied by: float32 [], the first not 0.
 
-    Forward prepares the gradient with these factors; where they come true, backward has nothing left to do.
+    Forward prepares the gradient with these factors (not in float16); where they come true, backward has nothing left
+    to do.
     """
 
     labels: Tensor | None
@@ -460,7 +461,9 @@ def run(
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
     # its own, and not if gradients of the loss and of the cross-entropy are already mixed in those of a head.
     prepare = settings.reduction != "none" and (inputs.labels is None or inputs.student_head is None)
-    factors = (None, None) if expected is None or not prepare else expected[1:]
+    # float16 would lose small gradients: a scaler's factor, which is to prevent that, comes in backward only.
+    is_wide = inputs.student.dtype != torch.float16
+    factors = expected[1:] if expected is not None and prepare and is_wide else (None, None)
     flags = student_wanted and prepare, weight_wanted and prepare, *factors
     result = torch.ops.xtoken.loss(*inputs, *settings, *flags)
     return result[0], result[1]
