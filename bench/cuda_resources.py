@@ -116,22 +116,24 @@ def launch_bounds() -> dict[str, int]:
     return bounds
 
 
-def compiler_report(nvcc: str, source: Path, arch: str) -> str:
-    """What ptxas says of the source's kernels; compiled only if a source or a flag has changed."""
-    command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-cubin"]
-    command += [f"-gencode=arch=compute_{ptx_arch()},code=sm_{arch}", "-Xptxas=-v", str(source)]
+def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:
+    """What ptxas says of the source's kernels on each architecture; compiled only if a source or a flag has changed."""
+    code = ",".join(f"sm_{arch}" for arch in archs)
+    command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-fatbin"]
+    command += [f"-gencode=arch=compute_{ptx_arch()},code=[{code}]", "-Xptxas=-v", str(source)]
     digest = hashlib.sha256(" ".join(command).encode())
     for path in [source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]:
         digest.update(path.read_bytes())
-    report = REPORTS / f"{source.stem}.sm_{arch}.{digest.hexdigest()[:16]}.txt"
+    name = f"{source.stem}.{'_'.join(archs)}"
+    report = REPORTS / f"{name}.{digest.hexdigest()[:16]}.txt"
     if not report.exists():
         REPORTS.mkdir(parents=True, exist_ok=True)
-        cubin = report.with_suffix(".cubin")
-        done = subprocess.run([*command, "-o", str(cubin)], capture_output=True, text=True)
+        compiled = report.with_suffix(".fatbin")
+        done = subprocess.run([*command, "-o", str(compiled)], capture_output=True, text=True)
         if done.returncode != 0:
-            raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
-        cubin.unlink()
-        for old in REPORTS.glob(f"{source.stem}.sm_{arch}.*.txt"):
+            raise RuntimeError(f"{source.name} does not compile for {code}:\n{done.stdout}{done.stderr}")
+        compiled.unlink()
+        for old in REPORTS.glob(f"{name}.*.txt"):
             old.unlink()
         report.write_text(done.stderr)
     return report.read_text()
@@ -152,11 +154,11 @@ def readable(mangled: str) -> str:
     return name
 
 
-def parse(source: str, arch: str, report: str, bounds: dict[str, int]) -> list[Resources]:
+def parse(source: str, report: str, bounds: dict[str, int]) -> list[Resources]:
     """The kernels of one report."""
     kernels = []
     for part in report.split("Compiling entry function ")[1:]:
-        found = re.match(r"'(\S+)' for 'sm_", part)
+        found = re.match(r"'(\S+)' for 'sm_(\d+)'", part)
         assert found is not None, f"a report that this script does not know:\n{part[:200]}"
         name = readable(found[1])
 
@@ -168,7 +170,7 @@ def parse(source: str, arch: str, report: str, bounds: dict[str, int]) -> list[R
             Resources(
                 source=source,
                 kernel=name,
-                arch=arch,
+                arch=found[2],
                 registers=number(r"Used (\d+) registers"),
                 shared=number(r"(\d+) bytes smem"),
                 stack=number(r"(\d+) bytes stack frame"),
@@ -180,19 +182,17 @@ def parse(source: str, arch: str, report: str, bounds: dict[str, int]) -> list[R
 
 
 def resources(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> list[Resources]:
-    """All kernels on all architectures (of cmake/Cuda.cmake, unless given), compiled side by side."""
+    """All kernels on all architectures (of cmake/Cuda.cmake, unless given), sources compiled side by side."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
     sources = [path for path in sorted(SOURCES.glob("*.cu")) if files is None or path.stem in files]
-    tasks = [(source, arch) for source in sources for arch in archs or build_settings()[0]]
+    wanted = archs or build_settings()[0]
     bounds = launch_bounds()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda task: compiler_report(nvcc, *task), tasks))
+        reports = list(pool.map(lambda source: compiler_report(nvcc, source, wanted), sources))
     return [
-        kernel
-        for (source, arch), report in zip(tasks, reports, strict=True)
-        for kernel in parse(source.name, arch, report, bounds)
+        kernel for source, report in zip(sources, reports, strict=True) for kernel in parse(source.name, report, bounds)
     ]
 
 

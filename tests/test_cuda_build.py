@@ -41,7 +41,7 @@ ptxas info    : Used 20 registers, used 0 barriers
 
 
 def test_the_report_of_the_compiler_is_understood():
-    kd, plain = cuda_resources.parse("kd.cu", "90", REPORT, {"kd_kernel": 512})
+    kd, plain = cuda_resources.parse("kd.cu", REPORT, {"kd_kernel": 512})
     assert (kd.registers, kd.shared, kd.stack, kd.spilled, kd.threads) == (64, 480, 64, 20, 512)
     assert (kd.register_bound, kd.occupancy) == (128, 0.5)
     assert (plain.registers, plain.spilled, plain.threads, plain.register_bound) == (20, 0, 1024, 64)
