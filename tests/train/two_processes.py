@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -77,4 +78,7 @@ if __name__ == "__main__":
         results["is_whole"] = loaded_whole(folder, teacher_tok, work["resumed"]["zero3"])
     if torch.distributed.get_rank() == 0:
         torch.save(results, folder / "results.pt")
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    # Without what ends threads of torch: some of them are now and then destroyed while they run, which aborts a process
+    # that has done its work.
+    os._exit(0)
