@@ -45,7 +45,7 @@ def main() -> None:
     options = parser.parse_args()
     import xtoken
     from xtoken import cache_teacher, demo
-    from xtoken.losses._logits import TopKSource
+    from xtoken.losses.logits import TopKSource
 
     model, tokenizer = demo.load_teacher()
     training, _ = demo.manual_passages()

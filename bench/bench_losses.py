@@ -36,8 +36,8 @@ from torch import Tensor  # noqa: E402
 
 import xtoken  # noqa: E402
 from xtoken import _core, reference  # noqa: E402
-from xtoken.losses import _cpu  # noqa: E402
-from xtoken.losses._backends import register_backend  # noqa: E402
+from xtoken.losses import cpu  # noqa: E402
+from xtoken.losses.backends import register_backend  # noqa: E402
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -185,7 +185,7 @@ def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
                 floor = bytes_moved / rate[threads]
                 for level in options.levels:
                     backend = f"cpu:{level}"
-                    register_backend(_cpu.backend(backend, level))
+                    register_backend(cpu.backend(backend, level))
 
                     def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):  # type: ignore
                         leaf = student.detach().requires_grad_()

@@ -66,7 +66,7 @@ class Model:
 
 def dense(logits: TopKLogits) -> Tensor:
     """The log-probabilities [T, V] that the losses see."""
-    from xtoken.losses._logits import TopKSource
+    from xtoken.losses.logits import TopKSource
 
     return TopKSource(logits.ids[None], logits.logprobs[None], logits.tail, SIZE).rows(0, len(logits.ids))
 

@@ -6,7 +6,7 @@ import importlib
 import platform
 
 from . import _core
-from .losses._backends import backend_names
+from .losses.backends import backend_names
 
 
 def config() -> dict[str, str]:

@@ -1,4 +1,4 @@
-// Bindings of csrc/cpu. Tensors come as addresses and strides; their owners are the callers in xtoken/losses/_cpu.py.
+// Bindings of csrc/cpu. Tensors come as addresses and strides; their owners are the callers in xtoken/losses.
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"

@@ -1,4 +1,4 @@
-// The Python module xtoken._cuda: launchers of csrc/cuda. Tensors come as addresses; xtoken/losses/_cuda.py owns them.
+// The Python module xtoken._cuda: launchers of csrc/cuda. Tensors come as addresses; xtoken/losses/cuda.py owns them.
 #include <cuda_runtime_api.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

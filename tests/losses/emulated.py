@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken.losses._backends import Backend
-from xtoken.losses._cuda import Kernels
-from xtoken.losses._cuda import backend as cuda_backend
+from xtoken.losses.backends import Backend
+from xtoken.losses.cuda import Kernels
+from xtoken.losses.cuda import backend as cuda_backend
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -53,7 +53,7 @@ def load() -> tuple[Any, emulator.Emulator]:
 
 
 class CopiedMemory:
-    """Other memory for the tensors of one call; see `xtoken.losses._cuda.Memory`."""
+    """Other memory for the tensors of one call; see `xtoken.losses.cuda.Memory`."""
 
     def __init__(self, memory: Any, stream: int = 0) -> None:
         self.memory = memory

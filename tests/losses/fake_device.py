@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_flatten, tree_map
 
-from xtoken.losses import _ops
-from xtoken.losses._backends import SCALE, register_backend, unregister_backend
-from xtoken.losses._cuda import Kernels, Memory
-from xtoken.losses._cuda import backend as cuda_backend
+from xtoken.losses import operator
+from xtoken.losses.backends import SCALE, register_backend, unregister_backend
+from xtoken.losses.cuda import Kernels, Memory
+from xtoken.losses.cuda import backend as cuda_backend
 
 DEVICE = torch.device("lazy", 1)
 
@@ -52,8 +52,8 @@ class DeviceTensor(Tensor):
 
 
 OPERATORS = {
-    torch.ops.xtoken.loss.default: _ops._loss_kernel,
-    torch.ops.xtoken.add_cross_entropy_.default: _ops.add_cross_entropy_._init_fn,
+    torch.ops.xtoken.loss.default: operator._loss_kernel,
+    torch.ops.xtoken.add_cross_entropy_.default: operator.add_cross_entropy_._init_fn,
 }
 """The operators of xtoken, which do their own work on a device."""
 

@@ -25,8 +25,8 @@ from torch import Tensor
 import xtoken
 from xtoken import PieceIndex, Vocabulary, _core, reference
 from xtoken.alignment import Alignment
-from xtoken.losses import _cpu
-from xtoken.losses._backends import backend_names, backends_with, register_backend, unregister_backend
+from xtoken.losses import cpu
+from xtoken.losses.backends import backend_names, backends_with, register_backend, unregister_backend
 from xtoken.projection import ProjectionMatrix
 
 
@@ -36,14 +36,14 @@ def _register_levels() -> tuple[str, ...]:
     unregister_backend("cpu")
     names = [f"cpu:{level}" for level in _core.cpu_levels() if level != _core.cpu_level()]
     for name in names:
-        register_backend(_cpu.backend(name, name.removeprefix("cpu:")))
+        register_backend(cpu.backend(name, name.removeprefix("cpu:")))
     if emulated.why_not() is None:
         register_backend(emulated.backend())
         names.append("emulated")
     if torch.cuda.is_available() and "cuda" in backend_names():
         register_backend(emulated.gpu_backend())
         names.append("on_gpu")
-    register_backend(_cpu.backend())
+    register_backend(cpu.backend())
     return ("reference", *names, "cpu")
 
 

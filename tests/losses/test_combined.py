@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
-from xtoken.losses import _diagnostics, _ops
-from xtoken.losses._logits import DenseSource
+from xtoken.losses import diagnostics, operator
+from xtoken.losses.logits import DenseSource
 from xtoken.losses.pkl import select_columns
 
 
@@ -255,10 +255,10 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
     case = Case(case.student.float(), case.teacher.float(), case.alignment, case.projection)
     labels = make_labels(case)
     scaled, added = [], []
-    scale, add = _ops._scaled, _ops.add_cross_entropy_
-    monkeypatch.setattr(_ops, "_scaled", lambda grad, factor: scaled.append(float(factor)) or scale(grad, factor))
+    scale, add = operator._scaled, operator.add_cross_entropy_
+    monkeypatch.setattr(operator, "_scaled", lambda grad, factor: scaled.append(float(factor)) or scale(grad, factor))
     monkeypatch.setattr(
-        _ops, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
+        operator, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
     )
     teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss="gold")]
     for scaling, given in (("fixed", None), ("dynamic", 2.5), ("dynamic", torch.tensor(2.5)), ("dynamic", None)):
@@ -479,7 +479,7 @@ def test_projected_mass_outside_by_hand() -> None:
 
 def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Twice the same sample: every other chunk of twice as many gives the same, when they stand in pairs."""
-    monkeypatch.setattr(_diagnostics, "DIAGNOSED_CHUNKS", 6)
+    monkeypatch.setattr(diagnostics, "DIAGNOSED_CHUNKS", 6)
     case = make_case(samples=1, shapes=((1, 1),) * 7)  # 6 chunks with a predictor
     twice = Case(
         *(torch.repeat_interleave(x, 2, 1) for x in (case.student, case.teacher)), case.alignment, case.projection

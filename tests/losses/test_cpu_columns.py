@@ -8,14 +8,14 @@ from harness import BACKENDS, DTYPES
 from torch import Tensor
 
 from xtoken import reference
-from xtoken.losses import _backends
+from xtoken.losses import backends
 
 cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
 def column_set(backend: str, logits: Tensor, top_k: int | None) -> Tensor:
-    return _backends.select(backend, torch.device("cpu")).column_set(logits, top_k)
+    return backends.select(backend, torch.device("cpu")).column_set(logits, top_k)
 
 
 @cpu

@@ -12,8 +12,8 @@ from harness import BACKENDS, DTYPES, Case, check, make_case
 from torch import Tensor
 
 from xtoken import gold_loss, kd_loss, pkl_loss
-from xtoken.losses import _backends
-from xtoken.losses._backends import IGNORED, Labels
+from xtoken.losses import backends
+from xtoken.losses.backends import IGNORED, Labels
 
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
 ONE = torch.ones((), dtype=torch.float64)
@@ -71,10 +71,10 @@ def test_cross_entropy(factor: float, strided: bool, dtype: torch.dtype, backend
         assert grad[..., 83:].count_nonzero() == 0
         return losses, grad
 
-    kernel = _backends.select(backend, torch.device("cpu")).cross_entropy
+    kernel = backends.select(backend, torch.device("cpu")).cross_entropy
     losses, grad = run(kernel, dtype)
-    plain, plain_grad = run(_backends.run_cross_entropy, dtype)
-    true, true_grad = run(_backends.run_cross_entropy, torch.float64)
+    plain, plain_grad = run(backends.run_cross_entropy, dtype)
+    true, true_grad = run(backends.run_cross_entropy, torch.float64)
     assert_as_accurate(losses, plain, true, 4 * torch.finfo(torch.float32).eps * float(true.max()), "losses")
     floor = torch.finfo(dtype).eps * float(true_grad.abs().max())
     assert_as_accurate(grad, plain_grad, true_grad, floor, "gradient")
@@ -90,7 +90,7 @@ def test_cross_entropy(factor: float, strided: bool, dtype: torch.dtype, backend
 def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
     given, ids, before = cross_entropy_inputs(torch.float64)
     results = []
-    for function in (_backends.select(backend, torch.device("cpu")).cross_entropy, _backends.run_cross_entropy):
+    for function in (backends.select(backend, torch.device("cpu")).cross_entropy, backends.run_cross_entropy):
         losses, grad = torch.empty(21, dtype=torch.float64), before.clone()
         function(given, Labels(ids, losses, ONE), grad)
         results.append((losses, grad))
@@ -144,7 +144,7 @@ def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> No
         student = case.student[:, :length].float().requires_grad_()
         loss, ce = kd_loss(student, teacher, labels=labels[:, :length], top_k=top_k, backend=backend)
         losses, grad = torch.empty(labels.numel()), torch.zeros_like(case.student, dtype=torch.float32)
-        function = _backends.select(backend, torch.device("cpu")).cross_entropy
+        function = backends.select(backend, torch.device("cpu")).cross_entropy
         function(case.student.float(), Labels(labels.flatten(), losses, ONE), grad)
         results.append([loss, ce, *torch.autograd.grad(loss + ce, student), losses, grad])
     torch.set_num_threads(1)

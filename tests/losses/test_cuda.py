@@ -14,10 +14,11 @@ from harness import CASES, DTYPES, OPERATIONS, Case, check, losses_and_grad, mak
 from torch import Tensor
 
 from xtoken import gold_loss, pkl_loss
-from xtoken.losses import _cuda, _cuda_gold
-from xtoken.losses._cuda import Kernels
-from xtoken.losses._cuda_plan import WARP, plan_for
-from xtoken.losses._cuda_prefix import prefix_plan_for
+from xtoken.losses.cuda import Kernels
+from xtoken.losses.pkl import cuda as pkl_cuda
+from xtoken.losses.pkl.cuda import WARP, plan_for
+from xtoken.losses.prefix_kl.cuda import prefix_plan_for
+from xtoken.losses.ranked import cuda as ranked_cuda
 from xtoken.projection import ProjectionMatrix
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
@@ -162,8 +163,8 @@ def test_weights_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     """Layouts of a trained W are built once, from its structure, and follow its weights."""
     case = make_case(samples=1)
     built = []
-    structure_of = _cuda.plan_for.__globals__["structure_of"]
-    monkeypatch.setitem(_cuda.plan_for.__globals__, "structure_of", lambda *a: built.append(a) or structure_of(*a))
+    structure_of = pkl_cuda.plan_for.__globals__["structure_of"]
+    monkeypatch.setitem(pkl_cuda.plan_for.__globals__, "structure_of", lambda *a: built.append(a) or structure_of(*a))
     student = case.student.float()
     for factor in (1.0, 0.5):
         weight = (case.projection.weight * factor).requires_grad_()
@@ -185,8 +186,8 @@ def test_weights_that_are_trained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_groups_of_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()
     results = []
-    for elements in (_cuda_gold.SORTED_ELEMENTS, 1):
-        monkeypatch.setattr(_cuda, "SORTED_ELEMENTS", elements)
+    for elements in (ranked_cuda.SORTED_ELEMENTS, 1):
+        monkeypatch.setattr(ranked_cuda, "SORTED_ELEMENTS", elements)
         student = case.student.float().requires_grad_()
         loss = gold_loss(student, case.teacher.float(), case.alignment, case.projection, backend="emulated")
         results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))

@@ -8,9 +8,9 @@ import torch
 from fake_device import DEVICE, DeviceTensor, fake_device
 from harness import make_case
 
-from xtoken.losses import _diagnostics
-from xtoken.losses._logits import DenseSource
+from xtoken.losses import diagnostics
 from xtoken.losses.kd import position_chunks
+from xtoken.losses.logits import DenseSource
 from xtoken.losses.pkl import reachable
 from xtoken.projection import ProjectionMatrix
 from xtoken.reference import Chunks, Rows
@@ -23,11 +23,11 @@ def test_chunks_that_count_are_the_same_with_a_mask_as_by_themselves(share: floa
     mask = torch.rand(100, generator=torch.Generator().manual_seed(0)) < share
     rows = torch.arange(100)
     sides = Rows(torch.where(mask, rows, -1), mask.long())
-    index, counts = _diagnostics._sample(Chunks(sides, sides, rows, mask), most)
+    index, counts = diagnostics._sample(Chunks(sides, sides, rows, mask), most)
     few = position_chunks(100, mask, "cpu")
     want = few.used
     if len(few):
-        places, taken = _diagnostics._sample(few, min(most, len(few)))
+        places, taken = diagnostics._sample(few, min(most, len(few)))
         assert bool(taken.all())
         want = few.used[places]
     assert rows[index][counts].tolist() == want.tolist()
@@ -42,7 +42,7 @@ def test_events_do_not_wait_for_the_device() -> None:
 
     def diagnosed(device: torch.device) -> torch.Tensor:
         sources = [DenseSource(x.to(device), n) for x, n in zip(logits, case.pieces.shape, strict=True)]
-        return _diagnostics.diagnose_events(*sources, Chunks.of(case.alignment, *lengths, device), case.pieces)
+        return diagnostics.diagnose_events(*sources, Chunks.of(case.alignment, *lengths, device), case.pieces)
 
     want = diagnosed(torch.device("cpu"))
     with fake_device() as device:
@@ -68,7 +68,7 @@ def test_reachable_columns_of_a_device_have_the_values_of_the_host() -> None:
         sources = [DenseSource(x.to(device), n) for x, n in zip(logits, W.shape, strict=True)]
         chosen, count = reachable(columns.to(device), W)
         assert (count is None) == (device.type == "cpu")
-        return _diagnostics.diagnose(*sources, Chunks.of(case.alignment, *lengths, device), chosen, count, W)
+        return diagnostics.diagnose(*sources, Chunks.of(case.alignment, *lengths, device), chosen, count, W)
 
     want = diagnosed(torch.device("cpu"))
     assert 0.0 < float(want[1]) < 1.0

@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtoken
 from xtoken import LinearLogits, TopKLogits, pkl_loss
-from xtoken.losses import _logits, _ops
-from xtoken.losses._backends import IGNORED
+from xtoken.losses import logits as logits_module
+from xtoken.losses import operator
+from xtoken.losses.backends import IGNORED
 
 PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of("gold" if name == "hkl" else name)]
 """Every loss with every backend that has it."""
@@ -54,7 +55,7 @@ def gradients(loss: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks of five rows, so that a small case has many."""
-    monkeypatch.setattr(_logits, "BLOCK_ELEMENTS", 5 * 67)
+    monkeypatch.setattr(logits_module, "BLOCK_ELEMENTS", 5 * 67)
 
 
 def call_loss(name: str, case: Case, student: Any, teacher: Any, **options: Any) -> Any:
@@ -266,11 +267,11 @@ def test_linear_that_does_not_fit() -> None:
 
 def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case(samples=3)
-    student, teacher = (_logits.DenseSource(logits, logits.shape[-1]) for logits in (case.student, case.teacher))
+    student, teacher = (logits_module.DenseSource(logits, logits.shape[-1]) for logits in (case.student, case.teacher))
     chunks = xtoken.reference.Chunks.of(case.alignment, student.length, teacher.length)
     for rows in (1, 2, 3, 5, 8, 1000):
-        monkeypatch.setattr(_logits, "BLOCK_ELEMENTS", rows * 67)
-        blocks = list(_logits.row_blocks(student, teacher, chunks))
+        monkeypatch.setattr(logits_module, "BLOCK_ELEMENTS", rows * 67)
+        blocks = list(logits_module.row_blocks(student, teacher, chunks))
         assert blocks[0].student.start == 0
         assert blocks[-1].student.stop == student.samples * student.length
         assert all(a.student.stop == b.student.start for a, b in itertools.pairwise(blocks))
@@ -330,14 +331,14 @@ def test_opcheck(operation: str, reduction: str) -> None:
     same = operation == "kd"
     teacher = case.student.flip(1) if same else case.teacher
     ids = (case.alignment.student_ids, case.alignment.teacher_ids) if operation == "prefix" else (None, None)
-    inputs = _ops.Inputs(
+    inputs = operator.Inputs(
         case.student.requires_grad_(), None, None, teacher, None, None, None,
         None if same else case.alignment.spans, None if same else case.alignment.offsets,
         None if same else case.alignment.predicted, *ids, None, W.row_ptr, W.col, W.weight, None,
         case.pieces.data if operation == "prefix" else None, None,
     )  # fmt: skip
     sizes = (67, 67) if same else W.shape
-    settings = _ops.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
+    settings = operator.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
     flags = reduction == "mean", False, None, None
     torch.library.opcheck(torch.ops.xtoken.loss.default, (*inputs, *settings, *flags))
 

@@ -14,8 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xtoken.losses.pkl
 from xtoken import pkl_loss, reference
 from xtoken.alignment import Alignment
-from xtoken.losses import _backends
-from xtoken.losses._logits import DenseSource
+from xtoken.losses import backends as table
+from xtoken.losses.logits import DenseSource
 from xtoken.losses.pkl import reachable, select_columns
 from xtoken.projection import ProjectionMatrix
 
@@ -115,7 +115,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     student = case.student.requires_grad_()
     results = []
     for size in (2**22, 1):
-        monkeypatch.setitem(_backends.BLOCK_ELEMENTS, "cpu", size)
+        monkeypatch.setitem(table.BLOCK_ELEMENTS, "cpu", size)
         losses = pkl_loss(
             student,
             case.teacher,
@@ -302,7 +302,7 @@ class Sizes(TorchDispatchMode):
 @backends
 @merges
 def test_no_single_precision_copy_of_the_batch(merge: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(_backends.BLOCK_ELEMENTS, "cpu", 4000)
+    monkeypatch.setitem(table.BLOCK_ELEMENTS, "cpu", 4000)
     case = make_case(300, 200, samples=40)
     student = case.student.bfloat16().requires_grad_()
     teacher = case.teacher.bfloat16()

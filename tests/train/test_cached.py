@@ -12,7 +12,7 @@ from small import SMALL_TEXTS, command, history, make_model
 
 from xtoken import align_corpus, cache_teacher
 from xtoken.cli import main
-from xtoken.losses._logits import TopKSource
+from xtoken.losses.logits import TopKSource
 from xtoken.train import EncodedDataset, ExampleEncoder, XTokenCollator, load_examples
 from xtoken.train.cached import CachedExamples, teacher_documents
 

@@ -1,9 +1,8 @@
 """Distillation losses: one file for each, one autograd function for all, backends behind one table."""
 
-from xtoken.losses import _cpu, _cuda  # noqa: F401  register the backends
-from xtoken.losses._backends import select_backend
-from xtoken.losses._logits import LinearLogits, TopKLogits
-from xtoken.losses.combined import Teacher, XTokenLoss
+from xtoken.losses import backends, cpu, cuda
+from xtoken.losses.backends import select_backend
+from xtoken.losses.criterion import Teacher, XTokenLoss
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
 from xtoken.losses.linear import (
@@ -13,9 +12,13 @@ from xtoken.losses.linear import (
     linear_pkl_loss,
     linear_prefix_kl_loss,
 )
+from xtoken.losses.logits import LinearLogits, TopKLogits
 from xtoken.losses.pkl import pkl_loss
-from xtoken.losses.prefix import prefix_kl_loss
+from xtoken.losses.prefix_kl import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
+
+backends.register_backend(cpu.backend())
+cuda.register()
 
 __all__ = [
     "LinearLogits",

@@ -7,12 +7,12 @@ from typing import Any
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses._common import Losses
-from xtoken.losses._logits import AnyLogits, LinearLogits
+from xtoken.losses.call import Losses
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss
+from xtoken.losses.logits import AnyLogits, LinearLogits
 from xtoken.losses.pkl import pkl_loss
-from xtoken.losses.prefix import prefix_kl_loss
+from xtoken.losses.prefix_kl import prefix_kl_loss
 from xtoken.pieces import PieceIndex
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import TopKLogits
-from xtoken.losses._backends import IGNORED
+from xtoken.losses.backends import IGNORED
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 

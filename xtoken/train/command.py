@@ -21,8 +21,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from xtoken.corpus.files import find_files
 from xtoken.losses import Teacher
-from xtoken.losses._common import check_choice
-from xtoken.losses.combined import LOSSES
+from xtoken.losses.call import check_choice
+from xtoken.losses.criterion import LOSSES
 from xtoken.pieces import PieceIndex
 from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary

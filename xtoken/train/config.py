@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
-from xtoken.losses._common import check_choice
-from xtoken.losses.combined import SCALINGS
+from xtoken.losses.call import check_choice
+from xtoken.losses.criterion import SCALINGS
 
 TEACHER_MODES = ("sum", "select", "average")
 

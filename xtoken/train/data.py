@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from xtoken.corpus import require
 from xtoken.corpus.files import InputFile, find_files
 from xtoken.data import AlignedDataset
-from xtoken.losses._backends import IGNORED
+from xtoken.losses.backends import IGNORED
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 

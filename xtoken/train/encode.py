@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.losses._backends import IGNORED
-from xtoken.losses._common import check_choice
+from xtoken.losses.backends import IGNORED
+from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike, Vocabulary, _load, unpadded
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import IGNORED
-from xtoken.losses._common import source, width_of
-from xtoken.losses._logits import AnyLogits
+from xtoken.losses.backends import IGNORED
+from xtoken.losses.call import source, width_of
+from xtoken.losses.logits import AnyLogits
 from xtoken.reference import predictable
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment
 from xtoken.losses import Teacher
-from xtoken.losses._logits import AnyLogits
+from xtoken.losses.logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"

@@ -15,8 +15,8 @@ from transformers import Trainer
 
 from xtoken.alignment import Alignment
 from xtoken.losses import Teacher, XTokenLoss
-from xtoken.losses._backends import IGNORED
-from xtoken.losses._logits import AnyLogits
+from xtoken.losses.backends import IGNORED
+from xtoken.losses.logits import AnyLogits
 from xtoken.projection import LearnableProjection, write_atomically
 from xtoken.vocabulary import Vocabulary
 

@@ -8,18 +8,19 @@ import torch
 from torch import Tensor
 
 from xtoken import _core, reference
-from xtoken.losses._backends import Labels, Problem
-from xtoken.losses._cpu_arguments import ChunkArguments, LabelBuffers, Layouts
+from xtoken.losses.backends import Labels, Problem
+from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
 
 _PLANS = Layouts[_core.CpuPrefixPlan]()
 
 
-def run_prefix(
+def run(
     problem: Problem,
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
-    *labels: Labels,
+    labels: Labels | None = None,
+    *,
     level: str = "",
 ) -> Tensor:
     """Prefix KL; writes every element of `student_grad`.
@@ -29,7 +30,7 @@ def run_prefix(
     options: Any = problem.options
     pieces = options.pieces
     chunks = ChunkArguments(problem, student_grad, scale)
-    buffers = LabelBuffers(*labels)
+    buffers = LabelBuffers(labels)
     _core.cpu_prefix(
         _PLANS.of((pieces,), lambda: _core.CpuPrefixPlan(pieces.cpu().numpy())),
         *chunks.argument,

@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
-from xtoken.losses._backends import BLOCK_ELEMENTS
-from xtoken.losses._common import settled
-from xtoken.losses._cuda_plan import entries_of, plan_for
-from xtoken.losses._logits import Source
+from xtoken.losses.backends import BLOCK_ELEMENTS
+from xtoken.losses.call import settled
+from xtoken.losses.logits import Source
+from xtoken.losses.pkl.cuda import entries_of, plan_for
 from xtoken.pieces import PieceIndex
 from xtoken.reference import Chunks, Entries
 

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._common import Losses, compute, given_chunks
-from xtoken.losses._logits import AnyLogits, Source
-from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.call import Losses, compute, given_chunks
+from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.pieces import PieceIndex
 from xtoken.reference import Chunks
 

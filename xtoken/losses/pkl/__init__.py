@@ -12,8 +12,8 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import select
-from xtoken.losses._common import (
+from xtoken.losses.backends import select
+from xtoken.losses.call import (
     Losses,
     Matrix,
     check_choice,
@@ -24,8 +24,8 @@ from xtoken.losses._common import (
     given_matrix,
     settled,
 )
-from xtoken.losses._logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
-from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
+from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.reference import Chunks, Entries, moved
 
 MERGES = ("first", "mean", "chain")

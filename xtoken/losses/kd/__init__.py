@@ -10,9 +10,9 @@ from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._common import Losses, check_count, check_logits, compute, given_chunks, leading_shape, width_of
-from xtoken.losses._logits import AnyLogits, Source
-from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.call import Losses, check_count, check_logits, compute, given_chunks, leading_shape, width_of
+from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.losses.pkl import teacher_columns
 from xtoken.reference import Chunks, Rows, moved
 

@@ -11,8 +11,19 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xtoken.losses._common import settled
-from xtoken.losses._cuda_plan import lists_of
+from xtoken import reference
+from xtoken.losses.backends import Labels, Problem
+from xtoken.losses.call import settled
+from xtoken.losses.cuda import (
+    Kernels,
+    Memory,
+    floats_argument,
+    gradient_argument,
+    labels_argument,
+    logits_argument,
+    rows_argument,
+)
+from xtoken.losses.pkl.cuda import lists_of
 from xtoken.pieces import Side, sides
 from xtoken.reference import Chunks, Rows
 
@@ -119,3 +130,67 @@ def check_ids(chunks: Chunks, sizes: tuple[int, int]) -> None:
         bad = ids[(ids < 0) | (ids >= size)]
         if len(bad):
             raise ValueError(f"alignment: expected {name}_ids in 0 ... {size - 1} within chunks, got {int(bad[0])}")
+
+
+def run(
+    kernels: Kernels,
+    problem: Problem,
+    student_grad: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    scale: Tensor | None = None,
+    labels: Labels | None = None,
+) -> Tensor:
+    """Prefix KL; the workspace is about 150 KB per block of the grid for vocabularies of 150,000."""
+    options: Any = problem.options
+    chunks = problem.chunks
+    count, device = len(chunks), problem.student.device
+    check_ids(chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
+    plan = prefix_plan_for(options.pieces, device)
+    losses = torch.empty(count, dtype=torch.float32, device=device)
+    with kernels.memory(device) as memory:
+        blocks, threads, stream = memory.launch
+        student, grad = logits_argument(memory, problem.student), gradient_argument(memory, student_grad)
+        arguments = _prefix_plan(memory, plan)
+        grid = max(1, min(blocks, count))
+        workspace = memory.scratch((grid, kernels.module.prefix_workspace(arguments)))
+        student_rows = rows_argument(memory, chunks.student)
+        label_arguments = labels_argument(memory, labels)
+        kernels.module.prefix(
+            arguments,
+            student,
+            logits_argument(memory, problem.teacher),
+            grad,
+            student_rows,
+            rows_argument(memory, chunks.teacher),
+            count,
+            floats_argument(memory, scale),
+            memory.output(losses),
+            label_arguments,
+            options.temperature,
+            options.reverse,
+            reference.LOWEST_LOGIT,
+            memory.output(workspace),
+            (grid, threads, stream),
+        )
+        if student_grad is not None or labels is not None:
+            kernels.other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
+    return losses
+
+
+def _prefix_plan(memory: Memory, plan: PrefixPlan) -> tuple[Any, ...]:
+    def lists(one: TokenLists) -> tuple[int, ...]:
+        tensors = one.start, one.tokens, one.event
+        return len(one.start) - 1, one.shared, len(one.event), *(memory.input(tensor) for tensor in tensors)
+
+    sides = [
+        (len(side.event), *(memory.input(tensor) for tensor in (side.length, side.order, side.ptr, side.pieces)))
+        for side in plan.sides
+    ]
+    return (
+        *sides,
+        memory.input(plan.slot),
+        plan.events,
+        lists(plan.student_lists),
+        lists(plan.teacher_lists),
+        plan.most,
+    )

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import IGNORED
-from xtoken.losses._common import (
+from xtoken.losses.backends import IGNORED
+from xtoken.losses.call import (
     check_alignment,
     check_choice,
     check_logits,
@@ -21,13 +21,13 @@ from xtoken.losses._common import (
     source,
     width_of,
 )
-from xtoken.losses._diagnostics import NAMES, diagnose, diagnose_events, nothing
-from xtoken.losses._logits import AnyLogits, Source
-from xtoken.losses._ops import Expected, at_least_one
+from xtoken.losses.diagnostics import NAMES, diagnose, diagnose_events, nothing
 from xtoken.losses.gold import gold_loss, hkl_loss
 from xtoken.losses.kd import kd_loss, position_chunks
+from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.operator import Expected, at_least_one
 from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_columns
-from xtoken.losses.prefix import prefix_kl_loss
+from xtoken.losses.prefix_kl import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
 from xtoken.reference import Chunks, moved

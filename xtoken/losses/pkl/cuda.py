@@ -16,7 +16,18 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken.losses._common import Matrix, settled
+from xtoken import reference
+from xtoken.losses.backends import Labels, Problem
+from xtoken.losses.call import Matrix, settled
+from xtoken.losses.cuda import (
+    Kernels,
+    Memory,
+    floats_argument,
+    gradient_argument,
+    labels_argument,
+    logits_argument,
+    rows_argument,
+)
 
 WARP = 32
 """Lists that are summed side by side, and entries of a longer list that are."""
@@ -241,3 +252,102 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor |
         if not trained:
             settled(known.everything.row_weight)
     return known.everything
+
+
+def run(
+    kernels: Kernels,
+    problem: Problem,
+    student_grad: Tensor | None = None,
+    weight_grad: Tensor | None = None,
+    scale: Tensor | None = None,
+    labels: Labels | None = None,
+) -> Tensor:
+    """P-KL; the workspace is about a megabyte per block of the grid, whatever the number of rows."""
+    options: Any = problem.options
+    chunks = problem.chunks
+    count, device = len(chunks), problem.student.device
+    trained = problem.weight is not None or options.projection.weight.requires_grad
+    plan = plan_for(options.projection, options.chosen, trained, options.count)
+    losses = torch.empty(count, dtype=torch.float32, device=device)
+    with kernels.memory(device) as memory:
+        blocks, threads, stream = memory.launch
+        student, grad = logits_argument(memory, problem.student), gradient_argument(memory, student_grad)
+        entries = entries_of(plan, options.chosen) if weight_grad is not None else None
+        arguments = _plan(kernels, memory, plan, entries)
+        grid = max(1, min(blocks, count))
+        sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
+        workspace = memory.scratch((grid, kernels.module.pkl_workspace(arguments, options.merge)))
+        student_rows = rows_argument(memory, chunks.student)
+        label_arguments = labels_argument(memory, labels)
+        kernels.module.pkl(
+            arguments,
+            student,
+            logits_argument(memory, problem.teacher),
+            grad,
+            student_rows,
+            rows_argument(memory, chunks.teacher),
+            count,
+            floats_argument(memory, scale),
+            memory.output(losses),
+            memory.output(sums),
+            label_arguments,
+            options.temperature,
+            options.merge,
+            options.reverse,
+            reference.LOWEST_LOGIT,
+            reference.EPSILON,
+            memory.output(workspace),
+            (grid, threads, stream),
+        )
+        if sums is not None:
+            total = torch.empty(sums.shape[1], dtype=torch.float32, device=device)
+            kernels.module.sum_blocks(
+                memory.input(sums), grid, sums.shape[1], memory.output(total), (4 * blocks, threads, stream)
+            )
+        if student_grad is not None or labels is not None:
+            kernels.other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
+    if weight_grad is not None and entries is not None:
+        entries.add(total, weight_grad)
+    return losses
+
+
+def _plan(kernels: Kernels, memory: Memory, plan: Plan, entries: Entries | None) -> tuple[Any, ...]:
+    """The argument of `pkl`, with the sums of W's rows in the columns."""
+    structure, students = plan.structure, len(plan.row_slot)
+    row_weight = memory.scratch((students,))
+    blocks, threads, stream = memory.launch
+    kernels.module.row_weights(
+        memory.input(structure.row_ptr),
+        memory.input(structure.col),
+        memory.input(plan.weight),
+        memory.input(plan.place),
+        students,
+        memory.output(row_weight),
+        (4 * blocks, threads, stream),
+    )
+    return (
+        students,
+        len(plan.column_slot),
+        memory.input(plan.chosen),
+        memory.input(plan.count),
+        memory.input(plan.column_slot),
+        memory.input(plan.row_slot),
+        memory.input(row_weight),
+        _lists(memory, structure.column_lists, structure.column_lists.index, plan.column_weight, plan.column_wanted),
+        _lists(memory, structure.row_lists, plan.row_index, plan.row_weight, None),
+        memory.input(None if entries is None else entries.row),
+        memory.input(None if entries is None else entries.column),
+        0 if entries is None else len(entries.index),
+    )
+
+
+def _lists(memory: Memory, lists: Lists, index: Tensor, weight: Tensor, wanted: Tensor | None) -> tuple[int, ...]:
+    return (
+        len(lists.start) - 1,
+        lists.shared,
+        len(lists.owner),
+        memory.input(lists.start),
+        memory.input(index),
+        memory.input(weight),
+        memory.input(wanted),
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import weakref
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor
 
 from xtoken import _core, reference
-from xtoken.losses._backends import Backend, Labels, Problem, register_backend
-from xtoken.losses._common import Matrix
-from xtoken.losses._cpu_arguments import ELEMENTS, ChunkArguments, LabelBuffers, Layouts
-from xtoken.losses._cpu_gold import run_gold
-from xtoken.losses._cpu_kd import column_set, run_cross_entropy, run_kd
-from xtoken.losses._cpu_prefix import run_prefix
+from xtoken.losses.backends import Labels, Problem
+from xtoken.losses.call import Matrix
+from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
 
 
 class _Kept(NamedTuple):
@@ -79,21 +75,13 @@ def _plans_of(projection: Matrix) -> _Plans:
     return _PLANS.of((col, row_ptr), make)
 
 
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernels cannot take a problem, or None."""
-    for name, logits in (("student_logits", problem.student), ("teacher_logits", problem.teacher)):
-        if logits.dtype not in ELEMENTS:
-            known = ", ".join(map(str, ELEMENTS))
-            return f"{name}: expected one of {known}, got {logits.dtype}"
-    return None
-
-
-def run_pkl(
+def run(
     problem: Problem,
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
-    *labels: Labels,
+    labels: Labels | None = None,
+    *,
     level: str = "",
 ) -> Tensor:
     """P-KL; writes every element of `student_grad`, which may be wider than the student's vocabulary.
@@ -104,7 +92,7 @@ def run_pkl(
     chunks = ChunkArguments(problem, student_grad, scale)
     plan = plan_for(options.projection, options.columns)
     weight_sums = None if weight_grad is None else torch.empty(plan.entries, dtype=torch.float64)
-    buffers = LabelBuffers(*labels)
+    buffers = LabelBuffers(labels)
     _core.cpu_pkl(
         plan,
         *chunks.argument,
@@ -122,24 +110,3 @@ def run_pkl(
         weight_grad.index_add_(0, options.entry_index, weight_sums.to(weight_grad.dtype))
     buffers.finish()
     return chunks.losses()
-
-
-def backend(name: str = "cpu", level: str = "") -> Backend:
-    """The kernels of one level ("avx512", "avx2", "portable"; "": the default) as a backend."""
-
-    def missing(device: torch.device) -> str | None:
-        return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
-
-    operations = {"pkl": run_pkl, "gold": run_gold, "uld": run_gold, "kd": run_kd, "prefix": run_prefix}
-    return Backend(
-        name,
-        {key: functools.partial(run, level=level) for key, run in operations.items()},
-        missing,
-        unsupported,
-        functools.partial(run_cross_entropy, level=level),
-        functools.partial(column_set, level=level),
-        fused_labels=frozenset(["pkl", "kd", "prefix"]),
-    )
-
-
-register_backend(backend())

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import importlib
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -87,8 +88,8 @@ class Operation(Protocol):
         ``sum_k scale_k d loss_k / d weight`` is added.
     scale : [K], optional
         Default: ones.
-    *labels : Labels
-        One, and only for operations that the backend lists as `fused_labels`: also the cross-entropy, its gradient
+    labels : Labels, optional
+        Only for operations that the backend lists as `fused_labels`: also the cross-entropy, its gradient
         added to ``student_grad``.
 
     Returns
@@ -103,7 +104,7 @@ class Operation(Protocol):
         student_grad: Tensor | None = None,
         weight_grad: Tensor | None = None,
         scale: Tensor | None = None,
-        *labels: Labels,
+        labels: Labels | None = None,
     ) -> Tensor: ...
 
 
@@ -155,7 +156,8 @@ class Backend:
     Parameters
     ----------
     name : str
-    operations : mapping from an operation's name ("pkl", "gold", "uld", "kd", "prefix") to an `Operation`
+    operation : callable
+        The `Operation` of a loss, None if it has none.
     missing : callable
         Why it cannot work on a device, or None if it can.
     unsupported : callable
@@ -169,7 +171,7 @@ class Backend:
     """
 
     name: str
-    operations: Mapping[str, Operation]
+    operation: Callable[[str], Operation | None]
     missing: Callable[[torch.device], str | None]
     unsupported: Callable[[Problem], str | None] = can_do_anything
     cross_entropy: CrossEntropy = run_cross_entropy
@@ -191,9 +193,10 @@ class Backend:
             part = None if scale is None else scale[kept]
             few = self.run(replace(problem, chunks=chunks), student_grad, weight_grad, part, labels)
             return few.new_zeros(len(problem.chunks)).index_copy_(0, kept, few)
-        operation = self.operations[problem.options.operation]
+        operation = self.operation(problem.options.operation)
+        assert operation is not None
         if labels is None or problem.options.operation in self.fused_labels:
-            return operation(problem, student_grad, weight_grad, scale, *(() if labels is None else (labels,)))
+            return operation(problem, student_grad, weight_grad, scale, labels)
         losses = operation(problem, student_grad, weight_grad, scale)
         self.cross_entropy(problem.student, labels, student_grad)
         return losses
@@ -258,7 +261,7 @@ def run_reference(
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
-    *labels: Labels,
+    labels: Labels | None = None,
 ) -> Tensor:
     """The formulas of `xtoken.reference`, block by block, each block differentiated at once by autograd."""
     assert not labels
@@ -288,6 +291,16 @@ def run_reference(
     return torch.cat(parts) if parts else problem.student.new_zeros(0, dtype=problem.dtype)
 
 
+PACKAGES = {"pkl": "pkl", "gold": "ranked", "uld": "ranked", "kd": "kd", "prefix": "prefix_kl"}
+
+
+def kernels_of(loss: str, backend: str) -> Any:
+    """The module of a loss's folder that calls the kernels of a backend, None if there is none."""
+    if loss not in PACKAGES:
+        return None
+    return importlib.import_module(f"xtoken.losses.{PACKAGES[loss]}.{backend}")
+
+
 _BACKENDS: dict[str, Backend] = {}
 _NOT_BUILT = {
     "cuda": "this build of xtoken has no CUDA kernels",
@@ -313,7 +326,7 @@ def backend_names() -> tuple[str, ...]:
 
 def backends_with(operation: str) -> tuple[str, ...]:
     """Those of `backend_names` that have the operation."""
-    return tuple(name for name in _BACKENDS if operation in _BACKENDS[name].operations)
+    return tuple(name for name in _BACKENDS if _BACKENDS[name].operation(operation) is not None)
 
 
 def check_backend(requested: str) -> None:
@@ -382,11 +395,9 @@ def _reason(name: str, device: torch.device, operation: str | None, problem: Pro
     if name not in _BACKENDS:
         return _NOT_BUILT[name]
     backend = _BACKENDS[name]
-    if operation is not None and operation not in backend.operations:
+    if operation is not None and backend.operation(operation) is None:
         return f"it has no operation {operation!r}"
     return backend.missing(device) or (None if problem is None else backend.unsupported(problem))
 
 
-register_backend(
-    Backend("reference", dict.fromkeys(("pkl", "gold", "uld", "kd", "prefix"), run_reference), lambda device: None)
-)
+register_backend(Backend("reference", lambda loss: run_reference if loss in PACKAGES else None, lambda device: None))

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken.losses._backends import IGNORED, SCALE, Labels, Problem, backend_of, select
-from xtoken.losses._logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
+from xtoken.losses.backends import IGNORED, SCALE, Labels, Problem, backend_of, select
+from xtoken.losses.logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
 from xtoken.reference import Chunks, moved
 
 

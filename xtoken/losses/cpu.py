@@ -1,7 +1,11 @@
-"""Tensors as the kernels of csrc/cpu take them: addresses, types, shapes and strides; and layouts made of tensors."""
+"""The backend "cpu": the kernels of csrc/cpu, and tensors as they take them: addresses, types, shapes and strides.
+
+The kernels of a loss are called by the module `cpu` of its own folder.
+"""
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable
 from typing import Any, Generic, TypeVar
@@ -10,7 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken.losses._backends import Labels, Problem
+from xtoken import _core, reference
+from xtoken.losses import backends
+from xtoken.losses.backends import Backend, Labels, Operation, Problem, kernels_of
 from xtoken.reference import Rows
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -111,3 +117,70 @@ class LabelBuffers:
         """Hands the results over."""
         if self._labels is not None:
             self._labels.losses.copy_(self._losses)
+
+
+def unsupported(problem: Problem) -> str | None:
+    """Why the kernels cannot take a problem, or None."""
+    for name, logits in (("student_logits", problem.student), ("teacher_logits", problem.teacher)):
+        if logits.dtype not in ELEMENTS:
+            known = ", ".join(map(str, ELEMENTS))
+            return f"{name}: expected one of {known}, got {logits.dtype}"
+    return None
+
+
+def run_cross_entropy(
+    student: Tensor,
+    labels: Labels,
+    student_grad: Tensor | None = None,
+    factor: Tensor | None = None,
+    *,
+    level: str = "",
+) -> None:
+    """See `CrossEntropy`; logits of types that the kernels do not take are left to plain PyTorch."""
+    if student.dtype not in ELEMENTS:
+        return backends.run_cross_entropy(student, labels, student_grad, factor)
+    if student_grad is not None and factor is not None and float(factor) != 1.0:
+        student_grad.mul_(factor)
+    student = unit_stride(student)
+    buffers = LabelBuffers(labels)
+    _core.cpu_cross_entropy(
+        logits_argument(student),
+        logits_argument(student_grad),
+        buffers.argument,
+        reference.LOWEST_LOGIT,
+        level,
+        torch.get_num_threads(),
+    )
+    return buffers.finish()
+
+
+def column_set(logits: Tensor, top_k: int | None, *, level: str = "") -> Tensor:
+    """`xtoken.reference.column_set` for logits [B, T, V], without a sort."""
+    width = logits.shape[-1]
+    if top_k is None or top_k >= width or logits.numel() == 0 or logits.dtype not in ELEMENTS:
+        return reference.column_set(logits, top_k)
+    logits = unit_stride(logits.detach())
+    ids = torch.empty(top_k, dtype=torch.int64)
+    _core.cpu_largest_columns(logits_argument(logits), top_k, ids.data_ptr(), level, torch.get_num_threads())
+    return ids
+
+
+def backend(name: str = "cpu", level: str = "") -> Backend:
+    """The kernels of one level ("avx512", "avx2", "portable"; "": the default) as a backend."""
+
+    def missing(device: torch.device) -> str | None:
+        return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
+
+    def operation(loss: str) -> Operation | None:
+        module = kernels_of(loss, "cpu")
+        return None if module is None else functools.partial(module.run, level=level)
+
+    return Backend(
+        name,
+        operation,
+        missing,
+        unsupported,
+        functools.partial(run_cross_entropy, level=level),
+        functools.partial(column_set, level=level),
+        fused_labels=frozenset(["pkl", "kd", "prefix"]),
+    )

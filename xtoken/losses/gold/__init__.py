@@ -12,7 +12,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
 from xtoken.alignment import Alignment
-from xtoken.losses._common import (
+from xtoken.losses.call import (
     Losses,
     check_count,
     check_projection,
@@ -20,8 +20,8 @@ from xtoken.losses._common import (
     given_chunks,
     given_matrix,
 )
-from xtoken.losses._logits import AnyLogits, Source
-from xtoken.losses._ops import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.reference import Chunks
 
 GOLD_MIN_WEIGHT = 1.0

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses._backends import check_backend
-from xtoken.losses._logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
-from xtoken.losses._ops import Expected, Inputs, Settings, run
+from xtoken.losses.backends import check_backend
+from xtoken.losses.logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
+from xtoken.losses.operator import Expected, Inputs, Settings, run
 from xtoken.reference import Chunks
 
 REDUCTIONS = ("mean", "sum", "none")

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from xtoken import _core, reference
-from xtoken.losses._backends import Problem
-from xtoken.losses._cpu_arguments import ChunkArguments, Layouts
+from xtoken.losses.backends import Labels, Problem
+from xtoken.losses.cpu import ChunkArguments, Layouts
 
 _PLANS = Layouts[_core.CpuGoldPlan]()
 
@@ -21,11 +21,12 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
     return _PLANS.of((student_ids, teacher_ids), make, shape)
 
 
-def run_gold(
+def run(
     problem: Problem,
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
+    labels: Labels | None = None,
     *,
     level: str = "",
 ) -> Tensor:
@@ -33,6 +34,7 @@ def run_gold(
 
     Scratch memory is about 3 MB per thread (ULD: 9 MB) for vocabularies of 150,000, whatever the number of rows.
     """
+    assert labels is None
     options: Any = problem.options
     chunks = ChunkArguments(problem, student_grad, scale)
     paired = options.operation == "gold"

@@ -1,0 +1,1 @@
+"""What is compared by pairs where there are some, and by rank elsewhere."""
