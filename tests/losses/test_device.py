@@ -18,7 +18,8 @@ from harness import Case, make_case
 from torch import Tensor
 
 import xtoken
-from xtoken import Alignment, TopKLogits, reference
+from xtoken import Alignment, TopKLogits
+from xtoken.alignment import to_device
 from xtoken.losses import select_backend
 from xtoken.projection import ProjectionMatrix
 
@@ -289,7 +290,7 @@ def test_a_label_out_of_range_makes_the_cross_entropy_nan() -> None:
 def test_a_graph_takes_nothing_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with pytest.raises(RuntimeError, match="inside a CUDA graph losses take tensors on the device only"):
-        reference.moved(torch.zeros(1), torch.device("cuda"))
+        to_device(torch.zeros(1), torch.device("cuda"))
 
 
 def test_an_alignment_on_a_device_keeps_the_original() -> None:

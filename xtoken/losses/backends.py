@@ -11,7 +11,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.reference import LOWEST_LOGIT, Chunks, column_set
+from xtoken.alignment import Chunks
+from xtoken.reference import LOWEST_LOGIT, column_set
 
 IGNORED = -100
 """Label of a token that no loss looks at, as in PyTorch and transformers."""

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.backends import check_backend
 from xtoken.losses.logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
 from xtoken.losses.operator import Expected, Inputs, Settings, run
-from xtoken.reference import Chunks
 
 REDUCTIONS = ("mean", "sum", "none")
 
@@ -73,7 +72,7 @@ def compute(
         mask if host is None else host.predicted,
         _batched(host.student_ids) if realised and host is not None else None,
         _batched(host.teacher_ids) if realised and host is not None else None,
-        None if alignment is None else alignment._packed,
+        None if alignment is None else alignment._flat,
         None if projection is None else projection.row_ptr,
         None if projection is None else projection.col,
         None if projection is None else projection.weight,
@@ -229,7 +228,7 @@ def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: boo
         batched=True,
         _ids={"student": inputs.student_ids, "teacher": inputs.teacher_ids},
         predicted=inputs.predicted,
-        _packed=inputs.packed,
+        _flat=inputs.packed,
     )
     return Chunks.of(alignment, student.length, teacher.length, inputs.student.device, realised)
 
@@ -250,13 +249,6 @@ def given_matrix(inputs: Inputs, settings: Settings) -> Matrix:
     assert inputs.weight is not None
     shape = settings.student_size, settings.teacher_size
     return Matrix(inputs.row_ptr, inputs.col, inputs.weight, shape)
-
-
-def settled(values: Tensor) -> Tensor:
-    """Waits until the values of a tensor are there, so that any stream may read them; for what is kept."""
-    if values.device.type != "cpu":
-        values.flatten()[:1].cpu()
-    return values
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:

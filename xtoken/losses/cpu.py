@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import _core, reference
+from xtoken.alignment import Rows
 from xtoken.losses import backends
 from xtoken.losses.backends import Backend, Labels, Operation, Problem, kernels_of
-from xtoken.reference import Rows
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Types of logits that the kernels take."""

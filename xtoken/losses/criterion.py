@@ -9,8 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import (
     check_alignment,
@@ -30,7 +29,6 @@ from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_colum
 from xtoken.losses.prefix_kl import prefix_kl_loss
 from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks, moved
 
 LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
@@ -254,7 +252,7 @@ class XTokenLoss(nn.Module):
         """Labels, and for each teacher chunks, of one call: what ``num_items`` and ``num_chunks`` add up."""
         items = int((labels[..., 1:] != IGNORED).sum())
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
-        return items, [items if one is None else int(reference.predictable(one).sum()) for one in aligned]
+        return items, [items if one is None else int(predictable(one).sum()) for one in aligned]
 
     def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
@@ -371,7 +369,7 @@ class _Distilled(NamedTuple):
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     """float32 [] on the device, which is not waited for."""
     if isinstance(value, Tensor):
-        return moved(value.detach().float(), device)
+        return to_device(value.detach().float(), device)
     return torch.full((), value, dtype=torch.float32, device=device)
 
 

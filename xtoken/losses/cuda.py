@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from xtoken import reference
+from xtoken.alignment import Rows
 from xtoken.losses.backends import SCALE, Backend, Labels, Operation, Problem, kernels_of, register_backend
 from xtoken.losses.cpu import ELEMENTS, logits_layout, unit_stride
-from xtoken.reference import Rows
 
 
 def _built() -> Any:

@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
+from xtoken.alignment import Chunks, synchronized
 from xtoken.losses.backends import BLOCK_ELEMENTS
-from xtoken.losses.call import settled
 from xtoken.losses.logits import Source
 from xtoken.losses.pkl.cuda import entries_of, plan_for
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks, Entries
+from xtoken.reference import Entries
 
 DIAGNOSED_CHUNKS = 256
 """Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
@@ -94,6 +94,6 @@ _EVENTS: Any = WeakIdKeyDictionary()
 def _events(pieces: PieceIndex, device: torch.device) -> tuple[Tensor, Tensor]:
     kept: dict[torch.device, tuple[Tensor, Tensor]] = _EVENTS.setdefault(pieces.data, {})
     if device not in kept:
-        student, teacher = (settled(side.event.to(device).long()) for side in (pieces.student, pieces.teacher))
+        student, teacher = (synchronized(side.event.to(device).long()) for side in (pieces.student, pieces.teacher))
         kept[device] = student, teacher
     return kept[device]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.reference import Chunks, Rows
+from xtoken.alignment import Chunks, Rows
 
 TAILS = ("uniform", "renormalize")
 

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xtoken.alignment import Chunks, to_device
 from xtoken.losses.backends import IGNORED, SCALE, Labels, Problem, backend_of, select
 from xtoken.losses.logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
-from xtoken.reference import Chunks, moved
 
 
 class Inputs(NamedTuple):
@@ -37,7 +37,7 @@ class Inputs(NamedTuple):
     predicted: Tensor | None  # bool [K], or [B, T] without spans
     student_ids: Tensor | None  # int64 [B, T], for merge="chain" and prefix KL
     teacher_ids: Tensor | None
-    packed: Tensor | None  # int64 [n]: `Alignment.packed` on the device, if it is there; its other tensors are not
+    packed: Tensor | None  # int64 [n]: `Alignment._flat`, if it is there; its other tensors are not
     row_ptr: Tensor | None  # W
     col: Tensor | None
     weight: Tensor | None
@@ -215,7 +215,7 @@ def _labels(
         if bool(bad.any()):
             got = int(following[bad][0])
             raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {got}")
-    following = moved(following, student.device)
+    following = to_device(following, student.device)
     scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
     if reduction == "mean":
         scale = scale / (following != IGNORED).sum().clamp_min(1)

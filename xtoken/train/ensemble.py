@@ -8,11 +8,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, predictable
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import source, width_of
 from xtoken.losses.logits import AnyLogits
-from xtoken.reference import predictable
 
 
 def mean_logits(

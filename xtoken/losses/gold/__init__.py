@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import (
     Losses,
     check_count,
@@ -22,7 +22,6 @@ from xtoken.losses.call import (
 )
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.reference import Chunks
 
 GOLD_MIN_WEIGHT = 1.0
 HKL_MIN_WEIGHT = 0.6

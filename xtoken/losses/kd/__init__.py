@@ -9,12 +9,11 @@ import torch
 from torch import Tensor
 
 from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks, Rows, to_device
 from xtoken.losses.call import Losses, check_count, check_logits, compute, given_chunks, leading_shape, width_of
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.losses.pkl import teacher_columns
-from xtoken.reference import Chunks, Rows, moved
 
 
 @dataclass(frozen=True)
@@ -139,7 +138,7 @@ def position_chunks(rows: int, mask: Tensor | None, device: torch.device | str) 
         chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
     elif mask.device.type == "cpu":
         chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
-        used = moved(chunks.used, device)
+        used = to_device(chunks.used, device)
     else:
         used, chosen = torch.arange(rows, device=device), mask.to(device).flatten()
         same = Rows(torch.where(chosen, used, -1), chosen.long())

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks, synchronized, to_device
 from xtoken.losses.backends import select
 from xtoken.losses.call import (
     Losses,
@@ -22,11 +22,10 @@ from xtoken.losses.call import (
     compute,
     given_chunks,
     given_matrix,
-    settled,
 )
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.reference import Chunks, Entries, moved
+from xtoken.reference import Entries
 
 MERGES = ("first", "mean", "chain")
 SUPPORTS = ("all", "reachable")
@@ -267,7 +266,7 @@ def _reached(projection: Any, device: torch.device) -> _Reached:
     if key not in kept:
         mask = torch.zeros(projection.shape[1], dtype=torch.bool, device=device)
         mask[projection.col.to(device).long()] = True
-        kept[key] = _Reached(settled(mask.nonzero()[:, 0]), mask)
+        kept[key] = _Reached(synchronized(mask.nonzero()[:, 0]), mask)
     return kept[key]
 
 
@@ -301,7 +300,7 @@ _REACHED: Any = WeakIdKeyDictionary()
 
 def _checked_columns(given: Any, width: int, device: torch.device) -> Tensor:
     if not isinstance(given, Tensor):
-        return moved(_ordered_columns(torch.as_tensor(given), width), device)
+        return to_device(_ordered_columns(torch.as_tensor(given), width), device)
     known: _Columns | None = _COLUMNS.get(given)
     if known is None or known.version != given._version or known.width != width:
         ordered = _ordered_columns(given, width)

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken import reference
+from xtoken.alignment import synchronized
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.call import Matrix, settled
+from xtoken.losses.call import Matrix
 from xtoken.losses.cuda import (
     Kernels,
     Memory,
@@ -244,13 +245,13 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor |
         known.weight, known.version, known.everything = weakref.ref(weight), weight._version, None
         known.device_weight = weight.detach().to(device, torch.float32).contiguous()
         if not trained:
-            settled(known.device_weight)
+            synchronized(known.device_weight)
     if len(columns) != projection.shape[1]:
         return plan_of(known.structure, known.device_weight, columns, count)
     if known.everything is None:
         known.everything = plan_of(known.structure, known.device_weight, columns)
         if not trained:
-            settled(known.everything.row_weight)
+            synchronized(known.everything.row_weight)
     return known.everything
 
 

@@ -25,12 +25,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, compute, given_chunks
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Chunks
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken import reference
+from xtoken.alignment import Chunks, Rows, synchronized
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.call import settled
 from xtoken.losses.cuda import (
     Kernels,
     Memory,
@@ -25,7 +25,6 @@ from xtoken.losses.cuda import (
 )
 from xtoken.losses.pkl.cuda import lists_of
 from xtoken.pieces import Side, sides
-from xtoken.reference import Chunks, Rows
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,7 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
 
     return PrefixPlan(
         (Side(*(x.to(device) for x in both[0])), Side(*(x.to(device) for x in both[1]))),
-        settled(torch.from_numpy(slot.astype(np.int32)).to(device)),
+        synchronized(torch.from_numpy(slot.astype(np.int32)).to(device)),
         len(listed),
         moved(student_lists),
         moved(teacher_lists),

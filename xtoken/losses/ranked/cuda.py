@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken import reference
+from xtoken.alignment import Rows, synchronized
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.call import settled
 from xtoken.losses.cuda import (
     Kernels,
     Memory,
@@ -21,7 +21,6 @@ from xtoken.losses.cuda import (
     logits_argument,
     rows_argument,
 )
-from xtoken.reference import Rows
 
 SORTED_ELEMENTS = 2**23
 """Probabilities outside the pairs that are sorted at a time; temporaries take about 50 bytes for each."""
@@ -53,7 +52,9 @@ def gold_plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, in
         slot = torch.empty(shape[0], dtype=torch.int32, device=student_ids.device)
         slot[student_ids] = teacher_ids.to(torch.int32)
         slot[others[0].long()] = -1 - torch.arange(len(others[0]), dtype=torch.int32, device=slot.device)
-        plan = GoldPlan(student_ids.to(torch.int32), teacher_ids.to(torch.int32), others[0], others[1], settled(slot))
+        plan = GoldPlan(
+            student_ids.to(torch.int32), teacher_ids.to(torch.int32), others[0], others[1], synchronized(slot)
+        )
         kept = _PLANS[student_ids] = teacher_ids, shape, plan
     made: GoldPlan = kept[2]
     return made

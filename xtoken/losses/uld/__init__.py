@@ -8,11 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from xtoken import reference
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, check_count, compute, given_chunks
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.reference import Chunks
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,222 @@
+"""The aligner: token sequences of two tokenizers in, their chunks out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from xtoken import _core
+from xtoken.alignment.alignment import Alignment, Ragged, int_tensor
+from xtoken.vocabulary import TokenizerLike, Vocabulary
+
+METHODS: tuple[str, ...] = tuple(method.name for method in _core.AlignMethod)
+"""Methods of `Aligner`."""
+
+
+class Aligner:
+    """Aligns token sequences of a student and a teacher that read the same text.
+
+    Parameters
+    ----------
+    student_tok, teacher_tok
+        Tokenizers, as for `Vocabulary.from_tokenizer`.
+    method : str
+        ``"bytes"``: where both sides spell the same bytes, the text is cut at every token boundary that both share, in
+        linear time. Special tokens pair by role or stay alone. Where the sides disagree (an edit, a one-sided special
+        token, a dummy space, an early end), the tokens up to the next agreement stay unaligned.
+        ``"auto"``: the same, but where the sides disagree the dynamic program aligns what it can.
+        ``"dp"``: the dynamic program of the paper over the whole sample, exact. It knows matches of one token, and one
+        token against two to four; other chunks are gaps to it.
+    fold_space_punctuation : bool
+        Whether a space and punctuation (``" ,"``) equal the punctuation alone.
+    cell_budget : int, optional
+        Table cells that one dynamic program may compute. Past it the sample's alignment is still valid, but
+        `Alignment.optimal` is False. Default: 2e8, about a tenth of a second.
+    num_threads : int, optional
+        Threads for a batch. Default: all processors of this process.
+
+    Raises
+    ------
+    ValueError
+        For an unknown method, a negative budget or fewer than one thread.
+
+    Examples
+    --------
+    >>> student = Vocabulary([b"<s>", b" 2024", b"In"], roles={"bos": 0})
+    >>> teacher = Vocabulary([b"In", b" ", b"20", b"24"])
+    >>> Aligner(student, teacher).align([0, 2, 1], [0, 1, 2, 3]).spans.tolist()
+    [[1, 2, 0, 1], [2, 3, 1, 4]]
+    """
+
+    def __init__(
+        self,
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        method: str = "auto",
+        *,
+        fold_space_punctuation: bool = False,
+        cell_budget: int | None = None,
+        num_threads: int | None = None,
+    ) -> None:
+        if method not in METHODS:
+            raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
+        if num_threads is not None and num_threads < 1:
+            raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+        self.student = Vocabulary.from_tokenizer(student_tok)
+        self.teacher = Vocabulary.from_tokenizer(teacher_tok)
+        self.method = method
+        self.cell_budget = _core.default_cell_budget if cell_budget is None else cell_budget
+        if self.cell_budget < 0:
+            raise ValueError(f"cell_budget: expected at least 0, got {cell_budget}")
+        self.num_threads = num_threads or _core.available_processors()
+        self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
+
+    def align(
+        self, student_ids: Any, teacher_ids: Any, student_mask: Any = None, teacher_mask: Any = None
+    ) -> Alignment:
+        """Aligns one sample or a batch.
+
+        Parameters
+        ----------
+        student_ids, teacher_ids : int [T], int [B, T], or a list of B sequences
+            Token ids as lists, arrays or tensors. Both sides must have the same number of samples.
+        student_mask, teacher_mask : same shape as the ids, optional
+            0 or False leaves a token out (attention masks). Without a mask, runs of the pad token at either end of a
+            sample are left out; where the pad token is also the end token, the first one behind the text is kept.
+
+        Returns
+        -------
+        Alignment
+            On the CPU. Positions count masked tokens too. A chunk never contains a masked token.
+
+        Raises
+        ------
+        ValueError
+            If a token id is outside the vocabulary, or the numbers of samples or the shapes of the masks differ.
+        TypeError
+            If ids are not integers.
+
+        Notes
+        -----
+        Releases the GIL; samples are spread over `num_threads` threads; the result does not depend on their number.
+        """
+        student = _Batch(student_ids, student_mask, "student")
+        teacher = _Batch(teacher_ids, teacher_mask, "teacher")
+        return self._align(student, teacher)
+
+    def _align(self, student: _Batch, teacher: _Batch) -> Alignment:
+        if student.is_batch != teacher.is_batch:
+            raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
+        spans, offsets, predicted, optimal = self._core.align(
+            student.rows, student.masks, teacher.rows, teacher.masks,
+            _core.AlignMethod[self.method], self.cell_budget, self.num_threads,
+        )  # fmt: skip
+        return Alignment._trusted(
+            spans=torch.from_numpy(spans),
+            offsets=torch.from_numpy(offsets),
+            batched=student.is_batch,
+            _ids={"student": student.ids, "teacher": teacher.ids},
+            optimal=torch.from_numpy(optimal),
+            predicted=torch.from_numpy(predicted),
+        )
+
+    def truncate(
+        self,
+        student_ids: Any,
+        teacher_ids: Any,
+        max_student_length: int,
+        max_teacher_length: int,
+        student_mask: Any = None,
+        teacher_mask: Any = None,
+    ) -> Alignment:
+        """Aligns, and cuts each sample so that both models read the same text within both length limits.
+
+        A sample that fits is left whole. A longer one is cut, on both sides, behind the last chunk that ends within
+        both limits, so that neither model reads text that the other never saw.
+
+        Parameters
+        ----------
+        student_ids, teacher_ids, student_mask, teacher_mask
+            As for `align`.
+        max_student_length, max_teacher_length : int
+            Most tokens of a sample, counted from position 0.
+
+        Returns
+        -------
+        Alignment
+            Its `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample that is left. A
+            sample without a chunk within the limits is left empty.
+
+        Raises
+        ------
+        ValueError
+            For negative limits, and as `align`.
+        """
+        limits = (max_student_length, max_teacher_length)
+        if min(limits) < 0:
+            raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
+        student = _Batch(student_ids, student_mask, "student")
+        teacher = _Batch(teacher_ids, teacher_mask, "teacher")
+        whole = self._align(student, teacher)
+        sizes = [[len(row) for row in side.rows] for side in (student, teacher)]
+        lengths = torch.tensor(sizes, dtype=torch.int64).T
+        fits = (lengths <= torch.tensor(limits)).all(dim=1)
+        sample = whole.sample_index
+        kept = fits[sample] | (whole.spans[:, 1::2] <= torch.tensor(limits)).all(dim=1)
+        ends = torch.zeros_like(lengths)
+        place = sample[kept, None].expand(-1, 2)
+        ends.scatter_reduce_(0, place, whole.spans[kept][:, 1::2].long(), "amax")
+        ends = torch.where(fits[:, None], lengths, ends)
+        sides: list[Tensor | list[NDArray[np.int64]]] = []
+        for batch, cut in ((student, ends[:, 0]), (teacher, ends[:, 1])):
+            rows = [row[:n] for row, n in zip(batch.rows, cut.tolist(), strict=True)]
+            sides.append(rows if whole.batched else torch.from_numpy(rows[0]))
+        counts = torch.bincount(sample[kept], minlength=len(whole))
+        return Alignment._trusted(
+            spans=whole.spans[kept],
+            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            batched=whole.batched,
+            _ids={"student": sides[0], "teacher": sides[1]},
+            optimal=whole.optimal,
+            predicted=whole.predicted[kept],
+        )
+
+
+class _Batch:
+    """The ids and the masks of one side, one array a sample; they view the caller's memory where it allows."""
+
+    def __init__(self, ids: Any, mask: Any, side: str) -> None:
+        name = f"{side}_ids"
+        self.rows: list[NDArray[np.int64]]
+        self.rows, whole = _rows(ids, name, torch.int64)
+        self.is_batch = whole is None or whole.dim() == 2
+        self.ids: Tensor | list[NDArray[np.int64]] = self.rows if whole is None else whole
+        self.masks: list[NDArray[np.uint8]] | None = None
+        if mask is not None:
+            self.masks, _ = _rows(mask, f"{side}_mask", torch.uint8)
+
+
+def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]], Tensor | None]:
+    """The samples of `value`, each a contiguous array, and the tensor [T] or [B, T] that they view, if there is one."""
+    if isinstance(value, Ragged):
+        return value.rows(), None
+    allow_bool = dtype == torch.uint8
+    if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
+        wanted = np.dtype(np.uint8 if allow_bool else np.int64)
+        rows = [
+            np.ascontiguousarray(row)
+            if type(row) is np.ndarray and row.dtype == wanted
+            else int_tensor(row, name, dtype, allow_bool).cpu().contiguous().numpy()
+            for row in value
+        ]
+        if any(row.ndim != 1 for row in rows):
+            raise ValueError(f"{name}: expected one dimension a sample")
+        return rows, None
+    tensor = int_tensor(value, name, dtype, allow_bool).cpu().contiguous()
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
+    return list(tensor.reshape(1, -1).numpy() if tensor.dim() == 1 else tensor.numpy()), tensor
