@@ -1,0 +1,51 @@
+"""What is made of tensors, kept while they live and have not changed: one rule for plans, layouts and copies."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Kept(Generic[T]):
+    others: tuple[weakref.ref[Tensor], ...]  # all tensors but the first, which is the key
+    versions: tuple[int, ...]
+    made: T
+
+    def of(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether it was made of these very tensors as they are now."""
+        same = all(ref() is tensor for ref, tensor in zip(self.others, tensors[1:], strict=True))
+        return same and self.versions == _versions(tensors)
+
+
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
+    # tensors of inference mode do not change, and have no version
+    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+
+
+class Cached(Generic[T]):
+    """Results by the tensors that they were made of.
+
+    A result is kept for as long as the first of its tensors lives, one for each value of the further keys (a device,
+    a shape). It is used again if all tensors are the same objects and none was changed in place since. Nothing here
+    looks at the values of a tensor, so nothing waits for a device.
+    """
+
+    def __init__(self) -> None:
+        self._kept: Any = WeakIdKeyDictionary()
+
+    def of(self, tensors: tuple[Tensor, ...], make: Callable[[], T], *keys: Hashable) -> T:
+        """`make()`, or what it returned for these tensors, unchanged, and equal `keys`."""
+        kept: dict[tuple[Hashable, ...], _Kept[T]] = self._kept.setdefault(tensors[0], {})
+        known = kept.get(keys)
+        if known is None or not known.of(tensors):
+            made = make()  # first, so that an error leaves what there is
+            known = kept[keys] = _Kept(tuple(map(weakref.ref, tensors[1:])), _versions(tensors), made)
+        return known.made
