@@ -10,9 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .losses.gold import GOLD_MIN_WEIGHT, HKL_MIN_WEIGHT
-from .projection import ProjectionMatrix
-from .reference import common_pairs
+from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ProjectionMatrix, common_pairs
 from .vocabulary import TokenizerLike, Vocabulary
 
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
@@ -164,8 +162,8 @@ def coverage_audit(
     weight = np.ones(len(student), dtype=np.int64) if corpus is None else _frequencies(student, corpus)
     entries = projection.row_ptr.diff().numpy()
     flags = {
-        "exact": _in_pairs(projection, GOLD_MIN_WEIGHT),
-        "common": _in_pairs(projection, HKL_MIN_WEIGHT),
+        "exact": _in_pairs(projection, EXACT_WEIGHT),
+        "common": _in_pairs(projection, DOMINANT_WEIGHT),
         "split": entries > 1,
         "unmapped": entries == 0,
     }

@@ -15,9 +15,6 @@ returns one loss per chunk, multiplied by ``tau ** 2``.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -27,126 +24,16 @@ from xtoken.alignment import Rows as Rows
 from xtoken.alignment import predictable as predictable
 from xtoken.pieces import Side
 from xtoken.pieces import sides as piece_sides
+from xtoken.projection import Entries, project
+from xtoken.projection import column_set as column_set
+from xtoken.projection import common_pairs as common_pairs
+from xtoken.projection import restrict as restrict
 
 EPSILON = 1e-10
 """Added to projected masses before a division or a logarithm."""
 
 LOWEST_LOGIT = -1e4
 """Smaller logits count as this one; its probability is zero in every type."""
-
-
-@dataclass(frozen=True)
-class Entries:
-    """The entries of W whose teacher token is in the column set.
-
-    Parameters
-    ----------
-    student : int64 [E]
-        Student ids, ascending.
-    column : int64 [E]
-        Positions in the column set.
-    weight : floating [E]
-    """
-
-    student: Tensor
-    column: Tensor
-    weight: Tensor
-
-
-def restrict(projection: Any, columns: Tensor) -> Entries:
-    """The entries of W in the given columns; differentiable with respect to ``projection.weight``.
-
-    Parameters
-    ----------
-    projection : ProjectionMatrix, or anything with its ``row_ptr``, ``col``, ``weight`` and ``shape``
-    columns : int64 [C]
-        Teacher ids; the entries go to their device.
-    """
-    device = columns.device
-    position = torch.full((projection.shape[1],), -1, dtype=torch.int64, device=device)
-    position[columns] = torch.arange(len(columns), device=device)
-    position = position[projection.col.to(device).long()]
-    kept = (position >= 0).nonzero()[:, 0]
-    row_ptr = projection.row_ptr.to(device)
-    student = torch.searchsorted(row_ptr, kept, right=True) - 1
-    return Entries(student, position[kept], projection.weight.to(device)[kept])
-
-
-def project(p: Tensor, entries: Entries, size: int) -> Tensor:
-    """``p @ W[:, C]``: mass of each student token, moved to the teacher's columns.
-
-    Parameters
-    ----------
-    p : [K, V_student]
-    entries : Entries
-    size : int
-        Number of columns C.
-
-    Returns
-    -------
-    Tensor
-        [K, C]. On CUDA the order of additions is not fixed (atomics).
-    """
-    rows = len(p)
-    moved = p.gather(1, entries.student.expand(rows, -1)) * entries.weight.to(p.dtype)
-    return p.new_zeros(rows, size).scatter_add(1, entries.column.expand(rows, -1), moved)
-
-
-def column_set(teacher_logits: Tensor, top_k: int | None) -> Tensor:
-    """The ``top_k`` columns with the largest maximum over all rows; lower ids first among equals.
-
-    Parameters
-    ----------
-    teacher_logits : [..., V]
-        All rows, padding included.
-    top_k : int or None
-        None, or at least V: all columns.
-
-    Returns
-    -------
-    Tensor
-        int64 [min(top_k, V)], ascending.
-    """
-    width = teacher_logits.shape[-1]
-    if top_k is None or top_k >= width:
-        return torch.arange(width, device=teacher_logits.device)
-    if teacher_logits.numel() == 0:
-        return torch.arange(top_k, device=teacher_logits.device)
-    maxima = teacher_logits.detach().amax(dim=tuple(range(teacher_logits.dim() - 1)))
-    return maxima.sort(descending=True, stable=True).indices[:top_k].sort().values
-
-
-def common_pairs(projection: Any, min_weight: float) -> tuple[Tensor, Tensor]:
-    """The pairs (student token, teacher token) that GOLD and H-KL compare one to one.
-
-    A student token is paired with the teacher token of its row's largest weight, if that weight is at least
-    ``min_weight``: 1 for GOLD (rows with the single weight 1), 0.6 for H-KL. Where several student tokens
-    claim one teacher token, the largest weight wins, then the lowest student id.
-
-    Returns
-    -------
-    student, teacher : int64 [P]
-        Ascending in ``student``; no id occurs twice on either side.
-    """
-    weight = projection.weight.detach()
-    row_ptr = projection.row_ptr
-    student = torch.searchsorted(row_ptr, torch.arange(len(weight), device=row_ptr.device), right=True) - 1
-    student, teacher, weight = _first_of_each(student, projection.col.long(), weight)
-    keep = weight >= min_weight
-    teacher, student, weight = _first_of_each(teacher[keep], student[keep], weight[keep])
-    order = student.argsort()
-    return student[order], teacher[order]
-
-
-def _first_of_each(key: Tensor, other: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """For each key its entry of largest weight, then smallest `other`."""
-    order = other.argsort(stable=True)
-    order = order[weight[order].argsort(stable=True, descending=True)]
-    order = order[key[order].argsort(stable=True)]
-    key, other, weight = key[order], other[order], weight[order]
-    first = torch.ones_like(key, dtype=torch.bool)
-    first[1:] = key[1:] != key[:-1]
-    return key[first], other[first], weight[first]
 
 
 def pkl(

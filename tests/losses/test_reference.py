@@ -5,12 +5,12 @@ import torch
 from comparer import assert_close, assert_within
 from harness import make_case, make_projection
 
-from xtoken import reference
+from xtoken import ProjectionMatrix, reference
 from xtoken.alignment import Alignment
 from xtoken.reference import Chunks, Rows
 
 
-def dense(projection: reference.Any) -> torch.Tensor:
+def dense(projection: ProjectionMatrix) -> torch.Tensor:
     matrix = torch.zeros(projection.shape, dtype=torch.float64)
     for student_id in range(projection.shape[0]):
         ids, weights = projection.row(student_id)

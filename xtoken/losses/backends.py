@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks
-from xtoken.reference import LOWEST_LOGIT, column_set
+from xtoken.projection import column_set
+from xtoken.reference import LOWEST_LOGIT
 
 IGNORED = -100
 """Label of a token that no loss looks at, as in PyTorch and transformers."""

@@ -18,6 +18,7 @@ from xtoken import _core, reference
 from xtoken.alignment import Rows
 from xtoken.losses import backends
 from xtoken.losses.backends import Backend, Labels, Operation, Problem, kernels_of
+from xtoken.projection import column_set as plain_column_set
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
 """Types of logits that the kernels take."""
@@ -158,7 +159,7 @@ def column_set(logits: Tensor, top_k: int | None, *, level: str = "") -> Tensor:
     """`xtoken.reference.column_set` for logits [B, T, V], without a sort."""
     width = logits.shape[-1]
     if top_k is None or top_k >= width or logits.numel() == 0 or logits.dtype not in ELEMENTS:
-        return reference.column_set(logits, top_k)
+        return plain_column_set(logits, top_k)
     logits = unit_stride(logits.detach())
     ids = torch.empty(top_k, dtype=torch.int64)
     _core.cpu_largest_columns(logits_argument(logits), top_k, ids.data_ptr(), level, torch.get_num_threads())

@@ -19,7 +19,7 @@ from xtoken.losses.backends import BLOCK_ELEMENTS
 from xtoken.losses.logits import Source
 from xtoken.losses.pkl.cuda import entries_of, plan_for
 from xtoken.pieces import PieceIndex
-from xtoken.reference import Entries
+from xtoken.projection import Entries, restrict
 
 DIAGNOSED_CHUNKS = 256
 """Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
@@ -78,9 +78,9 @@ def _sample(chunks: Chunks, most: int) -> tuple[Tensor, Tensor]:
 
 
 def _entries(projection: Any, columns: Tensor) -> Entries:
-    """As `xtoken.reference.restrict`, for a device without asking how many there are: some may have no weight."""
+    """As `xtoken.projection.restrict`, for a device without asking how many there are: some may have no weight."""
     if columns.device.type == "cpu":
-        return reference.restrict(projection, columns)
+        return restrict(projection, columns)
     plan = plan_for(projection, columns, projection.weight.requires_grad)
     entries = entries_of(plan, columns)
     weight = torch.cat([plan.weight, plan.weight.new_zeros(1)])[entries.index]

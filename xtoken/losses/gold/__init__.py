@@ -22,9 +22,9 @@ from xtoken.losses.call import (
 )
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
+from xtoken.projection import DOMINANT_WEIGHT, EXACT_WEIGHT
 
-GOLD_MIN_WEIGHT = 1.0
-HKL_MIN_WEIGHT = 0.6
+GOLD_MIN_WEIGHT, HKL_MIN_WEIGHT = EXACT_WEIGHT, DOMINANT_WEIGHT
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from xtoken.losses.call import (
 )
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, DenseSource, Source
 from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.reference import Entries
+from xtoken.projection import Entries, restrict
 
 MERGES = ("first", "mean", "chain")
 SUPPORTS = ("all", "reachable")
@@ -62,7 +62,7 @@ class PklOptions:
     @cached_property
     def entries(self) -> Entries:
         """The entries of W in the columns."""
-        return reference.restrict(self.projection._replace(weight=self.projection.weight.detach()), self.columns)
+        return restrict(self.projection._replace(weight=self.projection.weight.detach()), self.columns)
 
     def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
         """See `xtoken.reference.pkl`; `weight` replaces the weights of W."""

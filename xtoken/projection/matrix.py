@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import _core
-from .retokenize import encode_pieces
-from .vocabulary import TokenizerLike, Vocabulary, check_fingerprints
+from xtoken import _core
+from xtoken.retokenize import encode_pieces
+from xtoken.vocabulary import TokenizerLike, Vocabulary, check_fingerprints
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
@@ -125,8 +125,8 @@ class ProjectionMatrix:
             Most entries of a row.
         beta, gamma : float
             Weight of the first piece, and the factor from one piece to the next. Only gamma matters within a row. The
-            default is the paper's. In ``bench/reproduce.py`` P-KL with gamma 0 ended ahead of it, within the spread of
-            the seeds; but then a token's first piece looks like an exact match to GOLD, H-KL and the audit.
+            default is the paper's. In ``bench/reproduce.py`` training with gamma 0 ended ahead of it, within the spread
+            of the seeds; but then a token's first piece looks like an exact match to `common_pairs` and to the audit.
         reverse : bool
             Whether to run pass 3.
         fold_space_punctuation : bool
