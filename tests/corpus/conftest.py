@@ -7,22 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-def _byte_level(vocab_size: int, texts: list[str]) -> Any:
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        special_tokens=["<s>", "</s>", "<pad>"],
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
+from small_tokenizers import byte_level
 
 
 @pytest.fixture(scope="session")
@@ -37,7 +22,7 @@ def texts() -> list[str]:
 @pytest.fixture(scope="session")
 def pair(texts: list[str]) -> tuple[Any, Any]:
     """A student's and a teacher's tokenizer that cut text differently."""
-    return _byte_level(600, texts[::9]), _byte_level(1200, texts[::7])
+    return byte_level(600, texts[::9]), byte_level(1200, texts[::7])
 
 
 @pytest.fixture(scope="session")

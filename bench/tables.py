@@ -1,0 +1,153 @@
+"""The documentation's tables of measurements, made from the files in bench/results.
+
+    python bench/tables.py            # writes them into README.md and docs/*.md
+    python bench/tables.py --check    # writes nothing; exit status 1 if one is out of date
+
+A table stands between ``<!-- table: NAME -->`` and ``<!-- end of table -->``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+
+def documents() -> list[Path]:
+    """The files that may hold tables."""
+    return [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def results(name: str) -> Any:
+    """A result file, parsed."""
+    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:
+    """A table whose first `words` columns are text and the others numbers."""
+    rule = ["---" if i < words else "---:" for i in range(len(header))]
+    return "".join(f"| {' | '.join(row)} |\n" for row in [header, rule, *rows])
+
+
+def alignment() -> str:
+    """Speed of the alignment methods."""
+    rows = results("align")["rows"]
+    header = ("tokens a document", "method", "threads", "M tokens/s", "share of tokenization, %", "times 1 thread")
+    cells = [
+        (
+            f"{row['document_tokens']:,}",
+            f"`{row['method']}`",
+            str(row["threads"]),
+            f"{row['million_tokens_per_second']:.0f}",
+            f"{100 * row['share_of_tokenization']:.1f}",
+            f"{row['times_one_thread']:.2f}",
+        )
+        for row in rows
+    ]
+    return markdown(header, cells, words=2)
+
+
+def losses() -> str:
+    """Speed of the losses on two threads at the highest level measured, beside cross-entropy and the plain formulas."""
+    timed = [row for row in results("losses")["rows"] if row.get("threads") == 2 and "of_cross_entropy" in row]
+    level = timed[0]["level"]
+    found = {(row["loss"], row["type"]): row for row in timed if row["level"] == level}
+    header = ["loss"]
+    for kind in ("fp32", "bf16"):
+        header += [f"{kind}, ms a row", "of cross-entropy", "times plain"]
+    rows = []
+    for loss in dict.fromkeys(loss for loss, _ in found):
+        row = [loss]
+        for kind in ("fp32", "bf16"):
+            one = found[loss, kind]
+            times = one.get("times_reference")
+            row += [f"{one['ms_per_row']:.2f}", f"{one['of_cross_entropy']:.2f}", f"{times:.0f}" if times else ""]
+        rows.append(row)
+    return markdown(header, rows)
+
+
+def cache() -> str:
+    """What a teacher cache costs and loses."""
+    header = ("top_k", "bytes a token", "tail, %", "KL, nats a token", "writing, % of a forward pass")
+    rows = [
+        (
+            str(row["top_k"]),
+            f"{row['bytes_per_token']:,.0f}",
+            f"{100 * row['tail_probability']:.1f}",
+            f"{row['kl_nats_per_token']:.3f}",
+            f"{100 * row['share_of_forward_time']:.1f}",
+        )
+        for row in results("cache")["rows"]
+    ]
+    return markdown(header, rows, words=0)
+
+
+def accuracy() -> str:
+    """Exact match at the end of `reproduce.py`, percent: mean and range over seeds of what ran in every setting."""
+    ends: dict[str, dict[str, list[float]]] = {}
+    for run in results("reproduce")["runs"]:
+        for loss, curve in run["curves"].items():
+            ends.setdefault(loss, {}).setdefault(run["setting"], []).append(100 * curve[-1])
+    settings = ("plenty", "little", "mirror")
+    whole = {loss: found for loss, found in ends.items() if all(setting in found for setting in settings)}
+
+    def cell(values: list[float]) -> str:
+        least, most = min(values), max(values)
+        return f"{statistics.fmean(values):.1f}" + (f" ({least:.0f} to {most:.0f})" if most > least else "")
+
+    ordered = sorted(whole.items(), key=lambda item: -statistics.fmean(item[1]["plenty"]))
+    rows = [("none" if loss == "CE" else loss, *(cell(found[s]) for s in settings)) for loss, found in ordered]
+    return markdown(("loss beside cross-entropy", "plenty of text", "little text", "numbers whole"), rows)
+
+
+def training() -> str:
+    """Held-out values before and after the runs of `train_real.py`."""
+    rows = []
+    for name in ("train_demo", "train_gemma"):
+        history = [row for row in results(name)["history"] if "eval_ce" in row]
+        first, last = history[0], history[-1]
+        spans = [f"{first[key]:.3f} to {last[key]:.3f}" for key in ("eval_ce", "eval_kd", "eval_agreement")]
+        rows.append((PAIRS[results(name)["pair"]], str(last["step"]), *spans))
+    header = ("student from teacher", "steps", "cross-entropy, nats/token", "KD, nats/chunk", "top-1 agreement")
+    return markdown(header, rows)
+
+
+PAIRS = {
+    "demo": "small random Llama from SmolLM2-135M-Instruct",
+    "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
+}
+TABLES: dict[str, Callable[[], str]] = {
+    "alignment": alignment,
+    "losses": losses,
+    "cache": cache,
+    "accuracy": accuracy,
+    "training": training,
+}
+
+
+def with_tables(text: str) -> str:
+    """A document with its tables made anew."""
+    return PLACE.sub(lambda found: found[1] + TABLES[found[2]]() + found[3], text)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail if a table is out of date")
+    options = parser.parse_args(arguments)
+    stale = [path for path in documents() if with_tables(path.read_text()) != path.read_text()]
+    for path in stale:
+        print(f"{path.relative_to(ROOT)}: {'out of date' if options.check else 'written'}")
+        if not options.check:
+            path.write_text(with_tables(path.read_text()))
+    return int(options.check and bool(stale))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
