@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 import xtoken
 from xtoken import ProjectionMatrix, Vocabulary
-from xtoken.projection import ROW_KINDS, write_atomically
+from xtoken.projection import ROW_KINDS
 
 
 def rows(matrix: ProjectionMatrix) -> list[dict[int, float]]:
@@ -290,20 +290,6 @@ def test_other_load_errors(tmp_path):
         ProjectionMatrix.load(tmp_path / "w", student_tok=Vocabulary([b"2"]))
     with pytest.raises(ValueError, match="built for another teacher tokenizer"):
         ProjectionMatrix.load(tmp_path / "w", teacher_tok=Vocabulary([b"2"]))
-
-
-def test_writing_is_atomic(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def fail(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(OSError, match="disk full"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["file"]
 
 
 def test_from_topk():

@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .alignment import Alignment, pad_rows
 from .corpus import require
+from .storage import other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary
 
 OPEN_SHARDS = 16
@@ -68,14 +69,10 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         manifest = Manifest.load(self.path)
         if not manifest.is_complete:
             raise ValueError(f"path: {self.path} is not complete; finish it with align_corpus(..., resume=True)")
-        for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
-            if tokenizer is not None:
-                given, made_with = Vocabulary.from_tokenizer(tokenizer).fingerprint(), manifest.parameters[side]
-                if given != made_with:
-                    raise ValueError(
-                        f"{side}_tok: {self.path} was made with another {side} tokenizer: "
-                        f"fingerprint {made_with[:12]}, got {given[:12]}"
-                    )
+        for side, recorded, given in other_tokenizers(manifest.parameters, student_tok, teacher_tok):
+            raise ValueError(
+                f"{side}_tok: {self.path} was made with another {side} tokenizer: fingerprint {recorded}, got {given}"
+            )
         self.counts = manifest.total
         self._files = [shard.file_name for shard in manifest.shards]
         for name in self._files:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,13 +12,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
-from .projection import write_atomically
 from .retokenize import encode_pieces
-from .vocabulary import TokenizerLike, Vocabulary, check_fingerprints
+from .storage import TensorFile, check_fingerprints
+from .vocabulary import TokenizerLike, Vocabulary
 
-FORMAT_VERSION = "1"
 HEAD = 5
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events, and pieces of each side."""
+
+_FILE = TensorFile("a piece index of xtoken", {"format": "xtoken.pieces", "version": "1"}, {"data": ("I32", 1)})
 
 
 class Side(NamedTuple):
@@ -111,14 +111,11 @@ class PieceIndex:
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
-        check_fingerprints("pieces", type(self), self.metadata, student_tok, teacher_tok)
+        check_fingerprints("pieces", self, self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with the data and both fingerprints: complete, or not at all."""
-        from safetensors.torch import save
-
-        metadata = {**self.metadata, "format": "xtoken.pieces", "version": FORMAT_VERSION}
-        write_atomically(path, save({"data": self.data.cpu()}, metadata=metadata))
+        _FILE.save(path, {"data": self.data}, **self.metadata)
 
     @classmethod
     def load(
@@ -136,25 +133,7 @@ class PieceIndex:
         ValueError
             If the file is not a piece index, is damaged, has another version, or was built for other tokenizers.
         """
-        from safetensors import SafetensorError, safe_open
-
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
-        if metadata.pop("format", None) != "xtoken.pieces" or set(tensors) != {"data"}:
-            raise ValueError(f"{path}: not a piece index of xtoken")
-        version = metadata.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: format version {version}, this xtoken reads version {FORMAT_VERSION}")
-        try:
-            index = cls(tensors["data"], metadata)
-        except ValueError as error:
-            raise ValueError(f"{path}: damaged: {error}") from error
+        index = _FILE.load(path, lambda tensors, metadata: cls(tensors["data"], metadata))
         index.check_tokenizers(student_tok, teacher_tok)
         return index
 

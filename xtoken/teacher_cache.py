@@ -41,11 +41,21 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
-from .projection import write_atomically
+from .storage import TensorFile, other_tokenizers, write_atomically
 from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
 FORMAT_VERSION = 1
 INDEX = "cache.json"
+_TENSORS = {
+    "tokens": ("I32", 1),
+    "byte_ends": ("I32", 1),
+    "ids": ("I32", 2),
+    "logprobs": ("F16", 2),
+    "tail": ("F32", 1),
+    "offsets": ("I64", 1),
+    "digests": ("U8", 2),
+}
+_SHARD = TensorFile("a shard of a teacher cache", tensors=_TENSORS)
 SHARD_TOKENS = 1 << 18
 """Tokens of a shard, about: 200 MB at ``top_k=128``."""
 
@@ -163,7 +173,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     def digests(self) -> Iterator[bytes]:
         """SHA-256 of the documents of complete shards, in order."""
         for shard in self._shards:
-            with _open(self.folder / shard["file"]) as file:
+            with _SHARD.open(self.folder / shard["file"]) as file:
                 yield from (bytes(row) for row in file.get_tensor("digests").numpy())
 
     def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
@@ -214,8 +224,6 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     def _write_shard(self) -> None:
         if not self._waiting:
             return
-        from safetensors.torch import save
-
         documents = [tokens for tokens, *_ in self._waiting]
         content = {
             "tokens": torch.from_numpy(np.concatenate(documents)),
@@ -231,7 +239,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             ),
         }
         name = f"shard-{len(self._shards):05d}.safetensors"
-        write_atomically(self.folder / name, save(content))
+        _SHARD.save(self.folder / name, content)
         self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
         self._save_index(complete=False)
         self._waiting, self._waiting_tokens = [], 0
@@ -267,15 +275,6 @@ def _read_index(folder: Path) -> dict[str, Any]:
     except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not the index of a teacher cache: {error!r}") from error
     return dict(index)
-
-
-def _open(path: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(path, framework="pt")
-    except SafetensorError as error:
-        raise ValueError(f"{path}: not a shard of a teacher cache: {error}") from error
 
 
 class TeacherCache:
@@ -323,13 +322,10 @@ class TeacherCache:
         self.vocab_size: int = index["vocab_size"]
         self.top_k: int = index["top_k"]
         self.max_length: int | None = index["max_length"]
-        if teacher_tok is not None:
-            given = Vocabulary.from_tokenizer(teacher_tok).fingerprint()
-            if given != self.fingerprint:
-                raise ValueError(
-                    f"teacher_tok: {self.path} was made with another tokenizer: fingerprint {self.fingerprint[:12]}, "
-                    f"got {given[:12]}"
-                )
+        for _, recorded, given in other_tokenizers({"teacher": self.fingerprint}, teacher_tok=teacher_tok):
+            raise ValueError(
+                f"teacher_tok: {self.path} was made with another tokenizer: fingerprint {recorded}, got {given}"
+            )
         self._files = [self.path / shard["file"] for shard in index["shards"]]
         for file in self._files:
             if not file.exists():
@@ -349,7 +345,7 @@ class TeacherCache:
 
     def _shard(self, k: int) -> Any:
         if k not in self._open:
-            self._open[k] = _open(self._files[k])
+            self._open[k] = _SHARD.open(self._files[k])
         return self._open[k]
 
     def __len__(self) -> int:

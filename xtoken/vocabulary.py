@@ -225,22 +225,6 @@ def unpadded(tokenizer: Any) -> Any:
     return copy
 
 
-def check_fingerprints(
-    name: str, kind: type, metadata: Mapping[str, str], student_tok: TokenizerLike, teacher_tok: TokenizerLike
-) -> None:
-    """Raises ValueError if the argument `name` was built for other tokenizers than those given (None: not given)."""
-    for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
-        built_for = metadata.get(f"{side}_fingerprint")
-        if tokenizer is None or built_for is None:
-            continue
-        got = Vocabulary.from_tokenizer(tokenizer).fingerprint()
-        if got != built_for:
-            raise ValueError(
-                f"{name}: built for another {side} tokenizer (fingerprint {built_for[:12]}) than "
-                f"{side}_tok ({got[:12]}); build it again with {kind.__name__}.build"
-            )
-
-
 def _load(source: str | os.PathLike[str]) -> Any:
     """A tokenizer from a path or a Hub id."""
     from tokenizers import Tokenizer

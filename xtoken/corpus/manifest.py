@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..storage import TEMPORARY, write_atomically
 from .files import InputFile
 from .partition import Piece, Shard
-from .shards import FORMAT_VERSION, TEMPORARY, Counts, read_counts, sync
+from .shards import FORMAT_VERSION, Counts, read_counts
 
 FILE_NAME = "manifest.json"
 
@@ -83,11 +83,8 @@ class Manifest:
             "inputs": [asdict(file) for file in self.inputs],
             "shards": shards,
         }
-        temporary = folder / f".{FILE_NAME}{TEMPORARY}"
-        temporary.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, folder / FILE_NAME)
-        sync(folder)
+        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / FILE_NAME, text.encode())
 
     @staticmethod
     def load(folder: Path) -> Manifest:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from .. import _core
 from ..alignment import METHODS
+from ..storage import TEMPORARY
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
 from .files import InputFile, find_files
@@ -17,7 +18,7 @@ from .manifest import FILE_NAME, Manifest, complete_shards
 from .partition import Piece, into_shards
 from .progress import Progress
 from .reading import scan_file
-from .shards import TEMPORARY, Job, encoder, tokenizer_hash
+from .shards import Job, encoder, tokenizer_hash
 
 ENGINES = ("local", "ray")
 ON_ERROR = ("raise", "skip")

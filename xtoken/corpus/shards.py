@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..alignment import Aligner, Ragged
+from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from .documents import Broken
 from .partition import Shard
@@ -31,9 +29,6 @@ from .reading import read_shard
 FORMAT_VERSION = "1"
 ROW_GROUP_TOKENS = 32768
 """Student tokens of a row group, about: what reading one document at random unpacks (1 ms)."""
-
-TEMPORARY = ".tmp"
-"""Ending of files that are being written."""
 
 BATCHES_AT_ONCE = 2
 """Batches worked on at the same time, so that the processors have tokenizing to do while Python handles the other."""
@@ -162,17 +157,22 @@ class ShardMaker:
         counts = Counts()
         broken = Broken(self.job.on_error)
         batches = read_shard(shard, self.job.text_column, broken)
-        with (
-            _atomic_file(Path(self.job.output) / shard.file_name) as file,
-            pq.ParquetWriter(file, self.schema, **_WRITER) as writer,
-        ):
-            for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
-                for start, stop in _row_groups(table):
-                    writer.write_table(table.slice(start, stop - start))
-                counts.add(part)
-                advance(part.documents, part.student_tokens + part.teacher_tokens, part.text_bytes)
-            counts.skipped = dict(sorted(broken.skipped.items()))
-            writer.add_key_value_metadata({_COUNTS.decode(): json.dumps(asdict(counts))})
+        path = Path(self.job.output) / shard.file_name
+        try:
+            with (
+                atomic(path) as temporary,
+                pa.OSFile(str(temporary), "wb") as file,
+                pq.ParquetWriter(file, self.schema, **_WRITER) as writer,
+            ):
+                for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
+                    for start, stop in _row_groups(table):
+                        writer.write_table(table.slice(start, stop - start))
+                    counts.add(part)
+                    advance(part.documents, part.student_tokens + part.teacher_tokens, part.text_bytes)
+                counts.skipped = dict(sorted(broken.skipped.items()))
+                writer.add_key_value_metadata({_COUNTS.decode(): json.dumps(asdict(counts))})
+        except OSError as error:  # reading raises ValueError, so this is about the output
+            raise OSError(f"{path}: cannot write it: {error}; complete shards stay, and can be resumed") from error
         return counts
 
     def _align(self, batch: pa.RecordBatch) -> tuple[pa.Table, Counts]:
@@ -243,28 +243,3 @@ def _in_order(work: Callable[[Any], Any], items: Iterable[Any], at_once: int) ->
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
-
-
-@contextmanager
-def _atomic_file(path: Path) -> Iterator[pa.NativeFile]:
-    """A file that appears under its name complete or not at all, also if the machine loses power."""
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY}")
-    try:
-        with pa.OSFile(str(temporary), "wb") as file:
-            yield file
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
-    except OSError as error:  # reading raises ValueError, so this is about the output
-        raise OSError(f"{path}: cannot write it: {error}; complete shards stay, and can be resumed") from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Has the system write a file, or the names in a folder, to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

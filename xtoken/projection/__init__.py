@@ -12,4 +12,3 @@ from .entries import restrict as restrict
 from .matrix import ROW_KINDS as ROW_KINDS
 from .matrix import LearnableProjection as LearnableProjection
 from .matrix import ProjectionMatrix as ProjectionMatrix
-from .matrix import write_atomically as write_atomically

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,16 @@ from torch import Tensor, nn
 
 from xtoken import _core
 from xtoken.retokenize import encode_pieces
-from xtoken.vocabulary import TokenizerLike, Vocabulary, check_fingerprints
+from xtoken.storage import TensorFile, check_fingerprints
+from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
 the token's text re-tokenized by the teacher; given from outside. `ProjectionMatrix.kind` holds indices."""
 
-FORMAT_VERSION = "1"
 FILE_NAME = "projection.safetensors"
-_TENSORS = {"row_ptr": torch.int64, "col": torch.int32, "weight": torch.float32, "kind": torch.uint8}
+_TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
+_FILE = TensorFile("a projection matrix of xtoken", {"format": "xtoken.projection", "version": "1"}, _TENSORS)
 
 
 class ProjectionMatrix:
@@ -236,7 +236,7 @@ class ProjectionMatrix:
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if W was built for other tokenizers than these (those that are given)."""
-        check_fingerprints("projection", type(self), self.metadata, student_tok, teacher_tok)
+        check_fingerprints("projection", self, self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: complete, or not at all.
@@ -244,12 +244,8 @@ class ProjectionMatrix:
         It holds ``row_ptr``, ``col``, ``weight`` and ``kind``, and in its metadata the format version, the sizes, both
         fingerprints and the parameters of `build`.
         """
-        from safetensors.torch import save
-
-        metadata = {**self.metadata, "format": "xtoken.projection", "version": FORMAT_VERSION}
-        metadata["student_vocab_size"], metadata["teacher_vocab_size"] = map(str, self.shape)
-        tensors = {name: getattr(self, name).cpu().contiguous() for name in _TENSORS}
-        write_atomically(path, save(tensors, metadata=metadata))
+        sizes = dict(zip(("student_vocab_size", "teacher_vocab_size"), map(str, self.shape), strict=True))
+        _FILE.save(path, {name: getattr(self, name) for name in _TENSORS}, **self.metadata, **sizes)
 
     @classmethod
     def load(
@@ -275,31 +271,15 @@ class ProjectionMatrix:
             If the file is not a projection, is truncated or damaged, has another version, or was built for other
             tokenizers.
         """
-        from safetensors import SafetensorError, safe_open
 
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                metadata = dict(file.metadata() or {})
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
-        if metadata.pop("format", None) != "xtoken.projection":
-            raise ValueError(f"{path}: not a projection matrix of xtoken")
-        version = metadata.pop("version", None)
-        if version != FORMAT_VERSION:
-            raise ValueError(f"{path}: format version {version}, this xtoken reads version {FORMAT_VERSION}")
-        found = {name: tensor.dtype for name, tensor in tensors.items()}
-        if found != _TENSORS:
-            raise ValueError(f"{path}: expected the tensors {_TENSORS}, got {found}")
-        try:
-            sizes = tuple(int(metadata.pop(f"{side}_vocab_size")) for side in ("student", "teacher"))
-            matrix = cls(**tensors, teacher_vocab_size=sizes[1], metadata=metadata)
-        except (KeyError, ValueError) as error:
-            raise ValueError(f"{path}: damaged: {error}") from error
-        if matrix.shape != sizes:
-            raise ValueError(f"{path}: damaged: row_ptr has {matrix.shape[0]} rows, the metadata says {sizes[0]}")
+        def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ProjectionMatrix:
+            rows, columns = (int(metadata.pop(f"{side}_vocab_size")) for side in ("student", "teacher"))
+            matrix = cls(**tensors, teacher_vocab_size=columns, metadata=metadata)
+            if matrix.shape[0] != rows:
+                raise ValueError(f"row_ptr has {matrix.shape[0]} rows, the metadata says {rows}")
+            return matrix
+
+        matrix = _FILE.load(path, make)
         matrix.check_tokenizers(student_tok, teacher_tok)
         return matrix
 
@@ -411,21 +391,3 @@ class LearnableProjection(nn.Module):
             values.detach().cpu() for values in (self.row_ptr, self.col, self.weight, self.get_buffer("kind"))
         )
         return ProjectionMatrix(row_ptr, col, weight, self.shape[1], kind, self.metadata)
-
-
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
-    """Writes a file that appears complete or not at all, even if the machine stops."""
-    path = Path(path)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise

@@ -11,7 +11,8 @@ from typing import Any, TypeVar
 
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, coverage_audit
-from xtoken.projection import ProjectionMatrix, write_atomically
+from xtoken.projection import ProjectionMatrix
+from xtoken.storage import write_atomically
 from xtoken.vocabulary import Vocabulary
 
 from .teachers import same_tokens

@@ -17,7 +17,8 @@ from xtoken.alignment import Alignment
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.logits import AnyLogits
-from xtoken.projection import LearnableProjection, write_atomically
+from xtoken.projection import LearnableProjection
+from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
 from .collator import XTokenCollator
@@ -29,6 +30,8 @@ from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
 
 STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
+
+_STATE = TensorFile("the distillation of a checkpoint")
 
 MOMENTS = "moments."
 """In `STATE_FILE`: before the names of moments."""
@@ -446,17 +449,14 @@ class XTokenTrainer(Trainer):
             self._save_distillation(Path(output_dir or self.args.output_dir))
 
     def _save_distillation(self, folder: Path) -> None:
-        from safetensors.torch import save
-
         state = dict(self.criterion.state_dict())
         if self._projection_steps is not None:
             state.update({MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
-        state = {name: value.detach().cpu().contiguous() for name, value in state.items()}
         metadata = {} if self._last_scale is None else {"scale": repr(self._last_scale)}
         if not state and not metadata:
             return
         folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / STATE_FILE, save(state, metadata=metadata))
+        _STATE.save(folder / STATE_FILE, state, **metadata)
         for teacher, objective in zip(self.teachers, self.criterion.teachers, strict=False):
             if isinstance(objective.projection, LearnableProjection):
                 objective.projection.projection().save(folder / f"projection-{teacher.name}.safetensors")
@@ -471,15 +471,11 @@ class XTokenTrainer(Trainer):
         self._load_distillation(Path(str(self.state.best_model_checkpoint)))
 
     def _load_distillation(self, folder: Path) -> None:
-        from safetensors import safe_open
-
         path = folder / STATE_FILE
         if not path.exists():
             return
-        with safe_open(str(path), framework="pt") as file:
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            scale = (file.metadata() or {}).get("scale")
-        self._last_scale = None if scale is None else float(scale)
+        state, metadata = _STATE.load(path, lambda *found: found)
+        self._last_scale = float(metadata["scale"]) if "scale" in metadata else None
         moments = {name.removeprefix(MOMENTS): state.pop(name) for name in list(state) if name.startswith(MOMENTS)}
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:

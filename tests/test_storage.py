@@ -1,0 +1,88 @@
+"""Files: written complete or not at all, and what a file must say and hold to be read."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from xtoken import Vocabulary
+from xtoken.storage import TEMPORARY, TensorFile, atomic, other_tokenizers, write_atomically
+
+KIND = TensorFile("a table", {"format": "xtoken.table", "version": "1"}, {"cells": ("F32", 2)})
+
+
+def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_atomically(path, b"new")
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_half_a_file_is_never_under_its_name(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    with atomic(path) as temporary:
+        temporary.write_bytes(b"half")
+        assert os.listdir(tmp_path) == [temporary.name]
+        assert temporary.name.startswith(".file.")
+        assert temporary.name.endswith(TEMPORARY)
+    assert os.listdir(tmp_path) == ["file"]
+    umask = os.umask(0)
+    os.umask(umask)
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask
+
+
+def test_a_file_of_tensors_comes_back(tmp_path: Path) -> None:
+    path = tmp_path / "t"
+    KIND.save(path, {"cells": torch.arange(6.0).view(2, 3).T}, rows="3")
+    tensors, metadata = KIND.load(path, lambda *found: found)
+    assert tensors["cells"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
+    assert metadata == {"rows": "3"}
+    with KIND.open(path) as file:
+        assert file.get_slice("cells")[1:2].tolist() == [[1.0, 4.0]]
+
+
+@pytest.mark.parametrize(
+    ("written", "tensor", "message"),
+    [
+        ({"format": "xtoken.chair", "version": "1"}, torch.zeros(1, 1), "t: not a table$"),
+        ({}, torch.zeros(1, 1), "t: not a table$"),
+        ({"format": "xtoken.table", "version": "2"}, torch.zeros(1, 1), "t: format version 2, .* reads version 1$"),
+        ({"format": "xtoken.table"}, torch.zeros(1, 1), "t: format version None, this xtoken reads version 1$"),
+        (KIND.metadata, torch.zeros(1), r"t: not a table: expected the tensors .*\('F32', 2\).*, got .*\('F32', 1\)"),
+        (KIND.metadata, torch.zeros(1, 1).double(), r"expected the tensors .*, got \{'cells': \('F64', 2\)\}"),
+    ],
+)
+def test_files_of_another_kind(tmp_path: Path, written: dict[str, str], tensor: torch.Tensor, message: str) -> None:
+    TensorFile("anything").save(tmp_path / "t", {"cells": tensor}, **written)
+    with pytest.raises(ValueError, match=message):
+        KIND.open(tmp_path / "t")
+
+
+def test_what_does_not_fit_together_is_damaged(tmp_path: Path) -> None:
+    KIND.save(tmp_path / "t", {"cells": torch.zeros(1, 1)})
+    with pytest.raises(ValueError, match="t: damaged: 'rows'"):
+        KIND.load(tmp_path / "t", lambda tensors, metadata: metadata["rows"])
+    (tmp_path / "t").write_bytes((tmp_path / "t").read_bytes()[:-1])
+    with pytest.raises(ValueError, match="t: not a table: not a complete safetensors file"):
+        KIND.open(tmp_path / "t")
+    with pytest.raises(FileNotFoundError, match=r"path: no such file: .*none"):
+        KIND.open(tmp_path / "none")
+
+
+def test_other_tokenizers() -> None:
+    mine, other = Vocabulary([b"a"]), Vocabulary([b"b"])
+    recorded = {"student": mine.fingerprint(), "teacher": None}
+    assert not list(other_tokenizers(recorded, mine, other))  # nothing is recorded of the teacher's
+    assert not list(other_tokenizers(recorded))
+    found = ("student", mine.fingerprint()[:12], other.fingerprint()[:12])
+    assert list(other_tokenizers(recorded, other, other)) == [found]

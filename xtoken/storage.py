@@ -1,0 +1,125 @@
+"""Files on disk: written complete or not at all; safetensors files and JSON indices that say what they are."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from .vocabulary import TokenizerLike, Vocabulary
+
+Made = TypeVar("Made")
+
+TEMPORARY = ".tmp"
+"""Ending of files that are being written."""
+
+
+@contextmanager
+def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
+    it appears complete or not at all."""
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}{TEMPORARY}")
+    try:
+        yield temporary
+        _sync(temporary)
+        os.replace(temporary, path)
+        _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+    """Writes a file that appears complete or not at all, even if the machine stops."""
+    with atomic(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def _sync(path: Path) -> None:
+    """Has the system write a file, or the names in a folder, to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class TensorFile:
+    """A kind of safetensors file; messages call it `title`.
+
+    `metadata` is written into each file and required of it: ``format``, then ``version``. `tensors` are all that a file
+    holds, each with its type, as safetensors names it, and its number of dimensions; None: any.
+    """
+
+    title: str
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    tensors: Mapping[str, tuple[str, int]] | None = None
+
+    def save(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
+        """Writes a file: complete, or not at all."""
+        held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        write_atomically(path, save(held, {**metadata, **self.metadata} or None))
+
+    def open(self, path: str | os.PathLike[str]) -> Any:
+        """A file mapped into memory, once its format, version and tensors are known to be right.
+
+        Raises FileNotFoundError or ValueError."""
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        try:
+            file = safe_open(str(path), framework="pt")
+        except SafetensorError as error:
+            raise ValueError(f"{path}: not {self.title}: not a complete safetensors file: {error}") from error
+        found = file.metadata() or {}
+        if found.get("format") != self.metadata.get("format"):
+            raise ValueError(f"{path}: not {self.title}")
+        version = self.metadata.get("version")
+        if found.get("version") != version:
+            raise ValueError(f"{path}: format version {found.get('version')}, this xtoken reads version {version}")
+        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+        held = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
+        if self.tensors is not None and held != self.tensors:
+            raise ValueError(f"{path}: not {self.title}: expected the tensors {dict(self.tensors)}, got {held}")
+        return file
+
+    def load(self, path: str | os.PathLike[str], make: Callable[[dict[str, Tensor], dict[str, str]], Made]) -> Made:
+        """What `make` makes of a file's tensors and metadata; its errors become "damaged", with the path."""
+        with self.open(path) as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
+            metadata = {name: value for name, value in (file.metadata() or {}).items() if name not in self.metadata}
+        try:
+            return make(tensors, metadata)
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"{path}: damaged: {error}") from error
+
+
+def other_tokenizers(
+    recorded: Mapping[str, str | None], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+) -> Iterator[tuple[str, str, str]]:
+    """The sides whose tokenizer, if given, is not the recorded one: side, recorded and given fingerprint, shortened."""
+    for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
+        before = recorded.get(side)
+        now = before if tokenizer is None else Vocabulary.from_tokenizer(tokenizer).fingerprint()
+        if before is not None and before != now:
+            yield side, before[:12], str(now)[:12]
+
+
+def check_fingerprints(
+    name: str, made: object, metadata: Mapping[str, str], student_tok: TokenizerLike, teacher_tok: TokenizerLike
+) -> None:
+    """Raises ValueError if the argument `name` was built for other tokenizers than those given (None: not given)."""
+    recorded = {side: metadata.get(f"{side}_fingerprint") for side in ("student", "teacher")}
+    for side, built_for, got in other_tokenizers(recorded, student_tok, teacher_tok):
+        raise ValueError(
+            f"{name}: built for another {side} tokenizer (fingerprint {built_for}) than {side}_tok ({got}); "
+            f"build it again with {type(made).__name__}.build"
+        )
