@@ -8,7 +8,7 @@ import time
 import pytest
 import torch
 
-from xtoken.train.meter import Meter, Stopwatch
+from xtoken.train.meter import FiniteCheck, Meter, Stopwatch
 
 
 def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float]) -> dict[str, torch.Tensor]:
@@ -75,3 +75,64 @@ def test_stopwatch(monkeypatch):
     watch.skip(Stopwatch(torch.device("cpu")))
     assert watch.lap() == (5.0, {"a": 2.0})
     assert watch.lap() == (1.0, {})
+
+
+def test_stopwatch_on_cuda(monkeypatch):
+    """By events: none is waited for before the lap ends, and those that the device has reached are let go of."""
+    clock, done = iter(range(100, 200)), []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self, stream: str) -> None:
+            assert stream == "the stream of cuda:0"
+            self.at = next(clock)
+
+        def query(self) -> bool:
+            return self.at in done
+
+        def synchronize(self) -> None:
+            done.append(self.at)
+
+        def elapsed_time(self, end: Event) -> float:
+            assert end.at in done
+            return 1000.0 * (end.at - self.at)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    watch = Stopwatch(torch.device("cuda", 0))
+    with watch.section("step"), watch.section("loss"):
+        pass
+    assert done == []
+    assert watch.seconds == {}
+    done.append(102)
+    with watch.section("loss"):
+        pass
+    assert watch.seconds == {"loss": 1.0}
+    assert watch.lap()[1] == {"loss": 2.0, "step": 3.0}
+    assert watch.lap()[1] == {}
+
+
+def test_the_first_loss_that_is_not_finite(monkeypatch):
+    """On a device the first one is kept, with the first row of each model that is no number."""
+    good, bad = torch.zeros(2, 3, 5), torch.zeros(2, 3, 5)
+    bad[1, 2, 4] = math.nan
+    check = FiniteCheck(["S", "T", "U"])
+    check.look(torch.tensor(1.0), [bad, bad], 1)
+    check.check()
+    for logits, step, message in (
+        ([good, bad, "cached"], 7, "T: logits are not a number at step 7, first in sample 1 at position 2"),
+        ([good, good], -1, "loss: expected a finite number, got inf at evaluation, from logits that are"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            check.look(torch.tensor(math.inf), logits, step)
+    check.check()
+    with monkeypatch.context() as patched:
+        patched.setattr(torch.Tensor, "device", torch.device("cuda"))  # as if nothing could be looked at yet
+        patched.setattr("xtoken.train.meter.wide", lambda _: torch.float64)
+        for total, step in ((1.0, 1), (math.nan, 2), (1.0, 3), (math.nan, 4)):
+            check.look(torch.tensor(total), [bad, good], step)
+    with pytest.raises(ValueError, match="S: logits are not a number at step 2"):
+        check.check()
+    check.check()

@@ -179,6 +179,25 @@ def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:
     return TopKLogits(ids, logprobs, rows[0][0].tail)
 
 
+class OnHost:
+    """A batch as its collator made it. Nothing moves it to a device, so what reads it there waits for nothing."""
+
+    def __init__(self, batch: Mapping[str, Any]) -> None:
+        self.batch = batch
+
+
+class KeepsHost:
+    """A collator whose batches bring themselves along as ``"host"``, an `OnHost`; alignments are there alone."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, examples: Any) -> dict[str, Any]:
+        batch = self.collator(examples)
+        entries = [{key: one for key, one in entry.items() if key != "alignment"} for entry in batch["teachers"]]
+        return {**batch, "teachers": entries, "host": OnHost(batch)}
+
+
 def _unpredicted(labels: Any) -> NDArray[np.int64]:
     """Labels without the first: nothing predicts it."""
     row = np.array(labels, np.int64)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -27,8 +28,8 @@ class XTokenConfig(TrainingArguments):
         Weights of cross-entropy and distillation, >= 0.
     teacher_mode : "sum", "select" or "average"
         Several teachers: the weighted sum of their losses; for each sample the loss of the teacher that predicts it
-        best (least cross-entropy a student token of aligned text); or the weighted mean of their probabilities as
-        one teacher (they must share a tokenizer).
+        best (least cross-entropy a student token of aligned text), which waits for the device once a micro-batch; or
+        the weighted mean of their probabilities as one teacher (they must share a tokenizer).
     projection_learning_rate : float
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
@@ -42,7 +43,9 @@ class XTokenConfig(TrainingArguments):
     Notes
     -----
     Defaults that differ from those of TrainingArguments: ``remove_unused_columns=False``, ``label_names=["labels"]``,
-    and every process reads its own batches (``dispatch_batches=False``).
+    every process reads its own batches (``dispatch_batches=False``), and nothing waits for the device without need:
+    ``logging_nan_inf_filter=False``, since a loss that is not finite is an error, and ``non_blocking=True`` for pinned
+    batches, unless ``accelerator_config`` says otherwise.
     """
 
     output_dir: str | None = field(
@@ -55,6 +58,7 @@ class XTokenConfig(TrainingArguments):
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: it would drop the teachers"})
 
     def __post_init__(self) -> None:
@@ -64,6 +68,10 @@ class XTokenConfig(TrainingArguments):
             raise ValueError(
                 "remove_unused_columns: expected False, since the teachers' inputs are no columns of the student"
             )
+        given: Any = self.accelerator_config
         super().__post_init__()
-        if self.accelerator_config.dispatch_batches is None:
-            self.accelerator_config.dispatch_batches = False
+        config: Any = self.accelerator_config
+        if config.dispatch_batches is None:
+            config.dispatch_batches = False
+        if given is None or (isinstance(given, dict) and "non_blocking" not in given):
+            config.non_blocking = self.dataloader_pin_memory

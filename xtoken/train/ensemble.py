@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Alignment, predictable
+from xtoken.alignment import Alignment, predictable, to_device
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import source, width_of
 from xtoken.losses.logits import AnyLogits
@@ -41,7 +42,7 @@ def mean_logits(
     dense = [one for one in logits if isinstance(one, Tensor)]
     if len(dense) < len(logits):
         raise ValueError("teacher_mode: expected logits in memory for 'average', got TopKLogits or LinearLogits")
-    if any(not torch.equal(one, ids[0]) for one in ids[1:]):
+    if any(one is not ids[0] and not torch.equal(one, ids[0]) for one in ids[1:]):
         raise ValueError("teacher_mode: expected 'average' teachers to read the same ids; do their templates differ?")
     total = sum(weights)
     if not total > 0:
@@ -52,7 +53,7 @@ def mean_logits(
         if weight == 0:
             continue
         log_p = one[..., :size].to(torch.promote_types(one.dtype, torch.float32)).log_softmax(-1)
-        log_p = log_p + torch.tensor(weight / total, dtype=torch.float64).log().to(log_p)
+        log_p = log_p + math.log(weight / total)
         mean = log_p if mean is None else torch.logaddexp(mean, log_p)
     assert mean is not None
     return mean
@@ -70,15 +71,18 @@ def position_alignment(labels: Tensor) -> Alignment:
 
 def only_exact(alignment: Alignment) -> Alignment:
     """The alignment with only the chunks of one token on each side."""
-    kept = copy.copy(alignment)
-    kept.predicted = alignment.predicted & alignment.exact
-    return kept
+    return _kept(alignment, alignment.host.exact)
 
 
 def first_samples(alignment: Alignment, count: int) -> Alignment:
     """The alignment with only the chunks of the first samples."""
-    kept = copy.copy(alignment)
-    kept.predicted = alignment.predicted & (alignment.sample_index < count)
+    return _kept(alignment, alignment.host.sample_index < count)
+
+
+def _kept(alignment: Alignment, chunks: Tensor) -> Alignment:
+    """The alignment, on the CPU, with only those chunks: bool [K]."""
+    kept = copy.copy(alignment.host)
+    kept.predicted = kept.predicted & chunks
     return kept
 
 
@@ -88,7 +92,8 @@ def select_best(
     """The alignments with, of each sample, only the chunks of the teacher that predicts it best.
 
     That is the one with the least cross-entropy a student token: of the tokens in its chunks, divided by the number of
-    the student's tokens in them, so that tokenizers can be compared. The first among equals.
+    the student's tokens in them, so that tokenizers can be compared. The first among equals. Waits for the device,
+    once, since losses count the chunks on the host.
 
     Parameters
     ----------
@@ -100,13 +105,8 @@ def select_best(
         V_m; None: all columns.
     """
     scores = torch.stack([_scores(*one) for one in zip(alignments, logits, ids, sizes, strict=True)])
-    best = scores.argmin(0)
-    results = []
-    for m, alignment in enumerate(alignments):
-        kept = copy.copy(alignment)
-        kept.predicted = alignment.predicted & (best == m).to(alignment.spans.device)[alignment.sample_index]
-        results.append(kept)
-    return results
+    best = scores.argmin(0).cpu()
+    return [_kept(alignment, (best == m)[alignment.host.sample_index]) for m, alignment in enumerate(alignments)]
 
 
 @torch.no_grad()
@@ -114,15 +114,15 @@ def _scores(alignment: Alignment, logits: AnyLogits, ids: Tensor, size: int | No
     """float64 [B]: nats a student token; infinite for a sample without a chunk."""
     width = size if size is not None else width_of(logits)
     assert width is not None
-    rows = source(logits, width)
+    rows, host = source(logits, width), alignment.host
     samples, length = ids.shape
-    used = torch.nn.functional.pad(predictable(alignment), (0, 1))  # the last for tokens in no chunk, index -1
-    inside = [used[alignment.chunk_ids(side, n)] for side, n in (("student", None), ("teacher", length))]
-    scores = torch.full((samples,), torch.inf, dtype=torch.float64)
+    used = torch.nn.functional.pad(predictable(host), (0, 1))  # the last for tokens in no chunk, index -1
+    inside = [used[host.chunk_ids(side, n)] for side, n in (("student", None), ("teacher", length))]
+    scores = [torch.full((), torch.inf, dtype=torch.float64, device=ids.device)] * samples
     for b in range(samples):
-        wanted = inside[1][b].to(ids.device).nonzero()[:, 0]
+        wanted = to_device(inside[1][b].nonzero()[:, 0], ids.device)
         if len(wanted):
             predicted = rows.rows(b * length, (b + 1) * length)[wanted - 1].float()
             nats = torch.nn.functional.cross_entropy(predicted, ids[b, wanted], reduction="sum")
-            scores[b] = float(nats) / int(inside[0][b].sum())
-    return scores
+            scores[b] = nats.double() / int(inside[0][b].sum())
+    return torch.stack(scores)

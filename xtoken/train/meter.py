@@ -1,16 +1,30 @@
-"""What a training run reports: sums of the losses' parts, and where the time goes."""
+"""What a training run reports: sums of the losses' parts, losses that are not finite, and where the time goes.
+
+All of it is added up where the losses are and read when something is logged, so that no step waits for the device.
+"""
 
 from __future__ import annotations
 
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-DIAGNOSES = ("agreement", "mass", "outside")
+from xtoken.alignment import to_device
+from xtoken.losses.diagnostics import NAMES as DIAGNOSES
+
+REPORTED = ("agreement", "teacher_mass", "projected_outside")
+"""How the means of `DIAGNOSES` are called in logs."""
+
+
+def wide(device: torch.device) -> torch.dtype:
+    """The type of sums; MPS has no float64."""
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 class Meter:
@@ -28,34 +42,41 @@ class Meter:
         self.names = list(names)
         self.weights = torch.tensor(list(weights), dtype=torch.float64)
         self.steps = 0
-        self.scale = math.nan
-        self._losses = torch.zeros(1 + len(names), dtype=torch.float64)  # ce, and kd of each teacher
-        self._chunks = torch.zeros(len(names), dtype=torch.float64)
-        # Sums over chunks, and over how many: not every call has them.
-        self._diagnoses = torch.zeros(len(DIAGNOSES), len(names), dtype=torch.float64)
-        self._diagnosed = torch.zeros(len(names), dtype=torch.float64)
-        self._tokens = torch.zeros(1, dtype=torch.float64)
+        self.tokens = 0
+        self._scale: Tensor | float = math.nan
+        count = len(names)
+        # ce; and for each teacher kd, chunks, and of those calls that have diagnoses the chunks and the sums over them.
+        self._sizes = [1, count, count, count, len(DIAGNOSES) * count]
+        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the last call; waits for the device."""
+        return float(self._scale)
 
     def add(self, parts: dict[str, Tensor], tokens: int) -> None:
-        """The parts of one call, and the student tokens that it read."""
-        self._losses += torch.cat([parts["ce"][None].double(), parts["kd_per_teacher"].double()]).cpu()
-        chunks = parts["chunks"].double().cpu()
-        diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).double().cpu()
+        """The parts of one call, and the student tokens that it read. Nothing waits for the device that has them."""
+        device = parts["ce"].device
+        dtype = wide(device)
+        chunks = to_device(parts["chunks"], device).to(dtype)
+        diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).to(dtype)
         known = ~diagnoses.isnan().any(0)
-        self._chunks += chunks
-        self._diagnosed += chunks * known
-        self._diagnoses += torch.where(known, diagnoses * chunks, 0.0)
-        self._tokens += tokens
-        self.scale = float(parts["scale"])
+        diagnosed = torch.where(known, diagnoses * chunks, 0.0).flatten()
+        losses = parts["ce"][None].to(dtype), parts["kd_per_teacher"].to(dtype)
+        self._sums = to_device(self._sums.to(dtype), device) + torch.cat([*losses, chunks, chunks * known, diagnosed])
+        self._scale = parts["scale"]
+        self.tokens += tokens
 
-    def summary(self, add_up: Callable[[Tensor], Tensor], divisors: Sequence[float] | None = None) -> dict[str, float]:
-        """The means, all processes together.
+    def summary(
+        self, add_up: Callable[[Tensor], Tensor], divisors: Sequence[float] | Tensor | None = None
+    ) -> dict[str, float]:
+        """The means, all processes together; waits for the device.
 
         Parameters
         ----------
         add_up : callable
             Sums a tensor over the processes; all of them must make the call.
-        divisors : sequence of 1 + M numbers, optional
+        divisors : 1 + M numbers, optional
             What to divide the sums of CE and of each teacher's KD by. Default: the steps, for parts that are already
             means over their step.
 
@@ -65,12 +86,12 @@ class Meter:
             ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C and the
             ``projected_outside`` of C. With several teachers these and ``kd`` also for each, as ``kd/name``.
         """
-        table = [self._losses, self._chunks, self._diagnosed, self._diagnoses.flatten(), self._tokens]
-        sums = add_up(torch.cat(table)).cpu().split([len(part) for part in table])
-        losses, chunks, diagnosed, diagnoses, tokens = sums
+        sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
+        ce, kd, chunks, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
         steps = max(self.steps, 1)
         count = len(self.names)
-        means = losses / torch.tensor([steps] * (1 + count) if divisors is None else divisors).clamp_min(1)
+        by = torch.full((1 + count,), steps) if divisors is None else torch.as_tensor(divisors).cpu()
+        means = torch.cat([ce, kd]) / by.clamp_min(1)
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
         shares = diagnoses.view(len(DIAGNOSES), count) / diagnosed
         for k, name in enumerate(self.names):
@@ -79,23 +100,89 @@ class Meter:
                 results[f"kd{suffix}"] = float(means[1 + k])
             results[f"chunks{suffix}"] = float(chunks[k]) / steps
             if float(diagnosed[k]):
-                keys = f"agreement{suffix}", f"teacher_mass{suffix}", f"projected_outside{suffix}"
+                keys = [f"{reported}{suffix}" for reported in REPORTED]
                 results.update(zip(keys, shares[:, k].tolist(), strict=True))
         return {**results, "tokens": float(tokens)}
 
 
+class FiniteCheck:
+    """Keeps where a loss was not finite for the first time, on its device, and says so when asked.
+
+    On the CPU, where nothing has to be waited for, `look` says so itself.
+
+    Parameters
+    ----------
+    names : sequence of str
+        Of the student and the teachers, for the message.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self.names = list(names)
+        self._found: Tensor | None = None  # step (0: nothing found), loss, and of each model sample and position
+
+    @torch.no_grad()
+    def look(self, total: Tensor, logits: Sequence[Any], step: int) -> None:
+        """Looks at one loss, and at the logits that it comes from; `step` is -1 in evaluation."""
+        on_host = total.device.type == "cpu"
+        if on_host and bool(total.isfinite()):
+            return
+        dtype = wide(total.device)
+        places = [self._first(one, total) for one in logits]
+        found = torch.stack([total.new_full((), step), total, *(part for place in places for part in place)])
+        before = torch.zeros_like(found, dtype=dtype) if self._found is None else self._found
+        self._found = torch.where((before[0] == 0) & ~total.isfinite(), found.to(dtype), before)
+        if on_host:
+            self.check()
+
+    @staticmethod
+    def _first(logits: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Sample and position of the first row with a NaN, -1 if there is none."""
+        none = like.new_full((), -1)
+        if not isinstance(logits, Tensor):
+            return none, none
+        bad = logits.detach().amax(-1).isnan()  # which a NaN passes through
+        row = bad.flatten().to(torch.uint8).argmax()
+        length = bad.shape[-1]
+        found = bad.any()
+        return torch.where(found, row // length, none), torch.where(found, row % length, none)
+
+    def check(self) -> None:
+        """Raises ValueError if a loss was not finite, naming model and step; waits for the device."""
+        if self._found is None:
+            return
+        step, total, *places = self._found.cpu().tolist()
+        self._found = None
+        if step == 0:
+            return
+        where = "evaluation" if step < 0 else f"step {int(step)}"
+        for name, sample, position in zip(self.names, places[::2], places[1::2], strict=False):
+            if sample >= 0:
+                raise ValueError(
+                    f"{name}: logits are not a number at {where}, first in sample {int(sample)} at position "
+                    f"{int(position)}"
+                )
+        raise ValueError(f"loss: expected a finite number, got {total} at {where}, from logits that are")
+
+
 class Stopwatch:
-    """Seconds spent in named sections; the clock is read after the device has finished."""
+    """Seconds spent in named sections.
+
+    On CUDA a section lasts from when the device reaches its beginning to when it reaches its end, as events say that
+    are read later; elsewhere it is the time that the host spends in it.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
-        self._started = self._now()
+        self._open: deque[tuple[str, Any, Any]] = deque()  # sections that the device may not have finished
+        self._started = time.perf_counter()
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(torch.cuda.current_stream(self.device))
+        return event
 
     @contextmanager
     def section(self, name: str) -> Iterator[None]:
@@ -104,15 +191,28 @@ class Stopwatch:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + self._now() - started
+            self._open.append((name, started, self._now()))
+            self._close(wait=False)
+
+    def _close(self, wait: bool) -> None:
+        """Adds up the sections that are finished, or waits until all are."""
+        while self._open and (wait or self.device.type != "cuda" or self._open[0][2].query()):
+            name, start, end = self._open.popleft()
+            if self.device.type == "cuda":
+                end.synchronize()
+                seconds = start.elapsed_time(end) / 1000
+            else:
+                seconds = end - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def skip(self, other: Stopwatch) -> None:
         """Leaves the time since another watch was started out of this lap."""
-        self._started += self._now() - other._started
+        self._started += time.perf_counter() - other._started
 
     def lap(self) -> tuple[float, dict[str, float]]:
-        """Seconds since the last lap, and those of the sections within it; starts the next lap."""
-        now = self._now()
+        """Seconds since the last lap, and those of the sections within it; starts the next. Waits for the device."""
+        self._close(wait=True)
+        now = time.perf_counter()
         total, self._started = now - self._started, now
         seconds, self.seconds = self.seconds, {}
         return total, seconds

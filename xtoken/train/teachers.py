@@ -220,7 +220,7 @@ class TeacherModel:
         self.model.to(self.device)
 
     def check_entry(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Raises ValueError if a batch would feed this teacher ids of another vocabulary."""
+        """Raises ValueError if a batch, on the host, would feed this teacher ids of another vocabulary."""
         ids = entry.get("input_ids")
         if entry.get("logits") is not None:
             return

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from xtoken.alignment import Alignment
+from xtoken.alignment import Alignment, to_device
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.logits import AnyLogits
@@ -21,10 +21,10 @@ from xtoken.projection import LearnableProjection
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
-from .collator import XTokenCollator
+from .collator import KeepsHost, OnHost, XTokenCollator
 from .config import XTokenConfig
 from .ensemble import first_samples, mean_logits, only_exact, position_alignment, select_best
-from .meter import Meter, Stopwatch
+from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .projections import ProjectionSteps
 from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
 
@@ -41,12 +41,11 @@ MOMENTS = "moments."
 class _Step:
     """An optimizer step: what its sums are divided by, on all micro-batches and processes, and what has been done."""
 
-    items: float
-    chunks: list[float]
+    items: float | Tensor
+    chunks: Sequence[float | Tensor]
     micro_batches: int
     done: int = 0
-    ce: float = 0.0
-    kd: float = 0.0
+    ce_and_kd: Tensor | float = 0.0
 
 
 class XTokenTrainer(Trainer):
@@ -80,16 +79,21 @@ class XTokenTrainer(Trainer):
     ValueError
         If an output layer is narrower than its tokenizer, or a teacher does not go with the student's tokenizer or
         with the other teachers. In training: if a batch would feed a teacher ids of another tokenizer, or logits are
-        not finite; the message names the model and the step.
+        not finite; the message names the model and the step. On the CPU that is at once; a device is asked when
+        something is logged, evaluated or saved, so the steps until then are lost.
 
     Notes
     -----
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
-    time since the last log; agreement and masses are of the logged step only. `evaluate` reports ``eval_ce`` and
-    ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their weighted sum, without the factor. The
-    samples that several processes repeat to fill their last batch do not count; for that a held-out batch has a row for
-    each sample (packing is turned off).
+    time since the last log (on CUDA of the time on the device); agreement and masses are of the logged step only.
+    `evaluate` reports ``eval_ce`` and ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their
+    weighted sum, without the factor. The samples that several processes repeat to fill their last batch do not count;
+    for that a held-out batch has a row for each sample (packing is turned off).
+
+    No micro-batch waits for the device, but with ``teacher_mode="select"``: what is counted and checked is read from
+    the batch before it is moved there, and what is reported is added up there. (With a DataLoader that does not come
+    from the Trainer the batch is not kept on the host, so that counting waits.)
 
     Trainable weights of W are no part of the model, so nothing wraps or shards them: every process has all of them, and
     an Adam of their own, whose learning rate falls as the student's does. Teachers are not wrapped either. Tested with
@@ -157,10 +161,13 @@ class XTokenTrainer(Trainer):
         if self._projection_steps is not None:
             self.add_callback(self._projection_steps)
         self._step: _Step | None = None
-        self._last_scale: float | None = None
+        # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
+        self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
+        self._scale_is_known = False
         self._ids_checked = False
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
+        self._finite = FiniteCheck(["student", *names])
         self._watch = Stopwatch(args.device)
 
     def _scales_gradients(self) -> bool:
@@ -202,24 +209,28 @@ class XTokenTrainer(Trainer):
                 break
             batches.append(batch)
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
-        items, *chunks = self._divisors(counts)
+        divisors = self._divisors(counts)
+        # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
+        items, *chunks = divisors.tolist() if divisors.device.type == "cpu" else divisors.float().unbind()
         self._step = _Step(items, chunks, len(batches))
         self._meter.steps += 1
         self.criterion.diagnostics = self._is_logged(self.state.global_step + 1)
         self.criterion.zero_grad()
-        return batches, torch.tensor(items, device=self.args.device)
+        return batches, items if isinstance(items, Tensor) else torch.full((), items, device=self.args.device)
 
     def _no_counts(self) -> Tensor:
         return torch.zeros(1 + len(self.criterion.teachers), dtype=torch.float64)
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """float64 [1 + M]: labels, and for each teacher of the criterion chunks, of one batch."""
-        alignments = self._alignments(batch["teachers"])[: len(self.criterion.teachers)]
-        items, chunks = self.criterion.counts(batch["labels"], alignments)
+        host = _on_host(batch)
+        alignments = self._alignments(host)[: len(self.criterion.teachers)]
+        items, chunks = self.criterion.counts(host["labels"], alignments)
         return torch.tensor([items, *chunks], dtype=torch.float64)
 
-    def _alignments(self, entries: Sequence[Mapping[str, Any]]) -> list[Alignment | None]:
+    def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
         """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
+        entries = host["teachers"]
         if len(entries) != len(self.teachers):
             raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
         alignments = [entry.get("alignment") for entry in entries]
@@ -228,19 +239,20 @@ class XTokenTrainer(Trainer):
             for teacher, alignment in zip(self.teachers, alignments, strict=True)
         ]
 
-    def _divisors(self, counts: Tensor) -> list[float]:
+    def _divisors(self, counts: Tensor) -> Tensor:
         """What to divide the sums of CE and of each teacher's KD by: the counts of all processes, at least 1."""
-        items, *chunks = self._add_up(counts).clamp_min(1).tolist()
-        if self.args.teacher_mode == "select" and chunks:
+        counts = self._add_up(counts).clamp_min(1)
+        if self.args.teacher_mode == "select" and len(counts) > 1:
             # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
-            chunks = [sum(chunks) / len(chunks)] * len(chunks)
-        return [items, *chunks]
+            counts[1:] = counts[1:].mean()
+        return counts
 
     def _add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.accelerator.num_processes == 1:
             return values
-        total: Tensor = self.accelerator.reduce(values.to(self.args.device), reduction="sum")
+        device = self.args.device
+        total: Tensor = self.accelerator.reduce(to_device(values, device), reduction="sum")
         return total
 
     def _is_logged(self, step: int) -> bool:
@@ -260,11 +272,12 @@ class XTokenTrainer(Trainer):
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The share of a micro-batch in the step's loss, times the processes that gradients are averaged over."""
-        inputs = dict(inputs)
+        host = _on_host(inputs)
+        inputs = {name: value for name, value in inputs.items() if name != "host"}
         labels, entries = inputs.pop("labels"), inputs.pop("teachers")
-        self._check_entries(entries, inputs)
+        self._check_entries(host)
         with self._watch.section("teacher"):
-            logits, alignments = self._teach(entries, inputs, labels)
+            logits, alignments = self._teach(entries, inputs, host)
         # A model that keeps a cache does not look for several examples in a row (transformers 4).
         outputs = model(**inputs, **({"use_cache": False} if "position_ids" in inputs else {}))
         step = self._step if self.model.training else None
@@ -281,41 +294,40 @@ class XTokenTrainer(Trainer):
                 num_chunks=num_chunks,
                 **self._scale_of(step),
             )
-        if not bool(total.isfinite()):
-            raise ValueError(self._not_finite(total, outputs.logits, logits))
-        mask = inputs.get("attention_mask")
-        self._meter.add(parts, inputs["input_ids"].numel() if mask is None else int((mask != 0).sum()))
+        self._finite.look(total, [outputs.logits, *logits], self.state.global_step + 1 if self.model.training else -1)
+        mask = host.get("attention_mask")
+        self._meter.add(parts, host["input_ids"].numel() if mask is None else int((mask != 0).sum()))
         if step is not None:
             self._finish(step, parts)
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
-    def _check_entries(self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> None:
-        for teacher, entry in zip(self.teachers, entries, strict=True):
-            teacher.check_entry(entry, inputs)
+    def _check_entries(self, host: Mapping[str, Any]) -> None:
+        for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
+            teacher.check_entry(entry, host)
             ids, alignment = entry.get("input_ids"), entry.get("alignment")
             if self._ids_checked or ids is None or alignment is None:
                 continue
             if self.vocabulary is not None and teacher.vocabulary is not None:
-                check_same_bytes(alignment, inputs["input_ids"], ids, self.vocabulary, teacher.vocabulary, teacher.name)
+                check_same_bytes(alignment, host["input_ids"], ids, self.vocabulary, teacher.vocabulary, teacher.name)
         self._ids_checked = True
 
     def _teach(
-        self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], labels: Tensor
+        self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], host: Mapping[str, Any]
     ) -> tuple[list[AnyLogits], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers."""
         logits = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
-        alignments = self._alignments(entries)
-        ids = [inputs["input_ids"] if entry.get("input_ids") is None else entry["input_ids"] for entry in entries]
+        alignments = self._alignments(host)
         if self.args.teacher_mode == "average" and len(logits) > 1:
             weights = [teacher.objective.weight for teacher in self.teachers]
             vocabulary = self.teachers[0].vocabulary
+            ids = _ids(host["teachers"], host)
             mean = mean_logits(logits, ids, weights, None if vocabulary is None else len(vocabulary))
             return [mean], alignments[:1]
         if self.args.teacher_mode == "select" and len(logits) > 1:
-            known = [position_alignment(labels) if one is None else one for one in alignments]
+            known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
             sizes = [None if one.vocabulary is None else len(one.vocabulary) for one in self.teachers]
-            return logits, list(select_best(known, logits, ids, sizes))
+            return logits, list(select_best(known, logits, _ids(entries, inputs), sizes))
         return logits, alignments
 
     def _scale_of(self, step: _Step | None) -> dict[str, Any]:
@@ -324,40 +336,44 @@ class XTokenTrainer(Trainer):
             return {"scale": 1.0}
         if step is None:
             return {}
-        if step.micro_batches > 1 and self._last_scale is not None and self.args.scaling == "dynamic":
-            return {"scale": self._last_scale}
+        if step.micro_batches > 1 and self.args.scaling == "dynamic":
+            if self._last_scale.device.type == "cpu" and self._read_scale():
+                return {"scale": float(self._last_scale)}
+            if self._scale_is_known:
+                return {"scale": self._last_scale.float()}
+            return {"reduce": self._last_or_own}
         return {"reduce": self._add_up if self.accelerator.num_processes > 1 else None}
+
+    def _last_or_own(self, ce_and_kd: Tensor) -> Tensor:
+        """Two numbers whose ratio is the factor of the last step, or else that of this micro-batch."""
+        last = torch.stack([self._last_scale, torch.ones_like(self._last_scale)]).to(ce_and_kd)
+        return torch.where(last[0] != 0, last, self._add_up(ce_and_kd))
 
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
         """Takes note of the factor for the micro-batches that follow."""
         if step.micro_batches == 1 or self.args.scaling != "dynamic":
             return
+        last = self._last_scale
         step.done += 1
-        step.ce += float(parts["ce"])
-        step.kd += float(parts["kd"])
-        if self._last_scale is None and float(parts["scale"]) != 0:
-            self._last_scale = float(parts["scale"])
+        step.ce_and_kd = step.ce_and_kd + torch.stack([parts["ce"].to(last), parts["kd"].to(last)])
+        self._last_scale = torch.where(last == 0, parts["scale"].to(last), last)
         if step.done == step.micro_batches:
-            ce, kd = self._add_up(torch.tensor([step.ce, step.kd])).tolist()
-            if kd != 0:
-                self._last_scale = ce / abs(kd)
+            ce, kd = self._add_up(step.ce_and_kd.float()).to(last)
+            self._last_scale = torch.where(kd != 0, ce / kd.abs(), self._last_scale)
 
-    def _not_finite(self, total: Tensor, student: Tensor, teachers: Sequence[Any]) -> str:
-        where = f"step {self.state.global_step + 1}" if self.model.training else "evaluation"
-        names = ["student", *(teacher.name for teacher in self.teachers)]
-        for name, logits in zip(names, [student, *teachers], strict=False):
-            bad = logits.isnan().any(-1) if isinstance(logits, Tensor) else torch.zeros(1)
-            if bool(bad.any()):
-                sample, position = bad.nonzero()[0].tolist()
-                return f"{name}: logits are not a number at {where}, first in sample {sample} at position {position}"
-        return f"loss: expected a finite number, got {float(total.detach())} at {where}, from logits that are"
+    def _read_scale(self) -> bool:
+        """Whether there is a factor of the last step; waits for the device. All processes must make the call."""
+        self._scale_is_known = bool(self._last_scale != 0)
+        return self._scale_is_known
 
     # Metrics.
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Adds what has been measured since the last log."""
+        self._finite.check()
         if "loss" in logs and self._meter.steps:
             measured = self._meter.summary(self._add_up)
+            self._read_scale()
             elapsed, seconds = self._watch.lap()
             elapsed = max(elapsed, 1e-9)
             teacher, loss = seconds.get("teacher", 0.0), seconds.get("loss", 0.0)
@@ -379,32 +395,41 @@ class XTokenTrainer(Trainer):
         self._held_out += counts
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        loss = loss.detach() / counts[0].clamp_min(1).to(loss)
+        loss = loss.detach() / max(float(counts[0]), 1.0)
         if prediction_loss_only:
             return loss, None, None
         return loss, outputs.logits.detach(), inputs["labels"]
 
+    def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, of batches that stay on the host too."""
+        with self._collating():
+            return super().get_train_dataloader(*args, **kwargs)
+
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, of batches with a row for each sample."""
-        with self._a_row_each():
+        """Likewise, of batches with a row for each sample."""
+        with self._collating(a_row_each=True):
             return super().get_eval_dataloader(*args, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Likewise."""
-        with self._a_row_each():
+        with self._collating(a_row_each=True):
             return super().get_test_dataloader(*args, **kwargs)
 
     @contextmanager
-    def _a_row_each(self) -> Iterator[None]:
-        """Turns packing off, since repeated samples could not be told from the others of their row."""
-        collator = self.data_collator
-        if self.accelerator.num_processes > 1 and isinstance(collator, XTokenCollator) and collator.packed:
-            self.data_collator = copy.copy(collator)
-            self.data_collator.packed = False
+    def _collating(self, a_row_each: bool = False) -> Iterator[None]:
+        """The collator that keeps batches on the host.
+
+        With `a_row_each` without packing, since repeated samples could not be told from the others of their row.
+        """
+        given = collator = self.data_collator
+        if a_row_each and self.accelerator.num_processes > 1 and isinstance(given, XTokenCollator) and given.packed:
+            collator = copy.copy(given)
+            collator.packed = False
+        self.data_collator = KeepsHost(collator)
         try:
             yield
         finally:
-            self.data_collator = collator
+            self.data_collator = given
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch, in which samples that only fill the last round of the processes have no label and no chunk."""
@@ -412,23 +437,27 @@ class XTokenTrainer(Trainer):
         is_filled = self.args.accelerator_config.even_batches and self.accelerator.num_processes > 1
         if not is_filled or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
-        labels = inputs["labels"].clone()
+        host = _on_host(inputs)
+        labels = host["labels"].clone()
         count = max(0, state.remainder - len(labels) * self.accelerator.process_index)
         labels[count:] = IGNORED
         entries = [
             {**entry, "alignment": None if entry.get("alignment") is None else first_samples(entry["alignment"], count)}
-            for entry in inputs["teachers"]
+            for entry in host["teachers"]
         ]
-        return {**inputs, "labels": labels, "teachers": entries}
+        left = OnHost({**host, "labels": labels, "teachers": entries})
+        return {**inputs, "labels": labels.to(inputs["labels"].device), "host": left}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""
+        self._finite.check()
         training, diagnostics = self._meter, self.criterion.diagnostics
         watch, self._watch = self._watch, Stopwatch(self.args.device)
         self._meter, self.criterion.diagnostics = self._new_meter(), True
         self._held_out = self._no_counts()
         try:
             output = super().evaluation_loop(*args, **kwargs)
+            self._finite.check()
             measured = self._meter.summary(self._add_up, self._divisors(self._held_out))
         finally:
             self._meter, self.criterion.diagnostics = training, diagnostics
@@ -444,6 +473,9 @@ class XTokenTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also writes the trained weights of W, as projections and to resume from."""
+        self._finite.check()
+        if _internal_call:  # as a run that goes on from here will know it
+            self._read_scale()
         super().save_model(output_dir, _internal_call)
         if self.args.should_save:
             self._save_distillation(Path(output_dir or self.args.output_dir))
@@ -452,7 +484,8 @@ class XTokenTrainer(Trainer):
         state = dict(self.criterion.state_dict())
         if self._projection_steps is not None:
             state.update({MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
-        metadata = {} if self._last_scale is None else {"scale": repr(self._last_scale)}
+        scale = float(self._last_scale)
+        metadata = {"scale": repr(scale)} if scale else {}
         if not state and not metadata:
             return
         folder.mkdir(parents=True, exist_ok=True)
@@ -475,8 +508,21 @@ class XTokenTrainer(Trainer):
         if not path.exists():
             return
         state, metadata = _STATE.load(path, lambda *found: found)
-        self._last_scale = float(metadata["scale"]) if "scale" in metadata else None
+        scale = metadata.get("scale")
+        self._last_scale.fill_(float(scale or 0.0))
+        self._scale_is_known = bool(scale)
         moments = {name.removeprefix(MOMENTS): state.pop(name) for name in list(state) if name.startswith(MOMENTS)}
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:
             self._projection_steps.load_state_dict(moments)
+
+
+def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The batch before it was moved to the device, where `KeepsHost` has kept it."""
+    kept = batch.get("host")
+    return kept.batch if isinstance(kept, OnHost) else batch
+
+
+def _ids(entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> list[Tensor]:
+    """What each teacher reads: ids of its own, or the student's."""
+    return [inputs["input_ids"] if entry.get("input_ids") is None else entry["input_ids"] for entry in entries]
