@@ -17,17 +17,15 @@ import json
 import os
 import platform
 import random
-import re
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
-from pathlib import Path
+from functools import partial
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from measure import Row, load_tokenizers, machine, parser, process_memory, table, timed, write
+
 HOSTILE_TOKENS = 20_000
 
 
@@ -35,39 +33,22 @@ def median_of_faster_half(seconds: list[float]) -> float:
     return statistics.median(sorted(seconds)[: len(seconds) // 2 + 1])
 
 
-def peak_mb() -> float | None:
-    """This process's peak memory, where Linux tells."""
-    status = Path("/proc/self/status")
-    found = re.search(r"VmHWM:\s+(\d+)", status.read_text()) if status.exists() else None
-    return int(found[1]) / 1024 if found else None
-
-
-def measure(
-    student_name: str, teacher_name: str, length: int, total: int, threads: int, repeat: int
-) -> list[dict[str, Any]]:
+def measure(student_name: str, teacher_name: str, length: int, total: int, threads: int, repeat: int) -> list[Row]:
     """Rows for one pair and document length in this process, whose RAYON_NUM_THREADS must be `threads`."""
-    sys.path.insert(0, str(ROOT / "tests"))
     from pydoc_data.topics import topics
 
     import numpy as np
-    from real_tokenizers import LOADERS
 
     from xtoken import Aligner, Vocabulary
 
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers = [LOADERS[name](Path(folder)) for name in (student_name, teacher_name)]
-    sides = [Vocabulary.from_tokenizer(tokenizer) for tokenizer in tokenizers]
+    student, teacher = (Vocabulary.from_tokenizer(one) for one in load_tokenizers(student_name, teacher_name))
+    sides = student, teacher
     text = "\n".join(topics[name] for name in sorted(topics))
     per_token = len(text) / len(sides[0].tokenizer.encode(text).ids)
     size = int(per_token * length)
     text *= 1 + 2 * size // len(text)
     starts = [(k * 7919 * 31) % (len(text) - size) for k in range(max(2, total // (2 * length)))]
     documents = [text[start : start + size] for start in starts]
-
-    def timed(run: Callable[[], Any]) -> float:
-        started = time.perf_counter()
-        run()
-        return time.perf_counter() - started
 
     def tokenize() -> list[Any]:
         return [side.tokenizer.encode_batch_fast(documents, add_special_tokens=False) for side in sides]
@@ -77,7 +58,7 @@ def measure(
     tokenizing = median_of_faster_half([timed(tokenize) for _ in range(repeat)])
     rows = []
     for method in ("bytes", "auto", "dp"):
-        aligners = {count: Aligner(*sides, method, num_threads=count) for count in (1, threads)}
+        aligners = {count: Aligner(student, teacher, method, num_threads=count) for count in (1, threads)}
         alignment = aligners[threads].align(*ids)
         for k in range(0, alignment.num_chunks, 1 + alignment.num_chunks // 500):
             a, b, c, d = alignment.spans[k].tolist()
@@ -86,7 +67,7 @@ def measure(
         seconds: dict[int, list[float]] = {count: [] for count in aligners}
         for _ in range(4 * repeat):
             for count, aligner in aligners.items():
-                seconds[count].append(timed(lambda aligner=aligner: aligner.align(*ids)))
+                seconds[count].append(timed(partial(aligner.align, *ids)))
         typical = {count: median_of_faster_half(values) for count, values in seconds.items()}
         rows.append(
             {
@@ -98,7 +79,7 @@ def measure(
                 "times_one_thread": typical[1] / typical[threads],
                 "share_of_tokenization": typical[threads] / tokenizing,
                 "spread": max(seconds[threads]) / min(seconds[threads]),
-                "process_peak_mb": peak_mb(),
+                "process_peak_mb": megabytes(process_memory("VmHWM")),
             }
         )
     return rows
@@ -137,7 +118,7 @@ def hostile_cases(size: int) -> dict[str, tuple[list[bytes], list[bytes]]]:
     }
 
 
-def measure_hostile(name: str, method: str, size: int) -> dict[str, Any]:
+def measure_hostile(name: str, method: str, size: int) -> Row:
     """One case by one method, in a process that does nothing else."""
     from xtoken import Aligner, Vocabulary
 
@@ -147,12 +128,12 @@ def measure_hostile(name: str, method: str, size: int) -> dict[str, Any]:
         number = {token: i for i, token in enumerate(names)}
         sides.append(Vocabulary(names))
         ids.append([number[token] for token in tokens])
-    aligner = Aligner(*sides, method, num_threads=1)
-    before = peak_mb()
+    aligner = Aligner(sides[0], sides[1], method, num_threads=1)
+    before = process_memory("VmHWM")
     started = time.perf_counter()
     alignment = aligner.align(*ids)
     seconds = time.perf_counter() - started
-    after = peak_mb()
+    after = process_memory("VmHWM")
     return {
         "case": name,
         "student_tokens": len(ids[0]),
@@ -161,42 +142,37 @@ def measure_hostile(name: str, method: str, size: int) -> dict[str, Any]:
         "seconds": seconds,
         "chunks": alignment.num_chunks,
         "optimal": bool(alignment.optimal[0]),
-        "peak_mb": None if before is None or after is None else after - before,
+        "peak_mb": None if before is None or after is None else megabytes(after - before),
     }
 
 
-def print_table(rows: list[dict[str, Any]]) -> None:
-    print("| " + " | ".join(rows[0]) + " |\n|" + " --- |" * len(rows[0]))
-    for row in rows:
-        cells = (f"{value:.3g}" if isinstance(value, float) else str(value) for value in row.values())
-        print("| " + " | ".join(cells) + " |")
-    print()
+def megabytes(size: int | None) -> float | None:
+    return None if size is None else size / 2**20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="llama3")
-    parser.add_argument("--teacher", default="qwen3")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[2048, 32768], help="student tokens of a document")
-    parser.add_argument("--tokens", type=int, default=2_000_000, help="tokens of all documents, both sides")
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--hostile-tokens", type=int, default=HOSTILE_TOKENS, help="tokens a side; 0: none")
-    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "align.json"))
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # what a process of its own measures, as JSON
-    options = parser.parse_args()
+    arguments = parser(__doc__, "align.json")
+    arguments.add_argument("--student", default="llama3")
+    arguments.add_argument("--teacher", default="qwen3")
+    arguments.add_argument("--lengths", type=int, nargs="+", default=[2048, 32768], help="student tokens of a document")
+    arguments.add_argument("--tokens", type=int, default=2_000_000, help="tokens of all documents, both sides")
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--hostile-tokens", type=int, default=HOSTILE_TOKENS, help="tokens a side; 0: none")
+    arguments.add_argument("--part", help=argparse.SUPPRESS)  # what a process of its own measures, as JSON
+    options = arguments.parse_args()
     if options.part:
         part = json.loads(options.part)
         print(json.dumps(globals()[part.pop("run")](**part)))
         return
-    rows: list[dict[str, Any]] = []
+    rows: list[Row] = []
     for length in options.lengths:
         for threads in options.threads:  # the tokenizers read their number of threads once, so each count is a process
             rows += in_own_process(
                 "measure", threads, student_name=options.student, teacher_name=options.teacher, length=length,
                 total=options.tokens, threads=threads, repeat=options.repeat,
             )  # fmt: skip
-    print_table(rows)
+    print(table(rows) + "\n")
     hostile = [
         in_own_process("measure_hostile", 1, name=name, method=method, size=options.hostile_tokens)
         for name in hostile_cases(10)
@@ -204,22 +180,9 @@ def main() -> None:
         for method in ("bytes", "auto", "dp")
     ]
     if hostile:
-        print_table(hostile)
-    import tokenizers
-
-    import xtoken
-
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = {
-        "commit": revision,
-        "xtoken": xtoken.__version__,
-        "tokenizers": tokenizers.__version__,
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "processor": _processor(),
-    }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps({"machine": machine, "rows": rows, "hostile": hostile}, indent=1) + "\n")
+        print(table(hostile) + "\n")
+    facts = machine("tokenizers", python=platform.python_version(), machine=platform.machine())
+    write(options.output, {"machine": facts, "rows": rows, "hostile": hostile})
 
 
 def in_own_process(run: str, rayon_threads: int, **arguments: Any) -> Any:
@@ -233,12 +196,6 @@ def in_own_process(run: str, rayon_threads: int, **arguments: Any) -> Any:
     command = [sys.executable, __file__, "--part", json.dumps({"run": run, **arguments})]
     output = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
     return json.loads(output.splitlines()[-1])
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return found[1] if found else platform.processor()
 
 
 if __name__ == "__main__":

@@ -9,8 +9,6 @@ mean over all rows. Results go to bench/results/cache.json.
 
 from __future__ import annotations
 
-import argparse
-import json
 import platform
 import tempfile
 import time
@@ -19,8 +17,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-
-ROOT = Path(__file__).parents[1]
+from measure import machine, parser, write
 
 
 class Recorded:
@@ -38,12 +35,10 @@ class Recorded:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--passages", type=int, default=48)
-    parser.add_argument("--top-k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
-    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "cache.json"))
-    options = parser.parse_args()
-    import xtoken
+    arguments = parser(__doc__, "cache.json")
+    arguments.add_argument("--passages", type=int, default=48)
+    arguments.add_argument("--top-k", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256, 512])
+    options = arguments.parse_args()
     from xtoken import cache_teacher, demo
     from xtoken.losses.logits import TopKSource
 
@@ -78,9 +73,8 @@ def main() -> None:
                 "share_of_forward_time": writing / seconds,
             }
         )
-    versions = {"xtoken": xtoken.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    result = {"versions": versions, "teacher": "SmolLM2-135M-Instruct", "tokens": tokens, "rows": rows}
-    Path(options.output).write_text(json.dumps(result, indent=1) + "\n")
+    versions = machine("torch", python=platform.python_version())
+    write(options.output, {"versions": versions, "teacher": "SmolLM2-135M-Instruct", "tokens": tokens, "rows": rows})
     print("| top_k | bytes/token | tail, % | KL, nats/token |\n| ---: | ---: | ---: | ---: |")
     for row in rows:
         print(

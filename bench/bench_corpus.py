@@ -10,11 +10,8 @@ to bench/results/corpus.json.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
-import subprocess
-import sys
 import sysconfig
 import tempfile
 import time
@@ -22,8 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "bench")]
+from measure import load_tokenizers, machine, parser, timed, write
 
 
 def documents(size: int) -> list[str]:
@@ -42,40 +38,29 @@ def documents(size: int) -> list[str]:
     return texts
 
 
-def timed(run: Any, clock: Any = time.perf_counter) -> float:
-    """Seconds of a run; with `time.process_time` those that all threads computed, whoever else computes."""
-    started = clock()
-    run()
-    return float(clock() - started)
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--student", default="llama3")
-    parser.add_argument("--teacher", default="qwen3")
-    parser.add_argument("--megabytes", type=float, default=20)
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "corpus.json"))
-    options = parser.parse_args()
+    arguments = parser(__doc__, "corpus.json")
+    arguments.add_argument("--student", default="llama3")
+    arguments.add_argument("--teacher", default="qwen3")
+    arguments.add_argument("--megabytes", type=float, default=20)
+    arguments.add_argument("--repeat", type=int, default=3)
+    options = arguments.parse_args()
 
     import numpy as np
-    import pyarrow
-    import tokenizers
-    from bench_align import _processor
-    from real_tokenizers import LOADERS
 
     import xtoken
+    from xtoken.config import config
     from xtoken.corpus import SHARD_BYTES
-    from xtoken.corpus.reading import BATCH_BYTES
+    from xtoken.corpus.files import find_files
+    from xtoken.corpus.partition import into_shards
+    from xtoken.corpus.reading import BATCH_BYTES, scan_file
     from xtoken.corpus.shards import Job, ShardMaker, encoder
     from xtoken.data import AlignedDataset
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        sides = [
-            encoder(LOADERS[tokenizer](folder), side)
-            for tokenizer, side in ((options.student, "student"), (options.teacher, "teacher"))
-        ]
+        loaded = load_tokenizers(options.student, options.teacher)
+        student, teacher = (encoder(one, side) for one, side in zip(loaded, ("student", "teacher"), strict=True))
         texts = documents(int(options.megabytes * 1e6))
         source = folder / "corpus.jsonl"
         source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
@@ -85,7 +70,7 @@ def main() -> None:
 
         def tokenize() -> None:
             for batch in batches:
-                for side in sides:
+                for side in (student, teacher):
                     side.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
 
         runs = 0
@@ -100,14 +85,10 @@ def main() -> None:
             runs += 1
             output = folder / f"out{runs}"
             output.mkdir()
-            job = Job(sides[0], sides[1], str(output), "text", None, "auto", "raise")
+            job = Job(student, teacher, str(output), "text", None, "auto", "raise")
             maker = ShardMaker(job)
             for shard in shards:
                 maker.make(shard, lambda *more: None)
-
-        from xtoken.corpus.files import find_files
-        from xtoken.corpus.partition import into_shards
-        from xtoken.corpus.reading import scan_file
 
         scanning = timed(lambda: scan_file(find_files([source])[0], "text", SHARD_BYTES))
         shards = list(into_shards(scan_file(find_files([source])[0], "text", SHARD_BYTES), SHARD_BYTES))
@@ -118,7 +99,7 @@ def main() -> None:
             statistics.median(column) for column in zip(*measured, strict=True)
         )
 
-        manifest = xtoken.align_corpus(*sides, source, folder / "whole")
+        manifest = xtoken.align_corpus(student, teacher, source, folder / "whole")
         total = manifest.total
         dataset = AlignedDataset(folder / "whole")
         order = np.random.default_rng(0).permutation(len(dataset))[:500].tolist()
@@ -128,7 +109,7 @@ def main() -> None:
     tokens = total.student_tokens + total.teacher_tokens
     row = {
         "pair": f"{options.student} / {options.teacher}",
-        "processors": xtoken._core.available_processors(),
+        "processors": int(config()["processors"]),
         "megabytes": source_size(texts),
         "documents": total.documents,
         "student_tokens": total.student_tokens,
@@ -148,16 +129,7 @@ def main() -> None:
     }
     for key, value in row.items():
         print(f"{key:40} {value:.4g}" if isinstance(value, float) else f"{key:40} {value}")
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    machine = {
-        "commit": revision,
-        "xtoken": xtoken.__version__,
-        "tokenizers": tokenizers.__version__,
-        "pyarrow": pyarrow.__version__,
-        "processor": _processor(),
-    }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    Path(options.output).write_text(json.dumps({"machine": machine, "rows": [row]}, indent=1) + "\n")
+    write(options.output, {"machine": machine("tokenizers", "pyarrow"), "rows": [row]})
 
 
 def source_size(texts: list[str]) -> float:

@@ -15,29 +15,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
-import re
-import statistics
-import subprocess
-import sys
-import tempfile
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+import torch
+from measure import Row, load_tokenizers, machine, median_seconds, parser, peak_growth, table, timed, write_rows
+from real_tokenizers import encode
+from torch import Tensor
 
-import torch  # noqa: E402
-from real_tokenizers import LOADERS, encode  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-import xtoken  # noqa: E402
-from xtoken import _core, reference  # noqa: E402
-from xtoken.losses import cpu  # noqa: E402
-from xtoken.losses.backends import register_backend  # noqa: E402
+import xtoken
+from xtoken import _core, reference
+from xtoken.losses import cpu
+from xtoken.losses.backends import register_backend
 
 TYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -64,33 +54,6 @@ def alignments(tokenizers: list[Any], rows: int) -> dict[str, xtoken.Alignment]:
     return {"1-to-1": ones, "numbers": numbers}
 
 
-def median_seconds(run: Callable[[], Any], repeat: int) -> float:
-    run()
-    seconds = []
-    for _ in range(repeat):
-        started = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds)
-
-
-def peak_growth(run: Callable[[], Any], warm: bool = True) -> int | None:
-    """Bytes by which the process grows at most during a run; None where the system does not tell."""
-    clear = Path("/proc/self/clear_refs")
-    if not clear.exists():
-        return None
-    if warm:
-        run()
-
-    def status(field: str) -> int:
-        return int(re.search(rf"{field}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024  # type: ignore
-
-    before = status("VmRSS")
-    clear.write_text("5")
-    run()
-    return status("VmHWM") - before
-
-
 def copy_rate(repeat: int) -> float:
     """Bytes read and written in a second by a copy of a quarter of a gigabyte, into memory in use."""
     source = torch.ones(2**26)
@@ -98,7 +61,7 @@ def copy_rate(repeat: int) -> float:
     return 2 * source.nbytes / median_seconds(lambda: target.copy_(source), repeat)
 
 
-def measure_linear(options: argparse.Namespace) -> list[dict[str, Any]]:
+def measure_linear(options: argparse.Namespace) -> list[Row]:
     """Memory of `linear_pkl_loss` against that of the logits and their gradient."""
     rows, width = options.linear_rows, options.linear_width
     size = options.vocabulary or 128256
@@ -115,9 +78,13 @@ def measure_linear(options: argparse.Namespace) -> list[dict[str, Any]]:
         leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
         xtoken.linear_pkl_loss(*leaves, teacher, cut, W, top_k=None).backward()  # type: ignore[union-attr]
 
-    started = time.perf_counter()
-    grown = peak_growth(step, warm=False)
-    seconds = time.perf_counter() - started
+    grown = None
+
+    def watched() -> None:
+        nonlocal grown
+        grown = peak_growth(step)
+
+    seconds = timed(watched)
     materialised = 2 * rows * size * hidden.element_size()
     extra = None if grown is None else (grown - hidden.nbytes - head.nbytes) / materialised
     row = {"loss": f"linear P-KL, {rows} rows of {width}", "type": "fp32", "level": _core.cpu_level(),
@@ -127,9 +94,8 @@ def measure_linear(options: argparse.Namespace) -> list[dict[str, Any]]:
     return [row]
 
 
-def measure(options: argparse.Namespace) -> list[dict[str, Any]]:
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizers = [LOADERS[name](Path(folder)) for name in ("llama3", "qwen3")]
+def measure(options: argparse.Namespace) -> list[Row]:
+    tokenizers = load_tokenizers("llama3", "qwen3")
     W = xtoken.ProjectionMatrix.build(*tokenizers)
     sizes = W.shape if options.vocabulary is None else (options.vocabulary, options.vocabulary)
     if options.vocabulary is not None:
@@ -278,50 +244,26 @@ def small_projection(W: xtoken.ProjectionMatrix, size: int) -> xtoken.Projection
     return xtoken.ProjectionMatrix(row_ptr, W.col[keep], W.weight[keep], size)
 
 
-def identity(row: dict[str, Any]) -> tuple[Any, ...]:
-    return tuple(row.get(name) for name in ("loss", "type", "level", "threads"))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=512)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
-    parser.add_argument("--levels", nargs="+", default=_core.cpu_levels(), choices=_core.cpu_levels())
-    parser.add_argument("--only", nargs="+", help="parts of the names of losses")
-    parser.add_argument("--reference-rows", type=int, default=32, help="chunks of the plain formulas; 0: leave out")
-    parser.add_argument("--linear", action="store_true", help="only the memory of linear_pkl_loss")
-    parser.add_argument("--linear-rows", type=int, default=4096)
-    parser.add_argument("--linear-width", type=int, default=2048)
-    parser.add_argument("--vocabulary", type=int, help="cut both vocabularies to this size (for a quick look)")
-    parser.add_argument("--output", default=str(ROOT / "bench" / "results" / "losses.json"))
-    options = parser.parse_args()
+    arguments = parser(__doc__, "losses.json")
+    arguments.add_argument("--rows", type=int, default=512)
+    arguments.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    arguments.add_argument("--repeat", type=int, default=5)
+    arguments.add_argument("--types", nargs="+", default=list(TYPES), choices=list(TYPES))
+    arguments.add_argument("--levels", nargs="+", default=_core.cpu_levels(), choices=_core.cpu_levels())
+    arguments.add_argument("--only", nargs="+", help="parts of the names of losses")
+    arguments.add_argument("--reference-rows", type=int, default=32, help="chunks of the plain formulas; 0: leave out")
+    arguments.add_argument("--linear", action="store_true", help="only the memory of linear_pkl_loss")
+    arguments.add_argument("--linear-rows", type=int, default=4096)
+    arguments.add_argument("--linear-width", type=int, default=2048)
+    arguments.add_argument("--vocabulary", type=int, help="cut both vocabularies to this size (for a quick look)")
+    options = arguments.parse_args()
     torch.set_num_threads(max(options.threads))
     rows = measure_linear(options) if options.linear else measure(options)
     names = ("loss", "type", "level", "threads", "ms_per_row", "of_cross_entropy", "times_reference", "floor_share",
              "megabytes_beyond_gradient", "memory_of_materialised")  # fmt: skip
-    print("| " + " | ".join(names) + " |\n|" + " --- |" * len(names))
-    for row in rows:
-        cells = [row.get(name, "") for name in names]
-        print("| " + " | ".join(f"{cell:.3g}" if isinstance(cell, float) else str(cell) for cell in cells) + " |")
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    machine = {
-        "commit": revision,
-        "xtoken": xtoken.__version__,
-        "torch": torch.__version__,
-        "processor": found[1] if found else platform.processor(),
-        "rows": options.rows,
-    }
-    Path(options.output).parent.mkdir(parents=True, exist_ok=True)
-    if Path(options.output).exists():
-        before = json.loads(Path(options.output).read_text())
-        new = {identity(row) for row in rows}
-        if before["machine"] == machine:
-            rows = [row for row in before["rows"] if identity(row) not in new] + rows
-    Path(options.output).write_text(json.dumps({"machine": machine, "rows": rows}, indent=1) + "\n")
+    print(table(rows, names))
+    write_rows(options.output, machine("torch", rows=options.rows), rows, ("loss", "type", "level", "threads"))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,6 @@ import os
 import re
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,10 +33,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
+import torch
+from measure import RESULTS, ROOT, commit, median_seconds, peak_growth, timed, write
+from torch import Tensor
 
 STAGES = ("build", "tests", "speed", "memcheck", "racecheck")
 SHARES = {"build": 120, "tests": 110, "speed": 120, "memcheck": 65, "racecheck": 65}
@@ -265,25 +263,19 @@ def small(options: argparse.Namespace) -> None:
     print("small set: ran and compared")
 
 
-def seconds_of(run: Callable[[], Any], device: str, repeat: int = 7, together: int = 5) -> float:
+def seconds_of(run: Callable[[], Any], device: str, together: int = 5) -> float:
     """Median seconds of a run that is warm; on a GPU of a few in a row, so that it does not wait for Python."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(repeat):
-        if device == "cpu":
-            started = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - started)
-            continue
+
+    def by_events(run: Callable[[], Any]) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(together):
             run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end) / 1e3 / together)
-    return statistics.median(times)
+        return float(begin.elapsed_time(end)) / 1e3 / together
+
+    return median_seconds(run, repeat=7, timer=timed if device == "cpu" else by_events, warm=2)
 
 
 @contextmanager
@@ -307,18 +299,6 @@ def copy_bandwidth(device: str, elements: int) -> float:
     source = torch.zeros(elements, device=device)
     target = torch.empty_like(source)
     return 2 * source.nbytes / seconds_of(lambda: target.copy_(source), device)
-
-
-def peak_memory(run: Callable[[], Any], device: str) -> int | None:
-    """Bytes that a run allocates beyond what is there; None on a CPU."""
-    if device == "cpu":
-        return None
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    run()
-    torch.cuda.synchronize()
-    return torch.cuda.max_memory_allocated() - before
 
 
 def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
@@ -396,14 +376,14 @@ def speed(options: argparse.Namespace) -> None:
         try:
             with limited(STEP_LIMIT):
                 # compiled for as many rows as the formulas fitted in: each number of them is a compilation
-                result = timed(name, options.device, fitting if name == COMPILED else options.rows, options, copied)
+                result = measured(name, options.device, fitting if name == COMPILED else options.rows, options, copied)
             fitting = result["rows"] if name == PLAIN else fitting
             show({"name": name, **result})
         except Exception as error:  # one of the competitors' failures must not end the others
             show({"name": name, "failed": f"{type(error).__name__}: {error}"[:500]})
 
 
-def timed(name: str, device: str, rows: int, options: argparse.Namespace, copied: float) -> dict[str, Any]:
+def measured(name: str, device: str, rows: int, options: argparse.Namespace, copied: float) -> dict[str, Any]:
     """Time, bandwidth and memory of a step, with so many rows or as many as fit."""
     while rows >= 1:
         if device == "cuda":
@@ -416,7 +396,7 @@ def timed(name: str, device: str, rows: int, options: argparse.Namespace, copied
             )
             run, traffic = steps(z, y)[name]
             seconds = seconds_of(run, device)
-            peak = peak_memory(run, device)
+            peak = peak_growth(run, device)
         except torch.OutOfMemoryError:
             rows //= 2
             z = y = run = None  # what is left of the try must not be in the next one's way
@@ -469,8 +449,7 @@ def main(arguments: list[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(0)
     architecture = f"{properties.major}{properties.minor}"
     slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    output = Path(options.output or ROOT / "bench" / "results" / f"gpu-{slug}.json")
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output = Path(options.output or RESULTS / f"gpu-{slug}.json")
     results: dict[str, Any] = {"machine": machine(properties)}
     left = [stage for stage in STAGES if stage not in options.skip]
     while left:
@@ -481,7 +460,7 @@ def main(arguments: list[str] | None = None) -> int:
         else:
             outcome = run_stage(stage, options, architecture, share)
         results[stage] = outcome
-        output.write_text(json.dumps(results, indent=1) + "\n")
+        write(output, results)
         print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
         if outcome["status"] == "failed":
             print("\n".join(outcome.get("output", [])), flush=True)
@@ -495,12 +474,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def machine(properties: Any) -> dict[str, Any]:
     """What the results hold for."""
-    revision = ""
-    with suppress(OSError):  # a machine may have neither git nor the history
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-        revision = asked.stdout.strip()
     return {
-        "commit": revision or None,
+        "commit": commit(),
         "gpu": properties.name,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,

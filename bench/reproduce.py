@@ -18,31 +18,26 @@ Every distillation loss is added to cross-entropy with the paper's dynamic scali
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-import platform
 import random
 import re
 import statistics
-import subprocess
-import sys
 import time
+from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))
+import tokenizers
+import torch
+from measure import RESULTS, ROOT, machine, parser, write
+from tokenizers import decoders, pre_tokenizers, trainers
+from torch import Tensor, nn
+from torch.nn import functional as F
 
-import tokenizers  # noqa: E402
-import torch  # noqa: E402
-from tokenizers import decoders, pre_tokenizers, trainers  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
-from torch.nn import functional as F  # noqa: E402
-
-import xtoken  # noqa: E402
+import xtoken
 
 # The pre-tokenizer of Llama 3; the teacher's differs in the digits that one piece may have.
 SPLIT = (
@@ -152,6 +147,12 @@ def build_tokenizer(digits: int, vocabulary: int, seed: int, text: Text) -> toke
     return built
 
 
+def special_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
+    """Of the tokens that begin and end a text."""
+    begin, end = tokenizer.encode("<|begin|><|end|>").ids
+    return begin, end
+
+
 class Encoded(NamedTuple):
     """Right-padded ids [B, T], and labels with -100 at the padding."""
 
@@ -161,7 +162,7 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
-    begin, end = (tokenizer.token_to_id(token) for token in ("<|begin|>", "<|end|>"))
+    begin, end = special_ids(tokenizer)
     rows = [[begin, *one.ids, end] for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=end)
     lengths = torch.tensor([len(row) for row in rows])
@@ -203,7 +204,7 @@ class Transformers(nn.Module):
         count, width = len(self.token), self.width
         samples, length = ids.shape[-2:]
         first = torch.arange(count)[:, None, None] * self.vocabulary
-        x = F.embedding(ids + first, self.token.flatten(0, 1)) * width**0.5 + self.position[:, None, :length]
+        x: Tensor = F.embedding(ids + first, self.token.flatten(0, 1)) * width**0.5 + self.position[:, None, :length]
         x = x.flatten(1, 2)  # [count, B T, width], as a product of matrices wants it
         heads = (count * samples, length, 3, HEADS, width // HEADS)
         layers = iter(self.weights)
@@ -215,7 +216,8 @@ class Transformers(nn.Module):
         return x.view(count, samples, length, width)
 
     def logits(self, hidden: Tensor) -> Tensor:
-        return (self._normed(hidden).flatten(1, 2) @ self.token.mT).view(*hidden.shape[:-1], self.vocabulary)
+        rows: Tensor = self._normed(hidden).flatten(1, 2) @ self.token.mT
+        return rows.reshape(*hidden.shape[:-1], self.vocabulary)
 
     def _normed(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.width,))
@@ -244,7 +246,7 @@ def accuracy(model: Transformers, tokenizer: tokenizers.Tokenizer, problems: Seq
 
     However it spells them: an answer has time for as many tokens as characters.
     """
-    begin = tokenizer.token_to_id("<|begin|>")
+    begin, _ = special_ids(tokenizer)
     prompts = [[begin, *one.ids] for one in tokenizer.encode_batch([problem.prompt for problem in problems])]
     wanted = [f" {problem.answer}." for problem in problems]
     most = max(map(len, wanted))
@@ -456,28 +458,15 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def machine(threads: int) -> dict[str, Any]:
-    revision = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    cpuinfo = Path("/proc/cpuinfo")
-    found = re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text()) if cpuinfo.exists() else None
-    return {
-        "commit": revision,
-        "xtoken": xtoken.__version__,
-        "torch": torch.__version__,
-        "processor": found[1] if found else platform.processor(),
-        "threads": threads,
-    }
-
-
-def measure(options: argparse.Namespace, size: Size) -> dict[str, Any]:
+def measure(options: Namespace, size: Size) -> dict[str, Any]:
     """Writes the output file after each setting and seed; with --resume, runs what it does not have yet."""
     started = time.perf_counter()
 
     def log(message: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {message}", flush=True)
 
-    results: dict[str, Any] = {"size": asdict(size), "machine": machine(options.threads), "teachers": {}, "runs": []}
-    results = json.loads(json.dumps(results))
+    facts = {"size": asdict(size), "machine": machine("torch", threads=options.threads)}
+    results: dict[str, Any] = {**json.loads(json.dumps(facts)), "teachers": {}, "runs": []}
     if options.resume and options.output.exists():
         found = json.loads(options.output.read_text())
         if found["size"] != results["size"]:
@@ -516,34 +505,29 @@ def measure(options: argparse.Namespace, size: Size) -> dict[str, Any]:
     return results
 
 
-def write(path: Path, results: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(results, indent=1) + "\n")
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="one seed, four losses, fewer steps; checks the finding")
-    parser.add_argument("--report", action="store_true", help="no runs: table and plot of those that --output has")
-    parser.add_argument("--resume", action="store_true", help="keep the runs that --output has")
-    parser.add_argument("--seeds", type=int)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, help="of the students")
-    parser.add_argument("--teacher-steps", type=int, help="of every teacher")
-    parser.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
-    parser.add_argument(
+    arguments = parser(__doc__, "reproduce.json")
+    arguments.set_defaults(output=None)
+    arguments.add_argument("--quick", action="store_true", help="one seed, four losses, few steps; checks the finding")
+    arguments.add_argument("--report", action="store_true", help="no runs: table and plot of those that --output has")
+    arguments.add_argument("--resume", action="store_true", help="keep the runs that --output has")
+    arguments.add_argument("--seeds", type=int)
+    arguments.add_argument("--threads", type=int, default=2)
+    arguments.add_argument("--steps", type=int, help="of the students")
+    arguments.add_argument("--teacher-steps", type=int, help="of every teacher")
+    arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
+    arguments.add_argument(
         "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL"
     )
-    parser.add_argument("--losses", nargs="+", choices=sorted({*MAIN, *VARIANTS}), help="only these; default: all")
-    parser.add_argument("--output", type=Path, help="default: bench/results/reproduce.json")
-    options = parser.parse_args()
+    arguments.add_argument("--losses", nargs="+", choices=sorted({*MAIN, *VARIANTS}), help="only these; default: all")
+    options = arguments.parse_args()
     if options.quick and "plenty" not in options.settings:
-        parser.error("--settings: expected plenty with --quick")
+        arguments.error("--settings: expected plenty with --quick")
     torch.set_num_threads(options.threads)
     options.plans = QUICK if options.quick else {name: PLANS[name] for name in options.plans}
     options.seeds = options.seeds or (1 if options.quick else 3)
     if options.output is None:
-        options.output = ROOT / ("build/reproduce_quick.json" if options.quick else "bench/results/reproduce.json")
+        options.output = ROOT / "build" / "reproduce_quick.json" if options.quick else RESULTS / "reproduce.json"
     size = Size(steps=900, teacher_steps=2000) if options.quick else Size()
     if options.steps:
         size = replace(size, steps=options.steps)

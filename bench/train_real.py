@@ -19,12 +19,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
+from measure import RESULTS, machine, write
 
-from xtoken import __version__, cli
+from xtoken import cli
 from xtoken.demo import TEACHER_FILE, llama3_tokenizer, make_student, manual_passages, package_folder
 
-RESULTS = Path(__file__).parent / "results"
 GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 DEMO_OPTIONS = ["--learning_rate", "3e-3", "--per_device_train_batch_size", "4"]
 GEMMA_OPTIONS = ["--learning_rate", "5e-5", "--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "2"]
@@ -87,11 +86,10 @@ def run(pair: str, loss: str, steps: int, held_out_passages: int, output: Path) 
         "options": options,
         "held_out_passages": held_out_passages,
         "seconds": round(time.perf_counter() - started, 1),
-        "machine": {"xtoken": __version__, "torch": torch.__version__, "cpus": os.cpu_count()},
+        "machine": machine("torch", cpus=os.cpu_count()),
         "history": history,
     }
-    output.parent.mkdir(parents=True, exist_ok=True)
-    output.write_text(json.dumps(facts, indent=1) + "\n")
+    write(output, facts)
     return facts
 
 

@@ -18,6 +18,7 @@ SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 
 
 def load_script():
+    sys.path.insert(0, str(SCRIPT.parent))
     spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
