@@ -1,7 +1,7 @@
 // The byte merge: cuts two token sequences of the same text at every boundary that both share, in linear time.
 //
 // At a common boundary the loop takes one token from each side and then keeps extending the side that is shorter, in
-// bytes, until both end together: that is the finest chunk. The first byte that differs ends the chunk attempt, and the
+// bytes, until both end together: that is the finest chunk. The first differing byte abandons the chunk, and the
 // disagreement begins at the last common boundary. To resume, `find_agreement` looks for the nearest pair of token
 // boundaries from which the sides agree again; the nearer the pair, the fewer tokens it costs, so the search window
 // grows by doubling and costs no more than a constant times the distance skipped.
@@ -15,14 +15,14 @@
 namespace xtoken {
 namespace {
 
-// Bytes that must agree for the sides to count as reading the same text again, `cost` tokens further on. A few will do
-// next to the disagreement; farther away more are needed, since common words match there by chance.
+// Bytes that must agree for the sides to count as reading the same text again, `cost` tokens further on. A few are
+// enough near the disagreement; farther away more are needed, since common words match there by chance.
 constexpr size_t kMostEvidence = 16;
 size_t evidence(int32_t cost) { return std::min(kMostEvidence, 2 + 2 * static_cast<size_t>(cost)); }
 // Pairs of boundaries up to this cost are tried one by one; beyond, evidence is kMostEvidence and a sorted index of
 // that many bytes finds them.
 constexpr int32_t kNear = 7;
-// Boundaries with equal bytes behind them that are tried for one boundary of the other side (periodic text has many).
+// Boundaries followed by equal bytes that are tried for one boundary of the other side (periodic text has many).
 constexpr int kTries = 4;
 
 class Side {

@@ -15,9 +15,9 @@ enum class SideOrder { student, teacher, by_symbol };
 
 // Walks symbols student[0, n) and teacher[0, m) of `pair`. Where both sides spell the same text, appends the finest
 // common chunks to `chunks`. Where they disagree (an edit, a one-sided special token, a dummy space), appends the
-// smallest stretch found that bridges to the next agreement to `gaps`, and goes on behind it. Stops where the text of
-// one side ends inside a token of the other: what is left is not the same text, in whatever words it may agree.
-// Chunks and gaps are in order, do not overlap, and up to there cover everything but tokens of empty text. A gap may be
+// smallest stretch found that bridges to the next agreement to `gaps`, and continues after it. Stops where the text of
+// one side ends inside a token of the other: the rest is not the same text, even if words of it agree.
+// Chunks and gaps are in order, do not overlap, and cover everything up to there but tokens of empty text. A gap may be
 // empty on one side. Positions are relative to the arguments.
 void align_bytes(const TokenPair& pair, const int32_t* student, int32_t n, const int32_t* teacher, int32_t m,
                  SideOrder order, std::vector<Span>& chunks, std::vector<Span>& gaps);

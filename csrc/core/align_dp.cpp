@@ -69,8 +69,7 @@ class DocumentAligner {
         return solved;
     }
 
-    // Exactly, or in windows if the cells run out. Windows are not counted against the budget: they are
-    // linear.
+    // Exactly, or in windows if the budget of cells runs out. Windows do not count against it: their cost is linear.
     void solve(const EdgeRange& region, const DpLimits& limits, std::vector<Move>& moves) {
         if (region.end - region.first > limits.window_edges) {
             if (solve_within(region, limits.cell_budget - outcome_.cells, limits, moves)) return;

@@ -15,22 +15,22 @@ namespace xtoken {
 
 // What bounds the work. None of it but `cell_budget` and `all_ties` changes the result.
 struct DpLimits {
-    // Table cells for one document. Past it, a region is cut into windows, each solved by itself.
+    // Table cells for one document. Beyond that, a region is cut into windows, each solved on its own.
     int64_t cell_budget = 200'000'000;
     int32_t window_edges = 512;  // edges of the reference path in such a window
 
     // Among equally good alignments, take the one of align_table. If false, any of them.
     bool all_ties = true;
 
-    // Up to this many cells a region's table is filled plainly. Above, only cells that a path of the assumed
-    // cost can visit are: first `first_slack` above the lower bound, and `slack_growth` times more at each
+    // A region of up to this many cells gets its whole table filled. Above, only cells that a path of the assumed
+    // cost can visit are filled: first `first_slack` above the lower bound, and `slack_growth` times more after each
     // failure, until the cells of one failure exceed 1 / `plain_share` of the table.
     int64_t plain_cells = 4096;
     int32_t first_slack = 32;
     int32_t slack_growth = 4;
     int32_t plain_share = 8;
 
-    // Bytes of rows kept for walking back. Above, all but a few are dropped and computed again.
+    // Bytes of rows kept for the traceback. Above, all but a few are dropped and recomputed.
     int64_t row_bytes = 32 << 20;
 };
 

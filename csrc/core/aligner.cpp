@@ -14,8 +14,8 @@
 namespace xtoken {
 namespace {
 
-// Tokens of both sides in a range of samples: enough to make it worth while to wake another thread, few enough for the
-// result to be still in the cache when it is copied to its place.
+// Tokens of both sides in a range of samples: enough to be worth waking another thread, few enough for the result to be
+// still in cache when it is copied to its place.
 constexpr int64_t kTokensPerRange = 1 << 15;
 
 // The unmasked tokens of one sample of one side.
@@ -176,14 +176,14 @@ bool Aligner::align_sample(const TokenRow& student, const TokenRow& teacher, int
 
 namespace {
 
-// Puts the results of ranges, which come in any order, one behind the other. Each is copied by the thread that brings
-// it, unless an earlier one is still missing: then by the thread that brings that one.
+// Concatenates the results of ranges, which arrive in any order. Each is copied by the thread that delivers it, unless
+// an earlier one is still missing: then by the thread that delivers that one.
 template <typename Part>
 class InOrder {
   public:
     InOrder(int64_t ranges, BatchAlignment& result) : waiting_(static_cast<size_t>(ranges)), result_(result) {}
 
-    // Takes the result of `range` and leaves an empty part, with storage to use again where possible.
+    // Takes the result of `range` and leaves an empty part, with storage to reuse where possible.
     void add(int64_t range, Part& part) {
         size_t first, last, place;
         {

@@ -27,16 +27,16 @@ struct TokenRow {
     int64_t length;
 };
 
-// An array whose elements are written later, in memory that pages in where it is written.
+// An array whose elements are written later; memory is only committed where it is written.
 template <typename T>
 struct Buffer {
     explicit Buffer(size_t capacity = 0) : data(static_cast<T*>(std::malloc(capacity * sizeof(T) + 1)), std::free) {
         if (!data) throw std::bad_alloc();
     }
-    // Gives back what lies behind the first `count` elements.
+    // Frees what lies after the first `count` elements.
     void cut(size_t count) {
         T* kept = static_cast<T*>(std::realloc(data.get(), count * sizeof(T) + 1));
-        if (!kept) return;  // the longer block is still there
+        if (!kept) return;  // the longer block is still valid
         data.release();
         data.reset(kept);
         size = count;

@@ -1,4 +1,4 @@
-// Which instruction sets the processor has that this program runs on.
+// The instruction sets of the processor that this program runs on.
 #pragma once
 
 #include <string>

@@ -23,7 +23,7 @@ void Certificate::find_regions(const Document& document, const ReferencePath& pa
 
     // A shorter interval brings fewer fragments into reach: certify again what is left, while it shrinks.
     regions.clear();
-    std::vector<std::pair<EdgeRange, bool>> open = {{{0, path.size()}, true}};  // with: is it the whole path?
+    std::vector<std::pair<EdgeRange, bool>> open = {{{0, path.size()}, true}};  // second: is it the whole path?
     std::vector<EdgeRange> covered;
     while (!open.empty()) {
         const auto [range, is_whole] = open.back();
@@ -50,8 +50,8 @@ void Certificate::place_tokens(const std::vector<int32_t>& at, Side& side) const
     }
 }
 
-// Pairs every run (a token or a window) of one side with the nearest equal token of the other, before and
-// behind.
+// Pairs every run (a token or a window) of one side with the nearest equal token of the other, before and after
+// it.
 void Certificate::find_spans(bool student_is_single) {
     const Sequence& single = student_is_single ? document_->student() : document_->teacher();
     const Sequence& other = student_is_single ? document_->teacher() : document_->student();

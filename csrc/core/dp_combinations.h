@@ -4,7 +4,7 @@
 // Each distinct symbol of the document becomes a letter 0, 1, ... . A window is a run of 2 ... kMaxRun tokens
 // of one side that spells a letter of the other side; with the windows known, every move of the recurrence is
 // one comparison of integers. Windows are found by a polynomial hash, extended one token to the left in O(1),
-// and verified byte by byte, so a collision costs time and never correctness.
+// and verified byte by byte, so a collision costs time but never correctness.
 #pragma once
 
 #include <array>
@@ -35,7 +35,7 @@ struct Sequence {
 
 class Document {
   public:
-    // Storage is kept from one document to the next.
+    // Storage is reused from one document to the next.
     void assign(const TokenPair& pair, const int32_t* student_symbols, int32_t n, const int32_t* teacher_symbols,
                 int32_t m);
 

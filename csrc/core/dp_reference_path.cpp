@@ -1,4 +1,4 @@
-// The reference path: a cheap alignment that is nearly always the best one, up to small detours.
+// The reference path: a cheap alignment that is nearly always optimal, up to small detours.
 #include "core/dp_reference_path.h"
 
 #include <algorithm>
@@ -8,9 +8,9 @@
 namespace xtoken::dp {
 namespace {
 
-constexpr int kMaxDepth = 24;  // of splitting at anchors; keeps a hostile input from costing a pass for each anchor
+constexpr int kMaxDepth = 24;  // of splitting at anchors; a hostile input must not cost a pass for each anchor
 
-// Gaps for `students` and `teachers` tokens, in turn, so that the path stays near the diagonal.
+// Gaps for `students` and `teachers` tokens, alternating, so that the path stays near the diagonal.
 void append_gaps(int32_t students, int32_t teachers, std::vector<Move>& moves) {
     int64_t s = 0, t = 0;
     while (s < students || t < teachers) {

@@ -1,4 +1,4 @@
-// The reference path: a cheap alignment that is nearly always the best one, up to small detours.
+// The reference path: a cheap alignment that is nearly always optimal, up to small detours.
 //
 // It only has to be legal. Speed depends on how good it is, correctness does not.
 #pragma once
@@ -22,9 +22,9 @@ struct ReferencePath {
 };
 
 // Walks the bytes of both sides from the front and from the back and closes a step wherever their boundaries
-// meet: one move if it is legal, gaps if it is not (several tokens to several). What is left between (the
-// texts differ there) is split at tokens that occur once on each side, in the order of the longest increasing
-// subsequence, and so on.
+// meet: one move if it is legal, gaps if it is not (several tokens to several). What remains in between (where the
+// texts differ) is split at tokens that occur once on each side and form the longest increasing subsequence, and
+// so on recursively.
 class ReferencePathBuilder {
   public:
     void build(const Document& document, ReferencePath& path);

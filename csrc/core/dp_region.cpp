@@ -11,7 +11,7 @@ namespace xtoken::dp {
 namespace {
 
 constexpr int32_t kUnreachable = std::numeric_limits<int32_t>::min() / 2;
-constexpr int32_t kTile = 512;  // columns worked on at a time, so that they stay in the first cache
+constexpr int32_t kTile = 512;  // columns worked on at a time, so that they stay in the L1 cache
 
 }  // namespace
 
@@ -68,7 +68,7 @@ RegionSolver::Fill RegionSolver::fill(double bound, bool prune, int64_t max_cell
     return rows_[n].last == m ? Fill::reached : Fill::pruned_away;
 }
 
-// The columns of row i that the kMaxRun rows above lead to.
+// The columns of row i that can be reached from the kMaxRun rows above.
 RegionSolver::Row RegionSolver::reachable(int32_t i) const {
     if (i == 0) return {0, 0, 0};
     Row row{rect_.cols() + 1, -1, 0};
@@ -89,7 +89,7 @@ void RegionSolver::clear_ring() {
 // Row i of the ring in columns [first, last], from the rows above it.
 void RegionSolver::compute_row(int32_t i, int32_t first, int32_t last) {
     const Sequence &student = document_->student(), &teacher = document_->teacher();
-    // Column j of the rectangle is behind teacher token j - 1.
+    // Column j of the rectangle comes after teacher token j - 1.
     const int64_t shift = int64_t{rect_.teacher_start} - 1;
     const int32_t s = rect_.student_start + i - 1;
     const int32_t letter = student.letters[s];
@@ -117,7 +117,7 @@ void RegionSolver::compute_row(int32_t i, int32_t first, int32_t last) {
     }
 }
 
-// Narrows row i to the cells within the bound; first widens it to the right, where gaps alone lead.
+// Narrows row i to the cells within the bound; first widens it to the right, to the cells that gaps alone reach.
 void RegionSolver::prune_row(int32_t i, double bound) {
     Row& row = rows_[i];
     int32_t* values = ring_row(i);
@@ -142,7 +142,7 @@ void RegionSolver::keep_row(int32_t i) {
     if (all_kept_ || is_checkpoint(i)) store_row(i);
 }
 
-// Drops all rows before `end` but the checkpoints.
+// Drops all rows before `end` except the checkpoints.
 void RegionSolver::drop_rows(int32_t end) {
     all_kept_ = false;
     size_t size = 0;
@@ -156,7 +156,7 @@ void RegionSolver::drop_rows(int32_t end) {
     values_.resize(size);
 }
 
-// Computes the rows of row i's block up to row i again, in the columns up to j.
+// Recomputes the rows of row i's block up to row i, in the columns up to j.
 void RegionSolver::recompute_block(int32_t i, int32_t j) {
     const int32_t start = i / block_rows_ * block_rows_;
     values_.resize(checkpoint_end_);
@@ -176,15 +176,15 @@ void RegionSolver::recompute_block(int32_t i, int32_t j) {
     }
 }
 
-// W, or something that no sum reaches where the cell was pruned.
+// W, or where the cell was pruned a value that no sum reaches.
 int32_t RegionSolver::value(int32_t i, int32_t j) const {
     const Row& row = rows_[i];
     if (j < row.first || j > row.last) return kUnreachable;
     return values_[row.offset + (j - row.first)];
 }
 
-// A predecessor is on an optimal path exactly if its value and the gain add up; the first in the published
-// order wins.
+// A predecessor is on an optimal path if and only if its value plus the gain is the cell's value; the first in the
+// published order wins.
 void RegionSolver::walk_back(std::vector<Move>& moves) {
     const Sequence &student = document_->student(), &teacher = document_->teacher();
     const auto preceding_move = [&](int32_t i, int32_t j) {

@@ -6,15 +6,16 @@
 //                     W(i-1,j-k) + 2k + 1 and W(i-k,j-1) + 2k + 1 where there is a combination.
 //
 // Everything but W(i,j-1) comes from earlier rows: a row is elementwise maxima, then a running maximum. Any
-// value of an earlier row in the same column is one that a path (with gaps) reaches, so a row may read
-// whatever is there outside the pruned range: it is a bound from below, and exact on every optimal path.
+// value of an earlier row in the same column can be reached by a path (with gaps), so a row may read
+// whatever is there outside the pruned range: it is a lower bound, and exact on every optimal path.
 //
 // Pruning: a path through (i,j) costs at least cost(i,j) + h(i,j), with h from RemainingCost. Cells above an
-// assumed bound are left out; if the last cell is within the bound, no optimal path lost a cell. Otherwise
+// assumed bound are pruned; if the last cell is within the bound, no optimal path lost a cell. Otherwise
 // the bound grows.
 //
-// Rows are kept for walking back. When memory is short, only the last kMaxRun rows of each block of rows are,
-// from which the next block is computed again when the walk enters it: O(sqrt(rows) * columns) memory.
+// Rows are kept for the traceback. When memory is short, only checkpoints are kept, the last kMaxRun rows of each
+// block of rows, from which the next block is recomputed when the traceback enters it: O(sqrt(rows) * columns)
+// memory.
 #pragma once
 
 #include <algorithm>

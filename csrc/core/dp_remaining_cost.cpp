@@ -1,4 +1,4 @@
-// A lower bound of the cost from a cell of a rectangle to its end; what the table is pruned with.
+// A lower bound on the cost from a cell of a rectangle to its end; the table is pruned with it.
 #include "core/dp_remaining_cost.h"
 
 #include <algorithm>
@@ -46,7 +46,7 @@ void RemainingCost::assign(const Document& document, const Rect& rect) {
     };
     const int64_t longest_student = sum_up(s, rect.rows(), kSpelledByTeacher, student_);
     const int64_t longest_teacher = sum_up(t, rect.cols(), kSpelledByStudent, teacher_);
-    const double excess = gap_excess * (1 - 1e-9);  // a hair less, so that rounding never makes the bound too high
+    const double excess = gap_excess * (1 - 1e-9);  // slightly less, so that rounding never makes the bound too high
     gaps_per_student_ = excess / static_cast<double>(longest_student);
     gaps_per_teacher_ = -excess / static_cast<double>(longest_teacher);
 }

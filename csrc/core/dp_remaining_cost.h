@@ -1,8 +1,8 @@
-// A lower bound of the cost from a cell of a rectangle to its end; what the table is pruned with.
+// A lower bound on the cost from a cell of a rectangle to its end; the table is pruned with it.
 //
-// Charges as in the certificate, over all fragments inside the rectangle. Matches and combinations keep the
-// difference of the lengths consumed on the two sides (tokens of charge 2 are in neither and do not count),
-// so what is left of it needs gaps, and a gap costs 2 instead of the token's charge.
+// Charges as in the certificate, over all fragments inside the rectangle. Matches and combinations do not change
+// the difference between the lengths consumed on the two sides (tokens of charge 2 are in neither and do not
+// count), so the remaining difference needs gaps, and a gap costs 2 instead of the token's charge.
 #pragma once
 
 #include <cstdint>

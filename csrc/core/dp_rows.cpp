@@ -1,7 +1,7 @@
 // The two vector operations that fill a row of the table.
 //
-// Plain loops that the compiler turns into vector code; where the loader can choose (glibc on x86-64), each
-// is compiled for AVX-512, AVX2 and the baseline.
+// Plain loops that the compiler vectorises; where the loader can choose at run time (glibc on x86-64), each is
+// compiled for AVX-512, AVX2 and the baseline.
 #include "core/dp_rows.h"
 
 #include <algorithm>

@@ -10,8 +10,8 @@ namespace xtoken {
 int available_processors();
 
 // Calls body(worker, item) for every item of [0, count) on at most `threads` workers, the caller being one of them.
-// Items are handed out in order from a shared counter, so uneven ones balance; `worker` tells in [0, threads) who works
-// on it. The first exception stops the handing out and is rethrown in the caller.
+// Items are handed out in order from a shared counter, which balances uneven ones; `worker`, in [0, threads), says who
+// works on it. After the first exception no more items are handed out, and it is rethrown in the caller.
 void parallel_for(int64_t count, int threads, const std::function<void(int, int64_t)>& body);
 
 }  // namespace xtoken

@@ -1,4 +1,4 @@
-// The piece index of prefix KL: the common events of two vocabularies, and each vocabulary in the order of its pieces.
+// The piece index: the common events of two vocabularies, and each vocabulary in the order of its pieces.
 #include "core/piece_index.h"
 
 #include <algorithm>
@@ -235,7 +235,7 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
             visit_boundaries(
                 whole, index.side[1 - s], ours.next + ours.start[k], ours.count[k], known, theirs.count[k],
                 [&](int64_t i, int64_t j, int64_t depth) {
-                    // Where the first `depth` pieces of a token stand to the tokens before the boundary: -1, 0, 1.
+                    // How the first `depth` pieces of a token compare with the tokens before the boundary: -1, 0, 1.
                     const auto compare = [&](int32_t token) {
                         for (int64_t d = 0; d < depth; ++d) {
                             const int64_t at = whole.ptr[token] + d;

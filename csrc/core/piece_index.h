@@ -1,4 +1,4 @@
-// The piece index of prefix KL: the common events of two vocabularies, and each vocabulary in the order of its pieces.
+// The piece index: the common events of two vocabularies, and each vocabulary in the order of its pieces.
 #pragma once
 
 #include <array>
@@ -31,7 +31,7 @@ struct PieceSide {
     const int32_t* pieces;
 };
 
-// The whole index in one array: how it is stored and handed around. The head holds V_student, V_teacher, the number of
+// The whole index in one array: how it is stored and passed on. The head holds V_student, V_teacher, the number of
 // events and the number of pieces of each side; the arrays of `PieceSide` follow, the student's first.
 constexpr size_t kPieceIndexHead = 5;
 struct PieceIndex {
@@ -63,17 +63,17 @@ struct PredictedTokens {
 // A place inside a chunk where one side (`part`) starts a token within a token of the other side (`whole`).
 struct InnerBoundary {
     int64_t chunk;
-    int64_t whole_side;  // 0: the student's token goes on, 1: the teacher's
-    int64_t whole_row;   // predicts the token that goes on
+    int64_t whole_side;  // 0: the student's token continues, 1: the teacher's
+    int64_t whole_row;   // predicts the token that continues
     int64_t part_row;    // predicts the token that starts
     int64_t depth;       // tokens of `part` since `whole` began: the known pieces of its token
     int64_t first,
         last;  // order[first] ... order[last - 1] of the whole side are the tokens that begin with these pieces
 };
 
-// The inner boundaries that count, chunk by chunk: both sides of the chunk have the same length, the token that goes on
-// began where a token of the other side began, and its pieces begin with the tokens that came since. Throws Error if a
-// chunk's token is outside the vocabulary.
+// The inner boundaries that count, chunk by chunk: both sides of the chunk have the same length, the token that
+// continues began where a token of the other side began, and its pieces begin with the tokens since then. Throws Error
+// if a chunk's token is outside the vocabulary.
 std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chunks, const PredictedTokens& student,
                                             const PredictedTokens& teacher);
 

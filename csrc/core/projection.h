@@ -33,8 +33,8 @@ struct Sequences {
     std::vector<int32_t> ids;
 };
 
-// Cuts texts into tokens of a vocabulary without a tokenizer: always the longest token that fits next; a byte that no
-// token begins with is left out. Of tokens with equal bytes, normal ones go before byte tokens, then lower ids.
+// Cuts texts into tokens of a vocabulary without a tokenizer, greedily by the longest token that fits next; a byte that
+// no token begins with is left out. Of tokens with equal bytes, normal ones come before byte tokens, then lower ids.
 class LongestMatch {
   public:
     explicit LongestMatch(const Vocabulary& vocabulary);  // which must outlive this object

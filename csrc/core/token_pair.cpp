@@ -16,7 +16,7 @@ bool is_ascii_punctuation(char c) {
     return (c >= 0x21 && c <= 0x2F) || (c >= 0x3A && c <= 0x40) || (c >= 0x5B && c <= 0x60) || (c >= 0x7B && c <= 0x7E);
 }
 
-// Union-find over the ids of both vocabularies, the teacher's behind the student's.
+// Union-find over the ids of both vocabularies, the teacher's after the student's.
 class Classes {
   public:
     explicit Classes(size_t count) : parent_(count) { std::iota(parent_.begin(), parent_.end(), 0); }

@@ -32,7 +32,7 @@ int32_t next_code_point(std::string_view text, size_t& i) {
 }
 
 // GPT-2's table from code point to byte, -1 elsewhere: the printable bytes of Latin-1 stand for themselves, the other
-// 68 take the code points from 256 on, in byte order.
+// 68 have the code points from 256 on, in byte order.
 std::array<int16_t, 512> make_byte_level_table() {
     std::array<int16_t, 512> table;
     table.fill(-1);
@@ -69,8 +69,8 @@ std::string metaspace_bytes(std::string_view piece) {
     return bytes;
 }
 
-// Whether BERT's pre-tokenizer makes a word of its own of this character: ASCII punctuation and CJK ideographs. Such a
-// word says nothing about a space before it.
+// Whether BERT's pre-tokenizer makes this character a word of its own: ASCII punctuation and CJK ideographs. Such a
+// word does not tell whether a space came before it.
 bool stands_alone(int32_t code) {
     const bool punctuation = (code >= 0x21 && code <= 0x2F) || (code >= 0x3A && code <= 0x40) ||
                              (code >= 0x5B && code <= 0x60) || (code >= 0x7B && code <= 0x7E);

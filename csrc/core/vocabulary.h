@@ -48,7 +48,7 @@ class Vocabulary {
     // Whether the token stands for text (normal or byte).
     bool is_text(int32_t id) const { return kind(id) == TokenKind::normal || kind(id) == TokenKind::byte; }
 
-    // Some total order, the same whenever the program runs; vocabularies without an order between them are equal.
+    // A total order that is the same in every run; vocabularies of which neither is less are equal.
     bool operator<(const Vocabulary& other) const {
         return std::tie(start_, arena_, kinds_, roles_) <
                std::tie(other.start_, other.arena_, other.kinds_, other.roles_);

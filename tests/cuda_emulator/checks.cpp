@@ -1,5 +1,5 @@
-// Checks of every access. Kernel sources are compiled with -fsanitize=thread, whose calls before each access end here,
-// not in ThreadSanitizer's own library.
+// Checks of every access. Kernel sources are compiled with -fsanitize=thread; its calls before each access are defined
+// here, in place of ThreadSanitizer's own library.
 #include <link.h>
 
 #include <algorithm>
@@ -106,7 +106,7 @@ void check_access(const void* pointer, size_t size, Access access, bool aligned,
     if (writes) std::memset(written, 1, size);
 
     const Use use{machine.now(access == Access::atomic), code};
-    Stamp checked;  // neighbours mostly have the same history
+    Stamp checked;  // neighbouring bytes mostly have the same history
     for (History* byte = &region->history[offset]; byte != &region->history[offset] + size; ++byte) {
         const bool both_atomic = access == Access::atomic && byte->write.stamp.atomic();
         if (byte->write.stamp.bits != checked.bits && !both_atomic) {

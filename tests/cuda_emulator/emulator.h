@@ -16,7 +16,7 @@
 #undef __grid_constant__
 #define __grid_constant__
 
-// Where a call is in the source; barriers are compared and reported by it.
+// Where a call is in the source; barriers are told apart and reported by it.
 #define XTOKEN_CALL_SITE const char *file = __builtin_FILE(), int line = __builtin_LINE()
 
 namespace xtoken::emulator {
@@ -54,7 +54,7 @@ struct WarpValues {
     unsigned lane;   // the caller
     uint64_t value[32];
 };
-// Waits for the lanes of the mask, and gives what each of them brought.
+// Waits for the lanes of the mask and returns the value of each.
 WarpValues warp_exchange(WarpCall call, unsigned mask, uint64_t value, const char* file, int line);
 
 // Lane `source` of the exchange; an error if it took no part.
@@ -67,8 +67,8 @@ void uncounted_copy(void* to, const void* from, size_t size);
 void fence();
 [[noreturn]] void trap(const char* file, int line);
 
-// Results of the functions that are not exact on the device: the correctly rounded one, or wherever the documented
-// error lets it be. `argument` decides alone in which direction, if that is mixed: equal arguments have equal results.
+// Results of the functions that are not exact on the device: the correctly rounded one, or as far from it as the
+// documented error allows. In mixed mode `argument` alone decides the direction: equal arguments have equal results.
 float approximate(double exact, int ulps, float argument);             // units in the last place from correctly rounded
 float approximate_within(double exact, double error, float argument);  // away from the exact value
 
@@ -137,7 +137,7 @@ inline float fast_log2(float x) {
 }
 inline float fast_divide(float x, float y) {
     const float size = __builtin_fabsf(y);
-    if (!(size >= 0x1p-126f && size <= 0x1p126f)) return __builtin_nanf("");  // nothing is said about these
+    if (!(size >= 0x1p-126f && size <= 0x1p126f)) return __builtin_nanf("");  // undocumented
     const double exact = static_cast<double>(x) / static_cast<double>(y);
     return __builtin_fabs(exact) < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x + y);
 }

@@ -1,4 +1,4 @@
-// Kernels for the emulator's own tests: some are right, and each of the others has one fault.
+// Kernels for the emulator's own tests: some are correct, and each of the others has one fault.
 #include "cuda/platform.cuh"
 
 #include <cstring>
@@ -16,7 +16,7 @@ struct Arguments {
     int n;
 };
 
-// ---- right ----
+// ---- correct ----
 
 // Sum of the input into out[block], through shuffles and static shared memory.
 __global__ void block_sum(Arguments a) {
@@ -80,7 +80,7 @@ __global__ void rotate_warp(Arguments a) {
     a.out[threadIdx.x] = lanes[threadIdx.x / 32 * 32 + (threadIdx.x + 31) % 32];
 }
 
-// The first warp works alone, with warp barriers only, and the others wait for it at the block's: warps specialise.
+// Warp specialisation: the first warp works alone, with warp barriers only; the others wait at the block's barrier.
 __global__ void first_warp_scans(Arguments a) {
     XTOKEN_SHARED(sums, float[32]);
     if (threadIdx.x < 32) {
@@ -147,7 +147,7 @@ __global__ void race_in_shared(Arguments a) {
     if (threadIdx.x == 0) a.out[0] = sum;
 }
 
-// Lanes of one warp: a shuffle is no barrier for memory.
+// Lanes of one warp: a shuffle is no memory barrier.
 __global__ void race_in_warp(Arguments a) {
     XTOKEN_SHARED(values, float[32]);
     values[threadIdx.x] = a.in[threadIdx.x];
@@ -207,7 +207,7 @@ __global__ void barrier_against_warp(Arguments a) {
     a.out[threadIdx.x] = 1;
 }
 
-// Lane 7 does not come to the shuffle.
+// Lane 7 does not reach the shuffle.
 __global__ void shuffle_without_lane(Arguments a) {
     if (threadIdx.x == 7) return;
     a.out[threadIdx.x] = __shfl_xor_sync(all, a.in[threadIdx.x], 1);
@@ -230,7 +230,7 @@ __global__ void half_store_out_of_bounds(Arguments a) {
     out[2 * a.n] = __float2bfloat16(a.in[0]);
 }
 
-// A tail that is read by four.
+// A tail that is read four elements at a time.
 __global__ void load_out_of_bounds(Arguments a) {
     const float4 v = reinterpret_cast<const float4*>(a.in)[a.n / 4];
     a.out[0] = v.x;
@@ -287,7 +287,7 @@ __global__ void too_much_shared(Arguments a) {
 
 __global__ void trapped(Arguments) { __trap(); }
 
-// Functions whose results are approximate, one an input.
+// Functions whose results are approximate, one for each input.
 __global__ void approximate(Arguments a) {
     for (int i = threadIdx.x; i < a.n; i += blockDim.x) {
         const float x = a.in[i];

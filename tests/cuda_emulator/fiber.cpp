@@ -85,7 +85,7 @@ void Fiber::start(void (*function)(void*), void* argument) {
     context->uc_stack.ss_sp = stack_;
     context->uc_stack.ss_size = stack_size;
     context->uc_link = nullptr;
-    // makecontext passes ints; two of them make a pointer.
+    // makecontext passes ints; a pointer takes two.
     const auto enter = [](unsigned f_high, unsigned f_low, unsigned a_high, unsigned a_low) {
         const auto pointer = [](uintptr_t high, uintptr_t low) { return high << 32 | low; };
         reinterpret_cast<void (*)(void*)>(pointer(f_high, f_low))(reinterpret_cast<void*>(pointer(a_high, a_low)));

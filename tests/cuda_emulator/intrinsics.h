@@ -1,4 +1,4 @@
-// CUDA's built-in functions for kernels, in terms of emulator.h: the part of them that the kernels use.
+// Those of CUDA's built-in functions that the kernels use, in terms of emulator.h.
 #pragma once
 
 #include <vector_functions.h>
@@ -109,7 +109,7 @@ XTOKEN_WARP_REDUCTION(__reduce_or_sync, a | b)
 XTOKEN_WARP_REDUCTION(__reduce_xor_sync, a ^ b)
 #undef XTOKEN_WARP_REDUCTION
 
-// Atomics: for the types that the device has them for.
+// Atomics, for the types that the device has them for.
 #define XTOKEN_ATOMIC(name, type, expression)                                                          \
     inline type name(type* address, type value) {                                                      \
         return xtoken::emulator::atomic_update(address, [=](type old) -> type { return expression; }); \

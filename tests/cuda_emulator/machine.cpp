@@ -248,7 +248,7 @@ BarrierResult Machine::block_barrier(int predicate, CallSite site) {
     current->waits_at = site;
     if (++waiting_ == size_) finish_barrier();
     change_thread();
-    return result_;  // stays until all have come to the next barrier
+    return result_;  // stays valid until all have reached the next barrier
 }
 
 void Machine::finish_barrier() {
@@ -313,7 +313,7 @@ WarpValues Machine::warp_exchange(WarpCall call, unsigned mask, uint64_t value, 
     return values;
 }
 
-// A warp barrier: each lane has seen what the others had seen and done. Other exchanges order no memory accesses.
+// A warp barrier: each lane now sees what the others had seen and done. Other exchanges order no memory accesses.
 void Machine::finish_meeting(Meeting& meeting, Thread* first) {
     uint32_t joint[32] = {};
     for (uint32_t lane = 0; lane < 32; ++lane) {
@@ -335,7 +335,7 @@ bool Machine::happened_before(Stamp stamp) const {
     if (when < first_epoch_ || stamp.bits == 0) return true;
     const uint32_t block_start = block_epochs_.back().first;
     if (when < block_start) {
-        // Another block's: only what it handed over.
+        // Of another block: only what it has released.
         auto owner = std::upper_bound(block_epochs_.begin(), block_epochs_.end(), when,
                                       [](uint32_t epoch, const auto& entry) { return epoch < entry.first; });
         const auto seen = received_.find(owner[-1].first);
@@ -350,7 +350,7 @@ void Machine::publish_and_receive(const void* address) {
     for (const auto& [block, until] : published) received_[block] = std::max(received_[block], until);
     if (current->fenced) {
         published[block_epochs_.back().first] = epoch_;
-        // What it has received itself it hands on.
+        // What it has acquired itself it releases too.
         for (const auto& [block, until] : received_) published[block] = std::max(published[block], until);
     }
 }
@@ -384,7 +384,7 @@ void* Machine::shared_variable(const void* key, const char* name, size_t size, s
 }
 
 void* Machine::dynamic_shared() {
-    // With none asked for at the launch, any address that no region has.
+    // If the launch asked for none: an address that belongs to no region.
     static char nothing;
     return dynamic_ != nullptr ? dynamic_->begin : &nothing;
 }

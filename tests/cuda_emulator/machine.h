@@ -1,4 +1,4 @@
-// The emulated device: the launch that runs, its threads, and the order in which they do.
+// The emulated device: the running launch, its threads, and the order in which they run.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +16,7 @@
 
 namespace xtoken::emulator {
 
-// The order in which threads run that could; each runs until it waits for others.
+// The order in which runnable threads run; each runs until it waits for others.
 enum class Order {
     forward,    // by rising number, all warps evenly
     reverse,    // by falling number; blocks too
@@ -61,15 +61,15 @@ class Machine {
     void* shared_variable(const void* key, const char* name, size_t size, size_t alignment);
     void* dynamic_shared();
 
-    // Whether what the stamp tells of has surely happened before what the current thread does now.
+    // Whether the access of the stamp happened before (in the memory model) what the current thread does now.
     bool happened_before(Stamp stamp) const;
     Stamp now(bool atomic) const { return Stamp::make(epoch_, current->clock, current->number, atomic); }
-    // Of the launch that runs, if the stamp is of it.
+    // Of the running launch, if the stamp is of it.
     bool in_this_launch(Stamp stamp) const { return stamp.epoch() >= first_epoch_; }
     // "thread (3,0,0) of block (1,0,0)"
     std::string name_of(Stamp stamp) const;
     std::string name_of_current() const { return name_of(now(false)); }
-    // Hand-over between blocks: a fence and then an atomic publishes; an atomic on the same address receives.
+    // Synchronisation between blocks: a fence and then an atomic releases; an atomic on the same address acquires.
     void publish_and_receive(const void* address);
 
     // Ends the launch; the calling thread never continues.

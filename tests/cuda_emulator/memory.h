@@ -1,4 +1,4 @@
-// Memory that kernels may use, and what is known of every byte of it: written or not, who used it last.
+// Memory that kernels may use, and what is known of every byte of it: whether it was written, and who used it last.
 #pragma once
 
 #include <cstddef>
@@ -27,7 +27,7 @@ struct Use {
     const void* code = nullptr;  // return address of the access
 };
 
-// The last uses of one byte. Two readers of one interval are kept, of different warps if there are such.
+// The last uses of one byte. Two readers of one interval are kept, of different warps if possible.
 struct History {
     Use write, read, other_read;
 };
@@ -40,7 +40,7 @@ struct Region {
     std::vector<unsigned char> written;  // [size]
     std::vector<History> history;        // [size]
 
-    void forget();  // as if fresh: nothing written, nobody used it; filled with NaN
+    void forget();  // as new: unwritten, unused, filled with NaN
 };
 
 // All regions, by address.
@@ -55,7 +55,7 @@ class Regions {
         if (last_ != nullptr && a >= last_->begin && a < last_->begin + last_->size) return last_;
         return search(a);
     }
-    // "'student' + 16", or for an address outside of all regions which one is near.
+    // "'student' + 16", or for an address outside of all regions the nearest one.
     std::string describe(const void* address) const;
 
   private:

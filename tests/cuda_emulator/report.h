@@ -10,7 +10,7 @@ namespace xtoken::emulator {
 
 class Report {
   public:
-    // A finding of this kind at this code; further ones of the same kind and place are only counted.
+    // A finding of this kind at this place in the code; further ones of the same kind and place are only counted.
     void add(const std::string& kind, const void* code, const void* other_code, const std::string& text);
     bool has(const std::string& kind, const void* code, const void* other_code) const;
     bool empty() const { return texts_.empty(); }

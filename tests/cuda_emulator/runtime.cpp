@@ -24,7 +24,7 @@ int guarded(Function function) {
     }
 }
 
-// 1 or -1: whether the result for this argument lies above or below the exact one; 0: neither.
+// 1 or -1: the result for this argument lies above or below the exact one; 0: neither.
 int direction(float argument) {
     if (errors == Errors::none || argument == 0.0f) return 0;  // exp(0) is exact
     if (errors != Errors::mixed) return errors == Errors::above ? 1 : -1;
@@ -154,7 +154,7 @@ XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {
     return guarded([&] { multiprocessors = count; });
 }
 
-// Memory with inaccessible surroundings, uninitialised.
+// Uninitialised memory with inaccessible pages around it.
 XTOKEN_EXPORT int xtoken_emulator_allocate(const char* name, size_t size, void** memory) {
     return guarded([&] {
         *memory = xtoken::emulator::allocate_guarded(size);
