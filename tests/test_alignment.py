@@ -102,7 +102,7 @@ def test_real_texts_are_cut_finest(pair, corpus, vocabulary):
 
 @pytest.mark.parametrize("pair", UNORDERED_PAIRS, ids="-".join)
 def test_truncated_at_different_places(pair, corpus, vocabulary):
-    """Either side ends early, each time elsewhere: chunks as far as both go, and none behind.
+    """Either side ends early, each time at another place: chunks as far as both go, and none after.
 
     Not in the first few tokens: there is too little text to tell a dummy space from one that is meant."""
     rng = random.Random("-".join(pair))
@@ -407,7 +407,7 @@ def test_threads_do_not_change_the_result_and_release_the_gil(tokenizer, vocabul
     thread = threading.Thread(target=beat)
     ids = [torch.tensor(side).repeat(60_000 // len(side) * len(side)) for side in (student, teacher)]
     thread.start()
-    # If the call kept the lock, the thread would run as it begins and ends only. A busy machine may need several calls.
+    # If the call held the GIL, the thread would run only as it begins and ends. A busy machine may need several calls.
     released = any(beats_of_a_call() > 5 for _ in range(20))
     stop.set()
     thread.join()

@@ -1,4 +1,4 @@
-"""The emulator of CUDA: right kernels pass in every order, and each planted fault is reported."""
+"""The emulator of CUDA: correct kernels pass in every order, and each planted fault is reported."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def numbers(n: int) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(n))
 
 
-# ---- right kernels ----
+# ---- correct kernels ----
 
 
 @pytest.mark.parametrize(("n", "block"), [(5000, 256), (7, 32), (1000, 1024)])

@@ -84,7 +84,7 @@ def test_workers_give_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
 
 
 def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
-    """A process that kills itself at some write, sync or renaming, of a shard or of the index."""
+    """A process that kills itself at some write, fsync or rename, of a shard or of the manifest."""
     script = (
         "import os, signal, sys; import pyarrow.parquet as pq; from xtoken.cli import main\n"
         "left = int(sys.argv.pop(1))\n"

@@ -20,7 +20,7 @@ ORDERS = ("forward", "reverse", "random", "one_ahead")
 ERRORS = ("none", "above", "below", "mixed")
 
 COMMON_FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
-# The compiler's calls before each access end in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
+# The compiler's calls before each access are defined in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
 # part of it is used. -ffp-contract=off: as the source says, on every machine.
 KERNEL_FLAGS = (
     "-O1 -fno-tree-sra -ffp-contract=off -x c++ -DXTOKEN_EMULATED"
@@ -51,7 +51,7 @@ def cuda_headers() -> Path | None:
 
 
 def why_not() -> str | None:
-    """Why nothing can be built for the emulator here; None if it can."""
+    """The reason why nothing can be built for the emulator here, or None."""
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         return f"needs {' and '.join(missing)}"
@@ -113,7 +113,7 @@ class Emulator:
         self.errors = errors
 
     def set_multiprocessors(self, count: int) -> None:
-        """How many multiprocessors launchers are told of; 2 at first."""
+        """The number of multiprocessors that launchers see; 2 at first."""
         self.call("set_multiprocessors", count)
 
     def memory(self) -> Memory:
@@ -179,7 +179,7 @@ class Memory:
         return count.value
 
     def result(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy for the world outside of a contiguous tensor; an error if a part of it was not written."""
+        """A copy of a contiguous tensor in ordinary memory; an error if a part of it was not written."""
         if tensor.numel() and (missing := self.unwritten(tensor)):
             raise RuntimeError(f"CUDA emulator: nobody wrote {missing} of {tensor.numel() * tensor.itemsize} bytes")
         return tensor.clone()
