@@ -20,8 +20,8 @@ ORDERS = ("forward", "reverse", "random", "one_ahead")
 ERRORS = ("none", "above", "below", "mixed")
 
 COMMON_FLAGS = "-std=c++17 -g1 -fPIC -fvisibility=hidden -Wall -Wextra -Werror -Wno-unknown-pragmas"
-# The compiler's calls before each access are defined in checks.cpp. -fno-tree-sra: a vector load stays one access, whichever
-# part of it is used. -ffp-contract=off: as the source says, on every machine.
+# The compiler's calls before each access are defined in checks.cpp. -fno-tree-sra: a vector load stays one access,
+# whichever part of it is used. -ffp-contract=off: as the source says, on every machine.
 KERNEL_FLAGS = (
     "-O1 -fno-tree-sra -ffp-contract=off -x c++ -DXTOKEN_EMULATED"
     " -fsanitize=thread --param tsan-instrument-func-entry-exit=0"
