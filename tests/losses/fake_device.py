@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_a
 from torch.utils._pytree import tree_flatten, tree_map
 
 from xtoken.losses import operator
-from xtoken.losses.backends import SCALE, register_backend, unregister_backend
+from xtoken.losses.backends import register_backend, unregister_backend
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.cuda import backend as cuda_backend
 
@@ -52,7 +52,7 @@ class DeviceTensor(Tensor):
 
 
 OPERATORS = {
-    torch.ops.xtoken.loss.default: operator._loss_kernel,
+    **{getattr(torch.ops.xtoken, name).default: one._init_fn for name, one in operator.OPERATORS.items()},
     torch.ops.xtoken.add_cross_entropy_.default: operator.add_cross_entropy_._init_fn,
 }
 """The operators of xtoken, which do their own work on a device."""
@@ -154,10 +154,8 @@ def fake_device() -> Iterator[FakeDevice]:
     """The fake device, with the backend "fake" for it."""
     kernels = Kernels(emulated.load()[0], memory)
     register_backend(cuda_backend("fake", kernels, DEVICE.type))
-    SCALE[DEVICE.type] = kernels.scale
     try:
         with FakeDevice() as device:
             yield device
     finally:
-        del SCALE[DEVICE.type]
         unregister_backend("fake")

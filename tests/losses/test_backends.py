@@ -9,21 +9,33 @@ from harness import OPERATIONS, check, make_case
 from torch import Tensor
 
 from xtoken import pkl_loss, select_backend
+from xtoken.losses import plain, registered
 from xtoken.losses.backends import (
-    PACKAGES,
     Backend,
+    Kernel,
     Problem,
     register_backend,
-    run_reference,
     unregister_backend,
 )
+from xtoken.projection import column_set
+
+
+def make_backend(name: str, run: Callable[..., Tensor], missing: str | None = None) -> Backend:
+    kernel = Kernel(run)
+    return Backend(
+        name,
+        lambda loss: kernel if loss in registered() else None,
+        lambda device: missing,
+        plain.cross_entropy,
+        column_set,
+    )
 
 
 def wrong(change: Callable[[Tensor, Tensor | None], Tensor]) -> Callable[..., Tensor]:
     """The reference with a change to the losses (returned) or the gradient (in place)."""
 
     def run(problem: Problem, student_grad: Tensor | None = None, *rest: Any) -> Tensor:
-        return change(run_reference(problem, student_grad, *rest), student_grad)
+        return change(plain.run(problem, student_grad, *rest), student_grad)
 
     return run
 
@@ -55,11 +67,11 @@ def nan_loss(losses: Tensor, grad: Tensor | None) -> Tensor:
 
 
 @pytest.fixture
-def registered() -> Iterator[Callable[..., None]]:
+def registering() -> Iterator[Callable[..., None]]:
     names = []
 
     def register(name: str, run: Callable[..., Tensor], missing: str | None = None) -> None:
-        register_backend(Backend(name, lambda loss: run if loss in PACKAGES else None, lambda device: missing))
+        register_backend(make_backend(name, run, missing))
         names.append(name)
 
     yield register
@@ -69,14 +81,14 @@ def registered() -> Iterator[Callable[..., None]]:
 
 @pytest.mark.parametrize("operation", OPERATIONS)
 @pytest.mark.parametrize("change", [shift_loss, scale_gradient, one_row_off, nan_gradient, nan_loss])
-def test_the_harness_can_fail(change: Callable[..., Tensor], operation: str, registered: Callable[..., None]) -> None:
-    registered("wrong", wrong(change))
+def test_the_harness_can_fail(change: Callable[..., Tensor], operation: str, registering: Callable[..., None]) -> None:
+    registering("wrong", wrong(change))
     with pytest.raises(AssertionError, match="differ; worst at"):
         check("wrong", operation, make_case(), torch.float32)
 
 
-def test_the_harness_passes_what_is_right(registered: Callable[..., None]) -> None:
-    registered("right", wrong(lambda losses, grad: losses))
+def test_the_harness_passes_what_is_right(registering: Callable[..., None]) -> None:
+    registering("right", wrong(lambda losses, grad: losses))
     for operation in OPERATIONS:
         check("right", operation, make_case(), torch.float32)
 
@@ -87,12 +99,12 @@ def test_auto_uses_the_reference_where_nothing_else_works() -> None:
     assert select_backend("reference", "cpu") == "reference"
 
 
-def test_auto_prefers_what_was_added_later(registered: Callable[..., None]) -> None:
-    registered("broken", run_reference, missing="it is broken")
+def test_auto_prefers_what_was_added_later(registering: Callable[..., None]) -> None:
+    registering("broken", plain.run, missing="it is broken")
     assert select_backend("auto", "mps") == "reference"
     with pytest.raises(RuntimeError, match="backend: 'broken' is not available: it is broken"):
         select_backend("broken", "cpu")
-    registered("better", run_reference)
+    registering("better", plain.run)
     assert select_backend("auto", "mps") == "better"
     assert select_backend("auto", "mps", "pkl") == "better"
     with pytest.raises(RuntimeError, match="backend: none has the operation 'another'"):
@@ -105,11 +117,11 @@ def test_unknown_and_reserved_names() -> None:
     with pytest.raises(ValueError, match=r"backend: expected one of 'auto', 'reference'.*got 'fast'"):
         select_backend("fast", "cpu")
     with pytest.raises(ValueError, match="reserved"):
-        register_backend(Backend("auto", lambda loss: None, lambda device: None))
+        register_backend(make_backend("auto", plain.run))
 
 
-def test_a_loss_uses_the_backend_that_it_was_given(registered: Callable[..., None]) -> None:
-    registered("zero", lambda problem, *rest: problem.student.new_zeros(len(problem.chunks)))
+def test_a_loss_uses_the_backend_that_it_was_given(registering: Callable[..., None]) -> None:
+    registering("zero", lambda problem, *rest: problem.student.new_zeros(len(problem.chunks)))
     case = make_case()
     assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="zero") == 0
     assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="reference") > 0

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
 from xtoken.alignment import Alignment
 from xtoken.losses import diagnostics, operator
+from xtoken.losses.columns import select_columns
 from xtoken.losses.logits import DenseSource
-from xtoken.losses.pkl import select_columns
 
 
 def make_labels(case: Case, seed: int = 0) -> Tensor:
@@ -160,7 +160,7 @@ def test_agreement_and_mass_by_hand() -> None:
     top_k = 20
     criterion = XTokenLoss([Teacher(case.projection, top_k=top_k)])
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
-    columns = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection, top_k=top_k)
+    columns = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection.shape[1], top_k=top_k)
     dense = torch.zeros(case.projection.shape, dtype=torch.float64)
     for student_id in range(case.projection.shape[0]):
         ids, weights = case.projection.row(student_id)
@@ -473,7 +473,7 @@ def test_projected_mass_outside_by_hand() -> None:
     logits = twin.student[0, :-1][make_labels(twin)[0, 1:] != -100]
     teacher = twin.student[:1].roll(3, 2)
     _, parts = XTokenLoss([Teacher(top_k=10)])(twin.student[:1], make_labels(twin)[:1], teacher)
-    columns = select_columns(DenseSource(teacher, 59), twin.projection, top_k=10)
+    columns = select_columns(DenseSource(teacher, 59), twin.projection.shape[1], top_k=10)
     assert_close(parts["outside"], 1 - logits.softmax(-1)[:, columns].sum(1).mean()[None], rtol=1e-6)
 
 

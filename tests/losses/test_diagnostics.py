@@ -8,10 +8,10 @@ import torch
 from fake_device import DEVICE, DeviceTensor, fake_device
 from harness import make_case
 
+from xtoken import Teacher
 from xtoken.losses import diagnostics
-from xtoken.losses.kd import position_chunks
+from xtoken.losses.columns import reachable
 from xtoken.losses.logits import DenseSource
-from xtoken.losses.pkl import reachable
 from xtoken.projection import ProjectionMatrix
 from xtoken.reference import Chunks, Rows
 
@@ -24,7 +24,7 @@ def test_chunks_that_count_are_the_same_with_a_mask_as_by_themselves(share: floa
     rows = torch.arange(100)
     sides = Rows(torch.where(mask, rows, -1), mask.long())
     index, counts = diagnostics._sample(Chunks(sides, sides, rows, mask), most)
-    few = position_chunks(100, mask, "cpu")
+    few = Chunks.of_positions(100, mask)
     want = few.used
     if len(few):
         places, taken = diagnostics._sample(few, min(most, len(few)))
@@ -42,7 +42,9 @@ def test_events_do_not_wait_for_the_device() -> None:
 
     def diagnosed(device: torch.device) -> torch.Tensor:
         sources = [DenseSource(x.to(device), n) for x, n in zip(logits, case.pieces.shape, strict=True)]
-        return diagnostics.diagnose_events(*sources, Chunks.of(case.alignment, *lengths, device), case.pieces)
+        chunks = Chunks.of(case.alignment, *lengths, device)
+        loss = Teacher(pieces=case.pieces).made
+        return loss.diagnose(*sources, chunks, None, device, "auto")
 
     want = diagnosed(torch.device("cpu"))
     with fake_device() as device:
@@ -68,7 +70,8 @@ def test_reachable_columns_of_a_device_have_the_values_of_the_host() -> None:
         sources = [DenseSource(x.to(device), n) for x, n in zip(logits, W.shape, strict=True)]
         chosen, count = reachable(columns.to(device), W)
         assert (count is None) == (device.type == "cpu")
-        return diagnostics.diagnose(*sources, Chunks.of(case.alignment, *lengths, device), chosen, count, W)
+        chunks = Chunks.of(case.alignment, *lengths, device)
+        return diagnostics.in_columns(*sources, chunks, chosen, W, count)
 
     want = diagnosed(torch.device("cpu"))
     assert 0.0 < float(want[1]) < 1.0

@@ -9,7 +9,8 @@ from harness import BAD_INPUTS, CASES, DTYPES, Golden, backends_of, bad_call, ch
 from torch import Tensor
 
 from xtoken import gold_loss, hkl_loss, reference, uld_loss
-from xtoken.losses.gold import common_pairs
+from xtoken.losses.loss import Matrix
+from xtoken.losses.ranked import pairs_of
 from xtoken.projection import ProjectionMatrix
 
 LOSSES = {"gold": gold_loss, "hkl": hkl_loss}
@@ -108,11 +109,12 @@ def test_equal_weights_in_a_row_take_the_lower_teacher() -> None:
 
 def test_pairs_are_kept_until_the_weights_change() -> None:
     projection = make_case().projection
-    first = common_pairs(projection, 0.6)
-    assert common_pairs(projection, 0.6)[0] is first[0]
-    assert len(common_pairs(projection, 1.0)[0]) < len(first[0])
+    W, device = Matrix.of(projection), torch.device("cpu")
+    first = pairs_of(W, 0.6, device)
+    assert pairs_of(W, 0.6, device)[0] is first[0]
+    assert len(pairs_of(W, 1.0, device)[0]) < len(first[0])
     projection.weight.mul_(0.5)
-    assert len(common_pairs(projection, 0.6)[0]) == 0
+    assert len(pairs_of(W, 0.6, device)[0]) == 0
 
 
 def test_nothing_in_common_is_uld() -> None:

@@ -17,8 +17,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtoken
 from xtoken import LinearLogits, TopKLogits, pkl_loss
+from xtoken.losses import call, operator, registered
 from xtoken.losses import logits as logits_module
-from xtoken.losses import operator
 from xtoken.losses.backends import IGNORED
 
 PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of("gold" if name == "hkl" else name)]
@@ -324,23 +324,15 @@ def test_compiled_into_one_graph(name: str) -> None:
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("operation", ["pkl", "gold", "uld", "kd", "prefix"])
-def test_opcheck(operation: str, reduction: str) -> None:
+@pytest.mark.parametrize("name", registered())
+def test_opcheck(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(call, "run", lambda *arguments: calls.append(arguments) or operator.run(*arguments))
     case = small_case()
-    W = case.projection
-    same = operation == "kd"
-    teacher = case.student.flip(1) if same else case.teacher
-    ids = (case.alignment.student_ids, case.alignment.teacher_ids) if operation == "prefix" else (None, None)
-    inputs = operator.Inputs(
-        case.student.requires_grad_(), None, None, teacher, None, None, None,
-        None if same else case.alignment.spans, None if same else case.alignment.offsets,
-        None if same else case.alignment.predicted, *ids, None, W.row_ptr, W.col, W.weight, None,
-        case.pieces.data if operation == "prefix" else None, None,
-    )  # fmt: skip
-    sizes = (67, 67) if same else W.shape
-    settings = operator.Settings(operation, "auto", reduction, *sizes, 1.0, "", top_k=None)
-    flags = reduction == "mean", False, None, None
-    torch.library.opcheck(torch.ops.xtoken.loss.default, (*inputs, *settings, *flags))
+    call_loss(name, case, case.student.requires_grad_(), case.teacher, reduction=reduction)
+    ((loss, given, *_),) = calls
+    arguments = *given, *operator._LAYOUTS[name].flat(loss), reduction == "mean", False, None, None
+    torch.library.opcheck(getattr(torch.ops.xtoken, name).default, arguments)
 
 
 @pytest.mark.skipif(

@@ -14,9 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import xtoken.losses.pkl
 from xtoken import pkl_loss, reference
 from xtoken.alignment import Alignment
-from xtoken.losses import backends as table
+from xtoken.losses import numerics
+from xtoken.losses.columns import reachable, select_columns
 from xtoken.losses.logits import DenseSource
-from xtoken.losses.pkl import reachable, select_columns
 from xtoken.projection import ProjectionMatrix
 
 MERGES = ("first", "mean", "chain")
@@ -115,7 +115,7 @@ def test_blocks_do_not_change_the_result(monkeypatch: pytest.MonkeyPatch) -> Non
     student = case.student.requires_grad_()
     results = []
     for size in (2**22, 1):
-        monkeypatch.setitem(table.BLOCK_ELEMENTS, "cpu", size)
+        monkeypatch.setitem(numerics.TEMPORARY_ELEMENTS, "cpu", size)
         losses = pkl_loss(
             student,
             case.teacher,
@@ -219,7 +219,7 @@ def test_column_set_counts_every_row_and_prefers_low_ids() -> None:
 def test_explicit_columns() -> None:
     case = make_case()
     arguments = case.student, case.teacher, case.alignment, case.projection
-    chosen = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection, top_k=9)
+    chosen = select_columns(DenseSource(case.teacher, case.projection.shape[1]), case.projection.shape[1], top_k=9)
     assert_within(pkl_loss(*arguments, columns=chosen.flip(0)), pkl_loss(*arguments, top_k=9), 0.0)
     projection = ProjectionMatrix.from_topk([[0], [2]], [[1.0], [1.0]], 4)
     assert reachable(torch.tensor([0, 1, 2]), projection)[0].tolist() == [0, 2]
@@ -302,7 +302,7 @@ class Sizes(TorchDispatchMode):
 @backends
 @merges
 def test_no_single_precision_copy_of_the_batch(merge: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(table.BLOCK_ELEMENTS, "cpu", 4000)
+    monkeypatch.setitem(numerics.TEMPORARY_ELEMENTS, "cpu", 4000)
     case = make_case(300, 200, samples=40)
     student = case.student.bfloat16().requires_grad_()
     teacher = case.teacher.bfloat16()

@@ -25,6 +25,7 @@ from xtoken import (
     prefix_kl_loss,
     reference,
 )
+from xtoken.losses.prefix_kl import formula
 
 backends = pytest.mark.parametrize("backend", backends_of("prefix"))
 
@@ -531,7 +532,7 @@ def test_a_real_pair(reverse: bool, backend: str, real_pair: tuple[Alignment, Pi
     assert alignment.teacher_ids is not None
     lengths = len(alignment.student_ids), len(alignment.teacher_ids)
     chunks = reference.Chunks.of(alignment, *lengths, realised=True)
-    assert set(reference._inner_boundaries(chunks, pieces.data)[:, 1].tolist()) == {0, 1}
+    assert set(formula._inner_boundaries(chunks, pieces.data)[:, 1].tolist()) == {0, 1}
     sizes = len(pieces.student.event), len(pieces.teacher.event)
     logits = logits_for(0, lengths[0], sizes[0]), logits_for(1, lengths[1], sizes[1])
     compare(backend, *logits, alignment, pieces, alignment.student_ids, reverse=reverse)

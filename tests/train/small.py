@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from xtoken import Aligner, ProjectionMatrix, Teacher
 from xtoken.alignment import Alignment, pad_rows
+from xtoken.losses import registered
 from xtoken.train import TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 
 SMALL_TEXTS = [
@@ -97,7 +98,8 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 def make_teacher(student_tok: Any, teacher_tok: Any, seed: int = 1, **objective: Any) -> TeacherModel:
     """A small random teacher; P-KL over all columns unless told otherwise. Same tokenizer: kd."""
     name = objective.pop("name", "teacher")
-    objective.setdefault("top_k", None)
+    if "top_k" in registered()[objective.get("loss", "kd" if teacher_tok is None else "pkl")].options():
+        objective.setdefault("top_k", None)
     if teacher_tok is None:
         return TeacherModel(Teacher(**objective), make_model(len(student_tok), seed), student_tok, name)
     projection = ProjectionMatrix.build(student_tok, teacher_tok)

@@ -159,6 +159,29 @@ class Chunks:
             placed = to_device(flat, device)
         return replace(_of_flat(placed, host, lengths, realised), copy=chunks)
 
+    @staticmethod
+    def of_positions(rows: int, mask: Tensor | None = None, device: torch.device | str = "cpu") -> Chunks:
+        """One chunk for each of so many rows, or those that `mask` names; the same on both sides.
+
+        Of a mask on a device, which is not waited for, all, with a mask of their own.
+        """
+        device = torch.device(device)
+        if mask is None:
+            chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
+        elif mask.device.type == "cpu":
+            chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
+            used = to_device(chunks.used, device)
+        else:
+            used, chosen = torch.arange(rows, device=device), mask.to(device).flatten()
+            same = Rows(torch.where(chosen, used, -1), chosen.long())
+            return Chunks(same, same, used, chosen, _rows_as_chunks(torch.arange(rows)))
+        return chunks if device.type == "cpu" else replace(_rows_as_chunks(used), copy=chunks)
+
+
+def _rows_as_chunks(used: Tensor) -> Chunks:
+    same = Rows(used, torch.ones_like(used))
+    return Chunks(same, same, used)
+
 
 def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
     """The chunks of an alignment from what `Alignment._flatten` made of it, on any device."""

@@ -1,27 +1,31 @@
-"""Distillation losses: one file for each, one autograd function for all, backends behind one table."""
+"""Distillation losses: one folder each; a register of them all; backends behind one table."""
 
-from xtoken.losses import backends, cpu, cuda
-from xtoken.losses.backends import select_backend
+from xtoken.losses import cpu, cuda, plain
+from xtoken.losses.backends import Backend, register_backend, select_backend
 from xtoken.losses.criterion import Teacher, XTokenLoss
-from xtoken.losses.gold import gold_loss, hkl_loss
-from xtoken.losses.kd import kd_loss
-from xtoken.losses.linear import (
-    linear_gold_loss,
-    linear_hkl_loss,
-    linear_kd_loss,
-    linear_pkl_loss,
-    linear_prefix_kl_loss,
-)
 from xtoken.losses.logits import LinearLogits, TopKLogits
-from xtoken.losses.pkl import pkl_loss
-from xtoken.losses.prefix_kl import prefix_kl_loss
-from xtoken.losses.uld import uld_loss
+from xtoken.losses.loss import Loss, Needs, registered
+from xtoken.losses.operator import register
 
-backends.register_backend(cpu.backend())
+# isort: off
+# Importing a loss registers it, in the order in which they are listed to users.
+from xtoken.losses.pkl import linear_pkl_loss, pkl_loss
+from xtoken.losses.hkl import hkl_loss, linear_hkl_loss
+from xtoken.losses.gold import gold_loss, linear_gold_loss
+from xtoken.losses.uld import linear_uld_loss, uld_loss
+from xtoken.losses.kd import kd_loss, linear_kd_loss
+from xtoken.losses.prefix_kl import linear_prefix_kl_loss, prefix_kl_loss
+# isort: on
+
+register_backend(plain.backend())
+register_backend(cpu.backend())
 cuda.register()
 
 __all__ = [
+    "Backend",
     "LinearLogits",
+    "Loss",
+    "Needs",
     "Teacher",
     "TopKLogits",
     "XTokenLoss",
@@ -33,8 +37,12 @@ __all__ = [
     "linear_kd_loss",
     "linear_pkl_loss",
     "linear_prefix_kl_loss",
+    "linear_uld_loss",
     "pkl_loss",
     "prefix_kl_loss",
+    "register",
+    "register_backend",
+    "registered",
     "select_backend",
     "uld_loss",
 ]

@@ -1,156 +1,197 @@
-"""What all losses share: argument checks, and the way from arguments to the operator."""
+"""The way from the arguments of a public loss to its operator, and the checks of what all losses have."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Alignment, Chunks
+from xtoken.alignment import Alignment
 from xtoken.losses.backends import check_backend
-from xtoken.losses.logits import AnyLogits, DenseSource, LinearLogits, LinearSource, Source, TopKLogits, TopKSource
-from xtoken.losses.operator import Expected, Inputs, Settings, run
+from xtoken.losses.logits import AnyLogits, LinearLogits, Parts, TopKLogits
+from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.operator import Call, Expected, run
 
+Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+SIDES = "student_logits", "teacher_logits"
 
 Losses = Tensor | tuple[Tensor, Tensor]
 """The loss, or with ``labels=`` (the loss, the cross-entropy)."""
 
 
+class Options(TypedDict, total=False):
+    """Keyword arguments of every public loss, beside ``labels``."""
+
+    temperature: float
+    reduction: Reduction
+    inplace: bool
+    backend: str
+
+
+PARAMETERS = """\
+    student_logits : float16, bfloat16, float32 or float64 [B, T_s, >= V_student], or [T_s, >= V_student]
+        Row ``t`` predicts token ``t + 1``. Columns beyond the vocabulary take no part and get zero gradient. Or
+        `LinearLogits`: hidden states and output layer, of which logits are made a block of rows at a time.
+    teacher_logits : floating [B, T_t, >= V_teacher], or [T_t, >= V_teacher]
+        On the same device. Or `TopKLogits` (a cached or served teacher), or `LinearLogits`. Gets no gradient.
+    alignment : Alignment
+        Of the same batch. Chunks without a predictor on either side are left out.
+    projection : ProjectionMatrix
+        W [V_student, V_teacher]; or any object with ``row_ptr``, ``col``, ``weight`` and ``shape``.
+    labels : int64 [B, T_s] or [T_s], optional
+        Token ids at their own positions, -100 where ignored. Also returns the student's next-token
+        cross-entropy, from the same pass over the logits. Ids that do not fit raise ValueError on the CPU; elsewhere
+        a check would wait for the device, and they make the cross-entropy nan.
+    temperature : float
+        Divides all logits; the loss is multiplied by its square.
+    reverse : bool
+        Exchanges the two distributions of the KL: KL(student || teacher).
+    reduction : "mean", "sum" or "none"
+        "mean" is over the chunks used; no chunk gives 0. "none" gives the losses of all chunks of the
+        alignment [K], 0 where a chunk has no predictor.
+    inplace : bool
+        The gradient overwrites ``student_logits``, whose values are lost. Only for contiguous logits that a
+        model computed, without labels, outside ``torch.compile``.
+    backend : "auto", "reference", ...
+        See `select_backend`.
+"""
+"""Of the docstring of a public loss, where it says nothing else: each parameter with its text."""
+
+RESULTS = """\
+    Returns
+    -------
+    Tensor, or with ``labels`` a pair (loss, cross-entropy)
+        Scalar, or [K] for ``reduction="none"`` (not with labels); float32, or float64 if an input is. The
+        cross-entropy is a mean over labels, or for ``reduction="sum"`` their sum. Deterministic on the CPU.
+
+    Raises
+    ------
+    ValueError, TypeError
+        For shapes, types or options that do not fit; the message names the argument.
+    RuntimeError
+        If the backend cannot do it.
+
+    Notes
+    -----
+    Forward computes the gradient at once, in the student logits' type and size; other temporaries are bounded.
+    Backward only scales it (with ``reduction="none"`` it computes it, and so does a second backward through the same
+    graph). Second derivatives raise RuntimeError. Works inside ``torch.compile``.
+"""
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+def documented(function: _F) -> _F:
+    """Completes the docstring of a public loss: ``{a, b}`` on a line of its own stands for these parameters, and
+    ``{results}`` for what is returned and raised."""
+    parameters = re.findall(r"^    (\w+) : .*\n(?:        .*\n)+", PARAMETERS, re.MULTILINE)
+    texts = {"results": RESULTS, **dict(zip(parameters, re.split(r"(?m)^(?=    \w+ : )", PARAMETERS)[1:], strict=True))}
+    lines = []
+    for line in (function.__doc__ or "").splitlines(keepends=True):
+        names = line.strip()
+        is_given = names.startswith("{") and names.endswith("}")
+        lines.append("".join(texts[name.strip()] for name in names[1:-1].split(",")) if is_given else line)
+    function.__doc__ = "".join(lines)
+    return function
+
+
+@overload
 def compute(
-    operation: str,
+    loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *, labels: None,
+    sizes: tuple[int | None, int | None], mask: Any = None, reduction: str, inplace: bool = False, backend: str,
+) -> Tensor: ...  # fmt: skip
+@overload
+def compute(
+    loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *,
+    labels: Tensor | Expected | None, sizes: tuple[int | None, int | None], mask: Any = None, reduction: str,
+    inplace: bool = False, backend: str,
+) -> Losses: ...  # fmt: skip
+def compute(
+    loss: Loss,
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment | None,
     *,
+    labels: Tensor | Expected | None,
     sizes: tuple[int | None, int | None],
-    projection: Any = None,
-    pieces: Tensor | None = None,
-    mask: Tensor | None = None,
-    columns: Any = None,
-    labels: Tensor | Expected | None = None,
+    mask: Any = None,
     reduction: str,
-    backend: str,
     inplace: bool = False,
-    **settings: Any,
+    backend: str,
 ) -> Losses:
-    """Checks what every loss has, and calls the operator; `sizes` are the vocabularies (None: all columns)."""
+    """Checks what every loss has, and calls the operator.
+
+    Parameters
+    ----------
+    labels : Tensor or Expected, optional
+    sizes : (int or None, int or None)
+        Of the two vocabularies; None: all columns.
+    mask : bool [B, T] or [T], optional
+        Without an alignment, which means that both models read the same tokens: the rows to use. Default: all.
+    """
     expected = None
     if isinstance(labels, Expected):
         expected, labels = labels, labels.labels
     check_logits(student_logits, teacher_logits)
-    check_temperature(settings["temperature"])
     check_choice(reduction, "reduction", REDUCTIONS)
     check_backend(backend)
     if isinstance(student_logits, TopKLogits):
         raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
-    student_size = _vocabulary_size(student_logits, sizes[0], "student_logits")
-    teacher_size = _vocabulary_size(teacher_logits, sizes[1], "teacher_logits")
-    student, teacher = _tensors(student_logits), _tensors(teacher_logits)
+    given = Parts.of(student_logits), Parts.of(teacher_logits)
+    student_size, teacher_size = (
+        _vocabulary_size(one, size, name) for one, size, name in zip(given, sizes, SIDES, strict=True)
+    )
+    student, teacher = given[0].batched(), given[1].batched().detached()
     if alignment is not None:
         check_alignment(alignment, student.rows.shape[0])
+    elif loss.needs is Needs.SAME_TOKENIZER:
+        mask = _checked_mask(*given, mask)
+    else:
+        raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
     if labels is not None:
-        labels = checked_labels(student_logits, labels)
+        labels = checked_labels(given[0], labels)
         if reduction == "none":
             raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
-        _check_inplace(student_logits, labels, projection)
+        _check_inplace(student_logits, labels, loss)
     host = None if alignment is None else alignment.host
-    realised = operation == "prefix" or settings.get("merge") == "chain"
-    inputs = Inputs(
-        student.rows,
-        student.head,
-        student.bias,
-        teacher.rows.detach(),
-        None if teacher.head is None else teacher.head.detach(),
-        None if teacher.bias is None else teacher.bias.detach(),
-        teacher.top,
-        None if host is None else host.spans,
-        None if host is None else host.offsets,
-        mask if host is None else host.predicted,
-        _batched(host.student_ids) if realised and host is not None else None,
-        _batched(host.teacher_ids) if realised and host is not None else None,
-        None if alignment is None else alignment._flat,
-        None if projection is None else projection.row_ptr,
-        None if projection is None else projection.col,
-        None if projection is None else projection.weight,
-        None if columns is None else torch.as_tensor(columns),
-        pieces,
-        labels,
+    ids = (host.student_ids, host.teacher_ids) if host is not None and loss.realised else (None, None)
+    call = Call(
+        student=student.rows,
+        student_head=student.head,
+        student_bias=student.bias,
+        teacher=teacher.rows,
+        teacher_head=teacher.head,
+        teacher_bias=teacher.bias,
+        teacher_top=teacher.top,
+        spans=None if host is None else host.spans,
+        offsets=None if host is None else host.offsets,
+        predicted=mask if host is None else host.predicted,
+        student_ids=_batched(ids[0]),
+        teacher_ids=_batched(ids[1]),
+        flat=None if alignment is None else alignment._flat,
+        labels=labels,
+        student_size=student_size,
+        teacher_size=teacher_size,
+        tail=teacher.tail,
+        reduction=reduction,
+        backend=backend,
     )
-    tail = teacher_logits.tail if isinstance(teacher_logits, TopKLogits) else ""
-    loss, cross_entropy = run(
-        inputs,
-        Settings(operation, backend, reduction, student_size, teacher_size, tail=tail, **settings),
-        inplace,
-        expected,
-    )
-    return loss if labels is None else (loss, cross_entropy)
-
-
-class _Tensors(NamedTuple):
-    rows: Tensor  # [B, T, ...]
-    head: Tensor | None = None
-    bias: Tensor | None = None
-    top: Tensor | None = None
-
-
-def _tensors(logits: AnyLogits) -> _Tensors:
-    if isinstance(logits, LinearLogits):
-        return _Tensors(_rows(logits.hidden), logits.weight, logits.bias)
-    if isinstance(logits, TopKLogits):
-        return _Tensors(_rows(logits.logprobs), top=_rows(logits.ids))
-    return _Tensors(_rows(logits))
-
-
-def _rows(values: Tensor) -> Tensor:
-    return values if values.dim() == 3 else values[None]
+    result, cross_entropy = run(loss, call, inplace, expected)
+    return result if labels is None else (result, cross_entropy)
 
 
 def _batched(ids: Tensor | None) -> Tensor | None:
     return ids if ids is None or ids.dim() == 2 else ids[None]
 
 
-def source(logits: AnyLogits, size: int) -> Source:
-    """The rows of logits of any kind, without a gradient and without columns that belong to no token."""
-    rows, head, bias, top = (None if part is None else part.detach() for part in _tensors(logits))
-    assert rows is not None
-    if head is not None:
-        return LinearSource(rows, head, bias, size)
-    if top is not None:
-        assert isinstance(logits, TopKLogits)
-        return TopKSource(top, rows, logits.tail, size)
-    return DenseSource(rows, size)
-
-
-def leading_shape(logits: AnyLogits) -> torch.Size:
-    """[B, T] or [T]."""
-    if isinstance(logits, LinearLogits):
-        return logits.hidden.shape[:-1]
-    if isinstance(logits, TopKLogits):
-        return logits.ids.shape[:-1]
-    return logits.shape[:-1]
-
-
-def device_of(logits: AnyLogits) -> torch.device:
-    """Where the logits are."""
-    if isinstance(logits, LinearLogits):
-        return logits.hidden.device
-    return logits.logprobs.device if isinstance(logits, TopKLogits) else logits.device
-
-
-def width_of(logits: AnyLogits) -> int | None:
-    """Columns; None where that is not known."""
-    if isinstance(logits, LinearLogits):
-        return logits.weight.shape[0]
-    return None if isinstance(logits, TopKLogits) else logits.shape[-1]
-
-
 def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
     """Same device, same number of dimensions (2 or 3), same batch, floating point."""
-    for name, logits in (("student_logits", student_logits), ("teacher_logits", teacher_logits)):
+    for name, logits in zip(SIDES, (student_logits, teacher_logits), strict=True):
         if isinstance(logits, (TopKLogits, LinearLogits)):
             continue
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
@@ -158,22 +199,16 @@ def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
             raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape [B, T, V] or [T, V], got {list(logits.shape)}")
-    if device_of(student_logits) != device_of(teacher_logits):
+    student, teacher = Parts.of(student_logits), Parts.of(teacher_logits)
+    if student.rows.device != teacher.rows.device:
         raise ValueError(
-            f"teacher_logits: expected the device of student_logits ({device_of(student_logits)}), "
-            f"got {device_of(teacher_logits)}"
+            f"teacher_logits: expected the device of student_logits ({student.rows.device}), got {teacher.rows.device}"
         )
-    if leading_shape(student_logits)[:-1] != leading_shape(teacher_logits)[:-1]:
+    if student.leading_shape[:-1] != teacher.leading_shape[:-1]:
         raise ValueError(
-            f"teacher_logits: expected the batch of student_logits {list(leading_shape(student_logits))}, "
-            f"got {list(leading_shape(teacher_logits))}"
+            f"teacher_logits: expected the batch of student_logits {list(student.leading_shape)}, "
+            f"got {list(teacher.leading_shape)}"
         )
-
-
-def check_projection(projection: Any) -> None:
-    """A matrix in compressed rows; by its attributes, so that a module with trainable weights is one too."""
-    if not all(hasattr(projection, name) for name in ("row_ptr", "col", "weight", "shape")):
-        raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
 
 
 def check_alignment(alignment: Alignment, samples: int) -> None:
@@ -184,21 +219,36 @@ def check_alignment(alignment: Alignment, samples: int) -> None:
         raise ValueError(f"alignment: expected {samples} samples (the batch of the logits), got {len(alignment)}")
 
 
-def checked_labels(student_logits: AnyLogits, labels: Tensor) -> Tensor:
+def _checked_mask(student: Parts, teacher: Parts, mask: Any) -> Tensor | None:
+    shape = student.leading_shape
+    if teacher.leading_shape != shape:
+        raise ValueError(
+            f"teacher_logits: expected the positions of student_logits {list(shape)}, got "
+            f"{list(teacher.leading_shape)}; pass an alignment if they differ"
+        )
+    if mask is None:
+        return None
+    given: Tensor = torch.as_tensor(mask)
+    if given.dtype != torch.bool or given.shape != shape:
+        raise ValueError(f"mask: expected bool {list(shape)}, got {given.dtype} {list(given.shape)}")
+    return given
+
+
+def checked_labels(student: Parts, labels: Tensor) -> Tensor:
     """Labels [B, T], one for each row of the logits."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"labels: expected an integer tensor, got {got}")
-    if labels.shape != leading_shape(student_logits):
-        expected = list(leading_shape(student_logits))
+    if labels.shape != student.leading_shape:
+        expected = list(student.leading_shape)
         raise ValueError(f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
     return labels if labels.dim() == 2 else labels[None]
 
 
-def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, projection: Any) -> None:
+def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, loss: Loss) -> None:
     if labels is not None:
         raise ValueError("inplace: expected False with labels, whose gradient needs the logits again")
-    if projection is not None and projection.weight.requires_grad:
+    if loss.trained is not None and loss.trained.requires_grad:
         raise ValueError("inplace: expected False for a projection whose weights need a gradient")
     if not isinstance(student_logits, Tensor) or not student_logits.is_contiguous():
         raise ValueError("inplace: expected contiguous logits in memory to write the gradient to")
@@ -206,49 +256,17 @@ def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, projection:
         raise ValueError("inplace: expected logits computed by a model, got a leaf, whose values you still own")
 
 
-def _vocabulary_size(logits: AnyLogits, size: int | None, name: str) -> int:
-    width = width_of(logits)
+def _vocabulary_size(logits: Parts, size: int | None, name: str) -> int:
     if size is None:
-        if width is None:
+        if logits.width is None:
             raise ValueError(f"{name}: expected the size of the vocabulary to be given too, for TopKLogits")
-        return width
-    if width is not None and width < size:
+        return logits.width
+    if logits.width is not None and logits.width < size:
         raise ValueError(
-            f"{name}: expected at least {size} columns (the vocabulary), got {width} "
-            f"in shape {[*leading_shape(logits), width]}"
+            f"{name}: expected at least {size} columns (the vocabulary), got {logits.width} "
+            f"in shape {[*logits.leading_shape, logits.width]}"
         )
     return size
-
-
-def given_chunks(inputs: Inputs, student: Source, teacher: Source, realised: bool = False) -> Chunks:
-    """The chunks that the tensors of an alignment describe."""
-    alignment = Alignment._trusted(
-        spans=inputs.spans,
-        offsets=inputs.offsets,
-        batched=True,
-        _ids={"student": inputs.student_ids, "teacher": inputs.teacher_ids},
-        predicted=inputs.predicted,
-        _flat=inputs.packed,
-    )
-    return Chunks.of(alignment, student.length, teacher.length, inputs.student.device, realised)
-
-
-class Matrix(NamedTuple):
-    """W in compressed rows."""
-
-    row_ptr: Tensor
-    col: Tensor
-    weight: Tensor
-    shape: tuple[int, int]
-
-
-def given_matrix(inputs: Inputs, settings: Settings) -> Matrix:
-    """The projection of a call."""
-    assert inputs.row_ptr is not None
-    assert inputs.col is not None
-    assert inputs.weight is not None
-    shape = settings.student_size, settings.teacher_size
-    return Matrix(inputs.row_ptr, inputs.col, inputs.weight, shape)
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken import _core, reference
+from xtoken import _core
 from xtoken.alignment import Rows
-from xtoken.losses import backends
-from xtoken.losses.backends import Backend, Labels, Operation, Problem, kernels_of
+from xtoken.losses import numerics, plain
+from xtoken.losses.backends import Backend, Kernel, Labels, Problem, kernels_of
 from xtoken.projection import column_set as plain_column_set
 
 ELEMENTS = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16"}
@@ -139,7 +139,7 @@ def run_cross_entropy(
 ) -> None:
     """See `CrossEntropy`; logits of types that the kernels do not take are left to plain PyTorch."""
     if student.dtype not in ELEMENTS:
-        return backends.run_cross_entropy(student, labels, student_grad, factor)
+        return plain.cross_entropy(student, labels, student_grad, factor)
     if student_grad is not None and factor is not None and float(factor) != 1.0:
         student_grad.mul_(factor)
     student = unit_stride(student)
@@ -148,7 +148,7 @@ def run_cross_entropy(
         logits_argument(student),
         logits_argument(student_grad),
         buffers.argument,
-        reference.LOWEST_LOGIT,
+        numerics.LOWEST_LOGIT,
         level,
         torch.get_num_threads(),
     )
@@ -172,16 +172,17 @@ def backend(name: str = "cpu", level: str = "") -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == "cpu" else f"it works on CPU tensors, got {device}"
 
-    def operation(loss: str) -> Operation | None:
+    def kernel(loss: str) -> Kernel | None:
         module = kernels_of(loss, "cpu")
-        return None if module is None else functools.partial(module.run, level=level)
+        if module is None:
+            return None
+        return Kernel(functools.partial(module.run, level=level), getattr(module, "FUSES_LABELS", True))
 
     return Backend(
         name,
-        operation,
+        kernel,
         missing,
-        unsupported,
         functools.partial(run_cross_entropy, level=level),
         functools.partial(column_set, level=level),
-        fused_labels=frozenset(["pkl", "kd", "prefix"]),
+        unsupported,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -11,32 +11,19 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.call import (
-    check_alignment,
-    check_choice,
-    check_logits,
-    checked_labels,
-    device_of,
-    source,
-    width_of,
-)
-from xtoken.losses.diagnostics import NAMES, diagnose, diagnose_events, nothing
-from xtoken.losses.gold import gold_loss, hkl_loss
-from xtoken.losses.kd import kd_loss, position_chunks
-from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.call import check_alignment, check_choice, check_logits, checked_labels, compute
+from xtoken.losses.diagnostics import NAMES, nothing
+from xtoken.losses.logits import AnyLogits, Parts, Source
+from xtoken.losses.loss import Loss, Needs, registered
 from xtoken.losses.operator import Expected, at_least_one
-from xtoken.losses.pkl import pkl_loss, reachable, select_columns, teacher_columns
-from xtoken.losses.prefix_kl import prefix_kl_loss
-from xtoken.losses.uld import uld_loss
 from xtoken.pieces import PieceIndex
 
-LOSSES = ("pkl", "hkl", "gold", "uld", "kd", "prefix")
 SCALINGS = ("dynamic", "fixed")
 
 Count = int | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Teacher:
     """One teacher of an `XTokenLoss`.
 
@@ -44,52 +31,83 @@ class Teacher:
     ----------
     projection : ProjectionMatrix or nn.Module, optional
         W of this student and teacher; a module's parameters become the criterion's. None: the teacher shares
-        the student's tokenizer (or has a loss that needs no W: "uld", "prefix").
-    loss : "pkl", "hkl", "gold", "uld", "kd" or "prefix", optional
-        Default: "pkl" with a projection, "prefix" with pieces, else "kd".
+        the student's tokenizer, or has a loss that needs no W.
+    loss : str, optional
+        The name of a registered loss, as in ``xtoken train --loss``. Default: by what is given, a projection, pieces or
+        nothing (a shared tokenizer); see `Loss.is_default`.
     weight : float
         Factor of this teacher's loss, >= 0.
-    temperature, top_k, merge, reverse, support, columns, uncommon_top_k
-        As in the loss functions; each loss takes those that it knows. With ``top_k`` P-KL chooses its columns by
-        the teacher's logits of the call, so a batch and its micro-batches do not see quite the same ones; with
-        ``columns``, or ``top_k=None``, they do.
     pieces : PieceIndex, optional
-        Of this student and teacher, for ``loss="prefix"``.
+        Of this student and teacher, for a loss that needs it.
+    **options
+        Options of the loss function, such as ``temperature``, with its defaults; attributes of the teacher too. Where
+        columns are chosen by the teacher's logits of the call (``top_k``), a batch and its micro-batches do not see
+        quite the same ones; with given columns, or all, they do.
 
     Raises
     ------
     ValueError
         If the loss does not go with the projection or the pieces, or the weight is negative.
+    TypeError
+        For an option that the loss does not have.
     """
 
-    projection: Any = None
-    loss: str | None = None
-    weight: float = 1.0
-    temperature: float = 1.0
-    top_k: int | None = 8192
-    merge: str = "first"
-    reverse: bool = False
-    support: str = "all"
-    columns: Tensor | None = None
-    uncommon_top_k: int = 8192
-    pieces: PieceIndex | None = None
+    projection: Any
+    loss: str
+    weight: float
+    pieces: PieceIndex | None
+    options: dict[str, Any] = field(hash=False)
 
-    def __post_init__(self) -> None:
-        if self.loss is None:
-            default = "prefix" if self.pieces is not None else "kd"
-            object.__setattr__(self, "loss", default if self.projection is None else "pkl")
-        check_choice(str(self.loss), "loss", LOSSES)
-        if self.projection is None and self.loss in ("pkl", "hkl", "gold"):
-            raise ValueError(f"projection: expected a projection matrix for loss={self.loss!r}, got None")
-        if self.projection is not None and self.loss == "kd":
-            raise ValueError("projection: expected None for loss='kd' (a shared tokenizer), got one")
-        if self.projection is not None and self.loss == "prefix":
-            raise ValueError("projection: expected None for loss='prefix', which needs no weights, got one")
-        if (self.pieces is None) == (self.loss == "prefix"):
-            expected, got = ("a PieceIndex", "None") if self.pieces is None else ("None", "one")
-            raise ValueError(f"pieces: expected {expected} for loss={self.loss!r}, got {got}")
-        if not 0.0 <= self.weight < float("inf"):
-            raise ValueError(f"weight: expected a finite number >= 0, got {self.weight!r}")
+    def __init__(
+        self,
+        projection: Any = None,
+        loss: str | None = None,
+        weight: float = 1.0,
+        *,
+        pieces: PieceIndex | None = None,
+        **options: Any,
+    ) -> None:
+        losses = registered()
+        if loss is None:
+            need = Needs.PIECES if pieces is not None else Needs.SAME_TOKENIZER
+            need = need if projection is None else Needs.PROJECTION
+            loss = next(name for name, one in losses.items() if one.needs is need and one.is_default)
+        check_choice(loss, "loss", tuple(losses))
+        needs = losses[loss].needs
+        if projection is None and needs is Needs.PROJECTION:
+            raise ValueError(f"projection: expected a projection matrix for loss={loss!r}, got None")
+        if projection is not None and needs in (Needs.SAME_TOKENIZER, Needs.PIECES):
+            raise ValueError(f"projection: expected None for loss={loss!r}, which needs {needs.value}, got one")
+        if (pieces is None) == (needs is Needs.PIECES):
+            expected, got = ("a PieceIndex", "None") if pieces is None else ("None", "one")
+            raise ValueError(f"pieces: expected {expected} for loss={loss!r}, got {got}")
+        if not 0.0 <= weight < float("inf"):
+            raise ValueError(f"weight: expected a finite number >= 0, got {weight!r}")
+        known = losses[loss].options()
+        if unknown := options.keys() - known.keys():
+            raise TypeError(
+                f"{', '.join(sorted(unknown))}: expected options of loss={loss!r}, which are {', '.join(known)}"
+            )
+        made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces}
+        for name, value in {**made, "options": {**known, **options}}.items():
+            object.__setattr__(self, name, value)
+        self.made  # checks the options  # noqa: B018
+
+    @property
+    def made(self) -> Loss:
+        """The loss itself."""
+        return registered()[self.loss].of(self.projection, self.pieces, **self.options)
+
+    def replaced(self, **changes: Any) -> Teacher:
+        """The same but for these arguments."""
+        given = {"projection": self.projection, "loss": self.loss, "weight": self.weight, "pieces": self.pieces}
+        return Teacher(**{**given, **self.options, **changes})
+
+    def __getattr__(self, name: str) -> Any:
+        options = self.__dict__.get("options", {})
+        if name in options:
+            return options[name]
+        raise AttributeError(f"{type(self).__name__} with loss={self.__dict__.get('loss')!r} has no {name!r}")
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -177,7 +195,7 @@ class XTokenLoss(nn.Module):
         teacher_logits : Tensor or sequence of M tensors
             One for each teacher.
         alignments : Alignment or sequence of M, optional
-            None for a teacher with ``loss="kd"``: its positions are then those whose next label is not
+            None for a teacher that shares the tokenizer: its positions are then those whose next label is not
             ignored.
         num_items, num_chunks : int (or tensor), optional
             What to divide the sums of CE and of each KD by. Default: the number of labels and of chunks in
@@ -203,15 +221,15 @@ class XTokenLoss(nn.Module):
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
-            at the first predictor row, among C; for "prefix" their most probable event; nan where undefined or
-            switched off.
+            at the first predictor row, among C (for a loss on events, their most probable event); nan where undefined
+            or switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
         """
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
-        checked_labels(student_logits, labels)
+        checked_labels(Parts.of(student_logits), labels)
         mask = _following(labels) != IGNORED
         items = mask.sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
@@ -278,85 +296,57 @@ class XTokenLoss(nn.Module):
         labels: Tensor | None,
         factors: tuple[float | Tensor, float | Tensor] | None,
     ) -> _Distilled:
+        loss = teacher.made
         student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
-        device = device_of(student_logits)
+        device = Parts.of(student_logits).rows.device
         if alignment is not None:
             check_alignment(alignment, student.samples)
             chunks = Chunks.of(alignment, student.length, teacher_source.length, device)
-        elif teacher.loss == "kd":
-            chunks = position_chunks(mask.numel(), mask, device)
+        elif loss.needs is Needs.SAME_TOKENIZER:
+            chunks = Chunks.of_positions(mask.numel(), mask, device)
         else:
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
-        W, columns = teacher.projection, None
-        if teacher.loss == "pkl" or (self.diagnostics and W is not None):
-            columns = select_columns(
-                teacher_source,
-                W,
-                top_k=teacher.top_k,
-                columns=teacher.columns,
-                device=device,
-                backend=self.backend,
-            )
-        elif self.diagnostics and teacher.loss == "kd":
-            columns = teacher_columns(teacher_source, teacher.top_k, device, self.backend)
+        if self.diagnostics:
+            loss = loss.chosen(teacher_source, device, self.backend)
         divisor = at_least_one(chunks.number) if divisor is None else divisor
-        inputs: list[Any] = [student_logits, teacher_logits, alignment]
-        shared: dict[str, Any] = {
-            "temperature": teacher.temperature,
-            "reduction": "sum",
-            "backend": self.backend,
-            "labels": labels,
-        }
+        wanted: Tensor | Expected | None = labels
         if factors is not None:
             of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
             of_loss = torch.where(of_loss == 0, 1.0, of_loss)
-            shared["labels"] = Expected(labels, of_loss, _scalar(factors[1], device))
-        if teacher.loss == "kd":
-            shared.update(reverse=teacher.reverse, top_k=teacher.top_k, vocab_size=student.size)
-            result = kd_loss(*inputs, mask=mask if alignment is None else None, **shared)
-        elif teacher.loss == "uld":
-            sizes = student.size, teacher_source.size
-            result = uld_loss(*inputs, student_vocab_size=sizes[0], teacher_vocab_size=sizes[1], **shared)
-        elif teacher.loss == "prefix":
-            assert teacher.pieces is not None
-            shared.update(reverse=teacher.reverse)
-            inputs.append(teacher.pieces)
-            result = prefix_kl_loss(*inputs, **shared)
-        elif teacher.loss == "pkl":
-            shared.update(reverse=teacher.reverse, merge=teacher.merge, columns=columns, support=teacher.support)
-            inputs.append(W)
-            result = pkl_loss(*inputs, **shared)
-        else:
-            shared.update(reverse=teacher.reverse, uncommon_top_k=teacher.uncommon_top_k)
-            inputs.append(W)
-            result = (hkl_loss if teacher.loss == "hkl" else gold_loss)(*inputs, **shared)
-        loss, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        loss = loss / divisor
+            wanted = Expected(labels, of_loss, _scalar(factors[1], device))
+        result = compute(
+            loss,
+            student_logits,
+            teacher_logits,
+            alignment,
+            sizes=(student.size, teacher_source.size),
+            mask=mask if alignment is None else None,
+            labels=wanted,
+            reduction="sum",
+            backend=self.backend,
+        )
+        total, cross_entropy = result if isinstance(result, tuple) else (result, None)
         diagnosis = nothing(device)
-        if self.diagnostics and teacher.pieces is not None:
-            diagnosis = diagnose_events(student, teacher_source, chunks, teacher.pieces)
-        elif self.diagnostics and columns is not None:
-            reached = W is not None and teacher.support == "reachable"
-            chosen, count = reachable(columns, W) if reached else (columns, None)
-            diagnosis = diagnose(student, teacher_source, chunks, chosen, count, W)
-        return _Distilled(loss, cross_entropy, chunks.number, diagnosis)
+        if self.diagnostics:
+            diagnosis = loss.diagnose(student, teacher_source, chunks, teacher.projection, device, self.backend)
+        return _Distilled(total / divisor, cross_entropy, chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
-        widths = width_of(student_logits), width_of(teacher_logits)
-        sizes: tuple[int | None, int | None] = self.vocab_size or widths[0], widths[1]
+        given = Parts.of(student_logits).batched().detached(), Parts.of(teacher_logits).batched().detached()
+        sizes: tuple[int | None, int | None] = self.vocab_size or given[0].width, given[1].width
         if teacher.shape is not None:
             sizes = teacher.shape
-        elif teacher.loss == "kd":
-            sizes = (self.vocab_size or min(width for width in widths if width is not None),) * 2
-        for name, width, size in zip(("student_logits", "teacher_logits"), widths, sizes, strict=True):
+        elif registered()[teacher.loss].needs is Needs.SAME_TOKENIZER:
+            sizes = (self.vocab_size or min(one.width for one in given if one.width is not None),) * 2
+        sources = []
+        for name, one, size in zip(("student_logits", "teacher_logits"), given, sizes, strict=True):
             if size is None:
                 raise ValueError(f"{name}: expected logits or LinearLogits for loss={teacher.loss!r}, got TopKLogits")
-            if width is not None and width < size:
-                raise ValueError(f"{name}: expected at least {size} columns (the vocabulary), got {width}")
-        assert sizes[0] is not None
-        assert sizes[1] is not None
-        return source(student_logits, sizes[0]), source(teacher_logits, sizes[1])
+            if one.width is not None and one.width < size:
+                raise ValueError(f"{name}: expected at least {size} columns (the vocabulary), got {one.width}")
+            sources.append(one.source(size))
+        return sources[0], sources[1]
 
 
 class _Distilled(NamedTuple):

@@ -15,10 +15,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xtoken import reference
 from xtoken.alignment import Rows
-from xtoken.losses.backends import SCALE, Backend, Labels, Operation, Problem, kernels_of, register_backend
+from xtoken.losses import numerics
+from xtoken.losses.backends import Backend, Kernel, Labels, Problem, kernels_of, register_backend
 from xtoken.losses.cpu import ELEMENTS, logits_layout, unit_stride
+from xtoken.projection import column_set
 
 
 def _built() -> Any:
@@ -104,7 +105,7 @@ class Kernels:
                 logits_argument(memory, student),
                 gradient_argument(memory, student_grad, keep=True),
                 labels_argument(memory, labels, keep=True),
-                reference.LOWEST_LOGIT,
+                numerics.LOWEST_LOGIT,
                 student_grad is not None,
                 floats_argument(memory, factor),
                 0,
@@ -129,7 +130,7 @@ class Kernels:
         covered = memory.scratch((student[2] * student[3],), torch.uint8, zero=True)
         address = memory.output(covered)
         self.module.mark_rows(rows[0], rows[1], len(chunks.start), address, memory.launch)
-        self.module.cross_entropy(student, grad, labels, reference.LOWEST_LOGIT, False, 0, address, memory.launch)
+        self.module.cross_entropy(student, grad, labels, numerics.LOWEST_LOGIT, False, 0, address, memory.launch)
 
 
 def logits_argument(memory: Memory, logits: Tensor) -> _Logits:
@@ -171,25 +172,17 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     def missing(device: torch.device) -> str | None:
         return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
 
-    def operation(loss: str) -> Operation | None:
+    def kernel(loss: str) -> Kernel | None:
         module = kernels_of(loss, "cuda")
-        return None if module is None else functools.partial(module.run, kernels)
+        if module is None:
+            return None
+        return Kernel(functools.partial(module.run, kernels), True, getattr(module, "TAKES_MASK", False))
 
-    return Backend(
-        name,
-        operation,
-        missing,
-        unsupported,
-        kernels.cross_entropy,
-        fused_labels=frozenset(["pkl", "kd", "gold", "uld", "prefix"]),
-        masked=frozenset(["kd"]),
-    )
+    return Backend(name, kernel, missing, kernels.cross_entropy, column_set, unsupported, kernels.scale)
 
 
 def register() -> None:
     """Adds the backend, if this build has kernels."""
     module = _built()
     if module is not None:
-        kernels = Kernels(module, device_memory)
-        register_backend(backend("cuda", kernels, "cuda"))
-        SCALE["cuda"] = kernels.scale
+        register_backend(backend("cuda", Kernels(module, device_memory), "cuda"))

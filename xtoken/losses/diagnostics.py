@@ -11,15 +11,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken import reference
-from xtoken.alignment import Chunks, synchronized
-from xtoken.losses.backends import BLOCK_ELEMENTS
+from xtoken.alignment.chunks import Chunks
+from xtoken.losses.columns import entries_in, select_columns
 from xtoken.losses.logits import Source
-from xtoken.losses.pkl.cuda import entries_of, plan_for
-from xtoken.pieces import PieceIndex
-from xtoken.projection import Entries, restrict
+from xtoken.losses.numerics import scaled, statistics_dtype, temporary_elements
+from xtoken.projection.entries import Entries, project
 
 DIAGNOSED_CHUNKS = 256
 """Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
@@ -33,34 +30,44 @@ def nothing(device: torch.device) -> Tensor:
     return torch.full((len(NAMES),), math.nan, device=device)
 
 
-def diagnose(
-    student: Source, teacher: Source, chunks: Chunks, columns: Tensor, count: Tensor | None, projection: Any
+def by_projection(
+    student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
 ) -> Tensor:
-    """float32 [3]: the means of `xtoken.reference.diagnosis` over the first rows of some chunks."""
-    entries = None if projection is None else _entries(projection, columns)
-    return _means(student, teacher, chunks, lambda z, y: reference.diagnosis(z, y, columns, entries, count))
+    """float32 [3]: `in_columns` of the teacher's largest columns; nan without a projection."""
+    if projection is None:
+        return nothing(device)
+    columns = select_columns(teacher, projection.shape[1], device=device, backend=backend)
+    return in_columns(student, teacher, chunks, columns, projection)
 
 
-def diagnose_events(student: Source, teacher: Source, chunks: Chunks, pieces: PieceIndex) -> Tensor:
-    """The same for prefix KL's events, which leave nothing out on either side."""
-    events = _events(pieces, chunks.used.device)
-
-    def values(z: Tensor, y: Tensor) -> Tensor:
-        same = reference.event_agreement(z, y, events, pieces.events).to(torch.float32)
-        return torch.stack([same, torch.ones_like(same), torch.zeros_like(same)], 1)
-
-    return _means(student, teacher, chunks, values)
+def in_columns(
+    student: Source,
+    teacher: Source,
+    chunks: Chunks,
+    columns: Tensor,
+    projection: Any = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """float32 [3]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer."""
+    entries = None if projection is None else entries_in(projection, columns)
+    width = 0 if entries is None else len(entries.weight)
+    return means(student, teacher, chunks, lambda z, y: diagnosis(z, y, columns, entries, count), width)
 
 
 @torch.no_grad()
-def _means(student: Source, teacher: Source, chunks: Chunks, values: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+def means(
+    student: Source, teacher: Source, chunks: Chunks, values: Callable[[Tensor, Tensor], Tensor], width: int = 0
+) -> Tensor:
+    """float32 [3]: the means of ``values(student rows, teacher rows)`` [n, 3] over the first rows of some chunks.
+
+    `width` elements a row are what `values` needs beside the logits.
+    """
     count = min(DIAGNOSED_CHUNKS, len(chunks))
     if count == 0:
         return nothing(chunks.used.device)
     index, counts = _sample(chunks, count)
     rows = [side.start[index].clamp_min(0) for side in (chunks.student, chunks.teacher)]
-    most = BLOCK_ELEMENTS.get(index.device.type, BLOCK_ELEMENTS["cpu"])
-    step = max(1, most // (student.size + teacher.size))
+    step = max(1, temporary_elements(index.device) // (student.size + teacher.size + width))
     parts = [values(student.at(z), teacher.at(y)) for z, y in zip(*(one.split(step) for one in rows), strict=True)]
     total = torch.where(counts[:, None], torch.cat(parts), 0.0).sum(0)
     return (total / counts.sum()).float()
@@ -77,23 +84,33 @@ def _sample(chunks: Chunks, most: int) -> tuple[Tensor, Tensor]:
     return torch.searchsorted(before, wanted + 1).clamp_max(len(chunks) - 1), place < taken
 
 
-def _entries(projection: Any, columns: Tensor) -> Entries:
-    """As `xtoken.projection.restrict`, for a device without asking how many there are: some may have no weight."""
-    if columns.device.type == "cpu":
-        return restrict(projection, columns)
-    plan = plan_for(projection, columns, projection.weight.requires_grad)
-    entries = entries_of(plan, columns)
-    weight = torch.cat([plan.weight, plan.weight.new_zeros(1)])[entries.index]
-    return Entries(entries.row, entries.column.clamp_max(len(columns) - 1), weight)
+@torch.no_grad()
+def diagnosis(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    columns: Tensor,
+    entries: Entries | None = None,
+    count: Tensor | None = None,
+) -> Tensor:
+    """[K, 3]: how far the student, projected, is the teacher inside the columns C, for each pair of rows.
 
+    Whether both have the same largest column (1 or 0); the teacher's probability inside C; the student's probability
+    that W sends to no column of C.
 
-_EVENTS: Any = WeakIdKeyDictionary()
-"""By the data of a piece index: {device: the events of both sides' tokens}."""
-
-
-def _events(pieces: PieceIndex, device: torch.device) -> tuple[Tensor, Tensor]:
-    kept: dict[torch.device, tuple[Tensor, Tensor]] = _EVENTS.setdefault(pieces.data, {})
-    if device not in kept:
-        student, teacher = (synchronized(side.event.to(device).long()) for side in (pieces.student, pieces.teacher))
-        kept[device] = student, teacher
-    return kept[device]
+    Parameters
+    ----------
+    student_logits : [K, V_student]
+    teacher_logits : [K, V_teacher]
+    columns : int64 [C]
+    entries : Entries, optional
+        W in the columns. Default: the tokenizer is the same.
+    count : int32 [], optional
+        So many of the columns, from the first on, are C, and no entry is in the others. Default: all are.
+    """
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    p, q = (scaled(logits, 1.0, dtype).softmax(-1) for logits in (student_logits, teacher_logits))
+    x = p.index_select(1, columns) if entries is None else project(p, entries, len(columns))
+    y = q.index_select(1, columns)
+    if count is not None:
+        y = y.masked_fill(torch.arange(len(columns), device=y.device) >= count, 0.0)
+    return torch.stack([(x.argmax(-1) == y.argmax(-1)).to(dtype), y.sum(-1), 1 - x.sum(-1)], 1)

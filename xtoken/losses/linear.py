@@ -1,36 +1,22 @@
-"""The losses from hidden states and the output layer: the student's logits never exist as a whole."""
+"""Losses from hidden states and the output layer: the student's logits never exist as a whole."""
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from xtoken.alignment import Alignment
-from xtoken.losses.call import Losses
-from xtoken.losses.gold import gold_loss, hkl_loss
-from xtoken.losses.kd import kd_loss
 from xtoken.losses.logits import AnyLogits, LinearLogits
-from xtoken.losses.pkl import pkl_loss
-from xtoken.losses.prefix_kl import prefix_kl_loss
-from xtoken.pieces import PieceIndex
 
-
-def linear_pkl_loss(
-    student_hidden: Tensor,
-    lm_head_weight: Tensor,
-    teacher_logits: AnyLogits,
-    alignment: Alignment,
-    projection: Any,
-    *,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Losses:
-    """``pkl_loss(student_hidden @ lm_head_weight.T + bias, ...)`` a block of rows at a time.
+_DOC = """\
+``{name}(student_hidden @ lm_head_weight.T + bias, ...)`` a block of rows at a time.
 
     Logits of one block are computed, turned into their gradient, and taken on to the gradients of hidden states and
     output layer, so that memory beyond those does not grow with the number of tokens. Each block's part is added to
-    the gradient of the output layer in that layer's type.
+    the gradient of the output layer in that layer's type. With ``labels`` (or ``reduction="none"``) backward computes
+    the logits again.
 
     Parameters
     ----------
@@ -38,80 +24,60 @@ def linear_pkl_loss(
         What the output layer reads (after the last norm).
     lm_head_weight : floating [>= V_student, D]
         In the same type; may be tied to the embedding.
-    teacher_logits : Tensor, TopKLogits or LinearLogits
-        As for `pkl_loss`; `LinearLogits` gives the teacher's hidden states and output layer.
-    alignment, projection
-        As for `pkl_loss`.
     bias : floating [>= V_student], optional
-    **options
-        As for `pkl_loss`, but for ``inplace``. With ``labels`` (or ``reduction="none"``) backward computes the
-        logits again.
-
-    Returns
-    -------
-    Tensor, or with ``labels`` a pair (loss, cross-entropy)
-    """
-    return pkl_loss(
-        LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, projection, **options
-    )
+        Of the output layer.
+"""
 
 
-def linear_gold_loss(
-    student_hidden: Tensor,
-    lm_head_weight: Tensor,
-    teacher_logits: AnyLogits,
-    alignment: Alignment,
-    projection: Any,
-    *,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Losses:
-    """`gold_loss` from hidden states; see `linear_pkl_loss`."""
-    return gold_loss(
-        LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, projection, **options
-    )
+class LinearLoss(Protocol):
+    """A loss that takes hidden states and an output layer in place of the student's logits."""
+
+    __name__: str
+
+    def __call__(
+        self,
+        student_hidden: Tensor,
+        lm_head_weight: Tensor,
+        teacher_logits: AnyLogits,
+        *arguments: Any,
+        bias: Tensor | None = None,
+        **options: Any,
+    ) -> Any: ...
 
 
-def linear_hkl_loss(
-    student_hidden: Tensor,
-    lm_head_weight: Tensor,
-    teacher_logits: AnyLogits,
-    alignment: Alignment,
-    projection: Any,
-    *,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Losses:
-    """`hkl_loss` from hidden states; see `linear_pkl_loss`."""
-    return hkl_loss(
-        LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, projection, **options
-    )
+def linear(loss: Callable[..., Any]) -> LinearLoss:
+    """``linear_<name>`` of a public loss: its other parameters, results and errors are those of the loss."""
+    name = loss.__name__
+    signature = inspect.signature(loss)
+    others = [one for one in signature.parameters.values() if one.name not in ("student_logits", "inplace")]
+    first = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
+             for one in ("student_hidden", "lm_head_weight")]  # fmt: skip
+    bias = inspect.Parameter("bias", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
+
+    def from_hidden(
+        student_hidden: Tensor,
+        lm_head_weight: Tensor,
+        teacher_logits: AnyLogits,
+        *arguments: Any,
+        bias: Tensor | None = None,
+        **options: Any,
+    ) -> Any:
+        return loss(LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, *arguments, **options)
+
+    from_hidden.__name__ = from_hidden.__qualname__ = f"linear_{name}"
+    from_hidden.__module__ = loss.__module__
+    from_hidden.__doc__ = _DOC.format(name=name) + _parameters(loss.__doc__ or "", [one.name for one in others])
+    from_hidden.__signature__ = signature.replace(parameters=[*first, *others, bias])  # type: ignore[attr-defined]
+    return from_hidden
 
 
-def linear_prefix_kl_loss(
-    student_hidden: Tensor,
-    lm_head_weight: Tensor,
-    teacher_logits: AnyLogits,
-    alignment: Alignment,
-    pieces: PieceIndex,
-    *,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Losses:
-    """`prefix_kl_loss` from hidden states; see `linear_pkl_loss`."""
-    return prefix_kl_loss(
-        LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, pieces, **options
-    )
-
-
-def linear_kd_loss(
-    student_hidden: Tensor,
-    lm_head_weight: Tensor,
-    teacher_logits: AnyLogits,
-    alignment: Alignment | None = None,
-    *,
-    bias: Tensor | None = None,
-    **options: Any,
-) -> Losses:
-    """`kd_loss` from hidden states; see `linear_pkl_loss`."""
-    return kd_loss(LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, alignment, **options)
+def _parameters(doc: str, names: list[str]) -> str:
+    """Their part of a docstring's parameters."""
+    section = doc.partition("    Parameters\n    ----------\n")[2].partition("\n\n")[0]
+    lines, is_wanted = [], False
+    for line in section.splitlines(keepends=True):
+        if not line.startswith("        "):
+            is_wanted = line.split(" : ")[0].strip() in names
+        if is_wanted:
+            lines.append(line)
+    return "".join(lines)

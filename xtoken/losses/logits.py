@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Chunks, Rows
+from xtoken.alignment.chunks import Chunks, Rows
 
 TAILS = ("uniform", "renormalize")
 
@@ -238,6 +238,56 @@ class LinearSource:
 
     def at(self, index: slice | Tensor) -> Tensor:
         return torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+
+
+class Parts(NamedTuple):
+    """Logits of any kind as tensors: logits; or hidden states with an output layer; or log-probabilities with ids."""
+
+    rows: Tensor  # [B, T, V], [B, T, D] or [B, T, k]; or all without B
+    head: Tensor | None = None  # [V, D]
+    bias: Tensor | None = None  # [V]
+    top: Tensor | None = None  # int [B, T, k]
+    tail: str = ""
+
+    @classmethod
+    def of(cls, logits: AnyLogits) -> Parts:
+        """The tensors as they were given."""
+        if isinstance(logits, LinearLogits):
+            return cls(logits.hidden, logits.weight, logits.bias)
+        if isinstance(logits, TopKLogits):
+            return cls(logits.logprobs, top=logits.ids, tail=logits.tail)
+        return cls(logits)
+
+    @property
+    def leading_shape(self) -> torch.Size:
+        """[B, T] or [T]."""
+        return self.rows.shape[:-1]
+
+    @property
+    def width(self) -> int | None:
+        """Columns; None where that is not known."""
+        if self.head is not None:
+            return self.head.shape[0]
+        return None if self.top is not None else self.rows.shape[-1]
+
+    def batched(self) -> Parts:
+        """The same with B."""
+        if self.rows.dim() == 3:
+            return self
+        return self._replace(rows=self.rows[None], top=None if self.top is None else self.top[None])
+
+    def detached(self) -> Parts:
+        """The same without gradients."""
+        head, bias = (None if one is None else one.detach() for one in (self.head, self.bias))
+        return self._replace(rows=self.rows.detach(), head=head, bias=bias)
+
+    def source(self, size: int) -> DenseSource | LinearSource | TopKSource:
+        """The rows, without columns that belong to no token."""
+        if self.head is not None:
+            return LinearSource(self.rows, self.head, self.bias, size)
+        if self.top is not None:
+            return TopKSource(self.top, self.rows, self.tail, size)
+        return DenseSource(self.rows, size)
 
 
 class RowBlock(NamedTuple):

@@ -1,25 +1,28 @@
-"""The torch operators behind every loss: `xtoken::loss` with its fake kernel and its autograd formula.
+"""One torch operator a loss, made of its fields: `xtoken::<name>`, with its fake kernel and its autograd formula.
 
-An operator takes tensors and scalars only, so `Inputs` and `Settings` list what one call of a loss is made of.
-Everything that depends on the values in tensors (which chunks have a predictor, which columns are largest) happens
-inside it, so that a step compiles into one graph.
+An operator takes tensors and scalars only: those of `Call`, which every loss has, and the loss's own. Everything that
+depends on the values in tensors (which chunks have a predictor, which columns are largest) happens inside it, so that a
+step compiles into one graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from dataclasses import fields
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Chunks, to_device
-from xtoken.losses.backends import IGNORED, SCALE, Labels, Problem, backend_of, select
-from xtoken.losses.logits import DenseSource, LinearSource, Source, TopKSource, row_blocks
+from xtoken.alignment import Alignment
+from xtoken.alignment.chunks import Chunks, to_device
+from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, select
+from xtoken.losses.logits import DenseSource, Parts, Source, row_blocks
+from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
 
 
-class Inputs(NamedTuple):
-    """The tensors of one call.
+class Call(NamedTuple):
+    """What a call of any loss is made of.
 
     `student` and `teacher` are logits [B, T, >= V]; or hidden states [B, T, D] if there is a `*_head` [V, D]; the
     teacher may also be log-probabilities [B, T, k] of the tokens `teacher_top` [B, T, k].
@@ -32,40 +35,44 @@ class Inputs(NamedTuple):
     teacher_head: Tensor | None
     teacher_bias: Tensor | None
     teacher_top: Tensor | None
-    spans: Tensor | None  # int32 [K, 4]; None: every position is a chunk, on both sides the same (kd)
+    spans: Tensor | None  # int32 [K, 4]; None: every position is a chunk, the same on both sides
     offsets: Tensor | None  # int64 [B + 1]
     predicted: Tensor | None  # bool [K], or [B, T] without spans
-    student_ids: Tensor | None  # int64 [B, T], for merge="chain" and prefix KL
+    student_ids: Tensor | None  # int64 [B, T], for losses that need the realised tokens
     teacher_ids: Tensor | None
-    packed: Tensor | None  # int64 [n]: `Alignment._flat`, if it is there; its other tensors are not
-    row_ptr: Tensor | None  # W
-    col: Tensor | None
-    weight: Tensor | None
-    columns: Tensor | None  # int64 [C], given column set
-    pieces: Tensor | None  # int32 [n], data of a PieceIndex
+    flat: Tensor | None  # int64 [n]: the alignment in one tensor on the device, if it is there; the others are not
     labels: Tensor | None  # int64 [B, T], at the tokens' own positions
-
-
-class Settings(NamedTuple):
-    """The scalars of one call; see the loss functions."""
-
-    operation: str
-    backend: str
-    reduction: str
     student_size: int
     teacher_size: int
-    temperature: float
     tail: str
-    reverse: bool = False
-    merge: str = "first"
-    support: str = "all"
-    top_k: int | None = None
-    min_weight: float = 1.0
-    uncommon_top_k: int = 8192
+    reduction: str
+    backend: str
+
+    def chunks(self, realised: bool) -> Chunks:
+        """The chunks of the alignment, or without one the positions."""
+        if self.spans is None:
+            rows = self.student.shape[0] * self.student.shape[1]
+            return Chunks.of_positions(rows, self.predicted, self.student.device)
+        alignment = Alignment._trusted(
+            spans=self.spans,
+            offsets=self.offsets,
+            batched=True,
+            _ids={"student": self.student_ids, "teacher": self.teacher_ids},
+            predicted=self.predicted,
+            _flat=self.flat,
+        )
+        lengths = self.student.shape[1], self.teacher.shape[1]
+        return Chunks.of(alignment, *lengths, self.student.device, realised)
+
+    def sources(self) -> tuple[Source, Source]:
+        """The rows of both sides."""
+        student = Parts(self.student, self.student_head, self.student_bias)
+        teacher = Parts(self.teacher, self.teacher_head, self.teacher_bias, self.teacher_top, self.tail)
+        return student.source(self.student_size), teacher.source(self.teacher_size)
 
 
 class Result(NamedTuple):
-    """Loss and cross-entropy, reduced, and the gradients of `Inputs` of the same names; empty where not wanted."""
+    """Loss and cross-entropy, reduced; gradients of the fields of `Call` and of W's weights, empty where unwanted."""
 
     loss: Tensor
     cross_entropy: Tensor
@@ -75,101 +82,183 @@ class Result(NamedTuple):
     weight: Tensor
 
 
-class Prepared(NamedTuple):
-    """What a loss makes of its inputs: the chunks and the options of its backends."""
+class _Flags(NamedTuple):
+    """Which gradients are wanted, and the upstream gradients of loss and cross-entropy (default: 1)."""
 
-    chunks: Chunks
-    options: Any
-
-
-PREPARE: dict[str, Callable[[Inputs, Settings, Source, Source], Prepared]] = {}
-"""How each operation prepares a call; filled by the modules of the losses."""
+    student_wanted: bool
+    weight_wanted: bool
+    upstream: Tensor | None
+    label_upstream: Tensor | None
 
 
-def _loss(
-    inputs: Inputs,
-    settings: Settings,
-    student_wanted: bool,
-    weight_wanted: bool,
-    upstream: Tensor | None,
-    label_upstream: Tensor | None,
-    inplace: bool = False,
-) -> Result:
-    """Losses, and gradients for the given upstream gradients (default: 1)."""
-    student = _source(inputs.student, inputs.student_head, inputs.student_bias, None, settings.student_size, "")
-    teacher = _source(
-        inputs.teacher, inputs.teacher_head, inputs.teacher_bias, inputs.teacher_top, settings.teacher_size,
-        settings.tail,
-    )  # fmt: skip
-    prepared = PREPARE[settings.operation](inputs, settings, student, teacher)
+_TYPES = {
+    "Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "float": "float", "bool": "bool", "int": "SymInt",
+    "int | None": "SymInt?",
+}  # fmt: skip
+_MATRIX = ("row_ptr", "col", "weight")
+_WEIGHT = "W_weight"
+_L = TypeVar("_L", bound=type[Loss])
+
+
+class _Layout:
+    """Where the fields of a loss are among the arguments of its operator."""
+
+    def __init__(self, loss: type[Loss]) -> None:
+        self.loss = loss
+        self.fields = [(field.name, str(field.type) == "Matrix") for field in fields(loss)]
+        own: dict[str, str] = {}
+        for field in fields(loss):
+            kind = str(field.type)
+            if kind == "Matrix":
+                own.update({f"{field.name}_{part}": "Tensor" for part in _MATRIX})
+            elif kind in _TYPES:
+                own[field.name] = kind
+            else:
+                raise TypeError(f"{loss.__name__}.{field.name}: expected one of {['Matrix', *_TYPES]}, got {kind}")
+        arguments = {name: str(kind) for part in (Call, _Flags) for name, kind in _annotations(part).items()}
+        flags = {name: arguments.pop(name) for name in _Flags._fields}
+        self.names = [*arguments, *own]
+        self.schema = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in {**arguments, **own, **flags}.items())
+
+    def flat(self, loss: Loss) -> list[Any]:
+        """The fields as the operator takes them."""
+        values: list[Any] = []
+        for name, is_matrix in self.fields:
+            value = getattr(loss, name)
+            values += [value.row_ptr, value.col, value.weight] if is_matrix else [value]
+        return values
+
+    def parts(self, arguments: tuple[Any, ...]) -> tuple[Call, Loss, _Flags]:
+        """The arguments of the operator, put together again."""
+        first, last = len(Call._fields), len(arguments) - len(_Flags._fields)
+        call, values = Call(*arguments[:first]), iter(arguments[first:last])
+        shape = call.student_size, call.teacher_size
+        made = {
+            name: Matrix(next(values), next(values), next(values), shape) if is_matrix else next(values)
+            for name, is_matrix in self.fields
+        }
+        return call, self.loss(**made), _Flags(*arguments[last:])
+
+
+def _annotations(kind: Any) -> dict[str, str]:
+    return {name: getattr(value, "__forward_arg__", value) for name, value in kind.__annotations__.items()}
+
+
+OPERATORS: dict[str, Any] = {}
+"""The operator of each loss, by the loss's name."""
+
+_LAYOUTS: dict[str, _Layout] = {}
+
+
+def register(name: str, title: str, needs: Needs, kernels: str | None = None) -> Callable[[_L], _L]:
+    """Registers a frozen dataclass as a loss: everything that reads the register knows it from then on.
+
+    Parameters
+    ----------
+    name : str
+        Of the loss in `Teacher` and on the command line, and of its operator.
+    title : str
+        As people write it.
+    needs : Needs
+    kernels : str, optional
+        The package with the modules of its kernels. Default: the loss's own.
+
+    Raises
+    ------
+    ValueError
+        If there is a loss of that name.
+    TypeError
+        If a field has a type that no operator takes.
+    """
+
+    def decorate(loss: _L) -> _L:
+        if name in REGISTER:
+            raise ValueError(f"name: expected a name that no loss has yet, got {name!r}")
+        loss.name, loss.title, loss.needs, loss.kernels = name, title, needs, kernels or loss.__module__
+        _define(name, _Layout(loss))
+        REGISTER[name] = loss
+        return loss
+
+    return decorate
+
+
+def _define(name: str, layout: _Layout) -> None:
+    def kernel(*arguments: Any) -> tuple[Tensor, ...]:
+        call, loss, flags = layout.parts(arguments)
+        return tuple(_compute(loss, call, flags))
+
+    def fake(*arguments: Any) -> tuple[Tensor, ...]:
+        first, last = len(Call._fields), len(arguments) - len(_Flags._fields)
+        given = dict(zip(layout.names, arguments, strict=False))
+        return _fake(Call(*arguments[:first]), given.get(_WEIGHT), _Flags(*arguments[last:]))
+
+    schema = f"({layout.schema}) -> ({', '.join(['Tensor'] * len(Result._fields))})"
+    operator = torch.library.custom_op(f"xtoken::{name}", kernel, mutates_args=(), schema=schema)
+    operator.register_fake(fake)
+    operator.register_autograd(_Backward(name, layout), setup_context=_setup_context)
+    OPERATORS[name], _LAYOUTS[name] = operator, layout
+
+
+def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Result:
+    """The loss of a call, and the gradients that are wanted."""
+    student, teacher = call.sources()
+    prepared = loss.prepare(call, student, teacher)
     chunks = prepared.chunks
-    weight = None
-    if weight_wanted and inputs.weight is not None:
-        weight = inputs.weight.detach().to(inputs.student.device)
-    scale = _chunk_scale(chunks, settings.reduction, upstream, inputs.student)
-    labels = _labels(inputs.labels, inputs.student, settings.student_size, settings.reduction, label_upstream)
-    grads = _Gradients(inputs, weight, student_wanted, inplace)
+    trained = loss.trained if flags.weight_wanted else None
+    weight = None if trained is None else trained.detach().to(call.student.device)
+    scale = _chunk_scale(chunks, call.reduction, flags.upstream, call.student)
+    labels = _labels(call.labels, call.student, call.student_size, call.reduction, flags.label_upstream)
+    grads = _Gradients(call, weight, flags.student_wanted, inplace)
     parts = []
-    for problem, span, rows in _problems(student, teacher, prepared, weight):
-        backend = backend_of(settings.backend, problem)
+    for problem, span, rows in _problems(loss.name, student, teacher, prepared, weight):
+        backend = backend_of(call.backend, problem)
         part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
         logits_grad = grads.logits(problem, rows)
         parts.append(backend.run(problem, logits_grad, grads.weight, None if scale is None else scale[span], part))
         grads.add(logits_grad, rows)
     losses = torch.cat(parts) if len(parts) != 1 else parts[0]
-    count = inputs.predicted.numel() if inputs.predicted is not None else inputs.student.shape[:2].numel()
+    count = call.predicted.numel() if call.predicted is not None else call.student.shape[:2].numel()
     return Result(
-        _reduce(losses, chunks, count, settings.reduction),
-        losses.new_zeros(()) if labels is None else _reduced_labels(labels, settings.reduction),
-        *grads.results(),
+        _reduce(losses, chunks, count, call.reduction),
+        losses.new_zeros(()) if labels is None else _reduced_labels(labels, call.reduction),
+        grads.student,
+        grads.head,
+        grads.bias,
+        call.student.new_empty(0) if grads.weight is None or trained is None else grads.weight.to(trained.device),
     )
 
 
-def _source(
-    rows: Tensor, head: Tensor | None, bias: Tensor | None, top: Tensor | None, size: int, tail: str
-) -> DenseSource | LinearSource | TopKSource:
-    if head is not None:
-        return LinearSource(rows, head, bias, size)
-    if top is not None:
-        return TopKSource(top, rows, tail, size)
-    return DenseSource(rows, size)
-
-
-def _problems(student: Source, teacher: Source, prepared: Prepared, weight: Tensor | None) -> Any:
+def _problems(
+    name: str, student: Source, teacher: Source, prepared: Prepared, weight: Tensor | None
+) -> Iterator[tuple[Problem[Any], slice, slice]]:
     """One problem if all logits are in memory, else one for each block of rows: (problem, chunks, student rows)."""
     if isinstance(student, DenseSource) and isinstance(teacher, DenseSource):
-        problem = Problem(student.logits, teacher.logits, prepared.chunks, prepared.options, weight)
+        problem = Problem(name, student.logits, teacher.logits, prepared.chunks, prepared.options, weight)
         yield problem, slice(None), slice(None)
         return
     for block in row_blocks(student, teacher, prepared.chunks):
-        student_rows, teacher_rows = block.dense(student, teacher)
-        problem = Problem(student_rows, teacher_rows, block.chunks, prepared.options, weight)
-        yield problem, block.span, block.student
+        dense = block.dense(student, teacher)
+        yield Problem(name, *dense, block.chunks, prepared.options, weight), block.span, block.student
 
 
 class _Gradients:
-    """Buffers of the gradients that are wanted."""
+    """Buffers of the gradients that are wanted; an operator's results must not share memory."""
 
-    def __init__(self, inputs: Inputs, weight: Tensor | None, student_wanted: bool, inplace: bool) -> None:
-        self.inputs, self.wanted = inputs, student_wanted
-        head, bias = inputs.student_head, inputs.student_bias
-        self.student = inputs.student.new_empty(0)  # an operator's results must not share memory
-        self.head = inputs.student.new_empty(0)
-        self.bias = inputs.student.new_empty(0)
-        if self.wanted:
-            contiguous = torch.contiguous_format
-            self.student = inputs.student if inplace else torch.empty_like(inputs.student, memory_format=contiguous)
-        if self.wanted and head is not None:
-            self.head = torch.zeros_like(head)
-        if self.wanted and bias is not None:
-            self.bias = torch.zeros_like(bias)
+    def __init__(self, call: Call, weight: Tensor | None, student_wanted: bool, inplace: bool) -> None:
+        self.call, self.wanted = call, student_wanted
+        self.student, self.head, self.bias = (call.student.new_empty(0) for _ in range(3))
+        if student_wanted:
+            empty = torch.empty_like(call.student, memory_format=torch.contiguous_format) if not inplace else None
+            self.student = call.student if empty is None else empty
+            self.head = self.head if call.student_head is None else torch.zeros_like(call.student_head)
+            self.bias = self.bias if call.student_bias is None else torch.zeros_like(call.student_bias)
         self.weight = None if weight is None else torch.zeros_like(weight)
 
-    def logits(self, problem: Problem, rows: slice) -> Tensor | None:
+    def logits(self, problem: Problem[Any], rows: slice) -> Tensor | None:
         """Where the gradient of the logits of these rows goes: [B, T, >= V]."""
         if not self.wanted:
             return None
-        if self.inputs.student_head is not None:
+        if self.call.student_head is not None:
             return torch.empty_like(problem.student)
         if rows == slice(None):
             return self.student
@@ -177,21 +266,15 @@ class _Gradients:
 
     def add(self, logits_grad: Tensor | None, rows: slice) -> None:
         """Takes a block's gradient of the logits on to the hidden states and the output layer."""
-        head, bias = self.inputs.student_head, self.inputs.student_bias
+        head = self.call.student_head
         if logits_grad is None or head is None:
             return
         grad = logits_grad[0]
         size = grad.shape[1]
-        hidden = self.inputs.student.flatten(0, 1)[rows]
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
-        self.head[:size].addmm_(grad.t(), hidden)
-        if bias is not None:
+        self.head[:size].addmm_(grad.t(), self.call.student.flatten(0, 1)[rows])
+        if self.call.student_bias is not None:
             self.bias[:size] += grad.sum(0)
-
-    def results(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        if self.weight is None or self.inputs.weight is None:
-            return self.student, self.head, self.bias, self.inputs.student.new_empty(0)
-        return self.student, self.head, self.bias, self.weight.to(self.inputs.weight.device)
 
 
 def _chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
@@ -243,59 +326,24 @@ def at_least_one(number: int | Tensor) -> int | Tensor:
     return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
 
 
-_FLAGS = "bool student_wanted, bool weight_wanted, Tensor? upstream, Tensor? label_upstream"
-_TYPES = {
-    "Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "float": "float", "bool": "bool", "int": "SymInt",
-    "int | None": "SymInt?",
-}  # fmt: skip
-_ARGUMENTS = ", ".join(
-    f"{_TYPES[kind.__forward_arg__]} {name}"
-    for part in (Inputs, Settings)
-    for name, kind in part.__annotations__.items()
-)
-_SPLIT = len(Inputs._fields)
-_END = _SPLIT + len(Settings._fields)
-
-
-def _parts(arguments: tuple[Any, ...]) -> tuple[Inputs, Settings, tuple[Any, ...]]:
-    return Inputs(*arguments[:_SPLIT]), Settings(*arguments[_SPLIT:_END]), arguments[_END:]
-
-
-def _loss_kernel(*arguments: Any) -> Result:
-    inputs, settings, rest = _parts(arguments)
-    return tuple(_loss(inputs, settings, *rest))  # type: ignore[return-value]
-
-
-loss_operator = torch.library.custom_op(
-    "xtoken::loss",
-    _loss_kernel,
-    mutates_args=(),
-    schema=f"({_ARGUMENTS}, {_FLAGS}) -> ({', '.join(['Tensor'] * len(Result._fields))})",
-)
-
-
-@loss_operator.register_fake
-def _(*arguments: Any) -> tuple[Tensor, ...]:
-    inputs, settings, (student_wanted, weight_wanted, *_) = _parts(arguments)
-    student = inputs.student
-    dtype = torch.promote_types(torch.promote_types(student.dtype, inputs.teacher.dtype), torch.float32)
+def _fake(call: Call, weight: Tensor | None, flags: _Flags) -> tuple[Tensor, ...]:
+    student = call.student
+    dtype = torch.promote_types(torch.promote_types(student.dtype, call.teacher.dtype), torch.float32)
     shape: tuple[Any, ...] = ()
-    if settings.reduction == "none":
-        shape = (inputs.spans.shape[0] if inputs.spans is not None else student.shape[0] * student.shape[1],)
+    if call.reduction == "none":
+        shape = (call.spans.shape[0] if call.spans is not None else student.shape[0] * student.shape[1],)
 
     def like(value: Tensor | None, wanted: bool) -> Tensor:
-        if value is None or not wanted:
-            return student.new_empty(0)
-        return value.new_empty(value.shape)
+        return student.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)
 
-    labels_dtype = dtype if inputs.labels is None else torch.promote_types(student.dtype, torch.float32)
+    labels_dtype = dtype if call.labels is None else torch.promote_types(student.dtype, torch.float32)
     return (
         student.new_empty(shape, dtype=dtype),
         student.new_empty((), dtype=labels_dtype),
-        like(student, student_wanted),
-        like(inputs.student_head, student_wanted),
-        like(inputs.student_bias, student_wanted),
-        like(inputs.weight, weight_wanted),
+        like(student, flags.student_wanted),
+        like(call.student_head, flags.student_wanted),
+        like(call.student_bias, flags.student_wanted),
+        like(weight, flags.weight_wanted),
     )
 
 
@@ -304,7 +352,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     if type(grad) is not Tensor:
         return grad * factor
     if grad.device.type != "cpu":
-        SCALE.get(grad.device.type, Tensor.mul_)(grad, factor.to(grad.device))
+        select("auto", grad.device).scale(grad, factor.to(grad.device))
     elif float(factor) != 1.0:
         grad.mul_(factor)
     return grad
@@ -352,14 +400,16 @@ class _OnceOnly(torch.autograd.Function):
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    tensors, ctx.settings, (student_wanted, weight_wanted, *expected) = _parts(inputs)
     ctx.set_materialize_grads(False)  # torch would make zeros of the size of every gradient
     # Tensors made in inference mode, as a teacher's logits often are, cannot be saved; they never need a gradient.
-    ctx.inference = {k: x for k, x in enumerate(tensors) if x is not None and x.is_inference()}
-    ctx.save_for_backward(*(None if k in ctx.inference else x for k, x in enumerate(tensors)), *expected)
+    is_saved = [isinstance(x, Tensor) and not x.is_inference() for x in inputs]
+    ctx.save_for_backward(*(x if saved else None for x, saved in zip(inputs, is_saved, strict=True)))
+    ctx.others = tuple(None if saved else x for x, saved in zip(inputs, is_saved, strict=True))
     ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
+    flags = _Flags(*inputs[-len(_Flags._fields) :])
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
-    ctx.prepared = tuple(grad.detach() for grad in output[2:]) if student_wanted or weight_wanted else None
+    is_prepared = flags.student_wanted or flags.weight_wanted
+    ctx.prepared = tuple(grad.detach() for grad in output[2:]) if is_prepared else None
 
 
 def _remaining(
@@ -375,52 +425,58 @@ def _remaining(
     return factor, torch.where(lacking.abs() <= rounding * label_upstream.abs(), 0.0, lacking)
 
 
-def _backward(
-    ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    upstream = ctx.zeros[0] if upstream is None else upstream
-    label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
-    *saved, expected, label_expected = ctx.saved_tensors
-    inputs = Inputs(*(ctx.inference.get(k, x) for k, x in enumerate(saved)))
-    settings = ctx.settings
-    needed = Inputs(*ctx.needs_input_grad[:_SPLIT])
-    student_wanted = bool(needed.student or needed.student_head or needed.student_bias)
-    prepared, ctx.prepared = ctx.prepared, None
-    with torch.no_grad():
-        if prepared is None:
-            flags = student_wanted, bool(needed.weight) and settings.operation == "pkl", upstream, label_upstream
-            prepared = torch.ops.xtoken.loss(*inputs, *settings, *flags)[2:]
-        else:
-            factor, lacking = _remaining(upstream, label_upstream, expected, label_expected)
-            if inputs.labels is not None and student_wanted:
-                add_cross_entropy_(
-                    prepared[0], inputs.student, inputs.labels, factor, lacking, settings.student_size,
-                    settings.reduction, settings.backend,
-                )  # fmt: skip
-                prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
+class _Backward:
+    """The gradients of an operator's arguments."""
+
+    def __init__(self, name: str, layout: _Layout) -> None:
+        self.name, self.layout = name, layout
+
+    def __call__(
+        self, ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        upstream = ctx.zeros[0] if upstream is None else upstream
+        label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
+        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+        count = len(self.layout.names)
+        call, expected = Call(*arguments[: len(Call._fields)]), _Flags(*arguments[count:])
+        needed = dict(zip(self.layout.names, ctx.needs_input_grad, strict=False))
+        student_wanted = bool(needed["student"] or needed["student_head"] or needed["student_bias"])
+        prepared, ctx.prepared = ctx.prepared, None
+        with torch.no_grad():
+            if prepared is None:
+                weight_wanted = self.layout.loss.trains_projection and bool(needed[_WEIGHT])
+                flags = _Flags(student_wanted, weight_wanted, upstream, label_upstream)
+                prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:]
             else:
-                prepared = tuple(_scaled(grad, factor) for grad in prepared)
-    student, head, bias, weight = prepared
-    grads: dict[str, Tensor] = {"student": student, "student_head": head, "student_bias": bias, "weight": weight}
-    if torch.is_grad_enabled():
-        grads = {name: _OnceOnly.apply(grad.requires_grad_()) for name, grad in grads.items()}
-    given: list[Tensor | None] = []
-    for name, value, is_needed in zip(Inputs._fields, inputs, needed, strict=True):
-        grad = grads.get(name) if is_needed else None
-        given.append(grad if grad is not None and value is not None and grad.shape == value.shape else None)
-    return (*given, *[None] * (len(ctx.needs_input_grad) - _SPLIT))
-
-
-loss_operator.register_autograd(_backward, setup_context=_setup_context)
+                factor, lacking = _remaining(upstream, label_upstream, expected.upstream, expected.label_upstream)
+                if call.labels is not None and student_wanted:
+                    add_cross_entropy_(
+                        prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
+                        call.backend,
+                    )  # fmt: skip
+                    prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
+                else:
+                    prepared = tuple(_scaled(grad, factor) for grad in prepared)
+        grads: dict[str, Tensor] = dict(
+            zip(("student", "student_head", "student_bias", _WEIGHT), prepared, strict=True)
+        )
+        if torch.is_grad_enabled():
+            grads = {name: _OnceOnly.apply(grad.requires_grad_()) for name, grad in grads.items()}
+        given: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+        for k, (name, is_needed) in enumerate(needed.items()):
+            grad = grads.get(name) if is_needed else None
+            if grad is not None and arguments[k] is not None and grad.shape == arguments[k].shape:
+                given[k] = grad
+        return tuple(given)
 
 
 class InplaceLoss(torch.autograd.Function):
-    """`xtoken::loss` for dense logits that are given up: their gradient overwrites them. Not for torch.compile."""
+    """A loss of dense logits that are given up: their gradient overwrites them. Not for torch.compile."""
 
     @staticmethod
-    def forward(ctx: Any, student: Tensor, inputs: Inputs, settings: Settings) -> Tensor:
+    def forward(ctx: Any, student: Tensor, loss: Loss, call: Call) -> Tensor:
         ctx.grad = student.detach()
-        return _loss(inputs._replace(student=ctx.grad), settings, True, False, None, None, inplace=True).loss
+        return _compute(loss, call._replace(student=ctx.grad), _Flags(True, False, None, None), inplace=True).loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
@@ -444,26 +500,21 @@ class Expected(NamedTuple):
     cross_entropy: Tensor
 
 
-def run(
-    inputs: Inputs, settings: Settings, inplace: bool = False, expected: Expected | None = None
-) -> tuple[Tensor, Tensor]:
+def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None = None) -> tuple[Tensor, Tensor]:
     """Loss and cross-entropy (0 without labels), connected to the inputs that need a gradient."""
-    leaves = [inputs.student, inputs.student_head, inputs.student_bias]
+    leaves = [call.student, call.student_head, call.student_bias]
     student_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     if inplace and student_wanted:
-        return InplaceLoss.apply(inputs.student, inputs, settings), inputs.student.new_zeros(())
-    weight_wanted = (
-        settings.operation == "pkl"  # the others look at the weights only to choose pairs
-        and torch.is_grad_enabled()
-        and inputs.weight is not None
-        and inputs.weight.requires_grad
-    )
+        return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
+    arguments = [*call, *_LAYOUTS[loss.name].flat(loss)]
+    trained = loss.trained
+    weight_wanted = torch.is_grad_enabled() and trained is not None and trained.requires_grad
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
     # its own, and not if gradients of the loss and of the cross-entropy are already mixed in those of a head.
-    prepare = settings.reduction != "none" and (inputs.labels is None or inputs.student_head is None)
+    prepare = call.reduction != "none" and (call.labels is None or call.student_head is None)
     # float16 would lose small gradients: a scaler's factor, which is to prevent that, comes in backward only.
-    is_wide = inputs.student.dtype != torch.float16
+    is_wide = call.student.dtype != torch.float16
     factors = expected[1:] if expected is not None and prepare and is_wide else (None, None)
-    flags = student_wanted and prepare, weight_wanted and prepare, *factors
-    result = torch.ops.xtoken.loss(*inputs, *settings, *flags)
+    flags = _Flags(student_wanted and prepare, weight_wanted and prepare, *factors)
+    result = getattr(torch.ops.xtoken, loss.name)(*arguments, *flags)
     return result[0], result[1]

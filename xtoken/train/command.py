@@ -20,9 +20,8 @@ from transformers import HfArgumentParser
 from transformers.trainer_utils import get_last_checkpoint
 
 from xtoken.corpus.files import find_files
-from xtoken.losses import Teacher
+from xtoken.losses import Teacher, registered
 from xtoken.losses.call import check_choice
-from xtoken.losses.criterion import LOSSES
 from xtoken.pieces import PieceIndex
 from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
@@ -117,7 +116,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 def check(options: TrainArguments) -> None:
     """Raises ValueError or FileNotFoundError for a loss or a file that does not exist, before models are loaded."""
     for loss in options.loss or []:
-        check_choice(loss, "--loss", ("auto", *LOSSES))
+        check_choice(loss, "--loss", ("auto", *registered()))
     for path in [*(options.data or []), *(options.eval_data or [])]:
         if not os.path.isdir(path):
             find_files([path])
@@ -195,16 +194,13 @@ def build_teacher(
         reasons = [*reasons, repr(projection)]
     if options.learn_projection and loss == "pkl":
         projection = projection.learnable()
+    known = registered()[loss].options()
+    chosen = {
+        "temperature": options.temperature, "top_k": options.top_k or None, "merge": options.merge,
+        "support": options.support, "reverse": options.reverse,
+    }  # fmt: skip
     objective = Teacher(
-        projection=projection,
-        pieces=pieces,
-        loss=loss,
-        weight=weight,
-        temperature=options.temperature,
-        top_k=options.top_k or None,
-        merge=options.merge,
-        support=options.support,
-        reverse=options.reverse,
+        projection, loss, weight, pieces=pieces, **{name: one for name, one in chosen.items() if name in known}
     )
     said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
     placed = None if where == "auto" else where

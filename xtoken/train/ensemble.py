@@ -11,8 +11,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, predictable, to_device
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.call import source, width_of
-from xtoken.losses.logits import AnyLogits
+from xtoken.losses.logits import AnyLogits, Parts
 
 
 def mean_logits(
@@ -112,9 +111,10 @@ def select_best(
 @torch.no_grad()
 def _scores(alignment: Alignment, logits: AnyLogits, ids: Tensor, size: int | None) -> Tensor:
     """float64 [B]: nats a student token; infinite for a sample without a chunk."""
-    width = size if size is not None else width_of(logits)
+    given = Parts.of(logits)
+    width = given.width if size is None else size
     assert width is not None
-    rows, host = source(logits, width), alignment.host
+    rows, host = given.batched().detached().source(width), alignment.host
     samples, length = ids.shape
     used = torch.nn.functional.pad(predictable(host), (0, 1))  # the last for tokens in no chunk, index -1
     inside = [used[host.chunk_ids(side, n)] for side, n in (("student", None), ("teacher", length))]

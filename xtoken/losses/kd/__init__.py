@@ -3,33 +3,95 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
 from torch import Tensor
 
-from xtoken import reference
-from xtoken.alignment import Alignment, Chunks, Rows, to_device
-from xtoken.losses.call import Losses, check_count, check_logits, compute, given_chunks, leading_shape, width_of
-from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.losses.pkl import teacher_columns
+from xtoken.alignment import Alignment, Chunks
+from xtoken.losses import diagnostics
+from xtoken.losses.backends import Prepared
+from xtoken.losses.call import Losses, Options, check_count, check_logits, check_temperature, compute, documented
+from xtoken.losses.columns import teacher_columns
+from xtoken.losses.kd import formula
+from xtoken.losses.linear import linear
+from xtoken.losses.logits import AnyLogits, Parts, Source
+from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.operator import Call, register
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@register("kd", "KD", Needs.SAME_TOKENIZER)
 @dataclass(frozen=True)
-class KdOptions:
-    """The column set [C], or None for all, and the switches."""
+class KD(Loss):
+    """See `kd_loss`; `columns` are chosen by the teacher's logits of a call, None: all."""
 
-    operation: ClassVar[str] = "kd"
-    columns: Tensor | None
+    is_default: ClassVar[bool] = True
+
     temperature: float
+    top_k: int | None
     reverse: bool
+    columns: Tensor | None = None
 
-    def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
-        """See `xtoken.reference.kd`."""
-        return reference.kd(student, teacher, chunks, self.columns, temperature=self.temperature, reverse=self.reverse)
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_count(self.top_k, "top_k", optional=True)
+
+    def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
+        chunks = call.chunks(self.realised)
+        if call.spans is not None:
+            _check_single(chunks.host)
+        return Prepared(chunks, self.chosen(teacher, call.student.device, call.backend))
+
+    def chosen(self, teacher: Source, device: torch.device, backend: str) -> KD:
+        if self.columns is not None or self.top_k is None or self.top_k >= teacher.size:
+            return self
+        return replace(self, columns=teacher_columns(teacher, self.top_k, device, backend))
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        return formula.kd(student, teacher, chunks, self.columns, temperature=self.temperature, reverse=self.reverse)
+
+    def diagnose(
+        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    ) -> Tensor:
+        columns = self.chosen(teacher, device, backend).columns
+        if columns is None:
+            columns = torch.arange(teacher.size, device=device)
+        return diagnostics.in_columns(student, teacher, chunks, columns)
 
 
+def _check_single(chunks: Chunks) -> None:
+    bad = (chunks.student.count > 1) | (chunks.teacher.count > 1)
+    if bool(bad.any()):
+        k = int(bad.nonzero()[0])
+        raise ValueError(
+            f"alignment: expected chunks of one token on each side (a shared tokenizer), got chunk "
+            f"{int(chunks.used[k])} with {int(chunks.student.count[k])} and {int(chunks.teacher.count[k])}"
+        )
+
+
+class KDOptions(Options, total=False):
+    """Keyword arguments of `kd_loss`, beside ``labels``."""
+
+    mask: Any
+    top_k: int | None
+    reverse: bool
+    vocab_size: int | None
+
+
+@overload
+def kd_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None = None, *,
+    labels: None = None, **options: Unpack[KDOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def kd_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None = None, *,
+    labels: Tensor, **options: Unpack[KDOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@documented
 def kd_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
@@ -47,115 +109,46 @@ def kd_loss(
 ) -> Losses:
     """KL(teacher || student) at each position, for one shared tokenizer.
 
-    The formula is that of `xtoken.reference.kd`. Arguments, results, errors, gradients and memory are as for
-    `pkl_loss`, except:
+    The formula is that of `xtoken.reference.kd`.
 
     Parameters
     ----------
+    {student_logits, teacher_logits}
     alignment : Alignment, optional
         Chunks of one token on each side. Default: both models read the same tokens at the same positions.
+    {labels}
     mask : bool [B, T] or [T], optional
         Without an alignment: the rows to use (row ``t`` predicts token ``t + 1``). Default: all.
+    {temperature}
     top_k : int or None
-        Columns with the teacher's largest logits, chosen as in `pkl_loss`; both sides are normalised over
-        them. None: all columns.
+        So many columns with the teacher's largest logits in any row (lower ids first among equals); both sides are
+        normalised over them. None: all columns.
+    {reverse, reduction}
+        Without an alignment [B, T] (or [T]), 0 at rows not used.
     vocab_size : int, optional
         Columns that belong to tokens. Default: the smaller of the two widths (models of one family often pad
         their output layers differently).
+    {inplace, backend}
 
-    Returns
-    -------
-    Tensor
-        Scalar; for ``reduction="none"`` [K], or [B, T] (or [T]) without an alignment, 0 at rows not used.
+    {results}
 
     Source: Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
     """
     check_logits(student_logits, teacher_logits)
-    check_count(top_k, "top_k", optional=True)
     check_count(vocab_size, "vocab_size", optional=True)
+    student = Parts.of(student_logits)
     if vocab_size is None:
-        widths = [width for width in (width_of(student_logits), width_of(teacher_logits)) if width is not None]
-        vocab_size = min(widths, default=None)
-    if alignment is None:
-        mask = _checked_mask(student_logits, teacher_logits, mask)
-    elif mask is not None:
+        widths = (student.width, Parts.of(teacher_logits).width)
+        vocab_size = min((width for width in widths if width is not None), default=None)
+    if alignment is not None and mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
     result = compute(
-        "kd",
-        student_logits,
-        teacher_logits,
-        alignment,
-        sizes=(vocab_size, vocab_size),
-        mask=mask,
-        labels=labels,
-        reduction=reduction,
-        backend=backend,
-        inplace=inplace,
-        temperature=temperature,
-        reverse=reverse,
-        top_k=top_k,
-    )
-    if alignment is None and reduction == "none":
-        assert isinstance(result, Tensor)
-        return result.view(leading_shape(student_logits))
+        KD(temperature, top_k, reverse), student_logits, teacher_logits, alignment,
+        labels=labels, sizes=(vocab_size, vocab_size), mask=mask, reduction=reduction, inplace=inplace, backend=backend,
+    )  # fmt: skip
+    if alignment is None and reduction == "none" and isinstance(result, Tensor):
+        return result.view(student.leading_shape)
     return result
 
 
-def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
-    if inputs.spans is None:
-        chunks = position_chunks(student.samples * student.length, inputs.predicted, inputs.student.device)
-    else:
-        chunks = given_chunks(inputs, student, teacher)
-        _check_single(chunks.host)
-    columns = None
-    if settings.top_k is not None and settings.top_k < settings.teacher_size:
-        columns = teacher_columns(teacher, settings.top_k, inputs.student.device, settings.backend)
-    return Prepared(chunks, KdOptions(columns, settings.temperature, settings.reverse))
-
-
-PREPARE["kd"] = _prepare
-
-
-def _checked_mask(student_logits: AnyLogits, teacher_logits: AnyLogits, mask: Any) -> Tensor | None:
-    shape = leading_shape(student_logits)
-    if leading_shape(teacher_logits) != shape:
-        raise ValueError(
-            f"teacher_logits: expected the positions of student_logits {list(shape)}, got "
-            f"{list(leading_shape(teacher_logits))}; pass an alignment if they differ"
-        )
-    if mask is None:
-        return None
-    given: Tensor = torch.as_tensor(mask)
-    if given.dtype != torch.bool or given.shape != shape:
-        raise ValueError(f"mask: expected bool {list(shape)}, got {given.dtype} {list(given.shape)}")
-    return given
-
-
-def position_chunks(rows: int, mask: Tensor | None, device: torch.device | str) -> Chunks:
-    """One chunk for each of so many rows that `mask` names, the same on both sides; of a mask on a device for all."""
-    device = torch.device(device)
-    if mask is None:
-        chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
-    elif mask.device.type == "cpu":
-        chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
-        used = to_device(chunks.used, device)
-    else:
-        used, chosen = torch.arange(rows, device=device), mask.to(device).flatten()
-        same = Rows(torch.where(chosen, used, -1), chosen.long())
-        return Chunks(same, same, used, chosen, _rows_as_chunks(torch.arange(rows)))
-    return chunks if device.type == "cpu" else replace(_rows_as_chunks(used), copy=chunks)
-
-
-def _rows_as_chunks(used: Tensor) -> Chunks:
-    same = Rows(used, torch.ones_like(used))
-    return Chunks(same, same, used)
-
-
-def _check_single(chunks: Chunks) -> None:
-    bad = (chunks.student.count > 1) | (chunks.teacher.count > 1)
-    if bool(bad.any()):
-        k = int(bad.nonzero()[0])
-        raise ValueError(
-            f"alignment: expected chunks of one token on each side (a shared tokenizer), got chunk "
-            f"{int(chunks.used[k])} with {int(chunks.student.count[k])} and {int(chunks.teacher.count[k])}"
-        )
+linear_kd_loss = linear(kd_loss)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken import reference
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cuda import (
     Kernels,
@@ -17,6 +17,8 @@ from xtoken.losses.cuda import (
     logits_argument,
     rows_argument,
 )
+
+TAKES_MASK = True
 
 
 def run(
@@ -55,7 +57,7 @@ def run(
             label_arguments,
             options.temperature,
             options.reverse,
-            reference.LOWEST_LOGIT,
+            numerics.LOWEST_LOGIT,
             memory.launch,
         )
         if student_grad is not None or labels is not None:

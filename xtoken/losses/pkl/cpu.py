@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from xtoken import _core, reference
+from xtoken import _core
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.call import Matrix
 from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
+from xtoken.losses.loss import Matrix
 
 
 class _Kept(NamedTuple):
@@ -101,8 +102,8 @@ def run(
         options.temperature,
         options.merge,
         options.reverse,
-        reference.LOWEST_LOGIT,
-        reference.EPSILON,
+        numerics.LOWEST_LOGIT,
+        numerics.EPSILON,
         level,
         torch.get_num_threads(),
     )

@@ -16,10 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
-from xtoken import reference
 from xtoken.alignment import synchronized
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.call import Matrix
 from xtoken.losses.cuda import (
     Kernels,
     Memory,
@@ -29,6 +28,7 @@ from xtoken.losses.cuda import (
     logits_argument,
     rows_argument,
 )
+from xtoken.losses.loss import Matrix
 
 WARP = 32
 """Lists that are summed side by side, and entries of a longer list that are."""
@@ -295,8 +295,8 @@ def run(
             options.temperature,
             options.merge,
             options.reverse,
-            reference.LOWEST_LOGIT,
-            reference.EPSILON,
+            numerics.LOWEST_LOGIT,
+            numerics.EPSILON,
             memory.output(workspace),
             (grid, threads, stream),
         )

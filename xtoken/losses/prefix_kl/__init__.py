@@ -20,34 +20,88 @@ The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
+import torch
 from torch import Tensor
 
-from xtoken import reference
-from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, compute, given_chunks
+from xtoken.alignment import Alignment, Chunks, synchronized
+from xtoken.losses import diagnostics
+from xtoken.losses.cached import Cached
+from xtoken.losses.call import Losses, Options, check_temperature, compute, documented
+from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
-from xtoken.pieces import PieceIndex
+from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.operator import register
+from xtoken.losses.prefix_kl import formula
+from xtoken.pieces import PieceIndex, sides
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@register("prefix", "prefix KL", Needs.PIECES)
 @dataclass(frozen=True)
-class PrefixOptions:
-    """The piece index and the switches."""
+class PrefixKL(Loss):
+    """See `prefix_kl_loss`."""
 
-    operation: ClassVar[str] = "prefix"
+    is_default: ClassVar[bool] = True
+
     pieces: Tensor
     temperature: float
     reverse: bool
 
-    def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
-        """See `xtoken.reference.prefix`."""
-        return reference.prefix(
-            student, teacher, chunks, self.pieces, temperature=self.temperature, reverse=self.reverse
-        )
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    @property
+    def realised(self) -> bool:
+        return True
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        return formula.prefix(student, teacher, chunks, self.pieces, temperature=self.temperature, reverse=self.reverse)
+
+    def diagnose(
+        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    ) -> Tensor:
+        events = _events(self.pieces, chunks.used.device)
+        count = int(self.pieces[2])
+
+        def values(z: Tensor, y: Tensor) -> Tensor:
+            same = formula.event_agreement(z, y, events, count).to(torch.float32)
+            return torch.stack([same, torch.ones_like(same), torch.zeros_like(same)], 1)
+
+        return diagnostics.means(student, teacher, chunks, values)
 
 
+_EVENTS = Cached[tuple[Tensor, ...]]()
+
+
+def _events(pieces: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """int64 [V_student], [V_teacher]: the event of each token at the start of a chunk, on a device."""
+    student, teacher = _EVENTS.of(
+        (pieces,), lambda: tuple(synchronized(side.event.to(device).long()) for side in sides(pieces.cpu())), device
+    )
+    return student, teacher
+
+
+class PrefixOptions(Options, total=False):
+    """Keyword arguments of `prefix_kl_loss`, beside ``labels``."""
+
+    reverse: bool
+
+
+@overload
+def prefix_kl_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
+    labels: None = None, **options: Unpack[PrefixOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def prefix_kl_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
+    labels: Tensor, **options: Unpack[PrefixOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@documented
 def prefix_kl_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
@@ -63,17 +117,20 @@ def prefix_kl_loss(
 ) -> Losses:
     """Prefix KL: KL(teacher || student) at every boundary of a chunk, on events that both vocabularies know.
 
-    The formula is that of `xtoken.reference.prefix`. Other arguments, results, errors, gradients and memory are as for
-    `pkl_loss`. Backends: "cpu" and "cuda" (fused kernels), and "reference", which "auto" takes on other devices.
+    The formula is that of `xtoken.reference.prefix`.
 
     Parameters
     ----------
-    alignment : Alignment
+    {student_logits, teacher_logits, alignment}
         With its token ids: the inner boundaries follow from them.
     pieces : PieceIndex
         Of the student's and the teacher's tokenizer.
+    {labels, temperature}
     reverse : bool
         KL(student || teacher) at every boundary.
+    {reduction, inplace, backend}
+
+    {results}
 
     Examples
     --------
@@ -91,25 +148,9 @@ def prefix_kl_loss(
     if not isinstance(pieces, PieceIndex):
         raise TypeError(f"pieces: expected an xtoken.PieceIndex, got {type(pieces).__name__}")
     return compute(
-        "prefix",
-        student_logits,
-        teacher_logits,
-        alignment,
-        sizes=pieces.shape,
-        pieces=pieces.data,
-        labels=labels,
-        reduction=reduction,
-        backend=backend,
-        inplace=inplace,
-        temperature=temperature,
-        reverse=reverse,
-    )
+        PrefixKL(pieces.data, temperature, reverse), student_logits, teacher_logits, alignment,
+        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+    )  # fmt: skip
 
 
-def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
-    assert inputs.pieces is not None
-    chunks = given_chunks(inputs, student, teacher, realised=True)
-    return Prepared(chunks, PrefixOptions(inputs.pieces, settings.temperature, settings.reverse))
-
-
-PREPARE["prefix"] = _prepare
+linear_prefix_kl_loss = linear(prefix_kl_loss)

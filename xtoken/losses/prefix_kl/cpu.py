@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken import _core, reference
+from xtoken import _core
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
 
@@ -37,7 +38,7 @@ def run(
         buffers.argument,
         options.temperature,
         options.reverse,
-        reference.LOWEST_LOGIT,
+        numerics.LOWEST_LOGIT,
         level,
         torch.get_num_threads(),
     )

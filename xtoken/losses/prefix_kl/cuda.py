@@ -11,8 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xtoken import reference
 from xtoken.alignment import Chunks, Rows, synchronized
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cuda import (
     Kernels,
@@ -167,7 +167,7 @@ def run(
             label_arguments,
             options.temperature,
             options.reverse,
-            reference.LOWEST_LOGIT,
+            numerics.LOWEST_LOGIT,
             memory.output(workspace),
             (grid, threads, stream),
         )

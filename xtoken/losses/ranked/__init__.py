@@ -1,1 +1,81 @@
-"""What is compared by pairs where there are some, and by rank elsewhere."""
+"""Losses that compare common tokens pair by pair and the others by rank: what they share, and their kernels."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment import Chunks
+from xtoken.losses.backends import Prepared
+from xtoken.losses.cached import Cached
+from xtoken.losses.call import Options, check_count, check_temperature
+from xtoken.losses.logits import Source
+from xtoken.losses.loss import Loss, Matrix
+from xtoken.losses.operator import Call
+from xtoken.losses.ranked import formula
+from xtoken.projection.entries import common_pairs
+
+DEFAULT_UNCOMMON_TOP_K = 8192
+
+
+class RankedOptions(Options, total=False):
+    """Keyword arguments of a loss on pairs and ranks, beside ``labels``."""
+
+    uncommon_top_k: int
+    reverse: bool
+
+
+@dataclass(frozen=True)
+class PairedLoss(Loss):
+    """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others."""
+
+    W: Matrix
+    temperature: float
+    uncommon_top_k: int
+    reverse: bool
+    min_weight: float
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_count(self.uncommon_top_k, "uncommon_top_k")
+        if not 0.0 < self.min_weight <= 1.0:
+            raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
+
+    def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
+        pairs = pairs_of(self.W, self.min_weight, call.student.device)
+        options = PreparedRanked(*pairs, self.uncommon_top_k, self.temperature, self.reverse)
+        return Prepared(call.chunks(self.realised), options)
+
+
+_PAIRS = Cached[tuple[Tensor, Tensor]]()
+
+
+def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor, Tensor]:
+    """`xtoken.reference.common_pairs` on a device; kept while W lives and its weights stay as they are."""
+
+    def find() -> tuple[Tensor, Tensor]:
+        student, teacher = common_pairs(W, min_weight)
+        return student.to(device), teacher.to(device)
+
+    return _PAIRS.of((W.col, W.row_ptr, W.weight), find, min_weight, device)
+
+
+@dataclass(frozen=True)
+class PreparedRanked:
+    """The common pairs (student ids [P], teacher ids [P]), and the switches."""
+
+    student_ids: Tensor
+    teacher_ids: Tensor
+    uncommon_top_k: int
+    temperature: float
+    reverse: bool
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        """See `formula.ranked`."""
+        common, uncommon = formula.ranked(
+            student, teacher, chunks, (self.student_ids, self.teacher_ids),
+            uncommon_top_k=self.uncommon_top_k, temperature=self.temperature, reverse=self.reverse,
+        )  # fmt: skip
+        return common + uncommon

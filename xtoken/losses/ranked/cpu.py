@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken import _core, reference
+from xtoken import _core
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cpu import ChunkArguments, Layouts
+from xtoken.losses.ranked import PreparedRanked
+
+FUSES_LABELS = False
 
 _PLANS = Layouts[_core.CpuGoldPlan]()
 
@@ -37,7 +41,7 @@ def run(
     assert labels is None
     options: Any = problem.options
     chunks = ChunkArguments(problem, student_grad, scale)
-    paired = options.operation == "gold"
+    paired = isinstance(options, PreparedRanked)
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
     _core.cpu_gold(
         plan_for(options.student_ids, options.teacher_ids, shape) if paired else None,
@@ -45,7 +49,7 @@ def run(
         options.temperature,
         paired and options.reverse,
         options.uncommon_top_k if paired else 0,
-        reference.LOWEST_LOGIT,
+        numerics.LOWEST_LOGIT,
         level,
         torch.get_num_threads(),
     )

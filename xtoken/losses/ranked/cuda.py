@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from xtoken import reference
 from xtoken.alignment import Rows, synchronized
+from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cuda import (
     Kernels,
@@ -21,6 +21,8 @@ from xtoken.losses.cuda import (
     logits_argument,
     rows_argument,
 )
+from xtoken.losses.numerics import sorted_l1
+from xtoken.losses.ranked import PreparedRanked
 
 SORTED_ELEMENTS = 2**23
 """Probabilities outside the pairs that are sorted at a time; temporaries take about 50 bytes for each."""
@@ -67,27 +69,6 @@ def unpaired_plan(shape: tuple[int, int], device: torch.device) -> GoldPlan:
     return GoldPlan(none, none, student, teacher, -1 - student)
 
 
-def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """Sum of |P_i - Q_i| over the `count` first ranks, descending, padded with zeros [K], and its slope in p [K, V].
-
-    As in `xtoken.reference.uld`: equal probabilities share the mean of the signs at their ranks. Signs are whole
-    numbers, so their sums do not depend on the order in which a device adds them.
-    """
-    ordered, token = p.sort(dim=1, descending=True)
-    difference = _first(ordered, count) - _first(q.sort(dim=1, descending=True).values, count)
-    sign = _first(difference.sign(), p.shape[1])
-    distinct = torch.ones_like(token)
-    distinct[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
-    group = distinct.cumsum(1) - 1
-    shared = torch.zeros_like(sign).scatter_reduce(1, group, sign, "mean", include_self=False)
-    return difference.abs().sum(1), torch.zeros_like(sign).scatter(1, token, shared.gather(1, group))
-
-
-def _first(values: Tensor, count: int) -> Tensor:
-    """The first `count` columns, zeros where there are fewer."""
-    return torch.nn.functional.pad(values[:, :count], (0, max(0, count - values.shape[1])))
-
-
 def run(
     kernels: Kernels,
     problem: Problem,
@@ -100,7 +81,7 @@ def run(
     options: Any = problem.options
     chunks, device = problem.chunks, problem.student.device
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    paired = options.operation == "gold"
+    paired = isinstance(options, PreparedRanked)
     if paired:
         plan = gold_plan_for(options.student_ids, options.teacher_ids, shape)
     else:
@@ -123,7 +104,7 @@ def run(
                 count,
                 options.temperature,
                 reverse,
-                reference.LOWEST_LOGIT,
+                numerics.LOWEST_LOGIT,
                 given[5],
                 *outputs,
                 memory.launch,
@@ -143,7 +124,7 @@ def run(
                 labels_argument(memory, labels, keep=True),
                 options.temperature,
                 reverse,
-                reference.LOWEST_LOGIT,
+                numerics.LOWEST_LOGIT,
                 given[5],
                 memory.input(slope),
                 memory.launch,

@@ -3,29 +3,54 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import TYPE_CHECKING, overload
 
 from torch import Tensor
 
-from xtoken import reference
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, check_count, compute, given_chunks
-from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.operator import PREPARE, Inputs, Prepared, Settings
+from xtoken.losses.call import Losses, Options, check_count, check_temperature, compute, documented
+from xtoken.losses.linear import linear
+from xtoken.losses.logits import AnyLogits
+from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.operator import register
+from xtoken.losses.uld import formula
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@register("uld", "ULD", Needs.NOTHING, kernels="xtoken.losses.ranked")
 @dataclass(frozen=True)
-class UldOptions:
-    """The switches of ULD."""
+class ULD(Loss):
+    """See `uld_loss`."""
 
-    operation: ClassVar[str] = "uld"
     temperature: float
 
-    def reference(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None) -> Tensor:
-        """See `xtoken.reference.uld`."""
-        return reference.uld(student, teacher, chunks, temperature=self.temperature)
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        return formula.uld(student, teacher, chunks, temperature=self.temperature)
 
 
+class ULDOptions(Options, total=False):
+    """Keyword arguments of `uld_loss`, beside ``labels``."""
+
+    student_vocab_size: int | None
+    teacher_vocab_size: int | None
+
+
+@overload
+def uld_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, *,
+    labels: None = None, **options: Unpack[ULDOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def uld_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, *,
+    labels: Tensor, **options: Unpack[ULDOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@documented
 def uld_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
@@ -41,34 +66,26 @@ def uld_loss(
 ) -> Losses:
     """Universal logit distillation: L1 between the two descending-sorted distributions of each chunk.
 
-    The formula is that of `xtoken.reference.uld`. Arguments, results, errors, gradients and memory are as for
-    `pkl_loss`, except:
+    The formula is that of `xtoken.reference.uld`.
 
     Parameters
     ----------
+    {student_logits, teacher_logits, alignment, labels, temperature, reduction}
     student_vocab_size, teacher_vocab_size : int, optional
         Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
+    {inplace, backend}
+
+    {results}
 
     Source: Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss (arXiv 2402.12030).
     """
-    check_count(student_vocab_size, "student_vocab_size", optional=True)
-    check_count(teacher_vocab_size, "teacher_vocab_size", optional=True)
+    sizes = student_vocab_size, teacher_vocab_size
+    for size, name in zip(sizes, ("student_vocab_size", "teacher_vocab_size"), strict=True):
+        check_count(size, name, optional=True)
     return compute(
-        "uld",
-        student_logits,
-        teacher_logits,
-        alignment,
-        sizes=(student_vocab_size, teacher_vocab_size),
-        labels=labels,
-        reduction=reduction,
-        backend=backend,
-        inplace=inplace,
-        temperature=temperature,
-    )
+        ULD(temperature), student_logits, teacher_logits, alignment,
+        labels=labels, sizes=sizes, reduction=reduction, inplace=inplace, backend=backend,
+    )  # fmt: skip
 
 
-def _prepare(inputs: Inputs, settings: Settings, student: Source, teacher: Source) -> Prepared:
-    return Prepared(given_chunks(inputs, student, teacher), UldOptions(settings.temperature))
-
-
-PREPARE["uld"] = _prepare
+linear_uld_loss = linear(uld_loss)

@@ -1,0 +1,141 @@
+"""Which teacher columns a loss looks at: the largest, given ones, those that W reaches; and W's entries in them."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.weak import WeakIdKeyDictionary
+
+from xtoken.alignment.chunks import synchronized, to_device
+from xtoken.losses.backends import select
+from xtoken.losses.cached import Cached
+from xtoken.losses.logits import BLOCK_ELEMENTS, DenseSource, Source
+from xtoken.projection.entries import Entries, restrict
+
+DEFAULT_TOP_K = 8192
+"""Of column sets, where nothing else is said."""
+
+
+def select_columns(
+    teacher: Source,
+    width: int,
+    *,
+    top_k: int | None = DEFAULT_TOP_K,
+    columns: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    backend: str = "auto",
+) -> Tensor:
+    """The column set C: int64 [C], ascending, on ``device``; `columns`, or the `top_k` largest of the teacher."""
+    if columns is not None:
+        return _checked(columns, width, torch.device(device))
+    chosen = teacher_columns(teacher, top_k, device, backend)
+    _RIGHT[chosen] = chosen._version, width  # need not be looked at again, which would wait for a device
+    return chosen
+
+
+def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str, backend: str = "auto") -> Tensor:
+    """`xtoken.reference.column_set` for logits of any kind, by a backend."""
+    column_set = select(backend, torch.device(device)).column_set
+    if isinstance(teacher, DenseSource):
+        return column_set(teacher.logits, top_k)
+    total = teacher.samples * teacher.length
+    if top_k is None or top_k >= teacher.size or total == 0:
+        return torch.arange(teacher.size if top_k is None else min(top_k, teacher.size), device=device)
+    step = max(1, BLOCK_ELEMENTS // teacher.size)
+    maxima = [teacher.rows(first, min(total, first + step)).amax(0) for first in range(0, total, step)]
+    return column_set(torch.stack(maxima)[None], top_k)
+
+
+_RIGHT: Any = WeakIdKeyDictionary()
+"""Column sets that were chosen here, and what is known of them: (version, width)."""
+
+_ORDERED = Cached[Tensor]()
+
+
+def _checked(given: Any, width: int, device: torch.device) -> Tensor:
+    """Given columns, ascending, on the device. On a device they are looked at once, and not again at every step."""
+    if not isinstance(given, Tensor):
+        return to_device(_ordered(torch.as_tensor(given), width), device)
+    if _RIGHT.get(given) == (given._version, width):
+        return given.to(device)
+    ordered = _ORDERED.of((given,), lambda: _ordered(given, width), width)
+    return _ORDERED.of((given,), lambda: ordered.to(device), width, device)
+
+
+def _ordered(ids: Tensor, width: int) -> Tensor:
+    if ids.dim() != 1 or ids.numel() == 0 or ids.is_floating_point() or ids.dtype == torch.bool:
+        raise ValueError(f"columns: expected teacher ids [C], got {ids.dtype} of shape {list(ids.shape)}")
+    ordered: Tensor = ids.long().sort().values
+    low, high = int(ordered[0]), int(ordered[-1])
+    if low < 0 or high >= width:
+        raise ValueError(f"columns: expected ids in 0 ... {width - 1}, got {low if low < 0 else high}")
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        raise ValueError("columns: expected distinct ids, got one twice")
+    return ordered
+
+
+class _Reached(NamedTuple):
+    """The teacher ids that W reaches, on one device."""
+
+    ids: Tensor  # int64, ascending
+    mask: Tensor  # bool [V_teacher]
+
+
+_REACHED = Cached[_Reached]()
+
+
+def _reached(projection: Any, device: torch.device) -> _Reached:
+    def look() -> _Reached:
+        mask = torch.zeros(projection.shape[1], dtype=torch.bool, device=device)
+        mask[projection.col.to(device).long()] = True
+        return _Reached(synchronized(mask.nonzero()[:, 0]), mask)
+
+    return _REACHED.of((projection.col,), look, device, projection.shape[1])
+
+
+def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
+    """Those of the columns that W reaches, and None.
+
+    On a device, where their number would have to be waited for: all columns, those that W reaches first, and the number
+    (int32 []).
+    """
+    known = _reached(projection, columns.device)
+    if len(columns) == projection.shape[1]:
+        ids, count = known.ids, None
+    else:
+        outside = ~known.mask[columns]
+        if columns.device.type == "cpu":
+            ids, count = columns[~outside], None
+        else:
+            ids = columns[outside.to(torch.uint8).argsort(stable=True)]
+            count = (len(columns) - outside.sum()).to(torch.int32)
+    if ids.numel() == 0 or known.ids.numel() == 0:
+        raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
+    return ids, count
+
+
+_ON_DEVICE = Cached[tuple[Tensor, Tensor]]()
+_WEIGHTS = Cached[Tensor]()
+
+
+def entries_in(projection: Any, columns: Tensor) -> Entries:
+    """As `xtoken.reference.restrict`; on a device, which is not asked how many they are, all: weight 0 outside."""
+    device, total = columns.device, len(projection.col)
+    if device.type == "cpu":
+        return restrict(projection, columns)
+
+    def place() -> tuple[Tensor, Tensor]:
+        row_ptr, col = projection.row_ptr.to(device), projection.col.to(device).long()
+        row = torch.repeat_interleave(torch.arange(len(row_ptr) - 1, device=device), row_ptr.diff(), output_size=total)
+        return row, col if projection.col.device == device else synchronized(col)
+
+    row, col = _ON_DEVICE.of((projection.col, projection.row_ptr), place, device)
+    weight = projection.weight.detach()
+    if weight.device != device:
+        weight = _WEIGHTS.of((projection.weight,), lambda: synchronized(weight.to(device)), device)
+    position = torch.full((projection.shape[1],), -1, dtype=torch.int64, device=device)
+    position[columns] = torch.arange(len(columns), device=device)
+    position = position[col]
+    return Entries(row, position.clamp_min(0), torch.where(position >= 0, weight, 0.0))

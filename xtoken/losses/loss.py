@@ -1,0 +1,157 @@
+"""What a loss is, and the register of all losses: criterion, command line, tests and benchmarks read it.
+
+A frozen dataclass is a loss. Its fields are the arguments of its own operator (`xtoken.losses.operator`); its class
+says what it needs of a pair of tokenizers.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
+from enum import Enum
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xtoken.losses import diagnostics
+from xtoken.losses.backends import Prepared
+from xtoken.losses.logits import Source
+
+if TYPE_CHECKING:
+    from xtoken.alignment.chunks import Chunks
+    from xtoken.losses.operator import Call
+
+
+class Needs(Enum):
+    """What a loss needs of a pair of tokenizers, beside an alignment of their tokens."""
+
+    NOTHING = "nothing"
+    PROJECTION = "a projection matrix"
+    PIECES = "a piece index"
+    SAME_TOKENIZER = "one tokenizer for both"
+
+
+class Matrix(NamedTuple):
+    """W in compressed rows."""
+
+    row_ptr: Tensor  # int64 [V_student + 1]
+    col: Tensor  # int32 [nnz]
+    weight: Tensor  # floating [nnz]
+    shape: tuple[int, int]
+
+    @classmethod
+    def of(cls, projection: Any) -> Matrix:
+        """From a `ProjectionMatrix`, or anything with its attributes, such as a module with trainable weights.
+
+        Raises
+        ------
+        TypeError
+            If it has not these attributes.
+        """
+        if not all(hasattr(projection, name) for name in cls._fields):
+            raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
+        return cls(projection.row_ptr, projection.col, projection.weight, tuple(projection.shape))
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A distillation loss with everything that one call of it needs beside logits and an alignment.
+
+    Fields are tensors, scalars, or `W`, a `Matrix`. A loss of `Needs.PROJECTION` has that field, and one of
+    `Needs.PIECES` the field ``pieces`` (`PieceIndex.data`). Its module ``a.b.name`` has the public function
+    ``name_loss``. Kernels are in the modules ``cpu`` and ``cuda`` of the package `kernels`, as a function ``run`` (see
+    `xtoken.losses.backends.Run`); without them the formula is the loss on every device.
+    """
+
+    name: ClassVar[str]
+    title: ClassVar[str]
+    """As people write it."""
+    needs: ClassVar[Needs]
+    kernels: ClassVar[str]
+    """Package with the modules of its kernels; default: its own."""
+    trains_projection: ClassVar[bool] = False
+    """Whether the weights of W get a gradient."""
+    is_default: ClassVar[bool] = False
+    """Whether it is the loss of a `Teacher` that says only what the pair of tokenizers has (`needs`)."""
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}})
+    """What is worth a measurement of its own: options, by what is added to the title."""
+
+    @property
+    def realised(self) -> bool:
+        """Whether it needs the realised token ids of the alignment."""
+        return False
+
+    @property
+    def trained(self) -> Tensor | None:
+        """The weights of W, if they may get a gradient."""
+        W: Matrix | None = getattr(self, "W", None)
+        return W.weight if W is not None and self.trains_projection else None
+
+    def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
+        """The chunks, and what kernels and formula get to see of this loss (default: all of them, and itself)."""
+        return Prepared(call.chunks(self.realised), self)
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        """The formula in plain, differentiable PyTorch: the loss of each chunk.
+
+        Parameters
+        ----------
+        student : floating [N_s, V_student]
+            One row for each token position of a batch.
+        teacher : floating [N_t, V_teacher]
+        chunks : Chunks
+            Which rows predict each chunk.
+        weight : floating [nnz], optional
+            Takes the place of the weights of W, if those are trained.
+
+        Returns
+        -------
+        Tensor
+            [K], in the widest type of the logits, at least float32; multiplied by the square of a temperature.
+        """
+        raise NotImplementedError(f"{type(self).__name__} has no formula")
+
+    def chosen(self, teacher: Source, device: torch.device, backend: str) -> Loss:
+        """The same with what depends on the teacher's logits chosen (columns), to be used more than once."""
+        return self
+
+    def diagnose(
+        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    ) -> Tensor:
+        """float32 [3]: `xtoken.losses.diagnostics.NAMES` for some of the chunks; nan where there is no way to tell."""
+        return diagnostics.by_projection(student, teacher, chunks, projection, device, backend)
+
+    @classmethod
+    def function(cls) -> Callable[..., Any]:
+        """The public function."""
+        package = cls.__module__.rpartition(".")[2]
+        found: Callable[..., Any] = getattr(sys.modules[cls.__module__], f"{package}_loss")
+        return found
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """What a `Teacher` may say of it, with the defaults of the public function."""
+        own = {field.name for field in fields(cls)}
+        parameters = inspect.signature(cls.function()).parameters.values()
+        return {one.name: one.default for one in parameters if one.name in own and one.kind is one.KEYWORD_ONLY}
+
+    @classmethod
+    def of(cls, projection: Any, pieces: Any, **options: Any) -> Loss:
+        """For a pair of tokenizers, whose projection or pieces are given as far as the loss needs them."""
+        if cls.needs is Needs.PROJECTION:
+            return cls(W=Matrix.of(projection), **options)  # type: ignore[call-arg]
+        if cls.needs is Needs.PIECES:
+            return cls(pieces=pieces.data, **options)  # type: ignore[call-arg]
+        return cls(**options)
+
+
+REGISTER: dict[str, type[Loss]] = {}
+
+
+def registered() -> dict[str, type[Loss]]:
+    """Every loss by its name, in the order in which they were registered."""
+    return dict(REGISTER)

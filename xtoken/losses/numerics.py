@@ -1,0 +1,58 @@
+"""How every loss reads logits, and the sums that several of them share."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+EPSILON = 1e-10
+"""Added to projected masses before a division or a logarithm."""
+
+LOWEST_LOGIT = -1e4
+"""Smaller logits count as this one; its probability is zero in every type."""
+
+
+TEMPORARY_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+"""Logits that plain formulas work on at a time, by device type; their temporaries are of that size."""
+
+
+def temporary_elements(device: torch.device) -> int:
+    """`TEMPORARY_ELEMENTS` of a device."""
+    return TEMPORARY_ELEMENTS.get(device.type, TEMPORARY_ELEMENTS["cpu"])
+
+
+def statistics_dtype(*tensors: Tensor) -> torch.dtype:
+    """The widest type of the tensors, at least float32."""
+    dtype = torch.float32
+    for tensor in tensors:
+        dtype = torch.promote_types(dtype, tensor.dtype)
+    return dtype
+
+
+def scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
+    """Logits as losses read them: none below `LOWEST_LOGIT`, divided by the temperature."""
+    logits = logits.to(dtype).clamp_min(LOWEST_LOGIT)
+    return logits if temperature == 1.0 else logits / temperature
+
+
+def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Sum of |P_i - Q_i| over the `count` first ranks, descending, padded with zeros [K]; and its slope in p [K, V].
+
+    The slope of a probability is ``sign(P_i - Q_i)`` at its rank ``i``. Equal probabilities have no order among
+    themselves: each gets the mean of the signs at the ranks that they share, which is the mean over all their orders.
+    (An order by id would raise low ids and lower high ones; in bfloat16 most of a vocabulary is tied.) Signs are whole
+    numbers, so their sums do not depend on the order in which a device adds them.
+    """
+    ordered, token = p.sort(dim=1, descending=True)
+    difference = _first(ordered, count) - _first(q.sort(dim=1, descending=True).values, count)
+    sign = _first(difference.sign(), p.shape[1])
+    distinct = torch.ones_like(token)
+    distinct[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
+    group = distinct.cumsum(1) - 1
+    shared = torch.zeros_like(sign).scatter_reduce(1, group, sign, "mean", include_self=False)
+    return difference.abs().sum(1), torch.zeros_like(sign).scatter(1, token, shared.gather(1, group))
+
+
+def _first(values: Tensor, count: int) -> Tensor:
+    """The first `count` columns, zeros where there are fewer."""
+    return torch.nn.functional.pad(values[:, :count], (0, max(0, count - values.shape[1])))

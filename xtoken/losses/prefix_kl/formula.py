@@ -1,0 +1,155 @@
+"""The formula of prefix KL."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xtoken import _core
+from xtoken.alignment.chunks import Chunks
+from xtoken.losses.numerics import scaled, statistics_dtype
+from xtoken.pieces import Side
+from xtoken.pieces import sides as piece_sides
+
+
+def prefix(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    pieces: Tensor,
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+) -> Tensor:
+    """Prefix KL: the exact chain rule over the boundaries of a chunk, on events that both vocabularies know.
+
+    At each boundary the tokens of both sides are cut into the same events e, and with P[e] and Q[e] the probability
+    of e under student and teacher, divided by its sum over the events::
+
+        term = sum_e Q[e] (log Q[e] - log P[e])         reverse: sum_e P[e] (log P[e] - log Q[e])
+        loss = sum of the terms of the chunk's boundaries
+
+    *The start of the chunk.* The event of a token is its root: the token itself if the other vocabulary has it too,
+    else the root of its first piece under the other tokenizer. Every token has one event.
+
+    *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
+    d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
+    predicts the token that goes on; their event is the next piece, or "ends" if there is none. Of "part" all tokens
+    are counted, at the row that predicts the token that starts; the event of a token is itself if it is such a next
+    piece, else "ends".
+
+    An event that has no token on one side is left out on both. Inner boundaries that no such d tokens lead to, as where
+    tokens of both sides overlap without a common start, have no term.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V_student]
+    teacher_logits : [N_t, V_teacher]
+    chunks : Chunks
+        With realised ids.
+    pieces : int32 [n]
+        `PieceIndex.data`.
+
+    Returns
+    -------
+    Tensor
+        [K]
+    """
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
+
+    def terms(rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int) -> Tensor:
+        log_p, log_q = (
+            _event_log_mass(scaled(z[row], temperature, dtype), event, count)
+            for z, row, event in zip(logits, rows, events, strict=True)
+        )
+        missing = log_p.isinf() | log_q.isinf()
+        log_p, log_q = (
+            x.masked_fill(missing, -torch.inf).log_softmax(-1).masked_fill(missing, 0) for x in (log_p, log_q)
+        )
+        ahead, behind = (log_p, log_q) if reverse else (log_q, log_p)
+        return (ahead.exp().masked_fill(missing, 0) * (ahead - behind)).sum(-1)
+
+    student_roots, teacher_roots = (side.event.to(device).long().expand(len(chunks), -1) for side in sides)
+    loss = terms((chunks.student.start, chunks.teacher.start), (student_roots, teacher_roots), int(pieces[2]))
+    boundaries = _inner_boundaries(chunks, pieces).to(device)
+    for whole in (0, 1):
+        chunk, _, whole_row, part_row, depth, first, last = boundaries[boundaries[:, 1] == whole].unbind(1)
+        if len(chunk) == 0:
+            continue
+        whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, first, last)
+        if whole == 0:
+            inner = terms((whole_row, part_row), (whole_events, part_events), count)
+        else:
+            inner = terms((part_row, whole_row), (part_events, whole_events), count)
+        loss = loss.index_add(0, chunk, inner)
+    return loss * temperature**2
+
+
+def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
+    """int64 [n, 7]: the `InnerBoundary` of ``csrc/core/piece_index.h``, on the CPU."""
+    if chunks.student.next_ids is None or chunks.teacher.next_ids is None:
+        raise ValueError("chunks: prefix KL needs the realised ids, see Chunks.of(realised=True)")
+    arrays = [
+        values.cpu().contiguous().numpy()
+        for rows in (chunks.student, chunks.teacher)
+        for values in (rows.start, rows.count, rows.next_ids)
+        if values is not None
+    ]
+    return torch.from_numpy(_core.inner_boundaries(pieces.cpu().numpy(), *arrays))
+
+
+def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The events inside a token: of the whole side [n, V_whole], of the part side [n, V_part], and their number.
+
+    0 is "ends"; a token of the whole side that takes no part has the number of events.
+    """
+    device = depth.device
+    order, ptr, pieces = (values.to(device).long() for values in (whole.order, whole.ptr, whole.pieces))
+    sizes = last - first
+    boundary = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
+    rank = torch.arange(len(boundary), device=device) - (sizes.cumsum(0) - sizes - first)[boundary]
+    token = order[rank]
+    at = ptr[token] + depth[boundary]
+    piece = torch.where(at < ptr[token + 1], pieces[at.clamp_max(len(pieces) - 1)], -1)
+    is_new = piece >= 0
+    is_new[1:] &= (piece[1:] != piece[:-1]) | (boundary[1:] != boundary[:-1])
+    counts = torch.zeros_like(sizes).index_add(0, boundary, is_new.long())
+    event = torch.where(piece < 0, 0, is_new.cumsum(0) - (counts.cumsum(0) - counts)[boundary])
+    count = 1 + int(counts.max())
+    whole_events = torch.full((len(sizes), len(order)), count, device=device)
+    whole_events[boundary, token] = event
+    part_events = torch.zeros(len(sizes), len(part.event), dtype=torch.int64, device=device)
+    is_token = (piece >= 0) & (piece < len(part.event))
+    part_events[boundary[is_token], piece[is_token]] = event[is_token]
+    return whole_events, part_events, count
+
+
+def _event_log_mass(logits: Tensor, events: Tensor, count: int) -> Tensor:
+    """[n, count]: logsumexp of the logits [n, V] over the tokens of each event [n, V] below count; -inf for none."""
+    top = logits.new_zeros(len(logits), count + 1).scatter_reduce(
+        1, events, logits.detach(), "amax", include_self=False
+    )
+    mass = torch.zeros_like(top).scatter_add(1, events, (logits - top.gather(1, events)).exp())
+    return (mass.masked_fill(mass == 0, 1).log() + top).masked_fill(mass == 0, -torch.inf)[:, :count]
+
+
+@torch.no_grad()
+def event_agreement(
+    student_logits: Tensor, teacher_logits: Tensor, events: tuple[Tensor, Tensor], count: int
+) -> Tensor:
+    """bool [K]: of prefix KL's ``count`` events the same is the most probable, for each pair of rows.
+
+    Parameters
+    ----------
+    student_logits : [K, V_student]
+    teacher_logits : [K, V_teacher]
+    events : int64 [V_student], [V_teacher]
+        The event of each token.
+    """
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    best = []
+    for logits, event in zip((student_logits, teacher_logits), events, strict=True):
+        z = scaled(logits[:, : len(event)], 1.0, dtype)
+        best.append(_event_log_mass(z, event.expand(len(z), -1), count).argmax(-1))
+    return best[0] == best[1]
