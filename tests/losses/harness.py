@@ -19,6 +19,7 @@ from typing import Any
 import emulated
 import torch
 from comparer import assert_as_accurate
+from rows_by_hand import ChunksByHand, rows_by_hand
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -215,14 +216,14 @@ class Operation:
     formula: Callable[..., Tensor]
 
 
-def _parts(case: Case, student: Tensor, teacher: Tensor, realised: bool = False) -> tuple[Any, ...]:
+def _parts(case: Case, student: Tensor, teacher: Tensor) -> tuple[Any, ...]:
     W = case.projection
-    chunks = reference.Chunks.of(case.alignment, student.shape[1], teacher.shape[1], realised=realised)
+    chunks = rows_by_hand(case.alignment, student.shape[1], teacher.shape[1])
     return student.flatten(0, 1)[:, : W.shape[0]], teacher.flatten(0, 1)[:, : W.shape[1]], chunks
 
 
 def _pkl(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = 8192, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher, realised=options.get("merge") == "chain")
+    z, y, chunks = _parts(case, student, teacher)
     columns = reference.column_set(teacher[..., : case.projection.shape[1]], top_k)
     if options.pop("support", "all") == "reachable":
         columns = columns[torch.isin(columns, case.projection.col.long())]
@@ -243,14 +244,14 @@ def _uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor
 
 def _kd(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = None, **options: Any) -> Tensor:
     size = min(case.projection.shape)
-    chunks = reference.Chunks.of(positions(case), student.shape[1], teacher.shape[1])
+    chunks: Any = rows_by_hand(positions(case), student.shape[1], teacher.shape[1])
     columns = reference.column_set(teacher[..., :size], top_k)
     z, y = student.flatten(0, 1)[:, :size], teacher.flatten(0, 1)[:, :size]
     return reference.kd(z, y, chunks, columns, **options)
 
 
 def _prefix(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher, realised=True)
+    z, y, chunks = _parts(case, student, teacher)
     return _all(case, chunks, reference.prefix(z, y, chunks, case.pieces.data, **options))
 
 
@@ -262,7 +263,7 @@ def positions(case: Case) -> Alignment:
     return Alignment(spans, torch.arange(len(case.student) + 1) * count)
 
 
-def _all(case: Case, chunks: reference.Chunks, losses: Tensor) -> Tensor:
+def _all(case: Case, chunks: ChunksByHand, losses: Tensor) -> Tensor:
     return losses.new_zeros(case.alignment.num_chunks).index_copy(0, chunks.used, losses)
 
 

@@ -1,6 +1,7 @@
 """Choosing a backend, registering one, and its errors."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from harness import OPERATIONS, check, make_case
 from torch import Tensor
 
 from xtoken import pkl_loss, select_backend
+from xtoken.alignment import Chunks, Rows
 from xtoken.losses import plain, registered
 from xtoken.losses.backends import (
     Backend,
@@ -91,6 +93,63 @@ def test_the_harness_passes_what_is_right(registering: Callable[..., None]) -> N
     registering("right", wrong(lambda losses, grad: losses))
     for operation in OPERATIONS:
         check("right", operation, make_case(), torch.float32)
+
+
+def one_row_early(chunks: Chunks) -> Chunks:
+    chunks.student.start[-1] -= 1
+    return chunks
+
+
+def one_row_late(chunks: Chunks) -> Chunks:
+    chunks.teacher.start[0] += 1
+    return chunks
+
+
+def chunks_exchanged(chunks: Chunks) -> Chunks:
+    return replace(chunks, used=chunks.used.flip(0))
+
+
+def last_chunk_left_out(chunks: Chunks) -> Chunks:
+    sides = (Rows(side.start[:-1], side.count[:-1], side.next_ids) for side in (chunks.student, chunks.teacher))
+    return Chunks(*sides, chunks.used[:-1])
+
+
+def last_rows_left_out(chunks: Chunks) -> Chunks:
+    return replace(chunks, student=chunks.student.first())
+
+
+def tokens_one_off(chunks: Chunks) -> Chunks:
+    ids = chunks.teacher.next_ids
+    return replace(chunks, teacher=replace(chunks.teacher, next_ids=ids if ids is None else ids.clamp_min(0).roll(1)))
+
+
+def check_with_wrong_rows(fault: Callable[[Chunks], Chunks], operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`check` while the library takes wrong rows; those of the harness are its own."""
+    right = Chunks.of
+    with monkeypatch.context() as patch:
+        patch.setattr(Chunks, "of", staticmethod(lambda *args, **options: fault(right(*args, **options))))
+        check("reference", operation, make_case(), torch.float32)
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("fault", [one_row_early, one_row_late, chunks_exchanged, last_chunk_left_out])
+def test_the_harness_knows_the_rows(
+    fault: Callable[[Chunks], Chunks], operation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(AssertionError, match="differ; worst at"):
+        check_with_wrong_rows(fault, operation, monkeypatch)
+
+
+@pytest.mark.parametrize("fault", [last_rows_left_out, tokens_one_off])
+def test_the_harness_knows_later_rows(fault: Callable[[Chunks], Chunks], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the losses that read them."""
+    failed = []
+    for operation in OPERATIONS:
+        try:
+            check_with_wrong_rows(fault, operation, monkeypatch)
+        except AssertionError:
+            failed.append(operation)
+    assert failed
 
 
 def test_auto_uses_the_reference_where_nothing_else_works() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
+import re
+from random import Random
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ import torch
 from comparer import assert_as_accurate, assert_close, assert_within
 from harness import BAD_INPUTS, CASES, DTYPES, backends_of, bad_call, check, make_case, tokens
 from real_tokenizers import encode
+from rows_by_hand import rows_by_hand
 from torch import Tensor
 
 from xtoken import (
@@ -19,6 +22,7 @@ from xtoken import (
     PieceIndex,
     ProjectionMatrix,
     Vocabulary,
+    _core,
     kd_loss,
     linear_prefix_kl_loss,
     pkl_loss,
@@ -150,7 +154,7 @@ def test_formula_against_enumeration(name: str, reverse: bool) -> None:
     p, q = (z / tau).softmax(-1).tolist(), (y / tau).softmax(-1).tolist()
     want, boundaries = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, reverse)
     assert boundaries == CHUNKS[name][2]
-    chunks = reference.Chunks.of(alignment, len(z), len(y), realised=True)
+    chunks: Any = rows_by_hand(alignment, len(z), len(y))
     got = reference.prefix(z, y, chunks, pieces.data, temperature=tau, reverse=reverse)
     assert_close(got, torch.tensor([want * tau**2], dtype=torch.float64), rtol=1e-12)
 
@@ -290,7 +294,7 @@ def test_nothing_is_left_out() -> None:
     pieces, *_ = chunk_of("1 to 2")
     for side, size in ((pieces.student, len(STUDENT)), (pieces.teacher, len(TEACHER))):
         log_p = logits_for(7, 4, size).log_softmax(-1)
-        mass = reference._event_log_mass(log_p, side.event.long().expand(4, -1), pieces.events).exp()
+        mass = formula._event_log_mass(log_p, side.event.long().expand(4, -1), pieces.events).exp()
         assert mass.shape == (4, pieces.events)
         assert_close(mass.sum(-1), torch.ones(4, dtype=torch.float64), rtol=1e-12)
 
@@ -390,6 +394,75 @@ def test_chunks_without_ids() -> None:
     chunks = reference.Chunks.of(alignment, 2, 3)
     with pytest.raises(ValueError, match="chunks: prefix KL needs the realised ids"):
         reference.prefix(z, y, chunks, pieces.data)
+
+
+MARKS = (b"<s>", b"</s>", b"<x>")
+
+
+def random_vocabulary(random: Random) -> Vocabulary:
+    """Texts over two letters, and some tokens without text, which have partners by role or by name."""
+    texts = {b"a", b"b", *(bytes(random.choices(b"ab", k=random.randint(2, 5))) for _ in range(random.randint(0, 12)))}
+    found = [*random.sample(sorted(texts), len(texts)), *random.sample(MARKS, random.randint(0, 3))]
+    roles = {role: found.index(mark) for role, mark in (("bos", b"<s>"), ("eos", b"</s>")) if mark in found}
+    return Vocabulary(found, roles=roles, kinds=["special" if token in MARKS else "normal" for token in found])
+
+
+def marks(vocabulary: Vocabulary, share: float, random: Random) -> list[int]:
+    """Some of the tokens without text."""
+    return [i for i in range(len(vocabulary)) if vocabulary[i] in MARKS and random.random() < share]
+
+
+def random_tokens(text: bytes, vocabulary: Vocabulary, random: Random) -> list[int]:
+    """Tokens that spell the text, cut at random; now and then one without text among them, or others altogether."""
+    ids = marks(vocabulary, 0.4, random)
+    while text:
+        ids.append(random.choice([i for i in range(len(vocabulary)) if text.startswith(vocabulary[i])]))
+        text = text[len(vocabulary[ids[-1]]) :]
+        ids += marks(vocabulary, 0.05, random)
+    if random.random() < 0.05:
+        return random.choices(range(len(vocabulary)), k=random.randint(1, 5))
+    if random.random() < 0.02:
+        ids[random.randrange(len(ids))] = random.choice([-1, len(vocabulary), 10**9])
+    return ids
+
+
+def random_rows(texts: list[list[bytes]], vocabulary: Vocabulary, random: Random) -> reference.Rows:
+    """The rows of one chunk for each list of texts, with rows of no chunk between them."""
+    ids: list[int] = []
+    start, count = [], []
+    for chunk in texts:
+        ids += random.choices((-1, 0, 1), k=random.randint(0, 2))
+        start.append(len(ids))
+        ids += [token for text in chunk for token in random_tokens(text, vocabulary, random)]
+        count.append(len(ids) - start[-1])
+    return reference.Rows(torch.tensor(start), torch.tensor(count), torch.tensor(ids))
+
+
+def test_inner_boundaries() -> None:
+    """Those of the formula, found by their definition, are those of the core, which finds them in one walk."""
+    found = refused = 0
+    for seed in range(1000):
+        random = Random(seed)
+        vocabularies = random_vocabulary(random), random_vocabulary(random)
+        pieces = PieceIndex.build(*vocabularies).data
+        texts = [
+            [bytes(random.choices(b"ab", k=random.randint(1, 9))) for _ in range(random.randint(1, 3))]
+            for _ in range(random.randint(1, 4))
+        ]
+        sides = [random_rows(texts, vocabulary, random) for vocabulary in vocabularies]
+        chunks = reference.Chunks(*sides, torch.arange(len(texts)))
+        arrays = [getattr(rows, name).numpy() for rows in sides for name in ("start", "count", "next_ids")]
+        try:
+            want = _core.inner_boundaries(pieces.numpy(), *arrays)
+        except ValueError as error:
+            refused += 1
+            with pytest.raises(ValueError, match=re.escape(str(error))):
+                formula._inner_boundaries(chunks, pieces)
+        else:
+            found += len(want)
+            assert formula._inner_boundaries(chunks, pieces).tolist() == want.tolist(), f"seed {seed}"
+    assert found > 1500
+    assert refused > 100
 
 
 def compare(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
 
-from xtoken import _core
 from xtoken.alignment.chunks import Chunks
 from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.pieces import Side
@@ -87,16 +90,77 @@ def prefix(
 
 
 def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
-    """int64 [n, 7]: the `InnerBoundary` of ``csrc/core/piece_index.h``, on the CPU."""
+    """int64 [n, 7]: the boundaries inside chunks that have a term, see `prefix`; on the CPU.
+
+    Chunk; side of "whole" (0: the student); the row that predicts its token; the row that predicts the token of "part"
+    that starts; d; first and last, so that ``order[first:last]`` of "whole" are the tokens that begin with these d.
+    """
     if chunks.student.next_ids is None or chunks.teacher.next_ids is None:
         raise ValueError("chunks: prefix KL needs the realised ids, see Chunks.of(realised=True)")
-    arrays = [
-        values.cpu().contiguous().numpy()
-        for rows in (chunks.student, chunks.teacher)
-        for values in (rows.start, rows.count, rows.next_ids)
-        if values is not None
-    ]
-    return torch.from_numpy(_core.inner_boundaries(pieces.cpu().numpy(), *arrays))
+    sides = piece_sides(pieces.cpu())
+    lengths = [side.length.tolist() for side in sides]
+    starts, counts = ([getattr(rows, name).tolist() for rows in (chunks.student, chunks.teacher)]
+                      for name in ("start", "count"))  # fmt: skip
+    next_ids = chunks.student.next_ids.tolist(), chunks.teacher.next_ids.tolist()
+    found = []
+    for chunk in range(len(starts[0])):
+        rows = [range(starts[side][chunk], starts[side][chunk] + counts[side][chunk]) for side in (0, 1)]
+        if len(rows[0]) == len(rows[1]) == 1:
+            continue
+        tokens = [_tokens(rows[side], next_ids[side], len(lengths[side]), side) for side in (0, 1)]
+        places = [
+            list(itertools.accumulate((lengths[side][token] for token in tokens[side]), initial=0)) for side in (0, 1)
+        ]
+        if places[0][-1] != places[1][-1]:
+            continue
+        for whole, part in ((0, 1), (1, 0)):
+            for i, first, j in _inside(sides[whole], tokens[whole], tokens[part], places[whole], places[part]):
+                known = tokens[part][first:j]
+                found.append([chunk, whole, rows[whole][i], rows[part][j], j - first, *_ranks(sides[whole], known)])
+    return torch.tensor(found, dtype=torch.int64).reshape(-1, 7)
+
+
+def _tokens(rows: range, next_ids: list[int], size: int, side: int) -> list[int]:
+    """The tokens that the rows predict."""
+    tokens = [next_ids[row] if 0 <= row < len(next_ids) else -1 for row in rows]
+    for token in tokens:
+        if not 0 <= token < size:
+            name = ("student_ids", "teacher_ids")[side]
+            raise ValueError(f"alignment: expected {name} in 0 ... {size - 1} within chunks, got {token}")
+    return tokens
+
+
+def _inside(
+    side: Side, whole: list[int], part: list[int], whole_places: list[int], part_places: list[int]
+) -> Iterator[tuple[int, int, int]]:
+    """The tokens part[j] that start within whole[i], which begins with the pieces part[first:j]; as (i, first, j)."""
+    for i, token in enumerate(whole):
+        begin, end = whole_places[i : i + 2]
+        together = [j for j in range(len(part)) if part_places[j] == begin]
+        for earlier in range(i):  # tokens without text that stand on both sides of the place
+            is_there = whole_places[earlier] == whole_places[earlier + 1] == begin
+            if is_there and together and _pieces_of(side, whole[earlier])[:1] == [part[together[0]]]:
+                del together[0]
+        if not together:
+            continue
+        first, pieces = together[0], _pieces_of(side, token)
+        for j in range(first + 1, len(part)):
+            if part_places[j] < end and pieces[: j - first] == part[first:j]:
+                yield i, first, j
+
+
+def _pieces_of(side: Side, token: int) -> list[int]:
+    return side.pieces[side.ptr[token] : side.ptr[token + 1]].tolist()
+
+
+def _ranks(side: Side, known: list[int]) -> tuple[int, int]:
+    """The part of `order` whose tokens begin with the known pieces: a range, since it is sorted by pieces."""
+
+    def begin_of(rank: int) -> list[int]:
+        return _pieces_of(side, int(side.order[rank]))[: len(known)]
+
+    ranks = range(len(side.order))
+    return bisect.bisect_left(ranks, known, key=begin_of), bisect.bisect_right(ranks, known, key=begin_of)
 
 
 def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:
