@@ -82,6 +82,11 @@ class CoverageReport:
     reasons: list[str] = field(default_factory=list)
     weighted: bool = False
 
+    def __repr__(self) -> str:
+        count = sum(row.count for row in self.classes.values())
+        what = f"{len(self.classes)} classes, {count} {'occurrences' if self.weighted else 'tokens'}"
+        return f"CoverageReport({what}, critical={self.critical}, recommendation={self.recommendation!r})"
+
     def to_json(self) -> str:
         """The report as a JSON object."""
         return json.dumps(asdict(self), indent=2)

@@ -89,6 +89,9 @@ class AlignedDataset(Dataset[dict[str, Any]]):
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": OrderedDict(), "_groups": OrderedDict()}
 
+    def __repr__(self) -> str:
+        return f"AlignedDataset({str(self.path)!r}, documents={len(self)}, shards={len(self._files)})"
+
     def __len__(self) -> int:
         """Number of documents."""
         return int(self._ends[-1]) if len(self._ends) else 0
@@ -186,6 +189,9 @@ class AlignedCollator:
     ) -> None:
         self.student_pad_id = self._pad_id(student_tok) if student_pad_id is None else student_pad_id
         self.teacher_pad_id = self._pad_id(teacher_tok) if teacher_pad_id is None else teacher_pad_id
+
+    def __repr__(self) -> str:
+        return f"AlignedCollator(student_pad_id={self.student_pad_id}, teacher_pad_id={self.teacher_pad_id})"
 
     @staticmethod
     def _pad_id(tokenizer: TokenizerLike | None) -> int:

@@ -137,6 +137,9 @@ class PieceIndex:
         index.check_tokenizers(student_tok, teacher_tok)
         return index
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PieceIndex, (self.data, self.metadata)  # without the views, each of which would take all of the data
+
     def __repr__(self) -> str:
         return f"PieceIndex({list(self.shape)}, events={self.events})"
 

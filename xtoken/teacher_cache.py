@@ -343,6 +343,10 @@ class TeacherCache:
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
 
+    def __repr__(self) -> str:
+        made = f"top_k={self.top_k}, max_length={self.max_length}, teacher={self.fingerprint[:12]}"
+        return f"TeacherCache({str(self.path)!r}, documents={len(self)}, {made})"
+
     def _shard(self, k: int) -> Any:
         if k not in self._open:
             self._open[k] = _SHARD.open(self._files[k])

@@ -73,7 +73,20 @@ class Aligner:
         if self.cell_budget < 0:
             raise ValueError(f"cell_budget: expected at least 0, got {cell_budget}")
         self.num_threads = num_threads or _core.available_processors()
+        self.fold_space_punctuation = fold_space_punctuation
         self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_core"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._core = _core.Aligner(self.student._core, self.teacher._core, self.fold_space_punctuation)
+
+    def __repr__(self) -> str:
+        fold = ", fold_space_punctuation=True" if self.fold_space_punctuation else ""
+        sizes = f"{len(self.student)} to {len(self.teacher)} tokens"
+        return f"Aligner({sizes}, method={self.method!r}{fold}, num_threads={self.num_threads})"
 
     def align(
         self, student_ids: Any, teacher_ids: Any, student_mask: Any = None, teacher_mask: Any = None

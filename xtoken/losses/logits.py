@@ -99,6 +99,10 @@ class TopKLogits:
                 logprobs[row, : len(entry)] = torch.tensor([_logprob(value) for value in entry.values()])
         return cls(ids, logprobs, tail)
 
+    def __repr__(self) -> str:
+        shape, dtype, device = list(self.ids.shape), self.logprobs.dtype, self.logprobs.device
+        return f"TopKLogits({shape}, {dtype}, device={device}, tail={self.tail!r})"
+
 
 def _logprob(value: Any) -> float:
     return float(value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value))
@@ -146,6 +150,11 @@ class LinearLogits:
                 f"bias: expected {self.weight.dtype} [{self.weight.shape[0]}], got {self.bias.dtype} "
                 f"{list(self.bias.shape)}"
             )
+
+    def __repr__(self) -> str:
+        shape = [*self.hidden.shape[:-1], len(self.weight)]
+        bias = "" if self.bias is None else ", bias"
+        return f"LinearLogits({shape} of width {self.weight.shape[1]}{bias}, {self.hidden.dtype}, {self.hidden.device})"
 
 
 AnyLogits = Tensor | TopKLogits | LinearLogits

@@ -391,3 +391,6 @@ class LearnableProjection(nn.Module):
             values.detach().cpu() for values in (self.row_ptr, self.col, self.weight, self.get_buffer("kind"))
         )
         return ProjectionMatrix(row_ptr, col, weight, self.shape[1], kind, self.metadata)
+
+    def extra_repr(self) -> str:
+        return f"{list(self.shape)}, nnz={self.col.numel()}"
