@@ -1,7 +1,13 @@
-# make demo   set up a virtual environment and distil a real teacher
-# make test   set up the same environment, check format, types and lint, build with warnings as errors, run all tests
-# make sanitize   run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+# make demo      set up a virtual environment and distil a real teacher
+# make test      set up the same environment, check format, types and lint, build with warnings as errors, run all tests
+# make sanitize  run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make lint, make format, make build, make clean
+#
+# While editing:
+# make quick     run the tests that take little time, on what is built: see `pytest_collection_modifyitems` in
+#                tests/conftest.py for what it leaves out
+# make core      rebuild what has changed in the C++, in place, without pip
+# make cuda      build the CUDA kernels too, for the GPUs of this machine if it has any
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -12,9 +18,11 @@ export TOKENIZERS_PARALLELISM := true
 # Threads of torch that wait must not take a busy machine's cores from those that work.
 export OMP_WAIT_POLICY := passive
 
-# Nothing here runs a CUDA kernel on a GPU, so their module is not built; the tests compile them and run their source on an
-# emulator. bench/gpu.py builds the module for the GPU that it finds. XTOKEN_CUDA=1 make build builds it too.
+# Most machines run no CUDA kernel on a GPU, so their module is not built; the tests compile them and run their source on
+# an emulator. `make cuda` builds the module, and `make test` says so at its end where a GPU has no kernels to run.
 export XTOKEN_CUDA ?= 0
+# cmake and ninja are in the environment.
+STRICT := XTOKEN_WERROR=1 PATH="$(abspath $(BIN)):$$PATH"
 
 SANITIZED := build/sanitized
 SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py tests/test_projection.py \
@@ -23,13 +31,16 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows \
 	--ignore tests/losses/test_cuda.py --ignore tests/losses/test_device.py -k "not emulated"
 
-.PHONY: demo test sanitize lint format build clean
+.PHONY: demo test quick sanitize lint format build core cuda clean
 
 demo: build
 	$(BIN)/xtoken demo
 
 test: lint build
 	$(BIN)/python -m pytest
+
+quick: $(VENV)/ready
+	$(BIN)/python -m pytest --quick --exitfirst
 
 # The sanitizers' library comes first into the process; leaks are not looked for, since Python itself has many. The CUDA
 # kernels on the emulator stay out: it checks every access itself, and the sanitizer does not know its fibers. C++
@@ -53,7 +64,16 @@ format: $(VENV)/ready
 	$(BIN)/clang-format -i $(CPP)
 
 build: $(VENV)/ready
-	XTOKEN_WERROR=1 XTOKEN_BUILD_DIR=build/cmake $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+	$(STRICT) $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+
+core: $(VENV)/ready
+	$(STRICT) $(BIN)/python setup.py --quiet build_ext --inplace
+
+# nvcc's list of architectures: those of the GPUs that are here, else the default of CMakeLists.txt.
+cuda: export XTOKEN_CUDA := 1
+cuda: export XTOKEN_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
+	| tr -d . | sort -u | paste -sd ';')
+cuda: build
 
 $(VENV)/ready: requirements/dev.txt requirements/assets.txt
 	$(PYTHON) -m venv $(VENV)

@@ -3,7 +3,7 @@
 Environment: XTOKEN_CUDA=1 demands the CUDA kernels and XTOKEN_CUDA=0 leaves them out; without it they are built where
 nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns compiler warnings into
 errors, XTOKEN_SANITIZE=1 adds sanitizers, XTOKEN_BUILD_TYPE picks CMake's build type, XTOKEN_BUILD_DIR a folder to
-keep, so that the next build is an incremental one.
+keep, so that the next build is an incremental one; for modules built in place (pip install -e) that is build/cmake.
 """
 
 import os
@@ -43,6 +43,8 @@ class CMakeBuild(build_ext):
 
     def run(self) -> None:
         self.built = False
+        # setuptools builds modules elsewhere, and copies them to their place.
+        self.kept = "build/cmake" if self.inplace or getattr(self, "editable_mode", False) else None
         super().run()
 
     def build_extension(self, ext: Extension) -> None:
@@ -50,7 +52,7 @@ class CMakeBuild(build_ext):
             return
         source = Path(__file__).parent.resolve()
         target = Path(self.get_ext_fullpath(ext.name)).resolve().parent
-        build = Path(os.environ.get("XTOKEN_BUILD_DIR") or self.build_temp).resolve()
+        build = Path(os.environ.get("XTOKEN_BUILD_DIR") or self.kept or self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         configure = [
             "cmake", "-S", str(source), "-B", str(build), "-G", "Ninja",
@@ -66,8 +68,9 @@ class CMakeBuild(build_ext):
         ]  # fmt: skip
         if NVCC:
             configure.append(f"-DCMAKE_CUDA_COMPILER={NVCC}")
-        if NVCC and os.environ.get("XTOKEN_CUDA_ARCHS"):
-            configure.append(f"-DXTOKEN_CUDA_ARCHS={os.environ['XTOKEN_CUDA_ARCHS']}")
+        # What an earlier build was told must not stay in a folder that is kept.
+        archs = os.environ.get("XTOKEN_CUDA_ARCHS")
+        configure.append(f"-DXTOKEN_CUDA_ARCHS={archs}" if NVCC and archs else "-UXTOKEN_CUDA_ARCHS")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build)], check=True)
         self.built = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 from collections.abc import Callable
 from typing import Any
@@ -14,18 +15,51 @@ from real_tokenizers import LOADERS
 
 from xtoken import Vocabulary
 
+REPEATED = {"emulated", "on_gpu", "cpu:portable", "cpu:avx2", "reference", torch.float16}
+"""Backends of the losses other than the CPU's fastest, and a type, that --quick leaves out."""
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests marked `cuda` run wherever there is a GPU; those of the losses' backend "on_gpu" are marked here."""
+NO_GPU = "no GPU"
+NOT_BUILT = "this machine has a GPU, but this build of xtoken has no CUDA kernels to run on it; `make cuda` builds them"
+
+
+def why_no_gpu() -> str | None:
+    """Why nothing can run on a GPU here; None if it can."""
+    if not torch.cuda.is_available():
+        return NO_GPU
+    return None if importlib.util.find_spec("xtoken._cuda") else NOT_BUILT
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--quick", action="store_true", help="leave out what takes long: see tests/conftest.py")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks what runs on a GPU, and skips it where none can be used; with --quick leaves out what takes long.
+
+    Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow`, and of those
+    that are repeated for every backend, type or real tokenizer the repetitions named in `REPEATED`.
+    """
+    reason = why_no_gpu()
+    kept: list[pytest.Item] = []
+    left_out: list[pytest.Item] = []
     for item in items:
         parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
-        if any(isinstance(value, str) and value == "on_gpu" for value in parameters):
+        names = {value for value in parameters if isinstance(value, (str, torch.dtype))}
+        if "on_gpu" in names:
             item.add_marker(pytest.mark.cuda)
-    if torch.cuda.is_available():
-        return
-    for item in items:
-        if item.get_closest_marker("cuda"):
-            item.add_marker(pytest.mark.skip(reason="no GPU"))
+        if reason is not None and item.get_closest_marker("cuda"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+        is_long = item.get_closest_marker("slow") or not names.isdisjoint(REPEATED)
+        (left_out if is_long and config.getoption("quick") else kept).append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = kept
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if why_no_gpu() == NOT_BUILT:
+        terminalreporter.section("GPU", yellow=True)
+        terminalreporter.line(NOT_BUILT)
 
 
 @pytest.fixture(scope="session")
