@@ -76,7 +76,7 @@ def measure_linear(options: argparse.Namespace) -> list[Row]:
 
     def step() -> None:
         leaves = hidden.detach().requires_grad_(), head.detach().requires_grad_()
-        xtoken.linear_pkl_loss(*leaves, teacher, cut, W, top_k=None).backward()  # type: ignore[union-attr]
+        xtoken.linear_pkl_loss(*leaves, teacher, cut, W, top_k=None).backward()
 
     grown = None
 
@@ -153,7 +153,7 @@ def measure(options: argparse.Namespace) -> list[Row]:
                     backend = f"cpu:{level}"
                     register_backend(cpu.backend(backend, level))
 
-                    def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):  # type: ignore
+                    def step(function=function, student=student, y=y, one=one, arguments=arguments, backend=backend):
                         leaf = student.detach().requires_grad_()
                         loss = function(leaf, y, one, backend=backend, **arguments)
                         loss.backward()
@@ -186,7 +186,7 @@ def wanted(name: str, only: list[str] | None) -> bool:
 def cut_ids(alignment: xtoken.Alignment, size: int) -> xtoken.Alignment:
     """The same with ids below the size."""
     ids = (alignment.student_ids, alignment.teacher_ids)
-    return xtoken.Alignment(alignment.spans, alignment.offsets, *(one.clamp(max=size - 1) for one in ids))  # type: ignore
+    return xtoken.Alignment(alignment.spans, alignment.offsets, *(one.clamp(max=size - 1) for one in ids))
 
 
 def used_share(alignment: xtoken.Alignment, teacher: Tensor) -> float:

@@ -286,7 +286,7 @@ def methods(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dic
         for gamma in W:
             for support in SUPPORTS:
 
-                def pkl(z, y, chunks, gamma=gamma, merge=merge, support=support):  # type: ignore[no-untyped-def]
+                def pkl(z, y, chunks, gamma=gamma, merge=merge, support=support):
                     return xtoken.pkl_loss(z, y, chunks, W[gamma], top_k=None, merge=merge, support=support)
 
                 found[f"P-KL {merge} {gamma:g} {support}"] = pkl

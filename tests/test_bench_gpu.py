@@ -208,7 +208,7 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
 
 
 def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch, capsys):
-    tried = []
+    tried: list[int] = []
 
     def one_step(z, y):
         def run():

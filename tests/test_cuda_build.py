@@ -75,8 +75,7 @@ def test_every_architecture_has_limits():
 
 
 def test_show_config_lists_the_architectures(monkeypatch, capsys):
-    built = types.ModuleType("xtoken._cuda")
-    built.architectures, built.cuda_version = "80,90", 13000
+    built = types.SimpleNamespace(architectures="80,90", cuda_version=13000)
     monkeypatch.setitem(sys.modules, "xtoken._cuda", built)
     xtoken.show_config()
     assert "sm_80, sm_90; PTX of 80 for others (CUDA 13.0)" in capsys.readouterr().out

@@ -77,7 +77,7 @@ def test_every_document_comes_back(tmp_path: Path, batch_tokens: int) -> None:
     cache = cache_teacher(model, TOKENIZER, TEXTS, tmp_path, top_k=5, batch_tokens=batch_tokens, shard_tokens=30)
     assert len(list(tmp_path.glob("shard-*"))) == 2
     assert len(cache) == len(TEXTS)
-    for text, document in zip(TEXTS, cache, strict=True):
+    for text, document in zip(TEXTS, (cache[k] for k in range(len(cache))), strict=True):
         ids = TOKENIZER.encode(text).ids
         assert document.token_ids.tolist() == ids
         assert document.byte_ends.tolist() == list(range(len(text.encode()) + 1))
@@ -123,7 +123,7 @@ def test_whole_vocabulary_gives_the_loss_of_the_full_teacher(tmp_path: Path) -> 
 def test_long_documents_are_cut(tmp_path: Path) -> None:
     cache = cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path, top_k=2, max_length=6)
     assert cache.max_length == 6
-    assert [len(document.token_ids) for document in cache] == [6, 1, 2, 6, 6, 2]
+    assert [len(cache[k].token_ids) for k in range(len(cache))] == [6, 1, 2, 6, 6, 2]
     assert cache.lookup(TOKENIZER.encode(TEXTS[4]).ids).byte_ends[-1] == 5
 
 

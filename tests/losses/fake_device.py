@@ -35,11 +35,11 @@ WAITING = {
 class DeviceTensor(Tensor):
     """A tensor that says that it is on `DEVICE`."""
 
-    values: Tensor
+    values: Tensor  # type: ignore[assignment]
 
     @staticmethod
     def __new__(cls, values: Tensor, device: torch.device) -> DeviceTensor:
-        made: DeviceTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: DeviceTensor = Tensor._make_wrapper_subclass(
             cls, values.shape, strides=values.stride(), storage_offset=values.storage_offset(), dtype=values.dtype,
             device=device,
         )  # fmt: skip
@@ -47,7 +47,7 @@ class DeviceTensor(Tensor):
         return made
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         raise AssertionError(f"{function} outside of FakeDevice")
 
 

@@ -87,7 +87,7 @@ def test_weights_of_a_learnable_matrix(merge: str, top_k: int | None, backend: s
 
     def value(weight: Tensor) -> Tensor:
         projection = SimpleNamespace(row_ptr=W.row_ptr, col=W.col, shape=W.shape, weight=weight)
-        moved = Case(student, teacher, case.alignment, projection)  # type: ignore[arg-type]
+        moved = Case(student, teacher, case.alignment, projection)
         options: dict[str, Any] = {"merge": merge, "top_k": top_k, "backend": backend, "reduction": "sum"}
         return OPERATIONS["pkl"].public(moved, student, teacher, **options).double()
 

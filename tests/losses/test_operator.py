@@ -262,7 +262,7 @@ def test_linear_that_does_not_fit() -> None:
     with pytest.raises(ValueError, match=r"hidden: expected shape"):
         LinearLogits(hidden[0, 0], head)
     with pytest.raises(TypeError, match="hidden: expected a floating-point tensor, got list"):
-        LinearLogits([[0.0]], head)  # type: ignore[arg-type]
+        LinearLogits([[0.0]], head)
 
 
 def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +419,7 @@ def test_a_teacher_in_inference_mode(reduction: str) -> None:
     case = small_case()
     with torch.inference_mode():
         teacher = case.teacher * 1.0
-    grads = []
+    grads: list[Tensor] = []
     for logits in (case.teacher, teacher):
         student = case.student.clone().requires_grad_()
         loss = pkl_loss(student, logits, case.alignment, case.projection, reduction=reduction).sum()

@@ -377,7 +377,7 @@ def test_bad_pieces_and_ids(backend: str) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of("1 to 2")
     z, y = logits_for(1, 2, len(STUDENT)).float(), logits_for(2, 3, len(TEACHER)).float()
     with pytest.raises(TypeError, match=r"pieces: expected an xtoken.PieceIndex, got Tensor"):
-        prefix_kl_loss(z, y, alignment, pieces.data, backend=backend)  # type: ignore[arg-type]
+        prefix_kl_loss(z, y, alignment, pieces.data, backend=backend)
     spans = alignment.spans
     with pytest.raises(ValueError, match=r"prefix KL need the token ids, but alignment.student_ids is None"):
         prefix_kl_loss(z, y, Alignment(spans), pieces, backend=backend)

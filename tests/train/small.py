@@ -102,7 +102,7 @@ def make_teacher(student_tok: Any, teacher_tok: Any, seed: int = 1, **objective:
         objective.setdefault("top_k", None)
     if teacher_tok is None:
         return TeacherModel(Teacher(**objective), make_model(len(student_tok), seed), student_tok, name)
-    projection = ProjectionMatrix.build(student_tok, teacher_tok)
+    projection: Any = ProjectionMatrix.build(student_tok, teacher_tok)
     if objective.pop("learnable", False):
         projection = projection.learnable()
     return TeacherModel(

@@ -77,7 +77,7 @@ def test_random_conversations(student_name, small_chat_tok):
         wanted = labels != -100
         assert (labels[wanted] == ids[wanted]).all()
         # The labels, cut at the ends of turns, are the contents, but for white space that tokens join to them.
-        turns = [[]]
+        turns: list[list[int]] = [[]]
         for i in labels[wanted].tolist():
             turns[-1].append(i)
             if i in ends:

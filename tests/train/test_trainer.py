@@ -241,7 +241,7 @@ def test_a_step_without_chunks_does_not_switch_distillation_off(tmp_path, studen
         tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], data, max_steps=3,
         per_device_train_batch_size=2, gradient_accumulation_steps=2,
     )  # fmt: skip
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)  # type: ignore[method-assign]
+    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     trainer.train()
     scales, kd, ce = (logged(trainer, name) for name in ("kd_scale", "kd", "ce"))
     assert kd[1] == 0

@@ -55,7 +55,7 @@ def write(path, rows):
     "name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.parquet", "a.arrow", "stream.feather", "a.txt"]
 )
 def test_every_format_gives_the_same_rows(name, tmp_path):
-    rows = [{**row, "text": row["text"].strip()} for row in ROWS]
+    rows = [{**row, "text": str(row["text"]).strip()} for row in ROWS]
     path = write(tmp_path / name, rows)
     assert list(read_rows([path], "text")) == ([{"text": row["text"]} for row in rows] if ".txt" in name else rows)
 
