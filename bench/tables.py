@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from measure import RESULTS, ROOT
+
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 
@@ -27,7 +28,7 @@ def documents() -> list[Path]:
 
 def results(name: str) -> Any:
     """A result file, parsed."""
-    return json.loads((ROOT / "bench" / "results" / f"{name}.json").read_text())
+    return json.loads((RESULTS / f"{name}.json").read_text())
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]], words: int = 1) -> str:

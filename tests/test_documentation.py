@@ -27,7 +27,7 @@ import tables  # noqa: E402
 MODULES = [
     m.name for m in pkgutil.walk_packages(xtoken.__path__, "xtoken.") if not m.name.endswith(("_core", "__main__"))
 ]
-GUIDES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTES = [*sorted((ROOT / "csrc").rglob("README.md")), ROOT / "tests" / "cuda_emulator" / "README.md"]
 COMMANDS = ("align", "audit", "cache-teacher", "demo", "project", "show", "train")
 
@@ -84,6 +84,8 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
 def test_snippets(document: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(given["folder"])
+    for lazy in ("data", "train"):  # as for somebody who has imported xtoken only
+        monkeypatch.delattr(xtoken, lazy, raising=False)
     names = dict(given)
     for block in blocks(document, "python"):
         if not block.startswith(">>>"):
