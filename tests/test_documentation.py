@@ -141,7 +141,9 @@ def test_files_and_targets_exist(document: Path) -> None:
         assert (document.parent / link).exists(), link
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     for code in quoted(document):
-        for path in re.findall(r"(?<![\w./])(?:bench|cmake|csrc|docs|recipes|requirements|tests)/[\w./-]*", code):
+        for path in re.findall(
+            r"(?<![\w./])(?:bench|cmake|csrc|docs|recipes|requirements|tests|xtoken)/[\w./-]*", code
+        ):
             assert "<" in code or (ROOT / path).exists(), path
         assert set(re.findall(r"\bmake ([a-z]+)\b", code)) <= targets, code
 
