@@ -175,8 +175,7 @@ class Aligner:
         student = _Batch(student_ids, student_mask, "student")
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
         whole = self._align(student, teacher)
-        sizes = [[len(row) for row in side.rows] for side in (student, teacher)]
-        lengths = torch.tensor(sizes, dtype=torch.int64).T
+        lengths = torch.tensor([[len(row) for row in side.rows] for side in (student, teacher)], dtype=torch.int64).T
         fits = (lengths <= torch.tensor(limits)).all(dim=1)
         sample = whole.sample_index
         kept = fits[sample] | (whole.spans[:, 1::2] <= torch.tensor(limits)).all(dim=1)
@@ -191,7 +190,7 @@ class Aligner:
         counts = torch.bincount(sample[kept], minlength=len(whole))
         return Alignment._trusted(
             spans=whole.spans[kept],
-            offsets=torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)]),
+            offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
             batched=whole.batched,
             _ids={"student": sides[0], "teacher": sides[1]},
             optimal=whole.optimal,

@@ -145,6 +145,9 @@ class Alignment:
             ids = self._ids[side] = pad_rows(ids)
         return ids
 
+    def _both_ids(self) -> tuple[Tensor | None, Tensor | None]:
+        return self.student_ids, self.teacher_ids
+
     def ragged_ids(self, side: str) -> Ragged | None:
         """Token ids of ``"student"`` or ``"teacher"`` without padding; None unless they came, or were cut, as rows."""
         ids = self._ids[side]
@@ -162,14 +165,12 @@ class Alignment:
     @property
     def exact(self) -> Tensor:
         """bool [K]: the chunk is one student token and one teacher token (so both have the same text or role)."""
-        lengths = self.spans[:, 1::2] - self.spans[:, 0::2]
-        return (lengths == 1).all(dim=1)
+        return (self.spans[:, 1::2] - self.spans[:, 0::2] == 1).all(dim=1)
 
     @property
     def sample_index(self) -> Tensor:
         """int64 [K]: the sample of each chunk."""
-        counts = self.offsets[1:] - self.offsets[:-1]
-        return torch.repeat_interleave(torch.arange(len(self), device=self.spans.device), counts)
+        return torch.repeat_interleave(torch.arange(len(self), device=self.spans.device), self.offsets.diff())
 
     def to(self, device: torch.device | str) -> Alignment:
         """The same alignment with its tensors on `device`."""
@@ -177,8 +178,8 @@ class Alignment:
         if device.type == "cpu" and self._host is not None:
             return self._host
         fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
-        padded = {side: self._padded_ids(side) for side in self._ids}
-        fields["_ids"] = {side: ids if ids is None else ids.to(device) for side, ids in padded.items()}
+        ids = zip(("student", "teacher"), self._both_ids(), strict=True)
+        fields["_ids"] = {side: one if one is None else one.to(device) for side, one in ids}
         fields["_host"] = fields["_flat"] = None
         if device.type != "cpu":
             fields["_host"] = self.host
@@ -203,7 +204,7 @@ class Alignment:
         used = predictable(self).nonzero()[:, 0]
         parts = [used, self.sample_index[used], self.spans[used].long().T.flatten()]
         if ids:
-            parts += [part.flatten() for part in (self.student_ids, self.teacher_ids) if part is not None]
+            parts += [part.flatten() for part in self._both_ids() if part is not None]
         return torch.cat(parts)
 
     @staticmethod
@@ -250,15 +251,11 @@ class Alignment:
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"slice: expected 0 <= start <= stop <= {len(self)}, got {start} and {stop}")
         first, last = int(self.offsets[start]), int(self.offsets[stop])
-
-        def rows(ids: Tensor | None) -> Tensor | None:
-            return ids if ids is None else ids.reshape(len(self), -1)[start:stop]
-
+        ids = (one if one is None else one.reshape(len(self), -1)[start:stop] for one in self._both_ids())
         return Alignment(
             self.spans[first:last],
             self.offsets[start : stop + 1] - first,
-            rows(self.student_ids),
-            rows(self.teacher_ids),
+            *ids,
             optimal=self.optimal[start:stop],
             predicted=self.predicted[first:last],
         )
@@ -268,25 +265,15 @@ class Alignment:
         """One batch from several alignments, in order. Ids are padded with -1; kept only if all have them."""
         if not alignments:
             raise ValueError("alignments: expected at least one alignment")
-        shift = 0
-        offsets = [torch.zeros(1, dtype=torch.int64, device=alignments[0].spans.device)]
-        for part in alignments:
-            offsets.append(part.offsets[1:] + shift)
-            shift += part.num_chunks
-
-        def rows(name: str) -> Tensor | None:
-            given = [getattr(part, name) for part in alignments]
-            if any(ids is None for ids in given):
-                return None
-            return pad_rows(
-                [row for ids, part in zip(given, alignments, strict=True) for row in ids.reshape(len(part), -1)]
-            )
-
+        counts = torch.cat([part.offsets.diff() for part in alignments])
+        ids: list[Tensor | None] = []
+        for given in zip(*(part._both_ids() for part in alignments), strict=True):
+            rows = [one.reshape(len(part), -1) for one, part in zip(given, alignments, strict=True) if one is not None]
+            ids.append(pad_rows(itertools.chain(*rows)) if len(rows) == len(given) else None)
         return Alignment(
             torch.cat([part.spans for part in alignments]),
-            torch.cat(offsets),
-            rows("student_ids"),
-            rows("teacher_ids"),
+            torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
+            *ids,
             optimal=torch.cat([part.optimal for part in alignments]),
             predicted=torch.cat([part.predicted for part in alignments]),
         )

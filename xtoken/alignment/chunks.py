@@ -139,17 +139,15 @@ class Chunks:
         """
         device, host = torch.device(device), alignment.host
         lengths = student_length, teacher_length
-        for name, column, length in (("student", 1, student_length), ("teacher", 3, teacher_length)):
+        for name, column, length, ids in zip(("student", "teacher"), (1, 3), lengths, host._both_ids(), strict=True):
             end = host.spans[:, column]
             if len(end) and int(end.max()) > length:
                 raise ValueError(
                     f"{name}_logits: expected a row for every token that the alignment names (chunk "
                     f"{int(end.argmax())} ends at token {int(end.max())}), got {length} rows"
                 )
-            if realised and getattr(host, f"{name}_ids") is None:
-                raise ValueError(
-                    f"alignment: merge='chain' and prefix KL need the token ids, but alignment.{name}_ids is None"
-                )
+            if realised and ids is None:
+                raise ValueError(f"alignment: the loss or its merge needs token ids, but {name}_ids is None")
         flat = host._flatten(realised)
         chunks = _of_flat(flat, host, lengths, realised)
         if device.type == "cpu":
@@ -185,19 +183,15 @@ def _rows_as_chunks(used: Tensor) -> Chunks:
 
 def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
     """The chunks of an alignment from what `Alignment._flatten` made of it, on any device."""
-    ids = [part for part in (host.student_ids, host.teacher_ids) if part is not None]
     count = int(predictable(host).sum())
-    used, sample, *spans = flat[: 6 * count].view(6, count).unbind()
-    sides, first = [], 6 * count
-    for side, length in enumerate(lengths):
-        start, end = spans[2 * side : 2 * side + 2]
-        next_ids = None
-        if realised:
-            size = ids[side].numel()
-            next_ids = _next_ids(flat[first : first + size], len(host), length)
-            first += size
-        sides.append(Rows(sample * length + start - 1, end - start, next_ids))
-    return Chunks(sides[0], sides[1], used)
+    used, sample, a, b, c, d = flat[: 6 * count].view(6, count).unbind()
+    ids, first = [], 6 * count
+    for part, length in zip(host._both_ids(), lengths, strict=True):
+        size = 0 if part is None else part.numel()
+        ids.append(_next_ids(flat[first : first + size], len(host), length) if realised else None)
+        first += size
+    student = Rows(sample * lengths[0] + a - 1, b - a, ids[0])
+    return Chunks(student, Rows(sample * lengths[1] + c - 1, d - c, ids[1]), used)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,9 +77,8 @@ class ProjectionMatrix:
         rows, columns = self.shape
         nnz = self.col.numel()
         if self.col.dim() != 1 or self.weight.shape != self.col.shape:
-            raise ValueError(
-                f"weight: expected one weight an entry of col, got {list(self.weight.shape)} for {list(self.col.shape)}"
-            )
+            shapes = f"{list(self.weight.shape)} for {list(self.col.shape)}"
+            raise ValueError(f"weight: expected one weight an entry of col, got {shapes}")
         if self.kind.shape != (rows,) or (rows and int(self.kind.max()) >= len(ROW_KINDS)):
             raise ValueError(f"kind: expected [{rows}] indices below {len(ROW_KINDS)}, got {list(self.kind.shape)}")
         lengths = self.row_ptr.diff()
@@ -87,9 +87,8 @@ class ProjectionMatrix:
         if nnz == 0:
             return
         if int(self.col.min()) < 0 or int(self.col.max()) >= columns:
-            raise ValueError(
-                f"col: expected teacher ids in [0, {columns}), got {int(self.col.min())} to {int(self.col.max())}"
-            )
+            given = f"{int(self.col.min())} to {int(self.col.max())}"
+            raise ValueError(f"col: expected teacher ids in [0, {columns}), got {given}")
         row_of = self.row_index
         repeated = ((self.col.diff() <= 0) & (row_of.diff() == 0)).nonzero()
         if len(repeated):
@@ -194,14 +193,12 @@ class ProjectionMatrix:
         indices = torch.as_tensor(indices, dtype=torch.int64)
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if indices.dim() != 2 or indices.shape != weights.shape:
-            raise ValueError(
-                f"weights: expected the shape [V_student, k] of indices, {list(indices.shape)}, "
-                f"got {list(weights.shape)}"
-            )
+            shapes = f"{list(indices.shape)}, got {list(weights.shape)}"
+            raise ValueError(f"weights: expected the shape [V_student, k] of indices, {shapes}")
         keep = (indices != -1) & (weights != 0)
         order = torch.where(keep, indices, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         keep, indices, weights = keep.gather(1, order), indices.gather(1, order), weights.gather(1, order)
-        row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), keep.sum(1).cumsum(0)])
+        row_ptr = nn.functional.pad(keep.sum(1).cumsum(0), (1, 0))
         return cls(row_ptr, indices[keep], weights[keep], teacher_vocab_size)
 
     def row(self, student_id: int) -> tuple[Tensor, Tensor]:
@@ -229,10 +226,9 @@ class ProjectionMatrix:
 
     def to(self, device: torch.device | str) -> ProjectionMatrix:
         """The same matrix with its tensors on `device`."""
-        moved = object.__new__(ProjectionMatrix)
-        fields = vars(self).items()
-        vars(moved).update({k: v.to(device) if isinstance(v, Tensor) else v for k, v in fields})
-        return moved
+        placed = copy.copy(self)
+        vars(placed).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
+        return placed
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if W was built for other tokenizers than these (those that are given)."""
@@ -249,19 +245,9 @@ class ProjectionMatrix:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        student_tok: TokenizerLike = None,
-        teacher_tok: TokenizerLike = None,
+        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
     ) -> ProjectionMatrix:
-        """Reads a file written by `save`.
-
-        Parameters
-        ----------
-        path
-            The file.
-        student_tok, teacher_tok : optional
-            Tokenizers that the file must have been built for.
+        """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
 
         Raises
         ------
@@ -290,10 +276,7 @@ class ProjectionMatrix:
 
     @classmethod
     def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        student_tok: TokenizerLike = None,
-        teacher_tok: TokenizerLike = None,
+        cls, source: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
     ) -> ProjectionMatrix:
         """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`."""
         path = Path(source) / FILE_NAME
@@ -334,11 +317,9 @@ class ProjectionMatrix:
         return LearnableProjection(self)
 
     def __repr__(self) -> str:
-        counts = torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist()
-        named = dict(zip(ROW_KINDS, counts, strict=True))
-        kinds = ", ".join(f"{name}={named[name]}" for name in ("exact", "role", "pieces", "given", "none"))
-        if not named["given"]:
-            kinds = kinds.replace("given=0, ", "")
+        counts = dict(zip(ROW_KINDS, torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist(), strict=True))
+        names = ("exact", "role", "pieces", *(["given"] if counts["given"] else []), "none")
+        kinds = ", ".join(f"{name}={counts[name]}" for name in names)
         return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
 
 
@@ -362,6 +343,7 @@ class LearnableProjection(nn.Module):
     row_ptr: Tensor
     col: Tensor
     row_index: Tensor
+    kind: Tensor
 
     def __init__(self, projection: ProjectionMatrix) -> None:
         super().__init__()
@@ -370,10 +352,8 @@ class LearnableProjection(nn.Module):
             raise ValueError(f"projection: expected weights above 0, got 0 in row {int(projection.row_index[entry])}")
         self.shape = projection.shape
         self.metadata = dict(projection.metadata)
-        self.register_buffer("row_ptr", projection.row_ptr, persistent=False)
-        self.register_buffer("col", projection.col, persistent=False)
-        self.register_buffer("row_index", projection.row_index, persistent=False)
-        self.register_buffer("kind", projection.kind, persistent=False)
+        for name in ("row_ptr", "col", "row_index", "kind"):
+            self.register_buffer(name, getattr(projection, name), persistent=False)
         self.logits = nn.Parameter(projection.weight.log())
 
     @property
@@ -387,10 +367,8 @@ class LearnableProjection(nn.Module):
 
     def projection(self) -> ProjectionMatrix:
         """The matrix with the present weights, to save or to use without training."""
-        row_ptr, col, weight, kind = (
-            values.detach().cpu() for values in (self.row_ptr, self.col, self.weight, self.get_buffer("kind"))
-        )
-        return ProjectionMatrix(row_ptr, col, weight, self.shape[1], kind, self.metadata)
+        tensors = {name: getattr(self, name).detach().cpu() for name in _TENSORS}
+        return ProjectionMatrix(**tensors, teacher_vocab_size=self.shape[1], metadata=self.metadata)
 
     def extra_repr(self) -> str:
         return f"{list(self.shape)}, nnz={self.col.numel()}"
