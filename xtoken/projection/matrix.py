@@ -324,7 +324,7 @@ class ProjectionMatrix:
 
 
 class LearnableProjection(nn.Module):
-    """W with trainable weights, for `xtoken.pkl_loss` and `xtoken.Teacher`.
+    """W with trainable weights, for losses that project by it, and for `xtoken.Teacher`.
 
     The parameter ``logits`` [nnz] holds a number for each entry; a softmax over each row makes the weights, so rows
     keep summing to 1. At first they are those of the given matrix, scaled to a sum of 1.
