@@ -120,7 +120,7 @@ def test_a_spawned_worker_aligns_and_reads(stored: Path) -> None:
         "cache": xtoken.TeacherCache(stored / "cache"),
     }
     loader: DataLoader[Any] = DataLoader(
-        IDS,  # type: ignore[arg-type]
+        IDS,
         batch_size=2,
         collate_fn=Collate(held),
         num_workers=1,
