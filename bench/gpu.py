@@ -347,7 +347,7 @@ def steps(z: Tensor, y: Tensor) -> dict[str, tuple[Callable[[], Any], int]]:
         target = functools.cache(lambda: same.log_softmax(-1))  # only if this step is the one that is timed
         result["Liger JSD, one vocabulary"] = (step(lambda leaf: jsd(leaf.log_softmax(-1), target())), 3 * z.nbytes)
     result["KD with labels"] = (
-        step(lambda leaf: sum(xtoken.kd_loss(leaf, same, chunks, labels=labels, **kw))),
+        step(lambda leaf: sum(xtoken.kd_loss(leaf, same, chunks, labels=labels, **kw))),  # type: ignore[return-value]
         3 * z.nbytes,
     )
     criterion = xtoken.XTokenLoss([xtoken.Teacher(W)], diagnostics=False, **kw)
@@ -399,7 +399,8 @@ def measured(name: str, device: str, rows: int, options: argparse.Namespace, cop
             peak = peak_growth(run, device)
         except torch.OutOfMemoryError:
             rows //= 2
-            z = y = run = None  # what is left of the try must not be in the next one's way
+            # What is left of the try must not be in the next one's way.
+            z = y = run = None  # type: ignore[assignment]
             continue
         return {
             "rows": rows,

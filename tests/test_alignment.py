@@ -53,7 +53,7 @@ class Corpus:
             self.ids[name] = [*(encode(tokenizer(name), text) for text in self.texts), spelled]
             self.tokens[name] = [[v[i] for i in row] for row in self.ids[name]]
 
-    def starts(self, pair, k: int) -> tuple[int, int]:
+    def starts(self, pair, k: int) -> tuple[int, ...]:
         return tuple(-int(name in DUMMY_SPACE and k < len(self.texts)) for name in pair)
 
 

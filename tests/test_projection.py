@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from xtoken import ProjectionMatrix, Vocabulary
 from xtoken.projection import ROW_KINDS
 
 
-def rows(matrix: ProjectionMatrix) -> list[dict[int, float]]:
+def rows(matrix: ProjectionMatrix) -> list[dict[int, Any]]:
     out = []
     for s in range(matrix.shape[0]):
         ids, weights = matrix.row(s)

@@ -13,7 +13,7 @@ from xtoken.losses.loss import Matrix
 from xtoken.losses.ranked import pairs_of
 from xtoken.projection import ProjectionMatrix
 
-LOSSES = {"gold": gold_loss, "hkl": hkl_loss}
+LOSSES: dict[str, Any] = {"gold": gold_loss, "hkl": hkl_loss}
 MIN_WEIGHT = {"gold": 1.0, "hkl": 0.6}
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},

@@ -24,7 +24,7 @@ from xtoken.losses.backends import IGNORED
 PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of("gold" if name == "hkl" else name)]
 """Every loss with every backend that has it."""
 
-LINEAR = {
+LINEAR: dict[str, Any] = {
     "pkl": xtoken.linear_pkl_loss,
     "gold": xtoken.linear_gold_loss,
     "hkl": xtoken.linear_hkl_loss,
@@ -224,7 +224,7 @@ def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> N
         got = xtoken.linear_kd_loss(hidden, head, teacher, alignment, bias=bias, **options)
     else:
         arguments = case.alignment, case.projection
-        public = {"pkl": pkl_loss, "gold": xtoken.gold_loss, "hkl": xtoken.hkl_loss}[name]
+        public: Any = {"pkl": pkl_loss, "gold": xtoken.gold_loss, "hkl": xtoken.hkl_loss}[name]
         want = public(hidden @ head.T + bias, dense_teacher, *arguments, **options)
         got = LINEAR[name](hidden, head, teacher, *arguments, bias=bias, **options)
     if labelled:
@@ -294,7 +294,7 @@ STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
     "pkl mean": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="mean", top_k=None),
     "pkl chain": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="chain", reduction="sum"),
     "pkl none": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, reduction="none").square().sum(),
-    "pkl labels": lambda c, z, y, labels: sum(pkl_loss(z, y, c.alignment, c.projection, labels=labels)),  # type: ignore
+    "pkl labels": lambda c, z, y, labels: torch.stack(pkl_loss(z, y, c.alignment, c.projection, labels=labels)).sum(),
     "gold": lambda c, z, y, labels: xtoken.gold_loss(z, y, c.alignment, c.projection),
     "hkl": lambda c, z, y, labels: xtoken.hkl_loss(z, y, c.alignment, c.projection),
     "uld": lambda c, z, y, labels: xtoken.uld_loss(z, y, c.alignment),

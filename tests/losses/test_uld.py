@@ -1,6 +1,7 @@
 """ULD."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
@@ -53,7 +54,9 @@ def test_ties_share_their_gradient() -> None:
         Rows(torch.tensor([0]), torch.tensor([1])), Rows(torch.tensor([0]), torch.tensor([1])), torch.arange(1)
     )
     pairs = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    losses = [lambda z, k=k: sum(reference.gold(z, teacher[None], chunks, pairs, uncommon_top_k=k)) for k in (1, 3, 4)]
+    losses: list[Any] = [
+        lambda z, k=k: sum(reference.gold(z, teacher[None], chunks, pairs, uncommon_top_k=k)) for k in (1, 3, 4)
+    ]
     for loss in [lambda z: reference.uld(z, teacher[None], chunks), *losses]:
         gradients = []
         for order in itertools.permutations(range(6)):

@@ -85,7 +85,7 @@ def test_random_conversations(student_name, small_chat_tok):
         said = [spelled([i for i in turn if i not in ends], student).decode().split() for turn in turns]
         expected = [text.split() for text in trained]
         if student_name == "mistral":  # nothing ends its questions
-            said, expected = (["".join(itertools.chain(*turns))] for turns in (said, expected))
+            said, expected = ([["".join(itertools.chain(*turns))]] for turns in (said, expected))
         assert [turn for turn in said if turn] == [turn for turn in expected if turn]
         for m, part in enumerate(example["teachers"]):
             other = encoder.teachers[m].vocabulary

@@ -100,8 +100,8 @@ def test_select_takes_the_better_teacher(tmp_path, student_tok, teacher_tok, twi
     )
     twin = make_teacher(student_tok, None, 3, name="twin")
     with torch.no_grad():  # a teacher that is sure of the wrong tokens is worse than one that knows nothing
-        bad.model.lm_head.weight.mul_(40)
-        twin.model.lm_head.weight.mul_(40)
+        bad.model.get_parameter("lm_head.weight").mul_(40)
+        twin.model.get_parameter("lm_head.weight").mul_(40)
     trainer = make_trainer(tmp_path, student_tok, [bad, good, twin], None, twins[:6], teacher_mode="select")
     got = trainer.evaluate()
     assert got["eval_chunks/good"] > 0
