@@ -141,9 +141,12 @@ def test_what_may_not_be_resumed(undisturbed, pair_files, corpus, tmp_path):
     with pytest.raises(ValueError, match=r"other\.jsonl is new"):
         again(inputs=[corpus, other])
     align_corpus(*pair_files, other, tmp_path / "out")
-    other.write_text('{"text": "ab"}\n')
-    with pytest.raises(ValueError, match=r"other\.jsonl was changed"):
-        align_corpus(*pair_files, other, tmp_path / "out", resume=True)
+    written = other.stat().st_mtime_ns
+    for text in ("ab", "b"):  # another size; the same size later
+        other.write_text(json.dumps({"text": text}) + "\n")
+        os.utime(other, ns=(written, written + 10**9))
+        with pytest.raises(ValueError, match=r"other\.jsonl was changed"):
+            align_corpus(*pair_files, other, tmp_path / "out", resume=True)
     # Same tokens, other merges: the fingerprint is the same, the ids are not.
     tokenizer = json.loads((tmp_path.__class__(pair_files[0])).read_text())
     tokenizer["model"]["merges"].reverse()
