@@ -132,13 +132,20 @@ def make_alignment(samples: int, shapes: Any = SHAPES, vocab: tuple[int, int] = 
     return Alignment(torch.tensor(spans * samples).reshape(-1, 4), offsets, *ids)
 
 
-def make_projection(students: int, teachers: int, seed: int = 0, empty: bool = False) -> ProjectionMatrix:
-    """Rows of one to four entries: every fifth empty, exact matches, several students for one teacher."""
+@functools.cache  # some are wide, and each is wanted for every backend
+def _random_rows(students: int, teachers: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Up to four teacher ids for each student, and how many of them count."""
     generator = torch.Generator().manual_seed(seed)
     width = min(4, teachers)
-    indices = torch.rand(students, teachers, generator=generator).argsort(1)[:, :width]
+    indices = torch.rand(students, teachers, generator=generator).argsort(1)[:, :width].clone()
+    return indices, torch.randint(1, width + 1, (students, 1), generator=generator)
+
+
+def make_projection(students: int, teachers: int, seed: int = 0, empty: bool = False) -> ProjectionMatrix:
+    """Rows of one to four entries: every fifth empty, exact matches, several students for one teacher."""
+    indices, length = _random_rows(students, teachers, seed)
+    width = indices.shape[1]
     weights = torch.tensor([0.9, 0.09, 0.009, 0.0009])[:width].repeat(students, 1)
-    length = torch.randint(1, width + 1, (students, 1), generator=generator)
     weights = torch.where(torch.arange(width) < length, weights, 0.0)
     weights = weights / weights.sum(1, keepdim=True)
     weights[4::5] = 0.0
