@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import unicodedata
 from pathlib import Path
@@ -209,6 +210,34 @@ def test_unknown_families_are_refused():
     clip.pre_tokenizer = pre_tokenizers.ByteLevel()
     with pytest.raises(ValueError, match="word suffix '</w>'"):
         Vocabulary.from_tokenizer(clip)
+
+
+def test_unknown_families_encode_what_is_given_as_bytes():
+    other = Tokenizer(models.BPE({"a": 0, "b": 1, "ÿ": 2, "ab": 3}, [("a", "b")]))
+    other.pre_tokenizer = pre_tokenizers.Split("b", "isolated")
+    v = Vocabulary([b"a", b"b", b"\xff", b"ab"], tokenizer=other)
+    assert v.encode("aab") == [0, 0, 1]
+    assert v.encode(b"a\xffb") == [0, 1]  # no known way to a stray byte
+    other.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert Vocabulary([b"a", b"b", b"\xff", b"ab"], tokenizer=other).encode(b"a\xffb") == [0, 2, 1]
+
+
+def test_the_family_that_spells_tokens_encodes_them():
+    """Recognised once: a WordPiece model behind byte-level parts has no byte-level pieces."""
+    words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "ÿ": 3}, unk_token="[UNK]"))
+    words.decoder = decoders.ByteLevel()
+    v = Vocabulary.from_tokenizer(words)
+    assert [v[i] for i in (1, 2, 3)] == [b" a", b"b", " ÿ".encode()]
+    assert v.encode(b"ab") == [1, 2]
+    assert v.encode(b"\xff") == []
+
+
+def test_many_texts(vocabulary):
+    texts = [b"", b"95 a", b"\xff", "ä".encode()]
+    for v in (vocabulary("llama3"), vocabulary("mistral"), Vocabulary([b"9", b"95", b" ", b"a"])):
+        ptr, ids = v.encode_pieces(texts)
+        assert (ptr.dtype, ids.dtype, ptr[0], ptr[-1]) == (np.int64, np.int32, 0, len(ids))
+        assert [ids[start:stop].tolist() for start, stop in itertools.pairwise(ptr)] == [v.encode(t) for t in texts]
 
 
 def test_empty_vocabulary():

@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
-from .retokenize import encode_pieces
 from .storage import TensorFile, check_fingerprints
 from .vocabulary import TokenizerLike, Vocabulary
 
@@ -149,7 +148,7 @@ def _pieces(
 ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
     """The text tokens without a partner, and their pieces under the other tokenizer."""
     rows = np.flatnonzero((partner < 0) & vocabulary.is_text).astype(np.int32)
-    return rows, *encode_pieces(other, [vocabulary[i] for i in rows.tolist()])
+    return rows, *other.encode_pieces([vocabulary[i] for i in rows.tolist()])
 
 
 def sides(data: Tensor) -> tuple[Side, Side]:

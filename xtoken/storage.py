@@ -108,9 +108,10 @@ def other_tokenizers(
     """The sides whose tokenizer, if given, is not the recorded one: side, recorded and given fingerprint, shortened."""
     for side, tokenizer in (("student", student_tok), ("teacher", teacher_tok)):
         before = recorded.get(side)
-        now = before if tokenizer is None else Vocabulary.from_tokenizer(tokenizer).fingerprint()
-        if before is not None and before != now:
-            yield side, before[:12], str(now)[:12]
+        if tokenizer is not None and before is not None:
+            now = Vocabulary.from_tokenizer(tokenizer).fingerprint()
+            if before != now:
+                yield side, before[:12], now[:12]
 
 
 def check_fingerprints(

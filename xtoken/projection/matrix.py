@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core
-from xtoken.retokenize import encode_pieces
 from xtoken.storage import TensorFile, check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
@@ -154,13 +153,13 @@ class ProjectionMatrix:
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
         pending = np.flatnonzero((image < 0) & student.is_text).astype(np.int32)
-        ptr, ids = encode_pieces(teacher, [student[i] for i in pending.tolist()])
+        ptr, ids = teacher.encode_pieces([student[i] for i in pending.tolist()])
         rows = _core.build_rows(image, pending, ptr, ids, len(teacher), beta, gamma, top_k)
         if reverse:
             reached = np.zeros(len(teacher), dtype=bool)
             reached[rows[1]] = True
             unreached = np.flatnonzero(~reached & teacher.is_text).astype(np.int32)
-            ptr, ids = encode_pieces(student, [teacher[i] for i in unreached.tolist()])
+            ptr, ids = student.encode_pieces([teacher[i] for i in unreached.tolist()])
             rows = _core.add_reverse(*rows, unreached, ptr, ids, beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
         metadata = {

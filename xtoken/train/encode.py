@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
-from xtoken.vocabulary import TokenizerLike, Vocabulary, _load, unpadded
+from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
 
 from .chat import ChatTemplate, Conversation, take_apart
 from .teachers import same_tokens
@@ -159,7 +159,7 @@ class _Side:
 
     def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
         if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = _load(tokenizer)
+            tokenizer = load_tokenizer(tokenizer)
         self.tokenizer = tokenizer
         self.name = name
         self.vocabulary = Vocabulary.from_tokenizer(tokenizer)

@@ -1,0 +1,101 @@
+"""Tokenizers: read from anywhere, without padding and cutting, and encoding texts byte for byte."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .families import FAMILIES, recognise
+
+_STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
+_PLAIN = {part: changes for family in FAMILIES for part, changes in family.plain.items()}
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """A tokenizer from a path or a Hub id."""
+    from tokenizers import Tokenizer
+
+    path = Path(source)
+    if path.is_file():
+        return Tokenizer.from_file(str(path))
+    if path.is_dir() and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
+        return Tokenizer.from_file(str(path / "tokenizer.json"))
+    looks_local = path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2
+    if looks_local and not path.exists():
+        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(str(source))
+
+
+def unpadded(tokenizer: Any) -> Any:
+    """A copy of a `tokenizers.Tokenizer` that neither pads nor cuts."""
+    copy = type(tokenizer).from_str(tokenizer.to_str())
+    copy.no_padding()
+    copy.no_truncation()
+    return copy
+
+
+class Encoder:
+    """`Vocabulary.encode_pieces` for a `tokenizers.Tokenizer`; `is_text` [V] says which tokens stand for text."""
+
+    def __init__(self, tokenizer: Any, is_text: NDArray[np.bool_]) -> None:
+        self.encode_bytes = recognise(tokenizer)[0].encode_bytes
+        self.tokenizer = _plain_copy(tokenizer)
+        self.is_text = is_text.tolist()
+
+    def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
+        """Ids of each text."""
+        parts: list[list[list[int]]] = [[] for _ in texts]  # of each text, in order
+        batch: list[str] = []
+        places: list[list[int]] = []  # where the ids of each entry of the batch go
+        for row, raw in zip(parts, texts, strict=True):
+            text = raw.decode("utf-8", "surrogateescape")
+            if self.encode_bytes is not None and _STRAY_BYTE.search(text):
+                row.append(self.encode_bytes(self.tokenizer, raw))
+                continue
+            for run in _STRAY_BYTE.split(text):
+                if _STRAY_BYTE.match(run):
+                    byte_id = self.tokenizer.token_to_id(f"<0x{ord(run) - 0xDC00:02X}>")
+                    row.append([] if byte_id is None else [byte_id])
+                elif run:
+                    row.append([])
+                    places.append(row[-1])
+                    batch.append(run)
+        encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        for ids, encoding in zip(places, encoded, strict=True):
+            ids += encoding.ids
+        return [[i for ids in row for i in ids if self.is_text[i]] for row in parts]
+
+
+def _plain_copy(tokenizer: Any) -> Any:
+    """A copy that encodes a text as it stands: no dummy space, special tokens read as text."""
+    from tokenizers import Tokenizer, models
+
+    def plain(part: Any) -> Any:
+        changes = _PLAIN.get(part["type"], {}) if part else None
+        if changes is None:
+            return None
+        part = {**part, **changes}
+        for nested in ("normalizers", "pretokenizers"):
+            if nested in part:
+                part[nested] = [kept for kept in map(plain, part[nested]) if kept is not None]
+        return part
+
+    copy = unpadded(tokenizer)
+    copy.encode_special_tokens = True
+    # The changed parts are read through a tokenizer without a vocabulary: its JSON is short.
+    spec = json.loads(Tokenizer(models.BPE()).to_str())
+    for name in ("normalizer", "pre_tokenizer"):
+        part = getattr(tokenizer, name)
+        spec[name] = plain(json.loads(part.__getstate__()) if part is not None else None)
+    parts = Tokenizer.from_str(json.dumps(spec))
+    copy.normalizer, copy.pre_tokenizer = parts.normalizer, parts.pre_tokenizer
+    return copy
