@@ -52,6 +52,7 @@ def main() -> None:
     from xtoken.config import config
     from xtoken.corpus import SHARD_BYTES
     from xtoken.corpus.files import find_files
+    from xtoken.corpus.options import Options
     from xtoken.corpus.partition import into_shards
     from xtoken.corpus.reading import BATCH_BYTES, scan_file
     from xtoken.corpus.shards import Job, ShardMaker, encoder
@@ -85,7 +86,7 @@ def main() -> None:
             runs += 1
             output = folder / f"out{runs}"
             output.mkdir()
-            job = Job(student, teacher, str(output), "text", None, "auto", "raise")
+            job = Job(student, teacher, str(output), Options())
             maker = ShardMaker(job)
             for shard in shards:
                 maker.make(shard, lambda *more: None)

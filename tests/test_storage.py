@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from xtoken import Vocabulary
-from xtoken.storage import TEMPORARY, TensorFile, atomic, other_tokenizers, write_atomically
+from xtoken.storage import TEMPORARY, Index, TensorFile, atomic, other_tokenizers, write_atomically
 
 KIND = TensorFile("a table", {"format": "xtoken.table", "version": "1"}, {"cells": ("F32", 2)})
+INDEX, NEXT = (Index("index.json", version, "an index of tables") for version in (3, 4))
 
 
 def test_writing_is_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,6 +78,42 @@ def test_what_does_not_fit_together_is_damaged(tmp_path: Path) -> None:
         KIND.open(tmp_path / "t")
     with pytest.raises(FileNotFoundError, match=r"path: no such file: .*none"):
         KIND.open(tmp_path / "none")
+
+
+def test_an_index_comes_back_or_says_its_name(tmp_path: Path) -> None:
+    INDEX.write(tmp_path, {"cells": ["ä"]})
+    assert (tmp_path / "index.json").read_text() == '{\n "format": 3,\n "cells": [\n  "ä"\n ]\n}\n'
+    with INDEX.read(tmp_path) as content:
+        assert content["cells"] == ["ä"]
+    for missing in (lambda content: content["rows"], lambda content: content["cells"][1], lambda content: content + 1):
+        with pytest.raises(ValueError, match=r"index\.json: not an index of tables: "), INDEX.read(tmp_path) as content:
+            missing(content)
+    with pytest.raises(ValueError, match=r"index\.json: expected format 4, got 3"), NEXT.read(tmp_path):
+        pass
+    for damaged in (b"{", b"[]", b"\xff"):
+        (tmp_path / "index.json").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"index\.json: not an index of tables: "), INDEX.read(tmp_path):
+            pass
+    with pytest.raises(FileNotFoundError), INDEX.read(tmp_path / "none"):
+        pass
+
+
+def test_output_folders(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert not INDEX.prepare(folder, False, "tables")
+    assert folder.is_dir()
+    leftover = folder / f".table-0.1234{TEMPORARY}"
+    leftover.write_text("half")
+    with pytest.raises(ValueError, match=r"output: .*b is not empty; give another folder, or resume"):
+        INDEX.prepare(folder, False, "tables")
+    assert not INDEX.prepare(folder, True, "tables")  # what a killed run leaves is no reason to refuse
+    assert not leftover.exists()
+    (folder / "thesis.tmp").write_text("mine")
+    with pytest.raises(ValueError, match=r"b holds thesis\.tmp but no index\.json; expected tables"):
+        INDEX.prepare(folder, True, "tables")
+    INDEX.write(folder, {})
+    assert INDEX.prepare(folder, True, "tables")
+    assert (folder / "thesis.tmp").exists()
 
 
 def test_other_tokenizers() -> None:

@@ -231,12 +231,12 @@ def test_bad_files(tmp_path: Path) -> None:
     shard.unlink()
     with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
         TeacherCache(folder)
-    index = json.loads((folder / INDEX).read_text())
-    (folder / INDEX).write_text(json.dumps({**index, "format": 99}))
+    index = json.loads((folder / INDEX.name).read_text())
+    (folder / INDEX.name).write_text(json.dumps({**index, "format": 99}))
     with pytest.raises(ValueError, match="expected format 1, got 99"):
         TeacherCache(folder)
     del index["top_k"]
-    (folder / INDEX).write_text(json.dumps(index))
+    (folder / INDEX.name).write_text(json.dumps(index))
     with pytest.raises(ValueError, match="not the index of a teacher cache: KeyError"):
         TeacherCache(folder)
 

@@ -8,7 +8,8 @@ import shutil
 import sys
 from collections.abc import Sequence
 
-from .corpus import SHARD_BYTES, align_corpus
+from .corpus import align_corpus
+from .corpus.options import Options
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -40,14 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     align = commands.add_parser("align", parents=[pair], help="align a corpus and write parquet shards")
     align.add_argument("--input", required=True, nargs="+", metavar="FILE", help="parquet, jsonl, txt, arrow; globs")
     align.add_argument("--output", required=True, help="folder to write shards and manifest.json to")
-    align.add_argument("--text-column", default="text", help="column or field with the text (default %(default)s)")
-    align.add_argument("--max-length", type=int, help="cut documents where both sides fit into so many tokens")
-    align.add_argument("--method", default="auto", help="alignment method (default %(default)s)")
-    align.add_argument("--engine", default="local", help="local or ray (default %(default)s)")
-    align.add_argument("--workers", type=int, help="processes (default: 1 with local, which uses all processors)")
-    align.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
-    align.add_argument("--on-error", default="raise", help="broken lines: raise or skip (default %(default)s)")
-    align.add_argument("--shard-bytes", type=int, default=SHARD_BYTES, help="input bytes a shard (default %(default)s)")
+    Options.add_to(align)
 
     commands.add_parser("train", add_help=False, help="distil from teachers into a student; see xtoken train --help")
 
@@ -111,20 +105,8 @@ def _show(options: argparse.Namespace) -> str:
 
 
 def _align(options: argparse.Namespace) -> str:
-    manifest = align_corpus(
-        options.student,
-        options.teacher,
-        options.input,
-        options.output,
-        text_column=options.text_column,
-        max_length=options.max_length,
-        method=options.method,
-        engine=options.engine,
-        workers=options.workers,
-        resume=options.resume,
-        on_error=options.on_error,
-        shard_bytes=options.shard_bytes,
-    )
+    given = Options.given(options)
+    manifest = align_corpus(options.student, options.teacher, options.input, options.output, **given)
     total = manifest.total
     skipped = sum(total.skipped.values())
     return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -100,6 +101,49 @@ class TensorFile:
             return make(tensors, metadata)
         except (KeyError, ValueError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
+
+
+@dataclass(frozen=True)
+class Index:
+    """A JSON file that says what is in an output folder, such as "an index of aligned shards" (`title`)."""
+
+    name: str
+    version: str | int
+    title: str
+
+    def write(self, folder: Path, content: Mapping[str, Any]) -> None:
+        """Writes the index; it is replaced as a whole or not at all."""
+        text = json.dumps({"format": self.version, **content}, indent=1, ensure_ascii=False) + "\n"
+        write_atomically(folder / self.name, text.encode())
+
+    @contextmanager
+    def read(self, folder: Path) -> Iterator[Any]:
+        """The content of a folder's index; what the block misses in it becomes a ValueError that names the file."""
+        path = folder / self.name
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if content["format"] != self.version:
+                raise ValueError(f"{path}: expected format {self.version}, got {content['format']}")
+            yield content
+        except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path}: not {self.title}: {error!r}") from error
+
+    def prepare(self, folder: Path, resume: bool, kind: str) -> bool:
+        """Makes an output folder; whether it holds an index to go on with.
+
+        Refuses a folder that holds something and is not to be resumed, or something else than `kind`; removes what an
+        earlier run left half written.
+        """
+        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        if held and not resume:
+            raise ValueError(f"output: {folder} is not empty; give another folder, or resume (--resume) what is in it")
+        leftovers = {name for name in held if name.startswith(".") and name.endswith(TEMPORARY)}
+        if held - leftovers and self.name not in held:
+            raise ValueError(f"output: {folder} holds {min(held - leftovers)} but no {self.name}; expected {kind}")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in leftovers:
+            (folder / name).unlink()
+        return self.name in held
 
 
 def other_tokenizers(

@@ -25,7 +25,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -41,11 +40,10 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
-from .storage import TensorFile, other_tokenizers, write_atomically
+from .storage import Index, TensorFile, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
-FORMAT_VERSION = 1
-INDEX = "cache.json"
+INDEX = Index("cache.json", 1, "the index of a teacher cache")
 _TENSORS = {
     "tokens": ("I32", 1),
     "byte_ends": ("I32", 1),
@@ -150,18 +148,12 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             "max_length": max_length,
         }
         self._shards: list[dict[str, Any]] = []
-        held = {path.name for path in self.folder.iterdir()} if self.folder.is_dir() else set()
-        if held and not resume:
-            raise ValueError(f"output: {self.folder} is not empty; give another folder, or resume (--resume) it")
-        if INDEX in held:
+        if INDEX.prepare(self.folder, resume, "a teacher cache"):
             index = _read_index(self.folder)
             for name, value in self._parameters.items():
                 if index[name] != value:
                     raise ValueError(f"resume: {self.folder} was made with {name}={index[name]!r}, now {value!r}")
             self._shards = index["shards"]
-        elif held:
-            raise ValueError(f"output: {self.folder} holds {min(held)} but no {INDEX}; expected a teacher cache")
-        self.folder.mkdir(parents=True, exist_ok=True)
         self._waiting: list[tuple[NDArray[np.int32], TopKLogits, Tensor, bytes]] = []
         self._waiting_tokens = 0
         self._save_index(complete=False)
@@ -245,14 +237,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         self._waiting, self._waiting_tokens = [], 0
 
     def _save_index(self, complete: bool) -> None:
-        index = {
-            "format": FORMAT_VERSION,
-            "xtoken": _core.version,
-            "complete": complete,
-            **self._parameters,
-            "shards": self._shards,
-        }
-        write_atomically(self.folder / INDEX, (json.dumps(index, indent=1) + "\n").encode())
+        content = {"xtoken": _core.version, "complete": complete, **self._parameters, "shards": self._shards}
+        INDEX.write(self.folder, content)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -263,18 +249,12 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
-    path = folder / INDEX
-    try:
-        index = json.loads(path.read_text(encoding="utf-8"))
-        if index["format"] != FORMAT_VERSION:
-            raise ValueError(f"{path}: expected format {FORMAT_VERSION}, got {index['format']!r}")
+    with INDEX.read(folder) as index:
         for name in ("complete", "teacher", "vocab_size", "top_k", "max_length"):
             index[name]
         for shard in index["shards"]:
             shard["file"], shard["documents"], shard["tokens"]
-    except (KeyError, TypeError, json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not the index of a teacher cache: {error!r}") from error
-    return dict(index)
+        return dict(index)
 
 
 class TeacherCache:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import inspect
 import json
 import os
 import random
@@ -19,6 +22,7 @@ import xtoken
 from xtoken import Aligner, Vocabulary, align_corpus
 from xtoken.cli import main
 from xtoken.corpus import require
+from xtoken.corpus.options import Options
 
 SHARD = 40_000
 
@@ -231,6 +235,23 @@ def test_padding_and_truncation_of_the_tokenizer_are_turned_off(pair, corpus, tm
 def test_options(option, value, message, pair, corpus, tmp_path):
     with pytest.raises(ValueError, match=message):
         align_corpus(*pair, corpus, tmp_path / "out", **{option: value})
+
+
+def test_options_are_those_of_the_function_and_of_the_command():
+    """`Options` has their defaults; the command line has all but the progress bar."""
+    signature = inspect.signature(align_corpus).parameters.values()
+    named = {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
+    assert list(named.items()) == list(dataclasses.asdict(Options()).items())
+    parser = argparse.ArgumentParser()
+    Options.add_to(parser)
+    assert Options(**Options.given(parser.parse_args([]))) == Options()
+    changed = ["--text-column=t", "--max-length=5", "--method=dp", "--engine=ray", "--workers=2", "--resume"]
+    changed += ["--on-error=skip", "--shard-bytes=7"]
+    expected = Options("t", 5, "dp", "ray", 2, True, "skip", 7)
+    assert Options(**Options.given(parser.parse_args(changed))) == expected
+    assert "--engine {local,ray}" in parser.format_help()
+    del named["progress"]
+    assert Options.given(parser.parse_args([])) == named
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")

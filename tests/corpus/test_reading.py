@@ -13,24 +13,24 @@ import zstandard
 from xtoken.corpus import lines
 from xtoken.corpus.documents import Broken
 from xtoken.corpus.files import find_files
-from xtoken.corpus.partition import MOST_PIECES, into_shards
+from xtoken.corpus.partition import MOST_SLICES, into_shards
 from xtoken.corpus.reading import read_shard, scan_file
 
 TEXTS = [f"document {k} " + "äöü€😀 " * (k % 40) for k in range(400)]
 
 
 def documents(path, target=3000, text_column="text", on_error="raise"):
-    """All (id, text) of a file, with the pieces that it was cut into and the count of broken ones."""
+    """All (id, text) of a file, with the slices that it was cut into and the count of broken ones."""
     (file,) = find_files([path])
-    pieces = scan_file(file, text_column, target)
+    slices = scan_file(file, text_column, target)
     broken = Broken(on_error)
     rows = [
         (row["id"], row["text"])
-        for shard in into_shards(pieces, target)
+        for shard in into_shards(slices, target)
         for batch in read_shard(shard, text_column, broken)
         for row in batch.to_pylist()
     ]
-    return rows, pieces, dict(broken.skipped)
+    return rows, slices, dict(broken.skipped)
 
 
 def write(path, texts):
@@ -63,11 +63,11 @@ def test_every_format_gives_the_same_documents(name, tmp_path, monkeypatch):
     write(tmp_path / name, TEXTS)
     texts = [text.rstrip("\n") for text in TEXTS]
     for target in (700, 3000, 1 << 20):
-        rows, pieces, _ = documents(tmp_path / name, target)
+        rows, slices, _ = documents(tmp_path / name, target)
         assert [text for _, text in rows] == texts
         assert [name_ for name_, _ in rows] == [f"{name}:{k + 1}" for k in range(len(TEXTS))]
-        assert len(pieces) > 3 or target > 3000
-        assert not name.endswith((".gz", ".zst")) or len(pieces) <= MOST_PIECES
+        assert len(slices) > 3 or target > 3000
+        assert not name.endswith((".gz", ".zst")) or len(slices) <= MOST_SLICES
 
 
 def test_lines_of_every_kind(tmp_path, monkeypatch):
@@ -197,5 +197,5 @@ def test_finding_files(tmp_path):
 def test_small_files_share_a_shard(tmp_path):
     for k in range(6):
         (tmp_path / f"{k}.txt").write_text("x" * 39 + "\n")
-    pieces = [piece for file in find_files([tmp_path / "*.txt"]) for piece in scan_file(file, "text", 100)]
-    assert [len(shard.pieces) for shard in into_shards(pieces, 100)] == [2, 2, 2]
+    slices = [slice for file in find_files([tmp_path / "*.txt"]) for slice in scan_file(file, "text", 100)]
+    assert [len(shard.slices) for shard in into_shards(slices, 100)] == [2, 2, 2]

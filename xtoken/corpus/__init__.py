@@ -2,9 +2,10 @@
 
 One file, one job, in the order in which a run passes through them:
 
+* `options`: what may be chosen
 * `files`: which input files there are, and of which format
-* `lines`, `tables`: where a file may be cut, and reading a piece of it (JSON lines and text; parquet and Arrow)
-* `partition`: which pieces make which shard
+* `lines`, `tables`: where a file may be cut, and reading a slice of it (JSON lines and text; parquet and Arrow)
+* `partition`: which slices make which shard
 * `shards`: the one function that turns a shard's documents into a parquet file
 * `engine_local`, `engine_ray`: running it for all shards, on this machine or on a Ray cluster
 * `manifest`: the index of the output, and what may be resumed
@@ -18,12 +19,10 @@ from os import PathLike
 from typing import TYPE_CHECKING, Any
 
 from ..vocabulary import TokenizerLike
+from .options import SHARD_BYTES, Options
 
 if TYPE_CHECKING:
     from .manifest import Manifest
-
-SHARD_BYTES = 64 << 20
-"""Default size of a shard in bytes of input: half a minute of work for one core."""
 
 
 def align_corpus(
@@ -51,7 +50,7 @@ def align_corpus(
         turned off.
     inputs : path or sequence of paths
         Files, or glob patterns (``**`` too): parquet, JSON lines, text with a document a line, Arrow IPC files and
-        streams; see `xtoken.corpus.files.FORMATS` for the endings. JSON lines and text may be packed with gzip or zstd.
+        streams; see `xtoken.corpus.files.FORMATS` for the endings. JSON lines and text may be compressed (gzip, zstd).
         Blank lines are no documents.
     output : path
         Folder to write to: ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if missing.
@@ -73,7 +72,7 @@ def align_corpus(
     on_error : "raise" or "skip"
         What to do about a broken line or row: stop, or leave it out and count it in the manifest.
     shard_bytes : int
-        Size of a shard in bytes of (unpacked) input, up to the end of a document.
+        Size of a shard in bytes of (decompressed) input, up to the end of a document.
     progress : bool, optional
         Whether to draw a progress bar. Default: if standard error is a terminal.
 
@@ -105,21 +104,8 @@ def align_corpus(
     require("pyarrow", "corpus")
     from .run import run
 
-    return run(
-        student_tok,
-        teacher_tok,
-        [inputs] if isinstance(inputs, (str, PathLike)) else inputs,
-        output,
-        text_column=text_column,
-        max_length=max_length,
-        method=method,
-        engine=engine,
-        workers=workers,
-        resume=resume,
-        on_error=on_error,
-        shard_bytes=shard_bytes,
-        progress=progress,
-    )
+    options = Options(text_column, max_length, method, engine, workers, resume, on_error, shard_bytes, progress)
+    return run(student_tok, teacher_tok, [inputs] if isinstance(inputs, (str, PathLike)) else inputs, output, options)
 
 
 def require(module: str, extra: str) -> Any:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORMATS: dict[str, str] = {
-    **{f".{name}{packed}": "json" for name in ("jsonl", "json", "ndjson") for packed in ("", ".gz", ".zst")},
-    **{f".txt{packed}": "text" for packed in ("", ".gz", ".zst")},
+    **{f".{name}{compressed}": "json" for name in ("jsonl", "json", "ndjson") for compressed in ("", ".gz", ".zst")},
+    **{f".txt{compressed}": "text" for compressed in ("", ".gz", ".zst")},
     ".parquet": "parquet",
     **{f".{name}": "arrow" for name in ("arrow", "feather", "ipc")},
 }
@@ -30,7 +30,7 @@ class InputFile:
     mtime_ns: int
 
     @property
-    def is_packed(self) -> bool:
+    def is_compressed(self) -> bool:
         """Whether the file can only be read from its start."""
         return self.path.endswith((".gz", ".zst"))
 

@@ -1,4 +1,4 @@
-"""Files with a document a line: JSON lines and plain text, as they are or packed with gzip or zstd."""
+"""Files with a document a line: JSON lines and plain text, as they are or compressed by gzip or zstd."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyarrow.json
 
 from .documents import ID, Broken, documents, numbered
 from .files import InputFile
-from .partition import MOST_PIECES, Piece
+from .partition import MOST_SLICES, FileSlice
 
 BLOCK_BYTES = 2 << 20
 """Bytes read at a time; a block grows to the end of its last line."""
@@ -20,15 +20,15 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
-def scan(file: InputFile, target: int) -> list[Piece]:
-    """Cuts a file into pieces of about `target` bytes, at line ends.
+def scan(file: InputFile, target: int) -> list[FileSlice]:
+    """Cuts a file into slices of about `target` bytes, at line ends.
 
     Raises
     ------
     ValueError
-        If the file cannot be unpacked.
+        If the file cannot be decompressed.
     """
-    cuts = [(0, 1)]  # byte and line number at which a piece begins
+    cuts = [(0, 1)]  # byte and line number at which a slice begins
     position, line = 0, 1
     for block in _blocks(file, 0, None):
         while cuts[-1][0] + target < position + len(block):
@@ -42,21 +42,21 @@ def scan(file: InputFile, target: int) -> list[Piece]:
             cuts.append((position, line))
     if cuts[-1][0] == position:
         cuts.pop()
-    if file.is_packed:
-        cuts = cuts[:: -(-len(cuts) // MOST_PIECES) or 1]
+    if file.is_compressed:
+        cuts = cuts[:: -(-len(cuts) // MOST_SLICES) or 1]
     ends = [start for start, _ in cuts[1:]] + [position]
-    return [Piece(file, start, end, number, end - start) for (start, number), end in zip(cuts, ends, strict=False)]
+    return [FileSlice(file, start, end, number, end - start) for (start, number), end in zip(cuts, ends, strict=False)]
 
 
-def read(piece: Piece, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
-    """The documents of a piece, in batches of about `BLOCK_BYTES`."""
-    parse = _JsonLines(text_column) if piece.file.format == "json" else _text
-    number = piece.number
-    for block in _whole_lines(_blocks(piece.file, piece.start, piece.stop)):
+def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
+    """The documents of a slice, in batches of about `BLOCK_BYTES`."""
+    parse = _JsonLines(text_column) if file_slice.file.format == "json" else _text
+    number = file_slice.number
+    for block in _whole_lines(_blocks(file_slice.file, file_slice.start, file_slice.stop)):
         count = _count_lines(block) + (not block.endswith(b"\n"))
         if number == 1:
             block = block.removeprefix(_BYTE_ORDER_MARK)
-        yield parse(piece.file, block, number, count, broken)
+        yield parse(file_slice.file, block, number, count, broken)
         number += count
 
 
@@ -65,15 +65,15 @@ def _count_lines(block: bytes) -> int:
 
 
 def _blocks(file: InputFile, start: int, stop: int | None) -> Iterator[bytes]:
-    """Bytes ``start ... stop - 1`` of the unpacked file."""
+    """Bytes ``start ... stop - 1`` of the decompressed file."""
     try:
-        if file.is_packed:
+        if file.is_compressed:
             stream = pa.input_stream(file.path, _COMPRESSION[file.path[file.path.rindex(".") :].lower()])
         else:
             stream = pa.OSFile(file.path)
             stream.seek(start)
         with stream:
-            position = 0 if file.is_packed else start
+            position = 0 if file.is_compressed else start
             while stop is None or position < stop:
                 block = stream.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position))
                 if not block:

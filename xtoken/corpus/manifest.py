@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..storage import TEMPORARY, write_atomically
+from ..storage import Index
 from .files import InputFile
-from .partition import Piece, Shard
+from .partition import FileSlice, Shard
 from .shards import FORMAT_VERSION, Counts, read_counts
 
-FILE_NAME = "manifest.json"
+INDEX = Index("manifest.json", FORMAT_VERSION, "an index of aligned shards")
 
 
 @dataclass
@@ -66,7 +65,7 @@ class Manifest:
         shards = [
             {
                 "file": shard.file_name,
-                "pieces": [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.pieces],
+                "pieces": [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.slices],
                 **(
                     {**asdict(self.counts[k]), "bytes": (folder / shard.file_name).stat().st_size}
                     if self.counts
@@ -76,15 +75,13 @@ class Manifest:
             for k, shard in enumerate(self.shards)
         ]
         content = {
-            "format": FORMAT_VERSION,
             "complete": self.is_complete,
             "parameters": self.parameters,
             "total": asdict(self.total),
             "inputs": [asdict(file) for file in self.inputs],
             "shards": shards,
         }
-        text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-        write_atomically(folder / FILE_NAME, text.encode())
+        INDEX.write(folder, content)
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -97,14 +94,10 @@ class Manifest:
         ValueError
             If it is of another format or no index at all.
         """
-        path = folder / FILE_NAME
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-            if content["format"] != FORMAT_VERSION:
-                raise ValueError(f"{path}: expected format {FORMAT_VERSION}, got {content['format']}")
+        with INDEX.read(folder) as content:
             inputs = [InputFile(**file) for file in content["inputs"]]
             shards = [
-                Shard(k, tuple(Piece(inputs[place], *rest) for place, *rest in entry["pieces"]))
+                Shard(k, tuple(FileSlice(inputs[place], *rest) for place, *rest in entry["pieces"]))
                 for k, entry in enumerate(content["shards"])
             ]
             names = list(asdict(Counts()))
@@ -112,13 +105,9 @@ class Manifest:
                 Counts(**{name: entry[name] for name in names}) for entry in content["shards"] if content["complete"]
             ]
             return Manifest(content["parameters"], inputs, shards, counts)
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not an index of aligned shards: {error!r}") from error
 
 
 def complete_shards(manifest: Manifest, folder: Path) -> dict[int, Counts]:
-    """The shards that an earlier run completed; removes what it left half written."""
-    for leftover in folder.glob(f".*{TEMPORARY}"):
-        leftover.unlink()
+    """The shards that an earlier run completed."""
     found = {shard.index: read_counts(folder / shard.file_name) for shard in manifest.shards}
     return {index: counts for index, counts in found.items() if counts is not None}

@@ -7,20 +7,20 @@ from dataclasses import dataclass, replace
 
 from .files import InputFile
 
-MOST_PIECES = 8
-"""Pieces of a part that can only be read from its start (a packed file, a row group).
+MOST_SLICES = 8
+"""Most slices of what can only be read from its start (a compressed file, a row group).
 
-Each piece reads past the ones before it, so k pieces cost (k - 1) / 2 extra readings of the part, at hundreds of MB/s;
+Each slice reads past the ones before it, so k slices cost (k - 1) / 2 extra readings, at hundreds of MB/s;
 tokenizing runs at a few MB/s."""
 
 
 @dataclass(frozen=True)
-class Piece:
+class FileSlice:
     """A contiguous part of one file."""
 
     file: InputFile
     start: int
-    """First byte of the (unpacked) lines, or first row."""
+    """First byte of the (decompressed) lines, or first row."""
     stop: int
     number: int
     """Line or row number of the first document, counted from 1."""
@@ -33,12 +33,12 @@ class Shard:
     """What one output file is made from."""
 
     index: int
-    pieces: tuple[Piece, ...]
+    slices: tuple[FileSlice, ...]
 
     @property
     def size(self) -> int:
         """Bytes of input."""
-        return sum(piece.size for piece in self.pieces)
+        return sum(file_slice.size for file_slice in self.slices)
 
     @property
     def file_name(self) -> str:
@@ -46,19 +46,19 @@ class Shard:
         return f"shard-{self.index:05d}.parquet"
 
 
-def into_shards(pieces: Iterable[Piece], shard_bytes: int) -> Iterator[Shard]:
-    """Puts pieces together, in order, into shards of at most `shard_bytes`, or of one piece that is larger."""
+def into_shards(slices: Iterable[FileSlice], shard_bytes: int) -> Iterator[Shard]:
+    """Puts slices together, in order, into shards of at most `shard_bytes`, or of one slice that is larger."""
     index, size = 0, 0
-    current: list[Piece] = []
-    for piece in pieces:
-        if current and size + piece.size > shard_bytes:
+    current: list[FileSlice] = []
+    for file_slice in slices:
+        if current and size + file_slice.size > shard_bytes:
             yield Shard(index, tuple(current))
             index, size, current = index + 1, 0, []
         last = current[-1] if current else None
-        if last is not None and last.file == piece.file and last.stop == piece.start:
-            current[-1] = replace(last, stop=piece.stop, size=last.size + piece.size)
+        if last is not None and last.file == file_slice.file and last.stop == file_slice.start:
+            current[-1] = replace(last, stop=file_slice.stop, size=last.size + file_slice.size)
         else:
-            current.append(piece)
-        size += piece.size
+            current.append(file_slice)
+        size += file_slice.size
     if current:
         yield Shard(index, tuple(current))

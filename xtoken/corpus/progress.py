@@ -13,8 +13,8 @@ from rich.progress import Progress as RichProgress
 class Progress:
     """A bar on standard error, drawn only if `visible`.
 
-    How far the run is goes by bytes of input. A shard that is being made counts with the text read from it; a
-    complete one counts with its size, which includes the markup around the text.
+    Progress is measured in bytes of input. A shard in the making counts the text read so far; a complete one counts its
+    full size, markup around the text included.
     """
 
     def __init__(self, visible: bool) -> None:

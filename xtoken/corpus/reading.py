@@ -1,4 +1,4 @@
-"""Pieces of the input, and the documents of a shard in batches of even size, whatever the formats of the files."""
+"""Slices of the input, and the documents of a shard in batches of even size, whatever the formats of the files."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import pyarrow.compute as pc
 from . import lines, tables
 from .documents import Broken
 from .files import InputFile
-from .partition import Piece, Shard
+from .partition import FileSlice, Shard
 
 BATCH_BYTES = 2 << 20
 """Text of a batch: enough documents to keep tens of threads busy, little enough to hold several in memory."""
 
 
-def scan_file(file: InputFile, text_column: str, target: int) -> list[Piece]:
-    """Cuts a file into pieces of about `target` bytes; see `lines.scan` and `tables.scan`."""
+def scan_file(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
+    """Cuts a file into slices of about `target` bytes; see `lines.scan` and `tables.scan`."""
     return lines.scan(file, target) if file.format in ("json", "text") else tables.scan(file, text_column, target)
 
 
@@ -26,9 +26,9 @@ def read_shard(shard: Shard, text_column: str, broken: Broken) -> Iterator[pa.Re
     """All documents of a shard, in order, in batches of at most `BATCH_BYTES` of text or one document."""
     waiting: list[pa.RecordBatch] = []
     size = 0
-    for piece in shard.pieces:
-        module = lines if piece.file.format in ("json", "text") else tables
-        for batch in module.read(piece, text_column, broken):
+    for file_slice in shard.slices:
+        module = lines if file_slice.file.format in ("json", "text") else tables
+        for batch in module.read(file_slice, text_column, broken):
             for part, part_size in _at_most(batch, BATCH_BYTES):
                 if waiting and size + part_size > BATCH_BYTES:
                     yield pa.concat_batches(waiting)

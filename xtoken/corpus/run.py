@@ -9,19 +9,18 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from .. import _core
-from ..alignment import METHODS
-from ..storage import TEMPORARY
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
 from .files import InputFile, find_files
-from .manifest import FILE_NAME, Manifest, complete_shards
-from .partition import Piece, into_shards
+from .manifest import INDEX, Manifest, complete_shards
+from .options import Options
+from .partition import FileSlice, into_shards
 from .progress import Progress
 from .reading import scan_file
 from .shards import Job, encoder, tokenizer_hash
 
-ENGINES = ("local", "ray")
-ON_ERROR = ("raise", "skip")
+DECISIVE = ("method", "max_length", "text_column", "on_error", "shard_bytes")
+"""Options that the output depends on."""
 
 
 def run(
@@ -29,55 +28,31 @@ def run(
     teacher_tok: TokenizerLike,
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
-    *,
-    text_column: str,
-    max_length: int | None,
-    method: str,
-    engine: str,
-    workers: int | None,
-    resume: bool,
-    on_error: str,
-    shard_bytes: int,
-    progress: bool | None,
+    options: Options,
 ) -> Manifest:
     """`xtoken.align_corpus`, which documents the arguments."""
-    for name, value, known in (
-        ("engine", engine, ENGINES),
-        ("on_error", on_error, ON_ERROR),
-        ("method", method, METHODS),
-    ):
-        if value not in known:
-            raise ValueError(f"{name}: expected one of {known}, got {value!r}")
-    for name, number in (("workers", workers), ("max_length", max_length), ("shard_bytes", shard_bytes)):
-        if number is not None and number < 1:
-            raise ValueError(f"{name}: expected at least 1, got {number}")
     folder = Path(output).absolute()
-    _check_output(folder, resume)
+    going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
-    student, teacher = encoder(student_tok, "student"), encoder(teacher_tok, "teacher")
-    job = Job(student, teacher, str(folder), text_column, max_length, method, on_error)
+    job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
     parameters = {
         "xtoken": _core.version,
-        "student": student.fingerprint(),
-        "student_tokenizer": tokenizer_hash(student),
-        "teacher": teacher.fingerprint(),
-        "teacher_tokenizer": tokenizer_hash(teacher),
-        "method": method,
-        "max_length": max_length,
-        "text_column": text_column,
-        "on_error": on_error,
-        "shard_bytes": shard_bytes,
+        "student": job.student.fingerprint(),
+        "student_tokenizer": tokenizer_hash(job.student),
+        "teacher": job.teacher.fingerprint(),
+        "teacher_tokenizer": tokenizer_hash(job.teacher),
+        **{name: getattr(options, name) for name in DECISIVE},
     }
-    with Progress(sys.stderr.isatty() if progress is None else progress) as bar:
-        manifest = _begin(folder, Manifest(parameters, files, []), text_column, shard_bytes)
+    with Progress(sys.stderr.isatty() if options.progress is None else options.progress) as bar:
+        manifest = _begin(folder, Manifest(parameters, files, []), going_on, options)
         done = complete_shards(manifest, folder)
         missing = [shard for shard in manifest.shards if shard.index not in done]
         bar.start(sum(shard.size for shard in manifest.shards), sum(manifest.shards[k].size for k in done))
         if missing:
-            if engine == "local":
-                made = engine_local.make_shards(job, missing, workers or 1, bar.advance)
+            if options.engine == "local":
+                made = engine_local.make_shards(job, missing, options.workers or 1, bar.advance)
             else:
-                made = engine_ray.make_shards(job, missing, workers, bar.advance)
+                made = engine_ray.make_shards(job, missing, options.workers, bar.advance)
             for shard, counts in made:
                 done[shard.index] = counts
                 bar.shard_done(shard.size, counts.text_bytes)
@@ -86,32 +61,21 @@ def run(
     return manifest
 
 
-def _check_output(folder: Path, resume: bool) -> None:
-    """Refuses a folder that holds something else than an output to go on with."""
-    held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    if not resume and held:
-        raise ValueError(f"output: {folder} is not empty; give another folder, or resume (--resume) what is in it")
-    strange = sorted(name for name in held if not name.endswith(TEMPORARY))
-    if strange and FILE_NAME not in held:
-        raise ValueError(f"output: {folder} holds {strange[0]} but no {FILE_NAME}; expected an output of this command")
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def _begin(folder: Path, wanted: Manifest, text_column: str, shard_bytes: int) -> Manifest:
+def _begin(folder: Path, wanted: Manifest, going_on: bool, options: Options) -> Manifest:
     """The index of the run that was stopped, if there is one and it fits; else a new one."""
-    if (folder / FILE_NAME).exists():
+    if going_on:
         before = Manifest.load(folder)
         changes = before.changes(wanted)
         if changes:
             raise ValueError(f"resume: {folder} was made otherwise, so its shards cannot be kept: {'; '.join(changes)}")
         return Manifest(before.parameters, before.inputs, before.shards)
 
-    def scan(file: InputFile) -> list[Piece]:
-        return scan_file(file, text_column, shard_bytes)
+    def scan(file: InputFile) -> list[FileSlice]:
+        return scan_file(file, options.text_column, options.shard_bytes)
 
     with ThreadPoolExecutor(_core.available_processors()) as threads:
-        pieces = [piece for found in threads.map(scan, wanted.inputs) for piece in found]
-    wanted.shards = list(into_shards(pieces, shard_bytes))
+        slices = [one for found in threads.map(scan, wanted.inputs) for one in found]
+    wanted.shards = list(into_shards(slices, options.shard_bytes))
     if wanted.shards:  # an output without shards is complete as it is
         wanted.save(folder)
     return wanted

@@ -23,12 +23,13 @@ from ..alignment import Aligner, Ragged
 from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from .documents import Broken
+from .options import Options
 from .partition import Shard
 from .reading import read_shard
 
 FORMAT_VERSION = "1"
 ROW_GROUP_TOKENS = 32768
-"""Student tokens of a row group, about: what reading one document at random unpacks (1 ms)."""
+"""Student tokens of a row group, about: what reading one document at random decompresses (1 ms)."""
 
 BATCHES_AT_ONCE = 2
 """Batches worked on at the same time, so that the processors have tokenizing to do while Python handles the other."""
@@ -85,10 +86,7 @@ class Job:
     student: Vocabulary
     teacher: Vocabulary
     output: str
-    text_column: str
-    max_length: int | None
-    method: str
-    on_error: str
+    options: Options
 
 
 Advance = Callable[[int, int, int], None]
@@ -132,15 +130,15 @@ class ShardMaker:
 
     def __init__(self, job: Job, threads: int | None = None) -> None:
         self.job = job
-        self.aligner = Aligner(job.student, job.teacher, job.method, num_threads=threads)
+        self.aligner = Aligner(job.student, job.teacher, job.options.method, num_threads=threads)
         self.schema = _SCHEMA.with_metadata(
             {
                 "xtoken.format": FORMAT_VERSION,
                 "xtoken.version": _core.version,
                 "xtoken.student": job.student.fingerprint(),
                 "xtoken.teacher": job.teacher.fingerprint(),
-                "xtoken.method": job.method,
-                "xtoken.max_length": json.dumps(job.max_length),
+                "xtoken.method": job.options.method,
+                "xtoken.max_length": json.dumps(job.options.max_length),
             }
         )
 
@@ -155,8 +153,8 @@ class ShardMaker:
             If the file cannot be written.
         """
         counts = Counts()
-        broken = Broken(self.job.on_error)
-        batches = read_shard(shard, self.job.text_column, broken)
+        broken = Broken(self.job.options.on_error)
+        batches = read_shard(shard, self.job.options.text_column, broken)
         path = Path(self.job.output) / shard.file_name
         try:
             with (
@@ -179,10 +177,11 @@ class ShardMaker:
         """The rows of one batch of documents."""
         texts = batch["text"].to_pylist()
         sides = [_encode(vocabulary.tokenizer, texts) for vocabulary in (self.job.student, self.job.teacher)]
-        if self.job.max_length is None:
+        max_length = self.job.options.max_length
+        if max_length is None:
             alignment = self.aligner.align(sides[0], sides[1])
         else:
-            alignment = self.aligner.truncate(sides[0], sides[1], self.job.max_length, self.job.max_length)
+            alignment = self.aligner.truncate(sides[0], sides[1], max_length, max_length)
             sides = [ids for side in ("student", "teacher") if (ids := alignment.ragged_ids(side)) is not None]
         spans = pa.FixedSizeListArray.from_arrays(pa.array(alignment.spans.numpy().reshape(-1)), type=_SPAN)
         columns = [_lists(ids.flat.astype(np.int32), ids.offsets, _IDS) for ids in sides]

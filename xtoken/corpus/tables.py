@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from .documents import ID, Broken, documents, numbered
 from .files import InputFile
-from .partition import MOST_PIECES, Piece
+from .partition import MOST_SLICES, FileSlice
 
 BATCH_ROWS = 1024
 """Rows taken from a file at a time, at most."""
@@ -23,32 +23,32 @@ BATCH_BYTES = 2 << 20
 """Text taken from a file at a time, about, unless it is one document."""
 
 
-def scan(file: InputFile, text_column: str, target: int) -> list[Piece]:
-    """Cuts a file into pieces of about `target` bytes of text: row groups or record batches, or even parts of them.
+def scan(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
+    """Cuts a file into slices of about `target` bytes of text: row groups or record batches, or even parts of them.
 
     Raises
     ------
     ValueError
         If the file cannot be read, or has no column of text with this name.
     """
-    pieces: list[Piece] = []
+    slices: list[FileSlice] = []
     start = 0
-    most = MOST_PIECES if file.format == "parquet" else 1 << 30
+    most = MOST_SLICES if file.format == "parquet" else 1 << 30
     for rows, size in _parts(file, text_column):
         parts = max(1, min(-(-size // target), most, rows))
         cuts = [start + rows * k // parts for k in range(parts + 1)]
-        pieces += [
-            Piece(file, first, last, first + 1, -(-size // parts)) for first, last in pairwise(cuts) if last > first
+        slices += [
+            FileSlice(file, first, last, first + 1, -(-size // parts)) for first, last in pairwise(cuts) if last > first
         ]
         start += rows
-    return pieces
+    return slices
 
 
-def read(piece: Piece, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
-    """The documents of a piece, in batches of at most `BATCH_ROWS` rows."""
-    number = piece.number
-    for batch in _rows(piece, text_column):
-        yield _documents(batch, piece.file, text_column, number, broken)
+def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
+    """The documents of a slice, in batches of at most `BATCH_ROWS` rows."""
+    number = file_slice.number
+    for batch in _rows(file_slice, text_column):
+        yield _documents(batch, file_slice.file, text_column, number, broken)
         number += batch.num_rows
 
 
@@ -82,7 +82,7 @@ def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
 
 @contextmanager
 def _arrow_reader(file: InputFile, text_column: str) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Batches of the columns that are read, without copying what is not packed."""
+    """Batches of the columns that are read, without copying what is not compressed."""
     with pa.memory_map(file.path) as source:
 
         def open_reader(**options: Any) -> tuple[Any, bool]:
@@ -115,23 +115,23 @@ def _parts(file: InputFile, text_column: str) -> Iterator[tuple[int, int]]:
                     yield batch.num_rows, batch[text_column].nbytes
 
 
-def _rows(piece: Piece, text_column: str) -> Iterator[pa.RecordBatch]:
-    """The rows of a piece."""
-    file = piece.file
+def _rows(file_slice: FileSlice, text_column: str) -> Iterator[pa.RecordBatch]:
+    """The rows of a slice."""
+    file, start, stop = file_slice.file, file_slice.start, file_slice.stop
     with _readable(file):
         if file.format == "parquet":
             with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as reader:
                 counts = [reader.metadata.row_group(k).num_rows for k in range(reader.metadata.num_row_groups)]
                 ends = np.cumsum(counts)
-                groups = [k for k, end in enumerate(ends) if end > piece.start and end - counts[k] < piece.stop]
-                start = int(ends[groups[0]] - counts[groups[0]])
-                rows = max(1, min(BATCH_ROWS, BATCH_BYTES * (piece.stop - piece.start) // max(1, piece.size)))
+                groups = [k for k, end in enumerate(ends) if end > start and end - counts[k] < stop]
+                before = int(ends[groups[0]] - counts[groups[0]])
+                rows = max(1, min(BATCH_ROWS, BATCH_BYTES * (stop - start) // max(1, file_slice.size)))
                 columns = _columns(reader.schema_arrow, file, text_column)
                 batches = reader.iter_batches(rows, groups, columns, use_threads=False)
-                yield from _between(batches, piece.start - start, piece.stop - start)
+                yield from _between(batches, start - before, stop - before)
         else:
             with _arrow_reader(file, text_column) as batches:
-                yield from _between(batches, piece.start, piece.stop)
+                yield from _between(batches, start, stop)
 
 
 def _between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:
