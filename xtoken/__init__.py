@@ -1,8 +1,13 @@
 """Knowledge distillation of language models across tokenizers: alignment, projection, audit, losses."""
 
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
 from . import reference
 from ._core import version as __version__
-from .alignment import Aligner, Alignment
+from .alignment import Aligner, Alignment, Ragged
 from .audit import ClassCoverage, CoverageReport, coverage_audit
 from .config import show_config
 from .corpus import align_corpus
@@ -25,9 +30,13 @@ from .losses import (
     uld_loss,
 )
 from .pieces import PieceIndex
-from .projection import ProjectionMatrix
+from .projection import LearnableProjection, ProjectionMatrix
 from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
+
+if TYPE_CHECKING:
+    from . import data as data
+    from . import train as train
 
 __all__ = [
     "Aligner",
@@ -35,9 +44,11 @@ __all__ = [
     "CachedDocument",
     "ClassCoverage",
     "CoverageReport",
+    "LearnableProjection",
     "LinearLogits",
     "PieceIndex",
     "ProjectionMatrix",
+    "Ragged",
     "Teacher",
     "TeacherCache",
     "TeacherCacheWriter",
@@ -63,3 +74,16 @@ __all__ = [
     "show_config",
     "uld_loss",
 ]
+
+_ON_USE = ("data", "train")
+"""Submodules that are imported when they are first used; training needs transformers."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _ON_USE:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_USE})

@@ -13,9 +13,11 @@ import torch
 from torch.utils.data import Dataset
 
 from .alignment import Alignment, pad_rows
-from .corpus import require
+from .corpus import Manifest, require
 from .storage import other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary
+
+__all__ = ["AlignedCollator", "AlignedDataset"]
 
 OPEN_SHARDS = 16
 """Shards that a process keeps mapped into memory."""
@@ -39,7 +41,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
 
     Attributes
     ----------
-    counts : xtoken.corpus.shards.Counts
+    counts : xtoken.corpus.Counts
         Documents, tokens and chunks of the corpus.
 
     Raises
@@ -63,8 +65,6 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         teacher_tok: TokenizerLike | None = None,
     ) -> None:
         require("pyarrow", "corpus")
-        from .corpus.manifest import Manifest
-
         self.path = Path(path).absolute()
         manifest = Manifest.load(self.path)
         if not manifest.is_complete:

@@ -16,13 +16,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from os import PathLike
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..vocabulary import TokenizerLike
+from .manifest import Counts, Manifest
 from .options import SHARD_BYTES, Options
 
-if TYPE_CHECKING:
-    from .manifest import Manifest
+__all__ = ["Counts", "Manifest", "align_corpus"]
 
 
 def align_corpus(

@@ -10,8 +10,9 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from typing import Any
 
 from .. import _core
+from .manifest import Counts
 from .partition import Shard
-from .shards import Advance, Counts, Job, ShardMaker
+from .shards import Advance, Job, ShardMaker
 
 POLL_SECONDS = 0.5
 """How often the progress of other processes is asked for."""

@@ -10,8 +10,9 @@ from dataclasses import asdict
 from typing import Any
 
 from . import require
+from .manifest import Counts
 from .partition import Shard
-from .shards import Advance, Counts, Job, ShardMaker
+from .shards import Advance, Job, ShardMaker
 
 _ERRORS: tuple[type[Exception], ...] = (ValueError, OSError)
 

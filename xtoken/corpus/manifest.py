@@ -9,9 +9,30 @@ from typing import Any
 from ..storage import Index
 from .files import InputFile
 from .partition import FileSlice, Shard
-from .shards import FORMAT_VERSION, Counts, read_counts
 
-INDEX = Index("manifest.json", FORMAT_VERSION, "an index of aligned shards")
+INDEX = Index("manifest.json", "1", "an index of aligned shards")
+
+
+@dataclass
+class Counts:
+    """What is in a shard, or in many."""
+
+    documents: int = 0
+    text_bytes: int = 0
+    student_tokens: int = 0
+    teacher_tokens: int = 0
+    chunks: int = 0
+    not_optimal: int = 0
+    """Documents on which the dynamic program ran out of budget (`Alignment.optimal`)."""
+    skipped: dict[str, int] = field(default_factory=dict)
+    """Broken documents by file."""
+
+    def add(self, other: Counts) -> None:
+        """Adds the counts of another shard."""
+        for name in ("documents", "text_bytes", "student_tokens", "teacher_tokens", "chunks", "not_optimal"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name, count in other.skipped.items():
+            self.skipped[name] = self.skipped.get(name, 0) + count
 
 
 @dataclass
@@ -105,9 +126,3 @@ class Manifest:
                 Counts(**{name: entry[name] for name in names}) for entry in content["shards"] if content["complete"]
             ]
             return Manifest(content["parameters"], inputs, shards, counts)
-
-
-def complete_shards(manifest: Manifest, folder: Path) -> dict[int, Counts]:
-    """The shards that an earlier run completed."""
-    found = {shard.index: read_counts(folder / shard.file_name) for shard in manifest.shards}
-    return {index: counts for index, counts in found.items() if counts is not None}

@@ -12,12 +12,12 @@ from .. import _core
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
 from .files import InputFile, find_files
-from .manifest import INDEX, Manifest, complete_shards
+from .manifest import INDEX, Manifest
 from .options import Options
 from .partition import FileSlice, into_shards
 from .progress import Progress
 from .reading import scan_file
-from .shards import Job, encoder, tokenizer_hash
+from .shards import Job, complete_shards, encoder, tokenizer_hash
 
 DECISIVE = ("method", "max_length", "text_column", "on_error", "shard_bytes")
 """Options that the output depends on."""
@@ -45,7 +45,7 @@ def run(
     }
     with Progress(sys.stderr.isatty() if options.progress is None else options.progress) as bar:
         manifest = _begin(folder, Manifest(parameters, files, []), going_on, options)
-        done = complete_shards(manifest, folder)
+        done = complete_shards(manifest.shards, folder)
         missing = [shard for shard in manifest.shards if shard.index not in done]
         bar.start(sum(shard.size for shard in manifest.shards), sum(manifest.shards[k].size for k in done))
         if missing:

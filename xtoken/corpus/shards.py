@@ -7,7 +7,7 @@ import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,11 @@ from ..alignment import Aligner, Ragged
 from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from .documents import Broken
+from .manifest import INDEX, Counts
 from .options import Options
 from .partition import Shard
 from .reading import read_shard
 
-FORMAT_VERSION = "1"
 ROW_GROUP_TOKENS = 32768
 """Student tokens of a row group, about: what reading one document at random decompresses (1 ms)."""
 
@@ -55,28 +55,6 @@ _WRITER: dict[str, Any] = {
     "column_encoding": {"spans.list.element.list.element": "DELTA_BINARY_PACKED"},
 }
 _COUNTS = b"xtoken.counts"
-
-
-@dataclass
-class Counts:
-    """What is in a shard, or in many."""
-
-    documents: int = 0
-    text_bytes: int = 0
-    student_tokens: int = 0
-    teacher_tokens: int = 0
-    chunks: int = 0
-    not_optimal: int = 0
-    """Documents on which the dynamic program ran out of budget (`Alignment.optimal`)."""
-    skipped: dict[str, int] = field(default_factory=dict)
-    """Broken documents by file."""
-
-    def add(self, other: Counts) -> None:
-        """Adds the counts of another shard."""
-        for name in ("documents", "text_bytes", "student_tokens", "teacher_tokens", "chunks", "not_optimal"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name, count in other.skipped.items():
-            self.skipped[name] = self.skipped.get(name, 0) + count
 
 
 @dataclass(frozen=True)
@@ -133,7 +111,7 @@ class ShardMaker:
         self.aligner = Aligner(job.student, job.teacher, job.options.method, num_threads=threads)
         self.schema = _SCHEMA.with_metadata(
             {
-                "xtoken.format": FORMAT_VERSION,
+                "xtoken.format": INDEX.version,
                 "xtoken.version": _core.version,
                 "xtoken.student": job.student.fingerprint(),
                 "xtoken.teacher": job.teacher.fingerprint(),
@@ -197,15 +175,17 @@ class ShardMaker:
         return pa.Table.from_arrays([batch["id"], *columns], schema=self.schema), counts
 
 
-def read_counts(path: Path) -> Counts | None:
-    """The counts of a complete shard; None if there is none under this name."""
-    if not path.exists():
-        return None
-    try:
-        metadata = pq.read_metadata(path).metadata or {}
-    except (pa.ArrowException, OSError):
-        return None
-    return Counts(**json.loads(metadata[_COUNTS])) if _COUNTS in metadata else None
+def complete_shards(shards: Iterable[Shard], folder: Path) -> dict[int, Counts]:
+    """The shards that are there and whole, by number, with their counts."""
+    found = {}
+    for shard in shards:
+        try:
+            metadata = pq.read_metadata(folder / shard.file_name).metadata or {}
+        except (pa.ArrowException, OSError):
+            continue
+        if _COUNTS in metadata:
+            found[shard.index] = Counts(**json.loads(metadata[_COUNTS]))
+    return found
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
