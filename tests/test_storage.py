@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from xtoken import Vocabulary
-from xtoken.storage import TEMPORARY, Index, TensorFile, atomic, other_tokenizers, write_atomically
+from xtoken.storage import TEMPORARY, Index, Numbering, TensorFile, atomic, other_tokenizers, write_atomically
 
 KIND = TensorFile("a table", {"format": "xtoken.table", "version": "1"}, {"cells": ("F32", 2)})
 INDEX, NEXT = (Index("index.json", version, "an index of tables") for version in (3, 4))
@@ -114,6 +114,16 @@ def test_output_folders(tmp_path: Path) -> None:
     INDEX.write(folder, {})
     assert INDEX.prepare(folder, True, "tables")
     assert (folder / "thesis.tmp").exists()
+
+
+def test_items_are_numbered_through() -> None:
+    numbering = Numbering([2, 0, 3])
+    assert [numbering.find(k) for k in range(len(numbering))] == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
+    assert [numbering.find(k) for k in (-1, -5)] == [(2, 2), (0, 0)]
+    for one, index in ((numbering, 5), (numbering, -6), (Numbering([]), 0)):
+        with pytest.raises(IndexError, match=f"index: expected -.* got {index}"):
+            one.find(index)
+    assert len(Numbering([])) == 0
 
 
 def test_other_tokenizers() -> None:

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 
 from .alignment import Alignment, pad_rows
 from .corpus import Manifest, require
-from .storage import other_tokenizers
+from .storage import Numbering, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary
 
 __all__ = ["AlignedCollator", "AlignedDataset"]
@@ -22,15 +22,15 @@ __all__ = ["AlignedCollator", "AlignedDataset"]
 OPEN_SHARDS = 16
 """Shards that a process keeps mapped into memory."""
 
-UNPACKED_GROUPS = 8
-"""Row groups (about 32,768 student tokens each) that a process keeps unpacked."""
+KEPT_GROUPS = 8
+"""Row groups (about 32,768 student tokens each) that a process keeps decompressed."""
 
 
 class AlignedDataset(Dataset[dict[str, Any]]):
     """The documents of an aligned corpus, by number, in the order of the input.
 
     Shards are mapped into memory, not read: opening a corpus costs its index alone. zstd pages cannot be used in
-    place, so a document costs the unpacking of its row group, about a millisecond, and its neighbours come free.
+    place, so a document costs decompressing its row group, about a millisecond, and its neighbours come free.
 
     Parameters
     ----------
@@ -78,7 +78,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         for name in self._files:
             if not (self.path / name).exists():
                 raise FileNotFoundError(f"path: {self.path / name} is missing")
-        self._ends = np.cumsum([counts.documents for counts in manifest.counts], dtype=np.int64)
+        self._numbering = Numbering(counts.documents for counts in manifest.counts)
         self._forget()
 
     def _forget(self) -> None:
@@ -94,7 +94,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
 
     def __len__(self) -> int:
         """Number of documents."""
-        return int(self._ends[-1]) if len(self._ends) else 0
+        return len(self._numbering)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One document.
@@ -109,16 +109,11 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         IndexError
             If there is no such document.
         """
-        position = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
-        shard = int(np.searchsorted(self._ends, position, side="right"))
-        row = position - (int(self._ends[shard - 1]) if shard else 0)
-        group, first = self._row_group(shard, row)
-        student, teacher = (self._values(group[side], row - first) for side in ("student_ids", "teacher_ids"))
-        spans = group["spans"].slice(row - first, 1).flatten().flatten().to_numpy()
+        group, row = self._row_group(*self._numbering.find(index))
+        student, teacher = (self._values(group[side], row) for side in ("student_ids", "teacher_ids"))
+        spans = group["spans"].slice(row, 1).flatten().flatten().to_numpy()
         return {
-            "id": group["id"][row - first].as_py(),
+            "id": group["id"][row].as_py(),
             "student_ids": student,
             "teacher_ids": teacher,
             "spans": torch.from_numpy(spans.reshape(-1, 4).copy()),
@@ -129,18 +124,17 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         return torch.from_numpy(column.slice(row, 1).flatten().to_numpy().astype(np.int64))
 
     def _row_group(self, shard: int, row: int) -> tuple[Any, int]:
-        """The unpacked row group that holds a row, and the number of its first row."""
+        """The decompressed row group that holds a row, and the number of the row in there."""
         if self._process != os.getpid():  # forked: what the parent mapped is not ours to share
             self._forget()
-        file, ends = self._recent(self._open, shard, OPEN_SHARDS, lambda: self._map(shard))
-        k = int(np.searchsorted(ends, row, side="right"))
+        file, numbering = self._recent(self._open, shard, OPEN_SHARDS, lambda: self._map(shard))
+        k, row = numbering.find(row)
 
-        def unpack() -> Any:
+        def decompress() -> Any:
             table = file.read_row_group(k, use_threads=False)
             return {name: table[name].combine_chunks() for name in table.column_names}
 
-        group = self._recent(self._groups, (shard, k), UNPACKED_GROUPS, unpack)
-        return group, int(ends[k - 1]) if k else 0
+        return self._recent(self._groups, (shard, k), KEPT_GROUPS, decompress), row
 
     @staticmethod
     def _recent(kept: OrderedDict[Any, Any], key: Any, most: int, make: Any) -> Any:
@@ -152,12 +146,11 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         kept.move_to_end(key)
         return kept[key]
 
-    def _map(self, shard: int) -> tuple[Any, Any]:
+    def _map(self, shard: int) -> tuple[Any, Numbering]:
         import pyarrow.parquet as pq
 
         file = pq.ParquetFile(self.path / self._files[shard], memory_map=True)
-        groups = [file.metadata.row_group(k).num_rows for k in range(file.num_row_groups)]
-        return file, np.cumsum(groups)
+        return file, Numbering(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))
 
 
 class AlignedCollator:

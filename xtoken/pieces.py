@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
-from .storage import TensorFile, check_fingerprints
+from .storage import TensorFile, check_fingerprints, fingerprints
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 5
@@ -105,8 +105,7 @@ class PieceIndex:
             *_pieces(student, teacher, student_partner),
             *_pieces(teacher, student, teacher_partner),
         )
-        metadata = {"student_fingerprint": student.fingerprint(), "teacher_fingerprint": teacher.fingerprint()}
-        return cls(data, metadata)
+        return cls(data, fingerprints(student, teacher))
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""

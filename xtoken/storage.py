@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -144,6 +145,29 @@ class Index:
         for name in leftovers:
             (folder / name).unlink()
         return self.name in held
+
+
+class Numbering:
+    """Items that are numbered through, across shards with so many items each."""
+
+    def __init__(self, sizes: Iterable[int]) -> None:
+        self.ends = np.cumsum(list(sizes), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self.ends[-1]) if len(self.ends) else 0
+
+    def find(self, index: int) -> tuple[int, int]:
+        """The shard of an item, and its number in there. IndexError if there is no such item; -1 is the last one."""
+        position = int(index) + (len(self) if index < 0 else 0)
+        if not 0 <= position < len(self):
+            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
+        shard = int(np.searchsorted(self.ends, position, side="right"))
+        return shard, position - (int(self.ends[shard - 1]) if shard else 0)
+
+
+def fingerprints(student: Vocabulary, teacher: Vocabulary) -> dict[str, str]:
+    """For the metadata of what is built for a pair of tokenizers; see `check_fingerprints`."""
+    return {"student_fingerprint": student.fingerprint(), "teacher_fingerprint": teacher.fingerprint()}
 
 
 def other_tokenizers(

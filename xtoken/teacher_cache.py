@@ -40,7 +40,7 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
-from .storage import Index, TensorFile, other_tokenizers
+from .storage import Index, Numbering, TensorFile, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
 INDEX = Index("cache.json", 1, "the index of a teacher cache")
@@ -310,7 +310,7 @@ class TeacherCache:
         for file in self._files:
             if not file.exists():
                 raise FileNotFoundError(f"path: {file} is missing")
-        self._ends = np.cumsum([shard["documents"] for shard in index["shards"]], dtype=np.int64)
+        self._numbering = Numbering(shard["documents"] for shard in index["shards"])
         self._open: dict[int, Any] = {}
         keys = [
             np.ascontiguousarray(self._shard(k).get_tensor("digests").numpy()[:, :8]).view("<u8")[:, 0]
@@ -334,12 +334,7 @@ class TeacherCache:
 
     def __len__(self) -> int:
         """Number of documents."""
-        return int(self._ends[-1]) if len(self._ends) else 0
-
-    def _place(self, index: int) -> tuple[Any, int]:
-        """The shard of a document, and its number in there."""
-        k = int(np.searchsorted(self._ends, index, side="right"))
-        return self._shard(k), index - (int(self._ends[k - 1]) if k else 0)
+        return len(self._numbering)
 
     def __getitem__(self, index: int) -> CachedDocument:
         """A document by its number in the order in which they were added.
@@ -349,10 +344,8 @@ class TeacherCache:
         IndexError
             If there is no such document.
         """
-        position = int(index) + (len(self) if index < 0 else 0)
-        if not 0 <= position < len(self):
-            raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
-        shard, row = self._place(position)
+        k, row = self._numbering.find(index)
+        shard = self._shard(k)
         start, stop = shard.get_slice("offsets")[row : row + 2].tolist()
         tokens, byte_ends, ids, logprobs, tail = (
             shard.get_slice(name)[start:stop] for name in ("tokens", "byte_ends", "ids", "logprobs", "tail")
@@ -385,8 +378,8 @@ class TeacherCache:
         key = np.frombuffer(digest[:8], "<u8")[0]
         for at in range(*(int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))):
             index = int(self._order[at])
-            shard, row = self._place(index)
-            if bytes(shard.get_slice("digests")[row : row + 1].numpy()[0]) == digest:
+            k, row = self._numbering.find(index)
+            if bytes(self._shard(k).get_slice("digests")[row : row + 1].numpy()[0]) == digest:
                 return self[index]
         return None
 

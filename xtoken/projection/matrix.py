@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core
-from xtoken.storage import TensorFile, check_fingerprints
+from xtoken.storage import TensorFile, check_fingerprints, fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
@@ -163,8 +163,7 @@ class ProjectionMatrix:
             rows = _core.add_reverse(*rows, unreached, ptr, ids, beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
         metadata = {
-            "student_fingerprint": student.fingerprint(),
-            "teacher_fingerprint": teacher.fingerprint(),
+            **fingerprints(student, teacher),
             "beta": repr(beta),
             "gamma": repr(gamma),
             "top_k": repr(top_k),
