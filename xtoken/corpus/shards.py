@@ -46,7 +46,7 @@ _SCHEMA = pa.schema(
         pa.field("spans", _SPANS, nullable=False),
     ]
 )
-# Differences between neighbours say all about chunks; dictionaries only cost time on token ids.
+# Spans compress best as differences between neighbours; dictionaries only cost time on token ids.
 _WRITER: dict[str, Any] = {
     "compression": "zstd",
     "compression_level": 1,
@@ -192,7 +192,7 @@ def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     offsets = np.zeros(len(texts) + 1, np.int64)
     np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
-    # The one step that costs per token outside of compiled code: the tokenizers hand out ids as a list only. 30 ns.
+    # The one step that costs Python time for each token, 30 ns: tokenizers hand out ids only as a list.
     flat = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, int(offsets[-1]))
     return Ragged(flat, offsets)
 
