@@ -138,9 +138,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         self.max_length = max_length
         self.shard_tokens = shard_tokens
         self.folder = Path(output).absolute()
-        self._lengths = np.array([len(self.vocabulary[i]) for i in range(len(self.vocabulary))]) * (
-            self.vocabulary.is_text
-        )
+        lengths = [len(self.vocabulary[i]) for i in range(len(self.vocabulary))]
+        self._lengths = np.array(lengths) * self.vocabulary.is_text
         self._parameters = {
             "teacher": self.vocabulary.fingerprint(),
             "vocab_size": len(self.vocabulary),
@@ -216,19 +215,16 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     def _write_shard(self) -> None:
         if not self._waiting:
             return
-        documents = [tokens for tokens, *_ in self._waiting]
+        documents, logits, tails, digests = zip(*self._waiting, strict=True)
+        byte_ends = np.concatenate([np.cumsum(self._lengths[tokens]) for tokens in documents])
         content = {
             "tokens": torch.from_numpy(np.concatenate(documents)),
-            "byte_ends": torch.from_numpy(
-                np.concatenate([np.cumsum(self._lengths[tokens]) for tokens in documents]).astype(np.int32)
-            ),
-            "ids": torch.cat([logits.ids for _, logits, _, _ in self._waiting]),
-            "logprobs": torch.cat([logits.logprobs for _, logits, _, _ in self._waiting]),
-            "tail": torch.cat([tail for _, _, tail, _ in self._waiting]),
+            "byte_ends": torch.from_numpy(byte_ends.astype(np.int32)),
+            "ids": torch.cat([one.ids for one in logits]),
+            "logprobs": torch.cat([one.logprobs for one in logits]),
+            "tail": torch.cat(tails),
             "offsets": torch.tensor([0, *itertools.accumulate(map(len, documents))]),
-            "digests": torch.frombuffer(bytearray(b"".join(d for *_, d in self._waiting)), dtype=torch.uint8).view(
-                -1, 32
-            ),
+            "digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32),
         }
         name = f"shard-{len(self._shards):05d}.safetensors"
         _SHARD.save(self.folder / name, content)

@@ -14,6 +14,7 @@ One file, one job, in the order in which a run passes through them:
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from os import PathLike
 from typing import Any
@@ -109,15 +110,7 @@ def align_corpus(
 
 
 def require(module: str, extra: str) -> Any:
-    """Imports a module of an optional dependency.
-
-    Raises
-    ------
-    ImportError
-        If it is missing, saying which extra of this package installs it.
-    """
-    import importlib
-
+    """Imports a module of an optional dependency; the ImportError says which extra of this package installs it."""
     try:
         return importlib.import_module(module)
     except ImportError as error:

@@ -18,17 +18,7 @@ ID = "id"
 
 
 class Broken:
-    """What becomes of broken lines and rows: an error, or a count.
-
-    Parameters
-    ----------
-    on_error : "raise" or "skip"
-
-    Attributes
-    ----------
-    skipped : Counter
-        Broken documents by name of the file.
-    """
+    """What becomes of broken lines and rows: an error ("raise"), or a count by name of the file, `skipped` ("skip")."""
 
     def __init__(self, on_error: str) -> None:
         self.on_error = on_error

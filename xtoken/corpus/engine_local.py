@@ -25,12 +25,7 @@ class Stopped(Exception):
 def make_shards(job: Job, shards: Sequence[Shard], workers: int, advance: Advance) -> Iterator[tuple[Shard, Counts]]:
     """Makes shards and gives the counts of each when it is complete, in no certain order.
 
-    Parameters
-    ----------
-    workers : int
-        1: this process, whose tokenizers use all processors. More: so many processes, which share the processors.
-    advance : callable
-        Called as documents get done; see `shards.Advance`.
+    One worker is this process, whose tokenizers use all processors; more are processes that share them.
     """
     if workers == 1:
         maker = ShardMaker(job)

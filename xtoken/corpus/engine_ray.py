@@ -44,10 +44,7 @@ def make_shards(
 ) -> Iterator[tuple[Shard, Counts]]:
     """Makes shards and gives the counts of each when it is complete, in no certain order.
 
-    Parameters
-    ----------
-    workers : int, optional
-        Processes, of one processor each. Default: as many as the cluster has processors.
+    Workers are processes of one processor each; by default as many as the cluster has.
     """
     ray = require("ray", "ray")
     data = require("ray.data", "ray")

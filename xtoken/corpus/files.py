@@ -38,12 +38,7 @@ class InputFile:
 def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     """The files that paths and glob patterns stand for, each once; those of a pattern sorted.
 
-    Raises
-    ------
-    FileNotFoundError
-        If a path or pattern matches no file.
-    ValueError
-        For a folder, and for an ending that is not in `FORMATS`.
+    Raises FileNotFoundError if one matches no file, ValueError for a folder and for an ending not in `FORMATS`.
     """
     paths: dict[str, None] = {}
     for given in (os.fspath(path) for path in inputs):

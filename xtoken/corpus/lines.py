@@ -21,13 +21,7 @@ _COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
 def scan(file: InputFile, target: int) -> list[FileSlice]:
-    """Cuts a file into slices of about `target` bytes, at line ends.
-
-    Raises
-    ------
-    ValueError
-        If the file cannot be decompressed.
-    """
+    """Cuts a file into slices of about `target` bytes, at line ends; ValueError if it cannot be decompressed."""
     cuts = [(0, 1)]  # byte and line number at which a slice begins
     position, line = 0, 1
     for block in _blocks(file, 0, None):

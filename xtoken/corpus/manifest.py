@@ -106,15 +106,7 @@ class Manifest:
 
     @staticmethod
     def load(folder: Path) -> Manifest:
-        """Reads the index of a folder.
-
-        Raises
-        ------
-        FileNotFoundError
-            If there is none.
-        ValueError
-            If it is of another format or no index at all.
-        """
+        """Reads the index of a folder; FileNotFoundError if there is none, ValueError if it is of another format."""
         with INDEX.read(folder) as content:
             inputs = [InputFile(**file) for file in content["inputs"]]
             shards = [

@@ -74,12 +74,7 @@ Advance = Callable[[int, int, int], None]
 def encoder(tokenizer: TokenizerLike, side: str) -> Vocabulary:
     """A vocabulary whose tokenizer encodes text as it is: no padding, no truncation.
 
-    Raises
-    ------
-    ValueError
-        If there is no tokenizer, only tokens; if it encodes at random (BPE dropout).
-    TypeError
-        As `Vocabulary.from_tokenizer`, such as for tokenizers that are not fast.
+    Raises ValueError if there is no tokenizer, only tokens, or if it encodes at random (BPE dropout).
     """
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     if vocabulary.tokenizer is None:
@@ -97,14 +92,7 @@ def tokenizer_hash(vocabulary: Vocabulary) -> str:
 
 
 class ShardMaker:
-    """Makes shards; one for each process.
-
-    Parameters
-    ----------
-    job : Job
-    threads : int, optional
-        Threads for the alignment. Default: all processors of this process.
-    """
+    """Makes shards; one for each process. The alignment uses so many `threads`, by default all processors."""
 
     def __init__(self, job: Job, threads: int | None = None) -> None:
         self.job = job
@@ -123,12 +111,7 @@ class ShardMaker:
     def make(self, shard: Shard, advance: Advance) -> Counts:
         """Reads, tokenizes, aligns and writes one shard; it appears under its name when it is complete.
 
-        Raises
-        ------
-        ValueError
-            For broken input, with the file and the line.
-        OSError
-            If the file cannot be written.
+        Raises ValueError for broken input, with the file and the line, and OSError if the file cannot be written.
         """
         counts = Counts()
         broken = Broken(self.job.options.on_error)

@@ -26,10 +26,7 @@ BATCH_BYTES = 2 << 20
 def scan(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
     """Cuts a file into slices of about `target` bytes of text: row groups or record batches, or even parts of them.
 
-    Raises
-    ------
-    ValueError
-        If the file cannot be read, or has no column of text with this name.
+    Raises ValueError if the file cannot be read, or has no column of text with this name.
     """
     slices: list[FileSlice] = []
     start = 0
