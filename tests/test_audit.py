@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from xtoken import ProjectionMatrix, Vocabulary, coverage_audit
+from xtoken import ProjectionMatrix, Vocabulary, choose_loss, coverage_audit
 from xtoken.audit import CLASSES, token_class
 
 
@@ -82,10 +82,40 @@ def test_report(pair):
     assert report.classes["digits_3"].share("exact") == 1.0  # nothing to lose
     lines = str(report).splitlines()
     assert lines[2].split() == ["digits_2*", "1", "0.0%", "0.0%", "100.0%", "0.0%"]
-    assert "recommended loss: pkl" in lines
+    assert "the paper's rule: pkl" in lines
     parsed = json.loads(report.to_json())
     assert parsed["recommendation"] == "pkl"
     assert parsed["classes"]["digits_2"]["count"] == 1
+
+
+@pytest.mark.parametrize(
+    ("critical", "learn", "loss", "paper", "reason"),
+    [
+        ("digits_1", False, "hkl", "hkl", "the critical tokens keep their partners"),
+        ("digits_2", False, "prefix", "pkl", "prefix KL is ahead of cross-entropy alone"),
+        ("digits_2", True, "pkl", "pkl", "the one whose W can be trained"),
+        ("digits_1", True, "hkl", "hkl", "the critical tokens keep their partners"),
+    ],
+)
+def test_choice(pair, critical, learn, loss, paper, reason):
+    """The paper's rule, but for the loss that it takes where critical tokens are lost."""
+    choice = choose_loss(*pair, critical=critical, learn_projection=learn)
+    assert (choice.loss, choice.paper) == (loss, paper)
+    assert choice.report == coverage_audit(*pair, critical=critical)
+    assert reason in choice.reasons[-1]
+    assert str(choice).startswith(str(choice.report))
+    assert f"\nrecommended loss: {loss}\n  " in str(choice)
+    facts = json.loads(choice.to_json())
+    assert (facts["loss"], facts["recommendation"], facts["loss_reasons"]) == (loss, paper, list(choice.reasons))
+    assert choose_loss(*pair, report=choice.report).loss == {"pkl": "prefix"}.get(paper, paper)
+
+
+def test_choice_for_a_shared_tokenizer(pair):
+    choice = choose_loss(pair[0], Vocabulary([pair[0][i] for i in range(len(pair[0]))]))
+    assert (choice.loss, choice.paper, choice.report) == ("kd", None, None)
+    assert str(choice) == "recommended loss: kd\n  teacher and student share one tokenizer"
+    assert json.loads(choice.to_json())["loss"] == "kd"
+    assert choose_loss(pair[0], pair[0], report=coverage_audit(pair[0], pair[0])).paper == "hkl"
 
 
 def test_critical_classes_and_expressions(pair):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from . import reference
 from ._core import version as __version__
 from .alignment import Aligner, Alignment, Ragged
-from .audit import ClassCoverage, CoverageReport, coverage_audit
+from .audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit
 from .config import show_config
 from .corpus import align_corpus
 from .losses import (
@@ -46,6 +46,7 @@ __all__ = [
     "CoverageReport",
     "LearnableProjection",
     "LinearLogits",
+    "LossChoice",
     "PieceIndex",
     "ProjectionMatrix",
     "Ragged",
@@ -58,6 +59,7 @@ __all__ = [
     "__version__",
     "align_corpus",
     "cache_teacher",
+    "choose_loss",
     "coverage_audit",
     "gold_loss",
     "hkl_loss",

@@ -1,4 +1,4 @@
-"""Coverage audit: do critical tokens, numbers above all, survive the partitions of GOLD and H-KL?"""
+"""Coverage audit: do critical tokens, numbers above all, survive the partitions of GOLD and H-KL? What loss then?"""
 
 from __future__ import annotations
 
@@ -98,9 +98,39 @@ class CoverageReport:
             shares = "".join(f" {row.share(key):8.1%}" for key in ("exact", "common", "split", "unmapped"))
             mark = "*" if name in self.critical else ""
             lines.append(f"{name + mark:<20} {row.count:>11,}{shares if row.count else ''}")
-        return "\n".join(
-            [*lines, f"recommended loss: {self.recommendation}", *(f"  {reason}" for reason in self.reasons)]
-        )
+        return "\n".join([*lines, f"the paper's rule: {self.recommendation}", *(f"  {one}" for one in self.reasons)])
+
+
+@dataclass(frozen=True)
+class LossChoice:
+    """The answer of `choose_loss`; prints as text.
+
+    Attributes
+    ----------
+    loss : str
+        Name of the loss, as for `xtoken.Teacher`.
+    reasons : tuple of str
+    report : CoverageReport, optional
+        What the answer rests on; a shared tokenizer needs none.
+    """
+
+    loss: str
+    reasons: tuple[str, ...]
+    report: CoverageReport | None = None
+
+    @property
+    def paper(self) -> str | None:
+        """What the paper's rule says, if there is a report."""
+        return None if self.report is None else self.report.recommendation
+
+    def to_json(self) -> str:
+        """The report's fields, ``loss`` and ``loss_reasons`` as a JSON object."""
+        facts = {} if self.report is None else asdict(self.report)
+        return json.dumps({**facts, "loss": self.loss, "loss_reasons": self.reasons}, indent=2)
+
+    def __str__(self) -> str:
+        advice = "\n".join([f"recommended loss: {self.loss}", *(f"  {reason}" for reason in self.reasons)])
+        return advice if self.report is None else f"{self.report}\n{advice}"
 
 
 def coverage_audit(
@@ -188,6 +218,66 @@ def coverage_audit(
         if classes[name].count
     ]
     return CoverageReport(classes, critical_names, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
+
+
+def same_tokens(student: Vocabulary, teacher: Vocabulary) -> bool:
+    """Whether both number the same tokens in the same way, so that one model can read the other's ids."""
+    return len(student) == len(teacher) and all(student[i] == teacher[i] for i in range(len(student)))
+
+
+def choose_loss(
+    student_tok: TokenizerLike,
+    teacher_tok: TokenizerLike,
+    projection: ProjectionMatrix | None = None,
+    *,
+    critical: str | Sequence[str] | re.Pattern[str] = NUMERALS,
+    corpus: Iterable[str] | None = None,
+    learn_projection: bool = False,
+    report: CoverageReport | None = None,
+) -> LossChoice:
+    """Which loss to use for a pair of tokenizers, and why, in words.
+
+    Parameters
+    ----------
+    student_tok, teacher_tok, projection, critical, corpus
+        As for `coverage_audit`.
+    learn_projection : bool
+        Whether the weights of W are to be trained.
+    report : CoverageReport, optional
+        The audit of the pair, if it has been made before.
+
+    Returns
+    -------
+    LossChoice
+        Its loss is ``"kd"`` if both number the same tokens alike, ``"hkl"`` if the paper's rule says so, and where that
+        says ``"pkl"``, since critical tokens are lost, ``"prefix"``; or ``"pkl"`` if W is to be trained.
+
+    Raises
+    ------
+    ValueError
+        As `coverage_audit`.
+
+    Examples
+    --------
+    >>> student, teacher = Vocabulary([b"1", b"9", b"19", b" a"]), Vocabulary([b"1", b"9", b" ", b"a"])
+    >>> choose_loss(student, teacher).loss, choose_loss(teacher, student).loss, choose_loss(student, student).loss
+    ('prefix', 'hkl', 'kd')
+    """
+    student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+    if same_tokens(student, teacher):
+        return LossChoice("kd", ("teacher and student share one tokenizer",), report)
+    if report is None:
+        report = coverage_audit(student, teacher, projection, critical=critical, corpus=corpus)
+    if report.recommendation == "hkl":
+        return LossChoice("hkl", ("the critical tokens keep their partners, by which H-KL compares them",), report)
+    lost = "critical tokens have no partner of their own; GOLD and H-KL would compare them by rank"
+    if learn_projection:
+        return LossChoice("pkl", (lost, "of the losses that do not, P-KL is the one whose W can be trained"), report)
+    measured = (
+        "where a teacher splits numbers (bench/reproduce.py), prefix KL is ahead of cross-entropy alone, and P-KL, the "
+        "paper's answer, is not"
+    )
+    return LossChoice("prefix", (lost, measured), report)
 
 
 def token_class(token: bytes, is_text: bool) -> str:

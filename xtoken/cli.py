@@ -122,10 +122,11 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
 
         show_config()
     elif options.command == "audit":
-        from .audit import NUMERALS, coverage_audit
+        from .audit import NUMERALS, choose_loss, coverage_audit
 
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
-        print(report.to_json() if options.json else report)
+        choice = choose_loss(options.student, options.teacher, report=report)
+        print(choice.to_json() if options.json else choice)
     elif options.command == "align":
         print(_align(options))
     elif options.command == "show":

@@ -9,7 +9,7 @@ import torch
 
 from xtoken import ProjectionMatrix, Vocabulary
 from xtoken.train import prepare
-from xtoken.train.prepare import cache_folder, cached_audit, cached_projection, choose_loss
+from xtoken.train.prepare import cache_folder, cached_audit, cached_choice, cached_projection
 
 
 @pytest.fixture
@@ -44,13 +44,14 @@ def test_audit_is_made_once(pair, tmp_path, monkeypatch):
 
 
 def test_choice(pair, tmp_path):
-    loss, reasons = choose_loss(*pair, tmp_path, gamma=0.2)
-    assert loss == "prefix"
-    assert any("digits_3" in reason for reason in reasons)
+    choice = cached_choice(*pair, tmp_path, gamma=0.2)
+    assert (choice.loss, choice.paper) == ("prefix", "pkl")
+    assert any("digits_3" in reason for reason in choice.report.reasons)
+    assert cached_choice(*pair, tmp_path, gamma=0.2, learn_projection=True).loss == "pkl"
     assert len(list(tmp_path.iterdir())) == 2
-    assert choose_loss(pair[0], pair[0], tmp_path)[0] == "kd"
+    assert cached_choice(pair[0], pair[0], tmp_path).loss == "kd"
     assert len(list(tmp_path.iterdir())) == 2  # which needs neither
-    assert choose_loss(pair[1], pair[0], tmp_path)[0] == "hkl"  # the single digits are tokens on both sides
+    assert cached_choice(pair[1], pair[0], tmp_path).loss == "hkl"  # the single digits are tokens on both sides
 
 
 def test_folder(monkeypatch):

@@ -12,8 +12,9 @@ from small import encode, make_model, make_teacher, make_tokenizer
 from transformers.integrations import deepspeed
 
 from xtoken import Alignment, Teacher, TopKLogits, Vocabulary
+from xtoken.audit import same_tokens
 from xtoken.train import TeacherModel, load_model, load_tokenizer
-from xtoken.train.teachers import EFFICIENT_LOADING, check_head, check_same_bytes, ensure_pad_token, same_tokens
+from xtoken.train.teachers import EFFICIENT_LOADING, check_head, check_same_bytes, ensure_pad_token
 
 
 def test_loads_a_folder(tmp_path, teacher_tok):

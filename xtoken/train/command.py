@@ -31,7 +31,7 @@ from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import load_examples
 from .plot import PlotCallback
-from .prepare import cached_projection, choose_loss
+from .prepare import cached_choice, cached_projection
 from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
@@ -182,8 +182,10 @@ def build_teacher(
     name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
     reasons: list[str] = []
     if loss == "auto":
-        loss, reasons = choose_loss(student, vocabulary, options.cache, gamma=options.gamma)
-        loss = "pkl" if options.learn_projection and loss == "prefix" else loss
+        choice = cached_choice(
+            student, vocabulary, options.cache, learn_projection=options.learn_projection, gamma=options.gamma
+        )
+        loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
     projection: Any = None
     pieces: PieceIndex | None = None
     if loss == "prefix":

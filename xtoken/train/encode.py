@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.audit import same_tokens
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
 
 from .chat import ChatTemplate, Conversation, take_apart
-from .teachers import same_tokens
 
 TRAIN_ON = ("all", "completion", "assistant")
 

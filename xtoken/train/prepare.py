@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from xtoken import _core
-from xtoken.audit import ClassCoverage, CoverageReport, coverage_audit
+from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
 from xtoken.projection import ProjectionMatrix
 from xtoken.storage import write_atomically
 from xtoken.vocabulary import Vocabulary
-
-from .teachers import same_tokens
 
 Made = TypeVar("Made")
 
@@ -57,27 +55,19 @@ def cached_audit(
     )
 
 
-def choose_loss(
-    student: Vocabulary, teacher: Vocabulary, folder: str | os.PathLike[str] | None = None, **options: Any
-) -> tuple[str, list[str]]:
-    """What ``loss="auto"`` means for a pair, and why; the arguments are those of `cached_projection`.
-
-    Returns
-    -------
-    loss : "kd", "prefix" or "hkl"
-        "kd" if both number the same tokens alike, "hkl" if the audit finds that critical tokens keep their partners,
-        else "prefix".
-    reasons : list of str
-
-    Notes
-    -----
-    Where they do not, the audit (as X-Token) recommends P-KL. Prefix KL answers the same need, and in
-    ``bench/reproduce.py``, where a teacher cuts numbers otherwise, it was ahead of P-KL and of cross-entropy alone.
-    """
-    if same_tokens(student, teacher):
-        return "kd", ["teacher and student share one tokenizer"]
-    report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
-    return {"pkl": "prefix"}.get(report.recommendation, report.recommendation), report.reasons
+def cached_choice(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    folder: str | os.PathLike[str] | None = None,
+    *,
+    learn_projection: bool = False,
+    **options: Any,
+) -> LossChoice:
+    """`choose_loss` of the pair by its cached audit; the options are those of `cached_projection`."""
+    report = None
+    if not same_tokens(student, teacher):
+        report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
+    return choose_loss(student, teacher, learn_projection=learn_projection, report=report)
 
 
 def _path(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from xtoken.alignment import Alignment
+from xtoken.audit import same_tokens
 from xtoken.losses import Teacher
 from xtoken.losses.logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
@@ -143,11 +144,6 @@ def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
             f"{name}: expected an output layer of at least {len(vocabulary)} rows, one a token of its tokenizer, got "
             f"{rows}; use the tokenizer that it was trained with, or call model.resize_token_embeddings"
         )
-
-
-def same_tokens(student: Vocabulary, teacher: Vocabulary) -> bool:
-    """Whether both number the same tokens in the same way, so that one model can read the other's ids."""
-    return len(student) == len(teacher) and all(student[i] == teacher[i] for i in range(len(student)))
 
 
 class TeacherModel:

@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Trainer
 
 from xtoken.alignment import Alignment, to_device
+from xtoken.audit import same_tokens
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.logits import AnyLogits
@@ -26,7 +27,7 @@ from .config import XTokenConfig
 from .ensemble import first_samples, mean_logits, only_exact, position_alignment, select_best
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .projections import ProjectionSteps
-from .teachers import TeacherModel, check_head, check_same_bytes, same_tokens
+from .teachers import TeacherModel, check_head, check_same_bytes
 
 STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
