@@ -46,7 +46,9 @@ def test_show(files, capsys):
 
 def test_project(files, tmp_path, capsys):
     output = str(tmp_path / "w.safetensors")
-    assert main(["project", "--student", files[0], "--teacher", files[1], "--output", output, "--top-k", "2"]) == 0
+    assert (
+        main(["project", "--student", files[0], "--teacher", files[1], "--output", output, "--row-entries", "2"]) == 0
+    )
     assert "ProjectionMatrix(" in capsys.readouterr().out
     W = ProjectionMatrix.load(output, files[0], files[1])
     assert int(W.row_ptr.diff().max()) == 2
@@ -61,6 +63,22 @@ def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
     assert main(["project", "--student", files[0], "--teacher", files[1], "--output", str(tmp_path / "no" / "w")]) == 1
     with pytest.raises(SystemExit, match="2"):
         main(["nonsense"])
+
+
+@pytest.mark.parametrize(("command", "name"), [("project", "--row-entries"), ("cache-teacher", "--logprobs")])
+def test_an_option_that_has_another_name(command, name, capsys):
+    """``--top-k`` is the columns of a loss, in ``xtoken train``."""
+    with pytest.raises(SystemExit, match="2"):
+        main([command, "--top-k", "4"])
+    assert f"error: --top-k is {name} now" in capsys.readouterr().err
+
+
+def test_choices_are_in_the_help(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["align", "--help"])
+    printed = capsys.readouterr().out
+    for choices in ("--method {auto,bytes,dp}", "--engine {local,ray}", "--on-error {raise,skip}"):
+        assert choices in printed
 
 
 def test_installed_command_prints_the_configuration():

@@ -7,9 +7,20 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from .corpus import align_corpus
 from .corpus.options import Options
+
+
+class _Renamed(argparse.Action):
+    """An option that has another name now, `const`; says so."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, const: str) -> None:
+        super().__init__(option_strings, dest, "?", const, argparse.SUPPRESS, help=argparse.SUPPRESS)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        parser.error(f"{self.option_strings[0]} is {self.const} now")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -28,12 +39,13 @@ def _parser() -> argparse.ArgumentParser:
 
     show = commands.add_parser("show", parents=[pair], help="print a text in both tokenizations, chunk above chunk")
     show.add_argument("text")
-    show.add_argument("--method", default="auto", help="alignment method (default %(default)s)")
+    show.add_argument("--method", default="auto", choices=METHODS, help="alignment method (default %(default)s)")
     show.add_argument("--json", action="store_true", help="print JSON instead of coloured lines")
 
     project = commands.add_parser("project", parents=[pair], help="build the projection matrix W and write it")
     project.add_argument("--output", required=True, help="file to write (safetensors)")
-    project.add_argument("--top-k", type=int, default=4, help="most entries of a row (default %(default)s)")
+    project.add_argument("--row-entries", type=int, default=4, help="most entries of a row (default %(default)s)")
+    project.add_argument("--top-k", action=_Renamed, const="--row-entries")
     project.add_argument("--beta", type=float, default=0.9, help="weight of the first piece (default %(default)s)")
     project.add_argument("--gamma", type=float, default=0.1, help="factor from piece to piece (default %(default)s)")
     project.add_argument("--reverse", action="store_true", help="also reach teacher tokens that nothing else reaches")
@@ -49,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--teacher", required=True, help="model: a folder, a Hub id or a GGUF file")
     cache.add_argument("--data", required=True, nargs="+", metavar="FILE", help="files as for xtoken train; globs")
     cache.add_argument("--output", required=True, help="folder to write to")
-    cache.add_argument("--top-k", type=int, default=128, help="log-probabilities a token (default %(default)s)")
+    cache.add_argument("--logprobs", type=int, default=128, help="of each token the largest (default %(default)s)")
+    cache.add_argument("--top-k", action=_Renamed, const="--logprobs")
     cache.add_argument("--max-length", type=int, help="tokens of a document (default: as many as the model can take)")
     cache.add_argument("--batch-tokens", type=int, default=4096, help="tokens at a time (default %(default)s)")
     cache.add_argument("--text-column", default="text", help="field with plain text (default %(default)s)")
@@ -135,7 +148,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         from .projection import ProjectionMatrix
 
         matrix = ProjectionMatrix.build(
-            options.student, options.teacher, options.top_k, options.beta, options.gamma, options.reverse
+            options.student, options.teacher, options.row_entries, options.beta, options.gamma, options.reverse
         )
         matrix.save(options.output)
         print(f"{options.output}: {matrix}")

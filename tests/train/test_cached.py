@@ -124,9 +124,9 @@ def test_commands(folders, tmp_path, capsys):
     """`xtoken cache-teacher`, then `xtoken train` without the teacher's weights: nearly the same evaluation."""
     folder = str(tmp_path / "cache")
     caching = ["cache-teacher", "--teacher", folders["teacher"], "--data", folders["train"], folders["test"]]
-    assert main([*caching, "--output", folder, "--top-k", "100000"]) == 0
+    assert main([*caching, "--output", folder, "--logprobs", "100000"]) == 0
     assert "24 documents, " in capsys.readouterr().out
-    assert main([*caching, "--output", folder, "--top-k", "100000"]) == 1
+    assert main([*caching, "--output", folder, "--logprobs", "100000"]) == 1
     assert "is not empty" in capsys.readouterr().err
     evaluations = []
     for name, more in (("live", []), ("cached", ["--teacher_cache", folder])):

@@ -8,7 +8,10 @@ import pytest
 from small import command, history
 
 from xtoken.cli import main
-from xtoken.train.command import check, one_each, parse, weights_of
+from xtoken.losses import registered
+from xtoken.losses.criterion import SCALINGS
+from xtoken.train.command import check, loss_arguments, one_each, parse, weights_of
+from xtoken.train.encode import TRAIN_ON
 
 ALL = ["--student", "S", "--teacher", "T", "--output", "out"]
 
@@ -61,7 +64,14 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         (["--student", "S"], "--teacher: expected one"),
         (["--student", "S", "--teacher", "T"], "--data: expected one"),
         (["--student", "S", "--teacher", "T", "--data", "D"], "--output: expected a folder"),
-        ([*ALL, "--data", ".", "--loss", "pkl", "best"], "--loss: expected one of 'auto', 'pkl', .*, got 'best'"),
+        (
+            [*ALL, "--data", ".", "--loss", "prefix", "kd", "--reverse", "--merge", "mean"],
+            "--merge: none of the chosen losses has it: prefix, kd",
+        ),
+        (
+            [*ALL, "--data", ".", "--loss", "uld", "--learn_projection"],
+            "--learn_projection: none of the chosen losses can train W: uld",
+        ),
         ([*ALL, "--data", ".", "--eval_data", "none.txt"], "input: no file matches none.txt"),
         ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
         (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
@@ -74,6 +84,39 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
     Path("odd.yaml").write_text("colour: red")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         check(parse(arguments)[0])
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [("--loss", "best", ["auto", *registered()]), ("--merge", "last", ["first", "mean", "chain"]),
+     ("--train_on", "user", TRAIN_ON), ("--scaling", "static", SCALINGS)],
+)  # fmt: skip
+def test_choices(capsys, option, value, expected):
+    with pytest.raises(SystemExit, match="2"):
+        parse([*ALL, "--data", ".", option, value])
+    error = capsys.readouterr().err
+    assert f"argument {option}: invalid choice: '{value}'" in error.replace("/--train-on", "")
+    assert all(name in error.split("choose from")[1] for name in expected)
+
+
+def test_options_of_losses():
+    """Those that somebody asked for, in the losses' own types; the losses' functions have the defaults."""
+    given = ["--temperature", "2", "--top-k", "0", "--reverse", "--uncommon_top_k", "5", "--support", "reachable"]
+    options, _ = parse([*ALL, "--data", ".", *given])
+    want = {"temperature": 2.0, "top_k": 0, "reverse": True, "uncommon_top_k": 5, "support": "reachable"}
+    assert options.loss_options == want
+    assert parse([*ALL, "--data", "."])[0].loss_options == {}
+    arguments = loss_arguments()
+    for loss in registered().values():
+        assert {name for name, one in loss.options().items() if not isinstance(one, type(None))} <= arguments.keys()
+    assert "columns" not in arguments  # a tensor
+    assert arguments["top_k"]["help"].endswith("For pkl (default 8192), kd (default all)")
+
+
+def test_no_loss_has_the_option(folders, tmp_path, capsys):
+    """Which is known when the audit has chosen."""
+    assert main(command(folders, tmp_path / "out", "--merge", "mean")) == 1
+    assert "xtoken train: --merge: none of the chosen losses has it: prefix\n" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folders, tmp_path, capsys):
@@ -123,7 +166,7 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     assert options.data == ["a.jsonl", "b.jsonl"]
     assert options.loss == (["pkl"] if name == "llama-3.2-1b-from-qwen3-4b" else ["auto"])  # no prefix KL in the paper
     assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
-    assert (config.max_steps, options.top_k, config.scaling, config.output_dir) == (
+    assert (config.max_steps, options.loss_options["top_k"], config.scaling, config.output_dir) == (
         30000,
         8192,
         "dynamic",

@@ -102,7 +102,7 @@ def main(options: argparse.Namespace) -> str:
         tokenizer,
         teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column),
         options.output,
-        top_k=options.top_k,
+        top_k=options.logprobs,
         max_length=options.max_length,
         batch_tokens=options.batch_tokens,
         resume=options.resume,

@@ -10,18 +10,20 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 import torch
 from transformers import HfArgumentParser
+from transformers.hf_argparser import string_to_bool
 from transformers.trainer_utils import get_last_checkpoint
 
 from xtoken.corpus.files import find_files
-from xtoken.losses import Teacher, registered
-from xtoken.losses.call import check_choice
+from xtoken.losses import Needs, Teacher, registered
 from xtoken.pieces import PieceIndex
 from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
@@ -30,6 +32,7 @@ from .cached import CachedExamples
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import load_examples
+from .encode import TRAIN_ON
 from .plot import PlotCallback
 from .prepare import cached_choice, cached_projection
 from .teachers import TeacherModel, load_model, load_tokenizer
@@ -50,23 +53,16 @@ class TrainArguments:
     data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
     loss: list[str] | None = _option(
-        None,
-        "auto (by the audit: hkl or prefix; kd for a shared tokenizer), pkl, hkl, gold, uld, kd or prefix; one for all "
-        "teachers or one each",
-        action="extend",
-    )
+        None, "one for all teachers or one each; auto: what xtoken.choose_loss recommends (default)",
+        action="extend", choices=("auto", *registered()),
+    )  # fmt: skip
     teacher_weight: list[float] | None = _option(
         None, "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
         "default 1 for one teacher, equal shares of 1 for several", action="extend",
     )  # fmt: skip
-    temperature: float = _option(1.0, "of teacher and student")
-    top_k: int = _option(8192, "teacher's columns in P-KL and same-tokenizer KL; 0: all")
-    merge: str = _option("first", "chunks of several tokens in P-KL: first, mean or chain")
-    support: str = _option("all", "columns of P-KL: all, or reachable by W")
-    reverse: bool = _option(False, "KL(student || teacher)")
     gamma: float = _option(0.1, "factor of W from one piece of a token to the next")
-    learn_projection: bool = _option(False, "train the weights of W too (P-KL)")
-    train_on: str = _option("all", "all, completion or assistant")
+    learn_projection: bool = _option(False, "train the weights of W too, with a loss that can")
+    train_on: str = _option("all", "turns that are trained on", choices=TRAIN_ON)
     text_column: str = _option("text", "field with the text of a document")
     max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
     max_teacher_length: int | None = _option(None, "tokens of an example for each teacher; default: no limit")
@@ -82,6 +78,36 @@ class TrainArguments:
     trust_remote_code: bool = _option(False, "run code that comes with models")
     resume: bool = _option(False, "go on from the last checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
+    loss_options: dict[str, Any] = field(default_factory=dict, init=False)
+    """Those of `loss_arguments` that are given."""
+
+
+def loss_arguments() -> dict[str, dict[str, Any]]:
+    """For argparse: every option of a loss that is a number, a word or a switch, as the losses' functions say it."""
+    found: dict[str, dict[str, Any]] = {}
+    defaults: dict[str, dict[str, Any]] = {}
+    for loss, one in registered().items():
+        hints = get_type_hints(one.function())
+        for name, default in one.options().items():
+            kinds = [kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType]
+            if not all(isinstance(kind, str) or kind in (bool, int, float) for kind in kinds):
+                continue
+            defaults.setdefault(name, {})[loss] = "all" if default is None else default
+            if name in found:
+                continue
+            said = re.search(rf"^    {name} : .*\n\s*([^.]*\.)", one.function().__doc__ or "", re.MULTILINE)
+            found[name] = {"help": " ".join(said[1].replace("``", "").replace("%", "%%").split()) if said else ""}
+            if isinstance(kinds[0], str):
+                found[name]["choices"] = kinds
+            elif kinds == [bool]:
+                found[name].update(type=string_to_bool, nargs="?", const=True)
+            else:
+                found[name]["type"] = kinds[0]
+    for name, of in defaults.items():
+        shared = len(set(of.values())) == 1
+        losses = ", ".join(loss if shared else f"{loss} (default {default})" for loss, default in of.items())
+        found[name]["help"] += f" For {losses}" + (f"; default {next(iter(of.values()))}" if shared else "")
+    return found
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
@@ -101,10 +127,16 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
         usage="%(prog)s --student STUDENT --teacher TEACHER --data FILE ... --output FOLDER [option ...]",
     )  # fmt: skip
     parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
+    group = parser.add_argument_group("options of the losses", "each for the losses that have it; 0 columns are all")
+    for name, said in loss_arguments().items():
+        group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
     parser.set_defaults(logging_steps=10)
     if chosen.config:
         given = [*_from_yaml(chosen.config, parser, given), *given]
-    options, config = parser.parse_args_into_dataclasses(given)[:2]
+    options, config, others = parser.parse_args_into_dataclasses(given)
+    options.loss_options = {
+        name: getattr(others, name) for name in loss_arguments() if getattr(others, name) is not None
+    }
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")
@@ -114,12 +146,22 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 
 
 def check(options: TrainArguments) -> None:
-    """Raises ValueError or FileNotFoundError for a loss or a file that does not exist, before models are loaded."""
-    for loss in options.loss or []:
-        check_choice(loss, "--loss", ("auto", *registered()))
+    """Raises ValueError or FileNotFoundError, before models are loaded, for an option of no loss or a missing file."""
+    if "auto" not in (options.loss or ["auto"]):
+        check_losses(options, options.loss or [])
     for path in [*(options.data or []), *(options.eval_data or [])]:
         if not os.path.isdir(path):
             find_files([path])
+
+
+def check_losses(options: TrainArguments, losses: Sequence[str]) -> None:
+    """Raises ValueError for an option that none of the losses has."""
+    chosen = [registered()[loss] for loss in losses]
+    for name in options.loss_options:
+        if not any(name in one.options() for one in chosen):
+            raise ValueError(f"--{name}: none of the chosen losses has it: {', '.join(losses)}")
+    if options.learn_projection and not any(one.trains_projection for one in chosen):
+        raise ValueError(f"--learn_projection: none of the chosen losses can train W: {', '.join(losses)}")
 
 
 def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
@@ -186,24 +228,22 @@ def build_teacher(
             student, vocabulary, options.cache, learn_projection=options.learn_projection, gamma=options.gamma
         )
         loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
+    kind = registered()[loss]
     projection: Any = None
     pieces: PieceIndex | None = None
-    if loss == "prefix":
+    if kind.needs is Needs.PIECES:
         pieces = PieceIndex.build(student, vocabulary)
         reasons = [*reasons, repr(pieces)]
-    elif loss != "kd":
+    elif kind.needs is not Needs.SAME_TOKENIZER:
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
         reasons = [*reasons, repr(projection)]
-    if options.learn_projection and loss == "pkl":
+    if options.learn_projection and kind.trains_projection:
         projection = projection.learnable()
-    known = registered()[loss].options()
-    chosen = {
-        "temperature": options.temperature, "top_k": options.top_k or None, "merge": options.merge,
-        "support": options.support, "reverse": options.reverse,
-    }  # fmt: skip
-    objective = Teacher(
-        projection, loss, weight, pieces=pieces, **{name: one for name, one in chosen.items() if name in known}
-    )
+    own = kind.options()
+    given = {name: value for name, value in options.loss_options.items() if name in own}
+    if given.get("top_k") == 0:
+        given["top_k"] = None
+    objective = Teacher(projection, loss, weight, pieces=pieces, **given)
     said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
     placed = None if where == "auto" else where
     return TeacherModel(objective, model, vocabulary, name, placed), tokenizer, said
@@ -225,6 +265,7 @@ def main(arguments: Sequence[str]) -> None:
             for one in zip(options.teacher or [], losses, weights, [f != "none" for f in folders], strict=True)
         ]
     teachers, teacher_toks = [one[0] for one in built], [one[1] for one in built]
+    check_losses(options, [teacher.objective.loss for teacher in teachers])
     for k, teacher in enumerate(teachers):
         if teacher.name in [one.name for one in teachers[:k]]:
             teacher.name = f"{teacher.name}-{k + 1}"

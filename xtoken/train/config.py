@@ -51,10 +51,10 @@ class XTokenConfig(TrainingArguments):
     output_dir: str | None = field(
         default=None, metadata={"aliases": ["--output"], "help": "folder for checkpoints, the student and the log"}
     )
-    scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation: dynamic or fixed"})
+    scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation", "choices": SCALINGS})
     ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
     kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})
-    teacher_mode: str = field(default="sum", metadata={"help": "several teachers: sum, select or average"})
+    teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})

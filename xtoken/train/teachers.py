@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
-from xtoken.losses import Teacher
+from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
 
@@ -190,7 +190,7 @@ class TeacherModel:
     @property
     def reads_student_ids(self) -> bool:
         """Whether it may be given the student's own ids: only with the student's tokenizer."""
-        return self.objective.loss == "kd"
+        return registered()[self.objective.loss].needs is Needs.SAME_TOKENIZER
 
     def check_student(self, student: Vocabulary) -> None:
         """Raises ValueError if the objective does not go with the student's tokenizer."""
@@ -198,8 +198,9 @@ class TeacherModel:
             return
         if self.reads_student_ids and not same_tokens(student, self.vocabulary):
             raise ValueError(
-                f"{self.name}: loss='kd' feeds it the student's ids, but its tokenizer numbers tokens differently "
-                f"({len(self.vocabulary)} and {len(student)} tokens); use 'pkl' or 'hkl' with a projection"
+                f"{self.name}: loss={self.objective.loss!r} feeds it the student's ids, but its tokenizer numbers "
+                f"tokens differently ({len(self.vocabulary)} and {len(student)} tokens); use what xtoken.choose_loss "
+                "recommends"
             )
         W = self.objective.projection
         if W is not None and tuple(W.shape) != (len(student), len(self.vocabulary)):

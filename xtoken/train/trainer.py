@@ -54,8 +54,8 @@ class XTokenTrainer(Trainer):
 
     The rest is the Trainer's: data parallelism, FSDP, DeepSpeed, gradient accumulation, mixed precision, logging,
     checkpoints, resuming. The sums of CE and of each teacher's KD are divided by the labels and chunks of the whole
-    step, all micro-batches and processes together, so that it does not matter how a batch is cut. (P-KL with ``top_k``
-    chooses its columns by the rows of a micro-batch; ``top_k=None`` takes them all.)
+    step, all micro-batches and processes together, so that it does not matter how a batch is cut. (A loss may choose
+    its ``top_k`` columns by the rows of a micro-batch; ``top_k=None`` takes them all.)
 
     Parameters
     ----------
@@ -236,7 +236,7 @@ class XTokenTrainer(Trainer):
             raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
         alignments = [entry.get("alignment") for entry in entries]
         return [
-            only_exact(alignment) if teacher.objective.loss == "kd" and alignment is not None else alignment
+            only_exact(alignment) if teacher.reads_student_ids and alignment is not None else alignment
             for teacher, alignment in zip(self.teachers, alignments, strict=True)
         ]
 
