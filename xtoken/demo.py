@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import random
+import statistics
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
-from torch import Tensor
 
-from .alignment import Aligner, Alignment
-from .audit import coverage_audit
-from .losses import Teacher, XTokenLoss
+from .alignment import Aligner
+from .audit import choose_loss
+from .losses import Needs, Teacher, registered
+from .pieces import PieceIndex
 from .projection import ProjectionMatrix
 
 SENTENCE = "In 1995, 1,024 readers paid $12.50 for release 3.141."
@@ -138,111 +138,6 @@ def manual_passages(length: int = 320) -> tuple[list[str], list[str]]:
     return training, [passage for passage in held_out if not seen & {line.strip() for line in passage.splitlines()}]
 
 
-@dataclass
-class Batch:
-    """One batch of passages, tokenized for both models and aligned."""
-
-    student_ids: Tensor  # int64 [B, T]
-    student_mask: Tensor
-    teacher_ids: Tensor
-    teacher_mask: Tensor
-    alignment: Alignment
-
-    @property
-    def labels(self) -> Tensor:
-        return self.student_ids.masked_fill(self.student_mask == 0, -100)
-
-
-def collate(passages: Sequence[str], aligner: Aligner, bos: tuple[str, str]) -> Batch:
-    """Tokenizes each passage by both tokenizers, behind their own bos tokens, and aligns the two."""
-    sides = []
-    for vocabulary, start in zip((aligner.student, aligner.teacher), bos, strict=True):
-        encodings = vocabulary.tokenizer.encode_batch(
-            [start + passage for passage in passages], add_special_tokens=False
-        )
-        rows = [torch.tensor(encoding.ids) for encoding in encodings]
-        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
-        sides.append((torch.nn.utils.rnn.pad_sequence(rows, batch_first=True), mask))
-    (student_ids, student_mask), (teacher_ids, teacher_mask) = sides
-    alignment = aligner.align(student_ids, teacher_ids, student_mask, teacher_mask)
-    return Batch(student_ids, student_mask, teacher_ids, teacher_mask, alignment)
-
-
-def batches(passages: Sequence[str], size: int, count: int, seed: int) -> Iterator[list[str]]:
-    """`count` batches of passages in random order, without repetition within an epoch."""
-    shuffle = random.Random(seed)
-    order: list[str] = []
-    for _ in range(count):
-        while len(order) < size:
-            order += shuffle.sample(list(passages), len(passages))
-        yield [order.pop() for _ in range(size)]
-
-
-class Distillation:
-    """One student, its teacher (or none) and everything between them."""
-
-    def __init__(
-        self, aligner: Aligner, projection: ProjectionMatrix, teacher: Any, bos: tuple[str, str], seed: int
-    ) -> None:
-        self.student = make_student(len(aligner.student), seed)
-        self.aligner, self.teacher, self.bos = aligner, teacher, bos
-        self.criterion = XTokenLoss([Teacher(projection=projection, loss="pkl")], scaling="dynamic")
-
-    def train(
-        self,
-        passages: Sequence[str],
-        steps: int,
-        batch_size: int,
-        seed: int,
-        distil: bool,
-        progress: Progress,
-    ) -> float:
-        """Trains for `steps` steps, with the teacher or by cross-entropy alone; returns student tokens per second."""
-        optimizer = torch.optim.AdamW(self.student.parameters(), lr=3e-3, betas=(0.9, 0.95), weight_decay=0.01)
-        schedule = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
-        )
-        task = progress.add_task("P-KL + cross-entropy" if distil else "cross-entropy only", total=steps, loss=math.nan)
-        tokens, started = 0, time.perf_counter()
-        for texts in batches(passages, batch_size, steps, seed):
-            batch = collate(texts, self.aligner, self.bos)
-            loss, parts = self.loss(batch, distil)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(self.student.parameters(), 1.0)
-            optimizer.step()
-            schedule.step()
-            tokens += int(batch.student_mask.sum())
-            progress.update(task, advance=1, loss=float(parts["ce"]))
-        return tokens / (time.perf_counter() - started)
-
-    def loss(self, batch: Batch, distil: bool) -> tuple[Tensor, dict[str, Tensor]]:
-        logits = self.student(input_ids=batch.student_ids, attention_mask=batch.student_mask).logits
-        if not distil:
-            cross_entropy = torch.nn.functional.cross_entropy(
-                logits[:, :-1].flatten(0, 1), batch.labels[:, 1:].flatten()
-            )
-            return cross_entropy, {"ce": cross_entropy.detach()}
-        with torch.inference_mode():
-            teacher_logits = self.teacher(input_ids=batch.teacher_ids, attention_mask=batch.teacher_mask).logits
-        total, parts = self.criterion(logits, batch.labels, teacher_logits, batch.alignment)
-        return total, parts
-
-    @torch.no_grad()
-    def evaluate(self, passages: Sequence[str], batch_size: int) -> tuple[float, float]:
-        """Held-out cross-entropy (nats a student token) and P-KL (nats a chunk)."""
-        sums = torch.zeros(2, dtype=torch.float64)
-        counts = torch.zeros(2, dtype=torch.float64)
-        for first in range(0, len(passages), batch_size):
-            batch = collate(passages[first : first + batch_size], self.aligner, self.bos)
-            _, parts = self.loss(batch, distil=True)
-            weight = torch.tensor([float((batch.labels[:, 1:] != -100).sum()), float(parts["chunks"])])
-            sums += torch.tensor([float(parts["ce"]), float(parts["kd"])]) * weight
-            counts += weight
-        cross_entropy, kd = (sums / counts).tolist()
-        return cross_entropy, kd
-
-
 def run(
     steps: int = 50, seed: int = 0, batch_size: int = 4, held_out_passages: int = 24
 ) -> dict[str, dict[str, float]]:
@@ -262,52 +157,92 @@ def run(
     Returns
     -------
     dict
-        For each student (``"before"``, ``"cross-entropy only"``, ``"P-KL + cross-entropy"``): held-out ``ce`` and
-        ``kd``, and ``tokens_per_second`` of training.
+        For each student (``"before"``, ``"cross-entropy only"``, ``"distilled"``): held-out ``ce`` and ``kd``, and
+        ``tokens_per_second`` of training (the median of its steps).
     """
+    from transformers import PrinterCallback, TrainerCallback
+
+    from .train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
+
     console = Console()
     started = time.perf_counter()
     console.rule("teacher and tokenizers")
-    teacher, teacher_tok = load_teacher()
+    model, teacher_tok = load_teacher()
     student_tok = llama3_tokenizer()
     console.print(f"teacher: SmolLM2-135M-Instruct, {len(teacher_tok):,} tokens; student: Llama-3 tokenizer, "
                   f"{student_tok.get_vocab_size():,} tokens")  # fmt: skip
-    bos = ("<|begin_of_text|>", teacher_tok.bos_token)
-    training, held_out = manual_passages()
-    held_out = held_out[:: max(1, len(held_out) // held_out_passages)][:held_out_passages]
 
-    console.rule("projection matrix and audit")
+    console.rule("projection matrix, audit and choice of the loss")
     clock = time.perf_counter()
     projection = ProjectionMatrix.build(student_tok, teacher_tok)
     console.print(f"{projection!r}, built in {time.perf_counter() - clock:.1f} s", markup=False)
-    print(coverage_audit(student_tok, teacher_tok, projection))
+    choice = choose_loss(student_tok, teacher_tok, projection)
+    print(choice)
+    if registered()[choice.loss].needs is Needs.PIECES:
+        objective = Teacher(loss=choice.loss, pieces=PieceIndex.build(student_tok, teacher_tok))
+    else:
+        objective = Teacher(projection, choice.loss)
+    teacher = TeacherModel(objective, model, teacher_tok)
 
     console.rule("one sentence, two tokenizers (a bar separates the tokens of a chunk)")
     aligner = Aligner(student_tok, teacher_tok)
-    sample = collate([SENTENCE], aligner, bos)
-    print(sample.alignment.pretty(aligner.student, aligner.teacher, color=console.is_terminal, width=console.width))
+    ids = [side.tokenizer.encode(SENTENCE, add_special_tokens=False).ids for side in (aligner.student, aligner.teacher)]
+    sample = aligner.align(*ids)
+    print(sample.pretty(aligner.student, aligner.teacher, color=console.is_terminal, width=console.width))
 
+    passages, others = manual_passages()
+    others = others[:: max(1, len(others) // held_out_passages)][:held_out_passages]
+    encoder = ExampleEncoder(student_tok, [teacher_tok], add_end=False)
+    training, held_out = (EncodedDataset(({"text": one} for one in texts), encoder) for texts in (passages, others))
+    alone = [{**training[k], "teachers": []} for k in range(len(training))]
     console.rule(f"training on {len(training):,} passages of the Python manual, {steps} steps of {batch_size}")
-    results: dict[str, dict[str, float]] = {}
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-               TextColumn("ce {task.fields[loss]:.3f}"))  # fmt: skip
-    with Progress(*columns, console=console) as progress:
-        for name, distil in (("P-KL + cross-entropy", True), ("cross-entropy only", False)):
-            run_ = Distillation(aligner, projection, teacher, bos, seed)
-            if not results:
-                ce, kd = run_.evaluate(held_out, batch_size)
-                results["before"] = {"ce": ce, "kd": kd, "tokens_per_second": math.nan}
-            speed = run_.train(training, steps, batch_size, seed, distil, progress)
-            ce, kd = run_.evaluate(held_out, batch_size)
-            results[name] = {"ce": ce, "kd": kd, "tokens_per_second": speed}
+               TextColumn("ce {task.fields[ce]:.3f}"))  # fmt: skip
+    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+        config = XTokenConfig(
+            output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=batch_size, learning_rate=3e-3, adam_beta2=0.95, weight_decay=0.01,
+            lr_scheduler_type="cosine", warmup_steps=min(10, steps // 5), max_grad_norm=1.0, logging_steps=1,
+            save_strategy="no", report_to="none", disable_tqdm=True, use_cpu=True, seed=seed,
+        )  # fmt: skip
 
-    table = Table(title=f"held out: {len(held_out)} passages of other topics")
-    for heading in ("student", "CE, nats/token", "P-KL, nats/chunk", "tokens/s"):
+        def trainer(student: Any, teachers: list[TeacherModel], examples: Any = None) -> XTokenTrainer:
+            toks = [teacher_tok for _ in teachers]
+            made = XTokenTrainer(student, config, teachers, XTokenCollator(student_tok, toks), examples, held_out)
+            made.remove_callback(PrinterCallback)
+            return made
+
+        def measured(student: Any, speed: float) -> dict[str, float]:
+            found = trainer(student, [teacher]).evaluate()
+            return {"ce": found["eval_ce"], "kd": found["eval_kd"], "tokens_per_second": speed}
+
+        class Shown(TrainerCallback):
+            """The progress bar of one student."""
+
+            def __init__(self, name: str) -> None:
+                self.task = progress.add_task(name, total=steps, ce=math.nan)
+
+            def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
+                if "ce" in logs:
+                    progress.update(self.task, advance=1, ce=logs["ce"])
+
+        names = {"before": "before", "cross-entropy only": "cross-entropy only",
+                 "distilled": f"{choice.loss} + cross-entropy"}  # fmt: skip
+        results = {"before": measured(make_student(student_tok.get_vocab_size(), seed), math.nan)}
+        for name, teachers, examples in (("distilled", [teacher], training), ("cross-entropy only", [], alone)):
+            run_ = trainer(make_student(student_tok.get_vocab_size(), seed), teachers, examples)
+            run_.add_callback(Shown(names[name]))
+            run_.train()
+            speeds = [entry["tokens_per_second"] for entry in run_.state.log_history if "tokens_per_second" in entry]
+            results[name] = measured(run_.model, statistics.median(speeds))
+
+    table = Table(title=f"held out: {len(others)} passages of other topics")
+    for heading in ("student", "CE, nats/token", f"{choice.loss}, nats/chunk", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "student" else "right")
-    for name in ("before", "cross-entropy only", "P-KL + cross-entropy"):
+    for name, label in names.items():
         row = results[name]
-        tokens = "" if name == "before" else f"{row['tokens_per_second']:,.0f}"
-        table.add_row(name, f"{row['ce']:.3f}", f"{row['kd']:.3f}", tokens)
+        speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
+        table.add_row(label, f"{row['ce']:.3f}", f"{row['kd']:.3f}", speed)
     console.print(table)
     console.print(f"seed {seed}, {time.perf_counter() - started:.0f} s in all")
     return results
