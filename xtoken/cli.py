@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from .alignment import METHODS
 from .corpus import align_corpus
 from .corpus.options import Options
 
