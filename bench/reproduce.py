@@ -11,33 +11,42 @@ Every distillation loss is added to cross-entropy with the paper's dynamic scali
 (CE / KD) KD, the ratio held constant. Results go to bench/results/reproduce.json and .png, the table to the screen.
 
     python bench/reproduce.py [--seeds 3] [--threads 2] [--settings plenty little mirror] [--resume]
-    python bench/reproduce.py --quick      # one seed, four losses, fewer steps; results to build/reproduce_quick.json;
-                                           # exit status 1 if GOLD does not collapse or prefix KL is not above P-KL
     python bench/reproduce.py --report     # only table and plot of the runs that the JSON has
+    python bench/reproduce.py --quick      # one seed, four students, fewer steps; results to build/reproduce_quick.json
+
+The whole run has every registered loss in all its forms. The quick one has those of which the finding speaks, which are
+the recommended ones: exit status 1 if the loss for a teacher that keeps numbers whole does not collapse where they are
+split, or if what `xtoken.choose_loss` names there is not above what the paper's rule does (`xtoken.coverage_audit`).
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import random
 import re
 import statistics
+import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenizers
 import torch
+from cases import Case, Pair, choices
 from measure import RESULTS, ROOT, machine, parser, write
 from tokenizers import decoders, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import xtoken
+from xtoken.losses.loss import Needs, registered
+from xtoken.train.prepare import choose_loss
 
 # The pre-tokenizer of Llama 3; the teacher's differs in the digits that one piece may have.
 SPLIT = (
@@ -46,7 +55,8 @@ SPLIT = (
 )
 IGNORED = -100
 HEADS = 4
-MERGES, SUPPORTS = ("first", "mean", "chain"), ("all", "reachable")
+GAMMAS = (0.1, 0.0)
+"""Of W: the paper's default, and no weight for later pieces."""
 
 
 @dataclass(frozen=True)
@@ -271,26 +281,38 @@ def accuracy(model: Transformers, tokenizer: tokenizers.Tokenizer, problems: Seq
 Kd = Callable[[Tensor, Tensor, xtoken.Alignment], Tensor]
 
 
+class Arm(NamedTuple):
+    """A loss with a word for each of its choices, and the gamma of W where it needs one."""
+
+    case: Case
+    gamma: float
+    is_main: bool
+    """Whether its words are the defaults."""
+
+
+def arms() -> dict[str, Arm]:
+    """Every registered loss that two tokenizers allow, in all its forms. The names of those with choices have them all,
+    gamma after the first; a loss without has its gamma named only if it is not the default."""
+    found = {}
+    for loss in registered().values():
+        if loss.needs is Needs.SAME_TOKENIZER:
+            continue
+        words = choices(loss)
+        defaults = [values[0] for values in words.values()]
+        for chosen in itertools.product(*words.values()):
+            for gamma in GAMMAS if loss.needs is Needs.PROJECTION else GAMMAS[:1]:
+                shown = [f"{gamma:g}"] if loss.needs is Needs.PROJECTION and (chosen or gamma != GAMMAS[0]) else []
+                name = " ".join([loss.title, *chosen[:1], *shown, *chosen[1:]])
+                case = Case(name, loss, dict(zip(words, chosen, strict=True)))
+                found[name] = Arm(case, gamma, is_main=list(chosen) == defaults)
+    return found
+
+
 def methods(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dict[str, Kd | None]:
     """By name: the distillation loss of (student logits, teacher logits, alignment)."""
-    W = {gamma: xtoken.ProjectionMatrix.build(student, teacher, gamma=gamma) for gamma in (0.1, 0.0)}
     pieces = xtoken.PieceIndex.build(student, teacher)
-    found: dict[str, Any] = {
-        "CE": None,
-        "ULD": xtoken.uld_loss,
-        "GOLD": lambda z, y, chunks: xtoken.gold_loss(z, y, chunks, W[0.1]),
-        "H-KL": lambda z, y, chunks: xtoken.hkl_loss(z, y, chunks, W[0.1]),
-        "prefix KL": lambda z, y, chunks: xtoken.prefix_kl_loss(z, y, chunks, pieces),
-    }
-    for merge in MERGES:
-        for gamma in W:
-            for support in SUPPORTS:
-
-                def pkl(z, y, chunks, gamma=gamma, merge=merge, support=support):
-                    return xtoken.pkl_loss(z, y, chunks, W[gamma], top_k=None, merge=merge, support=support)
-
-                found[f"P-KL {merge} {gamma:g} {support}"] = pkl
-    return found
+    pairs = {gamma: Pair(xtoken.ProjectionMatrix.build(student, teacher, gamma=gamma), pieces) for gamma in GAMMAS}
+    return {"CE": None, **{name: partial(arm.case, pair=pairs[arm.gamma]) for name, arm in arms().items()}}
 
 
 def train_teacher(
@@ -367,15 +389,58 @@ SETTINGS = {
     "little": "the teacher splits digits, little text",
     "mirror": "the teacher keeps numbers whole, plenty of text",
 }
-MAIN = ["CE", "ULD", "GOLD", "H-KL", "P-KL first 0.1 all", "P-KL first 0 all", "prefix KL"]
-"""Losses that both regimes compare; of P-KL: merge, gamma, support."""
-VARIANTS = [f"P-KL {merge} {gamma} {support}" for merge in MERGES for gamma in ("0.1", "0") for support in SUPPORTS]
+MAIN = ["CE", *(name for name, arm in arms().items() if arm.is_main)]
+"""Losses that all settings compare."""
+VARIANTS = [name for name in arms() if name not in MAIN]
+"""Their other forms, which run last."""
 PLANS = {
     "main": {"plenty": MAIN, "little": MAIN, "mirror": MAIN},
     "variants": {"plenty": VARIANTS, "little": VARIANTS},
 }
-"""What runs first, and the other forms of P-KL, which run last."""
-QUICK = {"quick": {"plenty": ["CE", "GOLD", "P-KL first 0.1 all", "prefix KL"]}}
+
+
+class World(NamedTuple):
+    """What all runs of a size have in common; teachers by the digits that a token of theirs may have."""
+
+    text: Text
+    student: tokenizers.Tokenizer
+    teachers: dict[int, tokenizers.Tokenizer]
+
+    @classmethod
+    def of(cls, size: Size) -> World:
+        text = Text(size)
+        teachers = {digits: build_tokenizer(digits, 220, seed=2, text=text) for digits in (1, 3)}
+        return cls(text, build_tokenizer(3, 300, seed=1, text=text), teachers)
+
+
+class Finding(NamedTuple):
+    """The arms of which the finding speaks: the recommended losses."""
+
+    whole: str
+    """By the paper's rule for a teacher that keeps numbers whole."""
+    split: str
+    """By the same rule for one that splits them."""
+    chosen: str
+    """For the latter by `xtoken.choose_loss`."""
+
+    @classmethod
+    def of(cls, world: World) -> Finding:
+        advised = [xtoken.coverage_audit(world.student, world.teachers[digits]).recommendation for digits in (3, 1)]
+        with tempfile.TemporaryDirectory() as folder:
+            student, teacher = map(xtoken.Vocabulary.from_tokenizer, (world.student, world.teachers[1]))
+            advised.append(choose_loss(student, teacher, folder)[0])
+        names = {arm.case.loss.name: name for name, arm in reversed(arms().items()) if arm.is_main}
+        return cls(*(names[loss] for loss in advised))
+
+    def lacking(self, results: dict[str, Any]) -> list[str]:
+        """What of it a quick run does not show; in the whole run the margins are tens of points, in every seed."""
+        ends = {method: 100 * final(curves) for method, curves in collect(results, "plenty").items()}
+        ce, whole, split, chosen = (ends[name] for name in ("CE", *self))
+        claims = {
+            f"{self.whole} below half of CE: {whole:.1f} and {ce:.1f}%": whole < ce / 2,
+            f"{self.chosen} above twice {self.split}: {chosen:.1f} and {split:.1f}%": chosen > 2 * split,
+        }
+        return [claim for claim, holds in claims.items() if not holds]
 
 
 def key(run: dict[str, Any]) -> tuple[str, int]:
@@ -419,17 +484,6 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def lacking(results: dict[str, Any]) -> list[str]:
-    """What of the finding a quick run does not show; in the whole run the margins are tens of points, in every seed."""
-    ends = {method: 100 * final(curves) for method, curves in collect(results, "plenty").items()}
-    ce, gold, pkl, prefix = (ends[method] for method in QUICK["quick"]["plenty"])
-    claims = {
-        f"GOLD below half of CE: {gold:.1f} and {ce:.1f}%": gold < ce / 2,
-        f"prefix KL above twice P-KL: {prefix:.1f} and {pkl:.1f}%": prefix > 2 * pkl,
-    }
-    return [claim for claim, holds in claims.items() if not holds]
-
-
 def plot(results: dict[str, Any], path: Path) -> None:
     """Curves of the mean over the seeds, with a band from the least to the most."""
     try:
@@ -458,7 +512,7 @@ def plot(results: dict[str, Any], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def measure(options: Namespace, size: Size) -> dict[str, Any]:
+def measure(options: Namespace, size: Size, world: World, plans: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
     """Writes the output file after each setting and seed; with --resume, runs what it does not have yet."""
     started = time.perf_counter()
 
@@ -472,11 +526,9 @@ def measure(options: Namespace, size: Size) -> dict[str, Any]:
         if found["size"] != results["size"]:
             raise SystemExit(f"{options.output} has runs of another size; move it away")
         results = found
-    text = Text(size)
-    student = build_tokenizer(3, 300, seed=1, text=text)
-    teachers = {digits: build_tokenizer(digits, 220, seed=2, text=text) for digits in (1, 3)}
+    text, student, teachers = world
     guides: dict[int, tuple[Transformers, float]] = {}
-    for plan in options.plans.values():
+    for plan in plans.values():
         for seed in range(options.seeds):
             for setting, wanted in plan.items():
                 done = {name for run in results["runs"] if key(run) == (setting, seed) for name in run["curves"]}
@@ -508,7 +560,7 @@ def measure(options: Namespace, size: Size) -> dict[str, Any]:
 def main() -> None:
     arguments = parser(__doc__, "reproduce.json")
     arguments.set_defaults(output=None)
-    arguments.add_argument("--quick", action="store_true", help="one seed, four losses, few steps; checks the finding")
+    arguments.add_argument("--quick", action="store_true", help="one seed, four students; checks the finding")
     arguments.add_argument("--report", action="store_true", help="no runs: table and plot of those that --output has")
     arguments.add_argument("--resume", action="store_true", help="keep the runs that --output has")
     arguments.add_argument("--seeds", type=int)
@@ -517,14 +569,13 @@ def main() -> None:
     arguments.add_argument("--teacher-steps", type=int, help="of every teacher")
     arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     arguments.add_argument(
-        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="main losses, forms of P-KL"
+        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="losses as they are, their other forms"
     )
     arguments.add_argument("--losses", nargs="+", choices=sorted({*MAIN, *VARIANTS}), help="only these; default: all")
     options = arguments.parse_args()
     if options.quick and "plenty" not in options.settings:
         arguments.error("--settings: expected plenty with --quick")
     torch.set_num_threads(options.threads)
-    options.plans = QUICK if options.quick else {name: PLANS[name] for name in options.plans}
     options.seeds = options.seeds or (1 if options.quick else 3)
     if options.output is None:
         options.output = ROOT / "build" / "reproduce_quick.json" if options.quick else RESULTS / "reproduce.json"
@@ -533,10 +584,13 @@ def main() -> None:
         size = replace(size, steps=options.steps)
     if options.teacher_steps:
         size = replace(size, teacher_steps=options.teacher_steps, mirror_teacher_steps=options.teacher_steps)
-    results = json.loads(options.output.read_text()) if options.report else measure(options, size)
+    world = World.of(size)
+    finding = Finding.of(world) if options.quick else None
+    plans = {"quick": {"plenty": ["CE", *finding]}} if finding else {name: PLANS[name] for name in options.plans}
+    results = json.loads(options.output.read_text()) if options.report else measure(options, size, world, plans)
     print(table(results))
     plot(results, options.output.with_suffix(".png"))
-    if options.quick and (absent := lacking(results)):
+    if finding and (absent := finding.lacking(results)):
         raise SystemExit(f"\nThe finding is absent. Expected {'; '.join(absent)}")
 
 

@@ -2,39 +2,73 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-ROOT = Path(__file__).parents[1]
+from xtoken.losses.loss import Needs, registered
+
+BENCH = Path(__file__).parents[1] / "bench"
+sys.path.insert(0, str(BENCH))
+cases, measure, reproduce = map(importlib.import_module, ("cases", "measure", "reproduce"))
+
+
+def run(script, *arguments):
+    """What it prints."""
+    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def test_machine_without_git(monkeypatch, tmp_path):
+    assert measure.commit() is None or len(measure.commit()) == 40
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert measure.machine("torch", rows=3).keys() == {"commit", "xtoken", "torch", "processor", "rows"}
+    assert measure.commit() is None
+
+
+def test_peak_growth_sees_memory_that_is_free_again():
+    if measure.process_memory("VmRSS") is None:
+        pytest.skip("the system does not tell")
+    assert 2**25 <= measure.peak_growth(lambda: bytes(bytearray(2**25))) < 2**28
+    assert measure.peak_growth(lambda: None) < 2**22
+
+
+def test_median_seconds_leaves_the_warm_up_out():
+    times = iter([5.0, 1.0, 3.0])
+    runs = []
+    assert measure.median_seconds(lambda: runs.append(0), 3, lambda run: run() or next(times), warm=2) == 3.0
+    assert len(runs) == 5
+
+
+def test_rows_of_the_same_machine_stay(tmp_path):
+    path = tmp_path / "folder" / "rows.json"
+    measure.write_rows(path, {"commit": "a"}, [{"loss": "x", "ms": 1}, {"loss": "y", "ms": 1}], ("loss",))
+    measure.write_rows(path, {"commit": "a"}, [{"loss": "x", "ms": 2}], ("loss",))
+    assert json.loads(path.read_text())["rows"] == [{"loss": "y", "ms": 1}, {"loss": "x", "ms": 2}]
+    measure.write_rows(path, {"commit": "b"}, [{"loss": "x", "ms": 3}], ("loss",))
+    assert json.loads(path.read_text()) == {"machine": {"commit": "b"}, "rows": [{"loss": "x", "ms": 3}]}
+
+
+def test_table():
+    assert measure.table([{"a": 1, "b": 0.123456}, {"a": 2}]) == "| a | b |\n| --- | --- |\n| 1 | 0.123 |\n| 2 |  |"
+
+
+def test_cases_are_those_of_the_register():
+    found = cases.cases()
+    assert {case.loss for case in found} == set(registered().values())
+    assert len({case.name for case in found}) == len(found)
+    assert all(case.name.startswith(case.loss.title) for case in found)
 
 
 def test_bench_align(tmp_path):
     output = tmp_path / "align.json"
-    command = [
-        sys.executable,
-        str(ROOT / "bench" / "bench_align.py"),
-        "--student",
-        "llama3",
-        "--teacher",
-        "smollm2",
-        "--lengths",
-        "256",
-        "--tokens",
-        "4000",
-        "--threads",
-        "1",
-        "--repeat",
-        "1",
-        "--hostile-tokens",
-        "0",
-        "--output",
-        str(output),
-    ]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    small = ("--lengths", 256, "--tokens", 4000, "--threads", 1, "--repeat", 1, "--hostile-tokens", 0)
+    printed = run("bench_align.py", "--student", "llama3", "--teacher", "smollm2", *small, "--output", output)
     results = json.loads(output.read_text())
     assert [row["method"] for row in results["rows"]] == ["bytes", "auto", "dp"]
     assert all(row["million_tokens_per_second"] > 0 for row in results["rows"])
@@ -44,41 +78,38 @@ def test_bench_align(tmp_path):
 
 def test_bench_align_on_hostile_input():
     part = {"run": "measure_hostile", "name": "random a, b", "method": "dp", "size": 60}
-    command = [sys.executable, str(ROOT / "bench" / "bench_align.py"), "--part", json.dumps(part)]
-    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    row = json.loads(run("bench_align.py", "--part", json.dumps(part)))
     assert (row["student_tokens"], row["teacher_tokens"], row["optimal"]) == (60, 60, True)
     assert row["chunks"] > 20
 
 
 def test_bench_losses(tmp_path):
     output = tmp_path / "losses.json"
-    small = ["--rows", "12", "--threads", "1", "--repeat", "1", "--vocabulary", "3000", "--reference-rows", "4"]
-    command = [sys.executable, str(ROOT / "bench" / "bench_losses.py"), *small, "--output", str(output)]
-    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    small = ("--rows", 12, "--vocabulary", 3000, "--output", output)
+    printed = run("bench_losses.py", *small, "--threads", 1, "--repeat", 1, "--reference-rows", 4)
     rows = json.loads(output.read_text())["rows"]
-    measured = [row for row in rows if "level" in row and "missing" not in row]
-    assert {"P-KL all columns", "GOLD", "H-KL", "ULD"} <= {row["loss"] for row in measured}
+    measured = [row for row in rows if "level" in row]
+    for loss in registered().values():
+        assert any(row["loss"].startswith(loss.title) for row in measured)
     assert all(row["ms_per_row"] > 0 and row["times_reference"] > 0 for row in measured)
     assert all(row["floor_share"] > 0 for row in measured)
     assert "| torch cross_entropy | fp32 |" in printed
-    linear = [*small[:2], "--linear", "--linear-rows", "12", "--linear-width", "8", "--vocabulary", "3000"]
-    subprocess.run([*command[:2], *linear, "--output", str(output)], capture_output=True, text=True, check=True)
+    title = next(iter(registered().values())).title
+    run("bench_losses.py", *small, "--linear", "--linear-rows", 12, "--linear-width", 8, "--only", title)
     kept = json.loads(output.read_text())["rows"]
     assert kept[: len(rows)] == rows
-    assert kept[-1]["loss"].startswith("linear P-KL")
+    assert kept[-1]["loss"] == f"linear {title}, 12 rows of 8"
 
 
 def test_bench_corpus(tmp_path):
     output = tmp_path / "corpus.json"
-    command = [sys.executable, str(ROOT / "bench" / "bench_corpus.py"), "--megabytes", "0.1", "--repeat", "1"]
-    subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True)
+    run("bench_corpus.py", "--megabytes", 0.1, "--repeat", 1, "--output", output)
     assert json.loads(output.read_text())
 
 
 def test_bench_cache(tmp_path):
     output = tmp_path / "cache.json"
-    command = [sys.executable, str(ROOT / "bench" / "bench_cache.py"), "--passages", "2", "--top-k", "4", "40000"]
-    printed = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=True).stdout
+    printed = run("bench_cache.py", "--passages", 2, "--top-k", 4, 40000, "--output", output)
     little, most = json.loads(output.read_text())["rows"]
     assert little["kl_nats_per_token"] > 0.3
     assert 0 <= most["kl_nats_per_token"] < 1e-4
@@ -87,8 +118,7 @@ def test_bench_cache(tmp_path):
 
 def test_train_real(tmp_path, monkeypatch, capsys):
     """The data, the options and the table; training itself is tested with small models."""
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import train_real
+    train_real = importlib.import_module("train_real")
 
     def train(arguments):
         options = dict(zip(arguments[1::2], arguments[2::2], strict=False))
@@ -112,49 +142,76 @@ def test_train_real(tmp_path, monkeypatch, capsys):
     assert json.loads(output.read_text())["pair"] == "demo"
 
 
-def test_reproduce(tmp_path):
+@pytest.fixture(scope="module")
+def finding():
+    return reproduce.Finding.of(reproduce.World.of(reproduce.Size()))
+
+
+def test_reproduce(tmp_path, finding, monkeypatch, capsys):
     output = tmp_path / "reproduce.json"
-    script = [sys.executable, str(ROOT / "bench" / "reproduce.py"), "--output", str(output)]
-    few = ["--quick", "--threads", "1", "--steps", "12", "--teacher-steps", "12"]
-    first = subprocess.run([*script, *few], capture_output=True, text=True)
+    threads = torch.get_num_threads()
+
+    def printed(*arguments):
+        """And the message with which it ends."""
+        monkeypatch.setattr(
+            sys, "argv", ["reproduce.py", "--threads", str(threads), "--output", str(output), *arguments]
+        )
+        try:
+            reproduce.main()
+        except SystemExit as end:
+            return capsys.readouterr().out, str(end)
+        return capsys.readouterr().out, ""
+
+    few = ("--quick", "--steps", "12", "--teacher-steps", "12")
+    first, message = printed(*few)
     results = json.loads(output.read_text())
-    assert "coverage_audit recommends pkl" in first.stdout
-    assert first.returncode == 1  # so few steps show nothing
-    assert "The finding is absent. Expected GOLD below half of CE: 0.0 and 0.0%; prefix KL above twice" in first.stderr
+    advised = reproduce.arms()[finding.split].case.loss.name
+    assert f"coverage_audit recommends {advised}" in first
+    expected = f"{finding.whole} below half of CE: 0.0 and 0.0%; {finding.chosen} above twice {finding.split}"
+    assert f"The finding is absent. Expected {expected}" in message  # so few steps show nothing
     assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
     curves = results["runs"][0]["curves"]
-    assert {"CE", "GOLD", "prefix KL"} <= set(curves)
+    assert set(curves) == {"CE", *finding}
     assert all(len(curve) == results["size"]["evaluations"] for curve in curves.values())
-    again = subprocess.run([*script, *few, "--resume"], capture_output=True, text=True).stdout
+    again, _ = printed(*few, "--resume")
     assert json.loads(output.read_text())["runs"] == results["runs"]
-    table = subprocess.run([*script, "--report"], capture_output=True, text=True, check=True).stdout
-    assert "| prefix KL |" in table
+    table, message = printed("--report")
+    assert f"| {finding.chosen} |" in table
     assert table in again
+    assert not message
 
 
-@pytest.fixture
-def reproduce(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import reproduce
-
-    return reproduce
+def test_the_finding_is_about_three_losses(finding):
+    assert len({"CE", *finding}) == 4
+    assert set(finding) <= set(reproduce.MAIN)
 
 
 @pytest.mark.parametrize(
-    ("ends", "absent"),
+    ("role", "end", "absent"),
     [
-        ({}, []),
-        ({"GOLD": 0.25}, ["GOLD below half of CE: 25.0 and 45.0%"]),
-        ({"prefix KL": 0.1}, ["prefix KL above twice P-KL: 10.0 and 5.0%"]),
+        ("chosen", 0.6, ""),
+        ("whole", 0.25, "{whole} below half of CE: 25.0 and 45.0%"),
+        ("chosen", 0.1, "{chosen} above twice {split}: 10.0 and 5.0%"),
     ],
 )
-def test_reproduce_tells_whether_the_finding_is_there(reproduce, ends, absent):
-    ends = {"CE": 0.45, "GOLD": 0.0, "P-KL first 0.1 all": 0.05, "prefix KL": 0.6, **ends}
+def test_reproduce_tells_whether_the_finding_is_there(finding, role, end, absent):
+    ends = {"CE": 0.45, finding.whole: 0.0, finding.split: 0.05, finding.chosen: 0.6, getattr(finding, role): end}
     run = {"setting": "plenty", "seed": 0, "curves": {method: [0.0, end] for method, end in ends.items()}}
-    assert reproduce.lacking({"runs": [run]}) == absent
+    assert finding.lacking({"runs": [run]}) == ([absent.format(**finding._asdict())] if absent else [])
 
 
-def test_reproduce_counts_right_answers(reproduce):
+def test_arms_of_reproduce():
+    """Every registered loss that goes with two tokenizers, by the names that the recorded results have."""
+    recorded = json.loads((BENCH / "results" / "reproduce.json").read_text())["runs"]
+    arms = reproduce.arms()
+    assert {name for one in recorded for name in one["curves"]} <= {"CE", *arms}
+    wanted = {loss for loss in registered().values() if loss.needs is not Needs.SAME_TOKENIZER}
+    assert {arm.case.loss for arm in arms.values() if arm.is_main} == wanted
+    world = reproduce.World.of(reproduce.Size())
+    assert set(reproduce.methods(world.student, world.teachers[1])) == {"CE", *arms}
+
+
+def test_reproduce_counts_right_answers():
     """A model that knows one answer by heart is right on that problem alone; the model beside it learns nothing."""
     size = reproduce.Size()
     text = reproduce.Text(size)

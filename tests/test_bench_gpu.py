@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
+import importlib
 import json
 import subprocess
 import sys
@@ -14,19 +14,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xtoken.losses.loss import registered
+
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
-
-
-def load_script():
-    sys.path.insert(0, str(SCRIPT.parent))
-    spec = importlib.util.spec_from_file_location("bench_gpu", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-gpu = load_script()
-OPTIONS = argparse.Namespace(device="cpu", rows=6, vocabulary=[300, 350])
+sys.path.insert(0, str(SCRIPT.parent))
+gpu, parts = importlib.import_module("gpu"), importlib.import_module("gpu_parts")
+OPTIONS = argparse.Namespace(rows=6, vocabulary=[300, 350])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -43,7 +36,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(gpu, "no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     lines = dict.fromkeys(gpu.STAGES, "print('fine')")
-    row = {"name": "P-KL", "rows": 4, "ms": 0.5, "us_per_row": 125.0, "gigabytes_per_second": 1500.0, "of_copy": 0.5}
+    row = {"name": "one", "rows": 4, "ms": 0.5, "us_per_row": 125.0, "gigabytes_per_second": 1500.0, "of_copy": 0.5}
     rows = [{**row, "peak_megabytes": 1.0}, {"name": "other", "failed": "OutOfMemoryError"}]
     printed = "\n".join(map(json.dumps, [{"copy_gigabytes_per_second": 3000.0}, *rows]))
     lines["speed"] = f"print({printed!r}, flush=True)"
@@ -65,7 +58,7 @@ def test_results_of_a_fake_device_are_written(fake_device, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "memcheck: passed\n" in printed
     assert "copy: 3000 GB/s" in printed
-    assert "| P-KL | 4 | 0.5 | 125 | 1500 | 50% | 1 |" in printed
+    assert "| one | 4 | 0.5 | 125 | 1500 | 50% | 1 |" in printed
     assert "| other | failed: OutOfMemoryError |" in printed
     results = json.loads(output.read_text())
     assert results["machine"]["gpu"] == "Fake GPU 9000"
@@ -81,15 +74,12 @@ def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, c
     assert "build" not in json.loads(output.read_text())
 
 
-def test_a_stage_that_takes_too_long_is_ended(fake_device, monkeypatch):
-    fake_device["tests"] = "import time; time.sleep(60)"
-    result = gpu.run_stage("tests", OPTIONS, "90", 5.0)
-    assert (result["status"], result["reason"]) == ("failed", "not finished after 5 seconds")
-    assert gpu.run_stage("tests", OPTIONS, "90", 1.0)["status"] == "left out"
+def test_a_stage_that_takes_too_long_is_ended(fake_device):
     fake_device["speed"] += "; import time; time.sleep(60)"
     result = gpu.run_stage("speed", OPTIONS, "90", 5.0)
-    assert result["status"] == "failed"
-    assert [row["name"] for row in result["rows"]] == ["P-KL", "other"]
+    assert gpu.run_stage("tests", OPTIONS, "90", 4.0)["status"] == "left out"
+    assert (result["status"], result["reason"]) == ("failed", "not finished after 5 seconds")
+    assert [row["name"] for row in result["rows"]] == ["one", "other"]
 
 
 def test_processes_of_a_stage_end_with_it(tmp_path):
@@ -108,7 +98,7 @@ def test_after_a_build_that_fails_older_kernels_are_left_alone(fake_device, tmp_
     assert gpu.main(["--output", str(output)]) == 1
     results = json.loads(output.read_text())
     assert results["build"]["output"] == ["nvcc: no"]
-    assert all(results[stage] == {"status": "left out", "reason": "the build failed"} for stage in gpu.STAGES[1:])
+    assert all(results[stage] == {"status": "left out", "reason": "the build failed"} for stage in list(gpu.STAGES)[1:])
 
 
 def test_a_sanitizer_that_cannot_work_here_is_left_out(fake_device):
@@ -121,7 +111,7 @@ def test_time_that_is_left_over_goes_to_later_stages(fake_device, tmp_path, monk
     given = {}
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *rest: given.update({stage: rest[-1]}) or {"status": "passed"})
     gpu.main(["--output", str(tmp_path / "gpu.json"), "--skip", "racecheck"])
-    shares = gpu.SHARES
+    shares = gpu.STAGES
     assert given["build"] == pytest.approx(480 * shares["build"] / (sum(shares.values()) - shares["racecheck"]), abs=1)
     assert given["memcheck"] == pytest.approx(480, abs=2)
     assert sum(shares.values()) == 480
@@ -135,9 +125,9 @@ def test_a_machine_without_git(monkeypatch, tmp_path):
 
 def test_kernels_that_do_not_load_are_an_error(monkeypatch):
     monkeypatch.setitem(sys.modules, "xtoken._cuda", None)
-    gpu.check_kernels("cpu")
+    parts.check_kernels("cpu")
     with pytest.raises(ImportError):
-        gpu.check_kernels("cuda")
+        parts.check_kernels("cuda")
 
 
 def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatch):
@@ -153,15 +143,6 @@ def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatc
     with pytest.raises(KeyboardInterrupt):
         gpu.main(["--output", str(output)])
     assert list(json.loads(output.read_text())) == ["machine", "build", "tests", "speed"]
-
-
-def test_a_step_that_takes_too_long_is_ended():
-    def too_long():
-        with gpu.limited(1):
-            time.sleep(30)
-
-    with pytest.raises(TimeoutError, match="not finished after 1 seconds"):
-        too_long()
 
 
 def test_without_kernels_only_the_build_runs(monkeypatch, tmp_path):
@@ -180,52 +161,73 @@ def test_a_missing_tool_leaves_the_stage_out(monkeypatch, built, stage, name):
 
 def test_commands_of_the_stages(monkeypatch, built):
     monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
-    build, environment = gpu.command("build", OPTIONS, "90")
+    build, environment = gpu.command("build", OPTIONS, "90", 60.0)
     assert build[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
     assert (environment["XTOKEN_CUDA"], environment["XTOKEN_CUDA_ARCHS"]) == ("1", "90")
-    memcheck, _ = gpu.command("memcheck", OPTIONS, "90")
+    memcheck, _ = gpu.command("memcheck", OPTIONS, "90", 60.0)
     assert memcheck[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
-    assert memcheck[-2:] == ["--part", "small"]
-    assert gpu.command("tests", OPTIONS, "90")[0][-3:] == ["-m", "cuda", "tests/losses"]
+    assert memcheck[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "small"]
+    speed, _ = gpu.command("speed", OPTIONS, "90", 60.0)
+    assert speed[2:] == ["speed", "--rows", "6", "--vocabulary", "300", "350", "--seconds", "60"]
+    assert gpu.command("tests", OPTIONS, "90", 60.0)[0][-3:] == ["-m", "cuda", "tests/losses"]
 
 
 def test_the_small_set_runs_and_compares(capsys):
-    gpu.small(OPTIONS)
+    parts.small("cpu")
     assert capsys.readouterr().out == "small set: ran and compared\n"
+
+
+def test_the_small_set_holds_every_loss_in_every_form():
+    names = {case.name for case in parts.forms()}
+    assert set(registered()) < names
+    for name, loss in registered().items():
+        if "reverse" in loss.options():
+            assert f"{name}, reverse=True" in names
+
+
+def speed(capsys, rows=6, seconds=600.0):
+    """What it prints."""
+    parts.speed("cpu", rows, (300, 350), seconds)
+    return gpu.collected(capsys.readouterr().out)
 
 
 def test_speed_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
-    gpu.speed(OPTIONS)
-    result = gpu.collected(capsys.readouterr().out)
+    result = speed(capsys)
     names = [row["name"] for row in result["rows"]]
-    assert names[0] == "P-KL all columns"
-    assert {"ULD", "KD with labels", gpu.PLAIN} < set(names)
-    assert names[-1] == gpu.COMPILED
+    for loss in registered().values():
+        assert any(name.startswith(loss.title) and name.endswith(parts.PLAIN) for name in names)
+        assert f"{loss.title} with labels" in names
+    assert names[-1].endswith(parts.COMPILED)
     assert all(row["ms"] > 0 and row["rows"] == 6 for row in result["rows"])
     assert result["copy_gigabytes_per_second"] > 0
     assert result["missing"] == ["liger-kernel is not installed"]
 
 
+def test_speed_begins_no_step_when_time_is_short(capsys):
+    rows = speed(capsys, seconds=parts.STEP_SECONDS - 1)["rows"]
+    assert rows
+    assert all(row["failed"] == "left out: no time is left" for row in rows)
+
+
 def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch, capsys):
     tried: list[int] = []
 
-    def one_step(z, y):
+    def make(z, y):
         def run():
             if not tried or tried[-1] != len(z) - 1:
                 tried.append(len(z) - 1)
             if len(z) > 3:
                 raise torch.OutOfMemoryError("CUDA out of memory")
 
-        def broken():
-            raise ValueError("no")
+        return run, 100
 
-        return {"step": (run, 100), gpu.COMPILED: (run, 100), "broken": (broken, 100), gpu.PLAIN: (run, 100)}
+    def broken(z, y):
+        raise ValueError("no")
 
-    monkeypatch.setattr(gpu, "steps", one_step)
-    gpu.speed(OPTIONS)
-    row, failed, *compiled = gpu.collected(capsys.readouterr().out)["rows"]
-    assert row["rows"] == 1
+    makers = {"broken": broken, f"a{parts.PLAIN}": make, f"a{parts.COMPILED}": make}
+    monkeypatch.setattr(parts, "makers", lambda device: makers)
+    failed, *rows = speed(capsys)["rows"]
     assert failed == {"name": "broken", "failed": "ValueError: no"}
-    assert [one["rows"] for one in compiled] == [1, 1]  # the compiled formulas begin where the plain ones ended
-    assert tried == [6, 3, 1] * 2
+    assert [row["rows"] for row in rows] == [1, 1]
+    assert tried == [6, 3, 1]  # the compiled formula begins where the plain one ended

@@ -78,7 +78,8 @@ class Loss:
     is_default: ClassVar[bool] = False
     """Whether it is the loss of a `Teacher` that says only what the pair of tokenizers has (`needs`)."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}})
-    """What is worth a measurement of its own: options, by what is added to the title."""
+    """What is worth a measurement of its own: options, by what is added to the title. Where that ends with "numbers",
+    chunks have several tokens."""
 
     @property
     def realised(self) -> bool:

@@ -40,7 +40,7 @@ class PKL(Loss):
     trains_projection: ClassVar[bool] = True
     is_default: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
-        {"all columns": {"top_k": None}, "8192 columns": {}, "all columns, mean": {"top_k": None, "merge": "mean"}}
+        {"all columns": {"top_k": None}, "8192 columns": {}, "all columns, numbers": {"top_k": None, "merge": "mean"}}
     )
 
     W: Matrix

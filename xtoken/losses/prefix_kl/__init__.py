@@ -19,7 +19,9 @@ The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 import torch
@@ -46,6 +48,7 @@ class PrefixKL(Loss):
     """See `prefix_kl_loss`."""
 
     is_default: ClassVar[bool] = True
+    variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}, "numbers": {}})
 
     pieces: Tensor
     temperature: float
