@@ -65,6 +65,7 @@ def test_cases_are_those_of_the_register():
     assert all(case.name.startswith(case.loss.title) for case in found)
 
 
+@pytest.mark.slow
 def test_bench_align(tmp_path):
     output = tmp_path / "align.json"
     small = ("--lengths", 256, "--tokens", 4000, "--threads", 1, "--repeat", 1, "--hostile-tokens", 0)
@@ -76,6 +77,7 @@ def test_bench_align(tmp_path):
     assert results["machine"]["xtoken"]
 
 
+@pytest.mark.slow
 def test_bench_align_on_hostile_input():
     part = {"run": "measure_hostile", "name": "random a, b", "method": "dp", "size": 60}
     row = json.loads(run("bench_align.py", "--part", json.dumps(part)))
@@ -83,6 +85,7 @@ def test_bench_align_on_hostile_input():
     assert row["chunks"] > 20
 
 
+@pytest.mark.slow
 def test_bench_losses(tmp_path):
     output = tmp_path / "losses.json"
     small = ("--rows", 12, "--vocabulary", 3000, "--output", output)
@@ -101,12 +104,14 @@ def test_bench_losses(tmp_path):
     assert kept[-1]["loss"] == f"linear {title}, 12 rows of 8"
 
 
+@pytest.mark.slow
 def test_bench_corpus(tmp_path):
     output = tmp_path / "corpus.json"
     run("bench_corpus.py", "--megabytes", 0.1, "--repeat", 1, "--output", output)
     assert json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_bench_cache(tmp_path):
     output = tmp_path / "cache.json"
     printed = run("bench_cache.py", "--passages", 2, "--top-k", 4, 40000, "--output", output)
@@ -147,6 +152,7 @@ def finding():
     return reproduce.Finding.of(reproduce.World.of(reproduce.Size()))
 
 
+@pytest.mark.slow
 def test_reproduce(tmp_path, finding, monkeypatch, capsys):
     output = tmp_path / "reproduce.json"
     threads = torch.get_num_threads()

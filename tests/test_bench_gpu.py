@@ -23,6 +23,7 @@ OPTIONS = argparse.Namespace(rows=6, vocabulary=[300, 350])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so():
     done = subprocess.run([sys.executable, str(SCRIPT)], capture_output=True, text=True)
     assert done.returncode == 2
@@ -74,6 +75,7 @@ def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, c
     assert "build" not in json.loads(output.read_text())
 
 
+@pytest.mark.slow
 def test_a_stage_that_takes_too_long_is_ended(fake_device):
     fake_device["speed"] += "; import time; time.sleep(60)"
     result = gpu.run_stage("speed", OPTIONS, "90", 5.0)
@@ -82,6 +84,7 @@ def test_a_stage_that_takes_too_long_is_ended(fake_device):
     assert [row["name"] for row in result["rows"]] == ["one", "other"]
 
 
+@pytest.mark.slow
 def test_processes_of_a_stage_end_with_it(tmp_path):
     """One that holds what the stage prints to would keep a pipe open."""
     child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
@@ -172,6 +175,7 @@ def test_commands_of_the_stages(monkeypatch, built):
     assert gpu.command("tests", OPTIONS, "90", 60.0)[0][-3:] == ["-m", "cuda", "tests/losses"]
 
 
+@pytest.mark.slow
 def test_the_small_set_runs_and_compares(capsys):
     parts.small("cpu")
     assert capsys.readouterr().out == "small set: ran and compared\n"
@@ -191,6 +195,7 @@ def speed(capsys, rows=6, seconds=600.0):
     return gpu.collected(capsys.readouterr().out)
 
 
+@pytest.mark.slow
 def test_speed_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
     result = speed(capsys)
