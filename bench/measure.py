@@ -115,11 +115,12 @@ def peak_growth(run: Callable[[], Any], device: str = "cpu") -> int | None:
 def table(rows: Sequence[Row], names: Sequence[str] | None = None) -> str:
     """Rows as a Markdown table of the fields with these names; of those that the first row has unless given."""
     names = list(rows[0]) if names is None else names
+
+    def cell(value: Any) -> str:
+        return str(value) if not isinstance(value, float) else f"{value:.3g}" if abs(value) < 1000 else f"{value:.0f}"
+
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
-    for row in rows:
-        cells = (row.get(name, "") for name in names)
-        lines.append("| " + " | ".join(f"{one:.3g}" if isinstance(one, float) else str(one) for one in cells) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines + ["| " + " | ".join(cell(row.get(name, "")) for name in names) + " |" for row in rows])
 
 
 def write(path: Path, result: Row) -> None:

@@ -282,7 +282,7 @@ Kd = Callable[[Tensor, Tensor, xtoken.Alignment], Tensor]
 
 
 class Arm(NamedTuple):
-    """A loss with a word for each of its choices, and the gamma of W where it needs one."""
+    """A loss with a word for each of its choices, and the gamma of its W."""
 
     case: Case
     gamma: float
@@ -291,20 +291,19 @@ class Arm(NamedTuple):
 
 
 def arms() -> dict[str, Arm]:
-    """Every registered loss that two tokenizers allow, in all its forms. The names of those with choices have them all,
-    gamma after the first; a loss without has its gamma named only if it is not the default."""
+    """Every registered loss that two tokenizers allow, in all its forms, named by its words. Where the weights of W are
+    part of the loss, so that they can be trained, gamma varies too; others only ask which tokens W pairs."""
     found = {}
     for loss in registered().values():
         if loss.needs is Needs.SAME_TOKENIZER:
             continue
         words = choices(loss)
-        defaults = [values[0] for values in words.values()]
         for chosen in itertools.product(*words.values()):
-            for gamma in GAMMAS if loss.needs is Needs.PROJECTION else GAMMAS[:1]:
-                shown = [f"{gamma:g}"] if loss.needs is Needs.PROJECTION and (chosen or gamma != GAMMAS[0]) else []
+            for gamma in GAMMAS if loss.trains_projection else GAMMAS[:1]:
+                shown = [f"{gamma:g}"] if loss.trains_projection else []
                 name = " ".join([loss.title, *chosen[:1], *shown, *chosen[1:]])
-                case = Case(name, loss, dict(zip(words, chosen, strict=True)))
-                found[name] = Arm(case, gamma, is_main=list(chosen) == defaults)
+                is_main = all(word == values[0] for word, values in zip(chosen, words.values(), strict=True))
+                found[name] = Arm(Case(name, loss, dict(zip(words, chosen, strict=True))), gamma, is_main)
     return found
 
 
