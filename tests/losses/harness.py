@@ -7,6 +7,8 @@ in float64 on the same rounded inputs. The error may be twice that of the refere
 from __future__ import annotations
 
 import functools
+import importlib
+import inspect
 import itertools
 import json
 import math
@@ -14,19 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
+from types import ModuleType
 from typing import Any
 
 import emulated
 import torch
 from comparer import assert_as_accurate
-from rows_by_hand import ChunksByHand, rows_by_hand
+from rows_by_hand import rows_by_hand
 from safetensors.torch import load_file
 from torch import Tensor
 
-import xtoken
-from xtoken import PieceIndex, Vocabulary, _core, reference
+from xtoken import PieceIndex, Vocabulary, _core
 from xtoken.alignment import Alignment
-from xtoken.losses import cpu
+from xtoken.losses import Needs, cpu, registered
 from xtoken.losses.backends import backend_names, backends_with, register_backend, unregister_backend
 from xtoken.projection import ProjectionMatrix
 
@@ -215,93 +217,98 @@ CASES: dict[str, Callable[[], Case]] = {
 }
 
 
-@dataclass(frozen=True)
-class Operation:
-    """A public loss and its formula, as ``call(case, student, teacher, **options)`` for one loss a chunk."""
-
-    public: Callable[..., Tensor]
-    formula: Callable[..., Tensor]
-
-
-def _parts(case: Case, student: Tensor, teacher: Tensor) -> tuple[Any, ...]:
-    W = case.projection
-    chunks = rows_by_hand(case.alignment, student.shape[1], teacher.shape[1])
-    return student.flatten(0, 1)[:, : W.shape[0]], teacher.flatten(0, 1)[:, : W.shape[1]], chunks
-
-
-def _pkl(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = 8192, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher)
-    columns = reference.column_set(teacher[..., : case.projection.shape[1]], top_k)
-    if options.pop("support", "all") == "reachable":
-        columns = columns[torch.isin(columns, case.projection.col.long())]
-    entries = reference.restrict(case.projection, columns)
-    return _all(case, chunks, reference.pkl(z, y, chunks, entries, columns, **options))
-
-
-def _gold(case: Case, student: Tensor, teacher: Tensor, min_weight: float, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher)
-    pairs = reference.common_pairs(case.projection, min_weight)
-    return _all(case, chunks, sum(reference.gold(z, y, chunks, pairs, **options)))
-
-
-def _uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher)
-    return _all(case, chunks, reference.uld(z, y, chunks, **options))
-
-
-def _kd(case: Case, student: Tensor, teacher: Tensor, top_k: int | None = None, **options: Any) -> Tensor:
-    size = min(case.projection.shape)
-    chunks: Any = rows_by_hand(positions(case), student.shape[1], teacher.shape[1])
-    columns = reference.column_set(teacher[..., :size], top_k)
-    z, y = student.flatten(0, 1)[:, :size], teacher.flatten(0, 1)[:, :size]
-    return reference.kd(z, y, chunks, columns, **options)
-
-
-def _prefix(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    z, y, chunks = _parts(case, student, teacher)
-    return _all(case, chunks, reference.prefix(z, y, chunks, case.pieces.data, **options))
-
-
 def positions(case: Case) -> Alignment:
-    """Every student position with the teacher's of the same number, for `kd_loss`."""
+    """Every student position with the teacher's of the same number, for a loss of one tokenizer."""
     count = min(case.student.shape[1], case.teacher.shape[1]) - 1
     start = torch.arange(1, count + 1)
     spans = torch.stack([start, start + 1, start, start + 1], 1).repeat(len(case.student), 1)
     return Alignment(spans, torch.arange(len(case.student) + 1) * count)
 
 
-def _all(case: Case, chunks: ChunksByHand, losses: Tensor) -> Tensor:
-    return losses.new_zeros(case.alignment.num_chunks).index_copy(0, chunks.used, losses)
+@functools.cache
+def own_tests(name: str) -> ModuleType | None:
+    """The test file of a loss, ``test_<folder>.py``, if it has one.
+
+    It may define `VARIANTS`: options by name, on top of the defaults, that every kernel is tried with; `DEVICE_STEPS`:
+    more calls to try on a device; and `truth`, a formula that shares less with what it judges than the loss's own:
+    ``truth(case, student rows, teacher rows, chunks, **options)`` gives the loss of each chunk used.
+    """
+    file = f"test_{folder_of(name)}"
+    return importlib.import_module(file) if (Path(__file__).parent / f"{file}.py").is_file() else None
 
 
-def _projected(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def call(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-        return function(student, teacher, case.alignment, case.projection, **options)
-
-    return call
+def folder_of(name: str) -> str:
+    """The folder of a loss."""
+    return registered()[name].__module__.rpartition(".")[2]
 
 
-def _public_uld(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    sizes = {"student_vocab_size": case.projection.shape[0], "teacher_vocab_size": case.projection.shape[1]}
-    return xtoken.uld_loss(student, teacher, case.alignment, **sizes, **options)
+def variants(name: str) -> dict[str, dict[str, Any]]:
+    """The options that a loss is tried with."""
+    found: dict[str, dict[str, Any]] = getattr(own_tests(name), "VARIANTS", {"default": {}})
+    return found
 
 
-def _public_kd(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    return xtoken.kd_loss(student, teacher, positions(case), vocab_size=min(case.projection.shape), **options)
+@dataclass(frozen=True)
+class Operation:
+    """A loss and its formula, both as ``call(case, student, teacher, **options)``."""
+
+    name: str
+
+    @property
+    def needs(self) -> Needs:
+        return registered()[self.name].needs
+
+    def size(self, case: Case) -> int:
+        """Columns of the student's logits that belong to tokens."""
+        return min(case.projection.shape) if self.needs is Needs.SAME_TOKENIZER else case.projection.shape[0]
+
+    def arguments(self, case: Case) -> list[Any]:
+        """What the public function takes after the logits."""
+        if self.needs is Needs.SAME_TOKENIZER:
+            return [positions(case)]
+        pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [case.pieces]}
+        return [case.alignment, *pair.get(self.needs, [])]
+
+    def sizes(self, case: Case) -> dict[str, int]:
+        """The sizes of the vocabularies, where the public function has to be told."""
+        known = {"vocab_size": min(case.projection.shape)}
+        known.update(zip(("student_vocab_size", "teacher_vocab_size"), case.projection.shape, strict=True))
+        wanted = inspect.signature(registered()[self.name].function()).parameters
+        return {name: size for name, size in known.items() if name in wanted}
+
+    def public(self, case: Case, student: Any, teacher: Any, **options: Any) -> Any:
+        """The public function."""
+        function = registered()[self.name].function()
+        return function(student, teacher, *self.arguments(case), **self.sizes(case), **options)
+
+    def formula(self, case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+        """The loss of each chunk of the alignment by plain formulas, on rows found by hand."""
+        loss, alignment = registered()[self.name], self.arguments(case)[0]
+        sizes = (self.size(case),) * 2 if self.needs is Needs.SAME_TOKENIZER else case.projection.shape
+        z, y = (side.flatten(0, 1)[:, :size] for side, size in zip((student, teacher), sizes, strict=True))
+        chunks: Any = rows_by_hand(alignment, student.shape[1], teacher.shape[1])
+        own = getattr(own_tests(self.name), "truth", None)
+        if own is not None:
+            losses = own(case, z, y, chunks, **options)
+        else:
+            losses = loss.of(case.projection, case.pieces, **{**loss.options(), **options}).losses(z, y, chunks)
+        return losses.new_zeros(alignment.num_chunks).index_copy(0, chunks.used, losses)
 
 
-def _public_prefix(case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
-    return xtoken.prefix_kl_loss(student, teacher, case.alignment, case.pieces, **options)
+OPERATIONS = {name: Operation(name) for name in registered()}
+DEFAULT = {loss.needs: name for name, loss in registered().items() if loss.is_default}
+"""The loss of a `Teacher` that says no more, by what it needs: the example where any loss will do."""
+
+PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of(name)]
+"""Every loss with every backend that has it."""
 
 
-OPERATIONS = {
-    "pkl": Operation(_projected(xtoken.pkl_loss), _pkl),
-    "gold": Operation(_projected(xtoken.gold_loss), lambda *a, **o: _gold(*a, min_weight=1.0, **o)),
-    "hkl": Operation(_projected(xtoken.hkl_loss), lambda *a, **o: _gold(*a, min_weight=0.6, **o)),
-    "uld": Operation(_public_uld, _uld),
-    "kd": Operation(_public_kd, _kd),
-    "prefix": Operation(_public_prefix, _prefix),
-}
+def distinct_pairs() -> list[tuple[str, str]]:
+    """`PAIRS` without losses that are other parameters of kernels that are tried already: those on one backend."""
+    seen: dict[tuple[str, Any], str] = {}
+    for name, loss in registered().items():
+        seen.setdefault((loss.kernels, loss.prepare), name)
+    return [pair for pair in PAIRS if pair[0] in seen.values() or pair[1] in ("reference", "cpu")]
 
 
 def losses_and_grad(

@@ -1,0 +1,40 @@
+"""H-KL: the options that it is tried with, and pairs of a dominant weight."""
+
+from typing import Any
+
+import pytest
+from harness import Case, make_case
+from torch import Tensor
+
+from xtoken import hkl_loss, reference
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "default": {},
+    "reverse": {"reverse": True},
+    "temperature": {"temperature": 2.5},
+    "cut": {"uncommon_top_k": 5},
+    "wider": {"min_weight": 0.4},
+}
+
+
+def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, min_weight: float = 0.6, **options: Any) -> Tensor:
+    pairs = reference.common_pairs(case.projection, min_weight)
+    common, uncommon = reference.ranked(z, y, chunks, pairs, **options)
+    return common + uncommon
+
+
+@pytest.mark.parametrize(
+    ("options", "exception", "message"),
+    [
+        ({"uncommon_top_k": 0}, ValueError, "uncommon_top_k: expected an integer of at least 1, got 0"),
+        ({"uncommon_top_k": None}, ValueError, "uncommon_top_k: expected an integer of at least 1, got None"),
+        ({"min_weight": 0.0}, ValueError, r"min_weight: expected a number in \(0, 1\], got 0.0"),
+        ({"min_weight": 1.5}, ValueError, r"min_weight: expected a number in \(0, 1\], got 1.5"),
+        ({"projection": None}, TypeError, "projection: expected an xtoken.ProjectionMatrix, got NoneType"),
+    ],
+)
+def test_bad_options(options: dict[str, Any], exception: type[Exception], message: str) -> None:
+    case = make_case()
+    call = {"projection": case.projection, **options}
+    with pytest.raises(exception, match=message):
+        hkl_loss(case.student, case.teacher, case.alignment, **call)
