@@ -19,7 +19,7 @@ def test_golden_parts(result: Golden) -> None:
     case, fields = result.case(), result.fields
     chunks = reference.Chunks.of(case.alignment, case.student.shape[1], case.teacher.shape[1])
     loss = PAIRED[fields["mode"]]
-    min_weight = loss.of(case.projection, None, **loss.options()).min_weight
+    min_weight = PAIRED[fields["mode"]].of(case.projection, None, **loss.options()).min_weight  # type: ignore[attr-defined]
     pairs = reference.common_pairs(case.projection, min_weight)
     options = {key: fields[key] for key in ("temperature", "uncommon_top_k", "reverse")}
     common, uncommon = reference.ranked(
