@@ -112,6 +112,20 @@ class Chunks:
                             for side in (self.student, self.teacher))  # fmt: skip
         return Chunks(student, teacher, self.used[index]), index
 
+    def check_ids(self, sizes: tuple[int, int], several: bool = True) -> None:
+        """Raises ValueError if a realised token is outside its vocabulary; looks at the copy on the CPU.
+
+        Of chunks with `several` tokens on a side, where alone the realised ones decide what is compared; or of all.
+        """
+        host = self.host
+        is_looked_at = (host.student.count > 1) | (host.teacher.count > 1) if several else host.student.count > 0
+        for name, rows, size in zip(("student", "teacher"), (host.student, host.teacher), sizes, strict=True):
+            assert rows.next_ids is not None
+            ids = rows.next_ids[Rows(rows.start[is_looked_at], rows.count[is_looked_at]).index()]
+            bad = ids[(ids < 0) | (ids >= size)]
+            if len(bad):
+                raise ValueError(f"alignment: expected {name}_ids in 0 ... {size - 1} within chunks, got {int(bad[0])}")
+
     @staticmethod
     def of(
         alignment: Alignment,

@@ -68,7 +68,7 @@ class PKL(Loss):
         if self.merge == "first":
             chunks = chunks.first()
         if self.merge == "chain":
-            _check_realised(chunks.host, self.W.shape)
+            chunks.check_ids(self.W.shape)
         columns = self._columns(teacher, call.student.device, call.backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
         return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.temperature, self.merge, self.reverse))
@@ -128,18 +128,6 @@ class PreparedPKL:
             student, teacher, chunks, entries, self.columns,
             temperature=self.temperature, merge=self.merge, reverse=self.reverse,
         )  # fmt: skip
-
-
-def _check_realised(chunks: Chunks, shape: tuple[int, int]) -> None:
-    for name, rows, size in (("student", chunks.student, shape[0]), ("teacher", chunks.teacher, shape[1])):
-        if rows.next_ids is None:
-            continue
-        ids = rows.next_ids[rows.later()[0]]
-        bad = (ids < 0) | (ids >= size)
-        if bool(bad.any()):
-            raise ValueError(
-                f"alignment: expected {name}_ids in 0 ... {size - 1} within chunks, got {int(ids[bad][0])}"
-            )
 
 
 class PKLOptions(Options, total=False):
