@@ -28,6 +28,9 @@ class RowsByHand:
     def index(self) -> Tensor:
         return torch.tensor([row for rows in self.rows for row in rows], dtype=torch.int64)
 
+    def owner(self) -> Tensor:
+        return torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], dtype=torch.int64)
+
     def first(self) -> RowsByHand:
         return RowsByHand([rows[:1] for rows in self.rows], self.next_ids)
 
