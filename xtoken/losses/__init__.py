@@ -15,6 +15,7 @@ from xtoken.losses.gold import gold_loss, linear_gold_loss
 from xtoken.losses.uld import linear_uld_loss, uld_loss
 from xtoken.losses.kd import kd_loss, linear_kd_loss
 from xtoken.losses.prefix_kl import linear_prefix_kl_loss, prefix_kl_loss
+from xtoken.losses.alm import alm_loss, linear_alm_loss
 # isort: on
 
 register_backend(plain.backend())
@@ -29,9 +30,11 @@ __all__ = [
     "Teacher",
     "TopKLogits",
     "XTokenLoss",
+    "alm_loss",
     "gold_loss",
     "hkl_loss",
     "kd_loss",
+    "linear_alm_loss",
     "linear_gold_loss",
     "linear_hkl_loss",
     "linear_kd_loss",
