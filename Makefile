@@ -11,8 +11,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
-CPP := $(wildcard csrc/*/*.cpp csrc/*/*.h csrc/*/*.cu csrc/*/*.cuh tests/cuda_emulator/*.cpp tests/cuda_emulator/*.h \
-	tests/cuda_emulator/*.cu)
+CPP := $(wildcard $(foreach folder,csrc/* csrc/losses/* tests/cuda_emulator,$(addprefix $(folder)/*.,cpp h cu cuh)))
 export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 # Threads of torch that wait must not take a busy machine's cores from those that work.

@@ -2,10 +2,10 @@
 
 Registers of a thread, static shared memory of a block, bytes of stack and of registers spilled to it, the block size
 that the kernel is compiled for (`__launch_bounds__`), and which share of the multiprocessor's threads such blocks fill.
-Compiles csrc/cuda with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
+Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
 build/cuda_resources until a source changes. No GPU is needed.
 
-    python bench/cuda_resources.py [--archs 90 120] [--files pkl kd]
+    python bench/cuda_resources.py [--archs 90 120] [--files losses/pkl cuda/scale]
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-SOURCES = ROOT / "csrc" / "cuda"
+SOURCES = ROOT / "csrc"
 REPORTS = ROOT / "build" / "cuda_resources"
 
 DEFAULT_THREADS = 1024
@@ -107,7 +107,7 @@ def ptx_arch() -> str:
 
 def launch_bounds() -> dict[str, int]:
     """Threads of a block by the kernel's name, as written in its `__launch_bounds__`: a number or a constant."""
-    texts = [path.read_text() for path in sorted(SOURCES.iterdir()) if path.suffix in {".h", ".cuh", ".cu"}]
+    texts = [path.read_text() for path in sorted(SOURCES.rglob("*")) if path.suffix in {".h", ".cuh", ".cu"}]
     constants = {name: int(value) for t in texts for name, value in re.findall(r"constexpr \w+ (\w+) = (\d+);", t)}
     bounds = {}
     for text in texts:
@@ -116,15 +116,20 @@ def launch_bounds() -> dict[str, int]:
     return bounds
 
 
+def name_of(source: Path) -> str:
+    """A source as the table names it: losses/pkl for losses/pkl/cuda.cu, cuda/scale for cuda/scale.cu."""
+    return source.relative_to(SOURCES).with_suffix("").as_posix().removesuffix("/cuda")
+
+
 def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:
     """What ptxas says of the source's kernels on each architecture; compiled only if a source or a flag has changed."""
     code = ",".join(f"sm_{arch}" for arch in archs)
     command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-fatbin"]
     command += [f"-gencode=arch=compute_{ptx_arch()},code=[{code}]", "-Xptxas=-v", str(source)]
     digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted(SOURCES.glob("*.cuh")), *sorted(SOURCES.glob("*.h"))]:
+    for path in [source, *sorted(SOURCES.rglob("*.cuh")), *sorted(SOURCES.rglob("*.h"))]:
         digest.update(path.read_bytes())
-    name = f"{source.stem}.{'_'.join(archs)}"
+    name = f"{name_of(source).replace('/', '_')}.{'_'.join(archs)}"
     report = REPORTS / f"{name}.{digest.hexdigest()[:16]}.txt"
     if not report.exists():
         REPORTS.mkdir(parents=True, exist_ok=True)
@@ -186,13 +191,15 @@ def resources(archs: Sequence[str] | None = None, files: Sequence[str] | None = 
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
-    sources = [path for path in sorted(SOURCES.glob("*.cu")) if files is None or path.stem in files]
+    sources = [path for path in sorted(SOURCES.rglob("*.cu")) if files is None or name_of(path) in files]
     wanted = archs or build_settings()[0]
     bounds = launch_bounds()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         reports = list(pool.map(lambda source: compiler_report(nvcc, source, wanted), sources))
     return [
-        kernel for source, report in zip(sources, reports, strict=True) for kernel in parse(source.name, report, bounds)
+        kernel
+        for source, report in zip(sources, reports, strict=True)
+        for kernel in parse(name_of(source), report, bounds)
     ]
 
 
@@ -209,7 +216,7 @@ def table(kernels: Sequence[Resources]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", choices=sorted(LIMITS), help="instead of those of cmake/Cuda.cmake")
-    parser.add_argument("--files", nargs="+", help="names of sources without .cu; all unless given")
+    parser.add_argument("--files", nargs="+", help="names of sources as in the table; all unless given")
     options = parser.parse_args()
     try:
         print(table(resources(options.archs, options.files)))

@@ -1,31 +1,36 @@
-# xtoken_cpu_kernels(target files...): adds kernel files to a library, each compiled once per level of csrc/cpu/dispatch.h.
+# xtoken_cpu_kernels(files...): adds kernel files to _core, each compiled once per level of csrc/cpu/dispatch.h.
 include(CheckCXXSourceCompiles)
 
-function(xtoken_cpu_kernels target)
-    set(levels portable)
-    # As the preprocessor condition in dispatch.h.
-    check_cxx_source_compiles("
-        #if !(defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)))
-        #error other
-        #endif
-        int main() {}" XTOKEN_CPU_X86)
-    if(XTOKEN_CPU_X86)
-        list(APPEND levels avx2 avx512)
-    endif()
-    set(avx2_flags -mavx2 -mfma -mf16c)
-    set(avx512_flags ${avx2_flags} -mavx512f -mavx512dq -mavx512bw -mavx512vl)
-    if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-        # GCC's own AVX-512 headers read an undefined register on purpose (GCC bug 105593).
-        list(APPEND avx512_flags -Wno-uninitialized -Wno-maybe-uninitialized)
-    endif()
-    foreach(level IN LISTS levels)
-        string(TOUPPER ${level} name)
-        add_library(${target}_${level} OBJECT ${ARGN})
-        target_include_directories(${target}_${level} PRIVATE csrc)
-        target_compile_definitions(${target}_${level} PRIVATE XTOKEN_LEVEL=${level} XTOKEN_LEVEL_${name}=1)
-        # A product and a sum are fused where the source says so, and nowhere else.
-        xtoken_warnings(${target}_${level})
-        target_compile_options(${target}_${level} PRIVATE ${${level}_flags} $<$<NOT:$<CXX_COMPILER_ID:MSVC>>:-ffp-contract=off>)
-        target_sources(${target} PRIVATE $<TARGET_OBJECTS:${target}_${level}>)
+set(XTOKEN_CPU_LEVELS portable)
+# As the preprocessor condition in dispatch.h.
+check_cxx_source_compiles("
+    #if !(defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__)))
+    #error other
+    #endif
+    int main() {}" XTOKEN_CPU_X86)
+if(XTOKEN_CPU_X86)
+    list(APPEND XTOKEN_CPU_LEVELS avx2 avx512)
+endif()
+set(XTOKEN_AVX2_FLAGS -mavx2 -mfma -mf16c)
+set(XTOKEN_AVX512_FLAGS ${XTOKEN_AVX2_FLAGS} -mavx512f -mavx512dq -mavx512bw -mavx512vl)
+if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
+    # GCC's own AVX-512 headers read an undefined register on purpose (GCC bug 105593).
+    list(APPEND XTOKEN_AVX512_FLAGS -Wno-uninitialized -Wno-maybe-uninitialized)
+endif()
+foreach(level IN LISTS XTOKEN_CPU_LEVELS)
+    string(TOUPPER ${level} name)
+    add_library(xtoken_cpu_${level} OBJECT)
+    target_include_directories(xtoken_cpu_${level} PRIVATE csrc)
+    target_compile_definitions(xtoken_cpu_${level} PRIVATE XTOKEN_LEVEL=${level} XTOKEN_LEVEL_${name}=1)
+    xtoken_warnings(xtoken_cpu_${level})
+    # A product and a sum are fused where the source says so, and nowhere else.
+    target_compile_options(xtoken_cpu_${level} PRIVATE
+        ${XTOKEN_${name}_FLAGS} $<$<NOT:$<CXX_COMPILER_ID:MSVC>>:-ffp-contract=off>)
+    target_sources(_core PRIVATE $<TARGET_OBJECTS:xtoken_cpu_${level}>)
+endforeach()
+
+function(xtoken_cpu_kernels)
+    foreach(level IN LISTS XTOKEN_CPU_LEVELS)
+        target_sources(xtoken_cpu_${level} PRIVATE ${ARGN})
     endforeach()
 endfunction()

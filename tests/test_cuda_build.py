@@ -66,7 +66,7 @@ def test_occupancy(registers, shared, threads, arch, share):
 
 def test_launch_bounds_are_read_from_the_sources():
     bounds = cuda_resources.launch_bounds()
-    assert bounds["pkl_kernel"] == bounds["gold_forward_kernel"] == 512
+    assert bounds["pkl_kernel"] == bounds["ranked_forward_kernel"] == 512
 
 
 def test_every_architecture_has_limits():
@@ -90,7 +90,7 @@ def test_show_config_says_why_there_are_no_kernels(monkeypatch):
 def test_kernels_compile_without_warnings_and_stay_in_registers():
     architectures = cuda_resources.build_settings()[0]
     kernels = cuda_resources.resources(architectures)
-    sources = {path.name for path in (ROOT / "csrc" / "cuda").glob("*.cu")}
+    sources = {cuda_resources.name_of(path) for path in (ROOT / "csrc").rglob("*.cu")}
     assert {(k.source, k.arch) for k in kernels} == {
         (source, arch) for source in sources for arch in cuda_resources.build_settings()[0]
     }

@@ -1,4 +1,6 @@
+from collections.abc import Mapping
 from enum import Enum
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -124,107 +126,14 @@ def inner_boundaries(
 ) -> NDArray[np.int64]: ...
 def cpu_levels() -> list[str]: ...
 def cpu_level() -> str: ...
-def cpu_exp(
-    x: NDArray[np.float32], centre: float, temperature: float, level: str
-) -> tuple[NDArray[np.float32], float]: ...
-def cpu_log(x: NDArray[np.float32], level: str) -> NDArray[np.float32]: ...
-def cpu_to_float(x: NDArray[np.uint16], element: str, level: str) -> NDArray[np.float32]: ...
-def cpu_from_float(x: NDArray[np.float32], element: str, level: str) -> NDArray[np.uint16]: ...
 
-LogitsArgument = tuple[int, str, int, int, int, int, int]
-RowsArgument = tuple[int, int, int]
-LabelsArgument = tuple[int, float, int]
+class Built:
+    """What `build` has made, for fields of launchers."""
 
-class CpuMatrix:
-    def __init__(self, row_ptr: NDArray[np.int64], col: NDArray[np.int32], teacher_size: int) -> None: ...
+    kind: str
 
-class CpuPlan:
-    def __init__(self, matrix: CpuMatrix, weight: NDArray[np.float32], columns: NDArray[np.int32]) -> None: ...
-    def reweighted(self, matrix: CpuMatrix, weight: NDArray[np.float32]) -> CpuPlan: ...
-    entries: int
-
-def cpu_pkl(
-    plan: CpuPlan,
-    student: LogitsArgument,
-    teacher: LogitsArgument,
-    grad: LogitsArgument,
-    student_rows: RowsArgument,
-    teacher_rows: RowsArgument,
-    chunks: int,
-    scale: int,
-    losses: int,
-    weight_grad: int,
-    labels: LabelsArgument,
-    temperature: float,
-    merge: str,
-    reverse: bool,
-    lowest: float,
-    epsilon: float,
-    level: str,
-    threads: int,
-) -> None: ...
-
-class CpuGoldPlan:
-    def __init__(
-        self, student_ids: NDArray[np.int64], teacher_ids: NDArray[np.int64], students: int, teachers: int
-    ) -> None: ...
-
-def cpu_gold(
-    plan: CpuGoldPlan | None,
-    student: LogitsArgument,
-    teacher: LogitsArgument,
-    grad: LogitsArgument,
-    student_rows: tuple[int, int, int],
-    teacher_rows: tuple[int, int, int],
-    chunks: int,
-    scale: int,
-    losses: int,
-    temperature: float,
-    reverse: bool,
-    top_k: int,
-    lowest: float,
-    level: str,
-    threads: int,
-) -> None: ...
-def cpu_kd(
-    student: LogitsArgument,
-    teacher: LogitsArgument,
-    grad: LogitsArgument,
-    student_rows: RowsArgument,
-    teacher_rows: RowsArgument,
-    chunks: int,
-    scale: int,
-    losses: int,
-    labels: LabelsArgument,
-    temperature: float,
-    reverse: bool,
-    lowest: float,
-    columns: NDArray[np.int32] | None,
-    level: str,
-    threads: int,
-) -> None: ...
-def cpu_cross_entropy(
-    student: LogitsArgument, grad: LogitsArgument, labels: LabelsArgument, lowest: float, level: str, threads: int
-) -> None: ...
-def cpu_largest_columns(logits: LogitsArgument, count: int, ids: int, level: str, threads: int) -> None: ...
-
-class CpuPrefixPlan:
-    def __init__(self, data: NDArray[np.int32]) -> None: ...
-
-def cpu_prefix(
-    plan: CpuPrefixPlan,
-    student: LogitsArgument,
-    teacher: LogitsArgument,
-    grad: LogitsArgument,
-    student_rows: RowsArgument,
-    teacher_rows: RowsArgument,
-    chunks: int,
-    scale: int,
-    losses: int,
-    labels: LabelsArgument,
-    temperature: float,
-    reverse: bool,
-    lowest: float,
-    level: str,
-    threads: int,
-) -> None: ...
+def sliced_lists(
+    begin: NDArray[np.int64], counts: NDArray[np.int32], lanes: int
+) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int32]]: ...
+def build(name: str, fields: Mapping[str, Any]) -> Built: ...
+def launch(name: str, fields: Mapping[str, Any], level: str, threads: int) -> None: ...

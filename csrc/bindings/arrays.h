@@ -46,9 +46,5 @@ void bind_align_dp(py::module_& m);
 void bind_aligner(py::module_& m);
 void bind_projection(py::module_& m);
 void bind_piece_index(py::module_& m);
-void bind_cpu(py::module_& m);
-void bind_cpu_gold(py::module_& m);
-void bind_cpu_kd(py::module_& m);
-void bind_cpu_prefix(py::module_& m);
 
 }  // namespace xtoken

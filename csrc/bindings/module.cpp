@@ -3,8 +3,11 @@
 
 #include "bindings/arrays.h"
 #include "bindings/errors.h"
+#include "bindings/launch.h"
 #include "core/cpu_features.h"
 #include "core/parallel.h"
+#include "core/sliced.h"
+#include "cpu/dispatch.h"
 
 namespace xtoken {
 namespace {
@@ -22,10 +25,35 @@ PYBIND11_MODULE(_core, m) {
     bind_aligner(m);
     bind_projection(m);
     bind_piece_index(m);
-    bind_cpu(m);
-    bind_cpu_gold(m);
-    bind_cpu_kd(m);
-    bind_cpu_prefix(m);
+    bind_built(m);
+    m.def(
+        "sliced_lists",
+        [](const Array<int64_t>& begin, const Array<int32_t>& counts, int64_t lanes) {
+            SlicedLists made(to_vector(counts, "counts"), lanes, true);
+            std::vector<int64_t> source(made.size(), -1);
+            for (int64_t n = 0; n < made.lists(); ++n) {
+                made.each_entry(n, counts.at(n), [&](int64_t at, int64_t i) { source[at] = begin.at(n) + i; });
+            }
+            return py::make_tuple(made.shared, to_array<int64_t>(std::move(made.start)),
+                                  to_array<int64_t>(std::move(source)), to_array<int32_t>(std::move(made.place)));
+        },
+        py::arg("begin"), py::arg("counts"), py::arg("lanes"),
+        "See core/sliced.h; `source` is -1 where a slice has none.");
+    m.def("cpu_levels", &cpu::available_levels, "Levels of the CPU kernels that this processor can run.");
+    m.def("cpu_level", &cpu::default_level, "The level that is used by default.");
+    m.def(
+        "launch",
+        [](const std::string& name, const py::dict& fields, const std::string& level, int threads) {
+            launch_named(name, fields, cpu::Launch{cpu::level_of(level), threads});
+        },
+        py::arg("name"), py::arg("fields"), py::arg("level"), py::arg("threads"), "Runs the kernels of that name.");
+    m.def(
+        "build",
+        [](const std::string& name, const py::dict& fields) {
+            const Builder& builder = Registry<Builder>::named(name);
+            return builder.build(Params(builder, fields).get());
+        },
+        py::arg("name"), py::arg("fields"), "Makes what kernels take beside numbers: a plan.");
 }
 
 }  // namespace

@@ -18,12 +18,20 @@ class Error : public std::runtime_error {
     Kind kind_;
 };
 
-// A bad value given by the caller. The parts are streamed together: name the argument, what was expected, what came.
+// A bad value given by the caller, or one of a wrong type. The parts are streamed together: name the argument, what was
+// expected, what came.
 template <typename... Parts>
 [[noreturn]] void value_error(const Parts&... parts) {
     std::ostringstream message;
     (message << ... << parts);
     throw Error(Error::Kind::value, message.str());
+}
+
+template <typename... Parts>
+[[noreturn]] void type_error(const Parts&... parts) {
+    std::ostringstream message;
+    (message << ... << parts);
+    throw Error(Error::Kind::type, message.str());
 }
 
 }  // namespace xtoken

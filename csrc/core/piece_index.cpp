@@ -7,6 +7,7 @@
 #include <string_view>
 #include <tuple>
 
+#include "core/boundary_walk.h"
 #include "core/error.h"
 #include "core/token_pair.h"
 
@@ -71,28 +72,6 @@ std::vector<int32_t> sorted_by_pieces(const Pieces& pieces) {
         return std::lexicographical_compare(begin(a), begin(a + 1), begin(b), begin(b + 1));
     });
     return order;
-}
-
-// Calls visit(boundary) for every inner boundary of a chunk in the tokens of `whole`.
-template <typename Visit>
-void visit_boundaries(const PieceSide& whole, const PieceSide& part, const int64_t* whole_tokens, int64_t whole_count,
-                      const int64_t* part_tokens, int64_t part_count, const Visit& visit) {
-    int64_t whole_start = 0, part_start = 0, j = 0;
-    for (int64_t i = 0; i < whole_count; ++i) {
-        const int64_t whole_end = whole_start + whole.length[whole_tokens[i]];
-        for (; j < part_count && part_start < whole_start; ++j) part_start += part.length[part_tokens[j]];
-        if (part_start == whole_start) {
-            const int64_t first = j;
-            const int32_t* pieces = whole.pieces + whole.ptr[whole_tokens[i]];
-            const int64_t known = whole.ptr[whole_tokens[i] + 1] - whole.ptr[whole_tokens[i]];
-            while (j < part_count && j - first < known && pieces[j - first] == part_tokens[j]) {
-                part_start += part.length[part_tokens[j++]];
-                if (j == part_count || part_start >= whole_end) break;
-                visit(i, j, j - first);
-            }
-        }
-        whole_start = whole_end;
-    }
 }
 
 Partners partners_of(const TokenPair& pair, const Vocabulary& student, const Vocabulary& teacher) {
@@ -232,25 +211,30 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
             const PieceSide& whole = index.side[s];
             const PredictedTokens &ours = *predicted[s], &theirs = *predicted[1 - s];
             const int64_t* known = theirs.next + theirs.start[k];
-            visit_boundaries(
-                whole, index.side[1 - s], ours.next + ours.start[k], ours.count[k], known, theirs.count[k],
-                [&](int64_t i, int64_t j, int64_t depth) {
-                    // How the first `depth` pieces of a token compare with the tokens before the boundary: -1, 0, 1.
-                    const auto compare = [&](int32_t token) {
-                        for (int64_t d = 0; d < depth; ++d) {
-                            const int64_t at = whole.ptr[token] + d;
-                            if (at >= whole.ptr[token + 1]) return -1;
-                            const int64_t piece = whole.pieces[at], wanted = known[j - depth + d];
-                            if (piece != wanted) return piece < wanted ? -1 : 1;
-                        }
-                        return 0;
-                    };
-                    const int32_t *begin = whole.order, *end = whole.order + whole.size;
-                    const int32_t* first = std::partition_point(begin, end, [&](int32_t t) { return compare(t) < 0; });
-                    const int32_t* last = std::partition_point(first, end, [&](int32_t t) { return compare(t) == 0; });
-                    result.push_back({static_cast<int64_t>(k), static_cast<int64_t>(s), ours.start[k] + i,
-                                      theirs.start[k] + j, depth, first - begin, last - begin});
-                });
+            const int64_t* tokens = ours.next + ours.start[k];
+            BoundaryWalk<int64_t> walk{};
+            walk.start();
+            const auto advance = [&] {
+                walk.advance(whole, tokens, ours.count[k], index.side[1 - s], known, theirs.count[k]);
+            };
+            for (advance(); walk.whole < ours.count[k]; advance()) {
+                const auto [i, j, depth, whole_start, part_start] = walk;
+                // How the first `depth` pieces of a token compare with the tokens before the boundary: -1, 0, 1.
+                const auto compare = [&](int32_t token) {
+                    for (int64_t d = 0; d < depth; ++d) {
+                        const int64_t at = whole.ptr[token] + d;
+                        if (at >= whole.ptr[token + 1]) return -1;
+                        const int64_t piece = whole.pieces[at], wanted = known[j - depth + d];
+                        if (piece != wanted) return piece < wanted ? -1 : 1;
+                    }
+                    return 0;
+                };
+                const int32_t *begin = whole.order, *end = whole.order + whole.size;
+                const int32_t* first = std::partition_point(begin, end, [&](int32_t t) { return compare(t) < 0; });
+                const int32_t* last = std::partition_point(first, end, [&](int32_t t) { return compare(t) == 0; });
+                result.push_back({static_cast<int64_t>(k), static_cast<int64_t>(s), ours.start[k] + i,
+                                  theirs.start[k] + j, depth, first - begin, last - begin});
+            }
         }
     }
     return result;

@@ -6,6 +6,7 @@
 #include <functional>
 #include <vector>
 
+#include "core/error.h"
 #include "cpu/pool.h"
 
 namespace xtoken::cpu {
@@ -38,21 +39,26 @@ uint32_t threshold_of(const std::vector<uint32_t>& keys, int64_t count) {
     return inside[count - 1];
 }
 
-}  // namespace
-
-void largest_columns(const Logits& logits, int64_t count, int64_t* ids, Level level, int threads) {
-    const auto maxima_of = XTOKEN_PICK(level, column_maxima);
-    std::vector<float> maxima(logits.width);
-    run_items((logits.width + block - 1) / block, threads, [&](int64_t item, Scratch&) {
-        maxima_of(logits, item * block, std::min(logits.width, (item + 1) * block), maxima.data());
+void largest_columns(const ColumnsParams& params, const Launch& launch) {
+    const Logits& logits = params.logits;
+    const int64_t width = logits.width, count = params.count;
+    if (count < 1 || count > width) value_error("count: expected 1 ... ", width, ", got ", count);
+    const auto maxima_of = XTOKEN_PICK(launch.level, column_maxima);
+    std::vector<float> maxima(width);
+    run_items((width + block - 1) / block, launch.threads, [&](int64_t item, Scratch&) {
+        maxima_of(logits, item * block, std::min(width, (item + 1) * block), maxima.data());
     });
-    std::vector<uint32_t> keys(logits.width);
+    std::vector<uint32_t> keys(width);
     std::transform(maxima.begin(), maxima.end(), keys.begin(), sort_key);
     const uint32_t threshold = threshold_of(keys, count);
     int64_t equal = count - std::count_if(keys.begin(), keys.end(), [=](uint32_t key) { return key > threshold; });
-    for (int64_t id = 0; id < logits.width; ++id) {
+    int64_t* ids = params.ids;
+    for (int64_t id = 0; id < width; ++id) {
         if (keys[id] > threshold || (keys[id] == threshold && equal-- > 0)) *ids++ = id;
     }
 }
 
+const Launcher launcher("largest_columns", &largest_columns);
+
+}  // namespace
 }  // namespace xtoken::cpu

@@ -4,6 +4,8 @@
 #include <string>
 #include <vector>
 
+#include "launch/fields.h"
+
 // x86-64 with a compiler that takes instruction sets per file: kernels exist for all levels, elsewhere portable only.
 #if defined(__x86_64__) && (defined(__GNUC__) || defined(__clang__))
 #define XTOKEN_CPU_X86 1
@@ -24,6 +26,13 @@ Level level_of(const std::string& name);
 
 // The default level's name.
 std::string default_level();
+
+// How kernels are to run: `threads`, the caller being one.
+struct Launch {
+    Level level;
+    int threads;
+};
+using Launcher = xtoken::Launcher<Launch>;
 
 }  // namespace xtoken::cpu
 

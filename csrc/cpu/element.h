@@ -1,4 +1,4 @@
-// Element types of logits in memory.
+// Elements of logits that C++ has no type for.
 #pragma once
 
 #include <cstdint>
@@ -12,9 +12,5 @@ struct BFloat16 {
 struct Float16 {
     uint16_t bits;
 };
-
-enum class Element { float32, bfloat16, float16 };
-
-constexpr int64_t element_size(Element type) { return type == Element::float32 ? 4 : 2; }
 
 }  // namespace xtoken::cpu

@@ -3,7 +3,7 @@
 
 #include <cstddef>
 
-#include "cpu/logits.h"
+#include "launch/arguments.h"
 
 namespace xtoken::cpu {
 

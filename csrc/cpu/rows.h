@@ -1,8 +1,8 @@
 // Passes over one row of logits: sums of exponentials, and writing a row of a gradient. For kernels, see simd.h.
 #pragma once
 
-#include "cpu/logits.h"
 #include "cpu/simd.h"
+#include "launch/arguments.h"
 
 namespace xtoken::cpu::XTOKEN_LEVEL {
 
@@ -31,6 +31,10 @@ struct Element_of<const T&> {
 
 inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
+// The one clamp of logits.
+inline Floats at_least(Floats x, float lowest) { return max(broadcast(lowest), x); }
+inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
+
 // A row of logits, all of it in order.
 template <typename T>
 struct WholeRow {
@@ -51,7 +55,8 @@ struct PickedRow {
     Floats tail(int64_t i, int64_t) const { return gather(p, index + i); }
 };
 
-// sum body(i, row[i ... i + 15]) for i = 0, 16, ... below n; the last vector gets lanes that body's `valid` masks out.
+// Calls body(i, row[i ... i + 15], count) for i = 0, 16, ... below n; only the first `count` lanes of the last vector
+// are elements of the row.
 template <typename Row, typename Body>
 inline void each_vector(const Row& row, int64_t n, Body body) {
     const int64_t whole = n / lanes * lanes;
@@ -85,7 +90,7 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
         Floats part = broadcast(0.0f);
         top = broadcast(centre);
         const Exponential exp = result.exp;
-        const auto relative = [=](Floats x) { return max(broadcast(lowest), x) - broadcast(centre); };
+        const auto relative = [=](Floats x) { return at_least(x, lowest) - broadcast(centre); };
         const int64_t whole = n / lanes * lanes;
         for (int64_t begin = 0; begin < whole; begin += flush) {
             const int64_t end = smaller(begin + flush, whole);
@@ -165,12 +170,23 @@ inline LabelTerm label_term(const Labels& labels, int64_t r, const T* z, const N
     LabelTerm term;
     term.present = true;
     term.label = labels.ids[r];
-    term.scale = static_cast<float>(labels.scale);
-    term.weight = static_cast<float>(labels.scale / one.total);
+    term.scale = static_cast<float>(*labels.scale);
+    term.weight = static_cast<float>(*labels.scale / one.total);
     term.exp = one.exp;
-    const float realised = widened(z[term.label]);
-    labels.losses[r] = one.log_sum() - static_cast<double>(realised < one.lowest ? one.lowest : realised);
+    labels.losses[r] = one.log_sum() - static_cast<double>(at_least(widened(z[term.label]), one.lowest));
     return term;
+}
+
+// The same for a row [n] that may have no label. `known` is its normaliser at temperature 1, if there is one.
+template <typename T>
+inline LabelTerm label_term_if_any(const Labels& labels, int64_t r, const T* z, int64_t n, float lowest,
+                                   const Normaliser* known = nullptr) {
+    if (labels.of(r) < 0) {
+        if (labels.ids != nullptr) labels.losses[r] = 0;
+        return {};
+    }
+    if (known != nullptr) return label_term(labels, r, z, *known);
+    return label_term(labels, r, z, exponentials(WholeRow<T>{z}, n, lowest, 1.0, [](int64_t, Floats) {}));
 }
 
 // A row's gradient weight * exp(z / temperature) - onehot, plus the label's: for rows that only have softmax terms.

@@ -11,6 +11,7 @@
 #include <string.h>
 
 #include "cpu/element.h"
+#include "cpu/lanes.h"
 
 #ifndef XTOKEN_LEVEL
 #error "kernels are compiled per level, see CMakeLists.txt"
@@ -24,10 +25,6 @@
 #endif
 
 namespace xtoken::cpu::XTOKEN_LEVEL {
-
-constexpr int64_t lanes = 16;
-
-constexpr int64_t padded(int64_t count) { return (count + lanes - 1) / lanes * lanes; }
 
 inline Floats& operator+=(Floats& a, Floats b) { return a = a + b; }
 inline Floats& operator*=(Floats& a, Floats b) { return a = a * b; }

@@ -1,21 +1,48 @@
 // The vector functions of simd.h on arrays, so that tests can compare every level with exact values.
 #pragma once
 
-#include <cstdint>
-
 #include "cpu/dispatch.h"
-#include "cpu/element.h"
+#include "launch/arguments.h"
 
 namespace xtoken::cpu {
 
-// result[i] = exp(x[i] / temperature) in units of exp(returned), with `centre` as in Exponential::around.
-XTOKEN_KERNEL(double, exp_array, (const float* x, int64_t count, float centre, double temperature, float* result))
+struct ExpParams {
+#define XTOKEN_EXP(FIELD)                                                         \
+    FIELD(Values<float>, x, "[n]");                                               \
+    FIELD(float, centre, "as in Exponential::around");                            \
+    FIELD(double, temperature, "what x is divided by");                           \
+    FIELD(float*, result, "[n] out: exp(x / temperature) in units of exp(unit)"); \
+    FIELD(double*, unit, "[] out")
+    XTOKEN_FIELDS(XTOKEN_EXP)
+};
+XTOKEN_KERNEL(void, exp_array, (const ExpParams& params))
 
-// result[i] = log(x[i]).
-XTOKEN_KERNEL(void, log_array, (const float* x, int64_t count, float* result))
+struct LogParams {
+#define XTOKEN_LOG(FIELD)           \
+    FIELD(Values<float>, x, "[n]"); \
+    FIELD(float*, result, "[n] out: log(x)")
+    XTOKEN_FIELDS(XTOKEN_LOG)
+};
+XTOKEN_KERNEL(void, log_array, (const LogParams& params))
 
 // Conversions as rows are read and written.
-XTOKEN_KERNEL(void, to_float, (const void* x, Element type, int64_t count, float* result))
-XTOKEN_KERNEL(void, from_float, (const float* x, Element type, int64_t count, void* result))
+struct ToFloatParams {
+#define XTOKEN_TO_FLOAT(FIELD)            \
+    FIELD(const void*, x, "[n] of type"); \
+    FIELD(Element, type, "of x");         \
+    FIELD(int64_t, count, "n");           \
+    FIELD(float*, result, "[n] out")
+    XTOKEN_FIELDS(XTOKEN_TO_FLOAT)
+};
+XTOKEN_KERNEL(void, to_float, (const ToFloatParams& params))
+
+struct FromFloatParams {
+#define XTOKEN_FROM_FLOAT(FIELD)       \
+    FIELD(Values<float>, x, "[n]");    \
+    FIELD(Element, type, "of result"); \
+    FIELD(void*, result, "[n] of type, out")
+    XTOKEN_FIELDS(XTOKEN_FROM_FLOAT)
+};
+XTOKEN_KERNEL(void, from_float, (const FromFloatParams& params))
 
 }  // namespace xtoken::cpu

@@ -1,11 +1,31 @@
 // Next-token cross-entropy of a row by a block: logsumexp(z) - z[label], and scale * (softmax(z) - onehot(label)).
-#include "cuda/cross_entropy.h"
-
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 
 namespace xtoken::cuda {
 namespace {
+
+struct CrossEntropyParams {
+#define XTOKEN_CUDA_CROSS_ENTROPY(FIELD)                                                                    \
+    FIELD(Logits, student, "[B, T, V], of the vocabulary's width");                                         \
+    FIELD(Logits, grad, "as student, perhaps wider; null: losses only");                                    \
+    FIELD(Labels, labels, "of the rows; the loss of an id out of range is nan");                            \
+    FIELD(float, lowest, "smaller logits count as this one");                                               \
+    FIELD(bool, add,                                                                                        \
+          "to `factor` times the gradient, and nothing at all if the scale is 0 and that is 1; else every " \
+          "element of a row is written, zeros where it has no label");                                      \
+    FIELD(const float*, factor, "[] null: 1");                                                              \
+    FIELD(const uint8_t*, skip, "[rows] rows to leave alone; null: none")
+    XTOKEN_FIELDS(XTOKEN_CUDA_CROSS_ENTROPY)
+};
+
+struct MarkRowsParams {
+#define XTOKEN_MARK_ROWS(FIELD)                 \
+    FIELD(ChunkRows, rows, "the chunks' rows"); \
+    FIELD(int64_t, chunks, "how many");         \
+    FIELD(uint8_t*, covered, "[rows] out: 1 for every row of a chunk; others are not touched")
+    XTOKEN_FIELDS(XTOKEN_MARK_ROWS)
+};
 
 template <typename T>
 __global__ __launch_bounds__(max_threads,
@@ -48,8 +68,6 @@ __global__ void mark_rows_kernel(const int64_t* start, const int64_t* count, int
     }
 }
 
-}  // namespace
-
 void cross_entropy(const CrossEntropyParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* element) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
@@ -58,9 +76,13 @@ void cross_entropy(const CrossEntropyParams& params, const Launch& launch) {
     });
 }
 
-void mark_rows(const int64_t* start, const int64_t* count, int64_t chunks, uint8_t* covered, const Launch& launch) {
-    launch_items("mark_rows", mark_rows_kernel, launch, (chunks + launch.threads - 1) / launch.threads, start, count,
-                 chunks, covered);
+void mark_rows(const MarkRowsParams& p, const Launch& launch) {
+    launch_items("mark_rows", mark_rows_kernel, launch, (p.chunks + launch.threads - 1) / launch.threads, p.rows.start,
+                 p.rows.count, p.chunks, p.covered);
 }
 
+const Launcher launcher("cross_entropy", &cross_entropy);
+const Launcher mark_launcher("mark_rows", &mark_rows);
+
+}  // namespace
 }  // namespace xtoken::cuda

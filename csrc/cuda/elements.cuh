@@ -5,8 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cuda/arguments.h"
 #include "cuda/platform.cuh"
+#include "launch/arguments.h"
 
 namespace xtoken::cuda {
 

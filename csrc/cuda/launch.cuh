@@ -2,8 +2,8 @@
 #pragma once
 
 #include "core/error.h"
-#include "cuda/arguments.h"
 #include "cuda/platform.cuh"
+#include "launch/arguments.h"
 
 namespace xtoken::cuda {
 

@@ -58,7 +58,8 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
     }
 }
 
-// out[i] = body(i, z[i], k) for i < size with k the lane, and zeros up to `width`. `out` may be the row itself.
+// prepare(i, x, g) turns the elements x of the row from i on into as many g, which are written to out + i; zeros follow
+// up to `width`. `out` may be the row itself.
 template <typename T, typename Prepare>
 __device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
     const bool together = (reinterpret_cast<uintptr_t>(z.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;

@@ -1,6 +1,4 @@
 // A gradient times the upstream gradient, which only the device knows.
-#include "cuda/scale.h"
-
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 
@@ -23,14 +21,25 @@ __global__ __launch_bounds__(max_threads, 1) void scale_kernel(T* data, int64_t 
     }
 }
 
-}  // namespace
+struct ScaleParams {
+#define XTOKEN_SCALE(FIELD)               \
+    FIELD(void*, data, "[size] changed"); \
+    FIELD(Element, type, "of data");      \
+    FIELD(int64_t, size, "how many");     \
+    FIELD(const float*, factor, "[]")
+    XTOKEN_FIELDS(XTOKEN_SCALE)
+};
 
-void scale(void* data, Element type, int64_t size, const float* factor, const Launch& launch) {
-    typed(type, [&](const auto* element) {
+// data[i] *= factor[0]; nothing is read or written if that is 1, as it is after a plain loss.backward().
+void scale(const ScaleParams& params, const Launch& launch) {
+    typed(params.type, [&](const auto* element) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-        launch_items("scale", scale_kernel<T>, launch, (size + segment - 1) / segment, static_cast<T*>(data), size,
-                     factor);
+        launch_items("scale", scale_kernel<T>, launch, (params.size + segment - 1) / segment,
+                     static_cast<T*>(params.data), params.size, params.factor);
     });
 }
 
+const Launcher launcher("scale", &scale);
+
+}  // namespace
 }  // namespace xtoken::cuda

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from xtoken.losses.backends import Backend
+from xtoken.losses.cpu import DTYPES, Array
 from xtoken.losses.cuda import Kernels
 from xtoken.losses.cuda import backend as cuda_backend
 
@@ -39,8 +40,12 @@ def load() -> tuple[Any, emulator.Emulator]:
     """The launchers, compiled for the emulator, and its controls."""
     library = emulator.build(
         MODULE,
-        sorted((SOURCES / "cuda").glob("*.cu")),
-        [SOURCES / "bindings" / "cuda.cpp"],
+        sorted(SOURCES.rglob("*.cu")),
+        [
+            SOURCES / "bindings" / "cuda_module.cpp",
+            SOURCES / "bindings" / "launch.cpp",
+            SOURCES / "launch" / "fields.cpp",
+        ],
         python=True,
         flags=f"-DXTOKEN_CUDA_MODULE={MODULE}",
     )
@@ -52,35 +57,44 @@ def load() -> tuple[Any, emulator.Emulator]:
     return module, emulator.Emulator(library)
 
 
+def _at(inside: Tensor, outside: Tensor) -> Array:
+    return Array(inside.data_ptr(), DTYPES[outside.dtype], tuple(outside.shape), outside.stride(), inside)
+
+
+def _nowhere(tensor: Tensor | None) -> Array | None:
+    return None if tensor is None else Array(0, DTYPES[tensor.dtype], tuple(tensor.shape), tensor.stride())
+
+
 class CopiedMemory:
     """Other memory for the tensors of one call; see `xtoken.losses.cuda.Memory`."""
 
+    blocks, threads = BLOCKS, THREADS
+
     def __init__(self, memory: Any, stream: int = 0) -> None:
-        self.memory = memory
-        self.launch = BLOCKS, THREADS, stream
+        self.memory, self.stream = memory, stream
         self.inside: dict[int, Tensor] = {}  # by the address outside, or that of scratch memory itself
         self.results: list[tuple[Tensor, Tensor]] = []
 
-    def input(self, tensor: Tensor | None) -> int:
+    def input(self, tensor: Tensor | None) -> Array | None:
         if tensor is None or tensor.numel() == 0:
-            return 0
+            return _nowhere(tensor)
         known = self.inside.get(tensor.data_ptr())
         if known is None:
             known = self.inside[tensor.data_ptr()] = self.memory.copy(tensor.detach())
-        return known.data_ptr()
+        return _at(known, tensor)
 
-    def output(self, tensor: Tensor | None, keep: bool = False) -> int:
+    def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
         if tensor is None or tensor.numel() == 0:
-            return 0
+            return _nowhere(tensor)
         known = self.inside.get(tensor.data_ptr())
         if known is not None and known.shape == tensor.shape:
             if known.data_ptr() != tensor.data_ptr():  # the gradient takes the place of the logits
                 self.results.append((tensor, known))
-            return known.data_ptr()
+            return _at(known, tensor)
         assert tensor.is_contiguous()
         made = self.memory.copy(tensor) if keep else self.memory.empty(tensor.shape, tensor.dtype)
         self.results.append((tensor, made))  # which keeps the memory, too
-        return made.data_ptr()
+        return _at(made, tensor)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         made = self.memory.copy(torch.zeros(shape, dtype=dtype)) if zero else self.memory.empty(shape, dtype)

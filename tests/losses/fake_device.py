@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_map
 
 from xtoken.losses import operator
 from xtoken.losses.backends import register_backend, unregister_backend
+from xtoken.losses.cpu import Array
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.cuda import backend as cuda_backend
 
@@ -125,10 +126,10 @@ def _values(value: Any) -> Any:
 class DeviceMemory(emulated.CopiedMemory):
     """The emulator's memory for tensors that must be on the device."""
 
-    def input(self, tensor: Tensor | None) -> int:
+    def input(self, tensor: Tensor | None) -> Array | None:
         return super().input(self._inside(tensor))
 
-    def output(self, tensor: Tensor | None, keep: bool = False) -> int:
+    def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
         return super().output(self._inside(tensor), keep)
 
     def _inside(self, tensor: Tensor | None) -> Tensor | None:

@@ -1,12 +1,12 @@
 """The sorted L1 of the CPU kernels: ties, cuts, many bins, threads, and the layouts of pairs."""
 
-import numpy as np
 import pytest
 import torch
 from harness import BACKENDS, check, make_case
 
-from xtoken import _core, hkl_loss, uld_loss
+from xtoken import hkl_loss, uld_loss
 from xtoken.alignment import Alignment
+from xtoken.losses.ranked.cpu import plan_for
 
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
 cpu = pytest.mark.parametrize("backend", CPU)
@@ -65,4 +65,4 @@ def test_threads_do_not_change_the_result(operation: str, backend: str) -> None:
 )
 def test_bad_pairs(student: list[int], teacher: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _core.CpuGoldPlan(np.array(student), np.array(teacher), 3, 4)
+        plan_for(torch.tensor(student), torch.tensor(teacher), (3, 4))

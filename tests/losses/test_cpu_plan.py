@@ -5,7 +5,6 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from comparer import assert_as_accurate
@@ -13,27 +12,24 @@ from harness import BACKENDS, Case, check, make_case
 from torch import Tensor
 
 from xtoken import ProjectionMatrix, _core, pkl_loss
+from xtoken.losses.cpu import array
 
 cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
 
 
 class Builds:
-    """Counts what is built anew."""
+    """Counts what is built anew; a plan that is like another shares its layout."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.matrices = self.plans = 0
-        matrix, plan = _core.CpuMatrix, _core.CpuPlan
+        build = _core.build
 
-        def make_matrix(*arguments: Any) -> Any:
-            self.matrices += 1
-            return matrix(*arguments)
+        def counted(name: str, fields: Any) -> Any:
+            self.matrices += name == "pkl_matrix"
+            self.plans += name == "pkl_plan" and fields["like"] is None
+            return build(name, fields)
 
-        def make_plan(*arguments: Any) -> Any:
-            self.plans += 1
-            return plan(*arguments)
-
-        monkeypatch.setattr(_core, "CpuMatrix", make_matrix)
-        monkeypatch.setattr(_core, "CpuPlan", make_plan)
+        monkeypatch.setattr(_core, "build", counted)
 
 
 def weighted(case: Case, weight: Tensor) -> SimpleNamespace:
@@ -125,13 +121,21 @@ def test_plans_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sizes_that_do_not_fit() -> None:
-    matrix = _core.CpuMatrix(np.array([0, 1, 2]), np.array([0, 1], np.int32), 2)
-    ones, none = np.ones(2, np.float32), np.empty(0, np.int32)
-    plan = _core.CpuPlan(matrix, ones, none)
-    assert plan.reweighted(matrix, ones).entries == plan.entries == 2
+    def matrix_of(col: list[int]) -> Any:
+        row_ptr = torch.tensor([0, 1, 2])
+        fields = {"row_ptr": array(row_ptr), "col": array(torch.tensor(col, dtype=torch.int32)), "teacher_size": 2}
+        return _core.build("pkl_matrix", fields)
+
+    def plan_of(weight: Tensor, like: Any) -> Any:
+        fields = {"matrix": matrix, "weight": array(weight), "columns": None, "like": like}
+        return _core.build("pkl_plan", fields)
+
+    matrix, ones = matrix_of([0, 1]), torch.ones(2)
+    plan = plan_of(ones, None)
+    assert repr(plan_of(ones, plan)) == repr(plan) == "<pkl_plan>"
     with pytest.raises(ValueError, match=r"weight: expected 2 weights \(the matrix's entries\), got 1"):
-        _core.CpuPlan(matrix, ones[:1], none)
+        plan_of(ones[:1], None)
     with pytest.raises(ValueError, match=r"weight: expected 2 weights \(the matrix's entries\), got 0"):
-        plan.reweighted(matrix, ones[:0])
+        plan_of(ones[:0], plan)
     with pytest.raises(ValueError, match=r"col: expected ids below 2, got 2"):
-        _core.CpuMatrix(np.array([0, 1, 2]), np.array([0, 2], np.int32), 2)
+        matrix_of([0, 2])

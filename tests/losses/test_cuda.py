@@ -14,11 +14,13 @@ from harness import CASES, DTYPES, OPERATIONS, Case, check, losses_and_grad, mak
 from torch import Tensor
 
 from xtoken import gold_loss, pkl_loss
+from xtoken.losses.cpu import Array
 from xtoken.losses.cuda import Kernels
 from xtoken.losses.pkl import cuda as pkl_cuda
-from xtoken.losses.pkl.cuda import WARP, plan_for
+from xtoken.losses.pkl.cuda import plan_for
 from xtoken.losses.prefix_kl.cuda import prefix_plan_for
 from xtoken.losses.ranked import cuda as ranked_cuda
+from xtoken.losses.sliced import WARP
 from xtoken.projection import ProjectionMatrix
 
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
@@ -197,12 +199,11 @@ def test_groups_of_chunks_do_not_change_the_result(monkeypatch: pytest.MonkeyPat
 @needs_emulator
 def test_launches_that_no_kernel_is_compiled_for() -> None:
     module = emulated.load()[0]
+    start, covered = Array(0, "int64", (0,), (1,)), Array(0, "uint8", (0,), (1,))
+    fields = {"rows": {"start": start, "count": start, "next": None}, "chunks": 1, "covered": covered}
     for blocks, threads in ((0, 32), (1, 33), (1, 2 * module.max_threads)):
         with pytest.raises(ValueError, match="launch: expected at least one block of a multiple of 32 threads"):
-            module.mark_rows(0, 0, 1, 0, (blocks, threads, 0))
-    lists = 0, 0, 0, 0, 0, 0, 0
-    with pytest.raises(ValueError, match="merge: expected 'first', 'mean' or 'chain', got 'last'"):
-        module.pkl_workspace((1, 1, 0, 0, 0, 0, 0, lists, lists, 0, 0, 0), "last")
+            module.launch("mark_rows", fields, blocks, threads, 0)
 
 
 @needs_emulator

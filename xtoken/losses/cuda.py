@@ -1,4 +1,4 @@
-"""The backend "cuda": hands tensors to the kernels of csrc/cuda, on the current stream.
+"""The backend "cuda": hands tensors to its kernels, on the current stream.
 
 Nothing here waits for the device: not for the values of tensors, not for a kernel. Outputs and workspace come from
 torch's allocator.
@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Rows
+from xtoken.alignment import Chunks, Rows
 from xtoken.losses import numerics
 from xtoken.losses.backends import Backend, Kernel, Labels, Problem, kernels_of, register_backend
-from xtoken.losses.cpu import ELEMENTS, logits_layout, unit_stride
+from xtoken.losses.cpu import DTYPES, ELEMENTS, Array, Fields, array, unit_stride, unsupported
 from xtoken.projection import column_set
 
 
@@ -31,16 +31,20 @@ def _built() -> Any:
 
 
 class Memory(Protocol):
-    """Where the kernels of one call find their tensors."""
+    """Where the kernels of one call find their tensors, and how they are launched."""
 
-    launch: tuple[int, int, int]  # blocks of the large kernels, threads of a block, stream
+    blocks: int
+    """Of the grid of a large kernel."""
+    threads: int
+    """Of a block."""
+    stream: int
 
-    def input(self, tensor: Tensor | None) -> int:
-        """The address of a tensor's values for the kernels, 0 for None."""
+    def input(self, tensor: Tensor | None) -> Array | None:
+        """A tensor's values for the kernels."""
         ...
 
-    def output(self, tensor: Tensor | None, keep: bool = False) -> int:
-        """The address of a contiguous tensor that kernels fill, or (`keep`) change."""
+    def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
+        """A contiguous tensor that kernels fill, or (`keep`) change."""
         ...
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
@@ -49,24 +53,20 @@ class Memory(Protocol):
 
 
 class DeviceMemory:
-    """The device's own: tensors are used where they are, and kept until the kernels are launched."""
+    """The device's own: tensors are used where they are, and live as long as the fields that name them."""
 
     threads = 512
 
     def __init__(self, device: torch.device) -> None:
-        blocks = torch.cuda.get_device_properties(device).multi_processor_count
-        self.launch = blocks, self.threads, torch.cuda.current_stream(device).cuda_stream
+        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+        self.stream = torch.cuda.current_stream(device).cuda_stream
         self.device = device
-        self.kept: list[Tensor] = []
 
-    def input(self, tensor: Tensor | None) -> int:
-        if tensor is None:
-            return 0
-        self.kept.append(tensor)
-        return tensor.data_ptr()
+    def input(self, tensor: Tensor | None) -> Array | None:
+        return array(tensor)
 
-    def output(self, tensor: Tensor | None, keep: bool = False) -> int:
-        return self.input(tensor)
+    def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
+        return array(tensor)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         make = torch.zeros if zero else torch.empty
@@ -78,9 +78,6 @@ def device_memory(device: torch.device) -> Iterator[Memory]:
     """The memory of a CUDA device, which is the current one meanwhile."""
     with torch.cuda.device(device):
         yield DeviceMemory(device)
-
-
-_Logits = tuple[int, str, int, int, int, int, int]
 
 
 class Kernels:
@@ -96,21 +93,30 @@ class Kernels:
     def __init__(self, module: Any, memory: Callable[[torch.device], AbstractContextManager[Memory]]) -> None:
         self.module, self.memory = module, memory
 
+    def launch(self, memory: Memory, name: str, fields: Fields, blocks: int | None = None) -> None:
+        """Starts a kernel on so many blocks, at most."""
+        self.module.launch(name, fields, memory.blocks if blocks is None else blocks, memory.threads, memory.stream)
+
+    def workspace(self, memory: Memory, name: str, fields: Fields, blocks: int) -> Array | None:
+        """The workspace of a kernel with these fields and so many blocks."""
+        size = self.module.workspace(name, {**fields, "workspace": None})
+        return memory.output(memory.scratch((blocks, size)))
+
     def cross_entropy(
         self, student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
     ) -> None:
         """See `xtoken.losses.backends.CrossEntropy`. With a gradient and a scale of 0 there are no losses either."""
         with self.memory(student.device) as memory:
-            self.module.cross_entropy(
-                logits_argument(memory, student),
-                gradient_argument(memory, student_grad, keep=True),
-                labels_argument(memory, labels, keep=True),
-                numerics.LOWEST_LOGIT,
-                student_grad is not None,
-                floats_argument(memory, factor),
-                0,
-                memory.launch,
-            )
+            fields = {
+                "student": memory.input(unit_stride(student)),
+                "grad": memory.output(student_grad, keep=True),
+                "labels": label_fields(memory, labels, keep=True),
+                "lowest": numerics.LOWEST_LOGIT,
+                "add": student_grad is not None,
+                "factor": float_field(memory, factor),
+                "skip": None,
+            }
+            self.launch(memory, "cross_entropy", fields)
 
     def scale(self, grad: Tensor, factor: Tensor) -> None:
         """``grad *= factor`` for a contiguous gradient; reads and writes nothing for a factor of 1."""
@@ -118,52 +124,85 @@ class Kernels:
             grad.mul_(factor)
             return
         with self.memory(grad.device) as memory:
-            address = memory.output(grad, keep=True)
-            self.module.scale(
-                address, ELEMENTS[grad.dtype], grad.numel(), memory.input(factor.detach().float()), memory.launch
-            )
+            data = memory.output(grad, keep=True)
+            fields = {"data": data, "type": DTYPES[grad.dtype], "size": grad.numel()}
+            self.launch(memory, "scale", {**fields, "factor": float_field(memory, factor)})
 
-    def other_rows(
-        self, memory: Memory, student: _Logits, grad: _Logits, rows: tuple[int, int, int], chunks: Rows, labels: Any
-    ) -> None:
-        """Rows of no chunk: zeros, or the cross-entropy's gradient."""
-        covered = memory.scratch((student[2] * student[3],), torch.uint8, zero=True)
-        address = memory.output(covered)
-        self.module.mark_rows(rows[0], rows[1], len(chunks.start), address, memory.launch)
-        self.module.cross_entropy(student, grad, labels, numerics.LOWEST_LOGIT, False, 0, address, memory.launch)
+    def other_rows(self, memory: Memory, fields: Fields, rows: int) -> None:
+        """Of so many rows, those of no chunk: zeros, or the cross-entropy's gradient. `fields` are those of a loss."""
+        covered = memory.output(memory.scratch((rows,), torch.uint8, zero=True))
+        marked = {"rows": fields["student_rows"], "chunks": fields["chunks"], "covered": covered}
+        self.launch(memory, "mark_rows", marked)
+        shared = {name: fields[name] for name in ("student", "grad", "labels", "lowest")}
+        self.launch(memory, "cross_entropy", {**shared, "add": False, "factor": None, "skip": covered})
+
+    def run_chunks(
+        self,
+        memory: Memory,
+        name: str,
+        problem: Problem,
+        student_grad: Tensor | None,
+        scale: Tensor | None,
+        labels: Labels | None,
+        fields: Fields,
+    ) -> Tensor:
+        """The losses of all chunks [K], and all rows of the gradient, by a kernel with `XTOKEN_CHUNKS` and `fields`."""
+        losses = torch.empty(len(problem.chunks), dtype=torch.float32, device=problem.student.device)
+        given = {
+            **chunk_fields(memory, problem, problem.chunks, student_grad, scale),
+            "labels": label_fields(memory, labels),
+            "losses": memory.output(losses),
+            **fields,
+        }
+        grid = self.grid(memory, problem)
+        if "workspace" in fields:
+            given["workspace"] = self.workspace(memory, name, given, grid)
+        self.launch(memory, name, given, grid)
+        if student_grad is not None or labels is not None:
+            self.other_rows(memory, given, problem.student.shape[0] * problem.student.shape[1])
+        return losses
+
+    def grid(self, memory: Memory, problem: Problem) -> int:
+        """Blocks that share out the chunks."""
+        return max(1, min(memory.blocks, len(problem.chunks)))
 
 
-def logits_argument(memory: Memory, logits: Tensor) -> _Logits:
-    given = unit_stride(logits)
-    return memory.input(given), *logits_layout(given)
+def chunk_fields(
+    memory: Memory,
+    problem: Problem,
+    chunks: Chunks,
+    student_grad: Tensor | None,
+    scale: Tensor | None,
+    keep: bool = False,
+) -> dict[str, Any]:
+    """`XTOKEN_CHUNKS` for (some of) the chunks. `keep`: not all rows of the gradient are written."""
+    return {
+        "student": memory.input(unit_stride(problem.student)),
+        "teacher": memory.input(unit_stride(problem.teacher)),
+        "grad": memory.output(student_grad, keep),
+        "student_rows": rows_fields(memory, chunks.student),
+        "teacher_rows": rows_fields(memory, chunks.teacher),
+        "chunks": len(chunks),
+        "scale": float_field(memory, scale),
+        "lowest": numerics.LOWEST_LOGIT,
+    }
 
 
-def gradient_argument(memory: Memory, grad: Tensor | None, keep: bool = False) -> _Logits:
-    return memory.output(grad, keep), *logits_layout(grad)
+def rows_fields(memory: Memory, rows: Rows) -> Fields:
+    following = None if rows.next_ids is None else rows.next_ids.contiguous()
+    start, count = rows.start.contiguous(), rows.count.contiguous()
+    return {"start": memory.input(start), "count": memory.input(count), "next": memory.input(following)}
 
 
-def rows_argument(memory: Memory, rows: Rows) -> tuple[int, int, int]:
-    next_ids = None if rows.next_ids is None else rows.next_ids.contiguous()
-    return memory.input(rows.start.contiguous()), memory.input(rows.count.contiguous()), memory.input(next_ids)
-
-
-def labels_argument(memory: Memory, labels: Labels | None, keep: bool = False) -> tuple[int, int, int]:
+def label_fields(memory: Memory, labels: Labels | None, keep: bool = False) -> Fields:
     if labels is None:
-        return 0, 0, 0
-    return memory.input(labels.ids.contiguous()), memory.input(labels.scale), memory.output(labels.losses, keep)
+        return {"ids": None, "scale": None, "losses": None}
+    ids, losses = memory.input(labels.ids.contiguous()), memory.output(labels.losses, keep)
+    return {"ids": ids, "scale": memory.input(labels.scale), "losses": losses}
 
 
-def floats_argument(memory: Memory, values: Tensor | None) -> int:
+def float_field(memory: Memory, values: Tensor | None) -> Array | None:
     return memory.input(None if values is None else values.detach().float().contiguous())
-
-
-def unsupported(problem: Problem) -> str | None:
-    """Why the kernels cannot take a problem, or None."""
-    for name, logits in (("student_logits", problem.student), ("teacher_logits", problem.teacher)):
-        if logits.dtype not in ELEMENTS:
-            known = ", ".join(map(str, ELEMENTS))
-            return f"{name}: expected one of {known}, got {logits.dtype}"
-    return None
 
 
 def backend(name: str, kernels: Kernels, device_type: str) -> Backend:

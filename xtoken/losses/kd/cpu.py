@@ -1,4 +1,4 @@
-"""Same-tokenizer KL, cross-entropy and column sets of the backend "cpu": hands tensors to csrc/cpu."""
+"""Same-tokenizer KL of the backend "cpu": csrc/losses/kd."""
 
 from __future__ import annotations
 
@@ -7,10 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken import _core
-from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cpu import ChunkArguments, LabelBuffers
+from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 
 
 def run(
@@ -27,17 +25,13 @@ def run(
     Needs no scratch memory for all columns, and 8 bytes a column and thread for a subset.
     """
     options: Any = problem.options
-    chunks = ChunkArguments(problem, student_grad, scale)
     buffers = LabelBuffers(labels)
-    _core.cpu_kd(
-        *chunks.argument,
-        buffers.argument,
-        options.temperature,
-        options.reverse,
-        numerics.LOWEST_LOGIT,
-        None if options.columns is None else options.columns.to(torch.int32).numpy(),
-        level,
-        torch.get_num_threads(),
-    )
+    fields = {
+        "labels": buffers.fields,
+        "temperature": options.temperature,
+        "reverse": options.reverse,
+        "columns": array(None if options.columns is None else options.columns.to(torch.int32)),
+    }
+    losses = run_chunks("kd", problem, student_grad, scale, level, fields)
     buffers.finish()
-    return chunks.losses()
+    return losses

@@ -1,4 +1,4 @@
-"""Same-tokenizer KL of the backend "cuda": hands tensors to csrc/cuda/kd."""
+"""Same-tokenizer KL of the backend "cuda": csrc/losses/kd."""
 
 from __future__ import annotations
 
@@ -7,16 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cuda import (
-    Kernels,
-    floats_argument,
-    gradient_argument,
-    labels_argument,
-    logits_argument,
-    rows_argument,
-)
+from xtoken.losses.cuda import Kernels
 
 TAKES_MASK = True
 
@@ -31,35 +23,17 @@ def run(
 ) -> Tensor:
     """KL for one shared tokenizer."""
     options: Any = problem.options
-    chunks, device = problem.chunks, problem.student.device
-    losses = torch.empty(len(chunks), dtype=torch.float32, device=device)
     columns, place = options.columns, None
-    width = problem.student.shape[-1]
+    width, device = problem.student.shape[-1], problem.student.device
     if columns is not None:
         place = torch.full((width,), -1, dtype=torch.int32, device=device)
         place[columns] = torch.arange(len(columns), dtype=torch.int32, device=device)
     with kernels.memory(device) as memory:
-        student, grad = logits_argument(memory, problem.student), gradient_argument(memory, student_grad)
-        student_rows = rows_argument(memory, chunks.student)
-        label_arguments = labels_argument(memory, labels)
-        kernels.module.kd(
-            student,
-            logits_argument(memory, problem.teacher),
-            grad,
-            student_rows[0],
-            rows_argument(memory, chunks.teacher)[0],
-            len(chunks),
-            memory.input(None if columns is None else columns.to(torch.int32)),
-            memory.input(place),
-            width if columns is None else len(columns),
-            floats_argument(memory, scale),
-            memory.output(losses),
-            label_arguments,
-            options.temperature,
-            options.reverse,
-            numerics.LOWEST_LOGIT,
-            memory.launch,
-        )
-        if student_grad is not None or labels is not None:
-            kernels.other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
-    return losses
+        fields = {
+            "temperature": options.temperature,
+            "reverse": options.reverse,
+            "chosen": memory.input(None if columns is None else columns.to(torch.int32)),
+            "place": memory.input(place),
+            "columns": width if columns is None else len(columns),
+        }
+        return kernels.run_chunks(memory, "kd", problem, student_grad, scale, labels, fields)

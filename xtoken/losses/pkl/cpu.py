@@ -1,79 +1,71 @@
-"""The backend "cpu": hands tensors to the kernels of csrc/cpu."""
+"""P-KL of the backend "cpu": csrc/losses/pkl."""
 
 from __future__ import annotations
 
-import weakref
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from xtoken import _core
 from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
+from xtoken.losses.cached import Cached
+from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 from xtoken.losses.loss import Matrix
 
 
-class _Kept(NamedTuple):
-    """A plan, its columns (None: all) and the weights that it was made of."""
-
-    plan: _core.CpuPlan
-    columns: Tensor | None
-    weight: weakref.ref[Tensor]
-    version: int
-
-
 @dataclass
-class _Plans:
-    """The layouts of one W: its transpose, the plan for all columns, and the last one for a subset."""
+class _Layout:
+    """W in one set of columns (None: all): the plans of its weights, of which the last is the next one's model."""
 
-    matrix: _core.CpuMatrix
-    all: _Kept | None = None
-    subset: _Kept | None = None
+    matrix: _core.Built
+    columns: Tensor | None
+    last: _core.Built | None = None
+    plans: Cached[_core.Built] = field(default_factory=Cached)
+
+    def plan_for(self, weight: Tensor) -> _core.Built:
+        def make() -> _core.Built:
+            values = weight.detach().cpu().to(torch.float32).contiguous()
+            columns = None if self.columns is None else self.columns.to(torch.int32)
+            fields = {"matrix": self.matrix, "weight": array(values), "columns": array(columns), "like": self.last}
+            self.last = _core.build("pkl_plan", fields)
+            return self.last
+
+        return self.plans.of((weight,), make)
 
 
-_PLANS = Layouts[_Plans]()
-"""Of the tensor of W's column ids, which lives as long as W, and of its row pointers."""
+class _Layouts:
+    """The layouts of one W: that for all columns, and the last one for a subset."""
+
+    def __init__(self, projection: Matrix) -> None:
+        row_ptr, col = projection.row_ptr.detach().cpu(), projection.col.detach().cpu()
+        fields = {"row_ptr": array(row_ptr), "col": array(col), "teacher_size": projection.shape[1]}
+        self.matrix = _core.build("pkl_matrix", fields)
+        self.all = _Layout(self.matrix, None)
+        self.subset: _Layout | None = None
+
+    def of(self, columns: Tensor) -> _Layout:
+        """That of ascending columns [C]."""
+        if self.subset is None or self.subset.columns is None or not torch.equal(self.subset.columns, columns):
+            self.subset = _Layout(self.matrix, columns.clone())
+        return self.subset
 
 
-def plan_for(projection: Matrix, columns: Tensor) -> _core.CpuPlan:
-    """The layout of W in ascending columns [C].
+_LAYOUTS = Cached[_Layouts]()
+"""By the tensor of W's column ids, which lives as long as W."""
+
+
+def plan_for(projection: Matrix, columns: Tensor) -> _core.Built:
+    """The layout of W in ascending columns [C], with its weights.
 
     Kept while W has its entries in the same places, for a subset until another one comes. Other weights, which a
     learnable W has at every step, are put into the layout that there is.
     """
-    plans = _plans_of(projection)
-    everything = len(columns) == projection.shape[1]
-    kept = plans.all if everything else plans.subset
-    if kept is not None and kept.columns is not None and not torch.equal(kept.columns, columns):
-        kept = None
-    weight = projection.weight
-    if kept is not None and kept.weight() is weight and kept.version == weight._version:
-        return kept.plan
-    values = np.ascontiguousarray(weight.detach().cpu().to(torch.float32).numpy())
-    if kept is not None:
-        plan = kept.plan.reweighted(plans.matrix, values)
-    else:
-        ids = np.empty(0, np.int32) if everything else columns.to(torch.int32).numpy()
-        plan = _core.CpuPlan(plans.matrix, values, ids)
-    made = _Kept(plan, None if everything else columns.clone(), weakref.ref(weight), weight._version)
-    if everything:
-        plans.all = made
-    else:
-        plans.subset = made
-    return plan
-
-
-def _plans_of(projection: Matrix) -> _Plans:
-    row_ptr, col = projection.row_ptr, projection.col
-
-    def make() -> _Plans:
-        return _Plans(_core.CpuMatrix(row_ptr.detach().cpu().numpy(), col.detach().cpu().numpy(), projection.shape[1]))
-
-    return _PLANS.of((col, row_ptr), make)
+    layouts = _LAYOUTS.of((projection.col, projection.row_ptr), lambda: _Layouts(projection))
+    layout = layouts.all if len(columns) == projection.shape[1] else layouts.of(columns)
+    return layout.plan_for(projection.weight)
 
 
 def run(
@@ -90,24 +82,19 @@ def run(
     The scratch memory is a few megabytes per thread, whatever the number of rows.
     """
     options: Any = problem.options
-    chunks = ChunkArguments(problem, student_grad, scale)
-    plan = plan_for(options.projection, options.columns)
-    weight_sums = None if weight_grad is None else torch.empty(plan.entries, dtype=torch.float64)
+    sums = None if weight_grad is None else torch.empty(len(options.entry_index), dtype=torch.float64)
     buffers = LabelBuffers(labels)
-    _core.cpu_pkl(
-        plan,
-        *chunks.argument,
-        0 if weight_sums is None else weight_sums.data_ptr(),
-        buffers.argument,
-        options.temperature,
-        options.merge,
-        options.reverse,
-        numerics.LOWEST_LOGIT,
-        numerics.EPSILON,
-        level,
-        torch.get_num_threads(),
-    )
-    if weight_grad is not None and weight_sums is not None:
-        weight_grad.index_add_(0, options.entry_index, weight_sums.to(weight_grad.dtype))
+    fields = {
+        "labels": buffers.fields,
+        "temperature": options.temperature,
+        "reverse": options.reverse,
+        "merge": options.merge,
+        "epsilon": numerics.EPSILON,
+        "weight_grad": array(sums),
+        "plan": plan_for(options.projection, options.columns),
+    }
+    losses = run_chunks("pkl", problem, student_grad, scale, level, fields)
+    if weight_grad is not None and sums is not None:
+        weight_grad.index_add_(0, options.entry_index, sums.to(weight_grad.dtype))
     buffers.finish()
-    return chunks.losses()
+    return losses

@@ -6,7 +6,6 @@ on every step, needs only a few small operations on the device.
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,37 +13,39 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken.alignment import synchronized
 from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cuda import (
-    Kernels,
-    Memory,
-    floats_argument,
-    gradient_argument,
-    labels_argument,
-    logits_argument,
-    rows_argument,
-)
+from xtoken.losses.cached import Cached
+from xtoken.losses.cuda import Array, Kernels, Memory
 from xtoken.losses.loss import Matrix
-
-WARP = 32
-"""Lists that are summed side by side, and entries of a longer list that are."""
+from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 
 _Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class Lists:
-    """Weighted sums in the layout of csrc/cuda/pkl.h; `owner` is the row or column of each."""
+    """Weighted sums, as `SumLists` of csrc/losses/pkl/params.h; `owner` is the row or column of each."""
 
     shared: int
     start: Tensor  # int32 [slices + 1]
     index: Tensor  # int32 [32 * start[slices]]
     entry: Tensor  # int64, as index: entries of W; their number where there is none
     owner: Tensor  # int32 [count]
+
+    @staticmethod
+    def of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints) -> Lists:
+        """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
+        lists = SlicedLists.of(keys, begin, counts)
+        index, entries = torch.from_numpy(other.astype(np.int32)), torch.from_numpy(entry)
+        return Lists(lists.shared, lists.start, lists.put(index, 0), lists.put(entries, len(entry)), lists.owner)
+
+    def fields(self, memory: Memory, index: Tensor, weight: Tensor, wanted: Tensor | None) -> dict[str, Any]:
+        """A `SumLists` of csrc."""
+        tensors = {"index": index, "weight": weight, "wanted": wanted}
+        return {**list_fields(self, memory), **{name: memory.input(tensor) for name, tensor in tensors.items()}}
 
 
 @dataclass(frozen=True)
@@ -59,39 +60,6 @@ class Structure:
     row_code: Tensor  # int32 [V_student]: a teacher id, -1: nothing, -2 - n: list n
     column_lists: Lists
     row_lists: Lists
-
-
-def lists_of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints, total: int) -> Lists:
-    """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
-    order = np.argsort(-counts, kind="stable")
-    keys, counts, begin = keys[order], counts[order], begin[order]
-    shared = int((counts > WARP).sum())
-    lengths = np.concatenate([-(-counts[:shared] // WARP), counts[shared::WARP]])
-    start = np.concatenate([[0], lengths.cumsum()]).astype(np.int64)
-    number = np.repeat(np.arange(len(keys)), counts)
-    offset = np.arange(len(number)) - np.repeat(counts.cumsum() - counts, counts)
-    source = np.repeat(begin, counts) + offset
-    alone = number < shared
-    side = (number - shared) // WARP
-    at = np.where(
-        alone,
-        WARP * start[np.where(alone, number, 0)] + offset,
-        WARP * (start[np.where(alone, 0, shared + side)] + offset) + (number - shared) % WARP,
-    )
-    index = np.zeros(WARP * start[-1], np.int32)
-    entries = np.full(WARP * start[-1], total, np.int64)
-    index[at], entries[at] = other[source], entry[source]
-    return Lists(
-        shared,
-        torch.from_numpy(start.astype(np.int32)),
-        torch.from_numpy(index),
-        torch.from_numpy(entries),
-        torch.from_numpy(keys.astype(np.int32)),
-    )
-
-
-def _moved(value: Any, device: torch.device) -> Any:
-    return type(value)(*(x.to(device) if isinstance(x, Tensor) else x for x in vars(value).values()))
 
 
 def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Structure:
@@ -117,10 +85,10 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     identity = np.arange(total)
     column_code, many_columns = codes(column_count, column_begin, by_column, row)
     row_code, many_rows = codes(row_count, row_ptr[:-1], identity, col.astype(np.int64))
-    column_lists = lists_of(
-        many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column, total
+    column_lists = Lists.of(
+        many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column
     )
-    row_lists = lists_of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity, total)
+    row_lists = Lists.of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity)
     column_code[column_code < 0] = students
     column_code[column_lists.owner.numpy()] = students + 1 + np.arange(len(many_columns))
     row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
@@ -131,14 +99,14 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
         np.concatenate([[0], np.sort(column_count)[::-1].cumsum()]),
         torch.from_numpy(column_code.astype(np.int32)).to(device),
         torch.from_numpy(row_code.astype(np.int32)).to(device),
-        _moved(column_lists, device),
-        _moved(row_lists, device),
+        tensors_to(column_lists, device),
+        tensors_to(row_lists, device),
     )
 
 
 @dataclass(frozen=True)
 class Plan:
-    """W in a column set, before `row_weight` is computed; see PklPlan in csrc/cuda/pkl.h."""
+    """W in a column set, before `row_weight` is computed; see PklPlan in csrc/losses/pkl/params.h."""
 
     structure: Structure
     weight: Tensor  # float32 [nnz]
@@ -210,20 +178,10 @@ def entries_of(plan: Plan, columns: Tensor) -> Entries:
     return Entries(index, structure.row[given], torch.where(place[given] >= 0, place[given], len(columns)))
 
 
-@dataclass
-class _Kept:
-    """Of one W on one device: the layouts, and the plan for all columns."""
-
-    weight: weakref.ref[Tensor]
-    version: int
-    exact: bool
-    structure: Structure
-    device_weight: Tensor | None = None
-    everything: Plan | None = None
-
-
-_KEPT: Any = WeakIdKeyDictionary()
-"""By the tensor of W's column ids, which lives as long as W: {device: _Kept}."""
+_STRUCTURES = Cached[Structure]()
+_WEIGHTS = Cached[Tensor]()
+_PLANS = Cached[Plan]()
+"""For all columns."""
 
 
 def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor | None = None) -> Plan:
@@ -234,25 +192,25 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor |
     weights stay as they are).
     """
     device, weight = columns.device, projection.weight
-    kept: dict[torch.device, _Kept] = _KEPT.setdefault(projection.col, {})
-    known = kept.get(device)
-    same = known is not None and known.weight() is weight and known.version == weight._version
-    if known is None or (known.exact and (trained or not same)):
-        known = _Kept(weakref.ref(weight), weight._version, not trained, structure_of(projection, device, not trained))
-        kept[device] = known
-        same = not trained
-    if not same or known.device_weight is None:
-        known.weight, known.version, known.everything = weakref.ref(weight), weight._version, None
-        known.device_weight = weight.detach().to(device, torch.float32).contiguous()
-        if not trained:
-            synchronized(known.device_weight)
+    places = projection.col, projection.row_ptr
+    looked_at = places if trained else (*places, weight)
+    structure = _STRUCTURES.of(looked_at, lambda: structure_of(projection, device, not trained), device, trained)
+
+    def ready(tensor: Tensor) -> Tensor:
+        return tensor if trained else synchronized(tensor)
+
+    def weights() -> Tensor:
+        return ready(weight.detach().to(device, torch.float32).contiguous())
+
+    def everything() -> Plan:
+        plan = plan_of(structure, device_weight, columns)
+        ready(plan.row_weight)
+        return plan
+
+    device_weight = _WEIGHTS.of((weight,), weights, device)
     if len(columns) != projection.shape[1]:
-        return plan_of(known.structure, known.device_weight, columns, count)
-    if known.everything is None:
-        known.everything = plan_of(known.structure, known.device_weight, columns)
-        if not trained:
-            synchronized(known.everything.row_weight)
-    return known.everything
+        return plan_of(structure, device_weight, columns, count)
+    return _PLANS.of((weight, *places), everything, device, trained)
 
 
 def run(
@@ -265,90 +223,54 @@ def run(
 ) -> Tensor:
     """P-KL; the workspace is about a megabyte per block of the grid, whatever the number of rows."""
     options: Any = problem.options
-    chunks = problem.chunks
-    count, device = len(chunks), problem.student.device
     trained = problem.weight is not None or options.projection.weight.requires_grad
     plan = plan_for(options.projection, options.chosen, trained, options.count)
-    losses = torch.empty(count, dtype=torch.float32, device=device)
-    with kernels.memory(device) as memory:
-        blocks, threads, stream = memory.launch
-        student, grad = logits_argument(memory, problem.student), gradient_argument(memory, student_grad)
-        entries = entries_of(plan, options.chosen) if weight_grad is not None else None
-        arguments = _plan(kernels, memory, plan, entries)
-        grid = max(1, min(blocks, count))
+    entries = entries_of(plan, options.chosen) if weight_grad is not None else None
+    with kernels.memory(problem.student.device) as memory:
+        grid = kernels.grid(memory, problem)
         sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
-        workspace = memory.scratch((grid, kernels.module.pkl_workspace(arguments, options.merge)))
-        student_rows = rows_argument(memory, chunks.student)
-        label_arguments = labels_argument(memory, labels)
-        kernels.module.pkl(
-            arguments,
-            student,
-            logits_argument(memory, problem.teacher),
-            grad,
-            student_rows,
-            rows_argument(memory, chunks.teacher),
-            count,
-            floats_argument(memory, scale),
-            memory.output(losses),
-            memory.output(sums),
-            label_arguments,
-            options.temperature,
-            options.merge,
-            options.reverse,
-            numerics.LOWEST_LOGIT,
-            numerics.EPSILON,
-            memory.output(workspace),
-            (grid, threads, stream),
-        )
+        fields = {
+            "temperature": options.temperature,
+            "reverse": options.reverse,
+            "merge": options.merge,
+            "epsilon": numerics.EPSILON,
+            "weight_sums": memory.output(sums),
+            "workspace": None,
+            "plan": _plan_fields(kernels, memory, plan, entries),
+        }
+        losses = kernels.run_chunks(memory, "pkl", problem, student_grad, scale, labels, fields)
         if sums is not None:
-            total = torch.empty(sums.shape[1], dtype=torch.float32, device=device)
-            kernels.module.sum_blocks(
-                memory.input(sums), grid, sums.shape[1], memory.output(total), (4 * blocks, threads, stream)
-            )
-        if student_grad is not None or labels is not None:
-            kernels.other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
+            total = torch.empty(sums.shape[1], dtype=torch.float32, device=sums.device)
+            parts = {"sums": memory.input(sums), "blocks": grid, "entries": sums.shape[1]}
+            kernels.launch(memory, "sum_blocks", {**parts, "out": memory.output(total)}, 4 * memory.blocks)
     if weight_grad is not None and entries is not None:
         entries.add(total, weight_grad)
     return losses
 
 
-def _plan(kernels: Kernels, memory: Memory, plan: Plan, entries: Entries | None) -> tuple[Any, ...]:
-    """The argument of `pkl`, with the sums of W's rows in the columns."""
+def _plan_fields(kernels: Kernels, memory: Memory, plan: Plan, entries: Entries | None) -> dict[str, Any]:
+    """A `PklPlan` of csrc, with the sums of W's rows in the columns."""
     structure, students = plan.structure, len(plan.row_slot)
-    row_weight = memory.scratch((students,))
-    blocks, threads, stream = memory.launch
-    kernels.module.row_weights(
-        memory.input(structure.row_ptr),
-        memory.input(structure.col),
-        memory.input(plan.weight),
-        memory.input(plan.place),
-        students,
-        memory.output(row_weight),
-        (4 * blocks, threads, stream),
-    )
-    return (
-        students,
-        len(plan.column_slot),
-        memory.input(plan.chosen),
-        memory.input(plan.count),
-        memory.input(plan.column_slot),
-        memory.input(plan.row_slot),
-        memory.input(row_weight),
-        _lists(memory, structure.column_lists, structure.column_lists.index, plan.column_weight, plan.column_wanted),
-        _lists(memory, structure.row_lists, plan.row_index, plan.row_weight, None),
-        memory.input(None if entries is None else entries.row),
-        memory.input(None if entries is None else entries.column),
-        0 if entries is None else len(entries.index),
-    )
+    columns, rows = structure.column_lists, structure.row_lists
+    return {
+        "students": students,
+        "columns": len(plan.column_slot),
+        "chosen": memory.input(plan.chosen),
+        "count": memory.input(plan.count),
+        "column_slot": memory.input(plan.column_slot),
+        "row_slot": memory.input(plan.row_slot),
+        "row_weight": _row_weights(kernels, memory, plan, students),
+        "column_lists": columns.fields(memory, columns.index, plan.column_weight, plan.column_wanted),
+        "row_lists": rows.fields(memory, plan.row_index, plan.row_weight, None),
+        "entry_row": memory.input(None if entries is None else entries.row),
+        "entry_column": memory.input(None if entries is None else entries.column),
+        "entries": 0 if entries is None else len(entries.index),
+    }
 
 
-def _lists(memory: Memory, lists: Lists, index: Tensor, weight: Tensor, wanted: Tensor | None) -> tuple[int, ...]:
-    return (
-        len(lists.start) - 1,
-        lists.shared,
-        len(lists.owner),
-        memory.input(lists.start),
-        memory.input(index),
-        memory.input(weight),
-        memory.input(wanted),
-    )
+def _row_weights(kernels: Kernels, memory: Memory, plan: Plan, students: int) -> Array | None:
+    structure, result = plan.structure, memory.output(memory.scratch((students,)))
+    tensors = {"row_ptr": structure.row_ptr, "col": structure.col, "weight": plan.weight, "place": plan.place}
+    fields = {name: memory.input(tensor) for name, tensor in tensors.items()}
+    kernels.launch(memory, "row_weights", {**fields, "rows": students, "row_weight": result}, 4 * memory.blocks)
+    return result

@@ -1,18 +1,22 @@
-"""Prefix KL of the backend "cpu": hands tensors to csrc/cpu/prefix."""
+"""Prefix KL of the backend "cpu": csrc/losses/prefix_kl."""
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xtoken import _core
-from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cpu import ChunkArguments, LabelBuffers, Layouts
+from xtoken.losses.cached import Cached
+from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 
-_PLANS = Layouts[_core.CpuPrefixPlan]()
+_PLANS = Cached[_core.Built]()
+
+
+def _plan_of(pieces: Tensor) -> _core.Built:
+    return _core.build("prefix_plan", {"data": array(pieces.cpu())})
 
 
 def run(
@@ -29,18 +33,13 @@ def run(
     Scratch memory is about 2.4 MB per thread for vocabularies of 150,000, whatever the number of rows.
     """
     options: Any = problem.options
-    pieces = options.pieces
-    chunks = ChunkArguments(problem, student_grad, scale)
     buffers = LabelBuffers(labels)
-    _core.cpu_prefix(
-        _PLANS.of((pieces,), lambda: _core.CpuPrefixPlan(pieces.cpu().numpy())),
-        *chunks.argument,
-        buffers.argument,
-        options.temperature,
-        options.reverse,
-        numerics.LOWEST_LOGIT,
-        level,
-        torch.get_num_threads(),
-    )
+    fields = {
+        "labels": buffers.fields,
+        "temperature": options.temperature,
+        "reverse": options.reverse,
+        "plan": _PLANS.of((options.pieces,), partial(_plan_of, options.pieces)),
+    }
+    losses = run_chunks("prefix_kl", problem, student_grad, scale, level, fields)
     buffers.finish()
-    return chunks.losses()
+    return losses

@@ -9,37 +9,36 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from xtoken.alignment import Chunks, Rows, synchronized
-from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cuda import (
-    Kernels,
-    Memory,
-    floats_argument,
-    gradient_argument,
-    labels_argument,
-    logits_argument,
-    rows_argument,
-)
-from xtoken.losses.pkl.cuda import lists_of
+from xtoken.losses.cached import Cached
+from xtoken.losses.cuda import Kernels, Memory
+from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 from xtoken.pieces import Side, sides
 
 
 @dataclass(frozen=True)
 class TokenLists:
-    """Lists of tokens in the layout of csrc/cuda/prefix.h."""
+    """Lists of tokens in the layout of csrc/losses/prefix_kl/params.h."""
 
     shared: int
     start: Tensor  # int32 [slices + 1]
     tokens: Tensor  # int32 [32 * start[slices]]
     event: Tensor  # int32 [count]
 
+    @property
+    def owner(self) -> Tensor:
+        return self.event
+
+    def fields(self, memory: Memory) -> dict[str, Any]:
+        """A `TokenLists` of csrc."""
+        return {**list_fields(self, memory), "tokens": memory.input(self.tokens), "event": memory.input(self.event)}
+
 
 @dataclass(frozen=True)
 class PrefixPlan:
-    """A piece index on a device; see csrc/cuda/prefix.h."""
+    """A piece index on a device; see csrc/losses/prefix_kl/params.h."""
 
     sides: tuple[Side, Side]
     slot: Tensor  # int32 [V_student]
@@ -48,22 +47,36 @@ class PrefixPlan:
     teacher_lists: TokenLists
     most: int
 
+    def fields(self, memory: Memory) -> dict[str, Any]:
+        """A `PrefixPlan` of csrc."""
+
+        def side(one: Side) -> dict[str, Any]:
+            tensors = {name: memory.input(getattr(one, name)) for name in ("length", "order", "ptr", "pieces")}
+            return {"size": len(one.event), **tensors}
+
+        return {
+            "side": [side(one) for one in self.sides],
+            "slot": memory.input(self.slot),
+            "events": self.events,
+            "student_lists": self.student_lists.fields(memory),
+            "teacher_lists": self.teacher_lists.fields(memory),
+            "most": self.most,
+        }
+
 
 def _token_lists(
     keys: NDArray[np.int64], event: NDArray[np.int64], number: NDArray[np.int64] | None
 ) -> tuple[TokenLists, NDArray[np.int64]]:
     """The lists of the tokens of each event in `keys`, and the numbers [events] that they have: given, or in order."""
-    total = len(event)
     counts = np.bincount(event, minlength=int(keys.max(initial=-1)) + 1)
-    tokens = np.argsort(event, kind="stable")
-    made = lists_of(keys, counts[keys], (counts.cumsum() - counts)[keys], tokens, np.arange(total), total)
+    tokens = torch.from_numpy(np.argsort(event, kind="stable").astype(np.int32))
+    made = SlicedLists.of(keys, (counts.cumsum() - counts)[keys], counts[keys])
     owner = made.owner.long().numpy()
     if number is None:
         ordered = owner[owner != keys.max()]
         number = np.full(len(counts), len(ordered))
         number[ordered] = np.arange(len(ordered))
-    padded = torch.where(made.entry == total, -1, made.index)
-    return TokenLists(made.shared, made.start, padded, torch.from_numpy(number[owner].astype(np.int32))), number
+    return TokenLists(made.shared, made.start, made.put(tokens, -1), torch.from_numpy(number[owner]).int()), number
 
 
 def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
@@ -87,32 +100,22 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
         begin, end, ids = side.ptr[:-1].numpy(), side.ptr[1:].numpy(), side.pieces.numpy()
         most = max(most, int(np.bincount(ids[begin[begin < end]], minlength=1).max()))
 
-    def moved(lists: TokenLists) -> TokenLists:
-        return TokenLists(lists.shared, *(x.to(device) for x in (lists.start, lists.tokens, lists.event)))
-
     return PrefixPlan(
         (Side(*(x.to(device) for x in both[0])), Side(*(x.to(device) for x in both[1]))),
         synchronized(torch.from_numpy(slot.astype(np.int32)).to(device)),
         len(listed),
-        moved(student_lists),
-        moved(teacher_lists),
+        tensors_to(student_lists, device),
+        tensors_to(teacher_lists, device),
         most,
     )
 
 
-_PLANS: Any = WeakTensorKeyDictionary()
-"""By the data of a piece index: (its version, {device: plan})."""
+_PLANS = Cached[PrefixPlan]()
 
 
 def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
-    """The plan on a device; kept for as long as the index lives and does not change. The first call waits for it."""
-    kept = _PLANS.get(pieces)
-    if kept is None or kept[0] != pieces._version:
-        kept = _PLANS[pieces] = pieces._version, {}
-    plans: dict[torch.device, PrefixPlan] = kept[1]
-    if device not in plans:
-        plans[device] = prefix_plan_of(pieces, device)
-    return plans[device]
+    """The plan on a device. The first call waits for it."""
+    return _PLANS.of((pieces,), lambda: prefix_plan_of(pieces, device), device)
 
 
 def check_ids(chunks: Chunks, sizes: tuple[int, int]) -> None:
@@ -141,55 +144,13 @@ def run(
 ) -> Tensor:
     """Prefix KL; the workspace is about 150 KB per block of the grid for vocabularies of 150,000."""
     options: Any = problem.options
-    chunks = problem.chunks
-    count, device = len(chunks), problem.student.device
-    check_ids(chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
-    plan = prefix_plan_for(options.pieces, device)
-    losses = torch.empty(count, dtype=torch.float32, device=device)
-    with kernels.memory(device) as memory:
-        blocks, threads, stream = memory.launch
-        student, grad = logits_argument(memory, problem.student), gradient_argument(memory, student_grad)
-        arguments = _prefix_plan(memory, plan)
-        grid = max(1, min(blocks, count))
-        workspace = memory.scratch((grid, kernels.module.prefix_workspace(arguments)))
-        student_rows = rows_argument(memory, chunks.student)
-        label_arguments = labels_argument(memory, labels)
-        kernels.module.prefix(
-            arguments,
-            student,
-            logits_argument(memory, problem.teacher),
-            grad,
-            student_rows,
-            rows_argument(memory, chunks.teacher),
-            count,
-            floats_argument(memory, scale),
-            memory.output(losses),
-            label_arguments,
-            options.temperature,
-            options.reverse,
-            numerics.LOWEST_LOGIT,
-            memory.output(workspace),
-            (grid, threads, stream),
-        )
-        if student_grad is not None or labels is not None:
-            kernels.other_rows(memory, student, grad, student_rows, chunks.student, label_arguments)
-    return losses
-
-
-def _prefix_plan(memory: Memory, plan: PrefixPlan) -> tuple[Any, ...]:
-    def lists(one: TokenLists) -> tuple[int, ...]:
-        tensors = one.start, one.tokens, one.event
-        return len(one.start) - 1, one.shared, len(one.event), *(memory.input(tensor) for tensor in tensors)
-
-    sides = [
-        (len(side.event), *(memory.input(tensor) for tensor in (side.length, side.order, side.ptr, side.pieces)))
-        for side in plan.sides
-    ]
-    return (
-        *sides,
-        memory.input(plan.slot),
-        plan.events,
-        lists(plan.student_lists),
-        lists(plan.teacher_lists),
-        plan.most,
-    )
+    check_ids(problem.chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
+    plan = prefix_plan_for(options.pieces, problem.student.device)
+    with kernels.memory(problem.student.device) as memory:
+        fields = {
+            "temperature": options.temperature,
+            "reverse": options.reverse,
+            "workspace": None,
+            "plan": plan.fields(memory),
+        }
+        return kernels.run_chunks(memory, "prefix_kl", problem, student_grad, scale, labels, fields)

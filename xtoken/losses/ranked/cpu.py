@@ -1,27 +1,30 @@
-"""GOLD, H-KL and ULD of the backend "cpu": hands tensors to csrc/cpu/gold."""
+"""The ranked losses of the backend "cpu": csrc/losses/ranked."""
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from xtoken import _core
-from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cpu import ChunkArguments, Layouts
+from xtoken.losses.cached import Cached
+from xtoken.losses.cpu import array, run_chunks
 from xtoken.losses.ranked import PreparedRanked
 
 FUSES_LABELS = False
 
-_PLANS = Layouts[_core.CpuGoldPlan]()
+_PLANS = Cached[_core.Built]()
 
 
-def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -> _core.CpuGoldPlan:
-    """The layouts of common pairs."""
-    make = partial(_core.CpuGoldPlan, student_ids.numpy(), teacher_ids.numpy(), *shape)
+def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -> _core.Built:
+    """The layouts of pairs."""
+
+    def make() -> _core.Built:
+        students, teachers = shape
+        ids = {"student_ids": array(student_ids), "teacher_ids": array(teacher_ids)}
+        return _core.build("pairs_plan", {**ids, "students": students, "teachers": teachers})
+
     return _PLANS.of((student_ids, teacher_ids), make, shape)
 
 
@@ -34,23 +37,19 @@ def run(
     *,
     level: str = "",
 ) -> Tensor:
-    """GOLD, H-KL or ULD, by the problem's options; writes every element of `student_grad`.
+    """A KL on the pairs, if the options have any, and the sorted L1; writes every element of `student_grad`.
 
-    Scratch memory is about 3 MB per thread (ULD: 9 MB) for vocabularies of 150,000, whatever the number of rows.
+    Scratch memory is about 3 MB per thread (without pairs: 9 MB) for vocabularies of 150,000, whatever the number of
+    rows.
     """
     assert labels is None
     options: Any = problem.options
-    chunks = ChunkArguments(problem, student_grad, scale)
     paired = isinstance(options, PreparedRanked)
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    _core.cpu_gold(
-        plan_for(options.student_ids, options.teacher_ids, shape) if paired else None,
-        *chunks.argument,
-        options.temperature,
-        paired and options.reverse,
-        options.uncommon_top_k if paired else 0,
-        numerics.LOWEST_LOGIT,
-        level,
-        torch.get_num_threads(),
-    )
-    return chunks.losses()
+    fields = {
+        "temperature": options.temperature,
+        "reverse": paired and options.reverse,
+        "top_k": options.uncommon_top_k if paired else 0,
+        "plan": plan_for(options.student_ids, options.teacher_ids, shape) if paired else None,
+    }
+    return run_chunks("ranked", problem, student_grad, scale, level, fields)

@@ -1,0 +1,49 @@
+// The loop of every loss over its chunks, and over the rows of no chunk.
+#include "cpu/chunk_loop.h"
+
+#include <algorithm>
+#include <vector>
+
+#include "cpu/cross_entropy.h"
+#include "cpu/huge_pages.h"
+
+namespace xtoken::cpu {
+namespace {
+
+// Neighbouring chunks, or rows without one, that one item takes where there are enough: so threads do not wait for each
+// other at the first write to a huge page.
+constexpr int64_t row_group = 8;
+
+std::vector<int64_t> rows_of_no_chunk(const ChunkLoop& loop) {
+    std::vector<int64_t> result;
+    if (loop.grad.data == nullptr && loop.labels.ids == nullptr) return result;
+    std::vector<char> covered(loop.student.rows(), 0);
+    for (int64_t k = 0; k < loop.chunks; ++k) std::fill_n(covered.begin() + loop.rows.start[k], loop.rows.count[k], 1);
+    for (int64_t r = 0; r < loop.student.rows(); ++r) {
+        if (!covered[r]) result.push_back(r);
+    }
+    return result;
+}
+
+}  // namespace
+
+int64_t ChunkLoop::groups_of(int64_t chunks, int threads) {
+    const int64_t few = chunks / (8 * std::max(threads, 1));  // so that the threads end at about the same time
+    const int64_t together = std::min(row_group, std::max<int64_t>(few, 1));
+    return (chunks + together - 1) / together;
+}
+
+void ChunkLoop::run(const Launch& launch, const Body& body) const {
+    prefer_huge_pages(grad);
+    const auto other = XTOKEN_PICK(launch.level, cross_entropy_row);
+    const CrossEntropyParams one{student, grad, labels, lowest, false};
+    const std::vector<int64_t> other_rows = rows_of_no_chunk(*this);
+    const auto others = static_cast<int64_t>(other_rows.size());
+    run_items(groups + (others + row_group - 1) / row_group, launch.threads, [&](int64_t item, Scratch& scratch) {
+        if (item < groups) return body(item, chunks * item / groups, chunks * (item + 1) / groups, scratch);
+        const int64_t begin = (item - groups) * row_group;
+        for (int64_t i = begin; i < std::min(others, begin + row_group); ++i) other(one, other_rows[i]);
+    });
+}
+
+}  // namespace xtoken::cpu

@@ -1,0 +1,95 @@
+// What the kernels of both backends take: logits, the rows of chunks, labels. All memory is the caller's.
+#pragma once
+
+#include <cstdint>
+
+#include "launch/fields.h"
+
+namespace xtoken {
+
+enum class Element { float32, bfloat16, float16 };
+
+constexpr int64_t element_size(Element type) { return type == Element::float32 ? 4 : 2; }
+
+inline Choices choices_of(Element) {
+    static constexpr const char* names[] = {"float32", "bfloat16", "float16"};
+    return {names, 3};
+}
+
+// [samples, length, width]; row r is sample r / length, position r % length. Unit stride within a row; the others in
+// elements.
+struct Logits {
+    void* data;
+    Element type;
+    int64_t samples, length;
+    int32_t width;
+    int64_t sample_stride, row_stride;
+
+    int64_t rows() const { return samples * length; }
+    char* row(int64_t r) const {
+        return static_cast<char*>(data) + element_size(type) * (r / length * sample_stride + r % length * row_stride);
+    }
+};
+
+// Some numbers in a row.
+template <typename T>
+struct Values {
+    const T* data;
+    int64_t size;
+};
+
+// Rows of each chunk: start[k] ... start[k] + count[k] - 1.
+struct ChunkRows {
+#define XTOKEN_CHUNK_ROWS(FIELD)                            \
+    FIELD(const int64_t*, start, "[chunks] first row");     \
+    FIELD(const int64_t*, count, "[chunks] how many rows"); \
+    FIELD(const int64_t*, next, "[rows] the token that each row predicts; null: not needed")
+    XTOKEN_FIELDS(XTOKEN_CHUNK_ROWS)
+};
+
+// Cross-entropy of the student's rows, added to the gradient.
+template <typename Real>
+struct LabelsOf {
+#define XTOKEN_LABELS(FIELD)                                                                       \
+    FIELD(const int64_t*, ids, "[rows] -100: none; null: no labels at all");                       \
+    FIELD(const double*, scale, "[] factor of the gradient softmax(z) - onehot; null: no labels"); \
+    FIELD(Real*, losses, "[rows] out: logsumexp(z) - z[label], 0 without a label; null: no labels")
+    XTOKEN_FIELDS(XTOKEN_LABELS)
+
+    int64_t of(int64_t r) const { return ids == nullptr ? -100 : ids[r]; }
+};
+
+// What a loss over chunks takes first. Real is the type of the backend's results.
+#define XTOKEN_CHUNKS(FIELD)                                                                             \
+    FIELD(Logits, student, "[B, T_s, V_student], of the vocabulary's width");                            \
+    FIELD(Logits, teacher, "[B, T_t, V_teacher], of the vocabulary's width");                            \
+    FIELD(Logits, grad, "as student, perhaps wider; null: losses only");                                 \
+    FIELD(ChunkRows, student_rows, "the chunks' rows of the student");                                   \
+    FIELD(ChunkRows, teacher_rows, "the chunks' rows of the teacher");                                   \
+    FIELD(int64_t, chunks, "how many");                                                                  \
+    FIELD(const Real*, scale, "[chunks] factors of the chunks' gradients; null: ones");                  \
+    FIELD(Real, temperature, "of both distributions");                                                   \
+    FIELD(bool, reverse, "the KL of the student from the teacher, not of the teacher from the student"); \
+    FIELD(float, lowest, "smaller logits count as this one")
+
+namespace cpu {
+using Real = double;
+using Labels = LabelsOf<Real>;
+}  // namespace cpu
+
+namespace cuda {
+using Real = float;
+using Labels = LabelsOf<Real>;
+
+// A grid of blocks that each take every blocks-th item, and the stream that they run on.
+struct Launch {
+    int32_t blocks, threads;  // threads: a multiple of 32, at most max_threads
+    void* stream;
+};
+using Launcher = xtoken::Launcher<Launch>;
+
+// Threads of a block that every kernel is compiled for.
+constexpr int32_t max_threads = 512;
+}  // namespace cuda
+
+}  // namespace xtoken

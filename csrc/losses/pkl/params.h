@@ -1,0 +1,88 @@
+// P-KL, forward and backward in one pass over each chunk: parameters of both backends.
+#pragma once
+
+#include "cpu/dispatch.h"
+#include "launch/arguments.h"
+#include "losses/pkl/cpu_plan.h"
+
+namespace xtoken {
+
+enum class Merge { first, mean, chain };
+
+inline Choices choices_of(Merge) {
+    static constexpr const char* names[] = {"first", "mean", "chain"};
+    return {names, 3};
+}
+
+#define XTOKEN_PKL(FIELD)                                                     \
+    XTOKEN_CHUNKS(FIELD);                                                     \
+    FIELD(Real*, losses, "[chunks] out");                                     \
+    FIELD(Labels, labels, "of the student's rows");                           \
+    FIELD(Merge, merge, "how the tokens of a chunk become one distribution"); \
+    FIELD(Real, epsilon, "added to masses before divisions and logarithms")
+
+namespace cpu {
+
+struct PklParams {
+#define XTOKEN_CPU_PKL(FIELD)                                                                \
+    XTOKEN_PKL(FIELD);                                                                       \
+    FIELD(double*, weight_grad, "[entries] out, by row of W then column; null: not wanted"); \
+    FIELD(const PklPlanView*, plan, "W in the columns")
+    XTOKEN_FIELDS(XTOKEN_CPU_PKL)
+};
+
+// Chunk k: its loss, and the gradient of its rows. `weight_sum` [plan.entries] is added to, unless null.
+XTOKEN_KERNEL(void, pkl_chunk, (const PklParams& params, int64_t k, float* workspace, float* weight_sum))
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Weighted sums, a warp to a slice of 32 side by side: entry i of lane l of slice k is at 32 * (start[k] + i) + l. The
+// first `shared` slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n -
+// shared) / 32. Sorted by length; filled up with entries of weight 0 that name some element.
+struct SumLists {
+#define XTOKEN_SUM_LISTS(FIELD)                                     \
+    FIELD(int32_t, slices, "how many");                             \
+    FIELD(int32_t, shared, "lists that have a slice of their own"); \
+    FIELD(int32_t, count, "lists");                                 \
+    FIELD(const int32_t*, start, "[slices + 1]");                   \
+    FIELD(const int32_t*, index, "[32 * start[slices]]");           \
+    FIELD(const float*, weight, "as index");                        \
+    FIELD(const uint8_t*, wanted, "[count] sums that are needed; null: all")
+    XTOKEN_FIELDS(XTOKEN_SUM_LISTS)
+};
+
+// W in the teacher columns C. x = W^T e and h = W u are gathers by index alone: most columns are fed by one entry of
+// weight 1, and the sums of the others are computed first and put behind e and u, with a zero for those without
+// entries.
+struct PklPlan {
+#define XTOKEN_PKL_PLAN(FIELD)                                                                               \
+    FIELD(int32_t, students, "rows of W");                                                                   \
+    FIELD(int32_t, columns, "how many");                                                                     \
+    FIELD(const int32_t*, chosen, "[columns] distinct teacher ids; null: all");                              \
+    FIELD(const int32_t*, count, "[] how many of them, from the first on, are the set; null: all");          \
+    FIELD(const int32_t*, column_slot, "[columns] in (e [students], 0, sums of column_lists)");              \
+    FIELD(const int32_t*, row_slot, "[students] in (u [columns], 0, sums of row_lists)");                    \
+    FIELD(const float*, row_weight, "[students] sum of the row's weights in C");                             \
+    FIELD(SumLists, column_lists, "of student ids");                                                         \
+    FIELD(SumLists, row_lists, "of places in C, or the zero behind them");                                   \
+    FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");         \
+    FIELD(const int64_t*, entry_column, "[entries] places in C, or the zero behind them; null: not wanted"); \
+    FIELD(int64_t, entries, "how many")
+    XTOKEN_FIELDS(XTOKEN_PKL_PLAN)
+};
+
+struct PklParams {
+#define XTOKEN_CUDA_PKL(FIELD)                                                                           \
+    XTOKEN_PKL(FIELD);                                                                                   \
+    FIELD(float*, weight_sums,                                                                           \
+          "[blocks, entries] zeros, receives each block's part of the gradient of W; null: not wanted"); \
+    FIELD(float*, workspace, "[blocks, workspace]; null: asked for");                                    \
+    FIELD(PklPlan, plan, "W in the columns")
+    XTOKEN_FIELDS(XTOKEN_CUDA_PKL)
+};
+
+}  // namespace cuda
+
+}  // namespace xtoken

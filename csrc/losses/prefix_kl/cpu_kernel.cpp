@@ -1,0 +1,610 @@
+// Prefix KL of one chunk. The formula is that of xtoken.reference.prefix.
+//
+// At a boundary let a_e, b_e be the sums of exp(logit / tau) of the student's and the teacher's tokens in the event e,
+// A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
+//   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
+//   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
+// and d log a_e / d logit_s = (share of s in a_e) / tau for its tokens s.
+//
+// At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e, and with them
+// x, which is f of a pair's partner: the pair's gradient is e / A - x / B. All are in order, and relative to one logit
+// of each side, near the largest that counts. Events of several tokens are lists: their a and b are gathered sums of e
+// and f, and the gradient of their tokens is e h, h = 1 / A - b / (a B). Where a is so small that this is not exact,
+// the list is read again, relative to its own largest logit ("top"). For the reverse f and x are logarithms: x = tau D.
+//
+// Inside of tokens every event has its own top and the sum of the exponentials relative to it.
+#include "cpu/rows.h"
+#include "losses/prefix_kl/params.h"
+
+namespace xtoken::cpu::XTOKEN_LEVEL {
+namespace {
+
+constexpr float nothing = -3e38f;  // below every logit
+
+template <typename T>
+T* take(char*& at, int64_t count) {
+    T* result = reinterpret_cast<T*>(at);
+    at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return result;
+}
+
+constexpr float least = 1e-30f;  // sums of exponentials below it are not exact
+
+// What makes a gradient: student * e - teacher * f, or the reverse student * e (tau D - mean).
+struct Slope {
+    float student = 0.0f, teacher = 0.0f, mean_high = 0.0f, mean_low = 0.0f;
+};
+
+// The exponentials of one side of a boundary.
+struct Side {
+    Exponential exp;
+    float centre;  // a logit that they are relative to
+    double total;  // of the events that both sides have
+};
+
+// Functions, not constants: nothing of a level may run before it is chosen.
+Exponential any_exponential() { return Exponential::around(0.0f, 0.0f, 1.0); }
+Normaliser no_normaliser() { return {any_exponential(), 0.0f, 0.0}; }
+
+int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+
+int64_t longest(const TokensView& lists) { return lists.slices == 0 ? 0 : lists.start[1]; }
+
+// Calls body(i, x, n) with the elements of `row` that are the tokens i of the lists of slice k, in n lanes.
+template <typename T, typename Body>
+inline void each_token(const TokensView& lists, int64_t k, const T* row, Body body) {
+    const int64_t begin = lists.start[k];
+    for (int64_t i = begin; i < lists.start[k + 1]; ++i) {
+        body(i - begin, gather(row, lists.tokens + lanes * i), lists.lanes[i]);
+    }
+}
+
+// Lanes from n on become `fill`.
+inline Floats only(int64_t n, Floats x, Floats fill) { return n == lanes ? x : select(first(n), x, fill); }
+
+// Events with tops and sums of both sides, in arrays padded to whole vectors.
+struct Events {
+    float *z_top, *z_sum, *y_top, *y_sum;
+    float* slope;  // out: d loss / d log a, divided by z_sum
+};
+
+// A row without the tokens whose bit is set.
+template <typename T>
+struct RemainingRow {
+    const T* p;
+    const uint16_t* without;  // [ceil(width / 16)]
+    float lowest;
+    Floats at(int64_t i) const {
+        prefetch(p + i + ahead);
+        return remaining(i, load(p + i));
+    }
+    Floats tail(int64_t i, int64_t n) const { return remaining(i, load(p + i, n, broadcast(0.0f))); }
+    Floats remaining(int64_t i, Floats x) const {
+        x = at_least(x, lowest);
+        const uint32_t gone = without[i / lanes];
+        return gone == 0 ? x : select(from_bits(gone), broadcast(nothing), x);
+    }
+};
+
+// A sparse part of a row's gradient; blocks of 16 are cleared when they are first added to.
+class Additions {
+  public:
+    Additions(float* values, uint16_t* touched, int64_t blocks) : values_(values), touched_(touched), blocks_(blocks) {}
+    void clear() {
+        if (any_) memset(touched_, 0, static_cast<size_t>(blocks_) * sizeof(uint16_t));
+        any_ = false;
+    }
+    void add(int32_t token, float x) {
+        if (!any_) memset(touched_, 0, static_cast<size_t>(blocks_) * sizeof(uint16_t));
+        any_ = true;
+        const int64_t block = token / lanes;
+        if (touched_[block] == 0) store(values_ + lanes * block, broadcast(0.0f));
+        touched_[block] = 1;
+        values_[token] += x;
+    }
+    bool any() const { return any_; }
+    Floats to(int64_t i, Floats x) const { return any_ && touched_[i / lanes] != 0 ? x + load(values_ + i) : x; }
+
+  private:
+    float* values_;
+    uint16_t* touched_;
+    int64_t blocks_;
+    bool any_ = false;
+};
+
+class Chunk {
+  public:
+    Chunk(const PrefixChunks& p, int64_t k, char* at)
+        : p_(p),
+          plan_(*p.plan),
+          k_(k),
+          size_(p.student.width),
+          wanted_(p.grad.data != nullptr),
+          e_(take<float>(at, padded(size_))),
+          x_(take<float>(at, padded(size_))),
+          f_(take<float>(at, padded(p.teacher.width) + lanes)),
+          slice_(take<float>(at, lanes * larger(longest(plan_.student.lists), longest(plan_.teacher.lists)))),
+          teacher_sum_(take<float>(at, padded(plan_.events))),
+          h_(take<float>(at, padded(plan_.events) + lanes)),
+          others_(take<float>(at, padded(plan_.others) + lanes)),
+          inner_(take_events(at, p.most + 1)),
+          piece_(take<int32_t>(at, p.most + 1)),
+          begin_(take<int32_t>(at, p.most + 2)),
+          values_(take<float>(at, padded(p.most))),
+          tokens_(take<int32_t>(at, padded(p.most))),
+          without_(take<uint16_t>(at, padded(larger(p.student.width, p.teacher.width)) / lanes)),
+          additions_(take<float>(at, padded(size_)), take<uint16_t>(at, padded(size_) / lanes), padded(size_) / lanes) {
+    }
+
+    void run() {
+        const int64_t start = p_.student_rows.start[k_], count = p_.student_rows.count[k_];
+        const double square = p_.temperature * p_.temperature;
+        scale_ = p_.scale == nullptr ? 1.0 : p_.scale[k_];
+        for (int64_t r = start; r < start + count; ++r) {
+            typed(p_.student.type, p_.student.row(r), [&](const auto* z) {
+                additions_.clear();
+                if (r == start) {
+                    typed(p_.teacher.type, p_.teacher.row(p_.teacher_rows.start[k_]),
+                          [&](const auto* y) { first_row(r, z, y); });
+                } else {
+                    later_row(r, z);
+                }
+            });
+        }
+        p_.losses[k_] = loss_ * square;
+    }
+
+  private:
+    static Events take_events(char*& at, int64_t count) {
+        Events events;
+        for (float** values : {&events.z_top, &events.z_sum, &events.y_top, &events.y_sum, &events.slope}) {
+            *values = take<float>(at, padded(count));
+        }
+        return events;
+    }
+
+    // The first row: the events at the start of the chunk, and boundaries inside the first token.
+    template <typename S, typename T>
+    void first_row(int64_t r, const S* z, const T* y) {
+        double product = 0;  // sum of b tau D, or the reverse's a tau D
+        bool low = false;
+        Normaliser all = no_normaliser();
+        const Side q = teacher_start(y, &product);
+        const Side p = student_start(z, &product, &all, &low);
+        product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
+        const bool none = plan_.student.absent_count == size_;  // no event that both sides have
+        const Slope slope = none ? Slope() : add_term(p.total, q.total, product);
+        inside(r, z);
+        const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
+        if (!wanted_) return;
+        spread_lists(slope);
+        const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
+        const Floats high = broadcast(slope.mean_high), mean_low = broadcast(slope.mean_low);
+        const bool same = label.present && all.total > 0, plain = !low && !additions_.any(), reverse = p_.reverse;
+        const float *others = others_, *es = e_, *xs = x_;
+        const uint16_t* paired_bits = plan_.student.paired_bits;
+        // otherwise it becomes a call for each vector; so do the bodies below
+        write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) __attribute__((always_inline)) {
+            const Floats e = load(es + i), x = load(xs + i);
+            Floats g = reverse ? e * student * ((x - high) - mean_low) : fnma(x, teacher, e * student);
+            const uint32_t paired = paired_bits[i / lanes], rest = ~paired & 0xFFFFu;
+            if (rest != 0) {
+                g = select(from_bits(paired), g, e * expand(others, from_bits(rest)));
+                others += __builtin_popcount(rest);
+            }
+            if (!plain) g = above_lowest(i, z, additions_.to(i, g));
+            return label.present ? with_label(label, i, same ? e : label.exp(tail_load(z, i)), g) : g;
+        });
+    }
+
+    // f of the teacher's row, and the pairs' part of sum b log b.
+    template <typename T>
+    Side teacher_start(const T* y, double* product) {
+        DoubleSum products;
+        Floats part = broadcast(0.0f);
+        const Side side = start_side(
+            y, p_.teacher.width, plan_.teacher, nullptr,
+            [&](int64_t i, Floats f, Floats relative, Floats cut) __attribute__((always_inline)) {
+                if (i == 0) {
+                    products = DoubleSum();
+                    part = broadcast(0.0f);
+                }
+                store(f_ + i, p_.reverse ? relative : f);
+                part = fma(select(from_bits(plan_.teacher.paired_bits[i / lanes]), f, broadcast(0.0f)), cut, part);
+                if (i % flush == flush - lanes) {
+                    products.add(part);
+                    part = broadcast(0.0f);
+                }
+            });
+        products.add(part);
+        if (!p_.reverse) *product += products.total();
+        store(f_ + padded(p_.teacher.width), broadcast(0.0f));
+        return side;
+    }
+
+    // e and the pairs' x of the student's row, and the pairs' part of - sum b log a, or of the reverse's sum a D. `all`
+    // receives the normaliser of the whole row, if the temperature is 1 and there is one; `low` whether there may be
+    // logits below the lowest.
+    template <typename S>
+    Side student_start(const S* z, double* product, Normaliser* all, bool* low) {
+        DoubleSum products;
+        Floats part = broadcast(0.0f), bottom = part;
+        const Side side = start_side(z, size_, plan_.student, all,
+                                     [&](int64_t i, Floats e, Floats relative, Floats) __attribute__((always_inline)) {
+                                         if (i == 0) {
+                                             products = DoubleSum();
+                                             part = broadcast(0.0f);
+                                             bottom = relative;
+                                         }
+                                         const int32_t run = plan_.partner_run[i / lanes];
+                                         const Mask paired = from_bits(plan_.student.paired_bits[i / lanes]);
+                                         Floats x = run < 0 ? gather(f_, plan_.partner + i)
+                                                            : select(paired, load(f_ + run), broadcast(0.0f));
+                                         if (p_.reverse) {
+                                             x = relative - x;
+                                             part = fma(select(paired, e, broadcast(0.0f)), x, part);
+                                         } else {
+                                             part = fnma(x, relative, part);
+                                         }
+                                         store(e_ + i, e);
+                                         store(x_ + i, x);
+                                         bottom = min(relative, bottom);
+                                         if (i % flush == flush - lanes) {
+                                             products.add(part);
+                                             part = broadcast(0.0f);
+                                         }
+                                     });
+        products.add(part);
+        *product += products.total();
+        *low = -largest(broadcast(0.0f) - bottom) <= p_.lowest - side.centre;
+        return side;
+    }
+
+    // One side at the start of a chunk: calls body as each_exponential does. `all`: see above.
+    template <typename T, typename Body>
+    Side start_side(const T* row, int64_t size, const StartView& start, Normaliser* all, Body body) const {
+        const double tau = p_.temperature;
+        const Normaliser whole = each_exponential(WholeRow<T>{row}, size, p_.lowest, tau, body);
+        DoubleSum absent;
+        for (int64_t i = 0; i < start.absent_count; i += lanes) {
+            const Floats e = whole.exp(gather(row, start.absent + i));
+            absent.add(select(first(start.absent_count - i), e, broadcast(0.0f)));
+        }
+        const double total = whole.total - absent.total();
+        if (total > whole.total / 2) {
+            if (all != nullptr && tau == 1.0) *all = whole;
+            return {whole.exp, whole.centre, total};
+        }
+        // most of the mass is on tokens that do not count: their exponentials are no measure for the others
+        const RemainingRow<T> rest{row, start.absent_bits, p_.lowest};
+        const Normaliser counted = each_exponential(rest, size, nothing, tau, body);
+        return {counted.exp, counted.centre, counted.total};
+    }
+
+    // The lists' part of sum b tau D, and h.
+    template <typename S>
+    double forward_lists(const S* z, const Side& p, const Side& q) {
+        const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+        const Floats zero = broadcast(0.0f), smallest = broadcast(least);
+        const Floats tau = broadcast(static_cast<float>(p_.temperature));
+        const Slope slope = slope_of(p.total, q.total, 0);
+        const Floats per_a = broadcast(slope.student), per_b = broadcast(slope.teacher);
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            Floats b = zero;
+            each_token(teacher, k, f_, [&](int64_t, Floats f, int64_t n) { b += only(n, f, zero); });
+            store(teacher_sum_ + lanes * k, b);
+        }
+        DoubleSum products;
+        for (int64_t k = 0; k < student.slices; ++k) {
+            const Mask valid = first(plan_.events - lanes * k);
+            Floats a = zero;
+            each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
+            a = select(valid, a, broadcast(1.0f));
+            const Floats b = select(valid, gather(teacher_sum_, plan_.teacher_list + lanes * k), zero);
+            Floats log_a = log(a) * tau, h = per_a - b * per_b / a;
+            if (bits(greater(smallest, a)) != 0) {
+                const Floats top = exact_sums(student, k, z, p_.lowest, &a);
+                log_a = fma(log(a), tau, top - broadcast(p.centre));
+                add_exactly(student, k, zero - b * per_b / a);
+                h = per_a;
+            }
+            store(h_ + lanes * k, h);
+            products.add(b * fma(log(max(smallest, b)), tau, zero - log_a));
+        }
+        return products.total();
+    }
+
+    // The lists' part of sum a tau D, and tau D as h.
+    double reverse_lists() {
+        const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+        const Floats zero = broadcast(0.0f), tau = broadcast(static_cast<float>(p_.temperature));
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            Floats b;
+            const Floats top = exact_sums(teacher, k, f_, nothing, &b);
+            store(teacher_sum_ + lanes * k, fma(log(b), tau, top));
+        }
+        DoubleSum products;
+        for (int64_t k = 0; k < student.slices; ++k) {
+            Floats a = zero;
+            each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
+            const Floats log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
+            const Floats d = fma(log(max(broadcast(least), a)), tau, zero - log_b);
+            products.add(select(first(plan_.events - lanes * k), a * d, zero));
+            store(h_ + lanes * k, d);
+        }
+        return products.total();
+    }
+
+    // h of each token outside the pairs, in the order of the row.
+    void spread_lists(const Slope& slope) {
+        const int64_t events = padded(plan_.events);
+        if (p_.reverse) {
+            const Floats student = broadcast(slope.student);
+            const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
+            for (int64_t e = 0; e < events; e += lanes) store(h_ + e, student * ((load(h_ + e) - high) - low));
+        }
+        store(h_ + events, broadcast(0.0f));
+        for (int64_t i = 0; i < plan_.others; i += lanes) store(others_ + i, gather(h_, plan_.other_list + i));
+    }
+
+    // The largest logits of the lists of slice k, and the sums of the exponentials relative to them, which are put into
+    // slice_. Lanes without a list have a sum of 1.
+    template <typename T>
+    Floats exact_sums(const TokensView& lists, int64_t k, const T* row, float lowest, Floats* sum) {
+        const Floats low = broadcast(nothing), zero = broadcast(0.0f);
+        Floats top = low;
+        each_token(lists, k, row, [&](int64_t i, Floats x, int64_t n) {
+            x = only(n, max(broadcast(lowest), x), low);
+            store(slice_ + lanes * i, x);
+            top = max(x, top);
+        });
+        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        *sum = zero;
+        for (int64_t i = lists.start[k]; i < lists.start[k + 1]; ++i) {
+            float* values = slice_ + lanes * (i - lists.start[k]);
+            const Floats e = only(lists.lanes[i], exp(load(values) - top), zero);
+            store(values, e);
+            *sum += e;
+        }
+        *sum = only(lists.lanes[lists.start[k]], *sum, broadcast(1.0f));
+        return top;
+    }
+
+    // Adds `factor` times slice_ to the gradient of the tokens of the lists of slice k.
+    void add_exactly(const TokensView& lists, int64_t k, Floats factor) {
+        for (int64_t i = lists.start[k]; wanted_ && i < lists.start[k + 1]; ++i) {
+            alignas(64) float lane[lanes];
+            store(lane, load(slice_ + lanes * (i - lists.start[k])) * factor);
+            for (int32_t l = 0; l < lists.lanes[i]; ++l) additions_.add(lists.tokens[lanes * i + l], lane[l]);
+        }
+    }
+
+    template <typename T>
+    Floats tail_load(const T* z, int64_t i) const {
+        return load(z + i, size_ - i, broadcast(0.0f));
+    }
+
+    // The derivative of max(z, lowest).
+    template <typename T>
+    Floats above_lowest(int64_t i, const T* z, Floats g) const {
+        return select(greater(broadcast(p_.lowest), tail_load(z, i)), broadcast(0.0f), g);
+    }
+
+    // A later row: a boundary before its token, if there is one, or boundaries inside it.
+    template <typename S>
+    void later_row(int64_t r, const S* z) {
+        const float ends = inside(r, z);
+        const LabelTerm label = label_of(r, z, nullptr);
+        if (!wanted_) return;
+        const Floats factor = broadcast(ends);
+        const RemainingRow<S> row{z, without_, p_.lowest};
+        write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) {
+            const Floats zi = tail_load(z, i);
+            const Floats g = ends == 0.0f ? broadcast(0.0f) : remaining_(row.remaining(i, zi)) * factor;
+            const Floats h = above_lowest(i, z, additions_.to(i, g));
+            return label.present ? with_label(label, i, label.exp(zi), h) : h;
+        });
+    }
+
+    // The boundaries that look at student row r: their losses, and their gradients into the additions. Returns the
+    // factor of remaining_'s exponentials in the gradient, of the row without the tokens in without_.
+    template <typename S>
+    float inside(int64_t r, const S* z) {
+        float ends = 0.0f;
+        for (int64_t n = p_.first_boundary[k_]; n < p_.first_boundary[k_ + 1]; ++n) {
+            const InnerBoundary& boundary = p_.boundaries[n];
+            const bool student_whole = boundary.whole_side == 0;
+            if ((student_whole ? boundary.whole_row : boundary.part_row) != r) continue;
+            const int64_t other_row = student_whole ? boundary.part_row : boundary.whole_row;
+            typed(p_.teacher.type, p_.teacher.row(other_row), [&](const auto* y) {
+                if (student_whole) {
+                    inner_term(boundary, z, y, inner_.z_top, inner_.z_sum, inner_.y_top, inner_.y_sum);
+                } else {
+                    ends = inner_term(boundary, y, z, inner_.y_top, inner_.y_sum, inner_.z_top, inner_.z_sum);
+                }
+            });
+        }
+        return ends;
+    }
+
+    // One boundary, with the rows of both sides. Returns the slope of "ends" if the student starts a token there.
+    template <typename W, typename P>
+    float inner_term(const InnerBoundary& boundary, const W* whole_row, const P* part_row, float* whole_top,
+                     float* whole_sum, float* part_top, float* part_sum) {
+        const PieceSide& whole = plan_.index.side[boundary.whole_side];
+        const PieceSide& part = plan_.index.side[1 - boundary.whole_side];
+        // Events are ranges of tokens: those that end here first, then by their next piece.
+        int64_t size = boundary.last - boundary.first, count = 0;
+        for (int64_t i = 0; i < size; ++i) {
+            const int32_t token = whole.order[boundary.first + i];
+            const int64_t at = whole.ptr[token] + boundary.depth;
+            const int32_t piece = at < whole.ptr[token + 1] ? whole.pieces[at] : -1;
+            if (piece == part.size) {  // nobody can spell what comes; the last event of all
+                size = i;
+                break;
+            }
+            tokens_[i] = token;
+            if (i == 0 || piece != piece_[count - 1]) {
+                begin_[count] = static_cast<int32_t>(i);
+                piece_[count++] = piece;
+            }
+        }
+        begin_[count] = static_cast<int32_t>(size);
+        const bool has_ends = count > 0 && piece_[0] < 0;
+        const int64_t skipped = has_ends && count - 1 == part.size ? 1 : 0;  // no token is left to end with
+        if (count == skipped) return 0.0f;
+
+        sum_ranges(whole_row, size, count, whole_top, whole_sum);
+        for (int64_t e = has_ends; e < count; ++e) {
+            const float x = widened(part_row[piece_[e]]);
+            part_top[e] = p_.lowest > x ? p_.lowest : x;
+            part_sum[e] = 1.0f;
+        }
+        if (has_ends && skipped == 0) {
+            memset(without_, 0, static_cast<size_t>(padded(part.size) / lanes) * sizeof(uint16_t));
+            for (int64_t e = 1; e < count; ++e) {
+                without_[piece_[e] / lanes] |= static_cast<uint16_t>(1u << piece_[e] % lanes);
+            }
+            const Normaliser rest = exponentials(RemainingRow<P>{part_row, without_, p_.lowest}, part.size, nothing,
+                                                 p_.temperature, [](int64_t, Floats) {});
+            part_top[0] = rest.centre;
+            part_sum[0] = static_cast<float>(rest.total);
+            remaining_ = rest.exp;
+        }
+        if (skipped == 1) {  // an event of no mass on either side
+            whole_top[0] = part_top[0] = nothing;
+            whole_sum[0] = part_sum[0] = 1.0f;
+        }
+        compare_events(inner_, count);
+        if (!wanted_) return 0.0f;
+        if (boundary.whole_side == 0) {
+            for (int64_t e = skipped; e < count; ++e) {
+                for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) {
+                    additions_.add(tokens_[i], values_[i] * inner_.slope[e]);
+                }
+            }
+            return 0.0f;
+        }
+        for (int64_t e = has_ends; e < count; ++e) additions_.add(piece_[e], inner_.slope[e]);
+        return has_ends && skipped == 0 ? inner_.slope[0] : 0.0f;
+    }
+
+    // Tops and sums of `count` ranges of the first `size` tokens; values_ receives the exponentials relative to the
+    // tops.
+    template <typename W>
+    void sum_ranges(const W* row, int64_t size, int64_t count, float* top, float* sum) {
+        for (int64_t i = size; i < padded(size); ++i) tokens_[i] = tokens_[0];
+        for (int64_t i = 0; i < size; i += lanes) {
+            store(values_ + i, max(broadcast(p_.lowest), gather(row, tokens_ + i)));
+        }
+        for (int64_t e = 0; e < count; ++e) {
+            float largest_value = values_[begin_[e]];
+            for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) {
+                if (values_[i] > largest_value) largest_value = values_[i];
+            }
+            for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) values_[i] -= largest_value;
+            top[e] = largest_value;
+        }
+        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        for (int64_t i = 0; i < size; i += lanes) store(values_ + i, exp(load(values_ + i)));
+        for (int64_t e = 0; e < count; ++e) {
+            double total = 0;
+            for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) total += static_cast<double>(values_[i]);
+            sum[e] = static_cast<float>(total);
+        }
+    }
+
+    // Adds the term of `count` events to the loss, and finds their slopes.
+    void compare_events(const Events& events, int64_t count) {
+        Floats z_top = broadcast(nothing), y_top = z_top;
+        for (int64_t e = 0; e < count; e += lanes) {
+            const Mask mask = first(count - e);
+            z_top = max(select(mask, load(events.z_top + e), z_top), z_top);
+            y_top = max(select(mask, load(events.y_top + e), y_top), y_top);
+        }
+        Side p = side_around(largest(z_top)), q = side_around(largest(y_top));
+        const Floats zero = broadcast(0.0f);
+        DoubleSum p_total, q_total, products;
+        for (int64_t e = 0; e < count; e += lanes) {
+            const Mask mask = first(count - e);
+            const Floats a = select(mask, p.exp(load(events.z_top + e)) * load(events.z_sum + e), zero);
+            const Floats b = select(mask, q.exp(load(events.y_top + e)) * load(events.y_sum + e), zero);
+            const Floats d = select(mask, difference(events, e, p, q), zero);
+            p_total.add(a);
+            q_total.add(b);
+            products.add(p_.reverse ? a * d : b * (zero - d));
+        }
+        const Slope slope = add_term(p_total.total(), q_total.total(), products.total());
+        const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
+        for (int64_t e = 0; wanted_ && e < count; e += lanes) {
+            const Floats a = p.exp(load(events.z_top + e)) * student;
+            Floats g;
+            if (p_.reverse) {
+                g = a * ((difference(events, e, p, q) - broadcast(slope.mean_high)) - broadcast(slope.mean_low));
+            } else {
+                const Floats share = load(events.y_sum + e) / load(events.z_sum + e);
+                g = a - q.exp(load(events.y_top + e)) * teacher * share;
+            }
+            store(events.slope + e, g);
+        }
+    }
+
+    Side side_around(float centre) const { return {Exponential::around(centre, nothing, p_.temperature), centre, 0.0}; }
+
+    // temperature (log a - log b), relative to the centres.
+    Floats difference(const Events& events, int64_t e, const Side& p, const Side& q) const {
+        const Floats logs = log(load(events.z_sum + e)) - log(load(events.y_sum + e));
+        const Floats tops =
+            (load(events.z_top + e) - broadcast(p.centre)) - (load(events.y_top + e) - broadcast(q.centre));
+        return fma(logs, broadcast(static_cast<float>(p_.temperature)), tops);
+    }
+
+    // Adds a boundary's term to the loss: from A, B, and the sum of b tau D or the reverse's a tau D, all of them
+    // relative to the centres, whose differences cancel.
+    Slope add_term(double p_total, double q_total, double product) {
+        const double mean = product / (p_.reverse ? p_total : q_total);
+        const double difference = ::log(p_total) - ::log(q_total);
+        loss_ += mean / p_.temperature + (p_.reverse ? -difference : difference);
+        return slope_of(p_total, q_total, mean);
+    }
+
+    Slope slope_of(double p_total, double q_total, double mean) const {
+        const double factor = p_.reverse ? scale_ : scale_ * p_.temperature;
+        const auto high = static_cast<float>(mean);
+        return {static_cast<float>(factor / p_total), static_cast<float>(factor / q_total), high,
+                static_cast<float>(mean - static_cast<double>(high))};
+    }
+
+    template <typename S>
+    LabelTerm label_of(int64_t r, const S* z, const Normaliser* known) const {
+        return label_term_if_any(p_.labels, r, z, size_, p_.lowest, known);
+    }
+
+    static Floats with_label(const LabelTerm& label, int64_t i, Floats e, Floats g) {
+        return label.without_label(i, fma(e, broadcast(label.weight), g));
+    }
+
+    const PrefixChunks& p_;
+    const PrefixPlanView& plan_;
+    int64_t k_, size_;
+    bool wanted_;
+    float *e_, *x_;       // by student id
+    float* f_;            // by teacher id
+    float* slice_;        // of the lists of one slice
+    float* teacher_sum_;  // by the teacher's list: the sums of f, or the reverse's logarithms times temperature
+    float *h_, *others_;  // by the student's list; by the student's tokens outside the pairs, in order
+    Events inner_;
+    int32_t *piece_, *begin_;
+    float* values_;
+    int32_t* tokens_;
+    uint16_t* without_;
+    Additions additions_;
+    Exponential remaining_ = any_exponential();
+    double loss_ = 0, scale_ = 1;
+};
+
+}  // namespace
+
+void prefix_chunk(const PrefixChunks& params, int64_t k, char* workspace) { Chunk(params, k, workspace).run(); }
+
+}  // namespace xtoken::cpu::XTOKEN_LEVEL

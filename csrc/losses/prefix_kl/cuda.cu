@@ -1,0 +1,674 @@
+// Prefix KL of one chunk by one block. The formula is that of xtoken.reference.prefix.
+//
+// At a boundary let a_e, b_e be the sums of exp(logit / tau) of the student's and the teacher's tokens in the event e,
+// A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
+//   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
+//   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
+// and d log a_e / d logit_s = (share of s in a_e) / tau for its tokens s.
+//
+// An event of several tokens is kept as the largest logit ("top") and the sum of the exponentials relative to it, so
+// that log a_e is exact however small a_e is. At the start of a chunk most events are pairs of one token on each side:
+//   1. z, gathers of y: the pairs' sums, relative to the largest logits that a thread has met
+//   2. gathers of z and y: tops and sums of the other events           3. these events: their part of A, B and sum Q D
+//   4. their slopes                                                    5. z, gathers of y and of slopes: the gradient
+// Boundaries inside tokens follow row by row. Their tokens are a range of the sorted vocabulary, found by the whole
+// block at once, and their part of the gradient is sparse: it replaces the dense pass's elements after it.
+#include "core/boundary_walk.h"
+#include "cuda/launch.cuh"
+#include "cuda/rows.cuh"
+#include "losses/prefix_kl/params.h"
+
+namespace xtoken::cuda {
+namespace {
+
+constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
+constexpr float nothing = -1e30f;   // a logit without mass that can be subtracted from another one
+
+// The sum of exp((x - top) / temperature) over some logits x.
+struct alignas(8) Mass {
+    float top, sum;
+};
+
+// Parts of a block's workspace, in floats.
+struct Workspace {
+    int64_t masses;  // of one side's events at the start of a chunk
+    int64_t inner;   // one number or half a mass for each event inside a token
+
+    __host__ __device__ explicit Workspace(const PrefixPlan& plan)
+        : masses(whole(2 * (int64_t{1} + plan.events))), inner(whole(int64_t{1} + plan.most)) {}
+    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner; }
+
+  private:
+    __host__ __device__ static int64_t whole(int64_t count) {
+        return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
+    }
+};
+
+// Events begin ... end - 1 of a boundary. The student's sums become slopes: d loss / d log a_e over the sum.
+struct Events {
+    Mass *student, *teacher;
+    int begin, end;
+};
+
+// Sums over pairs; `products` are those of weight and D, with logits relative to the tops.
+struct PairSums {
+    float z_top, y_top, p, q, products;
+};
+
+// What makes a gradient of a boundary: student * e - teacher * f, or the reverse student * e * (tau D - mean), with
+// exponentials and logits relative to the centres.
+struct Term {
+    float z_centre, y_centre;
+    float student, teacher;
+    float mean_high, mean_low;
+    double p;  // A, relative to the centre
+};
+
+using Walk = BoundaryWalk<int>;
+
+// Shared memory of a block. What all threads agree on is here where it would take registers for long.
+struct Shared {
+    Sums sums;
+    Walk walk[2];  // tokens that go on: of the student, of the teacher
+    Term start, inner;
+    Mass unmatched;  // student tokens in events that the teacher lacks
+    int found[max_threads / warp_size];
+    double loss;
+};
+
+// The first of begin ... end - 1 that is_before is not true of, or end; it is true up to there. By all threads
+// together.
+template <typename Before>
+__device__ int first_not(int begin, int end, Before is_before) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    while (begin < end) {
+        const int step = (end - begin + threads - 1) / threads;
+        const int64_t at = begin + int64_t{thread} * step;
+        const int before = __syncthreads_count(at < end && is_before(static_cast<int>(at)));
+        if (before == 0) return begin;
+        const int64_t limit = begin + int64_t{before} * step;
+        begin = static_cast<int>(limit) - step + 1;
+        if (limit < end) end = static_cast<int>(limit);
+    }
+    return begin;
+}
+
+template <typename S>
+class Chunk {
+  public:
+    __device__ Chunk(const PrefixParams& p, int64_t k, Shared& shared)
+        : p_(p),
+          plan_(p.plan),
+          shared_(shared),
+          k_(k),
+          row_(p.student_rows.start[k]),
+          teacher_row_(p.teacher_rows.start[k]),
+          count_(static_cast<int>(p.student_rows.count[k])),
+          teacher_count_(static_cast<int>(p.teacher_rows.count[k])),
+          inverse_temperature_(1.0f / p.temperature),
+          y_(p.teacher, teacher_row_) {
+        const Workspace parts(p.plan);
+        float* at = p.workspace + blockIdx.x * parts.total();
+        const auto take = [&](int64_t floats) {
+            float* part = at;
+            at += floats;
+            return part;
+        };
+        start_ = {reinterpret_cast<Mass*>(take(parts.masses)), reinterpret_cast<Mass*>(take(parts.masses)), 0,
+                  plan_.events};
+        inner_ = {reinterpret_cast<Mass*>(take(2 * parts.inner)), reinterpret_cast<Mass*>(take(2 * parts.inner)), 0, 0};
+        piece_ = reinterpret_cast<int32_t*>(take(parts.inner));
+        begin_ = reinterpret_cast<int32_t*>(take(parts.inner));
+        values_ = take(parts.inner);
+    }
+
+    __device__ void run() {
+        const bool several = count_ > 1 || teacher_count_ > 1;
+        if (threadIdx.x == 0) {
+            shared_.loss = 0.0;
+            if (several) start_walks();
+        }
+        compare_start();
+        for (int i = 0; i < count_; ++i) {
+            sparse_count_ = 0;
+            ends_ = {0.0f, 0.0f};
+            if (several) compare_inside(i);
+            write(i);
+        }
+        const double temperature = static_cast<double>(p_.temperature);
+        if (threadIdx.x == 0) p_.losses[k_] = static_cast<float>(shared_.loss * temperature * temperature);
+    }
+
+  private:
+    // exp(x / temperature) for the student's and the teacher's logits
+    __device__ float student_exp(float x) const { return exponential(x * inverse_temperature_, sizeof(S) == 4); }
+    __device__ float teacher_exp(float x) const { return exponential(x * inverse_temperature_, y_.precise()); }
+    __device__ float clamped(float x) const { return at_least(x, p_.lowest); }
+
+    // ---- the start of the chunk ----
+
+    __device__ void compare_start() {
+        const PairSums pairs = compare_pairs();
+        sum_lists(plan_.student_lists, AnyRow(p_.student, row_), start_.student);
+        sum_lists(plan_.teacher_lists, y_, start_.teacher);
+        __syncthreads();  // the masses are there
+        compare(start_, pairs, shared_.start);
+        if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
+        if (threadIdx.x == 0) {
+            shared_.unmatched = start_.student[plan_.events];
+            start_.student[plan_.events] = {-nothing, 0.0f};  // which makes any gradient 0
+        }
+        __syncthreads();  // the slopes are there
+    }
+
+    __device__ PairSums compare_pairs() const {
+        PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
+        each_vector(Row<S>(p_.student, row_), plan_.side[0].size, [&](int i, const auto& x) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
+            int32_t slot[N];
+            load_lanes(plan_.slot, i, slot);
+#pragma unroll
+            for (int first = 0; first < N; first += M) {
+                float z[M], y[M];
+                y_.gather(slot + first, y);
+                float z_top = sums.z_top, y_top = sums.y_top;
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    const bool paired = slot[first + k] >= 0;
+                    z[k] = paired ? clamped(x[first + k]) : nothing;
+                    y[k] = paired ? clamped(y[k]) : nothing;
+                    z_top = fmaxf(z_top, z[k]);
+                    y_top = fmaxf(y_top, y[k]);
+                }
+                if (z_top > sums.z_top || y_top > sums.y_top) sums = moved(sums, z_top, y_top);
+                float e[M], f[M];
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    z[k] -= z_top;
+                    y[k] -= y_top;
+                    e[k] = z[k] * inverse_temperature_;
+                    f[k] = y[k] * inverse_temperature_;
+                }
+                exponentials(e, sizeof(S) == 4);
+                exponentials(f, y_.precise());
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    sums.p += e[k];
+                    sums.q += f[k];
+                    sums.products =
+                        p_.reverse ? fmaf(e[k], z[k] - y[k], sums.products) : fmaf(f[k], y[k] - z[k], sums.products);
+                }
+            }
+        });
+        return sums;
+    }
+
+    // The sums relative to larger logits.
+    __device__ PairSums moved(const PairSums& sums, float z_top, float y_top) const {
+        const float z_step = z_top - sums.z_top, y_step = y_top - sums.y_top;
+        const float z_shrink = student_exp(-z_step), y_shrink = teacher_exp(-y_step);
+        const float products = p_.reverse ? z_shrink * fmaf(sums.p, y_step - z_step, sums.products)
+                                          : y_shrink * fmaf(sums.q, z_step - y_step, sums.products);
+        return {z_top, y_top, sums.p * z_shrink, sums.q * y_shrink, products};
+    }
+
+    // Adds logits.
+    template <int N>
+    __device__ void add(const float (&x)[N], bool precise, Mass& mass) const {
+        float top = mass.top;
+#pragma unroll
+        for (int k = 0; k < N; ++k) top = fmaxf(top, x[k]);
+        if (top > mass.top) {
+            mass.sum *= exponential((mass.top - top) * inverse_temperature_, precise);
+            mass.top = top;
+        }
+        float e[N];
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = (x[k] - top) * inverse_temperature_;
+        exponentials(e, precise);
+#pragma unroll
+        for (int k = 0; k < N; ++k) mass.sum += e[k];
+    }
+
+    // Adds the logits of tokens, -1 for none.
+    template <int N>
+    __device__ void add_tokens(const AnyRow& row, const int32_t (&tokens)[N], Mass& mass) const {
+        float x[N];
+        row.gather(tokens, x);
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = tokens[k] < 0 ? nothing : clamped(x[k]);
+        add(x, row.precise(), mass);
+    }
+
+    // The masses of lists of tokens, into out[event].
+    __device__ void sum_lists(const TokenLists& lists, const AnyRow& row, Mass* out) const {
+        constexpr int together = 4;  // loads in flight
+        const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
+#pragma unroll 1
+        for (int slice = static_cast<int>(threadIdx.x) / warp_size; slice < lists.slices; slice += warps) {
+            const bool is_shared = slice < lists.shared;
+            const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+            const int end = lists.start[slice + 1];
+            Mass mass{p_.lowest, 0.0f};
+#pragma unroll 1
+            for (int i = lists.start[slice]; i < end; i += together) {
+                int32_t tokens[together];
+#pragma unroll
+                for (int k = 0; k < together; ++k) {
+                    tokens[k] = i + k < end ? lists.tokens[(i + k) * warp_size + lane] : -1;
+                }
+                add_tokens(row, tokens, mass);
+            }
+            if (is_shared) {
+                for (int step = warp_size / 2; step > 0; step /= 2) {
+                    const float top = __shfl_xor_sync(all_lanes, mass.top, step);
+                    const float sum = __shfl_xor_sync(all_lanes, mass.sum, step);
+                    mass = together_with(mass, {top, sum}, row.precise());
+                }
+            }
+            if (list < lists.count && (!is_shared || lane == 0)) {
+                Mass* to = out + lists.event[list];
+                to->top = mass.top;
+                to->sum = mass.sum;
+            }
+        }
+    }
+
+    __device__ Mass together_with(const Mass& one, const Mass& other, bool precise) const {
+        const float top = fmaxf(one.top, other.top);
+        return {top, one.sum * exponential((one.top - top) * inverse_temperature_, precise) +
+                         other.sum * exponential((other.top - top) * inverse_temperature_, precise)};
+    }
+
+    // The gradient of the first row's tokens s = i ... i + N - 1 with logits x, without boundaries inside.
+    template <int N>
+    __device__ void start_gradients(int i, const float (&x)[N], float (&g)[N]) const {
+        constexpr int M = N < 4 ? N : 4;
+        const Term& term = shared_.start;
+        int32_t slot[N];
+        load_lanes(plan_.slot, i, slot);
+#pragma unroll
+        for (int first = 0; first < N; first += M) {
+            float y[M], e[M], f[M], student[M];
+            y_.gather(slot + first, y);
+#pragma unroll
+            for (int k = 0; k < M; ++k) {
+                const int32_t to = slot[first + k];
+                const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
+                e[k] = (clamped(x[first + k]) - own.top) * inverse_temperature_;
+                student[k] = own.sum;
+                y[k] = clamped(y[k]) - term.y_centre;
+                f[k] = y[k] * inverse_temperature_;
+            }
+            exponentials(e, sizeof(S) == 4);
+            if (!p_.reverse) exponentials(f, y_.precise());
+#pragma unroll
+            for (int k = 0; k < M; ++k) {
+                const bool paired = slot[first + k] >= 0;
+                float own = e[k] * student[k];
+                if (p_.reverse) {
+                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
+                    if (paired) own *= (difference - term.mean_high) - term.mean_low;
+                } else if (paired) {
+                    own = fmaf(f[k], -term.teacher, own);
+                }
+                g[first + k] = own;
+            }
+        }
+    }
+
+    // ---- any boundary ----
+
+    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes.
+    __device__ void compare(const Events& events, const PairSums& pairs, Term& term) {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        float z_top = pairs.z_top, y_top = pairs.y_top;
+        for (int n = events.begin + thread; n < events.end; n += threads) {
+            z_top = fmaxf(z_top, events.student[n].top);
+            y_top = fmaxf(y_top, events.teacher[n].top);
+        }
+        const float z_centre = block_max(z_top, shared_.sums), y_centre = block_max(y_top, shared_.sums);
+        PairSums sums = moved(pairs, z_centre, y_centre);
+        for (int n = events.begin + thread; n < events.end; n += threads) {
+            const Mass student = events.student[n], teacher = events.teacher[n];
+            const float a = student_exp(student.top - z_centre) * student.sum;
+            const float b = teacher_exp(teacher.top - y_centre) * teacher.sum;
+            const float d = difference(student, teacher, z_centre, y_centre);
+            sums.p += a;
+            sums.q += b;
+            sums.products = p_.reverse ? fmaf(a, d, sums.products) : fmaf(b, -d, sums.products);
+        }
+        double totals[3] = {static_cast<double>(sums.p), static_cast<double>(sums.q),
+                            static_cast<double>(sums.products)};
+        block_sum(totals, shared_.sums);
+        if (thread == 0) {
+            const double p = totals[0], q = totals[1];
+            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, p};
+            if (p != 0.0) {  // else no event has tokens on both sides
+                const double temperature = static_cast<double>(p_.temperature), mean = totals[2] / (p_.reverse ? p : q);
+                const double ratio = log(p) - log(q);
+                shared_.loss += mean / temperature + (p_.reverse ? -ratio : ratio);
+                const double scale = p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_]);
+                const double factor = p_.reverse ? scale : scale * temperature;
+                term.student = static_cast<float>(factor / p);
+                term.teacher = static_cast<float>(factor / q);
+                term.mean_high = static_cast<float>(mean);
+                term.mean_low = static_cast<float>(mean - static_cast<double>(term.mean_high));
+            }
+        }
+        __syncthreads();  // the term is there
+    }
+
+    // temperature (log a - log b), relative to the centres.
+    __device__ float difference(const Mass& student, const Mass& teacher, float z_centre, float y_centre) const {
+        const float tops = (student.top - z_centre) - (teacher.top - y_centre);
+        return fmaf(logf(student.sum) - logf(teacher.sum), p_.temperature, tops);
+    }
+
+    __device__ void find_slopes(const Events& events, const Term& term) const {
+        for (int n = events.begin + static_cast<int>(threadIdx.x); n < events.end; n += static_cast<int>(blockDim.x)) {
+            const Mass student = events.student[n], teacher = events.teacher[n];
+            const float p = student_exp(student.top - term.z_centre) * term.student;
+            float slope;
+            if (p_.reverse) {
+                const float d = difference(student, teacher, term.z_centre, term.y_centre);
+                slope = p * ((d - term.mean_high) - term.mean_low);
+            } else {
+                const float share = teacher.sum / student.sum;
+                slope = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
+            }
+            events.student[n].sum = slope;
+        }
+    }
+
+    // ---- boundaries inside tokens ----
+
+    // By one thread.
+    __device__ void start_walks() {
+        int length = 0;
+        for (int i = 0; i < count_; ++i) length += plan_.side[0].length[student_tokens()[i]];
+        for (int j = 0; j < teacher_count_; ++j) length -= plan_.side[1].length[teacher_tokens()[j]];
+#pragma unroll 1
+        for (int side = 0; side < 2; ++side) {
+            shared_.walk[side].start();
+            if (length == 0) {
+                advance(side);
+            } else {  // there is no inner boundary
+                shared_.walk[side].whole = side == 0 ? count_ : teacher_count_;
+            }
+        }
+    }
+    __device__ void advance(int side) {
+        const bool student = side == 0;
+        shared_.walk[side].advance(plan_.side[side], student ? student_tokens() : teacher_tokens(),
+                                   student ? count_ : teacher_count_, plan_.side[1 - side],
+                                   student ? teacher_tokens() : student_tokens(), student ? teacher_count_ : count_);
+    }
+    __device__ const int64_t* student_tokens() const { return p_.student_rows.next + row_; }
+    __device__ const int64_t* teacher_tokens() const { return p_.teacher_rows.next + teacher_row_; }
+
+    // The boundaries that look at row i of the student: before its token, or inside it.
+    __device__ void compare_inside(int i) {
+#pragma unroll 1  // one copy of the code
+        for (int side = 0; side < 2; ++side) {
+            for (;;) {
+                const Walk walk = shared_.walk[side];
+                if (side == 0 ? walk.whole != i : walk.whole == teacher_count_ || walk.part != i) break;
+                const Logits &whole = side == 0 ? p_.student : p_.teacher, &part = side == 0 ? p_.teacher : p_.student;
+                const int64_t whole_row = (side == 0 ? row_ : teacher_row_) + walk.whole;
+                const int64_t part_row = (side == 0 ? teacher_row_ : row_) + walk.part;
+                compare_boundary(side, AnyRow(whole, whole_row), AnyRow(part, part_row), walk);
+                if (threadIdx.x == 0) advance(side);
+                __syncthreads();  // the next one is there
+            }
+        }
+    }
+
+    __device__ void compare_boundary(int side, const AnyRow& whole_row, const AnyRow& part_row, const Walk& walk) {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const PrefixSide &whole = plan_.side[side], &part = plan_.side[1 - side];
+        const int64_t* known = (side == 0 ? teacher_tokens() : student_tokens()) + walk.part - walk.depth;
+        // Where the first `depth` pieces of a token stand to the known ones: -1, 0, 1.
+        const auto order = [&](int place) {
+            const int32_t token = whole.order[place];
+            for (int d = 0; d < walk.depth; ++d) {
+                const int32_t at = whole.ptr[token] + d;
+                if (at >= whole.ptr[token + 1]) return -1;
+                if (whole.pieces[at] != known[d]) return whole.pieces[at] < known[d] ? -1 : 1;
+            }
+            return 0;
+        };
+        const int first = first_not(0, whole.size, [&](int place) { return order(place) < 0; });
+        const int last = first_not(first, whole.size, [&](int place) { return order(place) == 0; });
+        int count = find_events(whole, walk.depth, first, last - first);
+        // What nobody can spell comes last.
+        if (count > 0 && piece_[count - 1] == part.size) --count;
+        const bool has_ends = count > 0 && piece_[0] < 0;
+        // No token of the other side is left to end with.
+        const int skipped = has_ends && count - 1 == part.size ? 1 : 0;
+
+        Mass *whole_mass = side == 0 ? inner_.student : inner_.teacher,
+             *part_mass = side == 0 ? inner_.teacher : inner_.student;
+        for (int e = thread; e < count; e += threads) {
+            constexpr int together = 4;  // loads in flight
+            Mass mass{p_.lowest, 0.0f};
+            const int end = begin_[e + 1];
+#pragma unroll 1
+            for (int i = begin_[e]; i < end; i += together) {
+                int32_t tokens[together];
+#pragma unroll
+                for (int k = 0; k < together; ++k) tokens[k] = i + k < end ? whole.order[first + i + k] : -1;
+                add_tokens(whole_row, tokens, mass);
+            }
+            whole_mass[e].top = mass.top;
+            whole_mass[e].sum = mass.sum;
+            if (piece_[e] >= 0) {
+                part_mass[e].top = clamped(part_row[piece_[e]]);
+                part_mass[e].sum = 1.0f;
+            }
+        }
+        if (has_ends && skipped == 0) {
+            const Mass rest = remaining(part_row, part.size, piece_ + 1, count - 1);
+            if (thread == 0) {
+                part_mass[0].top = rest.top;
+                part_mass[0].sum = rest.sum;
+            }
+        }
+        __syncthreads();  // the masses are there
+        const Events events{inner_.student, inner_.teacher, skipped, count};
+        compare(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}, shared_.inner);
+        if (p_.grad.data == nullptr) return;
+        find_slopes(events, shared_.inner);
+        __syncthreads();  // the slopes are there
+        if (side == 0) {
+            spread(whole_row, whole.order + first, walk.depth == 1, count, skipped);
+        } else {
+            sparse_ids_ = piece_ + has_ends;
+            sparse_count_ = count - has_ends;
+            for (int n = thread; n < sparse_count_; n += threads) values_[n] = inner_.student[n + has_ends].sum;
+            if (has_ends && skipped == 0) ends_ = inner_.student[0];
+        }
+        __syncthreads();  // the values are there
+    }
+
+    // The events of `size` tokens from order[first] on, into piece_ and begin_: ranges with the same next piece, -1 for
+    // none. Returns how many.
+    __device__ int find_events(const PrefixSide& whole, int depth, int first, int size) {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const int lane = thread % warp_size, warp = thread / warp_size;
+        const auto piece_of = [&](int i) {
+            const int32_t token = whole.order[first + i], at = whole.ptr[token] + depth;
+            return at < whole.ptr[token + 1] ? whole.pieces[at] : -1;
+        };
+        int count = 0;
+        for (int base = 0; base < size; base += threads) {
+            const int i = base + thread;
+            const int32_t piece = i < size ? piece_of(i) : -1;
+            const bool is_new = i < size && (i == 0 || piece_of(i - 1) != piece);
+            const unsigned found = __ballot_sync(all_lanes, is_new);
+            if (lane == 0) shared_.found[warp] = __popc(found);
+            __syncthreads();  // the numbers are there
+            int before = count;
+            for (int w = 0; w < threads / warp_size; ++w) {
+                before += w < warp ? shared_.found[w] : 0;
+                count += shared_.found[w];
+            }
+            if (is_new) {
+                const int e = before + __popc(found & ((1u << lane) - 1u));
+                piece_[e] = piece;
+                begin_[e] = i;
+            }
+            __syncthreads();  // the numbers may be overwritten
+        }
+        if (thread == 0) begin_[count] = size;
+        __syncthreads();  // the events are there
+        return count;
+    }
+
+    // The mass of the tokens of a row that are not among some ascending ones.
+    __device__ Mass remaining(const AnyRow& row, int size, const int32_t* without, int count) {
+        Mass mass{p_.lowest, 0.0f};
+        each_vector(row, size, [&](int i, const auto& x) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            int place = 0;
+            for (int end = count; place < end;) {  // the first that is not below i
+                const int middle = (place + end) / 2;
+                if (without[middle] < i) {
+                    place = middle + 1;
+                } else {
+                    end = middle;
+                }
+            }
+            int next = place < count ? without[place] : size;
+            float kept[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                kept[k] = clamped(x[k]);
+                if (i + k == next) {
+                    kept[k] = nothing;
+                    next = ++place < count ? without[place] : size;
+                }
+            }
+            add(kept, row.precise(), mass);
+        });
+        const float top = block_max(mass.top, shared_.sums);
+        const float shrink = exponential((mass.top - top) * inverse_temperature_, row.precise());
+        double sums[1] = {static_cast<double>(mass.sum) * static_cast<double>(shrink)};
+        block_sum(sums, shared_.sums);
+        return {top, static_cast<float>(sums[0])};
+    }
+
+    // The slopes of events of several tokens as gradients of these. Deeper boundaries inside the same token have some
+    // of the tokens of the first.
+    __device__ void spread(const AnyRow& row, const int32_t* tokens, bool is_first, int count, int skipped) {
+        if (is_first) {
+            sparse_ids_ = tokens;
+            sparse_count_ = begin_[count];
+        }
+        float* values = values_ + (tokens - sparse_ids_);
+        for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x)) {
+            const Mass own = inner_.student[e];
+            for (int i = begin_[e]; i < begin_[e + 1]; ++i) {
+                const float g = e < skipped ? 0.0f : student_exp(clamped(row[tokens[i]]) - own.top) * own.sum;
+                values[i] = is_first ? g : values[i] + g;
+            }
+        }
+    }
+
+    // ---- the gradient ----
+
+    // Row i of the student: the gradient, and the cross-entropy of its label.
+    __device__ void write(int i) {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const int64_t r = row_ + i;
+        const Row<S> z(p_.student, r);
+        const int size = plan_.side[0].size;
+        const bool known = i == 0 && p_.temperature == 1.0f;
+        const LabelTerm label =
+            label_term(p_.labels, r, z, size, p_.lowest, shared_.sums, known, known ? all_tokens() : Statistics{});
+        if (p_.grad.data == nullptr) return;
+        S* grad = row_of<S>(p_.grad, r);
+        for (int n = thread; n < sparse_count_; n += threads) {
+            const int32_t token = sparse_ids_[n];
+            const float x[1] = {z[token]};
+            float g[1] = {0.0f};
+            if (i == 0) start_gradients(token, x, g);
+            values_[n] = (x[0] < p_.lowest ? 0.0f : g[0] + values_[n]) + label(token, x[0]);
+        }
+        if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
+        if (i == 0) {
+            write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
+                start_gradients(s, x, g);
+                finish(label, s, x, g);
+            });
+        } else {
+            const Mass ends = ends_;
+            write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
+                constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    g[k] = ends.sum == 0.0f ? 0.0f : student_exp(clamped(x[k]) - ends.top) * ends.sum;
+                }
+                finish(label, s, x, g);
+            });
+        }
+        if (sparse_count_ == 0) return;
+        __syncthreads();  // the row is there
+        for (int n = thread; n < sparse_count_; n += threads) narrow(values_[n], grad[sparse_ids_[n]]);
+    }
+
+    template <int N>
+    __device__ void finish(const LabelTerm& label, int s, const float (&x)[N], float (&g)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) g[k] = (x[k] < p_.lowest ? 0.0f : g[k]) + label(s + k, x[k]);
+    }
+
+    // Statistics of the first row at temperature 1.
+    __device__ Statistics all_tokens() const {
+        const float top = fmaxf(shared_.start.z_centre, shared_.unmatched.top);
+        const double events = shared_.start.p * static_cast<double>(student_exp(shared_.start.z_centre - top));
+        const float others = shared_.unmatched.sum * student_exp(shared_.unmatched.top - top);
+        return {{sizeof(S) == 4, top, p_.lowest, 1.0f}, events + static_cast<double>(others), 0.0};
+    }
+
+    const PrefixParams& p_;
+    const PrefixPlan& plan_;
+    Shared& shared_;
+    int64_t k_, row_, teacher_row_;
+    int count_, teacher_count_;
+    float inverse_temperature_;
+    AnyRow y_;  // the teacher's first row
+    Events start_, inner_;
+    int32_t *piece_, *begin_;  // of the events inside a token: the next piece, and the first token of the range
+    // The sparse part of a row's gradient, and what its other tokens have: exp(z - top) * sum.
+    float* values_;
+    const int32_t* sparse_ids_ = nullptr;
+    int sparse_count_ = 0;
+    Mass ends_{0.0f, 0.0f};
+};
+
+template <typename S>
+__global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
+    XTOKEN_SHARED(shared, Shared);
+    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        Chunk<S>(params, k, shared).run();
+        __syncthreads();  // the workspace may be overwritten
+    }
+}
+
+int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }
+
+// Each chunk by one block; rows of the gradient that belong to no chunk are not touched.
+void prefix(const PrefixParams& params, const Launch& launch) {
+    typed(params.student.type, [&](const auto* s) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        launch_items("prefix_kl", prefix_kernel<S>, launch, params.chunks, params);
+    });
+}
+
+const Launcher launcher("prefix_kl", &prefix, &workspace_of);
+
+}  // namespace
+
+}  // namespace xtoken::cuda

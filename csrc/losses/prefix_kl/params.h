@@ -1,0 +1,125 @@
+// Prefix KL, forward and backward, chunk by chunk: parameters of both backends.
+#pragma once
+
+#include "core/piece_index.h"
+#include "cpu/dispatch.h"
+#include "launch/arguments.h"
+
+namespace xtoken {
+
+// The logits are as wide as the vocabularies of the piece index.
+#define XTOKEN_PREFIX(FIELD)              \
+    XTOKEN_CHUNKS(FIELD);                 \
+    FIELD(Real*, losses, "[chunks] out"); \
+    FIELD(Labels, labels, "of the student's rows")
+
+namespace cpu {
+
+// Lists of tokens, 16 side by side, longer ones first: token i of lane l of slice k is tokens[16 * (start[k] + i) + l].
+struct TokensView {
+    int64_t slices;
+    const int64_t* start;   // [slices + 1]
+    const int32_t* tokens;  // [16 * start[slices]]; behind the end of a list any token
+    const int32_t* lanes;   // [start[slices]] how many lanes have that token; the others' lists are shorter
+};
+
+// One vocabulary at the start of a chunk.
+struct StartView {
+    TokensView lists;  // the tokens of events that are no pairs, but that both sides have
+    // Tokens of events that the other side does not have.
+    const int32_t* absent;        // [padded count]
+    const uint16_t* absent_bits;  // [padded tokens / 16] one bit a token
+    int64_t absent_count;
+    const uint16_t* paired_bits;  // [padded tokens / 16] one bit a token
+};
+
+// A piece index, and the events at the start of a chunk as the kernels read them. Most are pairs: one token on each
+// side.
+struct PrefixPlanView {
+    static constexpr const char* kind = "prefix_plan";
+    PieceIndex index;
+    // Teacher ids of the students' pairs; else the slot behind `padded teachers`, which is zero.
+    const int32_t* partner;      // [padded students]
+    const int32_t* partner_run;  // [padded students / 16] the first, if the others that are paired follow; else -1
+    StartView student, teacher;
+    // The other events that both sides have, each a list on both sides. They are numbered by their students' lists.
+    int64_t events;
+    const int32_t* teacher_list;  // [padded events] the number of the teacher's list
+    // Student tokens that are no part of a pair, ascending: the number of their list, or `padded events` for none.
+    const int32_t* other_list;  // [padded others]
+    int64_t others;
+};
+
+struct PrefixParams {
+#define XTOKEN_CPU_PREFIX(FIELD) \
+    XTOKEN_PREFIX(FIELD);        \
+    FIELD(const PrefixPlanView*, plan, "a piece index")
+    XTOKEN_FIELDS(XTOKEN_CPU_PREFIX)
+};
+
+// What a chunk's kernel takes: the boundaries of chunk k are boundaries[first_boundary[k]] ...
+// boundaries[first_boundary[k + 1] - 1], and no token goes on in more than `most` ways.
+struct PrefixChunks : PrefixParams {
+    const InnerBoundary* boundaries;
+    const int64_t* first_boundary;  // [chunks + 1]
+    int64_t most;
+};
+
+// Chunk k: its loss, its rows' cross-entropy, and the gradient of both.
+XTOKEN_KERNEL(void, prefix_chunk, (const PrefixChunks& params, int64_t k, char* workspace))
+
+}  // namespace cpu
+
+namespace cuda {
+
+// Lists of tokens, a warp to a slice of 32 side by side: token i of lane l of slice k is tokens[32 * (start[k] + i) +
+// l], -1 where there is none. The first `shared` slices are one long list each, dealt out to the lanes; list n of the
+// others is in slice shared + (n - shared) / 32. Sorted by length.
+struct TokenLists {
+#define XTOKEN_TOKEN_LISTS(FIELD)                                   \
+    FIELD(int32_t, slices, "how many");                             \
+    FIELD(int32_t, shared, "lists that have a slice of their own"); \
+    FIELD(int32_t, count, "lists");                                 \
+    FIELD(const int32_t*, start, "[slices + 1]");                   \
+    FIELD(const int32_t*, tokens, "[32 * start[slices]]");          \
+    FIELD(const int32_t*, event, "[count] the number of each list's event")
+    XTOKEN_FIELDS(XTOKEN_TOKEN_LISTS)
+};
+
+// One vocabulary of a piece index; see PieceSide in core/piece_index.h.
+struct PrefixSide {
+#define XTOKEN_PREFIX_SIDE(FIELD)             \
+    FIELD(int32_t, size, "tokens");           \
+    FIELD(const int32_t*, length, "[size]");  \
+    FIELD(const int32_t*, order, "[size]");   \
+    FIELD(const int32_t*, ptr, "[size + 1]"); \
+    FIELD(const int32_t*, pieces, "[ptr[size]]")
+    XTOKEN_FIELDS(XTOKEN_PREFIX_SIDE)
+};
+using PrefixSides = PrefixSide[2];
+
+// The events at the start of a chunk. Most are pairs: one token on each side. The others that both sides have are
+// numbered; student tokens in events that the teacher lacks count as one more, which has no teacher's list.
+struct PrefixPlan {
+#define XTOKEN_PREFIX_PLAN(FIELD)                                                                        \
+    FIELD(PrefixSides, side, "student, teacher");                                                        \
+    FIELD(const int32_t*, slot, "[students] the partner's teacher id, or -1 - the number of the event"); \
+    FIELD(int32_t, events, "without the one more");                                                      \
+    FIELD(TokenLists, student_lists, "the student's tokens of events");                                  \
+    FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                  \
+    FIELD(int32_t, most, "tokens of a side whose first piece is the same, at most")
+    XTOKEN_FIELDS(XTOKEN_PREFIX_PLAN)
+};
+
+// The tokens of chunks must be in the vocabularies.
+struct PrefixParams {
+#define XTOKEN_CUDA_PREFIX(FIELD)                                     \
+    XTOKEN_PREFIX(FIELD);                                             \
+    FIELD(float*, workspace, "[blocks, workspace]; null: asked for"); \
+    FIELD(PrefixPlan, plan, "a piece index")
+    XTOKEN_FIELDS(XTOKEN_CUDA_PREFIX)
+};
+
+}  // namespace cuda
+
+}  // namespace xtoken

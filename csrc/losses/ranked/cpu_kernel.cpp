@@ -1,0 +1,214 @@
+// One chunk: a KL on the pairs, the sorted L1 elsewhere.
+//
+// With lp, lq the chunk's mean log-probabilities, g_v = d loss / d lp_v is -q_t on a pair (reverse: p_s (lp_s - lq_t +
+// 1)) and sign * p_v outside. A row z_i of the n student rows gets d loss / d z_i = (g - softmax(z_i) sum g) / (n tau).
+// `values` holds, in a unit of its own, g of the pairs by teacher id and behind them g of the students outside, so that
+// one gather by `slot` finds every g.
+#include "cpu/rows.h"
+#include "losses/ranked/params.h"
+#include "losses/ranked/sorted_l1.h"
+
+namespace xtoken::cpu::XTOKEN_LEVEL {
+namespace {
+
+template <typename T>
+T* take(char*& at, int64_t count) {
+    T* result = reinterpret_cast<T*>(at);
+    at += (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64;
+    return result;
+}
+
+// One side of a chunk. Its mean logits are kept as the sum over its rows, at `count` times the temperature.
+struct Side {
+    const float* logits;
+    int64_t size, count;
+    double temperature;
+    float lowest;
+    Exponential exp;        // of `logits`
+    double log_normaliser;  // mean over the rows
+
+    // Probability in units of exp's results.
+    double inverse() const { return ::exp(exp.log_unit() - log_normaliser); }
+};
+
+template <typename T>
+void add_row(const T* z, int64_t size, float lowest, bool begin, float* total) {
+    for (int64_t i = 0; i < size; i += lanes) {
+        const Floats x = at_least(load(z + i, size - i, broadcast(0.0f)), lowest);
+        store(total + i, begin ? x : load(total + i) + x);
+    }
+}
+
+// `total` and `values` have room for whole vectors; `values`, if not null, gets the exponentials of the mean logits.
+Side read_side(const Logits& logits, const ChunkRows& rows, int64_t k, const RankedParams& params, float* total,
+               Normaliser* normalisers, float* values) {
+    const int64_t start = rows.start[k], count = rows.count[k], size = logits.width;
+    const bool single = count == 1;
+    Side side{total,
+              size,
+              count,
+              params.temperature * static_cast<double>(count),
+              params.lowest * static_cast<float>(count),
+              Exponential::around(0.0f, params.lowest, 1.0),
+              0.0};
+    for (int64_t i = 0; i < count; ++i) {
+        typed(logits.type, logits.row(start + i), [&](const auto* z) {
+            const auto row = WholeRow<typename Element_of<decltype(*z)>::type>{z};
+            const auto keep = [&](int64_t j, Floats e) { store(values + j, e); };
+            const auto drop = [](int64_t, Floats) {};
+            const Normaliser one = single && values != nullptr
+                                       ? exponentials(row, size, params.lowest, params.temperature, keep)
+                                       : exponentials(row, size, params.lowest, params.temperature, drop);
+            side.log_normaliser += one.log_sum() / static_cast<double>(count);
+            side.exp = one.exp;
+            if (normalisers != nullptr) normalisers[i] = one;
+            if (!single || logits.type != Element::float32) add_row(z, size, params.lowest, i == 0, total);
+        });
+    }
+    if (single && logits.type == Element::float32) side.logits = reinterpret_cast<const float*>(logits.row(start));
+    // The only token's probability is one, not one up to rounding.
+    if (size == 1) side.log_normaliser = static_cast<double>(fmaxf(side.logits[0], side.lowest)) / side.temperature;
+    if (!single) {
+        const double centre = side.log_normaliser * side.temperature;
+        side.exp = Exponential::around(static_cast<float>(centre), side.lowest, side.temperature);
+        for (int64_t i = 0; values != nullptr && i < size; i += lanes) store(values + i, side.exp(load(total + i)));
+    }
+    return side;
+}
+
+struct PairSums {
+    double loss;   // common part
+    double total;  // sum of g over the pairs
+};
+
+// Reads `values` (the teacher's exponentials); for the reverse KL, replaces those of the pairs by g.
+PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teacher, bool reverse, float* values) {
+    // Log-probabilities of each side by themselves, so that equal ones differ by exactly 0; what the normalisers lose
+    // as floats is added at the end.
+    const float log_p = static_cast<float>(student.log_normaliser), log_q = static_cast<float>(teacher.log_normaliser);
+    const double lost =
+        (student.log_normaliser - static_cast<double>(log_p)) - (teacher.log_normaliser - static_cast<double>(log_q));
+    const Floats student_inverse = broadcast(static_cast<float>(1 / student.temperature));
+    const Floats teacher_inverse = broadcast(static_cast<float>(1 / teacher.temperature));
+    const Floats zero = broadcast(0.0f);
+    DoubleSum mass, loss;
+    for (int64_t begin = 0; begin < teacher.size; begin += flush) {
+        Floats mass_part = zero, loss_part = zero;
+        for (int64_t i = begin; i < smaller(begin + flush, teacher.size); i += lanes) {
+            const uint32_t word = plan.common[i / lanes];
+            if (word == 0) continue;
+            const Mask common = from_bits(word);
+            const Floats y = max(broadcast(teacher.lowest), load(teacher.logits + i, teacher.size - i, zero));
+            const Floats z = at_least(gather(student.logits, plan.partner + i), student.lowest);
+            const Floats lq = fma(y, teacher_inverse, broadcast(-log_q));
+            const Floats lp = fma(z, student_inverse, broadcast(-log_p));
+            const Floats difference = lq - lp;
+            if (reverse) {
+                const Floats e = select(common, student.exp(z), zero);
+                const Floats term = fnma(e, difference, zero);
+                mass_part += e;
+                loss_part += term;
+                store(values + i, select(common, term + e, load(values + i)));
+            } else {
+                const Floats f = select(common, load(values + i), zero);
+                mass_part += f;
+                loss_part = fma(f, select(common, difference, zero), loss_part);
+            }
+        }
+        mass.add(mass_part);
+        loss.add(loss_part);
+    }
+    if (reverse) {
+        const double unit = student.inverse();
+        const double total = (loss.total() - mass.total() * lost) * unit;
+        return {total, total + mass.total() * unit};
+    }
+    const double unit = teacher.inverse();
+    return {(loss.total() + mass.total() * lost) * unit, -mass.total() * unit};
+}
+
+// out[i] = x[index[i]] * factor, with exp(x) for x where `exp` is given.
+void pick(const float* x, const int32_t* index, int64_t size, const Exponential* exp, double factor, float* out) {
+    const Floats scale = broadcast(static_cast<float>(factor));
+    for (int64_t i = 0; i < size; i += lanes) {
+        const Floats value = gather(x, index + i);
+        store(out + i, (exp == nullptr ? value : (*exp)(value)) * scale);
+    }
+}
+
+void multiply(float* x, int64_t size, double factor) {
+    const Floats scale = broadcast(static_cast<float>(factor));
+    for (int64_t i = 0; i < size; i += lanes) store(x + i, load(x + i) * scale);
+}
+
+SortedSide sorted_side(const float* values, int64_t size, char*& at) {
+    SortedSide side;
+    side.values = values;
+    side.size = size;
+    side.bin = take<int32_t>(at, padded(size));
+    side.sorted = take<uint64_t>(at, size);
+    side.spare = take<uint64_t>(at, size);
+    return side;
+}
+
+}  // namespace
+
+void ranked_chunk(const RankedParams& params, int64_t k, char* workspace) {
+    const bool paired = params.plan != nullptr;
+    const PairsView plan = paired ? *params.plan : PairsView{};
+    const int64_t students = params.student.width, teachers = params.teacher.width;
+    const int64_t p_size = !paired ? students : plan.student_rest;
+    const int64_t q_size = !paired ? teachers : plan.teacher_rest;
+    const int64_t count = params.student_rows.count[k];
+    auto* normalisers = take<Normaliser>(workspace, count);
+    float* student_total = take<float>(workspace, padded(students));
+    float* teacher_total = take<float>(workspace, padded(teachers));
+    float* values = take<float>(workspace, padded(teachers) + padded(p_size));
+    float* slots = values + padded(teachers);
+    float* q = take<float>(workspace, padded(q_size));
+
+    const Side student = read_side(params.student, params.student_rows, k, params, student_total, normalisers,
+                                   !paired ? slots : nullptr);
+    const Side teacher =
+        read_side(params.teacher, params.teacher_rows, k, params, teacher_total, nullptr, !paired ? q : values);
+    PairSums pairs{0.0, 0.0};
+    if (!paired) {
+        multiply(slots, p_size, student.inverse());
+        multiply(q, q_size, teacher.inverse());
+    } else {
+        pairs = over_pairs(plan, student, teacher, params.reverse, values);
+        pick(student.logits, plan.student_others, p_size, &student.exp, student.inverse(), slots);
+        pick(values, plan.teacher_others, q_size, nullptr, teacher.inverse(), q);
+    }
+    SortedSide sorted_p = sorted_side(slots, p_size, workspace), sorted_q = sorted_side(q, q_size, workspace);
+    const int64_t shorter = smaller(p_size, q_size), longer = p_size + q_size - shorter;
+    const SortedL1 others = sorted_l1(sorted_p, sorted_q, !paired ? longer : smaller(params.top_k, shorter), slots);
+    params.losses[k] = (pairs.loss + others.loss) * params.temperature * params.temperature;
+    if (params.grad.data == nullptr) return;
+
+    // What `values` are in units of: g = value * unit.
+    const double unit = !paired ? 1.0 : params.reverse ? student.inverse() : -teacher.inverse();
+    if (paired) multiply(slots, p_size, 1 / unit);
+    const double factor =
+        (params.scale == nullptr ? 1.0 : params.scale[k]) * params.temperature / static_cast<double>(count);
+    const Floats value_scale = broadcast(static_cast<float>(factor * unit));
+    const float* by_student = !paired ? slots : values;
+    const int32_t* slot = plan.slot;
+    for (int64_t i = 0; i < count; ++i) {
+        const int64_t r = params.student_rows.start[k] + i;
+        const Exponential exp = normalisers[i].exp;
+        const double softmax = -factor * (pairs.total + others.total) / normalisers[i].total;
+        const Floats softmax_scale = broadcast(static_cast<float>(softmax));
+        const Floats lowest = broadcast(params.lowest), zero = broadcast(0.0f);
+        typed(params.student.type, params.student.row(r), [&](const auto* z) {
+            write_row(Target{params.grad.row(r), students, params.grad.width}, z, [&](int64_t j) {
+                const Floats x = load(z + j, students - j, zero);
+                const Floats g = slot == nullptr ? load(by_student + j) : gather(by_student, slot + j);
+                const Floats result = fma(g, value_scale, exp(x) * softmax_scale);
+                return select(greater(lowest, x), zero, result);
+            });
+        });
+    }
+}
+
+}  // namespace xtoken::cpu::XTOKEN_LEVEL
