@@ -27,7 +27,6 @@ import math
 import random
 import re
 import statistics
-import tempfile
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
@@ -46,7 +45,6 @@ from torch.nn import functional as F
 
 import xtoken
 from xtoken.losses.loss import Needs, registered
-from xtoken.train.prepare import choose_loss
 
 # The pre-tokenizer of Llama 3; the teacher's differs in the digits that one piece may have.
 SPLIT = (
@@ -157,12 +155,6 @@ def build_tokenizer(digits: int, vocabulary: int, seed: int, text: Text) -> toke
     return built
 
 
-def special_ids(tokenizer: tokenizers.Tokenizer) -> tuple[int, int]:
-    """Of the tokens that begin and end a text."""
-    begin, end = tokenizer.encode("<|begin|><|end|>").ids
-    return begin, end
-
-
 class Encoded(NamedTuple):
     """Right-padded ids [B, T], and labels with -100 at the padding."""
 
@@ -172,7 +164,7 @@ class Encoded(NamedTuple):
 
 
 def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
-    begin, end = special_ids(tokenizer)
+    begin, end = tokenizer.encode("<|begin|><|end|>").ids
     rows = [[begin, *one.ids, end] for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
     ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=end)
     lengths = torch.tensor([len(row) for row in rows])
@@ -256,7 +248,7 @@ def accuracy(model: Transformers, tokenizer: tokenizers.Tokenizer, problems: Seq
 
     However it spells them: an answer has time for as many tokens as characters.
     """
-    begin, _ = special_ids(tokenizer)
+    (begin,) = tokenizer.encode("<|begin|>").ids
     prompts = [[begin, *one.ids] for one in tokenizer.encode_batch([problem.prompt for problem in problems])]
     wanted = [f" {problem.answer}." for problem in problems]
     most = max(map(len, wanted))
@@ -424,12 +416,10 @@ class Finding(NamedTuple):
 
     @classmethod
     def of(cls, world: World) -> Finding:
-        advised = [xtoken.coverage_audit(world.student, world.teachers[digits]).recommendation for digits in (3, 1)]
-        with tempfile.TemporaryDirectory() as folder:
-            student, teacher = map(xtoken.Vocabulary.from_tokenizer, (world.student, world.teachers[1]))
-            advised.append(choose_loss(student, teacher, folder)[0])
+        whole, split = (xtoken.coverage_audit(world.student, world.teachers[digits]) for digits in (3, 1))
+        chosen = xtoken.choose_loss(world.student, world.teachers[1], report=split).loss
         names = {arm.case.loss.name: name for name, arm in reversed(arms().items()) if arm.is_main}
-        return cls(*(names[loss] for loss in advised))
+        return cls(names[whole.recommendation], names[split.recommendation], names[chosen])
 
     def lacking(self, results: dict[str, Any]) -> list[str]:
         """What of it a quick run does not show; in the whole run the margins are tens of points, in every seed."""
