@@ -13,6 +13,8 @@ from hypothesis import strategies as st
 
 from xtoken._core import DpLimits, dp_moves, table_moves
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = json.loads((Path(__file__).parent / "data/golden/dp_scores.json").read_text())
 
 

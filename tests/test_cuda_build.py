@@ -87,6 +87,7 @@ def test_show_config_says_why_there_are_no_kernels(monkeypatch):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_kernels_compile_without_warnings_and_stay_in_registers():
     architectures = cuda_resources.build_settings()[0]
     kernels = cuda_resources.resources(architectures)
@@ -100,6 +101,7 @@ def test_kernels_compile_without_warnings_and_stay_in_registers():
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_a_kernel_that_spills_is_seen(tmp_path, monkeypatch):
     lines = [
         '#include "cuda/platform.cuh"',
@@ -125,6 +127,7 @@ def test_a_kernel_that_spills_is_seen(tmp_path, monkeypatch):
 
 
 @needs_nvcc
+@pytest.mark.slow
 def test_warnings_are_errors(tmp_path, monkeypatch):
     (tmp_path / "unused.cu").write_text("__global__ void kernel() { int unused; }\n")
     monkeypatch.setattr(cuda_resources, "SOURCES", tmp_path)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from cuda_emulator.emulator import ERRORS, FOLDER, Emulator, build, why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")]
 
 SCHEDULES = [("forward", 0), ("reverse", 0), *((order, seed) for order in ("random", "one_ahead") for seed in range(3))]
 

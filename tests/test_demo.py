@@ -9,6 +9,7 @@ import pytest
 from xtoken import demo
 
 
+@pytest.mark.slow
 def test_demo_runs_and_learns(capsys):
     results = demo.run(steps=6, batch_size=2, held_out_passages=2)
     printed = capsys.readouterr().out

@@ -24,6 +24,8 @@ from xtoken.cli import main
 from xtoken.corpus import require
 from xtoken.corpus.options import Options
 
+pytestmark = pytest.mark.slow
+
 SHARD = 40_000
 
 

@@ -6,6 +6,8 @@ import pytest
 
 from xtoken import align_corpus
 
+pytestmark = pytest.mark.slow
+
 ray = pytest.importorskip("ray")
 
 

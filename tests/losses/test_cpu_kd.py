@@ -34,6 +34,7 @@ def wide_case() -> Case:
 @cpu
 @dtypes
 @pytest.mark.parametrize("options", [{}, {"reverse": True}, {"top_k": 1000, "temperature": 3.0}], ids=str)
+@pytest.mark.slow
 def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """The largest logits come after the first 4096, so the unit of the exponentials is found twice."""
     check(backend, "kd", wide_case(), dtype, strided=True, **options)

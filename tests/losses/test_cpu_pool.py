@@ -171,6 +171,7 @@ print(json.dumps(found))
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak of a process")
+@pytest.mark.slow
 def test_memory_beyond_the_gradient_does_not_grow_with_the_rows() -> None:
     """After a call with 8 rows, one with 300 takes its gradient (48 MB) and next to nothing else."""
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}  # freed memory goes back to the system

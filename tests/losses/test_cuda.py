@@ -23,6 +23,8 @@ from xtoken.losses.ranked import cuda as ranked_cuda
 from xtoken.losses.sliced import WARP
 from xtoken.projection import ProjectionMatrix
 
+pytestmark = pytest.mark.slow
+
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 ORDERS = (("reverse", 0), ("one_ahead", 0), ("random", 1))
 OPTIONS: dict[str, tuple[str, dict[str, Any]]] = {

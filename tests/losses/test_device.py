@@ -23,6 +23,8 @@ from xtoken.alignment import to_device
 from xtoken.losses import select_backend
 from xtoken.projection import ProjectionMatrix
 
+pytestmark = pytest.mark.slow
+
 needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 
 

@@ -305,6 +305,7 @@ STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
 
 
 @pytest.mark.parametrize("name", STEPS)
+@pytest.mark.slow
 def test_compiled_into_one_graph(name: str) -> None:
     case = small_case()
     labels = make_labels(case)
@@ -325,6 +326,7 @@ def test_compiled_into_one_graph(name: str) -> None:
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("name", registered())
+@pytest.mark.slow
 def test_opcheck(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(call, "run", lambda *arguments: calls.append(arguments) or operator.run(*arguments))
@@ -338,6 +340,7 @@ def test_opcheck(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.skipif(
     shutil.which(os.environ.get("CXX", "g++")) is None, reason="inductor needs a C++ compiler, and there is none"
 )
+@pytest.mark.slow
 def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setattr("torch._inductor.config.cpp.vec_isa_ok", True)  # no trial compilations: half of the time

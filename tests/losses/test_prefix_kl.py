@@ -330,6 +330,7 @@ cpu = pytest.mark.parametrize("backend", [name for name in backends_of("prefix")
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 2.0}], ids=str)
+@pytest.mark.slow
 def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """Events of hundreds of tokens; the largest logits come after the first 4096, so units are found twice."""
     case = make_case(*((1203, 1101) if backend == "emulated" else (5003, 4801)), samples=1)
@@ -421,6 +422,7 @@ def random_rows(texts: list[list[bytes]], vocabulary: Vocabulary, random: Random
     return reference.Rows(torch.tensor(start), torch.tensor(count), torch.tensor(ids))
 
 
+@pytest.mark.slow
 def test_inner_boundaries() -> None:
     """Those of the formula, found by their definition, are those of the core, which finds them in one walk."""
     found = refused = 0

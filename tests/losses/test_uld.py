@@ -22,6 +22,7 @@ def test_by_hand() -> None:
     assert_close(loss, torch.tensor(0.1 + 0.1 + 0.1 + 0.1), rtol=1e-7)
 
 
+@pytest.mark.slow
 def test_ties_share_their_gradient() -> None:
     """The gradient at a tie is the mean over all orders of the tied tokens, wherever the tie is cut or padded."""
     tied = torch.tensor([0.3, 0.1, 0.3, 0.05, 0.1, 0.15], dtype=torch.float64).log()

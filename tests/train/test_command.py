@@ -13,6 +13,8 @@ from xtoken.losses.criterion import SCALINGS
 from xtoken.train.command import check, loss_arguments, one_each, parse, weights_of
 from xtoken.train.encode import TRAIN_ON
 
+pytestmark = pytest.mark.slow
+
 ALL = ["--student", "S", "--teacher", "T", "--output", "out"]
 
 

@@ -15,6 +15,8 @@ import torch
 from safetensors.torch import load_file
 from small import FSDP, SMALL_TEXTS, assert_same, cut, encode, held_out, run_one_step, train_and_resume, two_teachers
 
+pytestmark = pytest.mark.slow
+
 GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "fixed", "learnable": True, **cut(4, 1)},
     {"scaling": "fixed", "learnable": True, **cut(2, 2)},

@@ -17,6 +17,8 @@ from transformers import TrainerCallback, TrainingArguments
 from xtoken import ProjectionMatrix, kd_loss, pkl_loss
 from xtoken.train import XTokenConfig, XTokenTrainer
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def examples(student_tok, teacher_tok) -> Any:

@@ -21,7 +21,7 @@ from transformers import TrainerCallback
 
 from xtoken.train import XTokenTrainer
 
-pytestmark = pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))]
 
 
 class Table(torch.nn.Module):
