@@ -60,6 +60,13 @@ def test_hard_inputs_of_other_merges(name: str, merge: str, backend: str) -> Non
 
 @backends
 @pytest.mark.parametrize("merge", ["mean", "chain"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_vectors_of_16_bits_of_other_merges(dtype: torch.dtype, merge: str, backend: str) -> None:
+    check(backend, "pkl", CASES["vector_remainder"](), dtype, merge=merge, top_k=31)
+
+
+@backends
+@pytest.mark.parametrize("merge", ["mean", "chain"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_options(variant: str, merge: str, backend: str) -> None:
     check(backend, "pkl", make_case(), torch.float32, merge=merge, **VARIANTS[variant])
