@@ -157,8 +157,8 @@ def run(
     Returns
     -------
     dict
-        For each student (``"before"``, ``"cross-entropy only"``, ``"distilled"``): held-out ``ce`` and ``kd``, and
-        ``tokens_per_second`` of training (the median of its steps).
+        For each student (``"before"``, ``"cross-entropy only"``, and such as ``"prefix + cross-entropy"``): held-out
+        ``ce`` and ``kd``, and ``tokens_per_second`` of training (the median of its steps).
     """
     from transformers import PrinterCallback, TrainerCallback
 
@@ -194,7 +194,7 @@ def run(
     others = others[:: max(1, len(others) // held_out_passages)][:held_out_passages]
     encoder = ExampleEncoder(student_tok, [teacher_tok], add_end=False)
     training, held_out = (EncodedDataset(({"text": one} for one in texts), encoder) for texts in (passages, others))
-    alone = [{**training[k], "teachers": []} for k in range(len(training))]
+    without = [{**training[k], "teachers": []} for k in range(len(training))]
     console.rule(f"training on {len(training):,} passages of the Python manual, {steps} steps of {batch_size}")
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("ce {task.fields[ce]:.3f}"))  # fmt: skip
@@ -226,12 +226,11 @@ def run(
                 if "ce" in logs:
                     progress.update(self.task, advance=1, ce=logs["ce"])
 
-        names = {"before": "before", "cross-entropy only": "cross-entropy only",
-                 "distilled": f"{choice.loss} + cross-entropy"}  # fmt: skip
         results = {"before": measured(make_student(student_tok.get_vocab_size(), seed), math.nan)}
-        for name, teachers, examples in (("distilled", [teacher], training), ("cross-entropy only", [], alone)):
+        alone, distilled = "cross-entropy only", f"{choice.loss} + cross-entropy"
+        for name, teachers, examples in ((alone, [], without), (distilled, [teacher], training)):
             run_ = trainer(make_student(student_tok.get_vocab_size(), seed), teachers, examples)
-            run_.add_callback(Shown(names[name]))
+            run_.add_callback(Shown(name))
             run_.train()
             speeds = [entry["tokens_per_second"] for entry in run_.state.log_history if "tokens_per_second" in entry]
             results[name] = measured(run_.model, statistics.median(speeds))
@@ -239,10 +238,9 @@ def run(
     table = Table(title=f"held out: {len(others)} passages of other topics")
     for heading in ("student", "CE, nats/token", f"{choice.loss}, nats/chunk", "tokens/s"):
         table.add_column(heading, justify="left" if heading == "student" else "right")
-    for name, label in names.items():
-        row = results[name]
-        speed = "" if math.isnan(row["tokens_per_second"]) else f"{row['tokens_per_second']:,.0f}"
-        table.add_row(label, f"{row['ce']:.3f}", f"{row['kd']:.3f}", speed)
+    for name, row in results.items():
+        speed = "" if name == "before" else f"{row['tokens_per_second']:,.0f}"
+        table.add_row(name, f"{row['ce']:.3f}", f"{row['kd']:.3f}", speed)
     console.print(table)
     console.print(f"seed {seed}, {time.perf_counter() - started:.0f} s in all")
     return results

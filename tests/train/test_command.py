@@ -11,7 +11,7 @@ from xtoken.cli import main
 from xtoken.losses import registered
 from xtoken.losses.criterion import SCALINGS
 from xtoken.train.command import check, loss_arguments, one_each, parse, weights_of
-from xtoken.train.encode import TRAIN_ON
+from xtoken.train.example import TRAIN_ON
 
 pytestmark = pytest.mark.slow
 

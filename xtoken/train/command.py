@@ -32,7 +32,7 @@ from .cached import CachedExamples
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import load_examples
-from .encode import TRAIN_ON
+from .example import TRAIN_ON
 from .plot import PlotCallback
 from .prepare import cached_choice, cached_projection
 from .teachers import TeacherModel, load_model, load_tokenizer

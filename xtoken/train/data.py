@@ -173,6 +173,9 @@ def load_examples(
     FileNotFoundError
         If a path matches no file.
     """
+    shared: dict[str, Any] = {
+        "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,
+    }  # fmt: skip
     folders = [path for path in files if os.path.isdir(path)]
     if folders:
         if len(files) > 1 or len(teacher_toks) != 1:
@@ -180,23 +183,8 @@ def load_examples(
                 f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
                 f"{len(teacher_toks)} teachers"
             )
-        return AlignedExamples(
-            folders[0],
-            student_tok,
-            teacher_toks[0],
-            max_length=max_length,
-            max_teacher_length=max_teacher_length,
-            name_documents=name_documents,
-        )
-    encoder = ExampleEncoder(
-        student_tok,
-        teacher_toks,
-        train_on=train_on,
-        max_length=max_length,
-        max_teacher_length=max_teacher_length,
-        text_column=text_column,
-        name_documents=name_documents,
-    )
+        return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
+    encoder = ExampleEncoder(student_tok, teacher_toks, train_on=train_on, text_column=text_column, **shared)
     return EncodedDataset(read_rows(files, text_column), encoder)
 
 

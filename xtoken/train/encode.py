@@ -3,290 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from xtoken.audit import same_tokens
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
-from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
+from xtoken.vocabulary import TokenizerLike
 
-from .chat import ChatTemplate, Conversation, take_apart
-
-TRAIN_ON = ("all", "completion", "assistant")
-
-END_ROLES = ("end_of_turn", "eos")
-"""Roles of the tokens that end a turn."""
+from .example import TRAIN_ON, Example, Ints, Table, parse_example
+from .reader import Reader, Tokens
 
 MOST_OVERHANG = 64
 """Bytes of white space by which a token may reach over the edge of a piece."""
-
-Ints = NDArray[np.int64]
-
-
-class Example(NamedTuple):
-    """An example, before any tokenizer reads it.
-
-    Attributes
-    ----------
-    pieces : list of str
-        The texts that are aligned: contents of messages; prompt and completion; or the whole text.
-    sizes : list of int
-        Their bytes.
-    owners : list of int
-        The turn of each piece.
-    trained : list of bool
-        Whether a turn is trained on.
-    conversation : Conversation, optional
-        If it is a chat; else the pieces follow each other as they are, and only the last one has an end.
-    """
-
-    pieces: list[str]
-    sizes: list[int]
-    owners: list[int]
-    trained: list[bool]
-    conversation: Conversation | None
-
-    @staticmethod
-    def of(
-        pieces: list[str], owners: list[int], trained: list[bool], conversation: Conversation | None = None
-    ) -> Example:
-        sizes = [len(piece.encode()) for piece in pieces]
-        return Example(pieces, sizes, owners, trained, conversation)
-
-
-def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
-    """Takes a row apart; see `ExampleEncoder` for its forms.
-
-    Raises
-    ------
-    ValueError
-        If it has none of the forms, or text with lone surrogates.
-    """
-    messages = row.get("messages")
-    if messages is not None:
-        last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
-        return _chat(row, list(messages), last + 1, train_on)
-    prompt, completion = row.get("prompt"), row.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        head = prompt.rstrip()  # a token may join a space to the word behind it
-        turns = ((head, train_on == "all"), (prompt[len(head) :] + completion, True))
-        parts = [(text, trained) for text, trained in turns if text]
-        return Example.of([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts])
-    if prompt is not None and completion is not None and not isinstance(prompt, str):
-        return _chat(row, [*prompt, *completion], len(prompt), train_on)
-    text = row.get(text_column)
-    if isinstance(text, str):
-        return Example.of([text] if text else [], [0] if text else [], [True] if text else [])
-    found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
-    raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
-
-
-def _role(message: Any) -> Any:
-    return message.get("role") if isinstance(message, Mapping) else None
-
-
-def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on: str) -> Example:
-    conversation = take_apart(messages, row.get("tools"), row.get("chat_template_kwargs"))
-    trained = [
-        train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
-        for k, one in enumerate(messages)
-    ]
-    return Example.of(conversation.pieces, conversation.owners, trained, conversation)
-
-
-class _Table(NamedTuple):
-    """The P pieces and M turns of B examples."""
-
-    length: Ints
-    """[P]: bytes of each piece."""
-    trained_piece: NDArray[np.bool_]
-    trained_turn: NDArray[np.bool_]
-
-    @staticmethod
-    def of(examples: Sequence[Example]) -> _Table:
-        return _Table(
-            np.array([size for example in examples for size in example.sizes], np.int64),
-            np.array([example.trained[owner] for example in examples for owner in example.owners], bool),
-            np.array([trained for example in examples for trained in example.trained], bool),
-        )
-
-
-class _Tokens(NamedTuple):
-    """The tokens of B examples on one side, one example after the other.
-
-    Byte positions count through all examples, with gaps between them, so that one search serves the batch.
-    """
-
-    ids: Ints
-    start: Ints
-    """[N]: byte at which a token begins; a token that stands for no text is empty."""
-    end: Ints
-    ptr: Ints
-    """[B + 1]: example b has the tokens ``ptr[b] ... ptr[b + 1] - 1``."""
-    text_end: Ints
-    """[B]: byte at which the text of an example ends."""
-    raw: list[bytes]
-    """[B]: the texts."""
-    is_exact: NDArray[np.bool_]
-    """[B]: whether the tokens' bytes, put together, are the text; else positions are the tokenizer's own offsets."""
-    piece_start: Ints
-    """[P]: byte at which each piece begins, -1 if it does not stand there verbatim."""
-    turn_end: Ints
-    """[M]: the token that ends each turn, -1 if there is none."""
-
-
-class _Layout(NamedTuple):
-    """An example as one model's text."""
-
-    text: str
-    raw: bytes
-    base: int
-    """Number of its first byte."""
-    piece_start: list[int]
-    """Byte at which each piece begins, -1 if it does not stand there verbatim."""
-    turn_end: list[tuple[int, int]]
-    """For each turn the bytes between which its end token is looked for, (-1, -1) if nothing of it is there."""
-
-
-class _Side:
-    """One model's way of reading."""
-
-    def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
-        if isinstance(tokenizer, (str, os.PathLike)):
-            tokenizer = load_tokenizer(tokenizer)
-        self.tokenizer = tokenizer
-        self.name = name
-        self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
-        if self.vocabulary.tokenizer is None:
-            raise ValueError(f"{name}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
-        self.backend = self.vocabulary.tokenizer
-        if self.backend.padding is not None or self.backend.truncation is not None:
-            self.backend = unpadded(self.backend)
-        self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
-        self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
-        self.is_special = ~self.vocabulary.is_text
-        self.prefix = self._prefix()
-        self.end_id = self.vocabulary.roles.get("eos")
-        self.is_end = np.zeros(len(self.tokens), bool)
-        self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
-        self._template: ChatTemplate | None = None
-
-    def _prefix(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text, such as BOS."""
-        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
-
-    @property
-    def template(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self.name)
-        return self._template
-
-    def reads_as(self, other: _Side) -> bool:
-        """Whether this model reads the other's ids as its own: same tokens, same template."""
-        return (
-            same_tokens(self.vocabulary, other.vocabulary)
-            and self.backend.to_str() == other.backend.to_str()
-            and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
-        )
-
-    def roles(self, token_id: int) -> set[str]:
-        return {role for role, i in self.vocabulary.roles.items() if i == token_id}
-
-    def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> _Tokens:
-        """Writes and encodes examples; errors count rows from `first_row`."""
-        layouts = []
-        base = 1
-        for number, example in enumerate(examples, first_row):
-            try:
-                layouts.append(self._layout(example, base))
-            except ValueError as error:
-                raise ValueError(f"row {number}: {error}") from error
-            base += len(layouts[-1].raw) + 2
-        texts = [layout.text for layout in layouts]
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        rows = []
-        is_exact = np.ones(len(examples), bool)
-        for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
-            ids = encoding.ids
-            if b"".join([self.tokens[i] for i in ids]) == layout.raw:
-                row = np.asarray(ids, np.int64)
-                end = np.cumsum(self.lengths[row])
-                start = end - self.lengths[row]
-            else:
-                is_exact[k] = False
-                row, start, end = self._offsets(layout.text)
-            if example.conversation is None:
-                closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
-                before, behind = len(self.prefix), len(closing)
-                row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
-                start, end = (
-                    np.concatenate([np.full(before, -1), one, np.full(behind, len(layout.raw))]) for one in (start, end)
-                )
-            rows.append((row, start + layout.base, end + layout.base))
-        ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
-        return _Tokens(
-            ids,
-            start,
-            end,
-            np.cumsum([0, *(len(row) for row, _, _ in rows)]),
-            np.array([layout.base + len(layout.raw) for layout in layouts]),
-            [layout.raw for layout in layouts],
-            is_exact,
-            np.array([start for layout in layouts for start in layout.piece_start], np.int64),
-            self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end]),
-        )
-
-    def _layout(self, example: Example, base: int) -> _Layout:
-        """An example as this model's text, whose first byte has number `base`."""
-        starts = [-1] * len(example.pieces)
-        ends = [(-1, -1)] * len(example.trained)
-        at = base
-        if example.conversation is None:
-            text = "".join(example.pieces)
-            for k, size in enumerate(example.sizes):
-                starts[k] = at
-                at += size
-            ends[-1:] = [(at, at + 1)] * len(ends[-1:])
-        else:
-            text, places = self.template.render(example.conversation)
-            char = 0
-            for place in places:
-                at, char = at + len(text[char : place.start].encode()), place.start
-                if place.is_verbatim:
-                    starts[place.piece] = at
-                at, char = at + len(text[char : place.end].encode()), place.end
-                ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
-        raw = text.encode()
-        for call in example.conversation.arguments if example.conversation is not None else ():
-            start = starts[call.parts[0]]  # what stands between the values is placed only in JSON
-            for piece in (call.whole, call.closed):
-                if start >= 0 and raw.startswith(example.pieces[piece].encode(), start - base):
-                    starts[piece] = start
-        return _Layout(text, raw, base, starts, ends)
-
-    def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
-        """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
-        byte = np.concatenate([[0], np.cumsum(sizes)])
-        start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
-        return np.asarray(encoding.ids, np.int64), start, end
-
-    def _turn_ends(self, ids: Ints, start: Ints, stretches: Sequence[tuple[int, int]]) -> Ints:
-        """The first end token in each stretch of bytes, -1 if there is none or the stretch begins at -1."""
-        after, until = np.array(stretches, np.int64).reshape(-1, 2).T
-        (places,) = self.is_end[ids].nonzero()
-        places = np.append(places, -1)
-        position = np.append(start[places[:-1]], np.iinfo(np.int64).max)
-        k = np.searchsorted(position[:-1], after)
-        return np.where((after >= 0) & (position[k] < until), places[k], -1)
 
 
 class _Chunks(NamedTuple):
@@ -374,8 +106,8 @@ class ExampleEncoder:
         self.text_column = text_column
         self.add_end = add_end
         self.name_documents = name_documents
-        self.student = _Side(student_tok, "student")
-        sides = [_Side(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
+        self.student = Reader(student_tok, "student")
+        sides = [Reader(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
 
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
@@ -404,7 +136,7 @@ class ExampleEncoder:
                 examples.append(parse_example(row, self.train_on, self.text_column))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
-        table = _Table.of(examples)
+        table = Table.of(examples)
         student = self.student.encode(examples, self.add_end, first_row)
         sides = [None if side is None else side.encode(examples, self.add_end, first_row) for side in self.teachers]
         _choose_wholes(examples, [student, *(side for side in sides if side is not None)])
@@ -418,7 +150,7 @@ class ExampleEncoder:
         ]
         return [self._examples(k, example, student, labels, teachers) for k, example in enumerate(examples)]
 
-    def _labels(self, table: _Table, student: _Tokens) -> Ints:
+    def _labels(self, table: Table, student: Tokens) -> Ints:
         """The ids of the tokens that begin or end in a piece that is trained on, and of ends of turns; else -100."""
         if not len(table.length):
             return np.full(len(student.ids), IGNORED)
@@ -430,13 +162,13 @@ class ExampleEncoder:
             over = within & ((student.end > last) if overhang_is_behind else (student.start < first))
             for i in over.nonzero()[0].tolist():
                 begin, end = (last[i], student.end[i]) if overhang_is_behind else (student.start[i], first[i])
-                within[i] = _is_space(student, int(begin), int(end))
+                within[i] = student.is_space(int(begin), int(end))
             wanted |= within
         wanted &= ~self.student.is_special[student.ids]
         wanted[student.turn_end[table.trained_turn & (student.turn_end >= 0)]] = True
         return np.where(wanted, student.ids, IGNORED)
 
-    def _chunks(self, table: _Table, student: _Tokens, side: _Side, teacher: _Tokens) -> _Chunks:
+    def _chunks(self, table: Table, student: Tokens, side: Reader, teacher: Tokens) -> _Chunks:
         room = table.length + 2 * MOST_OVERHANG + 1
         piece_begin = np.cumsum(room) - room + MOST_OVERHANG  # pieces on a line of their own, with gaps
         lines = [
@@ -498,9 +230,9 @@ class ExampleEncoder:
         self,
         k: int,
         example: Example,
-        student: _Tokens,
+        student: Tokens,
         labels: Ints,
-        teachers: Sequence[tuple[_Tokens, _Chunks] | None],
+        teachers: Sequence[tuple[Tokens, _Chunks] | None],
     ) -> list[dict[str, Any]]:
         """Row k as examples within the limits: the whole if it fits, else its beginning, and of a text what follows."""
         ids, wanted = (one[student.ptr[k] : student.ptr[k + 1]] for one in (student.ids, labels))
@@ -546,7 +278,7 @@ class ExampleEncoder:
         return examples
 
 
-def _choose_wholes(examples: Sequence[Example], sides: Sequence[_Tokens]) -> None:
+def _choose_wholes(examples: Sequence[Example], sides: Sequence[Tokens]) -> None:
     """Keeps arguments of calls as one piece where all models write the same JSON, else as the parts that each has.
 
     The longer the piece the better, since tokens may reach over its edges.
@@ -570,7 +302,7 @@ class _Reading(NamedTuple):
     trained: NDArray[np.bool_]
 
     @staticmethod
-    def of(k: int, tokens: _Tokens, chunks: _Chunks) -> _Reading:
+    def of(k: int, tokens: Tokens, chunks: _Chunks) -> _Reading:
         these = slice(chunks.ptr[k], chunks.ptr[k + 1])
         return _Reading(tokens.ids[tokens.ptr[k] : tokens.ptr[k + 1]], chunks.spans[these], chunks.trained[these])
 
@@ -614,7 +346,7 @@ def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, ND
     return piece, (k >= 0) & (position <= piece_start[piece] + length[piece])
 
 
-def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints, *, only_open: bool) -> tuple[Ints, Ints]:
+def _edges(tokens: Tokens, length: Ints, piece_begin: Ints, *, only_open: bool) -> tuple[Ints, Ints]:
     """Places within pieces at which a token begins, on the pieces' own line, and these tokens.
 
     Places outside take part too, as far as there is only white space up to there. With `only_open` just the nearest,
@@ -642,7 +374,7 @@ def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints, *, only_open: bool)
             k, bound = int(start[p]) + (step < 0) * step, int(edge[p])
             while 0 <= k < len(position) and abs(int(position[k]) - bound) <= MOST_OVERHANG:
                 place = int(position[k])
-                if not _is_space(tokens, min(place, bound), max(place, bound)):
+                if not tokens.is_space(min(place, bound), max(place, bound)):
                     break
                 line.append(np.array([piece_begin[pieces[p]] - first[p] + place]))
                 found.append(token[k : k + 1])
@@ -650,11 +382,3 @@ def _edges(tokens: _Tokens, length: Ints, piece_begin: Ints, *, only_open: bool)
                 if only_open:
                     break
     return np.concatenate(line), np.concatenate(found)
-
-
-def _is_space(tokens: _Tokens, start: int, end: int) -> bool:
-    """Whether the text between two bytes is white space."""
-    k = int(np.searchsorted(tokens.text_end, start))
-    base = int(tokens.text_end[k]) - len(tokens.raw[k])
-    text = tokens.raw[k][max(start - base, 0) : end - base]
-    return text.decode("utf-8", "replace").isspace()

@@ -33,7 +33,7 @@ def cached_projection(
     Files are named by the fingerprints of both vocabularies, the options and the version of this library; damaged ones
     are built again.
     """
-    path = _path(folder, "projection", student, teacher, options, ".safetensors")
+    path = _path(folder, "projection.safetensors", student, teacher, options)
     return _cached(
         path,
         lambda: ProjectionMatrix.load(path, student, teacher),
@@ -46,7 +46,7 @@ def cached_audit(
     student: Vocabulary, teacher: Vocabulary, projection: ProjectionMatrix, folder: str | os.PathLike[str] | None = None
 ) -> CoverageReport:
     """`coverage_audit` of the pair, likewise."""
-    path = _path(folder, "audit", student, teacher, projection.metadata, ".json")
+    path = _path(folder, "audit.json", student, teacher, projection.metadata)
     return _cached(
         path,
         lambda: _report(path.read_text()),
@@ -70,17 +70,12 @@ def cached_choice(
     return choose_loss(student, teacher, learn_projection=learn_projection, report=report)
 
 
-def _path(
-    folder: str | os.PathLike[str] | None,
-    kind: str,
-    student: Vocabulary,
-    teacher: Vocabulary,
-    options: dict[str, Any],
-    suffix: str,
-) -> Path:
+def _path(folder: Any, name: str, student: Vocabulary, teacher: Vocabulary, options: dict[str, Any]) -> Path:
+    """The file of that name for a pair and these options."""
     facts = [student.fingerprint(), teacher.fingerprint(), sorted(options.items()), _core.version]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
-    return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}{suffix}"
+    kind, ending = name.split(".")
+    return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}.{ending}"
 
 
 def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], write: Callable[[Made], None]) -> Made:

@@ -1,0 +1,103 @@
+"""A row of data taken apart, before any tokenizer reads it: the texts that are aligned, and what is trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .chat import Conversation, take_apart
+
+TRAIN_ON = ("all", "completion", "assistant")
+
+Ints = NDArray[np.int64]
+
+
+class Example(NamedTuple):
+    """An example, before any tokenizer reads it.
+
+    Attributes
+    ----------
+    pieces : list of str
+        The texts that are aligned: contents of messages; prompt and completion; or the whole text.
+    sizes : list of int
+        Their bytes.
+    owners : list of int
+        The turn of each piece.
+    trained : list of bool
+        Whether a turn is trained on.
+    conversation : Conversation, optional
+        If it is a chat; else the pieces follow each other as they are, and only the last one has an end.
+    """
+
+    pieces: list[str]
+    sizes: list[int]
+    owners: list[int]
+    trained: list[bool]
+    conversation: Conversation | None
+
+    @staticmethod
+    def of(
+        pieces: list[str], owners: list[int], trained: list[bool], conversation: Conversation | None = None
+    ) -> Example:
+        sizes = [len(piece.encode()) for piece in pieces]
+        return Example(pieces, sizes, owners, trained, conversation)
+
+
+def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
+    """Takes a row apart; see `ExampleEncoder` for its forms.
+
+    Raises
+    ------
+    ValueError
+        If it has none of the forms, or text with lone surrogates.
+    """
+    messages = row.get("messages")
+    if messages is not None:
+        last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
+        return _chat(row, list(messages), last + 1, train_on)
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if isinstance(prompt, str) and isinstance(completion, str):
+        head = prompt.rstrip()  # a token may join a space to the word behind it
+        turns = ((head, train_on == "all"), (prompt[len(head) :] + completion, True))
+        parts = [(text, trained) for text, trained in turns if text]
+        return Example.of([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts])
+    if prompt is not None and completion is not None and not isinstance(prompt, str):
+        return _chat(row, [*prompt, *completion], len(prompt), train_on)
+    text = row.get(text_column)
+    if isinstance(text, str):
+        return Example.of([text] if text else [], [0] if text else [], [True] if text else [])
+    found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
+    raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
+
+
+def _role(message: Any) -> Any:
+    return message.get("role") if isinstance(message, Mapping) else None
+
+
+def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on: str) -> Example:
+    conversation = take_apart(messages, row.get("tools"), row.get("chat_template_kwargs"))
+    trained = [
+        train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
+        for k, one in enumerate(messages)
+    ]
+    return Example.of(conversation.pieces, conversation.owners, trained, conversation)
+
+
+class Table(NamedTuple):
+    """The P pieces and M turns of B examples."""
+
+    length: Ints
+    """[P]: bytes of each piece."""
+    trained_piece: NDArray[np.bool_]
+    trained_turn: NDArray[np.bool_]
+
+    @staticmethod
+    def of(examples: Sequence[Example]) -> Table:
+        return Table(
+            np.array([size for example in examples for size in example.sizes], np.int64),
+            np.array([example.trained[owner] for example in examples for owner in example.owners], bool),
+            np.array([trained for example in examples for trained in example.trained], bool),
+        )

@@ -1,0 +1,198 @@
+"""How one model reads examples: written by its chat template, tokenized, with the byte at which each token begins."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from xtoken.audit import same_tokens
+from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
+
+from .chat import ChatTemplate
+from .example import Example, Ints
+
+END_ROLES = ("end_of_turn", "eos")
+"""Roles of the tokens that end a turn."""
+
+
+class Tokens(NamedTuple):
+    """The tokens of B examples on one side, one example after the other.
+
+    Byte positions count through all examples, with gaps between them, so that one search serves the batch.
+    """
+
+    ids: Ints
+    start: Ints
+    """[N]: byte at which a token begins; a token that stands for no text is empty."""
+    end: Ints
+    ptr: Ints
+    """[B + 1]: example b has the tokens ``ptr[b] ... ptr[b + 1] - 1``."""
+    text_end: Ints
+    """[B]: byte at which the text of an example ends."""
+    raw: list[bytes]
+    """[B]: the texts."""
+    is_exact: NDArray[np.bool_]
+    """[B]: whether the tokens' bytes, put together, are the text; else positions are the tokenizer's own offsets."""
+    piece_start: Ints
+    """[P]: byte at which each piece begins, -1 if it does not stand there verbatim."""
+    turn_end: Ints
+    """[M]: the token that ends each turn, -1 if there is none."""
+
+    def is_space(self, start: int, end: int) -> bool:
+        """Whether the text between two bytes is white space."""
+        k = int(np.searchsorted(self.text_end, start))
+        base = int(self.text_end[k]) - len(self.raw[k])
+        text = self.raw[k][max(start - base, 0) : end - base]
+        return text.decode("utf-8", "replace").isspace()
+
+
+class _Layout(NamedTuple):
+    """An example as one model's text."""
+
+    text: str
+    raw: bytes
+    base: int
+    """Number of its first byte."""
+    piece_start: list[int]
+    """Byte at which each piece begins, -1 if it does not stand there verbatim."""
+    turn_end: list[tuple[int, int]]
+    """For each turn the bytes between which its end token is looked for, (-1, -1) if nothing of it is there."""
+
+
+class Reader:
+    """One model's way of reading."""
+
+    def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
+        if isinstance(tokenizer, (str, os.PathLike)):
+            tokenizer = load_tokenizer(tokenizer)
+        self.tokenizer = tokenizer
+        self.name = name
+        self.vocabulary = Vocabulary.from_tokenizer(tokenizer)
+        if self.vocabulary.tokenizer is None:
+            raise ValueError(f"{name}: expected a tokenizer that encodes text, got a Vocabulary made of tokens alone")
+        self.backend = self.vocabulary.tokenizer
+        if self.backend.padding is not None or self.backend.truncation is not None:
+            self.backend = unpadded(self.backend)
+        self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
+        self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
+        self.is_special = ~self.vocabulary.is_text
+        self.prefix = self._prefix()
+        self.end_id = self.vocabulary.roles.get("eos")
+        self.is_end = np.zeros(len(self.tokens), bool)
+        self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
+        self._template: ChatTemplate | None = None
+
+    def _prefix(self) -> list[int]:
+        """The special tokens that the tokenizer puts before a text, such as BOS."""
+        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
+
+    @property
+    def template(self) -> ChatTemplate:
+        if self._template is None:
+            self._template = ChatTemplate(self.tokenizer, self.name)
+        return self._template
+
+    def reads_as(self, other: Reader) -> bool:
+        """Whether this model reads the other's ids as its own: same tokens, same template."""
+        return (
+            same_tokens(self.vocabulary, other.vocabulary)
+            and self.backend.to_str() == other.backend.to_str()
+            and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
+        )
+
+    def roles(self, token_id: int) -> set[str]:
+        return {role for role, i in self.vocabulary.roles.items() if i == token_id}
+
+    def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> Tokens:
+        """Writes and encodes examples; errors count rows from `first_row`."""
+        layouts = []
+        base = 1
+        for number, example in enumerate(examples, first_row):
+            try:
+                layouts.append(self._layout(example, base))
+            except ValueError as error:
+                raise ValueError(f"row {number}: {error}") from error
+            base += len(layouts[-1].raw) + 2
+        texts = [layout.text for layout in layouts]
+        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
+        rows = []
+        is_exact = np.ones(len(examples), bool)
+        for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
+            ids = encoding.ids
+            if b"".join([self.tokens[i] for i in ids]) == layout.raw:
+                row = np.asarray(ids, np.int64)
+                end = np.cumsum(self.lengths[row])
+                start = end - self.lengths[row]
+            else:
+                is_exact[k] = False
+                row, start, end = self._offsets(layout.text)
+            if example.conversation is None:
+                closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
+                before, behind = len(self.prefix), len(closing)
+                row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
+                start, end = (
+                    np.concatenate([np.full(before, -1), one, np.full(behind, len(layout.raw))]) for one in (start, end)
+                )
+            rows.append((row, start + layout.base, end + layout.base))
+        ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
+        return Tokens(
+            ids,
+            start,
+            end,
+            np.cumsum([0, *(len(row) for row, _, _ in rows)]),
+            np.array([layout.base + len(layout.raw) for layout in layouts]),
+            [layout.raw for layout in layouts],
+            is_exact,
+            np.array([start for layout in layouts for start in layout.piece_start], np.int64),
+            self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end]),
+        )
+
+    def _layout(self, example: Example, base: int) -> _Layout:
+        """An example as this model's text, whose first byte has number `base`."""
+        starts = [-1] * len(example.pieces)
+        ends = [(-1, -1)] * len(example.trained)
+        at = base
+        if example.conversation is None:
+            text = "".join(example.pieces)
+            for k, size in enumerate(example.sizes):
+                starts[k] = at
+                at += size
+            ends[-1:] = [(at, at + 1)] * len(ends[-1:])
+        else:
+            text, places = self.template.render(example.conversation)
+            char = 0
+            for place in places:
+                at, char = at + len(text[char : place.start].encode()), place.start
+                if place.is_verbatim:
+                    starts[place.piece] = at
+                at, char = at + len(text[char : place.end].encode()), place.end
+                ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
+        raw = text.encode()
+        for call in example.conversation.arguments if example.conversation is not None else ():
+            start = starts[call.parts[0]]  # what stands between the values is placed only in JSON
+            for piece in (call.whole, call.closed):
+                if start >= 0 and raw.startswith(example.pieces[piece].encode(), start - base):
+                    starts[piece] = start
+        return _Layout(text, raw, base, starts, ends)
+
+    def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
+        """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
+        encoding = self.backend.encode(text, add_special_tokens=False)
+        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
+        byte = np.concatenate([[0], np.cumsum(sizes)])
+        start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
+        return np.asarray(encoding.ids, np.int64), start, end
+
+    def _turn_ends(self, ids: Ints, start: Ints, stretches: Sequence[tuple[int, int]]) -> Ints:
+        """The first end token in each stretch of bytes, -1 if there is none or the stretch begins at -1."""
+        after, until = np.array(stretches, np.int64).reshape(-1, 2).T
+        (places,) = self.is_end[ids].nonzero()
+        places = np.append(places, -1)
+        position = np.append(start[places[:-1]], np.iinfo(np.int64).max)
+        k = np.searchsorted(position[:-1], after)
+        return np.where((after >= 0) & (position[k] < until), places[k], -1)
