@@ -31,11 +31,11 @@ class Prepared(NamedTuple):
     options: Formula
 
 
-T = TypeVar("T", bound=Formula, covariant=True)
+T_co = TypeVar("T_co", bound=Formula, covariant=True)
 
 
 @dataclass(frozen=True)
-class Problem(Generic[T]):
+class Problem(Generic[T_co]):
     """One call of a loss.
 
     Parameters
@@ -56,7 +56,7 @@ class Problem(Generic[T]):
     student: Tensor
     teacher: Tensor
     chunks: Chunks
-    options: T
+    options: T_co
     weight: Tensor | None = None
 
     @property

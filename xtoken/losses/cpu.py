@@ -61,7 +61,7 @@ def rows_fields(rows: Rows) -> Fields:
 
 
 def run_chunks(
-    name: str, problem: Problem, student_grad: Tensor | None, scale: Tensor | None, level: str, fields: Fields
+    name: str, problem: Problem[Any], student_grad: Tensor | None, scale: Tensor | None, level: str, fields: Fields
 ) -> Tensor:
     """The losses of all chunks, float32 [K], by a launcher with `XTOKEN_CHUNKS` and `fields`."""
     losses = torch.empty(len(problem.chunks), dtype=torch.float64)
@@ -97,7 +97,7 @@ class LabelBuffers:
             self._labels.losses.copy_(self._losses)
 
 
-def unsupported(problem: Problem) -> str | None:
+def unsupported(problem: Problem[Any]) -> str | None:
     """Why the kernels, of either backend, cannot take a problem, or None."""
     for name, logits in (("student_logits", problem.student), ("teacher_logits", problem.teacher)):
         if logits.dtype not in ELEMENTS:

@@ -140,7 +140,7 @@ class Kernels:
         self,
         memory: Memory,
         name: str,
-        problem: Problem,
+        problem: Problem[Any],
         student_grad: Tensor | None,
         scale: Tensor | None,
         labels: Labels | None,
@@ -169,7 +169,7 @@ class Kernels:
 
 def chunk_fields(
     memory: Memory,
-    problem: Problem,
+    problem: Problem[Any],
     chunks: Chunks,
     student_grad: Tensor | None,
     scale: Tensor | None,

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cpu import LabelBuffers, array, run_chunks
+from xtoken.losses.kd import KD
 
 
 def run(
-    problem: Problem,
+    problem: Problem[KD],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -24,7 +23,7 @@ def run(
 
     Needs no scratch memory for all columns, and 8 bytes a column and thread for a subset.
     """
-    options: Any = problem.options
+    options = problem.options
     buffers = LabelBuffers(labels)
     fields = {
         "labels": buffers.fields,

@@ -2,27 +2,26 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cuda import Kernels
+from xtoken.losses.kd import KD
 
 TAKES_MASK = True
 
 
 def run(
     kernels: Kernels,
-    problem: Problem,
+    problem: Problem[KD],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
     """KL for one shared tokenizer."""
-    options: Any = problem.options
+    options = problem.options
     columns, place = options.columns, None
     width, device = problem.student.shape[-1], problem.student.device
     if columns is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 from xtoken.losses.loss import Matrix
+from xtoken.losses.pkl import PreparedPKL
 
 
 @dataclass
@@ -69,7 +69,7 @@ def plan_for(projection: Matrix, columns: Tensor) -> _core.Built:
 
 
 def run(
-    problem: Problem,
+    problem: Problem[PreparedPKL],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -81,7 +81,7 @@ def run(
 
     The scratch memory is a few megabytes per thread, whatever the number of rows.
     """
-    options: Any = problem.options
+    options = problem.options
     sums = None if weight_grad is None else torch.empty(len(options.entry_index), dtype=torch.float64)
     buffers = LabelBuffers(labels)
     fields = {

@@ -20,6 +20,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Array, Kernels, Memory
 from xtoken.losses.loss import Matrix
+from xtoken.losses.pkl import PreparedPKL
 from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 
 _Ints = NDArray[np.int64]
@@ -215,14 +216,14 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor |
 
 def run(
     kernels: Kernels,
-    problem: Problem,
+    problem: Problem[PreparedPKL],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
     """P-KL; the workspace is about a megabyte per block of the grid, whatever the number of rows."""
-    options: Any = problem.options
+    options = problem.options
     trained = problem.weight is not None or options.projection.weight.requires_grad
     plan = plan_for(options.projection, options.chosen, trained, options.count)
     entries = entries_of(plan, options.chosen) if weight_grad is not None else None

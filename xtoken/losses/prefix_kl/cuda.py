@@ -14,6 +14,7 @@ from xtoken.alignment import Chunks, Rows, synchronized
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory
+from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 from xtoken.pieces import Side, sides
 
@@ -136,14 +137,14 @@ def check_ids(chunks: Chunks, sizes: tuple[int, int]) -> None:
 
 def run(
     kernels: Kernels,
-    problem: Problem,
+    problem: Problem[PrefixKL],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
     """Prefix KL; the workspace is about 150 KB per block of the grid for vocabularies of 150,000."""
-    options: Any = problem.options
+    options = problem.options
     check_ids(problem.chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
     plan = prefix_plan_for(options.pieces, problem.student.device)
     with kernels.memory(problem.student.device) as memory:

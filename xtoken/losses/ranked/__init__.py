@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks
-from xtoken.losses.backends import Prepared
+from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import Options, check_count, check_temperature
 from xtoken.losses.logits import Source
@@ -79,3 +80,10 @@ class PreparedRanked:
             uncommon_top_k=self.uncommon_top_k, temperature=self.temperature, reverse=self.reverse,
         )  # fmt: skip
         return common + uncommon
+
+
+class Unpaired(Formula, Protocol):
+    """A loss without pairs: every token is compared by rank."""
+
+    @property
+    def temperature(self) -> float: ...

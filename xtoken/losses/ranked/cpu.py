@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cpu import array, run_chunks
-from xtoken.losses.ranked import PreparedRanked
+from xtoken.losses.ranked import PreparedRanked, Unpaired
 
 FUSES_LABELS = False
 
@@ -29,7 +27,7 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
 
 
 def run(
-    problem: Problem,
+    problem: Problem[PreparedRanked | Unpaired],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -43,13 +41,10 @@ def run(
     rows.
     """
     assert labels is None
-    options: Any = problem.options
-    paired = isinstance(options, PreparedRanked)
+    options = problem.options
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    fields = {
-        "temperature": options.temperature,
-        "reverse": paired and options.reverse,
-        "top_k": options.uncommon_top_k if paired else 0,
-        "plan": plan_for(options.student_ids, options.teacher_ids, shape) if paired else None,
-    }
+    fields: dict[str, object] = {"temperature": options.temperature, "reverse": False, "top_k": 0, "plan": None}
+    if isinstance(options, PreparedRanked):
+        plan = plan_for(options.student_ids, options.teacher_ids, shape)
+        fields.update(reverse=options.reverse, top_k=options.uncommon_top_k, plan=plan)
     return run_chunks("ranked", problem, student_grad, scale, level, fields)

@@ -13,7 +13,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory, chunk_fields, label_fields
 from xtoken.losses.numerics import sorted_l1
-from xtoken.losses.ranked import PreparedRanked
+from xtoken.losses.ranked import PreparedRanked, Unpaired
 
 SORTED_ELEMENTS = 2**23
 """Probabilities outside the pairs that are sorted at a time; temporaries take about 50 bytes for each."""
@@ -67,23 +67,22 @@ def unpaired_plan(shape: tuple[int, int], device: torch.device) -> PairsPlan:
 
 def run(
     kernels: Kernels,
-    problem: Problem,
+    problem: Problem[PreparedRanked | Unpaired],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
     """Kernels around torch's sort, a group of chunks at a time; see `SORTED_ELEMENTS`."""
-    options: Any = problem.options
+    options = problem.options
     chunks, device = problem.chunks, problem.student.device
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    paired = isinstance(options, PreparedRanked)
-    if paired:
-        plan = plan_for(options.student_ids, options.teacher_ids, shape)
+    if isinstance(options, PreparedRanked):
+        plan, reverse = plan_for(options.student_ids, options.teacher_ids, shape), options.reverse
     else:
-        plan = unpaired_plan(shape, device)
+        plan, reverse = unpaired_plan(shape, device), False
     rest = len(plan.student_others), len(plan.teacher_others)
-    compared = min(options.uncommon_top_k, *rest) if paired else max(rest)
+    compared = min(options.uncommon_top_k, *rest) if isinstance(options, PreparedRanked) else max(rest)
     step = max(1, SORTED_ELEMENTS // max(1, sum(rest)))
 
     def launch(name: str, part: Chunks, part_scale: Tensor | None, **tensors: Tensor | None) -> None:
@@ -93,7 +92,7 @@ def run(
                 **chunk_fields(memory, problem, part, student_grad if backward else None, part_scale, keep=True),
                 "labels": label_fields(memory, labels if backward else None, keep=True),
                 "temperature": options.temperature,
-                "reverse": paired and options.reverse,
+                "reverse": reverse,
                 "plan": plan.fields(memory),
                 "slope": memory.input(tensors.pop("slope", None)),
                 **dict.fromkeys(("losses", "student_values", "teacher_values")),
