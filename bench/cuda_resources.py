@@ -5,7 +5,7 @@ that the kernel is compiled for (`__launch_bounds__`), and which share of the mu
 Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
 build/cuda_resources until a source changes. No GPU is needed.
 
-    python bench/cuda_resources.py [--archs 90 120] [--files losses/pkl cuda/scale]
+    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale]
 """
 
 from __future__ import annotations
@@ -117,8 +117,9 @@ def launch_bounds() -> dict[str, int]:
 
 
 def name_of(source: Path) -> str:
-    """A source as the table names it: losses/pkl for losses/pkl/cuda.cu, cuda/scale for cuda/scale.cu."""
-    return source.relative_to(SOURCES).with_suffix("").as_posix().removesuffix("/cuda")
+    """A source as the table names it: a loss's by its folder, cuda/scale for cuda/scale.cu."""
+    name = source.relative_to(SOURCES).with_suffix("").as_posix()
+    return name.removeprefix("losses/").removesuffix("/cuda")
 
 
 def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:

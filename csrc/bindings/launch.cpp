@@ -40,8 +40,15 @@ Given array(PyObject* value) {
 Given number(PyObject* value) {
     Given given;
     if (PyIndex_Check(value)) {
+        const auto index = py::reinterpret_steal<py::object>(PyNumber_Index(value));
+        if (!index) throw py::error_already_set();
+        int overflow = 0;
         given.kind = Kind::integer;
-        given.integer = py::cast<int64_t>(py::reinterpret_steal<py::object>(PyNumber_Index(value)));
+        given.integer = PyLong_AsLongLongAndOverflow(index.ptr(), &overflow);
+        if (overflow != 0) {
+            given.kind = Kind::other;
+            given.text = "a number of more than 64 bits";
+        }
     } else if (PyNumber_Check(value)) {
         given.kind = Kind::real;
         given.real = PyFloat_AsDouble(value);

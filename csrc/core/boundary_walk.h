@@ -1,4 +1,4 @@
-// The boundary rule of prefix KL, for the core and for device code: where inside a chunk tokens are compared.
+// The boundary rule of a piece index, for the core and for device code: where inside a chunk tokens are compared.
 #pragma once
 
 #include <cstdint>

@@ -139,3 +139,5 @@ def test_sizes_that_do_not_fit() -> None:
         plan_of(ones[:0], plan)
     with pytest.raises(ValueError, match=r"col: expected ids below 2, got 2"):
         matrix_of([0, 2])
+    with pytest.raises(ValueError, match=r"row_ptr: expected 0 \.\.\. 1 \(the number of entries of col\)"):
+        matrix_of([0])

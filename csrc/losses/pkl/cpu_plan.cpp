@@ -86,6 +86,9 @@ class PklPlan : public PklPlanView {
 
 PklMatrix::PklMatrix(const Values<int64_t>& row_ptr, const Values<int32_t>& col, int64_t teacher_size)
     : row_ptr_(row_ptr.data, row_ptr.data + row_ptr.size), col_(col.data, col.data + col.size) {
+    if (row_ptr_.empty() || row_ptr_.front() != 0 || row_ptr_.back() != entries()) {
+        value_error("row_ptr: expected 0 ... ", entries(), " (the number of entries of col)");
+    }
     col_ptr_.assign(static_cast<size_t>(teacher_size) + 1, 0);
     for (const int32_t t : col_) {
         if (t < 0 || t >= teacher_size) value_error("col: expected ids below ", teacher_size, ", got ", t);
