@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from transformers import PreTrainedTokenizerFast
 
+from xtoken import demo
+from xtoken.losses import backends
 from xtoken.losses.loss import Needs, registered
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
 cases, measure, reproduce = map(importlib.import_module, ("cases", "measure", "reproduce"))
-
-
-def run(script, *arguments):
-    """What it prints."""
-    command = [sys.executable, str(BENCH / script), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def test_machine_without_git(monkeypatch, tmp_path):
@@ -65,31 +64,54 @@ def test_cases_are_those_of_the_register():
     assert all(case.name.startswith(case.loss.title) for case in found)
 
 
+@pytest.fixture
+def main(monkeypatch, capsys, tokenizer):
+    """Calls a script's main function in this process, with the tokenizers of the session; what it prints."""
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
+
+    def call(name, *arguments):
+        module = importlib.import_module(name)
+        if hasattr(module, "load_tokenizers"):
+            monkeypatch.setattr(module, "load_tokenizers", lambda *names: [tokenizer(name) for name in names])
+        monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+        module.main()
+        return capsys.readouterr().out
+
+    yield call
+    torch.set_num_threads(threads)
+
+
 @pytest.mark.slow
-def test_bench_align(tmp_path):
+def test_bench_align(main, tmp_path, monkeypatch):
+    bench_align = importlib.import_module("bench_align")
+    monkeypatch.setattr(bench_align, "in_own_process", lambda run, _, **given: getattr(bench_align, run)(**given))
     output = tmp_path / "align.json"
-    small = ("--lengths", 256, "--tokens", 4000, "--threads", 1, "--repeat", 1, "--hostile-tokens", 0)
-    printed = run("bench_align.py", "--student", "llama3", "--teacher", "smollm2", *small, "--output", output)
+    small = ("--lengths", 256, "--tokens", 4000, "--threads", 1, "--repeat", 1, "--hostile-tokens", 30)
+    printed = main("bench_align", "--student", "llama3", "--teacher", "smollm2", *small, "--output", output)
     results = json.loads(output.read_text())
     assert [row["method"] for row in results["rows"]] == ["bytes", "auto", "dp"]
     assert all(row["million_tokens_per_second"] > 0 for row in results["rows"])
     assert "| llama3 / smollm2 | 256 | 1 | dp |" in printed
+    assert {row["case"] for row in results["hostile"]} == set(bench_align.hostile_cases(10))
     assert results["machine"]["xtoken"]
 
 
 @pytest.mark.slow
 def test_bench_align_on_hostile_input():
+    """As a process of its own, as the script starts it."""
     part = {"run": "measure_hostile", "name": "random a, b", "method": "dp", "size": 60}
-    row = json.loads(run("bench_align.py", "--part", json.dumps(part)))
+    command = [sys.executable, str(BENCH / "bench_align.py"), "--part", json.dumps(part)]
+    row = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     assert (row["student_tokens"], row["teacher_tokens"], row["optimal"]) == (60, 60, True)
     assert row["chunks"] > 20
 
 
 @pytest.mark.slow
-def test_bench_losses(tmp_path):
+def test_bench_losses(main, tmp_path):
     output = tmp_path / "losses.json"
-    small = ("--rows", 12, "--vocabulary", 3000, "--output", output)
-    printed = run("bench_losses.py", *small, "--threads", 1, "--repeat", 1, "--reference-rows", 4)
+    small = ("--rows", 12, "--vocabulary", 3000, "--threads", 1, "--output", output)
+    printed = main("bench_losses", *small, "--repeat", 1, "--reference-rows", 4)
     rows = json.loads(output.read_text())["rows"]
     measured = [row for row in rows if "level" in row]
     for loss in registered().values():
@@ -98,23 +120,33 @@ def test_bench_losses(tmp_path):
     assert all(row["floor_share"] > 0 for row in measured)
     assert "| torch cross_entropy | fp32 |" in printed
     title = next(iter(registered().values())).title
-    run("bench_losses.py", *small, "--linear", "--linear-rows", 12, "--linear-width", 8, "--only", title)
+    main("bench_losses", *small, "--linear", "--linear-rows", 12, "--linear-width", 8, "--only", title)
     kept = json.loads(output.read_text())["rows"]
     assert kept[: len(rows)] == rows
     assert kept[-1]["loss"] == f"linear {title}, 12 rows of 8"
 
 
 @pytest.mark.slow
-def test_bench_corpus(tmp_path):
+def test_bench_corpus(main, tmp_path):
     output = tmp_path / "corpus.json"
-    run("bench_corpus.py", "--megabytes", 0.1, "--repeat", 1, "--output", output)
-    assert json.loads(output.read_text())
+    main("bench_corpus", "--megabytes", 0.1, "--repeat", 1, "--output", output)
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["megabytes"] == pytest.approx(0.1, abs=0.01)
+    assert row["share_of_tokenizing_throughput"] > 0
 
 
 @pytest.mark.slow
-def test_bench_cache(tmp_path):
+def test_bench_cache(main, tmp_path, monkeypatch):
+    """With a teacher of few words; the one of the demo takes long to load."""
+    words = PreTrainedTokenizerFast(tokenizer_object=reproduce.World.of(reproduce.Size()).student)
+
+    def teacher(input_ids):
+        return SimpleNamespace(logits=3 * torch.randn(*input_ids.shape, len(words)))
+
+    monkeypatch.setattr(demo, "load_teacher", lambda: (teacher, words))
     output = tmp_path / "cache.json"
-    printed = run("bench_cache.py", "--passages", 2, "--top-k", 4, 40000, "--output", output)
+    few, many = 4, len(words) - 100
+    printed = main("bench_cache", "--passages", 2, "--top-k", few, many, "--output", output)
     little, most = json.loads(output.read_text())["rows"]
     assert little["kl_nats_per_token"] > 0.3
     assert 0 <= most["kl_nats_per_token"] < 1e-4
@@ -153,38 +185,27 @@ def finding():
 
 
 @pytest.mark.slow
-def test_reproduce(tmp_path, finding, monkeypatch, capsys):
+def test_reproduce(main, tmp_path, capsys, finding):
     output = tmp_path / "reproduce.json"
-    threads = torch.get_num_threads()
-
-    def printed(*arguments):
-        """And the message with which it ends."""
-        monkeypatch.setattr(
-            sys, "argv", ["reproduce.py", "--threads", str(threads), "--output", str(output), *arguments]
-        )
-        try:
-            reproduce.main()
-        except SystemExit as end:
-            return capsys.readouterr().out, str(end)
-        return capsys.readouterr().out, ""
-
-    few = ("--quick", "--steps", "12", "--teacher-steps", "12")
-    first, message = printed(*few)
+    fixed = ("--threads", torch.get_num_threads(), "--output", output)
+    few = ("--quick", "--steps", 12, "--teacher-steps", 12)
+    expected = f"{finding.whole} below half of CE: 0.0 and 0.0%; {finding.chosen} above twice {finding.split}"
+    with pytest.raises(SystemExit, match=re.escape(f"The finding is absent. Expected {expected}")):
+        main("reproduce", *fixed, *few)  # so few steps show nothing
     results = json.loads(output.read_text())
     advised = reproduce.arms()[finding.split].case.loss.name
-    assert f"coverage_audit recommends {advised}" in first
-    expected = f"{finding.whole} below half of CE: 0.0 and 0.0%; {finding.chosen} above twice {finding.split}"
-    assert f"The finding is absent. Expected {expected}" in message  # so few steps show nothing
+    assert f"coverage_audit recommends {advised}" in capsys.readouterr().out
     assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
     curves = results["runs"][0]["curves"]
     assert set(curves) == {"CE", *finding}
     assert all(len(curve) == results["size"]["evaluations"] for curve in curves.values())
-    again, _ = printed(*few, "--resume")
+    with pytest.raises(SystemExit):
+        main("reproduce", *fixed, *few, "--resume")
+    again = capsys.readouterr().out
     assert json.loads(output.read_text())["runs"] == results["runs"]
-    table, message = printed("--report")
+    table = main("reproduce", *fixed, "--report")
     assert f"| {finding.chosen} |" in table
     assert table in again
-    assert not message
 
 
 def test_the_finding_is_about_three_losses(finding):
