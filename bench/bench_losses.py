@@ -30,7 +30,7 @@ from torch import Tensor
 import xtoken
 from xtoken import Vocabulary, _core
 from xtoken.losses import cpu
-from xtoken.losses.backends import register_backend
+from xtoken.losses.backends import backends_with, register_backend
 from xtoken.losses.logits import Parts
 from xtoken.losses.loss import Needs
 
@@ -141,9 +141,7 @@ def measure(options: Namespace, wanted: Sequence[Case]) -> list[Row]:
                 torch.set_num_threads(threads)
                 plain = reference_seconds(case, z, teacher, chunks, pair, options.reference_rows)
                 floor = moved / rate[threads]
-                for level in options.levels:
-                    backend = f"cpu:{level}"
-                    register_backend(cpu.backend(backend, level))
+                for level, backend in backends_of(case, options.levels).items():
                     call = partial(case, teacher=teacher, chunks=chunks, pair=pair, backend=backend)
                     step = forward_backward(call, z)
                     seconds = median_seconds(step, options.repeat)
@@ -163,6 +161,14 @@ def measure(options: Namespace, wanted: Sequence[Case]) -> list[Row]:
                     rows.append(row)
                     print(json.dumps(row), flush=True)
     return rows
+
+
+def backends_of(case: Case, levels: Sequence[str]) -> dict[str, str]:
+    """Backends that compute the loss, by level; without kernels of its own that is its formula alone."""
+    for level in levels:
+        register_backend(cpu.backend(f"cpu:{level}", level))
+    known = backends_with(case.loss.name)
+    return {level: f"cpu:{level}" for level in levels if f"cpu:{level}" in known} or {"formula": "reference"}
 
 
 def with_columns(case: Case, teacher: Tensor, pair: Pair) -> Case:

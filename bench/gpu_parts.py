@@ -27,6 +27,7 @@ from measure import Row, median_seconds, peak_growth, timed
 from torch import Tensor
 
 import xtoken
+from xtoken.losses.backends import backends_with
 from xtoken.losses.loss import registered
 
 STEP_SECONDS = 40
@@ -81,6 +82,11 @@ def chunks_of_several(index: xtoken.PieceIndex) -> xtoken.Alignment:
     return xtoken.Alignment(spans, None, [0, tokens[0], *known[1]], [0, *known[0], tokens[1]])
 
 
+def backend_for(case: Case, device: str) -> str:
+    """The kernels for CUDA, where the loss has some: an error if they cannot take the call."""
+    return "cuda" if device == "cuda" and "cuda" in backends_with(case.loss.name) else "auto"
+
+
 def check_kernels(device: str) -> None:
     """Raises the import's own error where the kernels do not load: the package itself would go on without them."""
     if device == "cuda":
@@ -112,7 +118,7 @@ def small(device: str) -> None:
     labels = torch.arange(8).to(device)
     teachers = [xtoken.Teacher(pair.projection)]
 
-    def criterion(student: Tensor, teacher: Tensor, backend: str) -> Tensor:
+    def criterion(student: Tensor, teacher: Tensor, backend: str = "auto") -> Tensor:
         """Its parts have different factors: backward goes over the gradient again."""
         total: Tensor = xtoken.XTokenLoss(teachers, backend=backend)(student, labels, teacher, ones)[0]
         return total
@@ -124,12 +130,13 @@ def small(device: str) -> None:
         calls: dict[str, Callable[..., Tensor]] = {"criterion": partial(criterion, teacher=y)}
         for case in forms():
             call = partial(case, teacher=z.detach().flip(-1) if case.same_tokenizer else y, pair=pair)
+            call = partial(call, backend=backend_for(case, device))
             calls[case.name] = partial(call, chunks=ones if case.same_tokenizer else longer)
             if not case.options:
                 calls[f"{case.name}, one to one"] = partial(call, chunks=ones)
                 calls[f"{case.name}, labels"] = partial(with_labels, call, chunks=ones, labels=labels)
         for name, run in calls.items():
-            loss = run(z, backend="cuda" if device == "cuda" else "auto")
+            loss = run(z)
             loss.backward()
             got, want = float(loss.detach()), float(run(z, backend="reference").detach())
             if not abs(got - want) <= 0.02 * abs(want) + 1e-3:
@@ -193,10 +200,6 @@ def makers(device: str) -> dict[str, Maker]:
     return found
 
 
-def backend_for(z: Tensor) -> str:
-    return "cuda" if z.device.type == "cuda" else "auto"
-
-
 def teacher_of(case: Case, z: Tensor, y: Tensor) -> Tensor:
     return z.roll(1, 0) if case.same_tokenizer else y
 
@@ -204,7 +207,8 @@ def teacher_of(case: Case, z: Tensor, y: Tensor) -> Tensor:
 def kernel_step(case: Case, z: Tensor, y: Tensor, labelled: bool = False) -> Step:
     teacher, pair = teacher_of(case, z, y), pair_of(z.shape[1], y.shape[1])
     chunks = one_to_one(len(z) - 1).to(z.device)
-    call: Callable[..., Any] = partial(case, teacher=teacher, chunks=chunks, pair=pair, backend=backend_for(z))
+    backend = backend_for(case, z.device.type)
+    call: Callable[..., Any] = partial(case, teacher=teacher, chunks=chunks, pair=pair, backend=backend)
     if labelled:
         call = partial(with_labels, call, labels=torch.zeros(len(z), dtype=torch.int64, device=z.device))
     return forward_backward(call, z), 2 * z.nbytes + teacher.nbytes
@@ -229,7 +233,7 @@ def cross_entropy_step(z: Tensor, y: Tensor) -> Step:
 def criterion_step(z: Tensor, y: Tensor) -> Step:
     labels, chunks = torch.zeros(len(z), dtype=torch.int64, device=z.device), one_to_one(len(z) - 1).to(z.device)
     teacher = xtoken.Teacher(pair_of(z.shape[1], y.shape[1]).projection)
-    criterion = xtoken.XTokenLoss([teacher], diagnostics=False, backend=backend_for(z))
+    criterion = xtoken.XTokenLoss([teacher], diagnostics=False)
     return forward_backward(lambda leaf: criterion(leaf, labels, y, chunks)[0], z), 2 * z.nbytes + y.nbytes
 
 

@@ -560,7 +560,13 @@ def main() -> None:
     arguments.add_argument(
         "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="losses as they are, their other forms"
     )
-    arguments.add_argument("--losses", nargs="+", choices=sorted({*MAIN, *VARIANTS}), help="only these; default: all")
+    arguments.add_argument(
+        "--losses",
+        nargs="+",
+        choices=[*MAIN, *VARIANTS],
+        metavar="NAME",
+        help="only these, as in the table's first column",
+    )
     options = arguments.parse_args()
     if options.quick and "plenty" not in options.settings:
         arguments.error("--settings: expected plenty with --quick")

@@ -64,7 +64,7 @@ def run(pair: str, loss: str, steps: int, held_out_passages: int, output: Path) 
     """Trains, and writes the log as JSON."""
     options = {"demo": DEMO_OPTIONS, "gemma": GEMMA_OPTIONS}[pair]
     if loss == "none":
-        loss, options = "pkl", [*options, "--kd_weight", "0"]
+        loss, options = "auto", [*options, "--kd_weight", "0"]  # of which the distance is still logged
     options = [
         *options, "--max_steps", str(steps), "--loss", loss, "--max_length", "192", "--use_cpu",
         "--report_to", "none",
