@@ -80,7 +80,7 @@ class LongestMatch:
     def __init__(self, vocabulary: Vocabulary) -> None: ...
     def encode(self, text: bytes, /) -> list[int]: ...
 
-SparseRows = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
+_SparseRows = tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]
 
 def build_rows(
     image: NDArray[np.int32],
@@ -91,7 +91,7 @@ def build_rows(
     beta: float,
     gamma: float,
     top_k: int,
-) -> SparseRows: ...
+) -> _SparseRows: ...
 def add_reverse(
     row_ptr: NDArray[np.int64],
     col: NDArray[np.int32],
@@ -102,7 +102,7 @@ def add_reverse(
     beta: float,
     gamma: float,
     top_k: int,
-) -> SparseRows: ...
+) -> _SparseRows: ...
 def partners(student: Vocabulary, teacher: Vocabulary) -> tuple[NDArray[np.int32], NDArray[np.int32]]: ...
 def build_piece_index(
     student: Vocabulary,
@@ -130,7 +130,8 @@ def cpu_level() -> str: ...
 class Built:
     """What `build` has made, for fields of launchers."""
 
-    kind: str
+    @property
+    def kind(self) -> str: ...
 
 def sliced_lists(
     begin: NDArray[np.int64], counts: NDArray[np.int32], lanes: int
