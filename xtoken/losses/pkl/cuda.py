@@ -241,7 +241,7 @@ def run(
         }
         losses = kernels.run_chunks(memory, "pkl", problem, student_grad, scale, labels, fields)
         if sums is not None:
-            total = torch.empty(sums.shape[1], dtype=torch.float32, device=sums.device)
+            total = torch.empty(sums.shape[1], dtype=torch.float32, device=problem.student.device)
             parts = {"sums": memory.input(sums), "blocks": grid, "entries": sums.shape[1]}
             kernels.launch(memory, "sum_blocks", {**parts, "out": memory.output(total)}, 4 * memory.blocks)
     if weight_grad is not None and entries is not None:
