@@ -193,8 +193,9 @@ class Row {
         return Slope(rows, p_, p_.scale == nullptr ? 1.0 : p_.scale[k_]);
     }
 
+    // flatten: a call that is left would keep the term in memory while the gradient is written
     template <typename S>
-    LabelTerm label_of(const S* z, const Normaliser* known) const {
+    __attribute__((flatten)) LabelTerm label_of(const S* z, const Normaliser* known) const {
         return label_term_if_any(p_.labels, row_, z, size_, p_.lowest, known);
     }
 
