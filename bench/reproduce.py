@@ -7,8 +7,8 @@ the same few texts over and over, which cross-entropy alone overfits; and ``mirr
 keeps numbers whole as the student does. What counts: greedy answers to held-out sums, exact match, on the way and at
 the end. A guess that knows one of the two summands is right in 2.5 %.
 
-Every distillation loss is added to cross-entropy with the paper's dynamic scaling, as `xtoken.XTokenLoss` does: CE +
-(CE / KD) KD, the ratio held constant. Results go to bench/results/reproduce.json and .png, the table to the screen.
+Every distillation loss D is added to cross-entropy with the paper's dynamic scaling, as `xtoken.XTokenLoss` does: CE +
+(CE / D) D, the ratio held constant. Results go to bench/results/reproduce.json and .png, the table to the screen.
 
     python bench/reproduce.py [--seeds 3] [--threads 2] [--settings plenty little mirror] [--resume]
     python bench/reproduce.py --report     # only table and plot of the runs that the JSON has
@@ -270,7 +270,7 @@ def accuracy(model: Transformers, tokenizer: tokenizers.Tokenizer, problems: Seq
 
 # --- training
 
-Kd = Callable[[Tensor, Tensor, xtoken.Alignment], Tensor]
+Distance = Callable[[Tensor, Tensor, xtoken.Alignment], Tensor]
 
 
 class Arm(NamedTuple):
@@ -299,7 +299,7 @@ def arms() -> dict[str, Arm]:
     return found
 
 
-def methods(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dict[str, Kd | None]:
+def methods(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dict[str, Distance | None]:
     """By name: the distillation loss of (student logits, teacher logits, alignment)."""
     pieces = xtoken.PieceIndex.build(student, teacher)
     pairs = {gamma: Pair(xtoken.ProjectionMatrix.build(student, teacher, gamma=gamma), pieces) for gamma in GAMMAS}
@@ -332,19 +332,19 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(
-    logits: Tensor, batch: Encoded, teacher_logits: Tensor, chunks: xtoken.Alignment, kd: Kd | None
+    logits: Tensor, batch: Encoded, teacher_logits: Tensor, chunks: xtoken.Alignment, distil: Distance | None
 ) -> Tensor:
-    """CE + (CE / KD) KD, the ratio held constant: the total of `xtoken.XTokenLoss` with one teacher."""
+    """CE + (CE / D) D, the ratio held constant: the total of `xtoken.XTokenLoss` with one teacher."""
     ce = cross_entropy(logits, batch.labels)
-    if kd is None:
+    if distil is None:
         return ce
-    distance = kd(logits, teacher_logits, chunks)
+    distance = distil(logits, teacher_logits, chunks)
     return ce + (ce / distance).detach().nan_to_num(0, 0, 0) * distance
 
 
 def train_students(
-    losses: dict[str, Kd | None], student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer, guide: Transformers,
-    text: Text, size: Size, little: bool, seed: int,
+    losses: dict[str, Distance | None], student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer,
+    guide: Transformers, text: Text, size: Size, little: bool, seed: int,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Trains one student with each loss, side by side; accuracies on the way, by loss."""
     model = Transformers(len(losses), student.get_vocab_size(), size.student_layers, size.student_width, seed=seed)
@@ -359,8 +359,8 @@ def train_students(
         chunks = aligner.align(batch.rows, read.rows)
         teacher_logits = guide(read.ids)[0]
         totals = [
-            total_loss(logits, batch, teacher_logits, chunks, kd)
-            for logits, kd in zip(model(batch.ids).unbind(), losses.values(), strict=True)
+            total_loss(logits, batch, teacher_logits, chunks, distil)
+            for logits, distil in zip(model(batch.ids).unbind(), losses.values(), strict=True)
         ]
         adam.zero_grad()
         torch.stack(totals).sum().backward()

@@ -116,7 +116,7 @@ def training() -> str:
         first, last = history[0], history[-1]
         spans = [f"{first[key]:.3f} to {last[key]:.3f}" for key in ("eval_ce", "eval_kd", "eval_agreement")]
         rows.append((PAIRS[results(name)["pair"]], str(last["step"]), *spans))
-    header = ("student from teacher", "steps", "cross-entropy, nats/token", "KD, nats/chunk", "top-1 agreement")
+    header = ("student from teacher", "steps", "cross-entropy, nats/token", "loss, nats/chunk", "top-1 agreement")
     return markdown(header, rows)
 
 

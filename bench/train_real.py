@@ -104,7 +104,7 @@ def main() -> None:
     output = given.output or RESULTS / f"train_{given.pair}.json"
     facts = run(given.pair, given.loss, given.steps, given.held_out_passages, output)
     print(
-        "| step | held-out cross-entropy, nats/token | held-out KD, nats/chunk | agreement |\n"
+        "| step | held-out cross-entropy, nats/token | held-out distillation, nats/chunk | agreement |\n"
         "| ---: | ---: | ---: | ---: |"
     )
     for entry in facts["history"]:
