@@ -16,7 +16,7 @@ from torch import Tensor
 from xtoken.alignment import Chunks
 from xtoken.losses.backends import IGNORED, Backend, Kernel, Labels, Problem
 from xtoken.losses.loss import REGISTER
-from xtoken.losses.numerics import LOWEST_LOGIT, temporary_elements
+from xtoken.losses.numerics import scaled, temporary_elements
 from xtoken.projection import column_set
 
 
@@ -122,7 +122,7 @@ def cross_entropy(
     step = max(1, temporary_elements(student.device) // max(1, student.shape[2]))
     flat = None if student_grad is None else student_grad.view(rows, -1)[:, : student.shape[2]]
     for index in labelled.split(step):
-        logits = student[index // length, index % length].to(labels.losses.dtype).clamp_min_(LOWEST_LOGIT)
+        logits = scaled(student[index // length, index % length], 1.0, labels.losses.dtype)
         label = labels.ids[index, None]
         log_p = logits.log_softmax(-1)
         labels.losses[index] = -log_p.gather(1, label)[:, 0]
