@@ -33,7 +33,7 @@ def test_machine_without_git(monkeypatch, tmp_path):
 def test_peak_growth_sees_memory_that_is_free_again():
     if measure.process_memory("VmRSS") is None:
         pytest.skip("the system does not tell")
-    assert 2**25 <= measure.peak_growth(lambda: bytes(bytearray(2**25))) < 2**28
+    assert 2**24 <= measure.peak_growth(lambda: bytes(bytearray(2**25))) < 2**28  # a large process may reuse pages
     assert measure.peak_growth(lambda: None) < 2**22
 
 
