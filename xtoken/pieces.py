@@ -36,7 +36,7 @@ class Side(NamedTuple):
 
 
 class PieceIndex:
-    """What `prefix_kl_loss` knows about a pair of vocabularies. It has no weights and nothing to tune.
+    """What a loss of `Needs.PIECES` knows about a pair of vocabularies. It has no weights and nothing to tune.
 
     Parameters
     ----------

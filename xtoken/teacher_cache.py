@@ -286,7 +286,8 @@ class TeacherCache:
 
         cached = TeacherCache("cache").lookup(teacher_tok(text).input_ids)
         alignment = aligner.align(student_ids, cached.token_ids)
-        loss = xtoken.pkl_loss(student_logits, cached.logits, alignment, W)
+        criterion = xtoken.XTokenLoss([xtoken.Teacher(W)])
+        total, parts = criterion(student_logits, labels, cached.logits, alignment)
     """
 
     def __init__(self, path: str | os.PathLike[str], teacher_tok: TokenizerLike | None = None) -> None:

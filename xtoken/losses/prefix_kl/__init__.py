@@ -8,11 +8,11 @@ a token, the probability of what comes next given what came before: for the "5",
 student's p["95"] / sum of p over the tokens "9?". Where a student gives every event the teacher's probability, loss
 and gradient are zero, and nowhere else.
 
-P-KL is least elsewhere: its W splits each student token into weighted pieces (0.9 of "9" and 0.09 of "5" for "95"), so
-that a projected student comes near q["9"] only if it prefers tokens whose pieces repeat ("99" over "95"); with
-``gamma=0`` that fault goes. And it sees only the first of the teacher's rows in a chunk. Prefix KL has no weights, no
-column set and no floor. In ``bench/reproduce.py``, where a teacher cuts numbers otherwise, P-KL exceeds cross-entropy
-alone in no form by more than noise, and prefix KL does, on the mean over eight seeds.
+A KL through W is least elsewhere: W splits each student token into weighted pieces (0.9 of "9" and 0.09 of "5" for
+"95"), so that a projected student comes near q["9"] only if it prefers tokens whose pieces repeat ("99" over "95");
+with ``gamma=0`` that fault goes. And it sees only the first of the teacher's rows in a chunk. Prefix KL has no weights,
+no column set and no floor. In ``bench/reproduce.py``, where a teacher cuts numbers otherwise, the KL through W exceeds
+cross-entropy alone in no form by more than noise, and prefix KL does, on the mean over eight seeds.
 
 The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`.
 """

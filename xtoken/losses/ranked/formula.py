@@ -19,8 +19,7 @@ def ranked(
     temperature: float = 1.0,
     reverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """GOLD and H-KL: KL on common pairs, sorted L1 on the rest; they differ in the pairs (see
-    `common_pairs`).
+    """KL on common pairs, sorted L1 on the rest; losses differ in the pairs (see `common_pairs`).
 
     With ``lp``, ``lq`` the log_softmax over the whole vocabulary, averaged over the chunk's predictor rows::
 
@@ -28,7 +27,7 @@ def ranked(
         uncommon = sum_i |P_i - Q_i|
 
     where P, Q are the largest probabilities outside the pairs, descending, ``min(uncommon_top_k, |P|, |Q|)``
-    of them. Equal probabilities of the student share their gradient (see `uld`).
+    of them. Equal probabilities of the student share their gradient.
 
     Parameters
     ----------
@@ -43,7 +42,7 @@ def ranked(
     common, uncommon : [K]
         The loss is their sum.
 
-    Source: Hugging Face TRL, ``trl.experimental.gold``; X-Token (arXiv 2605.21699) for H-KL.
+    Source: Hugging Face TRL; X-Token (arXiv 2605.21699).
     """
     dtype = statistics_dtype(student_logits, teacher_logits)
     lp = chunk_log_probabilities(student_logits, chunks.student, temperature, dtype)
