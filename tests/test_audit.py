@@ -9,6 +9,7 @@ import pytest
 
 from xtoken import ProjectionMatrix, Vocabulary, choose_loss, coverage_audit
 from xtoken.audit import CLASSES, token_class
+from xtoken.cli import main
 
 
 @pytest.mark.parametrize(
@@ -151,3 +152,15 @@ def test_corpus_weights(tokenizer, vocabulary):
 def test_bad_input(arguments, match, pair):
     with pytest.raises(ValueError, match=match):
         coverage_audit(*pair, **arguments)
+
+
+def test_command(tokenizer, tmp_path, capsys):
+    files = [str(tmp_path / f"{name}.json") for name in ("smollm2", "mistral")]
+    for name, file in zip(("smollm2", "mistral"), files, strict=True):
+        tokenizer(name).backend_tokenizer.save(file)
+    assert main(["audit", "--student", files[0], "--teacher", files[1], "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["recommendation"], facts["loss"]) == ("hkl", "hkl")
+    assert main(["audit", "--student", files[0], "--teacher", files[1], "--critical", "special"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.index("\nthe paper's rule: pkl\n") < printed.index("\nrecommended loss: prefix\n")

@@ -22,15 +22,6 @@ def files(tokenizer, tmp_path_factory) -> list[str]:
     return paths
 
 
-def test_audit(files, capsys):
-    assert main(["audit", "--student", files[0], "--teacher", files[1], "--json"]) == 0
-    facts = json.loads(capsys.readouterr().out)
-    assert (facts["recommendation"], facts["loss"]) == ("hkl", "hkl")
-    assert main(["audit", "--student", files[0], "--teacher", files[1], "--critical", "special"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.index("\nthe paper's rule: pkl\n") < printed.index("\nrecommended loss: prefix\n")
-
-
 def test_show(files, capsys):
     pair = ["show", "--student", files[0], "--teacher", files[1]]
     assert main([*pair, "In 1995"]) == 0

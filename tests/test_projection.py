@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from default_losses import default_loss
 from hypothesis import given
 from hypothesis import strategies as st
 from real_tokenizers import invalid_utf8_ids
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 
 import xtoken
 from xtoken import ProjectionMatrix, Vocabulary
+from xtoken.losses import Needs
 from xtoken.projection import ROW_KINDS
 
 
@@ -358,7 +360,7 @@ def test_learnable_rows_keep_their_sum_and_get_a_gradient() -> None:
     same = xtoken.Alignment([[1, 2, 1, 2], [2, 3, 2, 3]], [0, 2])
     for reduction in ("mean", "none"):
         module.logits.grad = None
-        xtoken.pkl_loss(student, teacher, same, module, reduction=reduction).sum().backward()
+        default_loss(Needs.PROJECTION)(student, teacher, same, module, reduction=reduction).sum().backward()
         grad = module.logits.grad
         assert grad is not None
         assert abs(float(grad[0])) > 1e-3

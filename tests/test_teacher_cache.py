@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
+from default_losses import default_loss
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 import xtoken
 from xtoken import TeacherCache, TeacherCacheWriter, TopKLogits, cache_teacher
+from xtoken.losses import Needs
 from xtoken.teacher_cache import INDEX
 
 TEXTS = ["one fish", "", "a", "Grüße, 漢字!", "a much longer document of many bytes, twice over " * 2, "a"]
@@ -114,7 +116,8 @@ def test_whole_vocabulary_gives_the_loss_of_the_full_teacher(tmp_path: Path) -> 
     alignment = xtoken.Aligner(student, TOKENIZER).align(student_ids, cached.token_ids)
     logits = torch.randn(len(student_ids), student.get_vocab_size(), generator=torch.Generator().manual_seed(1))
     losses = [
-        xtoken.pkl_loss(logits, teacher, alignment, projection) for teacher in (model.log_softmax(text), cached.logits)
+        default_loss(Needs.PROJECTION)(logits, teacher, alignment, projection)
+        for teacher in (model.log_softmax(text), cached.logits)
     ]
     assert float(losses[0]) > 0.1
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-3, atol=0)

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from comparer import assert_close
+from default_losses import DEFAULT
 from transformers import TrainerCallback
 
 from xtoken import Aligner, ProjectionMatrix, Teacher
 from xtoken.alignment import Alignment, pad_rows
-from xtoken.losses import registered
+from xtoken.losses import Needs, registered
 from xtoken.train import TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 
 SMALL_TEXTS = [
@@ -96,9 +97,10 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def make_teacher(student_tok: Any, teacher_tok: Any, seed: int = 1, **objective: Any) -> TeacherModel:
-    """A small random teacher; P-KL over all columns unless told otherwise. Same tokenizer: kd."""
+    """A small random teacher, over all columns unless told otherwise."""
     name = objective.pop("name", "teacher")
-    if "top_k" in registered()[objective.get("loss", "kd" if teacher_tok is None else "pkl")].options():
+    default = DEFAULT[Needs.SAME_TOKENIZER if teacher_tok is None else Needs.PROJECTION]
+    if "top_k" in registered()[objective.get("loss", default)].options():
         objective.setdefault("top_k", None)
     if teacher_tok is None:
         return TeacherModel(Teacher(**objective), make_model(len(student_tok), seed), student_tok, name)
@@ -193,7 +195,7 @@ FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_
 
 
 def two_teachers(student_tok: Any, teacher_tok: Any, learnable: bool = False) -> list[TeacherModel]:
-    """P-KL from another tokenizer, and one with the student's."""
+    """One of another tokenizer, and one with the student's."""
     return [
         make_teacher(student_tok, teacher_tok, learnable=learnable),
         make_teacher(student_tok, None, 2, name="twin"),

@@ -8,10 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from default_losses import DEFAULT
 from small import SMALL_TEXTS, command, history, make_model
 
 from xtoken import align_corpus, cache_teacher
 from xtoken.cli import main
+from xtoken.losses import Needs
 from xtoken.losses.logits import TopKSource
 from xtoken.train import EncodedDataset, ExampleEncoder, XTokenCollator, load_examples
 from xtoken.train.cached import CachedExamples, teacher_documents
@@ -128,9 +130,9 @@ def test_commands(folders, tmp_path, capsys):
     assert "24 documents, " in capsys.readouterr().out
     assert main([*caching, "--output", folder, "--logprobs", "100000"]) == 1
     assert "is not empty" in capsys.readouterr().err
-    evaluations = []
+    evaluations, loss = [], DEFAULT[Needs.PROJECTION]
     for name, more in (("live", []), ("cached", ["--teacher_cache", folder])):
-        assert main(command(folders, tmp_path / name, "--max_steps", "4", "--loss", "pkl", "--top_k", "0", *more)) == 0
+        assert main(command(folders, tmp_path / name, "--max_steps", "4", "--loss", loss, "--top_k", "0", *more)) == 0
         evaluations.append([entry for entry in history(tmp_path / name) if "eval_kd" in entry])
     for live, cached in zip(*evaluations, strict=True):
         assert cached["eval_kd"] == pytest.approx(live["eval_kd"], rel=1e-2)

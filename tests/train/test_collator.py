@@ -5,12 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from default_losses import default_loss
 from hypothesis import given
 from hypothesis import strategies as st
 from small import SMALL_TEXTS, make_model, make_teacher, make_trainer
 from torch.torch_version import TorchVersion
 
-from xtoken import ProjectionMatrix, Vocabulary, pkl_loss
+from xtoken import ProjectionMatrix, Vocabulary
+from xtoken.losses import Needs
 from xtoken.train import ExampleEncoder, XTokenCollator, pack
 
 
@@ -56,7 +58,7 @@ def test_packed_models_see_each_example_alone(examples, student_tok, teacher_tok
         ]
         with torch.no_grad():
             logits = [model(**one, use_cache=False).logits for model, one in zip(models, inputs, strict=True)]
-        kd = pkl_loss(*logits, sides[1]["alignment"], W, top_k=None, reduction="sum")
+        kd = default_loss(Needs.PROJECTION)(*logits, sides[1]["alignment"], W, top_k=None, reduction="sum")
         ce = torch.nn.functional.cross_entropy(
             logits[0][:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum"
         )

@@ -5,27 +5,29 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from default_losses import DEFAULT, OTHER
 from small import command, history
 
 from xtoken.cli import main
-from xtoken.losses import registered
+from xtoken.losses import Needs, registered
 from xtoken.losses.criterion import SCALINGS
 from xtoken.train.command import check, loss_arguments, one_each, parse, weights_of
 from xtoken.train.example import TRAIN_ON
 
 pytestmark = pytest.mark.slow
 
+UNAIDED, PROJECTED, PIECES, SHARED = (DEFAULT[needs] for needs in Needs)
 ALL = ["--student", "S", "--teacher", "T", "--output", "out"]
 
 
 def test_auto(folders, tmp_path, capsys):
-    """Numbers are cut otherwise: prefix KL, and the audit says why. The student learns, is saved, and can be loaded."""
+    """Numbers are cut otherwise: by pieces, and the audit says why. The student learns, is saved, and can be loaded."""
     output = tmp_path / "out"
     assert main(command(folders, output, "--max_steps", "8", "--plot")) == 0
     printed = capsys.readouterr().out
-    assert "teacher teacher: prefix, weight 1\n" in printed
+    assert f"teacher teacher: {PIECES}, weight 1\n" in printed
     assert "  PieceIndex(" in printed
-    assert "are in GOLD's common set, less than 99%" in printed
+    assert "common set, less than 99%" in printed
     first, *_, last = [entry for entry in history(output) if "eval_ce" in entry]
     assert last["eval_ce"] < first["eval_ce"]
     assert last["eval_kd"] < first["eval_kd"]
@@ -48,8 +50,8 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
     del arguments[3:5]  # the teacher, which the file has
     assert main(arguments) == 0
     printed = capsys.readouterr().out
-    assert "teacher teacher: pkl, weight 0.8" in printed
-    assert "teacher twin: kd, weight 0.2" in printed
+    assert f"teacher teacher: {PROJECTED}, weight 0.8" in printed
+    assert f"teacher twin: {SHARED}, weight 0.2" in printed
     assert "teacher and student share one tokenizer" in printed
     assert (output / "checkpoint-4" / "projection-teacher.safetensors").exists()
     assert history(output)[-1]["eval_kd/twin"] > 0
@@ -67,12 +69,12 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         (["--student", "S", "--teacher", "T"], "--data: expected one"),
         (["--student", "S", "--teacher", "T", "--data", "D"], "--output: expected a folder"),
         (
-            [*ALL, "--data", ".", "--loss", "prefix", "kd", "--reverse", "--merge", "mean"],
-            "--merge: none of the chosen losses has it: prefix, kd",
+            [*ALL, "--data", ".", "--loss", PIECES, SHARED, "--reverse", "--merge", "mean"],
+            f"--merge: none of the chosen losses has it: {PIECES}, {SHARED}",
         ),
         (
-            [*ALL, "--data", ".", "--loss", "uld", "--learn_projection"],
-            "--learn_projection: none of the chosen losses can train W: uld",
+            [*ALL, "--data", ".", "--loss", UNAIDED, "--learn_projection"],
+            f"--learn_projection: none of the chosen losses can train W: {UNAIDED}",
         ),
         ([*ALL, "--data", ".", "--eval_data", "none.txt"], "input: no file matches none.txt"),
         ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
@@ -112,17 +114,17 @@ def test_options_of_losses():
     for loss in registered().values():
         assert {name for name, one in loss.options().items() if not isinstance(one, type(None))} <= arguments.keys()
     assert "columns" not in arguments  # a tensor
-    assert arguments["top_k"]["help"].endswith("For pkl (default 8192), kd (default all)")
+    assert arguments["top_k"]["help"].endswith(f"For {PROJECTED} (default 8192), {SHARED} (default all)")
 
 
 def test_no_loss_has_the_option(folders, tmp_path, capsys):
     """Which is known when the audit has chosen."""
     assert main(command(folders, tmp_path / "out", "--merge", "mean")) == 1
-    assert "xtoken train: --merge: none of the chosen losses has it: prefix\n" in capsys.readouterr().err
+    assert f"xtoken train: --merge: none of the chosen losses has it: {PIECES}\n" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folders, tmp_path, capsys):
-    assert main(command(folders, tmp_path / "out", "--loss", "pkl", "hkl")) == 1
+    assert main(command(folders, tmp_path / "out", "--loss", PROJECTED, OTHER)) == 1
     error = capsys.readouterr().err
     assert error == "xtoken train: --loss: expected one, or one for each of the 1 teachers, got 2\n"
     assert main(command(folders, tmp_path / "out", "--student", "./none.gguf")) == 1
@@ -133,7 +135,7 @@ def test_teachers_of_the_same_name(folders, tmp_path):
     """Two folders of one name get two names."""
     again = tmp_path / "teacher"
     again.symlink_to(folders["teacher"])
-    arguments = command(folders, tmp_path / "out", "--teacher", str(again), "--max_steps", "1", "--loss", "uld")
+    arguments = command(folders, tmp_path / "out", "--teacher", str(again), "--max_steps", "1", "--loss", UNAIDED)
     assert main(arguments) == 0
     assert {"eval_kd/teacher", "eval_kd/teacher-2"} <= history(tmp_path / "out")[-1].keys()
 
@@ -146,7 +148,7 @@ def test_weights_and_losses():
     with pytest.raises(ValueError, match="--teacher_weight: expected one for each of the 3 teachers, got 1"):
         weights_of([0.3], 3)
     assert one_each(None, "auto", 2, "loss") == ["auto", "auto"]
-    assert one_each(["pkl", "kd"], "auto", 2, "loss") == ["pkl", "kd"]
+    assert one_each([PROJECTED, SHARED], "auto", 2, "loss") == [PROJECTED, SHARED]
 
 
 def test_help_names_the_options(capsys):
@@ -166,7 +168,8 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     options, config = parse(given)
     assert options.student == "meta-llama/Llama-3.2-1B"
     assert options.data == ["a.jsonl", "b.jsonl"]
-    assert options.loss == (["pkl"] if name == "llama-3.2-1b-from-qwen3-4b" else ["auto"])  # no prefix KL in the paper
+    as_in_the_paper = name == "llama-3.2-1b-from-qwen3-4b"
+    assert options.loss == ([PROJECTED] if as_in_the_paper else ["auto"])
     assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
     assert (config.max_steps, options.loss_options["top_k"], config.scaling, config.output_dir) == (
         30000,
@@ -176,7 +179,7 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("more", [("prefix",), ("pkl", "--merge", "chain")])
+@pytest.mark.parametrize("more", [(PIECES,), (PROJECTED, "--merge", "chain")])
 def test_losses_that_need_the_token_ids(folders, tmp_path, capsys, more):
     assert main(command(folders, tmp_path / "out", "--max_steps", "2", "--loss", *more)) == 0
     assert f"teacher teacher: {more[0]}, weight 1" in capsys.readouterr().out

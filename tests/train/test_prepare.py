@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from default_losses import DEFAULT, OTHER
 
 from xtoken import ProjectionMatrix, Vocabulary
+from xtoken.losses import Needs
 from xtoken.train import prepare
 from xtoken.train.prepare import cache_folder, cached_audit, cached_choice, cached_projection
 
@@ -45,13 +47,13 @@ def test_audit_is_made_once(pair, tmp_path, monkeypatch):
 
 def test_choice(pair, tmp_path):
     choice = cached_choice(*pair, tmp_path, gamma=0.2)
-    assert (choice.loss, choice.paper) == ("prefix", "pkl")
+    assert (choice.loss, choice.paper) == (DEFAULT[Needs.PIECES], DEFAULT[Needs.PROJECTION])
     assert any("digits_3" in reason for reason in choice.report.reasons)
-    assert cached_choice(*pair, tmp_path, gamma=0.2, learn_projection=True).loss == "pkl"
+    assert cached_choice(*pair, tmp_path, gamma=0.2, learn_projection=True).loss == choice.paper
     assert len(list(tmp_path.iterdir())) == 2
-    assert cached_choice(pair[0], pair[0], tmp_path).loss == "kd"
+    assert cached_choice(pair[0], pair[0], tmp_path).loss == DEFAULT[Needs.SAME_TOKENIZER]
     assert len(list(tmp_path.iterdir())) == 2  # which needs neither
-    assert cached_choice(pair[1], pair[0], tmp_path).loss == "hkl"  # the single digits are tokens on both sides
+    assert cached_choice(pair[1], pair[0], tmp_path).loss == OTHER  # the single digits are tokens on both sides
 
 
 def test_folder(monkeypatch):

@@ -8,11 +8,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
+from default_losses import DEFAULT
 from small import encode, make_model, make_teacher, make_tokenizer
 from transformers.integrations import deepspeed
 
 from xtoken import Alignment, Teacher, TopKLogits, Vocabulary
 from xtoken.audit import same_tokens
+from xtoken.losses import Needs
 from xtoken.train import TeacherModel, load_model, load_tokenizer
 from xtoken.train.teachers import EFFICIENT_LOADING, check_head, check_same_bytes, ensure_pad_token
 
@@ -100,7 +102,7 @@ def test_head_narrower_than_the_tokenizer(tmp_path, teacher_tok, student_tok):
     with pytest.raises(ValueError, match=rf"{tmp_path}: expected an output layer of at least {len(teacher_tok)} rows"):
         load_model(tmp_path)
     with pytest.raises(ValueError, match=rf"T: expected an output layer of at least {len(teacher_tok)} rows.*got "):
-        TeacherModel(Teacher(loss="uld"), model, teacher_tok, "T")
+        TeacherModel(Teacher(loss=DEFAULT[Needs.NOTHING]), model, teacher_tok, "T")
     check_head(make_model(len(teacher_tok) + 5, 1), Vocabulary.from_tokenizer(teacher_tok), "T")
     check_head(torch.nn.Linear(2, 2), Vocabulary.from_tokenizer(teacher_tok), "has no output layer to look at")
 
@@ -109,13 +111,14 @@ def test_objectives_that_do_not_go_with_the_student(student_tok, teacher_tok):
     student = Vocabulary.from_tokenizer(student_tok)
     assert same_tokens(student, Vocabulary.from_tokenizer(student_tok))
     assert not same_tokens(student, Vocabulary.from_tokenizer(teacher_tok))
-    wrong = TeacherModel(Teacher(loss="kd"), make_model(len(teacher_tok), 1), teacher_tok, "T")
-    with pytest.raises(ValueError, match="T: loss='kd' feeds it the student's ids, but its tokenizer numbers tokens"):
+    wrong = TeacherModel(Teacher(), make_model(len(teacher_tok), 1), teacher_tok, "T")
+    message = f"T: loss='{DEFAULT[Needs.SAME_TOKENIZER]}' feeds it the student's ids, but its tokenizer numbers tokens"
+    with pytest.raises(ValueError, match=message):
         wrong.check_student(student)
     turned = make_teacher(teacher_tok, student_tok, name="T")
     with pytest.raises(ValueError, match=r"T: expected a projection of shape \[700, 700\] for the student's"):
         turned.check_student(student)
-    TeacherModel(Teacher(loss="kd")).check_student(student)  # without a tokenizer there is nothing to check
+    TeacherModel(Teacher()).check_student(student)  # without a tokenizer there is nothing to check
 
 
 def test_another_type_and_inference_mode(student_tok, teacher_tok):
@@ -139,7 +142,7 @@ def test_position_ids_of_packed_rows_are_passed_on(student_tok):
             return SimpleNamespace(logits=torch.zeros(1, 3, 5))
 
     ids = torch.tensor([[1, 2, 3]])
-    teacher = TeacherModel(Teacher(loss="uld"), Model())
+    teacher = TeacherModel(Teacher(loss=DEFAULT[Needs.NOTHING]), Model())
     teacher.logits({"input_ids": ids, "position_ids": ids, "attention_mask": ids}, {"input_ids": ids})
     assert set(seen) == {"input_ids", "attention_mask", "position_ids", "use_cache"}
 
@@ -147,10 +150,11 @@ def test_position_ids_of_packed_rows_are_passed_on(student_tok):
 def test_cached_logits(student_tok):
     ids = torch.tensor([[1, 2, 3]])
     cached = TopKLogits(ids[..., None], torch.zeros(1, 3, 1))
-    teacher = TeacherModel(Teacher(loss="kd"), name="T")
+    teacher = TeacherModel(Teacher(), name="T")
     teacher.place(torch.device("cpu"))
     teacher.check_entry({"logits": cached}, {"input_ids": ids})
-    make_teacher(student_tok, student_tok, loss="uld").check_entry({"logits": cached}, {"input_ids": ids})
+    another = make_teacher(student_tok, student_tok, loss=DEFAULT[Needs.NOTHING])
+    another.check_entry({"logits": cached}, {"input_ids": ids})
     assert teacher.logits({"logits": cached}, {"input_ids": ids}) is cached
     with pytest.raises(ValueError, match="T: expected cached logits in the batch, since it has no model"):
         teacher.logits({}, {"input_ids": ids})

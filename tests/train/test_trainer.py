@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
+from default_losses import OTHER, default_loss
 from safetensors.torch import load_file
 from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_teacher, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
-from xtoken import ProjectionMatrix, kd_loss, pkl_loss
+from xtoken import ProjectionMatrix
+from xtoken.losses import Needs
 from xtoken.train import XTokenConfig, XTokenTrainer
 
 pytestmark = pytest.mark.slow
@@ -75,7 +77,7 @@ def test_evaluation_is_over_all_labels_and_chunks(tmp_path, student_tok, teacher
         entry = batch["teachers"][0]
         theirs = teacher.model(entry["input_ids"], attention_mask=entry["attention_mask"]).logits
     ce = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten())
-    kd = pkl_loss(logits, theirs, entry["alignment"], teacher.objective.projection, top_k=None)
+    kd = default_loss(Needs.PROJECTION)(logits, theirs, entry["alignment"], teacher.objective.projection, top_k=None)
     assert got["eval_ce"] == pytest.approx(float(ce), rel=1e-5)
     assert got["eval_kd"] == pytest.approx(float(kd), rel=1e-5)
 
@@ -83,7 +85,7 @@ def test_evaluation_is_over_all_labels_and_chunks(tmp_path, student_tok, teacher
 def test_several_teachers_add_up(tmp_path, student_tok, teacher_tok, twins):
     teachers = [
         make_teacher(student_tok, teacher_tok, 1, name="a", weight=0.2),
-        make_teacher(student_tok, teacher_tok, 2, name="b", loss="hkl", weight=0.5),
+        make_teacher(student_tok, teacher_tok, 2, name="b", loss=OTHER, weight=0.5),
         make_teacher(student_tok, None, 3, name="c", weight=2.0),
     ]
     trainer = make_trainer(tmp_path, student_tok, teachers, None, twins[:4])
@@ -131,7 +133,7 @@ def test_average_is_one_teacher(tmp_path, student_tok, teacher_tok, twins):
         logits = trainer.model(**given).logits
         p = [teacher.model(**given).logits.softmax(-1) for teacher in teachers]
     mask = torch.nn.functional.pad(batch["labels"][:, 1:] != -100, (0, 1))
-    want = kd_loss(logits, (0.25 * p[0] + 0.75 * p[1]).log(), mask=mask)
+    want = default_loss(Needs.SAME_TOKENIZER)(logits, (0.25 * p[0] + 0.75 * p[1]).log(), mask=mask)
     assert got["eval_kd"] == pytest.approx(float(want), rel=1e-4)
     assert "eval_kd/a" not in got
 
