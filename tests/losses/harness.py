@@ -12,7 +12,7 @@ import inspect
 import itertools
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -26,7 +26,8 @@ from rows_by_hand import rows_by_hand
 from safetensors.torch import load_file
 from torch import Tensor
 
-from xtoken import PieceIndex, Vocabulary, _core
+import xtoken
+from xtoken import PieceIndex, Teacher, Vocabulary, _core
 from xtoken.alignment import Alignment
 from xtoken.losses import Needs, cpu, registered
 from xtoken.losses.backends import backend_names, backends_with, register_backend, unregister_backend
@@ -229,9 +230,10 @@ def positions(case: Case) -> Alignment:
 def own_tests(name: str) -> ModuleType | None:
     """The test file of a loss, ``test_<folder>.py``, if it has one.
 
-    It may define `VARIANTS`: options by name, on top of the defaults, that every kernel is tried with; `DEVICE_STEPS`:
-    more calls to try on a device; and `truth`, a formula that shares less with what it judges than the loss's own:
-    ``truth(case, student rows, teacher rows, chunks, **options)`` gives the loss of each chunk used.
+    It may define `VARIANTS`: options by name, on top of the defaults, that every kernel is tried with; `FEW_VARIANTS`,
+    what slow tests take in their place; `DEVICE_STEPS`: more calls to try on a device, see `steps`; and `truth`, a
+    formula that shares less with what it judges than the loss's own: ``truth(case, student rows, teacher rows, chunks,
+    **options)`` gives the loss of each chunk used.
     """
     file = f"test_{folder_of(name)}"
     return importlib.import_module(file) if (Path(__file__).parent / f"{file}.py").is_file() else None
@@ -246,6 +248,17 @@ def variants(name: str) -> dict[str, dict[str, Any]]:
     """The options that a loss is tried with."""
     found: dict[str, dict[str, Any]] = getattr(own_tests(name), "VARIANTS", {"default": {}})
     return found
+
+
+def few_variants(name: str) -> dict[str, dict[str, Any]]:
+    """The options that a loss is tried with where a test is slow: what differs in its kernels."""
+    found: dict[str, dict[str, Any]] = getattr(own_tests(name), "FEW_VARIANTS", variants(name))
+    return found
+
+
+def few_variants_of(names: Iterable[str]) -> dict[str, tuple[str, dict[str, Any]]]:
+    """The name of a loss and options, by a name of both."""
+    return {f"{name}, {key}": (name, options) for name in names for key, options in few_variants(name).items()}
 
 
 @dataclass(frozen=True)
@@ -266,8 +279,8 @@ class Operation:
         """What the public function takes after the logits."""
         if self.needs is Needs.SAME_TOKENIZER:
             return [positions(case)]
-        pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [case.pieces]}
-        return [case.alignment, *pair.get(self.needs, [])]
+        pair = {Needs.PROJECTION: "projection", Needs.PIECES: "pieces"}.get(self.needs)
+        return [case.alignment, *([getattr(case, pair)] if pair else [])]
 
     def sizes(self, case: Case) -> dict[str, int]:
         """The sizes of the vocabularies, where the public function has to be told."""
@@ -276,10 +289,32 @@ class Operation:
         wanted = inspect.signature(registered()[self.name].function()).parameters
         return {name: size for name, size in known.items() if name in wanted}
 
+    def function(self, linear: bool = False) -> Callable[..., Any]:
+        """The public function of logits, or of hidden states and an output layer."""
+        function = registered()[self.name].function()
+        return getattr(xtoken, f"linear_{function.__name__}") if linear else function
+
+    def bound(self, case: Case, linear: bool = False) -> Callable[..., Any]:
+        """That function with everything but the logits given."""
+        function, arguments, sizes = self.function(linear), self.arguments(case), self.sizes(case)
+        return lambda *logits, **options: function(*logits, *arguments, **sizes, **options)
+
     def public(self, case: Case, student: Any, teacher: Any, **options: Any) -> Any:
         """The public function."""
-        function = registered()[self.name].function()
-        return function(student, teacher, *self.arguments(case), **self.sizes(case), **options)
+        return self.bound(case)(student, teacher, **options)
+
+    def teacher(self, case: Case, **options: Any) -> Teacher:
+        """A teacher with this loss."""
+        projection = case.projection if self.needs is Needs.PROJECTION else None
+        pieces = case.pieces if self.needs is Needs.PIECES else None
+        return Teacher(projection, self.name, pieces=pieces, **options)
+
+    def few(self, count: int | None) -> dict[str, int | None]:
+        """The option to compute with so many columns or tokens, or as many as possible (None), if there is one."""
+        options = registered()[self.name].options()
+        if "top_k" in options:
+            return {"top_k": count}
+        return {name: count or 10**6 for name in ("uncommon_top_k",) if name in options}
 
     def formula(self, case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
         """The loss of each chunk of the alignment by plain formulas, on rows found by hand."""
@@ -296,19 +331,21 @@ class Operation:
 
 
 OPERATIONS = {name: Operation(name) for name in registered()}
-DEFAULT = {loss.needs: name for name, loss in registered().items() if loss.is_default}
-"""The loss of a `Teacher` that says no more, by what it needs: the example where any loss will do."""
-
 PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of(name)]
 """Every loss with every backend that has it."""
 
 
-def distinct_pairs() -> list[tuple[str, str]]:
-    """`PAIRS` without losses that are other parameters of kernels that are tried already: those on one backend."""
+def distinct() -> list[str]:
+    """The losses without those that are other parameters of the kernels of one before them."""
     seen: dict[tuple[str, Any], str] = {}
     for name, loss in registered().items():
         seen.setdefault((loss.kernels, loss.prepare), name)
-    return [pair for pair in PAIRS if pair[0] in seen.values() or pair[1] in ("reference", "cpu")]
+    return list(seen.values())
+
+
+def distinct_pairs() -> list[tuple[str, str]]:
+    """`PAIRS` without losses that are other parameters of kernels that are tried already: those on one backend."""
+    return [pair for pair in PAIRS if pair[0] in distinct() or pair[1] in ("reference", "cpu")]
 
 
 def losses_and_grad(
@@ -353,6 +390,20 @@ def check(backend: str, operation: str, case: Case, dtype: torch.dtype, strided:
     assert_as_accurate(grad, plain_grad, true_grad, floor, f"{operation} gradient")
 
 
+def check_labels(call: Callable[[Tensor, str], Any], student: Tensor, backend: str, what: str) -> None:
+    """Loss and cross-entropy from one pass, ``call(student, backend)``, with their gradient and without it, are as
+    accurate as those of the reference."""
+    results = []
+    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
+        leaf = student.float().to(dtype).requires_grad_()
+        pair = call(leaf, name)
+        gradient = torch.autograd.grad(pair[0] + 0.7 * pair[1], leaf)
+        results.append((*pair, *gradient, *call(leaf.detach(), name)))
+    for got, plain, truth in zip(*results, strict=True):
+        floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
+        assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, what)
+
+
 def _largest(values: Tensor) -> float:
     return float(values.abs().max()) if values.numel() else 0.0
 
@@ -382,6 +433,28 @@ def golden(*modes: str) -> list[Golden]:
     """The golden results of these modes."""
     listed = json.loads((GOLDEN / "losses.json").read_text())
     return [Golden(f, load_file(GOLDEN / f["file"])) for f in listed if f["mode"] in modes]
+
+
+def check_slopes(value: Callable[[Tensor], Tensor], at: Tensor, grad: Tensor, step: float) -> None:
+    """The slope along a direction is the gradient's share of it; the step is found in float32, where it is exact.
+
+    A loss in float32 is wrong by some 1e-7 of itself, its difference quotient by that over the step; the step's own
+    error goes with its square.
+    """
+    generator = torch.Generator().manual_seed(5)
+    directions = [grad / grad.norm()]
+    directions += [torch.randn(at.shape, generator=generator) for _ in range(4)]
+    for direction in directions:
+        direction = direction / direction.norm()
+        above, below = at + step * direction, at - step * direction
+        want = ((above.double() - below.double()) * grad.double()).sum()
+        got = value(above) - value(below)
+        noise = 4 * torch.finfo(torch.float32).eps * float(value(at).abs())
+        tolerance = noise + 2e-3 * step * float(grad.norm())
+        assert math.isfinite(got)
+        assert abs(float(got - want)) <= tolerance, (float(got), float(want), tolerance)
+    along = value(at + step * directions[0]) - value(at - step * directions[0])
+    assert along > 1.9 * step * grad.norm()  # the first direction is not lost in the noise
 
 
 # Bad inputs: what is changed in a call that is otherwise right, the exception, and words of its message.

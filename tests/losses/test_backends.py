@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from default_losses import DEFAULT, default_loss
 from harness import OPERATIONS, check, make_case
 from torch import Tensor
 
-from xtoken import pkl_loss, select_backend
+from xtoken import select_backend
 from xtoken.alignment import Chunks, Rows
-from xtoken.losses import plain, registered
+from xtoken.losses import Needs, plain, registered
 from xtoken.losses.backends import (
     Backend,
     Kernel,
@@ -165,7 +166,7 @@ def test_auto_prefers_what_was_added_later(registering: Callable[..., None]) -> 
         select_backend("broken", "cpu")
     registering("better", plain.run)
     assert select_backend("auto", "mps") == "better"
-    assert select_backend("auto", "mps", "pkl") == "better"
+    assert select_backend("auto", "mps", DEFAULT[Needs.PROJECTION]) == "better"
     with pytest.raises(RuntimeError, match="backend: none has the operation 'another'"):
         select_backend("auto", "mps", "another")
     with pytest.raises(RuntimeError, match="it has no operation 'another'"):
@@ -182,5 +183,6 @@ def test_unknown_and_reserved_names() -> None:
 def test_a_loss_uses_the_backend_that_it_was_given(registering: Callable[..., None]) -> None:
     registering("zero", lambda problem, *rest: problem.student.new_zeros(len(problem.chunks)))
     case = make_case()
-    assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="zero") == 0
-    assert pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="reference") > 0
+    loss = default_loss(Needs.PROJECTION)
+    assert loss(case.student, case.teacher, case.alignment, case.projection, backend="zero") == 0
+    assert loss(case.student, case.teacher, case.alignment, case.projection, backend="reference") > 0

@@ -8,14 +8,18 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close, assert_within
-from harness import Case, make_case, piece_index
+from default_losses import DEFAULT, OTHER, default_loss
+from harness import OPERATIONS, Case, make_case, piece_index, variants
 from torch import Tensor, nn
 
-from xtoken import Teacher, XTokenLoss, gold_loss, hkl_loss, kd_loss, pkl_loss, prefix_kl_loss, uld_loss
+from xtoken import Teacher, XTokenLoss
 from xtoken.alignment import Alignment
-from xtoken.losses import diagnostics, operator
+from xtoken.losses import Needs, diagnostics, operator, registered
 from xtoken.losses.columns import select_columns
 from xtoken.losses.logits import DenseSource
+
+projected_loss, shared_loss = default_loss(Needs.PROJECTION), default_loss(Needs.SAME_TOKENIZER)
+PROJECTED, PIECES, SHARED = (DEFAULT[needs] for needs in (Needs.PROJECTION, Needs.PIECES, Needs.SAME_TOKENIZER))
 
 
 def make_labels(case: Case, seed: int = 0) -> Tensor:
@@ -37,15 +41,15 @@ def test_fixed_total_and_parts() -> None:
     labels = make_labels(case)
     teachers = [
         Teacher(case.projection, weight=0.5, top_k=11, merge="mean", temperature=2.0),
-        Teacher(other.projection, loss="hkl", weight=2.0, uncommon_top_k=7),
+        Teacher(other.projection, loss=OTHER, weight=2.0, **OPERATIONS[OTHER].few(7)),
     ]
     criterion = XTokenLoss(teachers, scaling="fixed", ce_weight=0.3, kd_weight=0.7)
     total, parts = criterion(case.student, labels, [case.teacher, other.teacher], [case.alignment, other.alignment])
     ce = cross_entropy(case.student, labels)
-    first = pkl_loss(
+    first = projected_loss(
         case.student, case.teacher, case.alignment, case.projection, top_k=11, merge="mean", temperature=2.0
     )
-    second = hkl_loss(case.student, other.teacher, other.alignment, other.projection, uncommon_top_k=7)
+    second = OPERATIONS[OTHER].public(other, case.student, other.teacher, **OPERATIONS[OTHER].few(7))
     kd = 0.5 * first + 2.0 * second
     assert_close(parts["ce"], ce, rtol=1e-12)
     assert_close(parts["kd"], kd, rtol=1e-12)
@@ -63,7 +67,7 @@ def test_dynamic_scaling_is_constant_in_backward() -> None:
     assert_close(total, 2 * parts["ce"], rtol=1e-12)
     (got,) = torch.autograd.grad(total, student)
     ce = cross_entropy(student, labels)
-    kd = pkl_loss(student, case.teacher, case.alignment, case.projection)
+    kd = projected_loss(student, case.teacher, case.alignment, case.projection)
     (want,) = torch.autograd.grad(ce + (ce / kd).detach() * kd, student)
     assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -101,29 +105,38 @@ def test_no_teacher_is_cross_entropy() -> None:
     assert parts["kd_per_teacher"].shape == parts["chunks"].shape == (0,)
 
 
-@pytest.mark.parametrize("loss", ["pkl", "gold", "hkl", "uld"])
+@pytest.mark.parametrize("loss", registered())
 def test_every_loss(loss: str) -> None:
+    case, operation = make_case(), OPERATIONS[loss]
+    alignment, *_ = operation.arguments(case)
+    for options in ({}, *variants(loss).values()):
+        criterion = XTokenLoss([operation.teacher(case, **options)])
+        _, parts = criterion(case.student, make_labels(case), case.teacher, alignment)
+        assert_close(parts["kd"], operation.public(case, case.student, case.teacher, **options), rtol=1e-12)
+        if operation.needs is Needs.NOTHING:  # see the next test
+            continue
+        assert 0 <= float(parts["agreement"]) <= 1
+        if not options:
+            assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
+
+
+def test_a_projection_may_be_there_for_its_diagnoses() -> None:
     case = make_case()
-    teacher = Teacher(case.projection, loss=loss)
-    _, parts = XTokenLoss([teacher])(case.student, make_labels(case), case.teacher, case.alignment)
-    arguments = case.student, case.teacher, case.alignment
-    want = {
-        "pkl": lambda: pkl_loss(*arguments, case.projection),
-        "gold": lambda: gold_loss(*arguments, case.projection),
-        "hkl": lambda: hkl_loss(*arguments, case.projection),
-        "uld": lambda: uld_loss(*arguments),
-    }[loss]()
-    assert_close(parts["kd"], want, rtol=1e-12)
-    assert 0 <= float(parts["agreement"]) <= 1
-    assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
+    names = [name for name, loss in registered().items() if loss.needs is Needs.NOTHING]
+    for name in names:
+        teacher = Teacher(case.projection, loss=name)
+        _, parts = XTokenLoss([teacher])(case.student, make_labels(case), case.teacher, case.alignment)
+        assert_close(parts["kd"], OPERATIONS[name].public(case, case.student, case.teacher), rtol=1e-12)
+        assert 0 <= float(parts["agreement"]) <= 1
+        assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
 
 
-def test_prefix_kl() -> None:
+def test_pieces() -> None:
     case = make_case()
     criterion = XTokenLoss([Teacher(pieces=case.pieces, reverse=True)])
     assert criterion.vocab_size == 67
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
-    want = prefix_kl_loss(case.student, case.teacher, case.alignment, case.pieces, reverse=True)
+    want = OPERATIONS[PIECES].public(case, case.student, case.teacher, reverse=True)
     assert_close(parts["kd"], want, rtol=1e-12)
     assert 0 <= float(parts["agreement"]) <= 1
     assert float(parts["mass"]) == 1
@@ -136,7 +149,7 @@ def test_shared_tokenizer_uses_the_labels_positions() -> None:
     criterion = XTokenLoss([Teacher(weight=2.0, top_k=10, reverse=True)], scaling="fixed")
     total, parts = criterion(case.student, labels, teacher_logits)
     mask = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
-    want = kd_loss(case.student, teacher_logits, mask=mask, top_k=10, reverse=True)
+    want = shared_loss(case.student, teacher_logits, mask=mask, top_k=10, reverse=True)
     assert_close(parts["kd"], 2 * want, rtol=1e-12)
     assert parts["chunks"].tolist() == [int(mask.sum())]
     assert_close(total, cross_entropy(case.student, labels) + 2 * want, rtol=1e-12)
@@ -152,7 +165,7 @@ def test_shared_tokenizer_with_an_alignment_and_padded_heads() -> None:
     alignment = Alignment([[1, 2, 2, 3], [3, 4, 3, 4]], [0, 1, 2])
     padded = nn.functional.pad(case.teacher, (0, 5), value=math.nan)
     _, parts = XTokenLoss([Teacher()])(case.student, labels, padded, alignment)
-    assert_close(parts["kd"], kd_loss(case.student, case.teacher, alignment, top_k=8192), rtol=1e-12)
+    assert_close(parts["kd"], shared_loss(case.student, case.teacher, alignment, top_k=8192), rtol=1e-12)
 
 
 def test_agreement_and_mass_by_hand() -> None:
@@ -260,7 +273,7 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
     monkeypatch.setattr(
         operator, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
     )
-    teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss="gold")]
+    teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss=OTHER)]
     for scaling, given in (("fixed", None), ("dynamic", 2.5), ("dynamic", torch.tensor(2.5)), ("dynamic", None)):
         criterion = XTokenLoss(teachers, scaling, ce_weight=0.9, kd_weight=kd_weight, backend=backend)
         for outer in (1.0, 1 / 3):
@@ -274,8 +287,8 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
                 assert added == [pytest.approx(lacking, rel=1e-6, abs=0.0)]
                 factor, exactly = outer if kd_weight else 0.0, 0.0 if outer == 1.0 else 1e-6
                 assert scaled == pytest.approx([factor] * len(scaled), rel=exactly, abs=0.0)
-            losses = 0.3 * pkl_loss(student, case.teacher, case.alignment, case.projection, top_k=20)
-            losses = losses + gold_loss(student, case.teacher, case.alignment, case.projection)
+            losses = 0.3 * projected_loss(student, case.teacher, case.alignment, case.projection, top_k=20)
+            losses = losses + OPERATIONS[OTHER].public(case, student, case.teacher)
             want = 0.9 * cross_entropy(student, labels) + kd_weight * parts["scale"] * losses
             (true,) = torch.autograd.grad(outer * want, student)
             assert_close(got, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
@@ -352,15 +365,15 @@ def test_a_trainable_projection_learns() -> None:
     ("options", "message"),
     [
         (
-            {"loss": "kl", "projection": 1},
-            "loss: expected one of 'pkl', 'hkl', 'gold', 'uld', 'kd', 'prefix', got 'kl'",
+            {"loss": "another", "projection": 1},
+            f"loss: expected one of {', '.join(map(repr, registered()))}, got 'another'",
         ),
-        ({"loss": "pkl"}, "projection: expected a projection matrix for loss='pkl', got None"),
-        ({"loss": "hkl"}, "projection: expected a projection matrix for loss='hkl', got None"),
-        ({"loss": "kd", "projection": 1}, "projection: expected None for loss='kd'"),
-        ({"loss": "prefix", "projection": 1, "pieces": 1}, "projection: expected None for loss='prefix'"),
-        ({"loss": "prefix"}, "pieces: expected a PieceIndex for loss='prefix', got None"),
-        ({"loss": "pkl", "projection": 1, "pieces": 1}, "pieces: expected None for loss='pkl', got one"),
+        ({"loss": PROJECTED}, f"projection: expected a projection matrix for loss='{PROJECTED}', got None"),
+        ({"loss": OTHER}, f"projection: expected a projection matrix for loss='{OTHER}', got None"),
+        ({"loss": SHARED, "projection": 1}, f"projection: expected None for loss='{SHARED}'"),
+        ({"loss": PIECES, "projection": 1, "pieces": 1}, f"projection: expected None for loss='{PIECES}'"),
+        ({"loss": PIECES}, f"pieces: expected a PieceIndex for loss='{PIECES}', got None"),
+        ({"loss": PROJECTED, "projection": 1, "pieces": 1}, f"pieces: expected None for loss='{PROJECTED}', got one"),
         ({"weight": -1.0}, "weight: expected a finite number >= 0, got -1.0"),
         ({"weight": math.nan}, "weight: expected a finite number >= 0, got nan"),
     ],
@@ -390,7 +403,7 @@ def test_bad_options(options: dict[str, Any], message: str) -> None:
         ({"labels": torch.zeros(2, 3)}, TypeError, "labels: expected an integer tensor, got torch.float32"),
         ({"labels": [[1]]}, TypeError, "labels: expected an integer tensor, got list"),
         ({"labels": torch.zeros(2, 3, dtype=torch.int64)}, ValueError, r"labels: expected shape \[2, 14\]"),
-        ({"alignments": None}, ValueError, "alignments: expected an Alignment for loss='pkl', got None"),
+        ({"alignments": None}, ValueError, f"alignments: expected an Alignment for loss='{PROJECTED}', got None"),
         ({"alignments": []}, ValueError, "alignments: expected one for each of the 1 teachers, got 0"),
         ({"teacher_logits": None}, TypeError, "teacher_logits: expected a floating-point tensor, got None"),
         ({"num_chunks": [1, 2]}, ValueError, "num_chunks: expected one for each of the 1 teachers, got 2"),
@@ -418,7 +431,7 @@ def test_one_count_does_not_do_for_two_teachers() -> None:
 
 def test_shows_its_settings() -> None:
     text = repr(XTokenLoss([Teacher(make_case().projection), Teacher(weight=0.5)]))
-    assert "teachers=[1 pkl, 0.5 kd], scaling='dynamic'" in text
+    assert f"teachers=[1 {PROJECTED}, 0.5 {SHARED}], scaling='dynamic'" in text
 
 
 def test_a_given_factor_replaces_the_ratio() -> None:
@@ -450,7 +463,7 @@ def test_given_columns() -> None:
     columns = torch.arange(5, 25)
     criterion = XTokenLoss([Teacher(case.projection, columns=columns)], scaling="fixed")
     whole = criterion(case.student, labels, case.teacher, case.alignment)[1]
-    want = pkl_loss(case.student, case.teacher, case.alignment, case.projection, columns=columns)
+    want = projected_loss(case.student, case.teacher, case.alignment, case.projection, columns=columns)
     assert_close(whole["kd"], want, rtol=1e-12)
     chunks = int(whole["chunks"])
     parts = [criterion(*half, num_chunks=chunks)[1]["kd"] for half in halves(case, labels)]

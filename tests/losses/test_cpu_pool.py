@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from harness import OPERATIONS, Case, make_case
+from default_losses import DEFAULT
+from harness import OPERATIONS, Case, backends_of, distinct, make_case
 from torch import Tensor
 
-CALLS: dict[str, tuple[str, dict[str, Any]]] = {
-    "pkl": ("pkl", {"merge": "mean", "top_k": None}),
-    "pkl subset": ("pkl", {"top_k": 200}),
-    "gold": ("gold", {}),
-    "uld": ("uld", {}),
-    "kd": ("kd", {"top_k": 100}),
-    "labels": ("kd", {}),
-}
+from xtoken.losses import Needs, registered
+
+KERNELS = [name for name in distinct() if "cpu" in backends_of(name)]
+CALLS: list[tuple[str, dict[str, Any]]] = [
+    *((name, dict([*registered()[name].variants.values()][-1])) for name in KERNELS),
+    *((name, OPERATIONS[name].few(200)) for name in KERNELS if OPERATIONS[name].few(200)),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -38,14 +38,13 @@ def case_of(seed: int) -> Case:
 
 
 def results(case: Case) -> list[Tensor]:
-    """Losses of every operation, and their gradients."""
+    """Losses of every operation, and their gradients; of one also with labels."""
     found = []
-    for name, (operation, options) in CALLS.items():
+    labels = (case.student[..., 0].abs() * 100).long() % 400
+    for operation, options in [*CALLS, (DEFAULT[Needs.SAME_TOKENIZER], {"labels": labels})]:
         student = case.student.float().requires_grad_()
-        if name == "labels":
-            options = {"labels": (case.student[..., 0].abs() * 100).long() % 400}
         out = OPERATIONS[operation].public(case, student, case.teacher.float(), backend="cpu", **options)
-        loss = out[0] + out[1] if name == "labels" else out
+        loss = out[0] + out[1] if "labels" in options else out
         found += [loss.detach(), *torch.autograd.grad(loss, student)]
     return found
 
@@ -95,8 +94,9 @@ def test_after_a_fork(busy: bool) -> None:
     def keep_busy() -> None:
         with torch.no_grad():
             while not stop.is_set():
-                options: dict[str, Any] = {"backend": "cpu", "top_k": None}
-                OPERATIONS["pkl"].public(case, case.student.float(), case.teacher.float(), **options)
+                name = DEFAULT[Needs.PROJECTION]
+                options = {**OPERATIONS[name].few(None), "backend": "cpu"}
+                OPERATIONS[name].public(case, case.student.float(), case.teacher.float(), **options)
 
     other = threading.Thread(target=keep_busy)
     if busy:
@@ -124,30 +124,21 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch, xtoken
+from xtoken.losses import Needs, registered
+from xtoken.losses.backends import backends_with
 
 V = 40_000
 
 def status(field):
     return int(re.search(rf"{field}:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
-def run(name, student, teacher, labels):
+def run(loss, options, student, teacher, labels):
     rows = student.shape[1]
     start = torch.arange(1, rows, dtype=torch.int32)
     alignment = xtoken.Alignment(torch.stack([start, start + 1, start, start + 1], 1))
     leaf = student.requires_grad_()
-    options = {"labels": labels, "backend": "cpu"}
-    if name == "pkl":
-        loss, ce = xtoken.pkl_loss(leaf, teacher, alignment, W, top_k=None, **options)
-    elif name == "pkl subset":
-        loss, ce = xtoken.pkl_loss(leaf, teacher, alignment, W, top_k=8192, merge="mean", **options)
-    elif name == "gold":
-        loss, ce = xtoken.gold_loss(leaf, teacher, alignment, W, **options)
-    elif name == "uld":
-        loss, ce = xtoken.uld_loss(leaf, teacher, alignment, **options)
-    elif name == "kd":
-        loss, ce = xtoken.kd_loss(leaf, teacher, **options)
-    else:
-        loss, ce = xtoken.kd_loss(leaf, teacher, top_k=8192, **options)
+    arguments = {Needs.SAME_TOKENIZER: [], Needs.NOTHING: [alignment], Needs.PROJECTION: [alignment, W]}[loss.needs]
+    loss, ce = loss.function()(leaf, teacher, *arguments, labels=labels, backend="cpu", **options)
     loss.backward()  # of the cross-entropy nothing: its gradient is taken back, which needs the logits again
     student.grad = None
 
@@ -160,12 +151,19 @@ rows = int(sys.argv[1])
 student, teacher = torch.randn(1, rows, V), torch.randn(1, rows, V)
 labels = torch.randint(V, (1, rows))
 found = {}
-for name in ("pkl", "pkl subset", "gold", "uld", "kd", "kd subset"):
-    run(name, student[:, :8].clone(), teacher[:, :8].clone(), labels[:, :8])
-    before = status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")
-    run(name, student, teacher, labels)
-    found[name] = status("VmHWM") - before - student.nbytes
+for name, loss in registered().items():
+    if loss.needs is Needs.PIECES or "cpu" not in backends_with(name):  # no vocabularies here
+        continue
+    variants = list(loss.variants.values())
+    tried = {"": variants[0]}
+    if "top_k" in loss.options():
+        tried = {"": {**variants[0], "top_k": None}, ", subset": {**variants[-1], "top_k": 8192}}
+    for key, options in tried.items():
+        run(loss, options, student[:, :8].clone(), teacher[:, :8].clone(), labels[:, :8])
+        before = status("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")
+        run(loss, options, student, teacher, labels)
+        found[name + key] = status("VmHWM") - before - student.nbytes
 print(json.dumps(found))
 """
 
@@ -178,5 +176,7 @@ def test_memory_beyond_the_gradient_does_not_grow_with_the_rows() -> None:
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, "300"], env=environment, capture_output=True, text=True, timeout=600, check=True
     )
-    for name, extra in json.loads(done.stdout).items():
+    found = json.loads(done.stdout)
+    assert len(found) >= len(KERNELS)
+    for name, extra in found.items():
         assert extra < 6 * 2**20, f"{name}: {extra / 2**20:.1f} MB"

@@ -13,6 +13,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
 }
+FEW_VARIANTS: dict[str, dict[str, Any]] = {
+    "cut": {"uncommon_top_k": 20},
+    "reverse": {"reverse": True},
+}
 
 
 def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, **options: Any) -> Tensor:

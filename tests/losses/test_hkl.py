@@ -1,9 +1,11 @@
 """H-KL: the options that it is tried with, and pairs of a dominant weight."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from harness import Case, make_case
+from steps import Step, loss_of
 from torch import Tensor
 
 from xtoken import hkl_loss, reference
@@ -14,6 +16,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
     "wider": {"min_weight": 0.4},
+}
+FEW_VARIANTS: dict[str, dict[str, Any]] = {
+    "cut": {"uncommon_top_k": 20},
+    "reverse": {"reverse": True},
 }
 
 
@@ -38,3 +44,8 @@ def test_bad_options(options: dict[str, Any], exception: type[Exception], messag
     call = {"projection": case.projection, **options}
     with pytest.raises(exception, match=message):
         hkl_loss(case.student, case.teacher, case.alignment, **call)
+
+
+DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
+    "cut": lambda s: loss_of(s, "hkl", uncommon_top_k=20, reduction="sum"),
+}

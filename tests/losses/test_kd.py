@@ -1,16 +1,21 @@
 """Same-tokenizer KL."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from comparer import assert_close, assert_within
-from harness import Case
+from default_losses import default_loss
+from harness import DTYPES, Case, backends_of, check, check_labels, make_case
+from steps import Step, loss_of
 from torch import Tensor
 
-from xtoken import kd_loss, pkl_loss, reference
+from xtoken import kd_loss, reference
 from xtoken.alignment import Alignment
+from xtoken.losses import Needs
 from xtoken.projection import ProjectionMatrix
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -19,6 +24,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True, "top_k": 13},
     "temperature": {"temperature": 2.5},
 }
+FEW_VARIANTS: dict[str, dict[str, Any]] = {
+    "all": {},
+    "subset": {"top_k": 31, "temperature": 1.5},
+    "reverse": {"reverse": True},
+}
+cpu = pytest.mark.parametrize("backend", [name for name in backends_of("kd") if name.startswith("cpu")])
 
 
 def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, *, top_k: int | None = None, **options: Any) -> Tensor:
@@ -44,13 +55,14 @@ def test_is_the_kl_divergence(reverse: bool) -> None:
 
 
 @pytest.mark.parametrize("top_k", [7, None])
-def test_is_pkl_with_the_identity(top_k: int | None) -> None:
+def test_is_the_projected_loss_with_the_identity(top_k: int | None) -> None:
     student, teacher = logits()
     identity = ProjectionMatrix.from_topk(torch.arange(23)[:, None], torch.ones(23, 1), 23)
     spans = torch.tensor([[t, t + 1] * 2 for t in range(1, 5)] * 2)
     alignment = Alignment(spans, [0, 4, 8])
     loss = kd_loss(student, teacher, alignment, top_k=top_k)
-    assert_close(loss, pkl_loss(student, teacher, alignment, identity, top_k=top_k), rtol=1e-6)
+    projected = default_loss(Needs.PROJECTION)(student, teacher, alignment, identity, top_k=top_k)
+    assert_close(loss, projected, rtol=1e-6)
 
 
 def test_mask() -> None:
@@ -117,3 +129,92 @@ def test_other_positions_need_an_alignment() -> None:
     student, teacher = logits()
     with pytest.raises(ValueError, match=r"teacher_logits: expected the positions of student_logits \[2, 5\]"):
         kd_loss(student, teacher[:, :4])
+
+
+@functools.cache
+def wide_case() -> Case:
+    case = make_case(5003, 5003, samples=1, shapes=((1, 1),) * 3)
+    case.student[:, 1, 4990:] += 100.0
+    case.teacher[:, 2, 4985:] += 100.0
+    return case
+
+
+@cpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"top_k": 1000, "temperature": 3.0}], ids=str)
+@pytest.mark.slow
+def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
+    """The largest logits come after the first 4096, so the unit of the exponentials is found twice."""
+    check(backend, "kd", wide_case(), dtype, strided=True, **options)
+
+
+@pytest.mark.parametrize("backend", [name for name in backends_of("kd") if name != "reference"])
+@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0, "reverse": True}], ids=str)
+def test_labels_in_the_same_pass(options: dict[str, Any], backend: str) -> None:
+    """As two losses of the reference, also at a logit of -inf, in rows of no chunk, and without a gradient."""
+    case = make_case(67, 67)
+    case.student[..., 1::3] = -math.inf
+    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    labels[:, 3] = -100
+    mask = torch.ones(labels.shape, dtype=torch.bool)
+    mask[:, ::4] = False
+
+    def call(student: Tensor, name: str) -> Any:
+        teacher = student.detach().flip(1).clamp_min(-9.0)
+        return kd_loss(student, teacher, mask=mask, labels=labels, backend=name, **options)
+
+    check_labels(call, case.student, backend, "kd")
+
+
+@cpu
+@pytest.mark.parametrize("top_k", [31, None])
+def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> None:
+    case = make_case(1000, 1000)
+    labels = torch.randint(1000, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    teacher = case.teacher[:, : case.student.shape[1]].float()
+    length = teacher.shape[1]
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        student = case.student[:, :length].float().requires_grad_()
+        loss, ce = kd_loss(student, teacher, labels=labels[:, :length], top_k=top_k, backend=backend)
+        results.append([loss, ce, *torch.autograd.grad(loss + ce, student)])
+    torch.set_num_threads(1)
+    for result in results[1:]:
+        for one, other in zip(results[0], result, strict=True):
+            assert torch.equal(one, other)
+
+
+@pytest.mark.slow
+def test_compiled_without_an_alignment() -> None:
+    student, teacher = logits()
+
+    def step(student: Tensor, teacher: Tensor) -> Tensor:
+        return kd_loss(student * 1.5, teacher.flip(1), top_k=20, vocab_size=23)
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        leaf = student.float().requires_grad_()
+        loss = function(leaf, teacher.float())
+        results.append((loss.detach(), *torch.autograd.grad(loss, leaf)))
+    torch._dynamo.reset()
+    for got, want in zip(results[1], results[0], strict=True):
+        assert_close(got, want, rtol=1e-5, atol=1e-8)
+
+
+def test_infinite_logits_are_probability_zero() -> None:
+    case = make_case(6, 6, samples=1, shapes=((1, 1), (1, 1)))
+    chunks = reference.Chunks.of(case.alignment, case.student.shape[1], case.teacher.shape[1])
+    student, teacher = case.student[0].clone(), case.teacher[0].clone()
+    student[:, 2] = teacher[:, 2] = -torch.inf
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    for reverse in (False, True):
+        got = reference.kd(student, teacher, chunks, reverse=reverse)
+        assert_close(got, reference.kd(student, teacher, chunks, rest, reverse=reverse), rtol=1e-12)
+
+
+DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
+    "mask": lambda s: loss_of(s, "kd", mask=s.mask),
+    "alignment": lambda s: loss_of(s, "kd", alignment=s.constants.positions, labels=s.labels)[0],
+}

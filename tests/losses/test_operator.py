@@ -11,24 +11,18 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from harness import OPERATIONS, Case, backends_of, make_case, piece_index, positions
+from default_losses import default_loss
+from harness import OPERATIONS, PAIRS, Case, few_variants, make_case, variants
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtoken
-from xtoken import LinearLogits, TopKLogits, pkl_loss
-from xtoken.losses import call, operator, registered
+from xtoken import LinearLogits, TopKLogits
+from xtoken.losses import Needs, call, operator, registered
 from xtoken.losses import logits as logits_module
 from xtoken.losses.backends import IGNORED
 
-PAIRS = [(name, backend) for name in OPERATIONS for backend in backends_of("gold" if name == "hkl" else name)]
-"""Every loss with every backend that has it."""
-
-LINEAR: dict[str, Any] = {
-    "pkl": xtoken.linear_pkl_loss,
-    "gold": xtoken.linear_gold_loss,
-    "hkl": xtoken.linear_hkl_loss,
-}
+projected_loss = default_loss(Needs.PROJECTION)
 
 
 def small_case(dtype: torch.dtype = torch.float32) -> Case:
@@ -66,7 +60,7 @@ def call_loss(name: str, case: Case, student: Any, teacher: Any, **options: Any)
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_labels(name: str, reduction: str, backend: str) -> None:
     case = small_case(torch.float64 if backend == "reference" else torch.float32)
-    size = min(case.projection.shape) if name == "kd" else 67
+    size = OPERATIONS[name].size(case)
     labels = make_labels(case, size)
     student = case.student.requires_grad_()
     options = {"reduction": reduction, "backend": backend}
@@ -86,7 +80,7 @@ def test_labels_that_do_not_fit() -> None:
     labels = make_labels(case)
 
     def call(labels: Tensor, **options: Any) -> Any:
-        return pkl_loss(case.student, case.teacher, case.alignment, case.projection, labels=labels, **options)
+        return projected_loss(case.student, case.teacher, case.alignment, case.projection, labels=labels, **options)
 
     with pytest.raises(ValueError, match=r"labels: expected shape \[2, \d+\]"):
         call(labels[:, :-1])
@@ -132,12 +126,12 @@ def test_inplace_refuses_what_it_would_break() -> None:
     case = small_case()
     arguments = case.teacher, case.alignment, case.projection
     with pytest.raises(ValueError, match="inplace: expected logits computed by a model, got a leaf"):
-        pkl_loss(case.student.requires_grad_(), *arguments, inplace=True)
+        projected_loss(case.student.requires_grad_(), *arguments, inplace=True)
     computed = case.student.detach() * 1.0
     with pytest.raises(ValueError, match="inplace: expected contiguous logits"):
-        pkl_loss(computed.transpose(0, 1).contiguous().transpose(0, 1), *arguments, inplace=True)
+        projected_loss(computed.transpose(0, 1).contiguous().transpose(0, 1), *arguments, inplace=True)
     with pytest.raises(ValueError, match="inplace: expected False with labels"):
-        pkl_loss(computed, *arguments, inplace=True, labels=make_labels(case))
+        projected_loss(computed, *arguments, inplace=True, labels=make_labels(case))
 
 
 def top_k_of(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
@@ -152,7 +146,7 @@ def top_k_of(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
 def test_top_k_teacher(name: str, backend: str, tail: str) -> None:
     """Equal to dense logits made from the same log-probabilities by hand."""
     case = small_case()
-    size = min(case.projection.shape) if name == "kd" else case.projection.shape[1]
+    size = case.projection.shape[1]
     ids, logprobs = top_k_of(case.teacher, 7, size)
     ids[..., -1] = -1  # fewer than k in every row
     listed = torch.zeros(*case.teacher.shape[:2], size)
@@ -164,7 +158,7 @@ def test_top_k_teacher(name: str, backend: str, tail: str) -> None:
         dense = (listed / listed.sum(-1, keepdim=True)).log()
     student = case.student.requires_grad_()
     options: dict[str, Any] = {"backend": backend}
-    if name in ("pkl", "kd"):
+    if "top_k" in registered()[name].options():
         options["top_k"] = 20
     want = call_loss(name, case, student, dense, **options)
     got = call_loss(name, case, student, TopKLogits(ids, logprobs, tail), **options)
@@ -186,18 +180,16 @@ def test_top_k_logits_that_do_not_fit() -> None:
     shape = (*case.teacher.shape[:2], 2)
     arguments = case.alignment, case.projection
     with pytest.raises(ValueError, match=r"ids: expected token ids in 0 ... 58, or -1, got 59"):
-        pkl_loss(case.student, TopKLogits(torch.full(shape, 59), torch.zeros(shape)), *arguments)
+        projected_loss(case.student, TopKLogits(torch.full(shape, 59), torch.zeros(shape)), *arguments)
     with pytest.raises(ValueError, match="ids: expected distinct token ids in a row, got one twice in row 0"):
-        pkl_loss(case.student, TopKLogits(torch.full(shape, 3), torch.zeros(shape)), *arguments)
-    with pytest.raises(ValueError, match="teacher_logits: expected the size of the vocabulary"):
-        xtoken.uld_loss(case.student, TopKLogits(ids[None].repeat(2, shape[1], 1), torch.zeros(shape)), case.alignment)
+        projected_loss(case.student, TopKLogits(torch.full(shape, 3), torch.zeros(shape)), *arguments)
     with pytest.raises(TypeError, match="student_logits: expected logits or LinearLogits"):
-        pkl_loss(TopKLogits(ids[None].repeat(2, shape[1], 1), torch.zeros(shape)), case.teacher, *arguments)
+        projected_loss(TopKLogits(ids[None].repeat(2, shape[1], 1), torch.zeros(shape)), case.teacher, *arguments)
 
 
 @pytest.mark.parametrize("labelled", [False, True])
 @pytest.mark.parametrize("teacher_kind", ["dense", "linear"])
-@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if pair[0] in (*LINEAR, "kd")])
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
 @pytest.mark.usefixtures("small_blocks")
 def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> None:
     """Hidden states and output layer: as the logits that they make, also for the gradients of both."""
@@ -207,26 +199,18 @@ def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> N
     def make(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=generator)
 
-    vocab = case.projection.shape
-    size = min(vocab) if name == "kd" else vocab[0]
+    operation = OPERATIONS[name]
+    size = operation.size(case)
     hidden, head, bias = make(2, case.student.shape[1], 11), make(size + 3, 11), make(size + 3)
-    teacher_hidden, teacher_head = make(2, case.teacher.shape[1], 9), make(vocab[1] + 2, 9)
+    teacher_hidden, teacher_head = make(2, case.teacher.shape[1], 9), make(case.projection.shape[1] + 2, 9)
     leaves = [value.requires_grad_() for value in (hidden, head, bias)]
     dense_teacher = teacher_hidden @ teacher_head.T
     teacher = dense_teacher if teacher_kind == "dense" else LinearLogits(teacher_hidden, teacher_head)
     options: dict[str, Any] = {"backend": backend}
     if labelled:
         options["labels"] = make_labels(case, size)
-    if name == "kd":
-        alignment = positions(case)
-        options["vocab_size"] = size
-        want = xtoken.kd_loss(hidden @ head.T + bias, dense_teacher, alignment, **options)
-        got = xtoken.linear_kd_loss(hidden, head, teacher, alignment, bias=bias, **options)
-    else:
-        arguments = case.alignment, case.projection
-        public: Any = {"pkl": pkl_loss, "gold": xtoken.gold_loss, "hkl": xtoken.hkl_loss}[name]
-        want = public(hidden @ head.T + bias, dense_teacher, *arguments, **options)
-        got = LINEAR[name](hidden, head, teacher, *arguments, bias=bias, **options)
+    want = operation.public(case, hidden @ head.T + bias, dense_teacher, **options)
+    got = operation.bound(case, linear=True)(hidden, head, teacher, bias=bias, **options)
     if labelled:
         want, got = 0.3 * want[0] + 2.0 * want[1], 0.3 * got[0] + 2.0 * got[1]
     assert_close(got, want, rtol=1e-4)
@@ -234,18 +218,19 @@ def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> N
         assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
 
 
-@pytest.mark.parametrize("backend", backends_of("pkl"))
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if registered()[pair[0]].trains_projection])
 @pytest.mark.usefixtures("small_blocks")
-def test_linear_adds_the_blocks_to_the_gradient_of_w(backend: str) -> None:
+def test_linear_adds_the_blocks_to_the_gradient_of_w(name: str, backend: str) -> None:
     case = small_case()
     generator = torch.Generator().manual_seed(3)
     hidden, head = (torch.randn(*n, generator=generator) for n in ((2, case.student.shape[1], 11), (67, 11)))
     W = case.projection
     weight = W.weight.clone().requires_grad_()
     learned: Any = types.SimpleNamespace(row_ptr=W.row_ptr, col=W.col, weight=weight, shape=W.shape)
-    arguments = case.teacher.float(), case.alignment, learned
-    got = LINEAR["pkl"](hidden, head, *arguments, top_k=31, backend=backend)
-    want = pkl_loss(hidden @ head.T, *arguments, top_k=31, backend=backend)
+    case = Case(case.student, case.teacher, case.alignment, learned)
+    options = {**OPERATIONS[name].few(31), "backend": backend}
+    got = OPERATIONS[name].bound(case, linear=True)(hidden, head, case.teacher, **options)
+    want = OPERATIONS[name].public(case, hidden @ head.T, case.teacher, **options)
     for one, other in zip(gradients(got, weight), gradients(want, weight), strict=True):
         assert float(other.abs().max()) > 0
         assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
@@ -287,41 +272,46 @@ def test_row_blocks_cover_every_row_and_chunk(monkeypatch: pytest.MonkeyPatch) -
             assert len(blocks) == 1
 
 
-PIECES = piece_index(67, 59)
+def steps_of(name: str, case: Case, head: Tensor) -> dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]]:
+    """Scalars of a loss from student, teacher and labels: its options, and what every loss has."""
+    public, linear = OPERATIONS[name].bound(case), OPERATIONS[name].bound(case, linear=True)
 
-STEPS: dict[str, Callable[[Case, Tensor, Tensor, Tensor], Tensor]] = {
-    "pkl": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, top_k=30),
-    "pkl mean": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="mean", top_k=None),
-    "pkl chain": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, merge="chain", reduction="sum"),
-    "pkl none": lambda c, z, y, labels: pkl_loss(z, y, c.alignment, c.projection, reduction="none").square().sum(),
-    "pkl labels": lambda c, z, y, labels: torch.stack(pkl_loss(z, y, c.alignment, c.projection, labels=labels)).sum(),
-    "gold": lambda c, z, y, labels: xtoken.gold_loss(z, y, c.alignment, c.projection),
-    "hkl": lambda c, z, y, labels: xtoken.hkl_loss(z, y, c.alignment, c.projection),
-    "uld": lambda c, z, y, labels: xtoken.uld_loss(z, y, c.alignment),
-    "kd": lambda c, z, y, labels: xtoken.kd_loss(z, z.detach().flip(1), top_k=20, vocab_size=67),
-    "prefix": lambda c, z, y, labels: xtoken.prefix_kl_loss(z, y, c.alignment, PIECES),
-    "linear": lambda c, z, y, labels: xtoken.linear_pkl_loss(z, torch.eye(z.shape[-1]), y, c.alignment, c.projection),
-}
+    def with_options(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        return lambda z, y, labels: public(z, y, **options)
+
+    tried = {**variants(name), **{f"few {key}": options for key, options in few_variants(name).items()}}
+    return {
+        **{key: with_options(options) for key, options in tried.items()},
+        "sum": with_options({"reduction": "sum"}),
+        "none": lambda z, y, labels: public(z, y, reduction="none").square().sum(),
+        "labels": lambda z, y, labels: torch.stack(public(z, y, labels=labels)).sum(),
+        "linear": lambda z, y, labels: linear(z, head, y),
+    }
 
 
-@pytest.mark.parametrize("name", STEPS)
+@pytest.mark.parametrize("name", registered())
 @pytest.mark.slow
 def test_compiled_into_one_graph(name: str) -> None:
+    """All at once, each from logits of its own, so that gradients stay apart."""
     case = small_case()
-    labels = make_labels(case)
+    labels = make_labels(case, OPERATIONS[name].size(case))
+    steps = steps_of(name, case, torch.eye(67))
 
-    def step(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        return STEPS[name](case, student * 1.5, teacher, labels)
+    def step(students: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
+        found = [one(student * 1.5, teacher, labels) for one, student in zip(steps.values(), students, strict=True)]
+        return torch.stack(found)
 
     torch._dynamo.reset()
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
     results = []
     for function in (step, compiled):
-        student = case.student.clone().requires_grad_()
-        loss = function(student, case.teacher, labels)
-        results.append((loss.detach(), *gradients(loss, student)))
-    for got, want in zip(results[1], results[0], strict=True):
-        assert_close(got, want, rtol=1e-5, atol=1e-8)
+        students = case.student.repeat(len(steps), 1, 1, 1).requires_grad_()
+        losses = function(students, case.teacher, labels)
+        results.append((losses.detach(), *gradients(losses.sum(), students)))
+    torch._dynamo.reset()
+    for index, key in enumerate(steps):
+        for got, want in zip(results[1], results[0], strict=True):
+            assert_close(got[index], want[index], rtol=1e-5, atol=1e-8, what=key)
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])
@@ -348,7 +338,7 @@ def test_compiled_by_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     layer = torch.nn.Linear(67, 67)
 
     def step(student: Tensor, teacher: Tensor, labels: Tensor) -> Tensor:
-        loss, ce = pkl_loss(
+        loss, ce = projected_loss(
             layer(student).tanh() * 3, teacher, case.alignment, case.projection, top_k=30, labels=labels
         )
         return 2.0 * loss + ce
@@ -425,6 +415,6 @@ def test_a_teacher_in_inference_mode(reduction: str) -> None:
     grads: list[Tensor] = []
     for logits in (case.teacher, teacher):
         student = case.student.clone().requires_grad_()
-        loss = pkl_loss(student, logits, case.alignment, case.projection, reduction=reduction).sum()
+        loss = projected_loss(student, logits, case.alignment, case.projection, reduction=reduction).sum()
         grads.append(*gradients(loss, student))
     assert torch.equal(grads[0], grads[1])

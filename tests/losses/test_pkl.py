@@ -1,18 +1,20 @@
 """P-KL."""
 
 import doctest
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
-from harness import CASES, Case, backends_of, check, make_case
+from harness import CASES, Case, backends_of, check, check_slopes, make_case
+from steps import Step, loss_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import xtoken.losses.pkl
-from xtoken import pkl_loss, reference
+from xtoken import Teacher, XTokenLoss, pkl_loss, reference
 from xtoken.alignment import Alignment
 from xtoken.losses import numerics
 from xtoken.losses.columns import reachable, select_columns
@@ -28,6 +30,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cold": {"temperature": 0.1, "reverse": True},
     "all": {"top_k": None},
     "reachable": {"support": "reachable"},
+}
+FEW_VARIANTS: dict[str, dict[str, Any]] = {
+    "first": {"top_k": 31},
+    "mean": {"merge": "mean", "top_k": None, "temperature": 1.5},
+    "chain": {"merge": "chain", "reverse": True, "top_k": 31},
+    "chain of all": {"merge": "chain", "top_k": None, "temperature": 2.5},
 }
 GOLDEN = {"merge": "mean"}  # NeMo-RL has no other
 backends = pytest.mark.parametrize("backend", backends_of("pkl"))
@@ -404,3 +412,57 @@ def test_types_that_the_kernels_do_not_take() -> None:
     case = make_case()
     with pytest.raises(RuntimeError, match=r"'cpu' is not available: student_logits: expected one of .*float64"):
         pkl_loss(case.student, case.teacher, case.alignment, case.projection, backend="cpu")
+
+
+@pytest.mark.parametrize("backend", [name for name in backends_of("pkl") if name.startswith("cpu")])
+@pytest.mark.parametrize("top_k", [31, None])
+@pytest.mark.parametrize("merge", ["first", "mean", "chain"])
+def test_slopes_of_a_learnable_matrix(merge: str, top_k: int | None, backend: str) -> None:
+    case = make_case(scale=1.5)
+    student, teacher = case.student.float(), case.teacher.float()
+    W = case.projection
+
+    def value(weight: Tensor) -> Tensor:
+        projection: Any = SimpleNamespace(row_ptr=W.row_ptr, col=W.col, shape=W.shape, weight=weight)
+        options: dict[str, Any] = {"merge": merge, "top_k": top_k, "backend": backend, "reduction": "sum"}
+        return pkl_loss(student, teacher, case.alignment, projection, **options).double()
+
+    weight = (0.5 + 0.5 * W.weight).requires_grad_()
+    (grad,) = torch.autograd.grad(value(weight), weight)
+    check_slopes(lambda x: value(x).detach(), weight.detach(), grad, step=0.02)
+
+
+def on_device(**options: Any) -> Callable[[Step], Any]:
+    return lambda s: loss_of(s, "pkl", **options)
+
+
+def learned(**options: Any) -> Callable[[Step], Tensor]:
+    def call(s: Step) -> Tensor:
+        W = s.case.projection
+        with_weight: Any = SimpleNamespace(row_ptr=W.row_ptr, col=W.col, weight=s.constants.weight, shape=W.shape)
+        return pkl_loss(s.student, s.teacher, s.alignment, with_weight, top_k=31, backend=s.backend, **options)
+
+    return call
+
+
+def with_diagnoses(s: Step) -> Tensor:
+    teacher = Teacher(s.case.projection, "pkl", top_k=31, support="reachable")
+    total, parts = XTokenLoss([teacher], backend=s.backend)(s.student, s.labels, s.teacher, s.alignment)
+    return total + parts["scale"] + sum(parts[name].sum() for name in ("agreement", "mass", "outside"))
+
+
+DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
+    "all columns": on_device(top_k=None, merge="mean", temperature=2.0),
+    "chain": on_device(merge="chain", reverse=True),
+    "reachable": on_device(top_k=None, support="reachable"),
+    "reachable of the largest": on_device(top_k=31, support="reachable"),
+    "reachable, mean": on_device(top_k=31, support="reachable", merge="mean", reverse=True),
+    "reachable of columns": lambda s: loss_of(
+        s, "pkl", columns=s.constants.columns, support="reachable", merge="chain"
+    ),
+    "columns": lambda s: loss_of(s, "pkl", columns=s.constants.columns),
+    "columns of the host": lambda s: loss_of(s, "pkl", columns=s.constants.host_columns),
+    "learned": learned(),
+    "learned, reachable": learned(support="reachable", merge="mean"),
+    "diagnoses": with_diagnoses,
+}

@@ -5,15 +5,18 @@ from __future__ import annotations
 import itertools
 import math
 import re
+from collections.abc import Callable
 from random import Random
 from typing import Any
 
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
+from default_losses import default_loss
 from harness import DTYPES, backends_of, check, make_case, tokens
 from real_tokenizers import encode
 from rows_by_hand import rows_by_hand
+from steps import Step, loss_of
 from torch import Tensor
 
 from xtoken import (
@@ -23,12 +26,11 @@ from xtoken import (
     ProjectionMatrix,
     Vocabulary,
     _core,
-    kd_loss,
     linear_prefix_kl_loss,
-    pkl_loss,
     prefix_kl_loss,
     reference,
 )
+from xtoken.losses import Needs
 from xtoken.losses.prefix_kl import formula
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -250,11 +252,11 @@ def test_zero_exactly_where_the_events_agree() -> None:
 
 @pytest.mark.parametrize("gamma", [0.1, 0.0])
 def test_projected_kl_is_biased(gamma: float) -> None:
-    """At the student that agrees with the teacher, P-KL still pulls towards pairs of equal digits."""
+    """At the student that agrees with the teacher, the projected loss still pulls towards pairs of equal digits."""
     pieces, alignment, p, q = numbers()
     teacher = torch.cat([q, q[:1]]).log()
     W = ProjectionMatrix.build(Vocabulary(NUMBERS), Vocabulary(DIGITS), gamma=gamma)
-    value, grad = loss_and_grad(p, lambda logits: pkl_loss(logits, teacher, alignment, W))
+    value, grad = loss_and_grad(p, lambda logits: default_loss(Needs.PROJECTION)(logits, teacher, alignment, W))
     _, ours = loss_and_grad(p, lambda logits: prefix_kl_loss(logits, teacher, alignment, pieces))
     assert ours.abs().max() < 1e-14
     if gamma == 0.0:  # a piece is all that W sees: no bias at the first row, and nothing known of the second
@@ -275,7 +277,7 @@ def test_one_tokenizer_is_per_position_kl() -> None:
     student, teacher = logits_for(5, 6, len(STUDENT)), logits_for(6, 6, len(STUDENT))
     alignment = Alignment([[t, t + 1] * 2 for t in range(1, 6)], None, [0] * 6, [0] * 6)
     for reverse in (False, True):
-        want = kd_loss(student, teacher, alignment, temperature=1.5, reverse=reverse)
+        want = default_loss(Needs.SAME_TOKENIZER)(student, teacher, alignment, temperature=1.5, reverse=reverse)
         got = prefix_kl_loss(student, teacher, alignment, pieces, temperature=1.5, reverse=reverse)
         assert_close(got, want, rtol=1e-12)
 
@@ -298,7 +300,9 @@ def test_an_event_that_one_side_lacks_is_left_out_on_both() -> None:
     assert pieces.teacher.event.tolist() == [0, 1, 2]
     alignment = Alignment([[1, 2, 1, 2]], None, [0, 1], [0, 1])
     z, y = logits_for(8, 2, 2), logits_for(9, 2, 3)
-    assert_close(prefix_kl_loss(z, y, alignment, pieces), kd_loss(z, y[:, :2], alignment), rtol=1e-12)
+    assert_close(
+        prefix_kl_loss(z, y, alignment, pieces), default_loss(Needs.SAME_TOKENIZER)(z, y[:, :2], alignment), rtol=1e-12
+    )
 
 
 def test_chunks_of_different_lengths_have_no_inner_boundary() -> None:
@@ -594,3 +598,8 @@ def test_a_real_pair(reverse: bool, backend: str, real_pair: tuple[Alignment, Pi
     sizes = len(pieces.student.event), len(pieces.teacher.event)
     logits = logits_for(0, lengths[0], sizes[0]), logits_for(1, lengths[1], sizes[1])
     compare(backend, *logits, alignment, pieces, alignment.student_ids, reverse=reverse)
+
+
+DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
+    "reverse": lambda s: loss_of(s, "prefix", reduction="none", reverse=True, temperature=2.0).square().sum(),
+}

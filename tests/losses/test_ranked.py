@@ -1,17 +1,22 @@
-"""What losses on pairs and ranks share: the common pairs, and both parts of the formula."""
+"""What losses on pairs and ranks share: the common pairs, both parts of the formula, the sort, the layouts of pairs."""
 
 import pytest
 import torch
 from comparer import assert_close
-from harness import Golden, golden, make_case
+from harness import BACKENDS, OPERATIONS, Golden, check, distinct, golden, make_case
 
 from xtoken import reference
 from xtoken.losses import registered
 from xtoken.losses.loss import Matrix
 from xtoken.losses.ranked import PairedLoss, pairs_of
+from xtoken.losses.ranked.cpu import plan_for
 from xtoken.projection import ProjectionMatrix
 
+cpu = pytest.mark.parametrize("backend", [name for name in BACKENDS if name.startswith("cpu")])
 PAIRED = {name: loss for name, loss in registered().items() if issubclass(loss, PairedLoss)}
+RANKED = [name for name in distinct() if registered()[name].kernels == PairedLoss.__module__]
+"""With pairs and without any."""
+operations = pytest.mark.parametrize("operation", RANKED)
 
 
 @pytest.mark.parametrize("result", golden(*PAIRED), ids=lambda g: g.fields["file"])
@@ -57,3 +62,44 @@ def test_pairs_are_kept_until_the_weights_change() -> None:
     assert len(pairs_of(W, 1.0, device)[0]) < len(first[0])
     projection.weight.mul_(0.5)
     assert len(pairs_of(W, 0.6, device)[0]) == 0
+
+
+@cpu
+@operations
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("scale", [0.0, 0.02, 2.0])
+def test_wide_rows_with_and_without_ties(scale: float, dtype: torch.dtype, operation: str, backend: str) -> None:
+    """Thousands of values in few bins are sorted by radix; scale 0 ties all, and the cut falls inside a tie."""
+    case = make_case(2501, 3203, samples=1, scale=scale, shapes=((1, 1), (1, 1), (2, 3)))
+    check(backend, operation, case, dtype, **OPERATIONS[operation].few(700))
+
+
+@cpu
+@operations
+def test_threads_do_not_change_the_result(operation: str, backend: str) -> None:
+    case = make_case(1000, 1200)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        student = case.student.float().requires_grad_()
+        loss = OPERATIONS[operation].public(case, student, case.teacher.float(), backend=backend)
+        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+    torch.set_num_threads(1)
+    for loss, grad in results[1:]:
+        assert torch.equal(loss, results[0][0])
+        assert torch.equal(grad, results[0][1])
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "message"),
+    [
+        ([0, 3], [0, 1], r"student_ids: expected ids in 0 ... 2, got 3"),
+        ([0, 1], [0, -1], r"teacher_ids: expected ids in 0 ... 3, got -1"),
+        ([1, 1], [0, 1], r"student_ids: expected distinct ids, got 1 twice"),
+        ([0, 1], [2, 2], r"teacher_ids: expected distinct ids, got 2 twice"),
+        ([0], [1, 2], r"teacher_ids: expected 1 ids \(as student_ids\), got 2"),
+    ],
+)
+def test_bad_pairs(student: list[int], teacher: list[int], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan_for(torch.tensor(student), torch.tensor(teacher), (3, 4))

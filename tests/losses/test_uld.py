@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 import torch
-from comparer import assert_close
-from harness import make_case
+from comparer import assert_close, assert_within
+from harness import backends_of, make_case
 
-from xtoken import reference, uld_loss
+from xtoken import TopKLogits, reference, uld_loss
 from xtoken.alignment import Alignment
 from xtoken.reference import Chunks, Rows
 
@@ -32,7 +32,7 @@ def test_ties_share_their_gradient() -> None:
     )
     pairs = torch.zeros(0, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     losses: list[Any] = [
-        lambda z, k=k: sum(reference.gold(z, teacher[None], chunks, pairs, uncommon_top_k=k)) for k in (1, 3, 4)
+        lambda z, k=k: sum(reference.ranked(z, teacher[None], chunks, pairs, uncommon_top_k=k)) for k in (1, 3, 4)
     ]
     for loss in [lambda z: reference.uld(z, teacher[None], chunks), *losses]:
         gradients = []
@@ -68,3 +68,40 @@ def test_is_what_compares_ranks_when_no_token_is_common() -> None:
     common, uncommon = reference.ranked(*logits, chunks, (none, none))
     assert not bool(common.any())
     assert_close(reference.uld(*logits, chunks), uncommon, rtol=1e-12)
+
+
+def test_a_teacher_of_few_tokens_needs_the_size_of_the_vocabulary() -> None:
+    case = make_case()
+    shape = (*case.teacher.shape[:2], 2)
+    few = TopKLogits(torch.tensor([0, 1]).expand(shape), torch.zeros(shape))
+    with pytest.raises(ValueError, match="teacher_logits: expected the size of the vocabulary"):
+        uld_loss(case.student, few, case.alignment)
+
+
+@pytest.mark.parametrize("backend", backends_of("uld"))
+def test_equal_logits_cost_nothing(backend: str) -> None:
+    case = make_case(300, 300, samples=1)
+    student = case.student[:, :7].float().requires_grad_()
+    loss = uld_loss(student, student.detach().clone(), Alignment([[1, 2, 1, 2], [2, 3, 2, 3]]), backend=backend)
+    (grad,) = torch.autograd.grad(loss, student)
+    assert loss == 0
+    assert not grad.any()
+
+
+def test_pads_the_shorter_side() -> None:
+    case = make_case(7, 11, samples=1, shapes=((1, 1), (1, 1)))
+    chunks = Chunks.of(case.alignment, case.student.shape[1], case.teacher.shape[1])
+    p = case.student[0, 0].softmax(-1).sort(descending=True).values
+    q = case.teacher[0, 0].softmax(-1).sort(descending=True).values
+    want = (p - q[:7]).abs().sum() + q[7:].sum()
+    assert_close(reference.uld(case.student[0], case.teacher[0], chunks), want[None], rtol=1e-12)
+
+
+def test_infinite_logits_are_probability_zero() -> None:
+    case = make_case(6, 6, samples=1, shapes=((1, 1), (1, 1)))
+    chunks = Chunks.of(case.alignment, case.student.shape[1], case.teacher.shape[1])
+    student, teacher = case.student[0].clone(), case.teacher[0].clone()
+    student[:, 2] = teacher[:, 2] = -torch.inf
+    rest = torch.tensor([0, 1, 3, 4, 5])
+    got = reference.uld(student, teacher, chunks)
+    assert_within(got, reference.uld(student[:, rest], teacher[:, rest], chunks), 1e-12)

@@ -1,6 +1,5 @@
-"""Same-tokenizer KL and cross-entropy on the CPU: wide rows, every kind of label, threads."""
+"""Cross-entropy of the kernels: every kind of label, threads, and beside the losses of a projection."""
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -8,36 +7,19 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_as_accurate
-from harness import BACKENDS, DTYPES, Case, check, make_case
+from harness import BACKENDS, DTYPES, OPERATIONS, PAIRS, check_labels, make_case
 from torch import Tensor
 
-from xtoken import gold_loss, kd_loss, pkl_loss
-from xtoken.losses import backends
+from xtoken.losses import Needs, backends
 from xtoken.losses.backends import IGNORED, Labels
 from xtoken.losses.plain import cross_entropy as plain_cross_entropy
 
 CPU = [name for name in BACKENDS if name.startswith("cpu")]
+PROJECTED = Needs.PROJECTION
 ONE = torch.ones((), dtype=torch.float64)
 cpu = pytest.mark.parametrize("backend", CPU)
 kernels = pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "reference"])
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-
-
-@functools.cache
-def wide_case() -> Case:
-    case = make_case(5003, 5003, samples=1, shapes=((1, 1),) * 3)
-    case.student[:, 1, 4990:] += 100.0
-    case.teacher[:, 2, 4985:] += 100.0
-    return case
-
-
-@cpu
-@dtypes
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"top_k": 1000, "temperature": 3.0}], ids=str)
-@pytest.mark.slow
-def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
-    """The largest logits come after the first 4096, so the unit of the exponentials is found twice."""
-    check(backend, "kd", wide_case(), dtype, strided=True, **options)
 
 
 def cross_entropy_inputs(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -100,55 +82,41 @@ def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
     assert torch.equal(results[0][1], results[1][1])
 
 
-@kernels
-@pytest.mark.parametrize("loss", ["kd", "pkl", "gold"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0, "reverse": True}], ids=str)
-def test_labels_in_the_same_pass(options: dict[str, Any], loss: str, backend: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "backend"), [pair for pair in PAIRS if pair[1] != "reference" and OPERATIONS[pair[0]].needs is PROJECTED]
+)
+@pytest.mark.parametrize(
+    ("count", "options"), [(None, {}), (13, {}), (None, {"temperature": 2.0, "reverse": True})], ids=str
+)
+def test_labels_in_the_same_pass(options: dict[str, Any], count: int | None, name: str, backend: str) -> None:
     """As two losses of the reference, also at a logit of -inf, in rows of no chunk, and without a gradient."""
     case = make_case(67, 67)
     case.student[..., 1::3] = -math.inf
     labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
     labels[:, 3] = IGNORED
-
-    def call(student: Tensor, name: str) -> Any:
-        arguments: dict[str, Any] = {"labels": labels, "backend": name, "top_k": None, **options}
-        teacher = case.teacher.float().to(student.dtype)
-        if loss == "kd":
-            mask = torch.ones(student.shape[:2], dtype=torch.bool)
-            mask[:, ::4] = False
-            return kd_loss(student, student.detach().flip(1).clamp_min(-9.0), mask=mask, **arguments)
-        if loss == "gold":
-            arguments["uncommon_top_k"] = arguments.pop("top_k") or 67
-            return gold_loss(student, teacher, case.alignment, case.projection, **arguments)
-        return pkl_loss(student, teacher, case.alignment, case.projection, **arguments)
-
-    results = []
-    for name, dtype in ((backend, torch.float32), ("reference", torch.float32), ("reference", torch.float64)):
-        student = case.student.float().to(dtype).requires_grad_()
-        pair = call(student, name)
-        gradient = torch.autograd.grad(pair[0] + 0.7 * pair[1], student)
-        results.append((*pair, *gradient, *call(student.detach(), name)))
-    for got, plain, truth in zip(*results, strict=True):
-        floor = 4 * torch.finfo(torch.float32).eps * float(truth.detach().abs().max())
-        assert_as_accurate(got.detach(), plain.detach(), truth.detach(), floor, loss)
+    operation = OPERATIONS[name]
+    arguments: dict[str, Any] = {"labels": labels, **operation.few(count), **options}
+    check_labels(
+        lambda student, backend: operation.public(
+            case, student, case.teacher.float().to(student.dtype), backend=backend, **arguments
+        ),
+        case.student,
+        backend,
+        name,
+    )
 
 
 @cpu
-@pytest.mark.parametrize("top_k", [31, None])
-def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> None:
+def test_threads_do_not_change_the_result(backend: str) -> None:
     case = make_case(1000, 1000)
     labels = torch.randint(1000, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
-    teacher = case.teacher[:, : case.student.shape[1]].float()
-    length = teacher.shape[1]
     results = []
     for threads in (1, 1, 2, 3):
         torch.set_num_threads(threads)
-        student = case.student[:, :length].float().requires_grad_()
-        loss, ce = kd_loss(student, teacher, labels=labels[:, :length], top_k=top_k, backend=backend)
         losses, grad = torch.empty(labels.numel()), torch.zeros_like(case.student, dtype=torch.float32)
         function = backends.select(backend, torch.device("cpu")).cross_entropy
         function(case.student.float(), Labels(labels.flatten(), losses, ONE), grad)
-        results.append([loss, ce, *torch.autograd.grad(loss + ce, student), losses, grad])
+        results.append([losses, grad])
     torch.set_num_threads(1)
     for result in results[1:]:
         for one, other in zip(results[0], result, strict=True):
