@@ -77,7 +77,7 @@ def _parameters(doc: str, names: list[str]) -> str:
     lines, is_wanted = [], False
     for line in section.splitlines(keepends=True):
         if not line.startswith("        "):
-            is_wanted = line.split(" : ")[0].strip() in names
+            is_wanted = not set(names).isdisjoint(line.split(" : ")[0].strip().split(", "))
         if is_wanted:
             lines.append(line)
     return "".join(lines)
