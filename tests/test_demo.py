@@ -5,21 +5,25 @@ from __future__ import annotations
 import math
 
 import pytest
+from default_losses import DEFAULT
 
 from xtoken import demo
+from xtoken.losses import Needs
 
 
 @pytest.mark.slow
 def test_demo_runs_and_learns(capsys):
+    distilled = f"{DEFAULT[Needs.PIECES]} + cross-entropy"
     results = demo.run(steps=6, batch_size=2, held_out_passages=2)
     printed = capsys.readouterr().out
-    assert list(results) == ["before", "cross-entropy only", "prefix + cross-entropy"]
+    assert list(results) == ["before", "cross-entropy only", distilled]
     assert results["before"]["ce"] == pytest.approx(math.log(128256), abs=0.5)
-    for name in ("prefix + cross-entropy", "cross-entropy only"):
+    for name in (distilled, "cross-entropy only"):
         assert results[name]["ce"] < results["before"]["ce"]
         assert results[name]["tokens_per_second"] > 0
-    assert results["prefix + cross-entropy"]["kd"] < results["before"]["kd"]
-    assert printed.index("the paper's rule: pkl") < printed.index("recommended loss: prefix")
+    assert results[distilled]["kd"] < results["before"]["kd"]
+    rule, recommended = DEFAULT[Needs.PROJECTION], DEFAULT[Needs.PIECES]
+    assert printed.index(f"the paper's rule: {rule}") < printed.index(f"recommended loss: {recommended}")
     assert "1|9|9" in printed  # the teacher's digits under the student's "199"
 
 

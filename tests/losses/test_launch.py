@@ -151,16 +151,11 @@ def test_what_was_built_for_something_else() -> None:
         "student_rows": none, "teacher_rows": none, "chunks": 0, "scale": None, "temperature": 1.0, "reverse": False,
         "lowest": -1e4, "losses": array(torch.zeros(0).double()), "top_k": 3,
     }  # fmt: skip
-    ids, no_ids = array(torch.tensor([0, 1])), array(torch.zeros(0, dtype=torch.int32))
-    matrix = _core.build("pkl_matrix", {"row_ptr": array(torch.zeros(2).long()), "col": no_ids, "teacher_size": 3})
+    ids = array(torch.tensor([0, 1]))
     pairs = _core.build("pairs_plan", {"student_ids": ids, "teacher_ids": ids, "students": 5, "teachers": 5})
     assert (pairs.kind, repr(pairs)) == ("pairs_plan", "<pairs_plan>")
     _core.launch("ranked", {**fields, "plan": None}, "", 1)
-    with pytest.raises(TypeError, match=r"ranked\.plan: expected a pairs_plan \(pairs; null: .*\), got a pkl_matrix"):
-        _core.launch("ranked", {**fields, "plan": matrix}, "", 1)
     with pytest.raises(ValueError, match="plan: expected pairs of vocabularies of 5 and 4 tokens, got 5 and 5"):
         _core.launch("ranked", {**fields, "plan": pairs}, "", 1)
-    with pytest.raises(TypeError, match=r"pkl_plan\.matrix: expected a pkl_matrix \(W\), got None"):
-        _core.build("pkl_plan", {"matrix": None, "weight": None, "columns": None, "like": None})
     with pytest.raises(ValueError, match=r"builder: expected 'pairs_plan', .* got 'plan'"):
         _core.build("plan", {})

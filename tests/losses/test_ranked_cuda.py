@@ -8,6 +8,8 @@ from test_ranked import PAIRED
 
 from xtoken.losses.ranked import cuda as ranked_cuda
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
 @pytest.mark.parametrize("name", PAIRED)
