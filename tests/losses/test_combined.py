@@ -1,5 +1,6 @@
 """XTokenLoss: totals, scaling, several teachers, accumulation."""
 
+import dataclasses
 import math
 from itertools import pairwise
 from types import SimpleNamespace
@@ -509,3 +510,12 @@ def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatc
     for name in ("agreement", "mass", "outside"):
         assert not math.isnan(float(shifted[name]))
     assert float(shifted["agreement"]) == float(few["agreement"])
+
+
+def test_a_teacher_is_replaced_like_any_dataclass() -> None:
+    case = make_case()
+    teacher = Teacher(case.projection, weight=0.5, temperature=2.0, reverse=True)
+    other = dataclasses.replace(teacher, weight=2.0, temperature=3.0)
+    assert (other.weight, other.temperature, other.reverse) == (2.0, 3.0, True)
+    assert other.projection is case.projection
+    assert (teacher.weight, teacher.temperature) == (0.5, 2.0)

@@ -67,6 +67,7 @@ class Teacher:
         pieces: PieceIndex | None = None,
         **options: Any,
     ) -> None:
+        options = {**options.pop("options", {}), **options}  # all of them from dataclasses.replace, and changes
         losses = registered()
         if loss is None:
             need = Needs.PIECES if pieces is not None else Needs.SAME_TOKENIZER
@@ -97,11 +98,6 @@ class Teacher:
     def made(self) -> Loss:
         """The loss itself."""
         return registered()[self.loss].of(self.projection, self.pieces, **self.options)
-
-    def replaced(self, **changes: Any) -> Teacher:
-        """The same but for these arguments."""
-        given = {"projection": self.projection, "loss": self.loss, "weight": self.weight, "pieces": self.pieces}
-        return Teacher(**{**given, **self.options, **changes})
 
     def __getattr__(self, name: str) -> Any:
         options = self.__dict__.get("options", {})

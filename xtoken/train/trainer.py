@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -188,9 +188,9 @@ class XTokenTrainer(Trainer):
                         f"teacher_mode: expected teachers with one tokenizer for 'average', but {teacher.name} has "
                         f"another than {self.teachers[0].name}"
                     )
-            objectives = [objectives[0].replaced(weight=1.0)]
+            objectives = [replace(objectives[0], weight=1.0)]
         device = self.args.device
-        return [one if one.projection is None else one.replaced(projection=one.projection.to(device))
+        return [one if one.projection is None else replace(one, projection=one.projection.to(device))
                 for one in objectives]  # fmt: skip
 
     def _new_meter(self) -> Meter:
