@@ -5,10 +5,14 @@ from __future__ import annotations
 import gc
 import weakref
 
+import emulated
 import pytest
 import torch
+from fake_device import DEVICE, fake_device
 
 from xtoken.losses.cached import Cached
+from xtoken.losses.columns import select_columns
+from xtoken.losses.logits import DenseSource
 
 
 class Made:
@@ -75,3 +79,16 @@ def test_tensors_of_inference_mode() -> None:
         tensor = torch.zeros(2)
     cache = Cached[Made]()
     assert cache.of((tensor,), Made) is cache.of((tensor,), Made)
+
+
+@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+def test_columns_chosen_on_a_device_do_not_outlive_their_step() -> None:
+    teacher = torch.randn(1, 5, 23)
+    with fake_device():
+        source = DenseSource(teacher.to(DEVICE), 23)
+        columns = select_columns(source, 23, top_k=9, device=DEVICE)
+        assert select_columns(source, 23, columns=columns, device=DEVICE) is columns  # not looked at again
+        alive = weakref.ref(columns)
+        del columns
+        gc.collect()
+        assert alive() is None
