@@ -16,13 +16,8 @@ from .vocabulary import TokenizerLike, Vocabulary
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
 CLASSES = (
     *NUMERALS,
-    "ascii_letters",
-    "ascii_punctuation",
-    "white_space",
-    "other_scripts",
-    "other_multi_byte",
-    "invalid_utf8",
-    "special",
+    *("ascii_letters", "ascii_punctuation", "white_space", "other_scripts", "other_multi_byte"),
+    *("invalid_utf8", "special"),
 )
 """Classes of tokens. A leading space does not count; a mixed token belongs to the later class of its characters, except
 that ASCII letters with digits or punctuation are ``ascii_letters``."""
@@ -33,27 +28,18 @@ CRITICAL_SHARE = 0.99
 
 @dataclass
 class ClassCoverage:
-    """What becomes of the student tokens of one class. Numbers of tokens, or of occurrences with a corpus.
-
-    Attributes
-    ----------
-    count
-        All of them.
-    exact
-        In GOLD's common set: matched one to one by equal text.
-    common
-        In H-KL's wider common set.
-    split
-        Projected onto several teacher tokens.
-    unmapped
-        With no image in the teacher's vocabulary.
-    """
+    """What becomes of the student tokens of one class. Numbers of tokens, or of occurrences with a corpus."""
 
     count: int = 0
+    """All of them."""
     exact: int = 0
+    """In GOLD's common set: matched one to one by equal text."""
     common: int = 0
+    """In H-KL's wider common set."""
     split: int = 0
+    """Projected onto several teacher tokens."""
     unmapped: int = 0
+    """With no image in the teacher's vocabulary."""
 
     def share(self, name: str) -> float:
         """`name` (such as ``"exact"``) as a share of the count; 1 for an empty class."""
@@ -62,25 +48,16 @@ class ClassCoverage:
 
 @dataclass
 class CoverageReport:
-    """The result of `coverage_audit`; prints as a table.
-
-    Attributes
-    ----------
-    classes : dict of str to ClassCoverage
-    critical : list of str
-        Names of the critical classes.
-    recommendation : str
-        ``"pkl"`` or ``"hkl"``.
-    reasons : list of str
-    weighted : bool
-        Whether the numbers count occurrences in a corpus.
-    """
+    """The result of `coverage_audit`; prints as a table."""
 
     classes: dict[str, ClassCoverage]
     critical: list[str]
+    """Names of the critical classes."""
     recommendation: str
+    """``"pkl"`` or ``"hkl"``."""
     reasons: list[str] = field(default_factory=list)
     weighted: bool = False
+    """Whether the numbers count occurrences in a corpus."""
 
     def __repr__(self) -> str:
         count = sum(row.count for row in self.classes.values())
@@ -103,20 +80,13 @@ class CoverageReport:
 
 @dataclass(frozen=True)
 class LossChoice:
-    """The answer of `choose_loss`; prints as text.
-
-    Attributes
-    ----------
-    loss : str
-        Name of the loss, as for `xtoken.Teacher`.
-    reasons : tuple of str
-    report : CoverageReport, optional
-        What the answer rests on; a shared tokenizer needs none.
-    """
+    """The answer of `choose_loss`; prints as text."""
 
     loss: str
+    """Name of the loss, as for `xtoken.Teacher`."""
     reasons: tuple[str, ...]
     report: CoverageReport | None = None
+    """What the answer rests on; a shared tokenizer needs none."""
 
     @property
     def paper(self) -> str | None:
@@ -182,42 +152,33 @@ def coverage_audit(
     projection.check_tokenizers(student, teacher)
     classes_of = np.array([token_class(student[i], text) for i, text in enumerate(student.is_text.tolist())], dtype=str)
     members = {name: classes_of == name for name in CLASSES}
-    pattern = _critical_pattern(critical)
-    if pattern is not None:
-        members["critical"] = np.array(
-            [bool(text) and pattern.fullmatch(student[i].decode("utf-8", "replace")) is not None
-             for i, text in enumerate(student.is_text)], dtype=bool
-        )  # fmt: skip
-        if not members["critical"].any():
-            raise ValueError(f"critical: {pattern.pattern!r} is no class name and matches no token of the student")
-        critical_names = ["critical"]
-    else:
-        critical_names = [critical] if isinstance(critical, str) else list(critical)  # type: ignore[arg-type]
+    wanted = _critical(critical)
+    if isinstance(wanted, re.Pattern):
+        inside = np.zeros(len(student), dtype=bool)
+        for i in student.is_text.nonzero()[0].tolist():
+            inside[i] = wanted.fullmatch(student[i].decode("utf-8", "replace")) is not None
+        if not inside.any():
+            raise ValueError(f"critical: {wanted.pattern!r} is no class name and matches no token of the student")
+        members["critical"], wanted = inside, ["critical"]
 
     weight = np.ones(len(student), dtype=np.int64) if corpus is None else _frequencies(student, corpus)
     entries = projection.row_ptr.diff().numpy()
-    flags = {
-        "exact": _in_pairs(projection, EXACT_WEIGHT),
-        "common": _in_pairs(projection, DOMINANT_WEIGHT),
-        "split": entries > 1,
-        "unmapped": entries == 0,
-    }
+    exact, common = np.zeros((2, len(student)), dtype=bool)
+    exact[common_pairs(projection, EXACT_WEIGHT)[0].numpy()] = True
+    common[common_pairs(projection, DOMINANT_WEIGHT)[0].numpy()] = True
+    kinds = (np.True_, exact, common, entries > 1, entries == 0)  # as the fields of ClassCoverage
     classes = {
-        name: ClassCoverage(
-            count=int(weight[inside].sum()),
-            **{key: int(weight[inside & flag].sum()) for key, flag in flags.items()},
-        )
-        for name, inside in members.items()
+        name: ClassCoverage(*(int(weight[inside & kind].sum()) for kind in kinds)) for name, inside in members.items()
     }
     unit = "occurrences" if corpus is not None else "tokens"
-    lost = [name for name in critical_names if classes[name].share("exact") < CRITICAL_SHARE]
+    lost = [name for name in wanted if classes[name].share("exact") < CRITICAL_SHARE]
     reasons = [
         f"{name}: {classes[name].exact:,} of {classes[name].count:,} {unit} are in GOLD's common set"
         + (f", less than {CRITICAL_SHARE:.0%}" if name in lost else "")
-        for name in critical_names
+        for name in wanted
         if classes[name].count
     ]
-    return CoverageReport(classes, critical_names, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
+    return CoverageReport(classes, wanted, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
 
 
 def same_tokens(student: Vocabulary, teacher: Vocabulary) -> bool:
@@ -298,8 +259,8 @@ def token_class(token: bytes, is_text: bool) -> str:
     return "other_scripts" if any(c.isalpha() and not c.isascii() for c in text) else "other_multi_byte"
 
 
-def _critical_pattern(critical: str | Sequence[str] | re.Pattern[str]) -> re.Pattern[str] | None:
-    """The expression, if `critical` is one; checks class names otherwise."""
+def _critical(critical: str | Sequence[str] | re.Pattern[str]) -> list[str] | re.Pattern[str]:
+    """The names of critical classes, or an expression."""
     if isinstance(critical, re.Pattern):
         return critical
     if isinstance(critical, str) and critical not in CLASSES:
@@ -307,17 +268,10 @@ def _critical_pattern(critical: str | Sequence[str] | re.Pattern[str]) -> re.Pat
             return re.compile(critical)
         except re.error as error:
             raise ValueError(f"critical: {critical!r} is no class name and no regular expression: {error}") from None
-    unknown = set([critical] if isinstance(critical, str) else critical) - set(CLASSES)
-    if unknown:
+    names = [critical] if isinstance(critical, str) else list(critical)
+    if unknown := set(names) - set(CLASSES):
         raise ValueError(f"critical: unknown classes {sorted(unknown)}; expected names among {CLASSES}")
-    return None
-
-
-def _in_pairs(projection: ProjectionMatrix, min_weight: float) -> NDArray[np.bool_]:
-    inside = np.zeros(projection.shape[0], dtype=bool)
-    student_ids, _ = common_pairs(projection, min_weight)
-    inside[student_ids.numpy()] = True
-    return inside
+    return names
 
 
 def _frequencies(student: Vocabulary, corpus: Iterable[str]) -> NDArray[np.int64]:

@@ -9,9 +9,12 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from .alignment import METHODS
+from .alignment import METHODS, Aligner
+from .audit import NUMERALS, choose_loss, coverage_audit
+from .config import show_config
 from .corpus import align_corpus
 from .corpus.options import Options
+from .projection import ProjectionMatrix
 
 
 class _Renamed(argparse.Action):
@@ -97,30 +100,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _show(options: argparse.Namespace) -> str:
-    from .alignment import Aligner
-
     aligner = Aligner(options.student, options.teacher, options.method)
-    student_ids, teacher_ids = (
-        vocabulary.tokenizer.encode(options.text, add_special_tokens=False).ids
-        for vocabulary in (aligner.student, aligner.teacher)
-    )
-    alignment = aligner.align(student_ids, teacher_ids)
+    sides = {"student": aligner.student, "teacher": aligner.teacher}
+    ids = {name: side.tokenizer.encode(options.text, add_special_tokens=False).ids for name, side in sides.items()}
+    alignment = aligner.align(*ids.values())
     if not options.json:
-        width = shutil.get_terminal_size().columns
-        return alignment.pretty(aligner.student, aligner.teacher, color=sys.stdout.isatty(), width=width)
-    facts = {
-        "student_ids": student_ids,
-        "teacher_ids": teacher_ids,
-        "student_tokens": [aligner.student[i].decode("utf-8", "backslashreplace") for i in student_ids],
-        "teacher_tokens": [aligner.teacher[i].decode("utf-8", "backslashreplace") for i in teacher_ids],
-        "spans": alignment.spans.tolist(),
-    }
-    return json.dumps(facts, ensure_ascii=False)
+        return alignment.pretty(*sides.values(), color=sys.stdout.isatty(), width=shutil.get_terminal_size().columns)
+    facts = {f"{name}_ids": ids[name] for name in sides}
+    for name, side in sides.items():
+        facts[f"{name}_tokens"] = [side[i].decode("utf-8", "backslashreplace") for i in ids[name]]
+    return json.dumps({**facts, "spans": alignment.spans.tolist()}, ensure_ascii=False)
 
 
 def _align(options: argparse.Namespace) -> str:
-    given = Options.given(options)
-    manifest = align_corpus(options.student, options.teacher, options.input, options.output, **given)
+    manifest = align_corpus(options.student, options.teacher, options.input, options.output, **Options.given(options))
     total = manifest.total
     skipped = sum(total.skipped.values())
     return (
@@ -132,12 +125,8 @@ def _align(options: argparse.Namespace) -> str:
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.command == "config":
-        from .config import show_config
-
         show_config()
     elif options.command == "audit":
-        from .audit import NUMERALS, choose_loss, coverage_audit
-
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
         choice = choose_loss(options.student, options.teacher, report=report)
         print(choice.to_json() if options.json else choice)
@@ -146,8 +135,6 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif options.command == "show":
         print(_show(options))
     elif options.command == "project":
-        from .projection import ProjectionMatrix
-
         matrix = ProjectionMatrix.build(
             options.student, options.teacher, options.row_entries, options.beta, options.gamma, options.reverse
         )

@@ -33,30 +33,15 @@ LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
     r"|\s+(?!\S)|\s+"
 )
-LLAMA3_SPECIAL = (
-    "<|begin_of_text|>",
-    "<|end_of_text|>",
-    "<|reserved_special_token_0|>",
-    "<|reserved_special_token_1|>",
-    "<|finetune_right_pad_id|>",
-    "<|step_id|>",
-    "<|start_header_id|>",
-    "<|end_header_id|>",
-    "<|eom_id|>",
-    "<|eot_id|>",
-    "<|python_tag|>",
-    *(f"<|reserved_special_token_{i}|>" for i in range(2, 247)),
-)
+LLAMA3_SPECIAL = [f"<|{name}|>" for name in (
+    "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
+    "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
+    *(f"reserved_special_token_{i}" for i in range(2, 247)),
+)]  # fmt: skip
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package, without importing it.
-
-    Raises
-    ------
-    ImportError
-        If it is not installed.
-    """
+    """The folder of an installed package, without importing it; ImportError if it is not installed."""
     spec = importlib.util.find_spec(package)
     if spec is None or spec.origin is None:
         raise ImportError(
@@ -78,9 +63,8 @@ def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> A
 
 def llama3_tokenizer() -> Any:
     """The tokenizer of Llama 3 (128,256 tokens) from the package llama-models."""
-    return tokenizer_from_ranks(
-        package_folder("llama_models") / "llama3" / "tokenizer.model", LLAMA3_PATTERN, LLAMA3_SPECIAL
-    )
+    ranks = package_folder("llama_models") / "llama3" / "tokenizer.model"
+    return tokenizer_from_ranks(ranks, LLAMA3_PATTERN, LLAMA3_SPECIAL)
 
 
 def load_teacher() -> tuple[Any, Any]:
@@ -101,19 +85,11 @@ def make_student(vocab_size: int, seed: int) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=vocab_size,
-        hidden_size=192,
-        intermediate_size=512,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=4,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        bos_token_id=None,
+    return LlamaForCausalLM(LlamaConfig(
+        vocab_size=vocab_size, hidden_size=192, intermediate_size=512, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=True, bos_token_id=None,
         eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+    ))  # fmt: skip
 
 
 def manual_passages(length: int = 320) -> tuple[list[str], list[str]]:
@@ -207,8 +183,8 @@ def run(
         )  # fmt: skip
 
         def trainer(student: Any, teachers: list[TeacherModel], examples: Any = None) -> XTokenTrainer:
-            toks = [teacher_tok for _ in teachers]
-            made = XTokenTrainer(student, config, teachers, XTokenCollator(student_tok, toks), examples, held_out)
+            collator = XTokenCollator(student_tok, [teacher_tok for _ in teachers])
+            made = XTokenTrainer(student, config, teachers, collator, examples, held_out)
             made.remove_callback(PrinterCallback)
             return made
 
