@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch.utils.data import Dataset
 from xtoken.losses import TopKLogits
 from xtoken.teacher_cache import TeacherCache, cache_teacher
 
-from .data import BATCH_ROWS, read_rows
+from .data import encoded, read_rows
 from .encode import ExampleEncoder
 from .teachers import load_model
 
@@ -53,12 +52,10 @@ class CachedExamples(Dataset[dict[str, Any]]):
         ValueError
             If the cache does not hold the example's document.
         """
-        example = dict(self.examples[index])
-        example["teachers"] = [
-            entry if cache is None else self._with_logits(entry, cache, example, index)
-            for entry, cache in zip(example["teachers"], self.caches, strict=True)
-        ]
-        return example
+        example = self.examples[index]
+        pairs = zip(example["teachers"], self.caches, strict=True)
+        found = [entry if cache is None else self._with_logits(entry, cache, example, index) for entry, cache in pairs]
+        return {**example, "teachers": found}
 
     @staticmethod
     def _with_logits(entry: dict[str, Any], cache: TeacherCache, example: dict[str, Any], index: int) -> dict[str, Any]:
@@ -78,17 +75,15 @@ class CachedExamples(Dataset[dict[str, Any]]):
                     f"example {index}: the teacher cache {cache.path} was cut at {cache.max_length} tokens; expected "
                     f"max_length of at most that, got {len(ids)} tokens"
                 )
-            kept = len(logits.ids)
             spans = np.asarray(entry["spans"])
-            entry.update(ids=ids[:kept], spans=spans[spans[:, 3] <= kept])
+            entry.update(ids=ids[: len(logits.ids)], spans=spans[spans[:, 3] <= len(logits.ids)])
         return entry
 
 
 def teacher_documents(tokenizer: Any, rows: Iterator[dict[str, Any]], text_column: str = "text") -> Iterator[Any]:
     """What a teacher reads of each row, as token ids, whole: by its own chat template where there are messages."""
-    encoder = ExampleEncoder(tokenizer, [], text_column=text_column)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield from (example["student_ids"] for examples in encoder.encode(batch) for example in examples)
+    for examples in encoded(rows, ExampleEncoder(tokenizer, [], text_column=text_column)):
+        yield from (example["student_ids"] for example in examples)
 
 
 def main(options: argparse.Namespace) -> str:
@@ -97,14 +92,9 @@ def main(options: argparse.Namespace) -> str:
     model, tokenizer = load_model(
         options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
     )
+    documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column)
     cache = cache_teacher(
-        model.eval(),
-        tokenizer,
-        teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column),
-        options.output,
-        top_k=options.logprobs,
-        max_length=options.max_length,
-        batch_tokens=options.batch_tokens,
-        resume=options.resume,
-    )
+        model.eval(), tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
+        batch_tokens=options.batch_tokens, resume=options.resume,
+    )  # fmt: skip
     return f"{options.output}: {len(cache)} documents, {cache.top_k} log-probabilities a token"

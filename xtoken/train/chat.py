@@ -28,57 +28,37 @@ def _marker(piece: int) -> str:
 
 
 class Arguments(NamedTuple):
-    """The arguments of a tool call, which most templates write as JSON, though not all.
-
-    Attributes
-    ----------
-    whole : int
-        The piece that is the JSON text.
-    closed : int
-        The piece that is the JSON text and a closing brace: most templates write the call as an object around its
-        arguments, and tokenizers join the two braces.
-    parts : list of int
-        The pieces that it consists of, one behind the other: its values, and what stands between them.
-    skeleton : str
-        The JSON text with markers in place of values.
-    name : int, optional
-        The piece that is the name of the called function.
-    """
+    """The arguments of a tool call, which most templates write as JSON, though not all."""
 
     whole: int
+    """The piece that is the JSON text."""
     closed: int
+    """The piece that is the JSON text and a closing brace: most templates write the call as an object around its
+    arguments, and tokenizers join the two braces."""
     parts: list[int]
+    """The pieces that it consists of, one behind the other: its values, and what stands between them."""
     skeleton: str
+    """The JSON text with markers in place of values."""
     name: int | None
+    """The piece that is the name of the called function."""
 
 
 class Conversation(NamedTuple):
-    """Messages taken apart.
-
-    Attributes
-    ----------
-    messages, tools, options
-        What the template is given: messages, tools, and further variables.
-    skeleton : list of dict
-        The messages with a marker in place of each piece.
-    pieces : list of str
-        The contents, in order, without white space at their edges (templates strip it); none is empty. Behind a
-        reasoning come its tags ``<think>`` and ``</think>``: they have no marker, since the template may write them.
-    owners : list of int
-        The message of each piece.
-    reasoning : set of int
-        The pieces that are a reasoning, with tags behind them.
-    arguments : list of Arguments
-        Of tool calls.
-    """
+    """Messages taken apart."""
 
     messages: list[dict[str, Any]]
     tools: Any
     options: dict[str, Any]
+    """Further variables that the template is given."""
     skeleton: list[dict[str, Any]]
+    """The messages with a marker in place of each piece."""
     pieces: list[str]
+    """The contents, in order, without white space at their edges (templates strip it); none is empty. Behind a
+    reasoning come its tags ``<think>`` and ``</think>``: they have no marker, since the template may write them."""
     owners: list[int]
+    """The message of each piece."""
     reasoning: set[int]
+    """The pieces that are a reasoning, with tags behind them."""
     arguments: list[Arguments]
 
 
@@ -94,13 +74,7 @@ class Place(NamedTuple):
 
 
 def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options: Any = None) -> Conversation:
-    """Finds the contents of messages.
-
-    Raises
-    ------
-    ValueError
-        If a message is not a mapping with a ``role``.
-    """
+    """Finds the contents of messages; ValueError if one is not a mapping with a ``role``."""
     plain, tools, options = _given(list(messages)), _given(tools), _given(options)
     pieces: list[str] = []
     owners: list[int] = []
@@ -113,8 +87,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         return len(pieces) - 1
 
     def mark(text: str, owner: int, is_reasoning: bool) -> str:
-        parts = []
-        at = 0
+        parts, at = [], 0
         for tag in [*_TAG.finditer(text), None]:
             inner = text[at : tag.start() if tag else len(text)]
             core = inner.strip()
@@ -209,20 +182,7 @@ def _given(value: Any) -> Any:
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer.
-
-    Parameters
-    ----------
-    tokenizer
-        Of `transformers`.
-    name : str
-        For messages.
-
-    Raises
-    ------
-    ValueError
-        If the tokenizer has no chat template.
-    """
+    """The chat template of a tokenizer of `transformers`; ValueError if it has none, with `name`."""
 
     def __init__(self, tokenizer: Any, name: str) -> None:
         if not hasattr(tokenizer, "apply_chat_template") or not getattr(tokenizer, "chat_template", None):
@@ -236,16 +196,11 @@ class ChatTemplate:
         self._skeletons: dict[str, str] = {}
 
     def render(self, conversation: Conversation) -> tuple[str, list[Place]]:
-        """The conversation as text, and the places of its pieces in it, in their order there.
+        """The conversation as text, and the places of its pieces in it; ValueError if the template refuses it.
 
         A piece that the template drops has no place, and one that it writes otherwise is not verbatim. Where the
         template writes something else around the pieces than around their markers, the places end. The arguments of a
         call are placed by their parts if they are written as JSON, else by their values alone.
-
-        Raises
-        ------
-        ValueError
-            If the template refuses the conversation.
         """
         text = self._apply(conversation.messages, conversation)
         key = json.dumps([conversation.skeleton, conversation.tools, conversation.options], default=str)

@@ -9,8 +9,6 @@ import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -54,13 +52,9 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
         self.dropped = 0
         self._examples: list[dict[str, Any]] = []
-        source, count = iter(rows), 0
-        while batch := list(itertools.islice(source, BATCH_ROWS)):
-            encoded = encoder.encode(batch, count)
-            count += len(batch)
-            for examples in encoded:
-                self._examples += examples
-                self.dropped += not examples
+        for examples in encoded(rows, encoder):
+            self._examples += examples
+            self.dropped += not examples
         if not self._examples:
             raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
         if self.dropped:
@@ -75,6 +69,14 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One of the examples of `ExampleEncoder.encode`."""
         return self._examples[index]
+
+
+def encoded(rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> Iterator[list[dict[str, Any]]]:
+    """The examples of each row."""
+    source, count = iter(rows), 0
+    while batch := list(itertools.islice(source, BATCH_ROWS)):
+        yield from encoder.encode(batch, count)
+        count += len(batch)
 
 
 class AlignedExamples(Dataset[dict[str, Any]]):
@@ -106,7 +108,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         name_documents: bool = False,
     ) -> None:
         encoder = ExampleEncoder(student_tok, [teacher_tok])
-        teacher = encoder.teachers[0] or encoder.student
+        teacher = encoder.sides[-1]
         self.documents = AlignedDataset(path, student_tok, teacher_tok)
         self.prefixes = [np.asarray(side.prefix, np.int64) for side in (encoder.student, teacher)]
         self.limits = (max_length, max_teacher_length)
@@ -191,24 +193,15 @@ def load_examples(
 def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:
     """The rows of files, with all their columns; a line of a text file is a row with `text_column`.
 
-    Raises
-    ------
-    ValueError
-        If a line is not a JSON object, with file and line.
-    FileNotFoundError
-        If a path matches no file.
-    ImportError
-        If pyarrow, which reads parquet, Arrow and zstd, is not installed.
+    Raises ValueError if a line is not a JSON object, with file and line; FileNotFoundError if a path matches no file;
+    ImportError if pyarrow, which reads parquet, Arrow and zstd, is not installed.
     """
     for file in find_files(files):
-        if file.format in ("json", "text"):
-            yield from _lines(file, text_column)
-        else:
-            yield from _tables(file)
+        yield from _lines(file, text_column) if file.format in ("json", "text") else _tables(file)
 
 
 def _lines(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
-    with _unpacked(file.path) as stream:
+    with _open(file.path) as stream:
         for number, line in enumerate(stream, 1):
             line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
             if not line.strip():
@@ -223,17 +216,11 @@ def _lines(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
             yield row
 
 
-@contextmanager
-def _unpacked(path: str) -> Iterator[Iterable[bytes]]:
+def _open(path: str) -> io.BufferedReader | gzip.GzipFile:
+    """The bytes of a file, unpacked."""
     if path.lower().endswith(".zst"):
-        with require("pyarrow", "corpus").input_stream(path, compression="zstd") as packed:
-            yield io.BufferedReader(packed)
-    elif path.lower().endswith(".gz"):
-        with gzip.open(path, "rb") as stream:
-            yield stream
-    else:
-        with Path(path).open("rb") as stream:
-            yield stream
+        return io.BufferedReader(require("pyarrow", "corpus").input_stream(path, compression="zstd"))
+    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
 
 
 def _tables(file: InputFile) -> Iterator[dict[str, Any]]:

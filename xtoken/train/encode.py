@@ -29,6 +29,18 @@ class _Chunks(NamedTuple):
     trained: NDArray[np.bool_]
     ptr: Ints
 
+    def of(self, k: int) -> _Chunks:
+        """Those of example k alone."""
+        these = slice(self.ptr[k], self.ptr[k + 1])
+        return _Chunks(self.spans[these], self.trained[these], self.ptr[k : k + 2] - self.ptr[k])
+
+    def between(self, first: int, last: int, start: Ints) -> NDArray[np.int32]:
+        """The chunks to train on between two student tokens; positions count from `start`, of student and teacher."""
+        inside = self.trained & (self.spans[:, 0] >= first) & (self.spans[:, 1] <= last)
+        spans = self.spans[inside] - np.repeat(start, 2)
+        predicted: NDArray[np.int32] = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)].astype(np.int32)
+        return predicted
+
 
 class ExampleEncoder:
     """Turns rows of data into what `XTokenCollator` takes.
@@ -109,6 +121,7 @@ class ExampleEncoder:
         self.student = Reader(student_tok, "student")
         sides = [Reader(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
+        self.sides = [self.student, *(side for side in self.teachers if side is not None)]
 
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
         """Encodes rows, best some hundreds at a time; errors count them from `first_row`.
@@ -137,18 +150,11 @@ class ExampleEncoder:
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
         table = Table.of(examples)
-        student = self.student.encode(examples, self.add_end, first_row)
-        sides = [None if side is None else side.encode(examples, self.add_end, first_row) for side in self.teachers]
-        _choose_wholes(examples, [student, *(side for side in sides if side is not None)])
-        labels = self._labels(table, student)
-        chunks = [
-            None if side is None or tokens is None else self._chunks(table, student, side, tokens)
-            for side, tokens in zip(self.teachers, sides, strict=True)
-        ]
-        teachers = [
-            None if tokens is None or one is None else (tokens, one) for tokens, one in zip(sides, chunks, strict=True)
-        ]
-        return [self._examples(k, example, student, labels, teachers) for k, example in enumerate(examples)]
+        tokens = [side.encode(examples, self.add_end, first_row) for side in self.sides]
+        _choose_wholes(examples, tokens)
+        labels = self._labels(table, tokens[0])
+        chunks = [self._chunks(table, tokens[0], self.sides[m], tokens[m]) for m in range(1, len(tokens))]
+        return [self._examples(k, example, labels, tokens, chunks) for k, example in enumerate(examples)]
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
         """The ids of the tokens that begin or end in a piece that is trained on, and of ends of turns; else -100."""
@@ -227,54 +233,40 @@ class ExampleEncoder:
         return keep
 
     def _examples(
-        self,
-        k: int,
-        example: Example,
-        student: Tokens,
-        labels: Ints,
-        teachers: Sequence[tuple[Tokens, _Chunks] | None],
+        self, k: int, example: Example, labels: Ints, sides: Sequence[Tokens], chunks: Sequence[_Chunks]
     ) -> list[dict[str, Any]]:
         """Row k as examples within the limits: the whole if it fits, else its beginning, and of a text what follows."""
-        ids, wanted = (one[student.ptr[k] : student.ptr[k + 1]] for one in (student.ids, labels))
+        rows = [side.ids[side.ptr[k] : side.ptr[k + 1]] for side in sides]
+        wanted = labels[sides[0].ptr[k] : sides[0].ptr[k + 1]]
         if not (wanted != IGNORED).any():
             return []
-        readings = [_Reading.of(k, *one) for one in teachers if one is not None]
-        sides = [self.student, *(side for side in self.teachers if side is not None)]
-        prefixes = [np.asarray(side.prefix, np.int64) for side in sides]
-        whole = np.array([len(ids), *(len(reading.ids) for reading in readings)])
-        given = [self.max_length, *(self.max_teacher_length for _ in readings)]
+        chunks = [one.of(k) for one in chunks]
+        prefixes = [np.asarray(side.prefix, np.int64) for side in self.sides]
+        whole = np.array([len(row) for row in rows])
+        given = [self.max_length, *(self.max_teacher_length for _ in chunks)]
         limits = [size if limit is None else limit for limit, size in zip(given, whole.tolist(), strict=True)]
-        cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, readings)
+        cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, chunks)
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
-        documents = (
-            [document_digest(row) for row in (ids, *(one.ids for one in readings))] if self.name_documents else []
-        )
+        documents = [document_digest(row) for row in rows] if self.name_documents else []
         examples = []
         for first, last in windows:
             before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]
-            named: list[dict[str, Any]] = [{} for _ in prefixes]
-            for m, document in enumerate(documents):
-                named[m] = {"document": document, "first": int(first[m]) - len(before[m])}
-            row = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
-            row[:1] = IGNORED
-            if not (row != IGNORED).any():
+            start = first - np.array([len(one) for one in before])
+            trained = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
+            trained[:1] = IGNORED
+            if not (trained != IGNORED).any():
                 continue
-            cut = iter(
-                {
-                    "ids": np.concatenate([before[m], reading.ids[first[m] : last[m]]]),
-                    "spans": reading.spans_between(first[[0, m]], last[[0, m]], [len(before[0]), len(before[m])]),
-                    **named[m],
-                }
-                for m, reading in enumerate(readings, 1)
-            )
-            direct = {"ids": None, "spans": None, **named[0]}
-            examples.append({
-                "student_ids": np.concatenate([before[0], ids[first[0] : last[0]]]),
-                "labels": row,
-                "teachers": [dict(direct) if one is None else next(cut) for one in teachers],
-            })  # fmt: skip
+            ids = [np.concatenate([before[m], row[first[m] : last[m]]]) for m, row in enumerate(rows)]
+            entries: list[dict[str, Any]] = [{"ids": None, "spans": None}]  # for those who read the student's ids
+            for m, one in enumerate(chunks, 1):
+                entries.append({"ids": ids[m], "spans": one.between(first[0], last[0], start[[0, m]])})
+            for entry, document, at in zip(entries, documents, start.tolist(), strict=False):
+                entry.update(document=document, first=at)
+            own = iter(entries[1:])
+            teachers = [dict(entries[0]) if one is None else next(own) for one in self.teachers]
+            examples.append({"student_ids": ids[0], "labels": trained, "teachers": teachers})
         return examples
 
 
@@ -294,32 +286,12 @@ def _choose_wholes(examples: Sequence[Example], sides: Sequence[Tokens]) -> None
         first += len(example.pieces)
 
 
-class _Reading(NamedTuple):
-    """One example as one teacher reads it."""
-
-    ids: Ints
-    spans: Ints
-    trained: NDArray[np.bool_]
-
-    @staticmethod
-    def of(k: int, tokens: Tokens, chunks: _Chunks) -> _Reading:
-        these = slice(chunks.ptr[k], chunks.ptr[k + 1])
-        return _Reading(tokens.ids[tokens.ptr[k] : tokens.ptr[k + 1]], chunks.spans[these], chunks.trained[these])
-
-    def spans_between(self, first: Ints, last: Ints, prefix: Sequence[int]) -> NDArray[np.int32]:
-        """The chunks to train on of a window, counted from its start; `first` and `last` are of student and teacher."""
-        inside = self.trained & (self.spans[:, 0] >= first[0]) & (self.spans[:, 1] <= last[0])
-        spans = self.spans[inside] - np.repeat(first - np.asarray(prefix), 2)
-        predicted: NDArray[np.int32] = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)].astype(np.int32)
-        return predicted
-
-
-def _cuts(whole: Ints, readings: Sequence[_Reading]) -> Ints:
+def _cuts(whole: Ints, chunks: Sequence[_Chunks]) -> Ints:
     """[C, 1 + teachers]: how many tokens each side has read at each place where all can be cut, from none to all."""
     places = np.arange(1, whole[0])
-    for reading in readings:
-        places = np.intersect1d(places, reading.spans[:, 1])
-    inner = [reading.spans[np.searchsorted(reading.spans[:, 1], places), 3] for reading in readings]
+    for one in chunks:
+        places = np.intersect1d(places, one.spans[:, 1])
+    inner = [one.spans[np.searchsorted(one.spans[:, 1], places), 3] for one in chunks]
     return np.concatenate([[np.zeros_like(whole)], np.stack([places, *inner], axis=1), [whole]])
 
 

@@ -16,44 +16,22 @@ Ints = NDArray[np.int64]
 
 
 class Example(NamedTuple):
-    """An example, before any tokenizer reads it.
-
-    Attributes
-    ----------
-    pieces : list of str
-        The texts that are aligned: contents of messages; prompt and completion; or the whole text.
-    sizes : list of int
-        Their bytes.
-    owners : list of int
-        The turn of each piece.
-    trained : list of bool
-        Whether a turn is trained on.
-    conversation : Conversation, optional
-        If it is a chat; else the pieces follow each other as they are, and only the last one has an end.
-    """
+    """An example, before any tokenizer reads it."""
 
     pieces: list[str]
+    """The texts that are aligned: contents of messages; prompt and completion; or the whole text."""
     sizes: list[int]
+    """Their bytes."""
     owners: list[int]
+    """The turn of each piece."""
     trained: list[bool]
+    """Whether a turn is trained on."""
     conversation: Conversation | None
-
-    @staticmethod
-    def of(
-        pieces: list[str], owners: list[int], trained: list[bool], conversation: Conversation | None = None
-    ) -> Example:
-        sizes = [len(piece.encode()) for piece in pieces]
-        return Example(pieces, sizes, owners, trained, conversation)
+    """If it is a chat; else the pieces follow each other as they are, and only the last one has an end."""
 
 
 def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
-    """Takes a row apart; see `ExampleEncoder` for its forms.
-
-    Raises
-    ------
-    ValueError
-        If it has none of the forms, or text with lone surrogates.
-    """
+    """Takes a row apart; ValueError if it has none of the forms of `ExampleEncoder`, or text with lone surrogates."""
     messages = row.get("messages")
     if messages is not None:
         last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
@@ -61,16 +39,21 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         head = prompt.rstrip()  # a token may join a space to the word behind it
-        turns = ((head, train_on == "all"), (prompt[len(head) :] + completion, True))
-        parts = [(text, trained) for text, trained in turns if text]
-        return Example.of([text for text, _ in parts], list(range(len(parts))), [trained for _, trained in parts])
+        return _plain((head, train_on == "all"), (prompt[len(head) :] + completion, True))
     if prompt is not None and completion is not None and not isinstance(prompt, str):
         return _chat(row, [*prompt, *completion], len(prompt), train_on)
     text = row.get(text_column)
     if isinstance(text, str):
-        return Example.of([text] if text else [], [0] if text else [], [True] if text else [])
+        return _plain((text, True))
     found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
     raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
+
+
+def _plain(*turns: tuple[str, bool]) -> Example:
+    """Texts, and whether they are trained on; empty ones are left out."""
+    pieces = [text for text, _ in turns if text]
+    trained = [trained for text, trained in turns if text]
+    return Example(pieces, [len(piece.encode()) for piece in pieces], list(range(len(pieces))), trained, None)
 
 
 def _role(message: Any) -> Any:
@@ -83,7 +66,8 @@ def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on
         train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
         for k, one in enumerate(messages)
     ]
-    return Example.of(conversation.pieces, conversation.owners, trained, conversation)
+    sizes = [len(piece.encode()) for piece in conversation.pieces]
+    return Example(conversation.pieces, sizes, conversation.owners, trained, conversation)
 
 
 class Table(NamedTuple):

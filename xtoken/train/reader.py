@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -84,18 +85,15 @@ class Reader:
         self.end_id = self.vocabulary.roles.get("eos")
         self.is_end = np.zeros(len(self.tokens), bool)
         self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
-        self._template: ChatTemplate | None = None
 
     def _prefix(self) -> list[int]:
         """The special tokens that the tokenizer puts before a text, such as BOS."""
         plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
         return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
 
-    @property
+    @cached_property
     def template(self) -> ChatTemplate:
-        if self._template is None:
-            self._template = ChatTemplate(self.tokenizer, self.name)
-        return self._template
+        return ChatTemplate(self.tokenizer, self.name)
 
     def reads_as(self, other: Reader) -> bool:
         """Whether this model reads the other's ids as its own: same tokens, same template."""
@@ -110,47 +108,36 @@ class Reader:
 
     def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> Tokens:
         """Writes and encodes examples; errors count rows from `first_row`."""
-        layouts = []
-        base = 1
+        layouts, base = [], 1
         for number, example in enumerate(examples, first_row):
             try:
                 layouts.append(self._layout(example, base))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
             base += len(layouts[-1].raw) + 2
-        texts = [layout.text for layout in layouts]
-        encodings = self.backend.encode_batch_fast(texts, add_special_tokens=False)
-        rows = []
-        is_exact = np.ones(len(examples), bool)
+        encodings = self.backend.encode_batch_fast([layout.text for layout in layouts], add_special_tokens=False)
+        rows, is_exact = [], np.ones(len(examples), bool)
         for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
-            ids = encoding.ids
-            if b"".join([self.tokens[i] for i in ids]) == layout.raw:
-                row = np.asarray(ids, np.int64)
+            row = np.asarray(encoding.ids, np.int64)
+            is_exact[k] = b"".join([self.tokens[i] for i in encoding.ids]) == layout.raw
+            if is_exact[k]:
                 end = np.cumsum(self.lengths[row])
                 start = end - self.lengths[row]
             else:
-                is_exact[k] = False
                 row, start, end = self._offsets(layout.text)
             if example.conversation is None:
                 closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
-                before, behind = len(self.prefix), len(closing)
                 row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
-                start, end = (
-                    np.concatenate([np.full(before, -1), one, np.full(behind, len(layout.raw))]) for one in (start, end)
-                )
+                before, behind = np.full(len(self.prefix), -1), np.full(len(closing), len(layout.raw))
+                start, end = (np.concatenate([before, one, behind]) for one in (start, end))
             rows.append((row, start + layout.base, end + layout.base))
         ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
-        return Tokens(
-            ids,
-            start,
-            end,
-            np.cumsum([0, *(len(row) for row, _, _ in rows)]),
-            np.array([layout.base + len(layout.raw) for layout in layouts]),
-            [layout.raw for layout in layouts],
-            is_exact,
-            np.array([start for layout in layouts for start in layout.piece_start], np.int64),
-            self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end]),
-        )
+        ptr = np.cumsum([0, *(len(row) for row, _, _ in rows)])
+        raw = [layout.raw for layout in layouts]
+        text_end = np.array([layout.base + len(layout.raw) for layout in layouts])
+        piece_start = np.array([at for layout in layouts for at in layout.piece_start], np.int64)
+        turn_end = self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end])
+        return Tokens(ids, start, end, ptr, text_end, raw, is_exact, piece_start, turn_end)
 
     def _layout(self, example: Example, base: int) -> _Layout:
         """An example as this model's text, whose first byte has number `base`."""
