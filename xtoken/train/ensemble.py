@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections.abc import Sequence
 
@@ -17,26 +18,9 @@ from xtoken.losses.logits import AnyLogits, Parts
 def mean_logits(
     logits: Sequence[AnyLogits], ids: Sequence[Tensor], weights: Sequence[float], size: int | None = None
 ) -> Tensor:
-    """``log(sum_m w_m softmax(logits_m))`` with the weights scaled to a sum of 1.
+    """``log(sum_m w_m softmax(logits_m))`` [B, T, V], at least float32, with the weights scaled to a sum of 1.
 
-    Parameters
-    ----------
-    logits : sequence of M floating [B, T, >= V]
-    ids : sequence of M int64 [B, T]
-        What the teachers read: all the same.
-    weights : sequence of M float
-    size : int, optional
-        V. Default: the smallest width.
-
-    Returns
-    -------
-    Tensor
-        [B, T, V], at least float32.
-
-    Raises
-    ------
-    ValueError
-        If they are no tensors, the ids differ, or all weights are zero.
+    Of M logits [B, T, >= V]; `ids`, [B, T] of each teacher, must be the same. V is `size`, or else the smallest width.
     """
     dense = [one for one in logits if isinstance(one, Tensor)]
     if len(dense) < len(logits):
@@ -47,15 +31,12 @@ def mean_logits(
     if not total > 0:
         raise ValueError(f"weights: expected one above 0 for the mean of the teachers, got {list(weights)}")
     size = min(one.shape[-1] for one in dense) if size is None else size
-    mean: Tensor | None = None
-    for one, weight in zip(dense, weights, strict=True):
-        if weight == 0:
-            continue
-        log_p = one[..., :size].to(torch.promote_types(one.dtype, torch.float32)).log_softmax(-1)
-        log_p = log_p + math.log(weight / total)
-        mean = log_p if mean is None else torch.logaddexp(mean, log_p)
-    assert mean is not None
-    return mean
+    weighted = (
+        one[..., :size].to(torch.promote_types(one.dtype, torch.float32)).log_softmax(-1) + math.log(weight / total)
+        for one, weight in zip(dense, weights, strict=True)
+        if weight
+    )
+    return functools.reduce(torch.logaddexp, weighted)
 
 
 def position_alignment(labels: Tensor) -> Alignment:
@@ -92,16 +73,8 @@ def select_best(
 
     That is the one with the least cross-entropy a student token: of the tokens in its chunks, divided by the number of
     the student's tokens in them, so that tokenizers can be compared. The first among equals. Waits for the device,
-    once, since losses count the chunks on the host.
-
-    Parameters
-    ----------
-    alignments : sequence of M Alignment, of B samples
-    logits : sequence of M, [B, T_m, >= V_m]
-    ids : sequence of M int64 [B, T_m]
-        What each teacher read.
-    sizes : sequence of M
-        V_m; None: all columns.
+    once, since losses count the chunks on the host. Each teacher has logits [B, T, >= V] for the `ids` [B, T] that it
+    read, and in `sizes` V, or None for all columns.
     """
     scores = torch.stack([_scores(*one) for one in zip(alignments, logits, ids, sizes, strict=True)])
     best = scores.argmin(0).cpu()

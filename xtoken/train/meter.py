@@ -30,12 +30,7 @@ def wide(device: torch.device) -> torch.dtype:
 class Meter:
     """Sums over the calls of a loss; each process has its own, and `summary` brings them together.
 
-    Parameters
-    ----------
-    names : sequence of str
-        One for each teacher.
-    weights : sequence of float
-        Of the teachers' losses in the sum KD.
+    Each teacher has a name, and a weight in the sum KD.
     """
 
     def __init__(self, names: Sequence[str], weights: Sequence[float]) -> None:
@@ -72,19 +67,11 @@ class Meter:
     ) -> dict[str, float]:
         """The means, all processes together; waits for the device.
 
-        Parameters
-        ----------
-        add_up : callable
-            Sums a tensor over the processes; all of them must make the call.
-        divisors : 1 + M numbers, optional
-            What to divide the sums of CE and of each teacher's KD by. Default: the steps, for parts that are already
-            means over their step.
+        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C and the
+        ``projected_outside`` of C. With several teachers these and ``kd`` also for each, as ``kd/name``.
 
-        Returns
-        -------
-        dict
-            ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C and the
-            ``projected_outside`` of C. With several teachers these and ``kd`` also for each, as ``kd/name``.
+        `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
+        KD are divided by `divisors`, by default the steps, for parts that are already means over their step.
         """
         sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
         ce, kd, chunks, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
@@ -95,25 +82,18 @@ class Meter:
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
         shares = diagnoses.view(len(DIAGNOSES), count) / diagnosed
         for k, name in enumerate(self.names):
-            suffix = f"/{name}" if count > 1 else ""
-            if suffix:
-                results[f"kd{suffix}"] = float(means[1 + k])
-            results[f"chunks{suffix}"] = float(chunks[k]) / steps
+            of = {"kd": float(means[1 + k])} if count > 1 else {}
+            of["chunks"] = float(chunks[k]) / steps
             if float(diagnosed[k]):
-                keys = [f"{reported}{suffix}" for reported in REPORTED]
-                results.update(zip(keys, shares[:, k].tolist(), strict=True))
+                of.update(zip(REPORTED, shares[:, k].tolist(), strict=True))
+            results.update({f"{key}/{name}" if count > 1 else key: value for key, value in of.items()})
         return {**results, "tokens": float(tokens)}
 
 
 class FiniteCheck:
     """Keeps where a loss was not finite for the first time, on its device, and says so when asked.
 
-    On the CPU, where nothing has to be waited for, `look` says so itself.
-
-    Parameters
-    ----------
-    names : sequence of str
-        Of the student and the teachers, for the message.
+    On the CPU, where nothing has to be waited for, `look` says so itself. `names` are of the student and the teachers.
     """
 
     def __init__(self, names: Sequence[str]) -> None:
@@ -141,9 +121,7 @@ class FiniteCheck:
         if not isinstance(logits, Tensor):
             return none, none
         bad = logits.detach().amax(-1).isnan()  # which a NaN passes through
-        row = bad.flatten().to(torch.uint8).argmax()
-        length = bad.shape[-1]
-        found = bad.any()
+        row, length, found = bad.flatten().to(torch.uint8).argmax(), bad.shape[-1], bad.any()
         return torch.where(found, row // length, none), torch.where(found, row % length, none)
 
     def check(self) -> None:
@@ -157,10 +135,8 @@ class FiniteCheck:
         where = "evaluation" if step < 0 else f"step {int(step)}"
         for name, sample, position in zip(self.names, places[::2], places[1::2], strict=False):
             if sample >= 0:
-                raise ValueError(
-                    f"{name}: logits are not a number at {where}, first in sample {int(sample)} at position "
-                    f"{int(position)}"
-                )
+                row = f"sample {int(sample)} at position {int(position)}"
+                raise ValueError(f"{name}: logits are not a number at {where}, first in {row}")
         raise ValueError(f"loss: expected a finite number, got {total} at {where}, from logits that are")
 
 
@@ -196,13 +172,12 @@ class Stopwatch:
 
     def _close(self, wait: bool) -> None:
         """Adds up the sections that are finished, or waits until all are."""
-        while self._open and (wait or self.device.type != "cuda" or self._open[0][2].query()):
+        on_cuda = self.device.type == "cuda"
+        while self._open and (wait or not on_cuda or self._open[0][2].query()):
             name, start, end = self._open.popleft()
-            if self.device.type == "cuda":
+            if on_cuda:
                 end.synchronize()
-                seconds = start.elapsed_time(end) / 1000
-            else:
-                seconds = end - start
+            seconds = start.elapsed_time(end) / 1000 if on_cuda else end - start
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def skip(self, other: Stopwatch) -> None:

@@ -22,19 +22,9 @@ FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
 
 
 def plot_curves(history: Sequence[dict[str, Any]], folder: str | os.PathLike[str]) -> list[Path]:
-    """Draws the metrics of a run, those of training and of evaluation in one panel.
+    """Draws the metrics in ``trainer.state.log_history``, those of training and of evaluation in one panel.
 
-    Parameters
-    ----------
-    history : sequence of dict
-        ``trainer.state.log_history``.
-    folder : path
-        Receives ``losses.png``, ``projection.png`` and ``speed.png``, those of which anything is known.
-
-    Raises
-    ------
-    ImportError
-        If matplotlib is not installed.
+    The folder receives those of ``losses.png``, ``projection.png`` and ``speed.png`` of which anything is known.
     """
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("plots need matplotlib; run: pip install 'xtoken[plot]'")
@@ -44,18 +34,14 @@ def plot_curves(history: Sequence[dict[str, Any]], folder: str | os.PathLike[str
     written = []
     for name, panels in FIGURES.items():
         figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        drawn = False
         for axes, (prefix, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for key, steps, values in _curves(history, prefix):
-                style = "o--" if key.startswith("eval_") else "-"
-                axes.plot(steps, values, style, label=key, markersize=3)
-                drawn = True
-            axes.set_xlabel("step")
-            axes.set_ylabel(label)
+                axes.plot(steps, values, "o--" if key.startswith("eval_") else "-", label=key, markersize=3)
+            axes.set(xlabel="step", ylabel=label)
             axes.grid(alpha=0.3)
             if axes.lines:
                 axes.legend(fontsize="small")
-        if drawn:
+        if any(axes.lines for axes in figure.axes):
             written.append(Path(folder) / f"{name}.png")
             figure.savefig(written[-1], dpi=120)
     return written

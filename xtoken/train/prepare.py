@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
@@ -16,6 +16,7 @@ from xtoken.storage import write_atomically
 from xtoken.vocabulary import Vocabulary
 
 Made = TypeVar("Made")
+Folder: TypeAlias = "str | os.PathLike[str] | None"
 
 
 def cache_folder() -> Path:
@@ -26,7 +27,7 @@ def cache_folder() -> Path:
 
 
 def cached_projection(
-    student: Vocabulary, teacher: Vocabulary, folder: str | os.PathLike[str] | None = None, **options: Any
+    student: Vocabulary, teacher: Vocabulary, folder: Folder = None, **options: Any
 ) -> ProjectionMatrix:
     """`ProjectionMatrix.build` of the same arguments, read from the cache if it has been built before.
 
@@ -43,7 +44,7 @@ def cached_projection(
 
 
 def cached_audit(
-    student: Vocabulary, teacher: Vocabulary, projection: ProjectionMatrix, folder: str | os.PathLike[str] | None = None
+    student: Vocabulary, teacher: Vocabulary, projection: ProjectionMatrix, folder: Folder = None
 ) -> CoverageReport:
     """`coverage_audit` of the pair, likewise."""
     path = _path(folder, "audit.json", student, teacher, projection.metadata)
@@ -56,12 +57,7 @@ def cached_audit(
 
 
 def cached_choice(
-    student: Vocabulary,
-    teacher: Vocabulary,
-    folder: str | os.PathLike[str] | None = None,
-    *,
-    learn_projection: bool = False,
-    **options: Any,
+    student: Vocabulary, teacher: Vocabulary, folder: Folder = None, *, learn_projection: bool = False, **options: Any
 ) -> LossChoice:
     """`choose_loss` of the pair by its cached audit; the options are those of `cached_projection`."""
     report = None
@@ -70,7 +66,7 @@ def cached_choice(
     return choose_loss(student, teacher, learn_projection=learn_projection, report=report)
 
 
-def _path(folder: Any, name: str, student: Vocabulary, teacher: Vocabulary, options: dict[str, Any]) -> Path:
+def _path(folder: Folder, name: str, student: Vocabulary, teacher: Vocabulary, options: dict[str, Any]) -> Path:
     """The file of that name for a pair and these options."""
     facts = [student.fingerprint(), teacher.fingerprint(), sorted(options.items()), _core.version]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()

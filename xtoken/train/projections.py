@@ -17,10 +17,6 @@ class ProjectionSteps(TrainerCallback):
     process has all of W and makes the same step, with the mean of their gradients. The learning rate is
     ``projection_learning_rate`` times what the Trainer's schedule has left of ``learning_rate``; nothing is clipped or
     decayed.
-
-    Parameters
-    ----------
-    trainer : XTokenTrainer
     """
 
     def __init__(self, trainer: Any) -> None:
