@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from .alignment import Aligner
 from .audit import choose_loss
@@ -119,22 +119,11 @@ def run(
 ) -> dict[str, dict[str, float]]:
     """Runs the demo and prints what it does.
 
-    Parameters
-    ----------
-    steps : int
-        Training steps of each of the two students.
-    seed : int
-        Of initial weights and order of passages; both students have the same.
-    batch_size : int
-        Passages in a step.
-    held_out_passages : int
-        Passages to evaluate on.
+    Each of the two students is trained for `steps` steps of `batch_size` passages; `seed` is that of initial weights
+    and order of passages, which both have the same. They are evaluated on so many held-out passages.
 
-    Returns
-    -------
-    dict
-        For each student (``"before"``, ``"cross-entropy only"``, and such as ``"prefix + cross-entropy"``): held-out
-        ``ce`` and ``kd``, and ``tokens_per_second`` of training (the median of its steps).
+    Returns for each student (``"before"``, ``"cross-entropy only"``, and such as ``"prefix + cross-entropy"``) held-out
+    ``ce`` and ``kd``, and ``tokens_per_second`` of training (the median of its steps).
     """
     from transformers import PrinterCallback, TrainerCallback
 
@@ -211,9 +200,8 @@ def run(
             speeds = [entry["tokens_per_second"] for entry in run_.state.log_history if "tokens_per_second" in entry]
             results[name] = measured(run_.model, statistics.median(speeds))
 
-    table = Table(title=f"held out: {len(others)} passages of other topics")
-    for heading in ("student", "CE, nats/token", f"{choice.loss}, nats/chunk", "tokens/s"):
-        table.add_column(heading, justify="left" if heading == "student" else "right")
+    numbers = (Column(name, justify="right") for name in ("CE, nats/token", f"{choice.loss}, nats/chunk", "tokens/s"))
+    table = Table("student", *numbers, title=f"held out: {len(others)} passages of other topics")
     for name, row in results.items():
         speed = "" if name == "before" else f"{row['tokens_per_second']:,.0f}"
         table.add_row(name, f"{row['ce']:.3f}", f"{row['kd']:.3f}", speed)

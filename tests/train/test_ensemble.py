@@ -7,7 +7,7 @@ import torch
 from comparer import assert_close
 
 from xtoken import Alignment, TopKLogits
-from xtoken.train.ensemble import first_samples, mean_logits, only_exact, position_alignment, select_best
+from xtoken.train.ensemble import keep, mean_logits, position_alignment, select_best
 
 
 def test_mean_of_probabilities():
@@ -58,9 +58,9 @@ def test_selects_by_cross_entropy_a_student_token():
     assert best[1].predicted.tolist() == [True, False]
 
 
-def test_only_exact():
+def test_keeps_chunks():
     alignment = Alignment([[1, 2, 1, 2], [2, 4, 2, 3], [4, 5, 3, 4]], [0, 3], predicted=[True, True, False])
-    assert only_exact(alignment).predicted.tolist() == [True, False, False]
+    assert keep(alignment, alignment.exact).predicted.tolist() == [True, False, False]
     assert alignment.predicted.tolist() == [True, True, False]
 
 
@@ -68,5 +68,5 @@ def test_what_is_left_of_an_alignment_on_a_device():
     """Losses take the chunks from the alignment on the host, so that one is cut down."""
     alignment = Alignment([[1, 2, 1, 2], [2, 4, 2, 3], [1, 2, 1, 2]], [0, 2, 3])
     for moved in (alignment, alignment.to("meta")):
-        assert only_exact(moved).host.predicted.tolist() == [True, False, True]
-        assert first_samples(moved, 1).host.predicted.tolist() == [True, True, False]
+        assert keep(moved, moved.host.exact).host.predicted.tolist() == [True, False, True]
+        assert keep(moved, moved.host.sample_index < 1).host.predicted.tolist() == [True, True, False]

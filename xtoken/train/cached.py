@@ -41,16 +41,12 @@ class CachedExamples(Dataset[dict[str, Any]]):
             raise ValueError(f"caches: expected {len(examples[0]['teachers'])}, one a teacher, got {len(self.caches)}")
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self.examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example, in which a cached teacher also has ``logits``, `TopKLogits` [T, k] of its tokens.
 
-        Raises
-        ------
-        ValueError
-            If the cache does not hold the example's document.
+        Raises ValueError if the cache does not hold the example's document.
         """
         example = self.examples[index]
         pairs = zip(example["teachers"], self.caches, strict=True)

@@ -17,7 +17,7 @@ REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
 
 OPEN, CLOSE = "<think>", "</think>"
 
-_TAG = re.compile(f"{OPEN}|{CLOSE}")
+_TAG = re.compile(f"({OPEN}|{CLOSE})")
 _MARKER = re.compile(r"xtoken0piece(\d+)end", re.IGNORECASE)
 _NUMBER = re.compile(r"70709070(\d{6})90709070")  # a marker that is a number, for templates that look at types
 _KEPT_SKELETONS = 4096
@@ -87,23 +87,15 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         return len(pieces) - 1
 
     def mark(text: str, owner: int, is_reasoning: bool) -> str:
-        parts, at = [], 0
-        for tag in [*_TAG.finditer(text), None]:
-            inner = text[at : tag.start() if tag else len(text)]
-            core = inner.strip()
-            if not core:
-                parts.append(inner)
-            else:
-                before = inner.index(core)
-                parts.append(f"{inner[:before]}{_marker(add(core, owner))}{inner[before + len(core) :]}")
-                is_between = (at > 0 and text[:at].endswith(OPEN)) or (tag is not None and tag.group() == CLOSE)
-                if is_reasoning or is_between:
-                    reasoning.add(len(pieces) - 1)
+        parts = _TAG.split(text)  # contents at even places, tags between them
+        for k in range(0, len(parts), 2):
+            if core := parts[k].strip():
+                piece = add(core, owner)
+                parts[k] = parts[k].replace(core, _marker(piece), 1)
+                if is_reasoning or OPEN in parts[max(k - 1, 0) : k] or CLOSE in parts[k + 1 : k + 2]:
+                    reasoning.add(piece)
                     add(OPEN, owner)
                     add(CLOSE, owner)
-            if tag:
-                parts.append(tag.group())
-                at = tag.end()
         return "".join(parts)
 
     def walk(value: Any, owner: int, key: str) -> Any:
@@ -204,16 +196,15 @@ class ChatTemplate:
         """
         text = self._apply(conversation.messages, conversation)
         key = json.dumps([conversation.skeleton, conversation.tools, conversation.options], default=str)
-        skeleton = self._skeletons.get(key)
-        if skeleton is None:
-            applied = self._apply(conversation.skeleton, conversation)
-            skeleton = _NUMBER.sub(lambda found: _marker(int(found[1])), applied)
+        if key not in self._skeletons:
             if len(self._skeletons) >= _KEPT_SKELETONS:
                 self._skeletons.clear()
-            self._skeletons[key] = skeleton
-        places = _places(text, _MARKER.split(_joined(skeleton, conversation.arguments)), conversation.pieces)
-        places, is_json = _with_parts(places, conversation)
-        if not is_json:
+            applied = self._apply(conversation.skeleton, conversation)
+            self._skeletons[key] = _NUMBER.sub(lambda found: _marker(int(found[1])), applied)
+        skeleton = self._skeletons[key]
+        joined = _places(text, _MARKER.split(_joined(skeleton, conversation.arguments)), conversation.pieces)
+        places = _with_parts(joined, conversation)
+        if places is None:
             places = _places(text, _MARKER.split(skeleton), conversation.pieces)
         return text, _with_tags(text, places, conversation.reasoning)
 
@@ -241,8 +232,8 @@ def _joined(skeleton: str, arguments: Sequence[Arguments]) -> str:
     return skeleton
 
 
-def _with_parts(places: Sequence[Place], conversation: Conversation) -> tuple[list[Place], bool]:
-    """The places with those of parts for the arguments of calls, and whether all of these are verbatim."""
+def _with_parts(places: Sequence[Place], conversation: Conversation) -> list[Place] | None:
+    """The places with those of parts for the arguments of calls; None if these are not all verbatim."""
     calls = {call.whole: call for call in conversation.arguments}
     found: list[Place] = []
     for place in places:
@@ -250,13 +241,13 @@ def _with_parts(places: Sequence[Place], conversation: Conversation) -> tuple[li
             found.append(place)
             continue
         if not place.is_verbatim:
-            return found, False
+            return None
         at = place.start
         for part in calls[place.piece].parts:
             end = at + len(conversation.pieces[part])
             found.append(Place(part, at, end, end if end < place.end else place.next_start, True))
             at = end
-    return found, True
+    return found
 
 
 def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Place]:
@@ -267,14 +258,11 @@ def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Plac
         return places
     at = len(parts[0])
     for k in range(1, len(parts), 2):
-        number, behind = int(parts[k]), parts[k + 1]
-        piece = pieces[number]
-        is_last = k + 2 == len(parts)
-        end = at + len(piece)
+        number, behind, is_last = int(parts[k]), parts[k + 1], k + 2 == len(parts)
+        end = at + len(pieces[number])
         next_start = end + len(behind)
-        is_verbatim = text.startswith(piece, at) and text.startswith(behind, end)
-        if not is_verbatim or (is_last and next_start != len(text)):
-            is_verbatim = False
+        is_verbatim = text.startswith(pieces[number] + behind, at) and (not is_last or next_start == len(text))
+        if not is_verbatim:
             end = len(text) - len(behind) if is_last else text.find(behind, at)
             next_start = end + len(behind)
             if end < at or not behind or not text.startswith(behind, end):

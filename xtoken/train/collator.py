@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import TopKLogits
@@ -111,10 +112,7 @@ class XTokenCollator:
             padding), in place of ``attention_mask``: that is how the models of transformers know that examples must
             not see each other. No chunk or label is at the first token of an example.
 
-        Raises
-        ------
-        ValueError
-            If there are no examples; if one has more or fewer teachers than the others.
+        Raises ValueError if there are no examples, or if one has more or fewer teachers than the others.
         """
         if not examples:
             raise ValueError("examples: expected at least one")
@@ -138,21 +136,18 @@ class XTokenCollator:
             side["attention_mask"] = pad_rows([np.ones_like(row) for row in ids], 0)
             return side
         width = side["input_ids"].shape[1]
-        positions = torch.empty_like(side["input_ids"])
-        for position, row, flat in zip(positions, rows, ids, strict=True):
-            sizes = [*map(len, row), width - len(flat)]
-            position[:] = torch.cat([torch.arange(size) for size in sizes])
-        side["position_ids"] = positions
+        sizes = [[*map(len, row), width - len(flat)] for row, flat in zip(rows, ids, strict=True)]
+        side["position_ids"] = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
         return side
 
     def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int, student_ids: Tensor) -> dict[str, Any]:
         entries = [[example["teachers"][m] for example in row] for row in rows]
         direct = [entry["ids"] is None for row in entries for entry in row]
-        side: dict[str, Any] = {}
+        side: dict[str, Any] = {"alignment": None}
         if any("logits" in entry for row in entries for entry in row):
             side["logits"] = collate_logits([[entry["logits"] for entry in row] for row in entries])
         if all(direct):
-            return {**side, "alignment": None}
+            return side
         if any(direct):
             raise ValueError(f"examples: expected ids of teacher {m} in all or in none, got {len(direct)} mixed")
         side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
@@ -170,12 +165,8 @@ class XTokenCollator:
 
 def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:
     """Log-probabilities [B, T, k] of rows, each of one or several examples; padded with ids of -1."""
-    ids, logprobs = (
-        torch.nn.utils.rnn.pad_sequence(
-            [torch.cat([getattr(one, name) for one in row]) for row in rows], batch_first=True, padding_value=padding
-        )
-        for name, padding in (("ids", -1), ("logprobs", -torch.inf))
-    )
+    ids = pad_sequence([torch.cat([one.ids for one in row]) for row in rows], True, -1)
+    logprobs = pad_sequence([torch.cat([one.logprobs for one in row]) for row in rows], True, -torch.inf)
     return TopKLogits(ids, logprobs, rows[0][0].tail)
 
 
@@ -186,16 +177,11 @@ class OnHost:
         self.batch = batch
 
 
-class KeepsHost:
-    """A collator whose batches bring themselves along as ``"host"``, an `OnHost`; alignments are there alone."""
-
-    def __init__(self, collator: Any) -> None:
-        self.collator = collator
-
-    def __call__(self, examples: Any) -> dict[str, Any]:
-        batch = self.collator(examples)
-        entries = [{key: one for key, one in entry.items() if key != "alignment"} for entry in batch["teachers"]]
-        return {**batch, "teachers": entries, "host": OnHost(batch)}
+def keep_host(collator: Any, examples: Any) -> dict[str, Any]:
+    """A collator's batch that brings itself along as ``"host"``, an `OnHost`; alignments are there alone."""
+    batch = collator(examples)
+    entries = [{key: one for key, one in entry.items() if key != "alignment"} for entry in batch["teachers"]]
+    return {**batch, "teachers": entries, "host": OnHost(batch)}
 
 
 def _unpredicted(labels: Any) -> NDArray[np.int64]:

@@ -111,19 +111,13 @@ def loss_arguments() -> dict[str, dict[str, Any]]:
 
 
 def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
-    """Options from the command line, and for those not given there from the YAML file that ``--config`` names.
-
-    Raises
-    ------
-    ValueError
-        If one is missing, unknown, or does not go with the others.
-    """
+    """Options from the command line, and for those not given there from the YAML file that ``--config`` names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, given = first.parse_known_args(arguments)
-    formatter = argparse.RawDescriptionHelpFormatter
     parser = HfArgumentParser(
-        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__, formatter_class=formatter,
+        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
         usage="%(prog)s --student STUDENT --teacher TEACHER --data FILE ... --output FOLDER [option ...]",
     )  # fmt: skip
     parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
@@ -203,23 +197,20 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
 
 
 def build_teacher(
-    source: str,
-    loss: str,
-    weight: float,
-    is_cached: bool,
-    student: Vocabulary,
-    options: TrainArguments,
+    source: str, loss: str, weight: float, folder: str, student: Vocabulary, options: TrainArguments,
     device: torch.device,
-) -> tuple[TeacherModel, Any, list[str]]:
-    """A teacher, its tokenizer, and what there is to say about it; no model is loaded if it is cached."""
-    where = options.teacher_device or device
-    model: Any = None
-    if is_cached:
-        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+) -> tuple[TeacherModel, Any, TeacherCache | None, list[str]]:  # fmt: skip
+    """A teacher, its tokenizer, its cache if it has one, and what there is to say about it.
+
+    No model is loaded if it is cached, in `folder`; "none" if it is not.
+    """
+    where, trust = options.teacher_device or device, options.trust_remote_code
+    model, cache = None, None
+    if folder == "none":
+        model, tokenizer = load_model(source, dtype=options.teacher_dtype, device=where, trust_remote_code=trust)
     else:
-        model, tokenizer = load_model(
-            source, dtype=options.teacher_dtype, device=where, trust_remote_code=options.trust_remote_code
-        )
+        tokenizer = load_tokenizer(source, trust_remote_code=trust)
+        cache = TeacherCache(folder, tokenizer)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
     reasons: list[str] = []
@@ -230,23 +221,18 @@ def build_teacher(
         loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
     kind = registered()[loss]
     projection: Any = None
-    pieces: PieceIndex | None = None
-    if kind.needs is Needs.PIECES:
-        pieces = PieceIndex.build(student, vocabulary)
-        reasons = [*reasons, repr(pieces)]
-    elif kind.needs is not Needs.SAME_TOKENIZER:
+    pieces = PieceIndex.build(student, vocabulary) if kind.needs is Needs.PIECES else None
+    if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
-        reasons = [*reasons, repr(projection)]
+    reasons += [repr(one) for one in (pieces, projection) if one is not None]
     if options.learn_projection and kind.trains_projection:
         projection = projection.learnable()
-    own = kind.options()
-    given = {name: value for name, value in options.loss_options.items() if name in own}
+    given = {name: value for name, value in options.loss_options.items() if name in kind.options()}
     if given.get("top_k") == 0:
         given["top_k"] = None
     objective = Teacher(projection, loss, weight, pieces=pieces, **given)
     said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
-    placed = None if where == "auto" else where
-    return TeacherModel(objective, model, vocabulary, name, placed), tokenizer, said
+    return TeacherModel(objective, model, vocabulary, name, None if where == "auto" else where), tokenizer, cache, said
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -262,42 +248,33 @@ def main(arguments: Sequence[str]) -> None:
     with config.main_process_first(desc="W and audit"):  # the others find them in the cache
         built = [
             build_teacher(*one, Vocabulary.from_tokenizer(student_tok), options, config.device)
-            for one in zip(options.teacher or [], losses, weights, [f != "none" for f in folders], strict=True)
+            for one in zip(options.teacher or [], losses, weights, folders, strict=True)
         ]
-    teachers, teacher_toks = [one[0] for one in built], [one[1] for one in built]
+    teachers, teacher_toks, caches = [one[0] for one in built], [one[1] for one in built], [one[2] for one in built]
     check_losses(options, [teacher.objective.loss for teacher in teachers])
     for k, teacher in enumerate(teachers):
         if teacher.name in [one.name for one in teachers[:k]]:
             teacher.name = f"{teacher.name}-{k + 1}"
     if config.process_index == 0:
-        print("\n".join(line for one in built for line in one[2]))
-    caches = [
-        None if folder == "none" else TeacherCache(folder, tokenizer)
-        for folder, tokenizer in zip(folders, teacher_toks, strict=True)
-    ]
+        print("\n".join(line for one in built for line in one[3]))
+    is_cached = any(cache is not None for cache in caches)
 
-    def examples(files: Sequence[str]) -> Any:
+    def examples(files: Sequence[str] | None) -> Any:
+        if not files:
+            return None
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
-            max_teacher_length=options.max_teacher_length, train_on=options.train_on,
-            name_documents=any(cache is not None for cache in caches),
+            max_teacher_length=options.max_teacher_length, train_on=options.train_on, name_documents=is_cached,
         )  # fmt: skip
-        return CachedExamples(loaded, caches) if any(cache is not None for cache in caches) else loaded
+        return CachedExamples(loaded, caches) if is_cached else loaded
 
-    train, held_out = (examples(files) if files else None for files in (options.data, options.eval_data))
+    train, held_out = examples(options.data), examples(options.eval_data)
     folder = str(config.output_dir)
     last = get_last_checkpoint(folder) if options.resume and os.path.isdir(folder) else None
     config.eval_on_start = held_out is not None and last is None
-    trainer = XTokenTrainer(
-        model=student,
-        args=config,
-        teachers=teachers,
-        data_collator=XTokenCollator(student_tok, teacher_toks, packed=options.packed, max_length=options.max_length),
-        train_dataset=train,
-        eval_dataset=held_out,
-        processing_class=student_tok,
-        callbacks=[PlotCallback()] if options.plot else [],
-    )
+    collator = XTokenCollator(student_tok, teacher_toks, packed=options.packed, max_length=options.max_length)
+    callbacks = [PlotCallback()] if options.plot else []
+    trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
     if held_out is not None and trainer.state.global_step not in evaluated:

@@ -58,12 +58,10 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         if not self._examples:
             raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
         if self.dropped:
-            logger.warning(
-                "%d rows are left out, since nothing of them is trained on; %d examples", self.dropped, len(self)
-            )
+            message = "%d rows are left out, since nothing of them is trained on; %d examples"
+            logger.warning(message, self.dropped, len(self))
 
     def __len__(self) -> int:
-        """Number of examples."""
         return len(self._examples)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
@@ -117,21 +115,19 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         self.end = np.asarray([] if teacher.end_id is None else [teacher.end_id], np.int64)
 
     def __len__(self) -> int:
-        """Number of documents."""
         return len(self.documents)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One document as an example of `ExampleEncoder.encode`; longer ones lose their end."""
         document = self.documents[index]
-        before = np.repeat([len(prefix) for prefix in self.prefixes], 2)
-        spans = document["spans"].numpy() + before.astype(np.int32)
+        spans = document["spans"].numpy() + np.repeat([len(prefix) for prefix in self.prefixes], 2).astype(np.int32)
         ids = [
             np.concatenate([prefix, document[f"{side}_ids"].numpy()])
             for prefix, side in zip(self.prefixes, ("student", "teacher"), strict=True)
         ]
-        named: dict[str, Any] = {}
+        teacher: dict[str, Any] = {}
         if self.name_documents:
-            named = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
+            teacher = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
         limits = [len(row) if limit is None else limit for row, limit in zip(ids, self.limits, strict=True)]
         if any(len(row) > limit for row, limit in zip(ids, limits, strict=True)):
             spans = spans[(spans[:, 1] <= limits[0]) & (spans[:, 3] <= limits[1])]
@@ -140,7 +136,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         labels = ids[0].copy()
         labels[: max(1, len(self.prefixes[0]))] = IGNORED
         spans = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
-        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **named}]}
+        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **teacher}]}
 
 
 def load_examples(

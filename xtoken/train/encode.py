@@ -136,10 +136,7 @@ class ExampleEncoder:
             `document_digest` of the teacher's ids of the whole row, and ``first``, which of these the example's ids
             begin at; special tokens that are put before a later part take the places of the tokens before it.
 
-        Raises
-        ------
-        ValueError
-            If a row has none of the forms, or a template is missing or refuses it, saying which.
+        Raises ValueError if a row has none of the forms, or a template is missing or refuses it, saying which.
         """
         if not rows:
             return []

@@ -49,17 +49,7 @@ def position_alignment(labels: Tensor) -> Alignment:
     return Alignment(spans, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
-def only_exact(alignment: Alignment) -> Alignment:
-    """The alignment with only the chunks of one token on each side."""
-    return _kept(alignment, alignment.host.exact)
-
-
-def first_samples(alignment: Alignment, count: int) -> Alignment:
-    """The alignment with only the chunks of the first samples."""
-    return _kept(alignment, alignment.host.sample_index < count)
-
-
-def _kept(alignment: Alignment, chunks: Tensor) -> Alignment:
+def keep(alignment: Alignment, chunks: Tensor) -> Alignment:
     """The alignment, on the CPU, with only those chunks: bool [K]."""
     kept = copy.copy(alignment.host)
     kept.predicted = kept.predicted & chunks
@@ -78,7 +68,7 @@ def select_best(
     """
     scores = torch.stack([_scores(*one) for one in zip(alignments, logits, ids, sizes, strict=True)])
     best = scores.argmin(0).cpu()
-    return [_kept(alignment, (best == m)[alignment.host.sample_index]) for m, alignment in enumerate(alignments)]
+    return [keep(alignment, (best == m)[alignment.host.sample_index]) for m, alignment in enumerate(alignments)]
 
 
 @torch.no_grad()

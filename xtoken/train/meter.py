@@ -38,16 +38,12 @@ class Meter:
         self.weights = torch.tensor(list(weights), dtype=torch.float64)
         self.steps = 0
         self.tokens = 0
-        self._scale: Tensor | float = math.nan
+        self.scale: Tensor | float = math.nan
+        """The factor of the last call."""
         count = len(names)
         # ce; and for each teacher kd, chunks, and of those calls that have diagnoses the chunks and the sums over them.
         self._sizes = [1, count, count, count, len(DIAGNOSES) * count]
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
-
-    @property
-    def scale(self) -> float:
-        """The factor of the last call; waits for the device."""
-        return float(self._scale)
 
     def add(self, parts: dict[str, Tensor], tokens: int) -> None:
         """The parts of one call, and the student tokens that it read. Nothing waits for the device that has them."""
@@ -59,7 +55,7 @@ class Meter:
         diagnosed = torch.where(known, diagnoses * chunks, 0.0).flatten()
         losses = parts["ce"][None].to(dtype), parts["kd_per_teacher"].to(dtype)
         self._sums = to_device(self._sums.to(dtype), device) + torch.cat([*losses, chunks, chunks * known, diagnosed])
-        self._scale = parts["scale"]
+        self.scale = parts["scale"]
         self.tokens += tokens
 
     def summary(
@@ -126,12 +122,10 @@ class FiniteCheck:
 
     def check(self) -> None:
         """Raises ValueError if a loss was not finite, naming model and step; waits for the device."""
-        if self._found is None:
+        found, self._found = self._found, None
+        if found is None or found[0] == 0:
             return
-        step, total, *places = self._found.cpu().tolist()
-        self._found = None
-        if step == 0:
-            return
+        step, total, *places = found.tolist()
         where = "evaluation" if step < 0 else f"step {int(step)}"
         for name, sample, position in zip(self.names, places[::2], places[1::2], strict=False):
             if sample >= 0:

@@ -81,15 +81,12 @@ class Reader:
         self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
         self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
         self.is_special = ~self.vocabulary.is_text
-        self.prefix = self._prefix()
+        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
+        self.prefix: list[int] = next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
+        """The special tokens that the tokenizer puts before a text, such as BOS."""
         self.end_id = self.vocabulary.roles.get("eos")
         self.is_end = np.zeros(len(self.tokens), bool)
         self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
-
-    def _prefix(self) -> list[int]:
-        """The special tokens that the tokenizer puts before a text, such as BOS."""
-        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        return next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
 
     @cached_property
     def template(self) -> ChatTemplate:

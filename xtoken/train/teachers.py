@@ -68,18 +68,17 @@ def load_model(
 
     tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
     name, options = _place(source, trust_remote_code, revision)
-    is_gguf = "gguf_file" in options
-    if device is not None and str(device) == "auto":
+    is_gguf, is_spread = "gguf_file" in options, str(device) == "auto"
+    if is_spread:
         options["device_map"] = "auto"
-    dtype_option = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
     if is_gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
     with nullcontext() if may_shard else _whole():
-        model = AutoModelForCausalLM.from_pretrained(name, **{dtype_option: wanted}, **options)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options)
     if is_gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
-    if device is not None and str(device) != "auto":
+    if device is not None and not is_spread:
         model = model.to(device)
     check_head(model, Vocabulary.from_tokenizer(tokenizer), str(source))
     return model, tokenizer
@@ -130,7 +129,7 @@ def ensure_pad_token(tokenizer: Any) -> None:
     """Gives a tokenizer without a pad token its end token, else the token 0, to fill rows with."""
     if tokenizer.pad_token is None:
         end = tokenizer.eos_token
-        tokenizer.pad_token = end if end is not None else tokenizer.convert_ids_to_tokens(0)
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0) if end is None else end
 
 
 def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
@@ -219,46 +218,37 @@ class TeacherModel:
     def check_entry(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
         """Raises ValueError if a batch, on the host, would feed this teacher ids of another vocabulary."""
         ids = entry.get("input_ids")
-        if entry.get("logits") is not None:
+        if entry.get("logits") is not None or (ids is None and self.reads_student_ids):
             return
         if ids is None:
-            if not self.reads_student_ids:
-                raise ValueError(
-                    f"{self.name}: expected input_ids of its own tokenizer, got none; a teacher with another tokenizer "
-                    "must not read the student's ids"
-                )
-            return
+            raise ValueError(
+                f"{self.name}: expected input_ids of its own tokenizer, got none; a teacher with another tokenizer "
+                "must not read the student's ids"
+            )
         if ids is inputs["input_ids"] and not self.reads_student_ids:
             raise ValueError(f"{self.name}: got the student's input_ids, expected those of its own tokenizer")
-        size = None if self.vocabulary is None else len(self.vocabulary)
-        if size is not None and ids.numel() and int(ids.max()) >= size:
-            raise ValueError(
-                f"{self.name}: expected input_ids below {size}, got {int(ids.max())}, of another tokenizer"
-            )
+        if self.vocabulary is not None and ids.numel() and (largest := int(ids.max())) >= len(self.vocabulary):
+            size = len(self.vocabulary)
+            raise ValueError(f"{self.name}: expected input_ids below {size}, got {largest}, of another tokenizer")
 
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
-        """The teacher's logits [B, T, V] for a batch, on the device of the student's inputs.
+        """The teacher's logits [B, T, V] for a batch, on the device of the student's `inputs`.
 
-        Parameters
-        ----------
-        entry : mapping
-            This teacher's part of a batch: ``logits`` if they are cached; else ``input_ids`` and ``attention_mask``
-            (and ``position_ids``); else nothing, for a teacher that reads the student's ids.
-        inputs : mapping
-            The student's part of the batch.
+        `entry` is this teacher's part of the batch: ``logits`` if they are cached; else ``input_ids`` and
+        ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads the student's ids.
         """
-        if entry.get("logits") is not None:
-            cached: AnyLogits = entry["logits"]
+        cached: AnyLogits | None = entry.get("logits")
+        if cached is not None:
             return cached
         if self.model is None:
             raise ValueError(f"{self.name}: expected cached logits in the batch, since it has no model")
         source = entry if entry.get("input_ids") is not None else inputs
         names = ("input_ids", "attention_mask", "position_ids")
-        device = self.device if self.device is not None else inputs["input_ids"].device
-        given = {name: source[name].to(device) for name in names if source.get(name) is not None}
+        device = inputs["input_ids"].device
+        given = {name: source[name].to(self.device or device) for name in names if source.get(name) is not None}
         logits: Tensor = self.model(**given, use_cache=False).logits
-        return logits.to(inputs["input_ids"].device)
+        return logits.to(device)
 
 
 def check_same_bytes(
@@ -268,9 +258,8 @@ def check_same_bytes(
 
     A few may differ where a tokenizer normalises text; with ids of another tokenizer nearly all do.
     """
-    same = 0
-    spans, samples = alignment.spans.tolist(), alignment.sample_index.tolist()
-    for (a, b, c, d), sample in zip(spans, samples, strict=True):
+    spans, same = alignment.spans.tolist(), 0
+    for (a, b, c, d), sample in zip(spans, alignment.sample_index.tolist(), strict=True):
         same += student.decode(student_ids[sample, a:b].cpu()) == teacher.decode(teacher_ids[sample, c:d].cpu())
     if same < SAME_BYTES_SHARE * len(spans):
         raise ValueError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,9 +24,9 @@ from xtoken.projection import LearnableProjection
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
-from .collator import KeepsHost, OnHost, XTokenCollator
+from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
-from .ensemble import first_samples, mean_logits, only_exact, position_alignment, select_best
+from .ensemble import keep, mean_logits, position_alignment, select_best
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .projections import ProjectionSteps
 from .teachers import TeacherModel, check_head, check_same_bytes
@@ -33,9 +35,7 @@ STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
 
 _STATE = TensorFile("the distillation of a checkpoint")
-
-MOMENTS = "moments."
-"""In `STATE_FILE`: before the names of moments."""
+_MOMENTS = "moments."  # before the names of moments
 
 
 @dataclass
@@ -131,35 +131,23 @@ class XTokenTrainer(Trainer):
             check_head(model, self.vocabulary, "student")
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
-        super().__init__(
-            model=model,
-            args=args,
-            data_collator=data_collator,
-            train_dataset=train_dataset,
-            eval_dataset=eval_dataset,
-            processing_class=processing_class,
-            **kwargs,
-        )
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The loss is a share of the whole step's, not a mean to be divided by the micro-batches; two ways to say so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers:
             teacher.place(args.device)
+        size = None if self.vocabulary is None else len(self.vocabulary)
         self.criterion = XTokenLoss(
-            self._objectives(),
-            args.scaling,
-            args.ce_weight,
-            args.kd_weight,
-            vocab_size=None if self.vocabulary is None else len(self.vocabulary),
-            backend=args.loss_backend,
+            self._objectives(), args.scaling, args.ce_weight, args.kd_weight, vocab_size=size, backend=args.loss_backend
         )
-        if list(self.criterion.parameters()) and self._scales_gradients():
-            raise ValueError(
-                "teachers: expected projections without trainable weights for DeepSpeed in fp16, which has a factor of "
-                "its own for gradients, got one with; use bf16"
-            )
         self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
         if self._projection_steps is not None:
+            if self._scales_gradients():
+                raise ValueError(
+                    "teachers: expected projections without trainable weights for DeepSpeed in fp16, which has a "
+                    "factor of its own for gradients, got one with; use bf16"
+                )
             self.add_callback(self._projection_steps)
         self._step: _Step | None = None
         # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
@@ -181,12 +169,12 @@ class XTokenTrainer(Trainer):
         """The criterion's teachers, W on the student's device."""
         objectives = [teacher.objective for teacher in self.teachers]
         if self.args.teacher_mode == "average" and objectives:
-            first = self.teachers[0].vocabulary
-            for teacher in self.teachers[1:]:
-                if first and teacher.vocabulary and not same_tokens(first, teacher.vocabulary):
+            first, *others = self.teachers
+            for teacher in others:
+                if first.vocabulary and teacher.vocabulary and not same_tokens(first.vocabulary, teacher.vocabulary):
                     raise ValueError(
                         f"teacher_mode: expected teachers with one tokenizer for 'average', but {teacher.name} has "
-                        f"another than {self.teachers[0].name}"
+                        f"another than {first.name}"
                     )
             objectives = [replace(objectives[0], weight=1.0)]
         device = self.args.device
@@ -203,12 +191,7 @@ class XTokenTrainer(Trainer):
         """The micro-batches of a step, and its labels on all processes; also counts its chunks."""
         if self._step is None:  # what came before training is not its time
             self._watch.lap()
-        batches: list[Any] = []
-        for _ in range(num_batches):
-            batch = next(epoch_iterator, None)
-            if batch is None:
-                break
-            batches.append(batch)
+        batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
         divisors = self._divisors(counts)
         # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
@@ -231,12 +214,11 @@ class XTokenTrainer(Trainer):
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
         """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
-        entries = host["teachers"]
-        if len(entries) != len(self.teachers):
-            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(entries)}")
-        alignments = [entry.get("alignment") for entry in entries]
+        alignments = [entry.get("alignment") for entry in host["teachers"]]
+        if len(alignments) != len(self.teachers):
+            raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(alignments)}")
         return [
-            only_exact(alignment) if teacher.reads_student_ids and alignment is not None else alignment
+            keep(alignment, alignment.host.exact) if teacher.reads_student_ids and alignment is not None else alignment
             for teacher, alignment in zip(self.teachers, alignments, strict=True)
         ]
 
@@ -252,8 +234,7 @@ class XTokenTrainer(Trainer):
         """The sum over all processes."""
         if self.accelerator.num_processes == 1:
             return values
-        device = self.args.device
-        total: Tensor = self.accelerator.reduce(to_device(values, device), reduction="sum")
+        total: Tensor = self.accelerator.reduce(to_device(values, self.args.device), reduction="sum")
         return total
 
     def _is_logged(self, step: int) -> bool:
@@ -263,11 +244,10 @@ class XTokenTrainer(Trainer):
         steps_per_epoch = max(1, round(self.state.max_steps / max(1, self.state.num_train_epochs)))
         return bool(step % steps_per_epoch == 0)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, *args: Any, **kwargs: Any) -> Any:
         """Loss and gradients of a micro-batch."""
         with self._watch.section("step"):
-            loss: Tensor = super().training_step(*args, **kwargs)
-        return loss
+            return super().training_step(*args, **kwargs)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -287,13 +267,7 @@ class XTokenTrainer(Trainer):
         num_items, num_chunks = alone if step is None else (step.items, step.chunks)
         with self._watch.section("loss"):
             total, parts = self.criterion(
-                outputs.logits,
-                labels,
-                logits,
-                alignments,
-                num_items=num_items,
-                num_chunks=num_chunks,
-                **self._scale_of(step),
+                outputs.logits, labels, logits, alignments, num_items, num_chunks, **self._scale_of(step)
             )
         self._finite.look(total, [outputs.logits, *logits], self.state.global_step + 1 if self.model.training else -1)
         mask = host.get("attention_mask")
@@ -319,15 +293,12 @@ class XTokenTrainer(Trainer):
         """Logits and alignments for the criterion's teachers."""
         logits = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
         alignments = self._alignments(host)
+        sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
         if self.args.teacher_mode == "average" and len(logits) > 1:
             weights = [teacher.objective.weight for teacher in self.teachers]
-            vocabulary = self.teachers[0].vocabulary
-            ids = _ids(host["teachers"], host)
-            mean = mean_logits(logits, ids, weights, None if vocabulary is None else len(vocabulary))
-            return [mean], alignments[:1]
+            return [mean_logits(logits, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
         if self.args.teacher_mode == "select" and len(logits) > 1:
             known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
-            sizes = [None if one.vocabulary is None else len(one.vocabulary) for one in self.teachers]
             return logits, list(select_best(known, logits, _ids(entries, inputs), sizes))
         return logits, alignments
 
@@ -378,7 +349,7 @@ class XTokenTrainer(Trainer):
             elapsed, seconds = self._watch.lap()
             elapsed = max(elapsed, 1e-9)
             teacher, loss = seconds.get("teacher", 0.0), seconds.get("loss", 0.0)
-            measured["kd_scale"] = self._meter.scale
+            measured["kd_scale"] = float(self._meter.scale)
             measured["tokens_per_second"] = measured.pop("tokens") / elapsed
             measured["time_teacher"] = teacher / elapsed
             measured["time_student"] = (seconds.get("step", 0.0) - teacher - loss) / elapsed
@@ -426,7 +397,7 @@ class XTokenTrainer(Trainer):
         if a_row_each and self.accelerator.num_processes > 1 and isinstance(given, XTokenCollator) and given.packed:
             collator = copy.copy(given)
             collator.packed = False
-        self.data_collator = KeepsHost(collator)
+        self.data_collator = functools.partial(keep_host, collator)
         try:
             yield
         finally:
@@ -442,28 +413,26 @@ class XTokenTrainer(Trainer):
         labels = host["labels"].clone()
         count = max(0, state.remainder - len(labels) * self.accelerator.process_index)
         labels[count:] = IGNORED
-        entries = [
-            {**entry, "alignment": None if entry.get("alignment") is None else first_samples(entry["alignment"], count)}
-            for entry in host["teachers"]
-        ]
+        entries = [dict(entry) for entry in host["teachers"]]
+        for entry in entries:
+            if entry.get("alignment") is not None:
+                entry["alignment"] = keep(entry["alignment"], entry["alignment"].host.sample_index < count)
         left = OnHost({**host, "labels": labels, "teachers": entries})
         return {**inputs, "labels": labels.to(inputs["labels"].device), "host": left}
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""
         self._finite.check()
-        training, diagnostics = self._meter, self.criterion.diagnostics
-        watch, self._watch = self._watch, Stopwatch(self.args.device)
-        self._meter, self.criterion.diagnostics = self._new_meter(), True
+        training = self._meter, self._watch, self.criterion.diagnostics
+        self._meter, self._watch, self.criterion.diagnostics = self._new_meter(), Stopwatch(self.args.device), True
         self._held_out = self._no_counts()
         try:
             output = super().evaluation_loop(*args, **kwargs)
             self._finite.check()
             measured = self._meter.summary(self._add_up, self._divisors(self._held_out))
         finally:
-            self._meter, self.criterion.diagnostics = training, diagnostics
-            watch.skip(self._watch)
-            self._watch = watch
+            training[1].skip(self._watch)
+            self._meter, self._watch, self.criterion.diagnostics = training
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured["loss"] = self.args.ce_weight * measured["ce"] + self.args.kd_weight * measured["kd"]
         del measured["tokens"]
@@ -478,16 +447,12 @@ class XTokenTrainer(Trainer):
         if _internal_call:  # as a run that goes on from here will know it
             self._read_scale()
         super().save_model(output_dir, _internal_call)
-        if self.args.should_save:
-            self._save_distillation(Path(output_dir or self.args.output_dir))
-
-    def _save_distillation(self, folder: Path) -> None:
-        state = dict(self.criterion.state_dict())
+        state, folder = dict(self.criterion.state_dict()), Path(output_dir or self.args.output_dir)
         if self._projection_steps is not None:
-            state.update({MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
+            state.update({_MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
         scale = float(self._last_scale)
         metadata = {"scale": repr(scale)} if scale else {}
-        if not state and not metadata:
+        if not self.args.should_save or not (state or metadata):
             return
         folder.mkdir(parents=True, exist_ok=True)
         _STATE.save(folder / STATE_FILE, state, **metadata)
@@ -512,14 +477,14 @@ class XTokenTrainer(Trainer):
         scale = metadata.get("scale")
         self._last_scale.fill_(float(scale or 0.0))
         self._scale_is_known = bool(scale)
-        moments = {name.removeprefix(MOMENTS): state.pop(name) for name in list(state) if name.startswith(MOMENTS)}
+        moments = {name.removeprefix(_MOMENTS): state.pop(name) for name in list(state) if name.startswith(_MOMENTS)}
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:
             self._projection_steps.load_state_dict(moments)
 
 
 def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The batch before it was moved to the device, where `KeepsHost` has kept it."""
+    """The batch before it was moved to the device, where `keep_host` has kept it."""
     kept = batch.get("host")
     return kept.batch if isinstance(kept, OnHost) else batch
 
