@@ -152,9 +152,10 @@ class XTokenCollator:
             raise ValueError(f"examples: expected ids of teacher {m} in all or in none, got {len(direct)} mixed")
         side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
         spans: list[Tensor] = []
-        for row, ours in zip(entries, rows, strict=True):
+        for row in rows:
             parts, shift = [], np.zeros(4, np.int64)
-            for entry, example in zip(row, ours, strict=True):
+            for example in row:
+                entry = example["teachers"][m]
                 part = np.asarray(entry["spans"], np.int64).reshape(-1, 4)
                 parts.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
                 shift += np.repeat([len(example["student_ids"]), len(entry["ids"])], 2)

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -374,22 +373,18 @@ class XTokenTrainer(Trainer):
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of batches that stay on the host too."""
-        with self._collating():
-            return super().get_train_dataloader(*args, **kwargs)
+        return self._collated(super().get_train_dataloader, *args, **kwargs)
 
     def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Likewise, of batches with a row for each sample."""
-        with self._collating(a_row_each=True):
-            return super().get_eval_dataloader(*args, **kwargs)
+        return self._collated(super().get_eval_dataloader, *args, a_row_each=True, **kwargs)
 
     def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """Likewise."""
-        with self._collating(a_row_each=True):
-            return super().get_test_dataloader(*args, **kwargs)
+        return self._collated(super().get_test_dataloader, *args, a_row_each=True, **kwargs)
 
-    @contextmanager
-    def _collating(self, a_row_each: bool = False) -> Iterator[None]:
-        """The collator that keeps batches on the host.
+    def _collated(self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, **kwargs: Any) -> Any:
+        """A dataloader with a collator that keeps batches on the host.
 
         With `a_row_each` without packing, since repeated samples could not be told from the others of their row.
         """
@@ -399,7 +394,7 @@ class XTokenTrainer(Trainer):
             collator.packed = False
         self.data_collator = functools.partial(keep_host, collator)
         try:
-            yield
+            return make(*args, **kwargs)
         finally:
             self.data_collator = given
 
