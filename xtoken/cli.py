@@ -83,10 +83,9 @@ def _parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
-    parser = _parser()
     given = list(sys.argv[1:] if arguments is None else arguments)
     known, rest = (given[:1], given[1:]) if given[:1] == ["train"] else (given, [])
-    options = parser.parse_args(known)
+    options = _parser().parse_args(known)
     try:
         _run(options, rest)
     except (ValueError, TypeError, OSError, ImportError) as error:

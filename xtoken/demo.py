@@ -143,11 +143,9 @@ def run(
     console.print(f"{projection!r}, built in {time.perf_counter() - clock:.1f} s", markup=False)
     choice = choose_loss(student_tok, teacher_tok, projection)
     print(choice)
-    if registered()[choice.loss].needs is Needs.PIECES:
-        objective = Teacher(loss=choice.loss, pieces=PieceIndex.build(student_tok, teacher_tok))
-    else:
-        objective = Teacher(projection, choice.loss)
-    teacher = TeacherModel(objective, model, teacher_tok)
+    needs_pieces = registered()[choice.loss].needs is Needs.PIECES
+    needed = {"pieces": PieceIndex.build(student_tok, teacher_tok)} if needs_pieces else {"projection": projection}
+    teacher = TeacherModel(Teacher(loss=choice.loss, **needed), model, teacher_tok)
 
     console.rule("one sentence, two tokenizers (a bar separates the tokens of a chunk)")
     aligner = Aligner(student_tok, teacher_tok)

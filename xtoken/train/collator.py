@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
@@ -101,16 +100,13 @@ class XTokenCollator:
     def __call__(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """A batch of B rows.
 
-        Returns
-        -------
-        dict
-            ``input_ids`` and ``labels`` int64 [B, T], padded on the right; ``attention_mask`` int64 [B, T], 1 for
-            tokens; ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of
-            ``alignment`` None if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k],
-            if it is cached.
-            With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the
-            padding), in place of ``attention_mask``: that is how the models of transformers know that examples must
-            not see each other. No chunk or label is at the first token of an example.
+        ``input_ids`` and ``labels`` int64 [B, T], padded on the right; ``attention_mask`` int64 [B, T], 1 for tokens;
+        ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of ``alignment`` None
+        if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k], if it is cached.
+
+        With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the padding),
+        in place of ``attention_mask``: that is how the models of transformers know that examples must not see each
+        other. No chunk or label is at the first token of an example.
 
         Raises ValueError if there are no examples, or if one has more or fewer teachers than the others.
         """
@@ -124,8 +120,9 @@ class XTokenCollator:
         if counts != {len(self.teacher_pad_ids)}:
             raise ValueError(f"examples: expected {len(self.teacher_pad_ids)} teachers each, got {sorted(counts)}")
         batch = self._side([[example["student_ids"] for example in row] for row in rows], self.student_pad_id)
-        labels = [np.concatenate([_unpredicted(example["labels"]) for example in row]) for row in rows]
+        labels = [np.concatenate([np.asarray(example["labels"], np.int64) for example in row]) for row in rows]
         batch["labels"] = pad_rows(labels, IGNORED)
+        batch["labels"][batch["position_ids"] == 0 if self.packed else np.s_[:, :1]] = IGNORED  # which nothing predicts
         batch["teachers"] = [self._teacher(rows, m, batch["input_ids"]) for m in range(len(self.teacher_pad_ids))]
         return batch
 
@@ -183,13 +180,6 @@ def keep_host(collator: Any, examples: Any) -> dict[str, Any]:
     batch = collator(examples)
     entries = [{key: one for key, one in entry.items() if key != "alignment"} for entry in batch["teachers"]]
     return {**batch, "teachers": entries, "host": OnHost(batch)}
-
-
-def _unpredicted(labels: Any) -> NDArray[np.int64]:
-    """Labels without the first: nothing predicts it."""
-    row = np.array(labels, np.int64)
-    row[:1] = IGNORED
-    return row
 
 
 def _pad_id(tokenizer: TokenizerLike, name: str) -> int:

@@ -128,9 +128,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     if chosen.config:
         given = [*_from_yaml(chosen.config, parser, given), *given]
     options, config, others = parser.parse_args_into_dataclasses(given)
-    options.loss_options = {
-        name: getattr(others, name) for name in loss_arguments() if getattr(others, name) is not None
-    }
+    options.loss_options = {name: one for name, one in vars(others).items() if name != "config" and one is not None}
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")

@@ -38,11 +38,6 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         Rows as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face.
     encoder : ExampleEncoder
 
-    Attributes
-    ----------
-    dropped : int
-        Rows of which nothing is trained on: empty, without a turn of the assistant, cut before it, ...
-
     Raises
     ------
     ValueError
@@ -51,6 +46,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
         self.dropped = 0
+        """Rows of which nothing is trained on: empty, without a turn of the assistant, cut before it, ..."""
         self._examples: list[dict[str, Any]] = []
         for examples in encoded(rows, encoder):
             self._examples += examples
@@ -150,7 +146,7 @@ def load_examples(
     train_on: str = "all",
     name_documents: bool = False,
 ) -> Dataset[dict[str, Any]]:
-    """Examples from files, or from the folder of an aligned corpus.
+    """Examples from files (EncodedDataset), or from the folder of an aligned corpus (AlignedExamples).
 
     Parameters
     ----------
@@ -159,10 +155,6 @@ def load_examples(
         has written, for one teacher.
     student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
         As for `ExampleEncoder`.
-
-    Returns
-    -------
-    EncodedDataset or AlignedExamples
 
     Raises
     ------

@@ -126,15 +126,12 @@ class ExampleEncoder:
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
         """Encodes rows, best some hundreds at a time; errors count them from `first_row`.
 
-        Returns
-        -------
-        list
-            For each row a list of examples: none if nothing of it is trained on, several if a long text was cut. An
-            example is a dict: ``student_ids`` int64 [T]; ``labels`` int64 [T], the ids where trained on, else -100,
-            unshifted; ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are
-            trained on, or of None and None if it reads the student's ids. With `name_documents` also ``document``, the
-            `document_digest` of the teacher's ids of the whole row, and ``first``, which of these the example's ids
-            begin at; special tokens that are put before a later part take the places of the tokens before it.
+        For each row a list of examples: none if nothing of it is trained on, several if a long text was cut. An example
+        is a dict: ``student_ids`` int64 [T]; ``labels`` int64 [T], the ids where trained on, else -100, unshifted;
+        ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are trained on, or of
+        None and None if it reads the student's ids. With `name_documents` also ``document``, the `document_digest` of
+        the teacher's ids of the whole row, and ``first``, which of these the example's ids begin at; special tokens
+        that are put before a later part take the places of the tokens before it.
 
         Raises ValueError if a row has none of the forms, or a template is missing or refuses it, saying which.
         """

@@ -123,9 +123,9 @@ class FiniteCheck:
     def check(self) -> None:
         """Raises ValueError if a loss was not finite, naming model and step; waits for the device."""
         found, self._found = self._found, None
-        if found is None or found[0] == 0:
+        step, total, *places = (0.0, 0.0) if found is None else found.cpu().tolist()
+        if step == 0:
             return
-        step, total, *places = found.tolist()
         where = "evaluation" if step < 0 else f"step {int(step)}"
         for name, sample, position in zip(self.names, places[::2], places[1::2], strict=False):
             if sample >= 0:

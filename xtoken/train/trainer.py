@@ -160,9 +160,8 @@ class XTokenTrainer(Trainer):
 
     def _scales_gradients(self) -> bool:
         """Whether DeepSpeed does, as it does for fp16."""
-        if not self.is_deepspeed_enabled:
-            return False
-        return bool(self.accelerator.state.deepspeed_plugin.deepspeed_config.get("fp16", {}).get("enabled", False))
+        config = self.accelerator.state.deepspeed_plugin.deepspeed_config if self.is_deepspeed_enabled else {}
+        return bool(config.get("fp16", {}).get("enabled", False))
 
     def _objectives(self) -> list[Teacher]:
         """The criterion's teachers, W on the student's device."""
@@ -384,10 +383,7 @@ class XTokenTrainer(Trainer):
         return self._collated(super().get_test_dataloader, *args, a_row_each=True, **kwargs)
 
     def _collated(self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, **kwargs: Any) -> Any:
-        """A dataloader with a collator that keeps batches on the host.
-
-        With `a_row_each` without packing, since repeated samples could not be told from the others of their row.
-        """
+        """A dataloader of batches that stay on the host; `a_row_each`: not packed, so that repeated samples can go."""
         given = collator = self.data_collator
         if a_row_each and self.accelerator.num_processes > 1 and isinstance(given, XTokenCollator) and given.packed:
             collator = copy.copy(given)
