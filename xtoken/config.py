@@ -48,6 +48,5 @@ def _cuda_kernels() -> str:
 def show_config() -> None:
     """Prints version, compiler, instruction sets, and whether CUDA is there and why not."""
     facts = config()
-    width = max(map(len, facts))
     for name, value in facts.items():
-        print(f"{name:<{width}}  {value}")
+        print(f"{name:<{max(map(len, facts))}}  {value}")

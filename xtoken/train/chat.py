@@ -252,10 +252,9 @@ def _with_parts(places: Sequence[Place], conversation: Conversation) -> list[Pla
 
 def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Place]:
     """Places of pieces; `parts` are the texts around the markers, at even places, and the pieces' numbers between."""
-    places: list[Place] = []
-    seen: set[int] = set()
+    places: dict[int, Place] = {}
     if not text.startswith(parts[0]):
-        return places
+        return []
     at = len(parts[0])
     for k in range(1, len(parts), 2):
         number, behind, is_last = int(parts[k]), parts[k + 1], k + 2 == len(parts)
@@ -267,11 +266,9 @@ def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Plac
             next_start = end + len(behind)
             if end < at or not behind or not text.startswith(behind, end):
                 break
-        if number not in seen:  # a template may repeat itself; the first time counts
-            seen.add(number)
-            places.append(Place(number, at, end, next_start, is_verbatim))
+        places.setdefault(number, Place(number, at, end, next_start, is_verbatim))  # the first, if it repeats itself
         at = next_start
-    return places
+    return list(places.values())
 
 
 def _with_tags(text: str, places: Sequence[Place], reasoning: set[int]) -> list[Place]:

@@ -121,9 +121,9 @@ class AlignedExamples(Dataset[dict[str, Any]]):
             np.concatenate([prefix, document[f"{side}_ids"].numpy()])
             for prefix, side in zip(self.prefixes, ("student", "teacher"), strict=True)
         ]
-        teacher: dict[str, Any] = {}
+        named: dict[str, Any] = {}
         if self.name_documents:
-            teacher = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
+            named = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
         limits = [len(row) if limit is None else limit for row, limit in zip(ids, self.limits, strict=True)]
         if any(len(row) > limit for row, limit in zip(ids, limits, strict=True)):
             spans = spans[(spans[:, 1] <= limits[0]) & (spans[:, 3] <= limits[1])]
@@ -132,7 +132,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         labels = ids[0].copy()
         labels[: max(1, len(self.prefixes[0]))] = IGNORED
         spans = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
-        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **teacher}]}
+        return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **named}]}
 
 
 def load_examples(

@@ -248,9 +248,9 @@ class ExampleEncoder:
         for first, last in windows:
             before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]
             start = first - np.array([len(one) for one in before])
-            trained = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
-            trained[:1] = IGNORED
-            if not (trained != IGNORED).any():
+            targets = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
+            targets[:1] = IGNORED
+            if not (targets != IGNORED).any():
                 continue
             ids = [np.concatenate([before[m], row[first[m] : last[m]]]) for m, row in enumerate(rows)]
             entries: list[dict[str, Any]] = [{"ids": None, "spans": None}]  # for those who read the student's ids
@@ -260,7 +260,7 @@ class ExampleEncoder:
                 entry.update(document=document, first=at)
             own = iter(entries[1:])
             teachers = [dict(entries[0]) if one is None else next(own) for one in self.teachers]
-            examples.append({"student_ids": ids[0], "labels": trained, "teachers": teachers})
+            examples.append({"student_ids": ids[0], "labels": targets, "teachers": teachers})
         return examples
 
 

@@ -38,8 +38,7 @@ class Meter:
         self.weights = torch.tensor(list(weights), dtype=torch.float64)
         self.steps = 0
         self.tokens = 0
-        self.scale: Tensor | float = math.nan
-        """The factor of the last call."""
+        self.scale: Tensor | float = math.nan  # of the last call
         count = len(names)
         # ce; and for each teacher kd, chunks, and of those calls that have diagnoses the chunks and the sums over them.
         self._sizes = [1, count, count, count, len(DIAGNOSES) * count]
@@ -71,8 +70,7 @@ class Meter:
         """
         sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
         ce, kd, chunks, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
-        steps = max(self.steps, 1)
-        count = len(self.names)
+        steps, count = max(self.steps, 1), len(self.names)
         by = torch.full((1 + count,), steps) if divisors is None else torch.as_tensor(divisors).cpu()
         means = torch.cat([ce, kd]) / by.clamp_min(1)
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}

@@ -49,16 +49,13 @@ def plot_curves(history: Sequence[dict[str, Any]], folder: str | os.PathLike[str
 
 def _curves(history: Sequence[dict[str, Any]], prefix: str) -> list[tuple[str, list[float], list[float]]]:
     """Each metric that is the prefix, of a teacher (``prefix/name``), or begins with a prefix that ends in ``_``."""
-
-    def wanted(key: str) -> bool:
+    curves = []
+    for key in dict.fromkeys(key for entry in history for key in entry):
         base = key.removeprefix("eval_")
-        return base.split("/")[0] == prefix or (prefix.endswith("_") and base.startswith(prefix))
-
-    keys = dict.fromkeys(key for entry in history for key in entry if wanted(key))
-    return [
-        (key, [entry["step"] for entry in history if key in entry], [entry[key] for entry in history if key in entry])
-        for key in keys
-    ]
+        if base.split("/")[0] == prefix or (prefix.endswith("_") and base.startswith(prefix)):
+            known = [entry for entry in history if key in entry]
+            curves.append((key, [entry["step"] for entry in known], [entry[key] for entry in known]))
+    return curves
 
 
 class PlotCallback(TrainerCallback):

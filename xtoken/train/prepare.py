@@ -21,9 +21,8 @@ Folder: TypeAlias = "str | os.PathLike[str] | None"
 
 def cache_folder() -> Path:
     """``$XTOKEN_CACHE``, else ``xtoken`` in the user's cache folder."""
-    given = os.environ.get("XTOKEN_CACHE")
     base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(given) if given else Path(base) / "xtoken"
+    return Path(os.environ.get("XTOKEN_CACHE") or Path(base) / "xtoken")
 
 
 def cached_projection(

@@ -16,9 +16,6 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadde
 from .chat import ChatTemplate
 from .example import Example, Ints
 
-END_ROLES = ("end_of_turn", "eos")
-"""Roles of the tokens that end a turn."""
-
 
 class Tokens(NamedTuple):
     """The tokens of B examples on one side, one example after the other.
@@ -86,7 +83,7 @@ class Reader:
         """The special tokens that the tokenizer puts before a text, such as BOS."""
         self.end_id = self.vocabulary.roles.get("eos")
         self.is_end = np.zeros(len(self.tokens), bool)
-        self.is_end[[self.vocabulary.roles[role] for role in END_ROLES if role in self.vocabulary.roles]] = True
+        self.is_end[[i for role, i in self.vocabulary.roles.items() if role in ("end_of_turn", "eos")]] = True
 
     @cached_property
     def template(self) -> ChatTemplate:

@@ -465,9 +465,8 @@ class XTokenTrainer(Trainer):
         if not path.exists():
             return
         state, metadata = _STATE.load(path, lambda *found: found)
-        scale = metadata.get("scale")
-        self._last_scale.fill_(float(scale or 0.0))
-        self._scale_is_known = bool(scale)
+        self._last_scale.fill_(float(metadata.get("scale", 0.0)))
+        self._scale_is_known = "scale" in metadata
         moments = {name.removeprefix(_MOMENTS): state.pop(name) for name in list(state) if name.startswith(_MOMENTS)}
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:
