@@ -28,10 +28,7 @@ class CachedExamples(Dataset[dict[str, Any]]):
     caches : sequence of TeacherCache or None
         One for each teacher; None for one that runs along.
 
-    Raises
-    ------
-    ValueError
-        If there are more or fewer caches than an example has teachers.
+    Raises ValueError if there are more or fewer caches than an example has teachers.
     """
 
     def __init__(self, examples: Dataset[dict[str, Any]], caches: Sequence[TeacherCache | None]) -> None:

@@ -20,17 +20,14 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary
 def pack(examples: Sequence[Mapping[str, Any]], max_length: int) -> list[list[int]]:
     """Examples that share a row: best fit, longest first.
 
+    Numbers of the examples of each row, in increasing order; the rows in the order of their first example.
+
     Parameters
     ----------
     examples : sequence of encoded examples
         As `xtoken.train.ExampleEncoder` makes them.
     max_length : int
         Most student tokens of a row; one longer example has a row of its own.
-
-    Returns
-    -------
-    list of list of int
-        Numbers of the examples of each row, in increasing order; the rows in the order of their first example.
     """
     lengths = [len(example["student_ids"]) for example in examples]
     rows: list[list[int]] = []
@@ -61,11 +58,8 @@ class XTokenCollator:
     max_length : int, optional
         Required with `packed`.
 
-    Raises
-    ------
-    ValueError
-        If a tokenizer has neither a pad nor an end token, saying which; for `packed` without `max_length`, or with
-        torch before 2.6, where transformers does not keep the examples of a row apart.
+    Raises ValueError if a tokenizer has neither a pad nor an end token, saying which; for `packed` without
+    `max_length`, or with torch before 2.6, where transformers does not keep the examples of a row apart.
 
     Examples
     --------

@@ -35,10 +35,8 @@ class XTokenConfig(TrainingArguments):
     loss_backend : str
         See `xtoken.select_backend`.
 
-    Raises
-    ------
-    ValueError
-        For unknown choices, and for ``remove_unused_columns=True``, which would drop the teachers' inputs.
+    Raises ValueError for unknown choices, and for ``remove_unused_columns=True``, which would drop the teachers'
+    inputs.
 
     Notes
     -----

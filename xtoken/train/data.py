@@ -38,10 +38,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         Rows as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face.
     encoder : ExampleEncoder
 
-    Raises
-    ------
-    ValueError
-        If a row has none of the forms, or if nothing is left.
+    Raises ValueError if a row has none of the forms, or if nothing is left.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
@@ -85,10 +82,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
     max_length, max_teacher_length, name_documents : optional
         As for `ExampleEncoder`. A document that the corpus has cut short is not the one that a teacher cache holds.
 
-    Raises
-    ------
-    ValueError, FileNotFoundError, ImportError
-        As `AlignedDataset`.
+    Raises what `AlignedDataset` does.
     """
 
     def __init__(
@@ -156,12 +150,8 @@ def load_examples(
     student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
         As for `ExampleEncoder`.
 
-    Raises
-    ------
-    ValueError
-        For broken rows, with file and row; for an aligned corpus with more than one teacher or other files.
-    FileNotFoundError
-        If a path matches no file.
+    Raises ValueError for broken rows, with file and row; for an aligned corpus with more than one teacher or other
+    files; FileNotFoundError if a path matches no file.
     """
     shared: dict[str, Any] = {
         "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,

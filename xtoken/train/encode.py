@@ -65,10 +65,7 @@ class ExampleEncoder:
     name_documents : bool
         Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
 
-    Raises
-    ------
-    ValueError
-        For unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
+    Raises ValueError for unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
 
     Notes
     -----

@@ -34,6 +34,9 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
+    The tokenizer has a pad token: if it brings none, its end token, and if it has none either, the token 0. Padding is
+    masked everywhere, so it does not matter which.
+
     Parameters
     ----------
     source : path or str
@@ -48,20 +51,8 @@ def load_model(
         Whether a process may get only its share of the weights where FSDP (``cpu_ram_efficient_loading``) or DeepSpeed
         (ZeRO-3) are switched on. That is for the model that they train; a teacher is needed whole.
 
-    Returns
-    -------
-    model, tokenizer
-        The tokenizer has a pad token: if it brings none, its end token, and if it has none either, the token 0.
-        Padding is masked everywhere, so it does not matter which.
-
-    Raises
-    ------
-    ValueError
-        If the output layer is narrower than the tokenizer; see `check_head`.
-    FileNotFoundError
-        If a GGUF file does not exist.
-    OSError
-        If there is no such model, naming it.
+    Raises ValueError if the output layer is narrower than the tokenizer; see `check_head`; FileNotFoundError if a GGUF
+    file does not exist; OSError if there is no such model, naming it.
     """
     import transformers
     from transformers import AutoModelForCausalLM
@@ -162,10 +153,7 @@ class TeacherModel:
     device : torch.device, optional
         Where the model computes. Default: with the student, unless the model is spread by a device map.
 
-    Raises
-    ------
-    ValueError
-        If the model's output layer is narrower than the tokenizer.
+    Raises ValueError if the model's output layer is narrower than the tokenizer.
     """
 
     def __init__(
