@@ -6,9 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from . import _core
@@ -63,7 +61,7 @@ class PieceIndex:
         self.data = torch.as_tensor(data, dtype=torch.int32).contiguous()
         self.metadata = dict(metadata or {})
         _core.check_piece_index(self.data.cpu().numpy())
-        students, teachers, self.events, *_ = self.data[:HEAD].tolist()
+        students, teachers, self.events = self.data[:3].tolist()
         self.shape = (students, teachers)
         self.student, self.teacher = sides(self.data)
 
@@ -98,14 +96,9 @@ class PieceIndex:
         """
         student = Vocabulary.from_tokenizer(student_tok)
         teacher = Vocabulary.from_tokenizer(teacher_tok)
-        student_partner, teacher_partner = _core.partners(student._core, teacher._core)
-        data = _core.build_piece_index(
-            student._core,
-            teacher._core,
-            *_pieces(student, teacher, student_partner),
-            *_pieces(teacher, student, teacher_partner),
-        )
-        return cls(data, fingerprints(student, teacher))
+        partners = _core.partners(student._core, teacher._core)
+        pieces = (*student.pieces(partners[0] < 0, teacher), *teacher.pieces(partners[1] < 0, student))
+        return cls(_core.build_piece_index(student._core, teacher._core, *pieces), fingerprints(student, teacher))
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
@@ -117,10 +110,7 @@ class PieceIndex:
 
     @classmethod
     def load(
-        cls,
-        path: str | os.PathLike[str],
-        student_tok: TokenizerLike = None,
-        teacher_tok: TokenizerLike = None,
+        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
     ) -> PieceIndex:
         """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
 
@@ -142,19 +132,9 @@ class PieceIndex:
         return f"PieceIndex({list(self.shape)}, events={self.events})"
 
 
-def _pieces(
-    vocabulary: Vocabulary, other: Vocabulary, partner: NDArray[np.int32]
-) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
-    """The text tokens without a partner, and their pieces under the other tokenizer."""
-    rows = np.flatnonzero((partner < 0) & vocabulary.is_text).astype(np.int32)
-    return rows, *other.encode_pieces([vocabulary[i] for i in rows.tolist()])
-
-
 def sides(data: Tensor) -> tuple[Side, Side]:
     """The student's and the teacher's part of `PieceIndex.data`."""
-    head = data[:HEAD].tolist()
-    parts = []
-    for size, pieces in zip(head[:2], head[3:], strict=True):
-        parts += [size, size, size, size + 1, pieces]
-    views = data[HEAD:].split(parts)
+    students, teachers, _, *pieces = data[:HEAD].tolist()
+    lengths = [[size, size, size, size + 1, n] for size, n in zip((students, teachers), pieces, strict=True)]
+    views = data[HEAD:].split(lengths[0] + lengths[1])
     return Side(*views[:5]), Side(*views[5:])

@@ -17,55 +17,31 @@ DOMINANT_WEIGHT = 0.6
 
 @dataclass(frozen=True)
 class Entries:
-    """The entries of W whose teacher token is in the column set.
+    """The entries of W whose teacher token is in the column set."""
 
-    Parameters
-    ----------
-    student : int64 [E]
-        Student ids, ascending.
-    column : int64 [E]
-        Positions in the column set.
-    weight : floating [E]
-    """
-
-    student: Tensor
-    column: Tensor
-    weight: Tensor
+    student: Tensor  # int64 [E], ids, ascending
+    column: Tensor  # int64 [E], positions in the column set
+    weight: Tensor  # floating [E]
 
 
 def restrict(projection: Any, columns: Tensor) -> Entries:
-    """The entries of W in the given columns; differentiable with respect to ``projection.weight``.
+    """The entries of W in columns int64 [C], on their device; differentiable with respect to ``projection.weight``.
 
-    Parameters
-    ----------
-    projection : ProjectionMatrix, or anything with its ``row_ptr``, ``col``, ``weight`` and ``shape``
-    columns : int64 [C]
-        Teacher ids; the entries go to their device.
+    `projection` is a ProjectionMatrix, or anything with its ``row_ptr``, ``col``, ``weight`` and ``shape``.
     """
     device = columns.device
     position = torch.full((projection.shape[1],), -1, dtype=torch.int64, device=device)
     position[columns] = torch.arange(len(columns), device=device)
     position = position[projection.col.to(device).long()]
     kept = (position >= 0).nonzero()[:, 0]
-    row_ptr = projection.row_ptr.to(device)
-    student = torch.searchsorted(row_ptr, kept, right=True) - 1
+    student = torch.searchsorted(projection.row_ptr.to(device), kept, right=True) - 1
     return Entries(student, position[kept], projection.weight.to(device)[kept])
 
 
 def project(p: Tensor, entries: Entries, size: int) -> Tensor:
-    """``p @ W[:, C]``: mass of each student token, moved to the teacher's columns.
+    """``p @ W[:, C]``: the mass p [K, V_student] of student tokens, moved to `size` teacher columns: [K, C].
 
-    Parameters
-    ----------
-    p : [K, V_student]
-    entries : Entries
-    size : int
-        Number of columns C.
-
-    Returns
-    -------
-    Tensor
-        [K, C]. On CUDA the order of additions is not fixed (atomics).
+    On CUDA the order of additions is not fixed (atomics).
     """
     rows = len(p)
     moved = p.gather(1, entries.student.expand(rows, -1)) * entries.weight.to(p.dtype)
@@ -73,43 +49,26 @@ def project(p: Tensor, entries: Entries, size: int) -> Tensor:
 
 
 def column_set(teacher_logits: Tensor, top_k: int | None) -> Tensor:
-    """The ``top_k`` columns with the largest maximum over all rows; lower ids first among equals.
+    """The `top_k` columns with the largest maximum over all rows of logits [..., V]; lower ids first among equals.
 
-    Parameters
-    ----------
-    teacher_logits : [..., V]
-        All rows, padding included.
-    top_k : int or None
-        None, or at least V: all columns.
-
-    Returns
-    -------
-    Tensor
-        int64 [min(top_k, V)], ascending.
+    int64 [min(top_k, V)], ascending; all columns for None.
     """
     width = teacher_logits.shape[-1]
-    if top_k is None or top_k >= width:
-        return torch.arange(width, device=teacher_logits.device)
-    if teacher_logits.numel() == 0:
-        return torch.arange(top_k, device=teacher_logits.device)
+    size = width if top_k is None else min(top_k, width)
+    if size == width or teacher_logits.numel() == 0:
+        return torch.arange(size, device=teacher_logits.device)
     maxima = teacher_logits.detach().amax(dim=tuple(range(teacher_logits.dim() - 1)))
-    return maxima.sort(descending=True, stable=True).indices[:top_k].sort().values
+    return maxima.sort(descending=True, stable=True).indices[:size].sort().values
 
 
 def common_pairs(projection: Any, min_weight: float) -> tuple[Tensor, Tensor]:
-    """The pairs (student token, teacher token) that W makes one to one.
+    """The pairs (student token, teacher token), int64 [P] twice, that W makes one to one; student ids ascend.
 
     A student token is paired with the teacher token of its row's largest weight, if that weight is at least
     ``min_weight``, such as `EXACT_WEIGHT` or `DOMINANT_WEIGHT`. Where several student tokens claim one teacher
     token, the largest weight wins, then the lowest student id.
-
-    Returns
-    -------
-    student, teacher : int64 [P]
-        Ascending in ``student``; no id occurs twice on either side.
     """
-    weight = projection.weight.detach()
-    row_ptr = projection.row_ptr
+    weight, row_ptr = projection.weight.detach(), projection.row_ptr
     student = torch.searchsorted(row_ptr, torch.arange(len(weight), device=row_ptr.device), right=True) - 1
     student, teacher, weight = _first_of_each(student, projection.col.long(), weight)
     keep = weight >= min_weight

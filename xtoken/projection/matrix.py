@@ -70,24 +70,17 @@ class ProjectionMatrix:
             kind = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
         self.kind = torch.as_tensor(kind, dtype=torch.uint8)
         self.metadata = dict(metadata or {})
-        self._check()
-
-    def _check(self) -> None:
-        rows, columns = self.shape
-        nnz = self.col.numel()
+        (rows, columns), nnz = self.shape, self.nnz
         if self.col.dim() != 1 or self.weight.shape != self.col.shape:
-            shapes = f"{list(self.weight.shape)} for {list(self.col.shape)}"
-            raise ValueError(f"weight: expected one weight an entry of col, got {shapes}")
+            got = f"{list(self.weight.shape)} for {list(self.col.shape)}"
+            raise ValueError(f"weight: expected one weight an entry of col, got {got}")
         if self.kind.shape != (rows,) or (rows and int(self.kind.max()) >= len(ROW_KINDS)):
             raise ValueError(f"kind: expected [{rows}] indices below {len(ROW_KINDS)}, got {list(self.kind.shape)}")
-        lengths = self.row_ptr.diff()
-        if int(self.row_ptr[0]) != 0 or int(self.row_ptr[-1]) != nnz or bool((lengths < 0).any()):
+        if int(self.row_ptr[0]) != 0 or int(self.row_ptr[-1]) != nnz or bool((self.row_ptr.diff() < 0).any()):
             raise ValueError(f"row_ptr: expected a non-decreasing sequence from 0 to {nnz}")
-        if nnz == 0:
-            return
-        if int(self.col.min()) < 0 or int(self.col.max()) >= columns:
-            given = f"{int(self.col.min())} to {int(self.col.max())}"
-            raise ValueError(f"col: expected teacher ids in [0, {columns}), got {given}")
+        if nnz and (int(self.col.min()) < 0 or int(self.col.max()) >= columns):
+            got = f"{int(self.col.min())} to {int(self.col.max())}"
+            raise ValueError(f"col: expected teacher ids in [0, {columns}), got {got}")
         row_of = self.row_index
         repeated = ((self.col.diff() <= 0) & (row_of.diff() == 0)).nonzero()
         if len(repeated):
@@ -152,15 +145,11 @@ class ProjectionMatrix:
         student = Vocabulary.from_tokenizer(student_tok)
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
-        pending = np.flatnonzero((image < 0) & student.is_text).astype(np.int32)
-        ptr, ids = teacher.encode_pieces([student[i] for i in pending.tolist()])
-        rows = _core.build_rows(image, pending, ptr, ids, len(teacher), beta, gamma, top_k)
+        rows = _core.build_rows(image, *student.pieces(image < 0, teacher), len(teacher), beta, gamma, top_k)
         if reverse:
-            reached = np.zeros(len(teacher), dtype=bool)
-            reached[rows[1]] = True
-            unreached = np.flatnonzero(~reached & teacher.is_text).astype(np.int32)
-            ptr, ids = student.encode_pieces([teacher[i] for i in unreached.tolist()])
-            rows = _core.add_reverse(*rows, unreached, ptr, ids, beta, gamma, top_k)
+            unreached = np.ones(len(teacher), dtype=bool)
+            unreached[rows[1]] = False
+            rows = _core.add_reverse(*rows, *teacher.pieces(unreached, student), beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
         metadata = {
             **fingerprints(student, teacher),
@@ -200,13 +189,7 @@ class ProjectionMatrix:
         return cls(row_ptr, indices[keep], weights[keep], teacher_vocab_size)
 
     def row(self, student_id: int) -> tuple[Tensor, Tensor]:
-        """Teacher ids (int32) and weights (float32) of one student token.
-
-        Raises
-        ------
-        ValueError
-            If the id is outside the student's vocabulary.
-        """
+        """Teacher ids (int32) and weights (float32) of one student token. ValueError if there is no such token."""
         if not 0 <= student_id < self.shape[0]:
             raise ValueError(f"student_id: expected an id in [0, {self.shape[0]}), got {student_id}")
         first, last = self.row_ptr[student_id : student_id + 2].tolist()
@@ -238,7 +221,7 @@ class ProjectionMatrix:
         It holds ``row_ptr``, ``col``, ``weight`` and ``kind``, and in its metadata the format version, the sizes, both
         fingerprints and the parameters of `build`.
         """
-        sizes = dict(zip(("student_vocab_size", "teacher_vocab_size"), map(str, self.shape), strict=True))
+        sizes = {"student_vocab_size": str(self.shape[0]), "teacher_vocab_size": str(self.shape[1])}
         _FILE.save(path, {name: getattr(self, name) for name in _TENSORS}, **self.metadata, **sizes)
 
     @classmethod
@@ -288,10 +271,7 @@ class ProjectionMatrix:
     def from_nemo(cls, path: str | os.PathLike[str], teacher_vocab_size: int) -> ProjectionMatrix:
         """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k]; no code in it is run.
 
-        Raises
-        ------
-        ValueError
-            If the file holds something else.
+        Raises ValueError if the file holds something else.
         """
         table = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(table, dict) or not {"indices", "likelihoods"} <= table.keys():
@@ -300,9 +280,9 @@ class ProjectionMatrix:
 
     def to_nemo(self, path: str | os.PathLike[str]) -> None:
         """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and weight 0."""
-        width = max(1, int(self.row_ptr.diff().max())) if self.shape[0] else 1
         row = self.row_index
         place = torch.arange(self.nnz) - self.row_ptr[row]
+        width = int(place.max()) + 1 if self.nnz else 1
         indices = torch.full((self.shape[0], width), -1, dtype=torch.int64)
         likelihoods = torch.zeros(self.shape[0], width)
         indices[row, place] = self.col.long()
@@ -316,8 +296,8 @@ class ProjectionMatrix:
 
     def __repr__(self) -> str:
         counts = dict(zip(ROW_KINDS, torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist(), strict=True))
-        names = ("exact", "role", "pieces", *(["given"] if counts["given"] else []), "none")
-        kinds = ", ".join(f"{name}={counts[name]}" for name in names)
+        names = ("exact", "role", "pieces", "given", "none")
+        kinds = ", ".join(f"{name}={counts[name]}" for name in names if counts[name] or name != "given")
         return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
 
 
@@ -357,11 +337,10 @@ class LearnableProjection(nn.Module):
     @property
     def weight(self) -> Tensor:
         """float32 [nnz], differentiable with respect to ``logits``."""
-        rows = self.shape[0]
-        top = self.logits.detach().new_full((rows,), -torch.inf)
-        top = top.scatter_reduce(0, self.row_index, self.logits.detach(), "amax")
-        mass = (self.logits - top[self.row_index]).exp()
-        return mass / mass.new_zeros(rows).index_add(0, self.row_index, mass)[self.row_index]
+        row, logits = self.row_index, self.logits.detach()
+        top = logits.new_full((self.shape[0],), -torch.inf).scatter_reduce(0, row, logits, "amax")
+        mass = (self.logits - top[row]).exp()
+        return mass / mass.new_zeros(self.shape[0]).index_add(0, row, mass)[row]
 
     def projection(self) -> ProjectionMatrix:
         """The matrix with the present weights, to save or to use without training."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -73,8 +74,7 @@ class Vocabulary:
             if not isinstance(token, bytes):
                 raise TypeError(f"tokens: expected bytes, got {type(token).__name__} at position {i}")
         given = {role: int(i) for role, i in (roles or {}).items() if i is not None}
-        order = {role: i for i, role in enumerate(ROLES)}
-        self.roles = dict(sorted(given.items(), key=lambda item: order.get(item[0], len(order))))
+        self.roles = {role: given.pop(role) for role in ROLES if role in given} | given
         if kinds is None:
             special = set(self.roles.values())
             kinds = ["special" if i in special else "normal" for i in range(len(tokens))]
@@ -119,30 +119,27 @@ class Vocabulary:
                 "tokenizer: expected a transformers fast tokenizer, a tokenizers.Tokenizer, a path or a Hub id, got "
                 f"{type(tokenizer).__name__}; slow tokenizers have no fast backend to read, load with use_fast=True"
             )
-        base = backend.get_vocab(with_added_tokens=False)
-        added_tokens = backend.get_added_tokens_decoder()
+        base, added_tokens = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
         size = max([*base.values(), *added_tokens], default=-1) + 1
         tokens: list[bytes] = [b""] * size
-        kinds = np.full(size, TOKEN_KINDS.index("unused"), dtype=np.uint8)
+        kinds = ["unused"] * size
         family, texts, are_bytes = families.spell(backend, list(base))
         for i, text, is_byte in zip(base.values(), texts, are_bytes, strict=True):
-            tokens[i] = text
-            kinds[i] = TOKEN_KINDS.index("byte" if is_byte else "normal")
+            tokens[i], kinds[i] = text, "byte" if is_byte else "normal"
         special: dict[str, int] = {}
-        for i, added in added_tokens.items():
-            if added.special:
-                tokens[i] = added.content.encode()
-                kinds[i] = TOKEN_KINDS.index("unused" if RESERVED.search(added.content) else "special")
-                special[added.content] = i
-            elif base.get(added.content) != i:  # otherwise it is spelled like the rest of the vocabulary
-                tokens[i] = added.content.encode()
-                kinds[i] = TOKEN_KINDS.index("normal")
         if family.lists_special:
-            listed = {name: base[name] for names in ROLES.values() for name in names if name in base}
-            special = {**listed, **special}
+            special = {name: base[name] for names in ROLES.values() for name in names if name in base}
+        for i, added in added_tokens.items():
+            if not added.special and base.get(added.content) == i:
+                continue  # it is spelled like the rest of the vocabulary
+            tokens[i], kinds[i] = added.content.encode(), "normal"
+            if added.special:
+                kinds[i] = "unused" if RESERVED.search(added.content) else "special"
+                special[added.content] = i
         roles = find_roles(tokenizer, special)
-        kinds[list(roles.values())] = TOKEN_KINDS.index("special")
-        return cls(tokens, kinds.tolist(), roles, tokenizer=backend)
+        for i in roles.values():
+            kinds[i] = "special"
+        return cls(tokens, kinds, roles, tokenizer=backend)
 
     def __len__(self) -> int:
         """Number of ids, holes included: the largest id plus one."""
@@ -182,9 +179,15 @@ class Vocabulary:
         ids : int32
         """
         rows = self._encoder(texts)
-        ptr = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=ptr[1:])
-        return ptr, np.fromiter((i for row in rows for i in row), dtype=np.int32, count=int(ptr[-1]))
+        ptr = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+        return ptr, np.fromiter(itertools.chain.from_iterable(rows), dtype=np.int32, count=int(ptr[-1]))
+
+    def pieces(
+        self, wanted: NDArray[np.bool_], other: Vocabulary
+    ) -> tuple[NDArray[np.int32], NDArray[np.int64], NDArray[np.int32]]:
+        """The text tokens among those that `wanted` [V] names, int32, and their pieces: ``other.encode_pieces``."""
+        tokens = np.flatnonzero(wanted & self.is_text).astype(np.int32)
+        return tokens, *other.encode_pieces([self[i] for i in tokens.tolist()])
 
     @cached_property
     def _encoder(self) -> Callable[[Sequence[bytes]], list[list[int]]]:
