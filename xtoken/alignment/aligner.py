@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import numpy as np
@@ -76,12 +77,9 @@ class Aligner:
         self.fold_space_punctuation = fold_space_punctuation
         self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "_core"}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._core = _core.Aligner(self.student._core, self.teacher._core, self.fold_space_punctuation)
+    def __reduce__(self) -> tuple[Any, ...]:
+        settings = {name: getattr(self, name) for name in ("fold_space_punctuation", "cell_budget", "num_threads")}
+        return functools.partial(Aligner, self.student, self.teacher, self.method, **settings), ()
 
     def __repr__(self) -> str:
         fold = ", fold_space_punctuation=True" if self.fold_space_punctuation else ""
@@ -117,25 +115,23 @@ class Aligner:
         -----
         Releases the GIL; samples are spread over `num_threads` threads; the result does not depend on their number.
         """
+        return self._align(student_ids, teacher_ids, student_mask, teacher_mask)[0]
+
+    def _align(
+        self, student_ids: Any, teacher_ids: Any, student_mask: Any, teacher_mask: Any
+    ) -> tuple[Alignment, _Batch, _Batch]:
         student = _Batch(student_ids, student_mask, "student")
         teacher = _Batch(teacher_ids, teacher_mask, "teacher")
-        return self._align(student, teacher)
-
-    def _align(self, student: _Batch, teacher: _Batch) -> Alignment:
         if student.is_batch != teacher.is_batch:
             raise ValueError("teacher_ids: expected one sample or a batch, as student_ids is, got the other")
         spans, offsets, predicted, optimal = self._core.align(
             student.rows, student.masks, teacher.rows, teacher.masks,
             _core.AlignMethod[self.method], self.cell_budget, self.num_threads,
         )  # fmt: skip
-        return Alignment._trusted(
-            spans=torch.from_numpy(spans),
-            offsets=torch.from_numpy(offsets),
-            batched=student.is_batch,
-            _ids={"student": student.ids, "teacher": teacher.ids},
-            optimal=torch.from_numpy(optimal),
-            predicted=torch.from_numpy(predicted),
-        )
+        arrays = {"spans": spans, "offsets": offsets, "optimal": optimal, "predicted": predicted}
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        ids = {"student": student.ids, "teacher": teacher.ids}
+        return Alignment._trusted(**tensors, batched=student.is_batch, _ids=ids), student, teacher
 
     def truncate(
         self,
@@ -172,27 +168,23 @@ class Aligner:
         limits = (max_student_length, max_teacher_length)
         if min(limits) < 0:
             raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
-        student = _Batch(student_ids, student_mask, "student")
-        teacher = _Batch(teacher_ids, teacher_mask, "teacher")
-        whole = self._align(student, teacher)
-        lengths = torch.tensor([[len(row) for row in side.rows] for side in (student, teacher)], dtype=torch.int64).T
+        whole, *batches = self._align(student_ids, teacher_ids, student_mask, teacher_mask)
+        lengths = torch.tensor([[len(row) for row in side.rows] for side in batches], dtype=torch.int64).T
         fits = (lengths <= torch.tensor(limits)).all(dim=1)
-        sample = whole.sample_index
-        kept = fits[sample] | (whole.spans[:, 1::2] <= torch.tensor(limits)).all(dim=1)
-        ends = torch.zeros_like(lengths)
-        place = sample[kept, None].expand(-1, 2)
-        ends.scatter_reduce_(0, place, whole.spans[kept][:, 1::2].long(), "amax")
-        ends = torch.where(fits[:, None], lengths, ends)
-        sides: list[Tensor | list[NDArray[np.int64]]] = []
-        for batch, cut in ((student, ends[:, 0]), (teacher, ends[:, 1])):
-            rows = [row[:n] for row, n in zip(batch.rows, cut.tolist(), strict=True)]
-            sides.append(rows if whole.batched else torch.from_numpy(rows[0]))
+        sample, ends = whole.sample_index, whole.spans[:, 1::2].long()
+        kept = fits[sample] | (ends <= torch.tensor(limits)).all(dim=1)
+        cuts = torch.zeros_like(lengths).scatter_reduce(0, sample[kept, None].expand(-1, 2), ends[kept], "amax")
+        cuts = torch.where(fits[:, None], lengths, cuts)
+        ids: dict[str, Any] = {}
+        for name, side, cut in zip(("student", "teacher"), batches, cuts.T.tolist(), strict=True):
+            rows = [row[:n] for row, n in zip(side.rows, cut, strict=True)]
+            ids[name] = rows if whole.batched else torch.from_numpy(rows[0])
         counts = torch.bincount(sample[kept], minlength=len(whole))
         return Alignment._trusted(
             spans=whole.spans[kept],
             offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
             batched=whole.batched,
-            _ids={"student": sides[0], "teacher": sides[1]},
+            _ids=ids,
             optimal=whole.optimal,
             predicted=whole.predicted[kept],
         )
@@ -202,33 +194,29 @@ class _Batch:
     """The ids and the masks of one side, one array a sample; they view the caller's memory where it allows."""
 
     def __init__(self, ids: Any, mask: Any, side: str) -> None:
-        name = f"{side}_ids"
-        self.rows: list[NDArray[np.int64]]
-        self.rows, whole = _rows(ids, name, torch.int64)
+        self.rows, whole = _rows(ids, f"{side}_ids", torch.int64)
         self.is_batch = whole is None or whole.dim() == 2
         self.ids: Tensor | list[NDArray[np.int64]] = self.rows if whole is None else whole
-        self.masks: list[NDArray[np.uint8]] | None = None
-        if mask is not None:
-            self.masks, _ = _rows(mask, f"{side}_mask", torch.uint8)
+        self.masks = None if mask is None else _rows(mask, f"{side}_mask", torch.uint8)[0]
 
 
 def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]], Tensor | None]:
     """The samples of `value`, each a contiguous array, and the tensor [T] or [B, T] that they view, if there is one."""
     if isinstance(value, Ragged):
         return value.rows(), None
-    allow_bool = dtype == torch.uint8
+    is_mask = dtype == torch.uint8
+
+    def array(row: Any) -> NDArray[Any]:
+        if type(row) is np.ndarray and row.dtype == (np.uint8 if is_mask else np.int64):
+            return np.ascontiguousarray(row)
+        return int_tensor(row, name, dtype, allow_bool=is_mask).cpu().contiguous().numpy()
+
     if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
-        wanted = np.dtype(np.uint8 if allow_bool else np.int64)
-        rows = [
-            np.ascontiguousarray(row)
-            if type(row) is np.ndarray and row.dtype == wanted
-            else int_tensor(row, name, dtype, allow_bool).cpu().contiguous().numpy()
-            for row in value
-        ]
+        rows = [array(row) for row in value]
         if any(row.ndim != 1 for row in rows):
             raise ValueError(f"{name}: expected one dimension a sample")
         return rows, None
-    tensor = int_tensor(value, name, dtype, allow_bool).cpu().contiguous()
+    tensor = int_tensor(value, name, dtype, allow_bool=is_mask).cpu().contiguous()
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
     return list(tensor.reshape(1, -1).numpy() if tensor.dim() == 1 else tensor.numpy()), tensor

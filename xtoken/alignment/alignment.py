@@ -76,12 +76,11 @@ class Alignment:
             self.spans = self.spans.reshape(0, 4)
         if self.spans.dim() != 2 or self.spans.shape[1] != 4:
             raise ValueError(f"spans: expected shape [K, 4], got {list(self.spans.shape)}")
-        device = self.spans.device
-        count = self.spans.shape[0]
+        count = self.num_chunks
         self.batched = offsets is not None
-        if offsets is None:
-            offsets = torch.tensor([0, count], device=device)
-        self.offsets = int_tensor(offsets, "offsets", torch.int64).to(device)
+        self.offsets = int_tensor([0, count] if offsets is None else offsets, "offsets", torch.int64).to(
+            self.spans.device
+        )
         if self.offsets.dim() != 1 or self.offsets.numel() == 0:
             raise ValueError(f"offsets: expected shape [B + 1], got {list(self.offsets.shape)}")
         bounds = self.offsets.tolist()
@@ -89,28 +88,23 @@ class Alignment:
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
         self._check_order()
         self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
-            "student": self._check_ids(student_ids, "student_ids"),
-            "teacher": self._check_ids(teacher_ids, "teacher_ids"),
+            side: None if ids is None else self._check_ids(ids, f"{side}_ids")
+            for side, ids in (("student", student_ids), ("teacher", teacher_ids))
         }
-        self.optimal = self._flags(optimal, "optimal", len(self))
+        self.optimal = self._flags(torch.ones(len(self)) if optimal is None else optimal, "optimal", len(self))
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
         self.predicted = self._flags(predicted, "predicted", count)
 
     def _flags(self, value: Any, name: str, count: int) -> Tensor:
-        if value is None:
-            return torch.ones(count, dtype=torch.bool, device=self.spans.device)
         flags = torch.as_tensor(value, dtype=torch.bool, device=self.spans.device)
         if flags.shape != (count,):
             raise ValueError(f"{name}: expected shape [{count}], got {list(flags.shape)}")
         return flags
 
-    def _check_ids(self, value: Any, name: str) -> Tensor | None:
-        if value is None:
-            return None
+    def _check_ids(self, value: Any, name: str) -> Tensor:
         ids = int_tensor(value, name, torch.int64).to(self.spans.device)
-        expected = 2 if self.batched else 1
-        if ids.dim() != expected or (self.batched and ids.shape[0] != len(self)):
+        if ids.dim() != 1 + self.batched or (self.batched and ids.shape[0] != len(self)):
             shape = f"[{len(self)}, T]" if self.batched else "[T]"
             raise ValueError(f"{name}: expected shape {shape}, got {list(ids.shape)}")
         return ids
@@ -119,9 +113,7 @@ class Alignment:
         spans = self.spans.long()
         starts, ends = spans[:, 0::2], spans[:, 1::2]
         bad = ((starts < 0) | (ends <= starts)).any(dim=1)
-        if len(spans) > 1:
-            same_sample = self.sample_index[1:] == self.sample_index[:-1]
-            bad[1:] |= same_sample & (starts[1:] < ends[:-1]).any(dim=1)
+        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
         if bool(bad.any()):
             k = int(bad.nonzero()[0])
             raise ValueError(
@@ -180,10 +172,8 @@ class Alignment:
         fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         ids = zip(("student", "teacher"), self._both_ids(), strict=True)
         fields["_ids"] = {side: one if one is None else one.to(device) for side, one in ids}
-        fields["_host"] = fields["_flat"] = None
-        if device.type != "cpu":
-            fields["_host"] = self.host
-            fields["_flat"] = self.host._flatten(ids=True).to(device)
+        fields["_host"] = host = None if device.type == "cpu" else self.host
+        fields["_flat"] = None if host is None else host._flatten(ids=True).to(device)
         return Alignment._trusted(**fields)
 
     @property
@@ -228,14 +218,13 @@ class Alignment:
         Tensor
             int64 [B, length], or [length] for one sample. Indices count chunks of the whole batch, as `spans` does.
         """
-        first = {"student": 0, "teacher": 2}.get(side)
-        if first is None:
+        if side not in ("student", "teacher"):
             raise ValueError(f"side: expected 'student' or 'teacher', got {side!r}")
-        starts, ends = self.spans[:, first].long(), self.spans[:, first + 1].long()
-        ids = self.student_ids if side == "student" else self.teacher_ids
+        starts, ends = self.spans.long().T[:2] if side == "student" else self.spans.long().T[2:]
+        ids = self._padded_ids(side)
         needed = int(ends.max()) if len(ends) else 0
         if length is None:
-            length = ids.shape[-1] if ids is not None else needed
+            length = needed if ids is None else ids.shape[-1]
         if length < needed:
             raise ValueError(f"length: chunks reach token {needed}, got {length}")
         lengths = ends - starts
@@ -308,13 +297,10 @@ class Alignment:
         ValueError
             If the alignment carries no token ids.
         """
-        if self.student_ids is None or self.teacher_ids is None:
-            raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
         one = self.slice(sample)
-        student, teacher = (
-            shown_tokens(tokenizer, ids.reshape(len(self), -1)[sample])
-            for tokenizer, ids in ((student_tok, self.student_ids), (teacher_tok, self.teacher_ids))
-        )
+        if one.student_ids is None or one.teacher_ids is None:
+            raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
+        student, teacher = shown_tokens(student_tok, one.student_ids[0]), shown_tokens(teacher_tok, one.teacher_ids[0])
         return two_lines(one.spans.tolist(), student, teacher, color, width)
 
     def __repr__(self) -> str:
@@ -339,8 +325,7 @@ class Ragged(NamedTuple):
     @staticmethod
     def of(rows: Sequence[NDArray[np.int64]]) -> Ragged:
         """The rows, copied one behind the other."""
-        offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-        np.cumsum([len(row) for row in rows], out=offsets[1:])
+        offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return Ragged(np.concatenate(rows) if rows else np.zeros(0, np.int64), offsets)
 
     def rows(self) -> list[NDArray[np.int64]]:

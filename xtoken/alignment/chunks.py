@@ -12,19 +12,12 @@ from xtoken.alignment.alignment import Alignment, predictable
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a logits matrix [N, V] that predict each chunk: ``start[k] ... start[k] + count[k] - 1``.
+    """The rows of a logits matrix [N, V] that predict each chunk: ``start[k] ... start[k] + count[k] - 1``."""
 
-    Parameters
-    ----------
-    start, count : int64 [K]
-        ``count`` is at least 1.
-    next_ids : int64 [N], optional
-        The token that each row predicts, as realised in the text; -1 where there is none.
-    """
-
-    start: Tensor
-    count: Tensor
+    start: Tensor  # int64 [K]
+    count: Tensor  # int64 [K], at least 1
     next_ids: Tensor | None = None
+    """int64 [N]: the token that each row predicts, as realised in the text; -1 where there is none."""
 
     def index(self) -> Tensor:
         """int64 [R]: the rows of all chunks, chunk by chunk."""
@@ -36,9 +29,13 @@ class Rows:
         """int64 [R]: the chunk of each row of `index`."""
         return torch.repeat_interleave(torch.arange(len(self.count), device=self.count.device), self.count)
 
+    def chosen(self, chunks: Tensor | slice) -> Rows:
+        """Some of the chunks, by index, mask or range."""
+        return replace(self, start=self.start[chunks], count=self.count[chunks])
+
     def block(self, start: int, stop: int) -> tuple[Rows, Tensor]:
         """Chunks ``start ... stop - 1`` for a matrix of only their rows, and those rows' indices [R]."""
-        part = Rows(self.start[start:stop], self.count[start:stop])
+        part = self.chosen(slice(start, stop))
         index = part.index()
         next_ids = None if self.next_ids is None else self.next_ids[index]
         return Rows(part.count.cumsum(0) - part.count, part.count, next_ids), index
@@ -66,24 +63,15 @@ class Rows:
 
 @dataclass(frozen=True)
 class Chunks:
-    """Predictor rows of the chunks that a loss uses.
-
-    Parameters
-    ----------
-    student, teacher : Rows
-    used : int64 [K]
-        The chunks' indices in the alignment.
-    mask : bool [K], optional
-        The chunks that count, where only a device knows which; the others have row -1 and no count. Default: all.
-    copy : Chunks, optional
-        The same chunks on the CPU (without mask), for those on another device.
-    """
+    """Predictor rows of the chunks that a loss uses."""
 
     student: Rows
     teacher: Rows
-    used: Tensor
+    used: Tensor  # int64 [K], the chunks' indices in the alignment
     mask: Tensor | None = None
+    """bool [K]: the chunks that count, where only a device knows which; the others have row -1 and no count."""
     copy: Chunks | None = None
+    """The same chunks on the CPU (without mask), for those on another device."""
 
     def __len__(self) -> int:
         return len(self.used)
@@ -108,8 +96,7 @@ class Chunks:
         if self.mask is None:
             return self, torch.arange(len(self), device=self.used.device)
         index = self.mask.nonzero()[:, 0]
-        student, teacher = (replace(side, start=side.start[index], count=side.count[index])
-                            for side in (self.student, self.teacher))  # fmt: skip
+        student, teacher = (side.chosen(index) for side in (self.student, self.teacher))
         return Chunks(student, teacher, self.used[index]), index
 
     def check_ids(self, sizes: tuple[int, int], several: bool = True) -> None:
@@ -121,7 +108,7 @@ class Chunks:
         is_looked_at = (host.student.count > 1) | (host.teacher.count > 1) if several else host.student.count > 0
         for name, rows, size in zip(("student", "teacher"), (host.student, host.teacher), sizes, strict=True):
             assert rows.next_ids is not None
-            ids = rows.next_ids[Rows(rows.start[is_looked_at], rows.count[is_looked_at]).index()]
+            ids = rows.next_ids[rows.chosen(is_looked_at).index()]
             bad = ids[(ids < 0) | (ids >= size)]
             if len(bad):
                 raise ValueError(f"alignment: expected {name}_ids in 0 ... {size - 1} within chunks, got {int(bad[0])}")
@@ -136,20 +123,9 @@ class Chunks:
     ) -> Chunks:
         """The chunks of an alignment that have a predictor: rows ``a - 1 ... b - 2`` for the tokens [a, b).
 
-        Parameters
-        ----------
-        alignment : Alignment
-        student_length, teacher_length : int
-            Rows ``T`` of one sample's logits, so that sample ``b`` begins at row ``b * T``.
-        device : torch.device
-            Where the indices go; nothing waits for it.
-        realised : bool
-            Also take the realised tokens from the alignment's ids (for ``merge="chain"``).
-
-        Raises
-        ------
-        ValueError
-            If a chunk ends beyond the logits, or ids are needed and missing.
+        Sample b begins at row b * T, T being the side's length. The indices go to `device`, and nothing waits for it.
+        With `realised`, the realised tokens come from the alignment's ids too (for ``merge="chain"``).
+        Raises ValueError if a chunk ends beyond the logits, or ids are needed and missing.
         """
         device, host = torch.device(device), alignment.host
         lengths = student_length, teacher_length
@@ -162,11 +138,10 @@ class Chunks:
                 )
             if realised and ids is None:
                 raise ValueError(f"alignment: the loss or its merge needs token ids, but {name}_ids is None")
-        flat = host._flatten(realised)
+        flat, placed = host._flatten(realised), alignment._flat
         chunks = _of_flat(flat, host, lengths, realised)
         if device.type == "cpu":
             return chunks
-        placed = alignment._flat
         if placed is None or placed.device != device:
             placed = to_device(flat, device)
         return replace(_of_flat(placed, host, lengths, realised), copy=chunks)
@@ -178,15 +153,14 @@ class Chunks:
         Of a mask on a device, which is not waited for, all, with a mask of their own.
         """
         device = torch.device(device)
-        if mask is None:
-            chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
-        elif mask.device.type == "cpu":
+        chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
+        if mask is not None and mask.device.type != "cpu":
+            chosen = mask.to(device).flatten()
+            same = Rows(torch.where(chosen, used, -1), chosen.long())
+            return Chunks(same, same, used, chosen, chunks)
+        if mask is not None:
             chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
             used = to_device(chunks.used, device)
-        else:
-            used, chosen = torch.arange(rows, device=device), mask.to(device).flatten()
-            same = Rows(torch.where(chosen, used, -1), chosen.long())
-            return Chunks(same, same, used, chosen, _rows_as_chunks(torch.arange(rows)))
         return chunks if device.type == "cpu" else replace(_rows_as_chunks(used), copy=chunks)
 
 
@@ -199,22 +173,21 @@ def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: 
     """The chunks of an alignment from what `Alignment._flatten` made of it, on any device."""
     count = int(predictable(host).sum())
     used, sample, a, b, c, d = flat[: 6 * count].view(6, count).unbind()
-    ids, first = [], 6 * count
-    for part, length in zip(host._both_ids(), lengths, strict=True):
-        size = 0 if part is None else part.numel()
-        ids.append(_next_ids(flat[first : first + size], len(host), length) if realised else None)
-        first += size
-    student = Rows(sample * lengths[0] + a - 1, b - a, ids[0])
-    return Chunks(student, Rows(sample * lengths[1] + c - 1, d - c, ids[1]), used)
+    sides: list[Rows] = []
+    rest = flat[6 * count :]
+    for ids, length, start, stop in zip(host._both_ids(), lengths, (a, c), (b, d), strict=True):
+        following = None
+        if realised and ids is not None:
+            ids, rest = rest[: ids.numel()].view(len(host), -1)[:, 1 : length + 1], rest[ids.numel() :]
+            following = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
+        sides.append(Rows(sample * length + start - 1, stop - start, following))
+    return Chunks(sides[0], sides[1], used)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """The values of a tensor on a device, without waiting for it.
 
-    Raises
-    ------
-    RuntimeError
-        While a CUDA graph is captured, which would read the host's memory at every replay.
+    Raises RuntimeError while a CUDA graph is captured, which would read the host's memory at every replay.
     """
     if device.type != "cuda" or values.device.type != "cpu":
         return values.to(device, non_blocking=True)
@@ -230,8 +203,3 @@ def synchronized(values: Tensor) -> Tensor:
     if values.device.type != "cpu":
         values.flatten()[:1].cpu()
     return values
-
-
-def _next_ids(ids: Tensor, samples: int, length: int) -> Tensor:
-    ids = ids.view(samples, -1)[:, 1 : length + 1]
-    return torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
