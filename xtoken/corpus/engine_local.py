@@ -22,44 +22,34 @@ class Stopped(Exception):
     """The run was told to stop."""
 
 
-def make_shards(job: Job, shards: Sequence[Shard], workers: int, advance: Advance) -> Iterator[tuple[Shard, Counts]]:
+def make_shards(
+    job: Job, shards: Sequence[Shard], workers: int | None, advance: Advance
+) -> Iterator[tuple[Shard, Counts]]:
     """Makes shards and gives the counts of each when it is complete, in no certain order.
 
-    One worker is this process, whose tokenizers use all processors; more are processes that share them.
+    One worker (the default) is this process, whose tokenizers use all processors; more are processes that share them.
     """
-    if workers == 1:
+    if workers is None or workers == 1:
         maker = ShardMaker(job)
-        for shard in shards:
-            yield shard, maker.make(shard, advance)
-    else:
-        yield from _in_processes(job, shards, workers, advance)
-
-
-def _in_processes(job: Job, shards: Sequence[Shard], workers: int, advance: Advance) -> Iterator[tuple[Shard, Counts]]:
+        yield from ((shard, maker.make(shard, advance)) for shard in shards)
+        return
     context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of the tokenizers' threads
     done = context.Array("q", 3)  # documents, tokens, bytes of text
     stop = context.Event()
     threads = max(1, _core.available_processors() // workers)
     seen = [0, 0, 0]
-
-    def report() -> None:
-        now = done[:]
-        advance(*(new - old for new, old in zip(now, seen, strict=True)))
-        seen[:] = now
-
     with ProcessPoolExecutor(workers, context, _start, (job, threads, done, stop)) as processes:
         try:
-            todo = iter(shards)
+            todo = list(shards)
             running: dict[Future[Counts], Shard] = {}
-            while True:
-                for shard in todo:
+            while todo or running:
+                while todo and len(running) <= workers:  # one waits, so that no process ever does
+                    shard = todo.pop(0)
                     running[processes.submit(_make, shard)] = shard
-                    if len(running) > workers:  # one waits, so that no process ever does
-                        break
-                if not running:
-                    break
                 finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                report()
+                now = done[:]
+                advance(*(new - old for new, old in zip(now, seen, strict=True)))
+                seen = now
                 for future in finished:
                     yield running.pop(future), future.result()
         finally:

@@ -14,8 +14,6 @@ from .manifest import Counts
 from .partition import Shard
 from .shards import Advance, Job, ShardMaker
 
-_ERRORS: tuple[type[Exception], ...] = (ValueError, OSError)
-
 
 class _RayMaker:
     """The shard function as Ray Data calls it: built once in each worker.
@@ -33,10 +31,10 @@ class _RayMaker:
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         try:
             counts = self.maker.make(self.shards[row["index"]], lambda *more: None)
-        except _ERRORS as error:
-            kind = next(k for k, known in enumerate(_ERRORS) if isinstance(error, known))
-            return {"index": row["index"], "counts": "", "error": str(error), "kind": kind}
-        return {"index": row["index"], "counts": json.dumps(asdict(counts)), "error": "", "kind": -1}
+        except (ValueError, OSError) as error:
+            kind = "ValueError" if isinstance(error, ValueError) else "OSError"
+            return {**row, "counts": "", "error": str(error), "kind": kind}
+        return {**row, "counts": json.dumps(asdict(counts)), "error": "", "kind": ""}
 
 
 def make_shards(
@@ -55,18 +53,13 @@ def make_shards(
     try:
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         data.DataContext.get_current().enable_progress_bars = False
-        workers = min(workers or int(ray.cluster_resources()["CPU"]), len(shards))
-        rows = [{"index": k} for k in range(len(shards))]
+        pool = data.ActorPoolStrategy(size=min(workers or int(ray.cluster_resources()["CPU"]), len(shards)))
+        rows = data.from_items([{"index": k} for k in range(len(shards))], override_num_blocks=len(shards))
         work = ray.put((job, list(shards)))
-        made = data.from_items(rows, override_num_blocks=len(rows)).map(
-            _RayMaker,
-            fn_constructor_args=(work,),
-            num_cpus=1,
-            compute=data.ActorPoolStrategy(size=workers),
-        )
+        made = rows.map(_RayMaker, fn_constructor_args=(work,), num_cpus=1, compute=pool)
         for row in made.iter_rows():
-            if row["kind"] >= 0:
-                raise _ERRORS[row["kind"]](row["error"])
+            if row["kind"]:
+                raise (ValueError if row["kind"] == "ValueError" else OSError)(row["error"])
             counts = Counts(**json.loads(row["counts"]))
             advance(counts.documents, counts.student_tokens + counts.teacher_tokens, counts.text_bytes)
             yield shards[row["index"]], counts

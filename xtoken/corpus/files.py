@@ -42,9 +42,8 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     """
     paths: dict[str, None] = {}
     for given in (os.fspath(path) for path in inputs):
-        if os.path.exists(given):
-            matches = [given]
-        else:
+        matches = [given]
+        if not os.path.exists(given):
             matches = sorted(path for path in glob.glob(given, recursive=True) if os.path.isfile(path))
         if not matches:
             raise FileNotFoundError(f"input: no file matches {given}")
@@ -56,14 +55,9 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     for path in paths:
         if os.path.isdir(path):
             raise ValueError(f"input: {path} is a folder; expected files, such as '{path}/*.parquet'")
-        stat = os.stat(path)
-        name = Path(path).relative_to(root).as_posix()
-        files.append(InputFile(path, name, _format(path), stat.st_size, stat.st_mtime_ns))
+        kind = next((kind for ending, kind in FORMATS.items() if path.lower().endswith(ending)), None)
+        if kind is None:
+            raise ValueError(f"input: {path} has an unknown ending; expected one of {', '.join(FORMATS)}")
+        stat, name = os.stat(path), Path(path).relative_to(root).as_posix()
+        files.append(InputFile(path, name, kind, stat.st_size, stat.st_mtime_ns))
     return files
-
-
-def _format(path: str) -> str:
-    for ending, kind in FORMATS.items():
-        if path.lower().endswith(ending):
-            return kind
-    raise ValueError(f"input: {path} has an unknown ending; expected one of {', '.join(FORMATS)}")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +29,9 @@ def scan(file: InputFile, target: int) -> list[FileSlice]:
             end = block.find(b"\n", max(0, cuts[-1][0] + target - 1 - position)) + 1
             if end == 0 or end == len(block):
                 break
-            cuts.append((position + end, line + _count_lines(block[:end])))
+            cuts.append((position + end, line + block[:end].count(b"\n")))
         position += len(block)
-        line += _count_lines(block)
+        line += block.count(b"\n")
         if block.endswith(b"\n") and cuts[-1][0] + target <= position:
             cuts.append((position, line))
     if cuts[-1][0] == position:
@@ -47,15 +47,11 @@ def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa
     parse = _JsonLines(text_column) if file_slice.file.format == "json" else _text
     number = file_slice.number
     for block in _whole_lines(_blocks(file_slice.file, file_slice.start, file_slice.stop)):
-        count = _count_lines(block) + (not block.endswith(b"\n"))
+        count = block.count(b"\n") + (not block.endswith(b"\n"))
         if number == 1:
             block = block.removeprefix(_BYTE_ORDER_MARK)
         yield parse(file_slice.file, block, number, count, broken)
         number += count
-
-
-def _count_lines(block: bytes) -> int:
-    return int(np.count_nonzero(np.frombuffer(block, np.uint8) == 10))
 
 
 def _blocks(file: InputFile, start: int, stop: int | None) -> Iterator[bytes]:
@@ -93,19 +89,27 @@ def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
         yield b"".join(rest)
 
 
-def _text(file: InputFile, block: bytes, number: int, count: int, broken: Broken) -> pa.RecordBatch:
-    """Documents of a block of plain text: lines without their ends, blank ones left out."""
-    numbers, texts = [], []
+def _line_by_line(
+    file: InputFile, block: bytes, number: int, broken: Broken, parse: Callable[[bytes], tuple[str | None, str]]
+) -> pa.RecordBatch:
+    """Documents of the lines of a block, blank ones left out; `parse` finds the id, if there is one, and the text."""
+    ids, texts = [], []
     for i, line in enumerate(block.split(b"\n"), number):
         if not line.strip():
             continue
         try:
-            texts.append(line.removesuffix(b"\r").decode())
-        except UnicodeDecodeError as error:
-            broken(file, i, f"not UTF-8: {error}")
+            name, text = parse(line)
+        except (ValueError, RecursionError) as error:
+            broken(file, i, f"not UTF-8: {error}" if file.format == "text" else str(error))
         else:
-            numbers.append(i)
-    return documents(numbered(file, numbers), texts)
+            ids.append(f"{file.name}:{i}" if name is None else name)
+            texts.append(text)
+    return documents(ids, texts)
+
+
+def _text(file: InputFile, block: bytes, number: int, count: int, broken: Broken) -> pa.RecordBatch:
+    """Documents of a block of plain text."""
+    return _line_by_line(file, block, number, broken, lambda line: (None, line.removesuffix(b"\r").decode()))
 
 
 class _JsonLines:
@@ -124,13 +128,9 @@ class _JsonLines:
         for id_type in list(self.id_types):
             fields = [(self.text_column, pa.string())] + ([(ID, id_type)] if id_type else [])
             try:
-                table = pa.json.read_json(
-                    pa.BufferReader(block),
-                    read_options=pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1),
-                    parse_options=pa.json.ParseOptions(
-                        explicit_schema=pa.schema(fields), unexpected_field_behavior="ignore"
-                    ),
-                )
+                reading = pa.json.ReadOptions(use_threads=False, block_size=len(block) + 1)
+                parsing = pa.json.ParseOptions(pa.schema(fields), unexpected_field_behavior="ignore")
+                table = pa.json.read_json(pa.BufferReader(block), reading, parsing)
                 table.validate(full=True)
             except (pa.ArrowException, OverflowError):
                 continue
@@ -144,21 +144,7 @@ class _JsonLines:
                 break
             self.id_types.sort(key=lambda known: known != id_type)
             return documents(ids, text)
-        return self._line_by_line(file, block, number, broken)
-
-    def _line_by_line(self, file: InputFile, block: bytes, number: int, broken: Broken) -> pa.RecordBatch:
-        ids, texts = [], []
-        for i, line in enumerate(block.split(b"\n"), number):
-            if not line.strip():
-                continue
-            try:
-                name, text = self._document(line)
-            except (ValueError, RecursionError) as error:
-                broken(file, i, str(error))
-            else:
-                ids.append(f"{file.name}:{i}" if name is None else name)
-                texts.append(text)
-        return documents(ids, texts)
+        return _line_by_line(file, block, number, broken, self._document)
 
     def _document(self, line: bytes) -> tuple[str | None, str]:
         row = json.loads(line.decode())

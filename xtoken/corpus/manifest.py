@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,10 @@ class Counts:
 
     def add(self, other: Counts) -> None:
         """Adds the counts of another shard."""
-        for name in ("documents", "text_bytes", "student_tokens", "teacher_tokens", "chunks", "not_optimal"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        for name, count in other.skipped.items():
-            self.skipped[name] = self.skipped.get(name, 0) + count
+        for name, number in vars(other).items():
+            if name != "skipped":
+                setattr(self, name, getattr(self, name) + number)
+        self.skipped = dict(Counter(self.skipped) + Counter(other.skipped))
 
 
 @dataclass
@@ -71,8 +72,7 @@ class Manifest:
             for name, value in other.parameters.items()
             if self.parameters.get(name) != value
         ]
-        before = {file.path: file for file in self.inputs}
-        now = {file.path: file for file in other.inputs}
+        before, now = ({file.path: file for file in one.inputs} for one in (self, other))
         found += [f"input {path} is gone" for path in before if path not in now]
         found += [f"input {path} is new" for path in now if path not in before]
         found += [f"input {path} was changed" for path in now if path in before and before[path] != now[path]]
@@ -83,26 +83,14 @@ class Manifest:
     def save(self, folder: Path) -> None:
         """Writes the index; it is replaced as a whole or not at all."""
         place = {file: k for k, file in enumerate(self.inputs)}
-        shards = [
-            {
-                "file": shard.file_name,
-                "pieces": [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.slices],
-                **(
-                    {**asdict(self.counts[k]), "bytes": (folder / shard.file_name).stat().st_size}
-                    if self.counts
-                    else {}
-                ),
-            }
-            for k, shard in enumerate(self.shards)
-        ]
-        content = {
-            "complete": self.is_complete,
-            "parameters": self.parameters,
-            "total": asdict(self.total),
-            "inputs": [asdict(file) for file in self.inputs],
-            "shards": shards,
-        }
-        INDEX.write(folder, content)
+        shards: list[dict[str, Any]] = []
+        for shard in self.shards:
+            pieces = [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.slices]
+            shards.append({"file": shard.file_name, "pieces": pieces})
+        for entry, counts in zip(shards, self.counts, strict=False):  # no counts at first
+            entry |= {**asdict(counts), "bytes": (folder / entry["file"]).stat().st_size}
+        content = {"complete": self.is_complete, "parameters": self.parameters, "total": asdict(self.total)}
+        INDEX.write(folder, {**content, "inputs": [asdict(file) for file in self.inputs], "shards": shards})
 
     @staticmethod
     def load(folder: Path) -> Manifest:
@@ -113,8 +101,6 @@ class Manifest:
                 Shard(k, tuple(FileSlice(inputs[place], *rest) for place, *rest in entry["pieces"]))
                 for k, entry in enumerate(content["shards"])
             ]
-            names = list(asdict(Counts()))
-            counts = [
-                Counts(**{name: entry[name] for name in names}) for entry in content["shards"] if content["complete"]
-            ]
+            made = content["shards"] if content["complete"] else []
+            counts = [Counts(**{name: entry[name] for name in vars(Counts())}) for entry in made]
             return Manifest(content["parameters"], inputs, shards, counts)

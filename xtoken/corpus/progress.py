@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from types import TracebackType
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn
@@ -11,14 +10,14 @@ from rich.progress import Progress as RichProgress
 
 
 class Progress:
-    """A bar on standard error, drawn only if `visible`.
+    """A `bar` on standard error, drawn only if `visible`.
 
     Progress is measured in bytes of input. A shard in the making counts the text read so far; a complete one counts its
     full size, markup around the text included.
     """
 
     def __init__(self, visible: bool) -> None:
-        self._bar = RichProgress(
+        self.bar = RichProgress(
             TextColumn("{task.description}"),
             BarColumn(),
             TaskProgressColumn(),
@@ -27,24 +26,15 @@ class Progress:
             console=Console(stderr=True),
             disable=not visible,
         )
-        self._task = self._bar.add_task("scanning", total=None, speed="")
+        self._task = self.bar.add_task("scanning", total=None, speed="")
         self._started = 0.0
         self._complete = self._text = self._documents = self._tokens = 0
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
     def start(self, total: int, complete: int) -> None:
         """The work begins: bytes of input in all, and those of shards that an earlier run completed."""
         self._started = time.monotonic()
         self._complete = complete
-        self._bar.reset(self._task, total=total, completed=complete, description="aligning")
+        self.bar.reset(self._task, total=total, completed=complete, description="aligning")
 
     def advance(self, documents: int, tokens: int, text_bytes: int) -> None:
         """So much more was done."""
@@ -59,11 +49,7 @@ class Progress:
         self._text -= text_bytes
         self._draw()
 
-    @property
-    def speed(self) -> str:
-        """Documents and tokens a second, since the work began."""
-        seconds = max(time.monotonic() - self._started, 1e-9)
-        return f"{self._documents / seconds:,.0f} documents/s, {self._tokens / seconds / 1e6:,.2f} M tokens/s"
-
     def _draw(self) -> None:
-        self._bar.update(self._task, completed=self._complete + self._text, speed=self.speed)
+        seconds = max(time.monotonic() - self._started, 1e-9)
+        speed = f"{self._documents / seconds:,.0f} documents/s, {self._tokens / seconds / 1e6:,.2f} M tokens/s"
+        self.bar.update(self._task, completed=self._complete + self._text, speed=speed)

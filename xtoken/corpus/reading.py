@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from . import lines, tables
 from .documents import Broken
@@ -29,21 +31,21 @@ def read_shard(shard: Shard, text_column: str, broken: Broken) -> Iterator[pa.Re
     for file_slice in shard.slices:
         module = lines if file_slice.file.format in ("json", "text") else tables
         for batch in module.read(file_slice, text_column, broken):
-            for part, part_size in _at_most(batch, BATCH_BYTES):
+            ends = np.cumsum(pc.binary_length(batch["text"]).to_numpy(zero_copy_only=False).astype(np.int64))
+            for start, stop, part_size in ranges(ends, BATCH_BYTES):
                 if waiting and size + part_size > BATCH_BYTES:
                     yield pa.concat_batches(waiting)
                     waiting, size = [], 0
-                waiting.append(part)
+                waiting.append(batch.slice(start, stop - start))
                 size += part_size
     if waiting:
         yield pa.concat_batches(waiting)
 
 
-def _at_most(batch: pa.RecordBatch, most: int) -> Iterator[tuple[pa.RecordBatch, int]]:
-    """Slices of a batch with at most so many bytes of text, or one document, and their bytes."""
-    ends = np.cumsum(pc.binary_length(batch["text"]).to_numpy(zero_copy_only=False).astype(np.int64))
-    start, before = 0, 0
-    while start < batch.num_rows:
+def ranges(ends: NDArray[Any], most: int) -> Iterator[tuple[int, int, int]]:
+    """Ranges of documents with running sums `ends`, and their sizes: at most `most`, or one document."""
+    start = before = 0
+    while start < len(ends):
         stop = max(start + 1, int(np.searchsorted(ends, before + most, side="right")))
-        yield batch.slice(start, stop - start), int(ends[stop - 1]) - before
+        yield start, stop, int(ends[stop - 1]) - before
         start, before = stop, int(ends[stop - 1])

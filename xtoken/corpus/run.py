@@ -6,15 +6,17 @@ import os
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from .. import _core
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
-from .files import InputFile, find_files
+from .files import find_files
 from .manifest import INDEX, Manifest
 from .options import Options
-from .partition import FileSlice, into_shards
+from .partition import into_shards
 from .progress import Progress
 from .reading import scan_file
 from .shards import Job, complete_shards, encoder, tokenizer_hash
@@ -43,19 +45,16 @@ def run(
         "teacher_tokenizer": tokenizer_hash(job.teacher),
         **{name: getattr(options, name) for name in DECISIVE},
     }
-    with Progress(sys.stderr.isatty() if options.progress is None else options.progress) as bar:
+    progress = Progress(sys.stderr.isatty() if options.progress is None else options.progress)
+    with progress.bar:
         manifest = _begin(folder, Manifest(parameters, files, []), going_on, options)
         done = complete_shards(manifest.shards, folder)
         missing = [shard for shard in manifest.shards if shard.index not in done]
-        bar.start(sum(shard.size for shard in manifest.shards), sum(manifest.shards[k].size for k in done))
-        if missing:
-            if options.engine == "local":
-                made = engine_local.make_shards(job, missing, options.workers or 1, bar.advance)
-            else:
-                made = engine_ray.make_shards(job, missing, options.workers, bar.advance)
-            for shard, counts in made:
-                done[shard.index] = counts
-                bar.shard_done(shard.size, counts.text_bytes)
+        progress.start(sum(shard.size for shard in manifest.shards), sum(manifest.shards[k].size for k in done))
+        engine = engine_local if options.engine == "local" else engine_ray
+        for shard, counts in engine.make_shards(job, missing, options.workers, progress.advance) if missing else ():
+            done[shard.index] = counts
+            progress.shard_done(shard.size, counts.text_bytes)
         manifest.counts = [done[shard.index] for shard in manifest.shards]
         manifest.save(folder)
     return manifest
@@ -69,13 +68,10 @@ def _begin(folder: Path, wanted: Manifest, going_on: bool, options: Options) -> 
         if changes:
             raise ValueError(f"resume: {folder} was made otherwise, so its shards cannot be kept: {'; '.join(changes)}")
         return Manifest(before.parameters, before.inputs, before.shards)
-
-    def scan(file: InputFile) -> list[FileSlice]:
-        return scan_file(file, options.text_column, options.shard_bytes)
-
+    scan = partial(scan_file, text_column=options.text_column, target=options.shard_bytes)
     with ThreadPoolExecutor(_core.available_processors()) as threads:
-        slices = [one for found in threads.map(scan, wanted.inputs) for one in found]
-    wanted.shards = list(into_shards(slices, options.shard_bytes))
+        slices = chain.from_iterable(threads.map(scan, wanted.inputs))
+        wanted.shards = list(into_shards(slices, options.shard_bytes))
     if wanted.shards:  # an output without shards is complete as it is
         wanted.save(folder)
     return wanted

@@ -26,7 +26,7 @@ from .documents import Broken
 from .manifest import INDEX, Counts
 from .options import Options
 from .partition import Shard
-from .reading import read_shard
+from .reading import ranges, read_shard
 
 ROW_GROUP_TOKENS = 32768
 """Student tokens of a row group, about: what reading one document at random decompresses (1 ms)."""
@@ -38,14 +38,8 @@ _INT = pa.field("element", pa.int32(), nullable=False)
 _IDS = pa.list_(_INT)
 _SPAN = pa.list_(_INT, 4)
 _SPANS = pa.list_(pa.field("element", _SPAN, nullable=False))
-_SCHEMA = pa.schema(
-    [
-        pa.field("id", pa.string(), nullable=False),
-        pa.field("student_ids", _IDS, nullable=False),
-        pa.field("teacher_ids", _IDS, nullable=False),
-        pa.field("spans", _SPANS, nullable=False),
-    ]
-)
+_COLUMNS = {"id": pa.string(), "student_ids": _IDS, "teacher_ids": _IDS, "spans": _SPANS}
+_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
 # Spans compress best as differences between neighbours; dictionaries only cost time on token ids.
 _WRITER: dict[str, Any] = {
     "compression": "zstd",
@@ -82,8 +76,8 @@ def encoder(tokenizer: TokenizerLike, side: str) -> Vocabulary:
     plain = unpadded(vocabulary.tokenizer)
     if getattr(plain.model, "dropout", None):
         raise ValueError(f"{side}: the tokenizer has dropout {plain.model.dropout}, so each run would give other ids")
-    kinds = vocabulary.kinds.tolist()
-    return Vocabulary([vocabulary[i] for i in range(len(vocabulary))], kinds, vocabulary.roles, plain)
+    tokens = [vocabulary[i] for i in range(len(vocabulary))]
+    return Vocabulary(tokens, vocabulary.kinds.tolist(), vocabulary.roles, plain)
 
 
 def tokenizer_hash(vocabulary: Vocabulary) -> str:
@@ -124,7 +118,8 @@ class ShardMaker:
                 pq.ParquetWriter(file, self.schema, **_WRITER) as writer,
             ):
                 for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
-                    for start, stop in _row_groups(table):
+                    ends = table["student_ids"].chunk(0).offsets.to_numpy()[1:]
+                    for start, stop, _ in ranges(ends, ROW_GROUP_TOKENS):
                         writer.write_table(table.slice(start, stop - start))
                     counts.add(part)
                     advance(part.documents, part.student_tokens + part.teacher_tokens, part.text_bytes)
@@ -147,14 +142,10 @@ class ShardMaker:
         spans = pa.FixedSizeListArray.from_arrays(pa.array(alignment.spans.numpy().reshape(-1)), type=_SPAN)
         columns = [_lists(ids.flat.astype(np.int32), ids.offsets, _IDS) for ids in sides]
         columns.append(_lists(spans, alignment.offsets.numpy(), _SPANS))
-        counts = Counts(
-            batch.num_rows,
-            pc.sum(pc.binary_length(batch["text"])).as_py() or 0,
-            len(sides[0].flat),
-            len(sides[1].flat),
-            alignment.num_chunks,
-            int((~alignment.optimal).sum()),
-        )
+        text_bytes = pc.sum(pc.binary_length(batch["text"])).as_py() or 0
+        student, teacher = (len(ids.flat) for ids in sides)
+        not_optimal = int((~alignment.optimal).sum())
+        counts = Counts(batch.num_rows, text_bytes, student, teacher, alignment.num_chunks, not_optimal)
         return pa.Table.from_arrays([batch["id"], *columns], schema=self.schema), counts
 
 
@@ -173,8 +164,7 @@ def complete_shards(shards: Iterable[Shard], folder: Path) -> dict[int, Counts]:
 
 def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
     encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    offsets = np.zeros(len(texts) + 1, np.int64)
-    np.cumsum([len(encoding) for encoding in encodings], out=offsets[1:])
+    offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
     # The one step that costs Python time for each token, 30 ns: tokenizers hand out ids only as a list.
     flat = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, int(offsets[-1]))
     return Ragged(flat, offsets)
@@ -182,17 +172,6 @@ def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
 
 def _lists(values: Any, offsets: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=kind)
-
-
-def _row_groups(table: pa.Table) -> Iterator[tuple[int, int]]:
-    """Row ranges with about `ROW_GROUP_TOKENS` student tokens each."""
-    ends = table["student_ids"].chunk(0).offsets.to_numpy()[1:]
-    start = 0
-    while start < len(ends):
-        before = int(ends[start - 1]) if start else 0
-        stop = max(start + 1, int(np.searchsorted(ends, before + ROW_GROUP_TOKENS, side="right")))
-        yield start, stop
-        start = stop
 
 
 def _in_order(work: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> Iterator[Any]:

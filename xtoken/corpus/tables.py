@@ -145,26 +145,18 @@ def _between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterat
 
 def _documents(batch: pa.RecordBatch, file: InputFile, text_column: str, number: int, broken: Broken) -> pa.RecordBatch:
     text = batch[text_column].cast(pa.string())
-    numbers = np.arange(number, number + len(text))
-    ids = batch[ID].cast(pa.string()) if ID in batch.schema.names and text_column != ID else numbered(file, numbers)
+    ids = names = numbered(file, np.arange(number, number + len(text)))
+    if ID in batch.schema.names and text_column != ID:
+        ids = pc.coalesce(batch[ID].cast(pa.string()), names)
     faults = dict.fromkeys(np.flatnonzero(text.is_null()).tolist(), "the text is null") if text.null_count else {}
     for column in (text, ids):
         try:
             column.validate(full=True)
         except pa.ArrowInvalid:
-            faults |= {i: "not UTF-8" for i, value in enumerate(column.cast(pa.binary())) if not _is_utf8(value)}
+            raw = [value or b"" for value in column.cast(pa.binary()).to_pylist()]
+            faults |= {i: "not UTF-8" for i, one in enumerate(raw) if one.decode(errors="ignore").encode() != one}
     for i in sorted(faults):
         broken(file, number + i, faults[i])
     whole = np.ones(len(text), bool)
     whole[list(faults)] = False
-    if ids.null_count:
-        ids = pc.if_else(ids.is_null(), numbered(file, numbers), ids)
     return documents(ids.filter(pa.array(whole)), text.filter(pa.array(whole)))
-
-
-def _is_utf8(value: pa.Scalar) -> bool:
-    try:
-        (value.as_py() or b"").decode()
-    except UnicodeDecodeError:
-        return False
-    return True
