@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections import OrderedDict
 from collections.abc import Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -74,20 +74,20 @@ class AlignedDataset(Dataset[dict[str, Any]]):
                 f"{side}_tok: {self.path} was made with another {side} tokenizer: fingerprint {recorded}, got {given}"
             )
         self.counts = manifest.total
-        self._files = [shard.file_name for shard in manifest.shards]
-        for name in self._files:
-            if not (self.path / name).exists():
-                raise FileNotFoundError(f"path: {self.path / name} is missing")
+        self._files = [self.path / shard.file_name for shard in manifest.shards]
+        for file in self._files:
+            if not file.exists():
+                raise FileNotFoundError(f"path: {file} is missing")
         self._numbering = Numbering(counts.documents for counts in manifest.counts)
         self._forget()
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._open: OrderedDict[int, tuple[Any, Any]] = OrderedDict()
-        self._groups: OrderedDict[tuple[int, int], Any] = OrderedDict()
+        self._file = lru_cache(OPEN_SHARDS)(self._map)
+        self._row_group = lru_cache(KEPT_GROUPS)(self._decompress)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": OrderedDict(), "_groups": OrderedDict()}
+        return {**vars(self), "_process": None, "_file": None, "_row_group": None}
 
     def __repr__(self) -> str:
         return f"AlignedDataset({str(self.path)!r}, documents={len(self)}, shards={len(self._files)})"
@@ -97,59 +97,29 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         return len(self._numbering)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """One document.
+        """One document: ``id`` str, ``student_ids`` and ``teacher_ids`` int64 [T], ``spans`` int32 [K, 4].
 
-        Returns
-        -------
-        dict
-            ``id`` str, ``student_ids`` and ``teacher_ids`` int64 [T], ``spans`` int32 [K, 4].
-
-        Raises
-        ------
-        IndexError
-            If there is no such document.
+        Raises IndexError if there is no such document.
         """
-        group, row = self._row_group(*self._numbering.find(index))
-        student, teacher = (self._values(group[side], row) for side in ("student_ids", "teacher_ids"))
-        spans = group["spans"].slice(row, 1).flatten().flatten().to_numpy()
-        return {
-            "id": group["id"][row].as_py(),
-            "student_ids": student,
-            "teacher_ids": teacher,
-            "spans": torch.from_numpy(spans.reshape(-1, 4).copy()),
-        }
-
-    @staticmethod
-    def _values(column: Any, row: int) -> torch.Tensor:
-        return torch.from_numpy(column.slice(row, 1).flatten().to_numpy().astype(np.int64))
-
-    def _row_group(self, shard: int, row: int) -> tuple[Any, int]:
-        """The decompressed row group that holds a row, and the number of the row in there."""
-        if self._process != os.getpid():  # forked: what the parent mapped is not ours to share
+        if self._process != os.getpid():  # forked or pickled: what another process mapped is not ours to share
             self._forget()
-        file, numbering = self._recent(self._open, shard, OPEN_SHARDS, lambda: self._map(shard))
-        k, row = numbering.find(row)
+        shard, row = self._numbering.find(index)
+        k, row = self._file(shard)[1].find(row)
+        group = self._row_group(shard, k)
+        document: dict[str, Any] = {"id": group["id"][row].as_py()}
+        for side in ("student_ids", "teacher_ids"):
+            document[side] = torch.from_numpy(group[side].slice(row, 1).flatten().to_numpy().astype(np.int64))
+        spans = group["spans"].slice(row, 1).flatten().flatten().to_numpy()
+        return {**document, "spans": torch.from_numpy(spans.reshape(-1, 4).copy())}
 
-        def decompress() -> Any:
-            table = file.read_row_group(k, use_threads=False)
-            return {name: table[name].combine_chunks() for name in table.column_names}
-
-        return self._recent(self._groups, (shard, k), KEPT_GROUPS, decompress), row
-
-    @staticmethod
-    def _recent(kept: OrderedDict[Any, Any], key: Any, most: int, make: Any) -> Any:
-        """The value of a key, made if it is not among the most recent."""
-        if key not in kept:
-            kept[key] = make()
-            if len(kept) > most:
-                kept.popitem(last=False)
-        kept.move_to_end(key)
-        return kept[key]
+    def _decompress(self, shard: int, k: int) -> dict[str, Any]:
+        table = self._file(shard)[0].read_row_group(k, use_threads=False)
+        return {name: table[name].combine_chunks() for name in table.column_names}
 
     def _map(self, shard: int) -> tuple[Any, Numbering]:
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(self.path / self._files[shard], memory_map=True)
+        file = pq.ParquetFile(self._files[shard], memory_map=True)
         return file, Numbering(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))
 
 
@@ -194,16 +164,9 @@ class AlignedCollator:
     def __call__(self, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch of B documents.
 
-        Returns
-        -------
-        dict
-            ``ids`` list of str; ``student_ids`` int64 [B, T], padded on the right, and ``student_mask`` int64 [B, T],
-            1 for tokens; ``teacher_ids`` and ``teacher_mask`` likewise; ``alignment``, an `Alignment` with the ids.
-
-        Raises
-        ------
-        ValueError
-            If there are no documents.
+        ``ids`` list of str; ``student_ids`` int64 [B, T], padded on the right, and ``student_mask`` int64 [B, T], 1 for
+        tokens; ``teacher_ids`` and ``teacher_mask`` likewise; ``alignment``, an `Alignment` with the ids. Raises
+        ValueError if there are no documents.
         """
         if not documents:
             raise ValueError("documents: expected at least one")
@@ -213,10 +176,6 @@ class AlignedCollator:
             batch[f"{side}_ids"] = pad_rows(rows, pad_id)
             batch[f"{side}_mask"] = pad_rows([torch.ones_like(row) for row in rows], 0)
         spans = [torch.as_tensor(document["spans"], dtype=torch.int32).reshape(-1, 4) for document in documents]
-        batch["alignment"] = Alignment(
-            torch.cat(spans),
-            np.cumsum([0, *map(len, spans)]),
-            batch["student_ids"],
-            batch["teacher_ids"],
-        )
+        offsets = np.cumsum([0, *map(len, spans)])
+        batch["alignment"] = Alignment(torch.cat(spans), offsets, batch["student_ids"], batch["teacher_ids"])
         return batch

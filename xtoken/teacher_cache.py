@@ -30,7 +30,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
@@ -133,19 +132,13 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         for name, number in (("top_k", top_k), ("max_length", max_length), ("shard_tokens", shard_tokens)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: expected at least 1, got {number}")
-        self.vocabulary = Vocabulary.from_tokenizer(teacher_tok)
-        self.top_k = min(top_k, len(self.vocabulary))
-        self.max_length = max_length
+        self.vocabulary = vocabulary = Vocabulary.from_tokenizer(teacher_tok)
+        self.top_k, self.max_length = min(top_k, len(vocabulary)), max_length
         self.shard_tokens = shard_tokens
         self.folder = Path(output).absolute()
-        lengths = [len(self.vocabulary[i]) for i in range(len(self.vocabulary))]
-        self._lengths = np.array(lengths) * self.vocabulary.is_text
-        self._parameters = {
-            "teacher": self.vocabulary.fingerprint(),
-            "vocab_size": len(self.vocabulary),
-            "top_k": self.top_k,
-            "max_length": max_length,
-        }
+        self._lengths = np.array([len(vocabulary[i]) for i in range(len(vocabulary))]) * vocabulary.is_text
+        sizes = {"vocab_size": len(vocabulary), "top_k": self.top_k, "max_length": max_length}
+        self._parameters = {"teacher": vocabulary.fingerprint(), **sizes}
         self._shards: list[dict[str, Any]] = []
         if INDEX.prepare(self.folder, resume, "a teacher cache"):
             index = _read_index(self.folder)
@@ -186,13 +179,11 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             For shapes that do not fit, ids out of range, and log-probabilities that are NaN or above 0.
         """
         tokens = np.asarray(token_ids, dtype=np.int32)
-        size = len(self.vocabulary)
-        most = len(tokens) if self.max_length is None else min(len(tokens), self.max_length)
-        if logits.ids.dim() != 2 or logits.ids.shape[0] > most or logits.ids.shape[1] < self.top_k:
-            raise ValueError(
-                f"logits: expected [<= {most}, >= {self.top_k}] as token_ids, max_length and top_k, got "
-                f"{list(logits.ids.shape)}"
-            )
+        size, shape = len(self.vocabulary), list(logits.ids.shape)
+        most = len(tokens[: self.max_length])
+        if len(shape) != 2 or shape[0] > most or shape[1] < self.top_k:
+            expected = f"[<= {most}, >= {self.top_k}] as token_ids, max_length and top_k"
+            raise ValueError(f"logits: expected {expected}, got {shape}")
         for name, ids, low in (("token_ids", tokens, 0), ("logits.ids", logits.ids, -1)):
             if len(tokens) and not low <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(f"{name}: expected {low} ... {size - 1}, got {int(ids.min())} to {int(ids.max())}")
@@ -201,11 +192,10 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         if not bool((logprobs <= 1e-3).all()):
             raise ValueError(f"logits.logprobs: expected logarithms of probabilities, got {float(logprobs.max())}")
         logprobs, order = logprobs.clamp_max_(0.0).sort(dim=1, descending=True, stable=True)
-        ids = logits.ids.gather(1, order)[:, : self.top_k].to(torch.int32)
-        logprobs = logprobs[:, : self.top_k]
+        logprobs, order = logprobs[:, : self.top_k], order[:, : self.top_k]
         if tail is None:
             tail = 1.0 - logprobs.double().exp().sum(1)
-        kept = TopKLogits(ids.cpu(), logprobs.half().cpu())
+        kept = TopKLogits(logits.ids.gather(1, order).to(torch.int32).cpu(), logprobs.half().cpu())
         rows = len(logprobs)
         self._waiting.append((tokens[:rows], kept, tail.float().clamp(0.0, 1.0).cpu(), document_digest(tokens)))
         self._waiting_tokens += rows
@@ -213,8 +203,6 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             self._write_shard()
 
     def _write_shard(self) -> None:
-        if not self._waiting:
-            return
         documents, logits, tails, digests = zip(*self._waiting, strict=True)
         byte_ends = np.concatenate([np.cumsum(self._lengths[tokens]) for tokens in documents])
         content = {
@@ -236,11 +224,10 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         content = {"xtoken": _core.version, "complete": complete, **self._parameters, "shards": self._shards}
         INDEX.write(self.folder, content)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
         if kind is None:
-            self._write_shard()
+            if self._waiting:
+                self._write_shard()
             self._save_index(complete=True)
 
 
@@ -309,13 +296,10 @@ class TeacherCache:
                 raise FileNotFoundError(f"path: {file} is missing")
         self._numbering = Numbering(shard["documents"] for shard in index["shards"])
         self._open: dict[int, Any] = {}
-        keys = [
-            np.ascontiguousarray(self._shard(k).get_tensor("digests").numpy()[:, :8]).view("<u8")[:, 0]
-            for k in range(len(self._files))
-        ]
-        joined = np.concatenate(keys) if keys else np.zeros(0, "<u8")
-        self._order = np.argsort(joined, kind="stable")
-        self._keys = joined[self._order]
+        digests = [self._shard(k).get_tensor("digests").numpy() for k in range(len(self._files))]
+        keys = np.concatenate([np.zeros((0, 8), np.uint8), *(one[:, :8] for one in digests)]).view("<u8")[:, 0]
+        self._order = np.argsort(keys, kind="stable")
+        self._keys = keys[self._order]
 
     def __getstate__(self) -> dict[str, Any]:
         return {**vars(self), "_open": {}}
@@ -334,34 +318,20 @@ class TeacherCache:
         return len(self._numbering)
 
     def __getitem__(self, index: int) -> CachedDocument:
-        """A document by its number in the order in which they were added.
-
-        Raises
-        ------
-        IndexError
-            If there is no such document.
-        """
+        """A document by its number in the order in which they were added. IndexError if there is no such document."""
         k, row = self._numbering.find(index)
         shard = self._shard(k)
         start, stop = shard.get_slice("offsets")[row : row + 2].tolist()
-        tokens, byte_ends, ids, logprobs, tail = (
-            shard.get_slice(name)[start:stop] for name in ("tokens", "byte_ends", "ids", "logprobs", "tail")
-        )
-        logprobs = logprobs.float()
+        part = {name: shard.get_slice(name)[start:stop] for name in _TENSORS if name not in ("offsets", "digests")}
+        logprobs, tail = part["logprobs"].float(), part["tail"].double()
         # Rounding to float16 moved the listed probabilities a little; the tail was kept exactly.
         listed = logprobs.double().exp().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        rest = tail.double() if ids.shape[1] == self.vocab_size else tail.double().clamp_min(LEAST_TAIL)
+        rest = tail if part["ids"].shape[1] == self.vocab_size else tail.clamp_min(LEAST_TAIL)
         logprobs = logprobs + ((1.0 - rest) / listed).log().float()[:, None]
-        return CachedDocument(tokens.long(), byte_ends.long(), TopKLogits(ids, logprobs))
+        return CachedDocument(part["tokens"].long(), part["byte_ends"].long(), TopKLogits(part["ids"], logprobs))
 
     def lookup(self, token_ids: Sequence[int] | Tensor | NDArray[Any]) -> CachedDocument:
-        """A document by the teacher's token ids, all of them.
-
-        Raises
-        ------
-        ValueError
-            If it is not in the cache.
-        """
+        """A document by the teacher's token ids, all of them. ValueError if it is not in the cache."""
         found = self.find(document_digest(token_ids))
         if found is None:
             raise ValueError(
@@ -374,8 +344,7 @@ class TeacherCache:
         """A document by its `document_digest`; None if there is none."""
         key = np.frombuffer(digest[:8], "<u8")[0]
         for at in range(*(int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))):
-            index = int(self._order[at])
-            k, row = self._numbering.find(index)
+            k, row = self._numbering.find(index := int(self._order[at]))
             if bytes(self._shard(k).get_slice("digests")[row : row + 1].numpy()[0]) == digest:
                 return self[index]
         return None
@@ -453,13 +422,11 @@ def cache_teacher(
             results: dict[int, tuple[TopKLogits, Tensor]] = {}
             for batch in _batches(read, batch_tokens):
                 logits = _run(model, [read[k] for k in batch])
-                if logits.shape[-1] < len(vocabulary):
-                    raise ValueError(
-                        f"model: expected logits at least {len(vocabulary)} wide, as teacher_tok, "
-                        f"got {logits.shape[-1]}"
-                    )
+                size, width = len(vocabulary), logits.shape[-1]
+                if width < size:
+                    raise ValueError(f"model: expected logits at least {size} wide, as teacher_tok, got {width}")
                 for k, rows in zip(batch, logits, strict=True):
-                    results[k] = _top_k(rows[: len(read[k]), : len(vocabulary)], writer.top_k)
+                    results[k] = _top_k(rows[: len(read[k]), :size], writer.top_k)
                     if not bool(torch.isfinite(results[k][1]).all()):
                         raise ValueError(f"model: NaN or infinite logits in document {done + k}")
             for k, ids in enumerate(window):
@@ -475,13 +442,14 @@ def _token_ids(documents: Iterable[str | Sequence[int]], vocabulary: Vocabulary)
     plain: Any = None
     source = iter(documents)
     while window := list(itertools.islice(source, WINDOW)):
-        if plain is None and any(isinstance(one, str) for one in window):
-            if vocabulary.tokenizer is None:
-                raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
+        texts = [one for one in window if isinstance(one, str)]
+        if texts and vocabulary.tokenizer is None:
+            raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
+        if texts and plain is None:
             plain = unpadded(vocabulary.tokenizer)
-        texts = iter(plain.encode_batch([one for one in window if isinstance(one, str)]) if plain is not None else [])
+        encodings = iter(plain.encode_batch(texts) if texts else [])
         for one in window:
-            yield next(texts).ids if isinstance(one, str) else one
+            yield next(encodings).ids if isinstance(one, str) else one
 
 
 def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[list[int]]:
@@ -499,9 +467,8 @@ def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[
 @torch.inference_mode()
 def _run(model: Any, documents: Sequence[Sequence[int]]) -> Tensor:
     """Logits [B, T, V] of documents, padded on the right."""
-    length = max(1, max(map(len, documents)))
     device = getattr(model, "device", None)
-    ids = torch.zeros(len(documents), length, dtype=torch.int64)
+    ids = torch.zeros(len(documents), max(1, *map(len, documents)), dtype=torch.int64)
     mask = torch.zeros_like(ids)
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64)
@@ -513,14 +480,10 @@ def _run(model: Any, documents: Sequence[Sequence[int]]) -> Tensor:
 @torch.inference_mode()
 def _top_k(rows: Tensor, k: int) -> tuple[TopKLogits, Tensor]:
     """The k largest log-probabilities of rows [T, V], and the probability [T] of the rest."""
-    ids = torch.empty(len(rows), k, dtype=torch.int32)
-    logprobs = torch.empty(len(rows), k)
-    tail = torch.empty(len(rows))
-    for start in range(0, len(rows), BLOCK_ROWS):
-        block = slice(start, start + BLOCK_ROWS)
-        log_p = rows[block].float().log_softmax(-1)
-        top, index = log_p.topk(k, dim=-1)
-        ids[block] = index.to(torch.int32)
-        logprobs[block] = top
-        tail[block] = (1.0 - top.double().exp().sum(-1)).float()
+    parts = []
+    for block in rows.split(BLOCK_ROWS):
+        logprobs, ids = block.float().log_softmax(-1).topk(k, dim=-1)
+        tail = 1.0 - logprobs.double().exp().sum(-1)
+        parts.append((ids.to(torch.int32).cpu(), logprobs.cpu(), tail.float().cpu()))
+    ids, logprobs, tail = (torch.cat(blocks) for blocks in zip(*parts, strict=True))
     return TopKLogits(ids, logprobs), tail
