@@ -67,20 +67,10 @@ class PieceIndex:
 
     @classmethod
     def build(cls, student_tok: TokenizerLike, teacher_tok: TokenizerLike) -> PieceIndex:
-        """Builds the index of two tokenizers.
+        """Builds the index of two tokenizers, as for `Vocabulary.from_tokenizer`. Deterministic.
 
         The event of a token is its root: the token itself if the other side has one of equal bytes or of equal role,
         else the root of its first piece under the other side's tokenizer, which is a shorter text.
-
-        Parameters
-        ----------
-        student_tok, teacher_tok
-            Tokenizers, as for `Vocabulary.from_tokenizer`.
-
-        Returns
-        -------
-        PieceIndex
-            Deterministic.
 
         Examples
         --------
@@ -114,12 +104,8 @@ class PieceIndex:
     ) -> PieceIndex:
         """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is not a piece index, is damaged, has another version, or was built for other tokenizers.
+        Raises FileNotFoundError if there is no such file; ValueError if it is not a piece index, is damaged, has
+        another version, or was built for other tokenizers.
         """
         index = _FILE.load(path, lambda tensors, metadata: cls(tensors["data"], metadata))
         index.check_tokenizers(student_tok, teacher_tok)

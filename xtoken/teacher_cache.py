@@ -68,22 +68,14 @@ BLOCK_ROWS = 512
 
 @dataclass(frozen=True)
 class CachedDocument:
-    """What a cache holds of one document of T tokens.
-
-    Parameters
-    ----------
-    token_ids : int64 [T]
-        The teacher's tokens, as `Aligner.align` takes them.
-    byte_ends : int64 [T]
-        Bytes of text that tokens 0 ... t spell; special tokens spell none.
-    logits : TopKLogits
-        ``ids`` and ``logprobs`` [T, k], in place of the teacher's logits in every loss. The listed probabilities and
-        the tail sum to 1.
-    """
+    """What a cache holds of one document of T tokens."""
 
     token_ids: Tensor
+    """int64 [T]: the teacher's tokens, as `Aligner.align` takes them."""
     byte_ends: Tensor
+    """int64 [T]: bytes of text that tokens 0 ... t spell; special tokens spell none."""
     logits: TopKLogits
+    """``ids`` and ``logprobs`` [T, k], in place of the teacher's logits in every loss; they and the tail sum to 1."""
 
 
 def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
@@ -389,10 +381,6 @@ def cache_teacher(
         Tokens of a file, about.
     advance : callable, optional
         Called as ``advance(documents, tokens)`` as they get done.
-
-    Returns
-    -------
-    TeacherCache
 
     Raises
     ------

@@ -150,7 +150,7 @@ class Aligner:
         Parameters
         ----------
         student_ids, teacher_ids, student_mask, teacher_mask
-            As for `align`.
+            As for `align`, which also says what is raised; so are negative limits (ValueError).
         max_student_length, max_teacher_length : int
             Most tokens of a sample, counted from position 0.
 
@@ -159,11 +159,6 @@ class Aligner:
         Alignment
             Its `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample that is left. A
             sample without a chunk within the limits is left empty.
-
-        Raises
-        ------
-        ValueError
-            For negative limits, and as `align`.
         """
         limits = (max_student_length, max_teacher_length)
         if min(limits) < 0:
@@ -180,14 +175,9 @@ class Aligner:
             rows = [row[:n] for row, n in zip(side.rows, cut, strict=True)]
             ids[name] = rows if whole.batched else torch.from_numpy(rows[0])
         counts = torch.bincount(sample[kept], minlength=len(whole))
-        return Alignment._trusted(
-            spans=whole.spans[kept],
-            offsets=torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-            batched=whole.batched,
-            _ids=ids,
-            optimal=whole.optimal,
-            predicted=whole.predicted[kept],
-        )
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        chunks = {"spans": whole.spans[kept], "predicted": whole.predicted[kept], "offsets": offsets}
+        return Alignment._trusted(**chunks, batched=whole.batched, _ids=ids, optimal=whole.optimal)
 
 
 class _Batch:

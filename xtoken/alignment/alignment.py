@@ -205,18 +205,10 @@ class Alignment:
         return alignment
 
     def chunk_ids(self, side: str = "student", length: int | None = None) -> Tensor:
-        """Chunk index of every token, -1 where the token is in no chunk.
+        """Chunk index of every token of ``"student"`` or ``"teacher"``, -1 where the token is in no chunk.
 
-        Parameters
-        ----------
-        side : "student" or "teacher"
-        length : int, optional
-            Tokens in a row. Default: the width of the stored ids, else the end of the last chunk.
-
-        Returns
-        -------
-        Tensor
-            int64 [B, length], or [length] for one sample. Indices count chunks of the whole batch, as `spans` does.
+        int64 [B, length], or [length] for one sample. Indices count chunks of the whole batch, as `spans` does. Default
+        `length`: the width of the stored ids, else the end of the last chunk.
         """
         if side not in ("student", "teacher"):
             raise ValueError(f"side: expected 'student' or 'teacher', got {side!r}")
@@ -241,31 +233,24 @@ class Alignment:
             raise ValueError(f"slice: expected 0 <= start <= stop <= {len(self)}, got {start} and {stop}")
         first, last = int(self.offsets[start]), int(self.offsets[stop])
         ids = (one if one is None else one.reshape(len(self), -1)[start:stop] for one in self._both_ids())
-        return Alignment(
-            self.spans[first:last],
-            self.offsets[start : stop + 1] - first,
-            *ids,
-            optimal=self.optimal[start:stop],
-            predicted=self.predicted[first:last],
-        )
+        flags = {"optimal": self.optimal[start:stop], "predicted": self.predicted[first:last]}
+        return Alignment(self.spans[first:last], self.offsets[start : stop + 1] - first, *ids, **flags)
 
     @staticmethod
     def cat(alignments: Sequence[Alignment]) -> Alignment:
         """One batch from several alignments, in order. Ids are padded with -1; kept only if all have them."""
         if not alignments:
             raise ValueError("alignments: expected at least one alignment")
-        counts = torch.cat([part.offsets.diff() for part in alignments])
         ids: list[Tensor | None] = []
         for given in zip(*(part._both_ids() for part in alignments), strict=True):
             rows = [one.reshape(len(part), -1) for one, part in zip(given, alignments, strict=True) if one is not None]
             ids.append(pad_rows(itertools.chain(*rows)) if len(rows) == len(given) else None)
-        return Alignment(
-            torch.cat([part.spans for part in alignments]),
-            torch.nn.functional.pad(counts.cumsum(0), (1, 0)),
-            *ids,
-            optimal=torch.cat([part.optimal for part in alignments]),
-            predicted=torch.cat([part.predicted for part in alignments]),
+        spans, optimal, predicted = (
+            torch.cat([getattr(part, name) for part in alignments]) for name in ("spans", "optimal", "predicted")
         )
+        counts = torch.cat([part.offsets.diff() for part in alignments])
+        offsets = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+        return Alignment(spans, offsets, *ids, optimal=optimal, predicted=predicted)
 
     def pretty(
         self,
@@ -281,21 +266,9 @@ class Alignment:
         A space shows as ``·``, a bar ``|`` separates the tokens of a chunk, and a token that is in no chunk stands in
         parentheses. Bytes that are not UTF-8 show as ``\\xHH``.
 
-        Parameters
-        ----------
-        student_tok, teacher_tok
-            Tokenizers, as for `Vocabulary.from_tokenizer`.
-        sample : int
-            Which sample of the batch.
-        color : bool
-            Whether to colour the cells with ANSI codes.
-        width : int
-            Columns after which the two lines go on below.
-
-        Raises
-        ------
-        ValueError
-            If the alignment carries no token ids.
+        Tokenizers are those that `Vocabulary.from_tokenizer` takes. `sample` is which one of the batch, `color` whether
+        to colour the cells with ANSI codes, `width` the columns after which the two lines go on below. Raises
+        ValueError if the alignment carries no token ids.
         """
         one = self.slice(sample)
         if one.student_ids is None or one.teacher_ids is None:

@@ -66,9 +66,8 @@ class ProjectionMatrix:
         if self.row_ptr.dim() != 1 or self.row_ptr.numel() == 0:
             raise ValueError(f"row_ptr: expected shape [V_student + 1], got {list(self.row_ptr.shape)}")
         self.shape = (self.row_ptr.numel() - 1, int(teacher_vocab_size))
-        if kind is None:
-            kind = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
-        self.kind = torch.as_tensor(kind, dtype=torch.uint8)
+        given = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
+        self.kind = given if kind is None else torch.as_tensor(kind, dtype=torch.uint8)
         self.metadata = dict(metadata or {})
         (rows, columns), nnz = self.shape, self.nnz
         if self.col.dim() != 1 or self.weight.shape != self.col.shape:
@@ -123,13 +122,9 @@ class ProjectionMatrix:
         fold_space_punctuation : bool
             Whether a space and punctuation (``" ,"``) equal the punctuation alone, if no token has the same bytes.
 
-        Returns
-        -------
-        ProjectionMatrix
-            Deterministic. Llama 3 to Qwen3 takes about 0.1 GB beyond the two tokenizers.
-
         Notes
         -----
+        Deterministic. Llama 3 to Qwen3 takes about 0.1 GB beyond the two tokenizers.
         The rules and their constants are those of X-Token (arXiv 2605.21699), section "projection matrix".
 
         Examples
@@ -151,37 +146,24 @@ class ProjectionMatrix:
             unreached[rows[1]] = False
             rows = _core.add_reverse(*rows, *teacher.pieces(unreached, student), beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
-        metadata = {
-            **fingerprints(student, teacher),
-            "beta": repr(beta),
-            "gamma": repr(gamma),
-            "top_k": repr(top_k),
-            "passes": "exact, pieces, reverse" if reverse else "exact, pieces",
-        }
+        settings = {"beta": repr(beta), "gamma": repr(gamma), "top_k": repr(top_k)}
+        passes = "exact, pieces, reverse" if reverse else "exact, pieces"
+        metadata = {**fingerprints(student, teacher), **settings, "passes": passes}
         return cls(*rows, teacher_vocab_size=len(teacher), kind=kind, metadata=metadata)
 
     @classmethod
     def from_topk(cls, indices: Any, weights: Any, teacher_vocab_size: int) -> ProjectionMatrix:
         """From the largest entries of each row, as a rectangular table.
 
-        Parameters
-        ----------
-        indices : int [V_student, k]
-            Teacher ids in any order, -1 where a row has fewer entries.
-        weights : float [V_student, k]
-            Their weights; entries of weight 0 are left out.
-        teacher_vocab_size : int
-
-        Raises
-        ------
-        ValueError
-            If the shapes differ, an id is out of range or repeated in a row, or a weight is negative or not finite.
+        `indices` int [V_student, k] are teacher ids in any order, -1 where a row has fewer entries; `weights` float
+        [V_student, k] are theirs, and entries of weight 0 are left out. Raises ValueError if the shapes differ, an id
+        is out of range or repeated in a row, or a weight is negative or not finite.
         """
         indices = torch.as_tensor(indices, dtype=torch.int64)
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if indices.dim() != 2 or indices.shape != weights.shape:
-            shapes = f"{list(indices.shape)}, got {list(weights.shape)}"
-            raise ValueError(f"weights: expected the shape [V_student, k] of indices, {shapes}")
+            got = f"{list(indices.shape)}, got {list(weights.shape)}"
+            raise ValueError(f"weights: expected the shape [V_student, k] of indices, {got}")
         keep = (indices != -1) & (weights != 0)
         order = torch.where(keep, indices, torch.iinfo(torch.int64).max).argsort(dim=1, stable=True)
         keep, indices, weights = keep.gather(1, order), indices.gather(1, order), weights.gather(1, order)
@@ -230,13 +212,8 @@ class ProjectionMatrix:
     ) -> ProjectionMatrix:
         """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
 
-        Raises
-        ------
-        FileNotFoundError
-            If there is no such file.
-        ValueError
-            If the file is not a projection, is truncated or damaged, has another version, or was built for other
-            tokenizers.
+        Raises FileNotFoundError if there is no such file; ValueError if it is not a projection, is truncated or
+        damaged, has another version, or was built for other tokenizers.
         """
 
         def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ProjectionMatrix:
@@ -310,12 +287,7 @@ class LearnableProjection(nn.Module):
     Parameters
     ----------
     projection : ProjectionMatrix
-        Every weight above zero.
-
-    Raises
-    ------
-    ValueError
-        If a weight is zero: its logarithm could not be trained.
+        Every weight above zero, else ValueError: its logarithm could not be trained.
     """
 
     row_ptr: Tensor
@@ -325,9 +297,8 @@ class LearnableProjection(nn.Module):
 
     def __init__(self, projection: ProjectionMatrix) -> None:
         super().__init__()
-        if not bool((projection.weight > 0).all()):
-            entry = int((projection.weight <= 0).nonzero()[0])
-            raise ValueError(f"projection: expected weights above 0, got 0 in row {int(projection.row_index[entry])}")
+        for row in projection.row_index[projection.weight <= 0].tolist():
+            raise ValueError(f"projection: expected weights above 0, got 0 in row {row}")
         self.shape = projection.shape
         self.metadata = dict(projection.metadata)
         for name in ("row_ptr", "col", "row_index", "kind"):
