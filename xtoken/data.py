@@ -59,10 +59,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
     """
 
     def __init__(
-        self,
-        path: str | os.PathLike[str],
-        student_tok: TokenizerLike | None = None,
-        teacher_tok: TokenizerLike | None = None,
+        self, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
     ) -> None:
         require("pyarrow", "corpus")
         self.path = Path(path).absolute()
@@ -70,9 +67,8 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         if not manifest.is_complete:
             raise ValueError(f"path: {self.path} is not complete; finish it with align_corpus(..., resume=True)")
         for side, recorded, given in other_tokenizers(manifest.parameters, student_tok, teacher_tok):
-            raise ValueError(
-                f"{side}_tok: {self.path} was made with another {side} tokenizer: fingerprint {recorded}, got {given}"
-            )
+            other = f"another {side} tokenizer: fingerprint {recorded}, got {given}"
+            raise ValueError(f"{side}_tok: {self.path} was made with {other}")
         self.counts = manifest.total
         self._files = [self.path / shard.file_name for shard in manifest.shards]
         for file in self._files:
@@ -144,8 +140,8 @@ class AlignedCollator:
 
     def __init__(
         self,
-        student_tok: TokenizerLike | None = None,
-        teacher_tok: TokenizerLike | None = None,
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
         *,
         student_pad_id: int | None = None,
         teacher_pad_id: int | None = None,
@@ -157,7 +153,7 @@ class AlignedCollator:
         return f"AlignedCollator(student_pad_id={self.student_pad_id}, teacher_pad_id={self.teacher_pad_id})"
 
     @staticmethod
-    def _pad_id(tokenizer: TokenizerLike | None) -> int:
+    def _pad_id(tokenizer: TokenizerLike) -> int:
         roles = Vocabulary.from_tokenizer(tokenizer).roles if tokenizer is not None else {}
         return roles.get("pad", roles.get("eos", 0))
 

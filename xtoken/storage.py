@@ -72,9 +72,7 @@ class TensorFile:
         write_atomically(path, save(held, {**metadata, **self.metadata} or None))
 
     def open(self, path: str | os.PathLike[str]) -> Any:
-        """A file mapped into memory, once its format, version and tensors are known to be right.
-
-        Raises FileNotFoundError or ValueError."""
+        """A file mapped into memory; FileNotFoundError, or ValueError if format, version or tensors are not right."""
         if not Path(path).is_file():
             raise FileNotFoundError(f"path: no such file: {path}")
         try:
@@ -84,9 +82,9 @@ class TensorFile:
         found = file.metadata() or {}
         if found.get("format") != self.metadata.get("format"):
             raise ValueError(f"{path}: not {self.title}")
-        version = self.metadata.get("version")
-        if found.get("version") != version:
-            raise ValueError(f"{path}: format version {found.get('version')}, this xtoken reads version {version}")
+        version, wanted = found.get("version"), self.metadata.get("version")
+        if version != wanted:
+            raise ValueError(f"{path}: format version {version}, this xtoken reads version {wanted}")
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         held = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
         if self.tensors is not None and held != self.tensors:
@@ -188,7 +186,5 @@ def check_fingerprints(
     """Raises ValueError if the argument `name` was built for other tokenizers than those given (None: not given)."""
     recorded = {side: metadata.get(f"{side}_fingerprint") for side in ("student", "teacher")}
     for side, built_for, got in other_tokenizers(recorded, student_tok, teacher_tok):
-        raise ValueError(
-            f"{name}: built for another {side} tokenizer (fingerprint {built_for}) than {side}_tok ({got}); "
-            f"build it again with {type(made).__name__}.build"
-        )
+        other = f"another {side} tokenizer (fingerprint {built_for}) than {side}_tok ({got})"
+        raise ValueError(f"{name}: built for {other}; build it again with {type(made).__name__}.build")

@@ -269,7 +269,7 @@ class TeacherCache:
         total, parts = criterion(student_logits, labels, cached.logits, alignment)
     """
 
-    def __init__(self, path: str | os.PathLike[str], teacher_tok: TokenizerLike | None = None) -> None:
+    def __init__(self, path: str | os.PathLike[str], teacher_tok: TokenizerLike = None) -> None:
         self.path = Path(path).absolute()
         index = _read_index(self.path)
         if not index["complete"]:
@@ -279,9 +279,8 @@ class TeacherCache:
         self.top_k: int = index["top_k"]
         self.max_length: int | None = index["max_length"]
         for _, recorded, given in other_tokenizers({"teacher": self.fingerprint}, teacher_tok=teacher_tok):
-            raise ValueError(
-                f"teacher_tok: {self.path} was made with another tokenizer: fingerprint {recorded}, got {given}"
-            )
+            other = f"another tokenizer: fingerprint {recorded}, got {given}"
+            raise ValueError(f"teacher_tok: {self.path} was made with {other}")
         self._files = [self.path / shard["file"] for shard in index["shards"]]
         for file in self._files:
             if not file.exists():
@@ -326,10 +325,9 @@ class TeacherCache:
         """A document by the teacher's token ids, all of them. ValueError if it is not in the cache."""
         found = self.find(document_digest(token_ids))
         if found is None:
-            raise ValueError(
-                f"token_ids: not among the {len(self)} documents of the teacher cache {self.path}, which was made from "
-                f"other text or with other special tokens: {list(token_ids[:8])}"
-            )
+            cache = f"the {len(self)} documents of the teacher cache {self.path}"
+            why = "which was made from other text or with other special tokens"
+            raise ValueError(f"token_ids: not among {cache}, {why}: {list(token_ids[:8])}")
         return found
 
     def find(self, digest: bytes) -> CachedDocument | None:

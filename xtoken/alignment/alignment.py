@@ -116,10 +116,9 @@ class Alignment:
         bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
         if bool(bad.any()):
             k = int(bad.nonzero()[0])
-            raise ValueError(
-                f"spans: chunk {k} = {spans[k].tolist()} is empty, negative, or goes backwards; expected "
-                "(student_start, student_end, teacher_start, teacher_end) in increasing order"
-            )
+            expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
+            chunk = f"chunk {k} = {spans[k].tolist()}"
+            raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
 
     @property
     def student_ids(self) -> Tensor | None:

@@ -132,10 +132,9 @@ class Chunks:
         for name, column, length, ids in zip(("student", "teacher"), (1, 3), lengths, host._both_ids(), strict=True):
             end = host.spans[:, column]
             if len(end) and int(end.max()) > length:
-                raise ValueError(
-                    f"{name}_logits: expected a row for every token that the alignment names (chunk "
-                    f"{int(end.argmax())} ends at token {int(end.max())}), got {length} rows"
-                )
+                chunk = f"chunk {int(end.argmax())} ends at token {int(end.max())}"
+                expected = f"a row for every token that the alignment names ({chunk})"
+                raise ValueError(f"{name}_logits: expected {expected}, got {length} rows")
             if realised and ids is None:
                 raise ValueError(f"alignment: the loss or its merge needs token ids, but {name}_ids is None")
         flat, placed = host._flatten(realised), alignment._flat

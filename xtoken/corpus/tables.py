@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -34,9 +33,8 @@ def scan(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
     for rows, size in _parts(file, text_column):
         parts = max(1, min(-(-size // target), most, rows))
         cuts = [start + rows * k // parts for k in range(parts + 1)]
-        slices += [
-            FileSlice(file, first, last, first + 1, -(-size // parts)) for first, last in pairwise(cuts) if last > first
-        ]
+        size = -(-size // parts)
+        slices += [FileSlice(file, first, last, first + 1, size) for first, last in pairwise(cuts) if last > first]
         start += rows
     return slices
 
@@ -81,17 +79,13 @@ def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
 def _arrow_reader(file: InputFile, text_column: str) -> Iterator[Iterator[pa.RecordBatch]]:
     """Batches of the columns that are read, without copying what is not compressed."""
     with pa.memory_map(file.path) as source:
-
-        def open_reader(**options: Any) -> tuple[Any, bool]:
-            source.seek(0)
-            is_file = source.read(6) == b"ARROW1"
-            source.seek(0)
-            reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
-            return reader(source, options=pa.ipc.IpcReadOptions(**options)), is_file
-
-        schema = open_reader()[0].schema
-        columns = _columns(schema, file, text_column)
-        reader, is_file = open_reader(included_fields=[schema.get_field_index(name) for name in columns])
+        is_file = source.read(6) == b"ARROW1"
+        open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        source.seek(0)
+        schema = open_reader(source).schema
+        columns = [schema.get_field_index(name) for name in _columns(schema, file, text_column)]
+        source.seek(0)
+        reader = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=columns))
         yield (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
 
 

@@ -23,12 +23,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     from tokenizers import Tokenizer
 
     path = Path(source)
+    if not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
+        path = path / "tokenizer.json"
     if path.is_file():
         return Tokenizer.from_file(str(path))
-    if path.is_dir() and not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
-        return Tokenizer.from_file(str(path / "tokenizer.json"))
-    looks_local = path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2
-    if looks_local and not path.exists():
+    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
         raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
     from transformers import AutoTokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,25 +61,19 @@ FAMILIES: tuple[Family, ...] = (
 """In the order in which they are tried."""
 
 
-def _states(*parts: Any) -> Iterable[dict[str, Any]]:
-    """Decoders and pre-tokenizers as their JSON describes them, sequences flattened."""
-    stack = [json.loads(part.__getstate__()) for part in parts if part is not None]
-    while stack:
-        state = stack.pop()
-        nested = state.get("decoders") or state.get("pretokenizers")
-        if nested:
-            stack.extend(nested)
-        else:
-            yield state
-
-
 def recognise(tokenizer: Any) -> tuple[Family, set[str]]:
     """The family of a `tokenizers.Tokenizer`, and the types of its decoder and pre-tokenizer."""
-    states = list(_states(tokenizer.decoder, tokenizer.pre_tokenizer))
-    types = {state["type"] for state in states}
-    spaces = {
-        state["content"] for state in states if state["type"] == "Replace" and state["pattern"] == {"String": "▁"}
-    }
+    parts = (tokenizer.decoder, tokenizer.pre_tokenizer)
+    states = [json.loads(part.__getstate__()) for part in parts if part is not None]
+    types, spaces = set(), set()
+    for state in states:
+        nested = state.get("decoders") or state.get("pretokenizers")
+        if nested:
+            states += nested  # the loop comes to them
+            continue
+        types.add(state["type"])
+        if state["type"] == "Replace" and state["pattern"] == {"String": "▁"}:
+            spaces.add(state["content"])
     model = type(tokenizer.model).__name__
     return next(family for family in FAMILIES if family.recognised(model, types, spaces)), types
 
