@@ -51,10 +51,11 @@ def main() -> None:
     import xtoken
     from xtoken.config import config
     from xtoken.corpus import SHARD_BYTES
+    from xtoken.corpus.documents import BATCH_BYTES
     from xtoken.corpus.files import find_files
     from xtoken.corpus.options import Options
     from xtoken.corpus.partition import into_shards
-    from xtoken.corpus.reading import BATCH_BYTES, scan_file
+    from xtoken.corpus.reading import scan_file
     from xtoken.corpus.shards import Job, ShardMaker, encoder
     from xtoken.data import AlignedDataset
 

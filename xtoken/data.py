@@ -31,6 +31,10 @@ class AlignedDataset(Dataset[dict[str, Any]]):
 
     Shards are mapped into memory, not read: opening a corpus costs its index alone. zstd pages cannot be used in
     place, so a document costs decompressing its row group, about a millisecond, and its neighbours come free.
+    Can be sent to the workers of a DataLoader by either start method; each process maps the shards for itself.
+
+    Raises ValueError if the corpus was made with another tokenizer, saying on which side, or is not complete;
+    FileNotFoundError if the folder, its index or a shard is missing; ImportError if pyarrow is not installed.
 
     Parameters
     ----------
@@ -43,19 +47,6 @@ class AlignedDataset(Dataset[dict[str, Any]]):
     ----------
     counts : xtoken.corpus.Counts
         Documents, tokens and chunks of the corpus.
-
-    Raises
-    ------
-    ValueError
-        If the corpus was made with another tokenizer, saying on which side; if it is not complete.
-    FileNotFoundError
-        If the folder, its index or a shard is missing.
-    ImportError
-        If pyarrow is not installed.
-
-    Notes
-    -----
-    Can be sent to the workers of a DataLoader by either start method; each process maps the shards for itself.
     """
 
     def __init__(

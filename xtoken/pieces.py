@@ -39,14 +39,9 @@ class PieceIndex:
     Parameters
     ----------
     data : int32 [n]
-        As `build` makes it; see ``csrc/core/piece_index.h``.
+        As `build` makes it, else ValueError; see ``csrc/core/piece_index.h``.
     metadata : mapping of str to str, optional
         Fingerprints of both vocabularies.
-
-    Raises
-    ------
-    ValueError
-        If the data is not a piece index.
 
     Attributes
     ----------

@@ -86,6 +86,12 @@ def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
 class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     """Writes a cache, document by document; `cache_teacher` does so with a model, a served teacher can fill one too.
 
+    A shard appears under its name when it is complete, so a run that is killed loses less than one shard. Leaving the
+    ``with`` block without an exception writes the last shard and marks the cache as complete.
+
+    Raises ValueError if the folder holds something and `resume` is false; if it was written otherwise, naming the
+    difference; for a `top_k` or `max_length` below 1.
+
     Parameters
     ----------
     output : path
@@ -98,17 +104,6 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         Most tokens of a document that log-probabilities are kept of.
     resume : bool
         Go on behind the documents of complete shards.
-
-    Raises
-    ------
-    ValueError
-        If the folder holds something and `resume` is false; if it was written otherwise, naming the difference; for a
-        `top_k` or `max_length` below 1.
-
-    Notes
-    -----
-    A shard appears under its name when it is complete, so a run that is killed loses less than one shard. Leaving the
-    ``with`` block without an exception writes the last shard and marks the cache as complete.
     """
 
     def __init__(
@@ -155,6 +150,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
         """Adds a document.
 
+        Raises ValueError for shapes that do not fit, ids out of range, and log-probabilities that are NaN or above 0.
+
         Parameters
         ----------
         token_ids : int [T]
@@ -164,11 +161,6 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             only the beginning is kept. Ids of -1 stand for less than k.
         tail : [R], optional
             Probability of tokens that are not among the `top_k`. Default: what the listed ones leave.
-
-        Raises
-        ------
-        ValueError
-            For shapes that do not fit, ids out of range, and log-probabilities that are NaN or above 0.
         """
         tokens = np.asarray(token_ids, dtype=np.int32)
         size, shape = len(self.vocabulary), list(logits.ids.shape)
@@ -233,7 +225,10 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 
 class TeacherCache:
-    """A teacher cache, read from the disk document by document.
+    """A teacher cache, mapped into memory. Can be sent to the workers of a DataLoader.
+
+    Raises ValueError if the cache is not complete or was made with another tokenizer; FileNotFoundError if the folder,
+    its index or a shard is missing.
 
     Parameters
     ----------
@@ -247,17 +242,6 @@ class TeacherCache:
     fingerprint : str
         Of the teacher's vocabulary; see `Vocabulary.fingerprint`.
     vocab_size, top_k, max_length : int
-
-    Raises
-    ------
-    ValueError
-        If the cache is not complete, or was made with another tokenizer.
-    FileNotFoundError
-        If the folder, its index or a shard is missing.
-
-    Notes
-    -----
-    Shards are mapped into memory. Can be sent to the workers of a DataLoader.
 
     Examples
     --------
@@ -353,7 +337,10 @@ def cache_teacher(
     shard_tokens: int = SHARD_TOKENS,
     advance: Any = None,
 ) -> TeacherCache:
-    """Runs a teacher over texts and keeps its top-k log-probabilities.
+    """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 40 a document, about.
+
+    Raises ValueError if logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume`
+    meets other documents; and as `TeacherCacheWriter`.
 
     Parameters
     ----------
@@ -379,16 +366,6 @@ def cache_teacher(
         Tokens of a file, about.
     advance : callable, optional
         Called as ``advance(documents, tokens)`` as they get done.
-
-    Raises
-    ------
-    ValueError
-        If logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume` meets other
-        documents; and as `TeacherCacheWriter`.
-
-    Notes
-    -----
-    ``10 + 6 top_k`` bytes a token and 40 a document, about.
     """
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
     if batch_tokens < 1:

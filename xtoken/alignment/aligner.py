@@ -21,6 +21,8 @@ METHODS: tuple[str, ...] = tuple(method.name for method in _core.AlignMethod)
 class Aligner:
     """Aligns token sequences of a student and a teacher that read the same text.
 
+    Raises ValueError for an unknown method, a negative budget or fewer than one thread.
+
     Parameters
     ----------
     student_tok, teacher_tok
@@ -39,11 +41,6 @@ class Aligner:
         `Alignment.optimal` is False. Default: 2e8, about a tenth of a second.
     num_threads : int, optional
         Threads for a batch. Default: all processors of this process.
-
-    Raises
-    ------
-    ValueError
-        For an unknown method, a negative budget or fewer than one thread.
 
     Examples
     --------
@@ -91,6 +88,10 @@ class Aligner:
     ) -> Alignment:
         """Aligns one sample or a batch.
 
+        Releases the GIL; samples are spread over `num_threads` threads; the result does not depend on their number.
+        Raises ValueError if a token id is outside the vocabulary, or the numbers of samples or the shapes of the masks
+        differ; TypeError if ids are not integers.
+
         Parameters
         ----------
         student_ids, teacher_ids : int [T], int [B, T], or a list of B sequences
@@ -103,17 +104,6 @@ class Aligner:
         -------
         Alignment
             On the CPU. Positions count masked tokens too. A chunk never contains a masked token.
-
-        Raises
-        ------
-        ValueError
-            If a token id is outside the vocabulary, or the numbers of samples or the shapes of the masks differ.
-        TypeError
-            If ids are not integers.
-
-        Notes
-        -----
-        Releases the GIL; samples are spread over `num_threads` threads; the result does not depend on their number.
         """
         return self._align(student_ids, teacher_ids, student_mask, teacher_mask)[0]
 
@@ -149,10 +139,8 @@ class Aligner:
 
         Parameters
         ----------
-        student_ids, teacher_ids, student_mask, teacher_mask
-            As for `align`, which also says what is raised; so are negative limits (ValueError).
         max_student_length, max_teacher_length : int
-            Most tokens of a sample, counted from position 0.
+            Most tokens of a sample, counted from position 0; ValueError if negative. All else is as for `align`.
 
         Returns
         -------

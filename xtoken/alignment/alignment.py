@@ -31,6 +31,12 @@ class Alignment:
     A chunk is a token range of the student and one of the teacher that spell the same text. Positions count tokens
     of each sample's row, padding included, so they index logits ``[B, T, V]`` directly.
 
+    Losses check and count chunks on the CPU, where `Aligner` leaves them, and copy the few numbers that kernels need to
+    the logits' device without waiting for it. An alignment that is used several times, or in a CUDA graph, can be moved
+    there before, with `to`; it keeps the original for the checks.
+
+    Raises ValueError for wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
+
     Parameters
     ----------
     spans : int32 [K, 4]
@@ -45,17 +51,6 @@ class Alignment:
     predicted : bool [K], optional
         Whether on both sides a real token stands before the chunk, so that a row of logits predicts it. Default:
         true unless the chunk begins at position 0 on either side. Losses leave the other chunks out.
-
-    Notes
-    -----
-    Losses check and count chunks on the CPU, where `Aligner` leaves them, and copy the few numbers that kernels need to
-    the logits' device without waiting for it. An alignment that is used several times, or in a CUDA graph, can be moved
-    there before, with `to`; it keeps the original for the checks.
-
-    Raises
-    ------
-    ValueError
-        For wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
     """
 
     _host: Alignment | None = None  # the same on the CPU, for one on another device
@@ -86,7 +81,14 @@ class Alignment:
         bounds = self.offsets.tolist()
         if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
-        self._check_order()
+        spans = self.spans.long()
+        starts, ends = spans[:, 0::2], spans[:, 1::2]
+        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
+        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
+        for k in bad.nonzero()[:1, 0].tolist():
+            expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
+            chunk = f"chunk {k} = {spans[k].tolist()}"
+            raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
         self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
             side: None if ids is None else self._check_ids(ids, f"{side}_ids")
             for side, ids in (("student", student_ids), ("teacher", teacher_ids))
@@ -108,17 +110,6 @@ class Alignment:
             shape = f"[{len(self)}, T]" if self.batched else "[T]"
             raise ValueError(f"{name}: expected shape {shape}, got {list(ids.shape)}")
         return ids
-
-    def _check_order(self) -> None:
-        spans = self.spans.long()
-        starts, ends = spans[:, 0::2], spans[:, 1::2]
-        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
-        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
-        if bool(bad.any()):
-            k = int(bad.nonzero()[0])
-            expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
-            chunk = f"chunk {k} = {spans[k].tolist()}"
-            raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
 
     @property
     def student_ids(self) -> Tensor | None:
@@ -187,8 +178,7 @@ class Alignment:
     def _flatten(self, ids: bool) -> Tensor:
         """int64 [n]: what losses need on a device, as one tensor for one copy; of an alignment on the CPU.
 
-        Of each chunk that `predictable` names its number, its sample and its span [6, K]; then, if wanted, the ids of
-        both sides, as far as there are any.
+        Of `predictable` chunks the number, sample and span [6, K]; then, if wanted, the ids that there are.
         """
         used = predictable(self).nonzero()[:, 0]
         parts = [used, self.sample_index[used], self.spans[used].long().T.flatten()]

@@ -13,6 +13,9 @@ from .files import InputFile
 DOCUMENTS = pa.schema([pa.field("id", pa.string()), pa.field("text", pa.string())])
 """A batch of documents; neither column holds nulls."""
 
+BATCH_BYTES = 2 << 20
+"""Text of a batch: enough documents to keep tens of threads busy, little enough to hold several in memory."""
+
 ID = "id"
 """Column or field that names a document, if there is one."""
 

@@ -17,7 +17,6 @@ BLOCK_BYTES = 2 << 20
 """Bytes read at a time; a block grows to the end of its last line."""
 
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_COMPRESSION = {".gz": "gzip", ".zst": "zstd"}
 
 
 def scan(file: InputFile, target: int) -> list[FileSlice]:
@@ -58,7 +57,7 @@ def _blocks(file: InputFile, start: int, stop: int | None) -> Iterator[bytes]:
     """Bytes ``start ... stop - 1`` of the decompressed file."""
     try:
         if file.is_compressed:
-            stream = pa.input_stream(file.path, _COMPRESSION[file.path[file.path.rindex(".") :].lower()])
+            stream = pa.input_stream(file.path, compression="detect")
         else:
             stream = pa.OSFile(file.path)
             stream.seek(start)

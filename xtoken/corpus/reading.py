@@ -11,12 +11,9 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from . import lines, tables
-from .documents import Broken
+from .documents import BATCH_BYTES, Broken
 from .files import InputFile
 from .partition import FileSlice, Shard
-
-BATCH_BYTES = 2 << 20
-"""Text of a batch: enough documents to keep tens of threads busy, little enough to hold several in memory."""
 
 
 def scan_file(file: InputFile, text_column: str, target: int) -> list[FileSlice]:

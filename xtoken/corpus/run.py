@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from .. import _core
 from ..vocabulary import TokenizerLike
@@ -19,7 +21,7 @@ from .options import Options
 from .partition import into_shards
 from .progress import Progress
 from .reading import scan_file
-from .shards import Job, complete_shards, encoder, tokenizer_hash
+from .shards import Job, complete_shards, encoder
 
 DECISIVE = ("method", "max_length", "text_column", "on_error", "shard_bytes")
 """Options that the output depends on."""
@@ -37,14 +39,12 @@ def run(
     going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
     job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
-    parameters = {
-        "xtoken": _core.version,
-        "student": job.student.fingerprint(),
-        "student_tokenizer": tokenizer_hash(job.student),
-        "teacher": job.teacher.fingerprint(),
-        "teacher_tokenizer": tokenizer_hash(job.teacher),
-        **{name: getattr(options, name) for name in DECISIVE},
-    }
+    parameters: dict[str, Any] = {"xtoken": _core.version}
+    for side, vocabulary in (("student", job.student), ("teacher", job.teacher)):
+        # All that a tokenizer does, merges and pre-tokenization too, which the fingerprint does not cover.
+        digest = hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()
+        parameters |= {side: vocabulary.fingerprint(), f"{side}_tokenizer": digest}
+    parameters |= {name: getattr(options, name) for name in DECISIVE}
     progress = Progress(sys.stderr.isatty() if options.progress is None else options.progress)
     with progress.bar:
         manifest = _begin(folder, Manifest(parameters, files, []), going_on, options)

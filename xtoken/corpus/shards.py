@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -78,11 +77,6 @@ def encoder(tokenizer: TokenizerLike, side: str) -> Vocabulary:
         raise ValueError(f"{side}: the tokenizer has dropout {plain.model.dropout}, so each run would give other ids")
     tokens = [vocabulary[i] for i in range(len(vocabulary))]
     return Vocabulary(tokens, vocabulary.kinds.tolist(), vocabulary.roles, plain)
-
-
-def tokenizer_hash(vocabulary: Vocabulary) -> str:
-    """SHA-256 of all that a tokenizer does, merges and pre-tokenization too, which `fingerprint` does not cover."""
-    return hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()
 
 
 class ShardMaker:

@@ -11,15 +11,12 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from .documents import ID, Broken, documents, numbered
+from .documents import BATCH_BYTES, ID, Broken, documents, numbered
 from .files import InputFile
 from .partition import MOST_SLICES, FileSlice
 
 BATCH_ROWS = 1024
 """Rows taken from a file at a time, at most."""
-
-BATCH_BYTES = 2 << 20
-"""Text taken from a file at a time, about, unless it is one document."""
 
 
 def scan(file: InputFile, text_column: str, target: int) -> list[FileSlice]:

@@ -31,6 +31,9 @@ TokenizerLike = Any
 class Vocabulary:
     """The tokens of a tokenizer as raw bytes.
 
+    Raises TypeError if a token is not bytes; ValueError if lengths differ, a kind is unknown, or a role's id is out of
+    range or not special.
+
     Parameters
     ----------
     tokens : sequence of bytes, length V
@@ -47,13 +50,6 @@ class Vocabulary:
     ----------
     kinds : uint8 [V]
     roles : dict of str to int
-
-    Raises
-    ------
-    TypeError
-        If a token is not bytes.
-    ValueError
-        If lengths differ, a kind is unknown, or a role's id is out of range or not special.
 
     Examples
     --------
@@ -93,21 +89,15 @@ class Vocabulary:
     def from_tokenizer(cls, tokenizer: TokenizerLike) -> Vocabulary:
         """Reads the tokens of a tokenizer.
 
+        Raises TypeError if `tokenizer` is none of those below, or a slow (pure Python) tokenizer; ValueError if it
+        writes its tokens in a way that is not known here: ByteLevel BPE, SentencePiece / Metaspace (with or without
+        byte fallback, BPE or Unigram) and WordPiece are; FileNotFoundError if a path does not exist.
+
         Parameters
         ----------
         tokenizer
             A `transformers` fast tokenizer, a `tokenizers.Tokenizer`, the path of a ``tokenizer.json`` or of a folder
             that `transformers.AutoTokenizer` can load, a Hub id, or a `Vocabulary`, which is returned as it is.
-
-        Raises
-        ------
-        TypeError
-            If `tokenizer` is none of these, or a slow (pure Python) tokenizer.
-        ValueError
-            If the tokenizer writes its tokens in a way that is not known here. ByteLevel BPE, SentencePiece / Metaspace
-            (with or without byte fallback, BPE or Unigram) and WordPiece are.
-        FileNotFoundError
-            If a path does not exist.
         """
         if isinstance(tokenizer, Vocabulary):
             return tokenizer
@@ -171,12 +161,7 @@ class Vocabulary:
 
         Valid UTF-8 goes through the tokenizer in one batch. Bytes that are not valid UTF-8 go to the byte-level model
         itself or to byte-fallback pieces, never through U+FFFD; what has no piece, and unknown tokens, are left out.
-
-        Returns
-        -------
-        ptr : int64 [len(texts) + 1]
-            Text ``k`` has the ids ``ids[ptr[k]:ptr[k + 1]]``.
-        ids : int32
+        Returns ptr, int64 [len(texts) + 1], and ids, int32: text ``k`` has the ids ``ids[ptr[k]:ptr[k + 1]]``.
         """
         rows = self._encoder(texts)
         ptr = np.cumsum([0, *map(len, rows)], dtype=np.int64)

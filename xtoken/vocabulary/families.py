@@ -87,12 +87,10 @@ def spell(tokenizer: Any, pieces: list[str]) -> tuple[Family, list[bytes], list[
     model, suffix = tokenizer.model, getattr(tokenizer.model, "end_of_word_suffix", None)
     if family.spelling is None or suffix:
         *names, last = sorted(known.name for known in FAMILIES if known.spelling is not None)
-        raise ValueError(
-            f"tokenizer: unknown family: model {type(model).__name__}, decoder and pre-tokenizer "
-            f"{sorted(types) or 'none'}"
-            + (f", word suffix {suffix!r}" if suffix else "")
-            + f"; {', '.join(names)} and {last} are known. For others pass Vocabulary(tokens=[bytes, ...])"
-        )
+        found = f"model {type(model).__name__}, decoder and pre-tokenizer {sorted(types) or 'none'}"
+        found += f", word suffix {suffix!r}" if suffix else ""
+        hint = f"{', '.join(names)} and {last} are known. For others pass Vocabulary(tokens=[bytes, ...])"
+        raise ValueError(f"tokenizer: unknown family: {found}; {hint}")
     spelled = _core.spelled_bytes(pieces, family.spelling, getattr(model, family.continuation, ""))
     may_be_bytes = family.byte_fallback and (getattr(model, "byte_fallback", False) or "ByteFallback" in types)
     are_bytes = [bool(may_be_bytes and _BYTE_PIECE.fullmatch(piece)) for piece in pieces]
