@@ -149,18 +149,18 @@ class Numbering:
     """Items that are numbered through, across shards with so many items each."""
 
     def __init__(self, sizes: Iterable[int]) -> None:
-        self.ends = np.cumsum(list(sizes), dtype=np.int64)
+        self.starts = np.cumsum([0, *sizes], dtype=np.int64)
 
     def __len__(self) -> int:
-        return int(self.ends[-1]) if len(self.ends) else 0
+        return int(self.starts[-1])
 
     def find(self, index: int) -> tuple[int, int]:
         """The shard of an item, and its number in there. IndexError if there is no such item; -1 is the last one."""
         position = int(index) + (len(self) if index < 0 else 0)
         if not 0 <= position < len(self):
             raise IndexError(f"index: expected -{len(self)} to {len(self) - 1}, got {index}")
-        shard = int(np.searchsorted(self.ends, position, side="right"))
-        return shard, position - (int(self.ends[shard - 1]) if shard else 0)
+        shard = int(np.searchsorted(self.starts, position, side="right")) - 1
+        return shard, position - int(self.starts[shard])
 
 
 def fingerprints(student: Vocabulary, teacher: Vocabulary) -> dict[str, str]:

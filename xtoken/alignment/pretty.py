@@ -31,17 +31,14 @@ def two_lines(spans: list[list[int]], student: list[str], teacher: list[str], co
         if b > a:
             cells.append(("|".join(student[a:b]), "|".join(teacher[c:d]), True))
         i, j = b, d
-    lines: list[str] = []
-    upper: list[str] = []
-    lower: list[str] = []
-    used = 0
+    lines, used = ["", ""], 0
     for k, (above, below, aligned) in enumerate(cells):
         size = max(len(above), len(below))
         if used and used + size + 1 > width:
-            lines += [" ".join(upper), " ".join(lower), ""]
-            upper, lower, used = [], [], 0
+            lines, used = [*lines, "", "", ""], 0
+        gap = " " if used else ""
         used += size + 1
         start, end = (f"\x1b[4{2 + k % 5}m\x1b[30m" if aligned else "\x1b[2m", "\x1b[0m") if color else ("", "")
-        upper.append(start + above.ljust(size) + end)
-        lower.append(start + below.ljust(size) + end)
-    return "\n".join([*lines, " ".join(upper), " ".join(lower)])
+        lines[-2] += gap + start + above.ljust(size) + end
+        lines[-1] += gap + start + below.ljust(size) + end
+    return "\n".join(lines)

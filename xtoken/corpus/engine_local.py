@@ -31,7 +31,8 @@ def make_shards(
     """
     if workers is None or workers == 1:
         maker = ShardMaker(job)
-        yield from ((shard, maker.make(shard, advance)) for shard in shards)
+        for shard in shards:
+            yield shard, maker.make(shard, advance)
         return
     context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of the tokenizers' threads
     done = context.Array("q", 3)  # documents, tokens, bytes of text

@@ -97,10 +97,9 @@ class Manifest:
         """Reads the index of a folder; FileNotFoundError if there is none, ValueError if it is of another format."""
         with INDEX.read(folder) as content:
             inputs = [InputFile(**file) for file in content["inputs"]]
-            shards = [
-                Shard(k, tuple(FileSlice(inputs[place], *rest) for place, *rest in entry["pieces"]))
-                for k, entry in enumerate(content["shards"])
-            ]
+            shards = []
+            for k, entry in enumerate(content["shards"]):
+                shards.append(Shard(k, tuple(FileSlice(inputs[place], *rest) for place, *rest in entry["pieces"])))
             made = content["shards"] if content["complete"] else []
             counts = [Counts(**{name: entry[name] for name in vars(Counts())}) for entry in made]
             return Manifest(content["parameters"], inputs, shards, counts)
