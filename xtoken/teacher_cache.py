@@ -271,8 +271,8 @@ class TeacherCache:
                 raise FileNotFoundError(f"path: {file} is missing")
         self._numbering = Numbering(shard["documents"] for shard in index["shards"])
         self._open: dict[int, Any] = {}
-        digests = [self._shard(k).get_tensor("digests").numpy() for k in range(len(self._files))]
-        keys = np.concatenate([np.zeros((0, 8), np.uint8), *(one[:, :8] for one in digests)]).view("<u8")[:, 0]
+        starts = (self._shard(k).get_tensor("digests").numpy()[:, :8].copy() for k in range(len(self._files)))
+        keys = np.concatenate([np.zeros((0, 8), np.uint8), *starts]).view("<u8")[:, 0]
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
