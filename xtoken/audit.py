@@ -28,7 +28,7 @@ CRITICAL_SHARE = 0.99
 
 @dataclass
 class ClassCoverage:
-    """What becomes of the student tokens of one class. Numbers of tokens, or of occurrences with a corpus."""
+    """What happens to the student tokens of one class: counts of tokens, or with a corpus of occurrences."""
 
     count: int = 0
     """All of them."""

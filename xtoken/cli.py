@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--text-column", default="text", help="field with plain text (default %(default)s)")
     cache.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
     cache.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
-    cache.add_argument("--resume", action="store_true", help="go on with a run that was stopped")
+    cache.add_argument("--resume", action="store_true", help="continue a run that was stopped")
     cache.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
 
     demo = commands.add_parser("demo", help="distil a real teacher into a small student, on the CPU in minutes")

@@ -52,7 +52,7 @@ def package_folder(package: str) -> Path:
 
 
 def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> Any:
-    """A `tokenizers.Tokenizer` from a file of tiktoken ranks; special tokens take the ids behind them, in order."""
+    """A `tokenizers.Tokenizer` from a file of tiktoken ranks; special tokens take the ids after them, in order."""
     from tokenizers import AddedToken
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
@@ -95,7 +95,7 @@ def make_student(vocab_size: int, seed: int) -> Any:
 def manual_passages(length: int = 320) -> tuple[list[str], list[str]]:
     """Passages of about `length` characters from the Python manual: (training, held out).
 
-    Every eighth topic is held out, but for passages with a line that also stands in another topic.
+    Every eighth topic is held out, except for passages with a line that also occurs in another topic.
     """
     from pydoc_data.topics import topics
 

@@ -46,7 +46,7 @@ def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Has the system write a file, or the names in a folder, to the disk."""
+    """fsync of a file, or of a folder."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -15,8 +15,8 @@ offsets    int64 [D+1]  where each document begins
 digests    u8 [D, 32]   `document_digest` of each document
 ========== ============ ==========================================================================
 
-A document is found by its token ids, all of them, also where log-probabilities cover its beginning only. So a cache
-serves plain text and chats alike, and any student: a student's tokenizer has no part in it.
+A document is looked up by all of its token ids, even where log-probabilities cover only its beginning. So a cache
+serves plain text and chats alike, and any student: the student's tokenizer plays no part in it.
 
 float16 rather than bfloat16: log-probabilities lie within -65504 ... 0, and three more bits of precision cost nothing.
 """
@@ -60,7 +60,7 @@ WINDOW = 256
 """Documents that are sorted by length together, so that a batch holds documents of similar length."""
 
 LEAST_TAIL = 2e-6
-"""Probability that a tail has at least when it is read: less would drown in the rounding of the listed ones."""
+"""Probability that a tail has at least when it is read: less is below the rounding error of the listed ones."""
 
 BLOCK_ROWS = 512
 """Rows of logits turned into log-probabilities at a time."""
@@ -103,7 +103,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     max_length : int, optional
         Most tokens of a document that log-probabilities are kept of.
     resume : bool
-        Go on behind the documents of complete shards.
+        Resume after the documents of complete shards.
     """
 
     def __init__(

@@ -12,7 +12,7 @@
 namespace xtoken::cpu {
 namespace {
 
-// Columns of one item: their maxima stay in the first cache.
+// Columns of one item: their maxima stay in the L1 cache.
 constexpr int64_t block = 2048;
 constexpr int bin_bits = 12;
 

@@ -1,4 +1,4 @@
-// Threads and scratch memory that live from call to call.
+// Threads and scratch memory that persist between calls.
 #pragma once
 
 #include <cstddef>

@@ -21,7 +21,7 @@ std::string listed(const char* const* names, size_t count, const char* last) {
     return text + "'";
 }
 
-// Whether elements follow each other in memory.
+// Whether the array is contiguous.
 bool contiguous(const Given& given) {
     int64_t expected = 1;
     for (size_t d = given.shape.size(); d-- > 0;) {

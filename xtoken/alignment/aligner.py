@@ -98,7 +98,7 @@ class Aligner:
             Token ids as lists, arrays or tensors. Both sides must have the same number of samples.
         student_mask, teacher_mask : same shape as the ids, optional
             0 or False leaves a token out (attention masks). Without a mask, runs of the pad token at either end of a
-            sample are left out; where the pad token is also the end token, the first one behind the text is kept.
+            sample are left out; where the pad token is also the end token, the first one after the text is kept.
 
         Returns
         -------
@@ -134,7 +134,7 @@ class Aligner:
     ) -> Alignment:
         """Aligns, and cuts each sample so that both models read the same text within both length limits.
 
-        A sample that fits is left whole. A longer one is cut, on both sides, behind the last chunk that ends within
+        A sample that fits is left whole. A longer one is cut, on both sides, after the last chunk that ends within
         both limits, so that neither model reads text that the other never saw.
 
         Parameters

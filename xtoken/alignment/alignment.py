@@ -16,7 +16,7 @@ from xtoken.vocabulary import TokenizerLike
 
 
 def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = False) -> Tensor:
-    """The value as a tensor of `dtype`; TypeError where it is not of whole numbers."""
+    """The value as a tensor of `dtype`; TypeError if it does not hold integers."""
     tensor = torch.as_tensor(value)
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
         if tensor.numel():
@@ -286,7 +286,7 @@ class Ragged(NamedTuple):
 
     @staticmethod
     def of(rows: Sequence[NDArray[np.int64]]) -> Ragged:
-        """The rows, copied one behind the other."""
+        """The rows, concatenated."""
         offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
         return Ragged(np.concatenate(rows) if rows else np.zeros(0, np.int64), offsets)
 

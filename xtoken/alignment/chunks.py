@@ -149,7 +149,7 @@ class Chunks:
     def of_positions(rows: int, mask: Tensor | None = None, device: torch.device | str = "cpu") -> Chunks:
         """One chunk for each of so many rows, or those that `mask` names; the same on both sides.
 
-        Of a mask on a device, which is not waited for, all, with a mask of their own.
+        With a mask on a device all positions are chunks, masked by it, so that nothing waits.
         """
         device = torch.device(device)
         chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)

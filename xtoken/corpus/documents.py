@@ -1,4 +1,4 @@
-"""What readers hand on: batches of documents, and what becomes of a broken one."""
+"""What readers return: batches of documents, and what happens to a broken one."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def make_shards(
             todo = list(shards)
             running: dict[Future[Counts], Shard] = {}
             while todo or running:
-                while todo and len(running) <= workers:  # one waits, so that no process ever does
+                while todo and len(running) <= workers:  # one in the queue, so that no process ever waits
                     shard = todo.pop(0)
                     running[processes.submit(_make, shard)] = shard
                 finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)

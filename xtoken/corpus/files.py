@@ -1,4 +1,4 @@
-"""Which input files there are, their formats, and stamps that tell whether they changed."""
+"""The input files, their formats, and stamps that tell whether they changed."""
 
 from __future__ import annotations
 

@@ -114,7 +114,7 @@ def _text(file: InputFile, block: bytes, number: int, count: int, broken: Broken
 class _JsonLines:
     """Documents of a block of JSON lines.
 
-    pyarrow parses a block at once; where it balks or the outcome is not plainly one text a line, Python's parser goes
+    pyarrow parses a block at once; where it fails, or the result is not exactly one text a line, Python's parser goes
     through the block line by line, and knows which line is broken.
     """
 

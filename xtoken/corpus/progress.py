@@ -1,4 +1,4 @@
-"""The progress bar of a run: documents and tokens a second, and the time that is left."""
+"""The progress bar of a run: documents and tokens a second, and the remaining time."""
 
 from __future__ import annotations
 

@@ -46,6 +46,6 @@ class Cached(Generic[T]):
         kept: dict[tuple[Hashable, ...], _Kept[T]] = self._kept.setdefault(tensors[0], {})
         known = kept.get(keys)
         if known is None or not known.of(tensors):
-            made = make()  # first, so that an error leaves what there is
+            made = make()  # first, so that an error leaves the cache as it is
             known = kept[keys] = _Kept(tuple(map(weakref.ref, tensors[1:])), _versions(tensors), made)
         return known.made

@@ -31,7 +31,7 @@ def select_columns(
     if columns is not None:
         return _checked(columns, width, torch.device(device))
     chosen = teacher_columns(teacher, top_k, device, backend)
-    _RIGHT[chosen] = chosen._version, width  # need not be looked at again, which would wait for a device
+    _RIGHT[chosen] = chosen._version, width  # need not be checked again, which would wait for a device
     return chosen
 
 
@@ -98,7 +98,7 @@ def _reached(projection: Any, device: torch.device) -> _Reached:
 def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
     """Those of the columns that W reaches, and None.
 
-    On a device, where their number would have to be waited for: all columns, those that W reaches first, and the number
+    On a device, where reading their number would wait: all columns, those that W reaches first, and the number
     (int32 []).
     """
     known = _reached(projection, columns.device)

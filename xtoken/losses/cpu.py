@@ -50,7 +50,7 @@ def array(tensor: Tensor | None) -> Array | None:
 
 
 def unit_stride(logits: Tensor) -> Tensor:
-    """The logits, copied if their columns do not follow each other in memory."""
+    """The logits, copied if their rows are not contiguous."""
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 

@@ -353,7 +353,7 @@ class _Distilled(NamedTuple):
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """float32 [] on the device, which is not waited for."""
+    """float32 [] on the device, without waiting for it."""
     if isinstance(value, Tensor):
         return to_device(value.detach().float(), device)
     return torch.full((), value, dtype=torch.float32, device=device)

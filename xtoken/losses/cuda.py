@@ -75,7 +75,7 @@ class DeviceMemory:
 
 @contextmanager
 def device_memory(device: torch.device) -> Iterator[Memory]:
-    """The memory of a CUDA device, which is the current one meanwhile."""
+    """The memory of a CUDA device, which is made the current one."""
     with torch.cuda.device(device):
         yield DeviceMemory(device)
 

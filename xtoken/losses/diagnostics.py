@@ -1,4 +1,4 @@
-"""What `XTokenLoss` reports beside the losses: how far student and teacher agree, on some chunks of a call.
+"""What `XTokenLoss` reports beside the losses: how well student and teacher agree, on some chunks of a call.
 
 Nothing waits for the device, but for the first use of a W or of a piece index there.
 """
@@ -92,7 +92,7 @@ def diagnosis(
     entries: Entries | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """[K, 3]: how far the student, projected, is the teacher inside the columns C, for each pair of rows.
+    """[K, 3]: how well the projected student agrees with the teacher inside the columns C, for each pair of rows.
 
     Whether both have the same largest column (1 or 0); the teacher's probability inside C; the student's probability
     that W sends to no column of C.

@@ -1,4 +1,4 @@
-"""Losses from hidden states and the output layer: the student's logits never exist as a whole."""
+"""Losses from hidden states and the output layer: the student's logits are never materialised."""
 
 from __future__ import annotations
 

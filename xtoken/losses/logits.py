@@ -1,4 +1,4 @@
-"""Logits that are not held in memory: served or cached teachers, hidden states with their output layer."""
+"""Logits that are not materialised: served or cached teachers, hidden states with their output layer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from xtoken.alignment.chunks import Chunks, Rows
 TAILS = ("uniform", "renormalize")
 
 BLOCK_ELEMENTS = 2**25
-"""Logits of one side that are made at a time where they are not given."""
+"""Logits of one side that are computed at a time where they are not given."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ def _logprob(value: Any) -> float:
 
 @dataclass(frozen=True)
 class LinearLogits:
-    """Logits ``hidden @ weight.T + bias`` that are made a block of rows at a time and never held as a whole.
+    """Logits ``hidden @ weight.T + bias``, computed a block of rows at a time and never materialised.
 
     Parameters
     ----------
@@ -220,7 +220,7 @@ class TopKSource:
         else:
             others = (self.size - (ids >= 0).sum(dim=1)).clamp_min(1)
             rest = ((1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0) / others).log().to(dtype)
-        dense = rest[:, None].repeat(1, self.size + 1)  # the last column takes what has no id
+        dense = rest[:, None].repeat(1, self.size + 1)  # the last column is for entries without an id
         return dense.scatter_(1, torch.where(ids < 0, self.size, ids), logprobs)[:, : self.size]
 
 

@@ -62,7 +62,7 @@ class CachedExamples(Dataset[dict[str, Any]]):
         rows = slice(entry["first"], entry["first"] + len(ids))
         logits = TopKLogits(document.logits.ids[rows], document.logits.logprobs[rows], document.logits.tail)
         entry = {**entry, "logits": logits}
-        if len(logits.ids) < len(ids):  # the cache holds the document's beginning only
+        if len(logits.ids) < len(ids):  # the cache holds only the beginning of the document
             if entry["ids"] is None:
                 raise ValueError(
                     f"example {index}: the teacher cache {cache.path} was cut at {cache.max_length} tokens; expected "
@@ -80,7 +80,7 @@ def teacher_documents(tokenizer: Any, rows: Iterator[dict[str, Any]], text_colum
 
 
 def main(options: argparse.Namespace) -> str:
-    """Runs ``xtoken cache-teacher``; returns what there is to say."""
+    """Runs ``xtoken cache-teacher``; returns a summary."""
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(
         options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code

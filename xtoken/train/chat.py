@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as each tokenizer's own template writes it, and where its contents stand in that."""
+"""Chat templates: a conversation as each tokenizer's own template renders it, and where its contents are in that."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Arguments(NamedTuple):
     """The piece that is the JSON text and a closing brace: most templates write the call as an object around its
     arguments, and tokenizers join the two braces."""
     parts: list[int]
-    """The pieces that it consists of, one behind the other: its values, and what stands between them."""
+    """The pieces that it consists of, in order: its values, and what is between them."""
     skeleton: str
     """The JSON text with markers in place of values."""
     name: int | None
@@ -58,7 +58,7 @@ class Conversation(NamedTuple):
     owners: list[int]
     """The message of each piece."""
     reasoning: set[int]
-    """The pieces that are a reasoning, with tags behind them."""
+    """The pieces that are a reasoning, followed by its tags."""
     arguments: list[Arguments]
 
 
@@ -156,7 +156,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     for owner, message in enumerate(plain):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
-        top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is none of its words
+        top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is not content
         skeleton.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
     return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning, arguments)
 
@@ -213,7 +213,7 @@ class ChatTemplate:
             rendered: str = self.tokenizer.apply_chat_template(
                 messages, tools=conversation.tools, tokenize=False, **conversation.options
             )
-        except Exception as error:  # templates raise what they like
+        except Exception as error:  # templates raise any exception
             raise ValueError(f"{self.name}: its chat template refuses the messages: {error}") from error
         return rendered
 

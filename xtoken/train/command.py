@@ -76,7 +76,7 @@ class TrainArguments:
     )  # fmt: skip
     cache: str | None = _option(None, "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken")
     trust_remote_code: bool = _option(False, "run code that comes with models")
-    resume: bool = _option(False, "go on from the last checkpoint in the output folder, if there is one")
+    resume: bool = _option(False, "continue from the last checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
     loss_options: dict[str, Any] = field(default_factory=dict, init=False)
     """Those of `loss_arguments` that are given."""

@@ -1,4 +1,4 @@
-"""Encoding: text, prompt and completion, or chat messages to token ids of every model, labels and aligned chunks."""
+"""Encoding: text, prompt and completion, or chat messages become token ids of every model, labels and chunks."""
 
 from __future__ import annotations
 
@@ -52,12 +52,13 @@ class ExampleEncoder:
     teacher_toks : sequence of tokenizers
         One for each teacher. A teacher with the student's tokenizer and chat template reads the student's ids.
     train_on : "all", "completion" or "assistant"
-        Which turns are trained on. "assistant": the turns of the assistant. "completion": those behind the last turn
-        of anyone else but a tool. Of prompt and completion both mean the completion. Plain text is always trained on.
+        Which turns are trained on. "assistant": the turns of the assistant. "completion": those after the last turn
+        of anyone but the assistant and tools. Of prompt and completion both mean the completion. Plain text is always
+        trained on.
     max_length, max_teacher_length : int, optional
-        Most tokens of an example, for the student and for each teacher. Longer ones are cut on all sides behind a
-        chunk that all of them share, so that no model reads text that another does not. Plain text is cut into several
-        examples, each of which begins as each tokenizer begins a text; the others lose their end.
+        Most tokens of an example, for the student and for each teacher. Longer ones are cut on all sides after a
+        chunk that all of them share, so that no model reads text that another does not. Plain text is split into
+        several examples, each with the special tokens that begin a text; prompts and chats are truncated.
     text_column : str
         Field with plain text.
     add_end : bool
@@ -77,17 +78,17 @@ class ExampleEncoder:
     template leaves out or writes otherwise is aligned with nothing; white space at the edges of a content, which
     templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk, with these
     exceptions in turns that are trained on: the token that ends the turn is a label, and a chunk with the teacher's,
-    where both play the same role in their vocabularies; and the tags around a reasoning are taken for content, since
-    the student must write them itself. Special tokens that stand in a content are left out.
+    where both have the same role in their vocabularies; and the tags around a reasoning count as content, since the
+    student must write them itself. Special tokens inside a content are left out.
 
     Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
     numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its
-    strings and numbers are aligned, and what stands between them is the student's to learn from labels alone.
+    strings and numbers are aligned, and what is between them is learned from labels alone.
     Arguments that are a string are a content like others. What a template writes around a call is not trained on.
 
-    Chunks are cut at every byte of a content at which a token begins on both sides. A token that reaches over the
-    edge of a content counts only if there is nothing but white space beyond, and is in a chunk only if the teacher has
-    the same white space there.
+    Chunks are cut at every byte of a content at which a token begins on both sides. A token that crosses the
+    edge of a content counts only if there is nothing but white space outside, and is in a chunk only if the teacher
+    has the same white space there.
 
     Prompt and completion are encoded as one text; white space between them belongs to the completion. Fields of
     messages that are None, as tables fill them in, are left out; ``content`` stays.
@@ -167,7 +168,7 @@ class ExampleEncoder:
 
     def _chunks(self, table: Table, student: Tokens, side: Reader, teacher: Tokens) -> _Chunks:
         room = table.length + 2 * MOST_OVERHANG + 1
-        piece_begin = np.cumsum(room) - room + MOST_OVERHANG  # pieces on a line of their own, with gaps
+        piece_begin = np.cumsum(room) - room + MOST_OVERHANG  # coordinates of the pieces, one after the other with gaps
         lines = [
             _edges(student, table.length, piece_begin, only_open=True),
             _edges(teacher, table.length, piece_begin, only_open=False),
@@ -179,7 +180,7 @@ class ExampleEncoder:
         spans = np.stack([tokens[first, 0], tokens[first + 1, 0], tokens[first, 1], tokens[first + 1, 1]], axis=1)
         trained = table.trained_piece[piece[first]]
         begin, length = piece_begin[piece[first]], table.length[piece[first]]
-        # Where a token reaches over an edge, and where positions are not exact, the two sides' bytes are compared.
+        # Where a token crosses an edge, and where positions are not exact, the two sides' bytes are compared.
         doubtful = (common[first] < begin) | (common[first + 1] > begin + length)
         sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
         doubtful |= ~(student.is_exact & teacher.is_exact)[sample]
@@ -264,7 +265,7 @@ class ExampleEncoder:
 def _choose_wholes(examples: Sequence[Example], sides: Sequence[Tokens]) -> None:
     """Keeps arguments of calls as one piece where all models write the same JSON, else as the parts that each has.
 
-    The longer the piece the better, since tokens may reach over its edges.
+    The longer the piece the better, since tokens may cross its edges.
     """
     first = 0
     for example in examples:
@@ -299,7 +300,7 @@ def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterat
 
 
 def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """The piece at or before each byte, and whether it reaches there."""
+    """The piece that begins at or before each byte, and whether it extends to it."""
     if not (piece_start >= 0).any():
         return np.zeros(len(position), np.int64), np.zeros(len(position), bool)
     order = np.argsort(piece_start, kind="stable")
@@ -310,10 +311,10 @@ def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, ND
 
 
 def _edges(tokens: Tokens, length: Ints, piece_begin: Ints, *, only_open: bool) -> tuple[Ints, Ints]:
-    """Places within pieces at which a token begins, on the pieces' own line, and these tokens.
+    """Positions within pieces at which a token begins, in the pieces' own coordinates, and these tokens.
 
-    Places outside take part too, as far as there is only white space up to there. With `only_open` just the nearest,
-    and only where no token begins at the edge of the piece itself: so a token that is no part of it is in no chunk.
+    Positions outside a piece count too, if there is only white space in between. With `only_open` only the nearest, and
+    only where no token begins at the edge of the piece itself, so that a token outside of it is in no chunk.
     """
     reached = np.concatenate([[-1], np.maximum.accumulate(tokens.end)])[: len(tokens.end)]
     (clean,) = (tokens.start >= reached).nonzero()

@@ -38,7 +38,7 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
         return _chat(row, list(messages), last + 1, train_on)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
-        head = prompt.rstrip()  # a token may join a space to the word behind it
+        head = prompt.rstrip()  # a token may join a space to the following word
         return _plain((head, train_on == "all"), (prompt[len(head) :] + completion, True))
     if prompt is not None and completion is not None and not isinstance(prompt, str):
         return _chat(row, [*prompt, *completion], len(prompt), train_on)

@@ -173,7 +173,7 @@ class Stopwatch:
             self.seconds[name] = self.seconds.get(name, 0.0) + seconds
 
     def skip(self, other: Stopwatch) -> None:
-        """Leaves the time since another watch was started out of this lap."""
+        """Excludes the time since another watch was started from this lap."""
         self._started += time.perf_counter() - other._started
 
     def lap(self) -> tuple[float, dict[str, float]]:

@@ -1,4 +1,4 @@
-"""Training W: an optimizer of its own, since its weights are no part of the student."""
+"""Training W: an optimizer of its own, since its weights are not part of the student."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class ProjectionSteps(TrainerCallback):
         return {f"{number}.{name}": value for number, one in moments.items() for name, value in one.items()}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Takes on what `state_dict` gave."""
+        """Restores what `state_dict` returned."""
         moments: dict[int, dict[str, Tensor]] = {}
         for key, value in state.items():
             number, name = key.split(".")

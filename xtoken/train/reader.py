@@ -62,7 +62,7 @@ class _Layout(NamedTuple):
 
 
 class Reader:
-    """One model's way of reading."""
+    """One model's tokenizer and chat template."""
 
     def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
         if isinstance(tokenizer, (str, os.PathLike)):

@@ -77,7 +77,7 @@ def load_model(
 
 @contextmanager
 def _whole() -> Iterator[None]:
-    """Keeps transformers from loading shares of a model: it asks an environment variable and a global configuration."""
+    """Keeps transformers from loading a sharded model, which it decides by an environment variable and a global."""
     from transformers.integrations import deepspeed
 
     efficient = os.environ.pop(EFFICIENT_LOADING, None)

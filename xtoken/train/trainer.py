@@ -126,7 +126,7 @@ class XTokenTrainer(Trainer):
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
-        # The loss is a share of the whole step's, not a mean to be divided by the micro-batches; two ways to say so.
+        # The loss is a part of the whole step's, not a mean to be divided by the micro-batches. Two flags say so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers:
@@ -182,7 +182,7 @@ class XTokenTrainer(Trainer):
 
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any = None) -> tuple[list[Any], Any]:
         """The micro-batches of a step, and its labels on all processes; also counts its chunks."""
-        if self._step is None:  # what came before training is not its time
+        if self._step is None:  # time before training does not count
             self._watch.lap()
         batches = list(itertools.islice(epoch_iterator, num_batches))
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
@@ -296,7 +296,7 @@ class XTokenTrainer(Trainer):
         return logits, alignments
 
     def _scale_of(self, step: _Step | None) -> dict[str, Any]:
-        """How the criterion comes by the factor of KD; see `XTokenConfig`."""
+        """How the criterion gets the factor of KD; see `XTokenConfig`."""
         if not self.model.training:
             return {"scale": 1.0}
         if step is None:
@@ -315,7 +315,7 @@ class XTokenTrainer(Trainer):
         return torch.where(last[0] != 0, last, self._add_up(ce_and_kd))
 
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
-        """Takes note of the factor for the micro-batches that follow."""
+        """Records the factor for the following micro-batches."""
         if step.micro_batches == 1 or self.args.scaling != "dynamic":
             return
         last = self._last_scale
@@ -354,7 +354,7 @@ class XTokenTrainer(Trainer):
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Any, Any, Any]:
-        """Takes note of a held-out batch's sums; logits and labels if they are wanted."""
+        """Adds a held-out batch to the sums; returns logits and labels if they are wanted."""
         inputs = self._without_repeated(self._prepare_inputs(inputs))
         counts = self._counts(inputs)
         self._held_out += counts
@@ -390,7 +390,7 @@ class XTokenTrainer(Trainer):
             self.data_collator = given
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        """The batch, in which samples that only fill the last round of the processes have no label and no chunk."""
+        """The batch without labels and chunks of the samples that only pad the last round of the processes."""
         state = self.accelerator.gradient_state
         is_filled = self.args.accelerator_config.even_batches and self.accelerator.num_processes > 1
         if not is_filled or not state.end_of_dataloader or state.remainder <= 0:

@@ -69,7 +69,7 @@ using Walk = BoundaryWalk<int>;
 // Shared memory of a block. What all threads agree on is here where it would take registers for long.
 struct Shared {
     Sums sums;
-    Walk walk[2];  // tokens that go on: of the student, of the teacher
+    Walk walk[2];  // tokens that continue: of the student, of the teacher
     Term start, inner;
     Mass unmatched;  // student tokens in events that the teacher lacks
     int found[max_threads / warp_size];

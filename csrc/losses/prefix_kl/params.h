@@ -15,7 +15,8 @@ namespace xtoken {
 
 namespace cpu {
 
-// Lists of tokens, 16 side by side, longer ones first: token i of lane l of slice k is tokens[16 * (start[k] + i) + l].
+// SELL-C-sigma lists of tokens (C = 16), longest first: token i of lane l of slice k is
+// tokens[16 * (start[k] + i) + l].
 struct TokensView {
     int64_t slices;
     const int64_t* start;   // [slices + 1]
@@ -58,7 +59,7 @@ struct PrefixParams {
 };
 
 // What a chunk's kernel takes: the boundaries of chunk k are boundaries[first_boundary[k]] ...
-// boundaries[first_boundary[k + 1] - 1], and no token goes on in more than `most` ways.
+// boundaries[first_boundary[k + 1] - 1], and no token continues in more than `most` ways.
 struct PrefixChunks : PrefixParams {
     const InnerBoundary* boundaries;
     const int64_t* first_boundary;  // [chunks + 1]
@@ -72,7 +73,7 @@ XTOKEN_KERNEL(void, prefix_chunk, (const PrefixChunks& params, int64_t k, char* 
 
 namespace cuda {
 
-// Lists of tokens, a warp to a slice of 32 side by side: token i of lane l of slice k is tokens[32 * (start[k] + i) +
+// SELL-C-sigma lists of tokens (C = 32), one warp a slice: token i of lane l of slice k is tokens[32 * (start[k] + i) +
 // l], -1 where there is none. The first `shared` slices are one long list each, dealt out to the lanes; list n of the
 // others is in slice shared + (n - shared) / 32. Sorted by length.
 struct TokenLists {

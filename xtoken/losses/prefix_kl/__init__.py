@@ -1,7 +1,7 @@
 """Prefix KL: the chain rule over the boundaries of a chunk, on events that both vocabularies know.
 
 A teacher that reads "95" as "9", "5" says at its first row only how likely a "9" is; a student that reads it as one
-token says how likely each of "9", "90" ... "99" is. What both speak of is the event "the text goes on with 9": the
+token says how likely each of "9", "90" ... "99" is. What both can express is the event "the text continues with 9": the
 teacher's probability of it is q["9"], the student's the sum over all its tokens that begin so. Prefix KL compares
 exactly that, KL(Q || P) over such events, at the start of a chunk; and at each later place where one of the two starts
 a token, the probability of what comes next given what came before: for the "5", the teacher's second row with the

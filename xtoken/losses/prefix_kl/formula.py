@@ -37,12 +37,12 @@ def prefix(
 
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
-    predicts the token that goes on; their event is the next piece, or "ends" if there is none. Of "part" all tokens
+    predicts the token that continues; their event is the next piece, or "ends" if there is none. Of "part" all tokens
     are counted, at the row that predicts the token that starts; the event of a token is itself if it is such a next
     piece, else "ends".
 
-    An event that has no token on one side is left out on both. Inner boundaries that no such d tokens lead to, as where
-    tokens of both sides overlap without a common start, have no term.
+    An event that has no token on one side is left out on both. An inner boundary has no term if no such d tokens exist,
+    for example where tokens of both sides overlap without a common start.
 
     Parameters
     ----------
