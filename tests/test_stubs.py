@@ -21,6 +21,5 @@ def test_core() -> None:
     command += ["--mypy-config-file", "pyproject.toml"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     printed = (done.stdout + done.stderr).splitlines()
-    assert printed
-    assert [line for line in printed if line.startswith("xtoken.") and not OF_PYBIND11.search(line)] == []
-    assert re.match(r"Success: no issues|Found \d+ errors? \(checked 1 module\)", printed[-1]), printed
+    assert any(OF_PYBIND11.search(line) for line in printed), printed  # the module was looked at
+    assert [line for line in printed if not OF_PYBIND11.search(line)] == []

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import _core
-from .storage import TensorFile, check_fingerprints, fingerprints
+from .storage import TensorFile, check_fingerprints, fingerprints, lasting
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 5
@@ -53,7 +53,7 @@ class PieceIndex:
     """
 
     def __init__(self, data: Any, metadata: Mapping[str, str] | None = None) -> None:
-        self.data = torch.as_tensor(data, dtype=torch.int32).contiguous()
+        self.data = lasting(torch.as_tensor(data, dtype=torch.int32).contiguous())
         self.metadata = dict(metadata or {})
         _core.check_piece_index(self.data.cpu().numpy())
         students, teachers, self.events = self.data[:3].tolist()

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -52,6 +53,14 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def lasting(values: Tensor) -> Tensor:
+    """The tensor; a copy of one of inference mode, which would not tell whether it was changed."""
+    if not values.is_inference():
+        return values
+    with torch.inference_mode(False), torch.no_grad():
+        return values.clone()
 
 
 @dataclass(frozen=True)

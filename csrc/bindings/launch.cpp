@@ -18,6 +18,12 @@ std::vector<int64_t> sizes(PyObject* tuple) {
     return result;
 }
 
+std::string utf8(PyObject* text) {
+    const char* characters = PyUnicode_AsUTF8(text);
+    if (characters == nullptr) throw py::error_already_set();  // a lone surrogate
+    return characters;
+}
+
 Given other(PyObject* value) {
     Given given;
     given.kind = Kind::other;
@@ -30,7 +36,7 @@ Given array(PyObject* value) {
     Given given;
     given.kind = Kind::array;
     given.at = PyLong_AsVoidPtr(PyTuple_GET_ITEM(value, 0));
-    given.text = PyUnicode_AsUTF8(PyTuple_GET_ITEM(value, 1));
+    given.text = utf8(PyTuple_GET_ITEM(value, 1));
     given.shape = sizes(PyTuple_GET_ITEM(value, 2));
     given.strides = sizes(PyTuple_GET_ITEM(value, 3));
     if (PyErr_Occurred() != nullptr) throw py::error_already_set();
@@ -69,7 +75,7 @@ Given given_of(PyObject* value) {
         given.integer = value == Py_True;
     } else if (PyUnicode_Check(value)) {
         given.kind = Kind::text;
-        given.text = PyUnicode_AsUTF8(value);
+        given.text = utf8(value);
     } else if (PyDict_Check(value) || PyList_Check(value)) {
         given.kind = Kind::fields;
     } else if (PyTuple_Check(value)) {

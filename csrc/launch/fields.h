@@ -1,10 +1,12 @@
 // Parameter structs that list their fields once, and launchers that are known by name.
 //
-//     #define XTOKEN_EXAMPLE(FIELD) FIELD(const float*, scale, "[chunks] null: ones"); FIELD(int64_t, chunks, "how
-//     many") struct Example {
-//         XTOKEN_FIELDS(XTOKEN_EXAMPLE)
-//     };
+//     #define XTOKEN_EXAMPLE(FIELD) (a line for each field, ending with a semicolon but for the last)
+//         FIELD(const float*, scale, "[chunks] null: ones"); FIELD(int64_t, chunks, "how many")
+//
+//     struct Example { XTOKEN_FIELDS(XTOKEN_EXAMPLE) };
+//
 //     void example(const Example& params, const Launch& launch) { ... }
+//
 //     const Launcher launcher("example", &example);
 //
 // declares the fields, and lets a caller of any language launch it with values by name (bindings/launch.cpp). A field

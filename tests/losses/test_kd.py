@@ -186,11 +186,12 @@ def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> No
 
 
 @pytest.mark.slow
-def test_compiled_without_an_alignment() -> None:
+@pytest.mark.parametrize("vocab_size", [23, None])
+def test_compiled_without_an_alignment(vocab_size: int | None) -> None:
     student, teacher = logits()
 
     def step(student: Tensor, teacher: Tensor) -> Tensor:
-        return kd_loss(student * 1.5, teacher.flip(1), top_k=20, vocab_size=23)
+        return kd_loss(student * 1.5, teacher.flip(1), top_k=20, vocab_size=vocab_size)
 
     torch._dynamo.reset()
     results = []

@@ -74,11 +74,19 @@ def test_an_error_leaves_nothing_behind() -> None:
     assert cache.of((tensor,), Made) is cache.of((tensor,), Made)
 
 
+ONE = torch.ones(1)
+
+
 def test_tensors_of_inference_mode() -> None:
     with torch.inference_mode():
         tensor = torch.zeros(2)
-    cache = Cached[Made]()
-    assert cache.of((tensor,), Made) is cache.of((tensor,), Made)
+    cache = Cached[Made]()  # they may be changed without a trace
+    assert cache.of((tensor,), Made) is not cache.of((tensor,), Made)
+    with torch.inference_mode():
+        made = Cached[torch.Tensor]().of((torch.zeros(2).clone(),), lambda: torch.ones(3))
+        kept = Cached[torch.Tensor]().of((ONE,), lambda: torch.ones(3))
+    assert made.is_inference()
+    assert not kept.is_inference()  # so that what is made of it can be kept, too
 
 
 @pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))

@@ -418,3 +418,33 @@ def test_a_teacher_in_inference_mode(reduction: str) -> None:
         loss = projected_loss(student, logits, case.alignment, case.projection, reduction=reduction).sum()
         grads.append(*gradients(loss, student))
     assert torch.equal(grads[0], grads[1])
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_inside_inference_mode(name: str) -> None:
+    case = small_case()
+    want = OPERATIONS[name].public(case, case.student, case.teacher)
+    with torch.inference_mode():
+        logits = case.student * 1.0, case.teacher * 1.0
+        assert torch.equal(OPERATIONS[name].public(case, *logits), want)
+        criterion = xtoken.XTokenLoss([OPERATIONS[name].teacher(case)], "fixed")
+        criterion(
+            logits[0], make_labels(case, OPERATIONS[name].size(case)), logits[1], OPERATIONS[name].arguments(case)[0]
+        )
+    student = case.student.requires_grad_()
+    OPERATIONS[name].public(case, student, case.teacher).backward()  # with what was made in there
+    assert student.grad is not None
+
+
+def test_a_matrix_changed_in_inference_mode_is_seen() -> None:
+    case = small_case()
+    with torch.inference_mode():
+        W: Any = types.SimpleNamespace(
+            row_ptr=case.projection.row_ptr.clone(), col=case.projection.col.clone(),
+            weight=case.projection.weight.clone(), shape=case.projection.shape,
+        )  # fmt: skip
+    function = default_loss(Needs.PROJECTION)
+    before = function(case.student, case.teacher, case.alignment, W)
+    with torch.inference_mode():
+        W.weight.copy_(W.weight.flip(0))
+    assert not torch.equal(function(case.student, case.teacher, case.alignment, W), before)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -198,7 +199,15 @@ def kernels_of(loss: str, backend: str) -> ModuleType | None:
     if loss not in REGISTER:
         return None
     name = f"{REGISTER[loss].kernels}.{backend}"
-    return importlib.import_module(name) if importlib.util.find_spec(name) is not None else None
+    return importlib.import_module(name) if _exists(name) else None
+
+
+@functools.cache
+def _exists(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the loss's own module is no package
+        return False
 
 
 _BACKENDS: dict[str, Backend] = {}

@@ -7,6 +7,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -26,8 +27,15 @@ class _Kept(Generic[T]):
 
 
 def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    # tensors of inference mode do not change, and have no version
-    return tuple(0 if tensor.is_inference() else tensor._version for tensor in tensors)
+    return tuple(tensor._version for tensor in tensors)
+
+
+def made_to_last(make: Callable[[], T]) -> T:
+    """`make()` outside of inference mode, whose tensors do not tell whether they were changed."""
+    if not torch.is_inference_mode_enabled():
+        return make()
+    with torch.inference_mode(False), torch.no_grad():
+        return make()
 
 
 class Cached(Generic[T]):
@@ -35,7 +43,8 @@ class Cached(Generic[T]):
 
     A result is kept for as long as the first of its tensors lives, one for each value of the further keys (a device,
     a shape). It is used again if all tensors are the same objects and none was changed in place since. Nothing here
-    looks at the values of a tensor, so nothing waits for a device.
+    looks at the values of a tensor, so nothing waits for a device. Of tensors of inference mode, which do not tell
+    whether they were changed, nothing is kept.
     """
 
     def __init__(self) -> None:
@@ -43,9 +52,11 @@ class Cached(Generic[T]):
 
     def of(self, tensors: tuple[Tensor, ...], make: Callable[[], T], *keys: Hashable) -> T:
         """`make()`, or what it returned for these tensors, unchanged, and equal `keys`."""
+        if any(tensor.is_inference() for tensor in tensors):
+            return make()
         kept: dict[tuple[Hashable, ...], _Kept[T]] = self._kept.setdefault(tensors[0], {})
         known = kept.get(keys)
         if known is None or not known.of(tensors):
-            made = make()  # first, so that an error leaves the cache as it is
+            made = made_to_last(make)  # first, so that an error leaves the cache as it is
             known = kept[keys] = _Kept(tuple(map(weakref.ref, tensors[1:])), _versions(tensors), made)
         return known.made

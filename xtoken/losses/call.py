@@ -182,6 +182,8 @@ def compute(
         backend=backend,
     )
     result, cross_entropy = run(loss, call, inplace, expected)
+    if alignment is None and reduction == "none":
+        result = result.view(given[0].leading_shape)
     return result if labels is None else (result, cross_entropy)
 
 

@@ -10,7 +10,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken.alignment.chunks import synchronized, to_device
 from xtoken.losses.backends import select
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import Cached, made_to_last
 from xtoken.losses.logits import BLOCK_ELEMENTS, DenseSource, Source
 from xtoken.projection.entries import Entries, restrict
 
@@ -30,7 +30,7 @@ def select_columns(
     """The column set C: int64 [C], ascending, on ``device``; `columns`, or the `top_k` largest of the teacher."""
     if columns is not None:
         return _checked(columns, width, torch.device(device))
-    chosen = teacher_columns(teacher, top_k, device, backend)
+    chosen = made_to_last(lambda: teacher_columns(teacher, top_k, device, backend))
     _RIGHT[chosen] = chosen._version, width  # need not be checked again, which would wait for a device
     return chosen
 
@@ -58,7 +58,7 @@ def _checked(given: Any, width: int, device: torch.device) -> Tensor:
     """Given columns, ascending, on the device. On a device they are looked at once, and not again at every step."""
     if not isinstance(given, Tensor):
         return to_device(_ordered(torch.as_tensor(given), width), device)
-    if _RIGHT.get(given) == (given._version, width):
+    if not given.is_inference() and _RIGHT.get(given) == (given._version, width):
         return given.to(device)
     ordered = _ORDERED.of((given,), lambda: _ordered(given, width), width)
     return _ORDERED.of((given,), lambda: ordered.to(device), width, device)

@@ -67,7 +67,7 @@ class Teacher:
         pieces: PieceIndex | None = None,
         **options: Any,
     ) -> None:
-        options = {**options.pop("options", {}), **options}  # all of them from dataclasses.replace, and changes
+        options = {**options.pop("options", {}), **options}  # as dataclasses.replace gives them, and changes
         losses = registered()
         if loss is None:
             need = Needs.PIECES if pieces is not None else Needs.SAME_TOKENIZER
@@ -90,20 +90,21 @@ class Teacher:
                 f"{', '.join(sorted(unknown))}: expected options of loss={loss!r}, which are {', '.join(known)}"
             )
         made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces}
-        for name, value in {**made, "options": {**known, **options}}.items():
+        for name, value in {**made, "options": options}.items():
             object.__setattr__(self, name, value)
-        self.made  # checks the options  # noqa: B018
+        self.make_loss()  # checks the options
 
-    @property
-    def made(self) -> Loss:
-        """The loss itself."""
-        return registered()[self.loss].of(self.projection, self.pieces, **self.options)
+    def make_loss(self) -> Loss:
+        """The loss with this teacher's options."""
+        loss = registered()[self.loss]
+        return loss.of(self.projection, self.pieces, **{**loss.options(), **self.options})
 
     def __getattr__(self, name: str) -> Any:
-        options = self.__dict__.get("options", {})
+        loss = self.__dict__.get("loss")
+        options = {} if loss is None else {**registered()[loss].options(), **self.options}
         if name in options:
             return options[name]
-        raise AttributeError(f"{type(self).__name__} with loss={self.__dict__.get('loss')!r} has no {name!r}")
+        raise AttributeError(f"{type(self).__name__} with loss={loss!r} has no {name!r}")
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -292,7 +293,7 @@ class XTokenLoss(nn.Module):
         labels: Tensor | None,
         factors: tuple[float | Tensor, float | Tensor] | None,
     ) -> _Distilled:
-        loss = teacher.made
+        loss = teacher.make_loss()
         student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
         device = Parts.of(student_logits).rows.device
         if alignment is not None:

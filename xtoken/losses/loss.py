@@ -20,6 +20,7 @@ from torch import Tensor
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.logits import Source
+from xtoken.pieces import PieceIndex
 
 if TYPE_CHECKING:
     from xtoken.alignment.chunks import Chunks
@@ -51,9 +52,14 @@ class Matrix(NamedTuple):
         ------
         TypeError
             If it has not these attributes.
+        ValueError
+            If the shape is another than that of the rows.
         """
         if not all(hasattr(projection, name) for name in cls._fields):
             raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
+        if len(projection.row_ptr) != projection.shape[0] + 1:
+            expected = f"[{projection.shape[0] + 1}] for shape {list(projection.shape)}"
+            raise ValueError(f"projection: expected row_ptr {expected}, got {list(projection.row_ptr.shape)}")
         return cls(projection.row_ptr, projection.col, projection.weight, tuple(projection.shape))
 
 
@@ -130,7 +136,11 @@ class Loss:
     def function(cls) -> Callable[..., Any]:
         """The public function."""
         package = cls.__module__.rpartition(".")[2]
-        found: Callable[..., Any] = getattr(sys.modules[cls.__module__], f"{package}_loss")
+        found: Callable[..., Any] | None = getattr(sys.modules[cls.__module__], f"{package}_loss", None)
+        if found is None:
+            raise TypeError(
+                f"{cls.__name__}: expected its public function {package}_loss beside it, in {cls.__module__}"
+            )
         return found
 
     @classmethod
@@ -146,6 +156,8 @@ class Loss:
         if cls.needs is Needs.PROJECTION:
             return cls(W=Matrix.of(projection), **options)  # type: ignore[call-arg]
         if cls.needs is Needs.PIECES:
+            if not isinstance(pieces, PieceIndex):
+                raise TypeError(f"pieces: expected an xtoken.PieceIndex, got {type(pieces).__name__}")
             return cls(pieces=pieces.data, **options)  # type: ignore[call-arg]
         return cls(**options)
 

@@ -104,17 +104,21 @@ class _Layout:
     """Where the fields of a loss are among the arguments of its operator."""
 
     def __init__(self, loss: type[Loss]) -> None:
+        if not issubclass(loss, Loss) or "__dataclass_fields__" not in vars(loss):
+            raise TypeError(f"loss: expected a dataclass of xtoken.losses.Loss under @register, got {loss!r}")
         self.loss = loss
-        self.fields = [(field.name, str(field.type) == "Matrix") for field in fields(loss)]
+        kinds = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(loss)}
+        if taken := kinds.keys() & {*Call._fields, *_Flags._fields}:
+            raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is every operator's")
+        self.fields = [(name, kind == "Matrix") for name, kind in kinds.items()]
         own: dict[str, str] = {}
-        for field in fields(loss):
-            kind = str(field.type)
+        for name, kind in kinds.items():
             if kind == "Matrix":
-                own.update({f"{field.name}_{part}": "Tensor" for part in _MATRIX})
+                own.update({f"{name}_{part}": "Tensor" for part in _MATRIX})
             elif kind in _TYPES:
-                own[field.name] = kind
+                own[name] = kind
             else:
-                raise TypeError(f"{loss.__name__}.{field.name}: expected one of {['Matrix', *_TYPES]}, got {kind}")
+                raise TypeError(f"{loss.__name__}.{name}: expected one of {['Matrix', *_TYPES]}, got {kind}")
         arguments = {name: str(kind) for part in (Call, _Flags) for name, kind in _annotations(part).items()}
         flags = {name: arguments.pop(name) for name in _Flags._fields}
         self.names = [*arguments, *own]
@@ -166,16 +170,21 @@ def register(name: str, title: str, needs: Needs, kernels: str | None = None) ->
     Raises
     ------
     ValueError
-        If there is a loss of that name.
+        If there is a loss or an operator of that name.
     TypeError
-        If a field has a type that no operator takes.
+        If the class is no dataclass of `Loss`, lacks the field of what it needs, or has a field whose name or type no
+        operator takes.
     """
 
     def decorate(loss: _L) -> _L:
-        if name in REGISTER:
-            raise ValueError(f"name: expected a name that no loss has yet, got {name!r}")
+        if name in REGISTER or not name.isidentifier() or hasattr(torch.ops.xtoken, name):
+            raise ValueError(f"name: expected an identifier that no loss or operator has yet, got {name!r}")
+        layout = _Layout(loss)
+        field = {Needs.PROJECTION: "W", Needs.PIECES: "pieces"}.get(Needs(needs))
+        if field is not None and field not in dict(layout.fields):
+            raise TypeError(f"{loss.__name__}: expected a field {field!r}, since it needs {needs.value}")
         loss.name, loss.title, loss.needs, loss.kernels = name, title, needs, kernels or loss.__module__
-        _define(name, _Layout(loss))
+        _define(name, layout)
         REGISTER[name] = loss
         return loss
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core
-from xtoken.storage import TensorFile, check_fingerprints, fingerprints
+from xtoken.storage import TensorFile, check_fingerprints, fingerprints, lasting
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
@@ -56,9 +56,9 @@ class ProjectionMatrix:
         kind: Any = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.row_ptr = torch.as_tensor(row_ptr, dtype=torch.int64)
-        self.col = torch.as_tensor(col, dtype=torch.int32)
-        self.weight = torch.as_tensor(weight, dtype=torch.float32)
+        self.row_ptr = lasting(torch.as_tensor(row_ptr, dtype=torch.int64))
+        self.col = lasting(torch.as_tensor(col, dtype=torch.int32))
+        self.weight = lasting(torch.as_tensor(weight, dtype=torch.float32))
         if self.row_ptr.dim() != 1 or self.row_ptr.numel() == 0:
             raise ValueError(f"row_ptr: expected shape [V_student + 1], got {list(self.row_ptr.shape)}")
         self.shape = (self.row_ptr.numel() - 1, int(teacher_vocab_size))

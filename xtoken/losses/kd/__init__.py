@@ -138,17 +138,14 @@ def kd_loss(
     check_count(vocab_size, "vocab_size", optional=True)
     student = Parts.of(student_logits)
     if vocab_size is None:
-        widths = (student.width, Parts.of(teacher_logits).width)
-        vocab_size = min((width for width in widths if width is not None), default=None)
+        widths = [one for one in (student.width, Parts.of(teacher_logits).width) if one is not None]
+        vocab_size = min(widths) if widths else None
     if alignment is not None and mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
-    result = compute(
+    return compute(
         KD(temperature, top_k, reverse), student_logits, teacher_logits, alignment,
         labels=labels, sizes=(vocab_size, vocab_size), mask=mask, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
-    if alignment is None and reduction == "none" and isinstance(result, Tensor):
-        return result.view(student.leading_shape)
-    return result
 
 
 linear_kd_loss = linear(kd_loss)

@@ -41,7 +41,7 @@ class _Layouts:
 
     def __init__(self, projection: Matrix) -> None:
         row_ptr, col = projection.row_ptr.detach().cpu(), projection.col.detach().cpu()
-        fields = {"row_ptr": array(row_ptr), "col": array(col), "teacher_size": projection.shape[1]}
+        fields = {"row_ptr": array(row_ptr.long()), "col": array(col), "teacher_size": projection.shape[1]}
         self.matrix = _core.build("pkl_matrix", fields)
         self.all = _Layout(self.matrix, None)
         self.subset: _Layout | None = None
