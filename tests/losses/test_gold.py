@@ -1,11 +1,14 @@
-"""GOLD: the options that it is tried with, and pairs of weight 1."""
+"""GOLD: the options that it is tried with, and that only rows with a single weight 1 are pairs."""
 
+import math
 from typing import Any
 
+import torch
+from comparer import assert_close
 from harness import Case
 from torch import Tensor
 
-from xtoken import reference
+from xtoken import Alignment, ProjectionMatrix, gold_loss, reference
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -23,3 +26,11 @@ def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, **options: Any) -> Tens
     pairs = reference.common_pairs(case.projection, 1.0)
     common, uncommon = reference.ranked(z, y, chunks, pairs, **options)
     return common + uncommon
+
+
+def test_a_row_with_a_dominant_weight_is_compared_by_rank() -> None:
+    W = ProjectionMatrix.from_topk([[0, -1], [1, 0]], [[1.0, 0.0], [0.9, 0.1]], 2)
+    chunk = Alignment([[1, 2, 1, 2]])
+    student, teacher = (torch.tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.3, 0.6))
+    want = 0.6 * math.log(0.6 / 0.3) + abs(0.7 - 0.4)
+    assert_close(gold_loss(student, teacher, chunk, W), torch.tensor(want), rtol=1e-6)
