@@ -1,19 +1,22 @@
 """Everything that needs a GPU, in one command of a few minutes: build, tests, sanitizer, speed.
 
-Stages: the CUDA kernels are built for this GPU; tests marked `cuda` run; the losses are timed, and compute-sanitizer
-looks for bad accesses and for races in a small set of calls, both by bench/gpu_parts.py.
+Stages: the CUDA kernels are built for this GPU; every loss is compared with float64 at the real size, and timed; ncu
+reads its counters; tests marked `cuda` run; compute-sanitizer looks for bad accesses, races, barriers that not all
+threads reach and memory that nobody wrote, in a small set of calls. What they run is in bench/gpu_parts.py.
 
 A stage whose tool is missing is left out, and says so; nothing is downloaded. Each stage has a limit of its own, after
 which all of its processes are ended, and what was measured before it is kept. Where the build fails, older kernels are
-not measured in place of these. Results go to bench/results/gpu-NAME.json after every stage; the exit status is 0 if no
-stage failed, 1 if one did, 2 where there is no GPU.
+not measured in place of these. Results go to gpu-NAME.json in the output folder after every stage, beside all that each
+stage printed; the exit status is 0 if no stage failed, 1 if one did, 2 where there is no GPU. Docs quote the copy in
+bench/results.
 
-    python bench/gpu.py [--rows 4096] [--minutes 8] [--skip build sanitizer]
+    python bench/gpu.py [--output build/gpu] [--rows 4096] [--minutes 8] [--skip build racecheck | --only speed]
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -29,13 +32,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measure import RESULTS, ROOT, Row, commit, table, write
+from measure import ROOT, Row, commit, table, write
 
-STAGES = {"build": 120, "tests": 110, "speed": 120, "memcheck": 65, "racecheck": 65}
+SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
+STAGES = {"build": 100, "compare": 40, "speed": 90, "counters": 60, "tests": 80, **dict.fromkeys(SANITIZERS, 27)}
 """Seconds that a stage may take of the usual eight minutes; what one leaves over goes to those after it."""
 
-COLUMNS = ("name", "rows", "ms", "us_per_row", "gigabytes_per_second", "of_copy", "peak_megabytes", "failed")
+COLUMNS = ("name", "rows", "ms", "replay_ms", "us_per_row", "of_copy", "peak_megabytes", "failed")
 """Of the table of times."""
+
+COUNTERS = {
+    "gpu__time_duration.sum": "nanoseconds",
+    "dram__bytes.sum.per_second": "bytes_per_second",
+    "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
+    "inst_executed": "warp_instructions",
+    "sm__inst_executed.avg.pct_of_peak_sustained_elapsed": "issue_percent",
+    "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special_functions_percent",
+    "lts__t_sector_hit_rate.pct": "l2_hit_percent",
+    "l1tex__t_sector_hit_rate.pct": "l1_hit_percent",
+    "launch__registers_per_thread": "registers",
+    "launch__grid_size": "blocks",
+}
+"""Of ncu, by their name in the results; and of the reasons why warps wait all that it names."""
+STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "ComputeWorkloadAnalysis")
 
 LEAST_SECONDS = 5
 """With less left, a stage does not begin."""
@@ -80,11 +100,21 @@ def command(
             raise MissingTool("pytest is not installed")
         # Names as they begin, and a traceback of what hangs, so that the last lines tell where.
         pytest = ["-m", "pytest", "-v", "--tb=short", "-p", "no:cacheprovider", "-o", "faulthandler_timeout=40"]
+        pytest += ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
+        pytest += ["--no-tokenizers"] if importlib.util.find_spec("llama_models") is None else []
+        pytest += [f"--junitxml={Path(options.output).resolve() / 'tests.xml'}"]
         return [sys.executable, *pytest, "-m", "cuda", "tests/losses"], {}
-    if stage in {"memcheck", "racecheck"}:
+    if stage in SANITIZERS:
         run = [tool("compute-sanitizer"), "--tool", stage, "--error-exitcode", "9", "--kernel-regex", "kns=xtoken"]
+        run += ["--report-api-errors", "no"] if stage == "memcheck" else []  # calls that torch only tries
         # One allocation a tensor: otherwise an access past one tensor hits the next in torch's pool.
         return [*run, *parts, "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    if stage == "compare":
+        return [*parts, "compare"], {}
+    if stage == "counters":
+        run = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+        run += ["--kernel-name-base", "demangled", "--kernel-name", "regex:xtoken"]
+        return [*run, *(word for name in SECTIONS for word in ("--section", name)), *parts, "counters"], {}
     sizes = ["--rows", str(options.rows), "--vocabulary", *map(str, options.vocabulary)]
     return [*parts, "speed", *sizes, "--seconds", f"{seconds - 10:.0f}"], {}  # its start takes a few
 
@@ -100,11 +130,14 @@ def run_stage(stage: str, options: argparse.Namespace, architecture: str, second
     started = time.perf_counter()
     status, printed, errors = finished(arguments, environment, seconds)
     result: Row = {"seconds": round(time.perf_counter() - started, 1)}
-    if stage == "speed":
+    (Path(options.output) / f"{stage}.log").write_text(printed + errors)
+    if stage in {"speed", "compare", "counters"}:
         result.update(collected(printed))
+    if stage == "counters":
+        result["kernels"] = counted(printed, result.pop("rows"))
     last = (printed + errors).strip().splitlines()[-15:]
     if status == 0:
-        return {"status": "passed", **result, **({} if stage == "speed" else {"output": last[-3:]})}
+        return {"status": "passed", **result, **({"output": last[-3:]} if "rows" not in result else {})}
     unsupported = [line for line in last if "Device not supported" in line]
     if unsupported:  # the sanitizer's word for a machine on which it cannot work
         return {"status": "left out", "reason": unsupported[0].strip("= ")}
@@ -156,13 +189,42 @@ def collected(printed: str) -> Row:
     return result
 
 
+def counted(printed: str, steps: list[Row]) -> list[Row]:
+    """What ncu has printed as CSV, a row a kernel; named by the launches that steps have printed, if all are there."""
+    lines = printed.splitlines()
+    begin = next((k for k, line in enumerate(lines) if line.startswith('"ID"')), None)
+    if begin is None:
+        return []
+    kernels = [one for one in csv.DictReader(line for line in lines[begin:] if line.startswith('"')) if one["ID"]]
+    names = [(step["name"], step["rows"], launched) for step in steps for launched in step["launched"]]
+    if len(names) != len(kernels):
+        names = [("", 0, one["Kernel Name"]) for one in kernels]
+    return [
+        {"name": name, "rows": rows, "kernel": launched, **values_of(one)}
+        for (name, rows, launched), one in zip(names, kernels, strict=True)
+    ]
+
+
+def values_of(kernel: dict[str, str]) -> Row:
+    """The counters of a kernel, and its warps' waits in cycles an instruction."""
+    found: Row = {}
+    for name, value in kernel.items():
+        stalled = STALLED.match(name)
+        wanted = f"stalled_{stalled[1]}" if stalled else COUNTERS.get(name)
+        with suppress(ValueError):
+            if wanted is not None:
+                found[wanted] = float(value.replace(",", ""))
+    return found
+
+
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="rows of logits that are timed")
     parser.add_argument("--vocabulary", type=int, nargs=2, default=[128256, 151936], help="of student and teacher")
     parser.add_argument("--minutes", type=float, default=8, help="no stage goes on after this")
     parser.add_argument("--skip", nargs="+", default=[], choices=STAGES)
-    parser.add_argument("--output", help="instead of bench/results/gpu-NAME.json")
+    parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
+    parser.add_argument("--output", default=str(ROOT / "build" / "gpu"), help="folder for results and logs")
     options = parser.parse_args(arguments)
     reason = no_gpu()
     if reason is not None:
@@ -172,9 +234,10 @@ def main(arguments: list[str] | None = None) -> int:
     properties = torch.cuda.get_device_properties(0)
     architecture = f"{properties.major}{properties.minor}"
     slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
-    output = Path(options.output or RESULTS / f"gpu-{slug}.json")
+    Path(options.output).mkdir(parents=True, exist_ok=True)
+    output = Path(options.output) / f"gpu-{slug}.json"
     results: Row = {"machine": machine(properties)}
-    stages = [stage for stage in STAGES if stage not in options.skip]
+    stages = [stage for stage in STAGES if stage in options.only and stage not in options.skip]
     for k, stage in enumerate(stages):
         share = (end - time.perf_counter()) * STAGES[stage] / sum(STAGES[one] for one in stages[k:])
         if results.get("build", {}).get("status") == "failed":
@@ -188,7 +251,7 @@ def main(arguments: list[str] | None = None) -> int:
             print("\n".join(outcome.get("output", [])), flush=True)
         if "copy_gigabytes_per_second" in outcome:
             print(f"copy: {outcome['copy_gigabytes_per_second']:.0f} GB/s", flush=True)
-        if outcome.get("rows"):
+        if stage == "speed" and outcome.get("rows"):
             print(table(outcome["rows"], COLUMNS), flush=True)
     print(f"written: {output}")
     return int(any(results[stage]["status"] == "failed" for stage in stages))

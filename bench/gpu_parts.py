@@ -1,12 +1,17 @@
-"""Two stages of bench/gpu.py, each a process: every loss on small inputs, and every loss timed.
+"""Stages of bench/gpu.py, each a process: losses compared on small and on real inputs, timed, and profiled.
 
     python bench/gpu_parts.py small [--device cpu]
+    python bench/gpu_parts.py compare [--device cpu] [--rows 48]
     python bench/gpu_parts.py speed [--device cpu] [--rows 4096] [--seconds 120]
+    python bench/gpu_parts.py counters [--device cpu] [--rows 1024]
 
-``small`` compares with the plain formulas. ``speed`` prints JSON, a line a step: the losses in bfloat16, forward and
-backward; their plain formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed,
+``small`` compares with the plain formulas. ``compare`` does so with the vocabularies of Llama 3 and Qwen3, their W and
+pieces and a text full of numbers, in every type, launched as users get it, against float64. ``speed`` prints JSON, a
+line a step: the losses in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which do not wait
+for Python; their plain formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed,
 Liger's JSD of one vocabulary as an orientation. Bandwidth is that of traffic that cannot be avoided (each logit read
-once, each gradient written once), next to the one measured for a copy.
+once, each gradient written once), next to the one measured for a copy. ``counters`` runs each loss once between two
+marks for a profiler, and prints which kernels it launched, as JSON.
 """
 
 from __future__ import annotations
@@ -21,6 +26,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
+import real_pair
 import torch
 from cases import NUMBERS, Case, Pair, cases, choices, forward_backward, one_to_one, problem_of
 from measure import Row, median_seconds, peak_growth, timed
@@ -28,9 +34,10 @@ from torch import Tensor
 
 import xtoken
 from xtoken.losses.backends import backends_with
+from xtoken.losses.cuda import Kernels
 from xtoken.losses.loss import registered
 
-STEP_SECONDS = 40
+STEP_SECONDS = 20
 """What must be left of ``--seconds`` for a step to begin: so long may its compilation take."""
 
 PLAIN = ", plain formula"
@@ -66,8 +73,17 @@ def pieces(students: int, teachers: int) -> xtoken.PieceIndex:
     return xtoken.PieceIndex.build(*sides)
 
 
+REAL = (128256, 151936)
+"""Widths of the logits of Llama 3 and Qwen3."""
+
+real = functools.cache(real_pair.load)
+
+
 @functools.cache
 def pair_of(students: int, teachers: int) -> Pair:
+    """Of Llama 3 and Qwen3 where the logits are as wide as theirs, else something like it."""
+    if (students, teachers) == REAL:
+        return real()[0]
     return Pair(projection(students, teachers), pieces(students, teachers))
 
 
@@ -150,6 +166,92 @@ def with_labels(call: Callable[..., tuple[Tensor, Tensor]], student: Tensor, **a
     return loss + cross_entropy
 
 
+# ---- compare
+
+TOLERANCE = 2, 1e-5
+"""Times the error of the plain formulas in the type of the logits, and beside it: CUDA's fast exponentials have one."""
+
+
+def compare(device: str, rows: int) -> None:
+    """Every loss in every type at the real size; prints JSON, a line a comparison; exits with 1 if one is too far off.
+
+    An error is the largest of the losses, or the norm of the gradient's, relative to that of the truth.
+    """
+    check_kernels(device)
+    pair, aligned = real()
+    fits = aligned.spans[:, 1] <= rows
+    numbers = xtoken.Alignment(aligned.spans[fits], None, aligned.student_ids, aligned.teacher_ids)
+    generator = torch.Generator(device).manual_seed(0)
+    lengths = rows + 1, int(numbers.spans[:, 3].max()) + 1
+    z64, y64 = (
+        3 * torch.randn(length, width, generator=generator, device=device, dtype=torch.float64)
+        for length, width in zip(lengths, REAL, strict=True)
+    )
+    worst: list[str] = []
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        z, y = z64.to(dtype), y64.to(dtype)
+        for case in cases():
+            teacher = z.roll(1, 0) if case.same_tokenizer else y
+            chunks = one_to_one(rows - 1) if case.same_tokenizer else numbers
+            call = partial(case, chunks=chunks.to(device), pair=pair)
+            truth = outcome(call, z.double(), teacher.double(), "reference")
+            plain = outcome(call, z, teacher, "reference")
+            got = outcome(call, z, teacher, backend_for(case, device))
+            row: Row = {"name": case.name, "type": str(dtype).removeprefix("torch.")}
+            for k, what in enumerate(("loss", "gradient")):
+                error, least = (relative_error(one[k], truth[k]) for one in (got, plain))
+                row |= {f"{what}_error": error, f"{what}_error_of_plain": least}
+                if not error <= TOLERANCE[0] * least + TOLERANCE[1]:
+                    row["failed"] = f"{what}: {error:.2e}, plain formula {least:.2e}"
+                    worst.append(f"{case.name}, {dtype}: {row['failed']}")
+            print(json.dumps(row), flush=True)
+    if worst:
+        raise SystemExit("\n".join(worst))
+
+
+def outcome(call: Callable[..., Tensor], z: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    """Loss and gradient."""
+    leaf = z.detach().requires_grad_()
+    loss = call(leaf, y, backend=backend, reduction="sum")
+    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
+
+
+def relative_error(got: Tensor, truth: Tensor) -> float:
+    return float((got.double() - truth).norm() / truth.norm())
+
+
+# ---- counters
+
+
+def counters(device: str, rows: int) -> None:
+    """Forward and backward of each loss, where a profiler sees the first launch of each kernel, of shared ones once.
+
+    Prints, as JSON, a line a loss, which those were, in their order.
+    """
+    check_kernels(device)
+    launch, shared = Kernels.launch, {"mark_rows", "cross_entropy", "scale"}
+    done: set[tuple[str, str]] = set()
+    for case_name, make in kernel_makers().items():
+        seen: list[str] = []
+
+        def watched(self: Kernels, memory: Any, name: str, *rest: Any) -> None:
+            key = ("" if name in shared else case_name, name)  # noqa: B023 - used in this turn only
+            if key in done:
+                return launch(self, memory, name, *rest)
+            done.add(key)
+            seen.append(name)  # noqa: B023
+            torch.cuda.profiler.start()
+            launch(self, memory, name, *rest)
+            return torch.cuda.profiler.stop()
+
+        run, _ = make(*logits(device, rows, REAL))
+        run()
+        Kernels.launch = watched  # type: ignore[method-assign,assignment]
+        run()
+        Kernels.launch = launch  # type: ignore[method-assign]
+        print(json.dumps({"name": case_name, "rows": rows, "launched": seen}), flush=True)
+
+
 # ---- speed
 
 
@@ -182,13 +284,20 @@ Maker = Callable[[Tensor, Tensor], Step]
 """Makes a step for logits of student [N, V_s] and teacher [N, V_t]."""
 
 
+def single_cases() -> list[Case]:
+    """Of chunks of single tokens."""
+    return [case for case in cases() if not case.name.endswith(NUMBERS)]
+
+
+def kernel_makers() -> dict[str, Maker]:
+    return {case.name: partial(kernel_step, case) for case in single_cases()}
+
+
 def makers(device: str) -> dict[str, Maker]:
     """What is timed, by name; compiled formulas last, since they take longest and may fail."""
-    found: dict[str, Maker] = {}
-    singles = [case for case in cases() if not case.name.endswith(NUMBERS)]
+    found = kernel_makers()
+    singles = single_cases()
     first = list({case.loss: case for case in reversed(singles)}.values())[::-1]
-    for case in singles:
-        found[case.name] = partial(kernel_step, case)
     found["torch cross_entropy"] = cross_entropy_step
     for case in first:
         found[f"{case.loss.title} with labels"] = partial(kernel_step, case, labelled=True)
@@ -269,6 +378,8 @@ def speed(device: str, most_rows: int, vocabulary: tuple[int, int], seconds: flo
         else:
             fitted[name] = result["rows"]
             show({"name": name, **result})
+            if len(fitted) == 1 and device == "cuda" and importlib.util.find_spec("pynvml") is not None:
+                show({"sm_clock_mhz": torch.cuda.clock_rate(), "power_watts": torch.cuda.power_draw() / 1e3})
 
 
 def measured(make: Maker, device: str, rows: int, vocabulary: tuple[int, int], copied: float) -> Row:
@@ -277,13 +388,14 @@ def measured(make: Maker, device: str, rows: int, vocabulary: tuple[int, int], c
         if device == "cuda":
             torch.cuda.empty_cache()
         try:
-            seconds, traffic, peak = tried(make, device, rows, vocabulary)
+            seconds, replayed, traffic, peak = tried(make, device, rows, vocabulary)
         except torch.OutOfMemoryError:
             rows //= 2
             continue
         return {
             "rows": rows,
             "ms": 1e3 * seconds,
+            "replay_ms": None if replayed is None else 1e3 * replayed,
             "us_per_row": 1e6 * seconds / rows,
             "gigabytes_per_second": traffic / seconds / 1e9,
             "of_copy": traffic / seconds / copied,
@@ -292,26 +404,51 @@ def measured(make: Maker, device: str, rows: int, vocabulary: tuple[int, int], c
     raise MemoryError("out of memory with one row")
 
 
-def tried(make: Maker, device: str, rows: int, vocabulary: tuple[int, int]) -> tuple[float, int, int | None]:
-    """Seconds, bytes moved and peak memory; whatever it allocated is free afterwards."""
+def logits(device: str, rows: int, vocabulary: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Of student and teacher, bfloat16, with a row that nothing reads."""
     generator = torch.Generator(device).manual_seed(0)
     z, y = (torch.randn(rows + 1, size, generator=generator, device=device).bfloat16() for size in vocabulary)
-    run, traffic = make(z, y)
-    return seconds_of(run, device), traffic, peak_growth(run, device)
+    return z, y
+
+
+def tried(
+    make: Maker, device: str, rows: int, vocabulary: tuple[int, int]
+) -> tuple[float, float | None, int, int | None]:
+    """Seconds of a step, and of its replay; bytes moved and peak memory. What it allocated is free afterwards."""
+    run, traffic = make(*logits(device, rows, vocabulary))
+    seconds, peak = seconds_of(run, device), peak_growth(run, device)
+    return seconds, replay_seconds(run) if device == "cuda" else None, traffic, peak
+
+
+def replay_seconds(run: Callable[[], Any]) -> float | None:
+    """Median seconds of a replay of the step as a CUDA graph; None if it cannot be captured."""
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            run()
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError:
+        return None
+    return seconds_of(graph.replay, "cuda")
 
 
 def main() -> None:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    arguments.add_argument("part", choices=["small", "speed"])
+    arguments.add_argument("part", choices=["small", "compare", "speed", "counters"])
     arguments.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
-    arguments.add_argument("--rows", type=int, default=4096)
+    arguments.add_argument("--rows", type=int, help="default: 4096, to compare 48, for counters 1024")
     arguments.add_argument("--vocabulary", type=int, nargs=2, default=[128256, 151936], help="of student and teacher")
     arguments.add_argument("--seconds", type=float, default=600, help="no step begins when most of them are over")
     options = arguments.parse_args()
     if options.part == "small":
         small(options.device)
+    elif options.part == "compare":
+        compare(options.device, options.rows or 48)
+    elif options.part == "counters":
+        counters(options.device, options.rows or 1024)
     else:
-        speed(options.device, options.rows, tuple(options.vocabulary), options.seconds)
+        speed(options.device, options.rows or 4096, tuple(options.vocabulary), options.seconds)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ def why_no_gpu() -> str | None:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what takes long: see tests/conftest.py")
+    parser.addoption("--no-tokenizers", action="store_true", help="skip tests that read real tokenizers")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -64,11 +65,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Any]:
+def tokenizer(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Callable[[str], Any]:
     """A tokenizer by its name in LOADERS."""
     loaded: dict[str, Any] = {}
 
     def get(name: str) -> Any:
+        if request.config.getoption("--no-tokenizers"):
+            pytest.skip("--no-tokenizers")
         if name not in loaded:
             loaded[name] = LOADERS[name](tmp_path_factory.mktemp(name))
         return loaded[name]

@@ -14,12 +14,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from xtoken import PieceIndex, ProjectionMatrix
 from xtoken.losses.loss import registered
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
 sys.path.insert(0, str(SCRIPT.parent))
-gpu, parts = importlib.import_module("gpu"), importlib.import_module("gpu_parts")
-OPTIONS = argparse.Namespace(rows=6, vocabulary=[300, 350])
+gpu, parts, real_pair = (importlib.import_module(name) for name in ("gpu", "gpu_parts", "real_pair"))
+numbers_alignment = importlib.import_module("bench_losses").numbers_alignment
+OPTIONS = argparse.Namespace(rows=6, vocabulary=[300, 350], output=".")
+RESULT = "gpu-fake-gpu-9000.json"
+
+
+@pytest.fixture(autouse=True)
+def logs_elsewhere(monkeypatch, tmp_path):
+    """Stages write what they print to a folder of the test's."""
+    monkeypatch.setattr(OPTIONS, "output", str(tmp_path))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
@@ -37,7 +46,7 @@ def fake_device(monkeypatch):
     monkeypatch.setattr(gpu, "no_gpu", lambda: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     lines = dict.fromkeys(gpu.STAGES, "print('fine')")
-    row = {"name": "one", "rows": 4, "ms": 0.5, "us_per_row": 125.0, "gigabytes_per_second": 1500.0, "of_copy": 0.5}
+    row = {"name": "one", "rows": 4, "ms": 0.5, "replay_ms": 0.25, "us_per_row": 125.0, "of_copy": 0.5}
     rows = [{**row, "peak_megabytes": 1.0}, {"name": "other", "failed": "OutOfMemoryError"}]
     printed = "\n".join(map(json.dumps, [{"copy_gigabytes_per_second": 3000.0}, *rows]))
     lines["speed"] = f"print({printed!r}, flush=True)"
@@ -54,24 +63,25 @@ def built(monkeypatch, tmp_path):
 
 
 def test_results_of_a_fake_device_are_written(fake_device, tmp_path, capsys):
-    output = tmp_path / "gpu.json"
-    assert gpu.main(["--output", str(output)]) == 0
+    output = tmp_path / RESULT
+    assert gpu.main(["--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert "memcheck: passed\n" in printed
     assert "copy: 3000 GB/s" in printed
-    assert "| one | 4 | 0.5 | 125 | 1500 | 0.5 | 1 |  |" in printed
+    assert "| one | 4 | 0.5 | 0.25 | 125 | 0.5 | 1 |  |" in printed
     assert "| other |  |  |  |  |  |  | OutOfMemoryError |" in printed
     results = json.loads(output.read_text())
     assert results["machine"]["gpu"] == "Fake GPU 9000"
-    assert [results[stage]["status"] for stage in gpu.STAGES] == ["passed"] * 5
+    assert [results[stage]["status"] for stage in gpu.STAGES] == ["passed"] * len(gpu.STAGES)
+    assert (tmp_path / "memcheck.log").read_text() == "fine\n"
 
 
 def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, capsys):
     fake_device["racecheck"] = "print('RACECHECK SUMMARY: 1 hazard'); raise SystemExit(9)"
-    output = tmp_path / "gpu.json"
-    assert gpu.main(["--output", str(output), "--skip", "build"]) == 1
+    output = tmp_path / RESULT
+    assert gpu.main(["--output", str(tmp_path), "--skip", "build"]) == 1
     printed = capsys.readouterr().out
-    assert "racecheck: failed: exit status 9\nRACECHECK SUMMARY: 1 hazard\nwritten: " in printed
+    assert "racecheck: failed: exit status 9\nRACECHECK SUMMARY: 1 hazard\nsynccheck: " in printed
     assert "build" not in json.loads(output.read_text())
 
 
@@ -97,8 +107,8 @@ def test_processes_of_a_stage_end_with_it(tmp_path):
 
 def test_after_a_build_that_fails_older_kernels_are_left_alone(fake_device, tmp_path):
     fake_device["build"] = "raise SystemExit('nvcc: no')"
-    output = tmp_path / "gpu.json"
-    assert gpu.main(["--output", str(output)]) == 1
+    output = tmp_path / RESULT
+    assert gpu.main(["--output", str(tmp_path)]) == 1
     results = json.loads(output.read_text())
     assert results["build"]["output"] == ["nvcc: no"]
     assert all(results[stage] == {"status": "left out", "reason": "the build failed"} for stage in list(gpu.STAGES)[1:])
@@ -113,11 +123,14 @@ def test_a_sanitizer_that_cannot_work_here_is_left_out(fake_device):
 def test_time_that_is_left_over_goes_to_later_stages(fake_device, tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *rest: given.update({stage: rest[-1]}) or {"status": "passed"})
-    gpu.main(["--output", str(tmp_path / "gpu.json"), "--skip", "racecheck"])
+    gpu.main(["--output", str(tmp_path), "--skip", "racecheck"])
     shares = gpu.STAGES
     assert given["build"] == pytest.approx(480 * shares["build"] / (sum(shares.values()) - shares["racecheck"]), abs=1)
-    assert given["memcheck"] == pytest.approx(480, abs=2)
-    assert sum(shares.values()) == 480
+    assert given["initcheck"] == pytest.approx(480, abs=2)
+    assert sum(shares.values()) == pytest.approx(480, abs=5)
+    given.clear()
+    gpu.main(["--output", str(tmp_path), "--only", "speed", "tests"])
+    assert list(given) == ["speed", "tests"]
 
 
 def test_a_machine_without_git(monkeypatch, tmp_path):
@@ -134,7 +147,7 @@ def test_kernels_that_do_not_load_are_an_error(monkeypatch):
 
 
 def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatch):
-    output = tmp_path / "gpu.json"
+    output = tmp_path / RESULT
     run_stage = gpu.run_stage
 
     def interrupted(stage, *rest):
@@ -144,8 +157,8 @@ def test_results_are_written_after_every_stage(fake_device, tmp_path, monkeypatc
 
     monkeypatch.setattr(gpu, "run_stage", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        gpu.main(["--output", str(output)])
-    assert list(json.loads(output.read_text())) == ["machine", "build", "tests", "speed"]
+        gpu.main(["--output", str(tmp_path)])
+    assert list(json.loads(output.read_text())) == ["machine", "build", "compare", "speed", "counters", "tests"]
 
 
 def test_without_kernels_only_the_build_runs(monkeypatch, tmp_path):
@@ -172,7 +185,70 @@ def test_commands_of_the_stages(monkeypatch, built):
     assert memcheck[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "small"]
     speed, _ = gpu.command("speed", OPTIONS, "90", 60.0)
     assert speed[2:] == ["speed", "--rows", "6", "--vocabulary", "300", "350", "--seconds", "50"]
-    assert gpu.command("tests", OPTIONS, "90", 60.0)[0][-3:] == ["-m", "cuda", "tests/losses"]
+    tests, _ = gpu.command("tests", OPTIONS, "90", 60.0)
+    assert tests[-3:] == ["-m", "cuda", "tests/losses"]
+    assert f"--junitxml={Path(OPTIONS.output) / 'tests.xml'}" in tests
+    counters, _ = gpu.command("counters", OPTIONS, "90", 60.0)
+    assert counters[:3] == ["/cuda/bin/ncu", "--clock-control", "none"]
+    assert counters[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "counters"]
+
+
+def test_counters_of_a_profile():
+    """As ncu prints them: a line of units below the names, and what the program prints before."""
+    stalled = "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"
+    lines = [
+        '{"name": "one", "rows": 8, "launched": ["first", "second"]}',
+        "==PROF== Disconnected",
+        f'"ID","Kernel Name","gpu__time_duration.sum","{stalled}","other"',
+        '"","","ns","inst","%"',
+        '"0","void first_kernel<float>","1,234","0.5","7"',
+        '"1","second_kernel","10","no data","7"',
+    ]
+    steps = gpu.collected("\n".join(lines))["rows"]
+    assert gpu.counted("\n".join(lines), steps) == [
+        {"name": "one", "rows": 8, "kernel": "first", "nanoseconds": 1234.0, "stalled_barrier": 0.5},
+        {"name": "one", "rows": 8, "kernel": "second", "nanoseconds": 10.0},
+    ]
+    others = gpu.counted("\n".join(lines), [])
+    assert [row["kernel"] for row in others] == ["void first_kernel<float>", "second_kernel"]
+
+
+@pytest.mark.slow
+def test_the_real_pair_is_compared(capsys):
+    parts.compare("cpu", rows=4)
+    rows = gpu.collected(capsys.readouterr().out)["rows"]
+    assert len(rows) == 3 * len(parts.cases())
+    assert all("failed" not in row for row in rows)
+
+
+def test_a_wrong_loss_at_the_real_size_is_an_error(monkeypatch, capsys):
+    wrong = SimpleNamespace(name="wrong", loss=None, options={}, same_tokenizer=False)
+    monkeypatch.setattr(parts, "cases", lambda: [wrong])
+    monkeypatch.setattr(parts, "backend_for", lambda case, device: "other")
+
+    def outcome(call, z, y, backend):
+        value = torch.tensor(2.0 if backend == "other" else 1.0, dtype=torch.float64)
+        return value, value
+
+    monkeypatch.setattr(parts, "outcome", outcome)
+    monkeypatch.setattr(parts, "partial", lambda *_, **__: None)
+    with pytest.raises(SystemExit, match=r"wrong, torch.bfloat16: gradient: 1.00e\+00, plain formula 0.00e\+00"):
+        parts.compare("cpu", rows=2)
+
+
+def test_the_stored_pair_is_the_real_one(vocabulary):
+    pair, aligned = real_pair.load()
+    student, teacher = vocabulary("llama3"), vocabulary("qwen3")
+    W, pieces = ProjectionMatrix.build(student, teacher), PieceIndex.build(student, teacher)
+    assert W.shape == pair.projection.shape
+    for name in ("row_ptr", "col", "weight"):
+        assert torch.equal(getattr(W, name), getattr(pair.projection, name))
+    for ours, theirs in ((pieces.student, pair.pieces.student), (pieces.teacher, pair.pieces.teacher)):
+        assert all(torch.equal(getattr(ours, name), getattr(theirs, name)) for name in ("length", "ptr", "pieces"))
+        assert torch.equal(ours.order, theirs.order)
+    events = [torch.cat([one.student.event, one.teacher.event]) for one in (pieces, pair.pieces)]
+    assert len(torch.stack(events).unique(dim=1).T) == pieces.events == pair.pieces.events
+    assert torch.equal(aligned.spans, numbers_alignment(student, teacher, real_pair.ALIGNED_TOKENS).spans)
 
 
 @pytest.mark.slow
@@ -204,7 +280,7 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
         assert any(name.startswith(loss.title) and name.endswith(parts.PLAIN) for name in names)
         assert f"{loss.title} with labels" in names
     assert names[-1].endswith(parts.COMPILED)
-    assert all(row["ms"] > 0 and row["rows"] == 6 for row in result["rows"])
+    assert all(row["ms"] > 0 and row["rows"] == 6 and row["replay_ms"] is None for row in result["rows"])
     assert result["copy_gigabytes_per_second"] > 0
     assert result["missing"] == ["liger-kernel is not installed"]
 
