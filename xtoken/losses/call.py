@@ -50,6 +50,14 @@ PARAMETERS = """\
         Divides all logits; the loss is multiplied by its square.
     reverse : bool
         Exchanges the two distributions of the KL: KL(student || teacher).
+    beta : float in [0, 1]
+        Generalised Jensen-Shannon: ``beta KL(teacher || M) + (1 - beta) KL(student || M)`` with
+        ``M = beta teacher + (1 - beta) student``, as in TRL's GKD; 0 is KL(teacher || student), 1 KL(student ||
+        teacher).
+    skew : float in [0, 1)
+        Mixes so much of the KL's first distribution into its second, which keeps it finite:
+        KL(teacher || skew teacher + (1 - skew) student), with ``reverse`` the two exchanged. Not with ``beta`` inside
+        its range.
     reduction : "mean", "sum" or "none"
         "mean" is over the chunks used; no chunk gives 0. "none" gives the losses of all chunks of the
         alignment [K], 0 where a chunk has no predictor.

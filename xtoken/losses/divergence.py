@@ -1,0 +1,67 @@
+"""The divergences of two distributions that losses take: forward and reverse KL, and mixtures of the two."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Divergence(NamedTuple):
+    """``teacher sum Q log(Q / M) + student sum P log(P / M)`` with ``M = mixture Q + (1 - mixture) P``.
+
+    Q is the teacher's distribution and P the student's. The forward KL is (1, 0, 0), the reverse (0, 1, 1).
+    """
+
+    teacher: float
+    student: float
+    mixture: float
+
+    @classmethod
+    def of(cls, reverse: bool = False, beta: float = 0.0, skew: float = 0.0) -> Divergence:
+        """What the options of a loss mean; the kernels' parameters.
+
+        Parameters
+        ----------
+        reverse : bool
+            The KL of the student from the teacher in place of the teacher from the student; the same as ``beta=1``.
+        beta : float in [0, 1]
+            Generalised Jensen-Shannon: ``beta KL(Q || M) + (1 - beta) KL(P || M)`` with ``M = beta Q + (1 - beta) P``
+            (0.5 is Jensen-Shannon's own). At the ends it would be 0: 0 is the forward KL, 1 the reverse, which are its
+            limits, divided by beta and by 1 - beta.
+        skew : float in [0, 1)
+            So much of the first distribution of a KL is mixed into the second: ``KL(Q || skew Q + (1 - skew) P)``,
+            ``reverse`` with the two exchanged.
+
+        Raises
+        ------
+        ValueError
+            If one is out of its range, or ``beta`` inside its range goes with another option.
+        """
+        if not 0.0 <= beta <= 1.0:
+            raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
+        if not 0.0 <= skew < 1.0:
+            raise ValueError(f"skew: expected a number from 0 to below 1, got {skew!r}")
+        if 0.0 < beta < 1.0:
+            if reverse or skew:
+                raise ValueError(f"beta: expected 0 or 1 with {'reverse' if reverse else 'skew'}, got {beta!r}")
+            return cls(beta, 1.0 - beta, beta)
+        return cls(0.0, 1.0, 1.0 - skew) if reverse or beta == 1.0 else cls(1.0, 0.0, skew)
+
+    @property
+    def reverse(self) -> bool:
+        """Whether it is the reverse KL as such."""
+        return self.mixture == 1.0
+
+    def __call__(self, q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
+        """The divergence of distributions [..., n], summed over the last dimension.
+
+        Logarithms are finite; where they are not those of `q` and `p` (a floor was added before), M is made of them.
+        """
+        if self.mixture in (0.0, 1.0):
+            first, ahead, behind = (p, log_p, log_q) if self.reverse else (q, log_q, log_p)
+            return (first * (ahead - behind)).sum(-1)
+        log_m = torch.logaddexp(log_q + math.log(self.mixture), log_p + math.log1p(-self.mixture))
+        return (self.teacher * q * (log_q - log_m) + self.student * p * (log_p - log_m)).sum(-1)
