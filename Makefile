@@ -20,6 +20,8 @@ export OMP_WAIT_POLICY := passive
 # Most machines run no CUDA kernel on a GPU, so their module is not built; the tests compile them and run their source on
 # an emulator. `make cuda` builds the module, and `make test` says so at its end where a GPU has no kernels to run.
 export XTOKEN_CUDA ?= 0
+# Processes that run the tests; a file's tests stay together, since its fixtures are made once.
+WORKERS := --numprocesses 2 --dist loadfile
 # cmake and ninja are in the environment.
 STRICT := XTOKEN_WERROR=1 PATH="$(abspath $(BIN)):$$PATH"
 
@@ -36,7 +38,7 @@ demo: build
 	$(BIN)/xtoken demo
 
 test: lint build
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(WORKERS)
 
 quick: $(VENV)/ready
 	$(BIN)/python -m pytest --quick --exitfirst
@@ -49,7 +51,7 @@ sanitize: $(VENV)/ready
 	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
-	$(BIN)/pytest $(SANITIZED_TESTS)
+	$(BIN)/pytest $(WORKERS) $(SANITIZED_TESTS)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import os
 import re
 import shutil
@@ -63,10 +64,17 @@ def build(
 ) -> Path:
     """A shared library of the emulator, `kernels` (instrumented) and `host` sources; rebuilds what has changed.
 
-    `python` makes it an extension module, with pybind11's and Python's headers. `flags` go to every source.
+    `python` makes it an extension module, with pybind11's and Python's headers. `flags` go to every source. Of several
+    processes of the tests one builds, and the others wait for it.
     """
     folder = ROOT / "build" / "emulated" / name
     folder.mkdir(parents=True, exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _build(folder, name, kernels, host, python, flags)
+
+
+def _build(folder: Path, name: str, kernels: Sequence[Path], host: Sequence[Path], python: bool, flags: str) -> Path:
     includes = [FOLDER, ROOT / "csrc", cuda_headers()]
     target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if python else '.so'}"
     if python:
