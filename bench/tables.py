@@ -74,6 +74,29 @@ def losses() -> str:
     return markdown(header, rows)
 
 
+def gpu() -> str:
+    """Time of the losses on the GPU that was measured, beside torch's cross-entropy and the plain formulas."""
+    speed = results(GPU)["speed"]
+    found = {row["name"]: row for row in speed["rows"] if "ms" in row}
+    cross_entropy = found["torch cross_entropy"]
+    per_row = cross_entropy["us_per_row"]
+    header = ["loss", "step, ms", "graph replay, ms", "of cross-entropy", "times plain", "of a copy's bandwidth, %"]
+    rows = []
+    for name, row in found.items():
+        if row is cross_entropy or ", torch.compile" in name or name.endswith(PLAIN):
+            continue
+        plain = found.get(name + PLAIN)
+        rows.append([
+            name,
+            f"{row['ms']:.2f}",
+            f"{row['replay_ms']:.2f}" if row["replay_ms"] else "",
+            f"{row['us_per_row'] / per_row:.2f}",
+            f"{plain['us_per_row'] / row['us_per_row']:.0f}" if plain else "",
+            f"{100 * row['of_copy']:.0f}",
+        ])  # fmt: skip
+    return markdown(header, rows)
+
+
 def cache() -> str:
     """What a teacher cache costs and loses."""
     header = ("top_k", "bytes a token", "tail, %", "KL, nats a token", "writing, % of a forward pass")
@@ -120,6 +143,8 @@ def training() -> str:
     return markdown(header, rows)
 
 
+GPU = "gpu-nvidia-h200"
+PLAIN = ", plain formula"
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
@@ -127,6 +152,7 @@ PAIRS = {
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment,
     "losses": losses,
+    "gpu": gpu,
     "cache": cache,
     "accuracy": accuracy,
     "training": training,
