@@ -2,21 +2,27 @@
 
 Registers of a thread, static shared memory of a block, bytes of stack and of registers spilled to it, the block size
 that the kernel is compiled for (`__launch_bounds__`), and which share of the multiprocessor's threads such blocks fill.
+`--loops` prints the machine code's loops over rows in its place: how many instructions each has, and how many copies
+from memory are in flight while it works on what came before; NVIDIA's disassembler is needed, nvdisasm.
 Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
 build/cuda_resources until a source changes. No GPU is needed.
 
-    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale]
+    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--loops]
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import hashlib
+import itertools
 import os
 import re
 import shutil
 import subprocess
 import sys
+import sysconfig
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -83,11 +89,29 @@ class Resources:
         return blocks * self.threads / limits.threads
 
 
-def find_nvcc() -> str | None:
-    """CUDA's compiler, from the same places as setup.py's."""
+@dataclass(frozen=True)
+class Loop:
+    """A loop over a row in the machine code of one kernel on one architecture."""
+
+    source: str
+    kernel: str
+    arch: str
+    instructions: int
+    ahead: int
+    """Asynchronous copies of a thread that stay in flight when it waits for the oldest; 0: it waits for all."""
+
+
+def find_tool(name: str) -> str | None:
+    """A program of CUDA's toolkit, from the same places as setup.py's nvcc, or from NVIDIA's packages for pip."""
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    packages = sorted(Path(sysconfig.get_path("purelib")).glob("nvidia/cu*/bin"))
     folders = [os.environ.get("PATH", ""), *(os.path.join(home, "bin") for home in homes if home)]
-    return shutil.which("nvcc", path=os.pathsep.join(folders))
+    return shutil.which(name, path=os.pathsep.join([*folders, *map(str, packages)]))
+
+
+def find_nvcc() -> str | None:
+    """CUDA's compiler."""
+    return find_tool("nvcc")
 
 
 def build_settings() -> tuple[list[str], list[str]]:
@@ -123,28 +147,82 @@ def name_of(source: Path) -> str:
 
 
 def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:
-    """What ptxas says of the source's kernels on each architecture; compiled only if a source or a flag has changed."""
+    """What ptxas says of the source's kernels on each architecture, and, where there is nvdisasm, a line for each of
+    their `copying_loops`; compiled only if a source or a flag has changed."""
+    nvdisasm = find_tool("nvdisasm")
     code = ",".join(f"sm_{arch}" for arch in archs)
     command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-fatbin"]
     command += [f"-gencode=arch=compute_{ptx_arch()},code=[{code}]", "-Xptxas=-v", str(source)]
-    digest = hashlib.sha256(" ".join(command).encode())
-    for path in [source, *sorted(SOURCES.rglob("*.cuh")), *sorted(SOURCES.rglob("*.h"))]:
+    digest = hashlib.sha256(" ".join([*command, str(nvdisasm)]).encode())
+    for path in [source, Path(__file__), *sorted(SOURCES.rglob("*.cuh")), *sorted(SOURCES.rglob("*.h"))]:
         digest.update(path.read_bytes())
     name = f"{name_of(source).replace('/', '_')}.{'_'.join(archs)}"
     report = REPORTS / f"{name}.{digest.hexdigest()[:16]}.txt"
     if not report.exists():
         REPORTS.mkdir(parents=True, exist_ok=True)
-        compiled = report.with_suffix(".fatbin")
-        done = subprocess.run([*command, "-o", str(compiled)], capture_output=True, text=True)
-        if done.returncode != 0:
-            raise RuntimeError(f"{source.name} does not compile for {code}:\n{done.stdout}{done.stderr}")
-        compiled.unlink()
+        with tempfile.TemporaryDirectory() as folder:
+            command += ["--keep", "--keep-dir", folder, "-o", str(Path(folder) / "compiled.fatbin")]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode != 0:
+                raise RuntimeError(f"{source.name} does not compile for {code}:\n{done.stdout}{done.stderr}")
+            text = done.stderr
+            for arch in archs if nvdisasm else []:
+                (cubin,) = Path(folder).glob(f"*.sm_{arch}.cubin" if len(archs) > 1 else "*.cubin")
+                listing = subprocess.run([nvdisasm, "-hex", "-c", cubin], capture_output=True, text=True, check=True)
+                text += "".join(
+                    f"loop of '{kernel}' for 'sm_{arch}': {instructions} instructions, {ahead} copies in flight\n"
+                    for kernel, instructions, ahead in copying_loops(listing.stdout)
+                )
         for old in REPORTS.glob(f"{name}.*.txt"):
             old.unlink()
-        report.write_text(done.stderr)
+        report.write_text(text)
     return report.read_text()
 
 
+INSTRUCTION = re.compile(
+    r"\s*/\*([0-9a-f]{4,})\*/\s+([^;]+?)\s*;?\s*/\* 0x[0-9a-f]{16} \*/\n\s*/\* 0x([0-9a-f]{16}) \*/"
+)
+"""Of nvdisasm's listing: address, text, and the upper half of the encoding, which names the scoreboards."""
+
+LABEL = re.compile(r"^(\.L\w+):(?=\s*\n(?:\.L\w+:\s*\n)*\s*/\*([0-9a-f]{4,})\*/)", re.MULTILINE)
+"""A label and the address of the instruction after it."""
+
+
+def copying_loops(listing: str) -> list[tuple[str, int, int]]:
+    """The innermost loops of nvdisasm's listing that start asynchronous copies: kernel, instructions, copies ahead."""
+    found = []
+    for function in listing.split("\n.text.")[1:]:
+        code = [(int(m[1], 16), m[2], int(m[3], 16)) for m in INSTRUCTION.finditer(function)]
+        place = {address: n for n, (address, _, _) in enumerate(code)}
+        labels = {m[1]: place[int(m[2], 16)] for m in LABEL.finditer(function)}
+        copies = [n for n, (_, text, _) in enumerate(code) if "LDGSTS" in text]
+        ends = [-1]
+        for last, (_, text, _) in enumerate(code):
+            if "BRA" not in text:
+                continue
+            first = labels.get(text.rpartition("`(")[2].rstrip(")"), last + 1)
+            # what reaches back into or over a loop is one around it, or its rare code that stands elsewhere
+            if first > ends[-1] and any(first <= n <= last for n in copies):
+                ends.append(last)
+                body = code[first : last + 1]
+                found.append((function[: function.index(":")], len(body), copies_ahead(body)))
+    return found
+
+
+def copies_ahead(body: Sequence[tuple[int, str, int]]) -> int:
+    """Groups of copies that are in flight after the loop's waits for them, by their scoreboard."""
+    groups = {encoding >> 46 & 7 for _, text, encoding in body if "LDGDEPBAR" in text}
+    if len(groups) != 1:
+        return 0
+    (board,) = groups
+    waits = [re.search(rf"DEPBAR\.LE SB{board}, (0x[0-9a-f]+)", text) for _, text, _ in body]
+    ahead = [int(wait[1], 16) for wait in waits if wait]
+    # an ordinary wait for the scoreboard is for all that it counts
+    ahead += [0 for _, _, encoding in body if encoding >> 52 >> board & 1]
+    return min(ahead, default=0)
+
+
+@functools.cache
 def readable(mangled: str) -> str:
     """A kernel's name with its template arguments, without name spaces and parameters."""
     tool = shutil.which("c++filt")
@@ -158,6 +236,12 @@ def readable(mangled: str) -> str:
         if letter == "(" and depth == 0:
             return name[:at]
     return name
+
+
+def loops(source: str, report: str) -> list[Loop]:
+    """The loops of one report."""
+    lines = re.findall(r"^loop of '(\S+)' for 'sm_(\d+)': (\d+) instructions, (\d+) copies", report, re.MULTILINE)
+    return [Loop(source, readable(name), arch, int(count), int(ahead)) for name, arch, count, ahead in lines]
 
 
 def parse(source: str, report: str, bounds: dict[str, int]) -> list[Resources]:
@@ -187,21 +271,29 @@ def parse(source: str, report: str, bounds: dict[str, int]) -> list[Resources]:
     return kernels
 
 
-def resources(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> list[Resources]:
-    """All kernels on all architectures (of cmake/Cuda.cmake, unless given), sources compiled side by side."""
+def reports(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> dict[str, str]:
+    """`compiler_report` of each source, for the architectures of cmake/Cuda.cmake unless given."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
     sources = [path for path in sorted(SOURCES.rglob("*.cu")) if files is None or name_of(path) in files]
     wanted = archs or build_settings()[0]
-    bounds = launch_bounds()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        reports = list(pool.map(lambda source: compiler_report(nvcc, source, wanted), sources))
-    return [
-        kernel
-        for source, report in zip(sources, reports, strict=True)
-        for kernel in parse(name_of(source), report, bounds)
-    ]
+        texts = pool.map(lambda source: compiler_report(nvcc, source, wanted), sources)
+        return dict(zip(map(name_of, sources), texts, strict=True))
+
+
+def resources(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> list[Resources]:
+    """All kernels on all architectures, sources compiled side by side."""
+    bounds = launch_bounds()
+    return [kernel for name, report in reports(archs, files).items() for kernel in parse(name, report, bounds)]
+
+
+def row_loops(archs: Sequence[str] | None = None, files: Sequence[str] | None = None) -> list[Loop]:
+    """The loops over rows of all kernels on all architectures."""
+    if find_tool("nvdisasm") is None:
+        raise RuntimeError("there is no nvdisasm: it comes with CUDA's toolkit, or from pip as nvidia-cuda-nvdisasm")
+    return [loop for name, report in reports(archs, files).items() for loop in loops(name, report)]
 
 
 def table(kernels: Sequence[Resources]) -> str:
@@ -214,13 +306,30 @@ def table(kernels: Sequence[Resources]) -> str:
     return "\n".join(lines)
 
 
+def loop_table(found: Sequence[Loop]) -> str:
+    """The loops as a Markdown table, a line a kernel."""
+    lines = [
+        "| source | kernel | arch | copies in flight | instructions of its loops |",
+        "| --- | --- | --- | ---: | --- |",
+    ]
+    for (source, kernel, arch), group in itertools.groupby(found, lambda loop: (loop.source, loop.kernel, loop.arch)):
+        own = list(group)
+        counts = ", ".join(str(loop.instructions) for loop in own)
+        lines.append(f"| {source} | {kernel} | {arch} | {min(loop.ahead for loop in own)} | {counts} |")
+    return "\n".join(lines)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", choices=sorted(LIMITS), help="instead of those of cmake/Cuda.cmake")
     parser.add_argument("--files", nargs="+", help="names of sources as in the table; all unless given")
+    parser.add_argument("--loops", action="store_true", help="of the machine code, in place of the resources")
     options = parser.parse_args()
     try:
-        print(table(resources(options.archs, options.files)))
+        if options.loops:
+            print(loop_table(row_loops(options.archs, options.files)))
+        else:
+            print(table(resources(options.archs, options.files)))
     except RuntimeError as error:
         print(f"cuda_resources: {error}", file=sys.stderr)
         return 1

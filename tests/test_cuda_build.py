@@ -27,6 +27,11 @@ needs_nvcc = pytest.mark.skipif(
     cuda_resources.find_nvcc() is None, reason="no nvcc on this machine: CUDA kernels are not compiled"
 )
 
+needs_nvdisasm = pytest.mark.skipif(
+    None in (cuda_resources.find_nvcc(), cuda_resources.find_tool("nvdisasm")),
+    reason="no nvcc, or no nvdisasm, on this machine: CUDA kernels are not disassembled",
+)
+
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN6xtoken4cuda12_GLOBAL__N_19kd_kernelIffEEvi' for 'sm_90'
@@ -86,6 +91,46 @@ def test_show_config_says_why_there_are_no_kernels(monkeypatch):
     assert "XTOKEN_CUDA=0" in xtoken.config.config()["CUDA kernels"]
 
 
+LISTING = """
+.text._Z6streamPf:
+.L_x_1:
+        /*0010*/                   DEPBAR.LE SB0, 0x3 ;                  /* 0x000080c00000791a */
+                                                                         /* 0x000fc80000000000 */
+.L_x_2:
+        /*0020*/                   FADD R0, R0, R1 ;                     /* 0x0000000100007221 */
+                                                                         /* 0x000fc80000000000 */
+        /*0030*/              @!P0 BRA `(.L_x_2) ;                       /* 0xfffffffc00c48947 */
+                                                                         /* 0x000fea000383ffff */
+        /*0040*/               @P0 LDGSTS.E.BYPASS.128 [R9], [R4.64] ;   /* 0x0000000004090fae */
+                                                                         /* 0x0001e2000b901c46 */
+        /*0050*/                   LDGDEPBAR ;                           /* 0x00000000000079af */
+                                                                         /* 0x000e220000000000 */
+        /*0060*/              @!P0 BRA `(.L_x_1) ;                       /* 0xfffffffc00c48947 */
+                                                                         /* 0x000fea000383ffff */
+"""
+WAITS_FOR_ALL = LISTING.replace("0x000fc80000000000", "0x001fc80000000000", 1)
+"""Of scoreboard 0: the first instruction of the loop."""
+
+
+@pytest.mark.parametrize(
+    ("listing", "ahead"),
+    [
+        (LISTING, 3),
+        (WAITS_FOR_ALL, 0),
+        (LISTING.replace("SB0, 0x3", "SB1, 0x3"), 0),
+        (LISTING.replace("0x3 ;", "0x1 ;"), 1),
+    ],
+)
+def test_copies_in_flight_are_read_from_the_machine_code(listing, ahead):
+    assert cuda_resources.copying_loops(listing) == [("_Z6streamPf", 6, ahead)]
+
+
+def test_the_table_of_loops():
+    report = f"{REPORT}loop of '_Z6streamPf' for 'sm_90': 41 instructions, 3 copies in flight\n"
+    (loop,) = cuda_resources.loops("scale", report)
+    assert "| scale | stream | 90 | 3 | 41 |" in cuda_resources.loop_table([loop])
+
+
 @needs_nvcc
 @pytest.mark.slow
 def test_kernels_compile_without_warnings_and_stay_in_registers():
@@ -98,6 +143,47 @@ def test_kernels_compile_without_warnings_and_stay_in_registers():
     print(cuda_resources.table(kernels))
     wrong = [k for k in kernels if k.spilled or k.registers > k.register_bound]
     assert not wrong, f"spills, or more registers than fit:\n{cuda_resources.table(wrong)}"
+
+
+@needs_nvdisasm
+@pytest.mark.slow
+def test_loops_over_rows_keep_copies_in_flight():
+    """In the machine code of every kernel that works on rows, which are those with launch bounds."""
+    archs = cuda_resources.build_settings()[0]
+    loops = cuda_resources.row_loops(archs)
+    print(cuda_resources.loop_table(loops))
+    seen = {(loop.kernel.split("<")[0], loop.arch) for loop in loops}
+    assert seen == {(name, arch) for name in cuda_resources.launch_bounds() for arch in archs}
+    shallow = [loop for loop in loops if loop.ahead < 3]
+    assert not shallow, f"loops that wait for memory:\n{cuda_resources.loop_table(shallow)}"
+
+
+@needs_nvdisasm
+@pytest.mark.slow
+@pytest.mark.parametrize("ahead", [0, 2, 3])
+def test_a_loop_that_waits_is_seen(ahead, tmp_path, monkeypatch):
+    lines = [
+        '#include "cuda/platform.cuh"',
+        "__global__ void stream(const uint4* in, float* out, int n) {",
+        "    XTOKEN_SHARED(slots, uint4[4][32]);",
+        "    float sum = 0;",
+        "#pragma unroll 1",
+        "    for (int i = 0; i < n; ++i) {",
+        f"        xtoken::cuda::wait_copies<{ahead}>();",
+        "        uint32_t words[4];",
+        "        xtoken::cuda::read_copied(slots[i % 4] + threadIdx.x, words);",
+        "        xtoken::cuda::copy_async<16>(slots[i % 4] + threadIdx.x, in + i);",
+        "        xtoken::cuda::commit_copies();",
+        "        sum += __uint_as_float(words[0]);",
+        "    }",
+        "    out[threadIdx.x] = sum;",
+        "}",
+    ]
+    (tmp_path / "stream.cu").write_text("\n".join(lines))
+    monkeypatch.setattr(cuda_resources, "SOURCES", tmp_path)
+    monkeypatch.setattr(cuda_resources, "REPORTS", tmp_path)
+    (loop,) = cuda_resources.row_loops(["90"])
+    assert loop.ahead == ahead
 
 
 @needs_nvcc

@@ -67,6 +67,10 @@ def test_vector_loads_and_stores(kernels):
     assert torch.equal(kernels.launch("reverse_by_four", numbers(500), grid=2), numbers(500).flip(0))
 
 
+def test_asynchronous_copies(kernels):
+    assert torch.equal(kernels.launch("reverse_by_copies", numbers(2500), grid=2, shared=2048), numbers(2500).flip(0))
+
+
 def test_atomics_and_the_last_block(kernels):
     out = kernels.launch("count_positive", numbers(999), grid=5)
     assert out[0] == (numbers(999) > 0).sum()
@@ -150,6 +154,18 @@ FAULTS = [
     ("left_by_previous_block", r"uninitialised: read of 4 bytes at shared 'value' .* of block \(1,0,0\)", {"grid": 2}),
     ("uninitialised_global", r"uninitialised: read of 4 bytes at 'out' \+ \d", {}),
     ("read_only_of_written", r"read-only: read-only load of 4 bytes at 'out' ", {}),
+    ("copy_read_too_early", r"asynchronous copy: read of 4 bytes at shared 'slots' .*: nobody has waited for the", {}),
+    ("copy_without_wait", r"asynchronous copy: read of 4 bytes at shared 'slots' .*: nobody has waited for the", {}),
+    ("copy_not_committed", r"asynchronous copy: read of \d+ bytes at shared 'slots' .*: nobody has waited for", {}),
+    ("copy_over_a_copy", r"asynchronous copy: write of 16 bytes at shared 'slots' .*: nobody has waited for", {}),
+    ("copy_of_a_neighbour", r"(race|asynchronous copy): (read|write) of \d+ bytes at shared 'slots'", {}),
+    ("copy_of_what_changes", r"asynchronous copy: of 16 bytes from 'out' .*: its source was written meanwhile", {}),
+    ("copy_never_waited_for", r"asynchronous copy: of 16 bytes from 'in' .*: its thread ends without a wait", {}),
+    ("copy_misaligned", r"misaligned: read of 16 bytes at 'in' \+ \d", {}),
+    ("copy_to_misaligned", r"misaligned: write of 16 bytes at shared 'slots' \+ \d", {}),
+    ("copy_out_of_bounds", r"out of bounds: read of 16 bytes at \d+ bytes past the end of 'in'", {}),
+    ("copy_from_shared", r"asynchronous copy: of 16 bytes from shared .*: from what is not global memory", {}),
+    ("copy_to_global", r"asynchronous copy: of 16 bytes from 'in' .*: to what is not shared memory", {}),
     ("too_much_shared", r"shared memory: 'values' makes 49156 static bytes", {}),
     ("trapped", r"trap: called by thread", {}),
 ]  # fmt: skip

@@ -71,14 +71,14 @@ __global__ void mark_rows_kernel(const int64_t* start, const int64_t* count, int
 void cross_entropy(const CrossEntropyParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* element) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-        launch_items("cross_entropy", cross_entropy_kernel<T>, launch, params.student.samples * params.student.length,
-                     params);
+        launch_items("cross_entropy", cross_entropy_kernel<T>, 1, launch,
+                     params.student.samples * params.student.length, params);
     });
 }
 
 void mark_rows(const MarkRowsParams& p, const Launch& launch) {
-    launch_items("mark_rows", mark_rows_kernel, launch, (p.chunks + launch.threads - 1) / launch.threads, p.rows.start,
-                 p.rows.count, p.chunks, p.covered);
+    launch_items("mark_rows", mark_rows_kernel, 0, launch, (p.chunks + launch.threads - 1) / launch.threads,
+                 p.rows.start, p.rows.count, p.chunks, p.covered);
 }
 
 const Launcher launcher("cross_entropy", &cross_entropy);

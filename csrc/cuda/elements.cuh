@@ -66,16 +66,33 @@ __device__ T* row_of(const Logits& logits, int64_t r) {
            r % logits.length * logits.row_stride;
 }
 
-// Loads of a thread that are in flight; the first to come is at the beginning.
-struct Ring {
-    static constexpr int loads = 4;  // hides the latency of memory
-    uint4 raw[loads];
+// A thread's loads in flight: asynchronous copies into shared memory, `depth` deep, each of one or more slots of 16
+// bytes. A thread reads only what it has copied itself, so there is no barrier. (Registers cannot be such a ring: an
+// instruction that moves what a load is to fill waits for it.)
+class Ring {
+  public:
+    static constexpr int depth = 4;
+    // Shared memory for so many slots a copy.
+    static constexpr size_t bytes(int slots, int threads) { return size_t{16} * depth * slots * threads; }
 
-    template <int N>
-    __device__ void drop() {
-#pragma unroll
-        for (int k = N; k < loads; ++k) raw[k - N] = raw[k];
+    __device__ Ring() {
+        XTOKEN_DYNAMIC_SHARED(uint4, memory);
+        first_ = memory + threadIdx.x;
     }
+    // Slot k of the oldest copy, which is the newest one's after push.
+    __device__ uint4* slot(int k) const { return first_ + (k * depth + place_) * static_cast<int>(blockDim.x); }
+    // What was started since the last call is the newest copy.
+    __device__ void push() {
+        static_assert((depth & (depth - 1)) == 0, "a power of two");
+        commit_copies();
+        place_ = (place_ + 1) & (depth - 1);
+    }
+    // The oldest copy is there.
+    __device__ void wait() const { wait_copies<depth - 1>(); }
+
+  private:
+    uint4* first_;
+    int place_ = 0;
 };
 
 // A row of elements of a type that the kernel is compiled for.
@@ -94,22 +111,21 @@ struct Row {
     __device__ int head() const {
         return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
     }
-    __device__ int ahead() const { return Ring::loads; }
-    __device__ void load(Ring& ring, int place, int i) const {
-        ring.raw[place] = *reinterpret_cast<const uint4*>(data + i);
-    }
-    __device__ void load_last(Ring& ring, int i) const { load(ring, Ring::loads - 1, i); }
-    __device__ void take(Ring& ring, float (&x)[vector]) const {
-        widened(ring.raw, x);
-        ring.drop<1>();
+    // Starts to copy the vector from i on into a slot, and takes it from there.
+    __device__ void load(const Ring& ring, int i) const { copy_async<16>(ring.slot(0), data + i); }
+    __device__ void take(const Ring& ring, float (&x)[vector]) const {
+        uint32_t words[4];
+        read_copied(ring.slot(0), words);
+        widened(words, x);
     }
     // N elements from i on, in one load where they are a whole aligned vector.
     template <int N>
     __device__ void elements(int i, float (&x)[N]) const {
         if constexpr (N == vector) {
             if (reinterpret_cast<uintptr_t>(data + i) % 16 == 0) {
-                const uint4 raw = *reinterpret_cast<const uint4*>(data + i);
-                return widened(&raw, x);
+                uint32_t words[4];
+                load_words<4>(data + i, words);
+                return widened(words, x);
             }
         }
 #pragma unroll
@@ -117,17 +133,16 @@ struct Row {
     }
 
   private:
-    __device__ void widened(const uint4* raw, float (&x)[vector]) const {
+    __device__ void widened(const uint32_t (&words)[4], float (&x)[vector]) const {
         T lanes[vector];
-        memcpy(static_cast<void*>(lanes), raw, sizeof lanes);
+        memcpy(static_cast<void*>(lanes), words, sizeof lanes);
 #pragma unroll
         for (int k = 0; k < vector; ++k) x[k] = widen(lanes[k]);
     }
 };
 
 // A row of elements of any type: the teacher's, so that a kernel is compiled for three types and not for nine pairs.
-// The type is the same for all threads; it is asked for once per eight elements, and single loads are predicated, so
-// that several are in flight.
+// The type is the same for all threads; it is asked for once per eight elements.
 struct AnyRow {
     static constexpr int vector = 8;
     const char* data;
@@ -158,38 +173,45 @@ struct AnyRow {
     __device__ int head() const {
         return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16) / size();
     }
-    __device__ int ahead() const { return type == Element::float32 ? Ring::loads / 2 : Ring::loads; }
-    __device__ void load(Ring& ring, int place, int i) const {  // `place` is known to the compiler: words are registers
+    // As those of Row, for N elements (4 or 8) and slots from `first` on, as many as `slots`.
+    static constexpr int slots(Element type) { return type == Element::float32 ? 2 : 1; }
+    template <int N = vector>
+    __device__ void load(const Ring& ring, int i, int first = 0) const {
         if (type == Element::float32) {
-            ring.raw[2 * place] = reinterpret_cast<const uint4*>(at(i))[0];
-            ring.raw[2 * place + 1] = reinterpret_cast<const uint4*>(at(i))[1];
+#pragma unroll
+            for (int k = 0; k < N / 4; ++k) copy_async<16>(ring.slot(first + k), at(i + 4 * k));
         } else {
-            ring.raw[place] = *reinterpret_cast<const uint4*>(at(i));
+            copy_async<2 * N>(ring.slot(first), at(i));
         }
     }
-    __device__ void load_last(Ring& ring, int i) const {
+    template <int N>
+    __device__ void take(const Ring& ring, float (&x)[N], int first = 0) const {
+        uint32_t words[N];
         if (type == Element::float32) {
-            load(ring, Ring::loads / 2 - 1, i);
+#pragma unroll
+            for (int k = 0; k < N; k += 4) {
+                uint32_t part[4];
+                read_copied(ring.slot(first + k / 4), part);
+                memcpy(words + k, part, sizeof part);
+            }
         } else {
-            load(ring, Ring::loads - 1, i);
+            uint32_t part[N / 2];
+            read_copied(ring.slot(first), part);
+            memcpy(words, part, sizeof part);
         }
+        widened<N>(words, x);
     }
-    __device__ void take(Ring& ring, float (&x)[vector]) const {
-        uint32_t words[vector];
-        memcpy(words, ring.raw, sizeof words);
-        widened<vector>(words, x);
-        if (type == Element::float32) {
-            ring.drop<2>();
-        } else {
-            ring.drop<1>();
-        }
+    // Whether the vectors of N elements from i on, and all that follow, can be copied.
+    template <int N>
+    __device__ bool aligned(int i) const {
+        return reinterpret_cast<uintptr_t>(at(i)) % (N * size() < 16 ? 8 : 16) == 0;
     }
     template <int N>
     __device__ void elements(int i, float (&x)[N]) const {
         if constexpr (N % 4 == 0) {
-            if (reinterpret_cast<uintptr_t>(at(i)) % (N * size() < 16 ? 8 : 16) == 0) {
+            if (aligned<N>(i)) {
                 uint32_t words[N];
-                load<N>(i, words);
+                load_aligned<N>(i, words);
                 return widened<N>(words, x);
             }
         }
@@ -226,7 +248,7 @@ struct AnyRow {
   private:
     // N elements from an aligned place, N a multiple of 4.
     template <int N>
-    __device__ void load(int i, uint32_t* words) const {
+    __device__ void load_aligned(int i, uint32_t* words) const {
         const char* from = at(i);
         if (type == Element::float32) {
 #pragma unroll

@@ -2,14 +2,14 @@
 #pragma once
 
 #include "core/error.h"
-#include "cuda/platform.cuh"
+#include "cuda/elements.cuh"
 #include "launch/arguments.h"
 
 namespace xtoken::cuda {
 
-// Blocks for so many items, on the caller's stream; nothing is launched for none.
+// Blocks for so many items, on the caller's stream; nothing is launched for none. `slots`: of the kernel's Ring.
 template <typename... Parameters, typename... Arguments>
-void launch_items(const char* what, void (*kernel)(Parameters...), const Launch& shape, int64_t items,
+void launch_items(const char* what, void (*kernel)(Parameters...), int slots, const Launch& shape, int64_t items,
                   const Arguments&... arguments) {
     if (shape.threads < 32 || shape.threads > max_threads || shape.threads % 32 != 0 || shape.blocks < 1) {
         value_error("launch: expected at least one block of a multiple of 32 threads up to ", max_threads, ", got ",
@@ -17,8 +17,16 @@ void launch_items(const char* what, void (*kernel)(Parameters...), const Launch&
     }
     if (items == 0) return;
     const auto blocks = static_cast<unsigned>(items < shape.blocks ? items : shape.blocks);
-    const cudaError_t status = launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(shape.threads)), 0,
-                                      static_cast<cudaStream_t>(shape.stream), arguments...);
+    const size_t shared_bytes = Ring::bytes(slots, shape.threads);
+    // more than the default has to be asked for
+    cudaError_t status = shared_bytes <= 48 << 10 ? cudaSuccess
+                                                  : cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                                                         static_cast<int>(shared_bytes));
+    if (status == cudaSuccess) {
+        status = launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(shape.threads)), shared_bytes,
+                        static_cast<cudaStream_t>(shape.stream), arguments...);
+    }
     if (status != cudaSuccess) {
         throw Error(Error::Kind::runtime, std::string(what) + ": " + cudaGetErrorString(status));
     }

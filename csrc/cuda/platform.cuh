@@ -13,6 +13,7 @@
 #include <cuda_runtime.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <tuple>
 #include <utility>
 
@@ -56,6 +57,36 @@ __device__ __forceinline__ float fast_divide(float x, float y) {
     float z;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
     return z;
+}
+
+// Asynchronous copies (PTX ISA, cp.async): started one by one, committed as a group, there for the thread that started
+// them when it has waited for all but its `pending` last groups. What they fill is read by read_copied, which stays
+// between the wait before it and the copy after it.
+__device__ __forceinline__ uint32_t shared_address(const void* pointer) {
+    return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
+
+// `bytes` (8 or 16) from global to shared memory, both aligned to as many.
+template <int bytes>
+__device__ __forceinline__ void copy_async(void* to, const void* from) {
+    if constexpr (bytes == 16) {  // past L1
+        asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
+    } else {
+        asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes));
+    }
+}
+__device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_group;"); }
+template <int pending>
+__device__ __forceinline__ void wait_copies() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(pending));
+}
+__device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[4]) {
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+                 : "r"(shared_address(from)));
+}
+__device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[2]) {
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared_address(from)));
 }
 #endif
 

@@ -19,38 +19,75 @@ constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 // As torch's clamp_min: not a number stays what it is.
 __device__ inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
 
-// Shares the elements of a row out among the threads of the block, 16 bytes at a time: body(i, x) with x a
-// float[R::vector], or float[1] at the ends of a row that does not begin or end at such a boundary. Two rows of
-// different alignment are shared out differently.
-template <typename R, typename Body>
-__device__ void each_vector(const R& row, int size, Body body) {
+// Shares the elements of two rows out among the threads of the block, 16 bytes of the first row at a time: body(i, x,
+// y) with x and y a float[R::vector], or float[1] at the ends of a first row that does not begin or end at such a
+// boundary. Pairs of different alignment of the first row are shared out differently. The second row is copied ahead,
+// too, if it is aligned alike.
+template <typename R, typename Other, typename Body>
+__device__ void each_pair(const R& row, const Other& other, int size, Body body) {
+    constexpr int N = R::vector;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int head = min(size, row.head()), count = (size - head) / R::vector, whole = count * R::vector;
+    const int head = min(size, row.head()), count = (size - head) / N, whole = count * N;
     for (int i = thread; i < size - whole; i += threads) {
         const int at = i < head ? i : i + whole;
         const float x[1] = {row[at]};
-        body(at, x);
+        float y[1];
+        other.elements(at, y);
+        body(at, x, y);
     }
-    const auto place = [&](int v) { return head + v * R::vector; };
-    Ring ring{};  // values, so that nothing of another pass is kept for the loads that are left out
+    const bool alike = other.template aligned<N>(head);
+    const auto place = [&](int v) { return head + v * N; };
+    Ring ring;
+    const auto load = [&](int v) {
+        if (v < count) {
+            row.load(ring, place(v));
+            if (alike) other.template load<N>(ring, place(v), 1);
+        }
+        ring.push();
+    };
 #pragma unroll
-    for (int k = 0; k < Ring::loads; ++k) {
-        if (k < row.ahead() && thread + k * threads < count) row.load(ring, k, place(thread + k * threads));
-    }
+    for (int k = 0; k < Ring::depth; ++k) load(thread + k * threads);
 #pragma unroll 1  // code that fits the instruction cache, and compiles in time
     for (int v = thread; v < count; v += threads) {
-        float x[R::vector];
+        float x[N], y[N];
+        ring.wait();
         row.take(ring, x);
-        const int next = v + row.ahead() * threads;
-        if (next < count) row.load_last(ring, place(next));
-        body(place(v), x);
+        if (alike) {
+            other.take(ring, y, 1);
+        } else {
+            other.elements(place(v), y);
+        }
+        load(v + Ring::depth * threads);
+        body(place(v), x, y);
     }
 }
 
-// The same for chosen elements of a row: body(j, x) with x[0] = row[chosen[j]]. All of the row if `chosen` is null.
+// In the place of a second row.
+struct NoRow {
+    template <int N>
+    __device__ constexpr bool aligned(int) const {
+        return false;
+    }
+    template <int N>
+    __device__ void load(const Ring&, int, int) const {}
+    template <int N>
+    __device__ void take(const Ring&, float (&)[N], int) const {}
+    template <int N>
+    __device__ void elements(int, float (&x)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = 0.0f;
+    }
+};
+
+// The same for one row: body(i, x).
 template <typename R, typename Body>
-__device__ void each_column(const R& row, const int32_t* chosen, int columns, Body body) {
-    if (chosen == nullptr) return each_vector(row, columns, body);
+__device__ void each_vector(const R& row, int size, Body body) {
+    each_pair(row, NoRow{}, size, [&](int i, const auto& x, const auto&) { body(i, x); });
+}
+
+// The same for chosen elements of a row: body(j, x) with x[0] = row[chosen[j]].
+template <typename R, typename Body>
+__device__ void each_chosen(const R& row, const int32_t* chosen, int columns, Body body) {
 #pragma unroll 4
     for (int j = static_cast<int>(threadIdx.x); j < columns; j += static_cast<int>(blockDim.x)) {
         const float x[1] = {row[chosen[j]]};
@@ -58,15 +95,22 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
     }
 }
 
-// prepare(i, x, g) turns the elements x of the row from i on into as many g, which are written to out + i; zeros follow
-// up to `width`. `out` may be the row itself.
-template <typename T, typename Prepare>
-__device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
+// All of the row if `chosen` is null.
+template <typename R, typename Body>
+__device__ void each_column(const R& row, const int32_t* chosen, int columns, Body body) {
+    if (chosen == nullptr) return each_vector(row, columns, body);
+    each_chosen(row, chosen, columns, body);
+}
+
+// prepare(i, x, y, g) turns the elements x and y of two rows from i on into as many g, which are written to out + i;
+// zeros follow up to `width`. `out` may be the first row itself.
+template <typename T, typename Other, typename Prepare>
+__device__ void write_row(const Row<T>& z, const Other& other, T* out, int size, int width, Prepare prepare) {
     const bool together = (reinterpret_cast<uintptr_t>(z.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-    each_vector(z, size, [&](int i, const auto& x) {
+    each_pair(z, other, size, [&](int i, const auto& x, const auto& y) {
         constexpr int N = sizeof(x) / sizeof(float);
         float g[N];
-        prepare(i, x, g);
+        prepare(i, x, y, g);
         T result[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) narrow(g[k], result[k]);
@@ -84,6 +128,12 @@ __device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare 
     T zero;
     narrow(0.0f, zero);
     for (int i = size + static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) out[i] = zero;
+}
+
+// The same of one row: prepare(i, x, g).
+template <typename T, typename Prepare>
+__device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
+    write_row(z, NoRow{}, out, size, width, [&](int i, const auto& x, const auto&, auto& g) { prepare(i, x, g); });
 }
 
 // Shared memory of the sums over a block.

@@ -34,7 +34,7 @@ struct ScaleParams {
 void scale(const ScaleParams& params, const Launch& launch) {
     typed(params.type, [&](const auto* element) {
         using T = std::remove_const_t<std::remove_pointer_t<decltype(element)>>;
-        launch_items("scale", scale_kernel<T>, launch, (params.size + segment - 1) / segment,
+        launch_items("scale", scale_kernel<T>, 1, launch, (params.size + segment - 1) / segment,
                      static_cast<T*>(params.data), params.size, params.factor);
     });
 }

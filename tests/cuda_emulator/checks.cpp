@@ -48,8 +48,9 @@ std::string sentence(Access access, size_t size, const void* address, const void
            machine.regions.describe(address) + " by " + machine.name_of_current() + ", " + place_of(code);
 }
 
-[[noreturn]] void stop_at(const char* kind, Access access, size_t size, const void* address, const void* code) {
-    machine.report.add(kind, code, nullptr, sentence(access, size, address, code));
+[[noreturn]] void stop_at(const char* kind, Access access, size_t size, const void* address, const void* code,
+                          const char* why = "") {
+    machine.report.add(kind, code, nullptr, sentence(access, size, address, code) + why);
     machine.stop();
 }
 
@@ -103,6 +104,9 @@ void check_access(const void* pointer, size_t size, Access access, bool aligned,
             machine.report.add(kind, code, nullptr, sentence(access, size, address, code) + ": nobody wrote there");
         }
     }
+    if (region->shared && std::memchr(written, in_flight, size) != nullptr) {
+        stop_at("asynchronous copy", access, size, address, code, ": nobody has waited for the copy to it");
+    }
     if (writes) std::memset(written, 1, size);
 
     const Use use{machine.now(access == Access::atomic), code};
@@ -128,6 +132,41 @@ void check_access(const void* pointer, size_t size, Access access, bool aligned,
             note_read(*byte, use);
         }
     }
+}
+
+void stop_at_copy(const char* what, const Copy& copy) {
+    machine.report.add("asynchronous copy", copy.code, nullptr,
+                       "of " + std::to_string(copy.size) + " bytes from " + machine.regions.describe(copy.from) +
+                           " to " + machine.regions.describe(copy.to) + " by " + machine.name_of_current() + ", " +
+                           place_of(copy.code) + ": " + what);
+    machine.stop();
+}
+
+void start_copy(void* to, const void* from, size_t size) {
+    Copy copy{static_cast<char*>(to),  static_cast<const char*>(from), size,
+              machine.current->groups, __builtin_return_address(0),    {}};
+    check_access(from, size, Access::read, true, copy.code);
+    check_access(to, size, Access::write, true, copy.code);
+    Region *const target = machine.regions.find(to), *const source = machine.regions.find(from);
+    if (target == nullptr || !target->shared) stop_at_copy("to what is not shared memory", copy);
+    if (source == nullptr || source->shared) stop_at_copy("from what is not global memory", copy);
+    std::memset(target->written.data() + (copy.to - target->begin), in_flight, size);
+    std::memset(to, 0xff, size);
+    const History* history = source->history.data() + (copy.from - source->begin);
+    for (size_t i = 0; i < size; ++i) copy.source.push_back(history[i].write.stamp);
+    machine.current->copies.push_back(std::move(copy));
+}
+
+void finish_copy(const Copy& copy) {
+    const Region* const source = machine.regions.find(copy.from);
+    const History* history = source->history.data() + (copy.from - source->begin);
+    for (size_t i = 0; i < copy.size; ++i) {
+        if (history[i].write.stamp.bits != copy.source[i].bits) stop_at_copy("its source was written meanwhile", copy);
+    }
+    Region* const target = machine.regions.find(copy.to);
+    std::memset(target->written.data() + (copy.to - target->begin), 0, copy.size);
+    check_access(copy.to, copy.size, Access::write, true, copy.code);
+    std::memcpy(copy.to, copy.from, copy.size);
 }
 
 void atomic_access(const void* address, size_t size) {

@@ -65,6 +65,11 @@ void atomic_access(const void* address, size_t size);
 void read_only_access(const void* address, size_t size);
 void uncounted_copy(void* to, const void* from, size_t size);
 void fence();
+
+// Asynchronous copies of the calling thread: to shared memory, there when it has waited for their group.
+void start_copy(void* to, const void* from, size_t size);
+void commit_copies();
+void wait_copies(unsigned pending);
 [[noreturn]] void trap(const char* file, int line);
 
 // Results of the functions that are not exact on the device: the correctly rounded one, or as far from it as the
@@ -140,6 +145,25 @@ inline float fast_divide(float x, float y) {
     if (!(size >= 0x1p-126f && size <= 0x1p126f)) return __builtin_nanf("");  // undocumented
     const double exact = static_cast<double>(x) / static_cast<double>(y);
     return __builtin_fabs(exact) < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x + y);
+}
+
+// PTX ISA, cp.async.
+template <int bytes>
+__attribute__((always_inline)) inline void copy_async(void* to, const void* from) {
+    static_assert(bytes == 4 || bytes == 8 || bytes == 16);
+    emulator::start_copy(to, from, bytes);
+}
+inline void commit_copies() { emulator::commit_copies(); }
+template <int pending>
+void wait_copies() {
+    emulator::wait_copies(pending);
+}
+template <int N>
+__attribute__((always_inline)) inline void read_copied(const void* from, uint32_t (&words)[N]) {
+    using Vector = std::conditional_t<N == 4, uint4, uint2>;
+    static_assert(sizeof(Vector) == sizeof words);
+    const Vector raw = *static_cast<const Vector*>(from);
+    __builtin_memcpy(words, &raw, sizeof raw);
 }
 
 }  // namespace xtoken::cuda

@@ -116,6 +116,24 @@ __global__ void votes(Arguments a) {
     }
 }
 
+// The same through asynchronous copies, two of them in flight.
+__global__ void reverse_by_copies(Arguments a) {
+    XTOKEN_DYNAMIC_SHARED(float4, slots);
+    const int step = gridDim.x * blockDim.x, first = blockIdx.x * blockDim.x + threadIdx.x;
+    const auto copy = [&](int i) {
+        if (i < a.n / 4) xtoken::cuda::copy_async<16>(slots + i / step % 2 * blockDim.x + threadIdx.x, a.in + 4 * i);
+        xtoken::cuda::commit_copies();
+    };
+    copy(first);
+    copy(first + step);
+    for (int i = first; i < a.n / 4; i += step) {
+        xtoken::cuda::wait_copies<1>();
+        const float4 v = slots[i / step % 2 * blockDim.x + threadIdx.x];
+        copy(i + 2 * step);
+        reinterpret_cast<float4*>(a.out)[a.n / 4 - 1 - i] = make_float4(v.w, v.z, v.y, v.x);
+    }
+}
+
 // ---- one fault each ----
 
 // Each thread reads what its neighbour wrote, without a barrier.
@@ -279,6 +297,89 @@ __global__ void read_only_of_written(Arguments a) {
     a.out[threadIdx.x] += __ldg(a.out + (threadIdx.x + 1) % blockDim.x);
 }
 
+// Every thread copies 16 bytes to a slot of its own, and reads them after wait().
+template <typename Wait>
+__device__ void copied(Arguments a, int in_step, int slot_step, Wait wait) {
+    XTOKEN_SHARED(slots, float4[65]);
+    auto* slot = reinterpret_cast<float*>(slots) + slot_step * threadIdx.x;
+    xtoken::cuda::copy_async<16>(slot, a.in + in_step * (threadIdx.x % 16));
+    xtoken::cuda::commit_copies();
+    wait();
+    a.out[threadIdx.x] = slot[0];
+    xtoken::cuda::wait_copies<0>();
+}
+
+// The group that is read is the one that the wait leaves in flight.
+__global__ void copy_read_too_early(Arguments a) {
+    copied(a, 4, 4, [] { xtoken::cuda::wait_copies<1>(); });
+}
+
+__global__ void copy_without_wait(Arguments a) {
+    copied(a, 4, 4, [] {});
+}
+
+// A wait is for groups: what is not committed is not waited for.
+__global__ void copy_not_committed(Arguments a) {
+    XTOKEN_SHARED(slots, float4[64]);
+    xtoken::cuda::copy_async<16>(slots + threadIdx.x, a.in + 4 * (threadIdx.x % 16));
+    xtoken::cuda::wait_copies<0>();
+    a.out[threadIdx.x] = slots[threadIdx.x].x;
+}
+
+__global__ void copy_over_a_copy(Arguments a) {
+    XTOKEN_SHARED(slots, float4[64]);
+    xtoken::cuda::copy_async<16>(slots + threadIdx.x, a.in);
+    xtoken::cuda::copy_async<16>(slots + threadIdx.x, a.in + 4);
+}
+
+// The wait is the thread's own: others need a barrier as well.
+__global__ void copy_of_a_neighbour(Arguments a) {
+    XTOKEN_SHARED(slots, float4[64]);
+    xtoken::cuda::copy_async<16>(slots + threadIdx.x, a.in + 4 * (threadIdx.x % 16));
+    xtoken::cuda::commit_copies();
+    xtoken::cuda::wait_copies<0>();
+    a.out[threadIdx.x] = slots[(threadIdx.x + 1) % 64].x;
+}
+
+__global__ void copy_of_what_changes(Arguments a) {
+    XTOKEN_SHARED(slots, float4[64]);
+    a.out[threadIdx.x] = 1;
+    __syncthreads();
+    if (threadIdx.x == 0) xtoken::cuda::copy_async<16>(slots, a.out);
+    xtoken::cuda::commit_copies();
+    __syncthreads();
+    a.out[threadIdx.x] = 2;
+    xtoken::cuda::wait_copies<0>();
+}
+
+__global__ void copy_never_waited_for(Arguments a) {
+    XTOKEN_SHARED(slots, float4[64]);
+    xtoken::cuda::copy_async<16>(slots + threadIdx.x, a.in);
+    xtoken::cuda::commit_copies();
+}
+
+__global__ void copy_misaligned(Arguments a) {
+    copied(a, 3, 4, [] { xtoken::cuda::wait_copies<0>(); });
+}
+
+__global__ void copy_to_misaligned(Arguments a) {
+    copied(a, 4, 3, [] { xtoken::cuda::wait_copies<0>(); });
+}
+
+__global__ void copy_out_of_bounds(Arguments a) {
+    copied(a, 16, 4, [] { xtoken::cuda::wait_copies<0>(); });
+}
+
+__global__ void copy_from_shared(Arguments) {
+    XTOKEN_SHARED(slots, float4[2]);
+    if (threadIdx.x == 0) {
+        slots[1] = make_float4(0, 0, 0, 0);
+        xtoken::cuda::copy_async<16>(slots, slots + 1);
+    }
+}
+
+__global__ void copy_to_global(Arguments a) { xtoken::cuda::copy_async<16>(a.out, a.in); }
+
 __global__ void too_much_shared(Arguments a) {
     XTOKEN_SHARED(values, float[12289]);
     values[threadIdx.x] = 0;
@@ -305,6 +406,7 @@ struct Named {
 const Named kernels[] = {KERNEL(block_sum),
                          KERNEL(reverse),
                          KERNEL(reverse_by_four),
+                         KERNEL(reverse_by_copies),
                          KERNEL(count_positive),
                          KERNEL(rotate_warp),
                          KERNEL(first_warp_scans),
@@ -333,6 +435,18 @@ const Named kernels[] = {KERNEL(block_sum),
                          KERNEL(left_by_previous_block),
                          KERNEL(uninitialised_global),
                          KERNEL(read_only_of_written),
+                         KERNEL(copy_read_too_early),
+                         KERNEL(copy_without_wait),
+                         KERNEL(copy_not_committed),
+                         KERNEL(copy_over_a_copy),
+                         KERNEL(copy_of_a_neighbour),
+                         KERNEL(copy_of_what_changes),
+                         KERNEL(copy_never_waited_for),
+                         KERNEL(copy_misaligned),
+                         KERNEL(copy_to_misaligned),
+                         KERNEL(copy_out_of_bounds),
+                         KERNEL(copy_from_shared),
+                         KERNEL(copy_to_global),
                          KERNEL(too_much_shared),
                          KERNEL(trapped)};
 

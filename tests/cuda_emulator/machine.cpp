@@ -119,6 +119,8 @@ void Machine::run_block(uint64_t block) {
         thread.clock = 1;
         std::fill(std::begin(thread.seen), std::end(thread.seen), 0);
         thread.fenced = false;
+        thread.copies.clear();
+        thread.groups = 0;
         thread.fiber.start(&Machine::thread_main, &thread);
         set_state(thread, Thread::State::ready);
     }
@@ -135,6 +137,7 @@ void Machine::thread_main(void*) {
 }
 
 void Machine::leave_thread() {
+    if (!current->copies.empty()) stop_at_copy("its thread ends without a wait for it", current->copies.front());
     if (waiting_ != 0) {
         fail("divergent barrier: " + name_of_current() + " ends while others wait at a barrier", barrier_site_);
     }
@@ -416,6 +419,14 @@ uint64_t value_of_lane(const WarpValues& values, unsigned source, const char* fi
 }
 void uncounted_copy(void* to, const void* from, size_t size) { std::memcpy(to, from, size); }
 void fence() { machine.current->fenced = true; }
+void commit_copies() { ++machine.current->groups; }
+void wait_copies(unsigned pending) {
+    auto& copies = machine.current->copies;
+    while (!copies.empty() && copies.front().group + pending < machine.current->groups) {
+        finish_copy(copies.front());
+        copies.pop_front();
+    }
+}
 void trap(const char* file, int line) { machine.fail("trap: called by " + machine.name_of_current(), {file, line}); }
 
 }  // namespace xtoken::emulator

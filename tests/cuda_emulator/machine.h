@@ -40,6 +40,16 @@ struct Meeting {
     uint64_t value[32];
 };
 
+// An asynchronous copy that its thread has not waited for.
+struct Copy {
+    char* to;
+    const char* from;
+    size_t size;
+    uint32_t group;
+    const void* code;
+    std::vector<Stamp> source;  // [size] who wrote it last when the copy began
+};
+
 struct Thread {
     Fiber fiber;
     uint3 index;
@@ -50,6 +60,8 @@ struct Thread {
     uint32_t clock;
     uint32_t seen[32];
     bool fenced;  // has executed __threadfence in this block
+    std::deque<Copy> copies;
+    uint32_t groups;  // of copies, that it has committed
 };
 
 class Machine {

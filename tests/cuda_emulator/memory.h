@@ -32,12 +32,14 @@ struct History {
     Use write, read, other_read;
 };
 
+constexpr unsigned char in_flight = 2;  // an asynchronous copy is to write it
+
 struct Region {
     std::string name;
     char* begin;
     size_t size;
     bool shared;
-    std::vector<unsigned char> written;  // [size]
+    std::vector<unsigned char> written;  // [size] 0, 1, or `in_flight`
     std::vector<History> history;        // [size]
 
     void forget();  // as new: unwritten, unused, filled with NaN
@@ -72,5 +74,10 @@ enum class Access { read, write, atomic, read_only };
 
 // Called on every access of a kernel; `code` is the return address.
 void check_access(const void* address, size_t size, Access access, bool aligned, const void* code);
+
+struct Copy;
+// The copy's bytes are there; and the end of a launch, because of a copy.
+void finish_copy(const Copy& copy);
+[[noreturn]] void stop_at_copy(const char* what, const Copy& copy);
 
 }  // namespace xtoken::emulator

@@ -18,15 +18,19 @@ Line look_up(const void* code) {
     Dl_info module{};
     if (dladdr(code, &module) == 0) return {"?", "?"};
     std::ostringstream command;
-    command << "addr2line -C -f -s -e '" << module.dli_fname << "' 0x" << std::hex
+    command << "addr2line -C -f -i -s -e '" << module.dli_fname << "' 0x" << std::hex
             << reinterpret_cast<uintptr_t>(code) - reinterpret_cast<uintptr_t>(module.dli_fbase) << " 2>/dev/null";
     Line line{"?", "?"};
     if (FILE* pipe = popen(command.str().c_str(), "r")) {
         char text[4096];
-        std::string* const parts[] = {&line.function, &line.place};
-        for (std::string* part : parts) {
-            if (fgets(text, sizeof(text), pipe) == nullptr) break;
-            *part = std::string(text).substr(0, std::string(text).find_first_of("\n"));
+        const auto next = [&](std::string& part) {
+            if (fgets(text, sizeof(text), pipe) == nullptr) return false;
+            part = std::string(text).substr(0, std::string(text).find_first_of("\n"));
+            return true;
+        };
+        // of the functions that are inlined there, the first that is not the emulator's
+        while (next(line.function) && next(line.place)) {
+            if (line.place.rfind("emulator.h:", 0) != 0 && line.place.rfind("intrinsics.h:", 0) != 0) break;
         }
         pclose(pipe);
     }

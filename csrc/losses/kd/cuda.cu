@@ -26,20 +26,22 @@ template <typename S>
 __device__ double divergence(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
                              Sums& shared) {
     float part = 0.0f;
-    each_column(z, params.chosen, params.columns, [&](int j, const auto& x) {
+    const auto add = [&](int, const auto& x, const auto& target) {
         constexpr int N = sizeof(x) / sizeof(float);
-        float target[N];
-        if (params.chosen != nullptr) {
-            target[0] = y[params.chosen[j]];
-        } else {
-            y.elements(j, target);
-        }
 #pragma unroll
         for (int n = 0; n < N; ++n) {
             const float difference = q.log_share(target[n]) - p.log_share(x[n]);
             part = params.reverse ? fmaf(p.share(x[n]), -difference, part) : fmaf(q.share(target[n]), difference, part);
         }
-    });
+    };
+    if (params.chosen == nullptr) {
+        each_pair(z, y, params.columns, add);
+    } else {
+        each_chosen(z, params.chosen, params.columns, [&](int j, const float (&x)[1]) {
+            const float target[1] = {y[params.chosen[j]]};
+            add(j, x, target);
+        });
+    }
     double sums[1] = {static_cast<double>(part)};
     block_sum(sums, shared);
     return sums[0];
@@ -71,11 +73,9 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
             const auto factor = static_cast<float>(
                 (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature);
             float part = 0.0f;
-            write_row(z, row_of<S>(params.grad, r), params.student.width, params.grad.width,
-                      [&](int i, const auto& x, auto& g) {
+            write_row(z, y, row_of<S>(params.grad, r), params.student.width, params.grad.width,
+                      [&](int i, const auto& x, const auto& target, auto& g) {
                           constexpr int N = sizeof(x) / sizeof(float);
-                          float target[N];
-                          y.elements(i, target);
                           int32_t place[N] = {};
                           if (params.place != nullptr) load_lanes(params.place, i, place);
 #pragma unroll
@@ -107,7 +107,7 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
 void kd(const KdParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("kd", kd_kernel<S>, launch, params.chunks, params);
+        launch_items("kd", kd_kernel<S>, 1 + AnyRow::slots(params.teacher.type), launch, params.chunks, params);
     });
 }
 

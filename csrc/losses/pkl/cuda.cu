@@ -399,7 +399,9 @@ void pkl(const PklParams& params, const Launch& launch) {
         auto* kernel = pkl_kernel<S, Merge::first>;
         if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean>;
         if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain>;
-        launch_items("pkl", kernel, launch, params.chunks, params);
+        // sums of several rows of the teacher are a row of floats
+        const int slots = AnyRow::slots(params.merge == Merge::mean ? Element::float32 : params.teacher.type);
+        launch_items("pkl", kernel, slots, launch, params.chunks, params);
     });
 }
 
@@ -416,7 +418,7 @@ struct RowWeightsParams {
 
 void row_weights(const RowWeightsParams& p, const Launch& launch) {
     const int64_t blocks = (static_cast<int64_t>(p.rows) + launch.threads - 1) / launch.threads;
-    launch_items("row_weights", row_weights_kernel, launch, blocks, p.row_ptr, p.col, p.weight, p.place, p.rows,
+    launch_items("row_weights", row_weights_kernel, 0, launch, blocks, p.row_ptr, p.col, p.weight, p.place, p.rows,
                  p.row_weight);
 }
 
@@ -431,7 +433,7 @@ struct SumBlocksParams {
 
 void sum_blocks(const SumBlocksParams& p, const Launch& launch) {
     const int64_t needed = (p.entries + launch.threads - 1) / launch.threads;
-    launch_items("sum_blocks", sum_blocks_kernel, launch, needed, p.sums, p.blocks, p.entries, p.out);
+    launch_items("sum_blocks", sum_blocks_kernel, 0, launch, needed, p.sums, p.blocks, p.entries, p.out);
 }
 
 const Launcher launcher("pkl", &pkl, &workspace_of);

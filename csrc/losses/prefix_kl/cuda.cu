@@ -13,6 +13,8 @@
 //   4. their slopes                                                    5. z, gathers of y and of slopes: the gradient
 // Boundaries inside tokens follow row by row. Their tokens are a range of the sorted vocabulary, found by the whole
 // block at once, and their part of the gradient is sparse: it replaces the dense pass's elements after it.
+#include <algorithm>
+
 #include "core/boundary_walk.h"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
@@ -663,7 +665,9 @@ int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan)
 void prefix(const PrefixParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("prefix_kl", prefix_kernel<S>, launch, params.chunks, params);
+        // boundaries inside the teacher's tokens pass over rows of the student
+        const int slots = std::max(AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type));
+        launch_items("prefix_kl", prefix_kernel<S>, slots, launch, params.chunks, params);
     });
 }
 

@@ -148,7 +148,8 @@ int64_t workspace_of(const RankedParams& params) {
 void ranked_forward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("ranked_forward", ranked_forward_kernel<S>, launch, params.chunks, params);
+        launch_items("ranked_forward", ranked_forward_kernel<S>, AnyRow::slots(params.teacher.type), launch,
+                     params.chunks, params);
     });
 }
 
@@ -156,7 +157,8 @@ void ranked_forward(const RankedParams& params, const Launch& launch) {
 void ranked_backward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("ranked_backward", ranked_backward_kernel<S>, launch, params.chunks, params);
+        launch_items("ranked_backward", ranked_backward_kernel<S>, AnyRow::slots(params.teacher.type), launch,
+                     params.chunks, params);
     });
 }
 
