@@ -193,7 +193,6 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
     std::vector<InnerBoundary> result;
     const std::array<const PredictedTokens*, 2> predicted = {&student, &teacher};
     for (size_t k = 0; k < chunks; ++k) {
-        if (student.count[k] == 1 && teacher.count[k] == 1) continue;
         std::array<int64_t, 2> length = {0, 0};
         for (size_t s = 0; s < 2; ++s) {
             const PredictedTokens& side = *predicted[s];
@@ -206,7 +205,7 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
                 length[s] += index.side[s].length[id];
             }
         }
-        if (length[0] != length[1]) continue;
+        if (length[0] != length[1] || (student.count[k] == 1 && teacher.count[k] == 1)) continue;
         for (size_t s = 0; s < 2; ++s) {
             const PieceSide& whole = index.side[s];
             const PredictedTokens &ours = *predicted[s], &theirs = *predicted[1 - s];

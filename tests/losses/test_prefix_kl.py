@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import operator
 import re
 from collections.abc import Callable
 from random import Random
@@ -37,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
+    "weighted": {"weighting": "teacher", "reverse": True, "temperature": 0.6},
 }
 backends = pytest.mark.parametrize("backend", backends_of("prefix"))
 
@@ -60,11 +62,15 @@ def root(token: bytes, own: list[bytes], other: list[bytes]) -> bytes:
     return token if token in other else root(other[cut(token, other)[0]], other, own)
 
 
+def shares(p: dict[Any, float], other: dict[Any, float], tau: float) -> dict[Any, float]:
+    """The events of both, to the power of 1 / tau and divided by their sum."""
+    powers = {e: p[e] ** (1 / tau) for e in p if e in other}
+    return {e: power / math.fsum(powers.values()) for e, power in powers.items()}
+
+
 def divergence(p: dict[Any, float], q: dict[Any, float]) -> float:
-    """KL(q || p) over the events of both, each divided by its sum."""
-    events = p.keys() & q.keys()
-    p_sum, q_sum = (math.fsum(side[e] for e in events) for side in (p, q))
-    return math.fsum(q[e] / q_sum * math.log(q[e] / q_sum / (p[e] / p_sum)) for e in events if q[e] > 0)
+    """KL(q || p)."""
+    return math.fsum(q[e] * math.log(q[e] / p[e]) for e in q if q[e] > 0)
 
 
 def masses(events: list[Any], probabilities: list[float]) -> dict[Any, float]:
@@ -83,18 +89,22 @@ def enumerated(
     t_ids: list[int],
     p: Any,
     q: Any,
+    tau: float = 1.0,
     reverse: bool = False,
-) -> tuple[float, int]:
-    """The loss of one chunk, and its number of boundaries, from the rows of probabilities p and q."""
+    weighting: str = "none",
+) -> tuple[float, bool, int]:
+    """The loss of one chunk, whether its start has a term, and how many inner ones there are, from the rows of
+    probabilities p and q."""
+    terms: list[tuple[int, float, float]] = []  # place, value, the teacher's probability of its realised event
 
-    def term(mine: dict[Any, float], theirs: dict[Any, float]) -> float:
-        return divergence(theirs, mine) if reverse else divergence(mine, theirs)
+    def compare(place: int, mine: dict[Any, float], theirs: dict[Any, float], realised: Any, counts: bool) -> None:
+        p, q = shares(mine, theirs, tau), shares(theirs, mine, tau)
+        value = divergence(q, p) if reverse else divergence(p, q)
+        terms.append((place, value if counts else 0.0, q.get(realised, 0.0)))
 
-    loss = term(
-        masses([root(t, student, teacher) for t in student], p[0]),
-        masses([root(t, teacher, student) for t in teacher], q[0]),
-    )
-    count = 1
+    roots = [root(t, student, teacher) for t in student], [root(t, teacher, student) for t in teacher]
+    agrees = roots[0][s_ids[0]] == roots[1][t_ids[0]]
+    compare(0, masses(roots[0], p[0]), masses(roots[1], q[0]), roots[1][t_ids[0]], agrees)
     ends = [
         list(itertools.accumulate((len(v[i]) for i in ids), initial=0))
         for v, ids in ((student, s_ids), (teacher, t_ids))
@@ -116,24 +126,31 @@ def enumerated(
                     (s[len(since)] if len(s) > len(since) else "ends") if g else None
                     for s, g in zip(pieces, going, strict=True)
                 ]
-                whole_mass = masses(following, own_rows[i])
-                part_mass = masses([t if t in following else "ends" for t in range(len(other))], other_rows[j])
-                loss += term(*((whole_mass, part_mass) if whole == 0 else (part_mass, whole_mass)))
-                count += 1
-    return loss, count
+                events = [t if t in following else "ends" for t in range(len(other))]
+                whole_mass, part_mass = masses(following, own_rows[i]), masses(events, other_rows[j])
+                if whole == 0:
+                    compare(start, whole_mass, part_mass, events[other_ids[j]], True)
+                else:
+                    compare(start, part_mass, whole_mass, following[token], True)
+    terms.sort()
+    before = itertools.accumulate((q for _, _, q in terms[:-1]), operator.mul, initial=1.0)
+    weights = before if weighting == "teacher" else itertools.repeat(1.0)
+    return math.fsum(w * value for w, (_, value, _) in zip(weights, terms, strict=False)), agrees, len(terms) - 1
 
 
 # Text of a chunk as each side cuts it, and the boundaries that have a term.
 CHUNKS: dict[str, tuple[list[bytes], list[bytes], int]] = {
     "1 to 1, shared": ([b"ab"], [b"ab"], 1),
     "1 to 2": ([b"abc"], [b"ab", b"c"], 2),
-    "1 to 2, another cut": ([b"abc"], [b"a", b"bc"], 1),
+    "1 to 2, another cut": ([b"abc"], [b"a", b"bc"], 0),
     "2 to 1": ([b"b", b"c"], [b"bc"], 2),
     "2 to 1, pieces": ([b"abc", b"a"], [b"abca"], 2),
     "3 to 1": ([b"ab", b"c", b"a"], [b"abca"], 1),
     "2 to 2, crossing": ([b"abc", b"a"], [b"ab", b"c", b"a"], 2),
-    "2 to 2, overlapping": ([b"ab", b"c"], [b"a", b"bc"], 1),
+    "2 to 2, overlapping": ([b"ab", b"c"], [b"a", b"bc"], 0),
     "3 to 2": ([b"cab", b"b", b"c"], [b"c", b"ab", b"bc"], 3),
+    "3 to 3": ([b"b", b"c", b"cab"], [b"bc", b"c", b"ab"], 3),
+    "4 to 3, another cut first": ([b"ab", b"c", b"b", b"c"], [b"a", b"bc", b"bc"], 1),
     "1 to 3": ([b"cab"], [b"c", b"a", b"b"], 2),
     "2 to 3": ([b"ca", b"b"], [b"c", b"a", b"b"], 2),
 }
@@ -152,18 +169,19 @@ def chunk_of(
     return PieceIndex.build(Vocabulary(student), Vocabulary(teacher)), alignment, s_ids, t_ids
 
 
+@pytest.mark.parametrize("weighting", ["none", "teacher"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", CHUNKS)
-def test_formula_against_enumeration(name: str, reverse: bool) -> None:
+def test_formula_against_enumeration(name: str, reverse: bool, weighting: str) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of(name)
     z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
-    tau = 1.3
-    p, q = (z / tau).softmax(-1).tolist(), (y / tau).softmax(-1).tolist()
-    want, boundaries = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, reverse)
-    assert boundaries == CHUNKS[name][2]
+    p, q = z.softmax(-1).tolist(), y.softmax(-1).tolist()
+    want, *terms = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, 1.3, reverse, weighting)
+    assert sum(terms) == CHUNKS[name][2]
     chunks: Any = rows_by_hand(alignment, len(z), len(y))
-    got = reference.prefix(z, y, chunks, pieces.data, temperature=tau, reverse=reverse)
-    assert_close(got, torch.tensor([want * tau**2], dtype=torch.float64), rtol=1e-12)
+    options = {"temperature": 1.3, "reverse": reverse, "weighting": weighting}
+    got = reference.prefix(z, y, chunks, pieces.data, **options)
+    assert_close(got, torch.tensor([want * 1.3**2], dtype=torch.float64), rtol=1e-12)
 
 
 @pytest.mark.parametrize("reverse", [False, True])
@@ -183,22 +201,22 @@ def test_formula_over_a_batch(reverse: bool) -> None:
         p, q = case.student[sample, a - 1 : b - 1].softmax(-1), case.teacher[sample, c - 1 : d - 1].softmax(-1)
         ids = s_all[sample, a:b].tolist(), t_all[sample, c:d].tolist()
         assert b"".join(student[i] for i in ids[0]) == b"".join(teacher[i] for i in ids[1])
-        want, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse)
-        inner += count - 1
+        want, _, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse=reverse)
+        inner += count
         assert_close(got[k], torch.tensor(want, dtype=torch.float64), rtol=1e-10)
     assert inner >= 5
     assert not got[~used].any()
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 1.4, "weighting": "teacher"}], ids=str)
 @pytest.mark.parametrize("name", CHUNKS)
-def test_gradcheck(name: str, reverse: bool) -> None:
+def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of(name)
     student = logits_for(3, len(s_ids) + 1, len(STUDENT)).requires_grad_()
     teacher = logits_for(4, len(t_ids) + 1, len(TEACHER))
 
     def loss(student: Tensor) -> Tensor:
-        return prefix_kl_loss(student, teacher, alignment, pieces, reverse=reverse, backend="reference")
+        return prefix_kl_loss(student, teacher, alignment, pieces, backend="reference", **options)
 
     assert torch.autograd.gradcheck(loss, student)
 
@@ -333,7 +351,7 @@ cpu = pytest.mark.parametrize("backend", [name for name in backends_of("prefix")
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 2.0}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 2.0, "weighting": "teacher"}], ids=str)
 @pytest.mark.slow
 def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """Events of hundreds of tokens; the largest logits come after the first 4096, so units are found twice."""
@@ -374,6 +392,10 @@ def test_bad_pieces_and_ids(backend: str) -> None:
         prefix_kl_loss(z, y, Alignment(spans, None, [0, 10], [0, *t_ids]), pieces, backend=backend)
     with pytest.raises(ValueError, match=r"alignment: expected teacher_ids in 0 \.\.\. 8 within chunks, got -1"):
         prefix_kl_loss(z, y, Alignment(spans, None, [0, *s_ids], [0, t_ids[0], -1]), pieces, backend=backend)
+    with pytest.raises(ValueError, match=r"alignment: expected teacher_ids in 0 \.\.\. 8 within chunks, got 9"):
+        prefix_kl_loss(z, y, Alignment([[1, 2, 1, 2]], None, [0, *s_ids], [0, 9]), pieces, backend=backend)
+    with pytest.raises(ValueError, match="weighting: expected one of 'teacher', 'none', got 'both'"):
+        prefix_kl_loss(z, y, alignment, pieces, weighting="both", backend=backend)
 
 
 def test_chunks_without_ids() -> None:
@@ -490,7 +512,9 @@ def test_labels_in_the_same_pass(temperature: float, backend: str) -> None:
 
 
 @kernels
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 0.7}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weighting": "teacher"}, {"reverse": True, "temperature": 0.7, "weighting": "teacher"}], ids=str
+)
 @pytest.mark.parametrize("name", CHUNKS)
 def test_boundaries_on_every_kernel(name: str, options: dict[str, Any], backend: str) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of(name)
@@ -498,27 +522,47 @@ def test_boundaries_on_every_kernel(name: str, options: dict[str, Any], backend:
     compare(backend, z, y, alignment, pieces, torch.tensor([0, *s_ids]), **options)
 
 
-# The tokens of one side, and the one of two bytes that the other side has as "5", "9".
+# The tokens of one side, and those of two bytes that the other side has as "5", "9".
 SPELLED = {
-    "every token may go on": ([b"5", b"9", b"55", b"59"], b"59"),
-    "a rest that nobody spells": ([b"5", b"9", b"59", b"5x9", b"x"], b"59"),
-    "nothing but such a rest": ([b"9", b"5x"], b"5x"),
+    "every token may go on": ([b"5", b"9", b"55", b"59"], [b"59"]),
+    "a rest that nobody spells": ([b"5", b"9", b"59", b"5x9", b"x"], [b"59"]),
+    "nothing but such a rest": ([b"9", b"5x"], [b"5x"]),
+    "such a rest, and more": ([b"9", b"5x", b"59", b"55"], [b"5x", b"59"]),
 }
+
+
+def spelled(name: str, swapped: bool) -> tuple[list[list[bytes]], list[list[int]]]:
+    """Both vocabularies, and the realised tokens of both sides."""
+    texts, own = SPELLED[name]
+    sides, ids = [texts, [b"5", b"9"]], [[texts.index(token) for token in own], [0, 1] * len(own)]
+    return (sides[::-1], ids[::-1]) if swapped else (sides, ids)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_nothing_is_likely_behind_what_one_side_lacks(reverse: bool) -> None:
+    """The teacher goes on with a piece that no student token has: its share of the common events is 0."""
+    sides, ids = spelled("such a rest, and more", True)
+    pieces = PieceIndex.build(*map(Vocabulary, sides))
+    z, y = logits_for(1, len(ids[0]) + 1, len(sides[0])), logits_for(2, len(ids[1]) + 1, len(sides[1]))
+    losses = {}
+    for weighting, count in itertools.product(("none", "teacher"), (1, 2)):
+        spans = [[1, 1 + 2 * count, 1, 1 + count]]
+        alignment = Alignment(spans, None, [0, *ids[0]], [0, *ids[1]])
+        losses[weighting, count] = prefix_kl_loss(z, y, alignment, pieces, reverse=reverse, weighting=weighting)
+    assert losses["none", 2] != losses["none", 1]
+    assert losses["teacher", 2] == losses["teacher", 1]
 
 
 @kernels
 @pytest.mark.parametrize("swapped", [False, True])
 @pytest.mark.parametrize("name", SPELLED)
 def test_boundaries_with_few_events(name: str, swapped: bool, backend: str) -> None:
-    texts, token = SPELLED[name]
-    sides, ids = (texts, [b"5", b"9"]), ([texts.index(token)], [0, 1])
-    if swapped:
-        sides, ids = sides[::-1], ids[::-1]
+    sides, ids = spelled(name, swapped)
     pieces = PieceIndex.build(Vocabulary(sides[0]), Vocabulary(sides[1]))
     alignment = Alignment([[1, 1 + len(ids[0]), 1, 1 + len(ids[1])]], None, [0, *ids[0]], [0, *ids[1]])
     z, y = logits_for(1, len(ids[0]) + 1, len(sides[0])), logits_for(2, len(ids[1]) + 1, len(sides[1]))
-    for reverse in (False, True):
-        compare(backend, z, y, alignment, pieces, torch.tensor([0, *ids[0]]), reverse=reverse)
+    for options in ({}, {"reverse": True}, {"temperature": 1.5, "weighting": "teacher"}):
+        compare(backend, z, y, alignment, pieces, torch.tensor([0, *ids[0]]), **options)
 
 
 @kernels
@@ -555,7 +599,7 @@ def test_no_common_event(backend: str) -> None:
 
 @kernels
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"temperature": 0.5}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"temperature": 0.05}, {"temperature": 20.0}], ids=str)
 def test_logits_far_apart(options: dict[str, Any], side: int, backend: str) -> None:
     """Nearly all mass on tokens that only this side has; its events too rare for sums of floats; none that counts."""
     sizes = 401, 373

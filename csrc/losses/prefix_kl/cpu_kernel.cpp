@@ -1,16 +1,19 @@
 // Prefix KL of one chunk. The formula is that of xtoken.reference.prefix.
 //
-// At a boundary let a_e, b_e be the sums of exp(logit / tau) of the student's and the teacher's tokens in the event e,
-// A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
+// At a boundary let a_e, b_e be the sums of exp(logit) of the student's and the teacher's tokens in the event e, to the
+// power of 1 / tau, A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
 //   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
 //   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
-// and d log a_e / d logit_s = (share of s in a_e) / tau for its tokens s.
+// and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
+// start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
+// probabilities of what is realised before.
 //
 // At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e, and with them
 // x, which is f of a pair's partner: the pair's gradient is e / A - x / B. All are in order, and relative to one logit
 // of each side, near the largest that counts. Events of several tokens are lists: their a and b are gathered sums of e
 // and f, and the gradient of their tokens is e h, h = 1 / A - b / (a B). Where a is so small that this is not exact,
 // the list is read again, relative to its own largest logit ("top"). For the reverse f and x are logarithms: x = tau D.
+// With a temperature every list is read so, at temperature 1, and e becomes the share of a token in its list.
 //
 // Inside of tokens every event has its own top and the sum of the exponentials relative to it.
 #include "cpu/rows.h"
@@ -40,6 +43,11 @@ struct Side {
     Exponential exp;
     float centre;  // a logit that they are relative to
     double total;  // of the events that both sides have
+};
+
+// The largest tau log a and tau log b of the lists, relative to the centres.
+struct ListTops {
+    float a, b;
 };
 
 // Functions, not constants: nothing of a level may run before it is chosen.
@@ -120,6 +128,7 @@ class Chunk {
           k_(k),
           size_(p.student.width),
           wanted_(p.grad.data != nullptr),
+          tempered_(p.temperature != 1.0),
           e_(take<float>(at, padded(size_))),
           x_(take<float>(at, padded(size_))),
           f_(take<float>(at, padded(p.teacher.width) + lanes)),
@@ -169,11 +178,21 @@ class Chunk {
         double product = 0;  // sum of b tau D, or the reverse's a tau D
         bool low = false;
         Normaliser all = no_normaliser();
-        const Side q = teacher_start(y, &product);
-        const Side p = student_start(z, &product, &all, &low);
-        product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
+        Side q = teacher_start(y, &product);
+        Side p = student_start(z, &product, &all, &low);
+        const int64_t token = p_.teacher_rows.next[p_.teacher_rows.start[k_]];
+        const int32_t event = plan_.index.side[1].event[token];
+        weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
+        ListTops tops{};
+        if (tempered_) {
+            tops = tempered_lists(z, y, p, q, &product);
+        } else {
+            product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
+        }
         const bool none = plan_.student.absent_count == size_;  // no event that both sides have
         const Slope slope = none ? Slope() : add_term(p.total, q.total, product);
+        if (tempered_) find_slopes(tops, slope, p.total, q.total);
+        weight_ = p_.weighted ? probability(token, event, q.total) : 1.0;
         inside(r, z);
         const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
         if (!wanted_) return;
@@ -281,12 +300,20 @@ class Chunk {
         return {counted.exp, counted.centre, counted.total};
     }
 
-    // The lists' part of sum b tau D, and h.
+    // The teacher's probability of the event of its token.
+    double probability(int64_t token, int32_t event, double total) const {
+        const auto has = [&](const uint16_t* bits) { return (bits[token / lanes] >> token % lanes & 1) != 0; };
+        if (has(plan_.teacher.absent_bits)) return 0.0;
+        const bool pair = has(plan_.teacher.paired_bits);
+        const double b = static_cast<double>(pair ? f_[token] : teacher_sum_[plan_.list_of_event[event]]);
+        return (p_.reverse || (tempered_ && !pair) ? ::exp(b / p_.temperature) : b) / total;
+    }
+
+    // The lists' part of sum b D, and h; for temperature 1.
     template <typename S>
     double forward_lists(const S* z, const Side& p, const Side& q) {
         const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
         const Floats zero = broadcast(0.0f), smallest = broadcast(least);
-        const Floats tau = broadcast(static_cast<float>(p_.temperature));
         const Slope slope = slope_of(p.total, q.total, 0);
         const Floats per_a = broadcast(slope.student), per_b = broadcast(slope.teacher);
         for (int64_t k = 0; k < teacher.slices; ++k) {
@@ -301,44 +328,120 @@ class Chunk {
             each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
             a = select(valid, a, broadcast(1.0f));
             const Floats b = select(valid, gather(teacher_sum_, plan_.teacher_list + lanes * k), zero);
-            Floats log_a = log(a) * tau, h = per_a - b * per_b / a;
+            Floats log_a = log(a), h = per_a - b * per_b / a;
             if (bits(greater(smallest, a)) != 0) {
                 const Floats top = exact_sums(student, k, z, p_.lowest, &a);
-                log_a = fma(log(a), tau, top - broadcast(p.centre));
-                add_exactly(student, k, zero - b * per_b / a);
+                log_a = log(a) + (top - broadcast(p.centre));
+                if (wanted_) {
+                    each_share(student, k, zero - b * per_b / a,
+                               [&](int32_t token, float x) { additions_.add(token, x); });
+                }
                 h = per_a;
             }
             store(h_ + lanes * k, h);
-            products.add(b * fma(log(max(smallest, b)), tau, zero - log_a));
+            products.add(b * (log(max(smallest, b)) - log_a));
         }
         return products.total();
     }
 
-    // The lists' part of sum a tau D, and tau D as h.
+    // The lists' part of sum a D, and D as h; for temperature 1.
     double reverse_lists() {
         const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
-        const Floats zero = broadcast(0.0f), tau = broadcast(static_cast<float>(p_.temperature));
+        const Floats zero = broadcast(0.0f);
         for (int64_t k = 0; k < teacher.slices; ++k) {
             Floats b;
             const Floats top = exact_sums(teacher, k, f_, nothing, &b);
-            store(teacher_sum_ + lanes * k, fma(log(b), tau, top));
+            store(teacher_sum_ + lanes * k, log(b) + top);
         }
         DoubleSum products;
         for (int64_t k = 0; k < student.slices; ++k) {
             Floats a = zero;
             each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
             const Floats log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
-            const Floats d = fma(log(max(broadcast(least), a)), tau, zero - log_b);
+            const Floats d = log(max(broadcast(least), a)) - log_b;
             products.add(select(first(plan_.events - lanes * k), a * d, zero));
             store(h_ + lanes * k, d);
         }
         return products.total();
     }
 
+    // Any temperature: the lists' tau log a as h, tau log b as teacher_sum_, relative to the centres, and e as the
+    // tokens' shares. Totals become sums over the events; `product` receives the lists' part.
+    template <typename S, typename T>
+    ListTops tempered_lists(const S* z, const T* y, Side& p, Side& q, double* product) {
+        const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+        const Floats low = broadcast(nothing), zero = broadcast(0.0f);
+        Floats a_top = low, b_top = low, sum;
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            const Floats top = exact_sums(teacher, k, y, p_.lowest, &sum);
+            const Floats log_b = log(sum) + (top - broadcast(q.centre));
+            store(teacher_sum_ + lanes * k, log_b);
+            b_top = max(select(first(plan_.events - lanes * k), log_b, low), b_top);
+        }
+        for (int64_t k = 0; k < student.slices; ++k) {
+            const Floats top = exact_sums(student, k, z, p_.lowest, &sum);
+            const Floats log_a = log(sum) + (top - broadcast(p.centre));
+            store(h_ + lanes * k, log_a);
+            a_top = max(select(first(plan_.events - lanes * k), log_a, low), a_top);
+            if (wanted_) {
+                each_share(student, k, broadcast(1.0f) / sum, [&](int32_t token, float share) { e_[token] = share; });
+            }
+        }
+        const ListTops tops{largest(a_top), largest(b_top)};
+        DoubleSum a_total, b_total, products;
+        each_tempered(tops, [&](int64_t, Floats a, Floats b, Floats d) {
+            a_total.add(a);
+            b_total.add(b);
+            products.add(p_.reverse ? a * d : b * (zero - d));
+        });
+        const double a_unit = unit(tops.a), b_unit = unit(tops.b);
+        p.total = paired(e_, plan_.student, size_, false) + a_unit * a_total.total();
+        q.total = paired(f_, plan_.teacher, p_.teacher.width, p_.reverse) + b_unit * b_total.total();
+        *product += (p_.reverse ? a_unit : b_unit) * products.total();
+        return tops;
+    }
+
+    double unit(float top) const { return ::exp(static_cast<double>(top) / p_.temperature); }
+
+    // Calls body(k, a, b, tau (log a - log b)) with 16 lists of the student, relative to the tops; zeros for none.
+    template <typename Body>
+    void each_tempered(const ListTops& tops, Body body) const {
+        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        const Floats zero = broadcast(0.0f);
+        for (int64_t k = 0; k < plan_.student.lists.slices; ++k) {
+            const Mask valid = first(plan_.events - lanes * k);
+            const Floats log_a = load(h_ + lanes * k), log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
+            body(k, select(valid, exp(log_a - broadcast(tops.a)), zero),
+                 select(valid, exp(log_b - broadcast(tops.b)), zero), select(valid, log_a - log_b, zero));
+        }
+    }
+
+    // The sum of a side's exponentials, or of those of tau times logarithms, over its pairs.
+    double paired(const float* values, const StartView& start, int64_t size, bool logarithms) const {
+        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        DoubleSum total;
+        for (int64_t i = 0; i < size; i += lanes) {
+            const Floats x = load(values + i);
+            total.add(select(from_bits(start.paired_bits[i / lanes]), logarithms ? exp(x) : x, broadcast(0.0f)));
+        }
+        return total.total();
+    }
+
+    // h of the tempered lists.
+    void find_slopes(const ListTops& tops, const Slope& slope, double p_total, double q_total) {
+        const double factor = gradient_factor();
+        const Floats student = broadcast(static_cast<float>(factor * unit(tops.a) / p_total));
+        const Floats teacher = broadcast(static_cast<float>(factor * unit(tops.b) / q_total));
+        const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
+        each_tempered(tops, [&](int64_t k, Floats a, Floats b, Floats d) {
+            store(h_ + lanes * k, p_.reverse ? a * student * ((d - high) - low) : a * student - b * teacher);
+        });
+    }
+
     // h of each token outside the pairs, in the order of the row.
     void spread_lists(const Slope& slope) {
         const int64_t events = padded(plan_.events);
-        if (p_.reverse) {
+        if (p_.reverse && !tempered_) {
             const Floats student = broadcast(slope.student);
             const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
             for (int64_t e = 0; e < events; e += lanes) store(h_ + e, student * ((load(h_ + e) - high) - low));
@@ -358,7 +461,7 @@ class Chunk {
             store(slice_ + lanes * i, x);
             top = max(x, top);
         });
-        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        const Exponential exp = Exponential::around(0.0f, nothing, 1.0);
         *sum = zero;
         for (int64_t i = lists.start[k]; i < lists.start[k + 1]; ++i) {
             float* values = slice_ + lanes * (i - lists.start[k]);
@@ -370,12 +473,13 @@ class Chunk {
         return top;
     }
 
-    // Adds `factor` times slice_ to the gradient of the tokens of the lists of slice k.
-    void add_exactly(const TokensView& lists, int64_t k, Floats factor) {
-        for (int64_t i = lists.start[k]; wanted_ && i < lists.start[k + 1]; ++i) {
+    // Calls body(token, x) with `factor` times slice_ for the tokens of the lists of slice k.
+    template <typename Body>
+    void each_share(const TokensView& lists, int64_t k, Floats factor, Body body) const {
+        for (int64_t i = lists.start[k]; i < lists.start[k + 1]; ++i) {
             alignas(64) float lane[lanes];
             store(lane, load(slice_ + lanes * (i - lists.start[k])) * factor);
-            for (int32_t l = 0; l < lists.lanes[i]; ++l) additions_.add(lists.tokens[lanes * i + l], lane[l]);
+            for (int32_t l = 0; l < lists.lanes[i]; ++l) body(lists.tokens[lanes * i + l], lane[l]);
         }
     }
 
@@ -451,8 +555,12 @@ class Chunk {
         }
         begin_[count] = static_cast<int32_t>(size);
         const bool has_ends = count > 0 && piece_[0] < 0;
+        float ends_share = 1.0f;
         const int64_t skipped = has_ends && count - 1 == part.size ? 1 : 0;  // no token is left to end with
-        if (count == skipped) return 0.0f;
+        if (count == skipped) {
+            if (p_.weighted) weight_ = 0.0;
+            return 0.0f;
+        }
 
         sum_ranges(whole_row, size, count, whole_top, whole_sum);
         for (int64_t e = has_ends; e < count; ++e) {
@@ -466,16 +574,18 @@ class Chunk {
                 without_[piece_[e] / lanes] |= static_cast<uint16_t>(1u << piece_[e] % lanes);
             }
             const Normaliser rest = exponentials(RemainingRow<P>{part_row, without_, p_.lowest}, part.size, nothing,
-                                                 p_.temperature, [](int64_t, Floats) {});
+                                                 1.0, [](int64_t, Floats) {});
             part_top[0] = rest.centre;
-            part_sum[0] = static_cast<float>(rest.total);
+            ends_share = temper(rest.total, part_top, part_sum);
             remaining_ = rest.exp;
         }
         if (skipped == 1) {  // an event of no mass on either side
             whole_top[0] = part_top[0] = nothing;
             whole_sum[0] = part_sum[0] = 1.0f;
         }
-        compare_events(inner_, count);
+        const double before = weight_;
+        const double realised = compare_events(inner_, count, p_.weighted ? realised_event(boundary, count) : -1);
+        weight_ = p_.weighted ? before * realised : 1.0;
         if (!wanted_) return 0.0f;
         if (boundary.whole_side == 0) {
             for (int64_t e = skipped; e < count; ++e) {
@@ -486,7 +596,40 @@ class Chunk {
             return 0.0f;
         }
         for (int64_t e = has_ends; e < count; ++e) additions_.add(piece_[e], inner_.slope[e]);
-        return has_ends && skipped == 0 ? inner_.slope[0] : 0.0f;
+        return has_ends && skipped == 0 ? inner_.slope[0] * ends_share : 0.0f;
+    }
+
+    // The place of the event of the teacher's realised token, -1 if it has none.
+    int64_t realised_event(const InnerBoundary& boundary, int64_t count) const {
+        const bool is_whole = boundary.whole_side == 1;
+        const int64_t token = p_.teacher_rows.next[is_whole ? boundary.whole_row : boundary.part_row];
+        int64_t piece = token;
+        if (is_whole) {
+            const PieceSide& side = plan_.index.side[1];
+            const int64_t at = side.ptr[token] + boundary.depth;
+            piece = at < side.ptr[token + 1] ? side.pieces[at] : -1;
+        }
+        int64_t e = 0;
+        for (int64_t end = count; e < end;) {  // the first that is not below
+            const int64_t middle = (e + end) / 2;
+            if (piece_[middle] < piece) {
+                e = middle + 1;
+            } else {
+                end = middle;
+            }
+        }
+        if (e < count && piece_[e] == piece) return e;
+        return is_whole || piece_[0] >= 0 ? -1 : 0;
+    }
+
+    // An event's sum relative to its top; with a temperature all is in the top. Returns what makes the exponentials
+    // those relative to the new top.
+    float temper(double total, float* top, float* sum) const {
+        *sum = static_cast<float>(total);
+        if (!tempered_) return 1.0f;
+        *top = static_cast<float>(static_cast<double>(*top) + ::log(total));
+        *sum = 1.0f;
+        return static_cast<float>(1.0 / total);
     }
 
     // Tops and sums of `count` ranges of the first `size` tokens; values_ receives the exponentials relative to the
@@ -505,17 +648,19 @@ class Chunk {
             for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) values_[i] -= largest_value;
             top[e] = largest_value;
         }
-        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        const Exponential exp = Exponential::around(0.0f, nothing, 1.0);
         for (int64_t i = 0; i < size; i += lanes) store(values_ + i, exp(load(values_ + i)));
         for (int64_t e = 0; e < count; ++e) {
             double total = 0;
             for (int32_t i = begin_[e]; i < begin_[e + 1]; ++i) total += static_cast<double>(values_[i]);
-            sum[e] = static_cast<float>(total);
+            const float share = temper(total, top + e, sum + e);
+            for (int32_t i = begin_[e]; tempered_ && i < begin_[e + 1]; ++i) values_[i] *= share;
         }
     }
 
-    // Adds the term of `count` events to the loss, and finds their slopes.
-    void compare_events(const Events& events, int64_t count) {
+    // Adds the term of `count` events to the loss, and finds their slopes. Returns the teacher's probability of event
+    // `realised`, 0 for -1.
+    double compare_events(const Events& events, int64_t count, int64_t realised) {
         Floats z_top = broadcast(nothing), y_top = z_top;
         for (int64_t e = 0; e < count; e += lanes) {
             const Mask mask = first(count - e);
@@ -547,6 +692,9 @@ class Chunk {
             }
             store(events.slope + e, g);
         }
+        if (realised < 0) return 0.0;
+        const double relative = static_cast<double>(events.y_top[realised]) - static_cast<double>(q.centre);
+        return ::exp(relative / p_.temperature) * static_cast<double>(events.y_sum[realised]) / q_total.total();
     }
 
     Side side_around(float centre) const { return {Exponential::around(centre, nothing, p_.temperature), centre, 0.0}; }
@@ -564,16 +712,18 @@ class Chunk {
     Slope add_term(double p_total, double q_total, double product) {
         const double mean = product / (p_.reverse ? p_total : q_total);
         const double difference = ::log(p_total) - ::log(q_total);
-        loss_ += mean / p_.temperature + (p_.reverse ? -difference : difference);
+        loss_ += weight_ * (mean / p_.temperature + (p_.reverse ? -difference : difference));
         return slope_of(p_total, q_total, mean);
     }
 
     Slope slope_of(double p_total, double q_total, double mean) const {
-        const double factor = p_.reverse ? scale_ : scale_ * p_.temperature;
+        const double factor = gradient_factor();
         const auto high = static_cast<float>(mean);
         return {static_cast<float>(factor / p_total), static_cast<float>(factor / q_total), high,
                 static_cast<float>(mean - static_cast<double>(high))};
     }
+
+    double gradient_factor() const { return weight_ * (p_.reverse ? scale_ : scale_ * p_.temperature); }
 
     template <typename S>
     LabelTerm label_of(int64_t r, const S* z, const Normaliser* known) const {
@@ -587,7 +737,7 @@ class Chunk {
     const PrefixChunks& p_;
     const PrefixPlanView& plan_;
     int64_t k_, size_;
-    bool wanted_;
+    bool wanted_, tempered_;
     float *e_, *x_;       // by student id
     float* f_;            // by teacher id
     float* slice_;        // of the lists of one slice
@@ -601,6 +751,7 @@ class Chunk {
     Additions additions_;
     Exponential remaining_ = any_exponential();
     double loss_ = 0, scale_ = 1;
+    double weight_ = 1;  // of the next boundary
 };
 
 }  // namespace

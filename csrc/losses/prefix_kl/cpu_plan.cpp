@@ -110,6 +110,7 @@ class PrefixPlan : public PrefixPlanView {
         student = student_.view;
         teacher = teacher_.view;
         teacher_list = teacher_list_.data();
+        list_of_event = teacher_.number.data();
         other_list = other_list_.data();
     }
     PrefixPlan(const PrefixPlan&) = delete;

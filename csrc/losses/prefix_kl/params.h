@@ -8,9 +8,10 @@
 namespace xtoken {
 
 // The logits are as wide as the vocabularies of the piece index.
-#define XTOKEN_PREFIX(FIELD)              \
-    XTOKEN_CHUNKS(FIELD);                 \
-    FIELD(Real*, losses, "[chunks] out"); \
+#define XTOKEN_PREFIX(FIELD)                                                                   \
+    XTOKEN_CHUNKS(FIELD);                                                                      \
+    FIELD(bool, weighted, "inner boundaries, by the teacher's probability of what is before"); \
+    FIELD(Real*, losses, "[chunks] out");                                                      \
     FIELD(Labels, labels, "of the student's rows")
 
 namespace cpu {
@@ -45,7 +46,8 @@ struct PrefixPlanView {
     StartView student, teacher;
     // The other events that both sides have, each a list on both sides. They are numbered by their students' lists.
     int64_t events;
-    const int32_t* teacher_list;  // [padded events] the number of the teacher's list
+    const int32_t* teacher_list;   // [padded events] the number of the teacher's list
+    const int32_t* list_of_event;  // [index.events] the number of the teacher's list, of those that are lists
     // Student tokens that are no part of a pair, ascending: the number of their list, or `padded events` for none.
     const int32_t* other_list;  // [padded others]
     int64_t others;

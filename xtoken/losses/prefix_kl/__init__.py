@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -30,7 +30,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment, Chunks, synchronized
 from xtoken.losses import diagnostics
 from xtoken.losses.cached import Cached
-from xtoken.losses.call import Losses, Options, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Needs
@@ -40,6 +40,10 @@ from xtoken.pieces import PieceIndex, sides
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
+
+
+Weighting = Literal["teacher", "none"]
+WEIGHTINGS = ("teacher", "none")
 
 
 @register("prefix", "prefix KL", Needs.PIECES)
@@ -53,16 +57,19 @@ class PrefixKL(Loss):
     pieces: Tensor
     temperature: float
     reverse: bool
+    weighting: str
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        check_choice(self.weighting, "weighting", WEIGHTINGS)
 
     @property
     def realised(self) -> bool:
         return True
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.prefix(student, teacher, chunks, self.pieces, temperature=self.temperature, reverse=self.reverse)
+        options = {"temperature": self.temperature, "reverse": self.reverse, "weighting": self.weighting}
+        return formula.prefix(student, teacher, chunks, self.pieces, **options)
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -92,6 +99,7 @@ class PrefixOptions(Options, total=False):
     """Keyword arguments of `prefix_kl_loss`, beside ``labels``."""
 
     reverse: bool
+    weighting: Weighting
 
 
 @overload
@@ -114,6 +122,7 @@ def prefix_kl_loss(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
+    weighting: str = "none",
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
@@ -131,6 +140,10 @@ def prefix_kl_loss(
     {labels, temperature}
     reverse : bool
         KL(student || teacher) at every boundary.
+    weighting : "none" or "teacher"
+        "teacher" multiplies the term of each boundary inside the chunk by the teacher's probability of what the text
+        has before it, a constant: so the loss is the KL of the whole chunk along the text, and a text that the teacher
+        finds unlikely teaches little. "none" leaves them as they are.
     {reduction, inplace, backend}
 
     {results}
@@ -151,7 +164,7 @@ def prefix_kl_loss(
     if not isinstance(pieces, PieceIndex):
         raise TypeError(f"pieces: expected an xtoken.PieceIndex, got {type(pieces).__name__}")
     return compute(
-        PrefixKL(pieces.data, temperature, reverse), student_logits, teacher_logits, alignment,
+        PrefixKL(pieces.data, temperature, reverse, weighting), student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
 

@@ -38,6 +38,7 @@ def run(
         "labels": buffers.fields,
         "temperature": options.temperature,
         "reverse": options.reverse,
+        "weighted": options.weighting == "teacher",
         "plan": _PLANS.of((options.pieces,), partial(_plan_of, options.pieces)),
     }
     losses = run_chunks("prefix_kl", problem, student_grad, scale, level, fields)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken.alignment import Chunks, Rows, synchronized
+from xtoken.alignment import synchronized
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory
@@ -119,22 +119,6 @@ def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
     return _PLANS.of((pieces,), lambda: prefix_plan_of(pieces, device), device)
 
 
-def check_ids(chunks: Chunks, sizes: tuple[int, int]) -> None:
-    """Raises ValueError, as the CPU kernel does, if a token of a chunk with several is outside the vocabulary.
-
-    Of a copy on the CPU: nothing waits for a device.
-    """
-    host = chunks.host
-    several = ((host.student.count > 1) | (host.teacher.count > 1)).nonzero()[:, 0]
-    for name, rows, size in zip(("student", "teacher"), (host.student, host.teacher), sizes, strict=True):
-        assert rows.next_ids is not None
-        start, count = rows.start[several], rows.count[several]
-        ids = rows.next_ids[Rows(start, count).index()]
-        bad = ids[(ids < 0) | (ids >= size)]
-        if len(bad):
-            raise ValueError(f"alignment: expected {name}_ids in 0 ... {size - 1} within chunks, got {int(bad[0])}")
-
-
 def run(
     kernels: Kernels,
     problem: Problem[PrefixKL],
@@ -145,12 +129,13 @@ def run(
 ) -> Tensor:
     """Prefix KL; the workspace is about 150 KB per block of the grid for vocabularies of 150,000."""
     options = problem.options
-    check_ids(problem.chunks, (problem.student.shape[-1], problem.teacher.shape[-1]))
+    problem.chunks.check_ids((problem.student.shape[-1], problem.teacher.shape[-1]), several=False)
     plan = prefix_plan_for(options.pieces, problem.student.device)
     with kernels.memory(problem.student.device) as memory:
         fields = {
             "temperature": options.temperature,
             "reverse": options.reverse,
+            "weighted": options.weighting == "teacher",
             "workspace": None,
             "plan": plan.fields(memory),
         }

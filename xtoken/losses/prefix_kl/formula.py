@@ -23,17 +23,20 @@ def prefix(
     *,
     temperature: float = 1.0,
     reverse: bool = False,
+    weighting: str = "none",
 ) -> Tensor:
     """Prefix KL: the exact chain rule over the boundaries of a chunk, on events that both vocabularies know.
 
     At each boundary the tokens of both sides are cut into the same events e, and with P[e] and Q[e] the probability
-    of e under student and teacher, divided by its sum over the events::
+    of e under student and teacher to the power of 1 / temperature, divided by its sum over the events::
 
         term = sum_e Q[e] (log Q[e] - log P[e])         reverse: sum_e P[e] (log P[e] - log Q[e])
-        loss = sum of the terms of the chunk's boundaries
+        loss = sum of the terms of the chunk's boundaries, each times its weight
 
     *The start of the chunk.* The event of a token is its root: the token itself if the other vocabulary has it too,
-    else the root of its first piece under the other tokenizer. Every token has one event.
+    else the root of its first piece under the other tokenizer. Every token has one event. Where the realised first
+    tokens of the two sides have different events, the tokenizers cut this text in different ways: each would have to
+    give its mass to an event that it never writes here. Such a start has no term.
 
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
@@ -43,6 +46,12 @@ def prefix(
 
     An event that has no token on one side is left out on both. An inner boundary has no term if no such d tokens exist,
     for example where tokens of both sides overlap without a common start.
+
+    *Weights.* With ``weighting="teacher"`` an inner boundary has the weight Q(prefix), the teacher's probability of
+    what is realised before it in the chunk: the product over the earlier boundaries, in the order of the text and with
+    the start, of Q[event of the teacher's realised token]; 0 if that event has no token on one side. So the loss is
+    that part of the KL of the whole chunk which lies along the realised text. All weights are constants. With "none"
+    they are 1; that of the start is.
 
     Parameters
     ----------
@@ -60,33 +69,71 @@ def prefix(
     """
     dtype = statistics_dtype(student_logits, teacher_logits)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
+    boundaries = _inner_boundaries(chunks, pieces).to(device)
+    assert chunks.student.next_ids is not None and chunks.teacher.next_ids is not None
+    ids = chunks.student.next_ids, chunks.teacher.next_ids
 
-    def terms(rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int) -> Tensor:
+    def compare(rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+        """The terms of boundaries, and the teacher's probabilities of what it realises there."""
         log_p, log_q = (
-            _event_log_mass(scaled(z[row], temperature, dtype), event, count)
+            _event_log_mass(scaled(z[row], 1.0, dtype), event, count)
             for z, row, event in zip(logits, rows, events, strict=True)
         )
         missing = log_p.isinf() | log_q.isinf()
         log_p, log_q = (
-            x.masked_fill(missing, -torch.inf).log_softmax(-1).masked_fill(missing, 0) for x in (log_p, log_q)
+            (x.masked_fill(missing, -torch.inf) / temperature).log_softmax(-1).masked_fill(missing, 0)
+            for x in (log_p, log_q)
         )
         ahead, behind = (log_p, log_q) if reverse else (log_q, log_p)
-        return (ahead.exp().masked_fill(missing, 0) * (ahead - behind)).sum(-1)
+        term = (ahead.exp().masked_fill(missing, 0) * (ahead - behind)).sum(-1)
+        realised = events[1].gather(1, ids[1][rows[1], None])
+        return term, log_q.detach().exp().masked_fill(missing, 0).gather(1, realised)[:, 0]
 
-    student_roots, teacher_roots = (side.event.to(device).long().expand(len(chunks), -1) for side in sides)
-    loss = terms((chunks.student.start, chunks.teacher.start), (student_roots, teacher_roots), int(pieces[2]))
-    boundaries = _inner_boundaries(chunks, pieces).to(device)
+    roots = [side.event.to(device).long() for side in sides]
+    starts = chunks.student.start, chunks.teacher.start
+    events = tuple(root.expand(len(chunks), -1) for root in roots)
+    loss, probability = compare(starts, (events[0], events[1]), int(pieces[2]))
+    loss = loss.masked_fill(start_differs(chunks, (roots[0], roots[1])), 0)
+
+    chunk, _, whole_row, part_row = boundaries[:, :4].unbind(1)
+    inner, inner_probability = loss.new_zeros(len(chunk)), probability.new_zeros(len(chunk))
+    student_row = torch.where(boundaries[:, 1] == 0, whole_row, part_row)
     for whole in (0, 1):
-        chunk, _, whole_row, part_row, depth, first, last = boundaries[boundaries[:, 1] == whole].unbind(1)
-        if len(chunk) == 0:
+        index = (boundaries[:, 1] == whole).nonzero()[:, 0]
+        if len(index) == 0:
             continue
-        whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, first, last)
-        if whole == 0:
-            inner = terms((whole_row, part_row), (whole_events, part_events), count)
-        else:
-            inner = terms((part_row, whole_row), (part_events, whole_events), count)
-        loss = loss.index_add(0, chunk, inner)
-    return loss * temperature**2
+        rows, depth, *tokens = (whole_row[index], part_row[index]), *boundaries[index, 4:].unbind(1)
+        whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
+        found = whole_events, part_events
+        if whole == 1:
+            rows, found = rows[::-1], found[::-1]
+        terms, probabilities = compare(rows, found, count)
+        inner = inner.index_copy(0, index, terms)
+        inner_probability[index] = probabilities
+    if weighting == "teacher":
+        inner = inner * _of_prefixes(probability, inner_probability, chunk, student_row)
+    return loss.index_add(0, chunk, inner) * temperature**2
+
+
+def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
+    """bool [K]: the realised first tokens of the two sides have different events [V_student], [V_teacher]."""
+    sides = zip((chunks.student, chunks.teacher), roots, strict=True)
+    student, teacher = (root[rows.next_ids[rows.start]] for rows, root in sides if rows.next_ids is not None)
+    return student != teacher
+
+
+def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
+    """[n]: the product of the probabilities before each inner boundary of a chunk, from those at the starts [K] and at
+    the boundaries [n], whose student rows have the order of the text."""
+    order = row.argsort(stable=True)
+    order = order[chunk[order].argsort(stable=True)]
+    counts = chunk.bincount(minlength=len(start))
+    place = torch.empty_like(order)
+    place[order] = torch.arange(len(order), device=order.device) - (counts.cumsum(0) - counts)[chunk[order]]
+    table = start.new_ones(len(start), 2 + int(place.max()) if len(place) else 1)
+    table[:, 0] = start
+    table[chunk, 1 + place] = inner
+    return table.cumprod(1)[chunk, place]
 
 
 def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
@@ -105,9 +152,9 @@ def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
     found = []
     for chunk in range(len(starts[0])):
         rows = [range(starts[side][chunk], starts[side][chunk] + counts[side][chunk]) for side in (0, 1)]
+        tokens = [_tokens(rows[side], next_ids[side], len(lengths[side]), side) for side in (0, 1)]
         if len(rows[0]) == len(rows[1]) == 1:
             continue
-        tokens = [_tokens(rows[side], next_ids[side], len(lengths[side]), side) for side in (0, 1)]
         places = [
             list(itertools.accumulate((lengths[side][token] for token in tokens[side]), initial=0)) for side in (0, 1)
         ]
