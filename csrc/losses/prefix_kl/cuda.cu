@@ -1,13 +1,16 @@
 // Prefix KL of one chunk by one block. The formula is that of xtoken.reference.prefix.
 //
-// At a boundary let a_e, b_e be the sums of exp(logit / tau) of the student's and the teacher's tokens in the event e,
-// A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
+// At a boundary let a_e, b_e be the sums of exp(logit) of the student's and the teacher's tokens in the event e, to the
+// power of 1 / tau, A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
 //   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
 //   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
-// and d log a_e / d logit_s = (share of s in a_e) / tau for its tokens s.
+// and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
+// start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
+// probabilities of what is realised before.
 //
 // An event of several tokens is kept as the largest logit ("top") and the sum of the exponentials relative to it, so
-// that log a_e is exact however small a_e is. At the start of a chunk most events are pairs of one token on each side:
+// that log a_e is exact however small a_e is; with a temperature all of it is in the top, and the sum is 1. At the
+// start of a chunk most events are pairs of one token on each side:
 //   1. z, gathers of y: the pairs' sums, relative to the largest logits that a thread has met
 //   2. gathers of z and y: tops and sums of the other events           3. these events: their part of A, B and sum Q D
 //   4. their slopes                                                    5. z, gathers of y and of slopes: the gradient
@@ -63,7 +66,7 @@ struct Term {
     float z_centre, y_centre;
     float student, teacher;
     float mean_high, mean_low;
-    double p;  // A, relative to the centre
+    double p, q;  // A and B, relative to the centres
 };
 
 using Walk = BoundaryWalk<int>;
@@ -76,6 +79,7 @@ struct Shared {
     Mass unmatched;  // student tokens in events that the teacher lacks
     int found[max_threads / warp_size];
     double loss;
+    double weight;  // of the next boundary
 };
 
 // The first of begin ... end - 1 that is_before is not true of, or end; it is true up to there. By all threads
@@ -95,6 +99,20 @@ __device__ int first_not(int begin, int end, Before is_before) {
     return begin;
 }
 
+// The first of `count` ascending numbers that is not below x.
+__device__ inline int first_from(const int32_t* numbers, int count, int32_t x) {
+    int place = 0;
+    for (int end = count; place < end;) {
+        const int middle = (place + end) / 2;
+        if (numbers[middle] < x) {
+            place = middle + 1;
+        } else {
+            end = middle;
+        }
+    }
+    return place;
+}
+
 template <typename S>
 class Chunk {
   public:
@@ -108,6 +126,7 @@ class Chunk {
           count_(static_cast<int>(p.student_rows.count[k])),
           teacher_count_(static_cast<int>(p.teacher_rows.count[k])),
           inverse_temperature_(1.0f / p.temperature),
+          tempered_(p.temperature != 1.0f),
           y_(p.teacher, teacher_row_) {
         const Workspace parts(p.plan);
         float* at = p.workspace + blockIdx.x * parts.total();
@@ -127,10 +146,13 @@ class Chunk {
     __device__ void run() {
         const bool several = count_ > 1 || teacher_count_ > 1;
         if (threadIdx.x == 0) {
+            const PrefixSide &student = plan_.side[0], &teacher = plan_.side[1];
             shared_.loss = 0.0;
+            shared_.weight = student.event[*student_tokens()] == teacher.event[*teacher_tokens()] ? 1.0 : 0.0;
             if (several) start_walks();
         }
         compare_start();
+        if (threadIdx.x == 0) shared_.weight = p_.weighted && several ? start_probability() : 1.0;
         for (int i = 0; i < count_; ++i) {
             sparse_count_ = 0;
             ends_ = {0.0f, 0.0f};
@@ -146,6 +168,11 @@ class Chunk {
     __device__ float student_exp(float x) const { return exponential(x * inverse_temperature_, sizeof(S) == 4); }
     __device__ float teacher_exp(float x) const { return exponential(x * inverse_temperature_, y_.precise()); }
     __device__ float clamped(float x) const { return at_least(x, p_.lowest); }
+
+    // An event's mass, from that at temperature 1.
+    __device__ Mass tempered(const Mass& mass) const {
+        return tempered_ ? Mass{mass.top + logf(mass.sum), 1.0f} : mass;
+    }
 
     // ---- the start of the chunk ----
 
@@ -222,12 +249,12 @@ class Chunk {
 #pragma unroll
         for (int k = 0; k < N; ++k) top = fmaxf(top, x[k]);
         if (top > mass.top) {
-            mass.sum *= exponential((mass.top - top) * inverse_temperature_, precise);
+            mass.sum *= exponential(mass.top - top, precise);
             mass.top = top;
         }
         float e[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = (x[k] - top) * inverse_temperature_;
+        for (int k = 0; k < N; ++k) e[k] = x[k] - top;
         exponentials(e, precise);
 #pragma unroll
         for (int k = 0; k < N; ++k) mass.sum += e[k];
@@ -270,6 +297,7 @@ class Chunk {
                 }
             }
             if (list < lists.count && (!is_shared || lane == 0)) {
+                mass = tempered(mass);
                 Mass* to = out + lists.event[list];
                 to->top = mass.top;
                 to->sum = mass.sum;
@@ -279,12 +307,19 @@ class Chunk {
 
     __device__ Mass together_with(const Mass& one, const Mass& other, bool precise) const {
         const float top = fmaxf(one.top, other.top);
-        return {top, one.sum * exponential((one.top - top) * inverse_temperature_, precise) +
-                         other.sum * exponential((other.top - top) * inverse_temperature_, precise)};
+        return {top, one.sum * exponential(one.top - top, precise) + other.sum * exponential(other.top - top, precise)};
+    }
+
+    // The teacher's probability of the event of its realised first token; by one thread.
+    __device__ double start_probability() const {
+        const int64_t token = *teacher_tokens();
+        const int32_t event = plan_.number[token];
+        if (event == plan_.events || shared_.start.q == 0.0) return 0.0;
+        return probability(event < 0 ? Mass{clamped(y_[token]), 1.0f} : start_.teacher[event], shared_.start);
     }
 
     // The gradient of the first row's tokens s = i ... i + N - 1 with logits x, without boundaries inside.
-    template <int N>
+    template <bool tempered, int N>
     __device__ void start_gradients(int i, const float (&x)[N], float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
         const Term& term = shared_.start;
@@ -298,7 +333,8 @@ class Chunk {
             for (int k = 0; k < M; ++k) {
                 const int32_t to = slot[first + k];
                 const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
-                e[k] = (clamped(x[first + k]) - own.top) * inverse_temperature_;
+                e[k] = clamped(x[first + k]) - own.top;
+                if (!tempered || to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
                 y[k] = clamped(y[k]) - term.y_centre;
                 f[k] = y[k] * inverse_temperature_;
@@ -321,6 +357,11 @@ class Chunk {
     }
 
     // ---- any boundary ----
+
+    // The teacher's probability of an event; by one thread.
+    __device__ double probability(const Mass& mass, const Term& term) const {
+        return static_cast<double>(teacher_exp(mass.top - term.y_centre)) * static_cast<double>(mass.sum) / term.q;
+    }
 
     // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes.
     __device__ void compare(const Events& events, const PairSums& pairs, Term& term) {
@@ -346,13 +387,13 @@ class Chunk {
         block_sum(totals, shared_.sums);
         if (thread == 0) {
             const double p = totals[0], q = totals[1];
-            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, p};
+            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, p, q};
             if (p != 0.0) {  // else no event has tokens on both sides
                 const double temperature = static_cast<double>(p_.temperature), mean = totals[2] / (p_.reverse ? p : q);
                 const double ratio = log(p) - log(q);
-                shared_.loss += mean / temperature + (p_.reverse ? -ratio : ratio);
+                shared_.loss += shared_.weight * (mean / temperature + (p_.reverse ? -ratio : ratio));
                 const double scale = p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_]);
-                const double factor = p_.reverse ? scale : scale * temperature;
+                const double factor = shared_.weight * (p_.reverse ? scale : scale * temperature);
                 term.student = static_cast<float>(factor / p);
                 term.teacher = static_cast<float>(factor / q);
                 term.mean_high = static_cast<float>(mean);
@@ -463,6 +504,7 @@ class Chunk {
                 for (int k = 0; k < together; ++k) tokens[k] = i + k < end ? whole.order[first + i + k] : -1;
                 add_tokens(whole_row, tokens, mass);
             }
+            mass = tempered(mass);
             whole_mass[e].top = mass.top;
             whole_mass[e].sum = mass.sum;
             if (piece_[e] >= 0) {
@@ -471,7 +513,7 @@ class Chunk {
             }
         }
         if (has_ends && skipped == 0) {
-            const Mass rest = remaining(part_row, part.size, piece_ + 1, count - 1);
+            const Mass rest = tempered(remaining(part_row, part.size, piece_ + 1, count - 1));
             if (thread == 0) {
                 part_mass[0].top = rest.top;
                 part_mass[0].sum = rest.sum;
@@ -480,6 +522,10 @@ class Chunk {
         __syncthreads();  // the masses are there
         const Events events{inner_.student, inner_.teacher, skipped, count};
         compare(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}, shared_.inner);
+        if (p_.weighted && thread == 0) {
+            const int e = shared_.inner.q == 0.0 ? -1 : realised_event(side, walk, count);
+            shared_.weight *= e < 0 ? 0.0 : probability(inner_.teacher[e], shared_.inner);
+        }
         if (p_.grad.data == nullptr) return;
         find_slopes(events, shared_.inner);
         __syncthreads();  // the slopes are there
@@ -492,6 +538,20 @@ class Chunk {
             if (has_ends && skipped == 0) ends_ = inner_.student[0];
         }
         __syncthreads();  // the values are there
+    }
+
+    // The place of the event of the teacher's realised token, -1 if it has none. By one thread.
+    __device__ int realised_event(int side, const Walk& walk, int count) const {
+        const PrefixSide& teacher = plan_.side[1];
+        const int32_t token = static_cast<int32_t>(teacher_tokens()[side == 0 ? walk.part : walk.whole]);
+        int32_t piece = token;
+        if (side == 1) {
+            const int32_t at = teacher.ptr[token] + walk.depth;
+            piece = at < teacher.ptr[token + 1] ? teacher.pieces[at] : -1;
+        }
+        const int e = first_from(piece_, count, piece);
+        if (e < count && piece_[e] == piece) return e;
+        return side == 1 || piece_[0] >= 0 ? -1 : 0;
     }
 
     // The events of `size` tokens from order[first] on, into piece_ and begin_: ranges with the same next piece, -1 for
@@ -533,15 +593,7 @@ class Chunk {
         Mass mass{p_.lowest, 0.0f};
         each_vector(row, size, [&](int i, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
-            int place = 0;
-            for (int end = count; place < end;) {  // the first that is not below i
-                const int middle = (place + end) / 2;
-                if (without[middle] < i) {
-                    place = middle + 1;
-                } else {
-                    end = middle;
-                }
-            }
+            int place = first_from(without, count, i);
             int next = place < count ? without[place] : size;
             float kept[N];
 #pragma unroll
@@ -555,7 +607,7 @@ class Chunk {
             add(kept, row.precise(), mass);
         });
         const float top = block_max(mass.top, shared_.sums);
-        const float shrink = exponential((mass.top - top) * inverse_temperature_, row.precise());
+        const float shrink = exponential(mass.top - top, row.precise());
         double sums[1] = {static_cast<double>(mass.sum) * static_cast<double>(shrink)};
         block_sum(sums, shared_.sums);
         return {top, static_cast<float>(sums[0])};
@@ -572,7 +624,8 @@ class Chunk {
         for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x)) {
             const Mass own = inner_.student[e];
             for (int i = begin_[e]; i < begin_[e + 1]; ++i) {
-                const float g = e < skipped ? 0.0f : student_exp(clamped(row[tokens[i]]) - own.top) * own.sum;
+                const float share = exponential(clamped(row[tokens[i]]) - own.top, sizeof(S) == 4);
+                const float g = e < skipped ? 0.0f : share * own.sum;
                 values[i] = is_first ? g : values[i] + g;
             }
         }
@@ -595,22 +648,29 @@ class Chunk {
             const int32_t token = sparse_ids_[n];
             const float x[1] = {z[token]};
             float g[1] = {0.0f};
-            if (i == 0) start_gradients(token, x, g);
+            if (i == 0) start_gradients<true>(token, x, g);
             values_[n] = (x[0] < p_.lowest ? 0.0f : g[0] + values_[n]) + label(token, x[0]);
         }
         if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
         if (i == 0) {
-            write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
-                start_gradients(s, x, g);
-                finish(label, s, x, g);
-            });
+            const auto write = [&](auto gradients) {
+                write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
+                    gradients(s, x, g);
+                    finish(label, s, x, g);
+                });
+            };
+            if (tempered_) {
+                write([&](int s, const auto& x, auto& g) { start_gradients<true>(s, x, g); });
+            } else {
+                write([&](int s, const auto& x, auto& g) { start_gradients<false>(s, x, g); });
+            }
         } else {
             const Mass ends = ends_;
             write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
-                    g[k] = ends.sum == 0.0f ? 0.0f : student_exp(clamped(x[k]) - ends.top) * ends.sum;
+                    g[k] = ends.sum == 0.0f ? 0.0f : exponential(clamped(x[k]) - ends.top, sizeof(S) == 4) * ends.sum;
                 }
                 finish(label, s, x, g);
             });
@@ -640,6 +700,7 @@ class Chunk {
     int64_t k_, row_, teacher_row_;
     int count_, teacher_count_;
     float inverse_temperature_;
+    bool tempered_;
     AnyRow y_;  // the teacher's first row
     Events start_, inner_;
     int32_t *piece_, *begin_;  // of the events inside a token: the next piece, and the first token of the range

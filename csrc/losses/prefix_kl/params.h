@@ -93,6 +93,7 @@ struct TokenLists {
 struct PrefixSide {
 #define XTOKEN_PREFIX_SIDE(FIELD)             \
     FIELD(int32_t, size, "tokens");           \
+    FIELD(const int32_t*, event, "[size]");   \
     FIELD(const int32_t*, length, "[size]");  \
     FIELD(const int32_t*, order, "[size]");   \
     FIELD(const int32_t*, ptr, "[size + 1]"); \
@@ -104,12 +105,13 @@ using PrefixSides = PrefixSide[2];
 // The events at the start of a chunk. Most are pairs: one token on each side. The others that both sides have are
 // numbered; student tokens in events that the teacher lacks count as one more, which has no teacher's list.
 struct PrefixPlan {
-#define XTOKEN_PREFIX_PLAN(FIELD)                                                                        \
-    FIELD(PrefixSides, side, "student, teacher");                                                        \
-    FIELD(const int32_t*, slot, "[students] the partner's teacher id, or -1 - the number of the event"); \
-    FIELD(int32_t, events, "without the one more");                                                      \
-    FIELD(TokenLists, student_lists, "the student's tokens of events");                                  \
-    FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                  \
+#define XTOKEN_PREFIX_PLAN(FIELD)                                                                         \
+    FIELD(PrefixSides, side, "student, teacher");                                                         \
+    FIELD(const int32_t*, slot, "[students] the partner's teacher id, or -1 - the number of the event");  \
+    FIELD(int32_t, events, "without the one more");                                                       \
+    FIELD(TokenLists, student_lists, "the student's tokens of events");                                   \
+    FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                   \
+    FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it"); \
     FIELD(int32_t, most, "tokens of a side whose first piece is the same, at most")
     XTOKEN_FIELDS(XTOKEN_PREFIX_PLAN)
 };

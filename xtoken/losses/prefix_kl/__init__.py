@@ -68,8 +68,10 @@ class PrefixKL(Loss):
         return True
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        options = {"temperature": self.temperature, "reverse": self.reverse, "weighting": self.weighting}
-        return formula.prefix(student, teacher, chunks, self.pieces, **options)
+        return formula.prefix(
+            student, teacher, chunks, self.pieces,
+            temperature=self.temperature, reverse=self.reverse, weighting=self.weighting,
+        )  # fmt: skip
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str

@@ -46,13 +46,14 @@ class PrefixPlan:
     events: int
     student_lists: TokenLists
     teacher_lists: TokenLists
+    number: Tensor  # int32 [V_teacher]
     most: int
 
     def fields(self, memory: Memory) -> dict[str, Any]:
         """A `PrefixPlan` of csrc."""
 
         def side(one: Side) -> dict[str, Any]:
-            tensors = {name: memory.input(getattr(one, name)) for name in ("length", "order", "ptr", "pieces")}
+            tensors = {name: memory.input(getattr(one, name)) for name in Side._fields}
             return {"size": len(one.event), **tensors}
 
         return {
@@ -61,6 +62,7 @@ class PrefixPlan:
             "events": self.events,
             "student_lists": self.student_lists.fields(memory),
             "teacher_lists": self.teacher_lists.fields(memory),
+            "number": memory.input(self.number),
             "most": self.most,
         }
 
@@ -96,6 +98,7 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
     partner = np.zeros(events, np.int64)
     partner[teacher] = np.arange(len(teacher))
     slot = np.where(is_pair[student], partner[student], -1 - number[matched])
+    numbers = np.where(is_pair[teacher], -1, np.where(is_both[teacher], number[teacher], len(listed)))
     most = 0
     for side in both:
         begin, end, ids = side.ptr[:-1].numpy(), side.ptr[1:].numpy(), side.pieces.numpy()
@@ -107,6 +110,7 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
         len(listed),
         tensors_to(student_lists, device),
         tensors_to(teacher_lists, device),
+        synchronized(torch.from_numpy(numbers.astype(np.int32)).to(device)),
         most,
     )
 

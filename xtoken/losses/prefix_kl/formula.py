@@ -70,8 +70,8 @@ def prefix(
     dtype = statistics_dtype(student_logits, teacher_logits)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
     boundaries = _inner_boundaries(chunks, pieces).to(device)
-    assert chunks.student.next_ids is not None and chunks.teacher.next_ids is not None
-    ids = chunks.student.next_ids, chunks.teacher.next_ids
+    assert chunks.teacher.next_ids is not None
+    teacher_ids = chunks.teacher.next_ids
 
     def compare(rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
         """The terms of boundaries, and the teacher's probabilities of what it realises there."""
@@ -86,7 +86,7 @@ def prefix(
         )
         ahead, behind = (log_p, log_q) if reverse else (log_q, log_p)
         term = (ahead.exp().masked_fill(missing, 0) * (ahead - behind)).sum(-1)
-        realised = events[1].gather(1, ids[1][rows[1], None])
+        realised = events[1].gather(1, teacher_ids[rows[1], None])
         return term, log_q.detach().exp().masked_fill(missing, 0).gather(1, realised)[:, 0]
 
     roots = [side.event.to(device).long() for side in sides]
