@@ -191,15 +191,21 @@ def test_agreement_on_events_by_hand() -> None:
     case = make_case(samples=1, shapes=((1, 1), (2, 1), (1, 3)))
     pieces = piece_index(*case.projection.shape)
     criterion = XTokenLoss([Teacher(pieces=pieces)])
-    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
     used = case.alignment.spans[case.alignment.predicted].long()
-    best = []
-    for logits, start, side in ((case.student, used[:, 0], pieces.student), (case.teacher, used[:, 2], pieces.teacher)):
+    ids = case.alignment.student_ids, case.alignment.teacher_ids
+    ids[1][0, used[0, 2]] = (pieces.teacher.event != pieces.student.event[ids[0][0, used[0, 0]]]).nonzero()[0]
+    _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
+    best, events = [], []
+    for logits, own, start, side in zip(
+        (case.student, case.teacher), ids, (used[:, 0], used[:, 2]), (pieces.student, pieces.teacher), strict=True
+    ):
+        events.append(side.event[own[0, start]])
         p = logits[0, start - 1, : len(side.event)].double().softmax(-1)
         masses = torch.zeros(len(p), pieces.events, dtype=torch.float64).index_add(1, side.event.long(), p)
         best.append(masses.argmax(1))
     assert parts["agreement"].tolist() == [float((best[0] == best[1]).double().mean())]
     assert (parts["mass"].tolist(), parts["outside"].tolist()) == ([1.0], [0.0])
+    assert parts["left_out"].tolist() == [float((events[0] != events[1]).double().mean())] != [0.0]
 
 
 def test_diagnostics_can_be_switched_off() -> None:

@@ -42,7 +42,7 @@ def test_events_do_not_wait_for_the_device() -> None:
 
     def diagnosed(device: torch.device) -> torch.Tensor:
         sources = [DenseSource(x.to(device), n) for x, n in zip(logits, case.pieces.shape, strict=True)]
-        chunks = Chunks.of(case.alignment, *lengths, device)
+        chunks = Chunks.of(case.alignment, *lengths, device, realised=True)
         loss = Teacher(pieces=case.pieces).make_loss()
         return loss.diagnose(*sources, chunks, None, device, "auto")
 

@@ -19,6 +19,7 @@ def test_the_plan_of_a_piece_index(sizes: tuple[int, int]) -> None:
     paired = (plan.slot >= 0).nonzero()[:, 0]
     partner = plan.slot[paired].long()
     assert torch.equal(pieces.student.event[paired], pieces.teacher.event[partner])
+    assert (plan.number[partner] == -1).all()
     events = []
     sides = zip(
         (plan.student_lists, plan.teacher_lists), (pieces.student, pieces.teacher), (paired, partner), strict=True
@@ -34,8 +35,7 @@ def test_the_plan_of_a_piece_index(sizes: tuple[int, int]) -> None:
             found.append(tokens)
             if number < plan.events:
                 (of_number[number],) = side.event[tokens].unique()
-            if side is pieces.student:
-                assert (plan.slot[tokens] == -1 - number).all()
+            assert ((-1 - plan.slot if side is pieces.student else plan.number)[tokens] == number).all()
         assert torch.equal(torch.cat([pairs, *found]).sort().values, torch.arange(len(side.event)))
         events.append(of_number[:-1])
     assert torch.equal(*events)

@@ -222,6 +222,8 @@ class XTokenLoss(nn.Module):
             or switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
+            "left_out" : [M], share of chunks of which a loss on events leaves out the start, since the realised first
+            tokens have different events; nan likewise.
         """
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
@@ -298,7 +300,7 @@ class XTokenLoss(nn.Module):
         device = Parts.of(student_logits).rows.device
         if alignment is not None:
             check_alignment(alignment, student.samples)
-            chunks = Chunks.of(alignment, student.length, teacher_source.length, device)
+            chunks = Chunks.of(alignment, student.length, teacher_source.length, device, loss.realised)
         elif loss.needs is Needs.SAME_TOKENIZER:
             chunks = Chunks.of_positions(mask.numel(), mask, device)
         else:

@@ -21,19 +21,19 @@ from xtoken.projection.entries import Entries, project
 DIAGNOSED_CHUNKS = 256
 """Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
 
-NAMES = ("agreement", "mass", "outside")
+NAMES = ("agreement", "mass", "outside", "left_out")
 """Means over chunks; see `XTokenLoss.forward`."""
 
 
 def nothing(device: torch.device) -> Tensor:
-    """float32 [3]: the values of `NAMES` where there is nothing to look at."""
+    """float32 [4]: the values of `NAMES` where there is nothing to look at."""
     return torch.full((len(NAMES),), math.nan, device=device)
 
 
 def by_projection(
     student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
 ) -> Tensor:
-    """float32 [3]: `in_columns` of the teacher's largest columns; nan without a projection."""
+    """float32 [4]: `in_columns` of the teacher's largest columns; nan without a projection."""
     if projection is None:
         return nothing(device)
     columns = select_columns(teacher, projection.shape[1], device=device, backend=backend)
@@ -48,7 +48,7 @@ def in_columns(
     projection: Any = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """float32 [3]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer."""
+    """float32 [4]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer."""
     entries = None if projection is None else entries_in(projection, columns)
     width = 0 if entries is None else len(entries.weight)
     return means(student, teacher, chunks, lambda z, y: diagnosis(z, y, columns, entries, count), width)
@@ -56,9 +56,15 @@ def in_columns(
 
 @torch.no_grad()
 def means(
-    student: Source, teacher: Source, chunks: Chunks, values: Callable[[Tensor, Tensor], Tensor], width: int = 0
+    student: Source,
+    teacher: Source,
+    chunks: Chunks,
+    values: Callable[[Tensor, Tensor], Tensor],
+    width: int = 0,
+    left_out: Tensor | None = None,
 ) -> Tensor:
-    """float32 [3]: the means of ``values(student rows, teacher rows)`` [n, 3] over the first rows of some chunks.
+    """float32 [4]: the means of ``values(student rows, teacher rows)`` [n, 3] over the first rows of some chunks, and
+    the share of all chunks that are `left_out`: bool [K], default none.
 
     `width` elements a row are what `values` needs beside the logits.
     """
@@ -70,7 +76,12 @@ def means(
     step = max(1, temporary_elements(index.device) // (student.size + teacher.size + width))
     parts = [values(student.at(z), teacher.at(y)) for z, y in zip(*(one.split(step) for one in rows), strict=True)]
     total = torch.where(counts[:, None], torch.cat(parts), 0.0).sum(0)
-    return (total / counts.sum()).float()
+    result = (total / counts.sum()).float()
+    if left_out is None:
+        return torch.nn.functional.pad(result, (0, 1))
+    if chunks.mask is not None:
+        left_out = left_out & chunks.mask
+    return torch.cat([result, (left_out.sum() / chunks.number)[None].float()])
 
 
 def _sample(chunks: Chunks, most: int) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from torch import Tensor
 from xtoken.alignment import to_device
 from xtoken.losses.diagnostics import NAMES as DIAGNOSES
 
-REPORTED = ("agreement", "teacher_mass", "projected_outside")
+REPORTED = ("agreement", "teacher_mass", "projected_outside", "starts_left_out")
 """How the means of `DIAGNOSES` are called in logs."""
 
 
@@ -62,8 +62,9 @@ class Meter:
     ) -> dict[str, float]:
         """The means, all processes together; waits for the device.
 
-        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C and the
-        ``projected_outside`` of C. With several teachers these and ``kd`` also for each, as ``kd/name``.
+        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C, the
+        ``projected_outside`` of C, and ``starts_left_out``, the share of chunks whose start has no term. With several
+        teachers these and ``kd`` also for each, as ``kd/name``.
 
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
         KD are divided by `divisors`, by default the steps, for parts that are already means over their step.

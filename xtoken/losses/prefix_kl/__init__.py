@@ -6,7 +6,8 @@ teacher's probability of it is q["9"], the student's the sum over all its tokens
 exactly that, KL(Q || P) over such events, at the start of a chunk; and at each later place where one of the two starts
 a token, the probability of what comes next given what came before: for the "5", the teacher's second row with the
 student's p["95"] / sum of p over the tokens "9?". Where a student gives every event the teacher's probability, loss
-and gradient are zero, and nowhere else.
+and gradient are zero, and nowhere else. A chunk that the two tokenizers cut so that its first tokens belong to
+different events has no term at its start: there each side must write what the other must not.
 
 A KL through W is least elsewhere: W splits each student token into weighted pieces (0.9 of "9" and 0.09 of "5" for
 "95"), so that a projected student comes near q["9"] only if it prefers tokens whose pieces repeat ("99" over "95");
@@ -83,7 +84,8 @@ class PrefixKL(Loss):
             same = formula.event_agreement(z, y, events, count).to(torch.float32)
             return torch.stack([same, torch.ones_like(same), torch.zeros_like(same)], 1)
 
-        return diagnostics.means(student, teacher, chunks, values)
+        left_out = formula.start_differs(chunks, events)
+        return diagnostics.means(student, teacher, chunks, values, left_out=left_out)
 
 
 _EVENTS = Cached[tuple[Tensor, ...]]()
@@ -136,10 +138,13 @@ def prefix_kl_loss(
     Parameters
     ----------
     {student_logits, teacher_logits, alignment}
-        With its token ids: the inner boundaries follow from them.
+        With its token ids: which terms a chunk has follows from them.
     pieces : PieceIndex
         Of the student's and the teacher's tokenizer.
-    {labels, temperature}
+    {labels}
+    temperature : float
+        At every boundary the events' probabilities are raised to 1 / temperature and normalised (not the tokens', of
+        which some events have more than others); the loss is multiplied by its square.
     reverse : bool
         KL(student || teacher) at every boundary.
     weighting : "none" or "teacher"

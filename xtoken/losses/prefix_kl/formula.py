@@ -117,9 +117,12 @@ def prefix(
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
     """bool [K]: the realised first tokens of the two sides have different events [V_student], [V_teacher]."""
-    sides = zip((chunks.student, chunks.teacher), roots, strict=True)
-    student, teacher = (root[rows.next_ids[rows.start]] for rows, root in sides if rows.next_ids is not None)
-    return student != teacher
+    events = []
+    for rows, root in zip((chunks.student, chunks.teacher), roots, strict=True):
+        assert rows.next_ids is not None
+        # In range wherever a chunk counts.
+        events.append(root[rows.next_ids[rows.start.clamp_min(0)].clamp(0, len(root) - 1)])
+    return events[0] != events[1]
 
 
 def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
