@@ -23,11 +23,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "subset": {"top_k": 13},
     "reverse": {"reverse": True, "top_k": 13},
     "temperature": {"temperature": 2.5},
+    "jensen-shannon": {"beta": 0.3, "temperature": 1.5},
+    "skewed": {"skew": 0.1, "top_k": 13},
+    "skewed reverse": {"skew": 0.25, "reverse": True},
 }
 FEW_VARIANTS: dict[str, dict[str, Any]] = {
     "all": {},
     "subset": {"top_k": 31, "temperature": 1.5},
     "reverse": {"reverse": True},
+    "mixed": {"beta": 0.5},
 }
 cpu = pytest.mark.parametrize("backend", [name for name in backends_of("kd") if name.startswith("cpu")])
 
@@ -52,6 +56,14 @@ def test_is_the_kl_divergence(reverse: bool) -> None:
     assert_close(kd_loss(student, teacher, temperature=2.0, reverse=reverse), want.mean(), rtol=1e-12)
     each = kd_loss(student, teacher, temperature=2.0, reverse=reverse, reduction="none")
     assert_close(each, want, rtol=1e-9)
+
+
+def test_is_the_generalised_jensen_shannon_divergence() -> None:
+    student, teacher = logits()
+    p, q = (student / 2).softmax(-1), (teacher / 2).softmax(-1)
+    mixture = 0.3 * q + 0.7 * p
+    want = 4 * (0.3 * q * (q / mixture).log() + 0.7 * p * (p / mixture).log()).sum(-1)
+    assert_close(kd_loss(student, teacher, temperature=2.0, beta=0.3), want.mean(), rtol=1e-12)
 
 
 @pytest.mark.parametrize("top_k", [7, None])
@@ -105,6 +117,7 @@ def test_heads_padded_differently() -> None:
         ({"vocab_size": 0}, "vocab_size: expected an integer of at least 1 or None, got 0"),
         ({"top_k": 0}, "top_k: expected an integer of at least 1 or None, got 0"),
         ({"temperature": -1.0}, "temperature: expected a positive finite number, got -1.0"),
+        ({"beta": 1.5}, "beta: expected a number from 0 to 1, got 1.5"),
         ({"reduction": "batchmean"}, "reduction: expected one of"),
         ({"mask": torch.ones(2, 5)}, r"mask: expected bool \[2, 5\], got torch.float32"),
         ({"mask": torch.ones(5, dtype=torch.bool)}, r"mask: expected bool \[2, 5\], got torch.bool \[5\]"),

@@ -6,6 +6,10 @@
 //   KL(p || q) = sum e (a - b) / (tau E) + log F - log E,     d / d logit = e / E ((a - b) - mean of it) / tau^2
 // where the mean is sum e (a - b) / E. The first pass finds the three sums, reading both rows once; the second computes
 // the exponentials again, which costs less than keeping them. Columns of a subset are copied next to each other first.
+//
+// A mixed divergence D has d / d logit = p (dD / dp - sum p dD / dp) / tau. It needs log q - log p, so a pass after the
+// first sums D and p dD / dp.
+#include "cpu/divergence.h"
 #include "cpu/rows.h"
 #include "losses/kd/params.h"
 
@@ -121,6 +125,42 @@ struct Slope {
     float student, teacher, mean_high, mean_low;
 };
 
+// The same of a mixed divergence, and its terms.
+struct MixedSlope {
+    MixedSlope(const Comparison& rows, const KdChunks& params)
+        : p(rows.student.exp),
+          q(rows.teacher.exp),
+          divergence(params.divergence),
+          lowest(params.lowest),
+          z_centre(rows.student.centre),
+          y_centre(rows.teacher.centre),
+          inverse_temperature(static_cast<float>(1 / params.temperature)),
+          student(static_cast<float>(1 / rows.student.total)),
+          teacher(static_cast<float>(1 / rows.teacher.total)) {
+        const double logs = ::log(rows.student.total) - ::log(rows.teacher.total);
+        offset_high = static_cast<float>(logs);
+        offset_low = static_cast<float>(logs - static_cast<double>(offset_high));
+    }
+
+    MixedDivergence::Terms terms(Floats z, Floats y) const {
+        const Floats difference = relative(y, lowest, y_centre) - relative(z, lowest, z_centre);
+        const Floats offset = broadcast(offset_high);
+        return divergence(fma(difference, broadcast(inverse_temperature), offset) + broadcast(offset_low));
+    }
+
+    Floats operator()(Floats z, Floats y, Floats e) const {
+        const Floats slope = divergence.slope(terms(z, y));
+        const Floats g = e * broadcast(factor) * ((slope - broadcast(mean_high)) - broadcast(mean_low));
+        return select(greater(broadcast(lowest), z), broadcast(0.0f), g);
+    }
+
+    Exponential p, q;
+    MixedDivergence divergence;
+    float lowest, z_centre, y_centre, inverse_temperature;
+    float student, teacher;  // what makes exponentials probabilities
+    float offset_high, offset_low, factor = 0, mean_high = 0, mean_low = 0;
+};
+
 // out[i] = row[index[i]]
 template <typename T>
 void pick(const T* row, const ColumnsView& columns, float* out) {
@@ -152,7 +192,15 @@ class Row {
     template <typename S, typename T>
     void all(const S* z, const T* y) {
         const Comparison rows = compare(z, y, size_, p_);
-        const Slope slope = finish(rows);
+        if (p_.divergence.is_mixed()) {
+            write_all(z, y, rows, mixed(rows, z, y, size_));
+        } else {
+            write_all(z, y, rows, finish(rows));
+        }
+    }
+
+    template <typename S, typename T, typename Gradient>
+    void write_all(const S* z, const T* y, const Comparison& rows, const Gradient& slope) {
         const LabelTerm label = label_of(z, p_.temperature == 1.0 ? &rows.student : nullptr);
         if (p_.grad.data == nullptr) return;
         const bool same = p_.temperature == 1.0;
@@ -165,11 +213,19 @@ class Row {
 
     template <typename S>
     void subset(const S* z) {
-        const int64_t count = p_.set.count;
-        const Slope slope = finish(compare(z_, y_, count, p_));
+        const Comparison rows = compare(z_, y_, p_.set.count, p_);
+        if (p_.divergence.is_mixed()) {
+            write_subset(z, mixed(rows, z_, y_, p_.set.count));
+        } else {
+            write_subset(z, finish(rows));
+        }
+    }
+
+    template <typename S, typename Gradient>
+    void write_subset(const S* z, const Gradient& slope) {
         const LabelTerm label = label_of(z, nullptr);
         if (p_.grad.data == nullptr) return;
-        for (int64_t i = 0; i < count; i += lanes) {
+        for (int64_t i = 0; i < p_.set.count; i += lanes) {
             const Floats zi = load(z_ + i);
             store(z_ + i, slope(zi, load(y_ + i), slope.p(zi)));
         }
@@ -185,12 +241,41 @@ class Row {
         });
     }
 
+    double scale() const { return p_.scale == nullptr ? 1.0 : p_.scale[k_]; }
+
     // Writes the loss; returns the gradient.
     Slope finish(const Comparison& rows) {
         const double tau = p_.temperature;
         const double logs = ::log(rows.student.total) - ::log(rows.teacher.total);
         p_.losses[k_] = tau * tau * (rows.mean / tau + (p_.reverse ? -logs : logs));
-        return Slope(rows, p_, p_.scale == nullptr ? 1.0 : p_.scale[k_]);
+        return Slope(rows, p_, scale());
+    }
+
+    template <typename S, typename T>
+    MixedSlope mixed(const Comparison& rows, const S* z, const T* y, int64_t n) {
+        MixedSlope result(rows, p_);
+        const Floats zero = broadcast(0.0f), student = broadcast(result.student), teacher = broadcast(result.teacher);
+        DoubleSum losses, slopes;
+        for (int64_t begin = 0; begin < n; begin += flush) {
+            Floats loss = zero, slope = zero;
+            for (int64_t i = begin; i < smaller(begin + flush, n); i += lanes) {
+                const Floats zi = load(z + i, n - i, zero), yi = load(y + i, n - i, zero);
+                const Mask valid = first(smaller(n - i, lanes));
+                const Floats p = select(valid, result.p(zi) * student, zero);
+                const Floats q = select(valid, result.q(yi) * teacher, zero);
+                const MixedDivergence::Terms terms = result.terms(zi, yi);
+                loss = fma(q, terms.of_teacher, fma(p, terms.of_student, loss));
+                slope = fma(p, result.divergence.slope(terms), slope);
+            }
+            losses.add(loss);
+            slopes.add(slope);
+        }
+        const double tau = p_.temperature, mean = slopes.total();
+        p_.losses[k_] = tau * tau * losses.total();
+        result.factor = static_cast<float>(scale() * tau / rows.student.total);
+        result.mean_high = static_cast<float>(mean);
+        result.mean_low = static_cast<float>(mean - static_cast<double>(result.mean_high));
+        return result;
     }
 
     // flatten: a call that is left would keep the term in memory while the gradient is written

@@ -3,12 +3,14 @@
 
 #include "cpu/dispatch.h"
 #include "launch/arguments.h"
+#include "launch/divergence.h"
 
 namespace xtoken {
 
-#define XTOKEN_KD(FIELD)                  \
-    XTOKEN_CHUNKS(FIELD);                 \
-    FIELD(Real*, losses, "[chunks] out"); \
+#define XTOKEN_KD(FIELD)                                       \
+    XTOKEN_CHUNKS(FIELD);                                      \
+    FIELD(Divergence, divergence, "of the two distributions"); \
+    FIELD(Real*, losses, "[chunks] out");                      \
     FIELD(Labels, labels, "of the student's rows")
 
 namespace cpu {

@@ -13,6 +13,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import Losses, Options, check_count, check_logits, check_temperature, compute, documented
 from xtoken.losses.columns import teacher_columns
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.kd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Parts, Source
@@ -33,11 +34,19 @@ class KD(Loss):
     temperature: float
     top_k: int | None
     reverse: bool
+    beta: float
+    skew: float
     columns: Tensor | None = None
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         check_count(self.top_k, "top_k", optional=True)
+        Divergence.of(self.reverse, self.beta, self.skew)
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the two distributions."""
+        return Divergence.of(self.reverse, self.beta, self.skew)
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         chunks = call.chunks(self.realised)
@@ -51,7 +60,10 @@ class KD(Loss):
         return replace(self, columns=teacher_columns(teacher, self.top_k, device, backend))
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.kd(student, teacher, chunks, self.columns, temperature=self.temperature, reverse=self.reverse)
+        return formula.kd(
+            student, teacher, chunks, self.columns,
+            temperature=self.temperature, reverse=self.reverse, beta=self.beta, skew=self.skew,
+        )  # fmt: skip
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -78,6 +90,8 @@ class KDOptions(Options, total=False):
     mask: Any
     top_k: int | None
     reverse: bool
+    beta: float
+    skew: float
     vocab_size: int | None
 
 
@@ -102,6 +116,8 @@ def kd_loss(
     temperature: float = 1.0,
     top_k: int | None = None,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
     reduction: str = "mean",
     vocab_size: int | None = None,
     inplace: bool = False,
@@ -123,7 +139,7 @@ def kd_loss(
     top_k : int or None
         So many columns with the teacher's largest logits in any row (lower ids first among equals); both sides are
         normalised over them. None: all columns.
-    {reverse, reduction}
+    {reverse, beta, skew, reduction}
         Without an alignment [B, T] (or [T]), 0 at rows not used.
     vocab_size : int, optional
         Columns that belong to tokens. Default: the smaller of the two widths (models of one family often pad
@@ -143,7 +159,7 @@ def kd_loss(
     if alignment is not None and mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
     return compute(
-        KD(temperature, top_k, reverse), student_logits, teacher_logits, alignment,
+        KD(temperature, top_k, reverse, beta, skew), student_logits, teacher_logits, alignment,
         labels=labels, sizes=(vocab_size, vocab_size), mask=mask, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, statistics_dtype
 
 
@@ -16,8 +17,12 @@ def kd(
     *,
     temperature: float = 1.0,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
 ) -> Tensor:
     """KL for one shared tokenizer: ``sum_C q (log q - log p)``, with p and q normalised over the columns C.
+
+    The other divergences of p and q are those of `xtoken.losses.divergence`.
 
     Parameters
     ----------
@@ -41,8 +46,5 @@ def kd(
         z, y = z.index_select(1, columns), y.index_select(1, columns)
     log_p = scaled(z, temperature, dtype).log_softmax(-1)
     log_q = scaled(y, temperature, dtype).log_softmax(-1)
-    if reverse:
-        loss = (log_p.exp() * (log_p - log_q)).sum(-1)
-    else:
-        loss = (log_q.exp() * (log_q - log_p)).sum(-1)
-    return loss * temperature**2
+    divergence = Divergence.of(reverse, beta, skew)
+    return divergence(log_q.exp(), log_q, log_p.exp(), log_p) * temperature**2
