@@ -12,7 +12,7 @@ import pytest
 import torch
 from comparer import assert_close
 from default_losses import default_loss
-from harness import OPERATIONS, PAIRS, Case, few_variants, make_case, variants
+from harness import OPERATIONS, PAIRS, Case, distinct_pairs, few_variants, make_case, variants
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -91,6 +91,36 @@ def test_labels_that_do_not_fit() -> None:
     labels[0, 1] = 67
     with pytest.raises(ValueError, match=r"labels: expected token ids in 0 ... 66, or -100, got 67"):
         call(labels)
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "kind"),
+    [(*pair, "loss") for pair in distinct_pairs()]
+    + [(*pair, kind) for pair in distinct_pairs() if pair[1] == "cpu" for kind in ("labels", "inplace", "linear")],
+)
+def test_a_scaler_saves_small_gradients_of_float16(name: str, backend: str, kind: str) -> None:
+    """Those of a mean over many chunks are below what float16 has, but not with the factor of a scaler."""
+    case = make_case(19, 17, samples=1, shapes=((1, 1),) * 300, scale=6.0)
+    labels = make_labels(case, OPERATIONS[name].size(case)) if kind == "labels" else None
+    student, teacher = case.student.half(), case.teacher.half()
+    hidden, head = student / 4, 4 * torch.eye(19, dtype=torch.float16)
+    smallest = 2.0**-24 * 2.0**16 / 2.0**8 * (4 if kind == "linear" else 1)  # float16's, times what comes in backward
+
+    def gradient(dtype: torch.dtype) -> Tensor:
+        leaf = (hidden if kind == "linear" else student).to(dtype).requires_grad_()
+        logits: Any = LinearLogits(leaf, head.to(dtype)) if kind == "linear" else leaf * 1.0
+        options: dict[str, Any] = {"inplace": True} if kind == "inplace" else {}
+        if labels is not None:
+            options["labels"] = labels
+        where = backend if dtype == torch.float16 else "reference"
+        results = call_loss(name, case, logits, teacher.to(dtype), backend=where, **options)
+        total = results if isinstance(results, Tensor) else results[0] + results[1]
+        return torch.autograd.grad(2.0**16 * total, leaf)[0]
+
+    got, true = gradient(torch.float16).double(), gradient(torch.float64)
+    assert_close(got, true, rtol=2e-2, atol=2e-4 * float(true.abs().max()))
+    lost = (got == 0)[true.abs() > smallest].double().mean()
+    assert lost < 1e-3
 
 
 @pytest.mark.parametrize(("name", "backend"), PAIRS)

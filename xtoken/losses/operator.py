@@ -72,7 +72,10 @@ class Call(NamedTuple):
 
 
 class Result(NamedTuple):
-    """Loss and cross-entropy, reduced; gradients of the fields of `Call` and of W's weights, empty where unwanted."""
+    """Loss and cross-entropy, reduced; gradients of the fields of `Call` and of W's weights, empty where unwanted.
+
+    `lifted` is float32 []: what the gradients are multiplied by, see `_is_lifted`; empty if nothing.
+    """
 
     loss: Tensor
     cross_entropy: Tensor
@@ -80,6 +83,7 @@ class Result(NamedTuple):
     student_head: Tensor
     student_bias: Tensor
     weight: Tensor
+    lifted: Tensor
 
 
 class _Flags(NamedTuple):
@@ -215,8 +219,12 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
     chunks = prepared.chunks
     trained = loss.trained if flags.weight_wanted else None
     weight = None if trained is None else trained.detach().to(call.student.device)
-    scale = _chunk_scale(chunks, call.reduction, flags.upstream, call.student)
-    labels = _labels(call.labels, call.student, call.student_size, call.reduction, flags.label_upstream)
+    upstream, label_upstream = flags.upstream, flags.label_upstream
+    lifted = call.student.new_empty(0, dtype=torch.float32)
+    if upstream is None and _is_lifted(call):
+        upstream = label_upstream = lifted = _power_of_two(chunks.number, call.student.device)
+    scale = _chunk_scale(chunks, call.reduction, upstream, call.student)
+    labels = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
     grads = _Gradients(call, weight, flags.student_wanted, inplace)
     parts = []
     for problem, span, rows in _problems(loss.name, student, teacher, prepared, weight):
@@ -234,7 +242,22 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
         grads.head,
         grads.bias,
         call.student.new_empty(0) if grads.weight is None or trained is None else grads.weight.to(trained.device),
+        lifted,
     )
+
+
+def _is_lifted(call: Call) -> bool:
+    """Whether the gradient that forward prepares is multiplied by (nearly) the number of chunks, which backward undoes.
+
+    Float16 would lose small gradients of a mean: a loss scaler's factor, which is to prevent that, comes in backward.
+    """
+    return call.student.dtype == torch.float16 and call.reduction == "mean"
+
+
+def _power_of_two(number: int | Tensor, device: torch.device) -> Tensor:
+    """float32 []: the largest power of two up to a number, so that nothing is rounded again; 1 for 0."""
+    count = torch.full((), number, device=device) if isinstance(number, int) else number
+    return count.clamp_min(1).float().log2().floor().exp2()
 
 
 def _problems(
@@ -353,6 +376,7 @@ def _fake(call: Call, weight: Tensor | None, flags: _Flags) -> tuple[Tensor, ...
         like(call.student_head, flags.student_wanted),
         like(call.student_bias, flags.student_wanted),
         like(weight, flags.weight_wanted),
+        student.new_empty(() if flags.upstream is None and _is_lifted(call) else 0, dtype=torch.float32),
     )
 
 
@@ -418,7 +442,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     flags = _Flags(*inputs[-len(_Flags._fields) :])
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     is_prepared = flags.student_wanted or flags.weight_wanted
-    ctx.prepared = tuple(grad.detach() for grad in output[2:]) if is_prepared else None
+    ctx.prepared = tuple(grad.detach() for grad in output[2:-1]) if is_prepared else None
+    ctx.lifted = output[-1].detach() if output[-1].numel() else None
 
 
 def _remaining(
@@ -455,9 +480,10 @@ class _Backward:
             if prepared is None:
                 weight_wanted = self.layout.loss.trains_projection and bool(needed[_WEIGHT])
                 flags = _Flags(student_wanted, weight_wanted, upstream, label_upstream)
-                prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:]
+                prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:-1]
             else:
-                factor, lacking = _remaining(upstream, label_upstream, expected.upstream, expected.label_upstream)
+                factors = expected[2:] if ctx.lifted is None else (ctx.lifted, ctx.lifted)
+                factor, lacking = _remaining(upstream, label_upstream, *factors)
                 if call.labels is not None and student_wanted:
                     add_cross_entropy_(
                         prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
@@ -485,13 +511,18 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, loss: Loss, call: Call) -> Tensor:
         ctx.grad = student.detach()
-        return _compute(loss, call._replace(student=ctx.grad), _Flags(True, False, None, None), inplace=True).loss
+        flags = _Flags(True, False, None, None)
+        result = _compute(loss, call._replace(student=ctx.grad), flags, inplace=True)
+        ctx.lifted = result.lifted if result.lifted.numel() else None
+        return result.loss
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor | None, ...]:
         grad, ctx.grad = ctx.grad, None
         if grad is None:
             raise RuntimeError("inplace: the gradient has overwritten the logits and is used up; backward works once")
+        if ctx.lifted is not None:
+            upstream = upstream / ctx.lifted
         if torch.is_grad_enabled():
             return _OnceOnly.apply(grad.mul_(upstream.detach()).requires_grad_()), None, None
         return _scaled(grad, upstream), None, None
