@@ -18,7 +18,7 @@ from real_tokenizers import invalid_utf8_ids
 from safetensors.torch import save_file
 
 import xtoken
-from xtoken import ProjectionMatrix, Vocabulary
+from xtoken import ProjectionMatrix, Vocabulary, coverage_audit
 from xtoken.losses import Needs
 from xtoken.projection import ROW_KINDS
 
@@ -129,6 +129,16 @@ def test_fold_space_punctuation():
 
 REAL_PAIRS = ["llama3-qwen3", "llama3-o200k", "llama3-smollm2", "smollm2-llama3", "llama3-mistral", "mistral-tekken"]
 WITHOUT_BYTES = ["llama3-wordpiece", "qwen3-unigram"]
+
+
+def test_a_row_that_does_not_spell_its_token_is_marked():
+    """The teacher has no "x": what is left of "axb" does not spell it."""
+    student, teacher = Vocabulary([b"ab", b"axb", b"x"]), Vocabulary([b"a", b"b"])
+    W = ProjectionMatrix.build(student, teacher)
+    assert kinds(W) == ["pieces", "partial", "none"]
+    assert "pieces=1, partial=1, none=1" in repr(W)
+    report = coverage_audit(student, teacher, W)
+    assert report.reasons[-1] == "1 of 3 tokens are projected onto teacher tokens that do not spell them"
 
 
 @pytest.mark.parametrize("names", REAL_PAIRS + WITHOUT_BYTES)

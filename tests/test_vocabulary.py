@@ -13,9 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from real_tokenizers import LOADERS, TEXTS, encode, invalid_utf8_ids
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_tokenizers import byte_level
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
 
-from xtoken import Vocabulary, _core
+from xtoken import ProjectionMatrix, Vocabulary, _core
 
 REAL = [name for name in LOADERS if name != "wordpiece"]
 NORMALISING = {"unigram": "NFKC"}
@@ -50,29 +52,101 @@ def test_wordpiece_spells_the_words(tokenizer, vocabulary):
     assert vocabulary("wordpiece").roles.keys() == {"eos", "bos", "unk", "pad"}
 
 
-def test_spellings():
-    spelling = _core.TokenSpelling
-    assert _core.spelled_bytes(["Ġhello", "ä½ł", "Ċ", "漢"], spelling.byte_level) == [
-        b" hello",
-        "你".encode(),
-        b"\n",
-        "漢".encode(),
-    ]
-    assert _core.spelled_bytes(["▁hello", "▁▁", "a"], spelling.metaspace) == [b" hello", b"  ", b"a"]
-    assert _core.spelled_bytes(["word", "##ing", ",", "##", "你"], spelling.wordpiece) == [
-        b" word",
-        b"ing",
-        b",",
-        b"##",
-        "你".encode(),
-    ]
+def test_byte_level_spelling():
+    pieces = {"Ġhello": b" hello", "ä½ł": "你".encode(), "Ċ": b"\n", "漢": "漢".encode()}
+    assert _core.byte_level_bytes(list(pieces)) == list(pieces.values())
+
+
+def trained(model, trainer, texts, **parts):
+    """A tokenizer with these parts, trained on texts."""
+    made = Tokenizer(model)
+    for name, part in parts.items():
+        setattr(made, name, part)
+    made.train_from_iterator(texts, trainer)
+    return made
+
+
+WORDS = ["the value of the name_of_it", "the handler of the exception", "the_end of the values"]
+
+
+@pytest.mark.parametrize("mark", ["▁", "_", "Ġ", "#"])
+@pytest.mark.parametrize("scheme", ["never", "always"])
+def test_metaspace_with_any_mark(mark, scheme):
+    metaspace = {"replacement": mark, "prepend_scheme": scheme}
+    trainer = trainers.BpeTrainer(vocab_size=60, special_tokens=["<unk>"], show_progress=False)
+    made = trained(models.BPE(unk_token="<unk>"), trainer, WORDS, pre_tokenizer=pre_tokenizers.Metaspace(**metaspace),
+                   decoder=decoders.Metaspace(**metaspace))  # fmt: skip
+    text = "the value of the name"
+    spelled = Vocabulary.from_tokenizer(made).decode(made.encode(text).ids)
+    assert spelled == (b" " if scheme == "always" else b"") + text.encode()
+
+
+def test_a_mark_that_a_normalizer_writes():
+    """As Llama 2 does it, here with another mark and no decoder that says so."""
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    made = trained(models.BPE(), trainer, WORDS, normalizer=normalizers.Replace(" ", "~"), decoder=decoders.Fuse())
+    assert Vocabulary.from_tokenizer(made).decode(made.encode("the end").ids) == b"the end"
+
+
+CUTS = {
+    "XLM-RoBERTa": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
+    "ALBERT": pre_tokenizers.Metaspace(),
+}
+
+
+@pytest.mark.parametrize("pre_tokenizer", CUTS.values(), ids=CUTS.keys())
+def test_a_piece_of_text_keeps_its_leading_space(pre_tokenizer):
+    trainer = trainers.UnigramTrainer(vocab_size=60, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False)
+    made = trained(models.Unigram(), trainer, WORDS, pre_tokenizer=pre_tokenizer, decoder=decoders.Metaspace(),
+                   normalizer=normalizers.Sequence([normalizers.NFKC(), normalizers.Strip()]))  # fmt: skip
+    v = Vocabulary.from_tokenizer(made)
+    for text in (b" handler", b"handler", b"er", b" of the"):
+        assert v.decode(v.encode(text)) == text
+    within = [made.id_to_token(i) for i in made.encode("the handler").ids]
+    assert within[-len(v.encode(" handler")) :] == [made.id_to_token(i) for i in v.encode(" handler")]
+
+
+def test_what_stands_alone_in_wordpiece_is_asked_of_the_tokenizer():
+    words = ["[UNK]", "word", "##ing", "##", ",", "，", "《", "你", "€"]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    v = Vocabulary.from_tokenizer(made)
+    assert [v[i].decode() for i in range(1, 9)] == [" word", "ing", "##", ",", "，", "《", "你", " €"]
+    made.normalizer, made.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()  # which cuts at white space only
+    v = Vocabulary.from_tokenizer(made)
+    assert [v[i].decode() for i in range(1, 9)] == [" word", "ing", " ##", " ,", " ，", " 《", " 你", " €"]
+
+
+def test_wordpiece_on_bytes():
+    texts = ["the value of the name", "the values"]
+    cut = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.WordPieceTrainer(vocab_size=300, initial_alphabet=cut.alphabet(), show_progress=False)
+    model = models.WordPiece(unk_token="[UNK]")
+    made = trained(model, trainer, texts, pre_tokenizer=cut, decoder=decoders.WordPiece())
+    encoded = made.encode("the vame of the nafs")
+    assert any(token.startswith("##") for token in encoded.tokens)
+    assert Vocabulary.from_tokenizer(made).decode(encoded.ids) == b"the vame of the nafs"
+
+
+def test_a_token_of_text_keeps_its_text_whatever_its_role():
+    backend = byte_level(300, WORDS)
+    made = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    made.pad_token_id = made.unk_token_id = backend.token_to_id("!")
+    v = Vocabulary.from_tokenizer(made)
+    assert made.pad_token == "!"
+    assert v.decode(backend.encode("Stop!").ids) == b"Stop!"
+    assert v.roles == {"eos": backend.token_to_id("</s>")} | {
+        role: i for role, i in v.roles.items() if role in ("bos", "pad") and i != made.pad_token_id
+    }
+    image, _ = ProjectionMatrix.build(v, Vocabulary([b"<pad>", b"!"], roles={"pad": 0})).row(made.pad_token_id)
+    assert image.tolist() == [1]
 
 
 @given(st.binary(max_size=30))
 def test_byte_level_piece_is_the_inverse(data):
     piece = _core.byte_level_piece(data)
     assert len(piece) == len(data)
-    assert _core.spelled_bytes([piece], _core.TokenSpelling.byte_level) == [data]
+    assert _core.byte_level_bytes([piece]) == [data]
 
 
 def test_byte_fallback_tokens(vocabulary):

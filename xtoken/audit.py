@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ProjectionMatrix, common_pairs
+from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
 from .vocabulary import TokenizerLike, Vocabulary
 
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
@@ -178,6 +178,11 @@ def coverage_audit(
         for name in wanted
         if classes[name].count
     ]
+    partial = int(weight[projection.kind.numpy() == ROW_KINDS.index("partial")].sum())
+    if partial:
+        reasons.append(
+            f"{partial:,} of {int(weight.sum()):,} {unit} are projected onto teacher tokens that do not spell them"
+        )
     return CoverageReport(classes, wanted, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
 
 

@@ -39,7 +39,7 @@ PieceWeights to_weights(double beta, double gamma, int32_t top_k) {
 }  // namespace
 
 void bind_projection(py::module_& m) {
-    m.attr("row_kinds") = py::make_tuple("none", "exact", "role", "pieces", "given");
+    m.attr("row_kinds") = py::make_tuple("none", "exact", "role", "pieces", "given", "partial");
 
     m.def(
         "exact_images",

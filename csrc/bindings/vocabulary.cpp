@@ -1,7 +1,6 @@
 // Bindings of core/vocabulary.h.
 #include "core/vocabulary.h"
 
-#include <pybind11/native_enum.h>
 #include <pybind11/stl.h>
 
 #include "bindings/arrays.h"
@@ -28,24 +27,14 @@ int32_t checked(const Vocabulary& vocabulary, int64_t id) {
 }  // namespace
 
 void bind_vocabulary(py::module_& m) {
-    py::native_enum<TokenSpelling>(m, "TokenSpelling", "enum.Enum")
-        .value("literal", TokenSpelling::literal)
-        .value("byte_level", TokenSpelling::byte_level)
-        .value("metaspace", TokenSpelling::metaspace)
-        .value("wordpiece", TokenSpelling::wordpiece)
-        .finalize();
     m.attr("token_kinds") = py::make_tuple("normal", "byte", "special", "unused");
 
     m.def("byte_level_piece", [](const py::bytes& bytes) { return byte_level_piece(std::string(bytes)); });
-    m.def(
-        "spelled_bytes",
-        [](const std::vector<std::string>& pieces, TokenSpelling spelling, const std::string& word_prefix) {
-            py::list result;
-            for (const std::string& piece : pieces)
-                result.append(py::bytes(spelled_bytes(piece, spelling, word_prefix)));
-            return result;
-        },
-        py::arg("pieces"), py::arg("spelling"), py::arg("word_prefix") = "##");
+    m.def("byte_level_bytes", [](const std::vector<std::string>& pieces) {
+        py::list result;
+        for (const std::string& piece : pieces) result.append(py::bytes(byte_level_bytes(piece)));
+        return result;
+    });
 
     py::class_<Vocabulary>(m, "Vocabulary")
         .def(py::init([](const std::vector<std::string>& tokens, const Array<uint8_t>& kinds, Vocabulary::Roles roles) {

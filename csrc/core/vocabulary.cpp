@@ -8,8 +8,6 @@
 namespace xtoken {
 namespace {
 
-constexpr std::string_view kMetaspace = "\xE2\x96\x81";  // U+2581
-
 // Reads one code point of well-formed UTF-8 at `i` and moves `i` past it; -1 (and one byte) if it is malformed.
 int32_t next_code_point(std::string_view text, size_t& i) {
     const auto at = [&](size_t k) { return static_cast<uint8_t>(text[k]); };
@@ -44,6 +42,8 @@ std::array<int16_t, 512> make_byte_level_table() {
     return table;
 }
 
+}  // namespace
+
 std::string byte_level_bytes(std::string_view piece) {
     static const std::array<int16_t, 512> table = make_byte_level_table();
     std::string bytes;
@@ -54,55 +54,6 @@ std::string byte_level_bytes(std::string_view piece) {
         bytes.push_back(static_cast<char>(byte));
     }
     return bytes;
-}
-
-std::string metaspace_bytes(std::string_view piece) {
-    std::string bytes;
-    for (size_t i = 0; i < piece.size();) {
-        if (piece.substr(i, kMetaspace.size()) == kMetaspace) {
-            bytes.push_back(' ');
-            i += kMetaspace.size();
-        } else {
-            bytes.push_back(piece[i++]);
-        }
-    }
-    return bytes;
-}
-
-// Whether BERT's pre-tokenizer makes this character a word of its own: ASCII punctuation and CJK ideographs. Such a
-// word does not tell whether a space came before it.
-bool stands_alone(int32_t code) {
-    const bool punctuation = (code >= 0x21 && code <= 0x2F) || (code >= 0x3A && code <= 0x40) ||
-                             (code >= 0x5B && code <= 0x60) || (code >= 0x7B && code <= 0x7E);
-    const bool ideograph = (code >= 0x4E00 && code <= 0x9FFF) || (code >= 0x3400 && code <= 0x4DBF) ||
-                           (code >= 0x20000 && code <= 0x2CEAF) || (code >= 0xF900 && code <= 0xFAFF) ||
-                           (code >= 0x2F800 && code <= 0x2FA1F);
-    return punctuation || ideograph;
-}
-
-std::string wordpiece_bytes(std::string_view piece, std::string_view prefix) {
-    if (!prefix.empty() && piece.size() > prefix.size() && piece.substr(0, prefix.size()) == prefix) {
-        return std::string(piece.substr(prefix.size()));
-    }
-    size_t i = 0;
-    if (piece.empty() || stands_alone(next_code_point(piece, i))) return std::string(piece);
-    return " " + std::string(piece);
-}
-
-}  // namespace
-
-std::string spelled_bytes(std::string_view piece, TokenSpelling spelling, std::string_view word_prefix) {
-    switch (spelling) {
-        case TokenSpelling::byte_level:
-            return byte_level_bytes(piece);
-        case TokenSpelling::metaspace:
-            return metaspace_bytes(piece);
-        case TokenSpelling::wordpiece:
-            return wordpiece_bytes(piece, word_prefix);
-        case TokenSpelling::literal:
-            break;
-    }
-    return std::string(piece);
 }
 
 std::string byte_level_piece(std::string_view bytes) {

@@ -17,18 +17,11 @@ enum class TokenKind : uint8_t {
     unused = 3,   // an id that no text produces: a hole in the numbering, a reserved slot
 };
 
-// How a tokenizer writes the bytes of a token in its vocabulary.
-enum class TokenSpelling : uint8_t {
-    literal,     // UTF-8 text as it is
-    byte_level,  // GPT-2: each byte is one printable character
-    metaspace,   // SentencePiece: U+2581 is a space, <0xHH> is a byte
-    wordpiece,   // BERT: "##" marks a continuation, other words follow a space
-};
+// The bytes of a token as GPT-2 writes it, each byte as one printable character; a piece with another character is
+// text.
+std::string byte_level_bytes(std::string_view piece);
 
-// The bytes that `piece` stands for. `word_prefix` is the continuation mark of wordpiece.
-std::string spelled_bytes(std::string_view piece, TokenSpelling spelling, std::string_view word_prefix = "##");
-
-// The inverse for byte_level: the piece that GPT-2's table writes for these bytes.
+// The inverse: the piece that GPT-2's table writes for these bytes.
 std::string byte_level_piece(std::string_view bytes);
 
 class Vocabulary {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +19,8 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
-the token's text re-tokenized by the teacher; given from outside. `ProjectionMatrix.kind` holds indices."""
+the token's text re-tokenized by the teacher; given from outside; re-tokenized, but the pieces put together are not the
+token's bytes. `ProjectionMatrix.kind` holds indices."""
 
 FILE_NAME = "projection.safetensors"
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
@@ -132,12 +134,17 @@ class ProjectionMatrix:
         student = Vocabulary.from_tokenizer(student_tok)
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
-        rows = _core.build_rows(image, *student.pieces(image < 0, teacher), len(teacher), beta, gamma, top_k)
+        cut = student.pieces(image < 0, teacher)
+        rows = _core.build_rows(image, *cut, len(teacher), beta, gamma, top_k)
         if reverse:
             unreached = np.ones(len(teacher), dtype=bool)
             unreached[rows[1]] = False
             rows = _core.add_reverse(*rows, *teacher.pieces(unreached, student), beta, gamma, top_k)
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
+        tokens, ptr, pieces = cut
+        spelled = (teacher.decode(pieces[first:last]) for first, last in itertools.pairwise(ptr.tolist()))
+        partial = [i for i, text in zip(tokens.tolist(), spelled, strict=True) if text not in (b"", student[i])]
+        kind[partial] = ROW_KINDS.index("partial")
         settings = {"beta": repr(beta), "gamma": repr(gamma), "top_k": repr(top_k)}
         passes = "exact, pieces, reverse" if reverse else "exact, pieces"
         metadata = {**fingerprints(student, teacher), **settings, "passes": passes}
@@ -265,8 +272,9 @@ class ProjectionMatrix:
 
     def __repr__(self) -> str:
         counts = dict(zip(ROW_KINDS, torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist(), strict=True))
-        names = ("exact", "role", "pieces", "given", "none")
-        kinds = ", ".join(f"{name}={counts[name]}" for name in names if counts[name] or name != "given")
+        names = ("exact", "role", "pieces", "partial", "given", "none")
+        rare = ("partial", "given")
+        kinds = ", ".join(f"{name}={counts[name]}" for name in names if counts[name] or name not in rare)
         return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
 
 

@@ -126,7 +126,9 @@ class Vocabulary:
             if added.special:
                 kinds[i] = "unused" if RESERVED.search(added.content) else "special"
                 special[added.content] = i
-        roles = find_roles(tokenizer, special)
+        # A token of text that a tokenizer is told to pad with, say, stays text.
+        of_text = set(base.values()).difference(special.values())
+        roles = {role: i for role, i in find_roles(tokenizer, special).items() if i not in of_text}
         for i in roles.values():
             kinds[i] = "special"
         return cls(tokens, kinds, roles, tokenizer=backend)

@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .families import FAMILIES, recognise
+from .families import recognise
 
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
-_PLAIN = {part: changes for family in FAMILIES for part, changes in family.plain.items()}
 
 
 def load_tokenizer(source: str | os.PathLike[str]) -> Any:
@@ -46,8 +45,9 @@ class Encoder:
     """`Vocabulary.encode_pieces` for a `tokenizers.Tokenizer`; `is_text` [V] says which tokens stand for text."""
 
     def __init__(self, tokenizer: Any, is_text: NDArray[np.bool_]) -> None:
-        self.encode_bytes = recognise(tokenizer)[0].encode_bytes
-        self.tokenizer = _plain_copy(tokenizer)
+        family, _ = recognise(tokenizer)
+        self.encode_bytes = family.encode_bytes
+        self.tokenizer = _plain_copy(tokenizer, family.plain)
         self.is_text = is_text.tolist()
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
@@ -74,12 +74,12 @@ class Encoder:
         return [[i for ids in row for i in ids if self.is_text[i]] for row in parts]
 
 
-def _plain_copy(tokenizer: Any) -> Any:
-    """A copy that encodes a text as it stands: no dummy space, special tokens read as text."""
+def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None]) -> Any:
+    """A copy that encodes a text as it stands: parts changed as in `Family.plain`, special tokens read as text."""
     from tokenizers import Tokenizer, models
 
     def plain(part: Any) -> Any:
-        changes = _PLAIN.get(part["type"], {}) if part else None
+        changes = changed.get(part["type"], {}) if part else None
         if changes is None:
             return None
         part = {**part, **changes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -14,16 +15,48 @@ _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
 
 @dataclass(frozen=True)
+class Parts:
+    """What a `tokenizers.Tokenizer` is made of, as far as it tells how tokens are written."""
+
+    model: str
+    types: set[str]
+    """Of its decoder and pre-tokenizer."""
+    before: set[str]
+    """Of its pre-tokenizer."""
+    space: str | None
+    """What stands in tokens for a space, by its own decoder, pre-tokenizer or normalizer."""
+
+    @classmethod
+    def of(cls, tokenizer: Any) -> Parts:
+        types: dict[str, set[str]] = {"decoder": set(), "pre_tokenizer": set(), "normalizer": set()}
+        spaces: list[str] = []
+        for name, found in types.items():
+            part = getattr(tokenizer, name)
+            states = [json.loads(part.__getstate__())] if part is not None else []
+            for state in states:
+                nested = state.get("decoders") or state.get("pretokenizers") or state.get("normalizers")
+                if nested:
+                    states += nested  # the loop comes to them
+                    continue
+                found.add(state["type"])
+                if state["type"] == "Metaspace":
+                    spaces.append(state["replacement"])
+                elif state["type"] == "Replace":
+                    before, after = state["pattern"].get("String"), state["content"]
+                    spaces += [one for one, other in ((before, after), (after, before)) if other == " " and one]
+        both = types["decoder"] | types["pre_tokenizer"]
+        return cls(type(tokenizer.model).__name__, both, types["pre_tokenizer"], spaces[0] if spaces else None)
+
+
+@dataclass(frozen=True)
 class Family:
-    """One family. A new one is a record in `FAMILIES`, and its spelling in ``csrc/core/vocabulary``."""
+    """One family. A new one is a record in `FAMILIES`."""
 
     name: str
-    recognised: Callable[[str, set[str], set[str]], bool]
-    """By the name of its model, the types of decoder and pre-tokenizer, and what these put in place of ``"▁"``."""
-    spelling: _core.TokenSpelling | None
-    """How its tokens are written; None: not known, their bytes must be given."""
-    continuation: str = ""
-    """Attribute of the model with the mark of tokens that go on with a word."""
+    recognised: Callable[[Parts], bool]
+    spelled: Callable[[Any, Parts, list[str], list[bool]], list[bytes]] | None
+    """The bytes of pieces, and whether each goes on with a word, by the model's mark, which is taken off; None: not
+    known, they must be given."""
     byte_fallback: bool = False
     """Whether tokens ``<0xHH>`` may be bytes."""
     lists_special: bool = True
@@ -34,48 +67,56 @@ class Family:
     """Ids of a text that is not UTF-8; None: its stray bytes are tokens ``<0xHH>``, if there are any."""
 
 
+def _with_spaces(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -> list[bytes]:
+    assert parts.space is not None
+    return [piece.replace(parts.space, " ").encode() for piece in pieces]
+
+
+def _words(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -> list[bytes]:
+    """Words after a space, unless the tokenizer begins a word with that character wherever it stands.
+
+    Such a word, punctuation or an ideograph, does not tell whether a space came before it.
+    """
+
+    @functools.cache
+    def stands_alone(character: str) -> bool:
+        text = "a" + character
+        if tokenizer.normalizer is not None:
+            text = tokenizer.normalizer.normalize_str(text)
+        words = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer is not None else []
+        return len(words) > 1
+
+    glued = (goes or stands_alone(piece[:1]) for piece, goes in zip(pieces, go_on, strict=True))
+    return [(piece if is_glued else f" {piece}").encode() for piece, is_glued in zip(pieces, glued, strict=True)]
+
+
 FAMILIES: tuple[Family, ...] = (
     Family(
-        "WordPiece",
-        lambda model, parts, spaces: model == "WordPiece",
-        _core.TokenSpelling.wordpiece,
-        continuation="continuing_subword_prefix",
-    ),
-    Family(
         "ByteLevel",
-        lambda model, parts, spaces: "ByteLevel" in parts,
-        _core.TokenSpelling.byte_level,
+        lambda parts: "ByteLevel" in (parts.before if parts.model == "WordPiece" else parts.types),
+        lambda tokenizer, parts, pieces, go_on: _core.byte_level_bytes(pieces),
         lists_special=False,
-        plain={"ByteLevel": {"add_prefix_space": False}},
+        plain={"ByteLevel": {"add_prefix_space": False}, "Strip": None},
         encode_bytes=lambda tokenizer, text: [t.id for t in tokenizer.model.tokenize(_core.byte_level_piece(text))],
     ),
+    Family("WordPiece", lambda parts: parts.model == "WordPiece", _words),
     Family(
         "Metaspace / SentencePiece",
-        lambda model, parts, spaces: "Metaspace" in parts or " " in spaces,
-        _core.TokenSpelling.metaspace,
+        lambda parts: parts.space is not None,
+        _with_spaces,
         byte_fallback=True,
-        plain={"Metaspace": {"prepend_scheme": "never"}, "Prepend": None},
+        # Where words are cut out before their spaces are marked, a text would lose the space that it begins with.
+        plain={"Metaspace": {"prepend_scheme": "never"}, "Prepend": None, "Strip": None, "WhitespaceSplit": None},
     ),
-    Family("unknown", lambda model, parts, spaces: True, None),
+    Family("unknown", lambda parts: True, None),
 )
 """In the order in which they are tried."""
 
 
-def recognise(tokenizer: Any) -> tuple[Family, set[str]]:
-    """The family of a `tokenizers.Tokenizer`, and the types of its decoder and pre-tokenizer."""
-    parts = (tokenizer.decoder, tokenizer.pre_tokenizer)
-    states = [json.loads(part.__getstate__()) for part in parts if part is not None]
-    types, spaces = set(), set()
-    for state in states:
-        nested = state.get("decoders") or state.get("pretokenizers")
-        if nested:
-            states += nested  # the loop comes to them
-            continue
-        types.add(state["type"])
-        if state["type"] == "Replace" and state["pattern"] == {"String": "▁"}:
-            spaces.add(state["content"])
-    model = type(tokenizer.model).__name__
-    return next(family for family in FAMILIES if family.recognised(model, types, spaces)), types
+def recognise(tokenizer: Any) -> tuple[Family, Parts]:
+    """The family of a `tokenizers.Tokenizer`, and what tells so."""
+    parts = Parts.of(tokenizer)
+    return next(family for family in FAMILIES if family.recognised(parts)), parts
 
 
 def spell(tokenizer: Any, pieces: list[str]) -> tuple[Family, list[bytes], list[bool]]:
@@ -83,17 +124,20 @@ def spell(tokenizer: Any, pieces: list[str]) -> tuple[Family, list[bytes], list[
 
     Raises ValueError if the family is not known.
     """
-    family, types = recognise(tokenizer)
+    family, parts = recognise(tokenizer)
     model, suffix = tokenizer.model, getattr(tokenizer.model, "end_of_word_suffix", None)
-    if family.spelling is None or suffix:
-        *names, last = sorted(known.name for known in FAMILIES if known.spelling is not None)
-        found = f"model {type(model).__name__}, decoder and pre-tokenizer {sorted(types) or 'none'}"
+    if family.spelled is None or suffix:
+        *names, last = sorted(known.name for known in FAMILIES if known.spelled is not None)
+        found = f"model {parts.model}, decoder and pre-tokenizer {sorted(parts.types) or 'none'}"
         found += f", word suffix {suffix!r}" if suffix else ""
         hint = f"{', '.join(names)} and {last} are known. For others pass Vocabulary(tokens=[bytes, ...])"
         raise ValueError(f"tokenizer: unknown family: {found}; {hint}")
-    spelled = _core.spelled_bytes(pieces, family.spelling, getattr(model, family.continuation, ""))
-    may_be_bytes = family.byte_fallback and (getattr(model, "byte_fallback", False) or "ByteFallback" in types)
+    may_be_bytes = family.byte_fallback and (getattr(model, "byte_fallback", False) or "ByteFallback" in parts.types)
     are_bytes = [bool(may_be_bytes and _BYTE_PIECE.fullmatch(piece)) for piece in pieces]
+    mark = getattr(model, "continuing_subword_prefix", "") or ""
+    go_on = [bool(mark) and len(piece) > len(mark) and piece.startswith(mark) for piece in pieces]
+    stems = [piece[len(mark) :] if goes else piece for piece, goes in zip(pieces, go_on, strict=True)]
+    spelled = family.spelled(tokenizer, parts, stems, go_on)
     for k in (k for k, is_byte in enumerate(are_bytes) if is_byte):
         spelled[k] = bytes.fromhex(pieces[k][3:5])
     return family, spelled, are_bytes
