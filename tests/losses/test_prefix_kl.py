@@ -39,6 +39,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
     "weighted": {"weighting": "teacher", "reverse": True, "temperature": 0.6},
+    "beta": {"beta": 0.3},
+    "skew": {"skew": 0.2, "reverse": True, "temperature": 1.7, "weighting": "teacher"},
 }
 backends = pytest.mark.parametrize("backend", backends_of("prefix"))
 
@@ -208,7 +210,9 @@ def test_formula_over_a_batch(reverse: bool) -> None:
     assert not got[~used].any()
 
 
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 1.4, "weighting": "teacher"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reverse": True, "temperature": 1.4, "weighting": "teacher"}, {"beta": 0.4}], ids=str
+)
 @pytest.mark.parametrize("name", CHUNKS)
 def test_gradcheck(name: str, options: dict[str, Any]) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of(name)
@@ -351,7 +355,9 @@ cpu = pytest.mark.parametrize("backend", [name for name in backends_of("prefix")
 
 @kernels
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("options", [{}, {"reverse": True, "temperature": 2.0, "weighting": "teacher"}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reverse": True, "temperature": 2.0, "weighting": "teacher"}, {"beta": 0.7}], ids=str
+)
 @pytest.mark.slow
 def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """Events of hundreds of tokens; the largest logits come after the first 4096, so units are found twice."""
@@ -512,14 +518,12 @@ def test_labels_in_the_same_pass(temperature: float, backend: str) -> None:
 
 
 @kernels
-@pytest.mark.parametrize(
-    "options", [{}, {"weighting": "teacher"}, {"reverse": True, "temperature": 0.7, "weighting": "teacher"}], ids=str
-)
+@pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("name", CHUNKS)
-def test_boundaries_on_every_kernel(name: str, options: dict[str, Any], backend: str) -> None:
+def test_boundaries_on_every_kernel(name: str, options: str, backend: str) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of(name)
     z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
-    compare(backend, z, y, alignment, pieces, torch.tensor([0, *s_ids]), **options)
+    compare(backend, z, y, alignment, pieces, torch.tensor([0, *s_ids]), **VARIANTS[options])
 
 
 # The tokens of one side, and those of two bytes that the other side has as "5", "9".
@@ -561,7 +565,7 @@ def test_boundaries_with_few_events(name: str, swapped: bool, backend: str) -> N
     pieces = PieceIndex.build(Vocabulary(sides[0]), Vocabulary(sides[1]))
     alignment = Alignment([[1, 1 + len(ids[0]), 1, 1 + len(ids[1])]], None, [0, *ids[0]], [0, *ids[1]])
     z, y = logits_for(1, len(ids[0]) + 1, len(sides[0])), logits_for(2, len(ids[1]) + 1, len(sides[1]))
-    for options in ({}, {"reverse": True}, {"temperature": 1.5, "weighting": "teacher"}):
+    for options in VARIANTS.values():
         compare(backend, z, y, alignment, pieces, torch.tensor([0, *ids[0]]), **options)
 
 
@@ -599,7 +603,9 @@ def test_no_common_event(backend: str) -> None:
 
 @kernels
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
-@pytest.mark.parametrize("options", [{}, {"reverse": True}, {"temperature": 0.05}, {"temperature": 20.0}], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"reverse": True}, {"temperature": 0.05}, {"temperature": 20.0}, {"beta": 0.4}], ids=str
+)
 def test_logits_far_apart(options: dict[str, Any], side: int, backend: str) -> None:
     """Nearly all mass on tokens that only this side has; its events too rare for sums of floats; none that counts."""
     sizes = 401, 373

@@ -4,6 +4,7 @@
 // power of 1 / tau, A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
 //   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
 //   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
+// (divergences from a mixture of the two: cpu/divergence.h; with their slopes s, d / d log a_e = P_e (s_e - sum P s))
 // and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
 // start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
 // probabilities of what is realised before.
@@ -13,9 +14,11 @@
 // of each side, near the largest that counts. Events of several tokens are lists: their a and b are gathered sums of e
 // and f, and the gradient of their tokens is e h, h = 1 / A - b / (a B). Where a is so small that this is not exact,
 // the list is read again, relative to its own largest logit ("top"). For the reverse f and x are logarithms: x = tau D.
-// With a temperature every list is read so, at temperature 1, and e becomes the share of a token in its list.
+// With a temperature or a mixture every list is read so, at temperature 1, and e becomes the share of a token in its
+// list. With a mixture x is tau log b, and then P s.
 //
 // Inside of tokens every event has its own top and the sum of the exponentials relative to it.
+#include "cpu/divergence.h"
 #include "cpu/rows.h"
 #include "losses/prefix_kl/params.h"
 
@@ -129,6 +132,9 @@ class Chunk {
           size_(p.student.width),
           wanted_(p.grad.data != nullptr),
           tempered_(p.temperature != 1.0),
+          mixed_(p.divergence.is_mixed()),
+          logarithms_(p.reverse || mixed_),
+          exact_lists_(tempered_ || mixed_),
           e_(take<float>(at, padded(size_))),
           x_(take<float>(at, padded(size_))),
           f_(take<float>(at, padded(p.teacher.width) + lanes)),
@@ -184,14 +190,16 @@ class Chunk {
         const int32_t event = plan_.index.side[1].event[token];
         weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
         ListTops tops{};
-        if (tempered_) {
-            tops = tempered_lists(z, y, p, q, &product);
+        if (exact_lists_) {
+            tops = exact_lists(z, y, p, q, &product);
         } else {
             product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
         }
-        const bool none = plan_.student.absent_count == size_;  // no event that both sides have
-        const Slope slope = none ? Slope() : add_term(p.total, q.total, product);
-        if (tempered_) find_slopes(tops, slope, p.total, q.total);
+        Slope slope;
+        if (plan_.student.absent_count < size_) {  // else there is no event that both sides have
+            slope = mixed_ ? add_mixed_term(z, p, q, tops) : add_term(p.total, q.total, product);
+            if (tempered_ && !mixed_) find_slopes(tops, slope, p.total, q.total);
+        }
         weight_ = p_.weighted ? probability(token, event, q.total) : 1.0;
         inside(r, z);
         const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
@@ -199,7 +207,8 @@ class Chunk {
         spread_lists(slope);
         const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
         const Floats high = broadcast(slope.mean_high), mean_low = broadcast(slope.mean_low);
-        const bool same = label.present && all.total > 0, plain = !low && !additions_.any(), reverse = p_.reverse;
+        const bool same = label.present && all.total > 0 && !exact_lists_, plain = !low && !additions_.any(),
+                   reverse = p_.reverse;
         const float *others = others_, *es = e_, *xs = x_;
         const uint16_t* paired_bits = plan_.student.paired_bits;
         // otherwise it becomes a call for each vector; so do the bodies below
@@ -228,7 +237,7 @@ class Chunk {
                     products = DoubleSum();
                     part = broadcast(0.0f);
                 }
-                store(f_ + i, p_.reverse ? relative : f);
+                store(f_ + i, logarithms_ ? relative : f);
                 part = fma(select(from_bits(plan_.teacher.paired_bits[i / lanes]), f, broadcast(0.0f)), cut, part);
                 if (i % flush == flush - lanes) {
                     products.add(part);
@@ -306,10 +315,10 @@ class Chunk {
         if (has(plan_.teacher.absent_bits)) return 0.0;
         const bool pair = has(plan_.teacher.paired_bits);
         const double b = static_cast<double>(pair ? f_[token] : teacher_sum_[plan_.list_of_event[event]]);
-        return (p_.reverse || (tempered_ && !pair) ? ::exp(b / p_.temperature) : b) / total;
+        return (logarithms_ || (exact_lists_ && !pair) ? ::exp(b / p_.temperature) : b) / total;
     }
 
-    // The lists' part of sum b D, and h; for temperature 1.
+    // The lists' part of sum b D, and h; for temperature 1 and no mixture.
     template <typename S>
     double forward_lists(const S* z, const Side& p, const Side& q) {
         const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
@@ -344,7 +353,7 @@ class Chunk {
         return products.total();
     }
 
-    // The lists' part of sum a D, and D as h; for temperature 1.
+    // The lists' part of sum a D, and D as h; for temperature 1 and no mixture.
     double reverse_lists() {
         const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
         const Floats zero = broadcast(0.0f);
@@ -365,10 +374,10 @@ class Chunk {
         return products.total();
     }
 
-    // Any temperature: the lists' tau log a as h, tau log b as teacher_sum_, relative to the centres, and e as the
+    // For all else: the lists' tau log a as h, tau log b as teacher_sum_, relative to the centres, and e as the
     // tokens' shares. Totals become sums over the events; `product` receives the lists' part.
     template <typename S, typename T>
-    ListTops tempered_lists(const S* z, const T* y, Side& p, Side& q, double* product) {
+    ListTops exact_lists(const S* z, const T* y, Side& p, Side& q, double* product) {
         const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
         const Floats low = broadcast(nothing), zero = broadcast(0.0f);
         Floats a_top = low, b_top = low, sum;
@@ -389,14 +398,14 @@ class Chunk {
         }
         const ListTops tops{largest(a_top), largest(b_top)};
         DoubleSum a_total, b_total, products;
-        each_tempered(tops, [&](int64_t, Floats a, Floats b, Floats d) {
+        each_list(tops, [&](int64_t, Floats a, Floats b, Floats d) {
             a_total.add(a);
             b_total.add(b);
             products.add(p_.reverse ? a * d : b * (zero - d));
         });
         const double a_unit = unit(tops.a), b_unit = unit(tops.b);
         p.total = paired(e_, plan_.student, size_, false) + a_unit * a_total.total();
-        q.total = paired(f_, plan_.teacher, p_.teacher.width, p_.reverse) + b_unit * b_total.total();
+        q.total = paired(f_, plan_.teacher, p_.teacher.width, logarithms_) + b_unit * b_total.total();
         *product += (p_.reverse ? a_unit : b_unit) * products.total();
         return tops;
     }
@@ -405,7 +414,7 @@ class Chunk {
 
     // Calls body(k, a, b, tau (log a - log b)) with 16 lists of the student, relative to the tops; zeros for none.
     template <typename Body>
-    void each_tempered(const ListTops& tops, Body body) const {
+    void each_list(const ListTops& tops, Body body) const {
         const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
         const Floats zero = broadcast(0.0f);
         for (int64_t k = 0; k < plan_.student.lists.slices; ++k) {
@@ -433,9 +442,50 @@ class Chunk {
         const Floats student = broadcast(static_cast<float>(factor * unit(tops.a) / p_total));
         const Floats teacher = broadcast(static_cast<float>(factor * unit(tops.b) / q_total));
         const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
-        each_tempered(tops, [&](int64_t k, Floats a, Floats b, Floats d) {
+        each_list(tops, [&](int64_t k, Floats a, Floats b, Floats d) {
             store(h_ + lanes * k, p_.reverse ? a * student * ((d - high) - low) : a * student - b * teacher);
         });
+    }
+
+    // The term of a divergence from a mixture; x becomes P s, and h the lists' slopes.
+    template <typename S>
+    Slope add_mixed_term(const S* z, const Side& p, const Side& q, const ListTops& tops) {
+        const MixedDivergence divergence(p_.divergence);
+        const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
+        const Floats inverse = broadcast(static_cast<float>(1 / p_.temperature));
+        const Floats shift = broadcast(static_cast<float>(::log(p.total) - ::log(q.total)));
+        const Floats zero = broadcast(0.0f);
+        DoubleSum terms, means;
+        Floats per_a = broadcast(static_cast<float>(1 / p.total)), per_b = broadcast(static_cast<float>(1 / q.total));
+        for (int64_t i = 0; i < size_; i += lanes) {
+            const Mask is_pair = from_bits(plan_.student.paired_bits[i / lanes]);
+            const Floats log_b = load(x_ + i), log_a = at_least(tail_load(z, i), p_.lowest) - broadcast(p.centre);
+            const Floats share = load(e_ + i) * per_a;
+            const auto part = divergence(fma(log_b - log_a, inverse, shift));
+            const Floats pull = select(is_pair, share * divergence.slope(part), zero);
+            const Floats term = fma(exp(log_b) * per_b, part.of_teacher, share * part.of_student);
+            terms.add(select(is_pair, term, zero));
+            means.add(pull);
+            store(x_ + i, pull);
+        }
+        per_a = broadcast(static_cast<float>(unit(tops.a) / p.total));
+        per_b = broadcast(static_cast<float>(unit(tops.b) / q.total));
+        each_list(tops, [&](int64_t, Floats a, Floats b, Floats d) {
+            const auto part = divergence(fnma(d, inverse, shift));
+            terms.add(fma(b * per_b, part.of_teacher, a * per_a * part.of_student));
+            means.add(a * per_a * divergence.slope(part));
+        });
+        loss_ += weight_ * terms.total();
+        const double factor = gradient_factor(), mean = means.total();
+        each_list(tops, [&](int64_t k, Floats a, Floats, Floats d) {
+            const Floats s = divergence.slope(divergence(fnma(d, inverse, shift)));
+            store(h_ + lanes * k,
+                  a * per_a * broadcast(static_cast<float>(factor)) * (s - broadcast(static_cast<float>(mean))));
+        });
+        Slope slope;
+        slope.student = static_cast<float>(-factor * mean / p.total);
+        slope.teacher = static_cast<float>(-factor);
+        return slope;
     }
 
     // h of each token outside the pairs, in the order of the row.
@@ -679,7 +729,18 @@ class Chunk {
             q_total.add(b);
             products.add(p_.reverse ? a * d : b * (zero - d));
         }
-        const Slope slope = add_term(p_total.total(), q_total.total(), products.total());
+        if (mixed_) {
+            add_mixed_term(events, count, p, q, p_total.total(), q_total.total());
+        } else {
+            find_slopes(events, count, p, q, add_term(p_total.total(), q_total.total(), products.total()));
+        }
+        if (realised < 0) return 0.0;
+        const double relative = static_cast<double>(events.y_top[realised]) - static_cast<double>(q.centre);
+        return ::exp(relative / p_.temperature) * static_cast<double>(events.y_sum[realised]) / q_total.total();
+    }
+
+    // The slopes of events.
+    void find_slopes(const Events& events, int64_t count, const Side& p, const Side& q, const Slope& slope) {
         const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
         for (int64_t e = 0; wanted_ && e < count; e += lanes) {
             const Floats a = p.exp(load(events.z_top + e)) * student;
@@ -692,9 +753,32 @@ class Chunk {
             }
             store(events.slope + e, g);
         }
-        if (realised < 0) return 0.0;
-        const double relative = static_cast<double>(events.y_top[realised]) - static_cast<double>(q.centre);
-        return ::exp(relative / p_.temperature) * static_cast<double>(events.y_sum[realised]) / q_total.total();
+    }
+
+    // The term of a divergence from a mixture, and the slopes of its events.
+    void add_mixed_term(const Events& events, int64_t count, const Side& p, const Side& q, double p_total,
+                        double q_total) {
+        const MixedDivergence divergence(p_.divergence);
+        const Floats inverse = broadcast(static_cast<float>(1 / p_.temperature));
+        const Floats shift = broadcast(static_cast<float>(::log(p_total) - ::log(q_total)));
+        const Floats per_a = broadcast(static_cast<float>(1 / p_total));
+        const Floats per_b = broadcast(static_cast<float>(1 / q_total));
+        DoubleSum terms, means;
+        for (int64_t e = 0; e < count; e += lanes) {
+            const Mask mask = first(count - e);
+            const auto part = divergence(fnma(difference(events, e, p, q), inverse, shift));
+            const Floats a = p.exp(load(events.z_top + e)) * load(events.z_sum + e) * per_a;
+            const Floats b = q.exp(load(events.y_top + e)) * load(events.y_sum + e) * per_b;
+            terms.add(select(mask, fma(b, part.of_teacher, a * part.of_student), broadcast(0.0f)));
+            means.add(select(mask, a * divergence.slope(part), broadcast(0.0f)));
+        }
+        loss_ += weight_ * terms.total();
+        const Floats student = broadcast(static_cast<float>(gradient_factor() / p_total));
+        const Floats mean = broadcast(static_cast<float>(means.total()));
+        for (int64_t e = 0; wanted_ && e < count; e += lanes) {
+            const Floats s = divergence.slope(divergence(fnma(difference(events, e, p, q), inverse, shift)));
+            store(events.slope + e, p.exp(load(events.z_top + e)) * student * (s - mean));
+        }
     }
 
     Side side_around(float centre) const { return {Exponential::around(centre, nothing, p_.temperature), centre, 0.0}; }
@@ -737,7 +821,9 @@ class Chunk {
     const PrefixChunks& p_;
     const PrefixPlanView& plan_;
     int64_t k_, size_;
-    bool wanted_, tempered_;
+    bool wanted_, tempered_, mixed_;
+    bool logarithms_;     // f is tau log b
+    bool exact_lists_;    // every list is read relative to its own largest logit, and e is a token's share of it
     float *e_, *x_;       // by student id
     float* f_;            // by teacher id
     float* slice_;        // of the lists of one slice

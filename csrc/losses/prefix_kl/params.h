@@ -4,12 +4,14 @@
 #include "core/piece_index.h"
 #include "cpu/dispatch.h"
 #include "launch/arguments.h"
+#include "launch/divergence.h"
 
 namespace xtoken {
 
 // The logits are as wide as the vocabularies of the piece index.
 #define XTOKEN_PREFIX(FIELD)                                                                   \
     XTOKEN_CHUNKS(FIELD);                                                                      \
+    FIELD(Divergence, divergence, "of the two distributions at a boundary");                   \
     FIELD(bool, weighted, "inner boundaries, by the teacher's probability of what is before"); \
     FIELD(Real*, losses, "[chunks] out");                                                      \
     FIELD(Labels, labels, "of the student's rows")

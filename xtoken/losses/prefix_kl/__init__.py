@@ -32,6 +32,7 @@ from xtoken.alignment import Alignment, Chunks, synchronized
 from xtoken.losses import diagnostics
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Needs
@@ -58,11 +59,19 @@ class PrefixKL(Loss):
     pieces: Tensor
     temperature: float
     reverse: bool
+    beta: float
+    skew: float
     weighting: str
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
+        Divergence.of(self.reverse, self.beta, self.skew)
         check_choice(self.weighting, "weighting", WEIGHTINGS)
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the two distributions at a boundary."""
+        return Divergence.of(self.reverse, self.beta, self.skew)
 
     @property
     def realised(self) -> bool:
@@ -71,7 +80,8 @@ class PrefixKL(Loss):
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.prefix(
             student, teacher, chunks, self.pieces,
-            temperature=self.temperature, reverse=self.reverse, weighting=self.weighting,
+            temperature=self.temperature, reverse=self.reverse, beta=self.beta, skew=self.skew,
+            weighting=self.weighting,
         )  # fmt: skip
 
     def diagnose(
@@ -103,6 +113,8 @@ class PrefixOptions(Options, total=False):
     """Keyword arguments of `prefix_kl_loss`, beside ``labels``."""
 
     reverse: bool
+    beta: float
+    skew: float
     weighting: Weighting
 
 
@@ -126,6 +138,8 @@ def prefix_kl_loss(
     labels: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
     weighting: str = "none",
     reduction: str = "mean",
     inplace: bool = False,
@@ -145,8 +159,7 @@ def prefix_kl_loss(
     temperature : float
         At every boundary the events' probabilities are raised to 1 / temperature and normalised (not the tokens', of
         which some events have more than others); the loss is multiplied by its square.
-    reverse : bool
-        KL(student || teacher) at every boundary.
+    {reverse, beta, skew}
     weighting : "none" or "teacher"
         "teacher" multiplies the term of each boundary inside the chunk by the teacher's probability of what the text
         has before it, a constant: so the loss is the KL of the whole chunk along the text, and a text that the teacher
@@ -171,7 +184,7 @@ def prefix_kl_loss(
     if not isinstance(pieces, PieceIndex):
         raise TypeError(f"pieces: expected an xtoken.PieceIndex, got {type(pieces).__name__}")
     return compute(
-        PrefixKL(pieces.data, temperature, reverse, weighting), student_logits, teacher_logits, alignment,
+        PrefixKL(pieces.data, temperature, reverse, beta, skew, weighting), student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
 

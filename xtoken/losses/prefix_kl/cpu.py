@@ -37,7 +37,8 @@ def run(
     fields = {
         "labels": buffers.fields,
         "temperature": options.temperature,
-        "reverse": options.reverse,
+        "reverse": options.divergence.reverse,
+        "divergence": options.divergence._asdict(),
         "weighted": options.weighting == "teacher",
         "plan": _PLANS.of((options.pieces,), partial(_plan_of, options.pieces)),
     }

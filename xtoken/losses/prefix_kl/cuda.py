@@ -138,7 +138,8 @@ def run(
     with kernels.memory(problem.student.device) as memory:
         fields = {
             "temperature": options.temperature,
-            "reverse": options.reverse,
+            "reverse": options.divergence.reverse,
+            "divergence": options.divergence._asdict(),
             "weighted": options.weighting == "teacher",
             "workspace": None,
             "plan": plan.fields(memory),

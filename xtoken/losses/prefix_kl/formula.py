@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.pieces import Side
 from xtoken.pieces import sides as piece_sides
@@ -23,6 +24,8 @@ def prefix(
     *,
     temperature: float = 1.0,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
     weighting: str = "none",
 ) -> Tensor:
     """Prefix KL: the exact chain rule over the boundaries of a chunk, on events that both vocabularies know.
@@ -30,7 +33,7 @@ def prefix(
     At each boundary the tokens of both sides are cut into the same events e, and with P[e] and Q[e] the probability
     of e under student and teacher to the power of 1 / temperature, divided by its sum over the events::
 
-        term = sum_e Q[e] (log Q[e] - log P[e])         reverse: sum_e P[e] (log P[e] - log Q[e])
+        term = sum_e Q[e] (log Q[e] - log P[e]), or another divergence of P and Q (see `xtoken.losses.divergence`)
         loss = sum of the terms of the chunk's boundaries, each times its weight
 
     *The start of the chunk.* The event of a token is its root: the token itself if the other vocabulary has it too,
@@ -67,7 +70,7 @@ def prefix(
     Tensor
         [K]
     """
-    dtype = statistics_dtype(student_logits, teacher_logits)
+    dtype, divergence = statistics_dtype(student_logits, teacher_logits), Divergence.of(reverse, beta, skew)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
     boundaries = _inner_boundaries(chunks, pieces).to(device)
     assert chunks.teacher.next_ids is not None
@@ -84,10 +87,9 @@ def prefix(
             (x.masked_fill(missing, -torch.inf) / temperature).log_softmax(-1).masked_fill(missing, 0)
             for x in (log_p, log_q)
         )
-        ahead, behind = (log_p, log_q) if reverse else (log_q, log_p)
-        term = (ahead.exp().masked_fill(missing, 0) * (ahead - behind)).sum(-1)
+        p, q = (x.exp().masked_fill(missing, 0) for x in (log_p, log_q))
         realised = events[1].gather(1, teacher_ids[rows[1], None])
-        return term, log_q.detach().exp().masked_fill(missing, 0).gather(1, realised)[:, 0]
+        return divergence(q, log_q, p, log_p), q.detach().gather(1, realised)[:, 0]
 
     roots = [side.event.to(device).long() for side in sides]
     starts = chunks.student.start, chunks.teacher.start
