@@ -4,6 +4,7 @@
 // power of 1 / tau, A and B their sums over the events that both sides have, P_e = a_e / A and Q_e = b_e / B. Then
 //   KL(Q || P) = sum Q_e D_e + log A - log B,  D_e = log b_e - log a_e,   d / d log a_e = P_e - Q_e
 //   KL(P || Q) = sum P_e D_e + log B - log A,  D_e = log a_e - log b_e,   d / d log a_e = P_e (D_e - sum P D)
+// (divergences from a mixture of the two: cpu/divergence.h; with their slopes s, d / d log a_e = P_e (s_e - sum P s))
 // and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
 // start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
 // probabilities of what is realised before.
@@ -13,12 +14,14 @@
 // start of a chunk most events are pairs of one token on each side:
 //   1. z, gathers of y: the pairs' sums, relative to the largest logits that a thread has met
 //   2. gathers of z and y: tops and sums of the other events           3. these events: their part of A, B and sum Q D
+//   (with a mixture z once more, with gathers of y: the divergence takes A and B)
 //   4. their slopes                                                    5. z, gathers of y and of slopes: the gradient
 // Boundaries inside tokens follow row by row. Their tokens are a range of the sorted vocabulary, found by the whole
 // block at once, and their part of the gradient is sparse: it replaces the dense pass's elements after it.
 #include <algorithm>
 
 #include "core/boundary_walk.h"
+#include "cuda/divergence.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/prefix_kl/params.h"
@@ -60,12 +63,13 @@ struct PairSums {
     float z_top, y_top, p, q, products;
 };
 
-// What makes a gradient of a boundary: student * e - teacher * f, or the reverse student * e * (tau D - mean), with
-// exponentials and logits relative to the centres.
+// What makes a gradient of a boundary: student * e - teacher * f, or the reverse student * e * (tau D - mean), or with
+// a mixture student * e * (s - mean), with exponentials and logits relative to the centres.
 struct Term {
     float z_centre, y_centre;
     float student, teacher;
     float mean_high, mean_low;
+    float shift;  // log A - log B
     double p, q;  // A and B, relative to the centres
 };
 
@@ -127,6 +131,8 @@ class Chunk {
           teacher_count_(static_cast<int>(p.teacher_rows.count[k])),
           inverse_temperature_(1.0f / p.temperature),
           tempered_(p.temperature != 1.0f),
+          mixed_(p.divergence.mixture > 0.0 && p.divergence.mixture < 1.0),
+          divergence_(p.divergence, sizeof(S) == 4),
           y_(p.teacher, teacher_row_) {
         const Workspace parts(p.plan);
         float* at = p.workspace + blockIdx.x * parts.total();
@@ -182,6 +188,7 @@ class Chunk {
         sum_lists(plan_.teacher_lists, y_, start_.teacher);
         __syncthreads();  // the masses are there
         compare(start_, pairs, shared_.start);
+        if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
             shared_.unmatched = start_.student[plan_.events];
@@ -319,7 +326,7 @@ class Chunk {
     }
 
     // The gradient of the first row's tokens s = i ... i + N - 1 with logits x, without boundaries inside.
-    template <bool tempered, int N>
+    template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
     __device__ void start_gradients(int i, const float (&x)[N], float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
         const Term& term = shared_.start;
@@ -334,18 +341,21 @@ class Chunk {
                 const int32_t to = slot[first + k];
                 const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
                 e[k] = clamped(x[first + k]) - own.top;
-                if (!tempered || to >= 0) e[k] *= inverse_temperature_;
+                if (!any || to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
                 y[k] = clamped(y[k]) - term.y_centre;
                 f[k] = y[k] * inverse_temperature_;
             }
             exponentials(e, sizeof(S) == 4);
-            if (!p_.reverse) exponentials(f, y_.precise());
+            if (!p_.reverse && !(any && mixed_)) exponentials(f, y_.precise());
 #pragma unroll
             for (int k = 0; k < M; ++k) {
                 const bool paired = slot[first + k] >= 0;
                 float own = e[k] * student[k];
-                if (p_.reverse) {
+                if (any && mixed_) {
+                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
+                    if (paired) own *= slope(difference, term) - term.mean_high;
+                } else if (p_.reverse) {
                     const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
                     if (paired) own *= (difference - term.mean_high) - term.mean_low;
                 } else if (paired) {
@@ -387,20 +397,69 @@ class Chunk {
         block_sum(totals, shared_.sums);
         if (thread == 0) {
             const double p = totals[0], q = totals[1];
-            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, p, q};
+            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, p, q};
             if (p != 0.0) {  // else no event has tokens on both sides
                 const double temperature = static_cast<double>(p_.temperature), mean = totals[2] / (p_.reverse ? p : q);
                 const double ratio = log(p) - log(q);
-                shared_.loss += shared_.weight * (mean / temperature + (p_.reverse ? -ratio : ratio));
+                if (!mixed_) shared_.loss += shared_.weight * (mean / temperature + (p_.reverse ? -ratio : ratio));
                 const double scale = p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_]);
                 const double factor = shared_.weight * (p_.reverse ? scale : scale * temperature);
                 term.student = static_cast<float>(factor / p);
                 term.teacher = static_cast<float>(factor / q);
                 term.mean_high = static_cast<float>(mean);
                 term.mean_low = static_cast<float>(mean - static_cast<double>(term.mean_high));
+                term.shift = static_cast<float>(ratio);
             }
         }
         __syncthreads();  // the term is there
+    }
+
+    // Of temperature (log a - log b), relative to the centres.
+    __device__ MixedDivergence::Terms mixed(float difference, const Term& term) const {
+        return divergence_(fmaf(-difference, inverse_temperature_, term.shift));
+    }
+    __device__ float slope(float difference, const Term& term) const {
+        return divergence_.slope(mixed(difference, term));
+    }
+
+    // Adds the term of a divergence from a mixture, of the pairs too if it is the start's, and leaves the mean slope.
+    __device__ void add_mixed_term(const Events& events, bool is_start, Term& term) {
+        if (term.p == 0.0) return;
+        const float per_a = static_cast<float>(1.0 / term.p), per_b = static_cast<float>(1.0 / term.q);
+        float value = 0.0f, mean = 0.0f;
+        const auto add = [&](float a, float b, float difference) {
+            const MixedDivergence::Terms part = mixed(difference, term);
+            value = fmaf(b, part.of_teacher, fmaf(a, part.of_student, value));
+            mean = fmaf(a, divergence_.slope(part), mean);
+        };
+        for (int n = events.begin + static_cast<int>(threadIdx.x); n < events.end; n += static_cast<int>(blockDim.x)) {
+            const Mass student = events.student[n], teacher = events.teacher[n];
+            add(student_exp(student.top - term.z_centre) * student.sum * per_a,
+                teacher_exp(teacher.top - term.y_centre) * teacher.sum * per_b,
+                difference(student, teacher, term.z_centre, term.y_centre));
+        }
+        if (is_start) {
+            each_vector(Row<S>(p_.student, row_), plan_.side[0].size, [&](int i, const auto& x) {
+                constexpr int N = sizeof(x) / sizeof(float);
+                int32_t slot[N];
+                load_lanes(plan_.slot, i, slot);
+                float y[N];
+                y_.gather(slot, y);
+#pragma unroll 1
+                for (int k = 0; k < N; ++k) {
+                    if (slot[k] < 0) continue;
+                    const float z = clamped(x[k]) - term.z_centre, other = clamped(y[k]) - term.y_centre;
+                    add(student_exp(z) * per_a, teacher_exp(other) * per_b, z - other);
+                }
+            });
+        }
+        double sums[2] = {static_cast<double>(value), static_cast<double>(mean)};
+        block_sum(sums, shared_.sums);
+        if (threadIdx.x == 0) {
+            shared_.loss += shared_.weight * sums[0];
+            term.mean_high = static_cast<float>(sums[1]);
+        }
+        __syncthreads();  // the mean is there
     }
 
     // temperature (log a - log b), relative to the centres.
@@ -413,15 +472,15 @@ class Chunk {
         for (int n = events.begin + static_cast<int>(threadIdx.x); n < events.end; n += static_cast<int>(blockDim.x)) {
             const Mass student = events.student[n], teacher = events.teacher[n];
             const float p = student_exp(student.top - term.z_centre) * term.student;
-            float slope;
-            if (p_.reverse) {
+            float value;
+            if (p_.reverse || mixed_) {
                 const float d = difference(student, teacher, term.z_centre, term.y_centre);
-                slope = p * ((d - term.mean_high) - term.mean_low);
+                value = p * (mixed_ ? slope(d, term) - term.mean_high : (d - term.mean_high) - term.mean_low);
             } else {
                 const float share = teacher.sum / student.sum;
-                slope = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
+                value = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
             }
-            events.student[n].sum = slope;
+            events.student[n].sum = value;
         }
     }
 
@@ -522,6 +581,7 @@ class Chunk {
         __syncthreads();  // the masses are there
         const Events events{inner_.student, inner_.teacher, skipped, count};
         compare(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}, shared_.inner);
+        if (mixed_) add_mixed_term(events, false, shared_.inner);
         if (p_.weighted && thread == 0) {
             const int e = shared_.inner.q == 0.0 ? -1 : realised_event(side, walk, count);
             shared_.weight *= e < 0 ? 0.0 : probability(inner_.teacher[e], shared_.inner);
@@ -659,7 +719,7 @@ class Chunk {
                     finish(label, s, x, g);
                 });
             };
-            if (tempered_) {
+            if (tempered_ || mixed_) {
                 write([&](int s, const auto& x, auto& g) { start_gradients<true>(s, x, g); });
             } else {
                 write([&](int s, const auto& x, auto& g) { start_gradients<false>(s, x, g); });
@@ -700,7 +760,8 @@ class Chunk {
     int64_t k_, row_, teacher_row_;
     int count_, teacher_count_;
     float inverse_temperature_;
-    bool tempered_;
+    bool tempered_, mixed_;
+    MixedDivergence divergence_;
     AnyRow y_;  // the teacher's first row
     Events start_, inner_;
     int32_t *piece_, *begin_;  // of the events inside a token: the next piece, and the first token of the range
