@@ -445,7 +445,7 @@ class Chunk {
                 load_lanes(plan_.slot, i, slot);
                 float y[N];
                 y_.gather(slot, y);
-#pragma unroll 1
+#pragma unroll
                 for (int k = 0; k < N; ++k) {
                     if (slot[k] < 0) continue;
                     const float z = clamped(x[k]) - term.z_centre, other = clamped(y[k]) - term.y_centre;
