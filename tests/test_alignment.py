@@ -552,6 +552,81 @@ def test_bad_alignments(make, match):
         Alignment([[0.0, 1.0, 0.0, 1.0]])
 
 
+def test_supervised_by_definition():
+    """A chunk counts if each of its tokens is labelled, on both sides if both have labels."""
+    rng = random.Random(0)
+    for _ in range(40):
+        spans, offsets, lengths = [], [0], [0, 0]
+        for _ in range(3):
+            ends = [0, 0]
+            for _ in range(rng.randrange(5)):
+                starts = [end + rng.randrange(2) for end in ends]
+                ends = [start + rng.randint(1, 3) for start in starts]
+                spans.append([starts[0], ends[0], starts[1], ends[1]])
+            offsets.append(len(spans))
+            lengths = [max(length, end) for length, end in zip(lengths, ends, strict=True)]
+        labels, others = (
+            torch.tensor([[rng.choice([-100, 0, 7, 7]) for _ in range(length + 2)] for _ in range(3)])
+            for length in lengths
+        )
+        alignment = Alignment(spans, offsets, predicted=[rng.random() < 0.8 for _ in spans])
+        seen = alignment.predicted.tolist()
+        rows = [(k, b, c) for k, (b, c) in enumerate(itertools.pairwise(offsets))]
+        own, both = [], []
+        for sample, first, last in rows:
+            for n in range(first, last):
+                a, b, c, d = spans[n]
+                own.append(seen[n] and -100 not in labels[sample, a:b].tolist())
+                both.append(own[n] and -100 not in others[sample, c:d].tolist())
+        assert alignment.supervised(labels).predicted.tolist() == own
+        assert alignment.supervised(labels, others.int()).predicted.tolist() == both
+        assert alignment.supervised(labels).supervised(labels.numpy()).predicted.tolist() == own
+        assert alignment.predicted.tolist() == seen
+        one = alignment.slice(1)
+        assert one.supervised(labels[1]).predicted.tolist() == own[offsets[1] : offsets[2]]
+        parts = [alignment.slice(k).supervised(labels[k].tolist()) for k in range(3)]
+        assert Alignment.cat(parts).predicted.tolist() == own
+
+
+def test_the_first_token_of_a_completion_is_supervised(toy):
+    """Its row stands in the prompt, so a mask of the aligner would lose it; a chunk that straddles is the prompt's."""
+    student, teacher = Vocabulary([b"In", b" 199", b"5", b" ok"]), Vocabulary([b"In", b" ", b"1", b"9", b"5", b"ok"])
+    ids, theirs = [[0, 1, 2, 3]], [[0, 1, 2, 3, 3, 4, 1, 5]]
+    alignment = Aligner(student, teacher).align(ids, theirs)
+    assert alignment.spans.tolist() == [[0, 1, 0, 1], [1, 2, 1, 5], [2, 3, 5, 6], [3, 4, 6, 8]]
+    labels = torch.tensor([[-100, -100, 2, 3]])
+    assert alignment.supervised(labels).predicted.tolist() == [False, False, True, True]
+    masked = Aligner(student, teacher).align(ids, theirs, labels != -100, [[0] * 5 + [1] * 3])
+    assert masked.predicted.tolist() == [False, True]
+    their_labels = torch.tensor([[-100] * 6 + [1, -100]])
+    assert alignment.supervised(labels, their_labels).predicted.tolist() == [False] * 4
+    wide = Alignment([[1, 4, 1, 2]])
+    for label in ([-100, -100, 1, 1], [-100, 1, -100, 1], [-100, 1, 1, -100]):
+        assert wide.supervised(label).predicted.tolist() == [False]
+    assert wide.supervised([-100, 1, 1, 1]).predicted.tolist() == [True]
+    assert Alignment([]).supervised([]).predicted.tolist() == []
+
+
+@pytest.mark.parametrize(
+    ("labels", "error", "message"),
+    [
+        ((torch.zeros(3, 4, dtype=torch.int64),), ValueError, r"labels: expected shape \[2, T\], got \[3, 4\]"),
+        ((torch.zeros(4, dtype=torch.int64),), ValueError, r"labels: expected shape \[2, T\], got \[4\]"),
+        (([[0, 0], [0, 0]],), ValueError, r"labels: expected a label for every token .*chunk 1 ends at token 3.*got 2"),
+        ((torch.zeros(2, 4),), TypeError, "labels: expected integers, got torch.float32"),
+        ((torch.ones(2, 4, dtype=torch.bool),), TypeError, "labels: expected integers, got torch.bool"),
+        (([[0] * 4] * 2, [[0]] * 2), ValueError, r"teacher_labels: expected a label .*chunk 1 ends at token 2.*got 1"),
+        (([[0] * 4] * 2, [0, 0]), ValueError, r"teacher_labels: expected shape \[2, T\], got \[2\]"),
+    ],
+)
+def test_bad_labels(labels, error, message):
+    alignment = Alignment([[0, 1, 0, 1], [1, 3, 1, 2], [0, 2, 0, 1]], [0, 2, 3])
+    with pytest.raises(error, match=message):
+        alignment.supervised(*labels)
+    with pytest.raises(ValueError, match=r"labels: expected shape \[T\] or \[1, T\], got \[2, 3\]"):
+        alignment.slice(0).supervised([[0] * 3] * 2)
+
+
 def test_pretty():
     student = Vocabulary([b"<s>", b"In", b" 2024", b"\n\xe4"], roles={"bos": 0})
     teacher = Vocabulary([b"In", b" ", b"20", b"24", b"\n", b"\xe4"])

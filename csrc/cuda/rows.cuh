@@ -282,6 +282,14 @@ __device__ Statistics row_statistics(const R& row, int size, float lowest, float
     return statistics(row, nullptr, size, lowest, temperature, shared, Unweighted{});
 }
 
+// Whether chunk k is one that does not count (row -1): its loss is 0.
+template <typename Params>
+__device__ bool is_left_out(const Params& params, int64_t k) {
+    if (params.student_rows.start[k] >= 0) return false;
+    if (threadIdx.x == 0 && params.losses != nullptr) params.losses[k] = 0.0f;
+    return true;
+}
+
 // The cross-entropy's part of a row's gradient: scale * (softmax - onehot).
 struct LabelTerm {
     Exponential exp;

@@ -54,7 +54,14 @@ def steps_of(name: str) -> dict[str, Callable[[Step], Any]]:
         f"{name}, inplace": lambda s: loss_of(s, name, student=s.student * 1.0, inplace=True),
         f"{name}, labels": lambda s: _weighted(*loss_of(s, name, labels=s.labels)),
         f"{name}, linear": lambda s: loss_of(s, name, linear=True),
+        f"{name}, supervised": lambda s: loss_of(_supervised(s), name, reduction="sum"),
+        f"{name}, supervised, none": lambda s: loss_of(_supervised(s), name, reduction="none").square().sum(),
+        f"{name}, supervised, linear": lambda s: loss_of(_supervised(s), name, linear=True),
     }
+
+
+def _supervised(s: Step) -> Step:
+    return replace(s, alignment=s.alignment.supervised(s.labels))
 
 
 def _weighted(loss: Tensor, cross_entropy: Tensor) -> Tensor:

@@ -28,8 +28,25 @@ def make_labels(case: Case, seed: int = 0) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     shape = case.student.shape[:2]
     labels = torch.randint(case.projection.shape[0], shape, generator=generator)
-    ignored = torch.rand(shape, generator=generator) < torch.linspace(0.8, 0.1, shape[0])[:, None]
+    ignored = torch.rand(shape, generator=generator) < torch.linspace(0.1, 0.5, shape[0]).flip(0)[:, None]
     return labels.masked_fill(ignored, -100)
+
+
+def supervised(alignment: Alignment, labels: Tensor, teacher_labels: Tensor | None = None) -> Alignment:
+    """By hand: a chunk counts if each of its tokens is labelled."""
+    predicted, spans = [], alignment.spans.tolist()
+    for sample, (first, last) in enumerate(pairwise(alignment.offsets.tolist())):
+        for (a, b, c, d), seen in zip(spans[first:last], alignment.predicted.tolist()[first:last], strict=True):
+            own = labels[sample].tolist()[a:b]
+            theirs = [] if teacher_labels is None else teacher_labels[sample].tolist()[c:d]
+            predicted.append(seen and all(one != -100 for one in own + theirs))
+    ids = alignment.student_ids, alignment.teacher_ids
+    return Alignment(alignment.spans, alignment.offsets, *ids, predicted=predicted)
+
+
+def without_prompt(case: Case, labels: Tensor) -> Case:
+    """The case with only the supervised chunks."""
+    return Case(case.student, case.teacher, supervised(case.alignment, labels), case.projection)
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -47,16 +64,23 @@ def test_fixed_total_and_parts() -> None:
     criterion = XTokenLoss(teachers, scaling="fixed", ce_weight=0.3, kd_weight=0.7)
     total, parts = criterion(case.student, labels, [case.teacher, other.teacher], [case.alignment, other.alignment])
     ce = cross_entropy(case.student, labels)
+    counted = supervised(case.alignment, labels)
     first = projected_loss(
-        case.student, case.teacher, case.alignment, case.projection, top_k=11, merge="mean", temperature=2.0
+        case.student, case.teacher, counted, case.projection, top_k=11, merge="mean", temperature=2.0
     )
-    second = OPERATIONS[OTHER].public(other, case.student, other.teacher, **OPERATIONS[OTHER].few(7))
+    second = OPERATIONS[OTHER].public(
+        without_prompt(other, labels), case.student, other.teacher, **OPERATIONS[OTHER].few(7)
+    )
     kd = 0.5 * first + 2.0 * second
     assert_close(parts["ce"], ce, rtol=1e-12)
     assert_close(parts["kd"], kd, rtol=1e-12)
     assert_close(parts["kd_per_teacher"], torch.stack([first, second]), rtol=1e-12)
     assert_close(total, 0.3 * ce + 0.7 * kd, rtol=1e-12)
-    assert parts["chunks"].tolist() == [int(a.predicted.sum()) for a in (case.alignment, other.alignment)]
+    counts = [[int(a.predicted.sum()) for a in (one, supervised(one, labels))]
+              for one in (case.alignment, other.alignment)]  # fmt: skip
+    assert parts["chunks"].tolist() == [count for _, count in counts]
+    assert parts["unsupervised"].tolist() == [before - count for before, count in counts]
+    assert min(counts[0]) > 0 < counts[0][0] - counts[0][1]
     assert not any(part.requires_grad for part in parts.values())
 
 
@@ -68,7 +92,7 @@ def test_dynamic_scaling_is_constant_in_backward() -> None:
     assert_close(total, 2 * parts["ce"], rtol=1e-12)
     (got,) = torch.autograd.grad(total, student)
     ce = cross_entropy(student, labels)
-    kd = projected_loss(student, case.teacher, case.alignment, case.projection)
+    kd = projected_loss(student, case.teacher, supervised(case.alignment, labels), case.projection)
     (want,) = torch.autograd.grad(ce + (ce / kd).detach() * kd, student)
     assert_close(got, want, rtol=1e-9, atol=1e-12)
 
@@ -91,11 +115,13 @@ def test_everything_ignored_is_finite() -> None:
     case = make_case()
     student = case.student.requires_grad_()
     labels = torch.full(student.shape[:2], -100)
-    total, parts = XTokenLoss([Teacher(case.projection)])(student, labels, case.teacher, case.alignment)
+    with pytest.warns(UserWarning, match="labels: no chunk of the alignment has all of its tokens labelled"):
+        total, parts = XTokenLoss([Teacher(case.projection)])(student, labels, case.teacher, case.alignment)
     total.backward()
-    assert total.item() == 0 == parts["ce"].item()
+    assert total.item() == 0 == parts["ce"].item() == parts["kd"].item()
+    assert (int(parts["chunks"]), int(parts["unsupervised"])) == (0, int(case.alignment.predicted.sum()))
     assert student.grad is not None
-    assert bool(student.grad.isfinite().all())
+    assert bool((student.grad == 0).all())
 
 
 def test_no_teacher_is_cross_entropy() -> None:
@@ -109,11 +135,14 @@ def test_no_teacher_is_cross_entropy() -> None:
 @pytest.mark.parametrize("loss", registered())
 def test_every_loss(loss: str) -> None:
     case, operation = make_case(), OPERATIONS[loss]
-    alignment, *_ = operation.arguments(case)
+    alignment, *pair = operation.arguments(case)
+    labels = make_labels(case).clamp_max(operation.size(case) - 1)
+    arguments = case.student, case.teacher, supervised(alignment, labels), *pair
     for options in ({}, *variants(loss).values()):
         criterion = XTokenLoss([operation.teacher(case, **options)])
-        _, parts = criterion(case.student, make_labels(case), case.teacher, alignment)
-        assert_close(parts["kd"], operation.public(case, case.student, case.teacher, **options), rtol=1e-12)
+        _, parts = criterion(case.student, labels, case.teacher, alignment)
+        want = operation.function()(*arguments, **operation.sizes(case), **options)
+        assert_close(parts["kd"], want, rtol=1e-12)
         if operation.needs is Needs.NOTHING:  # see the next test
             continue
         assert 0 <= float(parts["agreement"]) <= 1
@@ -127,7 +156,8 @@ def test_a_projection_may_be_there_for_its_diagnoses() -> None:
     for name in names:
         teacher = Teacher(case.projection, loss=name)
         _, parts = XTokenLoss([teacher])(case.student, make_labels(case), case.teacher, case.alignment)
-        assert_close(parts["kd"], OPERATIONS[name].public(case, case.student, case.teacher), rtol=1e-12)
+        counted = without_prompt(case, make_labels(case))
+        assert_close(parts["kd"], OPERATIONS[name].public(counted, case.student, case.teacher), rtol=1e-12)
         assert 0 <= float(parts["agreement"]) <= 1
         assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
 
@@ -137,7 +167,8 @@ def test_pieces() -> None:
     criterion = XTokenLoss([Teacher(pieces=case.pieces, reverse=True)])
     assert criterion.vocab_size == 67
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
-    want = OPERATIONS[PIECES].public(case, case.student, case.teacher, reverse=True)
+    counted = without_prompt(case, make_labels(case))
+    want = OPERATIONS[PIECES].public(counted, case.student, case.teacher, reverse=True)
     assert_close(parts["kd"], want, rtol=1e-12)
     assert 0 <= float(parts["agreement"]) <= 1
     assert float(parts["mass"]) == 1
@@ -165,8 +196,12 @@ def test_shared_tokenizer_with_an_alignment_and_padded_heads() -> None:
     labels = make_labels(case)
     alignment = Alignment([[1, 2, 2, 3], [3, 4, 3, 4]], [0, 1, 2])
     padded = nn.functional.pad(case.teacher, (0, 5), value=math.nan)
+    labels[:, 1:] = 1
+    labels[1, 3] = -100
     _, parts = XTokenLoss([Teacher()])(case.student, labels, padded, alignment)
-    assert_close(parts["kd"], shared_loss(case.student, case.teacher, alignment, top_k=8192), rtol=1e-12)
+    counted = supervised(alignment, labels)
+    assert_close(parts["kd"], shared_loss(case.student, case.teacher, counted, top_k=8192), rtol=1e-12)
+    assert (parts["chunks"].tolist(), parts["unsupervised"].tolist()) == ([1], [1])
 
 
 def test_agreement_and_mass_by_hand() -> None:
@@ -179,7 +214,7 @@ def test_agreement_and_mass_by_hand() -> None:
     for student_id in range(case.projection.shape[0]):
         ids, weights = case.projection.row(student_id)
         dense[student_id, ids.long()] = weights.double()
-    used = case.alignment.spans[case.alignment.predicted].long()
+    used = case.alignment.spans[supervised(case.alignment, make_labels(case)).predicted].long()
     projected = (case.student[0, used[:, 0] - 1].softmax(-1) @ dense)[:, columns]
     q = case.teacher[0, used[:, 2] - 1].softmax(-1)[:, columns]
     agreement = (projected.argmax(1) == q.argmax(1)).double().mean()
@@ -191,7 +226,7 @@ def test_agreement_on_events_by_hand() -> None:
     case = make_case(samples=1, shapes=((1, 1), (2, 1), (1, 3)))
     pieces = piece_index(*case.projection.shape)
     criterion = XTokenLoss([Teacher(pieces=pieces)])
-    used = case.alignment.spans[case.alignment.predicted].long()
+    used = case.alignment.spans[supervised(case.alignment, make_labels(case)).predicted].long()
     ids = case.alignment.student_ids, case.alignment.teacher_ids
     ids[1][0, used[0, 2]] = (pieces.teacher.event != pieces.student.event[ids[0][0, used[0, 0]]]).nonzero()[0]
     _, parts = criterion(case.student, make_labels(case), case.teacher, case.alignment)
@@ -294,8 +329,9 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
                 assert added == [pytest.approx(lacking, rel=1e-6, abs=0.0)]
                 factor, exactly = outer if kd_weight else 0.0, 0.0 if outer == 1.0 else 1e-6
                 assert scaled == pytest.approx([factor] * len(scaled), rel=exactly, abs=0.0)
-            losses = 0.3 * projected_loss(student, case.teacher, case.alignment, case.projection, top_k=20)
-            losses = losses + OPERATIONS[OTHER].public(case, student, case.teacher)
+            counted = without_prompt(case, labels)
+            losses = 0.3 * projected_loss(student, case.teacher, counted.alignment, case.projection, top_k=20)
+            losses = losses + OPERATIONS[OTHER].public(counted, student, case.teacher)
             want = 0.9 * cross_entropy(student, labels) + kd_weight * parts["scale"] * losses
             (true,) = torch.autograd.grad(outer * want, student)
             assert_close(got, true, rtol=1e-4, atol=1e-5 * float(true.abs().max()))
@@ -470,7 +506,8 @@ def test_given_columns() -> None:
     columns = torch.arange(5, 25)
     criterion = XTokenLoss([Teacher(case.projection, columns=columns)], scaling="fixed")
     whole = criterion(case.student, labels, case.teacher, case.alignment)[1]
-    want = projected_loss(case.student, case.teacher, case.alignment, case.projection, columns=columns)
+    counted = supervised(case.alignment, labels)
+    want = projected_loss(case.student, case.teacher, counted, case.projection, columns=columns)
     assert_close(whole["kd"], want, rtol=1e-12)
     chunks = int(whole["chunks"])
     parts = [criterion(*half, num_chunks=chunks)[1]["kd"] for half in halves(case, labels)]
@@ -486,7 +523,7 @@ def test_projected_mass_outside_by_hand() -> None:
     for student_id in range(case.projection.shape[0]):
         ids, weights = case.projection.row(student_id)
         inside[student_id] = weights[(ids >= 10) & (ids < 30)].double().sum()
-    rows = case.alignment.spans[case.alignment.predicted].long()[:, 0] - 1
+    rows = case.alignment.spans[supervised(case.alignment, make_labels(case)).predicted].long()[:, 0] - 1
     want = 1 - (case.student[0, rows].softmax(-1) @ inside).mean()
     assert_close(parts["outside"], want[None], rtol=1e-6)
     twin = make_case(59, 59)
@@ -506,12 +543,12 @@ def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatc
     )
     spans = torch.arange(1, 13)
     pairs = Alignment(torch.stack([spans, spans + 1, spans, spans + 1], 1), [0, 12])
-    few = XTokenLoss([Teacher(case.projection, top_k=None)])(
-        case.student, make_labels(case), case.teacher, case.alignment
-    )[1]
-    shifted = XTokenLoss([Teacher(case.projection, top_k=None)])(
-        twice.student, make_labels(twice), twice.teacher, pairs
-    )[1]
+    few, shifted = (
+        XTokenLoss([Teacher(case.projection, top_k=None)])(
+            one.student, torch.zeros(one.student.shape[:2], dtype=torch.int64), one.teacher, alignment
+        )[1]
+        for one, alignment in ((case, case.alignment), (twice, pairs))
+    )
     assert int(shifted["chunks"]) == 12
     for name in ("agreement", "mass", "outside"):
         assert not math.isnan(float(shifted[name]))

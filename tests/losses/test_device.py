@@ -13,14 +13,14 @@ import emulated
 import pytest
 import torch
 from default_losses import DEFAULT
-from fake_device import DEVICE, DeviceTensor, fake_device
+from fake_device import DEVICE, DeviceTensor, FakeDevice, fake_device
 from harness import OPERATIONS, make_case, own_tests
 from steps import Step, constants, loss_of, make_step, results, steps_of
 from torch import Tensor
 
 import xtoken
 from xtoken import TopKLogits
-from xtoken.alignment import to_device
+from xtoken.alignment import Chunks, to_device
 from xtoken.losses import Needs, select_backend
 from xtoken.losses.backends import kernels_of
 
@@ -145,6 +145,30 @@ def test_an_alignment_on_a_device_keeps_the_original() -> None:
     assert moved.spans.device.type == "meta"
     assert moved.host is case.alignment
     assert moved.to("cpu") is case.alignment
+
+
+@pytest.mark.parametrize("moved", [False, True])
+def test_labels_on_a_device_choose_chunks_there(moved: bool) -> None:
+    """What the host then does not know comes along wherever the alignment goes."""
+    case = make_case()
+    labels = torch.where(torch.rand(case.student.shape[:2], generator=torch.Generator().manual_seed(0)) < 0.3, -100, 1)
+    want = case.alignment.supervised(labels)
+    assert want.predicted.tolist() != case.alignment.predicted.tolist()
+    with FakeDevice() as device:
+        alignment = case.alignment.to(DEVICE) if moved else case.alignment
+        on_device = labels.to(DEVICE, non_blocking=True)
+        device.waits.clear()
+        got = alignment.supervised(on_device)
+        again = got.supervised(on_device, torch.zeros(case.teacher.shape[:2], dtype=torch.int64))
+        assert device.waits == []
+        for one in (got, again):
+            assert one.spans.device == DEVICE
+            back = one.to("cpu")
+            for name in ("spans", "offsets", "predicted", "student_ids", "teacher_ids"):
+                assert torch.equal(getattr(back, name), getattr(want, name)), name
+        assert got.host is case.alignment
+        chunks = Chunks.of(got, case.student.shape[1], case.teacher.shape[1])
+        assert int(chunks.number) == int(want.predicted.sum())
 
 
 # On a GPU the same calls: no wait, whichever device is current, and as a CUDA graph.

@@ -51,6 +51,8 @@ def test_packed_models_see_each_example_alone(examples, student_tok, teacher_tok
     models = make_model(len(student_tok), 0), make_model(len(teacher_tok), 1)
     results = []
     for batch in (apart, packed):
+        alignment = batch["teachers"][0]["alignment"]
+        assert torch.equal(alignment.supervised(batch["labels"]).predicted, alignment.predicted)
         sides = (batch, batch["teachers"][0])
         inputs = [
             {name: side[name] for name in ("input_ids", "attention_mask", "position_ids") if name in side}

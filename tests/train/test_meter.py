@@ -22,6 +22,7 @@ def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float])
         "ce": torch.tensor(ce),
         "kd_per_teacher": torch.tensor(kd),
         "chunks": torch.tensor(chunks),
+        "unsupervised": torch.tensor(chunks) // 20,
         "scale": torch.tensor(2.0),
         **diagnoses,
     }
@@ -37,6 +38,7 @@ def test_two_teachers():
     assert got["kd"] == pytest.approx(1.0 + 10 * 0.5)
     assert (got["kd/a"], got["kd/b"]) == (1.0, 0.5)
     assert (got["chunks/a"], got["chunks/b"]) == (40.0, 40.0)
+    assert (got["unsupervised/a"], got["unsupervised/b"]) == (1.0, 2.0)
     assert got["agreement/a"] == pytest.approx(35 / 40)
     assert got["teacher_mass/a"] == pytest.approx(35 / 80)
     assert got["projected_outside/a"] == 0

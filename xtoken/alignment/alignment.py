@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +15,9 @@ from torch import Tensor
 
 from xtoken.alignment.pretty import shown_tokens, two_lines
 from xtoken.vocabulary import TokenizerLike
+
+IGNORED = -100
+"""Label of a token that no loss looks at, as in PyTorch and transformers."""
 
 
 def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = False) -> Tensor:
@@ -55,6 +60,7 @@ class Alignment:
 
     _host: Alignment | None = None  # the same on the CPU, for one on another device
     _flat: Tensor | None = None  # `_flatten` on another device
+    _masked: bool = False  # whether `predicted`, on another device, leaves out chunks that `_host` still has
 
     def __init__(
         self,
@@ -152,23 +158,96 @@ class Alignment:
     @property
     def sample_index(self) -> Tensor:
         """int64 [K]: the sample of each chunk."""
-        return torch.repeat_interleave(torch.arange(len(self), device=self.spans.device), self.offsets.diff())
+        samples = torch.arange(len(self), device=self.spans.device)
+        return torch.repeat_interleave(samples, self.offsets.diff(), output_size=self.num_chunks)
 
     def to(self, device: torch.device | str) -> Alignment:
-        """The same alignment with its tensors on `device`."""
+        """The same alignment with its tensors on `device`; nothing waits, but for the way back to the CPU."""
         device = torch.device(device)
-        if device.type == "cpu" and self._host is not None:
+        on_host = device.type == "cpu"
+        if on_host and self._host is not None and not self._masked:
             return self._host
-        fields = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+
+        def moved(value: Tensor) -> Tensor:
+            return value.to(device) if on_host else to_device(value, device)
+
+        fields = {k: moved(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         ids = zip(("student", "teacher"), self._both_ids(), strict=True)
-        fields["_ids"] = {side: one if one is None else one.to(device) for side, one in ids}
-        fields["_host"] = host = None if device.type == "cpu" else self.host
-        fields["_flat"] = None if host is None else host._flatten(ids=True).to(device)
+        fields["_ids"] = {side: one if one is None else moved(one) for side, one in ids}
+        fields["_host"] = host = None if on_host else self.host
+        fields["_flat"] = None if host is None else moved(host._flatten(ids=True))
+        fields["_masked"] = self._masked and not on_host
         return Alignment._trusted(**fields)
+
+    def supervised(self, labels: Any, teacher_labels: Any = None) -> Alignment:
+        """The same alignment, of which losses use only the chunks whose tokens are all labelled.
+
+        A chunk that straddles prompt and completion counts as prompt: its first row would teach a token of the prompt.
+        The first whole chunk of a completion counts, though its row stands in the prompt: row t predicts token t + 1.
+        (Labels as masks of `Aligner.align` would lose it.) `XTokenLoss` does this itself with its labels.
+
+        Parameters
+        ----------
+        labels : int [B, T] or [T]
+            Of the student's tokens, at their own positions; -100 where a token is not supervised. The values do not
+            matter otherwise.
+        teacher_labels : int [B, T] or [T], optional
+            Of the teacher's tokens, if these must be labelled too.
+
+        Returns
+        -------
+        Alignment
+            Chunks keep their numbers; the others are no longer `predicted`. On the device of the labels if that is not
+            the CPU, since only the device knows which they are: nothing waits for it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For labels of another shape than the alignment's samples, too few, or that are no integers.
+        """
+        given = {"labels": (labels, 0), "teacher_labels": (teacher_labels, 1)}
+        sides = [(name, int_tensor(value, name, torch.int64), side) for name, (value, side) in given.items()
+                 if value is not None]  # fmt: skip
+        device = next((value.device for _, value, _ in sides if value.device.type != "cpu"), torch.device("cpu"))
+        placed = self if self.spans.device == device else self.to(device)
+        labelled = [placed._labelled(name, to_device(value, device), side) for name, value, side in sides]
+        supervised = copy.copy(placed)
+        supervised.predicted = functools.reduce(torch.logical_and, labelled, placed.predicted)
+        supervised._masked = device.type != "cpu"
+        if supervised._masked:
+            supervised._host = placed.host
+        return supervised
+
+    @property
+    def mask(self) -> Tensor | None:
+        """bool [K]: which chunks are `predicted`, if only another device than the CPU knows; else None."""
+        return self.predicted if self._masked else None
+
+    def _labelled(self, name: str, labels: Tensor, side: int) -> Tensor:
+        """bool [K]: the chunks all of whose tokens on a side have a label."""
+        rows = labels if labels.dim() == 2 else labels[None]
+        if rows.dim() != 2 or len(rows) != len(self):
+            expected = f"[{len(self)}, T]" if len(self) > 1 else "[T] or [1, T]"
+            raise ValueError(f"{name}: expected shape {expected}, got {list(labels.shape)}")
+        self.host.check_reach(side, rows.shape[1], name, "label")
+        before = torch.nn.functional.pad((rows == IGNORED).cumsum(1), (1, 0)).flatten()
+        first, last = self.spans[:, 2 * side : 2 * side + 2].long().T + self.sample_index * (rows.shape[1] + 1)
+        return before[last] == before[first]
+
+    def check_reach(self, side: int, length: int, name: str, unit: str) -> None:
+        """Raises ValueError if a chunk ends beyond so many rows or labels of a side (0: student, 1: teacher)."""
+        ends = self.spans[:, 2 * side + 1]
+        if len(ends) and int(ends.max()) > length:
+            chunk = f"chunk {int(ends.argmax())} ends at token {int(ends.max())}"
+            expected = f"a {unit} for every token that the alignment names ({chunk})"
+            raise ValueError(f"{name}: expected {expected}, got {length} {unit}s")
 
     @property
     def host(self) -> Alignment:
-        """The same alignment on the CPU: itself, what `to` was called of, or a copy that is made once."""
+        """The same alignment on the CPU: itself, what `to` was called of, or a copy that is made once.
+
+        It may have more chunks than one that was `supervised` on a device.
+        """
         if self.spans.device.type == "cpu":
             return self
         if self._host is None:
@@ -273,6 +352,20 @@ class Alignment:
 def predictable(alignment: Alignment) -> Tensor:
     """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
     return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
+
+
+def to_device(values: Tensor, device: torch.device) -> Tensor:
+    """The values of a tensor on a device, without waiting for it.
+
+    Raises RuntimeError while a CUDA graph is captured, which would read the host's memory at every replay.
+    """
+    if device.type != "cuda" or values.device.type != "cpu":
+        return values.to(device, non_blocking=True)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "inside a CUDA graph losses take tensors on the device only: move the alignment, labels and columns there"
+        )
+    return values.pin_memory().to(device, non_blocking=True)
 
 
 class Ragged(NamedTuple):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xtoken.alignment.alignment import Alignment, predictable
+from xtoken.alignment.alignment import Alignment, predictable, to_device
 
 
 @dataclass(frozen=True)
@@ -129,21 +129,26 @@ class Chunks:
         """
         device, host = torch.device(device), alignment.host
         lengths = student_length, teacher_length
-        for name, column, length, ids in zip(("student", "teacher"), (1, 3), lengths, host._both_ids(), strict=True):
-            end = host.spans[:, column]
-            if len(end) and int(end.max()) > length:
-                chunk = f"chunk {int(end.argmax())} ends at token {int(end.max())}"
-                expected = f"a row for every token that the alignment names ({chunk})"
-                raise ValueError(f"{name}_logits: expected {expected}, got {length} rows")
+        for side, (name, length, ids) in enumerate(zip(("student", "teacher"), lengths, host._both_ids(), strict=True)):
+            host.check_reach(side, length, f"{name}_logits", "row")
             if realised and ids is None:
                 raise ValueError(f"alignment: the loss or its merge needs token ids, but {name}_ids is None")
         flat, placed = host._flatten(realised), alignment._flat
         chunks = _of_flat(flat, host, lengths, realised)
-        if device.type == "cpu":
-            return chunks
-        if placed is None or placed.device != device:
-            placed = to_device(flat, device)
-        return replace(_of_flat(placed, host, lengths, realised), copy=chunks)
+        if device.type != "cpu":
+            if placed is None or placed.device != device:
+                placed = to_device(flat, device)
+            chunks = replace(_of_flat(placed, host, lengths, realised), copy=chunks)
+        return chunks if alignment.mask is None else chunks.masked(alignment.mask)
+
+    def masked(self, mask: Tensor) -> Chunks:
+        """The same chunks, of which only those count that a mask of all the alignment's chunks names."""
+        mask = mask.to(self.used.device)[self.used]
+        student, teacher = (
+            replace(side, start=torch.where(mask, side.start, -1), count=side.count * mask)
+            for side in (self.student, self.teacher)
+        )
+        return Chunks(student, teacher, self.used, mask, self if self.copy is None else self.copy)
 
     @staticmethod
     def of_positions(rows: int, mask: Tensor | None = None, device: torch.device | str = "cpu") -> Chunks:
@@ -154,9 +159,7 @@ class Chunks:
         device = torch.device(device)
         chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
         if mask is not None and mask.device.type != "cpu":
-            chosen = mask.to(device).flatten()
-            same = Rows(torch.where(chosen, used, -1), chosen.long())
-            return Chunks(same, same, used, chosen, chunks)
+            return replace(_rows_as_chunks(used).masked(mask.to(device).flatten()), copy=chunks)
         if mask is not None:
             chunks = _rows_as_chunks(mask.flatten().nonzero()[:, 0])
             used = to_device(chunks.used, device)
@@ -181,20 +184,6 @@ def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: 
             following = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
         sides.append(Rows(sample * length + start - 1, stop - start, following))
     return Chunks(sides[0], sides[1], used)
-
-
-def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """The values of a tensor on a device, without waiting for it.
-
-    Raises RuntimeError while a CUDA graph is captured, which would read the host's memory at every replay.
-    """
-    if device.type != "cuda" or values.device.type != "cpu":
-        return values.to(device, non_blocking=True)
-    if torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "inside a CUDA graph losses take tensors on the device only: move the alignment, labels and columns there"
-        )
-    return values.pin_memory().to(device, non_blocking=True)
 
 
 def synchronized(values: Tensor) -> Tensor:

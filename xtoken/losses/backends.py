@@ -13,10 +13,8 @@ from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from xtoken.alignment.alignment import IGNORED as IGNORED
 from xtoken.alignment.chunks import Chunks
-
-IGNORED = -100
-"""Label of a token that no loss looks at, as in PyTorch and transformers."""
 
 
 class Formula(Protocol):
@@ -122,7 +120,7 @@ class Kernel(NamedTuple):
     run: Run
     fuses_labels: bool = False
     takes_mask: bool = False
-    """Whether chunks may have a mask (see `Chunks`); otherwise the backend waits for the device for it."""
+    """Whether chunks may have a mask (see `Chunks`), as those on CUDA must; else the backend waits for the device."""
 
 
 class CrossEntropy(Protocol):

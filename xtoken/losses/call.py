@@ -39,13 +39,14 @@ PARAMETERS = """\
     teacher_logits : floating [B, T_t, >= V_teacher], or [T_t, >= V_teacher]
         On the same device. Or `TopKLogits` (a cached or served teacher), or `LinearLogits`. Gets no gradient.
     alignment : Alignment
-        Of the same batch. Chunks without a predictor on either side are left out.
+        Of the same batch. Chunks without a predictor on either side are left out. To leave out prompts, which are not
+        supervised, give ``alignment.supervised(labels)``.
     projection : ProjectionMatrix
         W [V_student, V_teacher]; or any object with ``row_ptr``, ``col``, ``weight`` and ``shape``.
     labels : int64 [B, T_s] or [T_s], optional
         Token ids at their own positions, -100 where ignored. Also returns the student's next-token
-        cross-entropy, from the same pass over the logits. Ids that do not fit raise ValueError on the CPU; elsewhere
-        a check would wait for the device, and they make the cross-entropy nan.
+        cross-entropy, from the same pass over the logits. They do not choose chunks. Ids that do not fit raise
+        ValueError on the CPU; elsewhere a check would wait for the device, and they make the cross-entropy nan.
     temperature : float
         Divides all logits; the loss is multiplied by its square.
     reverse : bool
@@ -182,6 +183,7 @@ def compute(
         student_ids=_batched(ids[0]),
         teacher_ids=_batched(ids[1]),
         flat=None if alignment is None else alignment._flat,
+        mask=None if alignment is None else alignment.mask,
         labels=labels,
         student_size=student_size,
         teacher_size=teacher_size,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -188,12 +189,14 @@ class XTokenLoss(nn.Module):
         ----------
         student_logits : floating [B, T, V] or [T, V]
         labels : int64 [B, T] or [T]
-            Token ids at their own positions, -100 where ignored; row ``t`` is compared with label ``t + 1``.
+            Token ids at their own positions, -100 where ignored; row ``t`` is compared with label ``t + 1``. Neither
+            part of the loss touches a row that only ignored labels follow.
         teacher_logits : Tensor or sequence of M tensors
             One for each teacher.
         alignments : Alignment or sequence of M, optional
             None for a teacher that shares the tokenizer: its positions are then those whose next label is not
-            ignored.
+            ignored. Of an alignment the chunks count whose student tokens are all labelled (see
+            `Alignment.supervised`); with labels on the CPU these are picked there, else on their device.
         num_items, num_chunks : int (or tensor), optional
             What to divide the sums of CE and of each KD by. Default: the number of labels and of chunks in
             this call, giving means. With gradient accumulation or data parallelism pass the sums of `counts`
@@ -217,6 +220,7 @@ class XTokenLoss(nn.Module):
             "scale" : scalar, the factor s of KD.
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
+            "unsupervised" : int64 [M], chunks left out because a token of theirs is not labelled; likewise.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
             at the first predictor row, among C (for a loss on events, their most probable event); nan where undefined
             or switched off.
@@ -229,8 +233,7 @@ class XTokenLoss(nn.Module):
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
         checked_labels(Parts.of(student_logits), labels)
-        mask = _following(labels) != IGNORED
-        items = mask.sum().clamp_min(1) if num_items is None else num_items
+        items = (_following(labels) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
@@ -240,8 +243,7 @@ class XTokenLoss(nn.Module):
         for teacher, one, alignment, divisor in zip(self.teachers, logits, aligned, divisors, strict=True):
             check_logits(student_logits, one)
             # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
-            wanted = labels if ce_sum is None else None
-            part = self._distil(teacher, student_logits, one, alignment, mask, divisor, wanted, factors)
+            part = self._distil(teacher, student_logits, one, alignment, labels, divisor, ce_sum is None, factors)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
@@ -259,6 +261,7 @@ class XTokenLoss(nn.Module):
             "scale": scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
             "chunks": _numbers([part.chunks for part in done], kd.device),
+            "unsupervised": _numbers([part.unsupervised for part in done], kd.device),
             **dict(zip(NAMES, diagnoses.unbind(1), strict=True)),
         }
         return total, parts
@@ -269,7 +272,7 @@ class XTokenLoss(nn.Module):
         """Labels, and for each teacher chunks, of one call: what ``num_items`` and ``num_chunks`` add up."""
         items = int((labels[..., 1:] != IGNORED).sum())
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
-        return items, [items if one is None else int(predictable(one).sum()) for one in aligned]
+        return items, [items if one is None else int(predictable(one.supervised(labels)).sum()) for one in aligned]
 
     def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
@@ -290,36 +293,48 @@ class XTokenLoss(nn.Module):
         student_logits: AnyLogits,
         teacher_logits: AnyLogits,
         alignment: Alignment | None,
-        mask: Tensor,
+        labels: Tensor,
         divisor: Count | None,
-        labels: Tensor | None,
+        with_cross_entropy: bool,
         factors: tuple[float | Tensor, float | Tensor] | None,
     ) -> _Distilled:
         loss = teacher.make_loss()
         student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
         device = Parts.of(student_logits).rows.device
+        mask: Tensor | None = None
+        count: Count  # of chunks that labels may leave out
         if alignment is not None:
             check_alignment(alignment, student.samples)
+            alignment.host.check_reach(0, student.length, "student_logits", "row")
+            count, alignment = int(predictable(alignment.host).sum()), alignment.supervised(labels)
             chunks = Chunks.of(alignment, student.length, teacher_source.length, device, loss.realised)
         elif loss.needs is Needs.SAME_TOKENIZER:
+            mask = _following(labels) != IGNORED
             chunks = Chunks.of_positions(mask.numel(), mask, device)
+            count = chunks.number
         else:
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
+        if chunks.mask is None and not len(chunks) and count:
+            warnings.warn(
+                "labels: no chunk of the alignment has all of its tokens labelled, so this call distils nothing",
+                stacklevel=2,
+            )
         if self.diagnostics:
             loss = loss.chosen(teacher_source, device, self.backend)
         divisor = at_least_one(chunks.number) if divisor is None else divisor
-        wanted: Tensor | Expected | None = labels
+        targets = labels if with_cross_entropy else None
+        wanted: Tensor | Expected | None = targets
         if factors is not None:
             of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
             of_loss = torch.where(of_loss == 0, 1.0, of_loss)
-            wanted = Expected(labels, of_loss, _scalar(factors[1], device))
+            wanted = Expected(targets, of_loss, _scalar(factors[1], device))
         result = compute(
             loss,
             student_logits,
             teacher_logits,
             alignment,
             sizes=(student.size, teacher_source.size),
-            mask=mask if alignment is None else None,
+            mask=mask,
             labels=wanted,
             reduction="sum",
             backend=self.backend,
@@ -328,7 +343,7 @@ class XTokenLoss(nn.Module):
         diagnosis = nothing(device)
         if self.diagnostics:
             diagnosis = loss.diagnose(student, teacher_source, chunks, teacher.projection, device, self.backend)
-        return _Distilled(total / divisor, cross_entropy, chunks.number, diagnosis)
+        return _Distilled(total / divisor, cross_entropy, chunks.number, count - chunks.number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
@@ -352,6 +367,7 @@ class _Distilled(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor | None
     chunks: int | Tensor
+    unsupervised: int | Tensor
     diagnosis: Tensor
 
 

@@ -215,7 +215,7 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
         module = kernels_of(loss, "cuda")
         if module is None:
             return None
-        return Kernel(functools.partial(module.run, kernels), True, getattr(module, "TAKES_MASK", False))
+        return Kernel(functools.partial(module.run, kernels), fuses_labels=True, takes_mask=True)
 
     return Backend(name, kernel, missing, kernels.cross_entropy, column_set, unsupported, kernels.scale)
 

@@ -41,6 +41,7 @@ class Call(NamedTuple):
     student_ids: Tensor | None  # int64 [B, T], for losses that need the realised tokens
     teacher_ids: Tensor | None
     flat: Tensor | None  # int64 [n]: the alignment in one tensor on the device, if it is there; the others are not
+    mask: Tensor | None  # bool [K]: those of the `predicted` chunks that count, where only the device knows
     labels: Tensor | None  # int64 [B, T], at the tokens' own positions
     student_size: int
     teacher_size: int
@@ -62,7 +63,8 @@ class Call(NamedTuple):
             _flat=self.flat,
         )
         lengths = self.student.shape[1], self.teacher.shape[1]
-        return Chunks.of(alignment, *lengths, self.student.device, realised)
+        chunks = Chunks.of(alignment, *lengths, self.student.device, realised)
+        return chunks if self.mask is None else chunks.masked(self.mask)
 
     def sources(self) -> tuple[Source, Source]:
         """The rows of both sides."""

@@ -18,6 +18,9 @@ from torch import Tensor
 from xtoken.alignment import to_device
 from xtoken.losses.diagnostics import NAMES as DIAGNOSES
 
+COUNTS = ("chunks", "unsupervised")
+"""Numbers of the losses' parts, for each teacher."""
+
 REPORTED = ("agreement", "teacher_mass", "projected_outside", "starts_left_out")
 """How the means of `DIAGNOSES` are called in logs."""
 
@@ -40,20 +43,23 @@ class Meter:
         self.tokens = 0
         self.scale: Tensor | float = math.nan  # of the last call
         count = len(names)
-        # ce; and for each teacher kd, chunks, and of those calls that have diagnoses the chunks and the sums over them.
-        self._sizes = [1, count, count, count, len(DIAGNOSES) * count]
+        # ce; and for each teacher kd, counts, and of those calls that have diagnoses the chunks and the sums over them.
+        self._sizes = [1, count, len(COUNTS) * count, count, len(DIAGNOSES) * count]
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
 
     def add(self, parts: dict[str, Tensor], tokens: int) -> None:
         """The parts of one call, and the student tokens that it read. Nothing waits for the device that has them."""
         device = parts["ce"].device
         dtype = wide(device)
-        chunks = to_device(parts["chunks"], device).to(dtype)
+        counts = to_device(torch.stack([parts[name] for name in COUNTS]), device).to(dtype)
+        chunks = counts[0]
         diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).to(dtype)
         known = ~diagnoses.isnan().any(0)
         diagnosed = torch.where(known, diagnoses * chunks, 0.0).flatten()
         losses = parts["ce"][None].to(dtype), parts["kd_per_teacher"].to(dtype)
-        self._sums = to_device(self._sums.to(dtype), device) + torch.cat([*losses, chunks, chunks * known, diagnosed])
+        self._sums = to_device(self._sums.to(dtype), device) + torch.cat(
+            [*losses, counts.flatten(), chunks * known, diagnosed]
+        )
         self.scale = parts["scale"]
         self.tokens += tokens
 
@@ -62,23 +68,27 @@ class Meter:
     ) -> dict[str, float]:
         """The means, all processes together; waits for the device.
 
-        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, ``agreement``, the ``teacher_mass`` inside C, the
-        ``projected_outside`` of C, and ``starts_left_out``, the share of chunks whose start has no term. With several
-        teachers these and ``kd`` also for each, as ``kd/name``.
+        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, and where there are any those that labels left out,
+        ``unsupervised``; ``agreement``, the ``teacher_mass`` inside C, the ``projected_outside`` of C, and
+        ``starts_left_out``, the share of chunks whose start has no term. With several teachers these and ``kd`` also
+        for each, as ``kd/name``.
 
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
         KD are divided by `divisors`, by default the steps, for parts that are already means over their step.
         """
         sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
-        ce, kd, chunks, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
+        ce, kd, counted, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
         steps, count = max(self.steps, 1), len(self.names)
         by = torch.full((1 + count,), steps) if divisors is None else torch.as_tensor(divisors).cpu()
         means = torch.cat([ce, kd]) / by.clamp_min(1)
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
         shares = diagnoses.view(len(DIAGNOSES), count) / diagnosed
+        chunks, unsupervised = counted.view(len(COUNTS), count) / steps
         for k, name in enumerate(self.names):
             of = {"kd": float(means[1 + k])} if count > 1 else {}
-            of["chunks"] = float(chunks[k]) / steps
+            of["chunks"] = float(chunks[k])
+            if float(unsupervised[k]):
+                of["unsupervised"] = float(unsupervised[k])
             if float(diagnosed[k]):
                 of.update(zip(REPORTED, shares[:, k].tolist(), strict=True))
             results.update({f"{key}/{name}" if count > 1 else key: value for key, value in of.items()})

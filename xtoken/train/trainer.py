@@ -66,7 +66,8 @@ class XTokenTrainer(Trainer):
     data_collator
         Makes batches with ``input_ids``, ``attention_mask``, ``labels`` (-100 where ignored) and ``teachers``: a list
         with a dict for each teacher, of ``input_ids``, ``attention_mask`` and ``alignment``; or ``alignment`` None
-        for a teacher that reads the student's ids. `XTokenCollator` does.
+        for a teacher that reads the student's ids. `XTokenCollator` does. Chunks with a token whose label is -100 are
+        left out.
     processing_class
         The student's tokenizer; without it vocabularies are not checked.
     **kwargs
@@ -248,7 +249,8 @@ class XTokenTrainer(Trainer):
         """The share of a micro-batch in the step's loss, times the processes that gradients are averaged over."""
         host = _on_host(inputs)
         inputs = {name: value for name, value in inputs.items() if name != "host"}
-        labels, entries = inputs.pop("labels"), inputs.pop("teachers")
+        del inputs["labels"]  # the losses get those on the host, where they can pick what is supervised
+        entries = inputs.pop("teachers")
         self._check_entries(host)
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, host)
@@ -260,7 +262,7 @@ class XTokenTrainer(Trainer):
         num_items, num_chunks = alone if step is None else (step.items, step.chunks)
         with self._watch.section("loss"):
             total, parts = self.criterion(
-                outputs.logits, labels, logits, alignments, num_items, num_chunks, **self._scale_of(step)
+                outputs.logits, host["labels"], logits, alignments, num_items, num_chunks, **self._scale_of(step)
             )
         self._finite.look(total, [outputs.logits, *logits], self.state.global_step + 1 if self.model.training else -1)
         mask = host.get("attention_mask")

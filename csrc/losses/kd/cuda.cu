@@ -52,11 +52,8 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
     XTOKEN_SHARED(shared, Sums);
     const double temperature = static_cast<double>(params.temperature), square = temperature * temperature;
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
         const int64_t r = params.student_rows.start[k];
-        if (r < 0) {
-            if (threadIdx.x == 0) params.losses[k] = 0.0f;
-            continue;
-        }
         const Row<S> z(params.student, r);
         const AnyRow y(params.teacher, params.teacher_rows.start[k]);
         const Statistics own =

@@ -364,6 +364,7 @@ __global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_consta
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
         Chunk<S, merge>(params, k, shared).run(weight_sums);
         __syncthreads();  // the workspace may be overwritten
     }

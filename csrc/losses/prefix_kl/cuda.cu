@@ -776,6 +776,7 @@ template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
         Chunk<S>(params, k, shared).run();
         __syncthreads();  // the workspace may be overwritten
     }

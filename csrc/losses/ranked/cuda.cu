@@ -66,6 +66,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
     float* student_sums =
         params.workspace + blockIdx.x * (static_cast<int64_t>(params.student.width) + params.teacher.width);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width,
                              shared);
@@ -95,6 +96,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
     const int students = params.student.width;
     float* student_sums = params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
         const float* slope = params.slope + k * plan.student_rest;

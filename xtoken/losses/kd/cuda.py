@@ -9,8 +9,6 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cuda import Kernels
 from xtoken.losses.kd import KD
 
-TAKES_MASK = True
-
 
 def run(
     kernels: Kernels,

@@ -101,11 +101,11 @@ def run(
             given["workspace"] = kernels.workspace(memory, name, given, memory.blocks)
             kernels.launch(memory, name, given)
 
-    parts = []
+    parts, values = [], torch.empty if chunks.mask is None else torch.zeros  # of chunks that do not count
     for first in range(0, len(chunks), step):
         part = _some(chunks, first, first + step)
         common = torch.empty(len(part), dtype=torch.float32, device=device)
-        p, q = (torch.empty(len(part), size, dtype=torch.float32, device=device) for size in rest)
+        p, q = (values(len(part), size, dtype=torch.float32, device=device) for size in rest)
         launch("ranked_forward", part, None, losses=common, student_values=p, teacher_values=q)
         uncommon, slope = sorted_l1(p, q, compared)
         parts.append(common + uncommon * options.temperature**2)
