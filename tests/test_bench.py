@@ -256,3 +256,16 @@ def test_reproduce_counts_right_answers():
         assert not model.token.grad[1].any()
     assert reproduce.accuracy(model, tokenizer, [known]) == [1.0, 0.0]
     assert reproduce.accuracy(model, tokenizer, others)[0] == 0.0
+
+
+@pytest.mark.slow
+def test_truth(main, tmp_path):
+    truth = importlib.import_module("truth")
+    output = tmp_path / "truth.json"
+    names = [case.name for case in truth.forms()][:2]
+    some = ("--kinds", "numbers", "--losses", *names, "--processes", 1)
+    main("truth", "--pairs", "llama3/qwen3", *some, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["loss"] for row in rows if row["sort"] == "start"] == names
+    assert all(0 <= row["bias"] <= row["worst"] <= 1 for row in rows)
+    assert output.with_suffix(".png").stat().st_size > 5000
