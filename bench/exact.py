@@ -304,7 +304,7 @@ class Problem:
         self.index[torch.arange(len(uses)), places] = len(student) + self.owner
         self.teacher = teacher[index]
         tokens = [[(*(use.before[s] or (use[2 * s + 1][0],)), *use[2 * s + 1]) for use in uses] for s in (0, 1)]
-        ids = [_padded([[column[s][token] for token in one] for one in tokens[s]]) for s in (0, 1)]
+        padded_ids = [_padded([[column[s][token] for token in one] for one in tokens[s]]) for s in (0, 1)]
         spans, offsets = [], [0]
         self.used = []
         for use, a, c in zip(uses, *lead, strict=True):
@@ -312,7 +312,7 @@ class Problem:
             self.used.append(len(spans))
             spans.append([a, a + len(use.student), c, c + len(use.teacher)])
             offsets.append(len(spans))
-        self.chunks = Alignment(spans, offsets, *ids)
+        self.chunks = Alignment(spans, offsets, *padded_ids)
 
     @staticmethod
     def _beginnings(

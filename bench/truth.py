@@ -5,7 +5,7 @@ Rows of the student start at the truth and follow the gradient of the mean loss 
 being exact, until nothing moves. Results go to bench/results/truth.json, and a picture beside it.
 
     python bench/truth.py                     # everything, about ten minutes on two cores
-    python bench/truth.py --pairs llama3/gemma3 --kinds Python --losses "prefix KL"
+    python bench/truth.py --pairs llama3/gemma3 --kinds Python Markdown
 """
 
 from __future__ import annotations

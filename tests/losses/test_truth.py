@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -25,11 +26,11 @@ NUMBERS = [f"={n}\n" for n in (1, 1, 2, 3, 12, 12, 12, 13, 21, 31, 32, 33)]
 SPACES = [b"=", b"  ", b"   ", b" b", b" c", b"b", b"c", b"d"]
 
 
-def whole(student: Vocabulary, teacher: Vocabulary) -> exact.Whole:
+def whole(student: Vocabulary, teacher: Vocabulary) -> Any:
     return exact.Whole(cases.Pair(ProjectionMatrix.build(student, teacher), PieceIndex.build(student, teacher)))
 
 
-def numbers(student: list[bytes] = STUDENT, teacher: list[bytes] = TEACHER, ids: bool = True) -> exact.Problem:
+def numbers(student: list[bytes] = STUDENT, teacher: list[bytes] = TEACHER, ids: bool = True) -> Any:
     """The row after "=" is free."""
     pair = Vocabulary(student), Vocabulary(teacher)
     world = exact.World.of(*pair, NUMBERS)
@@ -37,7 +38,7 @@ def numbers(student: list[bytes] = STUDENT, teacher: list[bytes] = TEACHER, ids:
     return exact.Problem(world, world.contexts(1, 0), whole(*pair), None if ids else everything)
 
 
-def bias(problem: exact.Problem, case: cases.Case) -> float:
+def bias(problem: Any, case: Any) -> float:
     """How far from the truth the loss leads."""
     return float(truth.distance(truth.lead(problem, case).end, problem.truth)[0])
 
