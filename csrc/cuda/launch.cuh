@@ -7,17 +7,25 @@
 
 namespace xtoken::cuda {
 
-// Blocks for so many items, on the caller's stream; nothing is launched for none. `slots`: of the kernel's Ring.
+// What a block of this device may have, static and dynamic.
+inline size_t shared_memory_of_a_block() {
+    int device = 0, bytes = 48 << 10;
+    if (cudaGetDevice(&device) == cudaSuccess) {
+        cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+    }
+    return static_cast<size_t>(bytes);
+}
+
+// Blocks for so many items, on the caller's stream; nothing is launched for none. `shared_bytes`: dynamic ones.
 template <typename... Parameters, typename... Arguments>
-void launch_items(const char* what, void (*kernel)(Parameters...), int slots, const Launch& shape, int64_t items,
-                  const Arguments&... arguments) {
+void launch_shared(const char* what, void (*kernel)(Parameters...), size_t shared_bytes, const Launch& shape,
+                   int64_t items, const Arguments&... arguments) {
     if (shape.threads < 32 || shape.threads > max_threads || shape.threads % 32 != 0 || shape.blocks < 1) {
         value_error("launch: expected at least one block of a multiple of 32 threads up to ", max_threads, ", got ",
                     shape.blocks, " of ", shape.threads);
     }
     if (items == 0) return;
     const auto blocks = static_cast<unsigned>(items < shape.blocks ? items : shape.blocks);
-    const size_t shared_bytes = Ring::bytes(slots, shape.threads);
     // more than the default has to be asked for
     cudaError_t status = shared_bytes <= 48 << 10 ? cudaSuccess
                                                   : cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
@@ -30,6 +38,13 @@ void launch_items(const char* what, void (*kernel)(Parameters...), int slots, co
     if (status != cudaSuccess) {
         throw Error(Error::Kind::runtime, std::string(what) + ": " + cudaGetErrorString(status));
     }
+}
+
+// `slots`: of the kernel's Ring.
+template <typename... Parameters, typename... Arguments>
+void launch_items(const char* what, void (*kernel)(Parameters...), int slots, const Launch& shape, int64_t items,
+                  const Arguments&... arguments) {
+    launch_shared(what, kernel, Ring::bytes(slots, shape.threads), shape, items, arguments...);
 }
 
 }  // namespace xtoken::cuda

@@ -102,32 +102,117 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
     each_chosen(row, chosen, columns, body);
 }
 
-// prepare(i, x, y, g) turns the elements x and y of two rows from i on into as many g, which are written to out + i;
-// zeros follow up to `width`. `out` may be the first row itself.
-template <typename T, typename Other, typename Prepare>
-__device__ void write_row(const Row<T>& z, const Other& other, T* out, int size, int width, Prepare prepare) {
-    const bool together = (reinterpret_cast<uintptr_t>(z.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0;
-    each_pair(z, other, size, [&](int i, const auto& x, const auto& y) {
-        constexpr int N = sizeof(x) / sizeof(float);
-        float g[N];
-        prepare(i, x, y, g);
+// The elements x of z from i on, and those of another row at `places` (negative: 0): body(i, x, place, y), elements
+// shared out as by each_pair. Gathers are a vector ahead of their use.
+template <typename R, typename Body>
+__device__ void each_partner(const R& z, const AnyRow& other, const int32_t* places, int size, Body body) {
+    constexpr int N = R::vector;
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int head = min(size, z.head()), count = (size - head) / N, whole = count * N;
+    for (int i = thread; i < size - whole; i += threads) {
+        const int at = i < head ? i : i + whole;
+        const float x[1] = {z[at]};
+        const int32_t place[1] = {places[at]};
+        float y[1];
+        other.gather(place, y);
+        body(at, x, place, y);
+    }
+    const AnyRow table(reinterpret_cast<const float*>(places));
+    const bool alike = table.template aligned<N>(head);
+    const auto start = [&](int v) { return head + v * N; };
+    Ring ring;
+    const auto load = [&](int v) {
+        if (v < count) {
+            z.load(ring, start(v));
+            if (alike) table.template load<N>(ring, start(v), 1);
+        }
+        ring.push();
+    };
+    const auto places_of = [&](int v, int later, int32_t (&place)[N]) {
+        float bits[N];
+        if (alike) {
+            table.take(ring, bits, 1, later);
+        } else {
+            table.elements(start(v), bits);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) place[k] = __float_as_int(bits[k]);
+    };
+#pragma unroll
+    for (int k = 0; k < Ring::depth; ++k) load(thread + k * threads);
+    uint32_t ahead[N] = {};
+    ring.wait();
+    if (thread < count) {
+        int32_t place[N];
+        places_of(thread, 0, place);
+        other.gather_bits(place, ahead);
+    }
+#pragma unroll 1  // as in each_pair
+    for (int v = thread; v < count; v += threads) {
+        float x[N], y[N];
+        int32_t place[N];
+        ring.template wait<1>();
+        z.take(ring, x);
+        places_of(v, 0, place);
+        other.gathered(ahead, y);
+        if (v + threads < count) {
+            int32_t next[N];
+            places_of(v + threads, 1, next);
+            other.gather_bits(next, ahead);
+        }
+        load(v + Ring::depth * threads);
+        body(start(v), x, place, y);
+    }
+}
+
+// Writes a row, whose elements are computed in the order of another.
+template <typename T>
+class Written {
+  public:
+    __device__ Written(const Row<T>& order, T* out)
+        : out_(out),
+          together_((reinterpret_cast<uintptr_t>(order.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {}
+
+    // From i on; with one more element than one, a vector of `order`.
+    template <int N>
+    __device__ void put(int i, const float (&g)[N]) const {
         T result[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) narrow(g[k], result[k]);
         if constexpr (N > 1) {
-            if (together) {
+            if (together_) {
                 uint4 raw;
                 memcpy(&raw, result, sizeof raw);
-                __stcs(reinterpret_cast<uint4*>(out + i), raw);  // not read again: keeps the rows in L2
+                __stcs(reinterpret_cast<uint4*>(out_ + i), raw);  // not read again: keeps the rows in L2
                 return;
             }
         }
 #pragma unroll
-        for (int k = 0; k < N; ++k) out[i + k] = result[k];
+        for (int k = 0; k < N; ++k) out_[i + k] = result[k];
+    }
+    // Zeros from `size` up to `width`.
+    __device__ void fill(int size, int width) const {
+        T zero;
+        narrow(0.0f, zero);
+        for (int i = size + static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) out_[i] = zero;
+    }
+
+  private:
+    T* out_;
+    bool together_;
+};
+
+// prepare(i, x, y, g) turns the elements x and y of two rows from i on into as many g, which are written to out + i;
+// zeros follow up to `width`. `out` may be the first row itself.
+template <typename T, typename Other, typename Prepare>
+__device__ void write_row(const Row<T>& z, const Other& other, T* out, int size, int width, Prepare prepare) {
+    const Written<T> written(z, out);
+    each_pair(z, other, size, [&](int i, const auto& x, const auto& y) {
+        float g[sizeof(x) / sizeof(float)];
+        prepare(i, x, y, g);
+        written.put(i, g);
     });
-    T zero;
-    narrow(0.0f, zero);
-    for (int i = size + static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) out[i] = zero;
+    written.fill(size, width);
 }
 
 // The same of one row: prepare(i, x, g).
@@ -222,8 +307,9 @@ struct Exponential {
 // Maximum of a row, and sums of its exponentials relative to it.
 struct Statistics {
     Exponential exp;
-    double total;     // sum of exp
-    double weighted;  // sum of weight * exp
+    double total;          // sum of exp
+    double weighted;       // sum of weight * exp
+    double entropy = 0.0;  // sum of weight * exp * log exp
 
     __device__ double log_total() const { return log(total); }
     // log softmax of an element
@@ -239,40 +325,45 @@ struct Unweighted {
 };
 
 // One pass over (the chosen elements of) a row: the sums are rescaled whenever a thread meets a larger logit.
-// weights(i, w) fills w[N] for the elements from i on.
-template <typename R, typename Weights>
+// weights(i, w) fills w[N] for the elements from i on. The entropy is summed on demand only.
+template <bool with_entropy = false, typename R, typename Weights>
 __device__ Statistics statistics(const R& row, const int32_t* chosen, int size, float lowest, float temperature,
                                  Sums& shared, const Weights& weights) {
     constexpr bool has_weights = !std::is_same_v<Weights, Unweighted>;
     Exponential exp{row.precise(), lowest, lowest, 1.0f / temperature};
-    float total = 0.0f, weighted = 0.0f;
+    float total = 0.0f, weighted = 0.0f, entropy = 0.0f;
     each_column(row, chosen, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
         float largest = exp.top;
 #pragma unroll
         for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
         if (largest > exp.top) {
-            const float shrink = exponential((exp.top - largest) * exp.inverse_temperature, exp.precise);
+            const float fall = (exp.top - largest) * exp.inverse_temperature, shrink = exponential(fall, exp.precise);
+            if constexpr (with_entropy) entropy = shrink * fmaf(fall, weighted, entropy);
             total *= shrink;
             weighted *= shrink;
             exp.top = largest;
         }
-        float w[N], e[N];
+        float w[N], e[N], exponent[N];
         weights(i, w);
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = exp.exponent(x[k]);
+        for (int k = 0; k < N; ++k) e[k] = exponent[k] = exp.exponent(x[k]);
         exponentials(e, exp.precise);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             total += e[k];
             if constexpr (has_weights) weighted = fmaf(e[k], w[k], weighted);
+            if constexpr (with_entropy) entropy = fmaf(e[k] * w[k], exponent[k], entropy);
         }
     });
     const float top = exp.top;
     exp.top = block_max(top, shared);
-    const auto shrink = static_cast<double>(exponential((top - exp.top) * exp.inverse_temperature, exp.precise));
-    double sums[2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
+    const float fall = (top - exp.top) * exp.inverse_temperature;
+    const auto shrink = static_cast<double>(exponential(fall, exp.precise));
+    double sums[with_entropy ? 3 : 2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
+    if constexpr (with_entropy) sums[2] = static_cast<double>(fmaf(fall, weighted, entropy)) * shrink;
     block_sum(sums, shared);
+    if constexpr (with_entropy) return {exp, sums[0], sums[1], sums[2]};
     return {exp, sums[0], sums[1]};
 }
 

@@ -5,10 +5,12 @@
 //   log(m + eps) = log x' - log D,     u_t = (D / gamma) dL/dm_t,     B = sum_t x_t u_t / D,     h_s = sum_t W_st (u_t
 //   - B) dL/dlogit_s = p_s gamma Z / (D temperature) (h_s - sum p h)
 // where KL(q || m) has u = q / x' and gamma = -D, and the reverse has u = dL/dm and gamma = 1. For one token sum p h is
-// B eps exactly, and S = sum_s w_s e_s needs only W's row sums, so that the softmax needs no pass of its own:
-//   1. z: maximum, Z, S               2. y: maximum, sum                 3. sums of columns with several entries
-//   4. y, gathers of z: u, loss, B    5. sums of rows with several       6. z, gathers of u: the gradient
-// A row is read from memory in the first pass over it and from L2 in the others. Only u is stored.
+// B eps exactly. The passes:
+//   1. z: maximum, Z, sum of the pairs' x        2. sums of columns with several entries: S
+//   3. y: maximum, sum, columns without entries  4. the other columns that are no pair's: u, loss, B
+//   5. z, gathers of y: the pairs' loss and B    6. sums of rows with several entries
+//   7. z, gathers of y and of the sums: the gradient
+// Only u of the columns that are no pair's and the sums are stored, in shared memory where it has room for them.
 //
 // Where nearly all mass is on one token, h_s - sum p h cancels there: that token's gradient is set to what makes the
 // row's sum zero.
@@ -27,20 +29,34 @@ __host__ __device__ int64_t whole(int64_t count) {
 
 // Floats of a block's workspace.
 struct Workspace {
-    int64_t column_sums;  // a zero, and the sums of the columns with several entries
-    int64_t u;            // u, a zero, and the sums of the rows with several entries
-    int64_t mean;         // the mean distribution of a chunk of several tokens
+    int64_t stored;   // u, a zero, and the sums, first of columns and then of rows, with several entries
+    int64_t mean;     // the mean distribution of a chunk of several tokens, then its h
+    int64_t teacher;  // sums of the teacher's logits over the chunk
 
     __host__ __device__ Workspace(const PklPlan& plan, Merge merge)
-        : column_sums(whole(int64_t{1} + plan.column_lists.count)),
-          u(whole(int64_t{1} + plan.columns + plan.row_lists.count)),
-          mean(merge == Merge::mean ? whole(plan.students) : 0) {}
-    __host__ __device__ int64_t total() const { return column_sums + u + mean; }
+        : stored(whole(int64_t{1} + plan.columns + max(plan.column_lists.count, plan.row_lists.count))),
+          mean(merge == Merge::mean ? whole(plan.students) : 0),
+          teacher(merge == Merge::mean ? whole(plan.empty == nullptr ? plan.columns : plan.teachers) : 0) {}
+    __host__ __device__ int64_t total() const { return stored + mean + teacher; }
 };
 
-// Sums of value(index) over lists, into out[list].
+// Eight flags a byte, as numbers.
+struct Flags {
+    const uint8_t* bytes;  // null: zeros
+
+    template <int N>
+    __device__ void operator()(int i, float (&x)[N]) const {
+        static_assert(N <= 8, "of two bytes");
+        const unsigned bits = bytes == nullptr ? 0 : (bytes[i / 8] | unsigned{bytes[i / 8 + 1]} << 8) >> (i % 8);
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = (bits >> k & 1) != 0 ? 1.0f : 0.0f;
+    }
+};
+
+// Sums of value(index) over lists, into out[list]. Returns the sum of those that this thread writes.
 template <typename Value>
-__device__ void sum_lists(const SumLists& lists, float* out, Value value) {
+__device__ float sum_lists(const SumLists& lists, float* out, Value value) {
+    float written = 0.0f;
     const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
     for (int slice = static_cast<int>(threadIdx.x) / warp_size; slice < lists.slices; slice += warps) {
         const bool is_shared = slice < lists.shared;
@@ -56,14 +72,19 @@ __device__ void sum_lists(const SumLists& lists, float* out, Value value) {
         if (is_shared) {
             for (int step = warp_size / 2; step > 0; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
         }
-        if (wanted && (!is_shared || lane == 0)) out[list] = total;
+        if (wanted && (!is_shared || lane == 0)) {
+            out[list] = total;
+            written += total;
+        }
     }
+    return written;
 }
 
 template <typename S, Merge merge>
 class Chunk {
   public:
-    __device__ Chunk(const PklParams& p, int64_t k, Sums& shared)
+    // `workspace` and `stored`: see Workspace.
+    __device__ Chunk(const PklParams& p, int64_t k, float* workspace, float* stored, Sums& shared)
         : p_(p),
           plan_(p.plan),
           columns_(p.plan.count == nullptr ? p.plan.columns : *p.plan.count),
@@ -73,23 +94,19 @@ class Chunk {
           count_(merge == Merge::first ? 1 : static_cast<int>(p.student_rows.count[k])),
           teacher_row_(p.teacher_rows.start[k]),
           teacher_count_(merge == Merge::first ? 1 : static_cast<int>(p.teacher_rows.count[k])),
-          z_(p.student, row_) {
+          z_(p.student, row_),
+          y_(p.teacher, teacher_row_),
+          stored_(stored) {
         student_.exp.precise = z_.precise();
         const Workspace parts(p.plan, merge);
-        column_sums_ = p.workspace + blockIdx.x * parts.total();
-        u_ = column_sums_ + parts.column_sums;
-        mean_ = u_ + parts.u;
+        mean_ = workspace + parts.stored;
+        teacher_ = mean_ + parts.mean;
     }
 
     __device__ void run(float* weight_sums) {
         const int thread = static_cast<int>(threadIdx.x);
-        if (thread == 0) {
-            column_sums_[0] = 0.0f;
-            u_[plan_.columns] = 0.0f;
-        }
+        if (thread == 0) stored_[plan_.columns] = 0.0f;
         masses();
-        sum_lists(plan_.column_lists, column_sums_ + 1, [&](int s) { return mass(s); });
-        __syncthreads();  // the columns' sums are there
         columns();
 
         double loss = loss_, factor = 1.0, later_factor = 0.0;
@@ -106,6 +123,8 @@ class Chunk {
         if (thread == 0) p_.losses[k_] = static_cast<float>(loss * square);
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
         const double unit = scale * factor * (p_.reverse ? 1.0 / d_ : -1.0);
+        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored_[n] = relative(stored_[n]);
+        __syncthreads();  // u is relative to B now
         if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
             for (int64_t r = row_; r < row_ + count_; ++r) {
@@ -113,18 +132,19 @@ class Chunk {
             }
             return;
         }
-        sum_lists(plan_.row_lists, u_ + plan_.columns + 1, [&](int j) { return (u_[j] - b_) - b_low_; });
+        sum_lists(plan_.row_lists, stored_ + plan_.columns + 1, [&](int n) { return stored_[n]; });
         __syncthreads();  // the rows' sums are there
         const double share = unit * total_ / (temperature * merged());
-        double mean = static_cast<double>(b_) * static_cast<double>(p_.epsilon);
-        for (int64_t r = row_; r < row_ + merged(); ++r) {
-            const Row<S> z(p_.student, r);
-            if (merged() > 1) {
+        if (merged() == 1) {
+            token_gradient(row_, z_, student_, static_cast<double>(b_) * static_cast<double>(p_.epsilon), share);
+        } else {
+            mean_values();
+            for (int64_t r = row_; r < row_ + merged(); ++r) {
+                const Row<S> z(p_.student, r);
                 student_ = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
-                                      [&](int i, auto& h) { row_values(i, h); });
-                mean = student_.weighted / student_.total;
+                                      [&](int i, auto& h) { load_lanes(mean_, i, h); });
+                token_gradient(r, z, student_, student_.weighted / student_.total, share);
             }
-            token_gradient(r, z, student_, mean, share);
         }
         if constexpr (merge == Merge::chain) {
             const auto later = static_cast<float>(scale * later_factor / temperature);
@@ -133,20 +153,24 @@ class Chunk {
     }
 
   private:
+    // Elements that a thread computes at a time, to keep within the registers.
+    template <int N>
+    static constexpr int together = N < 4 ? N : 4;
+
     // Rows whose distributions are averaged.
     __device__ int merged() const { return merge == Merge::mean ? count_ : 1; }
 
     // e_s
     __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.exp(z_[s]); }
 
-    // e, Z, S and D.
+    // e, Z, the sums of columns, S and D.
     __device__ void masses() {
-        const auto row_weight = [&](int i, auto& w) { load_lanes(plan_.row_weight, i, w); };
-        double weighted;
+        const Flags paired{plan_.paired};
+        double own;  // S without the columns that are stored
         if (merged() == 1) {
-            student_ = statistics(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, row_weight);
+            student_ = statistics(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, paired);
             total_ = student_.total;
-            weighted = student_.weighted;
+            own = student_.weighted;
         } else {
             total_ = 1.0;
             for (int i = 0; i < merged(); ++i) {
@@ -164,92 +188,174 @@ class Chunk {
                 });
             }
             __syncthreads();  // the mean is there
-            float sum = 0.0f;
+            float sum = 0.0f, is_paired[1];
             for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-                sum = fmaf(mean_[s], plan_.row_weight[s], sum);
+                paired(s, is_paired);
+                sum = fmaf(mean_[s], is_paired[0], sum);
             }
             double sums[1] = {static_cast<double>(sum)};
             block_sum(sums, shared_);
-            weighted = sums[0];
+            own = sums[0];
         }
-        d_ = weighted + static_cast<double>(p_.epsilon) * total_;
+        float sum = sum_lists(plan_.column_lists, stored_ + plan_.columns + 1, [&](int s) { return mass(s); });
+        if (plan_.empty == nullptr) {
+            for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
+                if (plan_.column_slot[n] < plan_.students) sum += mass(plan_.column_slot[n]);
+            }
+        }
+        double sums[1] = {static_cast<double>(sum)};
+        block_sum(sums, shared_);  // the columns' sums are there, too
+        d_ = own + sums[0] + static_cast<double>(p_.epsilon) * total_;
+        small_ = static_cast<float>(static_cast<double>(p_.epsilon) * d_);
+        per_d_ = static_cast<float>(1.0 / d_);
     }
 
-    // u, the loss and B.
+    // u of the columns that are stored, the loss and B.
     __device__ void columns() {
-        const auto small = static_cast<float>(static_cast<double>(p_.epsilon) * d_);
-        const auto per_d = static_cast<float>(1.0 / d_);
-        float loss = 0.0f, b = 0.0f;
         const int merged = merge == Merge::mean ? teacher_count_ : 1;
-        AnyRow y(p_.teacher, teacher_row_);
-        const int32_t* chosen = plan_.chosen;
-        Statistics q = statistics(y, chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
-        double log_total = q.log_total();
-        if (merged > 1) {
-            log_total = sum_teacher(merged);
-            y = AnyRow(u_);
-            chosen = nullptr;
-            q.exp.top = 0.0f;
-            q.exp.lowest = -INFINITY;
-            q.exp.inverse_temperature /= static_cast<float>(merged);
+        const bool all = plan_.empty != nullptr;
+        const int size = all ? plan_.teachers : columns_;
+        const int32_t* chosen = all ? nullptr : plan_.stored;
+        const Flags empty{plan_.empty};
+        Statistics q;
+        double log_total;
+        if (merged == 1) {
+            q = statistics<true>(y_, chosen, size, p_.lowest, p_.temperature, shared_, empty);
+            log_total = q.log_total();
+        } else {
+            log_total = sum_teacher(chosen, size, merged);
+            y_ = AnyRow(teacher_);
+            constexpr float lowest = -1e30f;  // sums of logits are finite
+            q = statistics<true>(y_, nullptr, size, lowest, p_.temperature * merged, shared_, empty);
+            log_total -= static_cast<double>(q.exp.top) * static_cast<double>(q.exp.inverse_temperature);
         }
-        const auto log_sum = static_cast<float>(log_total);
-        each_column(y, chosen, columns_, [&](int j, const auto& own) {
-            constexpr int N = sizeof(own) / sizeof(float);
-            int32_t slot[N];
-            load_lanes(plan_.column_slot, j, slot);
-            constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
-            constexpr bool precise = sizeof(S) == 4;
-            float u[N];
+        teacher_exp_ = q.exp;
+        log_sum_ = static_cast<float>(log_total);
+        float loss = 0.0f, b = 0.0f;
+        constexpr int N = together<8>;
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        for (int first = thread; first < columns_; first += N * threads) {
+            int32_t place[N], slot[N];
+            float x[N], y[N], u[N];
 #pragma unroll
-            for (int first = 0; first < N; first += M) {
-                float x[M], log_q[M], share[M];
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    const int from = slot[first + k];
-                    x[k] = from < plan_.students ? mass(from) : column_sums_[from - plan_.students];
-                    share[k] = log_q[k] = q.exp.log_share(own[first + k], log_sum);
-                }
-                if (!p_.reverse) exponentials(share, q.exp.precise);
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    const float added = x[k] + small;
-                    const float log_m = logarithm(added * per_d, precise);
-                    if (p_.reverse) {
-                        u[first + k] = (log_m - log_q[k]) + quotient(x[k], added, precise);
-                        loss = fmaf(x[k] * per_d, log_m - log_q[k], loss);
-                    } else {
-                        u[first + k] = quotient(share[k], added, precise);
-                        loss = fmaf(share[k], log_q[k] - log_m, loss);
-                    }
-                    b = fmaf(x[k], u[first + k], b);
-                }
+            for (int k = 0; k < N; ++k) {
+                const int n = first + k * threads;
+                place[k] = n >= columns_ ? -1 : all || merged == 1 ? plan_.stored[n] : n;
+                slot[k] = n >= columns_ ? plan_.students : plan_.column_slot[n];
             }
-            store_lanes(u_, j, u);
-        });
+            y_.gather(place, y);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                x[k] = slot[k] < plan_.students ? mass(slot[k]) : stored_[plan_.columns + slot[k] - plan_.students];
+            }
+            slopes(place, x, y, u, loss, b);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                if (first + k * threads < columns_) stored_[first + k * threads] = u[k];
+            }
+        }
+        if (plan_.paired != nullptr) {
+            each_partner(z_, y_, plan_.row_slot, plan_.students,
+                         [&](int i, const auto& z, const auto& place, const auto& y) {
+                             constexpr int M = sizeof(z) / sizeof(float);
+                             float x[M], u[M];
+                             masses_of(i, z, x);
+                             slopes(place, x, y, u, loss, b);
+                         });
+        }
         double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
-        block_sum(sums, shared_);  // u is there, too
-        loss_ = columns_ > 0 ? sums[0] : static_cast<double>(nanf(""));
+        block_sum(sums, shared_);
+        loss_ = size > 0 ? sums[0] : static_cast<double>(nanf(""));
+        if (!p_.reverse) {  // x is 0 where there are no entries
+            const double log_q = q.entropy - q.weighted * log_total;
+            loss_ += ::exp(-log_total) * (log_q - q.weighted * ::log(static_cast<double>(p_.epsilon)));
+        }
         const double mean = sums[1] / d_;
         b_ = static_cast<float>(mean);
         b_low_ = static_cast<float>(mean - static_cast<double>(b_));
     }
 
-    // Sums of the teacher's logits, relative to the rows' maxima, in the place of u; returns the mean of the logarithms
-    // of their totals.
-    __device__ double sum_teacher(int merged) {
+    // e_s of rows s = i ... i + N - 1, whose logits are z.
+    template <int N>
+    __device__ void masses_of(int i, const float (&z)[N], float (&x)[N]) const {
+        if (merged() > 1) return load_lanes(mean_, i, x);
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = student_.exp.exponent(z[k]);
+        exponentials(x, student_.exp.precise);
+    }
+
+    // u of columns with these x and logits y of the teacher, at `place` (negative: no column); adds to the loss and to
+    // B D.
+    template <int N>
+    __device__ void slopes(const int32_t (&place)[N], const float (&mass)[N], const float (&y)[N], float (&u)[N],
+                           float& loss, float& b) const {
+        constexpr bool precise = sizeof(S) == 4;
+        constexpr int M = together<N>;
+#pragma unroll
+        for (int first = 0; first < N; first += M) {
+            float x[M], log_q[M], share[M];
+#pragma unroll
+            for (int k = 0; k < M; ++k) {
+                x[k] = place[first + k] < 0 ? 0.0f : mass[first + k];
+                share[k] = log_q[k] = teacher_exp_.log_share(y[first + k], log_sum_);
+            }
+            if (!p_.reverse) exponentials(share, teacher_exp_.precise);
+#pragma unroll
+            for (int k = 0; k < M; ++k) {
+                const float added = x[k] + small_;
+                const float log_m = logarithm(added * per_d_, precise);
+                if (p_.reverse) {
+                    u[first + k] = (log_m - log_q[k]) + quotient(x[k], added, precise);
+                    loss = fmaf(x[k] * per_d_, log_m - log_q[k], loss);
+                } else {
+                    const float q = place[first + k] < 0 ? 0.0f : share[k];
+                    u[first + k] = quotient(q, added, precise);
+                    loss = fmaf(q, log_q[k] - log_m, loss);
+                }
+                b = fmaf(x[k], u[first + k], b);
+            }
+        }
+    }
+
+    __device__ float relative(float u) const { return (u - b_) - b_low_; }
+
+    // h_s of rows of which `place` is the slot, or the column of a pair with these x and y.
+    template <int N>
+    __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N],
+                               float (&h)[N]) const {
+        float u[N], unused = 0.0f;
+        slopes(place, x, y, u, unused, unused);
+#pragma unroll
+        for (int k = 0; k < N; ++k) h[k] = place[k] < 0 ? stored_[-1 - place[k]] : relative(u[k]);
+    }
+
+    // h in the place of the mean distribution.
+    __device__ void mean_values() {
+        __syncthreads();  // gradients of W have been added
+        for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
+            const int32_t place[1] = {plan_.row_slot[s]};
+            const float x[1] = {mean_[s]};
+            float y[1], h[1];
+            y_.gather(place, y);
+            row_values(place, x, y, h);
+            mean_[s] = h[0];
+        }
+        __syncthreads();  // h is there
+    }
+
+    // Sums of the teacher's logits, relative to the rows' maxima; returns the mean of the logarithms of their totals.
+    __device__ double sum_teacher(const int32_t* chosen, int size, int merged) {
         double log_totals = 0.0;
         for (int i = 0; i < merged; ++i) {
             const AnyRow y(p_.teacher, teacher_row_ + i);
-            const Statistics q =
-                statistics(y, plan_.chosen, columns_, p_.lowest, p_.temperature, shared_, Unweighted{});
+            const Statistics q = statistics(y, chosen, size, p_.lowest, p_.temperature, shared_, Unweighted{});
             log_totals += q.log_total() / merged;
-            each_column(y, plan_.chosen, columns_, [&](int j, const auto& x) {
+            each_column(y, chosen, size, [&](int j, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
                     const float relative = at_least(x[k], p_.lowest) - q.exp.top;
-                    u_[j + k] = i == 0 ? relative : u_[j + k] + relative;
+                    teacher_[j + k] = i == 0 ? relative : teacher_[j + k] + relative;
                 }
             });
         }
@@ -269,18 +375,6 @@ class Chunk {
         return result;
     }
 
-    // h_s of rows s = i ... i + N - 1
-    template <int N>
-    __device__ void row_values(int i, float (&h)[N]) const {
-        int32_t slot[N];
-        load_lanes(plan_.row_slot, i, slot);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            h[k] = u_[slot[k]];
-            if (slot[k] < plan_.columns) h[k] = (h[k] - b_) - b_low_;
-        }
-    }
-
     // The gradient p_s share (h_s - mean) of row r.
     __device__ void token_gradient(int64_t r, const Row<S>& z, const Statistics& one, double mean, double share) {
         const LabelTerm label =
@@ -290,18 +384,19 @@ class Chunk {
         const bool peaked = one.total < 2.0;  // one token has more than half of the mass
         const auto half = static_cast<float>(0.5 * one.total);
         S* grad = row_of<S>(p_.grad, r);
+        const Written<S> written(z, grad);
         float others = 0.0f, peak_label = 0.0f;
         int peak = -1;
-        write_row(z, grad, plan_.students, p_.grad.width, [&](int i, const auto& x, auto& g) {
+        // x: exponentials
+        const auto write = [&](int i, const auto& z, const auto& x, const auto& h) {
             constexpr int N = sizeof(x) / sizeof(float);
-            row_values(i, g);
+            float g[N];
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                const float e = one.exp(x[k]);
-                const float added = label(i + k, x[k]);
-                const float own = x[k] < p_.lowest ? 0.0f : e * (((g[k] - high) - low) * factor);
+                const float added = label(i + k, z[k]);
+                const float own = z[k] < p_.lowest ? 0.0f : x[k] * (((h[k] - high) - low) * factor);
                 if (peaked) {
-                    if (e > half) {
+                    if (x[k] > half) {
                         peak = i + k;
                         peak_label = added;
                     } else {
@@ -310,7 +405,40 @@ class Chunk {
                 }
                 g[k] = own + added;
             }
-        });
+            written.put(i, g);
+        };
+        const auto exponentials_of = [&](const auto& z, auto& x) {
+#pragma unroll
+            for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(float)); ++k) x[k] = one.exp.exponent(z[k]);
+            exponentials(x, one.exp.precise);
+        };
+        if (merged() > 1) {
+            each_pair(z, AnyRow(mean_), plan_.students, [&](int i, const auto& z, const auto& h) {
+                float x[sizeof(z) / sizeof(float)];
+                exponentials_of(z, x);
+                write(i, z, x, h);
+            });
+        } else if (plan_.paired == nullptr) {
+            const AnyRow slots(reinterpret_cast<const float*>(plan_.row_slot));
+            each_pair(z, slots, plan_.students, [&](int i, const auto& z, const auto& slot) {
+                constexpr int N = sizeof(z) / sizeof(float);
+                float x[N], h[N];
+#pragma unroll
+                for (int k = 0; k < N; ++k) h[k] = stored_[-1 - __float_as_int(slot[k])];
+                exponentials_of(z, x);
+                write(i, z, x, h);
+            });
+        } else {
+            each_partner(z, y_, plan_.row_slot, plan_.students,
+                         [&](int i, const auto& z, const auto& place, const auto& y) {
+                             constexpr int N = sizeof(z) / sizeof(float);
+                             float x[N], h[N];
+                             exponentials_of(z, x);
+                             row_values(place, x, y, h);
+                             write(i, z, x, h);
+                         });
+        }
+        written.fill(plan_.students, p_.grad.width);
         if (!peaked) return;
         double sums[1] = {static_cast<double>(others)};
         block_sum(sums, shared_);
@@ -338,8 +466,7 @@ class Chunk {
     // d loss / d W[s, t] = e_s gamma / D (u_t - B).
     __device__ void add_weight_gradient(float* sums, float unit) {
         for (int64_t e = threadIdx.x; e < plan_.entries; e += blockDim.x) {
-            const float u = u_[plan_.entry_column[e]];
-            sums[e] += mass(static_cast<int>(plan_.entry_row[e])) * unit * ((u - b_) - b_low_);
+            sums[e] += mass(static_cast<int>(plan_.entry_row[e])) * unit * stored_[plan_.entry_column[e]];
         }
     }
 
@@ -352,33 +479,28 @@ class Chunk {
     int64_t teacher_row_;
     int teacher_count_;
     Row<S> z_;
-    float *column_sums_, *u_, *mean_;
+    AnyRow y_;
+    float *stored_, *mean_, *teacher_;
     Statistics student_;
+    Exponential teacher_exp_;
     double total_ = 0.0, d_ = 0.0, loss_ = 0.0;
-    float b_ = 0.0f, b_low_ = 0.0f;
+    float small_ = 0.0f, per_d_ = 0.0f, log_sum_ = 0.0f, b_ = 0.0f, b_low_ = 0.0f;
 };
 
+// `ring_bytes` of dynamic shared memory are followed by room for what is stored; 0: the workspace has it.
 template <typename S, Merge merge>
-__global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params) {
+__global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params,
+                                                             int32_t ring_bytes) {
     XTOKEN_SHARED(shared, Sums);
+    XTOKEN_DYNAMIC_SHARED(char, memory);
+    float* workspace = params.workspace + blockIdx.x * Workspace(params.plan, merge).total();
+    float* stored = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : workspace;
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         if (is_left_out(params, k)) continue;
-        Chunk<S, merge>(params, k, shared).run(weight_sums);
+        Chunk<S, merge>(params, k, workspace, stored, shared).run(weight_sums);
         __syncthreads();  // the workspace may be overwritten
-    }
-}
-
-__global__ void row_weights_kernel(const int64_t* row_ptr, const int32_t* col, const float* weight,
-                                   const int32_t* place, int32_t rows, float* row_weight) {
-    const int threads = static_cast<int>(gridDim.x * blockDim.x);
-    for (int s = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); s < rows; s += threads) {
-        float total = 0.0f;
-        for (int64_t i = row_ptr[s]; i < row_ptr[s + 1]; ++i) {
-            if (place[col[i]] >= 0) total += weight[i];
-        }
-        row_weight[s] = total;
     }
 }
 
@@ -400,27 +522,12 @@ void pkl(const PklParams& params, const Launch& launch) {
         auto* kernel = pkl_kernel<S, Merge::first>;
         if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean>;
         if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain>;
-        // sums of several rows of the teacher are a row of floats
-        const int slots = AnyRow::slots(params.merge == Merge::mean ? Element::float32 : params.teacher.type);
-        launch_items("pkl", kernel, slots, launch, params.chunks, params);
+        const size_t ring = Ring::bytes(3, launch.threads);  // a row, and a table of four bytes an element
+        const size_t stored = sizeof(float) * Workspace(params.plan, params.merge).stored;
+        const bool fits = ring + stored + sizeof(Sums) <= shared_memory_of_a_block();
+        launch_shared("pkl", kernel, fits ? ring + stored : ring, launch, params.chunks, params,
+                      static_cast<int32_t>(fits ? ring : 0));
     });
-}
-
-struct RowWeightsParams {
-#define XTOKEN_ROW_WEIGHTS(FIELD)                                               \
-    FIELD(const int64_t*, row_ptr, "[rows + 1] of W");                          \
-    FIELD(const int32_t*, col, "[entries] of W");                               \
-    FIELD(const float*, weight, "[entries] of W");                              \
-    FIELD(const int32_t*, place, "[V_teacher] place in the columns, -1: none"); \
-    FIELD(int32_t, rows, "of W");                                               \
-    FIELD(float*, row_weight, "[rows] out: sum of the row's weights whose column has a place")
-    XTOKEN_FIELDS(XTOKEN_ROW_WEIGHTS)
-};
-
-void row_weights(const RowWeightsParams& p, const Launch& launch) {
-    const int64_t blocks = (static_cast<int64_t>(p.rows) + launch.threads - 1) / launch.threads;
-    launch_items("row_weights", row_weights_kernel, 0, launch, blocks, p.row_ptr, p.col, p.weight, p.place, p.rows,
-                 p.row_weight);
 }
 
 struct SumBlocksParams {
@@ -438,7 +545,6 @@ void sum_blocks(const SumBlocksParams& p, const Launch& launch) {
 }
 
 const Launcher launcher("pkl", &pkl, &workspace_of);
-const Launcher weights_launcher("row_weights", &row_weights);
 const Launcher sums_launcher("sum_blocks", &sum_blocks);
 
 }  // namespace

@@ -53,22 +53,26 @@ struct SumLists {
     XTOKEN_FIELDS(XTOKEN_SUM_LISTS)
 };
 
-// W in the teacher columns C. x = W^T e and h = W u are gathers by index alone: most columns are fed by one entry of
-// weight 1, and the sums of the others are computed first and put behind e and u, with a zero for those without
-// entries.
+// W in the teacher columns C. Where C has all columns, most are one of a pair, a row and a column that have one entry,
+// of weight 1, in common and no other: x is e there, and h is u. x and u of the other columns with entries are stored;
+// of a chosen C those of all its columns. Sums of several entries are computed first, and put behind e and u, with a
+// zero for what has no entries.
 struct PklPlan {
-#define XTOKEN_PKL_PLAN(FIELD)                                                                               \
-    FIELD(int32_t, students, "rows of W");                                                                   \
-    FIELD(int32_t, columns, "how many");                                                                     \
-    FIELD(const int32_t*, chosen, "[columns] distinct teacher ids; null: all");                              \
-    FIELD(const int32_t*, count, "[] how many of them, from the first on, are the set; null: all");          \
-    FIELD(const int32_t*, column_slot, "[columns] in (e [students], 0, sums of column_lists)");              \
-    FIELD(const int32_t*, row_slot, "[students] in (u [columns], 0, sums of row_lists)");                    \
-    FIELD(const float*, row_weight, "[students] sum of the row's weights in C");                             \
-    FIELD(SumLists, column_lists, "of student ids");                                                         \
-    FIELD(SumLists, row_lists, "of places in C, or the zero behind them");                                   \
-    FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");         \
-    FIELD(const int64_t*, entry_column, "[entries] places in C, or the zero behind them; null: not wanted"); \
+#define XTOKEN_PKL_PLAN(FIELD)                                                                                    \
+    FIELD(int32_t, students, "rows of W");                                                                        \
+    FIELD(int32_t, teachers, "columns of W");                                                                     \
+    FIELD(int32_t, columns, "stored ones");                                                                       \
+    FIELD(const int32_t*, stored, "[columns] their teacher ids, distinct");                                       \
+    FIELD(const int32_t*, count, "[] how many of them, from the first on, are the set; null: all");               \
+    FIELD(const int32_t*, column_slot, "[columns] in (e [students], 0, sums of column_lists)");                   \
+    FIELD(const int32_t*, row_slot,                                                                               \
+          "[students] the column of a pair, or -1 - the slot in (u [columns], 0, sums of row_lists)");            \
+    FIELD(const uint8_t*, paired, "[students / 8 + 2] a bit a row of a pair; null: there are none");              \
+    FIELD(const uint8_t*, empty, "[teachers / 8 + 2] a bit a column without entries; null: C is what is stored"); \
+    FIELD(SumLists, column_lists, "of student ids");                                                              \
+    FIELD(SumLists, row_lists, "of stored columns, or the zero behind them");                                     \
+    FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");              \
+    FIELD(const int64_t*, entry_column, "[entries] stored columns, or the zero behind them; null: not wanted");   \
     FIELD(int64_t, entries, "how many")
     XTOKEN_FIELDS(XTOKEN_PKL_PLAN)
 };

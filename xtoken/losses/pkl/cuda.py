@@ -18,7 +18,7 @@ from xtoken.alignment import synchronized
 from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
-from xtoken.losses.cuda import Array, Kernels, Memory
+from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.loss import Matrix
 from xtoken.losses.pkl import PreparedPKL
 from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
@@ -53,12 +53,12 @@ class Lists:
 class Structure:
     """What depends on W alone, on one device."""
 
-    row_ptr: Tensor  # int64
     col: Tensor  # int32
     row: Tensor  # int64 [nnz]: the row of each entry
     most: _Ints  # [V_teacher + 1]: entries in that many columns, at most
-    column_code: Tensor  # int32 [V_teacher]: a student id, V_student: nothing, V_student + 1 + n: list n
+    column_code: Tensor  # int32 [V_teacher]: the student of a pair, V_student: nothing, V_student + 1 + n: list n
     row_code: Tensor  # int32 [V_student]: a teacher id, -1: nothing, -2 - n: list n
+    paired: Tensor | None  # uint8 [V_student]: rows of pairs; None: there are none
     column_lists: Lists
     row_lists: Lists
 
@@ -66,7 +66,7 @@ class Structure:
 def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Structure:
     """The layouts of W. `exact`: entries of weight 1 become plain gathers; else the weights are not looked at."""
     students, teachers = projection.shape
-    row_ptr, col = projection.row_ptr.detach().cpu().numpy(), projection.col.detach().cpu().numpy()
+    row_ptr, col = projection.row_ptr.detach().cpu().numpy(), projection.col.detach().cpu().numpy().astype(np.int64)
     total = len(col)
     ones = projection.weight.detach().cpu().float().numpy() == 1.0 if exact else np.zeros(total, bool)
     row_count = np.diff(row_ptr)
@@ -74,32 +74,27 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     by_column = np.argsort(col, kind="stable")
     column_count = np.bincount(col, minlength=teachers).astype(np.int64)
     column_begin = column_count.cumsum() - column_count
-
-    def codes(count: _Ints, begin: _Ints, order: _Ints, other: _Ints) -> tuple[_Ints, _Ints]:
-        code = np.full(len(count), -1, np.int64)
-        first = order[begin[count > 0]]
-        single = np.zeros(len(count), bool)
-        single[count > 0] = (count[count > 0] == 1) & ones[first]
-        code[single] = other[order[begin[single]]]
-        return code, ((count > 0) & ~single).nonzero()[0]
-
-    identity = np.arange(total)
-    column_code, many_columns = codes(column_count, column_begin, by_column, row)
-    row_code, many_rows = codes(row_count, row_ptr[:-1], identity, col.astype(np.int64))
+    single = ones & (row_count[row] == 1)  # entries whose row is an element of u
+    pair = single & (column_count[col] == 1)  # whose column is one of e, too
+    column_code, row_code = np.full(teachers, students), np.full(students, -1)
+    column_code[col[pair]], row_code[row[single]] = row[pair], col[single]
+    many_columns = ((column_code == students) & (column_count > 0)).nonzero()[0]
+    many_rows = ((row_code < 0) & (row_count > 0)).nonzero()[0]
     column_lists = Lists.of(
         many_columns, column_count[many_columns], column_begin[many_columns], row[by_column], by_column
     )
-    row_lists = Lists.of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, identity)
-    column_code[column_code < 0] = students
+    row_lists = Lists.of(many_rows, row_count[many_rows], row_ptr[:-1][many_rows], col, np.arange(total))
     column_code[column_lists.owner.numpy()] = students + 1 + np.arange(len(many_columns))
     row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
+    paired = np.zeros(students, np.uint8)
+    paired[row[pair]] = 1
     return Structure(
-        projection.row_ptr.to(device, torch.int64),
-        projection.col.to(device, torch.int32),
+        torch.from_numpy(col.astype(np.int32)).to(device),
         torch.from_numpy(row).to(device),
         np.concatenate([[0], np.sort(column_count)[::-1].cumsum()]),
         torch.from_numpy(column_code.astype(np.int32)).to(device),
         torch.from_numpy(row_code.astype(np.int32)).to(device),
+        torch.from_numpy(paired).to(device) if pair.any() else None,
         tensors_to(column_lists, device),
         tensors_to(row_lists, device),
     )
@@ -107,15 +102,16 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
 
 @dataclass(frozen=True)
 class Plan:
-    """W in a column set, before `row_weight` is computed; see PklPlan in csrc/losses/pkl/params.h."""
+    """W in a column set; see PklPlan in csrc/losses/pkl/params.h."""
 
     structure: Structure
-    weight: Tensor  # float32 [nnz]
-    place: Tensor  # int32 [V_teacher]: place in the column set, -1: outside
-    chosen: Tensor | None  # int32 [C]; None: all
-    count: Tensor | None  # int32 []: how many of the chosen, from the first on, are the set; None: all
-    column_slot: Tensor
-    row_slot: Tensor
+    place: Tensor  # int32 [V_teacher]: which of the stored columns it is, -1: none
+    stored: Tensor  # int32 [N]: the columns whose x and u are stored
+    count: Tensor | None  # int32 []: how many of them, from the first on, are the set; None: all, or C has all columns
+    column_slot: Tensor  # int32 [N]
+    row_slot: Tensor  # int32 [V_student]
+    paired: Tensor | None  # uint8, a bit a student
+    empty: Tensor | None  # uint8, a bit a teacher's column; None: C is what is stored
     column_wanted: Tensor | None  # uint8 [column lists]
     column_weight: Tensor
     row_index: Tensor
@@ -123,32 +119,43 @@ class Plan:
 
 
 def plan_of(structure: Structure, weight: Tensor, columns: Tensor, count: Tensor | None = None) -> Plan:
-    """The plan for the first `count` of the columns [C], which are on the device of the structure."""
-    teachers = len(structure.column_code)
-    size = len(columns)
-    everything = size == teachers
+    """The plan for the first `count` of the columns [C], which are on the device of the structure.
+
+    With all columns, what a pair needs is computed in the order of the rows, and only the other columns are stored.
+    """
+    teachers, students = len(structure.column_code), len(structure.row_code)
+    rows, lists, code = structure.row_lists, structure.column_lists, structure.row_code
+    everything = len(columns) == teachers
+    stored = lists.owner if everything else columns.to(torch.int32)
+    size = len(stored)
     number = torch.arange(size, dtype=torch.int32, device=columns.device)
     place = torch.full((teachers,), -1, dtype=torch.int32, device=columns.device)
-    place[columns] = number if count is None else torch.where(number < count, number, -1)
-    code = structure.row_code
+    place[stored.long()] = number if count is None else torch.where(number < count, number, -1)
     single = place[code.clamp_min(0).long()]
-    row_slot = torch.where(code >= 0, torch.where(single >= 0, single, size), size - 1 - code)
-    rows, lists = structure.row_lists, structure.column_lists
+    slot = torch.where(code >= 0, torch.where(single >= 0, single, size), size - 1 - code)
+    paired = structure.paired if everything else None
     padded = torch.cat([weight, weight.new_zeros(1)])
     row_place = place[rows.index.long()]
     return Plan(
         structure,
-        weight,
         place,
-        None if everything else columns.to(torch.int32),
+        stored,
         count,
-        structure.column_code if everything else structure.column_code[columns],
-        row_slot,
+        structure.column_code[stored.long()],
+        -1 - slot if paired is None else torch.where(paired > 0, code, -1 - slot),
+        None if paired is None else _bits(paired),
+        _bits((structure.column_code == students).to(torch.uint8)) if everything else None,
         None if everything else (place[lists.owner.long()] >= 0).to(torch.uint8),
         padded[lists.entry],
         torch.where(row_place >= 0, row_place, size),
         torch.where(row_place >= 0, padded[rows.entry], 0.0),
     )
+
+
+def _bits(flags: Tensor) -> Tensor:
+    """Flags, eight to a byte, the first in the lowest bit; and a byte more, so that any eight are in two bytes."""
+    padded = torch.nn.functional.pad(flags, (0, -len(flags) % 8 + 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -157,7 +164,7 @@ class Entries:
 
     index: Tensor  # int64 [E]: of W; the number of its entries where there is none
     row: Tensor  # int64 [E]
-    column: Tensor  # int64 [E]: place in the column set; its size where there is none
+    column: Tensor  # int64 [E]: which of the stored columns; their number where there is none
 
     def add(self, values: Tensor, weight_grad: Tensor) -> None:
         """Adds values [E] to a gradient [nnz]."""
@@ -166,8 +173,8 @@ class Entries:
 
 
 def entries_of(plan: Plan, columns: Tensor) -> Entries:
-    """The entries in the columns of the plan; how many they are stays on the device."""
-    structure = plan.structure
+    """The entries in the columns of the plan, which has no pairs; how many they are stays on the device."""
+    structure, stored = plan.structure, len(plan.stored)
     total, size = len(structure.col), int(structure.most[len(columns)])
     place = plan.place[structure.col.long()].long()
     inside = place >= 0
@@ -176,7 +183,7 @@ def entries_of(plan: Plan, columns: Tensor) -> Entries:
     index.scatter_(0, at, torch.arange(total, device=at.device))
     index = index[:size]
     given = index.clamp_max(max(total - 1, 0))  # where there is none, any will do: its value is dropped
-    return Entries(index, structure.row[given], torch.where(place[given] >= 0, place[given], len(columns)))
+    return Entries(index, structure.row[given], torch.where(place[given] >= 0, place[given], stored))
 
 
 _STRUCTURES = Cached[Structure]()
@@ -222,7 +229,7 @@ def run(
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
-    """P-KL; the workspace is about a megabyte per block of the grid, whatever the number of rows."""
+    """P-KL; the workspace is a block's of the grid, whatever the number of rows."""
     options = problem.options
     trained = problem.weight is not None or options.projection.weight.requires_grad
     plan = plan_for(options.projection, options.chosen, trained, options.count)
@@ -237,7 +244,7 @@ def run(
             "epsilon": numerics.EPSILON,
             "weight_sums": memory.output(sums),
             "workspace": None,
-            "plan": _plan_fields(kernels, memory, plan, entries),
+            "plan": _plan_fields(memory, plan, entries),
         }
         losses = kernels.run_chunks(memory, "pkl", problem, student_grad, scale, labels, fields)
         if sums is not None:
@@ -249,29 +256,19 @@ def run(
     return losses
 
 
-def _plan_fields(kernels: Kernels, memory: Memory, plan: Plan, entries: Entries | None) -> dict[str, Any]:
-    """A `PklPlan` of csrc, with the sums of W's rows in the columns."""
-    structure, students = plan.structure, len(plan.row_slot)
+def _plan_fields(memory: Memory, plan: Plan, entries: Entries | None) -> dict[str, Any]:
+    """A `PklPlan` of csrc."""
+    structure = plan.structure
     columns, rows = structure.column_lists, structure.row_lists
+    tensors = {name: getattr(plan, name) for name in ("stored", "count", "column_slot", "row_slot", "paired", "empty")}
     return {
-        "students": students,
-        "columns": len(plan.column_slot),
-        "chosen": memory.input(plan.chosen),
-        "count": memory.input(plan.count),
-        "column_slot": memory.input(plan.column_slot),
-        "row_slot": memory.input(plan.row_slot),
-        "row_weight": _row_weights(kernels, memory, plan, students),
+        "students": len(plan.row_slot),
+        "teachers": len(plan.place),
+        "columns": len(plan.stored),
+        **{name: memory.input(tensor) for name, tensor in tensors.items()},
         "column_lists": columns.fields(memory, columns.index, plan.column_weight, plan.column_wanted),
         "row_lists": rows.fields(memory, plan.row_index, plan.row_weight, None),
         "entry_row": memory.input(None if entries is None else entries.row),
         "entry_column": memory.input(None if entries is None else entries.column),
         "entries": 0 if entries is None else len(entries.index),
     }
-
-
-def _row_weights(kernels: Kernels, memory: Memory, plan: Plan, students: int) -> Array | None:
-    structure, result = plan.structure, memory.output(memory.scratch((students,)))
-    tensors = {"row_ptr": structure.row_ptr, "col": structure.col, "weight": plan.weight, "place": plan.place}
-    fields = {name: memory.input(tensor) for name, tensor in tensors.items()}
-    kernels.launch(memory, "row_weights", {**fields, "rows": students, "row_weight": result}, 4 * memory.blocks)
-    return result
