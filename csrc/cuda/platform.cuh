@@ -59,6 +59,13 @@ __device__ __forceinline__ float fast_divide(float x, float y) {
     return z;
 }
 
+// The larger of two numbers; not a number if one of them is not.
+__device__ __forceinline__ float largest(float x, float y) {
+    float z;
+    asm("max.NaN.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
+    return z;
+}
+
 // Asynchronous copies (PTX ISA, cp.async): started one by one, committed as a group, there for the thread that started
 // them when it has waited for all but its `pending` last groups. What they fill is read by read_copied, which stays
 // between the wait before it and the copy after it.

@@ -307,9 +307,8 @@ struct Exponential {
 // Maximum of a row, and sums of its exponentials relative to it.
 struct Statistics {
     Exponential exp;
-    double total;          // sum of exp
-    double weighted;       // sum of weight * exp
-    double entropy = 0.0;  // sum of weight * exp * log exp
+    double total;     // sum of exp
+    double weighted;  // sum of weight * exp
 
     __device__ double log_total() const { return log(total); }
     // log softmax of an element
@@ -325,45 +324,40 @@ struct Unweighted {
 };
 
 // One pass over (the chosen elements of) a row: the sums are rescaled whenever a thread meets a larger logit.
-// weights(i, w) fills w[N] for the elements from i on. The entropy is summed on demand only.
-template <bool with_entropy = false, typename R, typename Weights>
+// weights(i, w) fills w[N] for the elements from i on.
+template <typename R, typename Weights>
 __device__ Statistics statistics(const R& row, const int32_t* chosen, int size, float lowest, float temperature,
                                  Sums& shared, const Weights& weights) {
     constexpr bool has_weights = !std::is_same_v<Weights, Unweighted>;
     Exponential exp{row.precise(), lowest, lowest, 1.0f / temperature};
-    float total = 0.0f, weighted = 0.0f, entropy = 0.0f;
+    float total = 0.0f, weighted = 0.0f;
     each_column(row, chosen, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
         float largest = exp.top;
 #pragma unroll
         for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
         if (largest > exp.top) {
-            const float fall = (exp.top - largest) * exp.inverse_temperature, shrink = exponential(fall, exp.precise);
-            if constexpr (with_entropy) entropy = shrink * fmaf(fall, weighted, entropy);
+            const float shrink = exponential((exp.top - largest) * exp.inverse_temperature, exp.precise);
             total *= shrink;
             weighted *= shrink;
             exp.top = largest;
         }
-        float w[N], e[N], exponent[N];
+        float w[N], e[N];
         weights(i, w);
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = exponent[k] = exp.exponent(x[k]);
+        for (int k = 0; k < N; ++k) e[k] = exp.exponent(x[k]);
         exponentials(e, exp.precise);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             total += e[k];
             if constexpr (has_weights) weighted = fmaf(e[k], w[k], weighted);
-            if constexpr (with_entropy) entropy = fmaf(e[k] * w[k], exponent[k], entropy);
         }
     });
     const float top = exp.top;
     exp.top = block_max(top, shared);
-    const float fall = (top - exp.top) * exp.inverse_temperature;
-    const auto shrink = static_cast<double>(exponential(fall, exp.precise));
-    double sums[with_entropy ? 3 : 2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
-    if constexpr (with_entropy) sums[2] = static_cast<double>(fmaf(fall, weighted, entropy)) * shrink;
+    const auto shrink = static_cast<double>(exponential((top - exp.top) * exp.inverse_temperature, exp.precise));
+    double sums[2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
     block_sum(sums, shared);
-    if constexpr (with_entropy) return {exp, sums[0], sums[1], sums[2]};
     return {exp, sums[0], sums[1]};
 }
 

@@ -135,6 +135,7 @@ inline float fast_exp2(float x) {
     const double exact = __builtin_exp2(static_cast<double>(x));
     return exact < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x);
 }
+inline float largest(float x, float y) { return x != x ? x : x < y ? y : x; }
 inline float fast_log2(float x) {
     if (__builtin_fabsf(x) < 0x1p-126f) x = 0.0f;
     const double exact = __builtin_log2(static_cast<double>(x));

@@ -1,11 +1,10 @@
 // P-KL of one chunk by one block. The formula is that of xtoken.reference.pkl.
 //
 // With e the student's exponentials (or, for several tokens, their mean distribution) and Z their sum, x = W^T e, S =
-// sum_C x, D = S + eps Z and x' = x + eps D:
-//   log(m + eps) = log x' - log D,     u_t = (D / gamma) dL/dm_t,     B = sum_t x_t u_t / D,     h_s = sum_t W_st (u_t
-//   - B) dL/dlogit_s = p_s gamma Z / (D temperature) (h_s - sum p h)
-// where KL(q || m) has u = q / x' and gamma = -D, and the reverse has u = dL/dm and gamma = 1. For one token sum p h is
-// B eps exactly. The passes:
+// sum_C x, D = S + eps Z and m = x / D:
+//   u_t = +-dL/dm_t,     B = sum_t m_t u_t,     h_s = sum_t W_st (u_t - B)
+//   dL/dlogit_s = +-p_s Z / (D temperature) (h_s - sum p h)
+// where KL(q || m) has u = q / (m + eps) and the sign -. For one token sum p h is B eps exactly. The passes:
 //   1. z: maximum, Z, sum of the pairs' x        2. sums of columns with several entries: S
 //   3. y: maximum, sum, columns without entries  4. the other columns that are no pair's: u, loss, B
 //   5. z, gathers of y: the pairs' loss and B    6. sums of rows with several entries
@@ -39,6 +38,84 @@ struct Workspace {
           teacher(merge == Merge::mean ? whole(plan.empty == nullptr ? plan.columns : plan.teachers) : 0) {}
     __host__ __device__ int64_t total() const { return stored + mean + teacher; }
 };
+
+// The exponentials of a row and sums over it. They are powers of e where logits have all bits of a float, else of 2,
+// for which there is an instruction.
+template <bool precise>
+struct Powers {
+    static constexpr double unit = precise ? 1.0 : 0.6931471805599453;  // the base's logarithm
+    __device__ static float power_of(float x) { return precise ? expf(x) : fast_exp2(x); }
+    __device__ static float log(float x) { return precise ? logf(x) : fast_log2(x); }
+
+    float scale, top, floor, shift;  // exponent(x) = max(x - top, floor) scale - shift
+    double total, weighted,
+        entropy;  // sums of 2^exponent, weight 2^exponent, weight 2^exponent exponent, without shift
+    int place;    // of the vector with the largest element; -1: another thread's
+
+    __device__ void set_top(float x, float lowest) {
+        top = x;
+        floor = lowest - x;
+    }
+    __device__ float power(float x) const { return power_of(largest(x - top, floor) * scale); }
+    __device__ float exponent(float x) const { return fmaf(largest(x - top, floor), scale, -shift); }
+    // without shift
+    template <int N>
+    __device__ void of(const float (&x)[N], float (&e)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = power(x[k]);
+    }
+    // As rows.cuh has it.
+    __device__ Statistics statistics(float lowest, float temperature) const {
+        return {{precise, top, lowest, 1.0f / temperature}, total, weighted};
+    }
+};
+
+// One pass over (the chosen elements of) a row, see `statistics`.
+template <bool precise, bool with_entropy, typename R, typename Weights>
+__device__ Powers<precise> powers_of(const R& row, const int32_t* chosen, int size, float lowest, float temperature,
+                                     Sums& shared, const Weights& weights) {
+    Powers<precise> p{(precise ? 1.0f : log2_e) / temperature, lowest, 0.0f, 0.0f, 0.0, 0.0, 0.0, -1};
+    float total = 0.0f, weighted = 0.0f, entropy = 0.0f;
+    const auto rescale = [&](float top) {
+        const float fall = (p.top - top) * p.scale, shrink = p.power_of(fall);
+        if constexpr (with_entropy) entropy = shrink * fmaf(fall, weighted, entropy);
+        total *= shrink;
+        weighted *= shrink;
+        p.set_top(top, lowest);
+    };
+    each_column(row, chosen, size, [&](int i, const auto& x) {
+        constexpr int N = sizeof(x) / sizeof(float);
+        float top = x[0];
+#pragma unroll
+        for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
+        if (top > p.top) {
+            p.place = i;
+            rescale(top);
+        }
+        float w[N], e[N];
+        weights(i, w);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const float exponent = p.exponent(x[k]);
+            e[k] = p.power_of(exponent);
+            if constexpr (with_entropy) entropy = fmaf(w[k] * e[k], exponent, entropy);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            total += e[k];
+            weighted = fmaf(w[k], e[k], weighted);
+        }
+    });
+    const float top = block_max(p.top, shared);
+    if (p.top < top) p.place = -1;
+    rescale(top);
+    double sums[3] = {static_cast<double>(total), static_cast<double>(weighted), static_cast<double>(entropy)};
+    block_sum(sums, shared);
+    p.total = sums[0];
+    p.weighted = sums[1];
+    p.entropy = sums[2];
+    return p;
+}
 
 // Eight flags a byte, as numbers.
 struct Flags {
@@ -97,10 +174,9 @@ class Chunk {
           z_(p.student, row_),
           y_(p.teacher, teacher_row_),
           stored_(stored) {
-        student_.exp.precise = z_.precise();
         const Workspace parts(p.plan, merge);
         mean_ = workspace + parts.stored;
-        teacher_ = mean_ + parts.mean;
+        sums_ = mean_ + parts.mean;
     }
 
     __device__ void run(float* weight_sums) {
@@ -122,8 +198,9 @@ class Chunk {
         const double temperature = static_cast<double>(p_.temperature), square = temperature * temperature;
         if (thread == 0) p_.losses[k_] = static_cast<float>(loss * square);
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
-        const double unit = scale * factor * (p_.reverse ? 1.0 / d_ : -1.0);
-        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored_[n] = relative(stored_[n]);
+        const double unit = scale * factor * (p_.reverse ? 1.0 : -1.0) / d_;
+        const auto b = static_cast<float>(b_), b_rest = static_cast<float>(b_ - static_cast<double>(b));
+        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored_[n] = (stored_[n] - b) - b_rest;
         __syncthreads();  // u is relative to B now
         if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
@@ -136,14 +213,14 @@ class Chunk {
         __syncthreads();  // the rows' sums are there
         const double share = unit * total_ / (temperature * merged());
         if (merged() == 1) {
-            token_gradient(row_, z_, student_, static_cast<double>(b_) * static_cast<double>(p_.epsilon), share);
+            token_gradient(row_, z_, b_ * static_cast<double>(p_.epsilon), share);
         } else {
             mean_values();
             for (int64_t r = row_; r < row_ + merged(); ++r) {
                 const Row<S> z(p_.student, r);
-                student_ = statistics(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
-                                      [&](int i, auto& h) { load_lanes(mean_, i, h); });
-                token_gradient(r, z, student_, student_.weighted / student_.total, share);
+                student_ = powers_of<precise, false>(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
+                                                     [&](int i, auto& h) { load_lanes(mean_, i, h); });
+                token_gradient(r, z, student_.weighted / student_.total, share);
             }
         }
         if constexpr (merge == Merge::chain) {
@@ -153,22 +230,22 @@ class Chunk {
     }
 
   private:
-    // Elements that a thread computes at a time, to keep within the registers.
-    template <int N>
-    static constexpr int together = N < 4 ? N : 4;
+    static constexpr bool precise = sizeof(S) == 4;
+    static constexpr double unit = Powers<precise>::unit;
 
     // Rows whose distributions are averaged.
     __device__ int merged() const { return merge == Merge::mean ? count_ : 1; }
 
     // e_s
-    __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.exp(z_[s]); }
+    __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.power(z_[s]); }
 
     // e, Z, the sums of columns, S and D.
     __device__ void masses() {
         const Flags paired{plan_.paired};
         double own;  // S without the columns that are stored
         if (merged() == 1) {
-            student_ = statistics(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, paired);
+            student_ =
+                powers_of<precise, false>(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, paired);
             total_ = student_.total;
             own = student_.weighted;
         } else {
@@ -206,8 +283,6 @@ class Chunk {
         double sums[1] = {static_cast<double>(sum)};
         block_sum(sums, shared_);  // the columns' sums are there, too
         d_ = own + sums[0] + static_cast<double>(p_.epsilon) * total_;
-        small_ = static_cast<float>(static_cast<double>(p_.epsilon) * d_);
-        per_d_ = static_cast<float>(1.0 / d_);
     }
 
     // u of the columns that are stored, the loss and B.
@@ -217,22 +292,25 @@ class Chunk {
         const int size = all ? plan_.teachers : columns_;
         const int32_t* chosen = all ? nullptr : plan_.stored;
         const Flags empty{plan_.empty};
-        Statistics q;
-        double log_total;
+        double log_total;  // of the teacher's powers, to their base
         if (merged == 1) {
-            q = statistics<true>(y_, chosen, size, p_.lowest, p_.temperature, shared_, empty);
-            log_total = q.log_total();
+            teacher_ = powers_of<precise, true>(y_, chosen, size, p_.lowest, p_.temperature, shared_, empty);
+            log_total = ::log(teacher_.total) / unit;
         } else {
-            log_total = sum_teacher(chosen, size, merged);
-            y_ = AnyRow(teacher_);
+            log_total = sum_teacher(chosen, size, merged) / unit;
+            y_ = AnyRow(sums_);
             constexpr float lowest = -1e30f;  // sums of logits are finite
-            q = statistics<true>(y_, nullptr, size, lowest, p_.temperature * merged, shared_, empty);
-            log_total -= static_cast<double>(q.exp.top) * static_cast<double>(q.exp.inverse_temperature);
+            teacher_ = powers_of<precise, true>(y_, nullptr, size, lowest, p_.temperature * merged, shared_, empty);
+            log_total -= static_cast<double>(teacher_.top) * static_cast<double>(teacher_.scale);
         }
-        teacher_exp_ = q.exp;
-        log_sum_ = static_cast<float>(log_total);
+        // Exponents of q: the whole part of log_total is taken off, the rest multiplies q and m.
+        const double whole_part = ::rint(log_total), lift = ::exp((log_total - whole_part) * unit);
+        teacher_.shift = static_cast<float>(whole_part);
+        to_mass_ = static_cast<float>(lift / d_);
+        small_ = static_cast<float>(lift * static_cast<double>(p_.epsilon));
+
         float loss = 0.0f, b = 0.0f;
-        constexpr int N = together<8>;
+        constexpr int N = 4;  // loads in flight
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         for (int first = thread; first < columns_; first += N * threads) {
             int32_t place[N], slot[N];
@@ -257,76 +335,68 @@ class Chunk {
         if (plan_.paired != nullptr) {
             each_partner(z_, y_, plan_.row_slot, plan_.students,
                          [&](int i, const auto& z, const auto& place, const auto& y) {
-                             constexpr int M = sizeof(z) / sizeof(float);
-                             float x[M], u[M];
+                             float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
                              masses_of(i, z, x);
                              slopes(place, x, y, u, loss, b);
                          });
         }
         double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
         block_sum(sums, shared_);
-        loss_ = size > 0 ? sums[0] : static_cast<double>(nanf(""));
-        if (!p_.reverse) {  // x is 0 where there are no entries
-            const double log_q = q.entropy - q.weighted * log_total;
-            loss_ += ::exp(-log_total) * (log_q - q.weighted * ::log(static_cast<double>(p_.epsilon)));
+        loss_ = size > 0 ? sums[0] * unit * (p_.reverse ? 1.0 / d_ : 1.0 / lift) : static_cast<double>(nanf(""));
+        if (!p_.reverse) {  // of the columns without entries, where m is 0
+            const double distance = log_total + ::log(static_cast<double>(p_.epsilon)) / unit;
+            loss_ += unit * ::exp(-log_total * unit) * (teacher_.entropy - teacher_.weighted * distance);
         }
-        const double mean = sums[1] / d_;
-        b_ = static_cast<float>(mean);
-        b_low_ = static_cast<float>(mean - static_cast<double>(b_));
+        b_ = sums[1] / d_;
     }
 
     // e_s of rows s = i ... i + N - 1, whose logits are z.
     template <int N>
     __device__ void masses_of(int i, const float (&z)[N], float (&x)[N]) const {
-        if (merged() > 1) return load_lanes(mean_, i, x);
-#pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = student_.exp.exponent(z[k]);
-        exponentials(x, student_.exp.precise);
+        if (merged() > 1) {
+            load_lanes(mean_, i, x);
+        } else {
+            student_.of(z, x);
+        }
     }
 
-    // u of columns with these x and logits y of the teacher, at `place` (negative: no column); adds to the loss and to
-    // B D.
+    // u of columns with these x and logits y of the teacher, at `place` (negative: no column). Adds to the loss, which
+    // lacks a factor, and to B D.
     template <int N>
-    __device__ void slopes(const int32_t (&place)[N], const float (&mass)[N], const float (&y)[N], float (&u)[N],
+    __device__ void slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
                            float& loss, float& b) const {
-        constexpr bool precise = sizeof(S) == 4;
-        constexpr int M = together<N>;
+        if (p_.reverse) {
 #pragma unroll
-        for (int first = 0; first < N; first += M) {
-            float x[M], log_q[M], share[M];
-#pragma unroll
-            for (int k = 0; k < M; ++k) {
-                x[k] = place[first + k] < 0 ? 0.0f : mass[first + k];
-                share[k] = log_q[k] = teacher_exp_.log_share(y[first + k], log_sum_);
+            for (int k = 0; k < N; ++k) {
+                const float e = place[k] < 0 ? 0.0f : x[k], m = e * to_mass_, added = m + small_;
+                const float difference = teacher_.log(added) - teacher_.exponent(y[k]);
+                u[k] = fmaf(difference, static_cast<float>(unit), quotient(m, added, precise));
+                loss = fmaf(e, difference, loss);
+                b = fmaf(e, u[k], b);
             }
-            if (!p_.reverse) exponentials(share, teacher_exp_.precise);
+        } else {
 #pragma unroll
-            for (int k = 0; k < M; ++k) {
-                const float added = x[k] + small_;
-                const float log_m = logarithm(added * per_d_, precise);
-                if (p_.reverse) {
-                    u[first + k] = (log_m - log_q[k]) + quotient(x[k], added, precise);
-                    loss = fmaf(x[k] * per_d_, log_m - log_q[k], loss);
-                } else {
-                    const float q = place[first + k] < 0 ? 0.0f : share[k];
-                    u[first + k] = quotient(q, added, precise);
-                    loss = fmaf(q, log_q[k] - log_m, loss);
-                }
-                b = fmaf(x[k], u[first + k], b);
+            for (int k = 0; k < N; ++k) {
+                const float exponent = teacher_.exponent(y[k]);
+                const float q = place[k] < 0 ? 0.0f : teacher_.power_of(exponent), added = fmaf(x[k], to_mass_, small_);
+                u[k] = quotient(q, added, precise);
+                loss = fmaf(q, exponent - teacher_.log(added), loss);
+                b = fmaf(x[k], u[k], b);
             }
         }
     }
 
-    __device__ float relative(float u) const { return (u - b_) - b_low_; }
-
-    // h_s of rows of which `place` is the slot, or the column of a pair with these x and y.
+    // h - mean of rows of which `place` is the slot, or the column of a pair with these x and y.
     template <int N>
-    __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N],
+    __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], double mean,
                                float (&h)[N]) const {
+        const auto all = static_cast<float>(b_ + mean), rest = static_cast<float>(b_ + mean - static_cast<double>(all));
         float u[N], unused = 0.0f;
         slopes(place, x, y, u, unused, unused);
 #pragma unroll
-        for (int k = 0; k < N; ++k) h[k] = place[k] < 0 ? stored_[-1 - place[k]] : relative(u[k]);
+        for (int k = 0; k < N; ++k) {
+            h[k] = place[k] < 0 ? stored_[-1 - place[k]] - static_cast<float>(mean) : (u[k] - all) - rest;
+        }
     }
 
     // h in the place of the mean distribution.
@@ -337,13 +407,14 @@ class Chunk {
             const float x[1] = {mean_[s]};
             float y[1], h[1];
             y_.gather(place, y);
-            row_values(place, x, y, h);
+            row_values(place, x, y, 0.0, h);
             mean_[s] = h[0];
         }
         __syncthreads();  // h is there
     }
 
-    // Sums of the teacher's logits, relative to the rows' maxima; returns the mean of the logarithms of their totals.
+    // Sums of the teacher's logits, relative to the rows' maxima; returns the mean of the logarithms of their totals,
+    // to the base 2.
     __device__ double sum_teacher(const int32_t* chosen, int size, int merged) {
         double log_totals = 0.0;
         for (int i = 0; i < merged; ++i) {
@@ -355,7 +426,7 @@ class Chunk {
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
                     const float relative = at_least(x[k], p_.lowest) - q.exp.top;
-                    teacher_[j + k] = i == 0 ? relative : teacher_[j + k] + relative;
+                    sums_[j + k] = i == 0 ? relative : sums_[j + k] + relative;
                 }
             });
         }
@@ -376,46 +447,55 @@ class Chunk {
     }
 
     // The gradient p_s share (h_s - mean) of row r.
-    __device__ void token_gradient(int64_t r, const Row<S>& z, const Statistics& one, double mean, double share) {
-        const LabelTerm label =
-            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f, one);
+    __device__ void token_gradient(int64_t r, const Row<S>& z, double mean, double share) {
+        const Powers<precise>& one = student_;
+        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f,
+                                           one.statistics(p_.lowest, p_.temperature));
         const auto factor = static_cast<float>(share / one.total);
+        const bool clamped = one.floor * one.scale > -150.0f;  // the lowest logits have mass
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
-        const bool peaked = one.total < 2.0;  // one token has more than half of the mass
-        const auto half = static_cast<float>(0.5 * one.total);
         S* grad = row_of<S>(p_.grad, r);
         const Written<S> written(z, grad);
-        float others = 0.0f, peak_label = 0.0f;
+        // That of the token that has more than half of the mass is computed last, by the thread that has met it.
         int peak = -1;
-        // x: exponentials
-        const auto write = [&](int i, const auto& z, const auto& x, const auto& h) {
+        float peak_z = 0.0f;
+        const bool peaked = one.total < 2.0;
+        if (peaked && one.place >= 0) {
+            for (peak = one.place; z[peak] != one.top;) ++peak;
+            peak_z = z[peak];
+        }
+        float sum = 0.0f, peak_value = 0.0f;
+        // x: exponentials, h: h_s - mean
+        const auto write = [&](int i, const auto& z, const auto& x, auto& h) {
             constexpr int N = sizeof(x) / sizeof(float);
+            if (clamped) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) h[k] = z[k] < p_.lowest ? 0.0f : h[k];
+            }
             float g[N];
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                const float added = label(i + k, z[k]);
-                const float own = z[k] < p_.lowest ? 0.0f : x[k] * (((h[k] - high) - low) * factor);
-                if (peaked) {
-                    if (x[k] > half) {
-                        peak = i + k;
-                        peak_label = added;
-                    } else {
-                        others += own;
-                    }
-                }
-                g[k] = own + added;
+                const float own = x[k] * h[k];
+                sum += own;
+                g[k] = own * factor;
+            }
+            if (label.label >= 0) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) g[k] += label(i + k, z[k]);
+            }
+            if (static_cast<unsigned>(peak - i) < static_cast<unsigned>(N)) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) peak_value = i + k == peak ? x[k] * h[k] : peak_value;
             }
             written.put(i, g);
         };
-        const auto exponentials_of = [&](const auto& z, auto& x) {
-#pragma unroll
-            for (int k = 0; k < static_cast<int>(sizeof(x) / sizeof(float)); ++k) x[k] = one.exp.exponent(z[k]);
-            exponentials(x, one.exp.precise);
-        };
         if (merged() > 1) {
-            each_pair(z, AnyRow(mean_), plan_.students, [&](int i, const auto& z, const auto& h) {
-                float x[sizeof(z) / sizeof(float)];
-                exponentials_of(z, x);
+            each_pair(z, AnyRow(mean_), plan_.students, [&](int i, const auto& z, const auto& values) {
+                constexpr int N = sizeof(z) / sizeof(float);
+                float x[N], h[N];
+                one.of(z, x);
+#pragma unroll
+                for (int k = 0; k < N; ++k) h[k] = (values[k] - high) - low;
                 write(i, z, x, h);
             });
         } else if (plan_.paired == nullptr) {
@@ -424,25 +504,26 @@ class Chunk {
                 constexpr int N = sizeof(z) / sizeof(float);
                 float x[N], h[N];
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = stored_[-1 - __float_as_int(slot[k])];
-                exponentials_of(z, x);
+                for (int k = 0; k < N; ++k) h[k] = stored_[-1 - __float_as_int(slot[k])] - high;
+                one.of(z, x);
                 write(i, z, x, h);
             });
         } else {
             each_partner(z, y_, plan_.row_slot, plan_.students,
                          [&](int i, const auto& z, const auto& place, const auto& y) {
-                             constexpr int N = sizeof(z) / sizeof(float);
-                             float x[N], h[N];
-                             exponentials_of(z, x);
-                             row_values(place, x, y, h);
+                             float x[sizeof(z) / sizeof(float)], h[sizeof(z) / sizeof(float)];
+                             one.of(z, x);
+                             row_values(place, x, y, mean, h);
                              write(i, z, x, h);
                          });
         }
         written.fill(plan_.students, p_.grad.width);
         if (!peaked) return;
-        double sums[1] = {static_cast<double>(others)};
+        double sums[1] = {static_cast<double>(sum) - static_cast<double>(peak_value)};
         block_sum(sums, shared_);
-        if (peak >= 0) narrow(static_cast<float>(static_cast<double>(peak_label) - sums[0]), grad[peak]);
+        if (peak < 0) return;
+        const double others = sums[0] * static_cast<double>(factor);
+        narrow(static_cast<float>(static_cast<double>(label(peak, peak_z)) - others), grad[peak]);
     }
 
     // A later row under merge="chain": factor * (onehot - softmax).
@@ -480,11 +561,10 @@ class Chunk {
     int teacher_count_;
     Row<S> z_;
     AnyRow y_;
-    float *stored_, *mean_, *teacher_;
-    Statistics student_;
-    Exponential teacher_exp_;
-    double total_ = 0.0, d_ = 0.0, loss_ = 0.0;
-    float small_ = 0.0f, per_d_ = 0.0f, log_sum_ = 0.0f, b_ = 0.0f, b_low_ = 0.0f;
+    float *stored_, *mean_, *sums_;
+    Powers<precise> student_, teacher_;
+    double total_ = 0.0, d_ = 0.0, loss_ = 0.0, b_ = 0.0;
+    float to_mass_ = 0.0f, small_ = 0.0f;
 };
 
 // `ring_bytes` of dynamic shared memory are followed by room for what is stored; 0: the workspace has it.
