@@ -55,7 +55,10 @@ def test_the_layout_of_lists() -> None:
     weight = torch.cat([case.projection.weight, torch.zeros(1)])
     for lists, side, size in ((structure.column_lists, 0, 151), (structure.row_lists, 1, 41)):
         dense = torch.zeros(len(lists.owner), size)
-        for n in range(len(lists.owner)):
+        behind = WARP * int(lists.start[-1])
+        few = slice(len(lists.owner) - lists.few, None)
+        dense[few].scatter_add_(1, lists.index[behind:].view(-1, 4).long(), weight[lists.entry[behind:]].view(-1, 4))
+        for n in range(len(lists.owner) - lists.few):
             piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
             block = slice(WARP * int(lists.start[piece]), WARP * int(lists.start[piece + 1]))
             lane = slice(None) if n < lists.shared else slice((n - lists.shared) % WARP, None, WARP)

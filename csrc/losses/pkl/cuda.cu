@@ -134,11 +134,13 @@ struct Flags {
 template <typename Value>
 __device__ float sum_lists(const SumLists& lists, float* out, Value value) {
     float written = 0.0f;
-    const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
-    for (int slice = static_cast<int>(threadIdx.x) / warp_size; slice < lists.slices; slice += warps) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    const int lane = thread % warp_size, long_lists = lists.count - lists.few;
+    const auto is_wanted = [&](int list) { return lists.wanted == nullptr || lists.wanted[list] != 0; };
+    for (int slice = thread / warp_size; slice < lists.slices; slice += threads / warp_size) {
         const bool is_shared = slice < lists.shared;
         const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
-        const bool wanted = list < lists.count && (lists.wanted == nullptr || lists.wanted[list] != 0);
+        const bool wanted = list < long_lists && is_wanted(list);
         const int begin = lists.start[slice], end = wanted ? lists.start[slice + 1] : begin;
         float total = 0.0f;
 #pragma unroll 4
@@ -152,6 +154,34 @@ __device__ float sum_lists(const SumLists& lists, float* out, Value value) {
         if (wanted && (!is_shared || lane == 0)) {
             out[list] = total;
             written += total;
+        }
+    }
+    constexpr int lanes = 4, together = 4;  // loads in flight
+    const int behind = lists.start[lists.slices] * warp_size;
+    for (int first = thread; first < lists.few; first += together * threads) {
+        int32_t index[together][lanes];
+        float weight[together][lanes], total[together];
+        bool wanted[together];
+#pragma unroll
+        for (int n = 0; n < together; ++n) {
+            const int list = first + n * threads;
+            wanted[n] = list < lists.few && is_wanted(long_lists + list);
+            if (!wanted[n]) continue;
+            load_lanes(lists.index, behind + lanes * list, index[n]);
+            load_lanes(lists.weight, behind + lanes * list, weight[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < together; ++n) {
+            if (!wanted[n]) continue;
+            total[n] = 0.0f;
+#pragma unroll
+            for (int i = 0; i < lanes; ++i) total[n] = fmaf(weight[n][i], value(index[n][i]), total[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < together; ++n) {
+            if (!wanted[n]) continue;
+            out[long_lists + first + n * threads] = total[n];
+            written += total[n];
         }
     }
     return written;

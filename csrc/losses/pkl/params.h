@@ -40,14 +40,16 @@ namespace cuda {
 
 // Weighted sums, a warp to a slice of 32 side by side: entry i of lane l of slice k is at 32 * (start[k] + i) + l. The
 // first `shared` slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n -
-// shared) / 32. Sorted by length; filled up with entries of weight 0 that name some element.
+// shared) / 32. Sorted by length. The last `few` lists have up to four entries each, one after the other behind the
+// slices. All are filled up with entries of weight 0 that name some element.
 struct SumLists {
 #define XTOKEN_SUM_LISTS(FIELD)                                     \
     FIELD(int32_t, slices, "how many");                             \
     FIELD(int32_t, shared, "lists that have a slice of their own"); \
+    FIELD(int32_t, few, "lists of up to four entries");             \
     FIELD(int32_t, count, "lists");                                 \
     FIELD(const int32_t*, start, "[slices + 1]");                   \
-    FIELD(const int32_t*, index, "[32 * start[slices]]");           \
+    FIELD(const int32_t*, index, "[32 * start[slices] + 4 * few]"); \
     FIELD(const float*, weight, "as index");                        \
     FIELD(const uint8_t*, wanted, "[count] sums that are needed; null: all")
     XTOKEN_FIELDS(XTOKEN_SUM_LISTS)

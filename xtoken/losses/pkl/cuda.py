@@ -26,27 +26,38 @@ from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 _Ints = NDArray[np.int64]
 
 
+FEW = 4
+"""Entries of a list that one thread sums."""
+
+
 @dataclass(frozen=True)
 class Lists:
     """Weighted sums, as `SumLists` of csrc/losses/pkl/params.h; `owner` is the row or column of each."""
 
     shared: int
+    few: int
     start: Tensor  # int32 [slices + 1]
-    index: Tensor  # int32 [32 * start[slices]]
+    index: Tensor  # int32 [32 * start[slices] + 4 * few]
     entry: Tensor  # int64, as index: entries of W; their number where there is none
     owner: Tensor  # int32 [count]
 
     @staticmethod
     def of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints) -> Lists:
         """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
-        lists = SlicedLists.of(keys, begin, counts)
-        index, entries = torch.from_numpy(other.astype(np.int32)), torch.from_numpy(entry)
-        return Lists(lists.shared, lists.start, lists.put(index, 0), lists.put(entries, len(entry)), lists.owner)
+        few = counts <= FEW
+        lists = SlicedLists.of(keys[~few], begin[~few], counts[~few])
+        source = np.where(np.arange(FEW) < counts[few, None], begin[few, None] + np.arange(FEW), -1)
+        places = torch.cat([lists.source, torch.from_numpy(source).flatten()])
+        owner = torch.cat([lists.owner, torch.from_numpy(keys[few].astype(np.int32))])
+        index = torch.from_numpy(np.append(other, 0).astype(np.int32))[places]
+        entries = torch.from_numpy(np.append(entry, len(entry)))[places]
+        return Lists(lists.shared, int(few.sum()), lists.start, index, entries, owner)
 
     def fields(self, memory: Memory, index: Tensor, weight: Tensor, wanted: Tensor | None) -> dict[str, Any]:
         """A `SumLists` of csrc."""
         tensors = {"index": index, "weight": weight, "wanted": wanted}
-        return {**list_fields(self, memory), **{name: memory.input(tensor) for name, tensor in tensors.items()}}
+        named = {name: memory.input(tensor) for name, tensor in tensors.items()}
+        return {**list_fields(self, memory), "few": self.few, **named}
 
 
 @dataclass(frozen=True)
