@@ -73,7 +73,9 @@ class Ring {
   public:
     static constexpr int depth = 4;
     // Shared memory for so many slots a copy.
-    static constexpr size_t bytes(int slots, int threads) { return size_t{16} * depth * slots * threads; }
+    static __host__ __device__ constexpr size_t bytes(int slots, int threads) {
+        return size_t{16} * depth * slots * threads;
+    }
 
     __device__ Ring() {
         XTOKEN_DYNAMIC_SHARED(uint4, memory);

@@ -95,6 +95,16 @@ __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[
 __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[2]) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared_address(from)));
 }
+
+// ++*counter, atomically. (What the compiler makes of atomicAdd finds the address of shared memory anew each time.)
+template <bool is_shared>
+__device__ __forceinline__ void increment(int* counter) {
+    if constexpr (is_shared) {
+        asm volatile("red.shared.add.u32 [%0], 1;" ::"r"(shared_address(counter)) : "memory");
+    } else {
+        atomicAdd(counter, 1);
+    }
+}
 #endif
 
 }  // namespace xtoken::cuda

@@ -124,6 +124,10 @@ class Emulator:
         """The number of multiprocessors that launchers see; 2 at first."""
         self.call("set_multiprocessors", count)
 
+    def set_shared_limit(self, size: int = 227 << 10) -> None:
+        """The bytes of shared memory a block that launchers see."""
+        self.call("set_shared_limit", size)
+
     def memory(self) -> Memory:
         """Device memory, freed at the end of the `with` block."""
         return Memory(self)

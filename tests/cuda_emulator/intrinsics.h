@@ -141,6 +141,13 @@ T atomicCAS(T* address, T expected, T value) {
     return xtoken::emulator::atomic_update(address, [=](T old) { return old == expected ? value : old; });
 }
 
+namespace xtoken::cuda {
+template <bool is_shared>
+void increment(int* counter) {
+    atomicAdd(counter, 1);
+}
+}  // namespace xtoken::cuda
+
 // Loads and stores with cache hints: ordinary accesses here, except that nothing may write what __ldg reads.
 template <typename T>
 T __ldg(const T* address) {

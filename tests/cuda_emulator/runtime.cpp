@@ -9,7 +9,7 @@ using xtoken::emulator::machine;
 
 namespace {
 
-int multiprocessors = 2;
+int multiprocessors = 2, shared_limit = 227 << 10;
 enum class Errors { none, above, below, mixed } errors = Errors::none;
 thread_local std::string last_failure;
 
@@ -83,7 +83,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             *value = multiprocessors;
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
-            *value = 227 << 10;
+            *value = shared_limit;
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerMultiprocessor:
             *value = 228 << 10;
@@ -149,6 +149,9 @@ XTOKEN_EXPORT int xtoken_emulator_set_errors(int kind) {
         if (kind < 0 || kind > 3) throw std::invalid_argument("emulator: errors are 0 to 3");
         errors = static_cast<Errors>(kind);
     });
+}
+XTOKEN_EXPORT int xtoken_emulator_set_shared_limit(int bytes) {
+    return guarded([&] { shared_limit = bytes; });
 }
 XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {
     return guarded([&] { multiprocessors = count; });

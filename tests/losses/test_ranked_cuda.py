@@ -1,17 +1,131 @@
-"""The sort around the CUDA kernels of pairs and ranks."""
+"""The CUDA kernels of pairs and ranks: rows of 16 bits as step functions, and torch's sort for the others."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
 
 import emulated
 import pytest
 import torch
-from harness import OPERATIONS, make_case
-from test_ranked import PAIRED
+from comparer import assert_close
+from harness import OPERATIONS, Case, check, losses_and_grad, make_case
+from test_ranked import PAIRED, RANKED
 
+from xtoken import ProjectionMatrix
 from xtoken.losses.ranked import cuda as ranked_cuda
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not())),
+]
+SINGLE = ((1, 1),) * 9
+USED = (0, 1, 3, 4, 5, 7, 8, 9)
+"""Rows that predict these chunks."""
 
 
-@pytest.mark.skipif(emulated.why_not() is not None, reason=str(emulated.why_not()))
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the kernels that were started."""
+    names: list[str] = []
+    launch = ranked_cuda._Call.launch
+
+    def record(call: Any, name: str, *arguments: Any, **more: Any) -> None:
+        names.append(name)
+        launch(call, name, *arguments, **more)
+
+    monkeypatch.setattr(ranked_cuda._Call, "launch", record)
+    return names
+
+
+def hard_rows(students: int, teachers: int) -> Case:
+    case = make_case(students, teachers, samples=1, shapes=SINGLE)
+    student, teacher = case.student.clone(), case.teacher.clone()
+    one_value, far_below, far_above, lowest, near_zero, peaked, few_values, _ = USED
+    student[:, one_value], teacher[:, one_value] = 0.25, -3.0
+    student[:, far_below] -= 60
+    teacher[:, far_below] -= 300
+    student[:, far_above] += 5e3
+    teacher[:, far_above] += 3e4
+    student[:, lowest], teacher[:, lowest] = -math.inf, -2e4
+    student[:, near_zero] *= 1e-3
+    student[:, near_zero, ::2] = 0.0
+    student[:, near_zero, ::4] = -0.0
+    student[:, peaked, 3] = 80.0
+    teacher[:, peaked, 1::2] = -math.inf
+    student[:, few_values] = (4 * student[:, few_values]).round() / 4
+    return replace(case, student=student, teacher=teacher)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("temperature", [0.05, 1.0, 7.0, 1000.0])
+@pytest.mark.parametrize("operation", RANKED)
+def test_hard_rows(operation: str, temperature: float, dtype: torch.dtype, launched: list[str]) -> None:
+    for shape in ((67, 59), (7, 7), (40, 300)):
+        for options in ({}, OPERATIONS[operation].few(5)):
+            check("emulated", operation, hard_rows(*shape), dtype, temperature=temperature, **options)
+    assert set(launched) == {"ranked"}
+
+
+@pytest.mark.parametrize("operation", RANKED)
+def test_a_real_size(operation: str) -> None:
+    students, teachers = 151936, 128256
+    small = make_case(7, 7, samples=1, shapes=((1, 1),) * 2)
+    partner = torch.where(torch.arange(students) % 3 < 2, torch.arange(students) * 3 // 4, -1)[:, None]
+    W = ProjectionMatrix.from_topk(partner, torch.ones(students, 1), teachers)
+    generator = torch.Generator().manual_seed(1)
+    sides = [2.5 * torch.randn(1, 3, n, generator=generator, dtype=torch.float64) for n in (students, teachers)]
+    check("emulated", operation, Case(sides[0], sides[1], small.alignment, W), torch.bfloat16)
+
+
+@pytest.mark.parametrize("operation", RANKED)
+def test_is_what_the_sort_finds(operation: str, monkeypatch: pytest.MonkeyPatch, launched: list[str]) -> None:
+    """Ties, too, share what they share after a sort: of the chunks of several rows, and of one."""
+    results = []
+    for is_16_bit in (torch.Tensor.element_size, lambda logits: 4):
+        monkeypatch.setattr(torch.Tensor, "element_size", is_16_bit)
+        case = make_case(301, 283, scale=0.5)
+        options = {"reduction": "none", "backend": "emulated", **OPERATIONS[operation].few(50)}
+        results.append(losses_and_grad(OPERATIONS[operation].public, case, torch.bfloat16, **options))
+    assert set(launched) == {"ranked", "ranked_forward", "ranked_backward"}
+    (losses, grad), (sorted_losses, sorted_grad) = results
+    assert_close(losses, sorted_losses, rtol=1e-5)
+    assert_close(grad.float(), sorted_grad.float(), rtol=2**-7, atol=1e-6)
+
+
+@pytest.fixture
+def little_shared_memory() -> Iterator[Any]:
+    """Lets the emulated multiprocessors have so little that no bins fit."""
+    controls = emulated.load()[1]
+    yield lambda: controls.set_shared_limit(48 << 10)
+    controls.set_shared_limit()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_counts_in_the_workspace(dtype: torch.dtype, little_shared_memory: Any) -> None:
+    options = {"reduction": "none", "backend": "emulated"}
+    results = []
+    for limit in (None, little_shared_memory):
+        if limit is not None:
+            limit()
+        results.append(losses_and_grad(OPERATIONS[RANKED[-1]].public, hard_rows(67, 59), dtype, **options))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("operation", RANKED)
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+def test_what_is_no_number_shows(bad: float, operation: str) -> None:
+    case = make_case(67, 59, samples=1, shapes=SINGLE)
+    for side in ("student", "teacher"):
+        logits = getattr(case, side).clone()
+        logits[0, USED[1], 5] = bad
+        changed = replace(case, **{side: logits})
+        options = {"reduction": "none", "backend": "emulated"}
+        losses, grad = losses_and_grad(OPERATIONS[operation].public, changed, torch.bfloat16, **options)
+        assert losses.isnan().nonzero().tolist() == [[2]]
+        assert grad.isnan().any(-1)[0].nonzero().tolist() == [[USED[1]]]
+
+
 @pytest.mark.parametrize("name", PAIRED)
 def test_groups_of_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     case = make_case()

@@ -43,14 +43,27 @@ def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     (An order by id would raise low ids and lower high ones; in bfloat16 most of a vocabulary is tied.) Signs are whole
     numbers, so their sums do not depend on the order in which a device adds them.
     """
-    ordered, token = p.sort(dim=1, descending=True)
-    difference = _first(ordered, count) - _first(q.sort(dim=1, descending=True).values, count)
-    sign = _first(difference.sign(), p.shape[1])
+    if count == 0:
+        return p.new_zeros(len(p)), torch.zeros_like(p)
+    ordered, token = _largest(p, count)
+    difference = _first(ordered, count) - _first(_largest(q, count)[0], count)
+    sign = _first(difference.sign(), ordered.shape[1])
     distinct = torch.ones_like(token)
     distinct[:, 1:] = ordered[:, 1:] != ordered[:, :-1]
     group = distinct.cumsum(1) - 1
-    shared = torch.zeros_like(sign).scatter_reduce(1, group, sign, "mean", include_self=False)
-    return difference.abs().sum(1), torch.zeros_like(sign).scatter(1, token, shared.gather(1, group))
+    total = torch.zeros_like(sign).scatter_add(1, group, sign)
+    number = torch.zeros_like(sign).scatter_add(1, group, torch.ones_like(sign))
+    is_last = p == ordered[:, -1:]  # some may be beyond the ranks
+    number.scatter_(1, group[:, -1:], is_last.sum(1, keepdim=True).to(number.dtype))
+    shared = (total / number).gather(1, group)
+    return difference.abs().sum(1), torch.where(is_last, shared[:, -1:], 0.0).scatter(1, token, shared)
+
+
+def _largest(values: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` largest of each row, descending, and their places."""
+    if count < values.shape[1]:
+        return values.topk(count, dim=1)
+    return values.sort(dim=1, descending=True)
 
 
 def _first(values: Tensor, count: int) -> Tensor:

@@ -40,20 +40,34 @@ namespace cuda {
 
 // Pairs (student, teacher), and the ids outside, ascending.
 struct PairsPlan {
-#define XTOKEN_CUDA_PAIRS(FIELD)                             \
-    FIELD(int32_t, pairs, "how many");                       \
-    FIELD(int32_t, student_rest, "student ids outside");     \
-    FIELD(int32_t, teacher_rest, "teacher ids outside");     \
-    FIELD(const int32_t*, student_pair, "[pairs]");          \
-    FIELD(const int32_t*, teacher_pair, "[pairs]");          \
-    FIELD(const int32_t*, student_others, "[student_rest]"); \
-    FIELD(const int32_t*, teacher_others, "[teacher_rest]"); \
-    FIELD(const int32_t*, slot, "[students] teacher id of the pair, or -1 - place in student_others")
+#define XTOKEN_CUDA_PAIRS(FIELD)                                                                         \
+    FIELD(int32_t, pairs, "how many");                                                                   \
+    FIELD(int32_t, student_rest, "student ids outside");                                                 \
+    FIELD(int32_t, teacher_rest, "teacher ids outside");                                                 \
+    FIELD(const int32_t*, student_pair, "[pairs]");                                                      \
+    FIELD(const int32_t*, teacher_pair, "[pairs]");                                                      \
+    FIELD(const int32_t*, student_others, "[student_rest]");                                             \
+    FIELD(const int32_t*, teacher_others, "[teacher_rest]");                                             \
+    FIELD(const int32_t*, slot, "[students] teacher id of the pair, or -1 - place in student_others");   \
+    FIELD(const uint8_t*, student_common, "[students / 8 + 2] a bit for each id in a pair; null: none"); \
+    FIELD(const uint8_t*, teacher_common, "[teachers / 8 + 2] likewise; null: none")
     XTOKEN_FIELDS(XTOKEN_CUDA_PAIRS)
 };
 
-// Everything but the sort of the probabilities outside the pairs, which is between "ranked_forward" and
-// "ranked_backward".
+// "ranked": chunks of one row of 16-bit logits on each side.
+struct StepsParams {
+#define XTOKEN_CUDA_STEPS(FIELD)                                      \
+    XTOKEN_CHUNKS(FIELD);                                             \
+    FIELD(Real*, losses, "[chunks] out");                             \
+    FIELD(Labels, labels, "of the chunks' rows");                     \
+    FIELD(float*, workspace, "[blocks, workspace]; null: asked for"); \
+    FIELD(PairsPlan, plan, "the pairs");                              \
+    FIELD(int32_t, ranks, "so many are compared outside the pairs, at most")
+    XTOKEN_FIELDS(XTOKEN_CUDA_STEPS)
+};
+
+// All other chunks: everything but the sort of the probabilities outside the pairs, which is between "ranked_forward"
+// and "ranked_backward".
 struct RankedParams {
 #define XTOKEN_CUDA_RANKED(FIELD)                                                                            \
     XTOKEN_CHUNKS(FIELD);                                                                                    \
