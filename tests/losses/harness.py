@@ -213,7 +213,6 @@ CASES: dict[str, Callable[[], Case]] = {
     "infinite": _infinite,
     "padded_head_nan": lambda: _padded(math.nan),
     "padded_head_large": lambda: _padded(50.0),
-    "empty_projection": lambda: make_case(empty_projection=True),
     "one_chunk": lambda: make_case(samples=1, shapes=((1, 1), (4, 5))),
 }
 

@@ -13,10 +13,11 @@ from default_losses import DEFAULT, OTHER, default_loss
 from harness import OPERATIONS, Case, make_case, piece_index, variants
 from torch import Tensor, nn
 
-from xtoken import Teacher, XTokenLoss
+from xtoken import PieceIndex, ProjectionMatrix, Teacher, Vocabulary, XTokenLoss
 from xtoken.alignment import Alignment
 from xtoken.losses import Needs, diagnostics, operator, registered
 from xtoken.losses.columns import select_columns
+from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import DenseSource
 
 projected_loss, shared_loss = default_loss(Needs.PROJECTION), default_loss(Needs.SAME_TOKENIZER)
@@ -95,6 +96,37 @@ def test_dynamic_scaling_is_constant_in_backward() -> None:
     kd = projected_loss(student, case.teacher, supervised(case.alignment, labels), case.projection)
     (want,) = torch.autograd.grad(ce + (ce / kd).detach() * kd, student)
     assert_close(got, want, rtol=1e-9, atol=1e-12)
+
+
+def test_the_ratio_is_bounded() -> None:
+    """Also where KD is negative, or 0 since the student has reached its teacher. The paper's rule has no bound."""
+    ce, kd = torch.tensor(6.0), torch.tensor([3.0, -3.0, 1e-9, -1e-9, 0.0])
+    assert ratio(ce, kd, 4.0).tolist() == [2.0, 2.0, 4.0, 4.0, 4.0]
+    assert ratio(ce, kd, math.inf).tolist() == [2.0, 2.0, pytest.approx(6e9), pytest.approx(6e9), 0.0]
+    assert ratio(0 * ce, kd, 4.0).tolist() == [0.0, 0.0, 0.0, 0.0, 4.0]
+
+
+@pytest.mark.parametrize("noise", [0.0, 1e-4, 0.3])
+def test_a_student_near_its_teacher_keeps_its_gradient(noise: float) -> None:
+    """That of CE, plus at most `max_scale` times a small one; the loss to log shows KD."""
+    case = make_case(59, 59)
+    labels = make_labels(case).clamp_max(58)
+    student = (case.student + noise * case.student.roll(1, 0)).requires_grad_()
+    total, parts = XTokenLoss([Teacher()], max_scale=5.0, kd_weight=0.5)(student, labels, case.student)
+    (got,) = torch.autograd.grad(total, student)
+    ce = cross_entropy(student, labels)
+    mask = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    kd = shared_loss(student, case.student, mask=mask)
+    assert float(ce.detach()) / 5 > float(kd.detach())
+    assert float(parts["scale"]) == 5.0
+    assert bool(parts["bounded"]) == (noise > 0)
+    (want,) = torch.autograd.grad(ce + 0.5 * 5.0 * kd, student)
+    assert_close(got, want, rtol=1e-9, atol=1e-9)
+    assert_close(parts["unscaled"], (ce + 0.5 * kd).detach(), rtol=1e-12)
+    assert not any(part.requires_grad for part in parts.values())
+    fixed = XTokenLoss([Teacher()], "fixed", kd_weight=0.5)(student, labels, case.student)
+    assert_close(fixed[0].detach(), fixed[1]["unscaled"], rtol=1e-12)
+    assert not bool(fixed[1]["bounded"])
 
 
 def test_dynamic_scaling_without_distillation() -> None:
@@ -432,6 +464,8 @@ def test_bad_teachers(options: dict[str, Any], message: str) -> None:
         ({"scaling": "static"}, "scaling: expected one of 'dynamic', 'fixed', got 'static'"),
         ({"ce_weight": -1.0}, "ce_weight: expected a finite number >= 0, got -1.0"),
         ({"kd_weight": math.inf}, "kd_weight: expected a finite number >= 0, got inf"),
+        ({"max_scale": 0.0}, "max_scale: expected a number above 0, got 0.0"),
+        ({"max_scale": math.nan}, "max_scale: expected a number above 0, got nan"),
         ({"vocab_size": 60}, r"teachers: expected one student vocabulary size, got \[60, 67\]"),
     ],
 )
@@ -562,3 +596,26 @@ def test_a_teacher_is_replaced_like_any_dataclass() -> None:
     assert (other.weight, other.temperature, other.reverse) == (2.0, 3.0, True)
     assert other.projection is case.projection
     assert (teacher.weight, teacher.temperature) == (0.5, 2.0)
+
+
+@pytest.mark.parametrize("name", registered())
+def test_nothing_to_compare_is_refused(name: str) -> None:
+    """Where the teacher is made, and by the function: no entry in W, no pair, no event that both sides have."""
+    operation = OPERATIONS[name]
+    if operation.needs is Needs.PIECES:
+        pieces = PieceIndex.build(Vocabulary([b"a", b"aa"]), Vocabulary([b"b", b"bb", b"c"]))
+        bad = [({"pieces": pieces}, "pieces: expected events that both sides have, got none")]
+    elif operation.needs is Needs.PROJECTION:
+        empty = make_case(empty_projection=True).projection
+        bad = [({"projection": empty}, "projection: expected a matrix with entries, got none")]
+        if "min_weight" in {field.name for field in dataclasses.fields(registered()[name])}:
+            spread = ProjectionMatrix.from_topk(torch.tensor([[0, 1]] * 67), torch.full((67, 2), 0.5), 59)
+            bad.append(({"projection": spread}, "projection: expected pairs of common tokens, got none: no row"))
+    else:
+        pytest.skip("compares all columns")
+    for pair, message in bad:
+        with pytest.raises(ValueError, match=message):
+            Teacher(loss=name, **pair)
+        case = make_case(*next(iter(pair.values())).shape, shapes=((1, 1),) * 3)
+        with pytest.raises(ValueError, match=message):
+            operation.function()(case.student, case.teacher, case.alignment, *pair.values())

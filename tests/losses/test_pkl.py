@@ -355,9 +355,12 @@ def test_chain_needs_ids_of_the_vocabulary() -> None:
 
 
 def test_nothing_reachable() -> None:
-    case = CASES["empty_projection"]()
+    case = make_case()
+    reached = case.projection.col.unique()
+    columns = torch.tensor(sorted({*range(case.projection.shape[1])} - {*reached.tolist()}))
+    assert len(columns) > 0
     with pytest.raises(ValueError, match="support: expected a column that the projection reaches, got none"):
-        pkl_loss(case.student, case.teacher, case.alignment, case.projection, support="reachable")
+        pkl_loss(case.student, case.teacher, case.alignment, case.projection, support="reachable", columns=columns)
 
 
 def test_examples() -> None:

@@ -24,6 +24,7 @@ def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float])
         "chunks": torch.tensor(chunks),
         "unsupervised": torch.tensor(chunks) // 20,
         "scale": torch.tensor(2.0),
+        "bounded": torch.tensor(ce == 1.0),
         **diagnoses,
     }
 
@@ -45,6 +46,7 @@ def test_two_teachers():
     assert got["starts_left_out/a"] == pytest.approx(35 / 320)
     assert "agreement/b" not in got
     assert got["tokens"] == 300
+    assert got["bounded"] == 0.5
     assert meter.scale == 2.0
 
 
@@ -59,7 +61,7 @@ def test_one_teacher_and_divisors():
 def test_no_teacher():
     meter = Meter([], [])
     meter.add(parts(6.0, [], [], []), 10)
-    assert meter.summary(lambda sums: sums) == {"ce": 6.0, "kd": 0.0, "tokens": 10.0}
+    assert meter.summary(lambda sums: sums) == {"ce": 6.0, "kd": 0.0, "bounded": 0.0, "tokens": 10.0}
 
 
 def test_stopwatch(monkeypatch):

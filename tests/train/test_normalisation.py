@@ -36,7 +36,8 @@ def test_dynamic_scaling_is_one_factor_a_step(tmp_path, student_tok, teacher_tok
     for size, accumulated in [(8, 1), (4, 2), (2, 4)]:
         trainer = make_trainer(
             tmp_path, student_tok, teachers, [{**one, "teachers": one["teachers"][:1]} for one in examples],
-            max_steps=3, optim="sgd", learning_rate=1e-9, lr_scheduler_type="constant", **cut(size, accumulated),
+            max_steps=3, optim="sgd", learning_rate=1e-9, lr_scheduler_type="constant", max_scale=100.0,
+            **cut(size, accumulated),
         )  # fmt: skip
         trainer.train()
         scales[size] = [one["kd_scale"] for one in trainer.state.log_history if "kd_scale" in one]

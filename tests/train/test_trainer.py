@@ -243,13 +243,39 @@ def test_a_step_without_chunks_does_not_switch_distillation_off(tmp_path, studen
     data = [*none[:2], *examples[2:4], *none[4:8], *examples[8:12]]
     trainer = make_trainer(
         tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], data, max_steps=3,
-        per_device_train_batch_size=2, gradient_accumulation_steps=2,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, max_scale=math.inf,
     )  # fmt: skip
     trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
     trainer.train()
     scales, kd, ce = (logged(trainer, name) for name in ("kd_scale", "kd", "ce"))
     assert kd[1] == 0
     assert scales[1] == scales[2] == pytest.approx(ce[0] / kd[0], rel=1e-5)
+
+
+def test_the_bound_of_the_factor_is_told_once(tmp_path, student_tok, teacher_tok, examples, monkeypatch, caplog):
+    """And the logged loss moves with KD whatever the factor is."""
+    monkeypatch.setattr("xtoken.train.trainer.TOLD_AFTER", 3)
+    trainers = [
+        make_trainer(
+            tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], examples, max_steps=8, logging_steps=2,
+            gradient_accumulation_steps=2, per_device_train_batch_size=2, kd_weight=0.5, **options,
+        )
+        for options in ({"max_scale": 0.01}, {"max_scale": math.inf}, {"scaling": "fixed"})
+    ]  # fmt: skip
+    for trainer, told in zip(trainers, (1, 0, 0), strict=True):
+        caplog.clear()
+        trainer.train()
+        messages = [one.getMessage() for one in caplog.records if "max_scale" in one.getMessage()]
+        assert (
+            messages
+            == ["in 4 of 4 steps CE / |KD| was larger than max_scale=0.01, so that the loss was CE + 0.01 KD"] * told
+        )
+        for name in ("loss", "kd_scale"):
+            assert len(logged(trainer, name)) == 4
+        want = [ce + 0.5 * kd for ce, kd in zip(logged(trainer, "ce"), logged(trainer, "kd"), strict=True)]
+        assert logged(trainer, "loss") == pytest.approx(want, rel=1e-4)
+    assert logged(trainers[0], "kd_scale") == pytest.approx([0.01] * 4)
+    assert min(logged(trainers[1], "kd_scale")) > 4
 
 
 def spoil(model: Any, student_tok: Any) -> None:

@@ -20,6 +20,8 @@ from xtoken.losses.operator import Expected, at_least_one
 from xtoken.pieces import PieceIndex
 
 SCALINGS = ("dynamic", "fixed")
+DEFAULT_MAX_SCALE = 4.0
+"""Of ``scaling="dynamic"``; where KD is near zero CE / |KD| knows no limit."""
 
 Count = int | Tensor
 
@@ -93,7 +95,7 @@ class Teacher:
         made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces}
         for name, value in {**made, "options": options}.items():
             object.__setattr__(self, name, value)
-        self.make_loss()  # checks the options
+        self.make_loss().check()
 
     def make_loss(self) -> Loss:
         """The loss with this teacher's options."""
@@ -117,8 +119,8 @@ class Teacher:
 class XTokenLoss(nn.Module):
     """Cross-entropy plus distillation: ``ce_weight CE + kd_weight s KD`` with ``KD = sum_m weight_m KD_m``.
 
-    ``scaling="dynamic"`` has s = CE / |KD|, held constant in backward (0 where KD is 0), so that both parts
-    weigh the same; ``scaling="fixed"`` has s = 1.
+    ``scaling="dynamic"`` has s = min(CE / |KD|, `max_scale`), held constant in backward: both parts weigh the same, as
+    in the paper, as long as KD is not small. ``scaling="fixed"`` has s = 1.
 
     Parameters
     ----------
@@ -126,6 +128,10 @@ class XTokenLoss(nn.Module):
     scaling : "dynamic" or "fixed"
     ce_weight, kd_weight : float
         >= 0. A part of weight 0 is still reported.
+    max_scale : float
+        Bound of the dynamic factor, > 0. A student that comes near its teacher, or a loss that passes through zero on
+        its way below (of a part of both vocabularies), would else be torn by a factor of thousands; and a loss that its
+        teacher lets go to zero would outweigh the text. ``inf`` is the paper's rule, and has s = 0 where KD is 0.
     vocab_size : int, optional
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
@@ -144,6 +150,7 @@ class XTokenLoss(nn.Module):
         ce_weight: float = 1.0,
         kd_weight: float = 1.0,
         *,
+        max_scale: float = DEFAULT_MAX_SCALE,
         vocab_size: int | None = None,
         diagnostics: bool = True,
         backend: str = "auto",
@@ -153,6 +160,8 @@ class XTokenLoss(nn.Module):
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if not max_scale > 0.0:
+            raise ValueError(f"max_scale: expected a number above 0, got {max_scale!r}")
         sizes = {teacher.shape[0] for teacher in teachers if teacher.shape is not None}
         sizes |= set() if vocab_size is None else {vocab_size}
         if len(sizes) > 1:
@@ -161,6 +170,7 @@ class XTokenLoss(nn.Module):
         self.scaling = scaling
         self.ce_weight = ce_weight
         self.kd_weight = kd_weight
+        self.max_scale = max_scale
         self.vocab_size = sizes.pop() if sizes else None
         self.diagnostics = diagnostics
         self.backend = backend
@@ -170,7 +180,8 @@ class XTokenLoss(nn.Module):
     def extra_repr(self) -> str:
         losses = ", ".join(f"{teacher.weight:g} {teacher.loss}" for teacher in self.teachers)
         weights = f"ce_weight={self.ce_weight}, kd_weight={self.kd_weight}"
-        return f"teachers=[{losses}], scaling={self.scaling!r}, {weights}"
+        bound = f", max_scale={self.max_scale:g}" if self.scaling == "dynamic" else ""
+        return f"teachers=[{losses}], scaling={self.scaling!r}{bound}, {weights}"
 
     def forward(
         self,
@@ -204,8 +215,8 @@ class XTokenLoss(nn.Module):
             batch, and so do "ce" and "kd". Where gradients are averaged over ranks (DDP), multiply the total by
             the number of ranks. With several teachers, ``num_chunks`` is a sequence.
         scale : float or scalar tensor, optional
-            The factor s. Default: 1 for ``scaling="fixed"``, this call's own CE / |KD| for "dynamic", which
-            differs between micro-batches and ranks; to have one for them all, give it, or (for ranks) `reduce`.
+            The factor s. Default: 1 for ``scaling="fixed"``, this call's own min(CE / |KD|, max_scale) for "dynamic",
+            which differs between micro-batches and ranks; to have one for them all, give it, or (for ranks) `reduce`.
         reduce : callable, optional
             Sums a small tensor over the ranks; "dynamic" then has the ratio of CE and KD of all ranks. Every rank
             must make the call.
@@ -213,11 +224,14 @@ class XTokenLoss(nn.Module):
         Returns
         -------
         total : Tensor
-            Scalar, at least float32.
+            Scalar, at least float32: what is differentiated. Under "dynamic" its value says little, for s KD is CE (or
+            -CE, where KD is negative) until s is bounded: look at ``parts["unscaled"]``.
         parts : dict of detached tensors
             On the device of the logits; nothing here waits for their values.
             "ce", "kd" : scalar, as they enter the total before scaling and weights.
             "scale" : scalar, the factor s of KD.
+            "unscaled" : scalar, the total with s = 1, ``ce_weight CE + kd_weight KD``: a loss to log; KD shows in it.
+            "bounded" : bool scalar, whether ``max_scale`` is what s is.
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
             "unsupervised" : int64 [M], chunks left out because a token of theirs is not labelled; likewise.
@@ -254,11 +268,15 @@ class XTokenLoss(nn.Module):
         if scale is None:
             scale = self._ratio(ce.detach(), kd.detach(), reduce)
         total = self.ce_weight * ce + self.kd_weight * scale * kd
+        factor = scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale)
+        at_bound = factor >= self.max_scale if self.scaling == "dynamic" else torch.zeros_like(kd, dtype=torch.bool)
         diagnoses = torch.stack([part.diagnosis for part in done]) if done else ce.new_zeros(0, len(NAMES))
         parts = {
             "ce": ce.detach(),
             "kd": kd.detach(),
-            "scale": scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale),
+            "scale": factor,
+            "unscaled": (self.ce_weight * ce + self.kd_weight * kd).detach(),
+            "bounded": at_bound & (kd.detach() != 0),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
             "chunks": _numbers([part.chunks for part in done], kd.device),
             "unsupervised": _numbers([part.unsupervised for part in done], kd.device),
@@ -279,7 +297,7 @@ class XTokenLoss(nn.Module):
             return 1.0
         if reduce is not None:
             ce, kd = reduce(torch.stack([ce, kd.to(ce.dtype)]))
-        return torch.where(kd == 0, 0.0, ce / kd.abs())
+        return ratio(ce, kd, self.max_scale)
 
     def _cross_entropy(self, student_logits: Tensor, labels: Tensor) -> Tensor:
         logits = student_logits[..., : self.vocab_size].flatten(0, -2)
@@ -369,6 +387,11 @@ class _Distilled(NamedTuple):
     chunks: int | Tensor
     unsupervised: int | Tensor
     diagnosis: Tensor
+
+
+def ratio(ce: Tensor, kd: Tensor, most: float) -> Tensor:
+    """CE / |KD|, at most `most`; that where KD is 0, or 0 if it is infinite."""
+    return torch.where(kd == 0, most if most < float("inf") else 0.0, (ce / kd.abs()).clamp_max(most))
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:

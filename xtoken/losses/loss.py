@@ -98,6 +98,15 @@ class Loss:
         W: Matrix | None = getattr(self, "W", None)
         return W.weight if W is not None and self.trains_projection else None
 
+    def check(self) -> None:
+        """Raises ValueError if the pair of tokenizers leaves it nothing to compare, or only by rank; a `Teacher` asks,
+        and so does the operator at every call, so it must not wait for a device after the first."""
+        W: Matrix | None = getattr(self, "W", None)
+        if W is not None and not len(W.col):
+            raise ValueError(
+                "projection: expected a matrix with entries, got none: no token of the student has an image to compare"
+            )
+
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         """The chunks, and what kernels and formula get to see of this loss (default: all of them, and itself)."""
         return Prepared(call.chunks(self.realised), self)

@@ -217,6 +217,7 @@ def _define(name: str, layout: _Layout) -> None:
 def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Result:
     """The loss of a call, and the gradients that are wanted."""
     student, teacher = call.sources()
+    loss.check()
     prepared = loss.prepare(call, student, teacher)
     chunks = prepared.chunks
     trained = loss.trained if flags.weight_wanted else None

@@ -8,7 +8,7 @@ from typing import Any
 from transformers import TrainingArguments
 
 from xtoken.losses.call import check_choice
-from xtoken.losses.criterion import SCALINGS
+from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
 TEACHER_MODES = ("sum", "select", "average")
 
@@ -20,10 +20,12 @@ class XTokenConfig(TrainingArguments):
     Parameters
     ----------
     scaling : "dynamic" or "fixed"
-        Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is CE / KD of the whole step, all
-        processes together. With gradient accumulation that is not known until the step's last micro-batch, so it
-        is the ratio of the previous step (and in the first step that of its first micro-batch): one factor for
-        all micro-batches of a step, however the step is cut.
+        Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is CE / |KD| of the whole step, all
+        processes together, and at most `max_scale`. With gradient accumulation that is not known until the step's last
+        micro-batch, so it is the ratio of the previous step (and in the first step that of its first micro-batch): one
+        factor for all micro-batches of a step, however the step is cut.
+    max_scale : float
+        Bound of the dynamic factor; ``inf`` is the paper's rule.
     ce_weight, kd_weight : float
         Weights of cross-entropy and distillation, >= 0.
     teacher_mode : "sum", "select" or "average"
@@ -50,6 +52,7 @@ class XTokenConfig(TrainingArguments):
         default=None, metadata={"aliases": ["--output"], "help": "folder for checkpoints, the student and the log"}
     )
     scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation", "choices": SCALINGS})
+    max_scale: float = field(default=DEFAULT_MAX_SCALE, metadata={"help": "bound of the dynamic factor; inf: none"})
     ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
     kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})
     teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})

@@ -43,8 +43,9 @@ class Meter:
         self.tokens = 0
         self.scale: Tensor | float = math.nan  # of the last call
         count = len(names)
-        # ce; and for each teacher kd, counts, and of those calls that have diagnoses the chunks and the sums over them.
-        self._sizes = [1, count, len(COUNTS) * count, count, len(DIAGNOSES) * count]
+        # ce, calls, those with the largest factor; and for each teacher kd, counts, and of those calls that have
+        # diagnoses the chunks and the sums over them.
+        self._sizes = [3, count, len(COUNTS) * count, count, len(DIAGNOSES) * count]
         self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
 
     def add(self, parts: dict[str, Tensor], tokens: int) -> None:
@@ -56,7 +57,8 @@ class Meter:
         diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).to(dtype)
         known = ~diagnoses.isnan().any(0)
         diagnosed = torch.where(known, diagnoses * chunks, 0.0).flatten()
-        losses = parts["ce"][None].to(dtype), parts["kd_per_teacher"].to(dtype)
+        ce, one = parts["ce"].to(dtype), torch.ones((), dtype=dtype, device=device)
+        losses = torch.stack([ce, one, parts["bounded"].to(dtype)]), parts["kd_per_teacher"].to(dtype)
         self._sums = to_device(self._sums.to(dtype), device) + torch.cat(
             [*losses, counts.flatten(), chunks * known, diagnosed]
         )
@@ -68,20 +70,21 @@ class Meter:
     ) -> dict[str, float]:
         """The means, all processes together; waits for the device.
 
-        ``ce``; ``kd``, the weighted sum; ``chunks`` a step, and where there are any those that labels left out,
-        ``unsupervised``; ``agreement``, the ``teacher_mass`` inside C, the ``projected_outside`` of C, and
-        ``starts_left_out``, the share of chunks whose start has no term. With several teachers these and ``kd`` also
-        for each, as ``kd/name``.
+        ``ce``; ``kd``, the weighted sum; ``bounded``, the share of calls with the largest factor of KD; ``chunks`` a
+        step, and where there are any those that labels left out, ``unsupervised``; ``agreement``, the ``teacher_mass``
+        inside C, the ``projected_outside`` of C, and ``starts_left_out``, the share of chunks whose start has no term.
+        With several teachers the latter and ``kd`` also for each, as ``kd/name``.
 
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
         KD are divided by `divisors`, by default the steps, for parts that are already means over their step.
         """
         sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
-        ce, kd, counted, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
+        (ce, calls, bounded), kd, counted, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
         steps, count = max(self.steps, 1), len(self.names)
         by = torch.full((1 + count,), steps) if divisors is None else torch.as_tensor(divisors).cpu()
-        means = torch.cat([ce, kd]) / by.clamp_min(1)
+        means = torch.cat([ce[None], kd]) / by.clamp_min(1)
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
+        results["bounded"] = float(bounded / calls) if calls else 0.0
         shares = diagnoses.view(len(DIAGNOSES), count) / diagnosed
         chunks, unsupervised = counted.view(len(COUNTS), count) / steps
         for k, name in enumerate(self.names):

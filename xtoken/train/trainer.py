@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from xtoken.alignment import Alignment, to_device
 from xtoken.audit import same_tokens
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
+from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import AnyLogits
 from xtoken.projection import LearnableProjection
 from xtoken.storage import TensorFile
@@ -32,6 +34,11 @@ from .teachers import TeacherModel, check_head, check_same_bytes
 
 STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
+
+TOLD_AFTER = 100
+"""Steps with the largest factor of the distillation, after which it is said that it is no longer CE / |KD|."""
+
+logger = logging.getLogger(__name__)
 
 _STATE = TensorFile("the distillation of a checkpoint")
 _MOMENTS = "moments."  # before the names of moments
@@ -80,6 +87,8 @@ class XTokenTrainer(Trainer):
 
     Notes
     -----
+    The logged ``loss`` is ``ce_weight CE + kd_weight KD``, in training as in `evaluate`. Under ``scaling="dynamic"``
+    what is differentiated has the factor s before KD, and a value in which KD hardly shows.
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
     time since the last log (on CUDA of the time on the device); agreement and masses are of the logged step only.
@@ -134,8 +143,9 @@ class XTokenTrainer(Trainer):
             teacher.place(args.device)
         size = None if self.vocabulary is None else len(self.vocabulary)
         self.criterion = XTokenLoss(
-            self._objectives(), args.scaling, args.ce_weight, args.kd_weight, vocab_size=size, backend=args.loss_backend
-        )
+            self._objectives(), args.scaling, args.ce_weight, args.kd_weight,
+            max_scale=args.max_scale, vocab_size=size, backend=args.loss_backend,
+        )  # fmt: skip
         self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
         if self._projection_steps is not None:
             if self._scales_gradients():
@@ -149,6 +159,7 @@ class XTokenTrainer(Trainer):
         self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
         self._scale_is_known = False
         self._ids_checked = False
+        self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
         self._finite = FiniteCheck(["student", *names])
@@ -267,6 +278,8 @@ class XTokenTrainer(Trainer):
         self._finite.look(total, [outputs.logits, *logits], self.state.global_step + 1 if self.model.training else -1)
         mask = host.get("attention_mask")
         self._meter.add(parts, host["input_ids"].numel() if mask is None else int((mask != 0).sum()))
+        if self.model.training and self.args.scaling == "dynamic":
+            total = total + (parts["unscaled"] - total).detach()  # what is logged; the gradient is that of the total
         if step is not None:
             self._finish(step, parts)
             total = total * self.accelerator.num_processes
@@ -326,7 +339,7 @@ class XTokenTrainer(Trainer):
         self._last_scale = torch.where(last == 0, parts["scale"].to(last), last)
         if step.done == step.micro_batches:
             ce, kd = self._add_up(step.ce_and_kd.float()).to(last)
-            self._last_scale = torch.where(kd != 0, ce / kd.abs(), self._last_scale)
+            self._last_scale = torch.where(kd != 0, ratio(ce, kd, self.args.max_scale), self._last_scale)
 
     def _read_scale(self) -> bool:
         """Whether there is a factor of the last step; waits for the device. All processes must make the call."""
@@ -345,6 +358,7 @@ class XTokenTrainer(Trainer):
             elapsed = max(elapsed, 1e-9)
             teacher, loss = seconds.get("teacher", 0.0), seconds.get("loss", 0.0)
             measured["kd_scale"] = float(self._meter.scale)
+            self._tell_bound(measured.pop("bounded"), self._meter.steps)
             measured["tokens_per_second"] = measured.pop("tokens") / elapsed
             measured["time_teacher"] = teacher / elapsed
             measured["time_student"] = (seconds.get("step", 0.0) - teacher - loss) / elapsed
@@ -352,6 +366,17 @@ class XTokenTrainer(Trainer):
             logs.update({name: round(value, 6) for name, value in measured.items()})
             self._meter = self._new_meter()
         super().log(logs, *args, **kwargs)
+
+    def _tell_bound(self, share: float, steps: int) -> None:
+        """Says once that most steps had the largest factor: that `share` of the steps since the last log."""
+        self._bounded_steps, self._steps = self._bounded_steps + share * steps, self._steps + steps
+        if self._bound_is_told or self._bounded_steps < max(TOLD_AFTER, self._steps / 2):
+            return
+        self._bound_is_told = True
+        logger.warning(
+            "in %.0f of %d steps CE / |KD| was larger than max_scale=%g, so that the loss was CE + %g KD",
+            self._bounded_steps, self._steps, self.args.max_scale, self.args.max_scale,
+        )  # fmt: skip
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -423,7 +448,7 @@ class XTokenTrainer(Trainer):
             self._meter, self._watch, self.criterion.diagnostics = training
         prefix = kwargs.get("metric_key_prefix", "eval")
         measured["loss"] = self.args.ce_weight * measured["ce"] + self.args.kd_weight * measured["kd"]
-        del measured["tokens"]
+        del measured["tokens"], measured["bounded"]
         output.metrics.update({f"{prefix}_{name}": value for name, value in measured.items()})
         return output
 
@@ -462,7 +487,7 @@ class XTokenTrainer(Trainer):
         if not path.exists():
             return
         state, metadata = _STATE.load(path, lambda *found: found)
-        self._last_scale.fill_(float(metadata.get("scale", 0.0)))
+        self._last_scale.fill_(min(float(metadata.get("scale", 0.0)), self.args.max_scale))
         self._scale_is_known = "scale" in metadata
         moments = {name.removeprefix(_MOMENTS): state.pop(name) for name in list(state) if name.startswith(_MOMENTS)}
         self.criterion.load_state_dict(state)

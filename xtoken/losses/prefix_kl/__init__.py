@@ -77,6 +77,12 @@ class PrefixKL(Loss):
     def realised(self) -> bool:
         return True
 
+    def check(self) -> None:
+        if not _COMPARABLE.of((self.pieces,), lambda: _is_comparable(self.pieces)):
+            raise ValueError(
+                "pieces: expected events that both sides have, got none to tell apart: no text is a token on both"
+            )
+
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.prefix(
             student, teacher, chunks, self.pieces,
@@ -96,6 +102,17 @@ class PrefixKL(Loss):
 
         left_out = formula.start_differs(chunks, events)
         return diagnostics.means(student, teacher, chunks, values, left_out=left_out)
+
+
+_COMPARABLE = Cached[bool]()
+
+
+def _is_comparable(pieces: Tensor) -> bool:
+    """Whether both sides have several events, or tokens of several pieces; or one token, of which nothing is asked."""
+    both = sides(pieces.cpu())
+    shared = torch.isin(both[0].event.unique(), both[1].event)
+    several = any(int(side.ptr.diff().max()) > 1 for side in both if len(side.event))
+    return int(shared.sum()) > 1 or (bool(shared.any()) and (several or max(len(side.event) for side in both) == 1))
 
 
 _EVENTS = Cached[tuple[Tensor, ...]]()

@@ -44,6 +44,10 @@ class PairedLoss(Loss):
         if not 0.0 < self.min_weight <= 1.0:
             raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
 
+    def check(self) -> None:
+        super().check()
+        pairs_of(self.W, self.min_weight, self.W.col.device)
+
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         pairs = pairs_of(self.W, self.min_weight, call.student.device)
         options = PreparedRanked(*pairs, self.uncommon_top_k, self.temperature, self.reverse)
@@ -58,6 +62,11 @@ def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor
 
     def find() -> tuple[Tensor, Tensor]:
         student, teacher = common_pairs(W, min_weight)
+        if not len(student):
+            raise ValueError(
+                f"projection: expected pairs of common tokens, got none: no row of W has a weight of {min_weight:g} or "
+                "more, so all tokens would be compared by rank"
+            )
         return student.to(device), teacher.to(device)
 
     return _PAIRS.of((W.col, W.row_ptr, W.weight), find, min_weight, device)
