@@ -400,6 +400,24 @@ def test_autocast_and_no_gradient(name: str, backend: str) -> None:
     assert_close(loss, want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", [name for name, _ in PAIRS if _ == "reference"])
+def test_hidden_states_under_autocast(name: str, hidden_dtype: torch.dtype) -> None:
+    """Float32 parameters, as mixed precision has them: the loss is that of what a linear layer computes there."""
+    case, operation, generator = small_case(), OPERATIONS[name], torch.Generator().manual_seed(0)
+    hidden = torch.randn(*case.student.shape[:2], 8, generator=generator).to(hidden_dtype).requires_grad_()
+    head = torch.randn(operation.size(case), 8, generator=generator).requires_grad_()
+    linear, dense = operation.bound(case, linear=True), operation.bound(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = linear(hidden, head, case.teacher)
+        want = dense(torch.nn.functional.linear(hidden, head), case.teacher)
+    assert_close(loss, want, rtol=1e-6)
+    got, true = (torch.autograd.grad(one, [hidden, head]) for one in (loss, want))
+    assert [one.dtype for one in got] == [hidden_dtype, torch.float32]
+    for one, other in zip(got, true, strict=True):
+        assert_close(one.float(), other.float(), rtol=0.02, atol=0.02 * float(other.abs().max()))
+
+
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 def test_a_second_derivative_is_an_error(name: str, backend: str) -> None:
     case = small_case()

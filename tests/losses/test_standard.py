@@ -72,6 +72,17 @@ def test_bad_inputs(bad: str, name: str, never_run: str) -> None:
         function(**call, **pair.get(operation.needs, {}), **operation.sizes(make_case()))
 
 
+@pytest.mark.parametrize(("name", "backend"), PAIRS)
+def test_spans_that_were_changed_after_the_check(name: str, backend: str) -> None:
+    """They are a public tensor, and kernels go where it points."""
+    for changed in (1_000_000, -5):
+        case, operation = make_case(), OPERATIONS[name]
+        alignment, *pair = operation.arguments(case)
+        alignment.spans[2, 0] = changed
+        with pytest.raises(ValueError, match=f"spans: chunk 2 = .{changed}, .* is empty, negative, or goes backwards"):
+            operation.function()(case.student, case.teacher, alignment, *pair, **operation.sizes(case), backend=backend)
+
+
 @pytest.mark.parametrize(
     ("name", "backend"), [pair for pair in PAIRS if OPERATIONS[pair[0]].needs is not Needs.SAME_TOKENIZER]
 )

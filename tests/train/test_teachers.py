@@ -105,6 +105,8 @@ def test_head_narrower_than_the_tokenizer(tmp_path, teacher_tok, student_tok):
         TeacherModel(Teacher(loss=DEFAULT[Needs.NOTHING]), model, teacher_tok, "T")
     check_head(make_model(len(teacher_tok) + 5, 1), Vocabulary.from_tokenizer(teacher_tok), "T")
     check_head(torch.nn.Linear(2, 2), Vocabulary.from_tokenizer(teacher_tok), "has no output layer to look at")
+    quantised = SimpleNamespace(out_features=len(teacher_tok), weight=lambda: None)  # as torch's int8 layers are
+    check_head(SimpleNamespace(get_output_embeddings=lambda: quantised), Vocabulary.from_tokenizer(teacher_tok), "T")
 
 
 def test_objectives_that_do_not_go_with_the_student(student_tok, teacher_tok):

@@ -87,14 +87,7 @@ class Alignment:
         bounds = self.offsets.tolist()
         if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
-        spans = self.spans.long()
-        starts, ends = spans[:, 0::2], spans[:, 1::2]
-        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
-        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
-        for k in bad.nonzero()[:1, 0].tolist():
-            expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
-            chunk = f"chunk {k} = {spans[k].tolist()}"
-            raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
+        self.check_spans()
         self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
             side: None if ids is None else self._check_ids(ids, f"{side}_ids")
             for side, ids in (("student", student_ids), ("teacher", teacher_ids))
@@ -103,6 +96,16 @@ class Alignment:
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
         self.predicted = self._flags(predicted, "predicted", count)
+
+    def check_spans(self) -> None:
+        """Raises ValueError for a chunk that is empty, negative, or not behind the one before it."""
+        starts, ends = self.spans[:, 0::2], self.spans[:, 1::2]
+        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
+        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
+        for k in bad.nonzero()[:1, 0].tolist():
+            expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
+            chunk = f"chunk {k} = {self.spans[k].tolist()}"
+            raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
 
     def _flags(self, value: Any, name: str, count: int) -> Tensor:
         flags = torch.as_tensor(value, dtype=torch.bool, device=self.spans.device)

@@ -17,6 +17,11 @@ BLOCK_ELEMENTS = 2**25
 """Logits of one side that are computed at a time where they are not given."""
 
 
+def autocasts(device_type: str) -> bool:
+    """Whether we are inside of `torch.autocast` for this type of device."""
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
 @dataclass(frozen=True)
 class TopKLogits:
     """The largest log-probabilities of each row, in place of a row of logits: a cached or served teacher.
@@ -116,7 +121,8 @@ class LinearLogits:
     ----------
     hidden : floating [B, T, D] or [T, D]
     weight : floating [V, D]
-        The output layer (``lm_head.weight``), in the type of ``hidden``.
+        The output layer (``lm_head.weight``), in the type of ``hidden``. Inside `torch.autocast` all three are cast to
+        its type, as a linear layer would do.
     bias : floating [V], optional
 
     Raises
@@ -135,6 +141,12 @@ class LinearLogits:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 got = value.dtype if isinstance(value, Tensor) else type(value).__name__
                 raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        kind = self.hidden.device.type
+        if autocasts(kind):
+            for name in ("hidden", "weight", "bias"):
+                value = getattr(self, name)
+                if isinstance(value, Tensor) and value.dtype != torch.float64:
+                    object.__setattr__(self, name, value.to(torch.get_autocast_dtype(kind)))
         if self.hidden.dim() not in (2, 3):
             raise ValueError(f"hidden: expected shape [B, T, D] or [T, D], got {list(self.hidden.shape)}")
         width = self.hidden.shape[-1]

@@ -8,6 +8,7 @@ step compiles into one graph.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from dataclasses import fields
 from typing import Any, NamedTuple, TypeVar
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, select
-from xtoken.losses.logits import DenseSource, Parts, Source, row_blocks
+from xtoken.losses.logits import DenseSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
 
 
@@ -200,7 +201,9 @@ def register(name: str, title: str, needs: Needs, kernels: str | None = None) ->
 def _define(name: str, layout: _Layout) -> None:
     def kernel(*arguments: Any) -> tuple[Tensor, ...]:
         call, loss, flags = layout.parts(arguments)
-        return tuple(_compute(loss, call, flags))
+        kind = call.student.device.type
+        with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():  # types are as given
+            return tuple(_compute(loss, call, flags))
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
         first, last = len(Call._fields), len(arguments) - len(_Flags._fields)

@@ -128,7 +128,8 @@ def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or not hasattr(head, "weight"):
         return
-    rows = getattr(head, "out_features", head.weight.shape[0])
+    # A quantised layer's weight may be a method, or packed.
+    rows = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
     if rows < len(vocabulary):
         raise ValueError(
             f"{name}: expected an output layer of at least {len(vocabulary)} rows, one a token of its tokenizer, got "
