@@ -619,3 +619,29 @@ def test_nothing_to_compare_is_refused(name: str) -> None:
         case = make_case(*next(iter(pair.values())).shape, shapes=((1, 1),) * 3)
         with pytest.raises(ValueError, match=message):
             operation.function()(case.student, case.teacher, case.alignment, *pair.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scaling", ["dynamic", "fixed"])
+def test_compiled_into_one_graph(scaling: str) -> None:
+    """All but the diagnoses: the same bits, chunks that labels leave out, a teacher without an alignment."""
+    case = make_case()
+    case, labels = Case(case.student.float(), case.teacher.float(), case.alignment, case.projection), make_labels(case)
+    teachers = [Teacher(case.projection), Teacher(pieces=case.pieces), Teacher(top_k=None)]
+    criterion = XTokenLoss(teachers, scaling)
+
+    def step(student: Tensor, teacher: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        logits = [teacher, teacher, student.detach().flip(1)]
+        return criterion(student, labels, logits, [case.alignment, case.alignment, None])
+
+    torch._dynamo.reset()
+    results = []
+    for function in (step, torch.compile(step, fullgraph=True, backend="aot_eager")):
+        student = case.student.clone().requires_grad_()
+        total, parts = function(student, case.teacher)
+        results.append({**parts, "total": total.detach(), "gradient": torch.autograd.grad(total, student)[0]})
+    torch._dynamo.reset()
+    want, got = results
+    for name, value in want.items():
+        assert torch.equal(got[name], value) or (name in diagnostics.NAMES and bool(got[name].isnan().all())), name
+    assert int(want["unsupervised"].sum()) > 0

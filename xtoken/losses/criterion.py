@@ -92,22 +92,20 @@ class Teacher:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: expected options of loss={loss!r}, which are {', '.join(known)}"
             )
-        made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces}
-        for name, value in {**made, "options": options}.items():
+        made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces, "options": options}
+        for name, value in {**made, "_all_options": {**known, **options}}.items():
             object.__setattr__(self, name, value)
         self.make_loss().check()
 
     def make_loss(self) -> Loss:
         """The loss with this teacher's options."""
-        loss = registered()[self.loss]
-        return loss.of(self.projection, self.pieces, **{**loss.options(), **self.options})
+        return registered()[self.loss].of(self.projection, self.pieces, **self._all_options)
 
     def __getattr__(self, name: str) -> Any:
-        loss = self.__dict__.get("loss")
-        options = {} if loss is None else {**registered()[loss].options(), **self.options}
+        options = self.__dict__.get("_all_options", {})
         if name in options:
             return options[name]
-        raise AttributeError(f"{type(self).__name__} with loss={loss!r} has no {name!r}")
+        raise AttributeError(f"{type(self).__name__} with loss={self.__dict__.get('loss')!r} has no {name!r}")
 
     @property
     def shape(self) -> tuple[int, int] | None:
@@ -136,7 +134,8 @@ class XTokenLoss(nn.Module):
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
     diagnostics : bool
-        Also report agreement and mass, of at most 256 chunks of a call. May be changed at any time.
+        Also report agreement and mass, of at most 256 chunks of a call. May be changed at any time. Not inside of
+        ``torch.compile``.
     backend : str
         See `select_backend`.
 
@@ -320,26 +319,26 @@ class XTokenLoss(nn.Module):
         student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
         device = Parts.of(student_logits).rows.device
         mask: Tensor | None = None
-        count: Count  # of chunks that labels may leave out
         if alignment is not None:
             check_alignment(alignment, student.samples)
-            alignment.host.check_reach(0, student.length, "student_logits", "row")
-            count, alignment = int(predictable(alignment.host).sum()), alignment.supervised(labels)
-            chunks = Chunks.of(alignment, student.length, teacher_source.length, device, loss.realised)
+            for side, (name, source) in enumerate((("student_logits", student), ("teacher_logits", teacher_source))):
+                alignment.host.check_reach(side, source.length, name, "row")
+            before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
+            number = _count(predictable(alignment if alignment.mask is not None else alignment.host))
         elif loss.needs is Needs.SAME_TOKENIZER:
             mask = _following(labels) != IGNORED
-            chunks = Chunks.of_positions(mask.numel(), mask, device)
-            count = chunks.number
+            number = before = _count(mask)
         else:
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
-        if chunks.mask is None and not len(chunks) and count:
+        if not isinstance(number, Tensor) and number == 0 < before:
             warnings.warn(
                 "labels: no chunk of the alignment has all of its tokens labelled, so this call distils nothing",
                 stacklevel=2,
             )
-        if self.diagnostics:
+        is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
+        if is_diagnosed:
             loss = loss.chosen(teacher_source, device, self.backend)
-        divisor = at_least_one(chunks.number) if divisor is None else divisor
+        divisor = at_least_one(number) if divisor is None else divisor
         targets = labels if with_cross_entropy else None
         wanted: Tensor | Expected | None = targets
         if factors is not None:
@@ -359,9 +358,13 @@ class XTokenLoss(nn.Module):
         )
         total, cross_entropy = result if isinstance(result, tuple) else (result, None)
         diagnosis = nothing(device)
-        if self.diagnostics:
+        if is_diagnosed:
+            if alignment is None:
+                chunks = Chunks.of_positions(student.samples * student.length, mask, device)
+            else:
+                chunks = Chunks.of(alignment, student.length, teacher_source.length, device, loss.realised)
             diagnosis = loss.diagnose(student, teacher_source, chunks, teacher.projection, device, self.backend)
-        return _Distilled(total / divisor, cross_entropy, chunks.number, count - chunks.number, diagnosis)
+        return _Distilled(total / divisor, cross_entropy, number, before - number, diagnosis)
 
     def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
@@ -401,11 +404,17 @@ def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
     return torch.full((), value, dtype=torch.float32, device=device)
 
 
+def _count(chosen: Tensor) -> Count:
+    """How many: a number where it is known, int64 [] where only a device knows it, or `torch.compile` traces."""
+    total = chosen.sum()
+    return total if chosen.device.type != "cpu" or torch.compiler.is_compiling() else int(total)
+
+
 def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:
     """int64 [M]; on the device if one of them is."""
     if not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=torch.int64)
-    return torch.stack([v if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
+    return torch.stack([v.to(device) if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
 
 
 def _following(labels: Tensor) -> Tensor:
