@@ -7,8 +7,9 @@ the same few texts over and over, which cross-entropy alone overfits; and ``mirr
 keeps numbers whole as the student does. What counts: greedy answers to held-out sums, exact match, on the way and at
 the end. A guess that knows one of the two summands is right in 2.5 %.
 
-Every distillation loss D is added to cross-entropy with the paper's dynamic scaling, as `xtoken.XTokenLoss` does: CE +
-(CE / D) D, the ratio held constant. Results go to bench/results/reproduce.json and .png, the table to the screen.
+Every distillation loss D is added to cross-entropy with the paper's dynamic scaling, CE + (CE / |D|) D, the ratio held
+constant: that of `xtoken.XTokenLoss` with ``max_scale=inf``, or with the bound that ``--max-scale`` gives. Results go
+to bench/results/reproduce.json and .png, the table to the screen.
 
     python bench/reproduce.py [--seeds 3] [--threads 2] [--settings plenty little mirror] [--resume]
     python bench/reproduce.py --report     # only table and plot of the runs that the JSON has
@@ -332,19 +333,24 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def total_loss(
-    logits: Tensor, batch: Encoded, teacher_logits: Tensor, chunks: xtoken.Alignment, distil: Distance | None
+    logits: Tensor,
+    batch: Encoded,
+    teacher_logits: Tensor,
+    chunks: xtoken.Alignment,
+    distil: Distance | None,
+    max_scale: float = math.inf,
 ) -> Tensor:
-    """CE + (CE / D) D, the ratio held constant: the total of `xtoken.XTokenLoss` with one teacher."""
+    """CE + (CE / |D|) D, the ratio bounded and held constant: the total of `xtoken.XTokenLoss` with one teacher."""
     ce = cross_entropy(logits, batch.labels)
     if distil is None:
         return ce
     distance = distil(logits, teacher_logits, chunks)
-    return ce + (ce / distance).detach().nan_to_num(0, 0, 0) * distance
+    return ce + (ce / distance.abs()).detach().nan_to_num(0, 0, 0).clamp_max(max_scale) * distance
 
 
 def train_students(
     losses: dict[str, Distance | None], student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer,
-    guide: Transformers, text: Text, size: Size, little: bool, seed: int,
+    guide: Transformers, text: Text, size: Size, little: bool, seed: int, max_scale: float = math.inf,
 ) -> dict[str, list[float]]:  # fmt: skip
     """Trains one student with each loss, side by side; accuracies on the way, by loss."""
     model = Transformers(len(losses), student.get_vocab_size(), size.student_layers, size.student_width, seed=seed)
@@ -359,7 +365,7 @@ def train_students(
         chunks = aligner.align(batch.rows, read.rows)
         teacher_logits = guide(read.ids)[0]
         totals = [
-            total_loss(logits, batch, teacher_logits, chunks, distil)
+            total_loss(logits, batch, teacher_logits, chunks, distil, max_scale)
             for logits, distil in zip(model(batch.ids).unbind(), losses.values(), strict=True)
         ]
         adam.zero_grad()
@@ -536,6 +542,7 @@ def measure(options: Namespace, size: Size, world: World, plans: dict[str, dict[
                 curves = train_students(
                     {name: losses[name] for name in names},
                     student, teachers[digits], guide, text, size, setting == "little", seed,
+                    options.max_scale,
                 )  # fmt: skip
                 run = {"setting": setting, "seed": seed, "cpu_seconds": time.process_time() - cpu, "curves": curves}
                 results["runs"].append(run)
@@ -555,6 +562,7 @@ def main() -> None:
     arguments.add_argument("--seeds", type=int)
     arguments.add_argument("--threads", type=int, default=2)
     arguments.add_argument("--steps", type=int, help="of the students")
+    arguments.add_argument("--max-scale", type=float, default=math.inf, help="bound of the dynamic factor")
     arguments.add_argument("--teacher-steps", type=int, help="of every teacher")
     arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     arguments.add_argument(
