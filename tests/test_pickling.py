@@ -52,7 +52,7 @@ def objects(stored: Path) -> dict[str, Any]:
         ),
         "ProjectionMatrix([6, 5], nnz=6, exact=4, role=0, pieces=1, none=1)": W,
         "LearnableProjection([6, 5], nnz=6)": W.learnable(),
-        "PieceIndex([6, 5], events=5)": PIECES,
+        "PieceIndex([6, 5], events=5, not calibrated)": PIECES,
         "Alignment(samples=1, chunks=2, exact=1, device=cpu)": ALIGNMENT,
         "TopKLogits([3, 2], torch.float32, device=cpu, tail='uniform')": TopKLogits(
             torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 2)

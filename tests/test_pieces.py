@@ -1,13 +1,21 @@
-"""The piece index: roots, pieces and their order, files, real vocabularies."""
+"""The piece index: roots, pieces and their order, calibration, files, real vocabularies."""
 
+import copy
+import itertools
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from real_tokenizers import encode
 from safetensors.torch import load_file, save_file
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from xtoken import PieceIndex, Vocabulary
+from xtoken import Aligner, Alignment, MergedEvents, MergeReport, PieceIndex, Vocabulary, sample_texts
+from xtoken.calibration import calibrate
 
 STUDENT = [b"5", b"9", b"95", b"99", b"995", b"x"]
 TEACHER = [b"9", b"99", b"5", b"59"]
@@ -70,7 +78,7 @@ KNOWN = {"qwen3": (109_566, 872), "o200k": (103_245, 2747)}
 @pytest.mark.parametrize("teacher", KNOWN)
 def test_real_vocabularies(teacher: str, vocabulary: Callable[[str], Vocabulary]) -> None:
     student_vocabulary, teacher_vocabulary = vocabulary("llama3"), vocabulary(teacher)
-    built = PieceIndex.build(student_vocabulary, teacher_vocabulary)
+    built = PieceIndex.build(student_vocabulary, teacher_vocabulary, texts=())
     counts = []
     for side, one in ((built.student, student_vocabulary), (built.teacher, teacher_vocabulary)):
         is_text = torch.from_numpy(one.is_text)
@@ -90,7 +98,7 @@ def test_file(tmp_path: Path) -> None:
     loaded = PieceIndex.load(path, Vocabulary(STUDENT), Vocabulary(TEACHER))
     assert torch.equal(loaded.data, built.data)
     assert loaded.metadata == built.metadata
-    assert repr(loaded) == "PieceIndex([6, 4], events=4)"
+    assert repr(loaded) == "PieceIndex([6, 4], events=4, not calibrated)"
     with pytest.raises(ValueError, match="pieces: built for another teacher tokenizer"):
         PieceIndex.load(path, teacher_tok=Vocabulary(STUDENT))
     with pytest.raises(FileNotFoundError, match="path: no such file"):
@@ -101,11 +109,12 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "pieces.safetensors"
     index().save(path)
     data = load_file(path)["data"]
-    good = {"format": "xtoken.pieces", "version": "1"}
+    good = {"format": "xtoken.pieces", "version": "2"}
     for tensors, metadata, message in (
         ({"data": data}, {"format": "xtoken.projection"}, "not a piece index of xtoken"),
         ({"other": data}, good, "not a piece index of xtoken"),
-        ({"data": data}, {**good, "version": "2"}, "format version 2, this xtoken reads version 1"),
+        ({"data": data}, {**good, "version": "3"}, "format version 3, this xtoken reads version 2"),
+        ({"data": data}, {**good, "calibration": "[]"}, "damaged: calibration: not what calibration has found"),
         ({"data": data[:-1]}, good, "damaged: pieces: not a piece index: expected .* numbers, got"),
     ):
         save_file(tensors, path, metadata)
@@ -135,3 +144,114 @@ def test_damaged_data() -> None:
     damaged[0] = 0
     with pytest.raises(ValueError, match="number 0 of its head is 0"):
         PieceIndex(damaged)
+
+
+def spaces(pattern: str) -> Tokenizer:
+    """Knows up to three spaces, "a", "b" and " b", and cuts text by a pattern before it merges."""
+    runs = ["Ġ" * n for n in range(1, 4)]
+    merges = [("Ġ", "b"), *((run, "Ġ") for run in runs[:-1])]
+    vocab = {token: i for i, token in enumerate([*runs, "a", "b", "Ġb"])}
+    tokenizer = Tokenizer(models.BPE(vocab, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+# The word has the last space, as in Llama 3, or none, as in Gemma 3.
+LAST_SPACE, ALL_SPACES = r"\s+(?!\S)| ?\S+", r" +|\S+"
+CODE = ["a   b", "a   b   a b", "a     b"]
+
+
+def test_calibration_by_hand() -> None:
+    """Three spaces and "b" are "  ", " b" to the student and "   ", "b" to the teacher."""
+    student, teacher = spaces(LAST_SPACE), spaces(ALL_SPACES)
+    plain = PieceIndex.build(student, teacher, texts=())
+    assert repr(plain) == "PieceIndex([6, 6], events=6, not calibrated)"
+    assert str(plain.merged()).startswith("not calibrated")
+    built = PieceIndex.build(student, teacher, texts=iter(CODE))
+    assert repr(built) == "PieceIndex([6, 6], events=5, merged=1)"
+    old, new = plain.student.event.tolist(), built.student.event.tolist()
+    for i, j in itertools.combinations(range(6), 2):
+        assert (new[i] == new[j]) == (old[i] == old[j] or (i, j) == (1, 2))
+    assert set(new) == set(range(5))
+    assert built.teacher.event.tolist() == new
+    for name in ("length", "order", "ptr", "pieces"):
+        assert torch.equal(getattr(built.student, name), getattr(plain.student, name))
+    report = built.merged()
+    # Left: the space before the only "b" with one space, which to the teacher is a token of its own.
+    assert (report.texts, report.bytes, report.chunks, report.differing, report.left) == (3, 23, 10, 5, 1)
+    assert report.groups == (MergedEvents(("  ",), ("   ",), 4, "a   b"),)
+    said = "50.00 % of 10 chunks began with different events, 10.00 % do after 1 groups of events are merged"
+    assert said in str(report)
+    assert "4  '  ' | '   '   as in 'a   b'" in str(report)
+
+
+def test_chains_are_one_group() -> None:
+    """Two spaces are confused with one, three with two ...; and one space before "b" with " b"."""
+    texts = [f"a{' ' * n}b" for n in range(1, 5)] * 2
+    built = PieceIndex.build(spaces(LAST_SPACE), spaces(ALL_SPACES), texts=texts)
+    assert (built.events, built.merged().left, len(built.merged().groups)) == (3, 0, 1)
+    assert built.student.event.tolist() == [0, 0, 0, 1, 2, 0]
+
+
+def test_differing_chunks() -> None:
+    tokenizers = spaces(LAST_SPACE), spaces(ALL_SPACES)
+    alignment = Aligner(*tokenizers).align(*([encode(one, text) for text in CODE] for one in tokenizers))
+    for texts, count in (((), 5), (CODE, 1)):
+        built = PieceIndex.build(*tokenizers, texts=texts)
+        assert built.differing(alignment).sum() == count
+        assert built.differing(alignment.slice(0, 1)).tolist() == [False, count == 5]
+    with pytest.raises(ValueError, match="alignment: expected its token ids, but student_ids or teacher_ids is None"):
+        built.differing(Alignment([[0, 1, 0, 1]]))
+
+
+def test_a_calibrated_file_and_one_of_version_1(tmp_path: Path) -> None:
+    tokenizers, path = (spaces(LAST_SPACE), spaces(ALL_SPACES)), tmp_path / "pieces.safetensors"
+    built = PieceIndex.build(*tokenizers, texts=CODE)
+    built.save(path)
+    loaded = PieceIndex.load(path, *tokenizers)
+    for copied in (loaded, copy.deepcopy(built)):
+        assert torch.equal(copied.data, built.data)
+        assert copied.merged() == built.merged() != MergeReport()
+    plain = PieceIndex.build(*tokenizers, texts=())
+    save_file({"data": plain.data}, path, {**plain.metadata, "format": "xtoken.pieces", "version": "1"})
+    assert repr(PieceIndex.load(path, *tokenizers)) == repr(plain)
+    assert PieceIndex.load(path).merged() == MergeReport()
+
+
+def test_tokens_without_a_root_stay_apart() -> None:
+    """They share an event, not a text."""
+    sides = [Vocabulary.from_tokenizer(spaces(pattern)) for pattern in (LAST_SPACE, ALL_SPACES)]
+    events = np.array([0, 1, 5, 2, 3, 4])
+    for rootless, count in ((5, 6), (6, 5)):
+        assert calibrate(*sides, (events, events), 6, rootless, CODE)[0].max() + 1 == count
+
+
+def test_texts_that_nothing_can_read() -> None:
+    student, teacher = spaces(LAST_SPACE), Vocabulary(TEACHER)
+    assert repr(PieceIndex.build(student, teacher)).endswith("not calibrated)")
+    with pytest.raises(ValueError, match="texts: expected a teacher_tok that encodes text, got a Vocabulary of tokens"):
+        PieceIndex.build(student, teacher, texts=CODE)
+    with pytest.raises(TypeError, match="texts: expected several texts, got one str"):
+        PieceIndex.build(student, student, texts="a b")
+    with pytest.raises(TypeError, match="texts: expected strings, got bytes"):
+        PieceIndex.build(student, student, texts=[b"a b"])
+
+
+PYTHON = Path(json.__file__).with_name("decoder.py").read_text()  # which the sample does not have
+
+
+@pytest.mark.parametrize("pair", [("llama3", "qwen3", 0.0, 0.0), ("llama3", "gemma3", 0.1, 0.005)])
+def test_the_sample_calibrates_real_pairs(pair: tuple[str, str, float, float], tokenizer: Callable[[str], Any]) -> None:
+    *names, before, after = pair
+    tokenizers = [tokenizer(name) for name in names]
+    alignment = Aligner(*tokenizers).align(*(encode(one, PYTHON) for one in tokenizers))
+    plain, built = PieceIndex.build(*tokenizers, texts=()), PieceIndex.build(*tokenizers)
+    assert plain.differing(alignment).float().mean() >= before
+    assert built.differing(alignment).float().mean() <= after
+    assert built.merged().texts == len(sample_texts())

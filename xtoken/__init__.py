@@ -9,6 +9,7 @@ from . import reference
 from ._core import version as __version__
 from .alignment import Aligner, Alignment, Ragged
 from .audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit
+from .calibration import MergedEvents, MergeReport
 from .config import show_config
 from .corpus import align_corpus
 from .losses import (
@@ -34,6 +35,7 @@ from .losses import (
 )
 from .pieces import PieceIndex
 from .projection import LearnableProjection, ProjectionMatrix
+from .sample import sample_texts
 from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
 
@@ -50,6 +52,8 @@ __all__ = [
     "LearnableProjection",
     "LinearLogits",
     "LossChoice",
+    "MergeReport",
+    "MergedEvents",
     "PieceIndex",
     "ProjectionMatrix",
     "Ragged",
@@ -78,6 +82,7 @@ __all__ = [
     "pkl_loss",
     "prefix_kl_loss",
     "reference",
+    "sample_texts",
     "select_backend",
     "show_config",
     "uld_loss",

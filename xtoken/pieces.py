@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import _core
+from .alignment import Alignment
+from .calibration import MergeReport, calibrate
+from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, fingerprints, lasting
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 5
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events, and pieces of each side."""
 
-_FILE = TensorFile("a piece index of xtoken", {"format": "xtoken.pieces", "version": "1"}, {"data": ("I32", 1)})
+_FILE = TensorFile(
+    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "2"}, {"data": ("I32", 1)}, older=("1",)
+)
+"""Version 1 has no calibration."""
 
 
 class Side(NamedTuple):
@@ -41,7 +47,7 @@ class PieceIndex:
     data : int32 [n]
         As `build` makes it, else ValueError; see ``csrc/core/piece_index.h``.
     metadata : mapping of str to str, optional
-        Fingerprints of both vocabularies.
+        Fingerprints of both vocabularies, and what calibration has found.
 
     Attributes
     ----------
@@ -59,13 +65,34 @@ class PieceIndex:
         students, teachers, self.events = self.data[:3].tolist()
         self.shape = (students, teachers)
         self.student, self.teacher = sides(self.data)
+        calibration = self.metadata.get("calibration")
+        self._merged = MergeReport() if calibration is None else MergeReport.from_json(calibration)
 
     @classmethod
-    def build(cls, student_tok: TokenizerLike, teacher_tok: TokenizerLike) -> PieceIndex:
-        """Builds the index of two tokenizers, as for `Vocabulary.from_tokenizer`. Deterministic.
+    def build(
+        cls, student_tok: TokenizerLike, teacher_tok: TokenizerLike, *, texts: Iterable[str] | None = None
+    ) -> PieceIndex:
+        """Builds the index of two tokenizers. Deterministic.
 
         The event of a token is its root: the token itself if the other side has one of equal bytes or of equal role,
         else the root of its first piece under the other side's tokenizer, which is a shorter text.
+
+        Calibration then merges events that the tokenizers confuse. Llama 3 begins a line of code with seven spaces and
+        " return", Gemma 3 with eight and "return". Both know both runs of spaces, but each model gives the other's no
+        probability: compared with the teacher, the student would learn a token that it must never write. So wherever
+        two events begin the same chunk of `texts`, at least twice, they become one.
+
+        Parameters
+        ----------
+        student_tok, teacher_tok
+            Tokenizers, as for `Vocabulary.from_tokenizer`.
+        texts : iterable of str, optional
+            Text to learn from. Default: `sample_texts`, if both can encode text, which a `Vocabulary` without a
+            tokenizer cannot. Text like that of the training data, beside the sample, makes it better:
+            ``texts=[*xtoken.sample_texts(), *own]``. All is read. Without any, as in ``texts=()``, nothing is merged.
+
+        Raises TypeError if `texts` is one string or holds something else; ValueError if it is given and a vocabulary
+        has no tokenizer.
 
         Examples
         --------
@@ -75,7 +102,7 @@ class PieceIndex:
         >>> teacher = Vocabulary([b"5", b"9"])
         >>> pieces = PieceIndex.build(student, teacher)
         >>> pieces
-        PieceIndex([4, 2], events=2)
+        PieceIndex([4, 2], events=2, not calibrated)
         >>> pieces.student.event.tolist(), pieces.teacher.event.tolist()
         ([0, 1, 1, 1], [0, 1])
         """
@@ -83,14 +110,61 @@ class PieceIndex:
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         partners = _core.partners(student._core, teacher._core)
         pieces = (*student.pieces(partners[0] < 0, teacher), *teacher.pieces(partners[1] < 0, student))
-        return cls(_core.build_piece_index(student._core, teacher._core, *pieces), fingerprints(student, teacher))
+        index = cls(_core.build_piece_index(student._core, teacher._core, *pieces), fingerprints(student, teacher))
+        without = [name for name, one in (("student", student), ("teacher", teacher)) if one.tokenizer is None]
+        if texts is None:
+            return index if without else index._calibrated(student, teacher, sample_texts())
+        if isinstance(texts, (str, bytes)):
+            raise TypeError(f"texts: expected several texts, got one {type(texts).__name__}")
+        texts = list(texts)
+        if texts and without:
+            raise ValueError(f"texts: expected a {without[0]}_tok that encodes text, got a Vocabulary of tokens alone")
+        return index._calibrated(student, teacher, texts) if texts else index
+
+    def _calibrated(self, student: Vocabulary, teacher: Vocabulary, texts: Iterable[str]) -> PieceIndex:
+        """The index with events merged."""
+        events = (self.student.event.numpy().astype("int64"), self.teacher.event.numpy().astype("int64"))
+        event_of, report = calibrate(student, teacher, events, self.events, self._rootless(), texts)
+        data = self.data.clone()
+        data[2] = int(event_of.max()) + 1
+        for side, old in zip(sides(data), events, strict=True):
+            side.event.copy_(torch.from_numpy(event_of[old]))
+        return PieceIndex(data, {**self.metadata, "calibration": report.to_json()})
+
+    def _rootless(self) -> int:
+        """The event of tokens without a root; the number of events if there are none."""
+        for side, other in ((self.student, self.teacher), (self.teacher, self.student)):
+            first = side.pieces[side.ptr[:-1].clamp_max(len(side.pieces) - 1).long()]
+            if ((side.ptr.diff() == 0) | (first == len(other.event))).any():
+                return int(self.events) - 1
+        return int(self.events)
+
+    def merged(self) -> MergeReport:
+        """Which events calibration has merged, from how much text, with counts and an example of each; print it."""
+        return self._merged
+
+    def differing(self, alignment: Alignment) -> Tensor:
+        """bool [K]: the chunks of an alignment whose realised first tokens belong to different events, on the CPU.
+
+        They have no term for their start, since there both models speak of different things. Where they are many, text
+        of that kind was missing in calibration: give it to `build`. Raises ValueError if the alignment carries no token
+        ids.
+        """
+        host = alignment.host
+        if host.student_ids is None or host.teacher_ids is None:
+            raise ValueError("alignment: expected its token ids, but student_ids or teacher_ids is None")
+        events = [
+            side.event[ids.reshape(len(host), -1)[host.sample_index, host.spans[:, column].long()]]
+            for side, ids, column in ((self.student, host.student_ids, 0), (self.teacher, host.teacher_ids, 2))
+        ]
+        return events[0] != events[1]
 
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
         check_fingerprints("pieces", self, self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file with the data and both fingerprints: complete, or not at all."""
+        """Writes a safetensors file with the data, both fingerprints and what was merged: complete, or not at all."""
         _FILE.save(path, {"data": self.data}, **self.metadata)
 
     @classmethod
@@ -110,7 +184,8 @@ class PieceIndex:
         return PieceIndex, (self.data, self.metadata)  # without the views, each of which would take all of the data
 
     def __repr__(self) -> str:
-        return f"PieceIndex({list(self.shape)}, events={self.events})"
+        merged = f"merged={len(self._merged.groups)}" if self._merged.texts else "not calibrated"
+        return f"PieceIndex({list(self.shape)}, events={self.events}, {merged})"
 
 
 def sides(data: Tensor) -> tuple[Side, Side]:
