@@ -55,8 +55,7 @@ __global__ __launch_bounds__(max_threads,
 #pragma unroll
                           for (int k = 0; k < N; ++k) g[k] = 0.0f;
                       }
-#pragma unroll
-                      for (int k = 0; k < N; ++k) g[k] += label(i + k, x[k]);
+                      label.add(i, x, g);
                   });
     }
 }

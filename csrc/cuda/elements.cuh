@@ -108,8 +108,8 @@ struct Row {
     static constexpr int vector = 16 / sizeof(T);  // elements that are loaded together
     const T* data;
 
-    __device__ explicit Row(const T* row) : data(row) {}
-    __device__ Row(const Logits& logits, int64_t r) : data(row_of<T>(logits, r)) {}
+    __device__ explicit Row(const T* row) : data(base(row)) {}
+    __device__ Row(const Logits& logits, int64_t r) : Row(row_of<T>(logits, r)) {}
 
     __device__ float operator[](int i) const { return widen(data[i]); }
     // Whether exponentials need more than one instruction.
@@ -157,7 +157,7 @@ struct AnyRow {
 
     __device__ AnyRow(const Logits& logits, int64_t r) : type(logits.type) {
         const int64_t offset = r / logits.length * logits.sample_stride + r % logits.length * logits.row_stride;
-        data = static_cast<const char*>(logits.data) + offset * size();
+        data = base(static_cast<const char*>(logits.data) + offset * size());
     }
 
     __device__ explicit AnyRow(const float* row) : data(reinterpret_cast<const char*>(row)), type(Element::float32) {}

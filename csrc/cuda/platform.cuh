@@ -66,6 +66,14 @@ __device__ __forceinline__ float largest(float x, float y) {
     return z;
 }
 
+// A pointer to global memory as a value of its own: what is read from it is addressed from one pair of registers.
+template <typename T>
+__device__ __forceinline__ T* base(T* pointer) {
+    size_t address;
+    asm("cvta.to.global.u64 %0, %1;" : "=l"(address) : "l"(pointer));
+    return static_cast<T*>(__cvta_global_to_generic(address));
+}
+
 // Asynchronous copies (PTX ISA, cp.async): started one by one, committed as a group, there for the thread that started
 // them when it has waited for all but its `pending` last groups. What they fill is read by read_copied, which stays
 // between the wait before it and the copy after it.

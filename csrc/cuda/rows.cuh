@@ -17,7 +17,7 @@ constexpr unsigned all_lanes = 0xffffffffu;
 constexpr float log2_e = 1.4426950408889634f, ln_2 = 0.6931471805599453f;
 
 // As torch's clamp_min: not a number stays what it is.
-__device__ inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
+__device__ inline float at_least(float x, float lowest) { return largest(x, lowest); }
 
 // Shares the elements of two rows out among the threads of the block, 16 bytes of the first row at a time: body(i, x,
 // y) with x and y a float[R::vector], or float[1] at the ends of a first row that does not begin or end at such a
@@ -170,7 +170,7 @@ template <typename T>
 class Written {
   public:
     __device__ Written(const Row<T>& order, T* out)
-        : out_(out),
+        : out_(base(out)),
           together_((reinterpret_cast<uintptr_t>(order.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {}
 
     // From i on; with one more element than one, a vector of `order`.
@@ -287,6 +287,22 @@ __device__ void exponentials(float (&x)[N], bool precise) {
     }
 }
 
+// exp(x factor), and of several: one product for both the factor and the change of base.
+__device__ inline float scaled_exp(float x, float factor, bool precise) {
+    return precise ? expf(x * factor) : fast_exp2(x * (factor * log2_e));
+}
+template <int N>
+__device__ void scaled_exp(const float (&x)[N], float factor, bool precise, float (&e)[N]) {
+    if (precise) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = expf(x[k] * factor);
+    } else {
+        const float scale = factor * log2_e;
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = fast_exp2(x[k] * scale);
+    }
+}
+
 // log(x) and x / y, likewise. No subnormal numbers if not `precise`, and y at most 2^126.
 __device__ inline float logarithm(float x, bool precise) { return precise ? logf(x) : fast_log2(x) * ln_2; }
 __device__ inline float quotient(float x, float y, bool precise) { return precise ? x / y : fast_divide(x, y); }
@@ -296,11 +312,39 @@ struct Exponential {
     bool precise;
     float top, lowest, inverse_temperature;
 
-    __device__ float exponent(float x) const { return (at_least(x, lowest) - top) * inverse_temperature; }
-    __device__ float operator()(float x) const { return exponential(exponent(x), precise); }
+    __device__ float operator()(float x) const {
+        return scaled_exp(at_least(x, lowest) - top, inverse_temperature, precise);
+    }
+    // Of several, asking only once how.
+    template <int N>
+    __device__ void operator()(const float (&x)[N], float (&e)[N]) const {
+        float relative[N];
+        subtract(x, relative);
+        scaled_exp(relative, inverse_temperature, precise, e);
+    }
     // log softmax, with the logarithm of the exponentials' sum
     __device__ float log_share(float x, float log_total) const {
         return fmaf(at_least(x, lowest) - top, inverse_temperature, -log_total);
+    }
+    template <int N>
+    __device__ void log_shares(const float (&x)[N], float log_total, float (&log_share)[N]) const {
+        float relative[N];
+        subtract(x, relative);
+#pragma unroll
+        for (int k = 0; k < N; ++k) log_share[k] = fmaf(relative[k], inverse_temperature, -log_total);
+    }
+    // Takes another top; returns the factor of exponentials so far.
+    __device__ float move(float new_top) {
+        const float step = top - new_top;
+        top = new_top;
+        return scaled_exp(step, inverse_temperature, precise);
+    }
+
+  private:
+    template <int N>
+    __device__ void subtract(const float (&x)[N], float (&relative)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) relative[k] = at_least(x[k], lowest) - top;
     }
 };
 
@@ -333,29 +377,24 @@ __device__ Statistics statistics(const R& row, const int32_t* chosen, int size, 
     float total = 0.0f, weighted = 0.0f;
     each_column(row, chosen, size, [&](int i, const auto& x) {
         constexpr int N = sizeof(x) / sizeof(float);
-        float largest = exp.top;
+        float top = exp.top;
 #pragma unroll
-        for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
-        if (largest > exp.top) {
-            const float shrink = exponential((exp.top - largest) * exp.inverse_temperature, exp.precise);
+        for (int k = 0; k < N; ++k) top = fmaxf(top, x[k]);
+        if (top > exp.top) {
+            const float shrink = exp.move(top);
             total *= shrink;
             weighted *= shrink;
-            exp.top = largest;
         }
         float w[N], e[N];
         weights(i, w);
-#pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = exp.exponent(x[k]);
-        exponentials(e, exp.precise);
+        exp(x, e);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             total += e[k];
             if constexpr (has_weights) weighted = fmaf(e[k], w[k], weighted);
         }
     });
-    const float top = exp.top;
-    exp.top = block_max(top, shared);
-    const auto shrink = static_cast<double>(exponential((top - exp.top) * exp.inverse_temperature, exp.precise));
+    const auto shrink = static_cast<double>(exp.move(block_max(exp.top, shared)));
     double sums[2] = {static_cast<double>(total) * shrink, static_cast<double>(weighted) * shrink};
     block_sum(sums, shared);
     return {exp, sums[0], sums[1]};
@@ -384,6 +423,20 @@ struct LabelTerm {
     __device__ float operator()(int i, float x) const {
         if (label < 0) return 0.0f;
         return fmaf(exp(x), weight, i == label ? -scale : 0.0f);
+    }
+    // Adds those of the elements x from i on, asking only once.
+    template <int N>
+    __device__ void add(int i, const float (&x)[N], float (&g)[N]) const {
+        if (label < 0) return;
+        float e[N];
+        exp(x, e);
+        if (label < i || label >= i + N) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] += e[k] * weight;
+        } else {
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] += fmaf(e[k], weight, i + k == label ? -scale : 0.0f);
+        }
     }
 };
 

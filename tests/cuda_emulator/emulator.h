@@ -148,6 +148,11 @@ inline float fast_divide(float x, float y) {
     return __builtin_fabs(exact) < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x + y);
 }
 
+template <typename T>
+T* base(T* pointer) {
+    return pointer;
+}
+
 // PTX ISA, cp.async.
 template <int bytes>
 __attribute__((always_inline)) inline void copy_async(void* to, const void* from) {

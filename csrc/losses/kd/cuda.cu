@@ -10,15 +10,34 @@
 namespace xtoken::cuda {
 namespace {
 
-// Log-probabilities of a row.
+// A row's probabilities and their logarithms.
 struct Side {
     Exponential exp;
     float log_total, inverse_total;
 
     __device__ explicit Side(const Statistics& s)
         : exp(s.exp), log_total(static_cast<float>(s.log_total())), inverse_total(static_cast<float>(1.0 / s.total)) {}
-    __device__ float log_share(float x) const { return exp.log_share(x, log_total); }
-    __device__ float share(float x) const { return exp(x) * inverse_total; }
+    template <int N>
+    __device__ void shares(const float (&x)[N], float (&log_share)[N], float (&share)[N]) const {
+        exp.log_shares(x, log_total, log_share);
+        exp(x, share);
+#pragma unroll
+        for (int n = 0; n < N; ++n) share[n] *= inverse_total;
+    }
+};
+
+// Of elements of both rows: log q - log p, p and q.
+template <int N>
+struct Shares {
+    float difference[N], own[N], other[N];
+
+    __device__ Shares(const Side& p, const Side& q, const float (&x)[N], const float (&target)[N]) {
+        float log_p[N], log_q[N];
+        p.shares(x, log_p, own);
+        q.shares(target, log_q, other);
+#pragma unroll
+        for (int n = 0; n < N; ++n) difference[n] = log_q[n] - log_p[n];
+    }
 };
 
 // The loss of a pair of rows by itself.
@@ -28,16 +47,19 @@ __device__ double divergence(const KdParams& params, const Row<S>& z, const AnyR
     float part = 0.0f;
     const auto add = [&](int, const auto& x, const auto& target) {
         constexpr int N = sizeof(x) / sizeof(float);
+        const Shares<N> shares(p, q, x, target);
+        if (params.reverse) {
 #pragma unroll
-        for (int n = 0; n < N; ++n) {
-            const float difference = q.log_share(target[n]) - p.log_share(x[n]);
-            part = params.reverse ? fmaf(p.share(x[n]), -difference, part) : fmaf(q.share(target[n]), difference, part);
+            for (int n = 0; n < N; ++n) part = fmaf(shares.own[n], -shares.difference[n], part);
+        } else {
+#pragma unroll
+            for (int n = 0; n < N; ++n) part = fmaf(shares.other[n], shares.difference[n], part);
         }
     };
     if (params.chosen == nullptr) {
         each_pair(z, y, params.columns, add);
     } else {
-        each_chosen(z, params.chosen, params.columns, [&](int j, const float (&x)[1]) {
+        each_chosen(z, params.chosen, params.columns, [&](int j, const auto& x) {
             const float target[1] = {y[params.chosen[j]]};
             add(j, x, target);
         });
@@ -73,23 +95,33 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
             write_row(z, y, row_of<S>(params.grad, r), params.student.width, params.grad.width,
                       [&](int i, const auto& x, const auto& target, auto& g) {
                           constexpr int N = sizeof(x) / sizeof(float);
-                          int32_t place[N] = {};
-                          if (params.place != nullptr) load_lanes(params.place, i, place);
+                          Shares<N> shares(p, q, x, target);
+                          float shown[N];
 #pragma unroll
-                          for (int n = 0; n < N; ++n) {
-                              const float difference = q.log_share(target[n]) - p.log_share(x[n]);
-                              const float share = p.share(x[n]);
-                              float slope;
-                              if (params.reverse) {
-                                  slope = share * (-difference - mean);
-                              } else {
-                                  const float other = q.share(target[n]);
-                                  slope = share - other;
-                                  if (place[n] >= 0) part = fmaf(other, difference, part);
+                          for (int n = 0; n < N; ++n) shown[n] = x[n];
+                          if (params.place != nullptr) {
+                              int32_t place[N];
+                              load_lanes(params.place, i, place);
+#pragma unroll
+                              for (int n = 0; n < N; ++n) {  // what is not among the columns adds nothing
+                                  if (place[n] >= 0) continue;
+                                  shares.other[n] = shares.difference[n] = 0.0f;
+                                  shown[n] = -INFINITY;
                               }
-                              const float added = place[n] < 0 || x[n] < params.lowest ? 0.0f : slope * factor;
-                              g[n] = added + label(i + n, x[n]);
                           }
+                          if (params.reverse) {
+#pragma unroll
+                              for (int n = 0; n < N; ++n) g[n] = shares.own[n] * (-shares.difference[n] - mean);
+                          } else {
+#pragma unroll
+                              for (int n = 0; n < N; ++n) {
+                                  g[n] = shares.own[n] - shares.other[n];
+                                  part = fmaf(shares.other[n], shares.difference[n], part);
+                              }
+                          }
+#pragma unroll
+                          for (int n = 0; n < N; ++n) g[n] = shown[n] < params.lowest ? 0.0f : g[n] * factor;
+                          label.add(i, x, g);
                       });
             if (!alone) {
                 loss[0] = static_cast<double>(part);
