@@ -81,21 +81,16 @@ class Ring {
         XTOKEN_DYNAMIC_SHARED(uint4, memory);
         first_ = memory + threadIdx.x;
     }
-    // Slot k of the oldest copy, which is the newest one's after push; or of one `later` than the oldest.
-    __device__ uint4* slot(int k, int later = 0) const {
-        return first_ + (k * depth + ((place_ + later) & (depth - 1))) * static_cast<int>(blockDim.x);
-    }
+    // Slot k of the oldest copy, which is the newest one's after push.
+    __device__ uint4* slot(int k) const { return first_ + (k * depth + place_) * static_cast<int>(blockDim.x); }
     // What was started since the last call is the newest copy.
     __device__ void push() {
         static_assert((depth & (depth - 1)) == 0, "a power of two");
         commit_copies();
         place_ = (place_ + 1) & (depth - 1);
     }
-    // The oldest copy is there, and so many `more`.
-    template <int more = 0>
-    __device__ void wait() const {
-        wait_copies<depth - 1 - more>();
-    }
+    // The oldest copy is there.
+    __device__ void wait() const { wait_copies<depth - 1>(); }
 
   private:
     uint4* first_;
@@ -192,18 +187,18 @@ struct AnyRow {
         }
     }
     template <int N>
-    __device__ void take(const Ring& ring, float (&x)[N], int first = 0, int later = 0) const {
+    __device__ void take(const Ring& ring, float (&x)[N], int first = 0) const {
         uint32_t words[N];
         if (type == Element::float32) {
 #pragma unroll
             for (int k = 0; k < N; k += 4) {
                 uint32_t part[4];
-                read_copied(ring.slot(first + k / 4, later), part);
+                read_copied(ring.slot(first + k / 4), part);
                 memcpy(words + k, part, sizeof part);
             }
         } else {
             uint32_t part[N / 2];
-            read_copied(ring.slot(first, later), part);
+            read_copied(ring.slot(first), part);
             memcpy(words, part, sizeof part);
         }
         widened<N>(words, x);

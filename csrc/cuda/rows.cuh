@@ -128,10 +128,10 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         }
         ring.push();
     };
-    const auto places_of = [&](int v, int later, int32_t (&place)[N]) {
+    const auto places_of = [&](int v, int32_t (&place)[N]) {
         float bits[N];
         if (alike) {
-            table.take(ring, bits, 1, later);
+            table.take(ring, bits, 1);
         } else {
             table.elements(start(v), bits);
         }
@@ -144,23 +144,23 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
     ring.wait();
     if (thread < count) {
         int32_t place[N];
-        places_of(thread, 0, place);
+        places_of(thread, place);
         other.gather_bits(place, ahead);
     }
 #pragma unroll 1  // as in each_pair
     for (int v = thread; v < count; v += threads) {
         float x[N], y[N];
         int32_t place[N];
-        ring.template wait<1>();
         z.take(ring, x);
-        places_of(v, 0, place);
+        places_of(v, place);
         other.gathered(ahead, y);
+        load(v + Ring::depth * threads);
+        ring.wait();
         if (v + threads < count) {
             int32_t next[N];
-            places_of(v + threads, 1, next);
+            places_of(v + threads, next);
             other.gather_bits(next, ahead);
         }
-        load(v + Ring::depth * threads);
         body(start(v), x, place, y);
     }
 }

@@ -171,8 +171,8 @@ class Chunk {
 
   private:
     // exp(x / temperature) for the student's and the teacher's logits
-    __device__ float student_exp(float x) const { return exponential(x * inverse_temperature_, sizeof(S) == 4); }
-    __device__ float teacher_exp(float x) const { return exponential(x * inverse_temperature_, y_.precise()); }
+    __device__ float student_exp(float x) const { return scaled_exp(x, inverse_temperature_, sizeof(S) == 4); }
+    __device__ float teacher_exp(float x) const { return scaled_exp(x, inverse_temperature_, y_.precise()); }
     __device__ float clamped(float x) const { return at_least(x, p_.lowest); }
 
     // An event's mass, from that at temperature 1.
@@ -199,21 +199,18 @@ class Chunk {
 
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
-        each_vector(Row<S>(p_.student, row_), plan_.side[0].size, [&](int i, const auto& x) {
+        const auto add = [&](int, const auto& x, const auto& slot, const auto& partner) {
             constexpr int N = sizeof(x) / sizeof(float);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
-            int32_t slot[N];
-            load_lanes(plan_.slot, i, slot);
 #pragma unroll
             for (int first = 0; first < N; first += M) {
                 float z[M], y[M];
-                y_.gather(slot + first, y);
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     const bool paired = slot[first + k] >= 0;
                     z[k] = paired ? clamped(x[first + k]) : nothing;
-                    y[k] = paired ? clamped(y[k]) : nothing;
+                    y[k] = paired ? clamped(partner[first + k]) : nothing;
                     z_top = fmaxf(z_top, z[k]);
                     y_top = fmaxf(y_top, y[k]);
                 }
@@ -223,20 +220,24 @@ class Chunk {
                 for (int k = 0; k < M; ++k) {
                     z[k] -= z_top;
                     y[k] -= y_top;
-                    e[k] = z[k] * inverse_temperature_;
-                    f[k] = y[k] * inverse_temperature_;
                 }
-                exponentials(e, sizeof(S) == 4);
-                exponentials(f, y_.precise());
+                scaled_exp(z, inverse_temperature_, sizeof(S) == 4, e);
+                scaled_exp(y, inverse_temperature_, y_.precise(), f);
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     sums.p += e[k];
                     sums.q += f[k];
-                    sums.products =
-                        p_.reverse ? fmaf(e[k], z[k] - y[k], sums.products) : fmaf(f[k], y[k] - z[k], sums.products);
+                }
+                if (p_.reverse) {
+#pragma unroll
+                    for (int k = 0; k < M; ++k) sums.products = fmaf(e[k], z[k] - y[k], sums.products);
+                } else {
+#pragma unroll
+                    for (int k = 0; k < M; ++k) sums.products = fmaf(f[k], y[k] - z[k], sums.products);
                 }
             }
-        });
+        };
+        each_partner(Row<S>(p_.student, row_), y_, plan_.slot, plan_.side[0].size, add);
         return sums;
     }
 
@@ -325,17 +326,16 @@ class Chunk {
         return probability(event < 0 ? Mass{clamped(y_[token]), 1.0f} : start_.teacher[event], shared_.start);
     }
 
-    // The gradient of the first row's tokens s = i ... i + N - 1 with logits x, without boundaries inside.
+    // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
+    // halves, without boundaries inside.
     template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
-    __device__ void start_gradients(int i, const float (&x)[N], float (&g)[N]) const {
+    __device__ void start_gradients(const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
+                                    float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
         const Term& term = shared_.start;
-        int32_t slot[N];
-        load_lanes(plan_.slot, i, slot);
 #pragma unroll
         for (int first = 0; first < N; first += M) {
-            float y[M], e[M], f[M], student[M];
-            y_.gather(slot + first, y);
+            float y[M], e[M], student[M];
 #pragma unroll
             for (int k = 0; k < M; ++k) {
                 const int32_t to = slot[first + k];
@@ -343,25 +343,30 @@ class Chunk {
                 e[k] = clamped(x[first + k]) - own.top;
                 if (!any || to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
-                y[k] = clamped(y[k]) - term.y_centre;
-                f[k] = y[k] * inverse_temperature_;
+                y[k] = clamped(partner[first + k]) - term.y_centre;
             }
             exponentials(e, sizeof(S) == 4);
-            if (!p_.reverse && !(any && mixed_)) exponentials(f, y_.precise());
 #pragma unroll
-            for (int k = 0; k < M; ++k) {
-                const bool paired = slot[first + k] >= 0;
-                float own = e[k] * student[k];
-                if (any && mixed_) {
+            for (int k = 0; k < M; ++k) g[first + k] = e[k] * student[k];
+            if (any && mixed_) {
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
                     const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
-                    if (paired) own *= slope(difference, term) - term.mean_high;
-                } else if (p_.reverse) {
-                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
-                    if (paired) own *= (difference - term.mean_high) - term.mean_low;
-                } else if (paired) {
-                    own = fmaf(f[k], -term.teacher, own);
+                    if (slot[first + k] >= 0) g[first + k] *= slope(difference, term) - term.mean_high;
                 }
-                g[first + k] = own;
+            } else if (p_.reverse) {
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
+                    if (slot[first + k] >= 0) g[first + k] *= (difference - term.mean_high) - term.mean_low;
+                }
+            } else {
+                float f[M];
+                scaled_exp(y, inverse_temperature_, y_.precise(), f);
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
+                }
             }
         }
     }
@@ -708,29 +713,45 @@ class Chunk {
             const int32_t token = sparse_ids_[n];
             const float x[1] = {z[token]};
             float g[1] = {0.0f};
-            if (i == 0) start_gradients<true>(token, x, g);
-            values_[n] = (x[0] < p_.lowest ? 0.0f : g[0] + values_[n]) + label(token, x[0]);
+            if (i == 0) {
+                const int32_t slot[1] = {plan_.slot[token]};
+                float partner[1];
+                y_.gather(slot, partner);
+                start_gradients<true>(x, slot, partner, g);
+            }
+            g[0] = x[0] < p_.lowest ? 0.0f : g[0] + values_[n];
+            label.add(token, x, g);
+            values_[n] = g[0];
         }
         if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
         if (i == 0) {
-            const auto write = [&](auto gradients) {
-                write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
-                    gradients(s, x, g);
+            const Written<S> written(z, grad);
+            const auto write = [&](auto any) {
+                each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
+                    float g[sizeof(x) / sizeof(float)];
+                    start_gradients<decltype(any)::value>(x, slot, partner, g);
                     finish(label, s, x, g);
+                    written.put(s, g);
                 });
             };
             if (tempered_ || mixed_) {
-                write([&](int s, const auto& x, auto& g) { start_gradients<true>(s, x, g); });
+                write(std::true_type{});
             } else {
-                write([&](int s, const auto& x, auto& g) { start_gradients<false>(s, x, g); });
+                write(std::false_type{});
             }
+            written.fill(size, p_.grad.width);
         } else {
             const Mass ends = ends_;
             write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
-                for (int k = 0; k < N; ++k) {
-                    g[k] = ends.sum == 0.0f ? 0.0f : exponential(clamped(x[k]) - ends.top, sizeof(S) == 4) * ends.sum;
+                for (int k = 0; k < N; ++k) g[k] = 0.0f;
+                if (ends.sum != 0.0f) {
+#pragma unroll
+                    for (int k = 0; k < N; ++k) g[k] = clamped(x[k]) - ends.top;
+                    exponentials(g, sizeof(S) == 4);
+#pragma unroll
+                    for (int k = 0; k < N; ++k) g[k] *= ends.sum;
                 }
                 finish(label, s, x, g);
             });
@@ -743,7 +764,8 @@ class Chunk {
     template <int N>
     __device__ void finish(const LabelTerm& label, int s, const float (&x)[N], float (&g)[N]) const {
 #pragma unroll
-        for (int k = 0; k < N; ++k) g[k] = (x[k] < p_.lowest ? 0.0f : g[k]) + label(s + k, x[k]);
+        for (int k = 0; k < N; ++k) g[k] = x[k] < p_.lowest ? 0.0f : g[k];
+        label.add(s, x, g);
     }
 
     // Statistics of the first row at temperature 1.
@@ -788,8 +810,9 @@ int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan)
 void prefix(const PrefixParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        // boundaries inside the teacher's tokens pass over rows of the student
-        const int slots = std::max(AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type));
+        // boundaries inside the teacher's tokens pass over rows of the student; each_partner has a table beside a row
+        const int slots =
+            std::max({AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type), 1 + Row<S>::vector / 4});
         launch_items("prefix_kl", prefix_kernel<S>, slots, launch, params.chunks, params);
     });
 }
