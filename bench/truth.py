@@ -1,8 +1,13 @@
 """The truth test: does a loss leave a student alone that already knows the truth, and if not, where does it lead?
 
 Of a finite set of texts both exact models are known (`exact.py`): with real tokenizers, and without training anything.
-Rows of the student start at the truth and follow the gradient of the mean loss of the chunks that use them, all else
-being exact, until nothing moves. Results go to bench/results/truth.json, and a picture beside it.
+Some rows of the student are free, everything else is exact; they follow the gradient of the mean loss of the chunks
+that use them until nothing moves. Reported as total variations from the truth:
+
+* ``bias``: where rows end that start at the truth; ``beside_ce``: the same for the sum of cross-entropy and the loss;
+* ``taught``: where they end if at first all tokens that ever come are equally likely, which is ``ignorance`` away.
+
+Results go to bench/results/truth.json, and a picture beside it.
 
     python bench/truth.py                     # everything, about ten minutes on two cores
     python bench/truth.py --pairs llama3/gemma3 --kinds Python Markdown
@@ -22,7 +27,7 @@ from typing import NamedTuple
 
 import torch
 from cases import Case, Pair, choices
-from exact import Problem, Whole, World
+from exact import FLOOR, Problem, Whole, World
 from measure import Row, load_tokenizers, machine, parser, table, write
 from torch import Tensor
 from truth_texts import KINDS
@@ -66,30 +71,42 @@ def distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 class Led(NamedTuple):
-    """What happens to rows that start at the truth, each [rows]; log-probabilities [rows, V]."""
+    """What happens to rows [rows] of log-probabilities."""
 
     loss: Tensor
-    """At the truth."""
+    """Where they start."""
     push: Tensor
     """Half of the L1 norm of its gradient there: how much probability a step of size 1 moves."""
     end: Tensor
+    """float [rows, V]"""
     moved: Tensor
     """How far rows moved in the last steps before they were made small."""
 
 
-def lead(problem: Problem, case: Case, steps: int = 200, every: int = 20, still: float = 1e-4) -> Led:
-    """Follows the natural gradient from the truth: ``p <- p (1 - dL/dz / p)``, within factors of 4.
+def lead(
+    problem: Problem,
+    case: Case,
+    start: Tensor,
+    beside: bool = False,
+    steps: int = 120,
+    every: int = 10,
+    still: float = 1e-4,
+) -> Led:
+    """Follows the natural gradient: ``p <- p (1 - dL/dz / p)``, within factors of 4; of the loss, or of the loss beside
+    cross-entropy.
 
     For a likelihood that is the step of expectation maximisation, which needs no step size. And it leaves tokens that
     the loss does not tell apart in their proportion. For losses with kinks, steps become small in the second half, and
     a row ends where its loss was least.
     """
-    z = end = checked = problem.truth.float()
+    z = end = checked = start.float()
     least = push = loss = torch.zeros(0)
     moved = torch.zeros(len(z), dtype=torch.float64)
     for step in range(steps):
         z = z.detach().requires_grad_()
         losses = problem.losses(case, z)
+        if beside:
+            losses = losses + cross_entropy(problem.truth, z)
         (gradient,) = torch.autograd.grad(losses.sum(), z)
         z, losses = z.detach(), losses.detach()
         if step == 0:
@@ -104,6 +121,16 @@ def lead(problem: Problem, case: Case, steps: int = 200, every: int = 20, still:
         factor = (1 - size * gradient / z.exp()).clamp(0.25, 4)
         z = (z + factor.log()).log_softmax(-1).clamp_min(-30)
     return Led(loss, push, end, moved)
+
+
+def cross_entropy(truth: Tensor, z: Tensor) -> Tensor:
+    """[rows]: of rows of logits on the texts, less its minimum."""
+    return (truth.exp() * (truth - z.log_softmax(-1))).sum(-1).to(z.dtype)
+
+
+def ignorance(truth: Tensor) -> Tensor:
+    """Log-probabilities that give all tokens that ever come the same."""
+    return torch.where(truth > FLOOR + 1, 0.0, FLOOR).log_softmax(-1)
 
 
 # --- what is reported
@@ -124,22 +151,30 @@ def movers(problem: Problem, row: int, end: Tensor, student: Vocabulary, most: i
     return [f"{shown(student[problem.ids.student[i]])} {before[i]:.3f} -> {after[i]:.3f}" for i in ids]
 
 
-def report(problem: Problem, led: Led, apart: Tensor, student: Vocabulary) -> Iterator[Row]:
+def report(problem: Problem, case: Case, student: Vocabulary) -> Iterator[Row]:
     """Of the rows at starts of chunks and of those inside: means over texts, the worst row, and what moves in it."""
-    bias = distance(led.end, problem.truth)
+    led, unknowing = lead(problem, case, problem.truth), ignorance(problem.truth)
+    values = {
+        "truth": led.loss,
+        "push": led.push,
+        "bias": distance(led.end, problem.truth),
+        "beside_ce": distance(lead(problem, case, problem.truth, beside=True).end, problem.truth),
+        "ignorance": distance(unknowing, problem.truth),
+        "taught": distance(lead(problem, case, unknowing).end, problem.truth),
+        "events_apart": problem.event_distance(),
+    }
     for sort in ("start", "inner"):
         rows = [i for i, context in enumerate(problem.contexts) if context.is_start == (sort == "start")]
         if not rows:
             continue
         weight = torch.tensor([float(problem.contexts[i].texts) for i in rows], dtype=torch.float64)
-        values = {"truth": led.loss, "push": led.push, "bias": bias, "events_apart": apart}
-        worst = max(rows, key=lambda i: float(bias[i]))
+        worst = max(rows, key=lambda i: float(values["bias"][i]))
         yield {
             "sort": sort,
             "rows": len(rows),
             "texts": int(weight.sum()),
             **{name: mean(value[rows], weight) for name, value in values.items()},
-            "worst": float(bias[worst]),
+            "worst": float(values["bias"][worst]),
             "still_moving": float(led.moved[rows].max()),
             "movers": movers(problem, worst, led.end, student),
         }
@@ -155,11 +190,10 @@ def measure_pair(pair: str, kinds: Sequence[str], names: Sequence[str]) -> list[
     for kind in kinds:
         world = World.of(student, teacher, KINDS[kind]())
         problem = Problem(world, world.contexts(ROWS, ROWS), whole)
-        apart = problem.event_distance()
         for case in forms():
             if case.name in names and (is_one or not case.same_tokenizer):
                 facts = {"pair": pair, "kind": kind, "loss": case.name, "needs": case.loss.needs.name.lower()}
-                found += [facts | row for row in report(problem, lead(problem, case), apart, student)]
+                found += [facts | row for row in report(problem, case, student)]
     return found
 
 
