@@ -55,12 +55,17 @@ class Divergence(NamedTuple):
         """Whether it is the reverse KL as such."""
         return self.mixture == 1.0
 
+    @property
+    def is_mixed(self) -> bool:
+        """Whether M is neither P nor Q."""
+        return 0.0 < self.mixture < 1.0
+
     def __call__(self, q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
         """The divergence of distributions [..., n], summed over the last dimension.
 
         Logarithms are finite; where they are not those of `q` and `p` (a floor was added before), M is made of them.
         """
-        if self.mixture in (0.0, 1.0):
+        if not self.is_mixed:
             first, ahead, behind = (p, log_p, log_q) if self.reverse else (q, log_q, log_p)
             return (first * (ahead - behind)).sum(-1)
         log_m = torch.logaddexp(log_q + math.log(self.mixture), log_p + math.log1p(-self.mixture))

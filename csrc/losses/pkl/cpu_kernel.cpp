@@ -6,14 +6,16 @@
 //   dL/dlogit_s = e_s gamma / (D temperature) (h_s - B (w_s + eps)),    h = W u.
 // For KL(q || m): u = f / x', gamma = -D / sum f, with f the teacher's exponentials; for the reverse u = dL/dm, gamma
 // = 1. The last line holds for one token: sum_s e_s (h_s - B (w_s + eps)) = 0 exactly, so the softmax needs no inner
-// product. For several it is needed, and dL/dp is then v_s = gamma / D (h_s - B w_s).
+// product. For several it is needed, and dL/dp is then v_s = gamma / D (h_s - B w_s). For mixed divergences u is dL/dm
+// too; with merge="chain" they are of c_T q and c_S m, where c is the probability of the realised later tokens.
 //
 // Where nearly all mass is on one token, h_s - B cancels there. B is two floats, and that token's gradient is set to
 // what makes the row's sum zero.
 //
-// Everything is in the order of the student's rows but f (for the reverse: log q), which comes in that of the teacher's
+// Everything is in the order of the student's rows but f (for the reverse and mixed divergences: log q), which comes in that of the teacher's
 // columns and is put into memory. For a pair of a row and a column (see plan.h) x, u and h are then passed through in
 // order. Columns without entries have x = 0: only the sum of f over them counts.
+#include "cpu/divergence.h"
 #include "cpu/rows.h"
 #include "losses/pkl/params.h"
 
@@ -100,14 +102,19 @@ class Chunk {
         merged_ = p_.merge == Merge::mean ? count_ : 1;
         student();
         masses();
+        if (p_.merge == Merge::chain) {
+            later_student_ = later_log_probability(p_.student, p_.student_rows, row_, count_);
+            later_teacher_ = later_log_probability(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
+        }
         columns();
 
-        double later_student = 0, later_teacher = 0, factor = 1, later_factor = 0;
-        if (p_.merge == Merge::chain) {
-            later_student = later_log_probability(p_.student, p_.student_rows, row_, count_);
-            later_teacher = later_log_probability(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
-            const double c = ::exp(p_.reverse ? later_student : later_teacher);
-            const double difference = later_student - later_teacher;
+        double factor = 1, later_factor = 0;
+        if (p_.divergence.is_mixed()) {
+            factor = ::exp(later_student_);
+            later_factor = factor * later_slope_;
+        } else if (p_.merge == Merge::chain) {
+            const double c = ::exp(p_.reverse ? later_student_ : later_teacher_);
+            const double difference = later_student_ - later_teacher_;
             loss_ = c * (loss_ + (p_.reverse ? difference : -difference));
             factor = c;
             later_factor = p_.reverse ? loss_ + c : -c;
@@ -196,8 +203,11 @@ class Chunk {
 
     void columns() {
         const int64_t teachers = p_.merge == Merge::mean ? teacher_count_ : 1;
-        for (int64_t i = 0; i < lanes; ++i) f_[padded(plan_.columns) + i] = 0.0f;
-        if (p_.reverse) {
+        for (int64_t i = 0; i < lanes; ++i) f_[padded(plan_.columns) + i] = absent();
+        if (p_.divergence.is_mixed()) {
+            log_probabilities(teachers);
+            mixed_columns();
+        } else if (p_.reverse) {
             log_probabilities(teachers);
             reverse_columns();
         } else {
@@ -275,19 +285,23 @@ class Chunk {
         return {1.0, products.total(), empty.total()};
     }
 
-    // Calls u = body(x, f) for the columns with entries and stores u; x and f are 0 in lanes without a column. Calls
-    // add() after at most `flush` elements.
+    // f of no column; as a logarithm it is a probability of 0.
+    float absent() const { return p_.divergence.is_mixed() ? -1e30f : 0.0f; }
+
+    // Calls u = body(x, f) for the columns with entries and stores u; x is 0 and f absent in lanes without a column.
+    // Calls add() after at most `flush` elements.
     template <typename Body, typename Add>
     void each_column(Body body, Add add) {
         const int64_t rows = padded(plan_.rows);
-        const bool masked = p_.reverse;  // otherwise nothing comes from lanes where f is 0
+        const bool masked = p_.reverse || p_.divergence.is_mixed();  // otherwise nothing comes from lanes where f is 0
+        const Floats none = broadcast(absent());
         for (int64_t begin = 0; begin < rows; begin += flush) {
             const int64_t end = smaller(begin + flush, rows);
             for (int64_t i = begin; i < end; i += lanes) {
                 const Mask paired = from_bits(plan_.paired_bits[i / lanes]);
                 const int32_t run = plan_.partner_run[i / lanes];
                 const Floats f =
-                    run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), broadcast(0.0f));
+                    run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), none);
                 const Floats e = load(e_ + i);
                 store(h_ + i, body(masked ? select(paired, e, broadcast(0.0f)) : e, f));
             }
@@ -348,6 +362,49 @@ class Chunk {
         gamma_ = 1;
         b_ = mass.total() / d_;
         loss_ = loss.total() / d_;
+    }
+
+    // Columns without entries have m = 0, but not q.
+    void mixed_columns() {
+        const MixedDivergence divergence(p_.divergence);
+        const Exponential exp = Exponential::around(0.0f, -1e30f, 1.0);
+        const Floats epsilon = broadcast(static_cast<float>(eps_ * d_));
+        const Floats per_d = broadcast(static_cast<float>(1 / d_));
+        const Floats later = broadcast(static_cast<float>(later_teacher_ - later_student_));
+        DoubleSum of_teacher, of_student, mass, slope, share;
+        Floats of_teacher_part = broadcast(0.0f), of_student_part = of_teacher_part, mass_part = of_teacher_part;
+        Floats slope_part = of_teacher_part, share_part = of_teacher_part;
+        const auto body = [&](Floats x, Floats log_q) {
+            const Floats xe = x + epsilon;
+            const MixedDivergence::Terms terms = divergence((log_q - log(xe * per_d)) + later);
+            const Floats u = divergence.slope(terms, x / xe);
+            of_teacher_part = fma(exp(log_q), terms.of_teacher, of_teacher_part);
+            of_student_part = fma(x, terms.of_student, of_student_part);
+            mass_part = fma(x, u, mass_part);
+            slope_part = fma(x, divergence.slope(terms), slope_part);
+            share_part += terms.share;
+            return u;
+        };
+        const auto add = [&] {
+            of_teacher.add(of_teacher_part);
+            of_student.add(of_student_part);
+            mass.add(mass_part);
+            slope.add(slope_part);
+            share.add(share_part);
+            of_teacher_part = of_student_part = mass_part = slope_part = share_part = broadcast(0.0f);
+        };
+        each_column(body, add);
+        for (int64_t i = 0; i < plan_.columns; i += lanes) {
+            const uint32_t empty = plan_.empty_bits[i / lanes];
+            if (empty != 0) body(broadcast(0.0f), select(from_bits(empty), load(f_ + i), broadcast(absent())));
+            if (i % flush == flush - lanes) add();
+        }
+        add();
+        gamma_ = 1;
+        b_ = mass.total() / d_;
+        loss_ = ::exp(later_teacher_) * of_teacher.total() + ::exp(later_student_) * of_student.total() / d_;
+        const double pulled = p_.divergence.teacher * (1 - p_.divergence.mixture);
+        later_slope_ = slope.total() / d_ - pulled * eps_ * share.total();
     }
 
     // h of the rows that are no part of a pair; but nothing of those without entries.
@@ -564,6 +621,8 @@ class Chunk {
     int64_t row_, count_, teacher_row_, teacher_count_, merged_ = 1;
     Normaliser normaliser_{Exponential::around(0.0f, 0.0f, 1.0), 0.0f, 0.0};
     double z_total_ = 0, d_ = 0, gamma_ = 0, b_ = 0, unit_ = 0, constant_ = 0, loss_ = 0;
+    double later_student_ = 0, later_teacher_ = 0;  // log c
+    double later_slope_ = 0;                        // dL/dlog c_S, divided by c_S
 };
 
 }  // namespace

@@ -16,6 +16,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import Losses, Options, check_choice, check_count, check_temperature, compute, documented
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Matrix, Needs
@@ -49,6 +50,8 @@ class PKL(Loss):
     top_k: int | None
     merge: str
     reverse: bool
+    beta: float
+    skew: float
     support: str
 
     def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class PKL(Loss):
         check_count(self.top_k, "top_k", optional=True)
         check_choice(self.merge, "merge", MERGES)
         check_choice(self.support, "support", SUPPORTS)
+        Divergence.of(self.reverse, self.beta, self.skew)
 
     @property
     def realised(self) -> bool:
@@ -71,7 +75,8 @@ class PKL(Loss):
             chunks.check_ids(self.W.shape)
         columns = self._columns(teacher, call.student.device, call.backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
-        return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.temperature, self.merge, self.reverse))
+        kind = self.reverse, self.beta, self.skew
+        return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.temperature, self.merge, *kind))
 
     def _columns(self, teacher: Source, device: torch.device, backend: str) -> Tensor:
         return select_columns(
@@ -103,6 +108,13 @@ class PreparedPKL:
     temperature: float
     merge: str
     reverse: bool
+    beta: float
+    skew: float
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the two distributions."""
+        return Divergence.of(self.reverse, self.beta, self.skew)
 
     @cached_property
     def columns(self) -> Tensor:
@@ -126,7 +138,7 @@ class PreparedPKL:
         entries = self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index])
         return formula.pkl(
             student, teacher, chunks, entries, self.columns,
-            temperature=self.temperature, merge=self.merge, reverse=self.reverse,
+            temperature=self.temperature, merge=self.merge, reverse=self.reverse, beta=self.beta, skew=self.skew,
         )  # fmt: skip
 
 
@@ -136,6 +148,8 @@ class PKLOptions(Options, total=False):
     top_k: int | None
     merge: Merge
     reverse: bool
+    beta: float
+    skew: float
     support: Support
     columns: Tensor | None
 
@@ -162,6 +176,8 @@ def pkl_loss(
     top_k: int | None = DEFAULT_TOP_K,
     merge: Merge = "first",
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
     reduction: str = "mean",
     support: Support = "all",
     columns: Tensor | None = None,
@@ -184,7 +200,7 @@ def pkl_loss(
         Chunks of several tokens: first predictor rows; mean over the rows; or "first" multiplied by the
         probabilities of the realised later tokens (needs the alignment's ids). The default was the best of the three in
         ``bench/reproduce.py``, where support made no difference.
-    {reverse, reduction}
+    {reverse, beta, skew, reduction}
     support : "all" or "reachable"
         "reachable" removes from C the columns that no student token reaches under W. If none is left, that is a
         ValueError on the CPU; elsewhere, with ``top_k`` or ``columns``, a check would wait for the device, and the loss
@@ -210,7 +226,7 @@ def pkl_loss(
     '0.0000'
     """
     W = Matrix.of(projection)
-    loss = PKL(W, columns, temperature, top_k, merge, reverse, support)
+    loss = PKL(W, columns, temperature, top_k, merge, reverse, beta, skew, support)
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,

@@ -87,7 +87,8 @@ def run(
     fields = {
         "labels": buffers.fields,
         "temperature": options.temperature,
-        "reverse": options.reverse,
+        "reverse": options.divergence.reverse,
+        "divergence": options.divergence._asdict(),
         "merge": options.merge,
         "epsilon": numerics.EPSILON,
         "weight_grad": array(sums),

@@ -250,7 +250,8 @@ def run(
         sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
         fields = {
             "temperature": options.temperature,
-            "reverse": options.reverse,
+            "reverse": options.divergence.reverse,
+            "divergence": options.divergence._asdict(),
             "merge": options.merge,
             "epsilon": numerics.EPSILON,
             "weight_sums": memory.output(sums),

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import EPSILON, scaled, statistics_dtype
 from xtoken.projection.entries import Entries, project
 
@@ -20,6 +21,8 @@ def pkl(
     temperature: float = 1.0,
     merge: str = "first",
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
 ) -> Tensor:
     """Projected KL: the teacher against the student moved to the teacher's vocabulary by W, on the columns C.
 
@@ -34,7 +37,8 @@ def pkl(
                         probabilities of the realised later tokens of the chunk
 
     ``reverse=True`` gives ``sum_C m (log(m + eps) - log q)``; with "chain" ``c_S (KL_first + log c_S - log
-    c_T)``.
+    c_T)``. The mixed divergences of `xtoken.losses.divergence` are those of q and m, with m + eps in logarithms and
+    mixtures; with "chain" those of c_T q and c_S m.
 
     Parameters
     ----------
@@ -62,17 +66,19 @@ def pkl(
     log_m = (m + EPSILON).log()
     y = teacher_logits[merged.teacher.index()].index_select(1, columns)
     log_q = merged.teacher.mean(scaled(y, temperature, dtype).log_softmax(-1))
-    if reverse:
-        loss = (m * (log_m - log_q)).sum(-1)
+    divergence = Divergence.of(reverse, beta, skew)
+    q = log_q.exp()
+    if merge != "chain":
+        return divergence(q, log_q, m, log_m) * temperature**2
+    log_c_student = _later_log_probability(student_logits, chunks.student, temperature, dtype)
+    log_c_teacher = _later_log_probability(teacher_logits, chunks.teacher, temperature, dtype)
+    if divergence.is_mixed:
+        c_s, c_t = log_c_student[:, None], log_c_teacher[:, None]
+        loss = divergence(c_t.exp() * q, c_t + log_q, c_s.exp() * m, c_s + log_m)
+    elif divergence.reverse:
+        loss = log_c_student.exp() * (divergence(q, log_q, m, log_m) + log_c_student - log_c_teacher)
     else:
-        loss = (log_q.exp() * (log_q - log_m)).sum(-1)
-    if merge == "chain":
-        log_c_student = _later_log_probability(student_logits, chunks.student, temperature, dtype)
-        log_c_teacher = _later_log_probability(teacher_logits, chunks.teacher, temperature, dtype)
-        if reverse:
-            loss = log_c_student.exp() * (loss + log_c_student - log_c_teacher)
-        else:
-            loss = log_c_teacher.exp() * (loss + log_c_teacher - log_c_student)
+        loss = log_c_teacher.exp() * (divergence(q, log_q, m, log_m) + log_c_teacher - log_c_student)
     return loss * temperature**2
 
 
