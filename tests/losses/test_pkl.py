@@ -30,6 +30,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "cold": {"temperature": 0.1, "reverse": True},
     "all": {"top_k": None},
     "reachable": {"support": "reachable"},
+    "jensen-shannon": {"beta": 0.3, "top_k": 31},
+    "skewed": {"skew": 0.1, "temperature": 2.5},
+    "skewed reverse": {"skew": 0.25, "reverse": True, "top_k": 17},
 }
 FEW_VARIANTS: dict[str, dict[str, Any]] = {
     "first": {"top_k": 31},

@@ -1,19 +1,34 @@
 """The formula of P-KL, against dense matrices and sums written out."""
 
+from typing import Any
+
 import pytest
 import torch
 from comparer import assert_close
 from harness import make_case
 from test_reference import dense
+from torch import Tensor
 
 from xtoken import reference
 from xtoken.alignment import Alignment
 from xtoken.reference import Chunks
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+def mixed(q: Tensor, m: Tensor, floored: Tensor, reverse: bool = False, beta: float = 0.0, skew: float = 0.0) -> Tensor:
+    """A divergence from a mixture written out; `floored` is m with the eps of its logarithms."""
+    if beta:
+        mixture = beta * q + (1 - beta) * floored
+        return (beta * q * (q / mixture).log() + (1 - beta) * m * (floored / mixture).log()).sum()
+    if reverse:
+        return (m * (floored / (skew * floored + (1 - skew) * q)).log()).sum()
+    return (q * (q / (skew * q + (1 - skew) * floored)).log()).sum()
+
+
+@pytest.mark.parametrize(
+    "kind", [{}, {"reverse": True}, {"beta": 0.3}, {"skew": 0.1}, {"skew": 0.1, "reverse": True}], ids=str
+)
 @pytest.mark.parametrize("merge", ["first", "mean", "chain"])
-def test_chunk_by_chunk(merge: str, reverse: bool) -> None:
+def test_chunk_by_chunk(merge: str, kind: dict[str, Any]) -> None:
     case = make_case(17, 13)
     columns = torch.tensor([1, 2, 5, 7, 8, 12])
     tau = 1.7
@@ -27,8 +42,9 @@ def test_chunk_by_chunk(merge: str, reverse: bool) -> None:
         columns,
         temperature=tau,
         merge=merge,
-        reverse=reverse,
+        **kind,
     )
+    reverse = kind.get("reverse", False)
     matrix = dense(case.projection)[:, columns]
     student_ids, teacher_ids = case.alignment.student_ids, case.alignment.teacher_ids
     assert student_ids is not None
@@ -46,15 +62,16 @@ def test_chunk_by_chunk(merge: str, reverse: bool) -> None:
         m = x / (x.sum() + 1e-10)
         log_m = (m + 1e-10).log()
         loss = (m * (log_m - log_q)).sum() if reverse else (log_q.exp() * (log_q - log_m)).sum()
+        c_s = c_t = torch.ones((), dtype=torch.float64)
         if merge == "chain":
-            c_s = torch.ones((), dtype=torch.float64)
             for row in range(1, b - a):
                 c_s = c_s * p[row, student_ids[sample, a + row]]
-            c_t = torch.ones((), dtype=torch.float64)
             for row in range(1, d - c):
                 c_t = c_t * q[row, teacher_ids[sample, c + row]]
             ahead, behind = (c_s, c_t) if reverse else (c_t, c_s)
             loss = ahead * (loss + ahead.log() - behind.log())
+        if "beta" in kind or "skew" in kind:
+            loss = mixed(c_t * log_q.exp(), c_s * m, c_s * (m + 1e-10), **kind)
         want.append(tau**2 * loss)
     assert_close(got, torch.stack(want), rtol=1e-9)
 

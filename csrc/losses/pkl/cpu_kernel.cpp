@@ -12,9 +12,9 @@
 // Where nearly all mass is on one token, h_s - B cancels there. B is two floats, and that token's gradient is set to
 // what makes the row's sum zero.
 //
-// Everything is in the order of the student's rows but f (for the reverse and mixed divergences: log q), which comes in that of the teacher's
-// columns and is put into memory. For a pair of a row and a column (see plan.h) x, u and h are then passed through in
-// order. Columns without entries have x = 0: only the sum of f over them counts.
+// Everything is in the order of the student's rows but f (for the reverse and mixed divergences: log q), which comes in
+// that of the teacher's columns and is put into memory. For a pair of a row and a column (see plan.h) x, u and h are
+// then passed through in order. Columns without entries have x = 0: only the sum of f over them counts.
 #include "cpu/divergence.h"
 #include "cpu/rows.h"
 #include "losses/pkl/params.h"
@@ -300,8 +300,7 @@ class Chunk {
             for (int64_t i = begin; i < end; i += lanes) {
                 const Mask paired = from_bits(plan_.paired_bits[i / lanes]);
                 const int32_t run = plan_.partner_run[i / lanes];
-                const Floats f =
-                    run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), none);
+                const Floats f = run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), none);
                 const Floats e = load(e_ + i);
                 store(h_ + i, body(masked ? select(paired, e, broadcast(0.0f)) : e, f));
             }
