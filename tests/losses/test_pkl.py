@@ -438,6 +438,47 @@ def test_slopes_of_a_learnable_matrix(merge: str, top_k: int | None, backend: st
     check_slopes(lambda x: value(x).detach(), weight.detach(), grad, step=0.02)
 
 
+@backends
+@merges
+def test_chunks_that_begin_with_other_text_are_left_out(merge: str, backend: str) -> None:
+    """As if they were not in the alignment; counted."""
+    case = make_case()
+    of, W = case.alignment, case.projection
+    assert of.student_ids is not None
+    assert of.teacher_ids is not None
+    kept = []
+    for k, (a, _, c, _) in enumerate(of.spans.tolist()):
+        sample = k // (len(of.spans) // len(of))
+        known = W.row(int(of.student_ids[sample, a]))[0].tolist()
+        if k % 3 and known:
+            of.teacher_ids[sample, c] = known[-1]
+        kept.append(int(of.teacher_ids[sample, c]) in known)
+    predicted = of.predicted & torch.tensor(kept)
+    few = Alignment(of.spans, of.offsets, of.student_ids, of.teacher_ids, predicted=predicted)
+    assert 0 < int(predicted.sum()) < int(of.predicted.sum())
+    results = []
+    for alignment, agree in ((of, True), (few, False)):
+        student = case.student.float().requires_grad_()
+        options: dict[str, Any] = {"merge": merge, "agree": agree, "backend": backend}
+        loss = pkl_loss(student, case.teacher.float(), alignment, W, **options)
+        each = pkl_loss(student, case.teacher.float(), alignment, W, reduction="none", **options)
+        results.append((loss, each, *torch.autograd.grad(loss, student)))
+    for got, want in zip(*results, strict=True):
+        assert_within(got, want, 0.0)
+    criterion = XTokenLoss([Teacher(W, merge=merge, agree=True)], backend=backend)
+    labels = torch.zeros(case.student.shape[:2], dtype=torch.int64)
+    _, parts = criterion(case.student.float(), labels, case.teacher.float(), of)
+    share = 1 - int(reference.predictable(few).sum()) / int(reference.predictable(of).sum())
+    assert parts["left_out"].tolist() == pytest.approx([share])
+
+
+def test_agreement_needs_ids() -> None:
+    case = make_case()
+    alignment = Alignment(case.alignment.spans, case.alignment.offsets)
+    with pytest.raises(ValueError, match="alignment: the loss or its merge needs token ids, but student_ids is None"):
+        pkl_loss(case.student, case.teacher, alignment, case.projection, agree=True)
+
+
 def on_device(**options: Any) -> Callable[[Step], Any]:
     return lambda s: loss_of(s, "pkl", **options)
 
@@ -466,6 +507,7 @@ DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
     "reachable of columns": lambda s: loss_of(
         s, "pkl", columns=s.constants.columns, support="reachable", merge="chain"
     ),
+    "agree": on_device(agree=True, beta=0.5),
     "columns": lambda s: loss_of(s, "pkl", columns=s.constants.columns),
     "columns of the host": lambda s: loss_of(s, "pkl", columns=s.constants.host_columns),
     "learned": learned(),

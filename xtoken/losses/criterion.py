@@ -239,8 +239,8 @@ class XTokenLoss(nn.Module):
             or switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
-            "left_out" : [M], share of chunks of which a loss on events leaves out the start, since the realised first
-            tokens have different events; nan likewise.
+            "left_out" : [M], share of chunks that a loss leaves out (or their start), since the realised first tokens
+            do not agree; nan likewise.
         """
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")

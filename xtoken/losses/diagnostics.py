@@ -47,11 +47,15 @@ def in_columns(
     columns: Tensor,
     projection: Any = None,
     count: Tensor | None = None,
+    left_out: Tensor | None = None,
 ) -> Tensor:
-    """float32 [4]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer."""
+    """float32 [4]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer.
+
+    `left_out` as for `means`.
+    """
     entries = None if projection is None else entries_in(projection, columns)
     width = 0 if entries is None else len(entries.weight)
-    return means(student, teacher, chunks, lambda z, y: diagnosis(z, y, columns, entries, count), width)
+    return means(student, teacher, chunks, lambda z, y: diagnosis(z, y, columns, entries, count), width, left_out)
 
 
 @torch.no_grad()

@@ -21,7 +21,7 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Matrix, Needs
 from xtoken.losses.operator import Call, register
-from xtoken.losses.pkl import formula
+from xtoken.losses.pkl import agreement, formula
 from xtoken.projection.entries import Entries, restrict
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class PKL(Loss):
     beta: float
     skew: float
     support: str
+    agree: bool
 
     def __post_init__(self) -> None:
         if self.columns is not None:
@@ -65,14 +66,18 @@ class PKL(Loss):
 
     @property
     def realised(self) -> bool:
-        return self.merge == "chain"
+        return self.merge == "chain" or self.agree
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         chunks = call.chunks(self.realised)
+        if self.realised:
+            chunks.check_ids(self.W.shape, several=not self.agree)
+        if self.agree:
+            assert call.spans is not None
+            kept = agreement.agrees(chunks, self.W)
+            chunks = chunks.masked(kept.new_zeros(len(call.spans)).index_copy(0, chunks.used, kept))
         if self.merge == "first":
             chunks = chunks.first()
-        if self.merge == "chain":
-            chunks.check_ids(self.W.shape)
         columns = self._columns(teacher, call.student.device, call.backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
         kind = self.reverse, self.beta, self.skew
@@ -91,7 +96,8 @@ class PKL(Loss):
     ) -> Tensor:
         columns = self._columns(teacher, device, backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
-        return diagnostics.in_columns(student, teacher, chunks, chosen, self.W, count)
+        left_out = ~agreement.agrees(chunks, self.W) if self.agree else None
+        return diagnostics.in_columns(student, teacher, chunks, chosen, self.W, count, left_out)
 
 
 @dataclass(frozen=True)
@@ -151,6 +157,7 @@ class PKLOptions(Options, total=False):
     beta: float
     skew: float
     support: Support
+    agree: bool
     columns: Tensor | None
 
 
@@ -180,19 +187,23 @@ def pkl_loss(
     skew: float = 0.0,
     reduction: str = "mean",
     support: Support = "all",
+    agree: bool = False,
     columns: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
 ) -> Losses:
     """Projected KL: KL(teacher || W^T student) on the teacher's columns C, for each chunk of aligned text.
 
-    The formulas are those of `xtoken.reference.pkl`.
+    The formulas are those of `xtoken.reference.pkl`; a divergence is taken of both sides as they stand there, with a
+    floor of 1e-10 under the student's masses, and with "mean" a teacher's that need not sum to 1.
 
     Parameters
     ----------
     {student_logits, teacher_logits, alignment, projection}
         If ``weight`` requires a gradient, it gets one.
-    {labels, temperature}
+    {labels}
+    temperature : float
+        Divides all logits, so before the projection; the loss is multiplied by its square.
     top_k : int or None
         C is the ``top_k`` teacher columns with the largest logit in any row of ``teacher_logits`` (lower ids
         first among equals). None: all.
@@ -205,6 +216,9 @@ def pkl_loss(
         "reachable" removes from C the columns that no student token reaches under W. If none is left, that is a
         ValueError on the CPU; elsewhere, with ``top_k`` or ``columns``, a check would wait for the device, and the loss
         is nan.
+    agree : bool
+        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
+        token of both (needs the alignment's ids). By default they count, as in NeMo-RL.
     columns : int64 [C], optional
         Teacher ids, distinct; replaces ``top_k``. A tensor is checked when it is first used.
     {inplace, backend}
@@ -226,7 +240,7 @@ def pkl_loss(
     '0.0000'
     """
     W = Matrix.of(projection)
-    loss = PKL(W, columns, temperature, top_k, merge, reverse, beta, skew, support)
+    loss = PKL(W, columns, temperature, top_k, merge, reverse, beta, skew, support, agree)
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,

@@ -1,0 +1,35 @@
+"""Which chunks begin alike on both sides, as far as W tells."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment.chunks import Chunks, synchronized
+from xtoken.losses.cached import Cached
+from xtoken.losses.loss import Matrix
+
+_ENTRIES = Cached[Tensor]()
+
+
+def agrees(chunks: Chunks, projection: Matrix) -> Tensor:
+    """bool [K]: whether W has an entry for the first realised tokens of both sides, in chunks that count.
+
+    Waits for the device only for the first use of a W there.
+    """
+    students, teachers = projection.shape
+    device = chunks.used.device
+
+    def entries() -> Tensor:
+        row = torch.repeat_interleave(torch.arange(students), projection.row_ptr.detach().cpu().diff())
+        numbers = (row * teachers + projection.col.detach().cpu()).sort().values
+        return synchronized(torch.cat([numbers, torch.tensor([students * teachers])]).to(device))  # never without one
+
+    numbers = _ENTRIES.of((projection.col, projection.row_ptr), entries, device)
+    first = []
+    for side in (chunks.student, chunks.teacher):
+        assert side.next_ids is not None
+        first.append(side.next_ids[side.start.clamp_min(0)])
+    wanted = first[0] * teachers + first[1]
+    found = numbers[torch.searchsorted(numbers, wanted)] == wanted
+    return found if chunks.mask is None else found & chunks.mask
