@@ -6,6 +6,9 @@
 
 namespace xtoken::cuda {
 
+// As Divergence::is_mixed, which is the host's.
+__device__ inline bool is_mixed(const Divergence& d) { return d.mixture > 0.0 && d.mixture < 1.0; }
+
 // teacher sum Q log(Q / M) + student sum P log(P / M), M = mixture Q + (1 - mixture) P, with 0 < mixture < 1.
 class MixedDivergence {
   public:
