@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from xtoken import ProjectionMatrix, Vocabulary, _core
+from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, sample_texts
 from xtoken.cli import main
 
 
@@ -44,6 +44,23 @@ def test_project(files, tmp_path, capsys):
     W = ProjectionMatrix.load(output, files[0], files[1])
     assert int(W.row_ptr.diff().max()) == 2
     assert W.shape[0] == len(Vocabulary.from_tokenizer(files[0]))
+
+
+def test_project_pieces(files, tmp_path, capsys):
+    """The sample alone, and with texts of one's own."""
+    output, own = str(tmp_path / "pieces.safetensors"), tmp_path / "own.txt"
+    own.write_text("one line\nand another\n")
+    command = ["project", "--student", files[0], "--teacher", files[1], "--output", output]
+    seen = []
+    for more in ([], ["--texts", str(own)]):
+        assert main([*command, "--pieces", *more]) == 0
+        printed = capsys.readouterr().out
+        pieces = PieceIndex.load(output, files[0], files[1])
+        assert printed == f"{output}: {pieces!r}\n{pieces.merged()}\n"
+        seen.append(pieces.merged().texts)
+    assert seen == [len(sample_texts()), len(sample_texts()) + 2]
+    assert main([*command, "--texts", str(own)]) == 1
+    assert "--texts: expected --pieces with it" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):

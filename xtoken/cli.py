@@ -14,7 +14,10 @@ from .audit import NUMERALS, choose_loss, coverage_audit
 from .config import show_config
 from .corpus import align_corpus
 from .corpus.options import Options
+from .losses import Needs, registered
+from .pieces import PieceIndex
 from .projection import ProjectionMatrix
+from .sample import sample_texts
 
 
 class _Renamed(argparse.Action):
@@ -46,12 +49,19 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--method", default="auto", choices=METHODS, help="alignment method (default %(default)s)")
     show.add_argument("--json", action="store_true", help="print JSON instead of coloured lines")
 
-    project = commands.add_parser("project", parents=[pair], help="build the projection matrix W and write it")
+    project = commands.add_parser(
+        "project", parents=[pair], help="build the projection matrix W, or the piece index, and write it"
+    )
     project.add_argument("--output", required=True, help="file to write (safetensors)")
     project.add_argument("--row-entries", type=int, default=4, help="most entries of a row (default %(default)s)")
     project.add_argument("--top-k", action=_Renamed, const="--row-entries")
     project.add_argument("--beta", type=float, default=0.9, help="weight of the first piece (default %(default)s)")
     project.add_argument("--gamma", type=float, default=0.1, help="factor from piece to piece (default %(default)s)")
+    project.add_argument("--pieces", action="store_true", help="build the piece index, in place of W")
+    project.add_argument(
+        "--texts", nargs="+", metavar="FILE", help="with --pieces: also learn from these files which events the "
+        "tokenizers confuse, about 1 MB of them; parquet, jsonl, txt, arrow; globs",
+    )  # fmt: skip
     project.add_argument("--reverse", action="store_true", help="also reach teacher tokens that nothing else reaches")
 
     align = commands.add_parser("align", parents=[pair], help="align a corpus and write parquet shards")
@@ -122,6 +132,19 @@ def _align(options: argparse.Namespace) -> str:
     )
 
 
+def _pieces(options: argparse.Namespace) -> str:
+    if not options.pieces:
+        raise ValueError("--texts: expected --pieces with it, since W learns from no text")
+    own: list[str] = []
+    if options.texts:
+        from .train.data import text_sample
+
+        own = text_sample(options.texts)
+    pieces = PieceIndex.build(options.student, options.teacher, texts=[*sample_texts(), *own])
+    pieces.save(options.output)
+    return f"{options.output}: {pieces}\n{pieces.merged()}"
+
+
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.command == "config":
         show_config()
@@ -129,10 +152,14 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
         choice = choose_loss(options.student, options.teacher, report=report)
         print(choice.to_json() if options.json else choice)
+        if not options.json and registered()[choice.loss].needs is Needs.PIECES:
+            print(str(PieceIndex.build(options.student, options.teacher).merged()).splitlines()[0])
     elif options.command == "align":
         print(_align(options))
     elif options.command == "show":
         print(_show(options))
+    elif options.command == "project" and (options.pieces or options.texts):
+        print(_pieces(options))
     elif options.command == "project":
         matrix = ProjectionMatrix.build(
             options.student, options.teacher, options.row_entries, options.beta, options.gamma, options.reverse

@@ -144,7 +144,11 @@ def run(
     choice = choose_loss(student_tok, teacher_tok, projection)
     print(choice)
     needs_pieces = registered()[choice.loss].needs is Needs.PIECES
-    needed = {"pieces": PieceIndex.build(student_tok, teacher_tok)} if needs_pieces else {"projection": projection}
+    needed: dict[str, Any] = {"projection": projection}
+    if needs_pieces:
+        pieces = PieceIndex.build(student_tok, teacher_tok)
+        print(f"{pieces!r}: {str(pieces.merged()).splitlines()[0]}")
+        needed = {"pieces": pieces}
     teacher = TeacherModel(Teacher(loss=choice.loss, **needed), model, teacher_tok)
 
     console.rule("one sentence, two tokenizers (a bar separates the tokens of a chunk)")

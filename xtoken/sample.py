@@ -240,13 +240,14 @@ def _gaps(source: _Source) -> Iterator[str]:
 
 def _marks(source: _Source) -> Iterator[str]:
     """Every pair of marks, and some longer runs, within and between words, and at the end of lines."""
-    longer = ["".join(source.one(MARKS) for _ in range(3 + source.upto(2))) for _ in range(300)]
-    runs = [*MARKS, *map("".join, itertools.product(MARKS, repeat=2)), *longer]
-    return _texts(
+    runs = [*MARKS, *map("".join, itertools.product(MARKS, repeat=2))]
+    yield from _texts(
         form.format(source.one(WORDS), run, source.name())
         for run in runs
         for form in ("{0}{1}{2} ", "{0} {1}{2} ", "{0} {1} {2}", "{0}{1}\n{2}", "\n{1}{2} ", "{0} {1}\n    {2}")
     )
+    tight = [start for start in STARTS if not start[0].isalnum()]
+    yield from _texts(f"{source.one(WORDS)}{end}{start} " for end in ENDS for start in tight for _ in range(2))
 
 
 def _rulers(source: _Source) -> Iterator[str]:

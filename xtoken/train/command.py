@@ -25,13 +25,14 @@ from transformers.trainer_utils import get_last_checkpoint
 from xtoken.corpus.files import find_files
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.pieces import PieceIndex
+from xtoken.sample import sample_texts
 from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
 
 from .cached import CachedExamples
 from .collator import XTokenCollator
 from .config import XTokenConfig
-from .data import load_examples
+from .data import load_examples, text_sample
 from .example import TRAIN_ON
 from .plot import PlotCallback
 from .prepare import cached_choice, cached_projection
@@ -219,7 +220,11 @@ def build_teacher(
         loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
     kind = registered()[loss]
     projection: Any = None
-    pieces = PieceIndex.build(student, vocabulary) if kind.needs is Needs.PIECES else None
+    pieces = None
+    if kind.needs is Needs.PIECES:
+        own = text_sample(options.data or [], options.text_column, student)
+        pieces = PieceIndex.build(student, vocabulary, texts=[*sample_texts(), *own])
+        reasons += str(pieces.merged()).splitlines()[:1]
     if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
     reasons += [repr(one) for one in (pieces, projection) if one is not None]

@@ -19,12 +19,16 @@ from xtoken.corpus.files import InputFile, find_files
 from xtoken.data import AlignedDataset
 from xtoken.losses.backends import IGNORED
 from xtoken.teacher_cache import document_digest
-from xtoken.vocabulary import TokenizerLike
+from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 from .encode import ExampleEncoder
+from .example import parse_example
 
 BATCH_ROWS = 256
 """Rows that are encoded at once."""
+
+SAMPLE_BYTES = 1 << 20
+"""Bytes of text from the data that `text_sample` takes."""
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +170,41 @@ def load_examples(
         return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
     encoder = ExampleEncoder(student_tok, teacher_toks, train_on=train_on, text_column=text_column, **shared)
     return EncodedDataset(read_rows(files, text_column), encoder)
+
+
+def text_sample(
+    files: Sequence[str | os.PathLike[str]], text_column: str = "text", tokenizer: TokenizerLike = None
+) -> list[str]:
+    """Texts from the beginning of each file of `load_examples`, about `SAMPLE_BYTES` in all, for `PieceIndex.build`.
+
+    Those of an aligned corpus need the student's tokenizer, to read its tokens. Rows that are none of the forms are
+    left to `load_examples`.
+    """
+    found: list[str] = []
+    paths = [path for path in files if os.path.isdir(path)] or [file.path for file in find_files(files)]
+    for path in paths:
+        left = SAMPLE_BYTES // len(paths)
+        texts = _corpus_texts(path, tokenizer) if os.path.isdir(path) else _row_texts(path, text_column)
+        for text in texts:
+            found.append(text[:left])
+            left -= len(text.encode("utf-8", "replace"))
+            if left <= 0:
+                break
+    return found
+
+
+def _row_texts(path: str | os.PathLike[str], text_column: str) -> Iterator[str]:
+    for row in read_rows([path], text_column):
+        try:
+            yield from parse_example(row, "all", text_column).pieces
+        except (ValueError, KeyError, TypeError):
+            continue
+
+
+def _corpus_texts(path: str | os.PathLike[str], tokenizer: TokenizerLike) -> Iterator[str]:
+    vocabulary, documents = Vocabulary.from_tokenizer(tokenizer), AlignedDataset(path)
+    for k in range(len(documents)):
+        yield vocabulary.decode(documents[k]["student_ids"].numpy()).decode("utf-8", "replace")
 
 
 def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:

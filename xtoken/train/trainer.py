@@ -6,6 +6,7 @@ import copy
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,6 +32,11 @@ from .ensemble import keep, mean_logits, position_alignment, select_best
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .projections import ProjectionSteps
 from .teachers import TeacherModel, check_head, check_same_bytes
+
+logger = logging.getLogger(__name__)
+
+MOST_LEFT_OUT = 0.02
+"""Share of chunks whose start has no term above which it is said."""
 
 STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
@@ -160,6 +166,7 @@ class XTokenTrainer(Trainer):
         self._scale_is_known = False
         self._ids_checked = False
         self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
+        self._left_out_is_said = False
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
         self._finite = FiniteCheck(["student", *names])
@@ -353,6 +360,7 @@ class XTokenTrainer(Trainer):
         self._finite.check()
         if "loss" in logs and self._meter.steps:
             measured = self._meter.summary(self._add_up)
+            self._say_left_out(measured)
             self._read_scale()
             elapsed, seconds = self._watch.lap()
             elapsed = max(elapsed, 1e-9)
@@ -432,6 +440,19 @@ class XTokenTrainer(Trainer):
                 entry["alignment"] = keep(entry["alignment"], entry["alignment"].host.sample_index < count)
         left = OnHost({**host, "labels": labels, "teachers": entries})
         return {**inputs, "labels": labels.to(inputs["labels"].device), "host": left}
+
+    def _say_left_out(self, measured: Mapping[str, float]) -> None:
+        """Says once if many chunks have no term for their start."""
+        names = [teacher.name for teacher in self.teachers][: len(self.criterion.teachers)]
+        for name in names:
+            share = measured.get(f"starts_left_out/{name}" if len(names) > 1 else "starts_left_out", math.nan)
+            if share > MOST_LEFT_OUT and not self._left_out_is_said:
+                self._left_out_is_said = True
+                message = (
+                    "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build "
+                    "the PieceIndex with text like this, texts=[*xtoken.sample_texts(), *own]"
+                )
+                logger.warning(message, name, 100 * share)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""
