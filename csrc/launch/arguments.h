@@ -38,7 +38,7 @@ struct Values {
     int64_t size;
 };
 
-// Rows of each chunk: start[k] ... start[k] + count[k] - 1.
+// Rows of each chunk: start[k] ... start[k] + count[k] - 1. On CUDA chunks that do not count have start -1 and count 0.
 struct ChunkRows {
 #define XTOKEN_CHUNK_ROWS(FIELD)                            \
     FIELD(const int64_t*, start, "[chunks] first row");     \
