@@ -59,8 +59,8 @@ class Use(NamedTuple):
     student_ids: tuple[int, ...]
     teacher: tuple[int, ...]
     teacher_ids: tuple[int, ...]
-    before: tuple[tuple[int, ...], tuple[int, ...]]
-    """Tokens of the chunk before, if it ends where this one begins."""
+    before: tuple[int, int]
+    """The tokens before the chunk."""
     place: int
 
 
@@ -88,14 +88,10 @@ class World:
         self.student, self.teacher = map(ExactModel, cut)
         chunks = Aligner(student, teacher, num_threads=1).align(*cut)
         self.uses: dict[int, Counter[Use]] = {}
-        last = (-1, 0, 0, 0, 0)
         for text, (a, b, c, d) in zip(chunks.sample_index.tolist(), chunks.spans.tolist(), strict=True):
-            before: tuple[tuple[int, ...], tuple[int, ...]] = ((), ())
-            if (text, a, c) == (last[0], last[2], last[4]):
-                before = tuple(cut[0][text][last[1] : a]), tuple(cut[1][text][last[3] : c])
-            last = (text, a, b, c, d)
             if min(a, c) == 0:
                 continue  # nothing predicts the first token
+            before = cut[0][text][a - 1], cut[1][text][c - 1]
             nodes = tuple(self.student.paths[text][a:b]), tuple(self.teacher.paths[text][c:d])
             for place, node in enumerate(nodes[0]):
                 use = Use(nodes[0], tuple(cut[0][text][a:b]), nodes[1], tuple(cut[1][text][c:d]), before, place)
@@ -277,7 +273,7 @@ class Problem:
         uses = [use for _, use, _ in flat]
         models = (world.student, world.teacher)
         nodes = [sorted({node for use in uses for node in use[2 * side]}) for side in (0, 1)]
-        follow = [(side, token) for use in uses for side in (0, 1) for token in use.before[side]]
+        follow = [(side, token) for use in uses for side, token in enumerate(use.before)]
         follow += [(side, token) for side in (0, 1) for node in nodes[side] for token in models[side].following[node]]
         self.ids = ids or whole.closed([*follow, *self._beginnings(uses, models, whole)])
         self.pair = Pair(restricted_projection(whole.projection, self.ids), restricted_pieces(whole.pieces, self.ids))
@@ -291,39 +287,25 @@ class Problem:
         total = torch.zeros(len(contexts), dtype=torch.float64).index_add(0, self.owner, counts)
         self.share = counts / total[self.owner]
         self.exact = student
-        # A sample: the chunk before, or a token of none; then the chunk. `first` are the rows that predict its start.
-        lead = [[max(1, len(use.before[side])) for use in uses] for side in (0, 1)]
-        self.first = torch.tensor(lead) - 1
+        # A sample is the tokens before the chunk, and the chunk.
         self.index, index = (
-            torch.tensor(
-                _padded([[0] * (n - 1) + [row[s][x] for x in use[2 * s]] for n, use in zip(lead[s], uses, strict=True)])
-            )
-            for s in (0, 1)
+            torch.tensor(_padded([[row[s][node] for node in use[2 * s]] for use in uses])) for s in (0, 1)
         )
-        places = self.first[0] + torch.tensor([use.place for use in uses])
-        self.index[torch.arange(len(uses)), places] = len(student) + self.owner
+        self.index[torch.arange(len(uses)), torch.tensor([use.place for use in uses])] = len(student) + self.owner
         self.teacher = teacher[index]
-        tokens = [[(*(use.before[s] or (use[2 * s + 1][0],)), *use[2 * s + 1]) for use in uses] for s in (0, 1)]
-        padded_ids = [_padded([[column[s][token] for token in one] for one in tokens[s]]) for s in (0, 1)]
-        spans, offsets = [], [0]
-        self.used = []
-        for use, a, c in zip(uses, *lead, strict=True):
-            spans += [[0, a, 0, c]] * bool(use.before[0])
-            self.used.append(len(spans))
-            spans.append([a, a + len(use.student), c, c + len(use.teacher)])
-            offsets.append(len(spans))
-        self.chunks = Alignment(spans, offsets, *padded_ids)
+        tokens = [[[column[s][t] for t in (use.before[s], *use[2 * s + 1])] for use in uses] for s in (0, 1)]
+        spans = [[1, 1 + len(use.student), 1, 1 + len(use.teacher)] for use in uses]
+        self.chunks = Alignment(spans, range(len(uses) + 1), *map(_padded, tokens))
 
     @staticmethod
     def _beginnings(
         uses: Sequence[Use], models: tuple[ExactModel, ExactModel], whole: Whole
     ) -> Iterator[tuple[int, int]]:
-        """A token for each event inside a token or right after it: it begins with the known pieces and a next one."""
+        """A token for each event inside a token: it begins with the known pieces and a next one."""
         for use in set(uses):
             for side in (0, 1):
-                nodes, tokens, before = use[2 - 2 * side], use[3 - 2 * side], use.before[1 - side]
+                nodes, tokens = use[2 - 2 * side], use[3 - 2 * side]
                 known = [(node, tokens[first:end]) for end, node in enumerate(nodes) for first in range(end)]
-                known += [(nodes[0], before[first:]) for first in range(len(before))]
                 for node, pieces in known:
                     for following in models[1 - side].following[node]:
                         token = whole.beginning[side].get((*pieces, following))
@@ -334,7 +316,7 @@ class Problem:
         """[contexts]: the mean loss of the chunks that use each free row, whose logits are given."""
         student = torch.cat([self.exact.to(free.dtype), free])[self.index]
         teacher = self.teacher.to(free.dtype)
-        losses = case(student, teacher, self.chunks, self.pair, reduction="none", **options)[self.used]
+        losses = case(student, teacher, self.chunks, self.pair, reduction="none", **options)
         return torch.zeros(len(self.contexts), dtype=losses.dtype).index_add(
             0, self.owner, losses * self.share.to(losses.dtype)
         )
@@ -346,8 +328,8 @@ class Problem:
         """
         assert self.pair.pieces is not None
         sides = (self.pair.pieces.student, self.pair.pieces.teacher)
-        is_start = self.index[torch.arange(len(self.index)), self.first[0]] >= len(self.exact)
-        rows = self.truth[self.owner], self.teacher[torch.arange(len(self.teacher)), self.first[1]]
+        is_start = self.index[:, 0] >= len(self.exact)
+        rows = self.truth[self.owner], self.teacher[:, 0]
         masses = [
             row.new_zeros(len(row), self.pair.pieces.events).index_add(1, side.event.long(), row.exp())
             for row, side in zip(rows, sides, strict=True)
