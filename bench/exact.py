@@ -61,6 +61,8 @@ class Use(NamedTuple):
     teacher_ids: tuple[int, ...]
     before: tuple[int, int]
     """The tokens before the chunk."""
+    follows: bool
+    """Whether another chunk ends with them."""
     place: int
 
 
@@ -88,13 +90,17 @@ class World:
         self.student, self.teacher = map(ExactModel, cut)
         chunks = Aligner(student, teacher, num_threads=1).align(*cut)
         self.uses: dict[int, Counter[Use]] = {}
+        last: tuple[int, ...] = ()
         for text, (a, b, c, d) in zip(chunks.sample_index.tolist(), chunks.spans.tolist(), strict=True):
+            follows, last = last == (text, a, c), (text, b, d)
             if min(a, c) == 0:
                 continue  # nothing predicts the first token
             before = cut[0][text][a - 1], cut[1][text][c - 1]
             nodes = tuple(self.student.paths[text][a:b]), tuple(self.teacher.paths[text][c:d])
             for place, node in enumerate(nodes[0]):
-                use = Use(nodes[0], tuple(cut[0][text][a:b]), nodes[1], tuple(cut[1][text][c:d]), before, place)
+                use = Use(
+                    nodes[0], tuple(cut[0][text][a:b]), nodes[1], tuple(cut[1][text][c:d]), before, follows, place
+                )
                 self.uses.setdefault(node, Counter())[use] += 1
 
     @classmethod
@@ -294,8 +300,11 @@ class Problem:
         self.index[torch.arange(len(uses)), torch.tensor([use.place for use in uses])] = len(student) + self.owner
         self.teacher = teacher[index]
         tokens = [[[column[s][t] for t in (use.before[s], *use[2 * s + 1])] for use in uses] for s in (0, 1)]
-        spans = [[1, 1 + len(use.student), 1, 1 + len(use.teacher)] for use in uses]
-        self.chunks = Alignment(spans, range(len(uses) + 1), *map(_padded, tokens))
+        spans, ends = [], [0]
+        for use in uses:
+            spans += [[0, 1, 0, 1]] * use.follows + [[1, 1 + len(use.student), 1, 1 + len(use.teacher)]]
+            ends.append(len(spans))
+        self.chunks = Alignment(spans, ends, *map(_padded, tokens))
 
     @staticmethod
     def _beginnings(
@@ -317,6 +326,7 @@ class Problem:
         student = torch.cat([self.exact.to(free.dtype), free])[self.index]
         teacher = self.teacher.to(free.dtype)
         losses = case(student, teacher, self.chunks, self.pair, reduction="none", **options)
+        losses = losses[self.chunks.offsets[1:] - 1]
         return torch.zeros(len(self.contexts), dtype=losses.dtype).index_add(
             0, self.owner, losses * self.share.to(losses.dtype)
         )
