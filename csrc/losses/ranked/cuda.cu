@@ -110,7 +110,8 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
             write_row(z, out, students, params.grad.width, [&](int i, const auto& x, auto& g) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
-                for (int n = 0; n < N; ++n) g[n] = by_bin(x[n]) + label(i + n, x[n]);
+                for (int n = 0; n < N; ++n) g[n] = by_bin(x[n]);
+                label.add(i, x, g);
             });
         } else {
             const auto value = static_cast<float>(factor), total = static_cast<float>(sums[1]);
@@ -127,8 +128,9 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
                     const float share = exponential(lp, z.precise());
                     const float slope = params.reverse ? share * (lp - lq + 1.0f) : -exponential(lq, z.precise());
                     const float of_pair = x[n] < params.lowest ? 0.0f : value * fmaf(-share, total, slope);
-                    g[n] = (slot[n] < 0 ? by_bin(x[n]) : of_pair) + label(i + n, x[n]);
+                    g[n] = slot[n] < 0 ? by_bin(x[n]) : of_pair;
                 }
+                label.add(i, x, g);
             });
         }
         __syncthreads();  // the counts may be overwritten

@@ -58,7 +58,7 @@ class Bins {
     // Whether the usual ones suit a row with this maximum; below the highest, so that they hold no infinity and nothing
     // that is not a number.
     __device__ bool fit(const Exponential& exp) const {
-        return exp.top < high_ && (low_ < exp.lowest || exp.exponent(low_) <= -vanished);
+        return exp.top < high_ && (low_ < exp.lowest || (low_ - exp.top) * exp.inverse_temperature <= -vanished);
     }
 
     __device__ int operator()(float x) const {
@@ -118,25 +118,18 @@ class RunningSum {
     // Of elements that occur `times` times.
     template <int N>
     __device__ void add(const float (&x)[N], float times = 1.0f) {
-        float largest = exp_.top, e[N];
+        float top = exp_.top, e[N];
 #pragma unroll
-        for (int k = 0; k < N; ++k) largest = fmaxf(largest, x[k]);
-        if (largest > exp_.top) {
-            total_ *= exponential((exp_.top - largest) * exp_.inverse_temperature, exp_.precise);
-            exp_.top = largest;
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = exp_.exponent(x[k]);
-        exponentials(e, exp_.precise);
+        for (int k = 0; k < N; ++k) top = fmaxf(top, x[k]);
+        if (top > exp_.top) total_ *= exp_.move(top);
+        exp_(x, e);
 #pragma unroll
         for (int k = 0; k < N; ++k) total_ = fmaf(e[k], times, total_);
     }
 
     __device__ Statistics over_block(Sums& shared) {
-        const float top = exp_.top;
-        exp_.top = block_max(top, shared);
-        const float shrink = exponential((top - exp_.top) * exp_.inverse_temperature, exp_.precise);
-        double sums[1] = {static_cast<double>(total_) * static_cast<double>(shrink)};
+        const auto shrink = static_cast<double>(exp_.move(block_max(exp_.top, shared)));
+        double sums[1] = {static_cast<double>(total_) * shrink};
         block_sum(sums, shared);
         return {exp_, sums[0], 0.0};
     }
@@ -250,7 +243,7 @@ __device__ void list_steps(const Bins<T>& bins, const int32_t* counts, const Sta
         }
         if (n != 0) {
             const int j = place + __popc(listed & ((1u << lane) - 1));
-            steps.value[j] = expf(one.exp.exponent(bins.value(bin, one.exp.lowest))) * inverse;
+            steps.value[j] = expf(one.exp.log_share(bins.value(bin, one.exp.lowest), 0.0f)) * inverse;
             steps.start[j] = rank + up_to_here - n;
             steps.bin[j] = bin;
         }
