@@ -136,10 +136,17 @@ struct Row {
 
   private:
     __device__ void widened(const uint32_t (&words)[4], float (&x)[vector]) const {
-        T lanes[vector];
-        memcpy(static_cast<void*>(lanes), words, sizeof lanes);
+        if constexpr (std::is_same_v<T, __nv_bfloat16>) {  // an instruction each
 #pragma unroll
-        for (int k = 0; k < vector; ++k) x[k] = widen(lanes[k]);
+            for (int k = 0; k < vector; ++k) {
+                x[k] = __uint_as_float(k % 2 == 0 ? words[k / 2] << 16 : words[k / 2] & 0xffff0000u);
+            }
+        } else {
+            T lanes[vector];
+            memcpy(static_cast<void*>(lanes), words, sizeof lanes);
+#pragma unroll
+            for (int k = 0; k < vector; ++k) x[k] = widen(lanes[k]);
+        }
     }
 };
 
@@ -181,7 +188,7 @@ struct AnyRow {
     __device__ void load(const Ring& ring, int i, int first = 0) const {
         if (type == Element::float32) {
 #pragma unroll
-            for (int k = 0; k < N / 4; ++k) copy_async<16>(ring.slot(first + k), at(i + 4 * k));
+            for (int k = 0; k < N / 4; ++k) copy_async<16, (N > 4)>(ring.slot(first + k), at(i + 4 * k));
         } else {
             copy_async<2 * N>(ring.slot(first), at(i));
         }

@@ -74,6 +74,13 @@ __device__ __forceinline__ T* base(T* pointer) {
     return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
+// The same pointer, which the compiler does not derive anew from its parts at each use.
+template <typename T>
+__device__ __forceinline__ T* in_register(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
 // Asynchronous copies (PTX ISA, cp.async): started one by one, committed as a group, there for the thread that started
 // them when it has waited for all but its `pending` last groups. What they fill is read by read_copied, which stays
 // between the wait before it and the copy after it.
@@ -81,10 +88,11 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// `bytes` (8 or 16) from global to shared memory, both aligned to as many.
-template <int bytes>
+// `bytes` (8 or 16) from global to shared memory, both aligned to as many. `in_parts`: the lanes of a warp leave out
+// what its next copy takes.
+template <int bytes, bool in_parts = false>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    if constexpr (bytes == 16) {  // past L1
+    if constexpr (bytes == 16 && !in_parts) {  // past L1
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes));

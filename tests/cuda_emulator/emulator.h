@@ -135,6 +135,10 @@ inline float fast_exp2(float x) {
     const double exact = __builtin_exp2(static_cast<double>(x));
     return exact < 0x1p-126 ? 0.0f : emulator::approximate(exact, 2, x);
 }
+template <typename T>
+T* in_register(T* pointer) {
+    return pointer;
+}
 inline float largest(float x, float y) { return x != x ? x : x < y ? y : x; }
 inline float fast_log2(float x) {
     if (__builtin_fabsf(x) < 0x1p-126f) x = 0.0f;
@@ -154,7 +158,7 @@ T* base(T* pointer) {
 }
 
 // PTX ISA, cp.async.
-template <int bytes>
+template <int bytes, bool in_parts = false>
 __attribute__((always_inline)) inline void copy_async(void* to, const void* from) {
     static_assert(bytes == 4 || bytes == 8 || bytes == 16);
     emulator::start_copy(to, from, bytes);

@@ -4,7 +4,8 @@
 // sum_C x, D = S + eps Z and m = x / D:
 //   u_t = +-dL/dm_t,     B = sum_t m_t u_t,     h_s = sum_t W_st (u_t - B)
 //   dL/dlogit_s = +-p_s Z / (D temperature) (h_s - sum p h)
-// where KL(q || m) has u = q / (m + eps) and the sign -. For one token sum p h is B eps exactly. The passes:
+// where KL(q || m) has u = q / (m + eps) and the sign -, the others +. For one token sum p h is B eps exactly. The
+// passes:
 //   1. z: maximum, Z, sum of the pairs' x        2. sums of columns with several entries: S
 //   3. y: maximum, sum, columns without entries  4. the other columns that are no pair's: u, loss, B
 //   5. z, gathers of y: the pairs' loss and B    6. sums of rows with several entries
@@ -13,6 +14,7 @@
 //
 // Where nearly all mass is on one token, h_s - sum p h cancels there: that token's gradient is set to what makes the
 // row's sum zero.
+#include "cuda/divergence.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/pkl/params.h"
@@ -28,12 +30,16 @@ __host__ __device__ int64_t whole(int64_t count) {
 
 // Floats of a block's workspace.
 struct Workspace {
-    int64_t stored;   // u, a zero, and the sums, first of columns and then of rows, with several entries
+    // u, a zero, and the sums of the columns with several entries and z of the rows without a pair; then, in the place
+    // of these, the sums of the rows with several entries
+    int64_t stored;
     int64_t mean;     // the mean distribution of a chunk of several tokens, then its h
     int64_t teacher;  // sums of the teacher's logits over the chunk
 
-    __host__ __device__ Workspace(const PklPlan& plan, Merge merge)
-        : stored(whole(int64_t{1} + plan.columns + max(plan.column_lists.count, plan.row_lists.count))),
+    __host__ __device__ Workspace(const PklPlan& plan, Merge merge, int64_t element_size)
+        : stored(whole(
+              int64_t{1} + plan.columns +
+              max(plan.column_lists.count + int64_t{1} + plan.rest * element_size / 4, int64_t{plan.row_lists.count}))),
           mean(merge == Merge::mean ? whole(plan.students) : 0),
           teacher(merge == Merge::mean ? whole(plan.empty == nullptr ? plan.columns : plan.teachers) : 0) {}
     __host__ __device__ int64_t total() const { return stored + mean + teacher; }
@@ -48,21 +54,33 @@ struct Powers {
     __device__ static float log(float x) { return precise ? logf(x) : fast_log2(x); }
 
     float scale, top, floor, shift;  // exponent(x) = max(x - top, floor) scale - shift
-    double total, weighted,
-        entropy;  // sums of 2^exponent, weight 2^exponent, weight 2^exponent exponent, without shift
-    int place;    // of the vector with the largest element; -1: another thread's
+    bool clamped;                    // whether the lowest logits have mass, so that the maximum is needed
+    // sums of powers, of weight * power, and of weight * power * exponent; all without shift
+    double total, weighted, entropy;
+    int place;  // of the vector with the largest element; -1: another thread's
 
+    __device__ Powers(float lowest, float temperature)
+        : scale((precise ? 1.0f : log2_e) / temperature), shift(0.0f), place(-1) {
+        set_top(lowest, lowest);
+    }
+    Powers() = default;
     __device__ void set_top(float x, float lowest) {
         top = x;
         floor = lowest - x;
+        clamped = floor * scale > -150.0f;
     }
-    __device__ float power(float x) const { return power_of(largest(x - top, floor) * scale); }
     __device__ float exponent(float x) const { return fmaf(largest(x - top, floor), scale, -shift); }
-    // without shift
+    __device__ float power(float x) const { return power_of(exponent(x)); }
     template <int N>
     __device__ void of(const float (&x)[N], float (&e)[N]) const {
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = power(x[k]);
+        for (int k = 0; k < N; ++k) e[k] = x[k] - top;
+        if (__builtin_expect(static_cast<long>(clamped), 0L)) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) e[k] = largest(e[k], floor);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = power_of(fmaf(e[k], scale, -shift));
     }
     // As rows.cuh has it.
     __device__ Statistics statistics(float lowest, float temperature) const {
@@ -70,69 +88,103 @@ struct Powers {
     }
 };
 
-// One pass over (the chosen elements of) a row, see `statistics`.
-template <bool precise, bool with_entropy, typename R, typename Weights>
-__device__ Powers<precise> powers_of(const R& row, const int32_t* chosen, int size, float lowest, float temperature,
-                                     Sums& shared, const Weights& weights) {
-    Powers<precise> p{(precise ? 1.0f : log2_e) / temperature, lowest, 0.0f, 0.0f, 0.0, 0.0, 0.0, -1};
-    float total = 0.0f, weighted = 0.0f, entropy = 0.0f;
-    const auto rescale = [&](float top) {
-        const float fall = (p.top - top) * p.scale, shrink = p.power_of(fall);
-        if constexpr (with_entropy) entropy = shrink * fmaf(fall, weighted, entropy);
-        total *= shrink;
-        weighted *= shrink;
-        p.set_top(top, lowest);
-    };
-    each_column(row, chosen, size, [&](int i, const auto& x) {
-        constexpr int N = sizeof(x) / sizeof(float);
-        float top = x[0];
-#pragma unroll
-        for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
-        if (top > p.top) {
-            p.place = i;
-            rescale(top);
-        }
-        float w[N], e[N];
-        weights(i, w);
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const float exponent = p.exponent(x[k]);
-            e[k] = p.power_of(exponent);
-            if constexpr (with_entropy) entropy = fmaf(w[k] * e[k], exponent, entropy);
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            total += e[k];
-            weighted = fmaf(w[k], e[k], weighted);
-        }
-    });
-    const float top = block_max(p.top, shared);
-    if (p.top < top) p.place = -1;
-    rescale(top);
-    double sums[3] = {static_cast<double>(total), static_cast<double>(weighted), static_cast<double>(entropy)};
-    block_sum(sums, shared);
-    p.total = sums[0];
-    p.weighted = sums[1];
-    p.entropy = sums[2];
-    return p;
-}
+// One pass over (the chosen elements of) a row, see `statistics`: what a thread adds up, then the sums over the block.
+template <bool precise, bool with_entropy>
+class PowersOf {
+  public:
+    __device__ PowersOf(float lowest, float temperature) : lowest_(lowest), p_(lowest, temperature) {}
 
-// Eight flags a byte, as numbers.
+    template <typename R, typename Weights>
+    __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
+        each_column(row, chosen, size, [&](int i, const auto& x) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            const auto weight = weights.template of<N>(i);
+            float e[N];
+            float top = x[0];
+#pragma unroll
+            for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
+            if (top > p_.top) {
+                p_.place = i;
+                rescale(top);
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const float exponent = largest(x[k] - p_.top, p_.floor) * p_.scale;
+                e[k] = p_.power_of(exponent);
+                if constexpr (with_entropy) entropy_ = weight.add(k, e[k] * exponent, entropy_);
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                total_ += e[k];
+                weighted_ = weight.add(k, e[k], weighted_);
+            }
+        });
+    }
+
+    __device__ Powers<precise> sums(Sums& shared) {
+        const float top = block_max(p_.top, shared);
+        if (p_.top < top) p_.place = -1;
+        rescale(top);
+        double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_), static_cast<double>(entropy_)};
+        block_sum(sums, shared);
+        p_.total = sums[0];
+        p_.weighted = sums[1];
+        p_.entropy = sums[2];
+        return p_;
+    }
+
+  private:
+    __device__ void rescale(float top) {
+        const float fall = (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
+        if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, weighted_, entropy_);
+        total_ *= shrink;
+        weighted_ *= shrink;
+        p_.set_top(top, lowest_);
+    }
+
+    float lowest_;
+    Powers<precise> p_;
+    float total_ = 0.0f, weighted_ = 0.0f, entropy_ = 0.0f;
+};
+
+// Weights 0 and 1, eight flags a byte.
 struct Flags {
     const uint8_t* bytes;  // null: zeros
 
+    struct Bits {
+        unsigned bits;
+        __device__ bool operator[](int k) const { return (bits & 1u << k) != 0; }
+        __device__ float add(int k, float x, float sum) const { return (*this)[k] ? sum + x : sum; }
+    };
+    // Of elements i ... i + N - 1.
     template <int N>
-    __device__ void operator()(int i, float (&x)[N]) const {
+    __device__ Bits of(int i) const {
         static_assert(N <= 8, "of two bytes");
-        const unsigned bits = bytes == nullptr ? 0 : (bytes[i / 8] | unsigned{bytes[i / 8 + 1]} << 8) >> (i % 8);
-#pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = (bits >> k & 1) != 0 ? 1.0f : 0.0f;
+        return {bytes == nullptr ? 0 : (bytes[i / 8] | unsigned{bytes[i / 8 + 1]} << 8) >> (i % 8)};
     }
 };
 
-// Sums of value(index) over lists, into out[list]. Returns the sum of those that this thread writes.
-template <typename Value>
-__device__ float sum_lists(const SumLists& lists, float* out, Value value) {
+// Weights that are in memory.
+struct Numbers {
+    const float* numbers;
+
+    template <int N>
+    struct Some {
+        float weight[N];
+        __device__ float add(int k, float x, float sum) const { return fmaf(weight[k], x, sum); }
+    };
+    template <int N>
+    __device__ Some<N> of(int i) const {
+        Some<N> some;
+        load_lanes(numbers, i, some.weight);
+        return some;
+    }
+};
+
+// Sums of value(index) over lists, into end[-1 - list]. Returns the sum of those that this thread writes. `together`:
+// short lists of a thread at a time.
+template <int together, typename Value>
+__device__ float sum_lists(const SumLists& lists, float* end, Value value) {
     float written = 0.0f;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int lane = thread % warp_size, long_lists = lists.count - lists.few;
@@ -141,10 +193,10 @@ __device__ float sum_lists(const SumLists& lists, float* out, Value value) {
         const bool is_shared = slice < lists.shared;
         const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
         const bool wanted = list < long_lists && is_wanted(list);
-        const int begin = lists.start[slice], end = wanted ? lists.start[slice + 1] : begin;
+        const int begin = lists.start[slice], behind = wanted ? lists.start[slice + 1] : begin;
         float total = 0.0f;
 #pragma unroll 4
-        for (int i = begin; i < end; ++i) {
+        for (int i = begin; i < behind; ++i) {
             const int at = i * warp_size + lane;
             total = fmaf(lists.weight[at], value(lists.index[at]), total);
         }
@@ -152,11 +204,11 @@ __device__ float sum_lists(const SumLists& lists, float* out, Value value) {
             for (int step = warp_size / 2; step > 0; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
         }
         if (wanted && (!is_shared || lane == 0)) {
-            out[list] = total;
+            end[-1 - list] = total;
             written += total;
         }
     }
-    constexpr int lanes = 4, together = 4;  // loads in flight
+    constexpr int lanes = 4;
     const int behind = lists.start[lists.slices] * warp_size;
     for (int first = thread; first < lists.few; first += together * threads) {
         int32_t index[together][lanes];
@@ -180,14 +232,14 @@ __device__ float sum_lists(const SumLists& lists, float* out, Value value) {
 #pragma unroll
         for (int n = 0; n < together; ++n) {
             if (!wanted[n]) continue;
-            out[long_lists + first + n * threads] = total[n];
+            end[-1 - (long_lists + first + n * threads)] = total[n];
             written += total[n];
         }
     }
     return written;
 }
 
-template <typename S, Merge merge>
+template <typename S, Merge merge, bool is_mixed>
 class Chunk {
   public:
     // `workspace` and `stored`: see Workspace.
@@ -203,23 +255,29 @@ class Chunk {
           teacher_count_(merge == Merge::first ? 1 : static_cast<int>(p.teacher_rows.count[k])),
           z_(p.student, row_),
           y_(p.teacher, teacher_row_),
-          stored_(stored) {
-        const Workspace parts(p.plan, merge);
+          stored_end_(in_register(stored + Workspace(p.plan, merge, sizeof(S)).stored)) {
+        const Workspace parts(p.plan, merge, sizeof(S));
+        rest_ = reinterpret_cast<S*>(stored);
         mean_ = workspace + parts.stored;
         sums_ = mean_ + parts.mean;
     }
 
     __device__ void run(float* weight_sums) {
         const int thread = static_cast<int>(threadIdx.x);
-        if (thread == 0) stored_[plan_.columns] = 0.0f;
+        if (thread == 0) stored(plan_.columns) = 0.0f;
         masses();
-        columns();
+        double student = 0.0, teacher = 0.0;
+        if constexpr (merge == Merge::chain) {
+            student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row_, count_);
+            teacher = later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
+        }
+        columns(student, teacher);
 
         double loss = loss_, factor = 1.0, later_factor = 0.0;
-        if constexpr (merge == Merge::chain) {
-            const double student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row_, count_);
-            const double teacher =
-                later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
+        if constexpr (is_mixed) {
+            factor = ::exp(student);
+            later_factor = factor * later_slope_;
+        } else if constexpr (merge == Merge::chain) {
             const double c = ::exp(p_.reverse ? student : teacher);
             loss = c * (loss + (p_.reverse ? student - teacher : teacher - student));
             factor = c;
@@ -228,9 +286,12 @@ class Chunk {
         const double temperature = static_cast<double>(p_.temperature), square = temperature * temperature;
         if (thread == 0) p_.losses[k_] = static_cast<float>(loss * square);
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
-        const double unit = scale * factor * (p_.reverse ? 1.0 : -1.0) / d_;
+        const double unit = scale * factor * (p_.reverse || is_mixed ? 1.0 : -1.0) / d_;
         const auto b = static_cast<float>(b_), b_rest = static_cast<float>(b_ - static_cast<double>(b));
-        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored_[n] = (stored_[n] - b) - b_rest;
+        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored(n) = (stored(n) - b) - b_rest;
+        // For one row sum p h is B eps, which is lost in the rounding of all but 0.
+        const double mean = b_ * static_cast<double>(p_.epsilon);
+        if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean);
         __syncthreads();  // u is relative to B now
         if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
@@ -239,17 +300,16 @@ class Chunk {
             }
             return;
         }
-        sum_lists(plan_.row_lists, stored_ + plan_.columns + 1, [&](int n) { return stored_[n]; });
+        sum_lists<lists_together>(plan_.row_lists, end_of_sums(), [&](int n) { return stored_end_[n]; });
         __syncthreads();  // the rows' sums are there
         const double share = unit * total_ / (temperature * merged());
         if (merged() == 1) {
-            token_gradient(row_, z_, b_ * static_cast<double>(p_.epsilon), share);
+            token_gradient(row_, z_, mean, share);
         } else {
             mean_values();
             for (int64_t r = row_; r < row_ + merged(); ++r) {
                 const Row<S> z(p_.student, r);
-                student_ = powers_of<precise, false>(z, nullptr, plan_.students, p_.lowest, p_.temperature, shared_,
-                                                     [&](int i, auto& h) { load_lanes(mean_, i, h); });
+                student_ = student_powers(z, Numbers{mean_});
                 token_gradient(r, z, student_.weighted / student_.total, share);
             }
         }
@@ -262,6 +322,18 @@ class Chunk {
   private:
     static constexpr bool precise = sizeof(S) == 4;
     static constexpr double unit = Powers<precise>::unit;
+    static constexpr int lists_together = is_mixed ? 1 : 2;  // as many as the registers allow
+
+    // What a thread adds up over columns; some lack a factor that all terms share.
+    struct Parts {
+        float loss = 0.0f, b = 0.0f;
+        // of mixed divergences: the student's part of the loss, and what d loss / d log c_S is made of
+        float student = 0.0f, slopes = 0.0f, shares = 0.0f;
+    };
+
+    // Of u, the zero, and the sums: backwards, so that the negative numbers of `row_slot` are indices.
+    __device__ float& stored(int n) const { return stored_end_[-1 - n]; }
+    __device__ float* end_of_sums() const { return stored_end_ - plan_.columns - 1; }
 
     // Rows whose distributions are averaged.
     __device__ int merged() const { return merge == Merge::mean ? count_ : 1; }
@@ -269,13 +341,25 @@ class Chunk {
     // e_s
     __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.power(z_[s]); }
 
-    // e, Z, the sums of columns, S and D.
+    template <typename Weights>
+    __device__ Powers<precise> student_powers(const Row<S>& z, const Weights& weights) {
+        PowersOf<precise, false> powers(p_.lowest, p_.temperature);
+        powers.add(z, nullptr, plan_.students, weights);
+        return powers.sums(shared_);
+    }
+
+    // Rows of the teacher whose distributions are averaged.
+    __device__ int teacher_merged() const { return merge == Merge::mean ? teacher_count_ : 1; }
+
+    // e, Z, the sums of columns, S and D; and the teacher's powers, unless there are several rows to average.
     __device__ void masses() {
         const Flags paired{plan_.paired};
         double own;  // S without the columns that are stored
         if (merged() == 1) {
-            student_ =
-                powers_of<precise, false>(z_, nullptr, plan_.students, p_.lowest, p_.temperature, shared_, paired);
+            PowersOf<precise, false> powers(p_.lowest, p_.temperature);
+            powers.add(z_, nullptr, plan_.students, paired);
+            copy_rest();
+            student_ = powers.sums(shared_);  // the copies are there, too
             total_ = student_.total;
             own = student_.weighted;
         } else {
@@ -295,16 +379,30 @@ class Chunk {
                 });
             }
             __syncthreads();  // the mean is there
-            float sum = 0.0f, is_paired[1];
+            float sum = 0.0f;
             for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-                paired(s, is_paired);
-                sum = fmaf(mean_[s], is_paired[0], sum);
+                sum = paired.template of<1>(s).add(0, mean_[s], sum);
             }
             double sums[1] = {static_cast<double>(sum)};
             block_sum(sums, shared_);
             own = sums[0];
         }
-        float sum = sum_lists(plan_.column_lists, stored_ + plan_.columns + 1, [&](int s) { return mass(s); });
+        const auto value = [&](int i) {
+            if (plan_.unpaired == nullptr) return mass(i);
+            return merged() > 1 ? mean_[plan_.unpaired[i]] : student_.power(widen(rest_[i]));
+        };
+        // Sums wait for memory, the pass over the teacher's row does not: half of the warps begin with each.
+        float sum = 0.0f;
+        PowersOf<precise, true> teacher(p_.lowest, p_.temperature);
+        const int warp = static_cast<int>(threadIdx.x) / warp_size;
+#pragma unroll 1
+        for (int turn = 0; turn < 2; ++turn) {
+            if ((warp + turn) % 2 == 0) {
+                sum = sum_lists<lists_together>(plan_.column_lists, end_of_sums(), value);
+            } else if (teacher_merged() == 1) {
+                teacher.add(y_, chosen(), size(), Flags{plan_.empty});
+            }
+        }
         if (plan_.empty == nullptr) {
             for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
                 if (plan_.column_slot[n] < plan_.students) sum += mass(plan_.column_slot[n]);
@@ -313,24 +411,47 @@ class Chunk {
         double sums[1] = {static_cast<double>(sum)};
         block_sum(sums, shared_);  // the columns' sums are there, too
         d_ = own + sums[0] + static_cast<double>(p_.epsilon) * total_;
+        if (teacher_merged() == 1) teacher_ = teacher.sums(shared_);
     }
 
-    // u of the columns that are stored, the loss and B.
-    __device__ void columns() {
-        const int merged = merge == Merge::mean ? teacher_count_ : 1;
+    // z of the rows without a pair, close together for the sums of columns.
+    __device__ void copy_rest() {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        constexpr int N = 8;  // loads in flight
+        for (int first = thread; first < plan_.rest; first += N * threads) {
+            int32_t from[N];
+            S z[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k)
+                from[k] = first + k * threads < plan_.rest ? plan_.unpaired[first + k * threads] : 0;
+#pragma unroll
+            for (int k = 0; k < N; ++k) z[k] = z_.data[from[k]];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                if (first + k * threads < plan_.rest) rest_[first + k * threads] = z[k];
+            }
+        }
+    }
+
+    // C: all columns, or those that are stored.
+    __device__ const int32_t* chosen() const { return plan_.empty != nullptr ? nullptr : plan_.stored; }
+    __device__ int size() const { return plan_.empty != nullptr ? plan_.teachers : columns_; }
+
+    // u of the columns that are stored, the loss and B. Mixed divergences are those of c_T q and c_S m, given log c_S
+    // and log c_T.
+    __device__ void columns(double student, double teacher) {
+        const int merged = teacher_merged();
         const bool all = plan_.empty != nullptr;
-        const int size = all ? plan_.teachers : columns_;
-        const int32_t* chosen = all ? nullptr : plan_.stored;
         const Flags empty{plan_.empty};
         double log_total;  // of the teacher's powers, to their base
         if (merged == 1) {
-            teacher_ = powers_of<precise, true>(y_, chosen, size, p_.lowest, p_.temperature, shared_, empty);
             log_total = ::log(teacher_.total) / unit;
         } else {
-            log_total = sum_teacher(chosen, size, merged) / unit;
+            log_total = sum_teacher(merged) / unit;
             y_ = AnyRow(sums_);
-            constexpr float lowest = -1e30f;  // sums of logits are finite
-            teacher_ = powers_of<precise, true>(y_, nullptr, size, lowest, p_.temperature * merged, shared_, empty);
+            PowersOf<precise, true> powers(-1e30f, p_.temperature * merged);  // sums of logits are finite
+            powers.add(y_, nullptr, size(), empty);
+            teacher_ = powers.sums(shared_);
             log_total -= static_cast<double>(teacher_.top) * static_cast<double>(teacher_.scale);
         }
         // Exponents of q: the whole part of log_total is taken off, the rest multiplies q and m.
@@ -339,7 +460,8 @@ class Chunk {
         to_mass_ = static_cast<float>(lift / d_);
         small_ = static_cast<float>(lift * static_cast<double>(p_.epsilon));
 
-        float loss = 0.0f, b = 0.0f;
+        later_ = static_cast<float>(teacher - student);
+        Parts parts;
         constexpr int N = 4;  // loads in flight
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         for (int first = thread; first < columns_; first += N * threads) {
@@ -354,12 +476,12 @@ class Chunk {
             y_.gather(place, y);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                x[k] = slot[k] < plan_.students ? mass(slot[k]) : stored_[plan_.columns + slot[k] - plan_.students];
+                x[k] = slot[k] < plan_.students ? mass(slot[k]) : stored(plan_.columns + slot[k] - plan_.students);
             }
-            slopes(place, x, y, u, loss, b);
+            slopes(place, x, y, u, parts);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                if (first + k * threads < columns_) stored_[first + k * threads] = u[k];
+                if (first + k * threads < columns_) stored(first + k * threads) = u[k];
             }
         }
         if (plan_.paired != nullptr) {
@@ -367,17 +489,41 @@ class Chunk {
                          [&](int i, const auto& z, const auto& place, const auto& y) {
                              float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
                              masses_of(i, z, x);
-                             slopes(place, x, y, u, loss, b);
+                             slopes(place, x, y, u, parts);
                          });
         }
-        double sums[2] = {static_cast<double>(loss), static_cast<double>(b)};
+        if (is_mixed && all) {  // the columns without entries
+            each_vector(y_, size(), [&](int i, const auto& y) {
+                constexpr int M = sizeof(y) / sizeof(float);
+                int32_t place[M];
+                float x[M], u[M];
+                const Flags::Bits is_empty = empty.template of<M>(i);
+#pragma unroll
+                for (int k = 0; k < M; ++k) {
+                    place[k] = is_empty[k] ? 0 : -1;
+                    x[k] = 0.0f;
+                }
+                slopes(place, x, y, u, parts);
+            });
+        }
+        double loss = static_cast<double>(parts.loss) / (p_.reverse ? d_ : lift), slope = 0.0;
+        if constexpr (is_mixed) {
+            const double pulled = p_.divergence.teacher * (1.0 - p_.divergence.mixture);
+            loss = ::exp(teacher) * loss + ::exp(student) * static_cast<double>(parts.student) / d_;
+            slope = static_cast<double>(parts.slopes) / d_ -
+                    pulled * static_cast<double>(p_.epsilon) * static_cast<double>(parts.shares);
+        } else {
+            loss *= unit;
+        }
+        double sums[3] = {loss, static_cast<double>(parts.b), slope};
         block_sum(sums, shared_);
-        loss_ = size > 0 ? sums[0] * unit * (p_.reverse ? 1.0 / d_ : 1.0 / lift) : static_cast<double>(nanf(""));
-        if (!p_.reverse) {  // of the columns without entries, where m is 0
+        loss_ = size() > 0 ? sums[0] : static_cast<double>(nanf(""));
+        if (!p_.reverse && !is_mixed) {  // of the columns without entries, where m is 0
             const double distance = log_total + ::log(static_cast<double>(p_.epsilon)) / unit;
             loss_ += unit * ::exp(-log_total * unit) * (teacher_.entropy - teacher_.weighted * distance);
         }
         b_ = sums[1] / d_;
+        later_slope_ = sums[2];
     }
 
     // e_s of rows s = i ... i + N - 1, whose logits are z.
@@ -390,19 +536,19 @@ class Chunk {
         }
     }
 
-    // u of columns with these x and logits y of the teacher, at `place` (negative: no column). Adds to the loss, which
-    // lacks a factor, and to B D.
+    // u of columns with these x and logits y of the teacher, at `place` (negative: no column).
     template <int N>
     __device__ void slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
-                           float& loss, float& b) const {
+                           Parts& parts) const {
+        if constexpr (is_mixed) return mixed_slopes(place, x, y, u, parts);
         if (p_.reverse) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const float e = place[k] < 0 ? 0.0f : x[k], m = e * to_mass_, added = m + small_;
                 const float difference = teacher_.log(added) - teacher_.exponent(y[k]);
                 u[k] = fmaf(difference, static_cast<float>(unit), quotient(m, added, precise));
-                loss = fmaf(e, difference, loss);
-                b = fmaf(e, u[k], b);
+                parts.loss = fmaf(e, difference, parts.loss);
+                parts.b = fmaf(e, u[k], parts.b);
             }
         } else {
 #pragma unroll
@@ -410,8 +556,30 @@ class Chunk {
                 const float exponent = teacher_.exponent(y[k]);
                 const float q = place[k] < 0 ? 0.0f : teacher_.power_of(exponent), added = fmaf(x[k], to_mass_, small_);
                 u[k] = quotient(q, added, precise);
-                loss = fmaf(q, exponent - teacher_.log(added), loss);
-                b = fmaf(x[k], u[k], b);
+                parts.loss = fmaf(q, exponent - teacher_.log(added), parts.loss);
+                parts.b = fmaf(x[k], u[k], parts.b);
+            }
+        }
+    }
+
+    template <int N>
+    __device__ void mixed_slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
+                                 Parts& parts) const {
+        const MixedDivergence divergence(p_.divergence, precise);
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const bool inside = place[k] >= 0;
+            const float exponent = teacher_.exponent(y[k]), e = inside ? x[k] : 0.0f;
+            const float m = e * to_mass_, added = m + small_;
+            const float difference = (exponent - teacher_.log(added)) * static_cast<float>(unit);
+            const MixedDivergence::Terms terms = divergence(difference + later_);
+            u[k] = divergence.slope(terms, quotient(m, added, precise));
+            parts.loss = fmaf(inside ? teacher_.power_of(exponent) : 0.0f, terms.of_teacher, parts.loss);
+            parts.student = fmaf(e, terms.of_student, parts.student);
+            parts.b = fmaf(e, u[k], parts.b);
+            if constexpr (merge == Merge::chain) {
+                parts.slopes = fmaf(e, divergence.slope(terms), parts.slopes);
+                parts.shares += inside ? terms.share : 0.0f;
             }
         }
     }
@@ -421,11 +589,18 @@ class Chunk {
     __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], double mean,
                                float (&h)[N]) const {
         const auto all = static_cast<float>(b_ + mean), rest = static_cast<float>(b_ + mean - static_cast<double>(all));
-        float u[N], unused = 0.0f;
-        slopes(place, x, y, u, unused, unused);
+        float u[N];
+        if (p_.reverse || is_mixed) {
+            Parts unused;
+            slopes(place, x, y, u, unused);
+        } else {  // the same without what is not needed
+            teacher_.of(y, u);
+#pragma unroll
+            for (int k = 0; k < N; ++k) u[k] = quotient(u[k], fmaf(x[k], to_mass_, small_), precise);
+        }
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            h[k] = place[k] < 0 ? stored_[-1 - place[k]] - static_cast<float>(mean) : (u[k] - all) - rest;
+            h[k] = place[k] < 0 ? stored_end_[place[k]] : (u[k] - all) - rest;
         }
     }
 
@@ -445,13 +620,13 @@ class Chunk {
 
     // Sums of the teacher's logits, relative to the rows' maxima; returns the mean of the logarithms of their totals,
     // to the base 2.
-    __device__ double sum_teacher(const int32_t* chosen, int size, int merged) {
+    __device__ double sum_teacher(int merged) {
         double log_totals = 0.0;
         for (int i = 0; i < merged; ++i) {
             const AnyRow y(p_.teacher, teacher_row_ + i);
-            const Statistics q = statistics(y, chosen, size, p_.lowest, p_.temperature, shared_, Unweighted{});
+            const Statistics q = statistics(y, chosen(), size(), p_.lowest, p_.temperature, shared_, Unweighted{});
             log_totals += q.log_total() / merged;
-            each_column(y, chosen, size, [&](int j, const auto& x) {
+            each_column(y, chosen(), size(), [&](int j, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
@@ -482,7 +657,6 @@ class Chunk {
         const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f,
                                            one.statistics(p_.lowest, p_.temperature));
         const auto factor = static_cast<float>(share / one.total);
-        const bool clamped = one.floor * one.scale > -150.0f;  // the lowest logits have mass
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
         S* grad = row_of<S>(p_.grad, r);
         const Written<S> written(z, grad);
@@ -494,29 +668,22 @@ class Chunk {
             for (peak = one.place; z[peak] != one.top;) ++peak;
             peak_z = z[peak];
         }
-        float sum = 0.0f, peak_value = 0.0f;
+        float others = 0.0f;
         // x: exponentials, h: h_s - mean
         const auto write = [&](int i, const auto& z, const auto& x, auto& h) {
             constexpr int N = sizeof(x) / sizeof(float);
-            if (clamped) {
+            if (__builtin_expect(static_cast<long>(one.clamped), 0L)) {
 #pragma unroll
                 for (int k = 0; k < N; ++k) h[k] = z[k] < p_.lowest ? 0.0f : h[k];
             }
             float g[N];
 #pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float own = x[k] * h[k];
-                sum += own;
-                g[k] = own * factor;
-            }
-            if (label.label >= 0) {
+            for (int k = 0; k < N; ++k) g[k] = (x[k] * h[k]) * factor;
+            if (peaked) {
 #pragma unroll
-                for (int k = 0; k < N; ++k) g[k] += label(i + k, z[k]);
+                for (int k = 0; k < N; ++k) others += i + k == peak ? 0.0f : g[k];
             }
-            if (static_cast<unsigned>(peak - i) < static_cast<unsigned>(N)) {
-#pragma unroll
-                for (int k = 0; k < N; ++k) peak_value = i + k == peak ? x[k] * h[k] : peak_value;
-            }
+            label.add(i, z, g);
             written.put(i, g);
         };
         if (merged() > 1) {
@@ -534,7 +701,7 @@ class Chunk {
                 constexpr int N = sizeof(z) / sizeof(float);
                 float x[N], h[N];
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = stored_[-1 - __float_as_int(slot[k])] - high;
+                for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
                 one.of(z, x);
                 write(i, z, x, h);
             });
@@ -549,11 +716,9 @@ class Chunk {
         }
         written.fill(plan_.students, p_.grad.width);
         if (!peaked) return;
-        double sums[1] = {static_cast<double>(sum) - static_cast<double>(peak_value)};
+        double sums[1] = {static_cast<double>(others)};
         block_sum(sums, shared_);
-        if (peak < 0) return;
-        const double others = sums[0] * static_cast<double>(factor);
-        narrow(static_cast<float>(static_cast<double>(label(peak, peak_z)) - others), grad[peak]);
+        if (peak >= 0) narrow(static_cast<float>(static_cast<double>(label(peak, peak_z)) - sums[0]), grad[peak]);
     }
 
     // A later row under merge="chain": factor * (onehot - softmax).
@@ -577,7 +742,8 @@ class Chunk {
     // d loss / d W[s, t] = e_s gamma / D (u_t - B).
     __device__ void add_weight_gradient(float* sums, float unit) {
         for (int64_t e = threadIdx.x; e < plan_.entries; e += blockDim.x) {
-            sums[e] += mass(static_cast<int>(plan_.entry_row[e])) * unit * stored_[plan_.entry_column[e]];
+            sums[e] +=
+                mass(static_cast<int>(plan_.entry_row[e])) * unit * stored(static_cast<int>(plan_.entry_column[e]));
         }
     }
 
@@ -591,25 +757,27 @@ class Chunk {
     int teacher_count_;
     Row<S> z_;
     AnyRow y_;
-    float *stored_, *mean_, *sums_;
+    float *stored_end_, *mean_, *sums_;
+    S* rest_;
     Powers<precise> student_, teacher_;
     double total_ = 0.0, d_ = 0.0, loss_ = 0.0, b_ = 0.0;
-    float to_mass_ = 0.0f, small_ = 0.0f;
+    double later_slope_ = 0.0;                            // of mixed divergences: dL / d log c_S, divided by c_S
+    float to_mass_ = 0.0f, small_ = 0.0f, later_ = 0.0f;  // m = to_mass x, both as small (epsilon) times `lift`
 };
 
 // `ring_bytes` of dynamic shared memory are followed by room for what is stored; 0: the workspace has it.
-template <typename S, Merge merge>
+template <typename S, Merge merge, bool is_mixed>
 __global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params,
                                                              int32_t ring_bytes) {
     XTOKEN_SHARED(shared, Sums);
     XTOKEN_DYNAMIC_SHARED(char, memory);
-    float* workspace = params.workspace + blockIdx.x * Workspace(params.plan, merge).total();
+    float* workspace = params.workspace + blockIdx.x * Workspace(params.plan, merge, sizeof(S)).total();
     float* stored = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : workspace;
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         if (is_left_out(params, k)) continue;
-        Chunk<S, merge>(params, k, workspace, stored, shared).run(weight_sums);
+        Chunk<S, merge, is_mixed>(params, k, workspace, stored, shared).run(weight_sums);
         __syncthreads();  // the workspace may be overwritten
     }
 }
@@ -622,18 +790,25 @@ __global__ void sum_blocks_kernel(const float* sums, int32_t blocks, int64_t ent
     }
 }
 
-int64_t workspace_of(const PklParams& params) { return Workspace(params.plan, params.merge).total(); }
+int64_t workspace_of(const PklParams& params) {
+    return Workspace(params.plan, params.merge, element_size(params.student.type)).total();
+}
 
 // Each chunk by one block; rows of the gradient that belong to no chunk are not touched. Losses are nan for a set of no
 // column.
 void pkl(const PklParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        auto* kernel = pkl_kernel<S, Merge::first>;
-        if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean>;
-        if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain>;
+        const auto chosen = [&](auto mixed) {
+            constexpr bool is_mixed = decltype(mixed)::value;
+            auto* kernel = pkl_kernel<S, Merge::first, is_mixed>;
+            if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean, is_mixed>;
+            if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain, is_mixed>;
+            return kernel;
+        };
+        auto* kernel = params.divergence.is_mixed() ? chosen(std::true_type{}) : chosen(std::false_type{});
         const size_t ring = Ring::bytes(3, launch.threads);  // a row, and a table of four bytes an element
-        const size_t stored = sizeof(float) * Workspace(params.plan, params.merge).stored;
+        const size_t stored = sizeof(float) * Workspace(params.plan, params.merge, sizeof(S)).stored;
         const bool fits = ring + stored + sizeof(Sums) <= shared_memory_of_a_block();
         launch_shared("pkl", kernel, fits ? ring + stored : ring, launch, params.chunks, params,
                       static_cast<int32_t>(fits ? ring : 0));

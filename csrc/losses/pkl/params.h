@@ -72,9 +72,11 @@ struct PklPlan {
     FIELD(const int32_t*, row_slot,                                                                               \
           "[students] the column of a pair, or -1 - the slot in (u [columns], 0, sums of row_lists)");            \
     FIELD(const uint8_t*, paired, "[students / 8 + 2] a bit a row of a pair; null: there are none");              \
+    FIELD(int32_t, rest, "rows of no pair, 0 without pairs");                                                     \
+    FIELD(const int32_t*, unpaired, "[rest] they; null: no pairs");                                               \
     FIELD(const uint8_t*, empty, "[teachers / 8 + 2] a bit a column without entries; null: C is what is stored"); \
-    FIELD(SumLists, column_lists, "of student ids");                                                              \
-    FIELD(SumLists, row_lists, "of stored columns, or the zero behind them");                                     \
+    FIELD(SumLists, column_lists, "of student ids, or with pairs of places in `unpaired`");                       \
+    FIELD(SumLists, row_lists, "of -1 - stored columns, or the zero behind them");                                \
     FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");              \
     FIELD(const int64_t*, entry_column, "[entries] stored columns, or the zero behind them; null: not wanted");   \
     FIELD(int64_t, entries, "how many")

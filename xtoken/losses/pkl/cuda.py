@@ -70,6 +70,8 @@ class Structure:
     column_code: Tensor  # int32 [V_teacher]: the student of a pair, V_student: nothing, V_student + 1 + n: list n
     row_code: Tensor  # int32 [V_student]: a teacher id, -1: nothing, -2 - n: list n
     paired: Tensor | None  # uint8 [V_student]: rows of pairs; None: there are none
+    unpaired: Tensor  # int32: the other students
+    unpaired_place: Tensor  # int32 [V_student]: where they are in it
     column_lists: Lists
     row_lists: Lists
 
@@ -99,6 +101,7 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
     row_code[row_lists.owner.numpy()] = -2 - np.arange(len(many_rows))
     paired = np.zeros(students, np.uint8)
     paired[row[pair]] = 1
+    unpaired = 1 - paired.astype(np.int64)
     return Structure(
         torch.from_numpy(col.astype(np.int32)).to(device),
         torch.from_numpy(row).to(device),
@@ -106,6 +109,8 @@ def structure_of(projection: Matrix, device: torch.device, exact: bool) -> Struc
         torch.from_numpy(column_code.astype(np.int32)).to(device),
         torch.from_numpy(row_code.astype(np.int32)).to(device),
         torch.from_numpy(paired).to(device) if pair.any() else None,
+        torch.from_numpy(unpaired.nonzero()[0].astype(np.int32)).to(device),
+        torch.from_numpy((unpaired.cumsum() - unpaired).astype(np.int32)).to(device),
         tensors_to(column_lists, device),
         tensors_to(row_lists, device),
     )
@@ -122,8 +127,10 @@ class Plan:
     column_slot: Tensor  # int32 [N]
     row_slot: Tensor  # int32 [V_student]
     paired: Tensor | None  # uint8, a bit a student
+    unpaired: Tensor | None  # int32: the other students
     empty: Tensor | None  # uint8, a bit a teacher's column; None: C is what is stored
     column_wanted: Tensor | None  # uint8 [column lists]
+    column_index: Tensor
     column_weight: Tensor
     row_index: Tensor
     row_weight: Tensor
@@ -155,10 +162,12 @@ def plan_of(structure: Structure, weight: Tensor, columns: Tensor, count: Tensor
         structure.column_code[stored.long()],
         -1 - slot if paired is None else torch.where(paired > 0, code, -1 - slot),
         None if paired is None else _bits(paired),
+        None if paired is None else structure.unpaired,
         _bits((structure.column_code == students).to(torch.uint8)) if everything else None,
         None if everything else (place[lists.owner.long()] >= 0).to(torch.uint8),
+        lists.index if paired is None else structure.unpaired_place[lists.index.long()],
         padded[lists.entry],
-        torch.where(row_place >= 0, row_place, size),
+        -1 - torch.where(row_place >= 0, row_place, size),
         torch.where(row_place >= 0, padded[rows.entry], 0.0),
     )
 
@@ -272,13 +281,14 @@ def _plan_fields(memory: Memory, plan: Plan, entries: Entries | None) -> dict[st
     """A `PklPlan` of csrc."""
     structure = plan.structure
     columns, rows = structure.column_lists, structure.row_lists
-    tensors = {name: getattr(plan, name) for name in ("stored", "count", "column_slot", "row_slot", "paired", "empty")}
+    names = ("stored", "count", "column_slot", "row_slot", "paired", "unpaired", "empty")
     return {
         "students": len(plan.row_slot),
         "teachers": len(plan.place),
         "columns": len(plan.stored),
-        **{name: memory.input(tensor) for name, tensor in tensors.items()},
-        "column_lists": columns.fields(memory, columns.index, plan.column_weight, plan.column_wanted),
+        "rest": 0 if plan.unpaired is None else len(plan.unpaired),
+        **{name: memory.input(getattr(plan, name)) for name in names},
+        "column_lists": columns.fields(memory, plan.column_index, plan.column_weight, plan.column_wanted),
         "row_lists": rows.fields(memory, plan.row_index, plan.row_weight, None),
         "entry_row": memory.input(None if entries is None else entries.row),
         "entry_column": memory.input(None if entries is None else entries.column),
