@@ -312,6 +312,7 @@ struct Exponential {
     bool precise;
     float top, lowest, inverse_temperature;
 
+    __device__ float exponent(float x) const { return (at_least(x, lowest) - top) * inverse_temperature; }
     __device__ float operator()(float x) const {
         return scaled_exp(at_least(x, lowest) - top, inverse_temperature, precise);
     }
