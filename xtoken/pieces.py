@@ -16,8 +16,9 @@ from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, fingerprints, lasting
 from .vocabulary import TokenizerLike, Vocabulary
 
-HEAD = 5
-"""Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events, and pieces of each side."""
+HEAD = 7
+"""Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
+side."""
 
 _FILE = TensorFile(
     "a piece index of xtoken", {"format": "xtoken.pieces", "version": "2"}, {"data": ("I32", 1)}, older=("1",)
@@ -37,6 +38,8 @@ class Side(NamedTuple):
     order: Tensor  # [V] ids, ascending by their sequences of pieces
     ptr: Tensor  # [V + 1]: token t has pieces[ptr[t] : ptr[t + 1]]
     pieces: Tensor
+    joined_ptr: Tensor  # [V + 1]: joined[joined_ptr[t] : joined_ptr[t + 1]] never follow token t in its own tokenizer
+    joined: Tensor  # tokens of the same vocabulary that have a partner: t and one of them together are a token
 
 
 class PieceIndex:
@@ -190,7 +193,10 @@ class PieceIndex:
 
 def sides(data: Tensor) -> tuple[Side, Side]:
     """The student's and the teacher's part of `PieceIndex.data`."""
-    students, teachers, _, *pieces = data[:HEAD].tolist()
-    lengths = [[size, size, size, size + 1, n] for size, n in zip((students, teachers), pieces, strict=True)]
-    views = data[HEAD:].split(lengths[0] + lengths[1])
-    return Side(*views[:5]), Side(*views[5:])
+    students, teachers, _, *counts = data[:HEAD].tolist()
+    lengths = []
+    for size, pieces, joined in zip((students, teachers), counts[:2], counts[2:], strict=True):
+        lengths += [size, size, size, size + 1, pieces, size + 1, joined]
+    views = data[HEAD:].split(lengths)
+    count = len(Side._fields)
+    return Side(*views[:count]), Side(*views[count:])

@@ -6,6 +6,7 @@
 #include <numeric>
 #include <string_view>
 #include <tuple>
+#include <unordered_map>
 
 #include "core/boundary_walk.h"
 #include "core/error.h"
@@ -74,6 +75,33 @@ std::vector<int32_t> sorted_by_pieces(const Pieces& pieces) {
     return order;
 }
 
+// The tokens with a partner that each token never precedes, see `PieceSide`.
+Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<int32_t>& partner) {
+    std::unordered_map<std::string_view, int32_t> id_of;  // of several the one that the tokenizer produces
+    for (int32_t id = 0; id < vocabulary.size(); ++id) {
+        if (!vocabulary.is_text(id) || vocabulary.bytes(id).empty()) continue;
+        int32_t& chosen = id_of.try_emplace(vocabulary.bytes(id), id).first->second;
+        if (vocabulary.kind(id) < vocabulary.kind(chosen)) chosen = id;
+    }
+    std::vector<std::pair<int32_t, int32_t>> found;
+    for (const auto& [text, id] : id_of) {
+        for (size_t length = 1; length < text.size(); ++length) {
+            const auto next = id_of.find(text.substr(length));
+            if (next == id_of.end() || partner[static_cast<size_t>(next->second)] < 0) continue;
+            const auto before = id_of.find(text.substr(0, length));
+            if (before != id_of.end()) found.emplace_back(before->second, next->second);
+        }
+    }
+    std::sort(found.begin(), found.end());
+    Pieces result;
+    size_t n = 0;
+    for (int32_t id = 0; id < vocabulary.size(); ++id) {
+        for (; n < found.size() && found[n].first == id; ++n) result.ids.push_back(found[n].second);
+        result.ptr.push_back(static_cast<int32_t>(n));
+    }
+    return result;
+}
+
 Partners partners_of(const TokenPair& pair, const Vocabulary& student, const Vocabulary& teacher) {
     if (student.size() == 0 || teacher.size() == 0) value_error("vocabulary: expected at least one token");
     return {partners_of(pair.student_symbols(), pair.teacher_symbols(), teacher),
@@ -127,9 +155,11 @@ std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabula
         }
     }
 
-    std::vector<int32_t> data = {student.size(), teacher.size(), events + has_rootless,
-                                 static_cast<int32_t>(pieces[0].ids.size()),
-                                 static_cast<int32_t>(pieces[1].ids.size())};
+    const std::array<Pieces, 2> joined = {joined_tokens(student, exact.student), joined_tokens(teacher, exact.teacher)};
+    std::vector<int32_t> data = {student.size(), teacher.size(), events + has_rootless};
+    for (const auto& lists : {pieces, joined}) {
+        for (const Pieces& side : lists) data.push_back(static_cast<int32_t>(side.ids.size()));
+    }
     const auto append = [&](const std::vector<int32_t>& part) { data.insert(data.end(), part.begin(), part.end()); };
     for (size_t side = 0; side < 2; ++side) {
         for (int32_t& e : event[side]) e = e < 0 ? events : e;
@@ -139,8 +169,10 @@ std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabula
             data.push_back(is_text ? static_cast<int32_t>(vocabulary[side]->bytes(id).size()) : 0);
         }
         append(sorted_by_pieces(pieces[side]));
-        append(pieces[side].ptr);
-        append(pieces[side].ids);
+        for (const Pieces* lists : {&pieces[side], &joined[side]}) {
+            append(lists->ptr);
+            append(lists->ids);
+        }
     }
     return data;
 }
@@ -155,7 +187,10 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
     index.events = data[2];
     const int32_t* next = data + kPieceIndexHead;
     size_t expected = kPieceIndexHead;
-    for (size_t s = 0; s < 2; ++s) expected += 4 * static_cast<size_t>(data[s]) + 1 + static_cast<size_t>(data[3 + s]);
+    for (size_t s = 0; s < 2; ++s) {
+        expected +=
+            5 * static_cast<size_t>(data[s]) + 2 + static_cast<size_t>(data[3 + s]) + static_cast<size_t>(data[5 + s]);
+    }
     if (size != expected) damaged("expected ", expected, " numbers, got ", size);
     for (size_t s = 0; s < 2; ++s) {
         PieceSide& side = index.side[s];
@@ -165,19 +200,24 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
         side.order = side.length + side.size;
         side.ptr = side.order + side.size;
         side.pieces = side.ptr + side.size + 1;
-        next = side.pieces + data[3 + s];
+        side.joined_ptr = side.pieces + data[3 + s];
+        side.joined = side.joined_ptr + side.size + 1;
+        next = side.joined + data[5 + s];
         if (!all) continue;
         std::vector<bool> seen(static_cast<size_t>(side.size), false);
-        bool fits = side.ptr[0] == 0 && side.ptr[side.size] == data[3 + s];
+        bool fits = side.ptr[0] == 0 && side.ptr[side.size] == data[3 + s] && side.joined_ptr[0] == 0 &&
+                    side.joined_ptr[side.size] == data[5 + s];
         for (int32_t i = 0; fits && i < side.size; ++i) {
             const int32_t id = side.order[i];
             fits = side.event[i] >= 0 && side.event[i] < index.events && side.length[i] >= 0 && id >= 0 &&
-                   id < side.size && !seen[static_cast<size_t>(id)] && side.ptr[i] <= side.ptr[i + 1];
+                   id < side.size && !seen[static_cast<size_t>(id)] && side.ptr[i] <= side.ptr[i + 1] &&
+                   side.joined_ptr[i] <= side.joined_ptr[i + 1];
             if (fits) seen[static_cast<size_t>(id)] = true;
         }
         for (int32_t p = 0; fits && p < data[3 + s]; ++p) {
             fits = side.pieces[p] >= 0 && side.pieces[p] <= data[1 - s];
         }
+        for (int32_t p = 0; fits && p < data[5 + s]; ++p) fits = side.joined[p] >= 0 && side.joined[p] < side.size;
         const auto begin = [&](int32_t i) { return side.pieces + side.ptr[side.order[i]]; };
         const auto end = [&](int32_t i) { return side.pieces + side.ptr[side.order[i] + 1]; };
         for (int32_t i = 1; fits && i < side.size; ++i) {

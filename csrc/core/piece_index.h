@@ -29,11 +29,16 @@ struct PieceSide {
     const int32_t* order;   // [V] token ids, ascending by their sequences of pieces (a prefix first), then by id
     const int32_t* ptr;     // [V + 1]: token t has the pieces pieces[ptr[t]] ... pieces[ptr[t + 1] - 1]
     const int32_t* pieces;
+    // [V + 1]: after token w the tokenizer never writes joined[joined_ptr[w]] ... joined[joined_ptr[w + 1] - 1], tokens
+    // of its own with a partner, ascending: both together are a token.
+    const int32_t* joined_ptr;
+    const int32_t* joined;
 };
 
 // The whole index in one array: how it is stored and passed on. The head holds V_student, V_teacher, the number of
-// events and the number of pieces of each side; the arrays of `PieceSide` follow, the student's first.
-constexpr size_t kPieceIndexHead = 5;
+// events, and of each side that of pieces, then that of joined tokens; the arrays of `PieceSide` follow, the student's
+// first.
+constexpr size_t kPieceIndexHead = 7;
 struct PieceIndex {
     int32_t events;                 // tokens without a root, if there are any, form the last one
     std::array<PieceSide, 2> side;  // student, teacher

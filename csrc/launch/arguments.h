@@ -40,10 +40,11 @@ struct Values {
 
 // Rows of each chunk: start[k] ... start[k] + count[k] - 1. On CUDA chunks that do not count have start -1 and count 0.
 struct ChunkRows {
-#define XTOKEN_CHUNK_ROWS(FIELD)                            \
-    FIELD(const int64_t*, start, "[chunks] first row");     \
-    FIELD(const int64_t*, count, "[chunks] how many rows"); \
-    FIELD(const int64_t*, next, "[rows] the token that each row predicts; null: not needed")
+#define XTOKEN_CHUNK_ROWS(FIELD)                                                              \
+    FIELD(const int64_t*, start, "[chunks] first row");                                       \
+    FIELD(const int64_t*, count, "[chunks] how many rows");                                   \
+    FIELD(const int64_t*, next, "[rows] the token that each row predicts; null: not needed"); \
+    FIELD(const int64_t*, before, "[chunks] the token before; null: not needed")
     XTOKEN_FIELDS(XTOKEN_CHUNK_ROWS)
 };
 

@@ -16,6 +16,7 @@ class RowsByHand:
 
     rows: list[list[int]]  # of each chunk
     next_ids: Tensor | None  # [N]
+    before: Tensor | None = None  # of each chunk
 
     @property
     def start(self) -> Tensor:
@@ -32,7 +33,7 @@ class RowsByHand:
         return torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], dtype=torch.int64)
 
     def first(self) -> RowsByHand:
-        return RowsByHand([rows[:1] for rows in self.rows], self.next_ids)
+        return RowsByHand([rows[:1] for rows in self.rows], self.next_ids, self.before)
 
     def later(self) -> tuple[Tensor, Tensor]:
         pairs = [(row, k) for k, rows in enumerate(self.rows) for row in rows[1:]]
@@ -72,9 +73,11 @@ def rows_by_hand(alignment: Alignment, *lengths: int) -> ChunksByHand:
     for first, length, ids in zip((0, 2), lengths, (alignment.student_ids, alignment.teacher_ids), strict=True):
         rows = [[b * length + t - 1 for t in range(spans[k][first], spans[k][first + 1])]
                 for k, b in zip(used, sample, strict=True)]  # fmt: skip
-        following = None
+        following = before = None
         if ids is not None:
-            texts = [row[1 : length + 1] for row in ids.reshape(len(alignment), -1).tolist()]
+            whole = ids.reshape(len(alignment), -1).tolist()
+            before = torch.tensor([whole[b][spans[k][first] - 1] for k, b in zip(used, sample, strict=True)])
+            texts = [row[1 : length + 1] for row in whole]
             following = torch.tensor([token for text in texts for token in (*text, *[-1] * (length - len(text)))])
-        sides.append(RowsByHand(rows, following))
+        sides.append(RowsByHand(rows, following, before))
     return ChunksByHand(sides[0], sides[1], torch.tensor(used, dtype=torch.int64))

@@ -94,9 +94,10 @@ def enumerated(
     tau: float = 1.0,
     reverse: bool = False,
     weighting: str = "none",
+    before: tuple[bytes, bytes] = (b"", b""),
 ) -> tuple[float, bool, int]:
-    """The loss of one chunk, whether its start has a term, and how many inner ones there are, from the rows of
-    probabilities p and q."""
+    """The loss of one chunk after some tokens, whether its start has a term, and how many inner ones there are, from
+    the rows of probabilities p and q."""
     terms: list[tuple[int, float, float]] = []  # place, value, the teacher's probability of its realised event
 
     def compare(place: int, mine: dict[Any, float], theirs: dict[Any, float], realised: Any, counts: bool) -> None:
@@ -105,8 +106,20 @@ def enumerated(
         terms.append((place, value if counts else 0.0, q.get(realised, 0.0)))
 
     roots = [root(t, student, teacher) for t in student], [root(t, teacher, student) for t in teacher]
-    agrees = roots[0][s_ids[0]] == roots[1][t_ids[0]]
-    compare(0, masses(roots[0], p[0]), masses(roots[1], q[0]), roots[1][t_ids[0]], agrees)
+    realised = roots[0][s_ids[0]], roots[1][t_ids[0]]
+    known = [
+        {root(t, own, other) for t in own if t in other and w and w + t in own}
+        for w, own, other in zip(before, (student, teacher), (teacher, student), strict=True)
+    ]
+    left_out = known[0] ^ known[1]
+    if left_out.intersection(realised):
+        left_out = set()
+    starts = [
+        masses([None if e in left_out else e for e in events], rows[0])
+        for events, rows in zip(roots, (p, q), strict=True)
+    ]
+    agrees = realised[0] == realised[1]
+    compare(0, *starts, realised[1], agrees)
     ends = [
         list(itertools.accumulate((len(v[i]) for i in ids), initial=0))
         for v, ids in ((student, s_ids), (teacher, t_ids))
@@ -178,7 +191,8 @@ def test_formula_against_enumeration(name: str, reverse: bool, weighting: str) -
     pieces, alignment, s_ids, t_ids = chunk_of(name)
     z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
     p, q = z.softmax(-1).tolist(), y.softmax(-1).tolist()
-    want, *terms = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, 1.3, reverse, weighting)
+    before = STUDENT[0], TEACHER[0]
+    want, *terms = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, 1.3, reverse, weighting, before)
     assert sum(terms) == CHUNKS[name][2]
     chunks: Any = rows_by_hand(alignment, len(z), len(y))
     options = {"temperature": 1.3, "reverse": reverse, "weighting": weighting}
@@ -203,7 +217,8 @@ def test_formula_over_a_batch(reverse: bool) -> None:
         p, q = case.student[sample, a - 1 : b - 1].softmax(-1), case.teacher[sample, c - 1 : d - 1].softmax(-1)
         ids = s_all[sample, a:b].tolist(), t_all[sample, c:d].tolist()
         assert b"".join(student[i] for i in ids[0]) == b"".join(teacher[i] for i in ids[1])
-        want, _, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse=reverse)
+        before = student[s_all[sample, a - 1]], teacher[t_all[sample, c - 1]]
+        want, _, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse=reverse, before=before)
         inner += count
         assert_close(got[k], torch.tensor(want, dtype=torch.float64), rtol=1e-10)
     assert inner >= 5

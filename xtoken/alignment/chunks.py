@@ -18,6 +18,8 @@ class Rows:
     count: Tensor  # int64 [K], at least 1
     next_ids: Tensor | None = None
     """int64 [N]: the token that each row predicts, as realised in the text; -1 where there is none."""
+    before: Tensor | None = None
+    """int64 [K]: the token before each chunk, as realised; with `next_ids`."""
 
     def index(self) -> Tensor:
         """int64 [R]: the rows of all chunks, chunk by chunk."""
@@ -31,14 +33,15 @@ class Rows:
 
     def chosen(self, chunks: Tensor | slice) -> Rows:
         """Some of the chunks, by index, mask or range."""
-        return replace(self, start=self.start[chunks], count=self.count[chunks])
+        before = None if self.before is None else self.before[chunks]
+        return replace(self, start=self.start[chunks], count=self.count[chunks], before=before)
 
     def block(self, start: int, stop: int) -> tuple[Rows, Tensor]:
         """Chunks ``start ... stop - 1`` for a matrix of only their rows, and those rows' indices [R]."""
         part = self.chosen(slice(start, stop))
         index = part.index()
         next_ids = None if self.next_ids is None else self.next_ids[index]
-        return Rows(part.count.cumsum(0) - part.count, part.count, next_ids), index
+        return Rows(part.count.cumsum(0) - part.count, part.count, next_ids, part.before), index
 
     def first(self) -> Rows:
         """Only the first row of each chunk."""
@@ -179,11 +182,13 @@ def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: 
     sides: list[Rows] = []
     rest = flat[6 * count :]
     for ids, length, start, stop in zip(host._both_ids(), lengths, (a, c), (b, d), strict=True):
-        following = None
+        following = before = None
         if realised and ids is not None:
-            ids, rest = rest[: ids.numel()].view(len(host), -1)[:, 1 : length + 1], rest[ids.numel() :]
+            ids, rest = rest[: ids.numel()].view(len(host), -1), rest[ids.numel() :]
+            before = ids[sample, start - 1]
+            ids = ids[:, 1 : length + 1]
             following = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
-        sides.append(Rows(sample * length + start - 1, stop - start, following))
+        sides.append(Rows(sample * length + start - 1, stop - start, following, before))
     return Chunks(sides[0], sides[1], used)
 
 

@@ -56,8 +56,8 @@ def unit_stride(logits: Tensor) -> Tensor:
 
 def rows_fields(rows: Rows) -> Fields:
     """A `ChunkRows`."""
-    following = None if rows.next_ids is None else rows.next_ids.contiguous()
-    return {"start": array(rows.start.contiguous()), "count": array(rows.count.contiguous()), "next": array(following)}
+    given = {"start": rows.start, "count": rows.count, "next": rows.next_ids, "before": rows.before}
+    return {name: array(None if values is None else values.contiguous()) for name, values in given.items()}
 
 
 def run_chunks(

@@ -189,9 +189,8 @@ def chunk_fields(
 
 
 def rows_fields(memory: Memory, rows: Rows) -> Fields:
-    following = None if rows.next_ids is None else rows.next_ids.contiguous()
-    start, count = rows.start.contiguous(), rows.count.contiguous()
-    return {"start": memory.input(start), "count": memory.input(count), "next": memory.input(following)}
+    given = {"start": rows.start, "count": rows.count, "next": rows.next_ids, "before": rows.before}
+    return {name: memory.input(None if values is None else values.contiguous()) for name, values in given.items()}
 
 
 def label_fields(memory: Memory, labels: Labels | None, keep: bool = False) -> Fields:

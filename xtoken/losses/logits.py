@@ -368,4 +368,5 @@ def _part(chunks: Chunks, span: slice, student: slice, teacher: slice) -> Chunks
 
 def _shifted(rows: Rows, first: int, last: int, begin: int, end: int) -> Rows:
     next_ids = None if rows.next_ids is None else rows.next_ids[begin:end]
-    return Rows(rows.start[first:last] - begin, rows.count[first:last], next_ids)
+    before = None if rows.before is None else rows.before[first:last]
+    return Rows(rows.start[first:last] - begin, rows.count[first:last], next_ids, before)

@@ -19,7 +19,8 @@ int64_t workspace_of(const PrefixChunks& params) {
                           lanes * std::max(longest(plan.student.lists), longest(plan.teacher.lists));
     const int64_t inside = 7 * padded(params.most + 1) + 3 * padded(params.most);
     const int64_t row = students + 2 * std::max(students, teachers) / lanes;
-    return 4 * (start + inside + row) + 64 * 32;
+    const int64_t left_out = plan.student.most_known + plan.teacher.most_known + padded(plan.events) / 2;
+    return 4 * (start + inside + row + left_out) + 64 * 34;
 }
 
 // Throws Error if a chunk's token is outside the vocabulary.

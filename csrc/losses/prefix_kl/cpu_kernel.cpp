@@ -7,7 +7,8 @@
 // (divergences from a mixture of the two: cpu/divergence.h; with their slopes s, d / d log a_e = P_e (s_e - sum P s))
 // and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
 // start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
-// probabilities of what is realised before.
+// probabilities of what is realised before. Events of which one tokenizer alone knows, from the token before, that they
+// do not start the chunk, are left out there like those that one side lacks; they are few.
 //
 // At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e, and with them
 // x, which is f of a pair's partner: the pair's gradient is e / A - x / B. All are in order, and relative to one logit
@@ -34,7 +35,8 @@ T* take(char*& at, int64_t count) {
     return result;
 }
 
-constexpr float least = 1e-30f;  // sums of exponentials below it are not exact
+constexpr float none_left = -1e30f;  // tau log b where b is 0
+constexpr float least = 1e-30f;      // sums of exponentials below it are not exact
 
 // What makes a gradient: student * e - teacher * f, or the reverse student * e (tau D - mean).
 struct Slope {
@@ -44,8 +46,9 @@ struct Slope {
 // The exponentials of one side of a boundary.
 struct Side {
     Exponential exp;
-    float centre;  // a logit that they are relative to
-    double total;  // of the events that both sides have
+    float centre;       // a logit that they are relative to
+    double total;       // of the events that both sides have, without those that are left out
+    double left = 1.0;  // 0 if the exponentials of what does not count are zeros
 };
 
 // The largest tau log a and tau log b of the lists, relative to the centres.
@@ -68,6 +71,12 @@ inline void each_token(const TokensView& lists, int64_t k, const T* row, Body bo
     for (int64_t i = begin; i < lists.start[k + 1]; ++i) {
         body(i - begin, gather(row, lists.tokens + lanes * i), lists.lanes[i]);
     }
+}
+
+inline float first_lane(Floats x) {
+    alignas(64) float lane[lanes];
+    store(lane, x);
+    return lane[0];
 }
 
 // Lanes from n on become `fill`.
@@ -147,6 +156,8 @@ class Chunk {
           begin_(take<int32_t>(at, p.most + 2)),
           values_(take<float>(at, padded(p.most))),
           tokens_(take<int32_t>(at, padded(p.most))),
+          left_out_(take<int32_t>(at, plan_.student.most_known + plan_.teacher.most_known)),
+          left_lists_(take<uint16_t>(at, padded(plan_.events) / lanes)),
           without_(take<uint16_t>(at, padded(larger(p.student.width, p.teacher.width)) / lanes)),
           additions_(take<float>(at, padded(size_)), take<uint16_t>(at, padded(size_) / lanes), padded(size_) / lanes) {
     }
@@ -184,11 +195,14 @@ class Chunk {
         double product = 0;  // sum of b tau D, or the reverse's a tau D
         bool low = false;
         Normaliser all = no_normaliser();
-        Side q = teacher_start(y, &product);
-        Side p = student_start(z, &product, &all, &low);
         const int64_t token = p_.teacher_rows.next[p_.teacher_rows.start[k_]];
         const int32_t event = plan_.index.side[1].event[token];
-        weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
+        const int32_t student_event = plan_.index.side[0].event[p_.student_rows.next[r]];
+        weight_ = student_event == event ? 1.0 : 0.0;
+        find_left_out(student_event, event);
+        Side q = teacher_start(y, &product);
+        Side p = student_start(z, &product, &all, &low);
+        if (exact_lists_) leave_out(0.0f, mixed_ ? none_left : 0.0f, logarithms_ ? none_left : 0.0f);
         ListTops tops{};
         if (exact_lists_) {
             tops = exact_lists(z, y, p, q, &product);
@@ -199,6 +213,13 @@ class Chunk {
         if (plan_.student.absent_count < size_) {  // else there is no event that both sides have
             slope = mixed_ ? add_mixed_term(z, p, q, tops) : add_term(p.total, q.total, product);
             if (tempered_ && !mixed_) find_slopes(tops, slope, p.total, q.total);
+        }
+        if (!exact_lists_ && wanted_) {  // the label's part needs e: x makes up for it
+            each_left_pair([&](int32_t s, int32_t) {
+                x_[s] = p_.reverse              ? slope.mean_high
+                        : slope.teacher == 0.0f ? 0.0f
+                                                : e_[s] * slope.student / slope.teacher;
+            });
         }
         weight_ = p_.weighted ? probability(token, event, q.total) : 1.0;
         inside(r, z);
@@ -247,6 +268,13 @@ class Chunk {
         products.add(part);
         if (!p_.reverse) *product += products.total();
         store(f_ + padded(p_.teacher.width), broadcast(0.0f));
+        each_left_pair([&](int32_t, int32_t t) {
+            if (!p_.reverse) {
+                const Floats x = side.exp.relative(broadcast(at_least(widened(y[t]), p_.lowest)));
+                *product -= side.left * static_cast<double>(first_lane(side.exp.of_relative(x) * x));
+            }
+            f_[t] = 0.0f;
+        });
         return side;
     }
 
@@ -284,6 +312,11 @@ class Chunk {
                                      });
         products.add(part);
         *product += products.total();
+        if (p_.reverse) {
+            each_left_pair([&](int32_t s, int32_t) {
+                *product -= side.left * static_cast<double>(e_[s]) * static_cast<double>(x_[s]);
+            });
+        }
         *low = -largest(broadcast(0.0f) - bottom) <= p_.lowest - side.centre;
         return side;
     }
@@ -298,15 +331,91 @@ class Chunk {
             const Floats e = whole.exp(gather(row, start.absent + i));
             absent.add(select(first(start.absent_count - i), e, broadcast(0.0f)));
         }
-        const double total = whole.total - absent.total();
+        double total = whole.total - absent.total();
+        each_left(start, [&](int32_t token) {
+            total -= static_cast<double>(first_lane(whole.exp(broadcast(at_least(widened(row[token]), p_.lowest)))));
+        });
         if (total > whole.total / 2) {
             if (all != nullptr && tau == 1.0) *all = whole;
-            return {whole.exp, whole.centre, total};
+            return {whole.exp, whole.centre, total, 1.0};
         }
         // most of the mass is on tokens that do not count: their exponentials are no measure for the others
-        const RemainingRow<T> rest{row, start.absent_bits, p_.lowest};
+        memcpy(without_, start.absent_bits, static_cast<size_t>(padded(size) / lanes) * sizeof(uint16_t));
+        each_left(start, [&](int32_t token) { without_[token / lanes] |= static_cast<uint16_t>(1u << token % lanes); });
+        const RemainingRow<T> rest{row, without_, p_.lowest};
         const Normaliser counted = each_exponential(rest, size, nothing, tau, body);
-        return {counted.exp, counted.centre, counted.total};
+        return {counted.exp, counted.centre, counted.total, 0.0};
+    }
+
+    // The events that are left out at the start: of which one tokenizer knows that they do not follow, and the other
+    // does not; none if one is realised.
+    void find_left_out(int32_t student_event, int32_t teacher_event) {
+        const StartView &s = plan_.student, &t = plan_.teacher;
+        const int64_t own = p_.student_rows.before[k_], other = p_.teacher_rows.before[k_];
+        const bool has_own = own >= 0 && own < size_, has_other = other >= 0 && other < p_.teacher.width;
+        int64_t i = has_own ? s.known_ptr[own] : 0, j = has_other ? t.known_ptr[other] : 0;
+        const int64_t end = has_own ? s.known_ptr[own + 1] : 0, other_end = has_other ? t.known_ptr[other + 1] : 0;
+        left_count_ = 0;
+        while (i < end || j < other_end) {
+            const int32_t a = i < end ? s.known[i] : INT32_MAX, b = j < other_end ? t.known[j] : INT32_MAX;
+            i += a <= b;
+            j += b <= a;
+            if (a == b) continue;
+            const int32_t event = a < b ? a : b;
+            if (event == student_event || event == teacher_event) {
+                left_count_ = 0;
+                return;
+            }
+            left_out_[left_count_++] = event;
+        }
+        if (left_count_ == 0) return;
+        memset(left_lists_, 0, static_cast<size_t>(padded(plan_.events) / lanes) * sizeof(uint16_t));
+        for (int64_t n = 0; n < left_count_; ++n) {
+            const int32_t place = s.of_event[left_out_[n]];
+            if (place >= 0 || place == absent_event) continue;
+            const int32_t list = -1 - place;
+            left_lists_[list / lanes] |= static_cast<uint16_t>(1u << list % lanes);
+        }
+    }
+
+    // Calls body(token) with one side's tokens of the events that are left out.
+    template <typename Body>
+    void each_left(const StartView& side, Body body) const {
+        for (int64_t n = 0; n < left_count_; ++n) {
+            const int32_t place = side.of_event[left_out_[n]];
+            if (place >= 0) {
+                body(place);
+            } else if (place != absent_event) {
+                const int32_t list = -1 - place, k = list / lanes, lane = list % lanes;
+                for (int64_t i = side.lists.start[k]; i < side.lists.start[k + 1] && lane < side.lists.lanes[i]; ++i) {
+                    body(side.lists.tokens[lanes * i + lane]);
+                }
+            }
+        }
+    }
+
+    // Calls body(student token, teacher token) with the pairs that are left out.
+    template <typename Body>
+    void each_left_pair(Body body) const {
+        for (int64_t n = 0; n < left_count_; ++n) {
+            const int32_t s = plan_.student.of_event[left_out_[n]];
+            if (s >= 0) body(s, plan_.teacher.of_event[left_out_[n]]);
+        }
+    }
+
+    // The pairs that are left out as if they had no mass.
+    void leave_out(float e, float x, float f) {
+        each_left_pair([&](int32_t s, int32_t t) {
+            e_[s] = e;
+            x_[s] = x;
+            f_[t] = f;
+        });
+    }
+
+    // Which of 16 lists of the student count.
+    Mask counted(int64_t k) const {
+        const Mask all = first(plan_.events - lanes * k);
+        return left_count_ == 0 ? all : from_bits(bits(all) & ~uint32_t{left_lists_[k]});
     }
 
     // The teacher's probability of the event of its token.
@@ -314,7 +423,7 @@ class Chunk {
         const auto has = [&](const uint16_t* bits) { return (bits[token / lanes] >> token % lanes & 1) != 0; };
         if (has(plan_.teacher.absent_bits)) return 0.0;
         const bool pair = has(plan_.teacher.paired_bits);
-        const double b = static_cast<double>(pair ? f_[token] : teacher_sum_[plan_.list_of_event[event]]);
+        const double b = static_cast<double>(pair ? f_[token] : teacher_sum_[-1 - plan_.teacher.of_event[event]]);
         return (logarithms_ || (exact_lists_ && !pair) ? ::exp(b / p_.temperature) : b) / total;
     }
 
@@ -332,7 +441,7 @@ class Chunk {
         }
         DoubleSum products;
         for (int64_t k = 0; k < student.slices; ++k) {
-            const Mask valid = first(plan_.events - lanes * k);
+            const Mask valid = counted(k);
             Floats a = zero;
             each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
             a = select(valid, a, broadcast(1.0f));
@@ -347,7 +456,7 @@ class Chunk {
                 }
                 h = per_a;
             }
-            store(h_ + lanes * k, h);
+            store(h_ + lanes * k, select(valid, h, zero));
             products.add(b * (log(max(smallest, b)) - log_a));
         }
         return products.total();
@@ -368,7 +477,7 @@ class Chunk {
             each_token(student, k, e_, [&](int64_t, Floats e, int64_t n) { a += only(n, e, zero); });
             const Floats log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
             const Floats d = log(max(broadcast(least), a)) - log_b;
-            products.add(select(first(plan_.events - lanes * k), a * d, zero));
+            products.add(select(counted(k), a * d, zero));
             store(h_ + lanes * k, d);
         }
         return products.total();
@@ -385,13 +494,13 @@ class Chunk {
             const Floats top = exact_sums(teacher, k, y, p_.lowest, &sum);
             const Floats log_b = log(sum) + (top - broadcast(q.centre));
             store(teacher_sum_ + lanes * k, log_b);
-            b_top = max(select(first(plan_.events - lanes * k), log_b, low), b_top);
         }
         for (int64_t k = 0; k < student.slices; ++k) {
             const Floats top = exact_sums(student, k, z, p_.lowest, &sum);
             const Floats log_a = log(sum) + (top - broadcast(p.centre));
             store(h_ + lanes * k, log_a);
-            a_top = max(select(first(plan_.events - lanes * k), log_a, low), a_top);
+            a_top = max(select(counted(k), log_a, low), a_top);
+            b_top = max(select(counted(k), gather(teacher_sum_, plan_.teacher_list + lanes * k), low), b_top);
             if (wanted_) {
                 each_share(student, k, broadcast(1.0f) / sum, [&](int32_t token, float share) { e_[token] = share; });
             }
@@ -418,7 +527,7 @@ class Chunk {
         const Exponential exp = Exponential::around(0.0f, nothing, p_.temperature);
         const Floats zero = broadcast(0.0f);
         for (int64_t k = 0; k < plan_.student.lists.slices; ++k) {
-            const Mask valid = first(plan_.events - lanes * k);
+            const Mask valid = counted(k);
             const Floats log_a = load(h_ + lanes * k), log_b = gather(teacher_sum_, plan_.teacher_list + lanes * k);
             body(k, select(valid, exp(log_a - broadcast(tops.a)), zero),
                  select(valid, exp(log_b - broadcast(tops.b)), zero), select(valid, log_a - log_b, zero));
@@ -494,7 +603,10 @@ class Chunk {
         if (p_.reverse && !tempered_) {
             const Floats student = broadcast(slope.student);
             const Floats high = broadcast(slope.mean_high), low = broadcast(slope.mean_low);
-            for (int64_t e = 0; e < events; e += lanes) store(h_ + e, student * ((load(h_ + e) - high) - low));
+            for (int64_t e = 0; e < events; e += lanes) {
+                const Floats h = student * ((load(h_ + e) - high) - low);
+                store(h_ + e, select(counted(e / lanes), h, broadcast(0.0f)));
+            }
         }
         store(h_ + events, broadcast(0.0f));
         for (int64_t i = 0; i < plan_.others; i += lanes) store(others_ + i, gather(h_, plan_.other_list + i));
@@ -833,6 +945,9 @@ class Chunk {
     int32_t *piece_, *begin_;
     float* values_;
     int32_t* tokens_;
+    int32_t* left_out_;  // events that the start leaves out
+    int64_t left_count_ = 0;
+    uint16_t* left_lists_;  // a bit for each of the student's lists; only where there are such events
     uint16_t* without_;
     Additions additions_;
     Exponential remaining_ = any_exponential();

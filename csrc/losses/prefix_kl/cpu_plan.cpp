@@ -31,6 +31,7 @@ enum class Kind : char { pair, list, absent };
 struct Start {
     std::vector<int64_t> start;
     std::vector<int32_t> tokens, lanes_with, absent, number;  // `number` by event: that of its list
+    std::vector<int32_t> of_event, known_ptr{0}, known;
     std::vector<uint16_t> absent_bits, paired_bits;
     StartView view{};
 
@@ -69,9 +70,24 @@ struct Start {
             });
         }
         start = std::move(sliced.start);
+        of_event.assign(kinds.size(), absent_event);
+        int64_t most_known = 0;
+        for (int32_t id = 0; id < side.size; ++id) {
+            const int32_t event = side.event[id];
+            if (kinds[event] != Kind::absent) of_event[event] = kinds[event] == Kind::pair ? id : -1 - number[event];
+            const auto first = static_cast<int64_t>(known.size());
+            for (int32_t n = side.joined_ptr[id]; n < side.joined_ptr[id + 1]; ++n) {
+                known.push_back(side.event[side.joined[n]]);
+            }
+            std::sort(known.begin() + first, known.end());
+            known.erase(std::unique(known.begin() + first, known.end()), known.end());
+            known_ptr.push_back(static_cast<int32_t>(known.size()));
+            most_known = std::max(most_known, static_cast<int64_t>(known.size()) - first);
+        }
         const TokensView view_of_lists{static_cast<int64_t>(start.size()) - 1, start.data(), tokens.data(),
                                        lanes_with.data()};
-        view = {view_of_lists, absent.data(), absent_bits.data(), absent_count, paired_bits.data()};
+        view = {view_of_lists,   absent.data(),    absent_bits.data(), absent_count, paired_bits.data(),
+                of_event.data(), known_ptr.data(), known.data(),       most_known};
     }
 };
 
@@ -110,7 +126,6 @@ class PrefixPlan : public PrefixPlanView {
         student = student_.view;
         teacher = teacher_.view;
         teacher_list = teacher_list_.data();
-        list_of_event = teacher_.number.data();
         other_list = other_list_.data();
     }
     PrefixPlan(const PrefixPlan&) = delete;

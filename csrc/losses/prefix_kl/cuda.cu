@@ -7,7 +7,8 @@
 // (divergences from a mixture of the two: cpu/divergence.h; with their slopes s, d / d log a_e = P_e (s_e - sum P s))
 // and d log a_e / d logit_s = (share of s in the sum) / tau for its tokens s. Every boundary has a weight: that of the
 // start is 0 where the realised first tokens have different events; those inside are 1, or the product of the teacher's
-// probabilities of what is realised before.
+// probabilities of what is realised before. Events of which one tokenizer alone knows, from the token before, that they
+// do not start the chunk, are left out there like those that one side lacks; they are few.
 //
 // An event of several tokens is kept as the largest logit ("top") and the sum of the exponentials relative to it, so
 // that log a_e is exact however small a_e is; with a temperature all of it is in the top, and the sum is 1. At the
@@ -41,10 +42,13 @@ struct alignas(8) Mass {
 struct Workspace {
     int64_t masses;  // of one side's events at the start of a chunk
     int64_t inner;   // one number or half a mass for each event inside a token
+    int64_t flags;   // a byte for each of the student's tokens
 
     __host__ __device__ explicit Workspace(const PrefixPlan& plan)
-        : masses(whole(2 * (int64_t{1} + plan.events))), inner(whole(int64_t{1} + plan.most)) {}
-    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner; }
+        : masses(whole(2 * (int64_t{1} + plan.events))),
+          inner(whole(int64_t{1} + plan.most)),
+          flags(whole((int64_t{plan.side[0].size} + 3) / 4)) {}
+    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner + flags; }
 
   private:
     __host__ __device__ static int64_t whole(int64_t count) {
@@ -147,6 +151,13 @@ class Chunk {
         piece_ = reinterpret_cast<int32_t*>(take(parts.inner));
         begin_ = reinterpret_cast<int32_t*>(take(parts.inner));
         values_ = take(parts.inner);
+        left_flags_ = reinterpret_cast<uint8_t*>(take(parts.flags));
+    }
+
+    // By all threads, before the first chunk of a block.
+    __device__ void clear_flags() {
+        const int threads = static_cast<int>(blockDim.x);
+        for (int s = static_cast<int>(threadIdx.x); s < plan_.side[0].size; s += threads) left_flags_[s] = 0;
     }
 
     __device__ void run() {
@@ -164,6 +175,14 @@ class Chunk {
             ends_ = {0.0f, 0.0f};
             if (several) compare_inside(i);
             write(i);
+        }
+        if (left_out_) {
+            for (int side = 0; side < 2; ++side) {
+                __syncthreads();  // the flags are read; both sides may know of an event
+                each_known(side, [&](int32_t event) {
+                    if (plan_.place[event] >= 0) left_flags_[plan_.place[event]] = 0;
+                });
+            }
         }
         const double temperature = static_cast<double>(p_.temperature);
         if (threadIdx.x == 0) p_.losses[k_] = static_cast<float>(shared_.loss * temperature * temperature);
@@ -183,10 +202,11 @@ class Chunk {
     // ---- the start of the chunk ----
 
     __device__ void compare_start() {
-        const PairSums pairs = compare_pairs();
         sum_lists(plan_.student_lists, AnyRow(p_.student, row_), start_.student);
         sum_lists(plan_.teacher_lists, y_, start_.teacher);
         __syncthreads();  // the masses are there
+        leave_out();
+        const PairSums pairs = left_out_ ? compare_pairs<true>() : compare_pairs<false>();
         compare(start_, pairs, shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
@@ -197,9 +217,59 @@ class Chunk {
         __syncthreads();  // the slopes are there
     }
 
+    // Calls body(event), by one thread each, with the events of which a side's tokenizer knows that they do not start
+    // the chunk.
+    template <typename Body>
+    __device__ void each_known(int side, Body body) const {
+        const int32_t *begin, *end;
+        known(side, begin, end);
+        for (begin += threadIdx.x; begin < end; begin += blockDim.x) body(*begin);
+    }
+    __device__ void known(int side, const int32_t*& begin, const int32_t*& end) const {
+        const PrefixSide& own = plan_.side[side];
+        const int64_t* before = side == 0 ? p_.student_rows.before : p_.teacher_rows.before;
+        const int64_t token = before == nullptr ? -1 : before[k_];
+        const bool is_token = token >= 0 && token < own.size;
+        begin = own.known + (is_token ? own.known_ptr[token] : 0);
+        end = own.known + (is_token ? own.known_ptr[token + 1] : 0);
+    }
+
+    // Marks the events that only one side's tokenizer knows not to start the chunk, unless one is realised: flags of
+    // pairs, and lists without mass.
+    __device__ void leave_out() {
+        const int32_t realised[2] = {plan_.side[0].event[*student_tokens()], plan_.side[1].event[*teacher_tokens()]};
+        const auto is_left_out = [&](int side, int32_t event) {
+            const int32_t *begin, *end;
+            known(1 - side, begin, end);
+            const int count = static_cast<int>(end - begin), at = first_from(begin, count, event);
+            return at == count || begin[at] != event;
+        };
+        bool happened = false, any = false;
+        for (int side = 0; side < 2; ++side) {
+            each_known(side, [&](int32_t event) {
+                happened |= (event == realised[0] || event == realised[1]) && is_left_out(side, event);
+            });
+        }
+        if (__syncthreads_or(happened)) return;
+        for (int side = 0; side < 2; ++side) {
+            each_known(side, [&](int32_t event) {
+                const int32_t place = plan_.place[event];
+                if (place == absent_event || !is_left_out(side, event)) return;
+                any = true;
+                if (place >= 0) {
+                    left_flags_[place] = 1;
+                } else {
+                    start_.student[-1 - place] = start_.teacher[-1 - place] = {nothing, 1.0f};
+                }
+            });
+        }
+        left_out_ = __syncthreads_or(any) != 0;
+    }
+
+    template <bool left_out>
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
-        const auto add = [&](int, const auto& x, const auto& slot, const auto& partner) {
+        const auto add = [&](int i, const auto& x, const auto& slot, const auto& partner) {
             constexpr int N = sizeof(x) / sizeof(float);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
 #pragma unroll
@@ -208,7 +278,7 @@ class Chunk {
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    const bool paired = slot[first + k] >= 0;
+                    const bool paired = slot[first + k] >= 0 && !(left_out && left_flags_[i + first + k] != 0);
                     z[k] = paired ? clamped(x[first + k]) : nothing;
                     y[k] = paired ? clamped(partner[first + k]) : nothing;
                     z_top = fmaxf(z_top, z[k]);
@@ -329,7 +399,7 @@ class Chunk {
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
     // halves, without boundaries inside.
     template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
-    __device__ void start_gradients(const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
+    __device__ void start_gradients(int i, const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
                                     float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
         const Term& term = shared_.start;
@@ -367,6 +437,10 @@ class Chunk {
                 for (int k = 0; k < M; ++k) {
                     if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
                 }
+            }
+            if (any && left_out_) {
+#pragma unroll
+                for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
             }
         }
     }
@@ -452,7 +526,7 @@ class Chunk {
                 y_.gather(slot, y);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
-                    if (slot[k] < 0) continue;
+                    if (slot[k] < 0 || (left_out_ && left_flags_[i + k] != 0)) continue;
                     const float z = clamped(x[k]) - term.z_centre, other = clamped(y[k]) - term.y_centre;
                     add(student_exp(z) * per_a, teacher_exp(other) * per_b, z - other);
                 }
@@ -477,6 +551,10 @@ class Chunk {
         for (int n = events.begin + static_cast<int>(threadIdx.x); n < events.end; n += static_cast<int>(blockDim.x)) {
             const Mass student = events.student[n], teacher = events.teacher[n];
             const float p = student_exp(student.top - term.z_centre) * term.student;
+            if (student.top == nothing) {  // left out
+                events.student[n] = {-nothing, 0.0f};
+                continue;
+            }
             float value;
             if (p_.reverse || mixed_) {
                 const float d = difference(student, teacher, term.z_centre, term.y_centre);
@@ -704,7 +782,7 @@ class Chunk {
         const int64_t r = row_ + i;
         const Row<S> z(p_.student, r);
         const int size = plan_.side[0].size;
-        const bool known = i == 0 && p_.temperature == 1.0f;
+        const bool known = i == 0 && p_.temperature == 1.0f && !left_out_;
         const LabelTerm label =
             label_term(p_.labels, r, z, size, p_.lowest, shared_.sums, known, known ? all_tokens() : Statistics{});
         if (p_.grad.data == nullptr) return;
@@ -717,7 +795,7 @@ class Chunk {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients<true>(x, slot, partner, g);
+                start_gradients<true>(token, x, slot, partner, g);
             }
             g[0] = x[0] < p_.lowest ? 0.0f : g[0] + values_[n];
             label.add(token, x, g);
@@ -729,12 +807,12 @@ class Chunk {
             const auto write = [&](auto any) {
                 each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
                     float g[sizeof(x) / sizeof(float)];
-                    start_gradients<decltype(any)::value>(x, slot, partner, g);
+                    start_gradients<decltype(any)::value>(s, x, slot, partner, g);
                     finish(label, s, x, g);
                     written.put(s, g);
                 });
             };
-            if (tempered_ || mixed_) {
+            if (tempered_ || mixed_ || left_out_) {
                 write(std::true_type{});
             } else {
                 write(std::false_type{});
@@ -789,6 +867,8 @@ class Chunk {
     int32_t *piece_, *begin_;  // of the events inside a token: the next piece, and the first token of the range
     // The sparse part of a row's gradient, and what its other tokens have: exp(z - top) * sum.
     float* values_;
+    uint8_t* left_flags_;  // of the student's tokens in pairs that are left out
+    bool left_out_ = false;
     const int32_t* sparse_ids_ = nullptr;
     int sparse_count_ = 0;
     Mass ends_{0.0f, 0.0f};
@@ -797,6 +877,8 @@ class Chunk {
 template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
+    if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
+    __syncthreads();  // the flags are there
     for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
         if (is_left_out(params, k)) continue;
         Chunk<S>(params, k, shared).run();

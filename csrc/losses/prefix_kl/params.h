@@ -16,6 +16,8 @@ namespace xtoken {
     FIELD(Real*, losses, "[chunks] out");                                                      \
     FIELD(Labels, labels, "of the student's rows")
 
+constexpr int32_t absent_event = INT32_MIN;  // one that a side lacks
+
 namespace cpu {
 
 // SELL-C-sigma lists of tokens (C = 16), longest first: token i of lane l of slice k is
@@ -35,6 +37,13 @@ struct StartView {
     const uint16_t* absent_bits;  // [padded tokens / 16] one bit a token
     int64_t absent_count;
     const uint16_t* paired_bits;  // [padded tokens / 16] one bit a token
+    // [events] the token of a pair; -1 - the number of a list; `absent_event` if the other side lacks it.
+    const int32_t* of_event;
+    // [tokens + 1], events: those known not to follow token w are known[known_ptr[w]] ... known[known_ptr[w + 1] - 1],
+    // ascending; at most `most_known`.
+    const int32_t* known_ptr;
+    const int32_t* known;
+    int64_t most_known;
 };
 
 // A piece index, and the events at the start of a chunk as the kernels read them. Most are pairs: one token on each
@@ -48,8 +57,7 @@ struct PrefixPlanView {
     StartView student, teacher;
     // The other events that both sides have, each a list on both sides. They are numbered by their students' lists.
     int64_t events;
-    const int32_t* teacher_list;   // [padded events] the number of the teacher's list
-    const int32_t* list_of_event;  // [index.events] the number of the teacher's list, of those that are lists
+    const int32_t* teacher_list;  // [padded events] the number of the teacher's list
     // Student tokens that are no part of a pair, ascending: the number of their list, or `padded events` for none.
     const int32_t* other_list;  // [padded others]
     int64_t others;
@@ -93,13 +101,15 @@ struct TokenLists {
 
 // One vocabulary of a piece index; see PieceSide in core/piece_index.h.
 struct PrefixSide {
-#define XTOKEN_PREFIX_SIDE(FIELD)             \
-    FIELD(int32_t, size, "tokens");           \
-    FIELD(const int32_t*, event, "[size]");   \
-    FIELD(const int32_t*, length, "[size]");  \
-    FIELD(const int32_t*, order, "[size]");   \
-    FIELD(const int32_t*, ptr, "[size + 1]"); \
-    FIELD(const int32_t*, pieces, "[ptr[size]]")
+#define XTOKEN_PREFIX_SIDE(FIELD)                   \
+    FIELD(int32_t, size, "tokens");                 \
+    FIELD(const int32_t*, event, "[size]");         \
+    FIELD(const int32_t*, length, "[size]");        \
+    FIELD(const int32_t*, order, "[size]");         \
+    FIELD(const int32_t*, ptr, "[size + 1]");       \
+    FIELD(const int32_t*, pieces, "[ptr[size]]");   \
+    FIELD(const int32_t*, known_ptr, "[size + 1]"); \
+    FIELD(const int32_t*, known, "[known_ptr[size]] events that do not follow a token, ascending")
     XTOKEN_FIELDS(XTOKEN_PREFIX_SIDE)
 };
 using PrefixSides = PrefixSide[2];
@@ -107,13 +117,14 @@ using PrefixSides = PrefixSide[2];
 // The events at the start of a chunk. Most are pairs: one token on each side. The others that both sides have are
 // numbered; student tokens in events that the teacher lacks count as one more, which has no teacher's list.
 struct PrefixPlan {
-#define XTOKEN_PREFIX_PLAN(FIELD)                                                                         \
-    FIELD(PrefixSides, side, "student, teacher");                                                         \
-    FIELD(const int32_t*, slot, "[students] the partner's teacher id, or -1 - the number of the event");  \
-    FIELD(int32_t, events, "without the one more");                                                       \
-    FIELD(TokenLists, student_lists, "the student's tokens of events");                                   \
-    FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                   \
-    FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it"); \
+#define XTOKEN_PREFIX_PLAN(FIELD)                                                                                   \
+    FIELD(PrefixSides, side, "student, teacher");                                                                   \
+    FIELD(const int32_t*, slot, "[students] the partner's teacher id, or -1 - the number of the event");            \
+    FIELD(int32_t, events, "without the one more");                                                                 \
+    FIELD(TokenLists, student_lists, "the student's tokens of events");                                             \
+    FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                             \
+    FIELD(const int32_t*, place, "[all events] the student's token of a pair, -1 - the number, or `absent_event`"); \
+    FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it");           \
     FIELD(int32_t, most, "tokens of a side whose first piece is the same, at most")
     XTOKEN_FIELDS(XTOKEN_PREFIX_PLAN)
 };

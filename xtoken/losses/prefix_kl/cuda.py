@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -37,31 +37,47 @@ class TokenLists:
         return {**list_fields(self, memory), "tokens": memory.input(self.tokens), "event": memory.input(self.event)}
 
 
+class Lists(NamedTuple):
+    """Events that do not follow each token."""
+
+    ptr: Tensor  # int32 [V + 1]
+    events: Tensor  # int32 [ptr[V]], ascending for each token
+
+
+ABSENT = -(2**31)
+"""`absent_event` of csrc/losses/prefix_kl/params.h."""
+
+
 @dataclass(frozen=True)
 class PrefixPlan:
     """A piece index on a device; see csrc/losses/prefix_kl/params.h."""
 
     sides: tuple[Side, Side]
+    known: tuple[Lists, Lists]
     slot: Tensor  # int32 [V_student]
     events: int
     student_lists: TokenLists
     teacher_lists: TokenLists
+    place: Tensor  # int32 [all events]
     number: Tensor  # int32 [V_teacher]
     most: int
 
     def fields(self, memory: Memory) -> dict[str, Any]:
         """A `PrefixPlan` of csrc."""
 
-        def side(one: Side) -> dict[str, Any]:
-            tensors = {name: memory.input(getattr(one, name)) for name in Side._fields}
-            return {"size": len(one.event), **tensors}
+        def side(one: Side, known: Lists) -> dict[str, Any]:
+            names = "event", "length", "order", "ptr", "pieces"
+            tensors = {name: memory.input(getattr(one, name)) for name in names}
+            lists = {"known_ptr": memory.input(known.ptr), "known": memory.input(known.events)}
+            return {"size": len(one.event), **tensors, **lists}
 
         return {
-            "side": [side(one) for one in self.sides],
+            "side": [side(*one) for one in zip(self.sides, self.known, strict=True)],
             "slot": memory.input(self.slot),
             "events": self.events,
             "student_lists": self.student_lists.fields(memory),
             "teacher_lists": self.teacher_lists.fields(memory),
+            "place": memory.input(self.place),
             "number": memory.input(self.number),
             "most": self.most,
         }
@@ -82,6 +98,15 @@ def _token_lists(
     return TokenLists(made.shared, made.start, made.put(tokens, -1), torch.from_numpy(number[owner]).int()), number
 
 
+def _known(side: Side, events: int) -> Lists:
+    """Of the tokens of a side."""
+    size = len(side.event)
+    owner = np.repeat(np.arange(size), side.joined_ptr.diff().numpy())
+    pairs = np.unique(owner * events + side.event[side.joined.long()].numpy())
+    ptr = np.concatenate([[0], np.bincount(pairs // events, minlength=size).cumsum()])
+    return Lists(torch.from_numpy(ptr).int(), torch.from_numpy(pairs % events).int())
+
+
 def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
     """The plan of `PieceIndex.data`."""
     both = sides(pieces.cpu())
@@ -98,6 +123,9 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
     partner = np.zeros(events, np.int64)
     partner[teacher] = np.arange(len(teacher))
     slot = np.where(is_pair[student], partner[student], -1 - number[matched])
+    place = np.full(events, ABSENT)
+    place[listed] = -1 - number[listed]
+    place[student[is_pair[student]]] = is_pair[student].nonzero()[0]
     numbers = np.where(is_pair[teacher], -1, np.where(is_both[teacher], number[teacher], len(listed)))
     most = 0
     for side in both:
@@ -106,10 +134,12 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
 
     return PrefixPlan(
         (Side(*(x.to(device) for x in both[0])), Side(*(x.to(device) for x in both[1]))),
+        tuple(Lists(*(x.to(device) for x in _known(side, events))) for side in both),
         synchronized(torch.from_numpy(slot.astype(np.int32)).to(device)),
         len(listed),
         tensors_to(student_lists, device),
         tensors_to(teacher_lists, device),
+        torch.from_numpy(place.astype(np.int32)).to(device),
         synchronized(torch.from_numpy(numbers.astype(np.int32)).to(device)),
         most,
     )

@@ -41,6 +41,11 @@ def prefix(
     tokens of the two sides have different events, the tokenizers cut this text in different ways: each would have to
     give its mass to an event that it never writes here. Such a start has no term.
 
+    A tokenizer that has "1" and "12" writes "1" only where no "2" follows, so after "1" its model knows more of what
+    comes than one whose digits stand alone. The events of a shared token that together with the token before the chunk
+    is a token of the one side, and likewise not of the other, are left out on both, as if they had no tokens; unless
+    one is realised.
+
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
     predicts the token that continues; their event is the next piece, or "ends" if there is none. Of "part" all tokens
@@ -76,13 +81,17 @@ def prefix(
     assert chunks.teacher.next_ids is not None
     teacher_ids = chunks.teacher.next_ids
 
-    def compare(rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int) -> tuple[Tensor, Tensor]:
+    def compare(
+        rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int, left_out: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The terms of boundaries, and the teacher's probabilities of what it realises there."""
         log_p, log_q = (
             _event_log_mass(scaled(z[row], 1.0, dtype), event, count)
             for z, row, event in zip(logits, rows, events, strict=True)
         )
         missing = log_p.isinf() | log_q.isinf()
+        if left_out is not None:
+            missing |= left_out
         log_p, log_q = (
             (x.masked_fill(missing, -torch.inf) / temperature).log_softmax(-1).masked_fill(missing, 0)
             for x in (log_p, log_q)
@@ -91,11 +100,13 @@ def prefix(
         realised = events[1].gather(1, teacher_ids[rows[1], None])
         return divergence(q, log_q, p, log_p), q.detach().gather(1, realised)[:, 0]
 
-    roots = [side.event.to(device).long() for side in sides]
+    roots = sides[0].event.to(device).long(), sides[1].event.to(device).long()
     starts = chunks.student.start, chunks.teacher.start
-    events = tuple(root.expand(len(chunks), -1) for root in roots)
-    loss, probability = compare(starts, (events[0], events[1]), int(pieces[2]))
-    loss = loss.masked_fill(start_differs(chunks, (roots[0], roots[1])), 0)
+    events = roots[0].expand(len(chunks), -1), roots[1].expand(len(chunks), -1)
+    realised = _first_events(chunks, roots)
+    left_out = _cannot_follow(chunks, sides, int(pieces[2]), realised)
+    loss, probability = compare(starts, events, int(pieces[2]), left_out)
+    loss = loss.masked_fill(realised[0] != realised[1], 0)
 
     chunk, _, whole_row, part_row = boundaries[:, :4].unbind(1)
     inner, inner_probability = loss.new_zeros(len(chunk)), probability.new_zeros(len(chunk))
@@ -119,12 +130,37 @@ def prefix(
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
     """bool [K]: the realised first tokens of the two sides have different events [V_student], [V_teacher]."""
+    student, teacher = _first_events(chunks, roots)
+    return student != teacher
+
+
+def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """int64 [K] twice: the events of the realised first tokens."""
     events = []
     for rows, root in zip((chunks.student, chunks.teacher), roots, strict=True):
         assert rows.next_ids is not None
         # In range wherever a chunk counts.
         events.append(root[rows.next_ids[rows.start.clamp_min(0)].clamp(0, len(root) - 1)])
-    return events[0] != events[1]
+    return events[0], events[1]
+
+
+def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], count: int, realised: tuple[Tensor, Tensor]) -> Tensor:
+    """bool [K, count]: the events of which only one tokenizer knows that they do not start the chunk, see `prefix`."""
+    known = []
+    for rows, side in zip((chunks.student, chunks.teacher), sides, strict=True):
+        assert rows.before is not None
+        device = rows.before.device
+        event, ptr, joined = (x.to(device).long() for x in (side.event, side.joined_ptr, side.joined))
+        is_token = (rows.before >= 0) & (rows.before < len(event))
+        token = rows.before.where(is_token, 0)
+        first, counts = ptr[token], (ptr[token + 1] - ptr[token]) * is_token
+        owner = torch.repeat_interleave(torch.arange(len(token), device=device), counts)
+        place = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts - first)[owner]
+        known.append(torch.zeros(len(token), count, dtype=torch.bool, device=device))
+        known[-1][owner, event[joined[place]]] = True
+    left_out = known[0] != known[1]
+    happened = torch.stack([left_out.gather(1, one[:, None])[:, 0] for one in realised]).any(0)
+    return left_out & ~happened[:, None]
 
 
 def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
