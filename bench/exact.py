@@ -237,14 +237,20 @@ def restricted_pieces(pieces: PieceIndex, ids: Vocabularies) -> PieceIndex:
     for place, one in zip(places, kept, strict=True):
         place[one] = torch.arange(len(one))
     events = torch.cat([side.event[one] for side, one in zip(sides, kept, strict=True)]).unique(return_inverse=True)
-    data, counts = [], []
+    data: list[Tensor] = []
+    counts: list[list[int]] = [[], []]
     for s, (side, event) in enumerate(zip(sides, events[1].split([*map(len, kept)]), strict=True)):
         rows = [places[1 - s][pieces_of(side, token)] for token in ids[s]]
         order = places[s][side.order.long()]
         ptr = torch.tensor([0, *map(len, rows)]).cumsum(0)
-        data += [event, side.length[kept[s]], order[order < len(kept[s])], ptr, *rows]
-        counts.append(int(ptr[-1]))
-    return PieceIndex(torch.cat([torch.tensor([*map(len, ids), len(events[0]), *counts]), *data]).int())
+        joined = [places[s][side.joined[side.joined_ptr[t] : side.joined_ptr[t + 1]].long()] for t in ids[s]]
+        joined = [tokens[tokens < len(kept[s])] for tokens in joined]
+        joined_ptr = torch.tensor([0, *map(len, joined)]).cumsum(0)
+        data += [event, side.length[kept[s]], order[order < len(kept[s])], ptr, *rows, joined_ptr, *joined]
+        counts[0].append(int(ptr[-1]))
+        counts[1].append(int(joined_ptr[-1]))
+    head = torch.tensor([*map(len, ids), len(events[0]), *counts[0], *counts[1]])
+    return PieceIndex(torch.cat([head, *data]).int())
 
 
 def restricted_projection(W: ProjectionMatrix, ids: Vocabularies) -> ProjectionMatrix:

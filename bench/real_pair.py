@@ -82,8 +82,11 @@ def _piece_index(arrays: dict[str, NDArray[Any]]) -> xtoken.PieceIndex:
     sides = []
     for side, name in enumerate(names):
         order = np.array(sorted(range(len(lists[side])), key=lists[side].__getitem__), np.int32)
-        sides.append(Side(event[side], arrays[f"{name}_lengths"].astype(np.int32), order, ptr[side], pieces[side]))
-    head = [len(lists[0]), len(lists[1]), 1 + max(int(one.max()) for one in event), len(pieces[0]), len(pieces[1])]
+        lengths = arrays[f"{name}_lengths"].astype(np.int32)
+        joined = np.zeros(len(order) + 1, np.int32), np.zeros(0, np.int32)  # they take the bytes
+        sides.append(Side(event[side], lengths, order, ptr[side], pieces[side], *joined))
+    counts = [len(pieces[0]), len(pieces[1]), 0, 0]
+    head = [len(lists[0]), len(lists[1]), 1 + max(int(one.max()) for one in event), *counts]
     return xtoken.PieceIndex(np.concatenate([np.array(head, np.int32), *sides[0], *sides[1]]))
 
 

@@ -39,6 +39,9 @@ def test_by_hand() -> None:
     assert sequences == [[2], [0], [0, 2], [1], [1, 2], [4]]
     assert student.order.tolist() == [1, 2, 3, 4, 0, 5]
     assert teacher.pieces.tolist() == [1, 3, 0, 0, 1]
+    # "95" and "99" are tokens, and "995" is "99" and "5"; "95", the rest of "995" after "9", has no partner.
+    assert (student.joined_ptr.diff().tolist(), student.joined.tolist()) == ([0, 2, 0, 1, 0, 0], [0, 1, 0])
+    assert (teacher.joined_ptr.diff().tolist(), teacher.joined.tolist()) == ([1, 0, 1, 0], [0, 0])
 
 
 def test_a_rest_that_the_other_side_cannot_spell() -> None:
@@ -129,8 +132,11 @@ def test_damaged_data() -> None:
     data = index().data
     with pytest.raises(ValueError, match="not a piece index: 3 numbers"):
         PieceIndex(data[:3])
-    head, body = 5, 6 * 4 + 1 + 8  # the head, and the student's part
+    head, body = 7, 6 * 4 + 1 + 8 + 7 + int(data[5])  # the head, and the student's part
     places = {"event": head, "length": head + 6, "order": head + 12, "ptr": head + 18, "pieces": head + 25}
+    places["joined_ptr"] = head + 33
+    assert data[5] > 0
+    places["joined"] = head + 40
     for place, side in [(p, "student") for p in places.values()] + [(head + body, "teacher")]:
         damaged = data.clone()
         damaged[place] = -1

@@ -20,10 +20,7 @@ HEAD = 7
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
 side."""
 
-_FILE = TensorFile(
-    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "2"}, {"data": ("I32", 1)}, older=("1",)
-)
-"""Version 1 has no calibration."""
+_FILE = TensorFile("a piece index of xtoken", {"format": "xtoken.pieces", "version": "2"}, {"data": ("I32", 1)})
 
 
 class Side(NamedTuple):

@@ -44,7 +44,7 @@ struct ChunkRows {
     FIELD(const int64_t*, start, "[chunks] first row");                                       \
     FIELD(const int64_t*, count, "[chunks] how many rows");                                   \
     FIELD(const int64_t*, next, "[rows] the token that each row predicts; null: not needed"); \
-    FIELD(const int64_t*, before, "[chunks] the token before; null: not needed")
+    FIELD(const int64_t*, before, "[chunks] the token before, or -1; null: not needed")
     XTOKEN_FIELDS(XTOKEN_CHUNK_ROWS)
 };
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -76,7 +77,10 @@ def rows_by_hand(alignment: Alignment, *lengths: int) -> ChunksByHand:
         following = before = None
         if ids is not None:
             whole = ids.reshape(len(alignment), -1).tolist()
-            before = torch.tensor([whole[b][spans[k][first] - 1] for k, b in zip(used, sample, strict=True)])
+            ends = [{(c[1], c[3]) for c in spans[i:j]} for i, j in itertools.pairwise(offsets)]
+            follows = [(spans[k][0], spans[k][2]) in ends[b] for k, b in zip(used, sample, strict=True)]
+            tokens = [whole[b][spans[k][first] - 1] for k, b in zip(used, sample, strict=True)]
+            before = torch.tensor([t if f else -1 for t, f in zip(tokens, follows, strict=True)], dtype=torch.int64)
             texts = [row[1 : length + 1] for row in whole]
             following = torch.tensor([token for text in texts for token in (*text, *[-1] * (length - len(text)))])
         sides.append(RowsByHand(rows, following, before))

@@ -148,8 +148,8 @@ def enumerated(
                 else:
                     compare(start, part_mass, whole_mass, following[token], True)
     terms.sort()
-    before = itertools.accumulate((q for _, _, q in terms[:-1]), operator.mul, initial=1.0)
-    weights = before if weighting == "teacher" else itertools.repeat(1.0)
+    products = itertools.accumulate((q for _, _, q in terms[:-1]), operator.mul, initial=1.0)
+    weights = products if weighting == "teacher" else itertools.repeat(1.0)
     return math.fsum(w * value for w, (_, value, _) in zip(weights, terms, strict=False)), agrees, len(terms) - 1
 
 
@@ -180,7 +180,7 @@ def chunk_of(
 ) -> tuple[PieceIndex, Alignment, list[int], list[int]]:
     s_texts, t_texts, _ = CHUNKS[name]
     s_ids, t_ids = [student.index(t) for t in s_texts], [teacher.index(t) for t in t_texts]
-    alignment = Alignment([[1, 1 + len(s_ids), 1, 1 + len(t_ids)]], None, [0, *s_ids], [0, *t_ids])
+    alignment = Alignment([[0, 1, 0, 1], [1, 1 + len(s_ids), 1, 1 + len(t_ids)]], None, [0, *s_ids], [0, *t_ids])
     return PieceIndex.build(Vocabulary(student), Vocabulary(teacher)), alignment, s_ids, t_ids
 
 
@@ -217,7 +217,8 @@ def test_formula_over_a_batch(reverse: bool) -> None:
         p, q = case.student[sample, a - 1 : b - 1].softmax(-1), case.teacher[sample, c - 1 : d - 1].softmax(-1)
         ids = s_all[sample, a:b].tolist(), t_all[sample, c:d].tolist()
         assert b"".join(student[i] for i in ids[0]) == b"".join(teacher[i] for i in ids[1])
-        before = student[s_all[sample, a - 1]], teacher[t_all[sample, c - 1]]
+        follows = k > case.alignment.offsets[sample] and case.alignment.spans[k - 1, 1::2].tolist() == [a, c]
+        before = (student[s_all[sample, a - 1]], teacher[t_all[sample, c - 1]]) if follows else (b"", b"")
         want, _, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse=reverse, before=before)
         inner += count
         assert_close(got[k], torch.tensor(want, dtype=torch.float64), rtol=1e-10)

@@ -265,10 +265,13 @@ class Alignment:
     def _flatten(self, ids: bool) -> Tensor:
         """int64 [n]: what losses need on a device, as one tensor for one copy; of an alignment on the CPU.
 
-        Of `predictable` chunks the number, sample and span [6, K]; then, if wanted, the ids that there are.
+        Of `predictable` chunks the number, sample, span, and whether it begins where the chunk before ends [7, K];
+        then, if wanted, the ids that there are.
         """
-        used = predictable(self).nonzero()[:, 0]
-        parts = [used, self.sample_index[used], self.spans[used].long().T.flatten()]
+        used, sample = predictable(self).nonzero()[:, 0], self.sample_index
+        before = used - 1  # the first has none, and the last ends elsewhere
+        follows = (self.spans[before][:, 1::2] == self.spans[used][:, ::2]).all(1) & (sample[before] == sample[used])
+        parts = [used, sample[used], self.spans[used].long().T.flatten(), follows]
         if ids:
             parts += [part.flatten() for part in self._both_ids() if part is not None]
         return torch.cat(parts)

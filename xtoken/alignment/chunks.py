@@ -19,7 +19,7 @@ class Rows:
     next_ids: Tensor | None = None
     """int64 [N]: the token that each row predicts, as realised in the text; -1 where there is none."""
     before: Tensor | None = None
-    """int64 [K]: the token before each chunk, as realised; with `next_ids`."""
+    """int64 [K]: the last token of the chunk that ends where each begins, -1 if none does; with `next_ids`."""
 
     def index(self) -> Tensor:
         """int64 [R]: the rows of all chunks, chunk by chunk."""
@@ -178,14 +178,14 @@ def _rows_as_chunks(used: Tensor) -> Chunks:
 def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
     """The chunks of an alignment from what `Alignment._flatten` made of it, on any device."""
     count = int(predictable(host).sum())
-    used, sample, a, b, c, d = flat[: 6 * count].view(6, count).unbind()
+    used, sample, a, b, c, d, follows = flat[: 7 * count].view(7, count).unbind()
     sides: list[Rows] = []
-    rest = flat[6 * count :]
+    rest = flat[7 * count :]
     for ids, length, start, stop in zip(host._both_ids(), lengths, (a, c), (b, d), strict=True):
         following = before = None
         if realised and ids is not None:
             ids, rest = rest[: ids.numel()].view(len(host), -1), rest[ids.numel() :]
-            before = ids[sample, start - 1]
+            before = torch.where(follows > 0, ids[sample, start - 1], -1)
             ids = ids[:, 1 : length + 1]
             following = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
         sides.append(Rows(sample * length + start - 1, stop - start, following, before))

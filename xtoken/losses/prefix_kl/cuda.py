@@ -98,13 +98,13 @@ def _token_lists(
     return TokenLists(made.shared, made.start, made.put(tokens, -1), torch.from_numpy(number[owner]).int()), number
 
 
-def _known(side: Side, events: int) -> Lists:
+def _known(side: Side, events: int, device: torch.device) -> Lists:
     """Of the tokens of a side."""
     size = len(side.event)
     owner = np.repeat(np.arange(size), side.joined_ptr.diff().numpy())
     pairs = np.unique(owner * events + side.event[side.joined.long()].numpy())
     ptr = np.concatenate([[0], np.bincount(pairs // events, minlength=size).cumsum()])
-    return Lists(torch.from_numpy(ptr).int(), torch.from_numpy(pairs % events).int())
+    return Lists(torch.from_numpy(ptr).int().to(device), torch.from_numpy(pairs % events).int().to(device))
 
 
 def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
@@ -134,7 +134,7 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
 
     return PrefixPlan(
         (Side(*(x.to(device) for x in both[0])), Side(*(x.to(device) for x in both[1]))),
-        tuple(Lists(*(x.to(device) for x in _known(side, events))) for side in both),
+        (_known(both[0], events, device), _known(both[1], events, device)),
         synchronized(torch.from_numpy(slot.astype(np.int32)).to(device)),
         len(listed),
         tensors_to(student_lists, device),
