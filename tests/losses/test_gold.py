@@ -15,10 +15,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
+    "jensen-shannon": {"beta": 0.3},
+    "skewed": {"skew": 0.1, "temperature": 2.5},
+    "skewed reverse": {"skew": 0.25, "reverse": True},
 }
 FEW_VARIANTS: dict[str, dict[str, Any]] = {
     "cut": {"uncommon_top_k": 20},
     "reverse": {"reverse": True},
+    "jensen-shannon": {"beta": 0.3, "uncommon_top_k": 20},
 }
 
 

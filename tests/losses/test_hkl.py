@@ -15,11 +15,15 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
+    "jensen-shannon": {"beta": 0.3},
+    "skewed": {"skew": 0.1, "temperature": 2.5},
+    "skewed reverse": {"skew": 0.25, "reverse": True},
     "wider": {"min_weight": 0.4},
 }
 FEW_VARIANTS: dict[str, dict[str, Any]] = {
     "cut": {"uncommon_top_k": 20},
     "reverse": {"reverse": True},
+    "jensen-shannon": {"beta": 0.3, "uncommon_top_k": 20},
 }
 
 
@@ -48,4 +52,5 @@ def test_bad_options(options: dict[str, Any], exception: type[Exception], messag
 
 DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
     "cut": lambda s: loss_of(s, "hkl", uncommon_top_k=20, reduction="sum"),
+    "agree": lambda s: loss_of(s, "hkl", agree=True, beta=0.5),
 }

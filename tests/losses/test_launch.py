@@ -150,6 +150,7 @@ def test_what_was_built_for_something_else() -> None:
         "student": array(torch.zeros(1, 2, 5)), "teacher": array(torch.zeros(1, 2, 4)), "grad": None,
         "student_rows": none, "teacher_rows": none, "chunks": 0, "scale": None, "temperature": 1.0, "reverse": False,
         "lowest": -1e4, "losses": array(torch.zeros(0).double()), "top_k": 3,
+        "divergence": {"teacher": 1.0, "student": 0.0, "mixture": 0.0},
     }  # fmt: skip
     ids = array(torch.tensor([0, 1]))
     pairs = _core.build("pairs_plan", {"student_ids": ids, "teacher_ids": ids, "students": 5, "teachers": 5})

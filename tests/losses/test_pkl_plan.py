@@ -156,6 +156,7 @@ def test_what_was_built_for_something_else() -> None:
         "student": array(torch.zeros(1, 2, 5)), "teacher": array(torch.zeros(1, 2, 5)), "grad": None,
         "student_rows": rows, "teacher_rows": rows, "chunks": 0, "scale": None, "temperature": 1.0, "reverse": False,
         "lowest": -1e4, "losses": array(torch.zeros(0).double()), "top_k": 3,
+        "divergence": {"teacher": 1.0, "student": 0.0, "mixture": 0.0},
     }  # fmt: skip
     with pytest.raises(TypeError, match=r"ranked\.plan: expected a pairs_plan \(pairs; null: .*\), got a pkl_matrix"):
         _core.launch("ranked", {**fields, "plan": matrix}, "", 1)

@@ -31,13 +31,19 @@ def nothing(device: torch.device) -> Tensor:
 
 
 def by_projection(
-    student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    student: Source,
+    teacher: Source,
+    chunks: Chunks,
+    projection: Any,
+    device: torch.device,
+    backend: str,
+    left_out: Tensor | None = None,
 ) -> Tensor:
     """float32 [4]: `in_columns` of the teacher's largest columns; nan without a projection."""
     if projection is None:
         return nothing(device)
     columns = select_columns(teacher, projection.shape[1], device=device, backend=backend)
-    return in_columns(student, teacher, chunks, columns, projection)
+    return in_columns(student, teacher, chunks, columns, projection, None, left_out)
 
 
 def in_columns(

@@ -4,6 +4,7 @@
 // 1)) and sign * p_v outside. A row z_i of the n student rows gets d loss / d z_i = (g - softmax(z_i) sum g) / (n tau).
 // `values` holds, in a unit of its own, g of the pairs by teacher id and behind them g of the students outside, so that
 // one gather by `slot` finds every g.
+#include "cpu/divergence.h"
 #include "cpu/rows.h"
 #include "losses/ranked/params.h"
 #include "losses/ranked/sorted_l1.h"
@@ -81,8 +82,9 @@ struct PairSums {
     double total;  // sum of g over the pairs
 };
 
-// Reads `values` (the teacher's exponentials); for the reverse KL, replaces those of the pairs by g.
-PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teacher, bool reverse, float* values) {
+// Reads `values` (the teacher's exponentials); but for the forward KL, replaces those of the pairs by g.
+PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teacher, bool reverse,
+                    const Divergence& divergence, float* values) {
     // Log-probabilities of each side by themselves, so that equal ones differ by exactly 0; what the normalisers lose
     // as floats is added at the end.
     const float log_p = static_cast<float>(student.log_normaliser), log_q = static_cast<float>(teacher.log_normaliser);
@@ -91,9 +93,11 @@ PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teac
     const Floats student_inverse = broadcast(static_cast<float>(1 / student.temperature));
     const Floats teacher_inverse = broadcast(static_cast<float>(1 / teacher.temperature));
     const Floats zero = broadcast(0.0f);
-    DoubleSum mass, loss;
+    const bool mixed = divergence.is_mixed();
+    const MixedDivergence mixture(divergence);
+    DoubleSum mass, loss, teacher_loss;
     for (int64_t begin = 0; begin < teacher.size; begin += flush) {
-        Floats mass_part = zero, loss_part = zero;
+        Floats mass_part = zero, loss_part = zero, teacher_part = zero;
         for (int64_t i = begin; i < smaller(begin + flush, teacher.size); i += lanes) {
             const uint32_t word = plan.common[i / lanes];
             if (word == 0) continue;
@@ -103,7 +107,15 @@ PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teac
             const Floats lq = fma(y, teacher_inverse, broadcast(-log_q));
             const Floats lp = fma(z, student_inverse, broadcast(-log_p));
             const Floats difference = lq - lp;
-            if (reverse) {
+            if (mixed) {
+                const Floats e = select(common, student.exp(z), zero), f = select(common, load(values + i), zero);
+                const MixedDivergence::Terms terms = mixture(difference + broadcast(static_cast<float>(lost)));
+                const Floats g = e * mixture.slope(terms);
+                loss_part = fma(e, terms.of_student, loss_part);
+                teacher_part = fma(f, terms.of_teacher, teacher_part);
+                mass_part += g;
+                store(values + i, select(common, g, load(values + i)));
+            } else if (reverse) {
                 const Floats e = select(common, student.exp(z), zero);
                 const Floats term = fnma(e, difference, zero);
                 mass_part += e;
@@ -117,6 +129,11 @@ PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teac
         }
         mass.add(mass_part);
         loss.add(loss_part);
+        teacher_loss.add(teacher_part);
+    }
+    if (mixed) {
+        const double unit = student.inverse();
+        return {loss.total() * unit + teacher_loss.total() * teacher.inverse(), mass.total() * unit};
     }
     if (reverse) {
         const double unit = student.inverse();
@@ -176,7 +193,7 @@ void ranked_chunk(const RankedParams& params, int64_t k, char* workspace) {
         multiply(slots, p_size, student.inverse());
         multiply(q, q_size, teacher.inverse());
     } else {
-        pairs = over_pairs(plan, student, teacher, params.reverse, values);
+        pairs = over_pairs(plan, student, teacher, params.reverse, params.divergence, values);
         pick(student.logits, plan.student_others, p_size, &student.exp, student.inverse(), slots);
         pick(values, plan.teacher_others, q_size, nullptr, teacher.inverse(), q);
     }
@@ -187,7 +204,9 @@ void ranked_chunk(const RankedParams& params, int64_t k, char* workspace) {
     if (params.grad.data == nullptr) return;
 
     // What `values` are in units of: g = value * unit.
-    const double unit = !paired ? 1.0 : params.reverse ? student.inverse() : -teacher.inverse();
+    const double unit = !paired                                          ? 1.0
+                        : params.reverse || params.divergence.is_mixed() ? student.inverse()
+                                                                         : -teacher.inverse();
     if (paired) multiply(slots, p_size, 1 / unit);
     const double factor =
         (params.scale == nullptr ? 1.0 : params.scale[k]) * params.temperature / static_cast<double>(count);

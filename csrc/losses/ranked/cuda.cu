@@ -3,6 +3,7 @@
 //
 // With lp, lq the chunk's mean log-probabilities, g_v = d loss / d lp_v is -q_t on a pair (reverse: p_s (lp_s - lq_t +
 // 1)) and slope * p_v outside. Each of the n student rows z_i gets d loss / d z_i = (g - softmax(z_i) sum g) / (n tau).
+#include "cuda/divergence.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/ranked/params.h"
@@ -10,6 +11,36 @@
 
 namespace xtoken::cuda {
 namespace {
+
+// What pairs add to the loss, and g, from lp and lq; how precise the exponential of each has to be.
+class PairTerms {
+  public:
+    __device__ PairTerms(const Divergence& d, bool reverse, bool student_precise, bool teacher_precise)
+        : mixture_(d, student_precise || teacher_precise),
+          mixed_(is_mixed(d)),
+          reverse_(reverse),
+          student_precise_(student_precise),
+          teacher_precise_(teacher_precise) {}
+
+    __device__ float added_to(float loss, float lp, float lq) const {
+        if (mixed_) {
+            const MixedDivergence::Terms terms = mixture_(lq - lp);
+            return fmaf(p(lp), terms.of_student, fmaf(q(lq), terms.of_teacher, loss));
+        }
+        return reverse_ ? fmaf(p(lp), lp - lq, loss) : fmaf(q(lq), lq - lp, loss);
+    }
+    __device__ float g(float lp, float lq) const {
+        if (mixed_) return p(lp) * mixture_.slope(mixture_(lq - lp));
+        return reverse_ ? p(lp) * (lp - lq + 1.0f) : -q(lq);
+    }
+
+  private:
+    __device__ float p(float lp) const { return exponential(lp, student_precise_); }
+    __device__ float q(float lq) const { return exponential(lq, teacher_precise_); }
+
+    MixedDivergence mixture_;
+    bool mixed_, reverse_, student_precise_, teacher_precise_;
+};
 
 // ---- both sides one row of 16-bit logits ----
 
@@ -65,15 +96,14 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
 
         const auto student_log = static_cast<float>(student.log_total());
         const auto teacher_log = static_cast<float>(teacher.log_total());
+        const PairTerms terms(params.divergence, params.reverse, z.precise(), y.precise());
         float loss = 0.0f, mass = 0.0f;  // of the pairs, and the sum of their g
 #pragma unroll 4
         for (int i = thread; i < plan.pairs; i += threads) {
             const float lp = student.exp.log_share(z[plan.student_pair[i]], student_log);
             const float lq = teacher.exp.log_share(y[plan.teacher_pair[i]], teacher_log);
-            const float share = exponential(params.reverse ? lp : lq, z.precise());
-            const float term = share * (params.reverse ? lp - lq : lq - lp);
-            loss += term;
-            mass += params.reverse ? term + share : -share;
+            loss = terms.added_to(loss, lp, lq);
+            mass += terms.g(lp, lq);
         }
 
         // a teacher that is not a number gives no gradient that is one
@@ -125,9 +155,8 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
                 for (int n = 0; n < N; ++n) {
                     const float lp = student.exp.log_share(x[n], student_log);
                     const float lq = teacher.exp.log_share(partner[n], teacher_log);
-                    const float share = exponential(lp, z.precise());
-                    const float slope = params.reverse ? share * (lp - lq + 1.0f) : -exponential(lq, z.precise());
-                    const float of_pair = x[n] < params.lowest ? 0.0f : value * fmaf(-share, total, slope);
+                    const float inside = fmaf(-exponential(lp, z.precise()), total, terms.g(lp, lq));
+                    const float of_pair = x[n] < params.lowest ? 0.0f : value * inside;
                     g[n] = slot[n] < 0 ? by_bin(x[n]) : of_pair;
                 }
                 label.add(i, x, g);
@@ -229,6 +258,7 @@ class Side {
         const float sum = count_ > 1 ? sums_[v] : at_least(row_[v], lowest_);
         return (sum - top_) * inverse_ - log_total_;
     }
+    __device__ bool precise() const { return row_.precise(); }
     __device__ float exp(float log_share) const { return exponential(log_share, row_.precise()); }
     __device__ float share(int v) const { return exp(log_share(v)); }
 
@@ -251,11 +281,12 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width,
                              shared);
+        const PairTerms terms(params.divergence, params.reverse, p.precise(), q.precise());
         float part = 0.0f;
 #pragma unroll 4
         for (int i = thread; i < plan.pairs; i += threads) {
             const float lp = p.log_share(plan.student_pair[i]), lq = q.log_share(plan.teacher_pair[i]);
-            part = params.reverse ? fmaf(p.exp(lp), lp - lq, part) : fmaf(q.exp(lq), lq - lp, part);
+            part = terms.added_to(part, lp, lq);
         }
         float* student_values = params.student_values + k * plan.student_rest;
 #pragma unroll 4
@@ -281,6 +312,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
         const float* slope = params.slope + k * plan.student_rest;
+        const PairTerms terms(params.divergence, params.reverse, p.precise(), q.precise());
         // g_v goes where the sums of the student's logits were, or would be: every element is used by one thread
         float part = 0.0f;
         for (int v = static_cast<int>(threadIdx.x); v < students; v += static_cast<int>(blockDim.x)) {
@@ -289,10 +321,8 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
             float g;
             if (slot < 0) {
                 g = slope[-1 - slot] * p.exp(lp);
-            } else if (params.reverse) {
-                g = p.exp(lp) * (lp - q.log_share(slot) + 1.0f);
             } else {
-                g = -q.share(slot);
+                g = terms.g(lp, q.log_share(slot));
             }
             part += g;
             student_sums[v] = g;

@@ -4,6 +4,7 @@
 
 #include "cpu/dispatch.h"
 #include "launch/arguments.h"
+#include "launch/divergence.h"
 
 namespace xtoken {
 
@@ -24,6 +25,7 @@ struct PairsView {
 struct RankedParams {
 #define XTOKEN_CPU_RANKED(FIELD)                                        \
     XTOKEN_CHUNKS(FIELD);                                               \
+    FIELD(Divergence, divergence, "of the pairs");                      \
     FIELD(Real*, losses, "[chunks] out");                               \
     FIELD(int64_t, top_k, "ranks that are compared outside the pairs"); \
     FIELD(const PairsView*, plan,                                       \
@@ -58,6 +60,7 @@ struct PairsPlan {
 struct StepsParams {
 #define XTOKEN_CUDA_STEPS(FIELD)                                      \
     XTOKEN_CHUNKS(FIELD);                                             \
+    FIELD(Divergence, divergence, "of the pairs");                    \
     FIELD(Real*, losses, "[chunks] out");                             \
     FIELD(Labels, labels, "of the chunks' rows");                     \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for"); \
@@ -71,6 +74,7 @@ struct StepsParams {
 struct RankedParams {
 #define XTOKEN_CUDA_RANKED(FIELD)                                                                            \
     XTOKEN_CHUNKS(FIELD);                                                                                    \
+    FIELD(Divergence, divergence, "of the pairs");                                                           \
     FIELD(Real*, losses, "[chunks] out of ranked_forward: on the pairs; null: in ranked_backward");          \
     FIELD(Labels, labels, "of the chunks' rows, for ranked_backward");                                       \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for");                                        \

@@ -49,6 +49,9 @@ def gold_loss(
     temperature: float = 1.0,
     uncommon_top_k: int = DEFAULT_UNCOMMON_TOP_K,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
+    agree: bool = False,
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
@@ -63,7 +66,11 @@ def gold_loss(
     uncommon_top_k : int
         At most so many of the largest probabilities of uncommon tokens are compared.
     reverse : bool
-        Reverses the KL of the common part.
+        Reverses the KL of the common part, to which the next two apply as well.
+    {beta, skew}
+    agree : bool
+        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
+        token of both (needs the alignment's ids). By default they count.
     {reduction, inplace, backend}
 
     {results}
@@ -72,7 +79,7 @@ def gold_loss(
     """
     W = Matrix.of(projection)
     return compute(
-        GOLD(W, temperature, uncommon_top_k, reverse), student_logits, teacher_logits, alignment,
+        GOLD(W, temperature, uncommon_top_k, reverse, beta, skew, agree), student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
 

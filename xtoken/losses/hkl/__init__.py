@@ -54,6 +54,9 @@ def hkl_loss(
     uncommon_top_k: int = DEFAULT_UNCOMMON_TOP_K,
     min_weight: float = DOMINANT_WEIGHT,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
+    agree: bool = False,
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
@@ -71,7 +74,11 @@ def hkl_loss(
     min_weight : float
         A row with at least this weight is common with the teacher token of that weight, in (0, 1].
     reverse : bool
-        Reverses the KL of the common part.
+        Reverses the KL of the common part, to which the next two apply as well.
+    {beta, skew}
+    agree : bool
+        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
+        token of both (needs the alignment's ids). By default they count.
     {reduction, inplace, backend}
 
     {results}
@@ -80,7 +87,8 @@ def hkl_loss(
     """
     W = Matrix.of(projection)
     return compute(
-        HKL(W, temperature, uncommon_top_k, reverse, min_weight), student_logits, teacher_logits, alignment,
+        HKL(W, temperature, uncommon_top_k, reverse, beta, skew, agree, min_weight),
+        student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
     )  # fmt: skip
 

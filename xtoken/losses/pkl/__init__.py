@@ -13,6 +13,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses import diagnostics
+from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import Losses, Options, check_choice, check_count, check_temperature, compute, documented
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
@@ -21,7 +22,7 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Matrix, Needs
 from xtoken.losses.operator import Call, register
-from xtoken.losses.pkl import agreement, formula
+from xtoken.losses.pkl import formula
 from xtoken.projection.entries import Entries, restrict
 
 if TYPE_CHECKING:
@@ -70,12 +71,11 @@ class PKL(Loss):
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         chunks = call.chunks(self.realised)
-        if self.realised:
-            chunks.check_ids(self.W.shape, several=not self.agree)
         if self.agree:
             assert call.spans is not None
-            kept = agreement.agrees(chunks, self.W)
-            chunks = chunks.masked(kept.new_zeros(len(call.spans)).index_copy(0, chunks.used, kept))
+            chunks = agreeing(chunks, self.W, len(call.spans))
+        elif self.realised:
+            chunks.check_ids(self.W.shape)
         if self.merge == "first":
             chunks = chunks.first()
         columns = self._columns(teacher, call.student.device, call.backend)
@@ -96,7 +96,7 @@ class PKL(Loss):
     ) -> Tensor:
         columns = self._columns(teacher, device, backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
-        left_out = ~agreement.agrees(chunks, self.W) if self.agree else None
+        left_out = ~agrees(chunks, self.W) if self.agree else None
         return diagnostics.in_columns(student, teacher, chunks, chosen, self.W, count, left_out)
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks
+from xtoken.losses import diagnostics
+from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import Options, check_count, check_temperature
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss, Matrix
 from xtoken.losses.operator import Call
@@ -26,6 +29,9 @@ class RankedOptions(Options, total=False):
 
     uncommon_top_k: int
     reverse: bool
+    beta: float
+    skew: float
+    agree: bool
 
 
 @dataclass(frozen=True)
@@ -36,6 +42,9 @@ class PairedLoss(Loss):
     temperature: float
     uncommon_top_k: int
     reverse: bool
+    beta: float
+    skew: float
+    agree: bool
     min_weight: float
 
     def __post_init__(self) -> None:
@@ -43,6 +52,11 @@ class PairedLoss(Loss):
         check_count(self.uncommon_top_k, "uncommon_top_k")
         if not 0.0 < self.min_weight <= 1.0:
             raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
+        Divergence.of(self.reverse, self.beta, self.skew)
+
+    @property
+    def realised(self) -> bool:
+        return self.agree
 
     def check(self) -> None:
         super().check()
@@ -50,8 +64,18 @@ class PairedLoss(Loss):
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         pairs = pairs_of(self.W, self.min_weight, call.student.device)
-        options = PreparedRanked(*pairs, self.uncommon_top_k, self.temperature, self.reverse)
-        return Prepared(call.chunks(self.realised), options)
+        chunks = call.chunks(self.realised)
+        if self.agree:
+            assert call.spans is not None
+            chunks = agreeing(chunks, self.W, len(call.spans))
+        options = PreparedRanked(*pairs, self.uncommon_top_k, self.temperature, self.reverse, self.beta, self.skew)
+        return Prepared(chunks, options)
+
+    def diagnose(
+        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    ) -> Tensor:
+        left_out = ~agrees(chunks, self.W) if self.agree else None
+        return diagnostics.by_projection(student, teacher, chunks, projection, device, backend, left_out)
 
 
 _PAIRS = Cached[tuple[Tensor, Tensor]]()
@@ -81,12 +105,20 @@ class PreparedRanked:
     uncommon_top_k: int
     temperature: float
     reverse: bool
+    beta: float
+    skew: float
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the common part."""
+        return Divergence.of(self.reverse, self.beta, self.skew)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """See `formula.ranked`."""
         common, uncommon = formula.ranked(
             student, teacher, chunks, (self.student_ids, self.teacher_ids),
-            uncommon_top_k=self.uncommon_top_k, temperature=self.temperature, reverse=self.reverse,
+            uncommon_top_k=self.uncommon_top_k, temperature=self.temperature, reverse=self.reverse, beta=self.beta,
+            skew=self.skew,
         )  # fmt: skip
         return common + uncommon
 

@@ -8,6 +8,7 @@ from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cpu import array, run_chunks
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.ranked import PreparedRanked, Unpaired
 
 FUSES_LABELS = False
@@ -43,8 +44,10 @@ def run(
     assert labels is None
     options = problem.options
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    fields: dict[str, object] = {"temperature": options.temperature, "reverse": False, "top_k": 0, "plan": None}
+    fields: dict[str, object] = {"temperature": options.temperature, "top_k": 0, "plan": None}
+    fields.update(reverse=False, divergence=Divergence.of()._asdict())
     if isinstance(options, PreparedRanked):
         plan = plan_for(options.student_ids, options.teacher_ids, shape)
-        fields.update(reverse=options.reverse, top_k=options.uncommon_top_k, plan=plan)
+        fields.update(top_k=options.uncommon_top_k, plan=plan)
+        fields.update(reverse=options.divergence.reverse, divergence=options.divergence._asdict())
     return run_chunks("ranked", problem, student_grad, scale, level, fields)

@@ -13,6 +13,7 @@ from xtoken.alignment import Chunks, synchronized
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory, chunk_fields, label_fields
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import sorted_l1
 from xtoken.losses.ranked import PreparedRanked, Unpaired
 
@@ -103,16 +104,19 @@ class _Call:
     ) -> None:
         """Starts a kernel for some chunks: `more` are fields and inputs, `out` what it fills."""
         options = self.problem.options
+        divergence = options.divergence if isinstance(options, PreparedRanked) else Divergence.of()
         with self.kernels.memory(self.device) as memory:
             grad, labels = (self.student_grad, self.labels) if backward else (None, None)
+            keep = self.problem.chunks.mask is not None  # what is there of chunks that do not count
             given = {
                 **chunk_fields(memory, self.problem, part, grad, scale, keep=True),
                 "labels": label_fields(memory, labels, keep=True),
                 "temperature": options.temperature,
-                "reverse": isinstance(options, PreparedRanked) and options.reverse,
+                "reverse": divergence.reverse,
+                "divergence": divergence._asdict(),
                 "plan": self.plan.fields(memory),
                 **{field: memory.input(value) if isinstance(value, Tensor) else value for field, value in more.items()},
-                **{field: memory.output(tensor) for field, tensor in out.items()},
+                **{field: memory.output(tensor, keep) for field, tensor in out.items()},
             }
             blocks = max(1, min(memory.blocks, len(part)))
             given["workspace"] = self.kernels.workspace(memory, name, given, blocks)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, sorted_l1, statistics_dtype
 
 
@@ -18,6 +19,8 @@ def ranked(
     uncommon_top_k: int = 8192,
     temperature: float = 1.0,
     reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """KL on common pairs, sorted L1 on the rest; losses differ in the pairs (see `common_pairs`).
 
@@ -27,7 +30,8 @@ def ranked(
         uncommon = sum_i |P_i - Q_i|
 
     where P, Q are the largest probabilities outside the pairs, descending, ``min(uncommon_top_k, |P|, |Q|)``
-    of them. Equal probabilities of the student share their gradient.
+    of them. Equal probabilities of the student share their gradient. Other divergences of the common part are those of
+    `xtoken.losses.divergence`.
 
     Parameters
     ----------
@@ -48,10 +52,7 @@ def ranked(
     lp = chunk_log_probabilities(student_logits, chunks.student, temperature, dtype)
     lq = chunk_log_probabilities(teacher_logits, chunks.teacher, temperature, dtype)
     lp_common, lq_common = lp.index_select(1, pairs[0]), lq.index_select(1, pairs[1])
-    if reverse:
-        common = (lp_common.exp() * (lp_common - lq_common)).sum(-1)
-    else:
-        common = (lq_common.exp() * (lq_common - lp_common)).sum(-1)
+    common = Divergence.of(reverse, beta, skew)(lq_common.exp(), lq_common, lp_common.exp(), lp_common)
     p = lp.index_select(1, _others(pairs[0], lp.shape[1])).exp()
     q = lq.index_select(1, _others(pairs[1], lq.shape[1])).exp()
     uncommon = sorted_distance(p, q, min(uncommon_top_k, p.shape[1], q.shape[1]))

@@ -33,3 +33,13 @@ def agrees(chunks: Chunks, projection: Matrix) -> Tensor:
     wanted = first[0] * teachers + first[1]
     found = numbers[torch.searchsorted(numbers, wanted)] == wanted
     return found if chunks.mask is None else found & chunks.mask
+
+
+def agreeing(chunks: Chunks, projection: Matrix, total: int) -> Chunks:
+    """The chunks of an alignment of `total` chunks, of which only those count that `agrees` names.
+
+    Raises ValueError if a first realised token is outside its vocabulary.
+    """
+    chunks.check_ids(projection.shape, several=False)
+    kept = agrees(chunks, projection)
+    return chunks.masked(kept.new_zeros(total).index_copy(0, chunks.used, kept))
