@@ -145,6 +145,40 @@ def training() -> str:
 
 GPU = "gpu-nvidia-h200"
 PLAIN = ", plain formula"
+
+
+def truth() -> str:
+    """Where losses lead from the truth: by kind of text the mean over pairs of two tokenizers, and the worst pair."""
+    rows = [row for row in results("truth")["rows"] if len(set(row["pair"].split("/"))) == 2]
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    cells = {loss: [_of_pairs(rows, loss, kind) for kind in kinds] for loss in dict.fromkeys(r["loss"] for r in rows)}
+    ordered = sorted(cells.items(), key=lambda item: statistics.fmean(statistics.fmean(one) for one in item[1]))
+    body = [(loss, *(f"{statistics.fmean(one):.3f} ({max(one):.2f})" for one in row)) for loss, row in ordered]
+    return markdown(("loss", *kinds), body)
+
+
+def _of_pairs(rows: Sequence[Any], loss: str, kind: str) -> list[float]:
+    """The bias for each pair, of its rows where chunks start and inside chunks the worse."""
+    worst: dict[str, float] = {}
+    for row in rows:
+        if (row["loss"], row["kind"]) == (loss, kind):
+            worst[row["pair"]] = max(row["bias"], worst.get(row["pair"], 0.0))
+    return list(worst.values())
+
+
+def truth_on_events() -> str:
+    """By pair and kind where the first loss on events leads from the truth, in rows where chunks start / inside."""
+    rows = [row for row in results("truth")["rows"] if row["needs"] == "pieces"]
+    loss, kinds = rows[0]["loss"], list(dict.fromkeys(row["kind"] for row in rows))
+    found = {(row["pair"], row["kind"], row["sort"]): f"{row['bias']:.3f}" for row in rows if row["loss"] == loss}
+    body = [
+        (title, *(" / ".join(found.get((pair, kind, sort), "-") for sort in ("start", "inner"))
+        for kind in kinds))
+        for pair, title in dict.fromkeys((row["pair"], row["title"]) for row in rows)
+    ]  # fmt: skip
+    return markdown(("student from teacher", *kinds), body)
+
+
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
@@ -156,6 +190,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": cache,
     "accuracy": accuracy,
     "training": training,
+    "truth": truth,
+    "truth_on_events": truth_on_events,
 }
 
 

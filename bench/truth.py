@@ -192,7 +192,8 @@ def measure_pair(pair: str, kinds: Sequence[str], names: Sequence[str]) -> list[
         problem = Problem(world, world.contexts(ROWS, ROWS), whole)
         for case in forms():
             if case.name in names and (is_one or not case.same_tokenizer):
-                facts = {"pair": pair, "kind": kind, "loss": case.name, "needs": case.loss.needs.name.lower()}
+                needs = case.loss.needs.name.lower()
+                facts = {"pair": pair, "title": PAIRS[pair], "kind": kind, "loss": case.name, "needs": needs}
                 found += [facts | row for row in report(problem, case, student)]
     return found
 
@@ -246,7 +247,7 @@ def main() -> None:
     minutes = (time.perf_counter() - started) / 60
     facts = machine("torch", python=platform.python_version(), processes=options.processes)
     write(options.output, {"machine": facts, "minutes": minutes, "rows": rows})
-    print(table(rows, [name for name in rows[0] if name not in ("needs", "movers")]))
+    print(table(rows, [name for name in rows[0] if name not in ("title", "needs", "movers")]))
     plot(rows, options.output.with_suffix(".png"))
 
 
