@@ -153,6 +153,15 @@ def test_bench_cache(main, tmp_path, monkeypatch):
     assert "| 4 |" in printed
 
 
+@pytest.mark.slow
+def test_events(main, tmp_path):
+    printed = main("events", "--pairs", "llama3/qwen3", "--size", 4000, "--output", tmp_path / "events.json")
+    results = json.loads((tmp_path / "events.json").read_text())
+    assert [row["text"] for row in results["rows"]] == ["Python", "READMEs", "C++", "JavaScript, CSS, JSON", "manual"]
+    assert all(row["differing_percent"] <= row["differing_percent_before"] for row in results["rows"])
+    assert "| llama3/qwen3 | manual |" in printed
+
+
 def test_train_real(tmp_path, monkeypatch, capsys):
     """The data, the options and the table; training itself is tested with small models."""
     train_real = importlib.import_module("train_real")
