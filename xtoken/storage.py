@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,14 +68,12 @@ class TensorFile:
     """A kind of safetensors file; messages call it `title`.
 
     `metadata` is written into each file and required of it: ``format``, then ``version``. `tensors` are all that a file
-    holds, each with its type, as safetensors names it, and its number of dimensions; None: any. Files of `older`
-    versions are read too.
+    holds, each with its type, as safetensors names it, and its number of dimensions; None: any.
     """
 
     title: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, tuple[str, int]] | None = None
-    older: Sequence[str] = ()
 
     def save(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
         """Writes a file: complete, or not at all."""
@@ -94,7 +92,7 @@ class TensorFile:
         if found.get("format") != self.metadata.get("format"):
             raise ValueError(f"{path}: not {self.title}")
         version, wanted = found.get("version"), self.metadata.get("version")
-        if version != wanted and version not in self.older:
+        if version != wanted:
             raise ValueError(f"{path}: format version {version}, this xtoken reads version {wanted}")
         parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
         held = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
