@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 
-Weighting = Literal["teacher", "none"]
+Weighting = Literal["none", "teacher"]
 WEIGHTINGS = ("teacher", "none")
 
 
@@ -157,7 +157,7 @@ def prefix_kl_loss(
     reverse: bool = False,
     beta: float = 0.0,
     skew: float = 0.0,
-    weighting: str = "none",
+    weighting: Weighting = "none",
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
