@@ -32,7 +32,7 @@ from xtoken import (
     reference,
 )
 from xtoken.losses import Needs
-from xtoken.losses.prefix_kl import formula
+from xtoken.losses.prefix_kl import PrefixKL, formula
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -603,13 +603,17 @@ def test_tokens_that_the_other_side_lacks(special: tuple[int, int], largest: flo
 
 
 @kernels
-def test_no_common_event(backend: str) -> None:
+def test_no_common_event(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is refused; a kernel that meets it does nothing."""
     data = PieceIndex.build(Vocabulary([b"a", b"b"]), Vocabulary([b"c", b"d", b"e"])).data.clone()
     data[2] = 2
     PieceIndex(data).teacher.event.fill_(1)
     pieces = PieceIndex(data)
     alignment = Alignment([[1, 2, 1, 2]], None, [0, 0], [0, 0])
     student, teacher = logits_for(1, 2, 2).float().requires_grad_(), logits_for(2, 2, 3).float()
+    with pytest.raises(ValueError, match="pieces: expected events that both sides have"):
+        prefix_kl_loss(student, teacher, alignment, pieces, backend=backend)
+    monkeypatch.setattr(PrefixKL, "check", lambda self: None)
     for reverse in (False, True):
         loss = prefix_kl_loss(student, teacher, alignment, pieces, reverse=reverse, backend=backend)
         assert isinstance(loss, Tensor)
