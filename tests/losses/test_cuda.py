@@ -79,7 +79,7 @@ def test_errors_of_approximate_functions(name: str, dtype: torch.dtype) -> None:
 def test_launches_that_no_kernel_is_compiled_for() -> None:
     module = emulated.load()[0]
     start, covered = Array(0, "int64", (0,), (1,)), Array(0, "uint8", (0,), (1,))
-    fields = {"rows": {"start": start, "count": start, "next": None}, "chunks": 1, "covered": covered}
+    fields = {"rows": {"start": start, "count": start, "next": None, "before": None}, "chunks": 1, "covered": covered}
     for blocks, threads in ((0, 32), (1, 33), (1, 2 * module.max_threads)):
         with pytest.raises(ValueError, match="launch: expected at least one block of a multiple of 32 threads"):
             module.launch("mark_rows", fields, blocks, threads, 0)

@@ -103,7 +103,7 @@ def test_wrong_types(wrong: dict[str, Any], message: str, module: str) -> None:
 
 @modules
 def test_whole_numbers(module: str) -> None:
-    rows = given({"start": torch.zeros(0).long(), "count": torch.zeros(0).long(), "next": None})
+    rows = given({"start": torch.zeros(0).long(), "count": torch.zeros(0).long(), "next": None, "before": None})
     columns = given({"logits": torch.zeros(1, 1, 5), "ids": torch.zeros(1).long()})
     marked = {"rows": rows, "covered": array(torch.zeros(0, dtype=torch.uint8))}
     name, field, fields = ("largest_columns", "count", columns) if module == "cpu" else ("mark_rows", "chunks", marked)
@@ -145,7 +145,7 @@ def test_names_of_choices(module: str) -> None:
 
 
 def test_what_was_built_for_something_else() -> None:
-    none = given({"start": torch.zeros(0).long(), "count": torch.zeros(0).long(), "next": None})
+    none = given({"start": torch.zeros(0).long(), "count": torch.zeros(0).long(), "next": None, "before": None})
     fields = {
         "student": array(torch.zeros(1, 2, 5)), "teacher": array(torch.zeros(1, 2, 4)), "grad": None,
         "student_rows": none, "teacher_rows": none, "chunks": 0, "scale": None, "temperature": 1.0, "reverse": False,

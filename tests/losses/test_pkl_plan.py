@@ -151,7 +151,7 @@ def test_what_was_built_for_something_else() -> None:
     for wrong, got in ((None, "None"), (pairs, "a pairs_plan")):
         with pytest.raises(TypeError, match=rf"pkl_plan\.matrix: expected a pkl_matrix \(W\), got {got}"):
             _core.build("pkl_plan", {"matrix": wrong, "weight": None, "columns": None, "like": None})
-    rows = {"start": array(torch.zeros(0).long()), "count": array(torch.zeros(0).long()), "next": None}
+    rows = {"start": array(torch.zeros(0).long()), "count": array(torch.zeros(0).long()), "next": None, "before": None}
     fields = {
         "student": array(torch.zeros(1, 2, 5)), "teacher": array(torch.zeros(1, 2, 5)), "grad": None,
         "student_rows": rows, "teacher_rows": rows, "chunks": 0, "scale": None, "temperature": 1.0, "reverse": False,
