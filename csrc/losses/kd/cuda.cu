@@ -1,8 +1,10 @@
 // KL for one shared tokenizer, a pair of rows by a block. With p and q normalised over the columns C:
 //   loss = sum_C q (log q - log p)      d loss / d z = (p - q) / temperature
 //   reverse: sum_C p (log p - log q)    d loss / d z = p (log p - log q - loss) / temperature
+//   mixed: D                          d loss / d z = p (dD / dp - sum_C p dD / dp) / temperature
 // Both rows are passed over for their sums and again for the gradient, where the loss is summed as well; only the
-// gradient of the reverse needs it before.
+// gradients of the reverse and of mixed divergences need sums of a pass before.
+#include "cuda/divergence.cuh"
 #include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/kd/params.h"
@@ -40,14 +42,30 @@ struct Shares {
     }
 };
 
+// Calls add(shares) for the elements of both rows in the columns.
+template <typename S, typename Add>
+__device__ void each_shares(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
+                            Add add) {
+    const auto both = [&](int, const auto& x, const auto& target) {
+        add(Shares<sizeof(x) / sizeof(float)>(p, q, x, target));
+    };
+    if (params.chosen == nullptr) {
+        each_pair(z, y, params.columns, both);
+    } else {
+        each_chosen(z, params.chosen, params.columns, [&](int j, const auto& x) {
+            const float target[1] = {y[params.chosen[j]]};
+            both(j, x, target);
+        });
+    }
+}
+
 // The loss of a pair of rows by itself.
 template <typename S>
 __device__ double divergence(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
                              Sums& shared) {
     float part = 0.0f;
-    const auto add = [&](int, const auto& x, const auto& target) {
-        constexpr int N = sizeof(x) / sizeof(float);
-        const Shares<N> shares(p, q, x, target);
+    each_shares(params, z, y, p, q, [&](const auto& shares) {
+        constexpr int N = sizeof(shares.own) / sizeof(float);
         if (params.reverse) {
 #pragma unroll
             for (int n = 0; n < N; ++n) part = fmaf(shares.own[n], -shares.difference[n], part);
@@ -55,21 +73,32 @@ __device__ double divergence(const KdParams& params, const Row<S>& z, const AnyR
 #pragma unroll
             for (int n = 0; n < N; ++n) part = fmaf(shares.other[n], shares.difference[n], part);
         }
-    };
-    if (params.chosen == nullptr) {
-        each_pair(z, y, params.columns, add);
-    } else {
-        each_chosen(z, params.chosen, params.columns, [&](int j, const auto& x) {
-            const float target[1] = {y[params.chosen[j]]};
-            add(j, x, target);
-        });
-    }
+    });
     double sums[1] = {static_cast<double>(part)};
     block_sum(sums, shared);
     return sums[0];
 }
 
+// A mixed divergence, and the mean of its derivative by p.
 template <typename S>
+__device__ void mixed_sums(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
+                           const MixedDivergence& mixed, Sums& shared, double (&sums)[2]) {
+    float loss = 0.0f, slope = 0.0f;
+    each_shares(params, z, y, p, q, [&](const auto& shares) {
+        constexpr int N = sizeof(shares.own) / sizeof(float);
+#pragma unroll
+        for (int n = 0; n < N; ++n) {
+            const MixedDivergence::Terms terms = mixed(shares.difference[n]);
+            loss = fmaf(shares.other[n], terms.of_teacher, fmaf(shares.own[n], terms.of_student, loss));
+            slope = fmaf(shares.own[n], mixed.slope(terms), slope);
+        }
+    });
+    sums[0] = static_cast<double>(loss);
+    sums[1] = static_cast<double>(slope);
+    block_sum(sums, shared);
+}
+
+template <typename S, bool is_mixed>
 __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     const double temperature = static_cast<double>(params.temperature), square = temperature * temperature;
@@ -85,10 +114,19 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
             statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
         const LabelTerm label = label_term(params.labels, r, z, params.student.width, params.lowest, shared,
                                            params.chosen == nullptr && params.temperature == 1.0f, own);
-        const bool alone = params.reverse || params.grad.data == nullptr;
-        double loss[1] = {alone ? divergence(params, z, y, p, q, shared) : 0.0};
+        const MixedDivergence mixed(params.divergence, z.precise() || y.precise());
+        const bool alone = is_mixed || params.reverse || params.grad.data == nullptr;
+        double loss[1] = {0.0}, average = 0.0;
+        if constexpr (is_mixed) {
+            double sums[2];
+            mixed_sums(params, z, y, p, q, mixed, shared, sums);
+            loss[0] = sums[0];
+            average = sums[1];
+        } else if (alone) {
+            average = loss[0] = divergence(params, z, y, p, q, shared);
+        }
         if (params.grad.data != nullptr) {
-            const auto mean = static_cast<float>(loss[0]);
+            const auto mean = static_cast<float>(average);
             const auto factor = static_cast<float>(
                 (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature);
             float part = 0.0f;
@@ -109,7 +147,12 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
                                   shown[n] = -INFINITY;
                               }
                           }
-                          if (params.reverse) {
+                          if constexpr (is_mixed) {
+#pragma unroll
+                              for (int n = 0; n < N; ++n) {
+                                  g[n] = shares.own[n] * (mixed.slope(mixed(shares.difference[n])) - mean);
+                              }
+                          } else if (params.reverse) {
 #pragma unroll
                               for (int n = 0; n < N; ++n) g[n] = shares.own[n] * (-shares.difference[n] - mean);
                           } else {
@@ -136,7 +179,8 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
 void kd(const KdParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("kd", kd_kernel<S>, 1 + AnyRow::slots(params.teacher.type), launch, params.chunks, params);
+        auto* kernel = params.divergence.is_mixed() ? kd_kernel<S, true> : kd_kernel<S, false>;
+        launch_items("kd", kernel, 1 + AnyRow::slots(params.teacher.type), launch, params.chunks, params);
     });
 }
 
