@@ -73,6 +73,7 @@ class CopiedMemory:
     def __init__(self, memory: Any, stream: int = 0) -> None:
         self.memory, self.stream = memory, stream
         self.inside: dict[int, Tensor] = {}  # by the address outside, or that of scratch memory itself
+        self.outside: list[Tensor] = []  # alive for the call, so that no other tensor gets its address
         self.results: list[tuple[Tensor, Tensor]] = []
 
     def input(self, tensor: Tensor | None) -> Array | None:
@@ -81,6 +82,7 @@ class CopiedMemory:
         known = self.inside.get(tensor.data_ptr())
         if known is None:
             known = self.inside[tensor.data_ptr()] = self.memory.copy(tensor.detach())
+            self.outside.append(tensor)
         return _at(known, tensor)
 
     def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
