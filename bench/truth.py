@@ -173,9 +173,9 @@ def report(problem: Problem, case: Case, student: Vocabulary) -> Iterator[Row]:
             "sort": sort,
             "rows": len(rows),
             "texts": int(weight.sum()),
-            **{name: mean(value[rows], weight) for name, value in values.items()},
-            "worst": float(values["bias"][worst]),
-            "still_moving": float(led.moved[rows].max()),
+            **{name: round(mean(value[rows], weight), 6) for name, value in values.items()},
+            "worst": round(float(values["bias"][worst]), 6),
+            "still_moving": round(float(led.moved[rows].max()), 6),
             "movers": movers(problem, worst, led.end, student),
         }
 
@@ -199,7 +199,7 @@ def measure_pair(pair: str, kinds: Sequence[str], names: Sequence[str]) -> list[
 
 
 def plot(rows: Sequence[Row], path: Path) -> None:
-    """The bias of each loss by pair and kind, in the worse of the two sorts of rows."""
+    """The bias of each loss by pair and kind, in the worse of the two sorts of rows; not of losses of one tokenizer."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -211,6 +211,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         key = (row["pair"], row["kind"])
         cells[key] = max(row["bias"], cells.get(key, 0))
     pairs, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("pair", "kind"))
+    worst = {loss: cells for loss, cells in worst.items() if len(cells) == len(pairs) * len(kinds)}
     columns = 3
     lines = -(-len(worst) // columns)
     figure = Figure(figsize=(4.2 * columns, 0.8 + (0.6 + 0.3 * len(pairs)) * lines), layout="constrained")
