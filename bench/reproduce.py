@@ -294,7 +294,8 @@ def arms() -> dict[str, Arm]:
         for chosen in itertools.product(*words.values()):
             for gamma in GAMMAS if loss.trains_projection else GAMMAS[:1]:
                 shown = [f"{gamma:g}"] if loss.trains_projection else []
-                name = " ".join([loss.title, *chosen[:1], *shown, *chosen[1:]])
+                words_of = [word for word in chosen if word != "none"]
+                name = " ".join([loss.title, *words_of[:1], *shown, *words_of[1:]])
                 is_main = all(word == values[0] for word, values in zip(chosen, words.values(), strict=True))
                 found[name] = Arm(Case(name, loss, dict(zip(words, chosen, strict=True))), gamma, is_main)
     return found
