@@ -42,7 +42,7 @@ def store() -> None:
     from bench_losses import numbers_alignment
 
     student, teacher = map(xtoken.Vocabulary.from_tokenizer, load_tokenizers("llama3", "qwen3"))
-    W, index = xtoken.ProjectionMatrix.build(student, teacher), xtoken.PieceIndex.build(student, teacher)
+    W, index = xtoken.ProjectionMatrix.build(student, teacher), xtoken.PieceIndex.build(student, teacher, texts=())
     aligned = numbers_alignment(student, teacher, ALIGNED_TOKENS)
     weights, weight = np.unique(W.weight.numpy(), return_inverse=True)
     col = W.col.numpy()

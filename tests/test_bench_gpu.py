@@ -239,7 +239,7 @@ def test_a_wrong_loss_at_the_real_size_is_an_error(monkeypatch, capsys):
 def test_the_stored_pair_is_the_real_one(vocabulary):
     pair, aligned = real_pair.load()
     student, teacher = vocabulary("llama3"), vocabulary("qwen3")
-    W, pieces = ProjectionMatrix.build(student, teacher), PieceIndex.build(student, teacher)
+    W, pieces = ProjectionMatrix.build(student, teacher), PieceIndex.build(student, teacher, texts=())
     assert W.shape == pair.projection.shape
     for name in ("row_ptr", "col", "weight"):
         assert torch.equal(getattr(W, name), getattr(pair.projection, name))

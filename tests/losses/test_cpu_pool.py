@@ -145,7 +145,7 @@ def run(loss, options, student, teacher, labels):
 torch.set_num_threads(2)
 ids = torch.arange(V)
 W = xtoken.ProjectionMatrix.from_topk(
-    torch.stack([ids, (ids + 1) % V], 1), torch.tensor([[0.9, 0.1]]).repeat(V, 1), teacher_vocab_size=V
+    torch.stack([ids, (ids + 1) % V], 1), torch.tensor([[0.9, 0.1], [1, 0]]).repeat(V // 2, 1), teacher_vocab_size=V
 )
 rows = int(sys.argv[1])
 student, teacher = torch.randn(1, rows, V), torch.randn(1, rows, V)
