@@ -145,13 +145,15 @@ def calibrate(
 def _blocks(texts: Iterable[str]) -> Iterator[list[bytes]]:
     """The texts as UTF-8, about `BLOCK` bytes at a time."""
     block: list[bytes] = []
+    size = 0
     for text in texts:
         if not isinstance(text, str):
             raise TypeError(f"texts: expected strings, got {type(text).__name__}")
         block.append(text.encode("utf-8", "replace"))
-        if sum(map(len, block)) >= BLOCK:
+        size += len(block[-1])
+        if size >= BLOCK:
             yield block
-            block = []
+            block, size = [], 0
     if block:
         yield block
 

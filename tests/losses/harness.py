@@ -175,6 +175,23 @@ def make_case(
     )
 
 
+def agreeing_alignments(case: Case) -> tuple[Alignment, Alignment]:
+    """The case's alignment, some of whose chunks begin with tokens that W does not join, and one without those."""
+    of, W = case.alignment, case.projection
+    assert of.student_ids is not None
+    assert of.teacher_ids is not None
+    kept = []
+    for k, (a, _, c, _) in enumerate(of.spans.tolist()):
+        sample = k // (len(of.spans) // len(of))
+        known = W.row(int(of.student_ids[sample, a]))[0].tolist()
+        if k % 3 and known:
+            of.teacher_ids[sample, c] = known[-1]
+        kept.append(int(of.teacher_ids[sample, c]) in known)
+    predicted = of.predicted & torch.tensor(kept)
+    assert 0 < int(predicted.sum()) < int(of.predicted.sum())
+    return of, Alignment(of.spans, of.offsets, of.student_ids, of.teacher_ids, predicted=predicted)
+
+
 def _size_one() -> Case:
     return make_case(1, 1, samples=1, shapes=((1, 1), (1, 1)))
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
-from harness import CASES, Case, backends_of, check, check_slopes, make_case
+from harness import CASES, Case, agreeing_alignments, backends_of, check, check_slopes, make_case
 from steps import Step, loss_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -443,19 +443,7 @@ def test_slopes_of_a_learnable_matrix(merge: str, top_k: int | None, backend: st
 def test_chunks_that_begin_with_other_text_are_left_out(merge: str, backend: str) -> None:
     """As if they were not in the alignment; counted."""
     case = make_case()
-    of, W = case.alignment, case.projection
-    assert of.student_ids is not None
-    assert of.teacher_ids is not None
-    kept = []
-    for k, (a, _, c, _) in enumerate(of.spans.tolist()):
-        sample = k // (len(of.spans) // len(of))
-        known = W.row(int(of.student_ids[sample, a]))[0].tolist()
-        if k % 3 and known:
-            of.teacher_ids[sample, c] = known[-1]
-        kept.append(int(of.teacher_ids[sample, c]) in known)
-    predicted = of.predicted & torch.tensor(kept)
-    few = Alignment(of.spans, of.offsets, of.student_ids, of.teacher_ids, predicted=predicted)
-    assert 0 < int(predicted.sum()) < int(of.predicted.sum())
+    (of, few), W = agreeing_alignments(case), case.projection
     results = []
     for alignment, agree in ((of, True), (few, False)):
         student = case.student.float().requires_grad_()

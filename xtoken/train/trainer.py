@@ -44,8 +44,6 @@ STATE_FILE = "distillation.safetensors"
 TOLD_AFTER = 100
 """Steps with the largest factor of the distillation, after which it is said that it is no longer CE / |KD|."""
 
-logger = logging.getLogger(__name__)
-
 _STATE = TensorFile("the distillation of a checkpoint")
 _MOMENTS = "moments."  # before the names of moments
 

@@ -23,7 +23,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -45,7 +45,6 @@ if TYPE_CHECKING:
 
 
 Weighting = Literal["none", "teacher"]
-WEIGHTINGS = ("teacher", "none")
 
 
 @register("prefix", "prefix KL", Needs.PIECES)
@@ -66,7 +65,7 @@ class PrefixKL(Loss):
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
         Divergence.of(self.reverse, self.beta, self.skew)
-        check_choice(self.weighting, "weighting", WEIGHTINGS)
+        check_choice(self.weighting, "weighting", get_args(Weighting))
 
     @property
     def divergence(self) -> Divergence:
