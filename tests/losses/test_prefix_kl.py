@@ -416,7 +416,7 @@ def test_bad_pieces_and_ids(backend: str) -> None:
         prefix_kl_loss(z, y, Alignment(spans, None, [0, *s_ids], [0, t_ids[0], -1]), pieces, backend=backend)
     with pytest.raises(ValueError, match=r"alignment: expected teacher_ids in 0 \.\.\. 8 within chunks, got 9"):
         prefix_kl_loss(z, y, Alignment([[1, 2, 1, 2]], None, [0, *s_ids], [0, 9]), pieces, backend=backend)
-    with pytest.raises(ValueError, match="weighting: expected one of 'teacher', 'none', got 'both'"):
+    with pytest.raises(ValueError, match="weighting: expected one of 'none', 'teacher', got 'both'"):
         prefix_kl_loss(z, y, alignment, pieces, weighting="both", backend=backend)
 
 
