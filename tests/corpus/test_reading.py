@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import json
+import lzma
+import os
+import random
+from collections import Counter
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
 
-from xtoken.corpus import lines
+from xtoken.corpus import source
 from xtoken.corpus.documents import Broken
 from xtoken.corpus.files import find_files
-from xtoken.corpus.partition import MOST_SLICES, into_shards
+from xtoken.corpus.partition import MOST_SLICES, FileSlice, into_shards
 from xtoken.corpus.reading import read_shard, scan_file
+from xtoken.train.data import read_rows
 
 TEXTS = [f"document {k} " + "äöü€😀 " * (k % 40) for k in range(400)]
 
@@ -34,7 +41,10 @@ def documents(path, target=3000, text_column="text", on_error="raise"):
 
 
 def write(path, texts):
-    jsonl = "".join(json.dumps({"text": text, "meta": {"a": [1]}}) + "\n" for text in texts).encode()
+    rows = [{"text": text, "meta": {"a": [1]}} for text in texts]
+    jsonl = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    if ".array." in path.name:
+        jsonl = ("\ufeff\n " + json.dumps(rows, indent=1, ensure_ascii=False)).encode()
     plain = "".join(text + "\n" for text in texts).encode()
     data = jsonl if ".json" in path.name else plain
     table = pa.table({"n": range(len(texts)), "text": texts})
@@ -56,10 +66,22 @@ def write(path, texts):
 
 @pytest.mark.parametrize(
     "name",
-    ["a.jsonl", "a.json.gz", "a.jsonl.zst", "a.txt", "a.txt.gz", "a.txt.zst", "a.parquet", "a.arrow", "a.feather"],
+    [
+        "a.jsonl",
+        "a.json.gz",
+        "a.jsonl.zst",
+        "a.txt",
+        "a.txt.gz",
+        "a.txt.zst",
+        "a.parquet",
+        "a.arrow",
+        "a.feather",
+        "a.array.json",
+        "a.array.json.gz",
+    ],
 )
 def test_every_format_gives_the_same_documents(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 4096)
     write(tmp_path / name, TEXTS)
     texts = [text.rstrip("\n") for text in TEXTS]
     for target in (700, 3000, 1 << 20):
@@ -70,8 +92,130 @@ def test_every_format_gives_the_same_documents(name, tmp_path, monkeypatch):
         assert not name.endswith((".gz", ".zst")) or len(slices) <= MOST_SLICES
 
 
+LINES = [{"text": f"row {k}", "n": None} for k in range(20)]
+JSONL = b"".join(json.dumps(row).encode() + b"\n" for row in LINES)
+ARRAY = json.dumps(LINES, indent=2).encode()
+MEMBERS = gzip.compress(JSONL[:100]) + gzip.compress(b"") + gzip.compress(JSONL[100:])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("A.JSONL.GZ", gzip.compress(JSONL)),
+        ("b.jsonl.Gz", MEMBERS),
+        ("c.jsonl", MEMBERS + bytes(512)),
+        ("d.json.gz", gzip.compress(JSONL) + bytes(1) + gzip.compress(ARRAY[:0])),
+        ("e.jsonl.zst", gzip.compress(JSONL)),
+        ("f.JSON", zstandard.compress(ARRAY)),
+        ("g.ndjson.zst", b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(JSONL)),
+        ("h.jsonl.BZ2", bz2.compress(JSONL[:9]) + bz2.compress(JSONL[9:])),
+        ("i.jsonl.xz", lzma.compress(JSONL)),
+        ("j.jsonl.gz", JSONL),
+        ("k.json", ARRAY),
+        ("l.json", b"\xef\xbb\xbf" + ARRAY + b"\n\n"),
+        ("m.jsonl", b"\xef\xbb\xbf\n \t\r\n" + JSONL.replace(b"\n", b"\r\n\r\n")[:-4]),
+        ("n.json", json.dumps(LINES).encode()),
+    ],
+)
+def test_the_content_says_what_a_file_is(name, content, tmp_path, monkeypatch):
+    """Corpora and training read the same rows, whatever the name says of packing and case."""
+    (tmp_path / name).write_bytes(content)
+    for size in (5, 1 << 20):
+        monkeypatch.setattr(source, "BLOCK_BYTES", size)
+        assert list(read_rows([tmp_path / name])) == LINES
+        for target in (40, 1 << 20):
+            assert [text for _, text in documents(tmp_path / name, target)[0]] == [row["text"] for row in LINES]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.bz2", "a.jsonl.xz", "a.txt.zst", "a.json", "a.JSONL"])
+def test_empty_files_hold_nothing(name, tmp_path):
+    pack: dict[str, Any] = {
+        ".gz": gzip.compress,
+        ".bz2": bz2.compress,
+        ".xz": lzma.compress,
+        ".zst": zstandard.compress,
+    }
+    for content in (b"", pack.get(os.path.splitext(name)[1], bytes)(b"\n"), b"[]" if name == "a.json" else b""):
+        (tmp_path / name).write_bytes(content)
+        assert (documents(tmp_path / name)[0], list(read_rows([tmp_path / name]))) == ([], [])
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b'[{"text": "a"},\n {"text": "b"}\n {"text": "c"}]', "line 3: expected a comma or the end of a JSON array"),
+        (b'[{"text": "a"},\n\n {"text" "b"}]', "line 3: Expecting ':' delimiter, in a JSON array"),
+        (b'[{"text": "a"},\n]', "line 2: Expecting value"),
+        (b'[{"text": "a"},\n {"text": "b', "line 2: Unterminated string"),
+        (b'[{"text": "a"}]\n[1]', "line 2: expected nothing behind the end"),
+        (b'[{"text": "a"}', "line 1: expected a comma or the end of a JSON array, got ''"),
+        (b'[{"text": "a"}, 1]', "row 2: expected a JSON object, got int"),
+        (b'[{"text": "\xff"}]', "line 1 or later: .*utf-8"),
+        (b'{"text":\n "a"}', "line 1: .*expected JSON lines .an object a line. or one array"),
+        (b'\xff\xfe{\0"\0', "expected UTF-8, got UTF-16"),
+    ],
+)
+def test_broken_arrays(content, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(source, "BLOCK_BYTES", 3)
+    (tmp_path / "a.json").write_bytes(content)
+    for read in (documents, lambda path: list(read_rows([path]))):
+        with pytest.raises(ValueError, match=r"a\.json[,:] .*" + message):
+            read(tmp_path / "a.json")
+
+
+def test_a_null_text_is_named(tmp_path):
+    (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": null}]')
+    with pytest.raises(ValueError, match=r"a\.json, row 2: expected text in field 'text', got null"):
+        documents(tmp_path / "a.json")
+    assert documents(tmp_path / "a.json", on_error="skip")[2] == {"a.json": 1}
+
+
+@pytest.mark.parametrize(
+    "name", ["a.jsonl", "a.jsonl.gz", "a.json.zst", "a.array.json", "a.txt.gz", "a.parquet", "a.arrow"]
+)
+def test_damaged_files_give_their_rows_or_an_error(name, tmp_path):
+    """Cut, or with a bit flipped: an error with the name. What is packed or a table never gives less of it."""
+    path = tmp_path / name
+    write(path, TEXTS[:7])
+    data, draw = path.read_bytes(), random.Random(0)
+    ways = [lambda: documents(path)[0], lambda: list(read_rows([path]))]
+    right, seen = [read() for read in ways], Counter[str]()
+    cuts = [data[:size] for size in sorted(draw.sample(range(1, len(data)), 60))]
+    flips = [bytearray(data) for _ in range(60)]
+    for flipped in flips:
+        flipped[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+    for content in (*cuts, *flips):
+        path.write_bytes(content)
+        for expected, read in zip(right, ways, strict=True):
+            got, refusal = None, ""
+            try:
+                got = read()
+            except ValueError as error:
+                refusal = str(error)
+            seen["refused"] += bool(refusal)
+            is_checked = name.endswith(".gz") or (len(content) < len(data) and name not in ("a.jsonl", "a.txt"))
+            assert name in refusal if refusal else got == expected or not is_checked
+    assert seen["refused"] > 60
+
+
+def test_files_that_change_are_named(tmp_path):
+    path = tmp_path / "a.txt"
+    for change in (lambda: os.truncate(path, 50), lambda: path.write_text("y\n" * 100), path.unlink):
+        path.write_text("x\n" * 100)
+        os.utime(path, ns=(0, 0))
+        (file,) = find_files([path])
+        rows = read_rows([path])
+        next(rows)
+        change()
+        with pytest.raises(ValueError, match=r"a\.txt: (was changed|is gone) while it is read"):
+            list(rows)
+        (shard,) = into_shards([FileSlice(file, 0, 200, 1, 200)], 200)
+        with pytest.raises(ValueError, match=r"a\.txt: (was changed while it is read|cannot read it)"):
+            list(read_shard(shard, "text", Broken("skip")))
+
+
 def test_lines_of_every_kind(tmp_path, monkeypatch):
-    monkeypatch.setattr(lines, "BLOCK_BYTES", 64)
+    monkeypatch.setattr(source, "BLOCK_BYTES", 64)
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone\r\n\n  \n".encode() + b"x" * 1000 + b"\ntwo\x0bthree\nlast")
     rows, _, _ = documents(path, 10)
@@ -106,7 +250,7 @@ GOOD = b'{"text": "fine"}\n'
     [
         (b'{"text": "cut', "Unterminated"),
         (b"[1]", "expected a JSON object, got list"),
-        (b'{"other": "x", "more": 1}', "expected text in field 'text', the line has other, more"),
+        (b'{"other": "x", "more": 1}', "expected text in field 'text', the row has other, more"),
         (b'{"text": 3}', "got int"),
         (b'{"text": "\xff"}', "utf-8"),
         (b'{"text": "\\ud800"}', "surrogates"),
@@ -189,6 +333,12 @@ def test_finding_files(tmp_path):
         find_files([tmp_path / "a"])
     with pytest.raises(ValueError, match="expected at least one file"):
         find_files([])
+    (tmp_path / "[x]").mkdir()
+    (tmp_path / "[x]" / "3.TXT").write_text("")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "4.txt").write_text("")
+    assert [file.name for file in find_files([tmp_path / "[x]" / "*"])] == ["3.TXT"]
+    assert [file.name for file in find_files([tmp_path / "[xy]" / "*.txt"])] == ["4.txt"]
     (tmp_path / "a.docx").write_text("")
     with pytest.raises(ValueError, match=r"unknown ending; expected one of \.jsonl"):
         find_files([tmp_path / "a.docx"])

@@ -4,7 +4,8 @@ One file, one job, in the order in which a run passes through them:
 
 * `options`: what may be chosen
 * `files`: which input files there are, and of which format
-* `lines`, `tables`: where a file may be cut, and reading a slice of it (JSON lines and text; parquet and Arrow)
+* `source`: the content of JSON and text files, unpacked, as lines or elements; training reads by it too
+* `lines`, `tables`: where a file may be cut, and reading a slice of it (JSON and text; parquet and Arrow)
 * `partition`: which slices make which shard
 * `shards`: the one function that turns a shard's documents into a parquet file
 * `engine_local`, `engine_ray`: running it for all shards, on this machine or on a Ray cluster
@@ -50,9 +51,9 @@ def align_corpus(
         Tokenizers, as for `Vocabulary.from_tokenizer`. Padding, truncation and special tokens that they would add are
         turned off.
     inputs : path or sequence of paths
-        Files, or glob patterns (``**`` too): parquet, JSON lines, text with a document a line, Arrow IPC files and
-        streams; see `xtoken.corpus.files.FORMATS` for the endings. JSON lines and text may be compressed (gzip, zstd).
-        Blank lines are no documents.
+        Files, or glob patterns (``**`` too): parquet, JSON lines or one JSON array, text with a document a line, Arrow
+        IPC files and streams; see `xtoken.corpus.files.FORMATS` for the endings. JSON and text may be compressed by
+        gzip, bzip2, xz or zstd, which their content says, whatever the ending. Blank lines are no documents.
     output : path
         Folder to write to: ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if missing.
     text_column : str
@@ -85,8 +86,9 @@ def align_corpus(
     Raises
     ------
     ValueError
-        For broken input, with file and line; for options that are not known; for an `output` that holds something and
-        no `resume`; for a `resume` with another tokenizer, parameter or input, naming it.
+        For broken input, with file and line or row; for a file that changes while it is read; for options that are not
+        known; for an `output` that holds something and no `resume`, or that another run writes to; for a `resume` with
+        another tokenizer, parameter or input, naming it.
     FileNotFoundError
         If a path or pattern matches no file.
     OSError

@@ -30,8 +30,7 @@ class Broken:
     def __call__(self, file: InputFile, number: int, reason: str) -> None:
         """Reports that line or row `number` of `file` is no document."""
         if self.on_error == "raise":
-            unit = "line" if file.format in ("json", "text") else "row"
-            raise ValueError(f"{file.path}, {unit} {number}: {reason}")
+            raise ValueError(f"{file.path}, {file.unit} {number}: {reason}")
         self.skipped[file.name] += 1
 
 

@@ -1,29 +1,29 @@
-"""Files with a document a line: JSON lines and plain text, as they are or compressed by gzip or zstd."""
+"""Documents of JSON lines, plain text and JSON arrays; see `source`."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.json
 
+from . import source
 from .documents import ID, Broken, documents, numbered
 from .files import InputFile
 from .partition import MOST_SLICES, FileSlice
-
-BLOCK_BYTES = 2 << 20
-"""Bytes read at a time; a block grows to the end of its last line."""
-
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+from .source import as_object, blocks, elements, json_object, numbered_lines, whole_lines
 
 
 def scan(file: InputFile, target: int) -> list[FileSlice]:
-    """Cuts a file into slices of about `target` bytes, at line ends; ValueError if it cannot be decompressed."""
+    """Cuts a file into slices of about `target` bytes; ValueError if it cannot be read."""
+    if file.format == "array":
+        return _scan_array(file, target)
     cuts = [(0, 1)]  # byte and line number at which a slice begins
     position, line = 0, 1
-    for block in _blocks(file, 0, None):
+    for block in blocks(file):
         while cuts[-1][0] + target < position + len(block):
             end = block.find(b"\n", max(0, cuts[-1][0] + target - 1 - position)) + 1
             if end == 0 or end == len(block):
@@ -35,80 +35,88 @@ def scan(file: InputFile, target: int) -> list[FileSlice]:
             cuts.append((position, line))
     if cuts[-1][0] == position:
         cuts.pop()
-    if file.is_compressed:
+    if file.packing:
         cuts = cuts[:: -(-len(cuts) // MOST_SLICES) or 1]
     ends = [start for start, _ in cuts[1:]] + [position]
     return [FileSlice(file, start, end, number, end - start) for (start, number), end in zip(cuts, ends, strict=False)]
 
 
+def _scan_array(file: InputFile, target: int) -> list[FileSlice]:
+    """The same of an array, whose slices are counted in elements."""
+    sizes = [size for size, _ in elements(file)]
+    target = max(target, -(-sum(sizes) // MOST_SLICES))
+    slices, start, held = [], 0, 0
+    for stop, size in enumerate(sizes, 1):
+        held += size
+        if held >= target or stop == len(sizes):
+            slices.append(FileSlice(file, start, stop, start + 1, held))
+            start, held = stop, 0
+    return slices
+
+
 def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
-    """The documents of a slice, in batches of about `BLOCK_BYTES`."""
-    parse = _JsonLines(text_column) if file_slice.file.format == "json" else _text
-    number = file_slice.number
-    for block in _whole_lines(_blocks(file_slice.file, file_slice.start, file_slice.stop)):
+    """The documents of a slice, in batches of about `source.BLOCK_BYTES`."""
+    file, number = file_slice.file, file_slice.number
+    if file.format == "array":
+        yield from _read_array(file_slice, text_column, broken)
+        return
+    parse = _JsonLines(text_column) if file.format == "json" else _text
+    for block in whole_lines(blocks(file, file_slice.start, file_slice.stop)):
         count = block.count(b"\n") + (not block.endswith(b"\n"))
-        if number == 1:
-            block = block.removeprefix(_BYTE_ORDER_MARK)
-        yield parse(file_slice.file, block, number, count, broken)
+        yield parse(file, block, number, count, broken)
         number += count
 
 
-def _blocks(file: InputFile, start: int, stop: int | None) -> Iterator[bytes]:
-    """Bytes ``start ... stop - 1`` of the decompressed file."""
-    try:
-        if file.is_compressed:
-            stream = pa.input_stream(file.path, compression="detect")
-        else:
-            stream = pa.OSFile(file.path)
-            stream.seek(start)
-        with stream:
-            position = 0 if file.is_compressed else start
-            while stop is None or position < stop:
-                block = stream.read(BLOCK_BYTES if stop is None else min(BLOCK_BYTES, stop - position))
-                if not block:
-                    return
-                position += len(block)
-                if position > start:
-                    yield block[max(0, len(block) - (position - start)) :]
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.path}: cannot read it: {error}") from error
+def _read_array(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
+    waiting, size, number = [], 0, file_slice.number
+    for size_of, row in islice(elements(file_slice.file), file_slice.start, file_slice.stop):
+        waiting.append((number, row))
+        size += size_of
+        number += 1
+        if size >= source.BLOCK_BYTES:
+            yield _documents(file_slice.file, waiting, broken, lambda row: _document(as_object(row), text_column))
+            waiting, size = [], 0
+    yield _documents(file_slice.file, waiting, broken, lambda row: _document(as_object(row), text_column))
+    if number - file_slice.number < file_slice.stop - file_slice.start:
+        raise ValueError(f"{file_slice.file.path}: was changed while it is read: ends at element {number - 1}")
 
 
-def _whole_lines(blocks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes, each block up to the end of a line."""
-    rest: list[bytes] = []
-    for block in blocks:
-        end = block.rfind(b"\n") + 1
-        if end:
-            yield b"".join([*rest, block[:end]])
-            rest = []
-        if end < len(block):
-            rest.append(block[end:])
-    if rest:
-        yield b"".join(rest)
-
-
-def _line_by_line(
-    file: InputFile, block: bytes, number: int, broken: Broken, parse: Callable[[bytes], tuple[str | None, str]]
+def _documents(
+    file: InputFile, rows: Iterable[tuple[int, Any]], broken: Broken, parse: Callable[[Any], tuple[str | None, str]]
 ) -> pa.RecordBatch:
-    """Documents of the lines of a block, blank ones left out; `parse` finds the id, if there is one, and the text."""
+    """Documents of numbered lines or elements; `parse` finds the id, if there is one, and the text."""
     ids, texts = [], []
-    for i, line in enumerate(block.split(b"\n"), number):
-        if not line.strip():
-            continue
+    for number, row in rows:
         try:
-            name, text = parse(line)
+            name, text = parse(row)
         except (ValueError, RecursionError) as error:
-            broken(file, i, f"not UTF-8: {error}" if file.format == "text" else str(error))
+            broken(file, number, f"not UTF-8: {error}" if file.format == "text" else str(error))
         else:
-            ids.append(f"{file.name}:{i}" if name is None else name)
+            ids.append(f"{file.name}:{number}" if name is None else name)
             texts.append(text)
     return documents(ids, texts)
 
 
 def _text(file: InputFile, block: bytes, number: int, count: int, broken: Broken) -> pa.RecordBatch:
     """Documents of a block of plain text."""
-    return _line_by_line(file, block, number, broken, lambda line: (None, line.removesuffix(b"\r").decode()))
+    return _documents(file, numbered_lines(block, number), broken, lambda line: (None, line.decode()))
+
+
+def _document(row: dict[str, Any], text_column: str) -> tuple[str | None, str]:
+    """The id, if there is one, and the text of a row; ValueError if it has no text, or an id of another type."""
+    text = row.get(text_column)
+    if not isinstance(text, str):
+        found = "null" if text is None else type(text).__name__
+        found = f"got {found}" if text_column in row else f"the row has {', '.join(row) or 'nothing'}"
+        raise ValueError(f"expected text in field {text_column!r}, {found}")
+    text.encode()  # a lone surrogate is no text
+    name = row.get(ID) if text_column != ID else None
+    if name is None:
+        return None, text
+    if isinstance(name, bool) or not isinstance(name, (str, int)):
+        raise ValueError(f"expected a string or an integer in field {ID!r}, got {type(name).__name__}")
+    str(name).encode()
+    return str(name), text
 
 
 class _JsonLines:
@@ -143,21 +151,5 @@ class _JsonLines:
                 break
             self.id_types.sort(key=lambda known: known != id_type)
             return documents(ids, text)
-        return _line_by_line(file, block, number, broken, self._document)
-
-    def _document(self, line: bytes) -> tuple[str | None, str]:
-        row = json.loads(line.decode())
-        if not isinstance(row, dict):
-            raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-        text = row.get(self.text_column)
-        if not isinstance(text, str):
-            found = f"got {type(text).__name__}" if text is not None else f"the line has {', '.join(row) or 'nothing'}"
-            raise ValueError(f"expected text in field {self.text_column!r}, {found}")
-        text.encode()  # a lone surrogate is no text
-        name = row.get(ID) if self.text_column != ID else None
-        if name is None:
-            return None, text
-        if isinstance(name, bool) or not isinstance(name, (str, int)):
-            raise ValueError(f"expected a string or an integer in field {ID!r}, got {type(name).__name__}")
-        str(name).encode()
-        return str(name), text
+        lines = numbered_lines(block, number)
+        return _documents(file, lines, broken, lambda line: _document(json_object(line), self.text_column))

@@ -12,21 +12,24 @@ from numpy.typing import NDArray
 
 from . import lines, tables
 from .documents import BATCH_BYTES, Broken
-from .files import InputFile
+from .files import LINES, InputFile
 from .partition import FileSlice, Shard
 
 
 def scan_file(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
     """Cuts a file into slices of about `target` bytes; see `lines.scan` and `tables.scan`."""
-    return lines.scan(file, target) if file.format in ("json", "text") else tables.scan(file, text_column, target)
+    return lines.scan(file, target) if file.format in LINES else tables.scan(file, text_column, target)
 
 
 def read_shard(shard: Shard, text_column: str, broken: Broken) -> Iterator[pa.RecordBatch]:
-    """All documents of a shard, in order, in batches of at most `BATCH_BYTES` of text or one document."""
+    """All documents of a shard, in order, in batches of at most `BATCH_BYTES` of text or one document.
+
+    ValueError if a file has changed since it was found.
+    """
     waiting: list[pa.RecordBatch] = []
     size = 0
     for file_slice in shard.slices:
-        module = lines if file_slice.file.format in ("json", "text") else tables
+        module = lines if file_slice.file.format in LINES else tables
         for batch in module.read(file_slice, text_column, broken):
             ends = np.cumsum(pc.binary_length(batch["text"]).to_numpy(zero_copy_only=False).astype(np.int64))
             for start, stop, part_size in ranges(ends, BATCH_BYTES):
@@ -35,6 +38,7 @@ def read_shard(shard: Shard, text_column: str, broken: Broken) -> Iterator[pa.Re
                     waiting, size = [], 0
                 waiting.append(batch.slice(start, stop - start))
                 size += part_size
+        file_slice.file.check_unchanged()
     if waiting:
         yield pa.concat_batches(waiting)
 

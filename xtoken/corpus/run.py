@@ -55,6 +55,8 @@ def run(
         for shard, counts in engine.make_shards(job, missing, options.workers, progress.advance) if missing else ():
             done[shard.index] = counts
             progress.shard_done(shard.size, counts.text_bytes)
+        for file in manifest.inputs:
+            file.check_unchanged()
         manifest.counts = [done[shard.index] for shard in manifest.shards]
         manifest.save(folder)
     return manifest

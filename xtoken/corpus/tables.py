@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,12 @@ import pyarrow.parquet as pq
 from .documents import BATCH_BYTES, ID, Broken, documents, numbered
 from .files import InputFile
 from .partition import MOST_SLICES, FileSlice
+from .source import without_nulls
 
 BATCH_ROWS = 1024
 """Rows taken from a file at a time, at most."""
+
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
 
 
 def scan(file: InputFile, text_column: str, target: int) -> list[FileSlice]:
@@ -44,12 +48,35 @@ def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa
         number += batch.num_rows
 
 
+def rows(file: InputFile) -> Iterator[dict[str, Any]]:
+    """The rows of a file with all their columns; ValueError if it cannot be read."""
+    with _readable(file):
+        if file.format == "parquet":
+            with pq.ParquetFile(file.path, pre_buffer=False) as reader:
+                yield from _plain_rows(file, reader.iter_batches(BATCH_ROWS))
+        else:
+            with _arrow_reader(file) as batches:
+                yield from _plain_rows(file, batches)
+
+
+def _plain_rows(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    number = 1
+    for batch in batches:
+        for start in range(0, batch.num_rows, BATCH_ROWS):
+            try:
+                plain = batch.slice(start, BATCH_ROWS).to_pylist()
+            except UnicodeDecodeError as error:
+                raise ValueError(f"{file.path}, row {number} or later: not UTF-8: {error}") from error
+            yield from ({name: without_nulls(value) for name, value in row.items()} for row in plain)
+            number += len(plain)
+
+
 @contextmanager
 def _readable(file: InputFile) -> Iterator[None]:
     """Errors of pyarrow as errors that name the file."""
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error
 
 
@@ -73,17 +100,30 @@ def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
 
 
 @contextmanager
-def _arrow_reader(file: InputFile, text_column: str) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Batches of the columns that are read, without copying what is not compressed."""
-    with pa.memory_map(file.path) as source:
+def _arrow_reader(file: InputFile, text_column: str | None = None) -> Iterator[Iterator[pa.RecordBatch]]:
+    """Batches of the columns that are read, all by default; not mapped, since a file may shrink."""
+    with pa.OSFile(file.path) as source:
         is_file = source.read(6) == b"ARROW1"
         open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+        if not is_file:  # a stream that was cut between two batches only lacks its end
+            source.seek(max(0, source.size() - len(_STREAM_END)))
+            if source.read() != _STREAM_END:
+                raise ValueError(f"{file.path}: cannot read it as arrow: the end of the stream is missing")
         source.seek(0)
         schema = open_reader(source).schema
-        columns = [schema.get_field_index(name) for name in _columns(schema, file, text_column)]
+        names = [] if text_column is None else _columns(schema, file, text_column)
+        columns = [schema.get_field_index(name) for name in names] or None
         source.seek(0)
         reader = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=columns))
-        yield (reader.get_batch(i) for i in range(reader.num_record_batches)) if is_file else iter(reader)
+        yield map(_sound, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+
+
+def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """The batch; ArrowInvalid if its offsets or indices point elsewhere. Text that is not UTF-8 is left to others."""
+    for column in batch.columns:
+        kind = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}.get(column.type)
+        (column if kind is None else column.cast(kind)).validate(full=True)
+    return batch
 
 
 def _parts(file: InputFile, text_column: str) -> Iterator[tuple[int, int]]:

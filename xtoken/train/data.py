@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import gzip
-import io
 import itertools
-import json
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -14,8 +11,8 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from xtoken.corpus import require
-from xtoken.corpus.files import InputFile, find_files
+from xtoken.corpus import require, source
+from xtoken.corpus.files import LINES, find_files
 from xtoken.data import AlignedDataset
 from xtoken.losses.backends import IGNORED
 from xtoken.teacher_cache import document_digest
@@ -67,9 +64,11 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 
 
 def encoded(rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> Iterator[list[dict[str, Any]]]:
-    """The examples of each row."""
-    source, count = iter(rows), 0
-    while batch := list(itertools.islice(source, BATCH_ROWS)):
+    """The examples of each row; a dataset of Hugging Face is a table, see `xtoken.corpus.source.without_nulls`."""
+    if getattr(rows, "features", None) is not None:
+        rows = map(source.without_nulls, rows)
+    remaining, count = iter(rows), 0
+    while batch := list(itertools.islice(remaining, BATCH_ROWS)):
         yield from encoder.encode(batch, count)
         count += len(batch)
 
@@ -149,8 +148,8 @@ def load_examples(
     Parameters
     ----------
     files : sequence of paths
-        JSON lines, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one folder that it
-        has written, for one teacher.
+        JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
+        folder that it has written, for one teacher.
     student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
         As for `ExampleEncoder`.
 
@@ -210,51 +209,19 @@ def _corpus_texts(path: str | os.PathLike[str], tokenizer: TokenizerLike) -> Ite
 def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:
     """The rows of files, with all their columns; a line of a text file is a row with `text_column`.
 
-    Raises ValueError if a line is not a JSON object, with file and line; FileNotFoundError if a path matches no file;
-    ImportError if pyarrow, which reads parquet, Arrow and zstd, is not installed.
+    Files are those of `xtoken.align_corpus`. What is null in JSON stays null; null fields within the columns of a table
+    are left out, since a table has every field in every row.
+
+    Raises ValueError if a row is broken, with file and line or row, and if a file changes while it is read;
+    FileNotFoundError if a path matches no file; ImportError if pyarrow, which reads parquet, Arrow and zstd, is not
+    installed.
     """
     for file in find_files(files):
-        yield from _lines(file, text_column) if file.format in ("json", "text") else _tables(file)
+        if file.format in LINES:
+            yield from source.rows(file, text_column)
+        else:
+            require("pyarrow", "corpus")
+            from xtoken.corpus import tables
 
-
-def _lines(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
-    with _open(file.path) as stream:
-        for number, line in enumerate(stream, 1):
-            line = line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line
-            if not line.strip():
-                continue
-            try:
-                text = line.decode()
-                row = json.loads(text) if file.format == "json" else {text_column: text.rstrip("\r\n")}
-                if not isinstance(row, dict):
-                    raise ValueError(f"expected a JSON object, got {type(row).__name__}")
-            except ValueError as error:
-                raise ValueError(f"{file.path}, line {number}: {error}") from error
-            yield row
-
-
-def _open(path: str) -> io.BufferedReader | gzip.GzipFile:
-    """The bytes of a file, unpacked."""
-    if path.lower().endswith(".zst"):
-        return io.BufferedReader(require("pyarrow", "corpus").input_stream(path, compression="zstd"))
-    return gzip.open(path) if path.lower().endswith(".gz") else open(path, "rb")
-
-
-def _tables(file: InputFile) -> Iterator[dict[str, Any]]:
-    require("pyarrow", "corpus")
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        with pa.memory_map(file.path) as source:
-            if file.format == "parquet":
-                batches = pq.ParquetFile(source).iter_batches(1024)
-            else:
-                is_stream = source.read(6) != b"ARROW1"
-                source.seek(0)
-                reader = pa.ipc.open_stream(source) if is_stream else pa.ipc.open_file(source)
-                batches = reader if is_stream else map(reader.get_batch, range(reader.num_record_batches))
-            for batch in batches:
-                yield from batch.to_pylist()
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error
+            yield from tables.rows(file)
+        file.check_unchanged()

@@ -90,8 +90,8 @@ class ExampleEncoder:
     edge of a content counts only if there is nothing but white space outside, and is in a chunk only if the teacher
     has the same white space there.
 
-    Prompt and completion are encoded as one text; white space between them belongs to the completion. Fields of
-    messages that are None, as tables fill them in, are left out; ``content`` stays.
+    Prompt and completion are encoded as one text; white space between them belongs to the completion. Fields of a
+    message that are None are left out; ``content`` stays, as do nulls within tools and calls.
     """
 
     def __init__(

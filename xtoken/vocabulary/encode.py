@@ -25,7 +25,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     if not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
         path = path / "tokenizer.json"
     if path.is_file():
-        return Tokenizer.from_file(str(path))
+        try:
+            return Tokenizer.from_file(str(path))
+        except Exception as error:  # what tokenizers raises
+            hint = "a Git LFS pointer; git lfs pull" if path.read_bytes()[:12] == b"version http" else str(error)
+            raise ValueError(f"tokenizer: {path}: expected a tokenizer.json, got {hint}") from error
     if not path.exists() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
         raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
     from transformers import AutoTokenizer
