@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import numpy as np
 import pytest
 from chats import joined, pieces_of, trained_text
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small import SMALL_TEXTS
+from real_tokenizers import TEXTS, encode
+from small import SMALL_TEXTS, make_tokenizer
 
 from xtoken import Aligner, Vocabulary
 from xtoken.train import ExampleEncoder
@@ -120,10 +122,69 @@ def test_chunks_of_contents_between_special_tokens_are_complete(names, small_cha
         assert trained_text(example, vocabularies[0]) == joined(chunks)
 
 
-@pytest.mark.parametrize("pair", [("llama3", "qwen3"), ("smollm2", "llama3")])
-def test_text_is_aligned_as_the_aligner_does(pair, tokenizer):
-    from real_tokenizers import TEXTS, encode
+def make_family(name):
+    """A small tokenizer of a family, trained on `SMALL_TEXTS`."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
+    if name == "wordpiece":
+        tok = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tok.normalizer, tok.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+        trainer: Any = trainers.WordPieceTrainer(vocab_size=300, special_tokens=["[UNK]"], show_progress=False)
+    elif name == "unigram":
+        tok = Tokenizer(models.Unigram())
+        tok.normalizer, tok.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace(prepend_scheme="always")
+        trainer = trainers.UnigramTrainer(
+            vocab_size=200, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+        )
+    elif name == "sentencepiece":
+        tok = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+        tok.pre_tokenizer, tok.decoder = pre_tokenizers.Metaspace(prepend_scheme="first"), decoders.ByteFallback()
+        special = ["<unk>", *(f"<0x{k:02X}>" for k in range(256))]
+        trainer = trainers.BpeTrainer(vocab_size=500, special_tokens=special, show_progress=False)
+    else:
+        tok = make_tokenizer(450, "", "<s>").backend_tokenizer
+        if name == "neox":
+            tok.normalizer, tok.post_processor = normalizers.NFC(), processors.ByteLevel(trim_offsets=True)
+        if name == "added":
+            tok.add_tokens(["readers paid", AddedToken(" they ", normalized=False)])
+        return tok
+    tok.train_from_iterator(SMALL_TEXTS, trainer)
+    return tok
+
+
+FAMILIES = ("byte-level", "neox", "added", "sentencepiece", "unigram", "wordpiece")
+
+
+@pytest.mark.parametrize("student_name", FAMILIES)
+def test_text_is_aligned_as_the_aligner_does(student_name):
+    """Whatever a tokenizer changes, and whatever its offsets are: there is one aligner."""
+    body = SMALL_TEXTS[2]
+    texts = [
+        "e\u0301 " + body,
+        body + "Å ﬁ ½ 日 " + body.upper(),
+        f"  {body}\n",
+        "<s>" + body + " A\u030a",
+        *TEXTS.values(),
+    ]
+    student = make_family(student_name)
+    for tok in (make_family(name) for name in FAMILIES if name != student_name):
+        encoder = ExampleEncoder(student, [tok], add_end=False)
+        aligner = Aligner(student, tok)
+        for text, examples in zip(texts, encoder.encode([{"text": text} for text in texts]), strict=True):
+            ids = [np.array(one.encode(text, add_special_tokens=False).ids) for one in (student, tok)]
+            is_text = encoder.student.vocabulary.is_text[ids[0]]
+            if not is_text[1:].any():  # every word is unknown
+                assert not examples
+                continue
+            part = examples[0]["teachers"][0]
+            assert [examples[0]["student_ids"].tolist(), part["ids"].tolist()] == [one.tolist() for one in ids]
+            expected = aligner.align(*ids, *(np.ones(len(one), bool) for one in ids))
+            wanted = [span for span in expected.spans[expected.predicted].tolist() if is_text[span[0] : span[1]].all()]
+            assert part["spans"].tolist() == wanted
+
+
+@pytest.mark.parametrize("pair", [("llama3", "qwen3"), ("smollm2", "llama3")])
+def test_text_of_real_tokenizers(pair, tokenizer):
     student, teacher = map(tokenizer, pair)
     encoder = ExampleEncoder(student, [teacher], add_end=False)
     aligner = Aligner(encoder.student.vocabulary, encoder.teachers[0].vocabulary, "bytes")
@@ -138,8 +199,31 @@ def test_text_is_aligned_as_the_aligner_does(pair, tokenizer):
         assert example["teachers"][0]["spans"].tolist() == expected.spans[expected.predicted].tolist()
 
 
+@pytest.mark.parametrize("names", [("neox", "byte-level"), ("byte-level", "neox"), ("sentencepiece", "neox")])
+def test_a_character_that_is_changed_costs_its_own_neighbourhood_in_a_chat(names):
+    """In each of the turns, also at their edges, which white space joins to the template."""
+    from transformers import PreTrainedTokenizerFast
+
+    def chunks(content):
+        toks = [PreTrainedTokenizerFast(tokenizer_object=make_family(name)) for name in names]
+        toks[0].chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }} /{% endfor %}"
+        toks[1].chat_template = "{% for m in messages %}{{ m.role }}:\n{{ m.content }}\n{% endfor %}"
+        encoder = ExampleEncoder(toks[0], toks[1:], train_on="assistant")
+        row = {"messages": [{"role": role, "content": content} for role in ("user", "assistant") * 2]}
+        ((example,),) = encoder.encode([row])
+        return pieces_of(example, encoder.student.vocabulary, encoder.teachers[0].vocabulary)
+
+    plain, changed = SMALL_TEXTS[1].strip(), SMALL_TEXTS[1].strip().replace("book", "bo\u0308ok")
+    best, found = chunks(plain), chunks(changed)
+    assert all(ours == theirs for ours, theirs in found)
+    assert 0 <= 2 * len(plain) - len(joined(best)) <= 4
+    assert 0 < 2 * len(changed) - len(joined(found)) < 24
+    assert found[0] == best[0]
+    assert found[-1] == best[-1]
+
+
 def test_tokenizers_that_change_the_text(tokenizer, teacher_tok):
-    """Where bytes do not add up, offsets are used, and only chunks with equal bytes are kept."""
+    """Only chunks with equal bytes are kept."""
     encoder = ExampleEncoder(tokenizer("unigram"), [teacher_tok], add_end=False)
     texts = ["the ﬁrst line", "Größe and 12", "emoji 👍🏽 here", "  two  spaces "]
     for text, (example,) in zip(texts, encoder.encode([{"text": text} for text in texts]), strict=True):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from xtoken.alignment import Aligner
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
@@ -16,9 +17,6 @@ from xtoken.vocabulary import TokenizerLike
 
 from .example import TRAIN_ON, Example, Ints, Table, parse_example
 from .reader import Reader, Tokens
-
-MOST_OVERHANG = 64
-"""Bytes of white space by which a token may reach over the edge of a piece."""
 
 
 class _Chunks(NamedTuple):
@@ -120,6 +118,7 @@ class ExampleEncoder:
         sides = [Reader(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
+        self.aligners = [Aligner(self.student.vocabulary, side.vocabulary) for side in self.sides[1:]]
 
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
         """Encodes rows, best some hundreds at a time; errors count them from `first_row`.
@@ -145,84 +144,21 @@ class ExampleEncoder:
         tokens = [side.encode(examples, self.add_end, first_row) for side in self.sides]
         _choose_wholes(examples, tokens)
         labels = self._labels(table, tokens[0])
-        chunks = [self._chunks(table, tokens[0], self.sides[m], tokens[m]) for m in range(1, len(tokens))]
+        chunks = [
+            _chunks(table, labels != IGNORED, tokens[0], teacher, aligner)
+            for teacher, aligner in zip(tokens[1:], self.aligners, strict=True)
+        ]
         return [self._examples(k, example, labels, tokens, chunks) for k, example in enumerate(examples)]
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
-        """The ids of the tokens that begin or end in a piece that is trained on, and of ends of turns; else -100."""
-        if not len(table.length):
-            return np.full(len(student.ids), IGNORED)
+        """The ids of the tokens that reach into a piece that is trained on, and of ends of turns; else -100."""
         wanted = np.zeros(len(student.ids), bool)
-        for position, overhang_is_behind in ((student.start, True), (np.maximum(student.end - 1, -1), False)):
-            piece, within = _piece_of(position, student.piece_start, table.length)
-            first, last = student.piece_start[piece], student.piece_start[piece] + table.length[piece]
-            within &= (student.end > student.start) & (position < last) & table.trained_piece[piece]
-            over = within & ((student.end > last) if overhang_is_behind else (student.start < first))
-            for i in over.nonzero()[0].tolist():
-                begin, end = (last[i], student.end[i]) if overhang_is_behind else (student.start[i], first[i])
-                within[i] = student.is_space(int(begin), int(end))
-            wanted |= within
-        wanted &= ~self.student.is_special[student.ids]
+        trained = table.trained_piece & (student.piece_start >= 0)
+        for first, last in student.within(*_stretches(table.length[trained], student.piece_start[trained])).tolist():
+            wanted[first:last] = True
+        wanted &= ~student.is_special
         wanted[student.turn_end[table.trained_turn & (student.turn_end >= 0)]] = True
         return np.where(wanted, student.ids, IGNORED)
-
-    def _chunks(self, table: Table, student: Tokens, side: Reader, teacher: Tokens) -> _Chunks:
-        room = table.length + 2 * MOST_OVERHANG + 1
-        piece_begin = np.cumsum(room) - room + MOST_OVERHANG  # coordinates of the pieces, one after the other with gaps
-        lines = [
-            _edges(student, table.length, piece_begin, only_open=True),
-            _edges(teacher, table.length, piece_begin, only_open=False),
-        ]
-        common, i, j = np.intersect1d(lines[0][0], lines[1][0], return_indices=True)
-        tokens = np.stack([lines[0][1][i], lines[1][1][j]], axis=1)
-        piece = np.searchsorted(piece_begin - MOST_OVERHANG, common, "right") - 1
-        (first,) = (piece[1:] == piece[:-1]).nonzero()
-        spans = np.stack([tokens[first, 0], tokens[first + 1, 0], tokens[first, 1], tokens[first + 1, 1]], axis=1)
-        trained = table.trained_piece[piece[first]]
-        begin, length = piece_begin[piece[first]], table.length[piece[first]]
-        # Where a token crosses an edge, and where positions are not exact, the two sides' bytes are compared.
-        doubtful = (common[first] < begin) | (common[first + 1] > begin + length)
-        sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
-        doubtful |= ~(student.is_exact & teacher.is_exact)[sample]
-        keep = (common[first] < begin + length) & (common[first + 1] > begin)
-        keep &= (spans[:, 1] > spans[:, 0]) & (spans[:, 3] > spans[:, 2])
-        for k, (one, ids) in enumerate(((self.student, student.ids), (side, teacher.ids))):
-            specials = np.concatenate([[0], np.cumsum(one.is_special[ids])])
-            keep &= specials[spans[:, 2 * k + 1]] == specials[spans[:, 2 * k]]
-        for k in (keep & doubtful).nonzero()[0].tolist():
-            a, b, c, d = spans[k].tolist()
-            ours, theirs = self.student.vocabulary.decode(student.ids[a:b]), side.vocabulary.decode(teacher.ids[c:d])
-            keep[k] = ours == theirs
-        spans, trained = spans[keep], trained[keep]
-
-        ends = np.stack([student.turn_end, teacher.turn_end], axis=1)
-        (turns,) = (ends >= 0).all(axis=1).nonzero()
-        pairs = zip(student.ids[ends[turns, 0]].tolist(), teacher.ids[ends[turns, 1]].tolist(), strict=True)
-        turns = turns[np.array([bool(self.student.roles(a) & side.roles(b)) for a, b in pairs], bool)]
-        ends = ends[turns]
-        spans = np.concatenate([spans, np.stack([ends[:, 0], ends[:, 0] + 1, ends[:, 1], ends[:, 1] + 1], axis=1)])
-        trained = np.concatenate([trained, table.trained_turn[turns]])
-
-        order = np.argsort(spans[:, 0], kind="stable")
-        spans, trained = spans[order], trained[order]
-        sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
-        spans = spans - np.repeat(np.stack([student.ptr[sample], teacher.ptr[sample]], axis=1), 2, axis=1)
-        keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & self._in_order(spans, sample)
-        counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
-        return _Chunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
-
-    @staticmethod
-    def _in_order(spans: Ints, sample: Ints) -> NDArray[np.bool_]:
-        """Leaves out chunks that go backwards on the teacher's side: a template may move contents."""
-        keep = np.ones(len(spans), bool)
-        backwards = (sample[1:] == sample[:-1]) & (spans[1:, 0::2] < spans[:-1, 1::2]).any(axis=1)
-        for b in np.unique(sample[1:][backwards]).tolist():
-            reached = np.zeros(2, np.int64)
-            for k in (sample == b).nonzero()[0].tolist():
-                keep[k] = (spans[k, 0::2] >= reached).all()
-                if keep[k]:
-                    reached = spans[k, 1::2]
-        return keep
 
     def _examples(
         self, k: int, example: Example, labels: Ints, sides: Sequence[Tokens], chunks: Sequence[_Chunks]
@@ -299,50 +235,103 @@ def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterat
         k += max(count, 1)
 
 
-def _piece_of(position: Ints, piece_start: Ints, length: Ints) -> tuple[Ints, NDArray[np.bool_]]:
-    """The piece that begins at or before each byte, and whether it extends to it."""
-    if not (piece_start >= 0).any():
-        return np.zeros(len(position), np.int64), np.zeros(len(position), bool)
-    order = np.argsort(piece_start, kind="stable")
-    order = order[piece_start[order] >= 0]
-    k = np.searchsorted(piece_start[order], position, "right") - 1
-    piece = order[np.maximum(k, 0)]
-    return piece, (k >= 0) & (position <= piece_start[piece] + length[piece])
+def _stretches(length: Ints, *starts: Ints) -> Ints:
+    """[1 + sides, S]: pieces that follow each other on every side as one: where each begins on a side, and its bytes.
 
-
-def _edges(tokens: Tokens, length: Ints, piece_begin: Ints, *, only_open: bool) -> tuple[Ints, Ints]:
-    """Positions within pieces at which a token begins, in the pieces' own coordinates, and these tokens.
-
-    Positions outside a piece count too, if there is only white space in between. With `only_open` only the nearest, and
-    only where no token begins at the edge of the piece itself, so that a token outside of it is in no chunk.
+    A token may cross the edge of a piece within.
     """
-    reached = np.concatenate([[-1], np.maximum.accumulate(tokens.end)])[: len(tokens.end)]
-    (clean,) = (tokens.start >= reached).nonzero()
-    position = np.concatenate([tokens.start[clean], tokens.text_end])
-    token = np.concatenate([clean, tokens.ptr[1:]])
-    order = np.argsort(position, kind="stable")
-    position, token = position[order], token[order]
+    order = np.argsort(starts[0], kind="stable")
+    begins, length = np.stack(starts)[:, order], length[order]
+    is_first = (begins[:, 1:] != begins[:, :-1] + length[:-1]).any(axis=0)
+    (first,) = np.concatenate([[True], is_first])[: len(length)].nonzero()
+    return np.concatenate([begins[:, first], np.add.reduceat(length, first)[None] if len(first) else length[None]])
 
-    (pieces,) = (tokens.piece_start >= 0).nonzero()
-    first = tokens.piece_start[pieces]
-    last = first + length[pieces]
-    left, right = np.searchsorted(position, first), np.searchsorted(position, last, "right")  # places in each piece
-    counts = right - left
-    inside = np.arange(counts.sum()) + np.repeat(left - (counts.cumsum() - counts), counts)
-    line = [position[inside] + np.repeat(piece_begin[pieces] - first, counts)]
-    found = [token[inside]]
-    ends = np.concatenate([[-1], position, [-1]])  # places as k + 1, so that there is one before the first
-    for side, start, step, edge in ((left, left, -1, first), (right - 1, right, 1, last)):
-        wanted = np.ones(len(pieces), bool) if not only_open else ends[side + 1] != edge
-        for p in wanted.nonzero()[0].tolist():
-            k, bound = int(start[p]) + (step < 0) * step, int(edge[p])
-            while 0 <= k < len(position) and abs(int(position[k]) - bound) <= MOST_OVERHANG:
-                place = int(position[k])
-                if not tokens.is_space(min(place, bound), max(place, bound)):
-                    break
-                line.append(np.array([piece_begin[pieces[p]] - first[p] + place]))
-                found.append(token[k : k + 1])
-                k += step
-                if only_open:
-                    break
-    return np.concatenate(line), np.concatenate(found)
+
+def _chunks(table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: Tokens, aligner: Aligner) -> _Chunks:
+    """The chunks of the pieces and ends of turns that both sides have; those of `wanted` tokens are trained on."""
+    both = (student.piece_start >= 0) & (teacher.piece_start >= 0)
+    found = _stretches(table.length[both], student.piece_start[both], teacher.piece_start[both])
+    begins, length = _between_specials((student, teacher), found[:-1], found[-1])
+    ours, theirs = student.within(begins[0], length), teacher.within(begins[1], length)
+    _share_edges(student, teacher, ours, theirs, begins[1] - begins[0])
+    ends = np.stack([student.turn_end, teacher.turn_end], axis=1)
+    ends = ends[(ends >= 0).all(axis=1)]
+    ranges = [np.concatenate([part, ends[:, [k]] + [0, 1]]) for k, part in enumerate((ours, theirs))]
+    if not len(ranges[0]):
+        return _Chunks(np.zeros((0, 4), np.int64), np.zeros(0, bool), np.zeros(len(student.ptr), np.int64))
+    ids = [
+        [side.ids[first:last] for first, last in part.tolist()]
+        for side, part in zip((student, teacher), ranges, strict=True)
+    ]
+    # With a mask no token is taken for padding: whatever a text holds is text.
+    alignment = aligner.align(*ids, *([np.ones(len(row), np.uint8) for row in rows] for rows in ids))
+    at = np.concatenate([part[:, :1] for part in ranges], axis=1)
+    spans = alignment.spans.numpy() + np.repeat(at[alignment.sample_index.numpy()], 2, axis=1)
+
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    count = np.concatenate([[0], np.cumsum(wanted)])
+    trained = count[spans[:, 1]] - count[spans[:, 0]] == spans[:, 1] - spans[:, 0]
+    sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
+    spans = spans - np.repeat(np.stack([student.ptr[sample], teacher.ptr[sample]], axis=1), 2, axis=1)
+    keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & _in_order(spans, sample)
+    counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
+    return _Chunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
+
+
+def _between_specials(sides: Sequence[Tokens], begins: Ints, length: Ints) -> tuple[Ints, Ints]:
+    """The stretches without what is a special token on one of the sides, though it stands in a content.
+
+    Where places are only estimated it stays: the aligner finds what agrees before and behind it.
+    """
+    holes = np.zeros(len(length), np.int64)
+    tokens = [side.within(begin, length) for side, begin in zip(sides, begins, strict=True)]
+    for side, part in zip(sides, tokens, strict=True):
+        holes += np.diff(np.concatenate([[0], np.cumsum(side.is_special)])[part], axis=1)[:, 0]
+    sample = np.searchsorted(sides[0].base, begins[0], "right") - 1
+    holes *= np.logical_and(*(side.is_exact[sample] for side in sides))
+    found: list[list[int]] = []
+    for s in holes.nonzero()[0].tolist():
+        at, size, edges = 0, int(length[s]), []
+        for side, part, begin in zip(sides, tokens, begins[:, s], strict=True):
+            inside = part[s, 0] + side.is_special[part[s, 0] : part[s, 1]].nonzero()[0]
+            edges += np.stack([side.start[inside] - begin, side.end[inside] - begin], axis=1).tolist()
+        for first, last in [*sorted(edges), (size, size)]:
+            if first > at:
+                found.append([*(begins[:, s] + at).tolist(), first - at])
+            at = max(at, last)
+    rest = np.concatenate([begins, length[None]])[:, holes == 0]
+    rest = np.concatenate([rest, np.array(found, np.int64).reshape(-1, len(rest)).T], axis=1)
+    return rest[:-1], rest[-1]
+
+
+def _share_edges(student: Tokens, teacher: Tokens, ours: Ints, theirs: Ints, shift: Ints) -> None:
+    """Lets the tokens [S, 2] of each stretch begin at the same byte on both sides, and end so where that is possible.
+
+    The teacher's may begin and end with tokens outside of the stretch, if a token of the student reaches as far.
+    """
+    (some,) = ((ours[:, 0] < ours[:, 1]) & (theirs[:, 0] < theirs[:, 1])).nonzero()
+    first = student.start[ours[some, 0]] + shift[some] != teacher.start[theirs[some, 0]]
+    last = student.end[ours[some, 1] - 1] + shift[some] > teacher.end[theirs[some, 1] - 1]
+    for s in some[first | last].tolist():
+        (i, j), (k, m), by = ours[s].tolist(), theirs[s].tolist(), int(shift[s])
+        begin, end = student.start[i] + by, student.end[j - 1] + by
+        k, at = int(np.searchsorted(teacher.start, begin)), k
+        if teacher.start[k : k + 1] != begin:
+            k = at
+            while i < j and k < m and student.start[i] + by != teacher.start[k]:
+                i, k = (i + 1, k) if student.start[i] + by < teacher.start[k] else (i, k + 1)
+        at = int(np.searchsorted(teacher.end, end))
+        ours[s], theirs[s] = (i, j), (k, at + 1 if m <= at < len(teacher.end) and teacher.end[at] == end else m)
+
+
+def _in_order(spans: Ints, sample: Ints) -> NDArray[np.bool_]:
+    """Leaves out chunks that go backwards on the teacher's side: a template may move contents."""
+    keep = np.ones(len(spans), bool)
+    backwards = (sample[1:] == sample[:-1]) & (spans[1:, 0::2] < spans[:-1, 1::2]).any(axis=1)
+    for b in np.unique(sample[1:][backwards]).tolist():
+        reached = np.zeros(2, np.int64)
+        for k in (sample == b).nonzero()[0].tolist():
+            keep[k] = (spans[k, 0::2] >= reached).all()
+            if keep[k]:
+                reached = spans[k, 1::2]
+    return keep

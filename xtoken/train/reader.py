@@ -25,27 +25,43 @@ class Tokens(NamedTuple):
 
     ids: Ints
     start: Ints
-    """[N]: byte at which a token begins; a token that stands for no text is empty."""
+    """[N]: byte at which a token begins, not decreasing."""
     end: Ints
+    is_special: NDArray[np.bool_]
+    """[N]: the token stands for no text."""
     ptr: Ints
     """[B + 1]: example b has the tokens ``ptr[b] ... ptr[b + 1] - 1``."""
-    text_end: Ints
-    """[B]: byte at which the text of an example ends."""
+    base: Ints
+    """[B]: byte at which the text of an example begins."""
     raw: list[bytes]
     """[B]: the texts."""
     is_exact: NDArray[np.bool_]
-    """[B]: whether the tokens' bytes, put together, are the text; else positions are the tokenizer's own offsets."""
+    """[B]: whether the tokens' bytes, put together, are the text; else places are estimated."""
     piece_start: Ints
     """[P]: byte at which each piece begins, -1 if it does not stand there verbatim."""
     turn_end: Ints
     """[M]: the token that ends each turn, -1 if there is none."""
 
-    def is_space(self, start: int, end: int) -> bool:
+    def within(self, begin: Ints, length: Ints) -> Ints:
+        """[S, 2]: the tokens that reach into stretches of bytes, with nothing but white space outside of them."""
+        until = begin + length
+        first = np.minimum(np.searchsorted(self.end, begin, "right"), np.searchsorted(self.start, begin))
+        last = np.maximum(np.searchsorted(self.start, until), np.searchsorted(self.end, until, "right"))
+        found = np.stack([first, np.maximum(first, last)], axis=1)
+        start, end = np.append(self.start, 0), np.append(self.end, 0)
+        for s in ((start[first] < begin) | (end[last - 1] > until)).nonzero()[0].tolist():
+            i, j = found[s].tolist()
+            while i < j and start[i] < begin[s] and not self._is_space(start[i], begin[s]):
+                i += 1
+            while i < j and end[j - 1] > until[s] and not self._is_space(until[s], end[j - 1]):
+                j -= 1
+            found[s] = i, j
+        return found
+
+    def _is_space(self, start: int, end: int) -> bool:
         """Whether the text between two bytes is white space."""
-        k = int(np.searchsorted(self.text_end, start))
-        base = int(self.text_end[k]) - len(self.raw[k])
-        text = self.raw[k][max(start - base, 0) : end - base]
-        return text.decode("utf-8", "replace").isspace()
+        k = int(np.searchsorted(self.base, start, "right")) - 1
+        return self.raw[k][start - self.base[k] : end - self.base[k]].decode("utf-8", "replace").isspace()
 
 
 class _Layout(NamedTuple):
@@ -97,18 +113,15 @@ class Reader:
             and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
         )
 
-    def roles(self, token_id: int) -> set[str]:
-        return {role for role, i in self.vocabulary.roles.items() if i == token_id}
-
     def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> Tokens:
         """Writes and encodes examples; errors count rows from `first_row`."""
-        layouts, base = [], 1
+        layouts, base = [], 2
         for number, example in enumerate(examples, first_row):
             try:
                 layouts.append(self._layout(example, base))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
-            base += len(layouts[-1].raw) + 2
+            base += len(layouts[-1].raw) + 3
         encodings = self.backend.encode_batch_fast([layout.text for layout in layouts], add_special_tokens=False)
         rows, is_exact = [], np.ones(len(examples), bool)
         for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
@@ -118,20 +131,20 @@ class Reader:
                 end = np.cumsum(self.lengths[row])
                 start = end - self.lengths[row]
             else:
-                row, start, end = self._offsets(layout.text)
+                row, start, end = self._offsets(layout)
             if example.conversation is None:
+                start[:1], end[-1:] = 0, len(layout.raw)
                 closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
                 row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
-                before, behind = np.full(len(self.prefix), -1), np.full(len(closing), len(layout.raw))
+                before, behind = np.full(len(self.prefix), -1), np.full(len(closing), len(layout.raw) + 1)
                 start, end = (np.concatenate([before, one, behind]) for one in (start, end))
             rows.append((row, start + layout.base, end + layout.base))
         ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
         ptr = np.cumsum([0, *(len(row) for row, _, _ in rows)])
-        raw = [layout.raw for layout in layouts]
-        text_end = np.array([layout.base + len(layout.raw) for layout in layouts])
         piece_start = np.array([at for layout in layouts for at in layout.piece_start], np.int64)
         turn_end = self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end])
-        return Tokens(ids, start, end, ptr, text_end, raw, is_exact, piece_start, turn_end)
+        begins, raw = np.array([layout.base for layout in layouts]), [layout.raw for layout in layouts]
+        return Tokens(ids, start, end, self.is_special[ids], ptr, begins, raw, is_exact, piece_start, turn_end)
 
     def _layout(self, example: Example, base: int) -> _Layout:
         """An example as this model's text, whose first byte has number `base`."""
@@ -143,7 +156,7 @@ class Reader:
             for k, size in enumerate(example.sizes):
                 starts[k] = at
                 at += size
-            ends[-1:] = [(at, at + 1)] * len(ends[-1:])
+            ends[-1:] = [(at, at + 2)] * len(ends[-1:])
         else:
             text, places = self.template.render(example.conversation)
             char = 0
@@ -161,13 +174,20 @@ class Reader:
                     starts[piece] = start
         return _Layout(text, raw, base, starts, ends)
 
-    def _offsets(self, text: str) -> tuple[Ints, Ints, Ints]:
-        """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is."""
-        encoding = self.backend.encode(text, add_special_tokens=False)
-        sizes = np.fromiter((len(character.encode()) for character in text), np.int64, len(text))
+    def _offsets(self, layout: _Layout) -> tuple[Ints, Ints, Ints]:
+        """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is.
+
+        Some tokenizers leave the white space of a token out of them.
+        """
+        encoding = self.backend.encode(layout.text, add_special_tokens=False)
+        row = np.asarray(encoding.ids, np.int64)
+        sizes = np.fromiter((len(character.encode()) for character in layout.text), np.int64, len(layout.text))
         byte = np.concatenate([[0], np.cumsum(sizes)])
         start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
-        return np.asarray(encoding.ids, np.int64), start, end
+        for k, (i, last) in enumerate(zip(encoding.ids, end.tolist(), strict=True)):
+            if layout.raw.endswith(self.tokens[i], 0, last):
+                start[k] = last - self.lengths[i]
+        return row, np.minimum.accumulate(start[::-1])[::-1], np.maximum.accumulate(end)
 
     def _turn_ends(self, ids: Ints, start: Ints, stretches: Sequence[tuple[int, int]]) -> Ints:
         """The first end token in each stretch of bytes, -1 if there is none or the stretch begins at -1."""
