@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import random
+import subprocess
+import sys
 import threading
 import time
 
@@ -412,6 +414,23 @@ def test_threads_do_not_change_the_result_and_release_the_gil(tokenizer, vocabul
     stop.set()
     thread.join()
     assert released
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the memory, which refuses threads on Linux")
+def test_threads_that_the_system_refuses_are_done_without():
+    """There is room for the stacks of some of them; a machine with fewer threads has no limit to meet."""
+    script = (
+        "import resource, torch, xtoken\n"
+        "S = xtoken.Vocabulary([b'a', b'b'])\n"
+        "ids = torch.randint(2, (600, 4000))\n"
+        "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + (400 << 20),) * 2)\n"
+        "alignment = xtoken.Aligner(S, S, num_threads=600).align(ids, ids)\n"
+        "assert alignment.spans[:, 0].tolist() == [*range(4000)] * 600\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
 
 
 def test_empty_inputs(toy):

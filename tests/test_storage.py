@@ -42,6 +42,17 @@ def test_half_a_file_is_never_under_its_name(tmp_path: Path) -> None:
     assert path.stat().st_mode & 0o777 == 0o666 & ~umask
 
 
+def test_symbolic_links_are_not_written_through(tmp_path: Path) -> None:
+    """As in a cache where several names share a file: one name gets the new file, the others keep theirs."""
+    shared, link = tmp_path / "shared", tmp_path / "link"
+    shared.write_bytes(b"old")
+    link.symlink_to(shared)
+    write_atomically(link, b"new")
+    assert link.read_bytes() == b"new"
+    assert not link.is_symlink()
+    assert shared.read_bytes() == b"old"
+
+
 def test_a_file_of_tensors_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "t"
     KIND.save(path, {"cells": torch.arange(6.0).view(2, 3).T}, rows="3")

@@ -183,7 +183,7 @@ class InOrder {
   public:
     InOrder(int64_t ranges, BatchAlignment& result) : waiting_(static_cast<size_t>(ranges)), result_(result) {}
 
-    // Takes the result of `range` and leaves an empty part, with storage to reuse where possible.
+    // Takes the result of `range` and leaves another part, whose storage can be used again.
     void add(int64_t range, Part& part) {
         size_t first, last, place;
         {
@@ -204,8 +204,6 @@ class InOrder {
             std::swap(part, source);
             source = {};
         }
-        part.spans.clear();
-        part.predicted.clear();
     }
     size_t size() const { return size_; }
 
@@ -252,10 +250,12 @@ BatchAlignment Aligner::align(const std::vector<TokenRow>& student, const std::v
         Workspace work;
         Part part;
     };
-    std::vector<Worker> workers(static_cast<size_t>(std::max(1, threads)));
+    std::vector<Worker> workers(static_cast<size_t>(std::clamp<int64_t>(threads, 1, std::max<int64_t>(1, ranges))));
     InOrder<Part> in_order(ranges, result);
     parallel_for(ranges, threads, [&](int worker, int64_t range) {
         auto& [work, part] = workers[static_cast<size_t>(worker)];
+        part.spans.clear();
+        part.predicted.clear();
         const size_t last = starts[static_cast<size_t>(range) + 1];
         for (size_t sample = starts[static_cast<size_t>(range)]; sample < last; ++sample) {
             const size_t before = part.spans.size();

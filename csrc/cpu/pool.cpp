@@ -8,7 +8,6 @@
 #include <iterator>
 #include <mutex>
 #include <stdexcept>
-#include <system_error>
 #include <thread>
 #include <vector>
 
@@ -76,10 +75,12 @@ struct Worker {
 
 struct Pool {
     std::mutex mutex;
-    std::vector<Worker*> idle_workers;
+    std::vector<Worker*> idle_workers;  // with room for all, since threads that come back must not fail
+    size_t started = 0;
     std::vector<std::unique_ptr<Scratch>> idle_scratch;  // of callers
 
     void loop(Worker* self) {
+        std::current_exception();  // makes what a thread needs to throw; if that fails, the process ends
         Scratch scratch;
         for (;;) {
             Job* job = nullptr;
@@ -100,15 +101,18 @@ struct Pool {
     std::vector<Worker*> take_workers(int wanted) {
         std::lock_guard<std::mutex> lock(mutex);
         std::vector<Worker*> taken;
+        taken.reserve(static_cast<size_t>(std::max(wanted, 0)));
         while (static_cast<int>(taken.size()) < wanted) {
             if (idle_workers.empty()) {
-                auto worker = std::make_unique<Worker>();
                 try {
+                    auto worker = std::make_unique<Worker>();
+                    idle_workers.reserve(started + 1);
                     std::thread([this, self = worker.get()] { loop(self); }).detach();
-                } catch (const std::system_error&) {
+                    taken.push_back(worker.release());
+                    ++started;
+                } catch (const std::exception&) {
                     break;  // no more threads to be had: the work is done by fewer
                 }
-                taken.push_back(worker.release());
             } else {
                 taken.push_back(idle_workers.back());
                 idle_workers.pop_back();
@@ -169,9 +173,9 @@ void run_items(int64_t count, int threads, const std::function<void(int64_t, Scr
     Pool& shared = the_pool();
     Job job(count, body);
     const int helpers = static_cast<int>(std::min<int64_t>(threads, count)) - 1;
+    std::unique_ptr<Scratch> scratch = shared.take_scratch();
     const std::vector<Worker*> workers = shared.take_workers(helpers);
     job.expect(static_cast<int>(workers.size()));
-    std::unique_ptr<Scratch> scratch = shared.take_scratch();
     for (Worker* worker : workers) worker->start(&job);
     job.work(*scratch);
     shared.give_back(std::move(scratch));

@@ -12,7 +12,9 @@ import signal
 import string
 import subprocess
 import sys
+import time
 from itertools import count
+from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
@@ -296,6 +298,31 @@ def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
     assert "Traceback" not in error
     assert main([*command, "--resume"]) == 0
     assert contents(tmp_path / "out") == contents(undisturbed)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="looks into /proc")
+def test_workers_end_with_the_first_process(pair_files, corpus, tmp_path):
+    """It is killed, and so cannot tell them, when they have a part of the work."""
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus), "--workers=2"]
+    command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
+    script = (
+        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.progress import Progress\n"
+        "Progress.shard_done = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "main(sys.argv[1:])"
+    )
+    with subprocess.Popen([sys.executable, "-c", script, *command], start_new_session=True) as first:
+        first.wait()
+
+    def session(process):
+        try:
+            return int((process / "stat").read_text().rpartition(")")[2].split()[3])
+        except OSError:  # it has just ended
+            return None
+
+    deadline = time.monotonic() + 60
+    while left := [process.name for process in Path("/proc").glob("[0-9]*") if session(process) == first.pid]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.1)
 
 
 def test_progress_bar(pair, corpus, tmp_path, capsys):

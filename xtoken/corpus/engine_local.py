@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from multiprocessing import connection
 from typing import Any
 
 from .. import _core
@@ -63,18 +65,26 @@ _worker: dict[str, Any] = {}
 
 def _start(job: Job, threads: int, done: Any, stop: Any) -> None:
     """Prepares a worker process."""
+    threading.Thread(target=_end_with_the_first_process, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and says so through `stop`
     os.environ["RAYON_NUM_THREADS"] = str(threads)
 
     def advance(*more: int) -> None:
-        if stop.is_set() or os.getppid() != parent:
+        if stop.is_set():
             raise Stopped
         with done.get_lock():
             for k, count in enumerate(more):
                 done[k] += count
 
-    parent = os.getppid()
     _worker.update(maker=ShardMaker(job, threads), advance=advance)
+
+
+def _end_with_the_first_process() -> None:
+    """Ends this process when the one that started it is gone: killed, it cannot tell, and the queue would never end."""
+    first = multiprocessing.parent_process()
+    assert first is not None
+    connection.wait([first.sentinel])
+    os._exit(1)
 
 
 def _make(shard: Shard) -> Counts:
