@@ -1,0 +1,135 @@
+"""Our losses beside those of TRL's GOLDTrainer, on the same logits and text: seconds, memory, and values.
+
+One text full of numbers, tokenized by Llama 3 (student) and Qwen3 (teacher), with random float32 logits; forward and
+backward, median of the runs. TRL compares whole completions, so the first token, which no row predicts, is the prompt.
+Values agree where the definitions do: for ULD with ``uld_token_merge_strategy="bayesian"``, on text whose chunks are
+one token on both sides ("values" below; the run stops if they differ). Elsewhere they do not: TRL's default strategy
+reads the row *at* a token, not the one that predicts it; it multiplies one row by the probabilities of a chunk's other
+tokens, where ours averages; its GOLD weighs matched and unmatched part by their share of the vocabulary, and bounds
+neither. Needs ``pip install trl``. Results go to bench/results/trl.json.
+
+    python bench/bench_trl.py [--words 70] [--repeat 1] [--threads 2]
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from functools import partial
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from bench_losses import numbers_text
+from measure import Row, load_tokenizers, machine, median_seconds, parser, peak_growth, table, write_rows
+from real_tokenizers import encode
+from torch import Tensor
+
+import xtoken
+from xtoken import Vocabulary
+
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+CONFIG = {
+    "uld_crossentropy_weight": 0.0, "uld_distillation_weight": 1.0, "uld_student_temperature": 1.0,
+    "uld_teacher_temperature": 1.0, "uld_skip_student_eos": False, "uld_skip_teacher_eos": False,
+    "use_extended_uld": True, "uld_hybrid_matched_weight": None, "uld_hybrid_unmatched_weight": None, "beta": 0.0,
+}  # fmt: skip
+
+
+class Pair:
+    """Two vocabularies, and random logits for what both make of a text."""
+
+    def __init__(self, vocabularies: Sequence[Vocabulary], ids: Sequence[Sequence[int]], seed: int = 0) -> None:
+        draw = torch.Generator().manual_seed(seed)
+        self.vocabularies = vocabularies
+        self.ids = [torch.tensor([one]) for one in ids]
+        self.logits = [
+            torch.randn(1, len(one), len(vocabulary), generator=draw)
+            for one, vocabulary in zip(ids, vocabularies, strict=True)
+        ]
+        self.alignment = xtoken.Aligner(*vocabularies).align(*self.ids)
+
+    def trl(self, strategy: str, hybrid: bool) -> Callable[[Tensor], Tensor]:
+        """TRL's loss of the student's logits."""
+        from trl.experimental.gold.gold_trainer import ULDLoss
+
+        config = SimpleNamespace(**CONFIG, uld_token_merge_strategy=strategy, uld_use_hybrid_loss=hybrid)
+        loss = ULDLoss(config, *(vocabulary.tokenizer for vocabulary in self.vocabularies))
+        labels = [torch.where(torch.arange(ids.shape[1]) > 0, ids, -100) for ids in self.ids]
+        offsets = [
+            byte_offsets(vocabulary, ids[0].tolist())
+            for vocabulary, ids in zip(self.vocabularies, self.ids, strict=True)
+        ]
+        return lambda z: loss(z, self.logits[1], *labels, *self.ids, *offsets)
+
+
+def byte_offsets(vocabulary: Vocabulary, ids: Sequence[int]) -> Tensor:
+    """int64 [1, T, 2]: where each token's text begins and ends."""
+    lengths = torch.tensor([len(vocabulary[token]) for token in ids])
+    return torch.stack([lengths.cumsum(0) - lengths, lengths.cumsum(0)], -1)[None]
+
+
+def step(loss: Callable[[Tensor], Any], logits: Tensor) -> float:
+    """Forward and backward; the loss."""
+    z = logits.clone().requires_grad_()
+    value = loss(z)
+    value.backward()
+    return float(value.detach())
+
+
+def same_values(vocabularies: Sequence[Vocabulary]) -> Row:
+    """ULD of both where every chunk is one token on both sides."""
+    text = "the and of to in is that for it as was with be by on not he"
+    pair = Pair(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
+    assert pair.ids[0].shape == pair.ids[1].shape == (1, 19), "every word is a token of both"
+    theirs, ours = pair.trl("bayesian", False), partial(xtoken.uld_loss, teacher_logits=pair.logits[1])
+    row = {
+        "TRL": step(theirs, pair.logits[0]),
+        "ours": step(lambda z: ours(z, alignment=pair.alignment), pair.logits[0]),
+    }
+    if not math.isclose(row["TRL"], row["ours"], rel_tol=1e-5):
+        raise SystemExit(f"ULD differs where its definitions agree: {row}")
+    return row
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    options = parser(__doc__, "trl.json")
+    for name, value in {"words": 70, "repeat": 1, "threads": 2}.items():
+        options.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
+    given: Namespace = options.parse_args(arguments)
+    torch.set_num_threads(given.threads)
+    vocabularies = [Vocabulary.from_tokenizer(one) for one in load_tokenizers("llama3", "qwen3")]
+    values = same_values(vocabularies)
+    text = numbers_text(0, given.words)
+    pair = Pair(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
+    projection, pieces = xtoken.ProjectionMatrix.build(*vocabularies), xtoken.PieceIndex.build(*vocabularies)
+    y, alignment = pair.logits[1], pair.alignment
+    losses: dict[str, Callable[[Tensor], Any]] = {
+        "TRL ULD": pair.trl("observed", False),
+        "TRL ULD, bayesian": pair.trl("bayesian", False),
+        "ULD": lambda z: xtoken.uld_loss(z, y, alignment),
+        "TRL GOLD (hybrid)": pair.trl("observed", True),
+        "TRL GOLD (hybrid), bayesian": pair.trl("bayesian", True),
+        "GOLD": lambda z: xtoken.gold_loss(z, y, alignment, projection),
+        "H-KL": lambda z: xtoken.hkl_loss(z, y, alignment, projection),
+        "P-KL": lambda z: xtoken.pkl_loss(z, y, alignment, projection),
+        "prefix KL": lambda z: xtoken.prefix_kl_loss(z, y, alignment, pieces),
+    }
+    rows: list[Row] = []
+    for name, loss in losses.items():
+        found: list[float] = []
+        peak = peak_growth(lambda run=loss, into=found: into.append(step(run, pair.logits[0])))
+        seconds = median_seconds(partial(step, loss, pair.logits[0]), given.repeat, warm=0)
+        rows.append(
+            {"loss": name, "seconds": seconds, "peak MB": None if peak is None else peak // 2**20, "value": found[0]}
+        )
+    facts = machine("torch", "trl", threads=given.threads, tokens=[one.shape[1] for one in pair.ids], values=values)
+    write_rows(given.output, facts, rows, ("loss",))
+    print(f"{pair.ids[0].shape[1]} tokens of Llama 3, {pair.ids[1].shape[1]} of Qwen3; ULD of common tokens: {values}")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()

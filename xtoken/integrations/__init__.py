@@ -1,0 +1,1 @@
+"""The losses of xtoken in the trainers of other libraries."""
