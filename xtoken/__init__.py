@@ -41,6 +41,7 @@ from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from . import data as data
+    from . import integrations as integrations
     from . import train as train
 
 __all__ = [
@@ -88,7 +89,7 @@ __all__ = [
     "uld_loss",
 ]
 
-_ON_USE = ("data", "train")
+_ON_USE = ("data", "integrations", "train")
 """Submodules that are imported when they are first used; training needs transformers."""
 
 

@@ -1,1 +1,3 @@
 """The losses of xtoken in the trainers of other libraries."""
+
+from . import trl as trl
