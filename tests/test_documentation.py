@@ -84,7 +84,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
 def test_snippets(document: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(given["folder"])
-    for lazy in ("data", "train"):  # as for somebody who has imported xtoken only
+    for lazy in ("data", "integrations", "train"):  # as for somebody who has imported xtoken only
         monkeypatch.delattr(xtoken, lazy, raising=False)
     names = dict(given)
     for block in blocks(document, "python"):

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from small import make_model, make_tokenizer
 
 from xtoken import Aligner, PieceIndex, Teacher, Vocabulary, XTokenLoss, prefix_kl_loss
 from xtoken.integrations.trl import GOLDLoss, replace_loss
@@ -75,8 +76,6 @@ def test_gold_trainer_trains(share, tmp_path, monkeypatch):
         datasets, gold = importlib.import_module("datasets"), importlib.import_module("trl.experimental.gold")
     except ImportError as error:
         pytest.skip(f"TRL's GOLDTrainer cannot be imported: {error}")
-    from train.small import make_model, make_tokenizer
-
     student_tok, teacher_tok = make_tokenizer(1400, "{1,3}", "<s>"), make_tokenizer(500, "", "<s>")
     for tokenizer in (student_tok, teacher_tok):
         tokenizer.chat_template = TEMPLATE
