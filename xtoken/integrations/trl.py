@@ -70,6 +70,7 @@ class GOLDLoss(nn.Module):
         ]
         alignment = self.aligner.align(*(i.cpu() for i in ids), *(mask.cpu() for mask in masks))
         alignment = alignment.supervised(*(wanted.cpu() for wanted in taught))
+        total: Tensor
         total, self.parts = self.criterion(student_logits, student_labels, teacher_logits, alignment)
         return total
 
