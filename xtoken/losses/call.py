@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment
 from xtoken.losses.backends import check_backend
-from xtoken.losses.logits import AnyLogits, LinearLogits, Parts, TopKLogits
+from xtoken.losses.logits import AnyLogits, LinearLogits, Parts, TopKLogits, widened
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, Expected, run
 
@@ -151,10 +151,13 @@ def compute(
     if isinstance(student_logits, TopKLogits):
         raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
     given = Parts.of(student_logits), Parts.of(teacher_logits)
-    student_size, teacher_size = (
-        _vocabulary_size(one, size, name) for one, size, name in zip(given, sizes, SIDES, strict=True)
-    )
+    student_size, teacher_size = (vocabulary_size(loss, k, one, sizes[k]) for k, one in enumerate(given))
     student, teacher = given[0].batched(), given[1].batched().detached()
+    for side, one in ((0, student), (1, teacher)):
+        if one.width is not None and one.width < (student_size, teacher_size)[side]:
+            _check_known(side, one.width, labels, alignment)
+    if student.head is None:
+        student = student._replace(rows=widened(student.rows, student_size))
     if alignment is not None:
         check_alignment(alignment, student.rows.shape[0])
     elif loss.needs is Needs.SAME_TOKENIZER:
@@ -268,17 +271,35 @@ def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, loss: Loss)
         raise ValueError("inplace: expected logits computed by a model, got a leaf, whose values you still own")
 
 
-def _vocabulary_size(logits: Parts, size: int | None, name: str) -> int:
+def vocabulary_size(loss: Loss, side: int, logits: Parts, size: int | None) -> int:
+    """Columns of a side (0: the student): those of its vocabulary, or of its logits if that is not known.
+
+    Raises ValueError if there are fewer, unless those that are missing take no part in the loss (`Loss.may_lack`).
+    """
+    name = SIDES[side]
     if size is None:
         if logits.width is None:
             raise ValueError(f"{name}: expected the size of the vocabulary to be given too, for TopKLogits")
         return logits.width
-    if logits.width is not None and logits.width < size:
+    if logits.width is not None and logits.width < size and not loss.may_lack(side, logits.width):
         raise ValueError(
             f"{name}: expected at least {size} columns (the vocabulary), got {logits.width} "
             f"in shape {[*logits.leading_shape, logits.width]}"
         )
     return size
+
+
+def _check_known(side: int, width: int, labels: Tensor | None, alignment: Alignment | None) -> None:
+    """Raises ValueError if a label, or a token of a chunk, is none of the columns; of those on the CPU."""
+    name = ("student", "teacher")[side]
+    if labels is not None and side == 0 and labels.device.type == "cpu" and int(labels.max()) >= width:
+        raise ValueError(f"labels: expected token ids below {width}, the columns of {SIDES[0]}, got {labels.max()}")
+    ids = None if alignment is None else getattr(alignment.host, f"{name}_ids")
+    if ids is None or alignment is None:
+        return
+    largest = int(torch.where(alignment.host.chunk_ids(name, ids.shape[-1]).view(ids.shape) >= 0, ids, -1).max())
+    if largest >= width:
+        raise ValueError(f"alignment: expected {name} ids below {width}, the columns of {SIDES[side]}, got {largest}")
 
 
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.call import check_alignment, check_choice, check_logits, checked_labels, compute
+from xtoken.losses.call import check_alignment, check_choice, check_logits, checked_labels, compute, vocabulary_size
 from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import AnyLogits, Parts, Source
 from xtoken.losses.loss import Loss, Needs, registered
@@ -316,7 +316,7 @@ class XTokenLoss(nn.Module):
         factors: tuple[float | Tensor, float | Tensor] | None,
     ) -> _Distilled:
         loss = teacher.make_loss()
-        student, teacher_source = self._sources(teacher, student_logits, teacher_logits)
+        student, teacher_source = self._sources(teacher, loss, student_logits, teacher_logits)
         device = Parts.of(student_logits).rows.device
         mask: Tensor | None = None
         if alignment is not None:
@@ -366,22 +366,24 @@ class XTokenLoss(nn.Module):
             diagnosis = loss.diagnose(student, teacher_source, chunks, teacher.projection, device, self.backend)
         return _Distilled(total / divisor, cross_entropy, number, before - number, diagnosis)
 
-    def _sources(self, teacher: Teacher, student_logits: AnyLogits, teacher_logits: AnyLogits) -> tuple[Source, Source]:
+    def _sources(
+        self, teacher: Teacher, loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits
+    ) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
         given = Parts.of(student_logits).batched().detached(), Parts.of(teacher_logits).batched().detached()
-        sizes: tuple[int | None, int | None] = self.vocab_size or given[0].width, given[1].width
-        if teacher.shape is not None:
-            sizes = teacher.shape
-        elif registered()[teacher.loss].needs is Needs.SAME_TOKENIZER:
-            sizes = (self.vocab_size or min(one.width for one in given if one.width is not None),) * 2
-        sources = []
-        for name, one, size in zip(("student_logits", "teacher_logits"), given, sizes, strict=True):
-            if size is None:
-                raise ValueError(f"{name}: expected logits or LinearLogits for loss={teacher.loss!r}, got TopKLogits")
-            if one.width is not None and one.width < size:
-                raise ValueError(f"{name}: expected at least {size} columns (the vocabulary), got {one.width}")
-            sources.append(one.source(size))
-        return sources[0], sources[1]
+        known = [] if self.vocab_size is None else [self.vocab_size]
+        # A teacher with W or pieces sees to it that columns which are missing belong to no token of text.
+        is_seen_to = any(one.shape is not None for one in self.teachers)
+
+        def common(*parts: Parts) -> int | None:
+            widths = [one.width for one in parts if one.width is not None]
+            return known[0] if known and not is_seen_to else min(known + widths, default=None)
+
+        sizes = teacher.shape or (common(given[0]), given[1].width)
+        if loss.needs is Needs.SAME_TOKENIZER:
+            sizes = (common(*given),) * 2
+        student, other = (one.source(vocabulary_size(loss, k, one, sizes[k])) for k, one in enumerate(given))
+        return student, other
 
 
 class _Distilled(NamedTuple):

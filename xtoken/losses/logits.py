@@ -188,11 +188,17 @@ class Source(Protocol):
         ...
 
 
+def widened(logits: Tensor, size: int) -> Tensor:
+    """Logits with -inf for the tokens that their model has no column for: it never produces them."""
+    missing = size - logits.shape[-1]
+    return logits if missing <= 0 else torch.nn.functional.pad(logits, (0, missing), value=-torch.inf)
+
+
 class DenseSource:
-    """Logits in memory [B, T, >= size]."""
+    """Logits in memory [B, T, V]; see `widened`."""
 
     def __init__(self, logits: Tensor, size: int) -> None:
-        self.logits = logits[..., :size]
+        self.logits = widened(logits[..., :size], size)
         self.samples, self.length, self.size = self.logits.shape
 
     def rows(self, start: int, stop: int) -> Tensor:
@@ -258,7 +264,7 @@ class LinearSource:
         return self.at(slice(start, stop))
 
     def at(self, index: slice | Tensor) -> Tensor:
-        return torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+        return widened(torch.nn.functional.linear(self.hidden[index], self.weight, self.bias), self.size)
 
 
 class Parts(NamedTuple):

@@ -19,8 +19,9 @@ from torch import Tensor
 
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
+from xtoken.losses.cached import Cached
 from xtoken.losses.logits import Source
-from xtoken.pieces import PieceIndex
+from xtoken.pieces import PieceIndex, sides
 
 if TYPE_CHECKING:
     from xtoken.alignment.chunks import Chunks
@@ -107,6 +108,16 @@ class Loss:
                 "projection: expected a matrix with entries, got none: no token of the student has an image to compare"
             )
 
+    def may_lack(self, side: int, width: int) -> bool:
+        """Whether a side (0: the student) may have only so many columns: no token beyond takes part in the loss."""
+        W, pieces = getattr(self, "W", None), getattr(self, "pieces", None)
+        if pieces is not None:
+            return _LACKING.of((pieces,), lambda: not sides(pieces.cpu())[side].length[width:].any(), side, width)
+        if W is None:
+            return False
+        used = (W.row_ptr[width:].diff() > 0, W.col >= width)[side]
+        return _LACKING.of((W.row_ptr, W.col), lambda: not used.any(), side, width)
+
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         """The chunks, and what kernels and formula get to see of this loss (default: all of them, and itself)."""
         return Prepared(call.chunks(self.realised), self)
@@ -170,6 +181,8 @@ class Loss:
             return cls(pieces=pieces.data, **options)  # type: ignore[call-arg]
         return cls(**options)
 
+
+_LACKING = Cached[bool]()
 
 REGISTER: dict[str, type[Loss]] = {}
 

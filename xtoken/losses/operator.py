@@ -307,7 +307,7 @@ class _Gradients:
         head = self.call.student_head
         if logits_grad is None or head is None:
             return
-        grad = logits_grad[0]
+        grad = logits_grad[0, :, : len(head)]
         size = grad.shape[1]
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
         self.head[:size].addmm_(grad.t(), self.call.student.flatten(0, 1)[rows])

@@ -266,6 +266,19 @@ class ProjectionMatrix:
         likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)
         torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, path)
 
+    def within(self, rows: int | None, columns: int | None) -> ProjectionMatrix:
+        """The matrix with only the entries of the first rows and columns; None: of all. The shape stays."""
+        sizes = [size if most is None else most for size, most in zip(self.shape, (rows, columns), strict=True)]
+        row = self.row_index
+        keep = (row < sizes[0]) & (self.col < sizes[1])
+        if bool(keep.all()):
+            return self
+        counts = torch.bincount(row[keep], minlength=self.shape[0])
+        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+        return ProjectionMatrix(
+            ptr, self.col[keep], self.weight[keep], teacher_vocab_size=self.shape[1], metadata=self.metadata
+        )
+
     def learnable(self) -> LearnableProjection:
         """A module with the same entries, whose weights are trained with the student."""
         return LearnableProjection(self)

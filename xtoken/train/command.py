@@ -34,6 +34,7 @@ from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import load_examples, text_sample
 from .example import TRAIN_ON
+from .limits import most_positions
 from .plot import PlotCallback
 from .prepare import cached_choice, cached_projection
 from .teachers import TeacherModel, load_model, load_tokenizer
@@ -195,6 +196,14 @@ def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
     return list(given)
 
 
+def _lowered(name: str, given: int | None, positions: Sequence[int | None], config: XTokenConfig) -> int | None:
+    """The most tokens of an example: as given, or what all models that read it can take; says where it is less."""
+    most = min((one for one in (given, *positions) if one is not None), default=None)
+    if most != given and config.process_index == 0 and (given is not None or most is not None):
+        print(f"--{name} {most}: longer rows have no position in a model")
+    return most
+
+
 def build_teacher(
     source: str, loss: str, weight: float, folder: str, student: Vocabulary, options: TrainArguments,
     device: torch.device,
@@ -260,14 +269,18 @@ def main(arguments: Sequence[str]) -> None:
             teacher.name = f"{teacher.name}-{k + 1}"
     if config.process_index == 0:
         print("\n".join(line for one in built for line in one[3]))
+    longest = [most_positions(student), *(one.limits.positions for one in teachers if one.reads_student_ids)]
+    max_length = _lowered("max_length", options.max_length, longest, config)
+    longest = [one.limits.positions for one in teachers]
+    max_teacher_length = _lowered("max_teacher_length", options.max_teacher_length, longest, config)
     is_cached = any(cache is not None for cache in caches)
 
     def examples(files: Sequence[str] | None) -> Any:
         if not files:
             return None
         loaded = load_examples(
-            files, student_tok, teacher_toks, text_column=options.text_column, max_length=options.max_length,
-            max_teacher_length=options.max_teacher_length, train_on=options.train_on, name_documents=is_cached,
+            files, student_tok, teacher_toks, text_column=options.text_column, max_length=max_length,
+            max_teacher_length=max_teacher_length, train_on=options.train_on, name_documents=is_cached,
         )  # fmt: skip
         return CachedExamples(loaded, caches) if is_cached else loaded
 

@@ -17,6 +17,9 @@ from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
 
+from .limits import Limits, check_head
+from .packing import PACKED, is_packed, packing_fault
+
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
 SAME_BYTES_SHARE = 0.5
@@ -123,20 +126,6 @@ def ensure_pad_token(tokenizer: Any) -> None:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0) if end is None else end
 
 
-def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
-    """Raises ValueError if a model's output layer has fewer rows than its tokenizer has ids."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    if head is None or not hasattr(head, "weight"):
-        return
-    # A quantised layer's weight may be a method, or packed.
-    rows = head.out_features if hasattr(head, "out_features") else head.weight.shape[0]
-    if rows < len(vocabulary):
-        raise ValueError(
-            f"{name}: expected an output layer of at least {len(vocabulary)} rows, one a token of its tokenizer, got "
-            f"{rows}; use the tokenizer that it was trained with, or call model.resize_token_embeddings"
-        )
-
-
 class TeacherModel:
     """A frozen model that a student learns from, and how.
 
@@ -154,7 +143,7 @@ class TeacherModel:
     device : torch.device, optional
         Where the model computes. Default: with the student, unless the model is spread by a device map.
 
-    Raises ValueError if the model's output layer is narrower than the tokenizer.
+    Raises ValueError if the model's output layer lacks tokens of text; see `check_head`.
     """
 
     def __init__(
@@ -170,10 +159,11 @@ class TeacherModel:
         self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         self.name = name
         self.device = None if device is None else torch.device(device)
+        self.limits = Limits()
+        self._packing_is_known = False
         if model is not None:
             model.eval().requires_grad_(False)
-            if self.vocabulary is not None:
-                check_head(model, self.vocabulary, name)
+            self.limits = Limits.of(model, self.vocabulary, name)
 
     @property
     def reads_student_ids(self) -> bool:
@@ -205,27 +195,38 @@ class TeacherModel:
         self.model.to(self.device)
 
     def check_entry(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Raises ValueError if a batch, on the host, would feed this teacher ids of another vocabulary."""
+        """Raises ValueError if a batch, on the host, would feed this teacher ids of another vocabulary, or such as it
+        does not know, or longer rows than it can take."""
         ids = entry.get("input_ids")
-        if entry.get("logits") is not None or (ids is None and self.reads_student_ids):
+        if entry.get("logits") is not None:
             return
-        if ids is None:
+        if ids is None and not self.reads_student_ids:
             raise ValueError(
                 f"{self.name}: expected input_ids of its own tokenizer, got none; a teacher with another tokenizer "
                 "must not read the student's ids"
             )
         if ids is inputs["input_ids"] and not self.reads_student_ids:
             raise ValueError(f"{self.name}: got the student's input_ids, expected those of its own tokenizer")
-        if self.vocabulary is not None and ids.numel() and (largest := int(ids.max())) >= len(self.vocabulary):
+        read = inputs["input_ids"] if ids is None else ids
+        if self.vocabulary is not None and read.numel() and (largest := int(read.max())) >= len(self.vocabulary):
             size = len(self.vocabulary)
             raise ValueError(f"{self.name}: expected input_ids below {size}, got {largest}, of another tokenizer")
+        self.limits.check(inputs if ids is None else entry, self.name)
+
+    @torch.inference_mode()
+    def packing_fault(self, ids: Tensor, longest: int = 0, masked: bool = False) -> str | None:
+        """Why examples must not share a row of this teacher, as `packing.packing_fault` says; None if they may."""
+        fault = None if self.model is None else packing_fault(self.model, ids, longest, masked)
+        self._packing_is_known = fault is None
+        return fault
 
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
         """The teacher's logits [B, T, V] for a batch, on the device of the student's `inputs`.
 
         `entry` is this teacher's part of the batch: ``logits`` if they are cached; else ``input_ids`` and
-        ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads the student's ids.
+        ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads the student's ids. Raises
+        ValueError for longer rows than the model can take, and for packed ones if it does not keep examples apart.
         """
         cached: AnyLogits | None = entry.get("logits")
         if cached is not None:
@@ -236,6 +237,13 @@ class TeacherModel:
         names = ("input_ids", "attention_mask", "position_ids")
         device = inputs["input_ids"].device
         given = {name: source[name].to(self.device or device) for name in names if source.get(name) is not None}
+        if source["input_ids"].device.type == "cpu":  # elsewhere `check_entry` has looked at what is on the host
+            self.limits.check(source, self.name)
+        given["input_ids"] = self.limits.fit(given)
+        if not self._packing_is_known and is_packed(source):
+            fault = self.packing_fault(given["input_ids"], given["input_ids"].shape[1], "attention_mask" in given)
+            if fault is not None:
+                raise ValueError(f"{self.name}: {PACKED}, since {fault}")
         logits: Tensor = self.model(**given, use_cache=False).logits
         return logits.to(device)
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import Trainer
@@ -22,16 +23,18 @@ from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import AnyLogits
-from xtoken.projection import LearnableProjection
+from xtoken.projection import LearnableProjection, ProjectionMatrix
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .ensemble import keep, mean_logits, position_alignment, select_best
+from .limits import Limits
 from .meter import FiniteCheck, Meter, Stopwatch, wide
+from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
-from .teachers import TeacherModel, check_head, check_same_bytes
+from .teachers import TeacherModel, check_same_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -136,7 +139,6 @@ class XTokenTrainer(Trainer):
             raise ValueError(f"teachers: expected a name of its own for each, got {names}")
         self.vocabulary = None if processing_class is None else Vocabulary.from_tokenizer(processing_class)
         if self.vocabulary is not None:
-            check_head(model, self.vocabulary, "student")
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -145,9 +147,15 @@ class XTokenTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         for teacher in self.teachers:
             teacher.place(args.device)
-        size = None if self.vocabulary is None else len(self.vocabulary)
+        self._limits = Limits.of(self.model, self.vocabulary, "student")
+        objectives = self._objectives()
+        size = None
+        if self.vocabulary is not None and not any(one.shape is not None for one in objectives):
+            # Who knows W or pieces knows it; else it is without the special tokens that a model lacks.
+            rows = [self._limits.rows, *(one.limits.rows for one in self.teachers if one.reads_student_ids)]
+            size = min([len(self.vocabulary), *(one for one in rows if one is not None)])
         self.criterion = XTokenLoss(
-            self._objectives(), args.scaling, args.ce_weight, args.kd_weight,
+            objectives, args.scaling, args.ce_weight, args.kd_weight,
             max_scale=args.max_scale, vocab_size=size, backend=args.loss_backend,
         )  # fmt: skip
         self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
@@ -163,6 +171,7 @@ class XTokenTrainer(Trainer):
         self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
         self._scale_is_known = False
         self._ids_checked = False
+        self._faults: dict[str, str | None] = {}  # of models, why examples must not share their rows, as far as known
         self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
         self._left_out_is_said = False
         self._meter = self._new_meter()
@@ -187,9 +196,13 @@ class XTokenTrainer(Trainer):
                         f"another than {first.name}"
                     )
             objectives = [replace(objectives[0], weight=1.0)]
-        device = self.args.device
-        return [one if one.projection is None else replace(one, projection=one.projection.to(device))
-                for one in objectives]  # fmt: skip
+        made = []
+        for one, teacher in zip(objectives, self.teachers, strict=False):
+            W = one.projection
+            if isinstance(W, ProjectionMatrix):  # without the special tokens that a model has no row for
+                W = W.within(self._limits.rows, teacher.limits.rows)
+            made.append(one if W is None else replace(one, projection=W.to(self.args.device)))
+        return made
 
     def _new_meter(self) -> Meter:
         names = [teacher.name for teacher in self.teachers][: len(self.criterion.teachers)]
@@ -268,6 +281,9 @@ class XTokenTrainer(Trainer):
         del inputs["labels"]  # the losses get those on the host, where they can pick what is supervised
         entries = inputs.pop("teachers")
         self._check_entries(host)
+        if "position_ids" in inputs and self._faults.get("student", "not known") is not None:
+            self._check_packing(model, host)
+        inputs["input_ids"] = self._limits.fit(inputs)
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, host)
         # A model that keeps a cache does not look for several examples in a row (transformers 4).
@@ -290,7 +306,36 @@ class XTokenTrainer(Trainer):
             total = total * self.accelerator.num_processes
         return (total, outputs) if return_outputs else total
 
+    def _check_packing(self, model: Any, host: Mapping[str, Any]) -> None:
+        """Raises ValueError if the student does not keep apart the examples of rows that somebody else has packed."""
+        ids = host["input_ids"]
+        fault = self._faults["student"] = packing_fault(model, ids, ids.shape[1], "attention_mask" in host)
+        if fault is not None:
+            raise ValueError(f"student: {PACKED}, since {fault}")
+
+    def _packs(self, longest: int) -> bool:
+        """Whether all models keep the examples of a packed row apart; says so once if one does not.
+
+        Without a tokenizer, and where the student is not whole before it is wrapped, that is found out, and refused, at
+        the first packed row.
+        """
+        is_whole = not self.is_fsdp_enabled and not self.is_deepspeed_enabled
+        models: list[tuple[str, Vocabulary | None, Callable[..., str | None]]] = [
+            ("student", self.vocabulary if is_whole else None, functools.partial(packing_fault, self.model)),
+            *((one.name, one.vocabulary, one.packing_fault) for one in self.teachers),
+        ]  # fmt: skip
+        for name, vocabulary, look in models:
+            if vocabulary is None or name in self._faults:
+                continue
+            ids = torch.from_numpy(np.flatnonzero(vocabulary.is_text))
+            with self.compute_loss_context_manager():
+                fault = self._faults[name] = look(ids, longest)
+            if fault is not None:
+                logger.warning("packed: examples do not share rows, since of %s %s", name, fault)
+        return not any(self._faults.values())
+
     def _check_entries(self, host: Mapping[str, Any]) -> None:
+        self._limits.check(host, "student")
         for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
             teacher.check_entry(entry, host)
             ids, alignment = entry.get("input_ids"), entry.get("alignment")
@@ -413,9 +458,11 @@ class XTokenTrainer(Trainer):
     def _collated(self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, **kwargs: Any) -> Any:
         """A dataloader of batches that stay on the host; `a_row_each`: not packed, so that repeated samples can go."""
         given = collator = self.data_collator
-        if a_row_each and self.accelerator.num_processes > 1 and isinstance(given, XTokenCollator) and given.packed:
-            collator = copy.copy(given)
-            collator.packed = False
+        if isinstance(given, XTokenCollator) and given.packed:
+            is_split = a_row_each and self.accelerator.num_processes > 1
+            if is_split or not self._packs(given.max_length or 0):
+                collator = copy.copy(given)
+                collator.packed = False
         self.data_collator = functools.partial(keep_host, collator)
         try:
             return make(*args, **kwargs)
