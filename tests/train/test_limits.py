@@ -57,7 +57,7 @@ def test_most_positions(config, limit):
 
 def test_rows_that_are_too_long(tmp_path, toks):
     """Of a teacher and of the student, before the model sees them; of packed rows the longest example counts."""
-    student_tok, teacher_tok = toks
+    student_tok, _ = toks
     config = transformers.GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, n_positions=32)
     model = transformers.AutoModelForCausalLM.from_config(config)
     teacher = TeacherModel(Teacher(loss=DEFAULT[Needs.NOTHING]), model, name="short")
@@ -79,7 +79,7 @@ def test_rows_that_are_too_long(tmp_path, toks):
         trainer.evaluate()
 
 
-def test_a_head_without_special_tokens(toks, tmp_path, teacher_tok):
+def test_a_head_without_special_tokens(toks):
     student_tok, _ = toks
     vocabulary = Vocabulary.from_tokenizer(student_tok)
     size = len(vocabulary)
@@ -114,7 +114,7 @@ def objectives(student_tok: Any, teacher_tok: Any) -> dict[str, Teacher]:
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_losses_without_a_column_for_special_tokens(backend):
-    """The loss and its gradients are those with a column of -inf; also from hidden states. A token of text is refused."""
+    """Loss and gradients are those with a column of -inf; also from hidden states. A token of text is refused."""
     made = make_tokenizer(300, "{1,3}", "<s>"), make_tokenizer(280, "", "<|begin|>")
     student_tok, teacher_tok = with_special(made, "<one>", "<other>")
     texts = SMALL_TEXTS[:2]

@@ -95,7 +95,7 @@ def test_what_else_can_be_wrong():
     assert "are not those that it has alone" in str(packing_fault(Positions("row"), IDS))
     chunked = Positions("chunk")
     assert packing_fault(chunked, IDS, longest=200) is None  # unless the configuration speaks of chunks
-    chunked.config = SimpleNamespace(attention_chunk_size=70)
+    chunked.__dict__["config"] = SimpleNamespace(attention_chunk_size=70)
     assert packing_fault(chunked, IDS, longest=64) is None
     assert packing_fault(chunked, IDS, longest=200) is not None
     assert packing_fault(Positions("mask"), IDS) is None
