@@ -11,6 +11,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from xtoken import Aligner, Vocabulary, align_corpus
+from xtoken.corpus.manifest import INDEX
 from xtoken.data import AlignedCollator, AlignedDataset
 
 TEXTS = [f"document {k}: " + "In 1995, 1,024 readers paid. " * (k % 90) for k in range(300)]
@@ -96,7 +97,8 @@ def test_what_does_not_fit(folder, pair, tmp_path):
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(FileNotFoundError, match=r"shard-00000\.parquet is missing"):
         AlignedDataset(tmp_path)
-    (tmp_path / "manifest.json").write_text(json.dumps({**manifest, "complete": False}))
+    del manifest["checksum"]
+    INDEX.write(tmp_path, {**manifest, "complete": False})
     with pytest.raises(ValueError, match="is not complete"):
         AlignedDataset(tmp_path)
 

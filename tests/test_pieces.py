@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import torch
 from real_tokenizers import encode
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from xtoken import Aligner, Alignment, MergedEvents, MergeReport, PieceIndex, Vocabulary, sample_texts
 from xtoken.calibration import calibrate
+from xtoken.storage import TensorFile
 
 STUDENT = [b"5", b"9", b"95", b"99", b"995", b"x"]
 TEACHER = [b"9", b"99", b"5", b"59"]
@@ -111,16 +112,17 @@ def test_file(tmp_path: Path) -> None:
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "pieces.safetensors"
     index().save(path)
-    data = load_file(path)["data"]
-    good = {"format": "xtoken.pieces", "version": "2"}
+    data, built = load_file(path)["data"], index()
+    good = {"format": "xtoken.pieces", "version": "3", **built.metadata}
     for tensors, metadata, message in (
         ({"data": data}, {"format": "xtoken.projection"}, "not a piece index of xtoken"),
         ({"other": data}, good, "not a piece index of xtoken"),
-        ({"data": data}, {**good, "version": "1"}, "format version 1, this xtoken reads version 2"),
+        ({"data": data}, {**good, "version": "2"}, "version 2, this xtoken reads version 3; xtoken project --pieces"),
+        ({"data": data}, {**good, "teacher_fingerprint": ""}, "damaged: teacher_fingerprint: expected 64 hex digits"),
         ({"data": data}, {**good, "calibration": "[]"}, "damaged: calibration: not what calibration has found"),
         ({"data": data[:-1]}, good, "damaged: pieces: not a piece index: expected .* numbers, got"),
     ):
-        save_file(tensors, path, metadata)
+        TensorFile("anything").save(path, tensors, **metadata)
         with pytest.raises(ValueError, match=message):
             PieceIndex.load(path)
     path.write_bytes(path.read_bytes()[:40])
@@ -149,6 +151,10 @@ def test_damaged_data() -> None:
     damaged = data.clone()
     damaged[0] = 0
     with pytest.raises(ValueError, match="number 0 of its head is 0"):
+        PieceIndex(damaged)
+    damaged = data.clone()
+    damaged[2] = 2**31 - 1
+    with pytest.raises(ValueError, match="not a piece index: 2147483647 events of 10 tokens"):
         PieceIndex(damaged)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -15,12 +16,12 @@ from default_losses import default_loss
 from hypothesis import given
 from hypothesis import strategies as st
 from real_tokenizers import invalid_utf8_ids
-from safetensors.torch import save_file
 
 import xtoken
 from xtoken import ProjectionMatrix, Vocabulary, coverage_audit
 from xtoken.losses import Needs
 from xtoken.projection import ROW_KINDS
+from xtoken.storage import TensorFile
 
 
 def rows(matrix: ProjectionMatrix) -> list[dict[int, Any]]:
@@ -221,9 +222,13 @@ def test_file_format_is_frozen(tmp_path):
     values = {"row_ptr": np.array([0, 1, 3], "<i8"), "col": np.array([0, 0, 1], "<i4"),
               "weight": np.array([1, 0.25, 0.75], "<f4"), "kind": np.array([4, 4], "u1")}  # fmt: skip
     places = json.loads(data[8 : 8 + header])
-    assert places.pop("__metadata__") == {
-        "format": "xtoken.projection", "version": "1", "student_vocab_size": "2", "teacher_vocab_size": "2",
-    }  # fmt: skip
+    metadata = places.pop("__metadata__")
+    said = {"format": "xtoken.projection", "student_vocab_size": "2", "teacher_vocab_size": "2", "version": "2"}
+    types = {"row_ptr": ["I64", [3]], "col": ["I32", [3]], "weight": ["F32", [3]], "kind": ["U8", [2]]}
+    digest = hashlib.sha256(json.dumps([sorted(said.items()), sorted(types.items())]).encode())
+    for name in sorted(values):
+        digest.update(values[name].tobytes())
+    assert metadata == {**said, "checksum": digest.hexdigest()}
     assert places.keys() == values.keys()
     for name, place in places.items():
         first, last = place["data_offsets"]
@@ -236,7 +241,7 @@ def damaged(tmp_path, **changes):
     tensors = {"row_ptr": W.row_ptr, "col": W.col, "weight": W.weight, "kind": W.kind}
     metadata = {
         "format": "xtoken.projection",
-        "version": "1",
+        "version": "2",
         "student_vocab_size": "2",
         "teacher_vocab_size": "2",
     }
@@ -247,7 +252,7 @@ def damaged(tmp_path, **changes):
         else:
             target[name] = value
     path = tmp_path / "w.safetensors"
-    save_file(tensors, path, metadata=metadata)
+    TensorFile("anything").save(path, tensors, **metadata)  # with the checksum of what it is now
     return path
 
 
@@ -256,7 +261,7 @@ def damaged(tmp_path, **changes):
     [
         ({"format": "other"}, "not a projection matrix of xtoken"),
         ({"format": None}, "not a projection matrix of xtoken"),
-        ({"version": "2"}, "format version 2, this xtoken reads version 1"),
+        ({"version": "1"}, "format version 1, this xtoken reads version 2; xtoken project .* makes it again"),
         ({"teacher_vocab_size": None}, "damaged: 'teacher_vocab_size'"),
         ({"teacher_vocab_size": "x"}, "damaged"),
         ({"teacher_vocab_size": "1"}, r"damaged: col: expected teacher ids in \[0, 1\)"),
@@ -275,6 +280,14 @@ def damaged(tmp_path, **changes):
         ({"col": torch.tensor([-1, 0, 1], dtype=torch.int32)}, "damaged: col: expected teacher ids"),
         ({"kind": torch.tensor([9, 0], dtype=torch.uint8)}, "damaged: kind"),
         ({"kind": torch.tensor([0], dtype=torch.uint8)}, "damaged: kind"),
+        ({"teacher_vocab_size": str(2**40)}, "damaged: teacher_vocab_size"),
+        ({"kind": torch.tensor([3, 0], dtype=torch.uint8)}, "row 1 is of kind 'none', but has 1 entries that sum to 1"),
+        ({"kind": torch.tensor([1, 4], dtype=torch.uint8)}, "row 0 is of kind 'exact', but has 2 entries"),
+        ({"kind": torch.tensor([3, 1], dtype=torch.uint8)}, "student_fingerprint: expected 64 hex digits, got None"),
+        (
+            {"kind": torch.tensor([3, 4], dtype=torch.uint8), "weight": torch.tensor([0.5, 0.4, 1.0])},
+            "row 0 is of kind 'pieces', but has 2 entries that sum to 0.9",
+        ),
     ],
 )
 def test_damaged_files(changes, match, tmp_path):
@@ -349,6 +362,10 @@ def test_nemo_files(tmp_path):
     again = ProjectionMatrix.from_nemo(tmp_path / "w.pt", W.shape[1])
     assert rows(again) == rows(W)
     torch.save([1], tmp_path / "other.pt")
+    (tmp_path / "target").write_bytes(b"mine")
+    (tmp_path / "link.pt").symlink_to(tmp_path / "target")
+    W.to_nemo(tmp_path / "link.pt")
+    assert (tmp_path / "target").read_bytes() == b"mine"
     with pytest.raises(ValueError, match="expected a dict with 'indices' and 'likelihoods'"):
         ProjectionMatrix.from_nemo(tmp_path / "other.pt", 3)
 

@@ -2,14 +2,30 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from xtoken import Vocabulary
-from xtoken.storage import TEMPORARY, Index, Numbering, TensorFile, atomic, other_tokenizers, write_atomically
+from xtoken.storage import (
+    LOCK,
+    TEMPORARY,
+    FolderLock,
+    Index,
+    Numbering,
+    TensorFile,
+    atomic,
+    other_tokenizers,
+    write_atomically,
+)
 
 KIND = TensorFile("a table", {"format": "xtoken.table", "version": "1"}, {"cells": ("F32", 2)})
 INDEX, NEXT = (Index("index.json", version, "an index of tables") for version in (3, 4))
@@ -60,7 +76,70 @@ def test_a_file_of_tensors_comes_back(tmp_path: Path) -> None:
     assert tensors["cells"].tolist() == [[0.0, 3.0], [1.0, 4.0], [2.0, 5.0]]
     assert metadata == {"rows": "3"}
     with KIND.open(path) as file:
-        assert file.get_slice("cells")[1:2].tolist() == [[1.0, 4.0]]
+        assert file.read("cells", 1, 2).tolist() == [[1.0, 4.0]]
+    assert load_file(path)["cells"].tolist() == tensors["cells"].tolist()  # what others read
+    before = path.read_bytes()
+    for metadata in ({"rows": "3", "name": "x"}, {"name": "x", "rows": "3"}):
+        KIND.save(path, {"cells": torch.arange(6.0).view(2, 3).T}, **metadata)
+        assert path.read_bytes() == before or "name" in metadata
+        before = path.read_bytes()
+
+
+def test_loaded_tensors_are_owned(tmp_path: Path) -> None:
+    """Writing over a file in place, or cutting it, does not reach what was loaded, and is an error for what was not."""
+    path = tmp_path / "t"
+    KIND.save(path, {"cells": torch.ones(3000, 2)})
+    cells = KIND.load(path, lambda tensors, _: tensors["cells"])
+    with KIND.open(path) as file:
+        with open(path, "r+b") as other:
+            other.truncate(1000)
+        with pytest.raises(ValueError, match="t: was cut short while it is read"):
+            file.read("cells")
+    path.write_bytes(bytes(10))
+    assert float(cells.sum()) == 6000.0
+
+
+def test_small_headers_make_no_giants(tmp_path: Path) -> None:
+    headers: list[Any] = [
+        {"cells": {"dtype": "F32", "shape": [1 << 40, 1 << 40], "data_offsets": [0, 1 << 82]}},
+        {"cells": {"dtype": "F32", "shape": [0, 1 << 62], "data_offsets": [0, 4]}},
+        {"cells": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+        {"cells": {"dtype": "F32", "shape": [True, 1], "data_offsets": [0, 4]}},
+        {"cells": {"dtype": "F8", "shape": [1, 1], "data_offsets": [0, 4]}},
+        {"cells": {"dtype": ["F32"], "shape": [1, 1], "data_offsets": [0, 4]}},
+        {"cells": [], "__metadata__": {}},
+        {"__metadata__": {"format": 3}},
+        [],
+        7,
+    ]
+    for header in headers:
+        text = json.dumps(header).encode()
+        (tmp_path / "t").write_bytes(len(text).to_bytes(8, "little") + text + bytes(4))
+        with pytest.raises(ValueError, match="t: not a table: not a complete safetensors file"):
+            KIND.open(tmp_path / "t")
+    for size in (0, 7, 8, 1 << 62, (1 << 64) - 1):
+        (tmp_path / "t").write_bytes(size.to_bytes(8, "little")[: size or 8] + b"[" * 5)
+        with pytest.raises(ValueError, match="t: not a table: not a complete safetensors file"):
+            KIND.open(tmp_path / "t")
+
+
+def test_checksums(tmp_path: Path) -> None:
+    KIND.save(tmp_path / "t", {"cells": torch.ones(1, 1)}, rows="3")
+    good = (tmp_path / "t").read_bytes()
+    for other in (
+        good.replace(b'"rows":"3"', b'"rows":"4"'),
+        good[:-1] + b"\0",
+        good.replace(b"checksum", b"chocksum"),
+    ):
+        assert other != good
+        (tmp_path / "t").write_bytes(other)
+        with pytest.raises(ValueError, match=r"t: damaged: the checksum does not fit the content$"):
+            KIND.open(tmp_path / "t")
+    INDEX.write(tmp_path, {"cells": [1]})
+    path = tmp_path / "index.json"
+    path.write_text(path.read_text().replace("1\n", "2\n"))
+    with pytest.raises(ValueError, match=r"index\.json: damaged: the checksum"), INDEX.read(tmp_path):
+        pass
 
 
 @pytest.mark.parametrize(
@@ -93,7 +172,9 @@ def test_what_does_not_fit_together_is_damaged(tmp_path: Path) -> None:
 
 def test_an_index_comes_back_or_says_its_name(tmp_path: Path) -> None:
     INDEX.write(tmp_path, {"cells": ["ä"]})
-    assert (tmp_path / "index.json").read_text() == '{\n "format": 3,\n "cells": [\n  "ä"\n ]\n}\n'
+    checksum = hashlib.sha256(b'{"cells": ["\\u00e4"], "format": 3}').hexdigest()
+    expected = f'{{\n "format": 3,\n "cells": [\n  "ä"\n ],\n "checksum": "{checksum}"\n}}\n'
+    assert (tmp_path / "index.json").read_text() == expected
     with INDEX.read(tmp_path) as content:
         assert content["cells"] == ["ä"]
     for missing in (lambda content: content["rows"], lambda content: content["cells"][1], lambda content: content + 1):
@@ -101,12 +182,47 @@ def test_an_index_comes_back_or_says_its_name(tmp_path: Path) -> None:
             missing(content)
     with pytest.raises(ValueError, match=r"index\.json: expected format 4, got 3"), NEXT.read(tmp_path):
         pass
-    for damaged in (b"{", b"[]", b"\xff"):
+    for damaged in (b"{", b"[]", b"\xff", b"[" * 100_000, b"3" * 5000, b"null", b'{"format": 3'):
         (tmp_path / "index.json").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"index\.json: not an index of tables: "), INDEX.read(tmp_path):
             pass
     with pytest.raises(FileNotFoundError), INDEX.read(tmp_path / "none"):
         pass
+
+
+def test_the_next_write_removes_what_a_killed_one_left(tmp_path: Path) -> None:
+    """Not what is still being written, nor that of another file."""
+    leftover, other = (tmp_path / f".{name}.0123456789abcdef{TEMPORARY}" for name in ("file", "other"))
+    leftover.write_bytes(b"half")
+    other.write_bytes(b"half")
+    with atomic(tmp_path / "file") as first:
+        assert not leftover.exists()
+        first.write_bytes(b"first")
+        write_atomically(tmp_path / "file", b"second")
+        assert first.exists()
+    assert (tmp_path / "file").read_bytes() == b"first"
+    assert sorted(os.listdir(tmp_path)) == sorted([other.name, "file"])
+    target = tmp_path / "target"
+    target.write_bytes(b"mine")
+    (tmp_path / "link").symlink_to(target)
+    write_atomically(tmp_path / "link", b"new")
+    assert (target.read_bytes(), (tmp_path / "link").read_bytes()) == (b"mine", b"new")
+
+
+def test_one_run_at_a_time(tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    script = "import pathlib, sys, xtoken.storage as s; s.FolderLock(pathlib.Path(sys.argv[1])); print(1, flush=True)"
+    with FolderLock(folder):
+        assert os.listdir(folder) == [LOCK]
+        other = subprocess.run([sys.executable, "-c", script, str(folder)], capture_output=True, text=True)
+        assert other.returncode == 1
+        assert f"output: another run writes to {folder}; wait for its end" in other.stderr
+    assert os.listdir(folder) == []
+    script += "; import os; held = s.FolderLock(pathlib.Path(sys.argv[1])); os._exit(9)"
+    subprocess.run([sys.executable, "-c", script, str(folder)])
+    assert os.listdir(folder) == [LOCK]  # of a killed run, which holds nothing any more
+    with FolderLock(folder):
+        assert not INDEX.prepare(folder, False, "tables")
 
 
 def test_output_folders(tmp_path: Path) -> None:
@@ -119,6 +235,10 @@ def test_output_folders(tmp_path: Path) -> None:
         INDEX.prepare(folder, False, "tables")
     assert not INDEX.prepare(folder, True, "tables")  # what a killed run leaves is no reason to refuse
     assert not leftover.exists()
+    older = folder / ".index.json.k3j4h5g6"
+    older.write_text("{")
+    assert not INDEX.prepare(folder, True, "tables")
+    assert not older.exists()
     (folder / "thesis.tmp").write_text("mine")
     with pytest.raises(ValueError, match=r"b holds thesis\.tmp but no index\.json; expected tables"):
         INDEX.prepare(folder, True, "tables")

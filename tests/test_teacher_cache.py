@@ -235,11 +235,11 @@ def test_bad_files(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"shard-00000.safetensors is missing"):
         TeacherCache(folder)
     index = json.loads((folder / INDEX.name).read_text())
-    (folder / INDEX.name).write_text(json.dumps({**index, "format": 99}))
-    with pytest.raises(ValueError, match="expected format 1, got 99"):
+    (folder / INDEX.name).write_text(json.dumps({**index, "format": 1}))
+    with pytest.raises(ValueError, match=r"expected format 2, got 1; xtoken cache-teacher .* makes it again"):
         TeacherCache(folder)
-    del index["top_k"]
-    (folder / INDEX.name).write_text(json.dumps(index))
+    del index["top_k"], index["checksum"]
+    INDEX.write(folder, index)
     with pytest.raises(ValueError, match="not the index of a teacher cache: KeyError"):
         TeacherCache(folder)
 
@@ -262,6 +262,89 @@ def test_served_teacher_fills_a_cache(tmp_path: Path) -> None:
     torch.testing.assert_close(dense(document.logits)[2].exp(), torch.full([SIZE], 1 / SIZE))
     with pytest.raises(ValueError, match="prompt_logprobs: expected a mapping at position 1, got None"):
         TopKLogits.from_vllm([None, None])
+
+
+def test_what_other_servers_return() -> None:
+    """SGLang, and completions and chats of OpenAI's API: the same rows as vLLM's mappings."""
+    a, b, umlaut = (TOKENIZER.encode(text).ids[1] for text in ("a", "b", "ö"))
+    expected = TopKLogits.from_vllm([None, {a: -0.5, b: -1.5}, {b: -0.25, umlaut: -3.0}])
+    sglang = [None, [[-0.5, a, "a"], [-1.5, b, None]], [[-0.25, b, "b"], [-3.0, umlaut, "?"]]]
+    ids = [None, {f"token_id:{a}": -0.5, f"token_id:{b}": -1.5}, {f"token_id:{b}": -0.25, f"token_id:{umlaut}": -3.0}]
+
+    def token(byte: int, logprob: float, *others: Any) -> Any:
+        return SimpleNamespace(token="?", bytes=[byte], logprob=logprob, top_logprobs=list(others))
+
+    chat = [
+        token(97, -9.0),
+        token(98, -9.0, token(97, -0.5), {"token": "b", "bytes": None, "logprob": -1.5}),
+        token(98, -9.0, token(98, -0.25), token("ö".encode()[0], -3.0)),
+    ]
+    for answer in (
+        sglang,
+        {"input_top_logprobs": sglang, "input_token_logprobs": [[None, a, "a"]]},
+        SimpleNamespace(tokens=["?"], top_logprobs=ids, token_logprobs=None),
+        ids,
+        SimpleNamespace(content=chat),
+        {"content": chat},
+    ):
+        found = TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
+        assert (found.ids.tolist(), found.logprobs.tolist()) == (expected.ids.tolist(), expected.logprobs.tolist())
+    only = TopKLogits.from_vllm({"input_token_logprobs": [[None, a, "a"], [-0.5, b, "b"]]})
+    assert (only.ids.tolist(), only.logprobs.tolist()) == ([[b], [-1]], [[-0.5], [-torch.inf]])
+
+
+def test_tokens_that_come_as_text(caplog: pytest.LogCaptureFixture) -> None:
+    """Digits are texts too, where the form says so; what the tokenizer does not have is said."""
+    five, six = (TOKENIZER.encode(text).ids[1] for text in "56")
+    found = TopKLogits.from_vllm({"top_logprobs": [None, {"5": -1.0, "6": -2.0, "漢": -3.0}]}, tokenizer=TOKENIZER)
+    assert found.ids[0].tolist() == [five, six]
+    assert "1 of 3 tokens are not in the tokenizer's vocabulary, such as '漢'; they count to the rest" in caplog.text
+    assert TopKLogits.from_vllm([None, {"5": -1.0, "6": -2.0}]).ids[0].tolist() == [5, 6]  # vLLM's JSON
+    with pytest.raises(
+        ValueError, match="prompt_logprobs: expected token ids, got texts such as 'a'; give the teacher"
+    ):
+        TopKLogits.from_vllm([None, {"a": -1.0}])
+    with pytest.raises(ValueError, match="only 1 of 3 tokens are in the tokenizer's vocabulary"):
+        TopKLogits.from_vllm([None, {"a": -1.0, "漢": -2.0, "字": -2.0}], tokenizer=TOKENIZER)
+    with pytest.raises(ValueError, match="prompt_logprobs: expected a list with an entry for each token, got str"):
+        TopKLogits.from_vllm("abc")
+
+
+@pytest.mark.parametrize("in_cache", [True, False])
+def test_an_end_token_more_or_less(tmp_path: Path, in_cache: bool) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["</s>"])
+    end, text = tokenizer.token_to_id("</s>"), tokenizer.encode("one fish").ids
+    model = Model()
+    model.table = torch.cat([model.table, model.table[:1]])
+    cache = cache_teacher(model, tokenizer, [text + [end] * in_cache], tmp_path, top_k=2)
+    assert cache.end_id == end
+    for asked in (text, [*text, end], torch.tensor(text)):
+        assert cache.lookup(asked).token_ids.tolist() == text + [end] * in_cache
+    with_words = TeacherCache(tmp_path, tokenizer)
+    other = tokenizer.encode("one fowl").ids
+    for one, said in (
+        (with_words, r"b'ne f' b'ish.*', but asked is b'ne f' b'owl'"),
+        (cache, r"but asked is \[\d+, .*\]"),
+    ):
+        with pytest.raises(ValueError, match="document 0 begins with the same 6 tokens and goes on as .*" + said):
+            one.lookup(other)
+    with pytest.raises(ValueError, match="none of the first 1 documents begins with that token"):
+        cache.lookup(other[1:])
+    for bad in ([1 << 31], [0.5], [-1], [[1]]):
+        with pytest.raises(ValueError, match="token_ids: expected a list of token ids"):
+            cache.lookup(bad)
+
+
+def test_one_writer_at_a_time(tmp_path: Path) -> None:
+    refused = pytest.raises(ValueError, match="output: another run writes to")
+    with TeacherCacheWriter(tmp_path, TOKENIZER, 2), refused:
+        TeacherCacheWriter(tmp_path, TOKENIZER, 2, resume=True)
+    with pytest.raises(ValueError, match="was made with top_k=2, now 3"):
+        TeacherCacheWriter(tmp_path, TOKENIZER, 3, resume=True)
+    with TeacherCacheWriter(tmp_path, TOKENIZER, 2, resume=True):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == [INDEX.name]
 
 
 def test_token_ids_and_texts_are_the_same_documents(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from real_tokenizers import LOADERS, TEXTS, encode, invalid_utf8_ids
 from small_tokenizers import byte_level
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 from xtoken import ProjectionMatrix, Vocabulary, _core
@@ -219,7 +219,7 @@ def test_sources_agree(tmp_path, tokenizer):
 
 def test_fingerprint_is_frozen_and_sees_every_part():
     v = Vocabulary([b"a", b"bc"], roles={"eos": 1})
-    expected = hashlib.sha256(b"xtoken vocabulary 1\n")
+    expected = hashlib.sha256(b"xtoken vocabulary 2\n")
     expected.update(
         np.array([1, 2], dtype="<i8").tobytes() + b"abc" + bytes([0, 2]) + json.dumps([["eos", 1]]).encode()
     )
@@ -231,6 +231,62 @@ def test_fingerprint_is_frozen_and_sees_every_part():
         Vocabulary([b"a", b"bd"], roles={"eos": 1}),
     ]
     assert len({v.fingerprint(), *(o.fingerprint() for o in others)}) == 5
+
+
+def test_a_fingerprint_sees_how_the_tokenizer_encodes():
+    """Same tokens, kinds and roles, but other ids for some text."""
+
+    def make(merges=(("a", "b"), ("b", "c")), normalizer=None, before=None, behind=None, options=None, flags=None):
+        vocab = {token: i for i, token in enumerate(["a", "b", "c", "ab", "bc", "Ġ", "<s>"])}
+        tokenizer = Tokenizer(models.BPE(vocab, list(merges), **(options or {})))
+        tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.decoder = (
+            normalizer,
+            before or plain,
+            decoders.ByteLevel(),
+        )
+        tokenizer.post_processor = behind
+        tokenizer.add_special_tokens([AddedToken("<s>", **(flags or {}))])
+        return tokenizer
+
+    plain = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bos = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 6)])
+    changed = [
+        make(),
+        make(merges=(("b", "c"), ("a", "b"))),
+        make(options={"ignore_merges": True}),
+        make(normalizer=normalizers.Lowercase()),
+        make(before=pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)])),
+        make(before=pre_tokenizers.ByteLevel(add_prefix_space=True)),
+        make(behind=bos),
+        make(flags={"rstrip": True}),
+        make(flags={"single_word": True}),
+    ]
+    prints = [Vocabulary.from_tokenizer(one).fingerprint() for one in changed]
+    assert len(set(prints)) == len(changed)
+    same = [make(behind=processors.ByteLevel(trim_offsets=False)), Tokenizer.from_str(changed[0].to_str())]
+    same[1].enable_padding(length=9)
+    same[1].enable_truncation(3)
+    same[1].decoder = decoders.Sequence([decoders.ByteLevel()])
+    assert [Vocabulary.from_tokenizer(one).fingerprint() for one in same] == prints[:1] * 2
+    W = ProjectionMatrix.build(changed[0], changed[0])
+    with pytest.raises(ValueError, match=r"built for another teacher tokenizer .* build it again with"):
+        W.check_tokenizers(changed[0], changed[1])
+
+
+def test_an_id_out_of_all_proportion(tmp_path):
+    tokenizer = Tokenizer(models.BPE({"a": 0, "b": 2**31 - 1}, []))
+    tokenizer.decoder = decoders.ByteLevel()
+    with pytest.raises(ValueError, match="tokenizer: its largest id is 2147483647, but it has 2 tokens"):
+        Vocabulary.from_tokenizer(tokenizer)
+
+
+@pytest.mark.parametrize("content", ["version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "{", "", "[]"])
+def test_files_that_are_no_tokenizer(content, tmp_path):
+    (tmp_path / "tokenizer.json").write_text(content)
+    hint = "a Git LFS pointer" if "lfs" in content else ""
+    for source in (tmp_path, tmp_path / "tokenizer.json"):
+        with pytest.raises(ValueError, match=rf"tokenizer: .*tokenizer\.json: expected a tokenizer\.json, got {hint}"):
+            Vocabulary.from_tokenizer(source)
 
 
 def test_encode(vocabulary):

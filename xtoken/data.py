@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from .vocabulary import TokenizerLike, Vocabulary
 __all__ = ["AlignedCollator", "AlignedDataset"]
 
 OPEN_SHARDS = 16
-"""Shards that a process keeps mapped into memory."""
+"""Shards that a process keeps open."""
 
 KEPT_GROUPS = 8
 """Row groups (about 32,768 student tokens each) that a process keeps decompressed."""
@@ -29,12 +30,13 @@ KEPT_GROUPS = 8
 class AlignedDataset(Dataset[dict[str, Any]]):
     """The documents of an aligned corpus, by number, in the order of the input.
 
-    Shards are mapped into memory, not read: opening a corpus costs its index alone. zstd pages cannot be used in
-    place, so a document costs decompressing its row group, about a millisecond, and its neighbours come free.
-    Can be sent to the workers of a DataLoader by either start method; each process maps the shards for itself.
+    Opening a corpus costs its index alone. A document costs reading and checking its row group, about a millisecond,
+    and its neighbours come free: the checksums of pages and row group, ids within the vocabularies, spans within the
+    ids. Can be sent to the workers of a DataLoader by either start method; each process opens the shards for itself.
 
-    Raises ValueError if the corpus was made with another tokenizer, saying on which side, or is not complete;
-    FileNotFoundError if the folder, its index or a shard is missing; ImportError if pyarrow is not installed.
+    Raises ValueError if the corpus was made with another tokenizer, saying on which side, or is not complete, and as
+    soon as a damaged shard is met, with its name; FileNotFoundError if the folder, its index or a shard is missing;
+    ImportError if pyarrow is not installed.
 
     Parameters
     ----------
@@ -61,6 +63,8 @@ class AlignedDataset(Dataset[dict[str, Any]]):
             other = f"another {side} tokenizer: fingerprint {recorded}, got {given}"
             raise ValueError(f"{side}_tok: {self.path} was made with {other}")
         self.counts = manifest.total
+        self._sizes = [int(manifest.parameters.get(f"{side}_vocab_size", 0)) for side in ("student", "teacher")]
+        self._shards, self._counts = manifest.shards, manifest.counts
         self._files = [self.path / shard.file_name for shard in manifest.shards]
         for file in self._files:
             if not file.exists():
@@ -70,7 +74,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
 
     def _forget(self) -> None:
         self._process = os.getpid()
-        self._file = lru_cache(OPEN_SHARDS)(self._map)
+        self._file = lru_cache(OPEN_SHARDS)(self._open)
         self._row_group = lru_cache(KEPT_GROUPS)(self._decompress)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -88,10 +92,10 @@ class AlignedDataset(Dataset[dict[str, Any]]):
 
         Raises IndexError if there is no such document.
         """
-        if self._process != os.getpid():  # forked or pickled: what another process mapped is not ours to share
+        if self._process != os.getpid():  # forked or pickled: what another process opened is not ours to share
             self._forget()
         shard, row = self._numbering.find(index)
-        k, row = self._file(shard)[1].find(row)
+        k, row = self._file(shard)[2].find(row)
         group = self._row_group(shard, k)
         document: dict[str, Any] = {"id": group["id"][row].as_py()}
         for side in ("student_ids", "teacher_ids"):
@@ -100,14 +104,49 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         return {**document, "spans": torch.from_numpy(spans.reshape(-1, 4).copy())}
 
     def _decompress(self, shard: int, k: int) -> dict[str, Any]:
-        table = self._file(shard)[0].read_row_group(k, use_threads=False)
-        return {name: table[name].combine_chunks() for name in table.column_names}
+        """A row group, checked."""
+        from .corpus.shards import checksum
 
-    def _map(self, shard: int) -> tuple[Any, Numbering]:
+        file, sums, _ = self._file(shard)
+        with self._damage(shard):
+            table = file.read_row_group(k, use_threads=False).combine_chunks()
+            if checksum(table) != sums[k]:
+                raise ValueError(f"the checksum of row group {k} does not fit the content")
+            group = {name: table[name].combine_chunks() for name in table.column_names}
+            spans = group["spans"].flatten().flatten().to_numpy().reshape(-1, 4)
+            counts = np.diff(group["spans"].offsets.to_numpy())
+            for column, side, size in ((0, "student", self._sizes[0]), (2, "teacher", self._sizes[1])):
+                ids, (start, stop) = group[f"{side}_ids"], spans[:, column : column + 2].T
+                flat, lengths = ids.flatten().to_numpy(), np.diff(ids.offsets.to_numpy())
+                if len(flat) and not 0 <= flat.min() <= flat.max() < size:
+                    raise ValueError(f"{side}_ids: expected 0 ... {size - 1}, got {flat.min()} to {flat.max()}")
+                if not ((start >= 0) & (start < stop) & (stop <= np.repeat(lengths, counts))).all():
+                    raise ValueError(f"spans: expected chunks within the {side}_ids of row group {k}")
+        return group
+
+    def _open(self, shard: int) -> tuple[Any, list[int], Numbering]:
+        """A shard, the checksums of its row groups, and the numbering of its documents."""
         import pyarrow.parquet as pq
 
-        file = pq.ParquetFile(self._files[shard], memory_map=True)
-        return file, Numbering(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))
+        from .corpus.shards import read_counts
+
+        with self._damage(shard):
+            file = pq.ParquetFile(self._files[shard], pre_buffer=False, page_checksum_verification=True)
+            counts, sums = read_counts(self._shards[shard], file.metadata)
+            if counts != self._counts[shard]:
+                raise ValueError(f"expected {self._counts[shard]}, as in the index, got {counts}")
+            return file, sums, Numbering(file.metadata.row_group(k).num_rows for k in range(file.num_row_groups))
+
+    @contextmanager
+    def _damage(self, shard: int) -> Iterator[None]:
+        """What is wrong with a shard as ValueError that names it."""
+        try:
+            yield
+        except FileNotFoundError:
+            raise
+        except (ValueError, OSError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+            path = self._files[shard]
+            raise ValueError(f"{path}: damaged: {error}; delete it and align again with resume (--resume)") from error
 
 
 class AlignedCollator:

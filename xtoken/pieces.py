@@ -13,14 +13,17 @@ from . import _core
 from .alignment import Alignment
 from .calibration import MergeReport, calibrate
 from .sample import sample_texts
-from .storage import TensorFile, check_fingerprints, fingerprints, lasting
+from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 7
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
 side."""
 
-_FILE = TensorFile("a piece index of xtoken", {"format": "xtoken.pieces", "version": "2"}, {"data": ("I32", 1)})
+_FILE = TensorFile(
+    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "3"}, {"data": ("I32", 1)},
+    rebuild="xtoken project --pieces (or PieceIndex.build and save)",
+)  # fmt: skip
 
 
 class Side(NamedTuple):
@@ -63,6 +66,8 @@ class PieceIndex:
         self.metadata = dict(metadata or {})
         _core.check_piece_index(self.data.cpu().numpy())
         students, teachers, self.events = self.data[:3].tolist()
+        if self.events > students + teachers:
+            raise ValueError(f"pieces: not a piece index: {self.events} events of {students + teachers} tokens")
         self.shape = (students, teachers)
         self.student, self.teacher = sides(self.data)
         calibration = self.metadata.get("calibration")
@@ -176,8 +181,13 @@ class PieceIndex:
         Raises FileNotFoundError if there is no such file; ValueError if it is not a piece index, is damaged, has
         another version, or was built for other tokenizers.
         """
-        index = _FILE.load(path, lambda tensors, metadata: cls(tensors["data"], metadata))
-        index.check_tokenizers(student_tok, teacher_tok)
+
+        def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> PieceIndex:
+            check_present(metadata)
+            return cls(tensors["data"], metadata)
+
+        index = _FILE.load(path, make)
+        check_fingerprints(f"{path}: pieces", index, index.metadata, student_tok, teacher_tok)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -1,20 +1,25 @@
-"""Files on disk: written complete or not at all; safetensors files and JSON indices that say what they are."""
+"""Files on disk: written complete or not at all; safetensors files and JSON indices that say what they are, with a
+checksum of what they hold."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
+import glob
+import hashlib
 import json
+import math
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
 from .vocabulary import TokenizerLike, Vocabulary
@@ -24,13 +29,28 @@ Made = TypeVar("Made")
 TEMPORARY = ".tmp"
 """Ending of files that are being written."""
 
+LOCK = ".lock"
+"""In an output folder: held by the run that writes to it."""
+
+_DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
 
 @contextmanager
 def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
-    it appears complete or not at all."""
+    it appears complete or not at all. What killed writes of the same file have left is removed."""
     path = Path(path)
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
+        with suppress(OSError):
+            if (held := _hold(leftover, os.O_RDWR)) is not None:
+                leftover.unlink()
+                os.close(held)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}{TEMPORARY}")
+    held = _hold(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
         yield temporary
         _sync(temporary)
@@ -38,6 +58,48 @@ def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
         _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+        if held is not None:
+            os.close(held)
+
+
+def _hold(path: Path, flags: int) -> int | None:
+    """Opens a file and locks it for as long as the descriptor is open; None if another process or run holds it.
+
+    The system lets go of what a killed process held. Where it knows no locks, only new files are ours.
+    """
+    while True:
+        descriptor = os.open(path, flags | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if flags & os.O_CREAT and error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                return descriptor
+            os.close(descriptor)
+            return None
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                return descriptor
+        os.close(descriptor)  # who held it has removed it
+
+
+class FolderLock(AbstractContextManager[None]):
+    """Keeps other runs out of an output folder, which is made if need be; ValueError if one is there."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._path = folder / LOCK
+        self._held = _hold(self._path, os.O_RDWR | os.O_CREAT)
+        if self._held is None:
+            raise ValueError(f"output: another run writes to {folder}; wait for its end, or give another folder")
+
+    def __exit__(self, *_: object) -> None:
+        if self._held is not None:
+            self._path.unlink(missing_ok=True)
+            os.close(self._held)
+            self._held = None
+
+    def __del__(self) -> None:
+        self.__exit__()
 
 
 def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
@@ -63,51 +125,146 @@ def lasting(values: Tensor) -> Tensor:
         return values.clone()
 
 
+class TensorReader(AbstractContextManager["TensorReader"]):
+    """A safetensors file, checked and read piece by piece.
+
+    Nothing is mapped: tensors do not change with the file, and a file that shrinks is an error.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], title: str) -> None:
+        self.path = path
+        try:
+            self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed by who opened it
+        except FileNotFoundError:
+            raise FileNotFoundError(f"path: no such file: {path}") from None
+        except OSError as error:
+            raise ValueError(f"{path}: cannot read it: {error}") from error
+        try:
+            self._begin, size = 8, os.fstat(self._file.fileno()).st_size
+            length = int.from_bytes(self._bytes(0, min(8, size)), "little")
+            if size < 8 or length > size - 8:
+                raise ValueError(f"a header of {length} bytes in {size}")
+            header = json.loads(self._bytes(8, 8 + length))
+            self.metadata: dict[str, str] = header.pop("__metadata__", {})
+            self.parts: dict[str, tuple[str, list[int], int]] = {}
+            end = 0
+            for name, part in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
+                kind, shape, (first, last) = part["dtype"], part["shape"], part["data_offsets"]
+                if not all(type(n) is int and n >= 0 for n in (*shape, first, last)) or len(shape) > 64:
+                    raise ValueError(f"{name} has the shape {shape}")
+                if first != end or last - first != math.prod(shape) * _DTYPES[kind].itemsize:
+                    raise ValueError(f"{name} {kind} {shape} has the bytes {first} to {last}")
+                self.parts[name] = (kind, shape, 8 + length + first)
+                end = last
+            if end != size - 8 - length or not all(isinstance(one, str) for one in self.metadata.values()):
+                raise ValueError(f"expected {end} bytes of tensors, got {size - 8 - length}")
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            self._file.close()
+            raise ValueError(f"{path}: not {title}: not a complete safetensors file: {error}") from error
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """A tensor, or its rows ``start ... stop - 1``."""
+        kind, shape, begin = self.parts[name]
+        dtype, stop = _DTYPES[kind], shape[0] if stop is None and shape else stop
+        if shape:
+            size = math.prod(shape[1:]) * dtype.itemsize
+            shape, begin = [(stop or 0) - start, *shape[1:]], begin + start * size
+        data = self._bytes(begin, begin + math.prod(shape) * dtype.itemsize)
+        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+
+    def _bytes(self, first: int, last: int) -> bytearray:
+        data = bytearray(last - first)
+        view = memoryview(data)
+        while view and (count := os.preadv(self._file.fileno(), [view], last - len(view))):
+            view = view[count:]
+        if view:
+            raise ValueError(f"{self.path}: was cut short while it is read")
+        return data
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+
+def _data(tensor: Tensor) -> Any:
+    """The bytes of a tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy()
+
+
 @dataclass(frozen=True)
 class TensorFile:
     """A kind of safetensors file; messages call it `title`.
 
     `metadata` is written into each file and required of it: ``format``, then ``version``. `tensors` are all that a file
-    holds, each with its type, as safetensors names it, and its number of dimensions; None: any.
+    holds, each with its type, as safetensors names it, and its number of dimensions; None: any. The checksum in the
+    metadata is of everything but the `unsummed` ones, which have sums of their own. `rebuild`: how to make another.
     """
 
     title: str
     metadata: Mapping[str, str] = field(default_factory=dict)
     tensors: Mapping[str, tuple[str, int]] | None = None
+    unsummed: tuple[str, ...] = ()
+    rebuild: str = ""
 
     def save(self, path: str | os.PathLike[str], tensors: Mapping[str, Tensor], **metadata: str) -> None:
-        """Writes a file: complete, or not at all."""
+        """Writes a file: complete, or not at all. Equal content gives equal bytes."""
         held = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        write_atomically(path, save(held, {**metadata, **self.metadata} or None))
+        names = sorted(held, key=lambda name: (-held[name].dtype.itemsize, name))
+        parts = {name: (_NAMES[held[name].dtype], list(held[name].shape)) for name in names}
+        metadata = {**metadata, **self.metadata}
+        metadata["checksum"] = self._checksum(metadata, parts, held.__getitem__)
+        header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))}
+        end = 0
+        for name in names:
+            start, end = end, end + held[name].nbytes
+            header[name] = {"dtype": parts[name][0], "shape": parts[name][1], "data_offsets": [start, end]}
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with atomic(path) as temporary, open(temporary, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                file.write(_data(held[name]))
 
-    def open(self, path: str | os.PathLike[str]) -> Any:
-        """A file mapped into memory; FileNotFoundError, or ValueError if format, version or tensors are not right."""
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
+    def open(self, path: str | os.PathLike[str]) -> TensorReader:
+        """A file to read from; FileNotFoundError, or ValueError if format, version, tensors or checksum are wrong."""
+        file = TensorReader(path, self.title)
         try:
-            file = safe_open(str(path), framework="pt")
-        except SafetensorError as error:
-            raise ValueError(f"{path}: not {self.title}: not a complete safetensors file: {error}") from error
-        found = file.metadata() or {}
-        if found.get("format") != self.metadata.get("format"):
-            raise ValueError(f"{path}: not {self.title}")
-        version, wanted = found.get("version"), self.metadata.get("version")
-        if version != wanted:
-            raise ValueError(f"{path}: format version {version}, this xtoken reads version {wanted}")
-        parts = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-        held = {name: (part.get_dtype(), len(part.get_shape())) for name, part in parts.items()}
-        if self.tensors is not None and held != self.tensors:
-            raise ValueError(f"{path}: not {self.title}: expected the tensors {dict(self.tensors)}, got {held}")
+            found = file.metadata
+            if found.get("format") != self.metadata.get("format"):
+                raise ValueError(f"{path}: not {self.title}{self._hint}")
+            version, wanted = found.get("version"), self.metadata.get("version")
+            if version != wanted:
+                raise ValueError(f"{path}: format version {version}, this xtoken reads version {wanted}{self._hint}")
+            held = {name: (kind, len(shape)) for name, (kind, shape, _) in file.parts.items()}
+            if self.tensors is not None and held != self.tensors:
+                raise ValueError(f"{path}: not {self.title}: expected the tensors {dict(self.tensors)}, got {held}")
+            parts = {name: (kind, shape) for name, (kind, shape, _) in file.parts.items()}
+            if found.get("checksum") != self._checksum(found, parts, file.read):
+                raise ValueError(f"{path}: damaged: the checksum does not fit the content{self._hint}")
+        except ValueError:
+            file.__exit__()
+            raise
         return file
+
+    @property
+    def _hint(self) -> str:
+        return f"; {self.rebuild} makes it again" if self.rebuild else ""
+
+    def _checksum(self, metadata: Mapping[str, str], parts: Mapping[str, Any], tensor: Callable[[str], Tensor]) -> str:
+        """SHA-256 of the metadata, and of names, types, shapes and bytes of the tensors."""
+        said = {name: value for name, value in metadata.items() if name != "checksum"}
+        digest = hashlib.sha256(json.dumps([sorted(said.items()), sorted(parts.items())]).encode())
+        for name in sorted(set(parts) - set(self.unsummed)):
+            digest.update(_data(tensor(name)))
+        return digest.hexdigest()
 
     def load(self, path: str | os.PathLike[str], make: Callable[[dict[str, Tensor], dict[str, str]], Made]) -> Made:
         """What `make` makes of a file's tensors and metadata; its errors become "damaged", with the path."""
         with self.open(path) as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118, not a mapping
-            metadata = {name: value for name, value in (file.metadata() or {}).items() if name not in self.metadata}
+            tensors = {name: file.read(name) for name in file.parts}
+        own = {*self.metadata, "checksum"}
         try:
-            return make(tensors, metadata)
-        except (KeyError, ValueError) as error:
+            return make(tensors, {name: value for name, value in file.metadata.items() if name not in own})
+        except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
 
 
@@ -118,10 +275,12 @@ class Index:
     name: str
     version: str | int
     title: str
+    rebuild: str = ""
 
     def write(self, folder: Path, content: Mapping[str, Any]) -> None:
         """Writes the index; it is replaced as a whole or not at all."""
-        text = json.dumps({"format": self.version, **content}, indent=1, ensure_ascii=False) + "\n"
+        content = {"format": self.version, **content}
+        text = json.dumps({**content, "checksum": _json_digest(content)}, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / self.name, text.encode())
 
     @contextmanager
@@ -129,11 +288,17 @@ class Index:
         """The content of a folder's index; what the block misses in it becomes a ValueError that names the file."""
         path = folder / self.name
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            try:
+                content = json.loads(path.read_text(encoding="utf-8"))
+            except (ValueError, RecursionError) as error:
+                raise TypeError(error) from error
             if content["format"] != self.version:
-                raise ValueError(f"{path}: expected format {self.version}, got {content['format']}")
+                hint = f"; {self.rebuild} makes it again" if self.rebuild else ""
+                raise ValueError(f"{path}: expected format {self.version}, got {content['format']!s:.20}{hint}")
+            if content.pop("checksum", None) != _json_digest(content):
+                raise ValueError(f"{path}: damaged: the checksum does not fit the content")
             yield content
-        except (KeyError, TypeError, IndexError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path}: not {self.title}: {error!r}") from error
 
     def prepare(self, folder: Path, resume: bool, kind: str) -> bool:
@@ -142,16 +307,21 @@ class Index:
         Refuses a folder that holds something and is not to be resumed, or something else than `kind`; removes what an
         earlier run left half written.
         """
-        held = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+        held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
         if held and not resume:
             raise ValueError(f"output: {folder} is not empty; give another folder, or resume (--resume) what is in it")
-        leftovers = {name for name in held if name.startswith(".") and name.endswith(TEMPORARY)}
+        hidden = {name for name in held if name.startswith(".")}
+        leftovers = {name for name in hidden if name.endswith(TEMPORARY) or name.startswith(f".{self.name}.")}
         if held - leftovers and self.name not in held:
             raise ValueError(f"output: {folder} holds {min(held - leftovers)} but no {self.name}; expected {kind}")
         folder.mkdir(parents=True, exist_ok=True)
         for name in leftovers:
             (folder / name).unlink()
         return self.name in held
+
+
+def _json_digest(content: Any) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 class Numbering:
@@ -177,6 +347,13 @@ def fingerprints(student: Vocabulary, teacher: Vocabulary) -> dict[str, str]:
     return {"student_fingerprint": student.fingerprint(), "teacher_fingerprint": teacher.fingerprint()}
 
 
+def check_present(metadata: Mapping[str, str]) -> None:
+    """Raises ValueError if what `fingerprints` returns is not all there."""
+    for side in ("student", "teacher"):
+        if not re.fullmatch("[0-9a-f]{64}", metadata.get(f"{side}_fingerprint", "")):
+            raise ValueError(f"{side}_fingerprint: expected 64 hex digits, got {metadata.get(f'{side}_fingerprint')!r}")
+
+
 def other_tokenizers(
     recorded: Mapping[str, str | None], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
 ) -> Iterator[tuple[str, str, str]]:
@@ -190,10 +367,15 @@ def other_tokenizers(
 
 
 def check_fingerprints(
-    name: str, made: object, metadata: Mapping[str, str], student_tok: TokenizerLike, teacher_tok: TokenizerLike
+    name: str, made: Any, metadata: Mapping[str, str], student_tok: TokenizerLike, teacher_tok: TokenizerLike
 ) -> None:
     """Raises ValueError if the argument `name` was built for other tokenizers than those given (None: not given)."""
     recorded = {side: metadata.get(f"{side}_fingerprint") for side in ("student", "teacher")}
     for side, built_for, got in other_tokenizers(recorded, student_tok, teacher_tok):
         other = f"another {side} tokenizer (fingerprint {built_for}) than {side}_tok ({got})"
-        raise ValueError(f"{name}: built for {other}; build it again with {type(made).__name__}.build")
+        hint = f"build it again with {type(made).__name__}.build, or xtoken project"
+        raise ValueError(f"{name}: built for {other}; {hint}")
+    for side, size, tokenizer in zip(recorded, made.shape, (student_tok, teacher_tok), strict=True):
+        tokens = size if tokenizer is None else len(Vocabulary.from_tokenizer(tokenizer))
+        if recorded[side] and size != tokens:
+            raise ValueError(f"{name}: expected the {tokens} tokens of {side}_tok, got {size}")

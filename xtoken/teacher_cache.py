@@ -13,10 +13,14 @@ logprobs   f16 [N, k]   their log-probabilities (softmax over the vocabulary, te
 tail       float32 [N]  probability of all other tokens together
 offsets    int64 [D+1]  where each document begins
 digests    u8 [D, 32]   `document_digest` of each document
+sums       int64 [D]    CRC-32 of each document's part of the first five
 ========== ============ ==========================================================================
 
-A document is looked up by all of its token ids, even where log-probabilities cover only its beginning. So a cache
-serves plain text and chats alike, and any student: the student's tokenizer plays no part in it.
+A document is looked up by all of its token ids but an end token, even where log-probabilities cover only its beginning.
+So a cache serves plain text and chats alike, and any student: the student's tokenizer plays no part in it.
+
+Nothing is mapped. The file's checksum, which is looked at when a shard is opened, covers the last three tensors; what
+is read of a document is compared with its sum, and must be sorted log-probabilities of tokens of the vocabulary.
 
 float16 rather than bfloat16: log-probabilities lie within -65504 ... 0, and three more bits of precision cost nothing.
 """
@@ -26,9 +30,11 @@ from __future__ import annotations
 import hashlib
 import itertools
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +45,11 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
-from .storage import Index, Numbering, TensorFile, other_tokenizers
+from .storage import FolderLock, Index, Numbering, TensorFile, TensorReader, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
-INDEX = Index("cache.json", 1, "the index of a teacher cache")
+_REBUILD = "xtoken cache-teacher with another --output"
+INDEX = Index("cache.json", 2, "the index of a teacher cache", _REBUILD)
 _TENSORS = {
     "tokens": ("I32", 1),
     "byte_ends": ("I32", 1),
@@ -51,10 +58,16 @@ _TENSORS = {
     "tail": ("F32", 1),
     "offsets": ("I64", 1),
     "digests": ("U8", 2),
+    "sums": ("I64", 1),
 }
-_SHARD = TensorFile("a shard of a teacher cache", tensors=_TENSORS)
+_OF_TOKENS = ("tokens", "byte_ends", "ids", "logprobs", "tail")
+_FORMAT = {"format": "xtoken.teacher_cache", "version": "2"}
+_SHARD = TensorFile("a shard of a teacher cache", _FORMAT, _TENSORS, _OF_TOKENS, _REBUILD)
 SHARD_TOKENS = 1 << 18
 """Tokens of a shard, about: 200 MB at ``top_k=128``."""
+
+OPEN_SHARDS = 64
+"""Shards that a process keeps open."""
 
 WINDOW = 256
 """Documents that are sorted by length together, so that a batch holds documents of similar length."""
@@ -78,9 +91,39 @@ class CachedDocument:
     """``ids`` and ``logprobs`` [T, k], in place of the teacher's logits in every loss; they and the tail sum to 1."""
 
 
-def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any]) -> bytes:
-    """What a document is found by: SHA-256 of its token ids as little-endian int32."""
-    return hashlib.sha256(np.ascontiguousarray(token_ids, dtype="<i4").tobytes()).digest()
+def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any], end_id: int | None = None) -> bytes:
+    """What a document is found by: SHA-256 of its token ids as little-endian int32, without `end_id` at their end."""
+    ids = _int32("token_ids", token_ids)
+    if end_id is not None:
+        (others,) = (ids != end_id).nonzero()
+        ids = ids[: others[-1] + 1 if len(others) else 0]
+    return hashlib.sha256(np.ascontiguousarray(ids, dtype="<i4").tobytes()).digest()
+
+
+def _int32(name: str, values: Any) -> NDArray[np.int32]:
+    """Token ids [T]; ValueError if they are not integers that fit."""
+    ids = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
+    if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < 1 << 31)):
+        raise ValueError(f"{name}: expected a list of token ids, got {str(values)[:60]}")
+    return ids.astype(np.int32)
+
+
+def _byte_lengths(vocabulary: Vocabulary) -> NDArray[np.int64]:
+    """[V]: bytes of text that each token spells."""
+    lengths = np.fromiter((len(vocabulary[i]) for i in range(len(vocabulary))), np.int64, len(vocabulary))
+    return lengths * vocabulary.is_text
+
+
+def _sums(part: Mapping[str, Tensor], offsets: Sequence[int]) -> list[int]:
+    """CRC-32 of each document's part of what is there for each token."""
+    arrays = [part[name].contiguous().numpy() for name in _OF_TOKENS]
+    sums = []
+    for first, last in itertools.pairwise(offsets):
+        digest = 0
+        for array in arrays:
+            digest = zlib.crc32(array[first:last].tobytes(), digest)
+        sums.append(digest)
+    return sums
 
 
 class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
@@ -123,18 +166,27 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         self.top_k, self.max_length = min(top_k, len(vocabulary)), max_length
         self.shard_tokens = shard_tokens
         self.folder = Path(output).absolute()
-        self._lengths = np.array([len(vocabulary[i]) for i in range(len(vocabulary))]) * vocabulary.is_text
+        self._lengths = _byte_lengths(vocabulary)
         sizes = {"vocab_size": len(vocabulary), "top_k": self.top_k, "max_length": max_length}
-        self._parameters = {"teacher": vocabulary.fingerprint(), **sizes}
+        self.end_id = vocabulary.roles.get("eos")
+        self._parameters = {"teacher": vocabulary.fingerprint(), "end_id": self.end_id, **sizes}
         self._shards: list[dict[str, Any]] = []
+        self._waiting: list[tuple[NDArray[np.int32], TopKLogits, Tensor, bytes]] = []
+        self._waiting_tokens = 0
+        self._lock = FolderLock(self.folder)
+        try:
+            self._begin(resume)
+        except BaseException:
+            self._lock.__exit__()
+            raise
+
+    def _begin(self, resume: bool) -> None:
         if INDEX.prepare(self.folder, resume, "a teacher cache"):
             index = _read_index(self.folder)
             for name, value in self._parameters.items():
                 if index[name] != value:
                     raise ValueError(f"resume: {self.folder} was made with {name}={index[name]!r}, now {value!r}")
             self._shards = index["shards"]
-        self._waiting: list[tuple[NDArray[np.int32], TopKLogits, Tensor, bytes]] = []
-        self._waiting_tokens = 0
         self._save_index(complete=False)
 
     def __len__(self) -> int:
@@ -145,7 +197,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         """SHA-256 of the documents of complete shards, in order."""
         for shard in self._shards:
             with _SHARD.open(self.folder / shard["file"]) as file:
-                yield from (bytes(row) for row in file.get_tensor("digests").numpy())
+                yield from map(bytes, file.read("digests").numpy())
 
     def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
         """Adds a document.
@@ -155,14 +207,15 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         Parameters
         ----------
         token_ids : int [T]
-            The whole document.
+            The whole document, as `xtoken.train.teacher_documents` gives it for training; whether it ends with the end
+            token does not matter.
         logits : TopKLogits
             [R, k] with k >= `top_k` or the whole vocabulary; row t predicts token t + 1. R may be less than T where
             only the beginning is kept. Ids of -1 stand for less than k.
         tail : [R], optional
             Probability of tokens that are not among the `top_k`. Default: what the listed ones leave.
         """
-        tokens = np.asarray(token_ids, dtype=np.int32)
+        tokens = _int32("token_ids", token_ids)
         size, shape = len(self.vocabulary), list(logits.ids.shape)
         most = len(tokens[: self.max_length])
         if len(shape) != 2 or shape[0] > most or shape[1] < self.top_k:
@@ -179,9 +232,15 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         logprobs, order = logprobs[:, : self.top_k], order[:, : self.top_k]
         if tail is None:
             tail = 1.0 - logprobs.double().exp().sum(1)
-        kept = TopKLogits(logits.ids.gather(1, order).to(torch.int32).cpu(), logprobs.half().cpu())
+        elif tail.shape != logprobs.shape[:1] or not bool(torch.isfinite(tail).all()):
+            raise ValueError(f"tail: expected {len(logprobs)} probabilities, got {list(tail.shape)}")
+        ids = logits.ids.gather(1, order).to(torch.int32).cpu()
+        lowest = torch.where(ids < 0, -torch.inf, torch.finfo(torch.float16).min)
+        kept = TopKLogits(ids, torch.maximum(logprobs.cpu(), lowest).half())
         rows = len(logprobs)
-        self._waiting.append((tokens[:rows], kept, tail.float().clamp(0.0, 1.0).cpu(), document_digest(tokens)))
+        self._waiting.append(
+            (tokens[:rows], kept, tail.float().clamp(0.0, 1.0).cpu(), document_digest(tokens, self.end_id))
+        )
         self._waiting_tokens += rows
         if self._waiting_tokens >= self.shard_tokens:
             self._write_shard()
@@ -198,7 +257,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             "offsets": torch.tensor([0, *itertools.accumulate(map(len, documents))]),
             "digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32),
         }
-        name = f"shard-{len(self._shards):05d}.safetensors"
+        content["sums"] = torch.tensor(_sums(content, content["offsets"].tolist()))
+        name = _file_name(len(self._shards))
         _SHARD.save(self.folder / name, content)
         self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
         self._save_index(complete=False)
@@ -209,26 +269,39 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         INDEX.write(self.folder, content)
 
     def __exit__(self, kind: type[BaseException] | None, *rest: object) -> None:
-        if kind is None:
-            if self._waiting:
-                self._write_shard()
-            self._save_index(complete=True)
+        with self._lock:
+            if kind is None:
+                if self._waiting:
+                    self._write_shard()
+                self._save_index(complete=True)
 
 
 def _read_index(folder: Path) -> dict[str, Any]:
+    def count(value: Any, low: int) -> None:
+        if type(value) is not int or not low <= value < 1 << 48:
+            raise TypeError(f"expected a count of at least {low}, got {value!r}")
+
     with INDEX.read(folder) as index:
-        for name in ("complete", "teacher", "vocab_size", "top_k", "max_length"):
-            index[name]
-        for shard in index["shards"]:
-            shard["file"], shard["documents"], shard["tokens"]
+        index["complete"], index["teacher"], index["end_id"]
+        for name in ("vocab_size", "top_k") if index["max_length"] is None else ("vocab_size", "top_k", "max_length"):
+            count(index[name], 1 if name != "vocab_size" else 0)
+        for k, shard in enumerate(index["shards"]):
+            if shard["file"] != _file_name(k):
+                raise TypeError(f"expected {_file_name(k)}, got {shard['file']!r}")
+            for name in ("documents", "tokens"):
+                count(shard[name], 0)
         return dict(index)
 
 
-class TeacherCache:
-    """A teacher cache, mapped into memory. Can be sent to the workers of a DataLoader.
+def _file_name(k: int) -> str:
+    return f"shard-{k:05d}.safetensors"
 
-    Raises ValueError if the cache is not complete or was made with another tokenizer; FileNotFoundError if the folder,
-    its index or a shard is missing.
+
+class TeacherCache:
+    """A teacher cache, read document by document. Can be sent to the workers of a DataLoader.
+
+    Raises ValueError if the cache is not complete or was made with another tokenizer, and as soon as something damaged
+    is met, with the file; FileNotFoundError if the folder, its index or a shard is missing.
 
     Parameters
     ----------
@@ -242,6 +315,8 @@ class TeacherCache:
     fingerprint : str
         Of the teacher's vocabulary; see `Vocabulary.fingerprint`.
     vocab_size, top_k, max_length : int
+    end_id : int or None
+        The end token, with or without which a document is found.
 
     Examples
     --------
@@ -262,66 +337,132 @@ class TeacherCache:
         self.vocab_size: int = index["vocab_size"]
         self.top_k: int = index["top_k"]
         self.max_length: int | None = index["max_length"]
+        self.end_id: int | None = index["end_id"]
         for _, recorded, given in other_tokenizers({"teacher": self.fingerprint}, teacher_tok=teacher_tok):
             other = f"another tokenizer: fingerprint {recorded}, got {given}"
-            raise ValueError(f"teacher_tok: {self.path} was made with {other}")
-        self._files = [self.path / shard["file"] for shard in index["shards"]]
-        for file in self._files:
-            if not file.exists():
-                raise FileNotFoundError(f"path: {file} is missing")
-        self._numbering = Numbering(shard["documents"] for shard in index["shards"])
-        self._open: dict[int, Any] = {}
-        starts = (self._shard(k).get_tensor("digests").numpy()[:, :8].copy() for k in range(len(self._files)))
+            raise ValueError(f"teacher_tok: {self.path} was made with {other}; {_REBUILD} makes another")
+        self._vocabulary = None if teacher_tok is None else Vocabulary.from_tokenizer(teacher_tok)
+        self._lengths = None if self._vocabulary is None else torch.from_numpy(_byte_lengths(self._vocabulary))
+        self._shards: list[dict[str, Any]] = index["shards"]
+        for shard in self._shards:
+            if not (self.path / shard["file"]).exists():
+                raise FileNotFoundError(f"path: {self.path / shard['file']} is missing")
+        self._numbering = Numbering(shard["documents"] for shard in self._shards)
+        self._forget()
+        starts = (self._shard(k)[0].read("digests").numpy()[:, :8].copy() for k in range(len(self._shards)))
         keys = np.concatenate([np.zeros((0, 8), np.uint8), *starts]).view("<u8")[:, 0]
         self._order = np.argsort(keys, kind="stable")
         self._keys = keys[self._order]
 
+    def _forget(self) -> None:
+        self._shard = lru_cache(OPEN_SHARDS)(self._open)
+
     def __getstate__(self) -> dict[str, Any]:
-        return {**vars(self), "_open": {}}
+        return {**vars(self), "_shard": None, "_vocabulary": None, "_lengths": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._forget()
 
     def __repr__(self) -> str:
         made = f"top_k={self.top_k}, max_length={self.max_length}, teacher={self.fingerprint[:12]}"
         return f"TeacherCache({str(self.path)!r}, documents={len(self)}, {made})"
 
-    def _shard(self, k: int) -> Any:
-        if k not in self._open:
-            self._open[k] = _SHARD.open(self._files[k])
-        return self._open[k]
+    def _open(self, k: int) -> tuple[TensorReader, NDArray[np.int64], list[int]]:
+        """A shard, where its documents begin, and their sums."""
+        path, shard = self.path / self._shards[k]["file"], self._shards[k]
+        file = _SHARD.open(path)
+        offsets, sums = file.read("offsets").numpy(), file.read("sums").tolist()
+        documents, tokens = shard["documents"], shard["tokens"]
+        per_token = {"ids": [tokens, self.top_k], "logprobs": [tokens, self.top_k]}
+        shapes = {"offsets": [documents + 1], "digests": [documents, 32], "sums": [documents], **per_token}
+        for name, (_, shape, _) in file.parts.items():
+            if shape != shapes.get(name, [tokens]):
+                raise ValueError(f"{path}: damaged: {name}: expected {shapes.get(name, [tokens])}, got {shape}")
+        if offsets[0] != 0 or offsets[-1] != tokens or (np.diff(offsets) < 0).any():
+            raise ValueError(f"{path}: damaged: offsets: expected 0 to {tokens}, ascending")
+        return file, offsets, sums
 
     def __len__(self) -> int:
         """Number of documents."""
         return len(self._numbering)
 
     def __getitem__(self, index: int) -> CachedDocument:
-        """A document by its number in the order in which they were added. IndexError if there is no such document."""
+        """A document by its number in the order in which they were added.
+
+        Raises IndexError if there is no such document, ValueError if it is damaged.
+        """
         k, row = self._numbering.find(index)
-        shard = self._shard(k)
-        start, stop = shard.get_slice("offsets")[row : row + 2].tolist()
-        part = {name: shard.get_slice(name)[start:stop] for name in _TENSORS if name not in ("offsets", "digests")}
-        logprobs, tail = part["logprobs"].float(), part["tail"].double()
+        file, offsets, sums = self._shard(k)
+        start, stop = offsets[row : row + 2].tolist()
+        part = {name: file.read(name, start, stop) for name in _OF_TOKENS}
+        if _sums(part, [0, stop - start]) != [sums[row]]:
+            raise ValueError(f"{file.path}: damaged: the checksum of document {row} does not fit the content")
+        ids, logprobs, tail = part["ids"], part["logprobs"].float(), part["tail"].double()
+        tokens, byte_ends = part["tokens"], part["byte_ends"]
+        is_right = ((logprobs <= 0) & (logprobs.isfinite() | (ids < 0)) & (ids >= -1) & (ids < self.vocab_size)).all()
+        is_right &= (logprobs[:, 1:] <= logprobs[:, :-1]).all() & ((tail >= 0) & (tail <= 1)).all()
+        is_right &= ((tokens >= 0) & (tokens < self.vocab_size)).all() & (byte_ends.diff() >= 0).all()
+        if is_right and self._lengths is not None:
+            is_right = (self._lengths[tokens.long()].cumsum(0) == byte_ends).all()
+        if not is_right:
+            raise ValueError(f"{file.path}: damaged: document {row} does not hold sorted log-probabilities of tokens")
         # Rounding to float16 moved the listed probabilities a little; the tail was kept exactly.
         listed = logprobs.double().exp().sum(1).clamp_min(torch.finfo(torch.float64).tiny)
-        rest = tail if part["ids"].shape[1] == self.vocab_size else tail.clamp_min(LEAST_TAIL)
+        rest = tail if ids.shape[1] == self.vocab_size else tail.clamp_min(LEAST_TAIL)
         logprobs = logprobs + ((1.0 - rest) / listed).log().float()[:, None]
-        return CachedDocument(part["tokens"].long(), part["byte_ends"].long(), TopKLogits(part["ids"], logprobs))
+        return CachedDocument(tokens.long(), byte_ends.long(), TopKLogits(ids, logprobs))
 
     def lookup(self, token_ids: Sequence[int] | Tensor | NDArray[Any]) -> CachedDocument:
-        """A document by the teacher's token ids, all of them. ValueError if it is not in the cache."""
-        found = self.find(document_digest(token_ids))
+        """A document by the teacher's token ids, all of them, with the end token or without, whichever it has itself.
+
+        Raises ValueError if it is not in the cache, saying where the nearest one differs.
+        """
+        found = self.find(document_digest(token_ids, self.end_id))
         if found is None:
             cache = f"the {len(self)} documents of the teacher cache {self.path}"
             why = "which was made from other text or with other special tokens"
-            raise ValueError(f"token_ids: not among {cache}, {why}: {list(token_ids[:8])}")
+            raise ValueError(f"token_ids: not among {cache}, {why}: {list(token_ids[:8])}; {self.nearest(token_ids)}")
         return found
 
     def find(self, digest: bytes) -> CachedDocument | None:
-        """A document by its `document_digest`; None if there is none."""
+        """A document by its `document_digest` with `end_id`; None if there is none."""
         key = np.frombuffer(digest[:8], "<u8")[0]
         for at in range(*(int(np.searchsorted(self._keys, key, side=side)) for side in ("left", "right"))):
             k, row = self._numbering.find(index := int(self._order[at]))
-            if bytes(self._shard(k).get_slice("digests")[row : row + 1].numpy()[0]) == digest:
+            if bytes(self._shard(k)[0].read("digests", row, row + 1).numpy()[0]) == digest:
                 return self[index]
         return None
+
+    def nearest(self, token_ids: Sequence[int] | Tensor | NDArray[Any]) -> str:
+        """Where token ids differ from the document that begins most like them, in words."""
+        wanted, best, number = _int32("token_ids", token_ids), (0, -1), 0
+        for k in range(min(len(self._shards), OPEN_SHARDS)):
+            file, offsets, _ = self._shard(k)
+            tokens = file.read("tokens").numpy()
+            for first, last in itertools.pairwise(offsets.tolist()):
+                both = min(last - first, len(wanted))
+                (other,) = (tokens[first : first + both] != wanted[:both]).nonzero()
+                best = max(best, (int(other[0]) if len(other) else both, -number))
+                number += 1
+        same, nearest = best[0], -best[1]
+        if not same:
+            return f"none of the first {number} documents begins with that token"
+        has, asked = self[nearest].token_ids.numpy(), wanted
+        shown = [
+            f"{self._shown(ids[max(0, same - 4) : same])} {self._shown(ids[same : same + 4])}" for ids in (has, asked)
+        ]
+        return (
+            f"document {nearest} begins with the same {same} tokens and goes on as {shown[0]}, but asked is {shown[1]}"
+        )
+
+    def _shown(self, ids: NDArray[Any]) -> str:
+        if not len(ids):
+            return "the end"
+        vocabulary = self._vocabulary
+        if vocabulary is None or ids.max() >= len(vocabulary):
+            return str(ids.tolist())
+        return repr(b"".join(vocabulary[i] for i in ids.tolist()))
 
 
 def cache_teacher(
@@ -377,7 +518,7 @@ def cache_teacher(
     ) as writer:
         remaining = _token_ids(documents, vocabulary)
         for number, digest in enumerate(writer.digests()):
-            if document_digest(next(remaining, [])) != digest:
+            if document_digest(next(remaining, []), writer.end_id) != digest:
                 raise ValueError(f"documents: number {number} is not the one that {writer.folder} was begun with")
         done = len(writer)
         while window := list(itertools.islice(remaining, WINDOW)):

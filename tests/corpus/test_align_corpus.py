@@ -25,6 +25,7 @@ from xtoken import Aligner, Vocabulary, align_corpus
 from xtoken.cli import main
 from xtoken.corpus import require
 from xtoken.corpus.options import Options
+from xtoken.corpus.progress import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -155,11 +156,11 @@ def test_what_may_not_be_resumed(undisturbed, pair_files, corpus, tmp_path):
         os.utime(other, ns=(written, written + 10**9))
         with pytest.raises(ValueError, match=r"other\.jsonl was changed"):
             align_corpus(*pair_files, other, tmp_path / "out", resume=True)
-    # Same tokens, other merges: the fingerprint is the same, the ids are not.
+    # Same tokens, other merges: other ids.
     tokenizer = json.loads((tmp_path.__class__(pair_files[0])).read_text())
     tokenizer["model"]["merges"].reverse()
     (tmp_path / "merges.json").write_text(json.dumps(tokenizer))
-    with pytest.raises(ValueError, match="student_tokenizer: was"):
+    with pytest.raises(ValueError, match="student: was"):
         again(str(tmp_path / "merges.json"), pair_files[1])
     strange = tmp_path / "strange"
     strange.mkdir()
@@ -170,7 +171,7 @@ def test_what_may_not_be_resumed(undisturbed, pair_files, corpus, tmp_path):
     with pytest.raises(ValueError, match="not an index of aligned shards"):
         again(output=strange)
     (strange / "manifest.json").write_text('{"format": "0"}')
-    with pytest.raises(ValueError, match="expected format 1, got 0"):
+    with pytest.raises(ValueError, match="expected format 2, got 0; xtoken align with another --output makes it again"):
         again(output=strange)
 
 
@@ -187,6 +188,27 @@ def test_broken_lines(pair_files, tmp_path, capsys):
         with pytest.raises(ValueError, match="line 2"):
             align_corpus(*pair_files, path, tmp_path / f"out{workers}", workers=workers)
         assert os.listdir(tmp_path / f"out{workers}") == ["manifest.json"]
+
+
+def test_an_input_that_changes_ends_the_run(pair, pair_files, texts, tmp_path, monkeypatch):
+    """Also after all shards are made, and with `on_error="skip"`; nothing says complete."""
+    path = tmp_path / "a.txt"
+    path.write_text("".join(text.replace("\n", " ") + "\n" for text in texts[:200]))
+    for k, change in enumerate((lambda: os.truncate(path, 5000), lambda: path.open("a").write("more\n"))):
+        monkeypatch.setattr(Progress, "shard_done", lambda *_, change=change: change())
+        with pytest.raises(ValueError, match=r"a\.txt: was changed while it is read"):
+            align_corpus(*pair, path, tmp_path / f"out{k}", shard_bytes=SHARD, on_error="skip")
+        assert not json.loads((tmp_path / f"out{k}" / "manifest.json").read_text())["complete"]
+
+
+def test_one_run_at_a_time(pair, corpus, tmp_path, monkeypatch):
+    def again(*_):
+        with pytest.raises(ValueError, match=r"output: another run writes to .*out; wait for its end"):
+            align_corpus(*pair, corpus, tmp_path / "out", shard_bytes=SHARD, resume=True)
+
+    monkeypatch.setattr(Progress, "shard_done", again)
+    align_corpus(*pair, corpus, tmp_path / "out", shard_bytes=SHARD * 20)
+    assert ".lock" not in os.listdir(tmp_path / "out")
 
 
 def test_extreme_documents(pair, tmp_path):

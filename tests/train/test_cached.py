@@ -86,6 +86,31 @@ def test_parts_of_a_long_text_read_their_own_rows(small_chat_tok, tmp_path):
             torch.testing.assert_close(got[rows].exp(), expected[there].exp(), rtol=4e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("same", [False, True])
+def test_a_served_teacher_without_the_end_token(small_chat_tok, tmp_path, same):
+    """Plain `input_ids` in the cache: training finds them, with all chunks, and the same log-probabilities."""
+    student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    student_tok = teacher_tok if same else student_tok
+    model = make_model(len(teacher_tok), 0).eval()
+    rows: list[dict[str, Any]] = [ROWS[0], ROWS[3]]
+    plain = [teacher_tok(row["text"]).input_ids for row in rows]
+    whole = list(teacher_documents(teacher_tok, rows))
+    assert [ids[:-1] for ids in whole] == plain
+    encoded = EncodedDataset(rows, ExampleEncoder(student_tok, [teacher_tok], name_documents=True))
+    served, cached = (
+        CachedExamples(encoded, [cache_teacher(model, teacher_tok, documents, tmp_path / name, top_k=4)])
+        for name, documents in (("served", plain), ("cached", whole))
+    )
+    for k in range(len(rows)):
+        got, expected = served[k]["teachers"][0], cached[k]["teachers"][0]
+        assert len(got["logits"].ids) == len(expected["logits"].ids)
+        assert torch.equal(got["logits"].logprobs[:-1], expected["logits"].logprobs[:-1])
+        assert same or (got["spans"].tolist(), got["ids"].tolist()) == (
+            expected["spans"].tolist(),
+            expected["ids"].tolist(),
+        )
+
+
 def test_a_cache_that_was_cut(small_chat_tok, tmp_path):
     student_tok, teacher_tok = small_chat_tok("llama3"), small_chat_tok("qwen3")
     model = make_model(len(teacher_tok), 0).eval()
@@ -116,7 +141,10 @@ def test_another_text_is_refused(small_chat_tok, tmp_path):
     model = make_model(len(teacher_tok), 0).eval()
     cache = cache_teacher(model, teacher_tok, teacher_documents(teacher_tok, iter(ROWS[:2])), tmp_path, top_k=4)
     examples = EncodedDataset(ROWS, ExampleEncoder(student_tok, [teacher_tok], name_documents=True))
-    with pytest.raises(ValueError, match="example 2: not in the teacher cache"):
+    with pytest.raises(
+        ValueError,
+        match=r"example 2: not in the teacher cache .*; (document 0 begins|none of the first 2 documents begins) with",
+    ):
         CachedExamples(examples, [cache])[2]
     with pytest.raises(ValueError, match="caches: expected 1, one a teacher, got 2"):
         CachedExamples(examples, [cache, None])

@@ -124,7 +124,7 @@ def test_an_aligned_corpus_gives_the_same_examples(corpus, student_tok, teacher_
     assert listed(loaded[k] for k in range(len(loaded))) == expected
 
 
-def test_an_aligned_corpus_begins_as_texts_do_and_is_cut(corpus, student_tok, teacher_tok):
+def test_an_aligned_corpus_begins_as_texts_do_and_is_cut(student_tok, teacher_tok, tmp_path):
     from tokenizers import processors
 
     toks = []
@@ -136,6 +136,8 @@ def test_an_aligned_corpus_begins_as_texts_do_and_is_cut(corpus, student_tok, te
         )
         copy.eos_token, copy.pad_token, copy.bos_token = tok.eos_token, tok.pad_token, tok.bos_token
         toks.append(copy)
+    corpus = tmp_path / "out"
+    align_corpus(*toks, write(tmp_path / "a.jsonl", ROWS), corpus, progress=False)
     for limits in ((None, None), (15, None), (None, 12)):
         loaded = AlignedExamples(corpus, *toks, max_length=limits[0], max_teacher_length=limits[1])
         encoder = ExampleEncoder(toks[0], toks[1:], add_end=False, max_length=limits[0], max_teacher_length=limits[1])

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from ..storage import Index
 from .files import InputFile
 from .partition import FileSlice, Shard
 
-INDEX = Index("manifest.json", "1", "an index of aligned shards")
+INDEX = Index("manifest.json", "2", "an index of aligned shards", "xtoken align with another --output")
 
 
 @dataclass
@@ -27,6 +28,16 @@ class Counts:
     """Documents on which the dynamic program ran out of budget (`Alignment.optimal`)."""
     skipped: dict[str, int] = field(default_factory=dict)
     """Broken documents by file."""
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Counts:
+        """Counts out of JSON; TypeError or KeyError if they are none."""
+        found = {one.name: entry[one.name] for one in fields(cls)}
+        skipped = found.pop("skipped")
+        for number in (*found.values(), *skipped.values()):
+            if type(number) is not int or not 0 <= number < 1 << 62:
+                raise TypeError(f"expected a count, got {number!r}")
+        return cls(**found, skipped=dict(skipped))
 
     def add(self, other: Counts) -> None:
         """Adds the counts of another shard."""
@@ -101,5 +112,5 @@ class Manifest:
             for k, entry in enumerate(content["shards"]):
                 shards.append(Shard(k, tuple(FileSlice(inputs[place], *rest) for place, *rest in entry["pieces"])))
             made = content["shards"] if content["complete"] else []
-            counts = [Counts(**{name: entry[name] for name in vars(Counts())}) for entry in made]
-            return Manifest(content["parameters"], inputs, shards, counts)
+            counts = [Counts.of(entry) for entry in made]
+            return Manifest(dict(content["parameters"]), inputs, shards, counts)

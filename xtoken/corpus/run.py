@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import sys
 from collections.abc import Sequence
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import _core
+from ..storage import FolderLock
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
 from .files import find_files
@@ -36,14 +36,23 @@ def run(
 ) -> Manifest:
     """`xtoken.align_corpus`, which documents the arguments."""
     folder = Path(output).absolute()
+    with FolderLock(folder):
+        return _run(student_tok, teacher_tok, inputs, folder, options)
+
+
+def _run(
+    student_tok: TokenizerLike,
+    teacher_tok: TokenizerLike,
+    inputs: Sequence[str | os.PathLike[str]],
+    folder: Path,
+    options: Options,
+) -> Manifest:
     going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
     job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
     parameters: dict[str, Any] = {"xtoken": _core.version}
     for side, vocabulary in (("student", job.student), ("teacher", job.teacher)):
-        # All that a tokenizer does, merges and pre-tokenization too, which the fingerprint does not cover.
-        digest = hashlib.sha256(vocabulary.tokenizer.to_str().encode()).hexdigest()
-        parameters |= {side: vocabulary.fingerprint(), f"{side}_tokenizer": digest}
+        parameters |= {side: vocabulary.fingerprint(), f"{side}_vocab_size": len(vocabulary)}
     parameters |= {name: getattr(options, name) for name in DECISIVE}
     progress = Progress(sys.stderr.isatty() if options.progress is None else options.progress)
     with progress.bar:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
 from pathlib import Path
@@ -45,9 +47,11 @@ _WRITER: dict[str, Any] = {
     "compression_level": 1,
     "use_dictionary": False,
     "write_statistics": False,
+    "write_page_checksum": True,
     "column_encoding": {"spans.list.element.list.element": "DELTA_BINARY_PACKED"},
 }
-_COUNTS = b"xtoken.counts"
+COUNTS, SUMS, NUMBER = "xtoken.counts", "xtoken.checksums", "xtoken.shard"
+"""In the metadata of a shard: its counts, the `checksum` of each row group, and its number."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +105,7 @@ class ShardMaker:
 
         Raises ValueError for broken input, with the file and the line, and OSError if the file cannot be written.
         """
-        counts = Counts()
+        counts, sums = Counts(), []
         broken = Broken(self.job.options.on_error)
         batches = read_shard(shard, self.job.options.text_column, broken)
         path = Path(self.job.output) / shard.file_name
@@ -114,11 +118,14 @@ class ShardMaker:
                 for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
                     ends = table["student_ids"].chunk(0).offsets.to_numpy()[1:]
                     for start, stop, _ in ranges(ends, ROW_GROUP_TOKENS):
-                        writer.write_table(table.slice(start, stop - start))
+                        group = table.slice(start, stop - start)
+                        writer.write_table(group)
+                        sums.append(checksum(group))
                     counts.add(part)
                     advance(part.documents, part.student_tokens + part.teacher_tokens, part.text_bytes)
                 counts.skipped = dict(sorted(broken.skipped.items()))
-                writer.add_key_value_metadata({_COUNTS.decode(): json.dumps(asdict(counts))})
+                held = {COUNTS: json.dumps(asdict(counts)), SUMS: json.dumps(sums), NUMBER: str(shard.index)}
+                writer.add_key_value_metadata(held)
         except OSError as error:  # reading raises ValueError, so this is about the output
             raise OSError(f"{path}: cannot write it: {error}; complete shards stay, and can be resumed") from error
         return counts
@@ -143,16 +150,36 @@ class ShardMaker:
         return pa.Table.from_arrays([batch["id"], *columns], schema=self.schema), counts
 
 
+def checksum(group: pa.Table) -> int:
+    """CRC-32 of the content of a row group."""
+    digest = zlib.crc32("\0".join(group["id"].to_pylist()).encode())
+    for name in ("student_ids", "teacher_ids", "spans"):
+        for chunk in group[name].chunks:
+            digest = zlib.crc32(np.diff(chunk.offsets.to_numpy()).tobytes(), digest)
+            values = chunk.flatten().flatten() if name == "spans" else chunk.flatten()
+            digest = zlib.crc32(values.to_numpy().tobytes(), digest)
+    return digest
+
+
+def read_counts(shard: Shard, metadata: Any) -> tuple[Counts, list[int]]:
+    """Counts and checksums out of the metadata of a shard; ValueError if it is not whole, or another shard."""
+    held = {name.decode(): text for name, text in (metadata.metadata or {}).items()}
+    try:
+        counts, sums = Counts.of(json.loads(held[COUNTS])), list(json.loads(held[SUMS]))
+        number = int(held[NUMBER])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"its metadata are not those of a shard: {error!r}") from error
+    if number != shard.index or counts.documents != metadata.num_rows or len(sums) != metadata.num_row_groups:
+        raise ValueError(f"expected shard {shard.index} with {counts.documents} documents, got {metadata.num_rows}")
+    return counts, sums
+
+
 def complete_shards(shards: Iterable[Shard], folder: Path) -> dict[int, Counts]:
     """The shards that are there and whole, by number, with their counts."""
     found = {}
     for shard in shards:
-        try:
-            metadata = pq.read_metadata(folder / shard.file_name).metadata or {}
-        except (pa.ArrowException, OSError):
-            continue
-        if _COUNTS in metadata:
-            found[shard.index] = Counts(**json.loads(metadata[_COUNTS]))
+        with suppress(pa.ArrowException, OSError, ValueError):
+            found[shard.index], _ = read_counts(shard, pq.read_metadata(folder / shard.file_name))
     return found
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -10,6 +10,9 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.vocabulary import TokenizerLike
+
+from .served import served_entries
 
 TAILS = ("uniform", "renormalize")
 
@@ -69,29 +72,39 @@ class TopKLogits:
         return TopKLogits(ids, logprobs, self.tail)
 
     @classmethod
-    def from_vllm(cls, prompt_logprobs: Sequence[Mapping[Any, Any] | None], tail: str = "uniform") -> TopKLogits:
-        """Log-probabilities as vLLM returns them for a prompt (``SamplingParams(prompt_logprobs=k)``).
+    def from_vllm(cls, prompt_logprobs: Any, tail: str = "uniform", tokenizer: TokenizerLike = None) -> TopKLogits:
+        """Log-probabilities as servers return them for a text: vLLM, SGLang, and the API of OpenAI.
 
         Parameters
         ----------
-        prompt_logprobs : sequence of mappings, length T
-            For each token of the prompt, what was predicted in its place: token id to log-probability, the latter a
-            number, an object with ``logprob`` (`vllm.Logprob`), or a mapping with ``"logprob"`` and ids as strings
-            (the server's JSON). The first is None.
+        prompt_logprobs : sequence, length T, or what holds it
+            For each token of the text, what was predicted in its place; the first is None.
+
+            * vLLM (``SamplingParams(prompt_logprobs=k)``): mappings of token id to log-probability, the latter a
+              number, an object with ``logprob`` (`vllm.Logprob`), or a mapping with ``"logprob"`` and ids as strings
+              (the server's JSON).
+            * SGLang (``"meta_info"`` with ``"input_top_logprobs"``): lists of [log-probability, id, text].
+            * OpenAI, completions (``choice.logprobs`` with ``top_logprobs``): mappings of a token's text, or
+              ``"token_id:7"``, to log-probability; chats (``content``): tokens with ``logprob``, ``bytes`` and
+              ``top_logprobs``.
         tail : "uniform" or "renormalize"
+        tokenizer : optional
+            The teacher's, for tokens that come as text. Texts that are none of its tokens count to the rest, which is
+            logged.
 
         Returns
         -------
         TopKLogits
-            [T, k], k the largest number of entries. vLLM counts from the token that is predicted, the rows here from
+            [T, k], k the largest number of entries. Servers count from the token that is predicted, the rows here from
             the one that predicts, so entry t + 1 becomes row t; the last row, which no loss looks at, is empty.
 
         Raises
         ------
         ValueError
-            If an entry other than the first is None.
+            If an entry other than the first is None; for texts without a tokenizer, or mostly not its tokens.
         """
-        entries = [*prompt_logprobs[1:], {}][: len(prompt_logprobs)]
+        given = served_entries(prompt_logprobs, tokenizer)
+        entries = [*given[1:], {}][: len(given)]
         for position, entry in enumerate(entries):
             if entry is None:
                 raise ValueError(f"prompt_logprobs: expected a mapping at position {position + 1}, got None")
@@ -100,17 +113,13 @@ class TopKLogits:
         logprobs = torch.full((len(entries), width), -torch.inf)
         for row, entry in enumerate(entries):
             if entry:
-                ids[row, : len(entry)] = torch.tensor([int(token) for token in entry])
-                logprobs[row, : len(entry)] = torch.tensor([_logprob(value) for value in entry.values()])
+                ids[row, : len(entry)] = torch.tensor(list(entry))
+                logprobs[row, : len(entry)] = torch.tensor(list(entry.values()))
         return cls(ids, logprobs, tail)
 
     def __repr__(self) -> str:
         shape, dtype, device = list(self.ids.shape), self.logprobs.dtype, self.logprobs.device
         return f"TopKLogits({shape}, {dtype}, device={device}, tail={self.tail!r})"
-
-
-def _logprob(value: Any) -> float:
-    return float(value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value))
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import os
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core
-from xtoken.storage import TensorFile, check_fingerprints, fingerprints, lasting
-from xtoken.vocabulary import TokenizerLike, Vocabulary
+from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
+from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
@@ -24,7 +25,13 @@ token's bytes. `ProjectionMatrix.kind` holds indices."""
 
 FILE_NAME = "projection.safetensors"
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
-_FILE = TensorFile("a projection matrix of xtoken", {"format": "xtoken.projection", "version": "1"}, _TENSORS)
+_FILE = TensorFile(
+    "a projection matrix of xtoken", {"format": "xtoken.projection", "version": "2"}, _TENSORS,
+    rebuild="xtoken project (or ProjectionMatrix.build and save)",
+)  # fmt: skip
+
+SUM_TOLERANCE = 1e-3
+"""By how much the weights of a built row in a file may miss a sum of 1."""
 
 
 class ProjectionMatrix:
@@ -220,11 +227,31 @@ class ProjectionMatrix:
             matrix = cls(**tensors, teacher_vocab_size=columns, metadata=metadata)
             if matrix.shape[0] != rows:
                 raise ValueError(f"row_ptr has {matrix.shape[0]} rows, the metadata says {rows}")
+            if not 0 <= columns <= MOST_HOLES + 64 * (rows + matrix.nnz):
+                raise ValueError(f"teacher_vocab_size: {columns}, for {rows} rows and {matrix.nnz} entries")
+            matrix._check_kinds()
             return matrix
 
         matrix = _FILE.load(path, make)
-        matrix.check_tokenizers(student_tok, teacher_tok)
+        check_fingerprints(f"{path}: projection", matrix, matrix.metadata, student_tok, teacher_tok)
         return matrix
+
+    def _check_kinds(self) -> None:
+        """Raises ValueError if a row is not what its kind says, or if nothing tells the tokenizers of built rows."""
+        counts, sums = self.row_ptr.diff(), torch.zeros(self.shape[0]).index_add(0, self.row_index, self.weight)
+        kinds = {name: self.kind == k for k, name in enumerate(ROW_KINDS)}
+        is_built = ~(kinds["given"] | kinds["none"])
+        is_one = kinds["exact"] | kinds["role"]
+        wrong = (kinds["none"] & (counts > 0)) | (is_built & ~((sums - 1).abs() <= SUM_TOLERANCE))
+        if "reverse" not in self.metadata.get("passes", ""):
+            wrong |= is_one & (counts != 1)
+        for row in wrong.nonzero()[:, 0].tolist():
+            kind, entries, total = ROW_KINDS[int(self.kind[row])], int(counts[row]), float(sums[row])
+            raise ValueError(
+                f"weight: row {row} is of kind {kind!r}, but has {entries} entries that sum to {total:.6g}"
+            )
+        if is_built.any():
+            check_present(self.metadata)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes ``projection.safetensors`` into `folder`, which is made if need be."""
@@ -247,12 +274,31 @@ class ProjectionMatrix:
     def from_nemo(cls, path: str | os.PathLike[str], teacher_vocab_size: int) -> ProjectionMatrix:
         """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k]; no code in it is run.
 
-        Raises ValueError if the file holds something else.
+        Raises ValueError if the file holds something else, is damaged, or was not written by `torch.save` (zip).
         """
-        table = torch.load(path, map_location="cpu", weights_only=True)
+        if not Path(path).is_file():
+            raise FileNotFoundError(f"path: no such file: {path}")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                unpacked, damaged = sum(one.file_size for one in archive.infolist()), archive.testzip()
+            if unpacked > os.path.getsize(path) or damaged:
+                raise ValueError(f"{damaged} is damaged" if damaged else f"it unpacks to {unpacked} bytes")
+            table = torch.load(path, map_location="cpu", weights_only=True)
+        except Exception as error:  # torch and zipfile raise any exception
+            raise ValueError(f"{path}: not a complete file of torch.save: {error}") from error
         if not isinstance(table, dict) or not {"indices", "likelihoods"} <= table.keys():
             raise ValueError(f"{path}: expected a dict with 'indices' and 'likelihoods'")
-        return cls.from_topk(table["indices"], table["likelihoods"], teacher_vocab_size)
+        for name in ("indices", "likelihoods"):
+            one, integral = table[name], name == "indices"
+            is_right = isinstance(one, Tensor) and one.layout is torch.strided and one.device.type == "cpu"
+            if not is_right or one.is_quantized or (one.is_floating_point(), one.is_complex()) != (not integral, False):
+                raise ValueError(f"{path}: {name}: expected a table of {'integers' if integral else 'weights'}")
+            if one.numel() * one.element_size() > unpacked:  # strides of 0 make any size of a few bytes
+                raise ValueError(f"{path}: {name}: expected what the file holds, got {list(one.shape)}")
+        try:
+            return cls.from_topk(table["indices"], table["likelihoods"], teacher_vocab_size)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
 
     def to_nemo(self, path: str | os.PathLike[str]) -> None:
         """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and weight 0."""
@@ -264,7 +310,8 @@ class ProjectionMatrix:
         indices[row, place] = self.col.long()
         likelihoods[row, place] = self.weight
         likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)
-        torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, path)
+        with atomic(path) as temporary:
+            torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, temporary)
 
     def within(self, rows: int | None, columns: int | None) -> ProjectionMatrix:
         """The matrix with only the entries of the first rows and columns; None: of all. The shape stays."""

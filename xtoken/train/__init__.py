@@ -1,6 +1,6 @@
 """Training on top of transformers' Trainer; importing this package imports transformers."""
 
-from .cached import CachedExamples
+from .cached import CachedExamples, teacher_documents
 from .collator import XTokenCollator, pack
 from .config import XTokenConfig
 from .data import AlignedExamples, EncodedDataset, load_examples
@@ -21,4 +21,5 @@ __all__ = [
     "load_model",
     "load_tokenizer",
     "pack",
+    "teacher_documents",
 ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from xtoken.losses import TopKLogits
 from xtoken.teacher_cache import TeacherCache, cache_teacher
+from xtoken.vocabulary import TokenizerLike
 
 from .data import encoded, read_rows
 from .encode import ExampleEncoder
@@ -53,14 +54,18 @@ class CachedExamples(Dataset[dict[str, Any]]):
     @staticmethod
     def _with_logits(entry: dict[str, Any], cache: TeacherCache, example: dict[str, Any], index: int) -> dict[str, Any]:
         document = cache.find(entry["document"])
+        ids = example["student_ids"] if entry["ids"] is None else entry["ids"]
         if document is None:
+            nearest = f"; {cache.nearest(ids)}" if not entry["first"] else ""
             raise ValueError(
                 f"example {index}: not in the teacher cache {cache.path}, which was made from other text, or with "
-                "another chat template"
+                f"another chat template{nearest}"
             )
-        ids = example["student_ids"] if entry["ids"] is None else entry["ids"]
         rows = slice(entry["first"], entry["first"] + len(ids))
-        logits = TopKLogits(document.logits.ids[rows], document.logits.logprobs[rows], document.logits.tail)
+        kept = (document.logits.ids[rows], document.logits.logprobs[rows])
+        if len(kept[0]) == len(ids) - 1:  # without the end token, after which nothing is predicted
+            kept = (torch.cat([kept[0], kept[0][-1:]]), torch.cat([kept[1], kept[1][-1:]]))
+        logits = TopKLogits(*kept, document.logits.tail)
         entry = {**entry, "logits": logits}
         if len(logits.ids) < len(ids):  # the cache holds only the beginning of the document
             if entry["ids"] is None:
@@ -73,10 +78,34 @@ class CachedExamples(Dataset[dict[str, Any]]):
         return entry
 
 
-def teacher_documents(tokenizer: Any, rows: Iterator[dict[str, Any]], text_column: str = "text") -> Iterator[Any]:
-    """What a teacher reads of each row, as token ids, whole: by its own chat template where there are messages."""
+def teacher_documents(
+    tokenizer: TokenizerLike, rows: Iterable[Mapping[str, Any]], text_column: str = "text"
+) -> Iterator[list[int]]:
+    """What a teacher reads of each row in training, as token ids: what to send to a server that fills a cache.
+
+    Messages are written by the teacher's chat template, texts begin and end with its special tokens; nothing is cut.
+    Rows of which nothing is trained on are left out.
+
+    Parameters
+    ----------
+    tokenizer
+        The teacher's, as for `ExampleEncoder`.
+    rows : iterable of mappings
+        As for `ExampleEncoder`; `xtoken.train.data.read_rows` reads them from files.
+    text_column : str
+        Field with plain text.
+
+    Examples
+    --------
+    ::
+
+        with xtoken.TeacherCacheWriter("cache", tokenizer, top_k=20) as writer:
+            for ids in xtoken.train.teacher_documents(tokenizer, rows):
+                answer = client.completions.create(prompt=ids, echo=True, logprobs=20, max_tokens=0, model=name)
+                writer.add(ids, xtoken.TopKLogits.from_vllm(answer.choices[0].logprobs, tokenizer=tokenizer))
+    """
     for examples in encoded(rows, ExampleEncoder(tokenizer, [], text_column=text_column)):
-        yield from (example["student_ids"] for example in examples)
+        yield from (example["student_ids"].tolist() for example in examples)
 
 
 def main(options: argparse.Namespace) -> str:

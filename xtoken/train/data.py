@@ -104,8 +104,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         self.prefixes = [np.asarray(side.prefix, np.int64) for side in (encoder.student, teacher)]
         self.limits = (max_length, max_teacher_length)
         self.name_documents = name_documents
-        # What a teacher cache has read ends as texts do for training; a corpus does not keep the end.
-        self.end = np.asarray([] if teacher.end_id is None else [teacher.end_id], np.int64)
+        self.end_id = teacher.end_id
 
     def __len__(self) -> int:
         return len(self.documents)
@@ -120,7 +119,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
         ]
         named: dict[str, Any] = {}
         if self.name_documents:
-            named = {"document": document_digest(np.concatenate([ids[1], self.end])), "first": 0}
+            named = {"document": document_digest(ids[1], self.end_id), "first": 0}
         limits = [len(row) if limit is None else limit for row, limit in zip(ids, self.limits, strict=True)]
         if any(len(row) > limit for row, limit in zip(ids, limits, strict=True)):
             spans = spans[(spans[:, 1] <= limits[0]) & (spans[:, 3] <= limits[1])]

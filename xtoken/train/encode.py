@@ -177,7 +177,8 @@ class ExampleEncoder:
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
-        documents = [document_digest(row) for row in rows] if self.name_documents else []
+        named = zip(rows, self.sides, strict=True) if self.name_documents else ()
+        documents = [document_digest(row, side.end_id) for row, side in named]
         examples = []
         for first, last in windows:
             before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]

@@ -16,13 +16,16 @@ from numpy.typing import NDArray
 from xtoken import _core
 
 from . import families
-from .encode import Encoder, load_tokenizer, unpadded
+from .encode import Encoder, behaviour, load_tokenizer, unpadded
 from .roles import RESERVED, ROLES, find_roles
 
-__all__ = ["ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "load_tokenizer", "unpadded"]
+__all__ = ["MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "load_tokenizer", "unpadded"]
 
 TOKEN_KINDS: tuple[str, ...] = _core.token_kinds
 """Names of the token kinds; `Vocabulary.kinds` holds indices into this tuple."""
+
+MOST_HOLES = 1 << 20
+"""Ids without a token that a vocabulary may have, more or less."""
 
 TokenizerLike = Any
 """A `transformers` fast tokenizer, a `tokenizers.Tokenizer`, a path, a Hub id, or a `Vocabulary`."""
@@ -111,6 +114,8 @@ class Vocabulary:
             )
         base, added_tokens = backend.get_vocab(with_added_tokens=False), backend.get_added_tokens_decoder()
         size = max([*base.values(), *added_tokens], default=-1) + 1
+        if size > MOST_HOLES + 2 * (len(base) + len(added_tokens)):
+            raise ValueError(f"tokenizer: its largest id is {size - 1}, but it has {len(base)} tokens: is it damaged?")
         tokens: list[bytes] = [b""] * size
         kinds = ["unused"] * size
         family, texts, are_bytes = families.spell(backend, list(base))
@@ -184,12 +189,20 @@ class Vocabulary:
         return lambda texts: [matcher.encode(text) for text in texts]
 
     def fingerprint(self) -> str:
-        """SHA-256 over all tokens, kinds and roles, in hex. Stable across machines and versions."""
-        digest = hashlib.sha256(b"xtoken vocabulary 1\n")
+        """SHA-256, in hex, over all tokens, kinds and roles, and over what else decides how its tokenizer encodes: the
+        model with its merges, normalizer, pre-tokenizer, post-processor, added tokens and their flags. Stable across
+        machines and versions.
+        """
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(b"xtoken vocabulary 2\n")
         digest.update(np.asarray([len(token) for token in self._tokens], dtype="<i8").tobytes())
         digest.update(b"".join(self._tokens))
         digest.update(self.kinds.tobytes())
         digest.update(json.dumps(sorted(self.roles.items())).encode())
+        digest.update(behaviour(self.tokenizer))
         return digest.hexdigest()
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from .families import recognise
 
+_OFF = re.compile(rb'"[a-z_]+":(null|false|""),?')
+
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
 
 
@@ -43,6 +45,29 @@ def unpadded(tokenizer: Any) -> Any:
     copy.no_padding()
     copy.no_truncation()
     return copy
+
+
+def behaviour(tokenizer: Any) -> bytes:
+    """What decides which ids a `tokenizers.Tokenizer` makes of a text; nothing for None.
+
+    Options that are off, and post-processors that add nothing, are left out: other versions may not write them.
+    """
+    if tokenizer is None:
+        return b""
+    parts = [tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.post_processor]
+    *before, last = ({} if part is None else json.loads(part.__getstate__()) for part in parts)
+    behind = [
+        one
+        for one in last.get("processors", [last])
+        if one.get("type") not in (None, "ByteLevel") and one.get("special_tokens") != {}
+    ]
+    flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+    added = [
+        [i, *(getattr(token, flag) for flag in flags)]
+        for i, token in sorted(tokenizer.get_added_tokens_decoder().items())
+    ]
+    said = json.dumps([*before, behind, added], sort_keys=True, separators=(",", ":")).encode()
+    return _OFF.sub(b"", tokenizer.model.__getstate__() + said)
 
 
 class Encoder:

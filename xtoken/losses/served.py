@@ -1,0 +1,91 @@
+"""Log-probabilities as servers return them: vLLM, SGLang, and the API of OpenAI."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from xtoken.vocabulary import TokenizerLike, Vocabulary
+
+logger = logging.getLogger(__name__)
+
+_LISTS = ("prompt_logprobs", "input_top_logprobs", "top_logprobs", "content", "input_token_logprobs")
+_OF_TEXT = ("top_logprobs", "content")
+_ID = re.compile(r"(?:token_id:)?(\d+)")
+
+
+def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[int, float] | None]:
+    """For each token of a text the tokens that were listed in its place, with their log-probabilities; None where
+    nothing is.
+
+    `answer` is a list of entries, or what holds one: the forms are those of `TopKLogits.from_vllm`. Raises ValueError
+    for anything else, and for tokens given as text without a `tokenizer`, or mostly unknown to it.
+    """
+    name = next((name for name in _LISTS if _field(answer, name) is not None), "")
+    entries = _field(answer, name) if name else answer
+    if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
+        raise ValueError(f"prompt_logprobs: expected a list with an entry for each token, got {type(answer).__name__}")
+    if name == "input_token_logprobs":
+        entries = [[entry] if entry and entry[0] is not None else None for entry in entries]
+    pairs = [None if entry is None else list(_pairs(entry)) for entry in entries]
+    keys = {key for entry in pairs for key, _ in entry or () if not isinstance(key, int)}
+    texts = {key for key in keys if not (isinstance(key, str) and _ID.fullmatch(key))}
+    if name in _OF_TEXT or texts:
+        texts = {key for key in keys if not (isinstance(key, str) and key.startswith("token_id:"))}
+    known = _ids_of(texts, tokenizer) if texts else {}
+    found: list[dict[int, float] | None] = []
+    for entry in pairs:
+        listed = [(known.get(key) if key in texts else _as_id(key), value) for key, value in entry or ()]
+        found.append(None if entry is None else {token: value for token, value in listed if token is not None})
+    return found
+
+
+def _field(value: Any, name: str) -> Any:
+    return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
+
+
+def _pairs(entry: Any) -> Any:
+    """Token, as id, text or bytes, and log-probability of everything that an entry lists."""
+    if isinstance(entry, Mapping) and "logprob" not in entry:
+        yield from ((key, _logprob(value)) for key, value in entry.items())
+    elif _field(entry, "logprob") is not None:  # OpenAI's chat: a token with its alternatives
+        for one in _field(entry, "top_logprobs") or [entry]:
+            spelled = _field(one, "bytes")
+            yield bytes(spelled) if spelled is not None else _field(one, "token"), _logprob(one)
+    else:  # SGLang: log-probability, id, text
+        yield from ((int(one[1]), float(one[0])) for one in entry)
+
+
+def _logprob(value: Any) -> float:
+    return float(value["logprob"] if isinstance(value, Mapping) else getattr(value, "logprob", value))
+
+
+def _as_id(key: Any) -> int:
+    if isinstance(key, int):
+        return key
+    found = _ID.fullmatch(key)
+    assert found is not None
+    return int(found[1])
+
+
+def _ids_of(texts: set[Any], tokenizer: TokenizerLike) -> dict[Any, int]:
+    """Ids of tokens given as text or bytes; unknown ones are left out, so that they count to the rest, and said."""
+    if tokenizer is None:
+        raise ValueError(
+            f"prompt_logprobs: expected token ids, got texts such as {min(texts, key=str)!r:.40}; give the teacher's "
+            "tokenizer as tokenizer=, or let the server return ids (vLLM: return_tokens_as_token_ids)"
+        )
+    vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    ids: dict[bytes, int] = {}
+    for i in sorted(range(len(vocabulary)), key=lambda i: int(vocabulary.kinds[i])):
+        ids.setdefault(vocabulary[i], i)
+    spelled = {text: text if isinstance(text, bytes) else str(text).encode() for text in texts}
+    known = {text: ids[raw] for text, raw in spelled.items() if raw in ids}
+    if 2 * len(known) < len(texts):
+        raise ValueError(f"prompt_logprobs: only {len(known)} of {len(texts)} tokens are in the tokenizer's vocabulary")
+    if len(known) < len(texts):
+        message = "%d of %d tokens are not in the tokenizer's vocabulary, such as %r; they count to the rest"
+        logger.warning(message, len(texts) - len(known), len(texts), min(texts - set(known), key=str))
+    return known
