@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 import pytest
 from chats import joined, pieces_of, trained_text
 
-from xtoken.train import ExampleEncoder
+from xtoken.train import EncodedDataset, ExampleEncoder
 from xtoken.train.chat import ChatTemplate, take_apart
 
 TALK = [
@@ -261,7 +262,7 @@ def test_parts_of_a_content_and_repeated_contents():
             parts = [part["text"] for message in messages for part in message["content"]]
             return "|".join(["", *parts, *parts, ""])
 
-    text, places = ChatTemplate(Twice(), "student").render(conversation)
+    text, places, _ = ChatTemplate(Twice(), "student").render(conversation)
     assert [(text[place.start : place.end], place.is_verbatim) for place in places] == [("x", True), ("y", True)]
 
 
@@ -272,3 +273,157 @@ def test_a_template_that_writes_contents_otherwise(small_chat_tok):
     messages = [TALK[1], {"role": "assistant", "content": "OK 12."}, TALK[3], TALK[4]]
     _, chunks, _ = encode(student, teacher, {"messages": messages}, "all")
     assert joined(chunks).replace("<|eot_id|>", "") == "OK 12.是 9999。"
+
+
+TURN = "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+CONFORMING = "{% for m in messages %}" + TURN + "{% endfor %}"
+WRITING = {  # before each turn, by what it reads
+    "a word": "{% if '/no_think' in messages[0].content %}(quiet){% endif %}",
+    "its length": "{{ m.content | length }} characters: ",
+    "how it ends": "{{ '?' if m.content.endswith('?') else '!' }}",
+    "how it begins and ends": "[{{ m.content[0] }}.{{ m.content[-1] }}]",
+    "whether it is known": "{% if m.content == 'Fine.' %}(known){% endif %}",
+    "whether others are equal": "{{ messages | map(attribute='content') | unique | list | length }}",
+    "its length, for a limit": "{% if m.content | length > 5 %}(long){% endif %}",
+}
+READING = {name: CONFORMING.replace(TURN, before + TURN) for name, before in WRITING.items()}
+SAYING = {
+    "words": ["Why /no_think", "Because.", "Fine.", "No?"],
+    "the same": ["Fine.", "Fine.", "Fine.", "Fine."],
+    "of the template": ["user", "assistant\nuser", "characters", "(quiet)"],
+    "for private use": ["\U00100003 a", "b\U00100000", "cd", "\U000f0000\U00100001"],
+}
+
+
+def conversation(contents: list[str]) -> list[dict[str, str]]:
+    return [{"role": ("user", "assistant")[k % 2], "content": content} for k, content in enumerate(contents)]
+
+
+def with_text(tok: Any, template: str, **special: str) -> Any:
+    """The tokenizer with another template."""
+    copy = type(tok)(tokenizer_object=tok.backend_tokenizer, **{"eos_token": tok.eos_token, **special})
+    copy.chat_template = template
+    return copy
+
+
+@pytest.mark.parametrize("saying", SAYING.values(), ids=SAYING)
+@pytest.mark.parametrize("reading", READING.values(), ids=READING)
+def test_templates_that_read_what_they_write(reading, saying, small_chat_tok):
+    reader, other = with_text(small_chat_tok("qwen3"), reading), with_text(small_chat_tok("qwen3x"), CONFORMING)
+    for student, teacher in ((reader, other), (other, reader)):
+        encoder = ExampleEncoder(student, [teacher], train_on="assistant")
+        (examples,) = encoder.encode([{"messages": conversation(saying)}])
+        if not examples:
+            assert encoder.report.counts["turns without a label"] == 2
+            continue
+        (example,) = examples
+        vocabulary = encoder.student.vocabulary
+        answers = "".join(content + "<|im_end|>" for content in saying[1::2])
+        if not (encoder.report.counts and student is reader):  # else it has been said
+            assert trained_text(example, vocabulary) == answers
+        if not encoder.report.counts:
+            assert joined(pieces_of(example, vocabulary, encoder.teachers[0].vocabulary)) == answers
+        # What is labelled is in the turn of an assistant, behind its header.
+        ids, labels = example["student_ids"].tolist(), example["labels"].tolist()
+        for k in (k for k in range(1, len(ids)) if labels[k] != -100 and labels[k - 1] == -100):
+            assert student.decode(ids[:k]).endswith("assistant\n")
+
+
+def test_most_of_these_are_found(small_chat_tok):
+    """Only contents that a template compares as a whole, and that stand in it too, cannot be told."""
+    lost = {
+        (reading, saying)
+        for reading, template in READING.items()
+        for saying, contents in SAYING.items()
+        if ChatTemplate(with_text(small_chat_tok("qwen3"), template), "student").render(
+            take_apart(conversation(contents))
+        )[2]
+    }
+    assert lost == {("whether it is known", "the same"), ("whether it is known", "words")}
+
+
+@pytest.mark.parametrize("head", ["Last: {{ messages[-1].content }}", "{{ messages[1].content }}, then: "])
+def test_a_content_that_is_written_twice_counts_in_its_turn(head, small_chat_tok, caplog):
+    student, teacher = with_text(small_chat_tok("qwen3"), head + CONFORMING), small_chat_tok("qwen3x")
+    encoder = ExampleEncoder(student, [teacher], train_on="assistant")
+    ((example,),) = encoder.encode([{"messages": conversation(["So", "so", "So", "so"])}])
+    ids, labels = example["student_ids"].tolist(), example["labels"].tolist()
+    starts = [k for k in range(1, len(ids)) if labels[k] != -100 and labels[k - 1] == -100]
+    assert [student.decode(ids[:k])[-11:] for k in starts] == [">assistant\n"] * 2
+    assert trained_text(example, encoder.student.vocabulary) == "so<|im_end|>so<|im_end|>"
+    (told,) = caplog.messages
+    assert told.startswith(f"row 0, turn {3 if 'Last' in head else 1}: for the student its chat template writes")
+
+
+LOSING = {
+    "its chat template leaves the content out": CONFORMING.replace("in messages", "in messages if m.role == 'user'"),
+    "its chat template writes the content otherwise": CONFORMING.replace("m.content", "m.content | upper"),
+    "cannot be told from other text": "{% for m in messages %}{{ 1 if m.content == 'so' }}so" + TURN + "{% endfor %}",
+}
+
+
+@pytest.mark.parametrize("reason", LOSING)
+def test_turns_without_a_label_and_teachers_without_a_chunk_are_told(reason, small_chat_tok, caplog):
+    loser, keeper = with_text(small_chat_tok("qwen3"), LOSING[reason]), small_chat_tok("qwen3x")
+    rows = [{"messages": conversation(["Why", "so"])}] * 3
+    with pytest.raises(
+        ValueError, match="rows: 3 of 3 are lost to turns without a label, first row 0, turn 1: .*" + reason
+    ):
+        EncodedDataset(rows, ExampleEncoder(loser, [keeper], train_on="assistant"))
+    with pytest.raises(
+        ValueError, match="3 of 3 are lost to examples without a chunk for teacher 0, first row 0: .*" + reason
+    ):
+        EncodedDataset(rows, ExampleEncoder(keeper, [loser], train_on="assistant"))
+    caplog.clear()
+    fine = {"messages": [{"role": "user", "content": "Why"}], "prompt": None}
+    encoder = ExampleEncoder(keeper, [loser], train_on="all")
+    EncodedDataset([*rows[:1], *[{"text": "they read it"}] * 3, fine], encoder)
+    assert encoder.report.counts["examples without a chunk for teacher 0"] == (2 if "upper" in LOSING[reason] else 0)
+    assert all("row 0" in one or one.startswith("of 5 rows") for one in caplog.messages)
+
+
+def test_time_stands_still(small_chat_tok):
+    """In all formats, wherever they come from; another time is another text."""
+    template = "{% set f = '%d %b %Y' %}<{{ strftime_now(f) }}, {{ strftime_now('%H:%M:%S') }}, %H>\n" + CONFORMING
+    student, teacher = (with_text(small_chat_tok(name), template) for name in ("qwen3", "qwen3x"))
+    row, times = {"messages": conversation(["Why", "so"])}, [datetime(2031, 2, 3, 4, 5, second) for second in (6, 7)]
+    for now in times:
+        encoder = ExampleEncoder(student, [teacher], train_on="assistant", now=now)
+        ((example,),) = encoder.encode([row])
+        text = student.decode(example["student_ids"])
+        assert text.startswith(f"<03 Feb 2031, 04:05:0{now.second}, %H>\n<|im_start|>user")
+        assert joined(pieces_of(example, encoder.student.vocabulary, encoder.teachers[0].vocabulary)) == "so<|im_end|>"
+    encoder = ExampleEncoder(student, [teacher])
+    written = encoder.now.strftime("<%d %b %Y, %H:%M:%S, %%H>")
+    assert student.decode(encoder.encode([row])[0][0]["student_ids"]).startswith(written)
+
+
+def test_turns_that_the_next_one_ends(small_chat_tok, caplog):
+    """The mark of the next turn is what a student must write to stop; the last turn gets the end token."""
+    toks = [small_chat_tok(name) for name in ("qwen3", "llama3")]
+    template = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% endfor %}"
+    student = with_text(toks[0], template)
+    row = {"messages": conversation(["Why", "so", "and", "so on"])}
+    encoder = ExampleEncoder(student, toks[1:], train_on="assistant")
+    ((example,),) = encoder.encode([row])
+    assert trained_text(example, encoder.student.vocabulary) == "so<|im_start|>so on<|im_end|>"
+    chunks = pieces_of(example, encoder.student.vocabulary, encoder.teachers[0].vocabulary)
+    assert joined(chunks, 1) == "soso on<|eot_id|>"
+    assert caplog.messages[0].startswith(
+        "row 0, turn 3: the chat template of the student ends it with no token, so '<|im_end|>'"
+    )
+    encoder = ExampleEncoder(student, toks[1:], train_on="assistant", add_end=False)
+    ((example,),) = encoder.encode([row])
+    assert trained_text(example, encoder.student.vocabulary) == "so<|im_start|>so on"
+    assert "row 0, turn 3: nothing supervises its end" in caplog.messages[-1]
+
+
+def test_turns_that_nothing_ends(student_tok, small_chat_tok, caplog):
+    student = type(student_tok)(tokenizer_object=small_chat_tok("qwen3").backend_tokenizer)
+    student.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}(over)"
+    rows = [{"messages": conversation(["Why", "so"])}]
+    encoder = ExampleEncoder(student, [small_chat_tok("qwen3x")], train_on="assistant")
+    with pytest.raises(ValueError, match="1 of 1 are lost to turns whose end nothing supervises, first row 0, turn 1"):
+        EncodedDataset(rows, encoder)
+    EncodedDataset([*rows, {"text": "they read it"}], encoder)
+    assert caplog.messages[-1] == "of 2 rows: 1 turns whose end nothing supervises"

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+import string
+from collections.abc import Callable, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "thinking", "arguments", "name"})
@@ -18,13 +20,42 @@ REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
 OPEN, CLOSE = "<think>", "</think>"
 
 _TAG = re.compile(f"({OPEN}|{CLOSE})")
-_MARKER = re.compile(r"xtoken0piece(\d+)end", re.IGNORECASE)
-_NUMBER = re.compile(r"70709070(\d{6})90709070")  # a marker that is a number, for templates that look at types
-_KEPT_SKELETONS = 4096
+
+LEFT_OUT = "its chat template leaves the content out"
+REWRITTEN = "its chat template writes the content otherwise"
+AMBIGUOUS = "its chat template writes the content where it cannot be told from other text"
+REPEATED = "its chat template writes the content several times, of which only the last before the next counts"
+
+_MARKS = [*range(0x100000, 0x10FFFE), *range(0xF0000, 0xFFFFE)]
+"""Characters for private use, of which texts have few: they mark pieces."""
 
 
-def _marker(piece: int) -> str:
-    return f"xtoken0piece{piece}end"
+class _Marking(NamedTuple):
+    """A way of marking a piece with a character."""
+
+    marked: Callable[[str, str], str]
+    stands_for: Callable[[str], str]
+    """What the mark stands for, once it is written."""
+    to_end: Callable[[str], int]
+    """From the mark to the end of the piece."""
+
+
+_MARKINGS = (
+    _Marking(lambda piece, mark: piece + mark, lambda piece: "", lambda piece: 0),
+    _Marking(lambda piece, mark: piece[:-1] + mark, lambda piece: piece[-1], lambda piece: 1),  # keeps its length
+    _Marking(lambda piece, mark: mark + piece, lambda piece: "", len),
+    _Marking(lambda piece, mark: mark + piece[1:], lambda piece: piece[0], len),
+)
+
+# Formats of time come to templates as data, since they are given no functions.
+_CLOCK = (
+    "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}{% for name, value in xtoken_time %}"
+    "{% set time.text = time.text.replace(name, value) %}{% endfor %}{{ time.text }}{% endmacro %}{{ '' }}"
+)
+
+
+class Text(list[Any]):
+    """A string in its parts: what stands between pieces, and the numbers of pieces."""
 
 
 class Arguments(NamedTuple):
@@ -32,15 +63,14 @@ class Arguments(NamedTuple):
 
     whole: int
     """The piece that is the JSON text."""
-    closed: int
-    """The piece that is the JSON text and a closing brace: most templates write the call as an object around its
-    arguments, and tokenizers join the two braces."""
-    parts: list[int]
-    """The pieces that it consists of, in order: its values, and what is between them."""
-    skeleton: str
-    """The JSON text with markers in place of values."""
-    name: int | None
-    """The piece that is the name of the called function."""
+    closing: int
+    """The piece that is a closing brace behind it: most templates write the call as an object around its arguments,
+    and tokenizers join the two braces."""
+    values: range
+    """The pieces that are values in it: strings, and numbers."""
+    numbers: set[int]
+    layout: Any
+    """The arguments with `Text` in place of strings."""
 
 
 class Conversation(NamedTuple):
@@ -50,13 +80,16 @@ class Conversation(NamedTuple):
     tools: Any
     options: dict[str, Any]
     """Further variables that the template is given."""
-    skeleton: list[dict[str, Any]]
-    """The messages with a marker in place of each piece."""
+    layout: list[dict[str, Any]]
+    """The messages with `Text` in place of strings that have pieces."""
     pieces: list[str]
     """The contents, in order, without white space at their edges (templates strip it); none is empty. Behind a
-    reasoning come its tags ``<think>`` and ``</think>``: they have no marker, since the template may write them."""
+    reasoning come its tags ``<think>`` and ``</think>``, which the template may write; behind the values of a call's
+    arguments these as a whole."""
     owners: list[int]
     """The message of each piece."""
+    is_own: list[bool]
+    """Whether a piece is a string of the messages."""
     reasoning: set[int]
     """The pieces that are a reasoning, followed by its tags."""
     arguments: list[Arguments]
@@ -65,223 +98,272 @@ class Conversation(NamedTuple):
 class Place(NamedTuple):
     """Where a piece stands in a rendered conversation, in characters."""
 
-    piece: int
     start: int
     end: int
-    next_start: int
-    """Where the next piece starts: what the template writes between two pieces is ``text[end:next_start]``."""
-    is_verbatim: bool
+    piece: int
+    is_verbatim: bool = True
 
 
 def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options: Any = None) -> Conversation:
     """Finds the contents of messages; ValueError if one is not a mapping with a ``role``."""
-    plain = [_given(message) for message in messages]
+    plain, tools, options = _given(list(messages)), _given(tools), _given(options)
     pieces: list[str] = []
     owners: list[int] = []
+    is_own: list[bool] = []
     reasoning: set[int] = set()
     arguments: list[Arguments] = []
 
-    def add(piece: str, owner: int) -> int:
+    def add(piece: str, owner: int, own: bool = False) -> int:
         pieces.append(piece)
         owners.append(owner)
+        is_own.append(own)
         return len(pieces) - 1
 
-    def mark(text: str, owner: int, is_reasoning: bool) -> str:
-        parts = _TAG.split(text)  # contents at even places, tags between them
-        for k in range(0, len(parts), 2):
-            if core := parts[k].strip():
-                piece = add(core, owner)
-                parts[k] = parts[k].replace(core, _marker(piece), 1)
-                if is_reasoning or OPEN in parts[max(k - 1, 0) : k] or CLOSE in parts[k + 1 : k + 2]:
-                    reasoning.add(piece)
-                    add(OPEN, owner)
-                    add(CLOSE, owner)
-        return "".join(parts)
+    def text(value: str, owner: int, is_reasoning: bool = False, tags: bool = True) -> Text:
+        found = Text()
+        parts = _TAG.split(value) if tags else [value]  # contents at even places, tags between them
+        for k, part in enumerate(parts):
+            core = part.strip()
+            if k % 2 or not core:
+                found.append(part)
+                continue
+            piece, at = add(core, owner, True), part.index(core)
+            found += [part[:at], piece, part[at + len(core) :]]
+            if is_reasoning or OPEN in parts[max(k - 1, 0) : k] or CLOSE in parts[k + 1 : k + 2]:
+                reasoning.add(piece)
+                add(OPEN, owner)
+                add(CLOSE, owner)
+        return found
 
     def walk(value: Any, owner: int, key: str) -> Any:
-        """The value with markers in its contents; `key` is the field that makes it one, if any."""
+        """The value with `Text` for its contents; `key` is the field that makes it one, if any."""
         if isinstance(value, str):
-            return mark(value, owner, key in REASONING_KEYS) if key else value
+            return text(value, owner, key in REASONING_KEYS) if key else value
         if isinstance(value, Mapping):
-            first = len(pieces)
+            calls = [name for name, one in value.items() if name == "arguments" and isinstance(one, Mapping)]
+            order = [name for name in value if name not in calls] + calls  # the name of a call comes before
             found = {
-                name: walk(one, owner, name if name in CONTENT_KEYS else "")
-                for name, one in value.items()
-                if name != "arguments" or not isinstance(one, Mapping)
+                name: call(value[name], owner)
+                if name in calls
+                else walk(value[name], owner, name if name in CONTENT_KEYS else "")
+                for name in order
             }
-            if isinstance(value.get("arguments"), Mapping):
-                called = value.get("name")
-                name = next((k for k in range(first, len(pieces)) if pieces[k] == str(called).strip()), None)
-                found["arguments"] = call(value["arguments"], owner, name)
             return {name: found[name] for name in value}
         if isinstance(value, (list, tuple)):
             return [walk(one, owner, key) for one in value]
         return value
 
-    def call(given: Mapping[str, Any], owner: int, name: int | None) -> Any:
-        """The arguments with markers in place of their values."""
-        values: dict[int, str] = {}
+    def call(given: Mapping[str, Any], owner: int) -> Any:
+        first, numbers = len(pieces), set()
 
-        def marked(value: Any) -> Any:
-            if isinstance(value, str) and value.strip():
-                piece = add(value.strip(), owner)
-                values[piece] = json.dumps(pieces[piece], ensure_ascii=False)[1:-1]
-                return value.replace(pieces[piece], _marker(piece), 1)
+        def inner(value: Any) -> Any:
+            if isinstance(value, str):
+                return text(value, owner, tags=False)
             if isinstance(value, (int, float)) and not isinstance(value, bool):
-                piece = add(json.dumps(value), owner)
-                values[piece] = pieces[piece]
-                return int(f"70709070{piece:06d}90709070")
+                numbers.add(add(json.dumps(value), owner))
             if isinstance(value, Mapping):
-                return {name: marked(one) for name, one in value.items()}
-            return [marked(one) for one in value] if isinstance(value, (list, tuple)) else value
+                return {name: inner(one) for name, one in value.items()}
+            return [inner(one) for one in value] if isinstance(value, (list, tuple)) else value
 
-        skeleton = marked(given)
-        text = _NUMBER.sub(lambda found: _marker(int(found[1])), json.dumps(skeleton, ensure_ascii=False))
-        parts: list[int] = []
-        between = ""
-        for k, part in enumerate(_MARKER.split(text)):
-            if k % 2 == 0:
-                between += part
-            elif values[int(part)] != pieces[int(part)]:  # JSON writes it otherwise
-                between += values[int(part)]
-            else:
-                parts += [add(between, owner), int(part)] if between else [int(part)]
-                between = ""
-        parts += [add(between, owner)] if between else []
-        whole = add("".join(pieces[part] for part in parts), owner)
-        arguments.append(Arguments(whole, add(pieces[whole] + "}", owner), parts, text, name))
-        return skeleton
+        layout = inner(given)
+        values = range(first, len(pieces))
+        whole = add(_json(given), owner)
+        arguments.append(Arguments(whole, add("}", owner), values, numbers, layout))
+        return layout
 
-    skeleton: list[dict[str, Any]] = []
+    layout: list[dict[str, Any]] = []
     for owner, message in enumerate(plain):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
         top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is not content
-        skeleton.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
-    return Conversation(plain, tools, dict(options or {}), skeleton, pieces, owners, reasoning, arguments)
+        layout.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
+    return Conversation(plain, tools, dict(options or {}), layout, pieces, owners, is_own, reasoning, arguments)
 
 
-def _given(message: Any) -> Any:
-    """The message without fields that are None, which templates take for given; a ``content`` stays, as do nulls within
-    calls and tools, which may mean something.
+def _given(value: Any) -> Any:
+    """The value without fields that are None: tables have every field in every row, and templates ask if one is there.
+
+    A ``content`` of None stays: that is how messages with tool calls are written.
     """
-    if not isinstance(message, Mapping):
-        return message
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
+    if isinstance(value, Mapping):
+        return {key: _given(one) for key, one in value.items() if one is not None or key == "content"}
+    if isinstance(value, (list, tuple)):
+        return [_given(one) for one in value]
+    return value
+
+
+def _json(value: Any) -> str:
+    """As ``tojson`` of templates writes it."""
+    return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _put_together(layout: Any, pieces: Sequence[str]) -> Any:
+    """The value of a layout, with these pieces."""
+    if isinstance(layout, Text):
+        return "".join(pieces[part] if isinstance(part, int) else part for part in layout)
+    if isinstance(layout, Mapping):
+        return {name: _put_together(one, pieces) for name, one in layout.items()}
+    return [_put_together(one, pieces) for one in layout] if isinstance(layout, list) else layout
 
 
 class ChatTemplate:
-    """The chat template of a tokenizer of `transformers`; ValueError if it has none, with `name`."""
+    """The chat template of a tokenizer of `transformers`, at a time; ValueError if it has none, with `name`."""
 
-    def __init__(self, tokenizer: Any, name: str) -> None:
+    def __init__(self, tokenizer: Any, name: str, now: datetime | None = None) -> None:
         if not hasattr(tokenizer, "apply_chat_template") or not getattr(tokenizer, "chat_template", None):
             shown = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise ValueError(
-                f"{name}: tokenizer {shown} has no chat template, so it cannot read messages; set its chat_template, "
-                "or give prompt and completion"
+                f"{name}: tokenizer {shown} has no chat template, so it cannot read messages; set its chat_template "
+                "(--chat_template), or give prompt and completion"
             )
         self.tokenizer = tokenizer
         self.name = name
-        self._skeletons: dict[str, str] = {}
+        now = now or datetime.now()
+        formats = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+        self._time = [(one, now.strftime(one)) for one in formats]
 
-    def render(self, conversation: Conversation) -> tuple[str, list[Place]]:
-        """The conversation as text, and the places of its pieces in it; ValueError if the template refuses it.
+    def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
+        """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
 
-        A piece that the template drops has no place, and one that it writes otherwise is not verbatim. Where the
-        template writes something else around the pieces than around their markers, the places end. The arguments of a
-        call are placed by their parts if they are written as JSON, else by their values alone.
+        The text is that of the conversation itself. It is written once more with a mark in each piece. If that is the
+        same text but for the marks, they tell where the pieces are; if not, the template reads what it writes, so
+        that fewer pieces are marked at a time, or in another way. A content that cannot be marked at all is looked for.
         """
+        pieces = conversation.pieces
         text = self._apply(conversation.messages, conversation)
-        key = json.dumps([conversation.skeleton, conversation.tools, conversation.options], default=str)
-        if key not in self._skeletons:
-            if len(self._skeletons) >= _KEPT_SKELETONS:
-                self._skeletons.clear()
-            applied = self._apply(conversation.skeleton, conversation)
-            self._skeletons[key] = _NUMBER.sub(lambda found: _marker(int(found[1])), applied)
-        skeleton = self._skeletons[key]
-        joined = _places(text, _MARKER.split(_joined(skeleton, conversation.arguments)), conversation.pieces)
-        places = _with_parts(joined, conversation)
-        if places is None:
-            places = _places(text, _MARKER.split(skeleton), conversation.pieces)
-        return text, _with_tags(text, places, conversation.reasoning)
+        found = self._marks(text, conversation)
+        places: dict[int, Place] = {}
+        why: dict[int, str] = {}
+        for piece in sorted(found, reverse=True):
+            options = [Place(end - len(pieces[piece]), end, piece) for _, end in found[piece]]
+            options = [one for one in options if text.startswith(pieces[piece], max(one.start, 0))]
+            if options:
+                # A template may also write a content elsewhere, above all in front of its turn.
+                why.update({piece: REPEATED} if len(options) > 1 else {})
+                behind = next((places[k].start for k in range(piece + 1, len(pieces)) if k in places), len(text))
+                places[piece] = next((one for one in options[::-1] if one.end <= behind), options[0])
+            elif found[piece]:
+                why[piece], at = REWRITTEN, found[piece][0][0]
+                places[piece] = Place(at, at, piece, False)
+            else:
+                why[piece] = LEFT_OUT
+        self._search(text, conversation, found, places, why)
+
+        def search(piece: int, pattern: str, inside: Place | None = None) -> None:
+            """Looks for a piece of a call between its neighbours, or inside of another."""
+            low = max((one.end for one in places.values() if one.piece < piece), default=0)
+            high = min((one.start for one in places.values() if one.piece > piece and one.start >= low), default=None)
+            if inside is not None:
+                low, high = inside.start, inside.end
+            at = [one.start() for one in re.compile(pattern).finditer(text, low, len(text) if high is None else high)]
+            if len(at) == 1:
+                places[piece] = Place(at[0], at[0] + len(pieces[piece]), piece)
+            else:
+                why[piece] = AMBIGUOUS if at else LEFT_OUT
+
+        for call in conversation.arguments:
+            whole = pieces[call.whole]
+            anchor = next((places[k] for k in call.values if k in places), None)
+            if anchor is None:
+                search(call.whole, re.escape(whole))
+            else:
+                mark = chr(_MARKS[0])
+                marked = [*pieces[: anchor.piece], pieces[anchor.piece] + mark, *pieces[anchor.piece + 1 :]]
+                start = anchor.end - _json(_put_together(call.layout, marked)).rfind(mark)
+                if start >= 0 and text.startswith(whole, start):
+                    places[call.whole] = Place(start, start + len(whole), call.whole)
+            found_whole = places.get(call.whole)
+            if found_whole is not None and text.startswith("}", found_whole.end):
+                places[call.closing] = Place(found_whole.end, found_whole.end + 1, call.closing)
+            for piece in call.numbers:
+                search(piece, rf"(?<![\w.-]){re.escape(pieces[piece])}(?![\w.])", found_whole)
+        return text, _with_tags(text, sorted(places.values()), conversation.reasoning), why
+
+    def _search(
+        self, text: str, conversation: Conversation, found: Any, places: dict[int, Place], why: dict[int, str]
+    ) -> None:
+        """Looks for the contents that cannot be marked: they must be there as often as the messages have them."""
+        missing: dict[str, list[int]] = {}
+        for piece, own in enumerate(conversation.is_own):
+            if own and piece not in found:
+                missing.setdefault(conversation.pieces[piece], []).append(piece)
+        if not missing:
+            return
+        rest = text
+        for place in places.values():
+            rest = rest[: place.start] + "\0" * (place.end - place.start) + rest[place.end :]
+        blank = _put_together(conversation.layout, [""] * len(conversation.pieces))
+        others = f"{self.tokenizer.chat_template} {_json([blank, conversation.tools, conversation.options])}"
+        for content, wanted in missing.items():
+            at = [one.start() for one in re.finditer(f"(?={re.escape(content)})", rest)]
+            if len(at) == len(wanted) and content not in others:
+                places.update((k, Place(start, start + len(content), k)) for k, start in zip(wanted, at, strict=True))
+            else:
+                why.update(dict.fromkeys(wanted, AMBIGUOUS if at else LEFT_OUT))
+
+    def _marks(self, text: str, conversation: Conversation) -> dict[int, list[tuple[int, int]]]:
+        """Of each piece that can be marked: where its marks are in the text, and where it ends if it is verbatim."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        waiting = [k for k, own in enumerate(conversation.is_own) if own]
+        used = set(text).union(*conversation.pieces)
+        free = [mark for mark in map(chr, _MARKS[: len(waiting) + len(used)]) if mark not in used]
+        for marking in _MARKINGS:
+            groups, waiting = [waiting] if waiting else [], []
+            while groups:
+                group = groups.pop()
+                marks = self._marks_of(dict(zip(free, group, strict=False)), marking, text, conversation)
+                if marks is not None:
+                    found.update(marks)
+                elif len(group) == 1:
+                    waiting += group
+                else:
+                    groups += [group[len(group) // 2 :], group[: len(group) // 2]]
+        return found
+
+    def _marks_of(
+        self, marks: dict[str, int], marking: _Marking, text: str, conversation: Conversation
+    ) -> dict[int, list[tuple[int, int]]] | None:
+        """`_marks` of pieces that are marked together; None if the template then writes something else."""
+        pieces = list(conversation.pieces)
+        for mark, piece in marks.items():
+            pieces[piece] = marking.marked(pieces[piece], mark)
+        try:
+            rendered = self._apply(_put_together(conversation.layout, pieces), conversation)
+        except ValueError:
+            return None
+        found: dict[int, list[tuple[int, int]]] = {piece: [] for piece in marks.values()}
+        parts = re.split(f"([{min(marks)}-{max(marks)}])", rendered)
+        at = 0
+        for k, part in enumerate(parts):
+            if part in marks:
+                piece = marks[part]
+                found[piece].append((at, at + marking.to_end(conversation.pieces[piece])))
+                parts[k] = marking.stands_for(conversation.pieces[piece])
+            at += len(parts[k])
+        return found if "".join(parts) == text else None
 
     def _apply(self, messages: Any, conversation: Conversation) -> str:
+        options = dict(conversation.options)
         try:
+            if "strftime_now" in str(self.tokenizer.chat_template):
+                template = self.tokenizer.get_chat_template(options.pop("chat_template", None), conversation.tools)
+                options.update(chat_template=_CLOCK + template, xtoken_time=self._time)
             rendered: str = self.tokenizer.apply_chat_template(
-                messages, tools=conversation.tools, tokenize=False, **conversation.options
+                messages, tools=conversation.tools, tokenize=False, **options
             )
         except Exception as error:  # templates raise any exception
             raise ValueError(f"{self.name}: its chat template refuses the messages: {error}") from error
         return rendered
 
 
-def _joined(skeleton: str, arguments: Sequence[Arguments]) -> str:
-    """The text of a skeleton with one marker for all arguments of a call, where they are written as JSON."""
-    for call in arguments:
-        marker = _marker(call.whole)
-        if _MARKER.search(call.skeleton):
-            skeleton = skeleton.replace(call.skeleton, marker)
-        elif call.name is not None and _marker(call.name) in skeleton:  # without a value: between its name and the next
-            behind = skeleton.index(_marker(call.name)) + len(_marker(call.name))
-            following = _MARKER.search(skeleton, behind)
-            at = skeleton.find(call.skeleton, behind, following.start() if following else len(skeleton))
-            skeleton = skeleton if at < 0 else skeleton[:at] + marker + skeleton[at + len(call.skeleton) :]
-    return skeleton
-
-
-def _with_parts(places: Sequence[Place], conversation: Conversation) -> list[Place] | None:
-    """The places with those of parts for the arguments of calls; None if these are not all verbatim."""
-    calls = {call.whole: call for call in conversation.arguments}
-    found: list[Place] = []
-    for place in places:
-        if place.piece not in calls:
-            found.append(place)
-            continue
-        if not place.is_verbatim:
-            return None
-        at = place.start
-        for part in calls[place.piece].parts:
-            end = at + len(conversation.pieces[part])
-            found.append(Place(part, at, end, end if end < place.end else place.next_start, True))
-            at = end
-    return found
-
-
-def _places(text: str, parts: Sequence[str], pieces: Sequence[str]) -> list[Place]:
-    """Places of pieces; `parts` are the texts around the markers, at even places, and the pieces' numbers between."""
-    places: dict[int, Place] = {}
-    if not text.startswith(parts[0]):
-        return []
-    at = len(parts[0])
-    for k in range(1, len(parts), 2):
-        number, behind, is_last = int(parts[k]), parts[k + 1], k + 2 == len(parts)
-        end = at + len(pieces[number])
-        next_start = end + len(behind)
-        is_verbatim = text.startswith(pieces[number] + behind, at) and (not is_last or next_start == len(text))
-        if not is_verbatim:
-            end = len(text) - len(behind) if is_last else text.find(behind, at)
-            next_start = end + len(behind)
-            if end < at or not behind or not text.startswith(behind, end):
-                break
-        places.setdefault(number, Place(number, at, end, next_start, is_verbatim))  # the first, if it repeats itself
-        at = next_start
-    return list(places.values())
-
-
 def _with_tags(text: str, places: Sequence[Place], reasoning: set[int]) -> list[Place]:
     """The places, and those of the tags that the template, or the content itself, has around a reasoning."""
-    found: list[Place] = []
-    for place in places:
-        if place.piece not in reasoning:
-            found.append(place)
-            continue
-        opened = text.rfind(OPEN, found[-1].end if found else 0, place.start)
-        if opened >= 0:
-            if found:
-                found[-1] = found[-1]._replace(next_start=opened)
-            found.append(Place(place.piece + 1, opened, opened + len(OPEN), place.start, True))
-        closed = text.find(CLOSE, place.end, place.next_start)
-        found.append(place if closed < 0 else place._replace(next_start=closed))
-        if closed >= 0:
-            found.append(Place(place.piece + 2, closed, closed + len(CLOSE), place.next_start, True))
-    return found
+    found = list(places)
+    for k, place in enumerate(places):
+        if place.piece in reasoning:
+            before = places[k - 1].end if k else 0
+            behind = places[k + 1].start if k + 1 < len(places) else len(text)
+            opened, closed = text.rfind(OPEN, before, place.start), text.find(CLOSE, place.end, behind)
+            found += [Place(opened, opened + len(OPEN), place.piece + 1)] if opened >= 0 else []
+            found += [Place(closed, closed + len(CLOSE), place.piece + 2)] if closed >= 0 else []
+    return sorted(found)

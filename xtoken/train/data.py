@@ -20,6 +20,7 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 from .encode import ExampleEncoder
 from .example import parse_example
+from .report import Report
 
 BATCH_ROWS = 256
 """Rows that are encoded at once."""
@@ -39,21 +40,28 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         Rows as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face.
     encoder : ExampleEncoder
 
-    Raises ValueError if a row has none of the forms, or if nothing is left.
+    What cannot be trained on though it should be is counted in ``encoder.report`` and told once.
+
+    Raises ValueError if a row has none of the forms, or if nothing is left, or if most rows are lost: their turns have
+    no labels, no chunks of a teacher, or no end that is trained on.
     """
 
     def __init__(self, rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> None:
         self.dropped = 0
         """Rows of which nothing is trained on: empty, without a turn of the assistant, cut before it, ..."""
         self._examples: list[dict[str, Any]] = []
+        encoder.report = Report()
         for examples in encoded(rows, encoder):
             self._examples += examples
             self.dropped += not examples
+        encoder.report.check()
         if not self._examples:
             raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
         if self.dropped:
             message = "%d rows are left out, since nothing of them is trained on; %d examples"
             logger.warning(message, self.dropped, len(self))
+        if encoder.report.counts:
+            logger.warning("of %d rows: %s", encoder.report.rows, encoder.report)
 
     def __len__(self) -> int:
         return len(self._examples)

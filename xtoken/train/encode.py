@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +16,10 @@ from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
+from .chat import AMBIGUOUS, REPEATED
 from .example import TRAIN_ON, Example, Ints, Table, parse_example
 from .reader import Reader, Tokens
+from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, Report, no_chunk
 
 
 class _Chunks(NamedTuple):
@@ -99,25 +102,38 @@ class ExampleEncoder:
         *,
         train_on: str = "all",
         max_length: int | None = None,
-        max_teacher_length: int | None = None,
+        max_teacher_length: int | Sequence[int | None] | None = None,
         text_column: str = "text",
         add_end: bool = True,
         name_documents: bool = False,
+        now: datetime | None = None,
     ) -> None:
         check_choice(train_on, "train_on", TRAIN_ON)
-        for name, limit in (("max_length", max_length), ("max_teacher_length", max_teacher_length)):
-            if limit is not None and limit < 2:
-                raise ValueError(f"{name}: expected at least 2, got {limit}")
+        theirs = (
+            max_teacher_length if isinstance(max_teacher_length, Sequence) else [max_teacher_length] * len(teacher_toks)
+        )
+        if len(theirs) != len(teacher_toks):
+            raise ValueError(
+                f"max_teacher_length: expected one for each of {len(teacher_toks)} teachers, got {len(theirs)}"
+            )
+        for name, given in (("max_length", [max_length]), ("max_teacher_length", theirs)):
+            if (least := min((limit for limit in given if limit is not None), default=2)) < 2:
+                raise ValueError(f"{name}: expected at least 2, got {least}")
         self.train_on = train_on
-        self.max_length = max_length
-        self.max_teacher_length = max_teacher_length
         self.text_column = text_column
         self.add_end = add_end
         self.name_documents = name_documents
-        self.student = Reader(student_tok, "student")
-        sides = [Reader(tokenizer, f"teacher {k}") for k, tokenizer in enumerate(teacher_toks)]
+        self.now = now or datetime.now()
+        self.report = Report()
+        self.student = Reader(student_tok, "student", self.now)
+        sides = [Reader(tokenizer, f"teacher {k}", self.now) for k, tokenizer in enumerate(teacher_toks)]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
+        # A teacher that reads the student's ids has a limit for these.
+        shared = [limit for limit, side in zip(theirs, self.teachers, strict=True) if side is None]
+        ours = min((limit for limit in [max_length, *shared] if limit is not None), default=None)
+        self.limits = [ours, *(limit for limit, side in zip(theirs, self.teachers, strict=True) if side is not None)]
+        """Most tokens of an example, for each of the sides."""
         self.aligners = [Aligner(self.student.vocabulary, side.vocabulary) for side in self.sides[1:]]
 
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
@@ -142,26 +158,91 @@ class ExampleEncoder:
                 raise ValueError(f"row {number}: {error}") from error
         table = Table.of(examples)
         tokens = [side.encode(examples, self.add_end, first_row) for side in self.sides]
-        _choose_wholes(examples, tokens)
+        # A brace that closes a call is content where all models write it.
+        lacking = table.closing[np.min([side.piece_start[table.closing] for side in tokens], axis=0) < 0]
+        for side in tokens:
+            side.piece_start[lacking] = -1
         labels = self._labels(table, tokens[0])
         chunks = [
             _chunks(table, labels != IGNORED, tokens[0], teacher, aligner)
             for teacher, aligner in zip(tokens[1:], self.aligners, strict=True)
         ]
-        return [self._examples(k, example, labels, tokens, chunks) for k, example in enumerate(examples)]
+        self.report.rows += len(rows)
+        self._tell(examples, table, labels, tokens, first_row)
+        return [
+            self._examples(k, example, range(*table.first_piece[k : k + 2]), labels, tokens, chunks, first_row + k)
+            for k, example in enumerate(examples)
+        ]
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
         """The ids of the tokens that reach into a piece that is trained on, and of ends of turns; else -100."""
         wanted = np.zeros(len(student.ids), bool)
-        trained = table.trained_piece & (student.piece_start >= 0)
+        trained = table.trained_turn[table.owner] & (student.piece_start >= 0)
         for first, last in student.within(*_stretches(table.length[trained], student.piece_start[trained])).tolist():
             wanted[first:last] = True
         wanted &= ~student.is_special
         wanted[student.turn_end[table.trained_turn & (student.turn_end >= 0)]] = True
         return np.where(wanted, student.ids, IGNORED)
 
+    def _tell(
+        self, examples: Sequence[Example], table: Table, labels: Ints, sides: Sequence[Tokens], first_row: int
+    ) -> None:
+        """Reports turns of chats that are trained on and get no label, or whose end gets none."""
+        student = sides[0]
+        (own,) = (table.is_own & table.trained_turn[table.owner]).nonzero()
+        (wanted,) = ((labels != IGNORED) & ~student.is_special).nonzero()
+        begin, end = student.start[wanted], np.append(student.end[wanted], -1)
+        begin = np.append(begin, np.iinfo(np.int64).max)
+        at = student.piece_start[own]
+        is_labelled = (at >= 0) & (begin[np.searchsorted(end[:-1], at, "right")] < at + table.length[own])
+        has_content, has_label = np.zeros((2, len(table.trained_turn)), bool)
+        has_content[table.owner[own]] = True
+        has_label[table.owner[own[is_labelled]]] = True
+        for b, example in enumerate(examples):
+            if example.conversation is None:
+                continue
+            first, last = table.first_turn[b : b + 2]
+            row, turns = first_row + b, range(first, last)
+            lost = [t for t in turns if has_content[t] and not has_label[t]]
+            answers = [
+                t for t in turns if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant"
+            ]
+            for t in lost:
+                reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
+                reason = " and ".join(sorted(reasons)) or "its tokens are special, or reach into the template's text"
+                self.report.add(NO_LABEL, f"row {row}, turn {t - first}", f"no label, since for the student {reason}")
+            if lost and not has_label[first:last].any():
+                self.report.lose(NO_LABEL)
+            for t in answers:
+                if student.turn_end[t] < 0:
+                    self.report.add(
+                        NO_END, f"row {row}, turn {t - first}",
+                        "nothing supervises its end, since the student's chat template writes no special token there; "
+                        "use one that ends turns, or the student does not learn to stop",
+                    )  # fmt: skip
+            if self.add_end and answers and all(student.turn_end[t] < 0 for t in answers):
+                self.report.lose(NO_END)
+            for side, tokens in zip(self.sides, sides, strict=True):
+                if tokens.is_open[b] and self.add_end and side.end_id is not None:
+                    token = side.tokens[side.end_id].decode("utf-8", "replace")
+                    reason = f"the chat template of the {side.name} ends it with no token, so {token!r} is put there"
+                    self.report.add(ADDED_END, f"row {row}, turn {last - first - 1}", reason)
+        for side, tokens in zip(self.sides, sides, strict=True):
+            for piece, reason in tokens.why.items():
+                if reason in (AMBIGUOUS, REPEATED) and table.is_own[piece] and table.trained_turn[table.owner[piece]]:
+                    b = int(np.searchsorted(table.first_turn, table.owner[piece], "right")) - 1
+                    where = f"row {first_row + b}, turn {table.owner[piece] - table.first_turn[b]}"
+                    self.report.add(AMBIGUOUS_TURNS, where, f"for the {side.name} {reason}")
+
     def _examples(
-        self, k: int, example: Example, labels: Ints, sides: Sequence[Tokens], chunks: Sequence[_Chunks]
+        self,
+        k: int,
+        example: Example,
+        pieces: range,
+        labels: Ints,
+        sides: Sequence[Tokens],
+        chunks: Sequence[_Chunks],
+        row: int,
     ) -> list[dict[str, Any]]:
         """Row k as examples within the limits: the whole if it fits, else its beginning, and of a text what follows."""
         rows = [side.ids[side.ptr[k] : side.ptr[k + 1]] for side in sides]
@@ -171,16 +252,17 @@ class ExampleEncoder:
         chunks = [one.of(k) for one in chunks]
         prefixes = [np.asarray(side.prefix, np.int64) for side in self.sides]
         whole = np.array([len(row) for row in rows])
-        given = [self.max_length, *(self.max_teacher_length for _ in chunks)]
-        limits = [size if limit is None else limit for limit, size in zip(given, whole.tolist(), strict=True)]
+        limits = [size if limit is None else limit for limit, size in zip(self.limits, whole.tolist(), strict=True)]
         cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, chunks)
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
         named = zip(rows, self.sides, strict=True) if self.name_documents else ()
         documents = [document_digest(row, side.end_id) for row, side in named]
-        examples = []
+        examples: list[dict[str, Any]] = []
+        read = 0
         for first, last in windows:
+            read += last[0] - first[0]
             before = [prefix[: len(prefix) if first[0] else 0] for prefix in prefixes]
             start = first - np.array([len(one) for one in before])
             targets = np.concatenate([np.full(len(before[0]), IGNORED), wanted[first[0] : last[0]]])
@@ -196,23 +278,27 @@ class ExampleEncoder:
             own = iter(entries[1:])
             teachers = [dict(entries[0]) if one is None else next(own) for one in self.teachers]
             examples.append({"student_ids": ids[0], "labels": targets, "teachers": teachers})
+        if read < whole[0]:
+            longest = ", ".join(
+                f"{size} tokens of the {side.name}, at most {limit}"
+                for side, size, limit in zip(self.sides, whole.tolist(), self.limits, strict=True)
+                if limit is not None
+            )
+            self.report.add(CUT, f"row {row}", f"{whole[0] - read} of its tokens are left out: {longest}")
+            if not examples:
+                self.report.lose(CUT)
+        for m, side in ((m, side) for m, side in enumerate(self.teachers) if side is not None):
+            is_end = [
+                self.student.is_special[one["student_ids"][one["teachers"][m]["spans"][:, 0]]] for one in examples
+            ]
+            without = sum(bool(one.all()) for one in is_end)
+            why = {one for piece, one in sides[self.sides.index(side)].why.items() if piece in pieces}
+            reason = " and ".join(sorted(why)) or "its tokens and the student's share no piece of text"
+            for _ in range(without):
+                self.report.add(no_chunk(side.name), f"row {row}", f"no chunk for {side.name}, since {reason}")
+            if examples and without == len(examples):
+                self.report.lose(no_chunk(side.name))
         return examples
-
-
-def _choose_wholes(examples: Sequence[Example], sides: Sequence[Tokens]) -> None:
-    """Keeps arguments of calls as one piece where all models write the same JSON, else as the parts that each has.
-
-    The longer the piece the better, since tokens may cross its edges.
-    """
-    first = 0
-    for example in examples:
-        for call in example.conversation.arguments if example.conversation is not None else ():
-            choices = [[call.closed], [call.whole], call.parts]
-            is_shared = [all(side.piece_start[first + one[0]] >= 0 for side in sides) for one in choices[:2]]
-            del choices[[*is_shared, True].index(True)]
-            for side in sides:
-                side.piece_start[[first + piece for choice in choices for piece in choice]] = -1
-        first += len(example.pieces)
 
 
 def _cuts(whole: Ints, chunks: Sequence[_Chunks]) -> Ints:
@@ -237,15 +323,19 @@ def _windows(cuts: Ints, prefix: Sequence[int], limits: Sequence[int]) -> Iterat
 
 
 def _stretches(length: Ints, *starts: Ints) -> Ints:
-    """[1 + sides, S]: pieces that follow each other on every side as one: where each begins on a side, and its bytes.
+    """[sides + 1, S]: pieces that touch or overlap on every side as one: where each begins on a side, and its bytes.
 
     A token may cross the edge of a piece within.
     """
+    if not len(length):
+        return np.zeros((len(starts) + 1, 0), np.int64)
     order = np.argsort(starts[0], kind="stable")
     begins, length = np.stack(starts)[:, order], length[order]
-    is_first = (begins[:, 1:] != begins[:, :-1] + length[:-1]).any(axis=0)
-    (first,) = np.concatenate([[True], is_first])[: len(length)].nonzero()
-    return np.concatenate([begins[:, first], np.add.reduceat(length, first)[None] if len(first) else length[None]])
+    reached, shift = np.maximum.accumulate(begins[0] + length), begins - begins[0]
+    is_first = (begins[0, 1:] > reached[:-1]) | (shift[:, 1:] != shift[:, :-1]).any(axis=0)
+    (first,) = np.concatenate([[True], is_first]).nonzero()
+    last = np.append(first[1:], len(length)) - 1
+    return np.concatenate([begins[:, first], (reached[last] - begins[0, first])[None]])
 
 
 def _chunks(table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: Tokens, aligner: Aligner) -> _Chunks:

@@ -75,13 +75,33 @@ class Table(NamedTuple):
 
     length: Ints
     """[P]: bytes of each piece."""
-    trained_piece: NDArray[np.bool_]
+    owner: Ints
+    """[P]: the turn of each piece."""
     trained_turn: NDArray[np.bool_]
+    is_own: NDArray[np.bool_]
+    """[P]: whether a piece is a content that a message has as it is."""
+    first_turn: Ints
+    """[B + 1]: example b has the turns ``first_turn[b] ... first_turn[b + 1] - 1``; likewise its pieces."""
+    first_piece: Ints
+    closing: Ints
+    """The pieces that are closing braces of a call."""
 
     @staticmethod
     def of(examples: Sequence[Example]) -> Table:
+        first_turn = np.cumsum([0, *(len(example.trained) for example in examples)])
+        first_piece = np.cumsum([0, *(len(example.pieces) for example in examples)])
+        chats = [(k, example.conversation) for k, example in enumerate(examples) if example.conversation is not None]
+        is_own = np.zeros(first_piece[-1], bool)
+        for k, chat in chats:
+            is_own[first_piece[k] : first_piece[k + 1]] = chat.is_own
         return Table(
             np.array([size for example in examples for size in example.sizes], np.int64),
-            np.array([example.trained[owner] for example in examples for owner in example.owners], bool),
+            np.array(
+                [at + owner for at, one in zip(first_turn, examples, strict=False) for owner in one.owners], np.int64
+            ),
             np.array([trained for example in examples for trained in example.trained], bool),
+            is_own,
+            first_turn,
+            first_piece,
+            np.array([first_piece[k] + call.closing for k, chat in chats for call in chat.arguments], np.int64),
         )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Sequence
+from datetime import datetime
 from functools import cached_property
 from typing import NamedTuple
 
@@ -41,6 +43,10 @@ class Tokens(NamedTuple):
     """[P]: byte at which each piece begins, -1 if it does not stand there verbatim."""
     turn_end: Ints
     """[M]: the token that ends each turn, -1 if there is none."""
+    is_open: NDArray[np.bool_]
+    """[B]: the text of a chat ends without a token that ends its last turn."""
+    why: dict[int, str]
+    """Why a piece has no place."""
 
     def within(self, begin: Ints, length: Ints) -> Ints:
         """[S, 2]: the tokens that reach into stretches of bytes, with nothing but white space outside of them."""
@@ -75,12 +81,17 @@ class _Layout(NamedTuple):
     """Byte at which each piece begins, -1 if it does not stand there verbatim."""
     turn_end: list[tuple[int, int]]
     """For each turn the bytes between which its end token is looked for, (-1, -1) if nothing of it is there."""
+    is_open: bool
+    """Whether nothing ends the last turn."""
+    why: dict[int, str]
+    """Why a piece has no place."""
 
 
 class Reader:
     """One model's tokenizer and chat template."""
 
-    def __init__(self, tokenizer: TokenizerLike, name: str) -> None:
+    def __init__(self, tokenizer: TokenizerLike, name: str, now: datetime | None = None) -> None:
+        self.now = now
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = load_tokenizer(tokenizer)
         self.tokenizer = tokenizer
@@ -101,9 +112,12 @@ class Reader:
         self.is_end = np.zeros(len(self.tokens), bool)
         self.is_end[[i for role, i in self.vocabulary.roles.items() if role in ("end_of_turn", "eos")]] = True
 
+        self.is_mark = self.is_special.copy()
+        self.is_mark[[i for role, i in self.vocabulary.roles.items() if role in ("unk", "pad")]] = False
+
     @cached_property
     def template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.name)
+        return ChatTemplate(self.tokenizer, self.name, self.now)
 
     def reads_as(self, other: Reader) -> bool:
         """Whether this model reads the other's ids as its own: same tokens, same template."""
@@ -124,7 +138,8 @@ class Reader:
             base += len(layouts[-1].raw) + 3
         encodings = self.backend.encode_batch_fast([layout.text for layout in layouts], add_special_tokens=False)
         rows, is_exact = [], np.ones(len(examples), bool)
-        for k, (encoding, layout, example) in enumerate(zip(encodings, layouts, examples, strict=True)):
+        pairs = list(zip(layouts, examples, strict=True))
+        for k, (encoding, (layout, example)) in enumerate(zip(encodings, pairs, strict=True)):
             row = np.asarray(encoding.ids, np.int64)
             is_exact[k] = b"".join([self.tokens[i] for i in encoding.ids]) == layout.raw
             if is_exact[k]:
@@ -134,45 +149,50 @@ class Reader:
                 row, start, end = self._offsets(layout)
             if example.conversation is None:
                 start[:1], end[-1:] = 0, len(layout.raw)
-                closing = [self.end_id] if add_end and self.end_id is not None and example.pieces else []
-                row = np.concatenate([np.asarray(self.prefix, np.int64), row, np.asarray(closing, np.int64)])
-                before, behind = np.full(len(self.prefix), -1), np.full(len(closing), len(layout.raw) + 1)
-                start, end = (np.concatenate([before, one, behind]) for one in (start, end))
+            before = self.prefix if example.conversation is None else []
+            behind = [self.end_id] if add_end and self.end_id is not None and layout.is_open else []
+            row = np.concatenate([np.array(before, np.int64), row, np.array(behind, np.int64)])
+            around = np.full(len(before), -1), np.full(len(behind), len(layout.raw) + 1)
+            start, end = (np.concatenate([around[0], one, around[1]]) for one in (start, end))
             rows.append((row, start + layout.base, end + layout.base))
         ids, start, end = (np.concatenate(columns) for columns in zip(*rows, strict=True))
         ptr = np.cumsum([0, *(len(row) for row, _, _ in rows)])
         piece_start = np.array([at for layout in layouts for at in layout.piece_start], np.int64)
         turn_end = self._turn_ends(ids, start, [stretch for layout in layouts for stretch in layout.turn_end])
         begins, raw = np.array([layout.base for layout in layouts]), [layout.raw for layout in layouts]
-        return Tokens(ids, start, end, self.is_special[ids], ptr, begins, raw, is_exact, piece_start, turn_end)
+        is_open = np.array([one.is_open and example.conversation is not None for one, example in pairs], bool)
+        first = itertools.accumulate((len(layout.piece_start) for layout in layouts), initial=0)
+        why = {k + at: one for at, layout in zip(first, layouts, strict=False) for k, one in layout.why.items()}
+        is_special = self.is_special[ids]
+        return Tokens(ids, start, end, is_special, ptr, begins, raw, is_exact, piece_start, turn_end, is_open, why)
 
     def _layout(self, example: Example, base: int) -> _Layout:
         """An example as this model's text, whose first byte has number `base`."""
-        starts = [-1] * len(example.pieces)
         ends = [(-1, -1)] * len(example.trained)
-        at = base
         if example.conversation is None:
-            text = "".join(example.pieces)
-            for k, size in enumerate(example.sizes):
-                starts[k] = at
-                at += size
-            ends[-1:] = [(at, at + 2)] * len(ends[-1:])
-        else:
-            text, places = self.template.render(example.conversation)
-            char = 0
-            for place in places:
-                at, char = at + len(text[char : place.start].encode()), place.start
-                if place.is_verbatim:
-                    starts[place.piece] = at
-                at, char = at + len(text[char : place.end].encode()), place.end
-                ends[example.owners[place.piece]] = (at, at + len(text[char : place.next_start].encode()))
-        raw = text.encode()
-        for call in example.conversation.arguments if example.conversation is not None else ():
-            start = starts[call.parts[0]]  # what stands between the values is placed only in JSON
-            for piece in (call.whole, call.closed):
-                if start >= 0 and raw.startswith(example.pieces[piece].encode(), start - base):
-                    starts[piece] = start
-        return _Layout(text, raw, base, starts, ends)
+            raw = "".join(example.pieces).encode()
+            starts = [base + at for at in itertools.accumulate(example.sizes[:-1], initial=0)][: len(example.pieces)]
+            ends[-1:] = [(base + len(raw), base + len(raw) + 2)] * len(ends[-1:])
+            return _Layout("".join(example.pieces), raw, base, starts, ends, bool(example.pieces), {})
+        text, places, why = self.template.render(example.conversation)
+        raw, byte = text.encode(), base + _byte_of(text)
+        starts = [-1] * len(example.pieces)
+        begins = np.array([place.start for place in places] + [len(text)])
+        for place in places:
+            if place.is_verbatim:
+                starts[place.piece] = int(byte[place.start])
+            turn, behind = (
+                example.owners[place.piece],
+                begins[np.searchsorted(begins[:-1], max(place.end, place.start + 1))],
+            )
+            ends[turn] = max(ends[turn], (int(byte[place.end]), int(byte[behind])))
+        after = ends[-1][0] if ends else -1
+        is_open = (
+            after >= 0 and not raw[after - base :].strip() and example.conversation.messages[-1]["role"] == "assistant"
+        )
+        if is_open:
+            ends[-1] = after, base + len(raw) + 2
+        return _Layout(text, raw, base, starts, ends, is_open, why)
 
     def _offsets(self, layout: _Layout) -> tuple[Ints, Ints, Ints]:
         """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is.
@@ -181,19 +201,31 @@ class Reader:
         """
         encoding = self.backend.encode(layout.text, add_special_tokens=False)
         row = np.asarray(encoding.ids, np.int64)
-        sizes = np.fromiter((len(character.encode()) for character in layout.text), np.int64, len(layout.text))
-        byte = np.concatenate([[0], np.cumsum(sizes)])
-        start, end = byte[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
+        start, end = _byte_of(layout.text)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
         for k, (i, last) in enumerate(zip(encoding.ids, end.tolist(), strict=True)):
             if layout.raw.endswith(self.tokens[i], 0, last):
                 start[k] = last - self.lengths[i]
         return row, np.minimum.accumulate(start[::-1])[::-1], np.maximum.accumulate(end)
 
     def _turn_ends(self, ids: Ints, start: Ints, stretches: Sequence[tuple[int, int]]) -> Ints:
-        """The first end token in each stretch of bytes, -1 if there is none or the stretch begins at -1."""
+        """The first end token in each stretch of bytes, or the special token that it begins with, as where a template
+        ends a turn by the mark of the next; -1 if there is none or the stretch begins at -1."""
         after, until = np.array(stretches, np.int64).reshape(-1, 2).T
         (places,) = self.is_end[ids].nonzero()
         places = np.append(places, -1)
         position = np.append(start[places[:-1]], np.iinfo(np.int64).max)
         k = np.searchsorted(position[:-1], after)
-        return np.where((after >= 0) & (position[k] < until), places[k], -1)
+        found = np.where((after >= 0) & (position[k] < until), places[k], -1)
+        for turn in ((after >= 0) & (found < 0)).nonzero()[0].tolist():
+            k = int(np.searchsorted(start, after[turn]))
+            while k < len(ids) and start[k] < until[turn] and self.tokens[ids[k]].isspace():
+                k += 1
+            if k < len(ids) and start[k] < until[turn] and self.is_mark[ids[k]]:
+                found[turn] = k
+        return found
+
+
+def _byte_of(text: str) -> Ints:
+    """[T + 1]: the byte at which each character begins."""
+    code = np.frombuffer(text.encode("utf-32-le"), "<u4")
+    return np.concatenate([[0], np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF))])

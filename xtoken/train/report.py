@@ -1,0 +1,48 @@
+"""What of the rows cannot be trained on though it should be: counted, told once, refused if it is most rows."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+logger = logging.getLogger(__name__)
+
+NO_LABEL = "turns without a label"
+NO_END = "turns whose end nothing supervises"
+ADDED_END = "last turns that get the end token, since the chat template writes none"
+AMBIGUOUS_TURNS = "turns with a content that cannot be told from other text"
+CUT = "rows that lose what is beyond a length limit"
+
+
+def no_chunk(teacher: str) -> str:
+    return f"examples without a chunk for {teacher}"
+
+
+class Report:
+    """Counts by kind, of turns or examples, and of rows of which a kind leaves nothing."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.counts: Counter[str] = Counter()
+        self._first: dict[str, str] = {}
+        self._lost: Counter[str] = Counter()
+
+    def add(self, kind: str, where: str, reason: str) -> None:
+        """Counts something, and tells the first of its kind."""
+        self.counts[kind] += 1
+        if kind not in self._first:
+            self._first[kind] = f"{where}: {reason}"
+            logger.warning("%s: %s; more of these are counted: %s", where, reason, kind)
+
+    def lose(self, kind: str) -> None:
+        """Counts a row that is lost to a kind."""
+        self._lost[kind] += 1
+
+    def check(self) -> None:
+        """Raises ValueError if a kind of loss is that of most rows."""
+        for kind, count in self._lost.items():
+            if 2 * count > self.rows:
+                raise ValueError(f"rows: {count} of {self.rows} are lost to {kind}, first {self._first[kind]}")
+
+    def __str__(self) -> str:
+        return ", ".join(f"{count} {kind}" for kind, count in self.counts.items())
