@@ -106,7 +106,7 @@ class Place(NamedTuple):
 
 def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options: Any = None) -> Conversation:
     """Finds the contents of messages; ValueError if one is not a mapping with a ``role``."""
-    plain, tools, options = _given(list(messages)), _given(tools), _given(options)
+    plain = [_given(message) for message in messages]
     pieces: list[str] = []
     owners: list[int] = []
     is_own: list[bool] = []
@@ -180,16 +180,13 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     return Conversation(plain, tools, dict(options or {}), layout, pieces, owners, is_own, reasoning, arguments)
 
 
-def _given(value: Any) -> Any:
-    """The value without fields that are None: tables have every field in every row, and templates ask if one is there.
-
-    A ``content`` of None stays: that is how messages with tool calls are written.
+def _given(message: Any) -> Any:
+    """The message without fields that are None, which templates take for given; a ``content`` stays, as do nulls within
+    calls and tools, which may mean something.
     """
-    if isinstance(value, Mapping):
-        return {key: _given(one) for key, one in value.items() if one is not None or key == "content"}
-    if isinstance(value, (list, tuple)):
-        return [_given(one) for one in value]
-    return value
+    if not isinstance(message, Mapping):
+        return message
+    return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def _json(value: Any) -> str:

@@ -57,15 +57,26 @@ class ExampleEncoder:
         of anyone but the assistant and tools. Of prompt and completion both mean the completion. Plain text is always
         trained on.
     max_length, max_teacher_length : int, optional
-        Most tokens of an example, for the student and for each teacher. Longer ones are cut on all sides after a
-        chunk that all of them share, so that no model reads text that another does not. Plain text is split into
-        several examples, each with the special tokens that begin a text; prompts and chats are truncated.
+        Most tokens of an example, for the student and for each teacher; the second may be a sequence with one or None
+        for each teacher. Longer ones are cut on all sides after a chunk that all of them share, so that no model reads
+        text that another does not. Plain text is split into several examples, each with the special tokens that begin a
+        text; prompts and chats are truncated.
     text_column : str
         Field with plain text.
     add_end : bool
-        Whether plain text and completions end with each tokenizer's end token.
+        Whether plain text and completions end with each tokenizer's end token, and chats in which nothing ends the
+        last turn of the assistant.
     name_documents : bool
         Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
+    now : datetime, optional
+        The time that templates are told (``strftime_now``). Default: when the encoder is made; it stands still.
+
+    Attributes
+    ----------
+    report : Report
+        What of the rows cannot be trained on though it should be: turns without a label or a trained end, contents that
+        cannot be told from other text, examples without a chunk, rows that are cut. Counted by kind; the first of each
+        is logged with row, turn and reason.
 
     Raises ValueError for unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
 
@@ -75,21 +86,23 @@ class ExampleEncoder:
     both strings or both lists of messages; or with `text_column`.
 
     Messages are written by each tokenizer's own chat template. Their contents (texts, reasoning, names and arguments of
-    tool calls) are found by writing the conversation a second time with markers in their place. A content that a
-    template leaves out or writes otherwise is aligned with nothing; white space at the edges of a content, which
-    templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk, with these
-    exceptions in turns that are trained on: the token that ends the turn is a label, and a chunk with the teacher's,
-    where both have the same role in their vocabularies; and the tags around a reasoning count as content, since the
-    student must write them itself. Special tokens inside a content are left out.
+    tool calls) are found by writing the conversation a second time with an invisible character in each, which counts
+    where the text is otherwise the same; see `ChatTemplate.render`. A content that a template leaves out, writes
+    otherwise, or where it cannot be told from other text, is aligned with nothing; white space at the edges of a
+    content, which templates strip, belongs to the template. Tokens of the template are neither labels nor in a chunk,
+    with these exceptions in turns that are trained on: the token that ends the turn, or marks the next one where
+    nothing else ends it, is a label, and a chunk with the teacher's, where both have the same role in their
+    vocabularies; and the tags around a reasoning count as content, since the student must write them itself. Special
+    tokens inside a content are left out.
 
     Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
     numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its
     strings and numbers are aligned, and what is between them is learned from labels alone.
     Arguments that are a string are a content like others. What a template writes around a call is not trained on.
 
-    Chunks are cut at every byte of a content at which a token begins on both sides. A token that crosses the
-    edge of a content counts only if there is nothing but white space outside, and is in a chunk only if the teacher
-    has the same white space there.
+    Chunks are those of `Aligner`, of each content and of plain text as a whole. A token that crosses the edge of a
+    content counts only if there is nothing but white space outside, and is in a chunk only if the teacher has the same
+    white space there.
 
     Prompt and completion are encoded as one text; white space between them belongs to the completion. Fields of a
     message that are None are left out; ``content`` stays, as do nulls within tools and calls.
@@ -109,13 +122,15 @@ class ExampleEncoder:
         now: datetime | None = None,
     ) -> None:
         check_choice(train_on, "train_on", TRAIN_ON)
-        theirs = (
-            max_teacher_length if isinstance(max_teacher_length, Sequence) else [max_teacher_length] * len(teacher_toks)
-        )
-        if len(theirs) != len(teacher_toks):
-            raise ValueError(
-                f"max_teacher_length: expected one for each of {len(teacher_toks)} teachers, got {len(theirs)}"
-            )
+        theirs: list[int | None] = [None] * len(teacher_toks)
+        if isinstance(max_teacher_length, Sequence):
+            theirs = list(max_teacher_length)
+            if len(theirs) != len(teacher_toks):
+                raise ValueError(
+                    f"max_teacher_length: expected one for each of {len(teacher_toks)} teachers, got {len(theirs)}"
+                )
+        elif max_teacher_length is not None:
+            theirs = [max_teacher_length] * max(len(teacher_toks), 1)
         for name, given in (("max_length", [max_length]), ("max_teacher_length", theirs)):
             if (least := min((limit for limit in given if limit is not None), default=2)) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {least}")
@@ -130,7 +145,7 @@ class ExampleEncoder:
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
         # A teacher that reads the student's ids has a limit for these.
-        shared = [limit for limit, side in zip(theirs, self.teachers, strict=True) if side is None]
+        shared = [limit for limit, side in zip(theirs, self.teachers, strict=False) if side is None]
         ours = min((limit for limit in [max_length, *shared] if limit is not None), default=None)
         self.limits = [ours, *(limit for limit, side in zip(theirs, self.teachers, strict=True) if side is not None)]
         """Most tokens of an example, for each of the sides."""
