@@ -375,6 +375,39 @@ def test_masks(toy):
     assert straddling.num_chunks == 0
 
 
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_what_tokenizers_return(side, tokenizer):
+    """A BatchEncoding and the encodings of `tokenizers`, padded or not, give what their ids do."""
+    from transformers import PreTrainedTokenizerFast
+
+    texts = ["In 1995, 1,024 readers paid.", "They weren't sorry, were they?"]
+    toks = [tokenizer(name) for name in ("llama3", "qwen3")]
+    backends = [getattr(tok, "backend_tokenizer", tok) for tok in toks]
+    pads = ("<|end_of_text|>", "<|endoftext|>")
+    wrapped = [
+        PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=pad, padding_side=side)
+        for backend, pad in zip(backends, pads, strict=True)
+    ]
+    aligner = Aligner(*toks)
+    plain = aligner.align(*([backend.encode(text).ids for text in texts] for backend in backends))
+    forms = [
+        [tok(texts) for tok in wrapped],
+        [tok(texts, padding=True, return_tensors="pt") for tok in wrapped],
+        [dict(tok(texts, padding=True, return_tensors="np")) for tok in wrapped],
+        [backend.encode_batch(texts) for backend in backends],
+    ]
+    for form in forms:
+        alignment = aligner.align(*form)
+        assert alignment.exact.tolist() == plain.exact.tolist()
+        assert alignment.offsets.tolist() == plain.offsets.tolist()
+    one = aligner.align(*(backend.encode(texts[0]) for backend in backends))
+    assert one.spans.tolist() == aligner.align(*(tok(texts[0]) for tok in wrapped)).spans.tolist()
+    assert one.spans.tolist() == plain.spans[: plain.offsets[1]].tolist()
+    assert aligner.truncate(*forms[1], 5, 5).student_ids.shape[1] <= 5
+    with pytest.raises(ValueError, match="ids: expected a mapping with input_ids, got texts"):
+        aligner.align({"texts": texts}, forms[0][1])
+
+
 def test_masked_ids_are_not_looked_at(toy):
     assert toy.align([[2, -100]], [[1, 999]], [[1, 0]], [[1, 0]]).num_chunks == 1
 

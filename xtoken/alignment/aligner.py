@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -95,10 +96,12 @@ class Aligner:
         Parameters
         ----------
         student_ids, teacher_ids : int [T], int [B, T], or a list of B sequences
-            Token ids as lists, arrays or tensors. Both sides must have the same number of samples.
+            Token ids as lists, arrays or tensors, or what a tokenizer returns: a ``BatchEncoding``, or the ``Encoding``
+            of `tokenizers` or a list of them. Both sides must have the same number of samples.
         student_mask, teacher_mask : same shape as the ids, optional
-            0 or False leaves a token out (attention masks). Without a mask, runs of the pad token at either end of a
-            sample are left out; where the pad token is also the end token, the first one after the text is kept.
+            0 or False leaves a token out (attention masks). Default: those of encodings. Without a mask, runs of the
+            pad token at either end of a sample are left out; where the pad token is also the end token, the first one
+            after the text is kept.
 
         Returns
         -------
@@ -172,10 +175,26 @@ class _Batch:
     """The ids and the masks of one side, one array a sample; they view the caller's memory where it allows."""
 
     def __init__(self, ids: Any, mask: Any, side: str) -> None:
+        ids, own = _encoded(ids)
+        mask = own if mask is None else mask
         self.rows, whole = _rows(ids, f"{side}_ids", torch.int64)
         self.is_batch = whole is None or whole.dim() == 2
         self.ids: Tensor | list[NDArray[np.int64]] = self.rows if whole is None else whole
         self.masks = None if mask is None else _rows(mask, f"{side}_mask", torch.uint8)[0]
+
+
+def _encoded(value: Any) -> tuple[Any, Any]:
+    """The ids of what a tokenizer returns, and its mask; other values as they are."""
+    if isinstance(value, Mapping):
+        if "input_ids" not in value:
+            raise ValueError(f"ids: expected a mapping with input_ids, got {', '.join(map(str, value)) or 'nothing'}")
+        return value["input_ids"], value.get("attention_mask")
+    several = isinstance(value, (list, tuple)) and len(value) > 0
+    if hasattr(value[0] if several else value, "attention_mask"):
+        parts = [(one.ids, one.attention_mask) for one in (value if several else [value])]
+        ids, masks = ([part[k] for part in parts] for k in (0, 1))
+        return (ids, masks) if several else (ids[0], masks[0])
+    return value, None
 
 
 def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]], Tensor | None]:
