@@ -223,6 +223,7 @@ def main() -> None:
     arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     arguments.add_argument("--steps", type=int, default=START_STEPS, help="of students, at most")
     arguments.add_argument("--teacher-steps", type=int, default=SIZE.teacher_steps)
+    arguments.add_argument("--problems", type=int, default=SIZE.problems, help="held-out sums")
     arguments.add_argument("--resume", action="store_true", help="keep the runs that --output has")
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
@@ -231,8 +232,9 @@ def main() -> None:
     def log(message: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {message}", flush=True)
 
-    size = replace(SIZE, steps=min(SIZE.steps, options.steps), teacher_steps=options.teacher_steps)
-    facts = {"size": asdict(size) | {"start_steps": min(START_STEPS, options.steps)}}
+    steps, start_steps = min(SIZE.steps, options.steps), min(START_STEPS, options.steps)
+    size = replace(SIZE, steps=steps, teacher_steps=options.teacher_steps, problems=options.problems)
+    facts = {"size": asdict(size) | {"start_steps": start_steps}}
     facts["machine"] = machine("torch", threads=options.threads)
     results: dict[str, Any] = {**json.loads(json.dumps(facts)), "runs": []}
     if options.resume and options.output.exists():
@@ -243,7 +245,7 @@ def main() -> None:
     done = {(run["setting"], run["seed"]) for run in results["runs"]}
     world = World.of(size)
     guide, results["teacher"] = reproduce.train_teacher(world.teachers[1], world.text, size, size.teacher_steps, log)
-    trial = Trial(size, facts["size"]["start_steps"], world, guide, arms(world.student, world.teachers[1]))
+    trial = Trial(size, start_steps, world, guide, arms(world.student, world.teachers[1]))
     for seed in range(FIRST_SEED, FIRST_SEED + options.seeds):
         start = None
         for name in options.settings:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import mmap
+import random
 import re
 import subprocess
 import sys
@@ -272,6 +273,58 @@ def test_reproduce_counts_right_answers():
         assert not model.token.grad[1].any()
     assert reproduce.accuracy(model, tokenizer, [known]) == [1.0, 0.0]
     assert reproduce.accuracy(model, tokenizer, others)[0] == 0.0
+
+
+@pytest.mark.slow
+def test_weighting(main, tmp_path, capsys):
+    weighting = importlib.import_module("weighting")
+    output = tmp_path / "weighting.json"
+    few = ("--seeds", 1, "--steps", 5, "--teacher-steps", 4, "--problems", 8)
+    few += ("--threads", torch.get_num_threads(), "--output", output)
+    main("weighting", *few, "--settings", "scratch")
+    (scratch,) = json.loads(output.read_text())["runs"]
+    printed = main("weighting", *few, "--settings", "scratch", "random", "--resume")
+    first, second = json.loads(output.read_text())["runs"]
+    assert first == scratch
+    assert (second["setting"], second["seed"]) == ("random", weighting.FIRST_SEED)
+    for run in (first, second):
+        assert next(iter(run["arms"])) == "start"
+        probabilities = [arm["probability"] for arm in run["arms"].values()]
+        assert len(set(probabilities)) > 4  # every loss teaches something else
+        assert 0 <= min(probabilities) <= max(probabilities) < 0.1
+    assert f"|  | {weighting.TEACHER} |" in printed
+    with pytest.raises(SystemExit, match="has runs of another size"):
+        main("weighting", *few, "--steps", 6, "--resume")
+
+
+def test_weighting_measures_the_right_answer_alone():
+    """Token by token, for two models and answers of two and three digits."""
+    weighting = importlib.import_module("weighting")
+    world = reproduce.World.of(weighting.SIZE)
+    problems = world.text.problems(12)
+    assert {len(str(problem.answer)) for problem in problems} == {2, 3}
+    model = reproduce.Transformers(2, world.student.get_vocab_size(), layers=1, width=32, seed=0)
+    with torch.no_grad():
+        model.token[1] *= 3
+    want = torch.zeros(2)
+    for problem in problems:
+        ids = world.student.encode(f"<|begin|>{problem.prompt}").ids
+        product = torch.ones(2)
+        for token in world.student.encode(f" {problem.answer}.").ids:
+            product *= model(torch.tensor([ids]))[:, 0, -1].detach().softmax(-1)[:, token]
+            ids.append(token)
+        want += product / len(problems)
+    assert weighting.probability(model, world.student, problems) == pytest.approx(want.tolist(), rel=1e-3)
+    assert want[0] > 0
+
+
+def test_weighting_is_told_wrong_answers_in_training_only():
+    weighting = importlib.import_module("weighting")
+    text = weighting.NoisyText(weighting.SIZE, 0.5)
+    problems = [text.problem(random.Random(seed), text.training) for seed in range(400)]
+    right = [sum(map(int, re.findall("[0-9]+", problem.prompt))) == problem.answer for problem in problems]
+    assert 160 < sum(right) < 240
+    assert text.problems(50) == reproduce.Text(weighting.SIZE).problems(50)
 
 
 @pytest.mark.slow
