@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -131,6 +132,32 @@ def accuracy() -> str:
     return markdown(("loss beside cross-entropy", "plenty of text", "little text", "numbers whole"), rows)
 
 
+def weighting() -> str:
+    """Of `weighting.py` exact match / probability of the right answer, percent; and what the weights add to both, with
+    the standard errors of the differences."""
+    found: dict[str, dict[str, list[list[float]]]] = {}
+    for run in results("weighting")["runs"]:
+        for arm, measured in run["arms"].items():
+            values = [100 * value for value in measured.values()]
+            found.setdefault(arm, {}).setdefault(run["setting"], []).append(values)
+
+    def row(name: str, settings: Sequence[Sequence[Sequence[float]]], cell: Callable[[Sequence[float]], str]) -> None:
+        rows.append((name, *(" / ".join(map(cell, zip(*values, strict=True))) for values in settings)))
+
+    def lead(values: Sequence[float]) -> str:
+        return f"{statistics.fmean(values):+.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+
+    rows: list[tuple[str, ...]] = []
+    for arm, settings in found.items():
+        row(arm, list(settings.values()), lambda values: f"{statistics.fmean(values):.1f}")
+    for arm in (arm for arm in found if arm.endswith("teacher")):
+        pairs = zip(found[arm].values(), found[arm.replace("teacher", "none")].values(), strict=True)
+        leads = [[list(map(operator.sub, *seed)) for seed in zip(*pair, strict=True)] for pair in pairs]
+        row(f"{arm}, over none", leads, lead)
+    header = ("half wrong, from scratch", "half wrong", "all wrong, no CE on sums", "all right")
+    return markdown(("beside cross-entropy", *header), rows)
+
+
 def training() -> str:
     """Held-out values before and after the runs of `train_real.py`."""
     rows = []
@@ -189,6 +216,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "gpu": gpu,
     "cache": cache,
     "accuracy": accuracy,
+    "weighting": weighting,
     "training": training,
     "truth": truth,
     "truth_on_events": truth_on_events,

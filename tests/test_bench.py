@@ -279,8 +279,8 @@ def test_reproduce_counts_right_answers():
 def test_weighting(main, tmp_path, capsys):
     weighting = importlib.import_module("weighting")
     output = tmp_path / "weighting.json"
-    few = ("--seeds", 1, "--steps", 5, "--teacher-steps", 4, "--problems", 8)
-    few += ("--threads", torch.get_num_threads(), "--output", output)
+    fixed = ("--threads", torch.get_num_threads(), "--output", output)
+    few = (*fixed, "--seeds", 1, "--steps", 5, "--teacher-steps", 4, "--problems", 8)
     main("weighting", *few, "--settings", "scratch")
     (scratch,) = json.loads(output.read_text())["runs"]
     printed = main("weighting", *few, "--settings", "scratch", "random", "--resume")
