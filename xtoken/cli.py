@@ -80,6 +80,9 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("--max-length", type=int, help="tokens of a document (default: as many as the model can take)")
     cache.add_argument("--batch-tokens", type=int, default=4096, help="tokens at a time (default %(default)s)")
     cache.add_argument("--text-column", default="text", help="field with plain text (default %(default)s)")
+    cache.add_argument(
+        "--chat-template", help="for a tokenizer that has none: a file with a chat template, or its text"
+    )
     cache.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
     cache.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
     cache.add_argument("--resume", action="store_true", help="continue a run that was stopped")

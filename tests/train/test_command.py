@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -37,6 +38,44 @@ def test_auto(folders, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
     assert len(AutoTokenizer.from_pretrained(output)) > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_chat_template(folders, tmp_path, capsys):
+    """For tokenizers that have none; without it nothing is loaded."""
+    data, template = tmp_path / "chat.jsonl", tmp_path / "chat.jinja"
+    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    row = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they read it"}]}
+    data.write_text(json.dumps(row) + "\n")
+    template.write_text(text)
+    for name in ("student", "teacher"):
+        (tmp_path / name).mkdir()
+        for file in Path(folders[name]).glob("token*"):
+            (tmp_path / name / file.name).write_bytes(file.read_bytes())
+    alone = ["train", "--student", f"{tmp_path}/student", "--teacher", f"{tmp_path}/teacher", "--data", str(data)]
+    assert main([*alone, "--output", f"{tmp_path}/out"]) == 1
+    assert "has no chat template, so it cannot read messages; set its chat_template (--chat_template)" in (
+        capsys.readouterr().err
+    )
+    caching = [
+        "cache-teacher",
+        "--teacher",
+        f"{tmp_path}/teacher",
+        "--data",
+        str(data),
+        "--output",
+        f"{tmp_path}/cache",
+    ]
+    assert main(caching) == 1
+    assert "teacher: tokenizer" in capsys.readouterr().err
+    assert main([*alone, "--output", f"{tmp_path}/out", "--chat_template", "none.jinja"]) == 1
+    assert (
+        "--chat_template: expected a file, or a template with its braces, got 'none.jinja'" in capsys.readouterr().err
+    )
+    for given in (str(template), text):
+        arguments = command(folders, tmp_path / "out", "--chat_template", given, "--train_on", "assistant")
+        arguments[arguments.index("--data") + 1] = str(data)
+        assert main([*arguments, "--max_steps", "1"]) == 0
+        assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
 
 
 def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):

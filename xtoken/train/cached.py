@@ -14,9 +14,10 @@ from xtoken.losses import TopKLogits
 from xtoken.teacher_cache import TeacherCache, cache_teacher
 from xtoken.vocabulary import TokenizerLike
 
-from .data import encoded, read_rows
+from .chat import ChatTemplate, use_template
+from .data import encoded, has_chats, read_rows
 from .encode import ExampleEncoder
-from .teachers import load_model
+from .teachers import load_model, load_tokenizer
 
 
 class CachedExamples(Dataset[dict[str, Any]]):
@@ -110,10 +111,15 @@ def teacher_documents(
 
 def main(options: argparse.Namespace) -> str:
     """Runs ``xtoken cache-teacher``; returns a summary."""
+    if has_chats(options.data, options.text_column):
+        tokenizer = load_tokenizer(options.teacher, trust_remote_code=options.trust_remote_code)
+        use_template(tokenizer, options.chat_template)
+        ChatTemplate(tokenizer, "teacher")
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer = load_model(
         options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
     )
+    use_template(tokenizer, options.chat_template)
     documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column)
     cache = cache_teacher(
         model.eval(), tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import string
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any, NamedTuple
 
 CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "thinking", "arguments", "name"})
@@ -201,6 +203,22 @@ def _put_together(layout: Any, pieces: Sequence[str]) -> Any:
     if isinstance(layout, Mapping):
         return {name: _put_together(one, pieces) for name, one in layout.items()}
     return [_put_together(one, pieces) for one in layout] if isinstance(layout, list) else layout
+
+
+def use_template(tokenizer: Any, template: str | None) -> None:
+    """Gives a tokenizer without a chat template one: a file, or the text itself.
+
+    Raises FileNotFoundError if it is neither.
+    """
+    if template is None or getattr(tokenizer, "chat_template", None):
+        return
+    if "{" not in template:
+        if not os.path.isfile(template):
+            raise FileNotFoundError(
+                f"--chat_template: expected a file, or a template with its braces, got {template!r}"
+            )
+        template = Path(template).read_text()
+    tokenizer.chat_template = template
 
 
 class ChatTemplate:

@@ -30,9 +30,10 @@ from xtoken.teacher_cache import TeacherCache
 from xtoken.vocabulary import Vocabulary
 
 from .cached import CachedExamples
+from .chat import ChatTemplate, use_template
 from .collator import XTokenCollator
 from .config import XTokenConfig
-from .data import load_examples, text_sample
+from .data import has_chats, load_examples, text_sample
 from .example import TRAIN_ON
 from .limits import most_positions
 from .plot import PlotCallback
@@ -65,6 +66,7 @@ class TrainArguments:
     gamma: float = _option(0.1, "factor of W from one piece of a token to the next")
     learn_projection: bool = _option(False, "train the weights of W too, with a loss that can")
     train_on: str = _option("all", "turns that are trained on", choices=TRAIN_ON)
+    chat_template: str | None = _option(None, "for tokenizers that have none: a file with a chat template, or its text")
     text_column: str = _option("text", "field with the text of a document")
     max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
     max_teacher_length: int | None = _option(None, "tokens of an example for each teacher; default: no limit")
@@ -146,6 +148,16 @@ def check(options: TrainArguments) -> None:
     for path in [*(options.data or []), *(options.eval_data or [])]:
         if not os.path.isdir(path):
             find_files([path])
+    check_templates(options)
+
+
+def check_templates(options: TrainArguments) -> None:
+    """Raises ValueError if rows are chats and the tokenizer of the student or a teacher has no template for them."""
+    if has_chats([*(options.data or []), *(options.eval_data or [])], options.text_column):
+        for source in dict.fromkeys([str(options.student), *(options.teacher or [])]):
+            tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
+            use_template(tokenizer, options.chat_template)
+            ChatTemplate(tokenizer, source)
 
 
 def check_losses(options: TrainArguments, losses: Sequence[str]) -> None:
@@ -219,6 +231,7 @@ def build_teacher(
     else:
         tokenizer = load_tokenizer(source, trust_remote_code=trust)
         cache = TeacherCache(folder, tokenizer)
+    use_template(tokenizer, options.chat_template)
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
     reasons: list[str] = []
@@ -257,6 +270,7 @@ def main(arguments: Sequence[str]) -> None:
     student, student_tok = load_model(
         str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code, may_shard=True
     )
+    use_template(student_tok, options.chat_template)
     with config.main_process_first(desc="W and audit"):  # the others find them in the cache
         built = [
             build_teacher(*one, Vocabulary.from_tokenizer(student_tok), options, config.device)

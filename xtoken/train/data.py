@@ -213,6 +213,12 @@ def _corpus_texts(path: str | os.PathLike[str], tokenizer: TokenizerLike) -> Ite
         yield vocabulary.decode(documents[k]["student_ids"].numpy()).decode("utf-8", "replace")
 
 
+def has_chats(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> bool:
+    """Whether the first row of one of the files is a chat; folders of aligned corpora are none."""
+    firsts = [next(read_rows([path], text_column), {}) for path in files if not os.path.isdir(path)]
+    return any(row.get("messages") or isinstance(row.get("prompt"), list) for row in firsts)
+
+
 def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:
     """The rows of files, with all their columns; a line of a text file is a row with `text_column`.
 
