@@ -35,7 +35,7 @@ class Side(NamedTuple):
 
     event: Tensor  # [V] in [0, events)
     length: Tensor  # [V] bytes of text
-    order: Tensor  # [V] ids, ascending by their sequences of pieces
+    order: Tensor  # [V] ids, ascending by their sequences of pieces, of which each has its event before its id
     ptr: Tensor  # [V + 1]: token t has pieces[ptr[t] : ptr[t + 1]]
     pieces: Tensor
     joined_ptr: Tensor  # [V + 1]: joined[joined_ptr[t] : joined_ptr[t + 1]] never follow token t in its own tokenizer
@@ -130,10 +130,7 @@ class PieceIndex:
         """The index with events merged."""
         events = (self.student.event.numpy().astype("int64"), self.teacher.event.numpy().astype("int64"))
         event_of, report = calibrate(student, teacher, events, self.events, self._rootless(), texts)
-        data = self.data.clone()
-        data[2] = int(event_of.max()) + 1
-        for side, old in zip(sides(data), events, strict=True):
-            side.event.copy_(torch.from_numpy(event_of[old]))
+        data = _core.merge_events(self.data.numpy(), event_of.astype("int32"))
         return PieceIndex(data, {**self.metadata, "calibration": report.to_json()})
 
     def _rootless(self) -> int:

@@ -30,6 +30,14 @@ void bind_piece_index(py::module_& m) {
         py::arg("teacher_rows"), py::arg("teacher_ptr"), py::arg("teacher_ids"));
 
     m.def(
+        "merge_events",
+        [](const Array<int32_t>& data, const Array<int32_t>& event_of) {
+            return to_array<int32_t>(
+                merge_events(data.data(), static_cast<size_t>(data.size()), to_vector(event_of, "event_of")));
+        },
+        py::arg("data"), py::arg("event_of"));
+
+    m.def(
         "check_piece_index",
         [](const Array<int32_t>& data) { PieceIndex::view(data.data(), static_cast<size_t>(data.size()), true); },
         py::arg("data"));

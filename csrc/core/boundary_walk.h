@@ -11,6 +11,32 @@
 
 namespace xtoken {
 
+// Pieces, tokens of the side `other`, come by their events; those of one event by their ids, and last what it cannot
+// spell.
+template <typename Side>
+struct PieceOrder {
+    const Side& other;
+
+    template <typename Int>
+    XTOKEN_HOST_DEVICE bool operator()(Int a, Int b) const {
+        if (a == b || a >= other.size || b >= other.size) return a < b;
+        return other.event[a] != other.event[b] ? other.event[a] < other.event[b] : a < b;
+    }
+};
+
+// How the first `depth` pieces of a token stand to some known ones: -1, 0, 1.
+template <typename Side, typename Int>
+XTOKEN_HOST_DEVICE int compare_beginning(const Side& side, const Side& other, int32_t token, const int64_t* known,
+                                         Int depth) {
+    for (Int d = 0; d < depth; ++d) {
+        const int32_t at = side.ptr[token] + static_cast<int32_t>(d);
+        if (at >= side.ptr[token + 1]) return -1;
+        const int64_t piece = side.pieces[at];
+        if (piece != known[d]) return PieceOrder<Side>{other}(piece, known[d]) ? -1 : 1;
+    }
+    return 0;
+}
+
 // Finds, one after the other, the places where a token of one side (`part`) starts within a token of the other side
 // (`whole`), whose pieces begin with the `depth` tokens of `part` since. Only where the token that goes on began where
 // a token of the other side began. Side: see PieceSide in core/piece_index.h; the tokens are those of a chunk.

@@ -65,16 +65,6 @@ Pieces usable_pieces(const Vocabulary& vocabulary, const Vocabulary& other, cons
     return result;
 }
 
-std::vector<int32_t> sorted_by_pieces(const Pieces& pieces) {
-    std::vector<int32_t> order(pieces.ptr.size() - 1);
-    std::iota(order.begin(), order.end(), 0);
-    const auto begin = [&](int32_t id) { return pieces.ids.begin() + pieces.ptr[static_cast<size_t>(id)]; };
-    std::stable_sort(order.begin(), order.end(), [&](int32_t a, int32_t b) {
-        return std::lexicographical_compare(begin(a), begin(a + 1), begin(b), begin(b + 1));
-    });
-    return order;
-}
-
 // The tokens with a partner that each token never precedes, see `PieceSide`.
 Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<int32_t>& partner) {
     std::unordered_map<std::string_view, int32_t> id_of;  // of several the one that the tokenizer produces
@@ -100,6 +90,24 @@ Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<int32_t>& p
         result.ptr.push_back(static_cast<int32_t>(n));
     }
     return result;
+}
+
+// Whether the pieces of token a come before those of token b.
+bool is_before(const PieceSide& side, const PieceSide& other, int32_t a, int32_t b) {
+    const auto at = [&](int32_t place) { return side.pieces + side.ptr[place]; };
+    return std::lexicographical_compare(at(a), at(a + 1), at(b), at(b + 1), PieceOrder<PieceSide>{other});
+}
+
+// The order of both sides of an index, from its pieces and events.
+void sort(std::vector<int32_t>& data) {
+    const PieceIndex index = PieceIndex::view(data.data(), data.size(), false);
+    for (size_t s = 0; s < 2; ++s) {
+        const PieceSide& side = index.side[s];
+        int32_t* order = data.data() + (side.order - data.data());
+        std::iota(order, order + side.size, 0);
+        std::stable_sort(order, order + side.size,
+                         [&](int32_t a, int32_t b) { return is_before(side, index.side[1 - s], a, b); });
+    }
 }
 
 Partners partners_of(const TokenPair& pair, const Vocabulary& student, const Vocabulary& teacher) {
@@ -168,17 +176,36 @@ std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabula
             const bool is_text = vocabulary[side]->is_text(id);
             data.push_back(is_text ? static_cast<int32_t>(vocabulary[side]->bytes(id).size()) : 0);
         }
-        append(sorted_by_pieces(pieces[side]));
+        data.resize(data.size() + event[side].size());  // the order
         for (const Pieces* lists : {&pieces[side], &joined[side]}) {
             append(lists->ptr);
             append(lists->ids);
         }
     }
+    sort(data);
     return data;
+}
+
+std::vector<int32_t> merge_events(const int32_t* data, size_t size, const std::vector<int32_t>& event_of) {
+    const PieceIndex index = PieceIndex::view(data, size, true);
+    if (event_of.size() != static_cast<size_t>(index.events)) {
+        value_error("event_of: expected ", index.events, " events, got ", event_of.size());
+    }
+    std::vector<int32_t> result(data, data + size);
+    result[2] = 1 + *std::max_element(event_of.begin(), event_of.end());
+    for (const PieceSide& side : index.side) {
+        int32_t* events = result.data() + (side.event - data);
+        for (int32_t id = 0; id < side.size; ++id) events[id] = event_of[static_cast<size_t>(side.event[id])];
+    }
+    sort(result);
+    return result;
 }
 
 PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
     const auto damaged = [](const auto&... parts) { value_error("pieces: not a piece index: ", parts...); };
+    const auto check = [&](bool fits, size_t s) {
+        if (!fits) damaged("a number of the ", kSideNames[s], "'s part is out of place");
+    };
     if (size < kPieceIndexHead) damaged(size, " numbers");
     for (size_t i = 0; i < kPieceIndexHead; ++i) {
         if (data[i] < (i < 3)) damaged("number ", i, " of its head is ", data[i]);
@@ -203,7 +230,9 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
         side.joined_ptr = side.pieces + data[3 + s];
         side.joined = side.joined_ptr + side.size + 1;
         next = side.joined + data[5 + s];
-        if (!all) continue;
+    }
+    for (size_t s = 0; all && s < 2; ++s) {
+        const PieceSide& side = index.side[s];
         std::vector<bool> seen(static_cast<size_t>(side.size), false);
         bool fits = side.ptr[0] == 0 && side.ptr[side.size] == data[3 + s] && side.joined_ptr[0] == 0 &&
                     side.joined_ptr[side.size] == data[5 + s];
@@ -218,12 +247,15 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
             fits = side.pieces[p] >= 0 && side.pieces[p] <= data[1 - s];
         }
         for (int32_t p = 0; fits && p < data[5 + s]; ++p) fits = side.joined[p] >= 0 && side.joined[p] < side.size;
-        const auto begin = [&](int32_t i) { return side.pieces + side.ptr[side.order[i]]; };
-        const auto end = [&](int32_t i) { return side.pieces + side.ptr[side.order[i] + 1]; };
+        check(fits, s);
+    }
+    for (size_t s = 0; all && s < 2; ++s) {  // events and pieces of both sides are valid
+        const PieceSide& side = index.side[s];
+        bool fits = true;
         for (int32_t i = 1; fits && i < side.size; ++i) {
-            fits = !std::lexicographical_compare(begin(i), end(i), begin(i - 1), end(i - 1));
+            fits = !is_before(side, index.side[1 - s], side.order[i], side.order[i - 1]);
         }
-        if (!fits) damaged("a number of the ", kSideNames[s], "'s part is out of place");
+        check(fits, s);
     }
     return index;
 }
@@ -258,15 +290,8 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
             };
             for (advance(); walk.whole < ours.count[k]; advance()) {
                 const auto [i, j, depth, whole_start, part_start] = walk;
-                // How the first `depth` pieces of a token compare with the tokens before the boundary: -1, 0, 1.
                 const auto compare = [&](int32_t token) {
-                    for (int64_t d = 0; d < depth; ++d) {
-                        const int64_t at = whole.ptr[token] + d;
-                        if (at >= whole.ptr[token + 1]) return -1;
-                        const int64_t piece = whole.pieces[at], wanted = known[j - depth + d];
-                        if (piece != wanted) return piece < wanted ? -1 : 1;
-                    }
-                    return 0;
+                    return compare_beginning(whole, index.side[1 - s], token, known + j - depth, depth);
                 };
                 const int32_t *begin = whole.order, *end = whole.order + whole.size;
                 const int32_t* first = std::partition_point(begin, end, [&](int32_t t) { return compare(t) < 0; });

@@ -26,7 +26,10 @@ struct PieceSide {
     int32_t size;           // V
     const int32_t* event;   // [V] in [0, events)
     const int32_t* length;  // [V] bytes of text
-    const int32_t* order;   // [V] token ids, ascending by their sequences of pieces (a prefix first), then by id
+    // [V] token ids, ascending by their sequences of pieces (a prefix first), then by id. Pieces come by their events
+    // on the other side, then by id: so of the tokens that begin with the same pieces, those that go on with the same
+    // event are neighbours.
+    const int32_t* order;
     const int32_t* ptr;     // [V + 1]: token t has the pieces pieces[ptr[t]] ... pieces[ptr[t + 1] - 1]
     const int32_t* pieces;
     // [V + 1]: after token w the tokenizer never writes joined[joined_ptr[w]] ... joined[joined_ptr[w + 1] - 1], tokens
@@ -55,6 +58,9 @@ struct PieceIndex {
 std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabulary& teacher,
                                        const std::vector<int32_t>& student_rows, const Sequences& student_pieces,
                                        const std::vector<int32_t>& teacher_rows, const Sequences& teacher_pieces);
+
+// The array with event_of[e], numbers from 0 on without gaps, in the place of event e. Throws Error as `view` does.
+std::vector<int32_t> merge_events(const int32_t* data, size_t size, const std::vector<int32_t>& event_of);
 
 // Rows of logits that predict the tokens of each chunk, and those tokens: chunk k has the rows
 // start[k] ... start[k] + count[k] - 1, and next[row] is the token that a row predicts.

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from random import Random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
@@ -84,6 +85,9 @@ def masses(events: list[Any], probabilities: list[float]) -> dict[Any, float]:
     return total
 
 
+Group = frozenset[bytes]
+
+
 def enumerated(
     student: list[bytes],
     teacher: list[bytes],
@@ -95,9 +99,10 @@ def enumerated(
     reverse: bool = False,
     weighting: str = "none",
     before: tuple[bytes, bytes] = (b"", b""),
+    group: Group = frozenset(),
 ) -> tuple[float, bool, int]:
     """The loss of one chunk after some tokens, whether its start has a term, and how many inner ones there are, from
-    the rows of probabilities p and q."""
+    the rows of probabilities p and q, where the texts of a group are one event."""
     terms: list[tuple[int, float, float]] = []  # place, value, the teacher's probability of its realised event
 
     def compare(place: int, mine: dict[Any, float], theirs: dict[Any, float], realised: Any, counts: bool) -> None:
@@ -105,13 +110,17 @@ def enumerated(
         value = divergence(q, p) if reverse else divergence(p, q)
         terms.append((place, value if counts else 0.0, q.get(realised, 0.0)))
 
-    roots = [root(t, student, teacher) for t in student], [root(t, teacher, student) for t in teacher]
+    def event(token: bytes, own: list[bytes], other: list[bytes]) -> Any:
+        found = root(token, own, other)
+        return group if found in group else found
+
+    roots = [event(t, student, teacher) for t in student], [event(t, teacher, student) for t in teacher]
     realised = roots[0][s_ids[0]], roots[1][t_ids[0]]
     known = [
-        {root(t, own, other) for t in own if t in other and w and w + t in own}
+        {event(t, own, other) for t in own if t in other and w and w + t in own}
         for w, own, other in zip(before, (student, teacher), (teacher, student), strict=True)
     ]
-    left_out = known[0] ^ known[1]
+    left_out = known[0] ^ known[1] | (known[0] | known[1]) & {group}
     if left_out.intersection(realised):
         left_out = set()
     starts = [
@@ -120,7 +129,7 @@ def enumerated(
     ]
     agrees = realised[0] == realised[1]
     compare(0, *starts, realised[1], agrees)
-    ends = [
+    places = [
         list(itertools.accumulate((len(v[i]) for i in ids), initial=0))
         for v, ids in ((student, s_ids), (teacher, t_ids))
     ]
@@ -130,18 +139,20 @@ def enumerated(
         own_rows, other_rows = ((p, q), (q, p))[whole]
         pieces = [[other.index(t)] if t in other else cut(t, other) for t in own]
         for i, token in enumerate(own_ids):
-            for j, start in enumerate(ends[1 - whole][:-1]):
-                if not ends[whole][i] < start < ends[whole][i + 1] or ends[whole][i] not in ends[1 - whole]:
+            for j, start in enumerate(places[1 - whole][:-1]):
+                begin, end = places[whole][i : i + 2]
+                if not begin < start < end or begin not in places[1 - whole]:
                     continue
-                since = other_ids[ends[1 - whole].index(ends[whole][i]) : j]
+                since = other_ids[places[1 - whole].index(begin) : j]
                 if pieces[token][: len(since)] != since:
                     continue
                 going = [sequence[: len(since)] == since for sequence in pieces]
+                ends = "ends" if roots[1 - whole][since[0]] != group else None
                 following = [
-                    (s[len(since)] if len(s) > len(since) else "ends") if g else None
+                    (roots[1 - whole][s[len(since)]] if len(s) > len(since) else ends) if g else None
                     for s, g in zip(pieces, going, strict=True)
                 ]
-                events = [t if t in following else "ends" for t in range(len(other))]
+                events = [e if e in following else ends for e in roots[1 - whole]]
                 whole_mass, part_mass = masses(following, own_rows[i]), masses(events, other_rows[j])
                 if whole == 0:
                     compare(start, whole_mass, part_mass, events[other_ids[j]], True)
@@ -175,37 +186,56 @@ def logits_for(seed: int, rows: int, size: int) -> Tensor:
     return 2 * torch.randn(rows, size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def chunk_of(
-    name: str, student: list[bytes] = STUDENT, teacher: list[bytes] = TEACHER
-) -> tuple[PieceIndex, Alignment, list[int], list[int]]:
+GROUPS: dict[str, Group] = {
+    "none": frozenset(), "a is ab": frozenset([b"a", b"ab"]), "a is b is ab": frozenset([b"a", b"b", b"ab"])
+}  # fmt: skip
+groups = pytest.mark.parametrize("group", GROUPS)
+
+
+def index_of(student: list[bytes], teacher: list[bytes], group: Group) -> PieceIndex:
+    """With the texts of a group, which both sides have, as one event."""
+    pieces = PieceIndex.build(Vocabulary(student), Vocabulary(teacher))
+    events = [int(pieces.student.event[student.index(text)]) for text in group]
+    event_of = [min(events) if event in events else event for event in range(pieces.events)]
+    numbers = np.unique(event_of, return_inverse=True)[1].astype(np.int32)
+    return PieceIndex(_core.merge_events(pieces.data.numpy(), numbers))
+
+
+def chunk_of(name: str, group: str = "none") -> tuple[PieceIndex, Alignment, list[int], list[int]]:
     s_texts, t_texts, _ = CHUNKS[name]
-    s_ids, t_ids = [student.index(t) for t in s_texts], [teacher.index(t) for t in t_texts]
+    s_ids, t_ids = [STUDENT.index(t) for t in s_texts], [TEACHER.index(t) for t in t_texts]
     alignment = Alignment([[0, 1, 0, 1], [1, 1 + len(s_ids), 1, 1 + len(t_ids)]], None, [0, *s_ids], [0, *t_ids])
-    return PieceIndex.build(Vocabulary(student), Vocabulary(teacher)), alignment, s_ids, t_ids
+    return index_of(STUDENT, TEACHER, GROUPS[group]), alignment, s_ids, t_ids
 
 
 @pytest.mark.parametrize("weighting", ["none", "teacher"])
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("name", CHUNKS)
-def test_formula_against_enumeration(name: str, reverse: bool, weighting: str) -> None:
-    pieces, alignment, s_ids, t_ids = chunk_of(name)
+@groups
+def test_formula_against_enumeration(group: str, name: str, reverse: bool, weighting: str) -> None:
+    pieces, alignment, s_ids, t_ids = chunk_of(name, group)
     z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
     p, q = z.softmax(-1).tolist(), y.softmax(-1).tolist()
     before = STUDENT[0], TEACHER[0]
-    want, *terms = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, 1.3, reverse, weighting, before)
-    assert sum(terms) == CHUNKS[name][2]
+    want, *terms = enumerated(STUDENT, TEACHER, s_ids, t_ids, p, q, 1.3, reverse, weighting, before, GROUPS[group])
+    if group == "none":
+        assert sum(terms) == CHUNKS[name][2]
     chunks: Any = rows_by_hand(alignment, len(z), len(y))
     options = {"temperature": 1.3, "reverse": reverse, "weighting": weighting}
     got = reference.prefix(z, y, chunks, pieces.data, **options)
     assert_close(got, torch.tensor([want * 1.3**2], dtype=torch.float64), rtol=1e-12)
 
 
+@pytest.mark.parametrize("merged", [False, True])
 @pytest.mark.parametrize("reverse", [False, True])
-def test_formula_over_a_batch(reverse: bool) -> None:
+def test_formula_over_a_batch(reverse: bool, merged: bool) -> None:
     """Every chunk of two samples, boundaries of both kinds among them."""
     case = make_case(31, 29)
     student, teacher = tokens(31, 0), tokens(29, 1)
-    got = prefix_kl_loss(case.student, case.teacher, case.alignment, case.pieces, reverse=reverse, reduction="none")
+    group = frozenset(text for text in student if merged and text in teacher and text[:1] == b"a")
+    assert len(group) > 3 or not merged
+    pieces = index_of(student, teacher, group)
+    got = prefix_kl_loss(case.student, case.teacher, case.alignment, pieces, reverse=reverse, reduction="none")
     used = reference.predictable(case.alignment)
     s_all, t_all = case.alignment.student_ids, case.alignment.teacher_ids
     assert s_all is not None
@@ -219,7 +249,8 @@ def test_formula_over_a_batch(reverse: bool) -> None:
         assert b"".join(student[i] for i in ids[0]) == b"".join(teacher[i] for i in ids[1])
         follows = k > case.alignment.offsets[sample] and case.alignment.spans[k - 1, 1::2].tolist() == [a, c]
         before = (student[s_all[sample, a - 1]], teacher[t_all[sample, c - 1]]) if follows else (b"", b"")
-        want, _, count = enumerated(student, teacher, *ids, p.tolist(), q.tolist(), reverse=reverse, before=before)
+        rows = p.tolist(), q.tolist()
+        want, _, count = enumerated(student, teacher, *ids, *rows, reverse=reverse, before=before, group=group)
         inner += count
         assert_close(got[k], torch.tensor(want, dtype=torch.float64), rtol=1e-10)
     assert inner >= 5
@@ -540,6 +571,18 @@ def test_boundaries_on_every_kernel(name: str, options: str, backend: str) -> No
     pieces, alignment, s_ids, t_ids = chunk_of(name)
     z, y = logits_for(1, len(s_ids) + 1, len(STUDENT)), logits_for(2, len(t_ids) + 1, len(TEACHER))
     compare(backend, z, y, alignment, pieces, torch.tensor([0, *s_ids]), **VARIANTS[options])
+
+
+@kernels
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize("first", [b"a", b"b"])
+def test_merged_events_on_every_kernel(first: bytes, options: str, backend: str) -> None:
+    """Half of the shared texts are one event."""
+    case = make_case(31, 29)
+    student, teacher = tokens(31, 0), tokens(29, 1)
+    pieces = index_of(student, teacher, frozenset(t for t in student if t in teacher and t[:1] == first))
+    labels = torch.arange(case.student[..., 0].numel()).reshape(case.student.shape[:2]) % 31
+    compare(backend, case.student, case.teacher, case.alignment, pieces, labels, **VARIANTS[options])
 
 
 # The tokens of one side, and those of two bytes that the other side has as "5", "9".

@@ -152,7 +152,7 @@ class Chunk {
           h_(take<float>(at, padded(plan_.events) + lanes)),
           others_(take<float>(at, padded(plan_.others) + lanes)),
           inner_(take_events(at, p.most + 1)),
-          piece_(take<int32_t>(at, p.most + 1)),
+          event_(take<int32_t>(at, p.most + 1)),
           begin_(take<int32_t>(at, p.most + 2)),
           values_(take<float>(at, padded(p.most))),
           tokens_(take<int32_t>(at, padded(p.most))),
@@ -348,7 +348,7 @@ class Chunk {
     }
 
     // The events that are left out at the start: of which one tokenizer knows that they do not follow, and the other
-    // does not; none if one is realised.
+    // does not, or not of all that is merged in them; none if one is realised.
     void find_left_out(int32_t student_event, int32_t teacher_event) {
         const StartView &s = plan_.student, &t = plan_.teacher;
         const int64_t own = p_.student_rows.before[k_], other = p_.teacher_rows.before[k_];
@@ -360,7 +360,7 @@ class Chunk {
             const int32_t a = i < end ? s.known[i] : INT32_MAX, b = j < other_end ? t.known[j] : INT32_MAX;
             i += a <= b;
             j += b <= a;
-            if (a == b) continue;
+            if (a == b && plan_.merged[a] == 0) continue;
             const int32_t event = a < b ? a : b;
             if (event == student_event || event == teacher_event) {
                 left_count_ = 0;
@@ -382,15 +382,9 @@ class Chunk {
     template <typename Body>
     void each_left(const StartView& side, Body body) const {
         for (int64_t n = 0; n < left_count_; ++n) {
-            const int32_t place = side.of_event[left_out_[n]];
-            if (place >= 0) {
-                body(place);
-            } else if (place != absent_event) {
-                const int32_t list = -1 - place, k = list / lanes, lane = list % lanes;
-                for (int64_t i = side.lists.start[k]; i < side.lists.start[k + 1] && lane < side.lists.lanes[i]; ++i) {
-                    body(side.lists.tokens[lanes * i + lane]);
-                }
-            }
+            const int32_t event = left_out_[n];
+            if (side.of_event[event] == absent_event) continue;
+            each_token_of(side, event, body);
         }
     }
 
@@ -699,8 +693,9 @@ class Chunk {
                      float* whole_sum, float* part_top, float* part_sum) {
         const PieceSide& whole = plan_.index.side[boundary.whole_side];
         const PieceSide& part = plan_.index.side[1 - boundary.whole_side];
-        // Events are ranges of tokens: those that end here first, then by their next piece.
-        int64_t size = boundary.last - boundary.first, count = 0;
+        const StartView& by_event = boundary.whole_side == 0 ? plan_.teacher : plan_.student;  // of `part`
+        // Events are ranges of tokens: those that end here first, then by the event of the next piece.
+        int64_t size = boundary.last - boundary.first, count = 0, others = 0;
         for (int64_t i = 0; i < size; ++i) {
             const int32_t token = whole.order[boundary.first + i];
             const int64_t at = whole.ptr[token] + boundary.depth;
@@ -710,30 +705,33 @@ class Chunk {
                 break;
             }
             tokens_[i] = token;
-            if (i == 0 || piece != piece_[count - 1]) {
+            const int32_t event = piece < 0 ? -1 : part.event[piece];
+            if (i == 0 || event != event_[count - 1]) {
                 begin_[count] = static_cast<int32_t>(i);
-                piece_[count++] = piece;
+                event_[count++] = event;
+                if (event >= 0) others += by_event.ptr[event + 1] - by_event.ptr[event];
             }
         }
         begin_[count] = static_cast<int32_t>(size);
-        const bool has_ends = count > 0 && piece_[0] < 0;
+        const bool has_ends = count > 0 && event_[0] < 0;
         float ends_share = 1.0f;
-        const int64_t skipped = has_ends && count - 1 == part.size ? 1 : 0;  // no token is left to end with
+        const ChunkRows& part_rows = boundary.whole_side == 0 ? p_.teacher_rows : p_.student_rows;
+        const int32_t known = part.event[part_rows.next[boundary.part_row - boundary.depth]];
+        // It has no token on one side; or where a merged event begins, one side ends for reasons of its own.
+        const int64_t skipped = has_ends && (others == part.size || plan_.merged[known] != 0) ? 1 : 0;
         if (count == skipped) {
             if (p_.weighted) weight_ = 0.0;
             return 0.0f;
         }
 
         sum_ranges(whole_row, size, count, whole_top, whole_sum);
-        for (int64_t e = has_ends; e < count; ++e) {
-            const float x = widened(part_row[piece_[e]]);
-            part_top[e] = p_.lowest > x ? p_.lowest : x;
-            part_sum[e] = 1.0f;
-        }
+        for (int64_t e = has_ends; e < count; ++e) sum_event(part_row, by_event, event_[e], part_top + e, part_sum + e);
         if (has_ends && skipped == 0) {
             memset(without_, 0, static_cast<size_t>(padded(part.size) / lanes) * sizeof(uint16_t));
             for (int64_t e = 1; e < count; ++e) {
-                without_[piece_[e] / lanes] |= static_cast<uint16_t>(1u << piece_[e] % lanes);
+                each_token_of(by_event, event_[e], [&](int32_t token) {
+                    without_[token / lanes] |= static_cast<uint16_t>(1u << token % lanes);
+                });
             }
             const Normaliser rest = exponentials(RemainingRow<P>{part_row, without_, p_.lowest}, part.size, nothing,
                                                  1.0, [](int64_t, Floats) {});
@@ -757,31 +755,44 @@ class Chunk {
             }
             return 0.0f;
         }
-        for (int64_t e = has_ends; e < count; ++e) additions_.add(piece_[e], inner_.slope[e]);
+        const Exponential exp = Exponential::around(0.0f, nothing, 1.0);
+        for (int64_t e = has_ends; e < count; ++e) {
+            each_token_of(by_event, event_[e], [&](int32_t token) {
+                const float x = at_least(widened(part_row[token]), p_.lowest) - part_top[e];
+                additions_.add(token, first_lane(exp(broadcast(x))) * inner_.slope[e]);
+            });
+        }
         return has_ends && skipped == 0 ? inner_.slope[0] * ends_share : 0.0f;
+    }
+
+    // Calls body(token) with a side's tokens of an event.
+    template <typename Body>
+    static void each_token_of(const StartView& side, int32_t event, Body body) {
+        for (int32_t i = side.ptr[event]; i < side.ptr[event + 1]; ++i) body(side.tokens[i]);
     }
 
     // The place of the event of the teacher's realised token, -1 if it has none.
     int64_t realised_event(const InnerBoundary& boundary, int64_t count) const {
         const bool is_whole = boundary.whole_side == 1;
         const int64_t token = p_.teacher_rows.next[is_whole ? boundary.whole_row : boundary.part_row];
-        int64_t piece = token;
+        const PieceSide &student = plan_.index.side[0], &teacher = plan_.index.side[1];
+        int32_t event = teacher.event[token];
         if (is_whole) {
-            const PieceSide& side = plan_.index.side[1];
-            const int64_t at = side.ptr[token] + boundary.depth;
-            piece = at < side.ptr[token + 1] ? side.pieces[at] : -1;
+            const int64_t at = teacher.ptr[token] + boundary.depth;
+            const int32_t piece = at < teacher.ptr[token + 1] ? teacher.pieces[at] : student.size;
+            event = piece < student.size ? student.event[piece] : INT32_MAX;
         }
         int64_t e = 0;
         for (int64_t end = count; e < end;) {  // the first that is not below
             const int64_t middle = (e + end) / 2;
-            if (piece_[middle] < piece) {
+            if (event_[middle] < event) {
                 e = middle + 1;
             } else {
                 end = middle;
             }
         }
-        if (e < count && piece_[e] == piece) return e;
-        return is_whole || piece_[0] >= 0 ? -1 : 0;
+        if (e < count && event_[e] == event) return e;
+        return is_whole || event_[0] >= 0 ? -1 : 0;
     }
 
     // An event's sum relative to its top; with a temperature all is in the top. Returns what makes the exponentials
@@ -818,6 +829,23 @@ class Chunk {
             const float share = temper(total, top + e, sum + e);
             for (int32_t i = begin_[e]; tempered_ && i < begin_[e + 1]; ++i) values_[i] *= share;
         }
+    }
+
+    // Top and sum of an event of one side.
+    template <typename P>
+    void sum_event(const P* row, const StartView& side, int32_t event, float* top, float* sum) const {
+        const int32_t *tokens = side.tokens + side.ptr[event], *end = side.tokens + side.ptr[event + 1];
+        const Floats low = broadcast(nothing);
+        const auto load_from = [&](const int32_t* at) {
+            return only(smaller(lanes, end - at), max(broadcast(p_.lowest), gather(row, at)), low);
+        };
+        Floats tops = low;
+        for (const int32_t* at = tokens; at < end; at += lanes) tops = max(load_from(at), tops);
+        *top = largest(tops);
+        const Exponential exp = Exponential::around(*top, nothing, 1.0);
+        DoubleSum total;
+        for (const int32_t* at = tokens; at < end; at += lanes) total.add(exp(load_from(at)));
+        temper(total.total(), top, sum);
     }
 
     // Adds the term of `count` events to the loss, and finds their slopes. Returns the teacher's probability of event
@@ -942,7 +970,7 @@ class Chunk {
     float* teacher_sum_;  // by the teacher's list: the sums of f, or the reverse's logarithms times temperature
     float *h_, *others_;  // by the student's list; by the student's tokens outside the pairs, in order
     Events inner_;
-    int32_t *piece_, *begin_;
+    int32_t *event_, *begin_;  // of the token that goes on: its next event, and the first token of the range
     float* values_;
     int32_t* tokens_;
     int32_t* left_out_;  // events that the start leaves out

@@ -1,8 +1,10 @@
 // The layout of a piece index for the CPU kernel of prefix KL.
 #include <algorithm>
 #include <memory>
+#include <numeric>
 #include <vector>
 
+#include "core/error.h"
 #include "core/sliced.h"
 #include "cpu/lanes.h"
 #include "cpu/runs.h"
@@ -12,7 +14,9 @@ namespace xtoken::cpu {
 namespace {
 
 struct PlanParams {
-#define XTOKEN_CPU_PREFIX_PLAN(FIELD) FIELD(Values<int32_t>, data, "a piece index, see core/piece_index.h")
+#define XTOKEN_CPU_PREFIX_PLAN(FIELD)                                      \
+    FIELD(Values<int32_t>, data, "a piece index, see core/piece_index.h"); \
+    FIELD(Values<uint8_t>, merged, "[events] whether calibration has merged it from several")
     XTOKEN_FIELDS(XTOKEN_CPU_PREFIX_PLAN)
 };
 
@@ -31,7 +35,7 @@ enum class Kind : char { pair, list, absent };
 struct Start {
     std::vector<int64_t> start;
     std::vector<int32_t> tokens, lanes_with, absent, number;  // `number` by event: that of its list
-    std::vector<int32_t> of_event, known_ptr{0}, known;
+    std::vector<int32_t> of_event, ptr, all, known_ptr{0}, known;
     std::vector<uint16_t> absent_bits, paired_bits;
     StartView view{};
 
@@ -70,6 +74,12 @@ struct Start {
             });
         }
         start = std::move(sliced.start);
+        ptr = tokens_of_events(side, static_cast<int32_t>(kinds.size()));
+        ptr.insert(ptr.begin(), 0);
+        std::partial_sum(ptr.begin(), ptr.end(), ptr.begin());
+        all.resize(side.size + lanes, 0);
+        std::vector<int32_t> next(ptr.begin(), ptr.end() - 1);
+        for (int32_t id = 0; id < side.size; ++id) all[next[side.event[id]]++] = id;
         of_event.assign(kinds.size(), absent_event);
         int64_t most_known = 0;
         for (int32_t id = 0; id < side.size; ++id) {
@@ -86,8 +96,8 @@ struct Start {
         }
         const TokensView view_of_lists{static_cast<int64_t>(start.size()) - 1, start.data(), tokens.data(),
                                        lanes_with.data()};
-        view = {view_of_lists,   absent.data(),    absent_bits.data(), absent_count, paired_bits.data(),
-                of_event.data(), known_ptr.data(), known.data(),       most_known};
+        view = {view_of_lists,   absent.data(), absent_bits.data(), absent_count, paired_bits.data(),
+                of_event.data(), ptr.data(),    all.data(),         known_ptr.data(), known.data(), most_known};
     }
 };
 
@@ -95,8 +105,15 @@ struct Start {
 class PrefixPlan : public PrefixPlanView {
   public:
     // Throws Error if the data is not a piece index.
-    explicit PrefixPlan(const Values<int32_t>& data) : PrefixPlanView{}, data_(data.data, data.data + data.size) {
+    explicit PrefixPlan(const PlanParams& params)
+        : PrefixPlanView{},
+          data_(params.data.data, params.data.data + params.data.size),
+          merged_(params.merged.data, params.merged.data + params.merged.size) {
         index = PieceIndex::view(data_.data(), data_.size(), true);
+        if (merged_.size() != static_cast<size_t>(index.events)) {
+            value_error("merged: expected ", index.events, " events, got ", merged_.size());
+        }
+        merged = merged_.data();
         const PieceSide &students = index.side[0], &teachers = index.side[1];
         const std::vector<Kind> kinds = kinds_of_events();
         events = std::count(kinds.begin(), kinds.end(), Kind::list);
@@ -143,12 +160,14 @@ class PrefixPlan : public PrefixPlanView {
         return kinds;
     }
 
-    std::vector<int32_t> data_, partner_, partner_run_, teacher_list_, other_list_;
+    std::vector<int32_t> data_;
+    std::vector<uint8_t> merged_;
+    std::vector<int32_t> partner_, partner_run_, teacher_list_, other_list_;
     Start student_, teacher_;
 };
 
 std::shared_ptr<const PrefixPlanView> build_plan(const PlanParams& params) {
-    return std::make_shared<const PrefixPlan>(params.data);
+    return std::make_shared<const PrefixPlan>(params);
 }
 
 const Builder builder("prefix_plan", &build_plan);

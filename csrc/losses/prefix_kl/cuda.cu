@@ -43,14 +43,17 @@ struct Workspace {
     int64_t masses;  // of one side's events at the start of a chunk
     int64_t inner;   // one number or half a mass for each event inside a token
     int64_t flags;   // a byte for each of the student's tokens
+    int64_t bits;    // one for each token of a side
 
     __host__ __device__ explicit Workspace(const PrefixPlan& plan)
         : masses(whole(2 * (int64_t{1} + plan.events))),
           inner(whole(int64_t{1} + plan.most)),
-          flags(whole((int64_t{plan.side[0].size} + 3) / 4)) {}
-    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner + flags; }
+          flags(whole((int64_t{plan.side[0].size} + 3) / 4)),
+          bits(whole((larger(plan.side[0].size, plan.side[1].size) + 31) / 32)) {}
+    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner + flags + bits; }
 
   private:
+    __host__ __device__ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
     __host__ __device__ static int64_t whole(int64_t count) {
         return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
     }
@@ -148,10 +151,11 @@ class Chunk {
         start_ = {reinterpret_cast<Mass*>(take(parts.masses)), reinterpret_cast<Mass*>(take(parts.masses)), 0,
                   plan_.events};
         inner_ = {reinterpret_cast<Mass*>(take(2 * parts.inner)), reinterpret_cast<Mass*>(take(2 * parts.inner)), 0, 0};
-        piece_ = reinterpret_cast<int32_t*>(take(parts.inner));
+        event_ = reinterpret_cast<int32_t*>(take(parts.inner));
         begin_ = reinterpret_cast<int32_t*>(take(parts.inner));
         values_ = take(parts.inner);
         left_flags_ = reinterpret_cast<uint8_t*>(take(parts.flags));
+        bits_ = reinterpret_cast<unsigned*>(take(parts.bits));
     }
 
     // By all threads, before the first chunk of a block.
@@ -171,7 +175,7 @@ class Chunk {
         compare_start();
         if (threadIdx.x == 0) shared_.weight = p_.weighted && several ? start_probability() : 1.0;
         for (int i = 0; i < count_; ++i) {
-            sparse_count_ = 0;
+            sparse_count_ = marked_ = 0;
             ends_ = {0.0f, 0.0f};
             if (several) compare_inside(i);
             write(i);
@@ -234,11 +238,12 @@ class Chunk {
         end = own.known + (is_token ? own.known_ptr[token + 1] : 0);
     }
 
-    // Marks the events that only one side's tokenizer knows not to start the chunk, unless one is realised: flags of
-    // pairs, and lists without mass.
+    // Marks the events that only one side's tokenizer knows not to start the chunk, or that are merged and it knows it
+    // of a part, unless one is realised: flags of pairs, and lists without mass.
     __device__ void leave_out() {
         const int32_t realised[2] = {plan_.side[0].event[*student_tokens()], plan_.side[1].event[*teacher_tokens()]};
         const auto is_left_out = [&](int side, int32_t event) {
+            if (plan_.merged[event] != 0) return true;
             const int32_t *begin, *end;
             known(1 - side, begin, end);
             const int count = static_cast<int>(end - begin), at = first_from(begin, count, event);
@@ -346,6 +351,20 @@ class Chunk {
 #pragma unroll
         for (int k = 0; k < N; ++k) x[k] = tokens[k] < 0 ? nothing : clamped(x[k]);
         add(x, row.precise(), mass);
+    }
+
+    // The mass of some tokens; by one thread.
+    __device__ Mass sum_tokens(const AnyRow& row, const int32_t* tokens, int begin, int end) const {
+        constexpr int together = 4;  // loads in flight
+        Mass mass{p_.lowest, 0.0f};
+#pragma unroll 1
+        for (int i = begin; i < end; i += together) {
+            int32_t some[together];
+#pragma unroll
+            for (int k = 0; k < together; ++k) some[k] = i + k < end ? tokens[i + k] : -1;
+            add_tokens(row, some, mass);
+        }
+        return tempered(mass);
     }
 
     // The masses of lists of tokens, into out[event].
@@ -614,60 +633,50 @@ class Chunk {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         const PrefixSide &whole = plan_.side[side], &part = plan_.side[1 - side];
         const int64_t* known = (side == 0 ? teacher_tokens() : student_tokens()) + walk.part - walk.depth;
-        // Where the first `depth` pieces of a token stand to the known ones: -1, 0, 1.
         const auto order = [&](int place) {
-            const int32_t token = whole.order[place];
-            for (int d = 0; d < walk.depth; ++d) {
-                const int32_t at = whole.ptr[token] + d;
-                if (at >= whole.ptr[token + 1]) return -1;
-                if (whole.pieces[at] != known[d]) return whole.pieces[at] < known[d] ? -1 : 1;
-            }
-            return 0;
+            return compare_beginning(whole, part, whole.order[place], known, walk.depth);
         };
         const int first = first_not(0, whole.size, [&](int place) { return order(place) < 0; });
         const int last = first_not(first, whole.size, [&](int place) { return order(place) == 0; });
-        int count = find_events(whole, walk.depth, first, last - first);
+        int count = find_events(whole, part, walk.depth, first, last - first);
         // What nobody can spell comes last.
-        if (count > 0 && piece_[count - 1] == part.size) --count;
-        const bool has_ends = count > 0 && piece_[0] < 0;
-        // No token of the other side is left to end with.
-        const int skipped = has_ends && count - 1 == part.size ? 1 : 0;
+        if (count > 0 && event_[count - 1] == INT32_MAX) --count;
+        const bool has_ends = count > 0 && event_[0] < 0;
+        // Where a merged event begins, one side ends for reasons of its own.
+        const bool is_merged = plan_.merged[part.event[known[0]]] != 0;
 
         Mass *whole_mass = side == 0 ? inner_.student : inner_.teacher,
              *part_mass = side == 0 ? inner_.teacher : inner_.student;
         for (int e = thread; e < count; e += threads) {
-            constexpr int together = 4;  // loads in flight
-            Mass mass{p_.lowest, 0.0f};
-            const int end = begin_[e + 1];
-#pragma unroll 1
-            for (int i = begin_[e]; i < end; i += together) {
-                int32_t tokens[together];
-#pragma unroll
-                for (int k = 0; k < together; ++k) tokens[k] = i + k < end ? whole.order[first + i + k] : -1;
-                add_tokens(whole_row, tokens, mass);
-            }
-            mass = tempered(mass);
+            const Mass mass = sum_tokens(whole_row, whole.order + first, begin_[e], begin_[e + 1]);
             whole_mass[e].top = mass.top;
             whole_mass[e].sum = mass.sum;
-            if (piece_[e] >= 0) {
-                part_mass[e].top = clamped(part_row[piece_[e]]);
-                part_mass[e].sum = 1.0f;
+            if (event_[e] >= 0) {
+                const int32_t* at = part.by_event_ptr + event_[e];
+                const Mass other = sum_tokens(part_row, part.by_event, at[0], at[1]);
+                part_mass[e].top = other.top;
+                part_mass[e].sum = other.sum;
             }
         }
-        if (has_ends && skipped == 0) {
-            const Mass rest = tempered(remaining(part_row, part.size, piece_ + 1, count - 1));
+        if (side == 1 || (has_ends && !is_merged)) mark(part, has_ends, count);
+        if (has_ends && !is_merged) {
+            const Mass rest = remaining(part_row, part.size);
             if (thread == 0) {
-                part_mass[0].top = rest.top;
-                part_mass[0].sum = rest.sum;
+                // without mass, if no token is left to end with
+                const Mass mass = rest.sum == 0.0f ? rest : tempered(rest);
+                part_mass[0].top = mass.top;
+                part_mass[0].sum = mass.sum;
             }
         }
+        __syncthreads();  // the masses are there
+        const int skipped = has_ends && (is_merged || part_mass[0].sum == 0.0f) ? 1 : 0;
         __syncthreads();  // the masses are there
         const Events events{inner_.student, inner_.teacher, skipped, count};
         compare(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}, shared_.inner);
         if (mixed_) add_mixed_term(events, false, shared_.inner);
         if (p_.weighted && thread == 0) {
             const int e = shared_.inner.q == 0.0 ? -1 : realised_event(side, walk, count);
-            shared_.weight *= e < 0 ? 0.0 : probability(inner_.teacher[e], shared_.inner);
+            shared_.weight *= e < 0 || e < skipped ? 0.0 : probability(inner_.teacher[e], shared_.inner);
         }
         if (p_.grad.data == nullptr) return;
         find_slopes(events, shared_.inner);
@@ -675,9 +684,7 @@ class Chunk {
         if (side == 0) {
             spread(whole_row, whole.order + first, walk.depth == 1, count, skipped);
         } else {
-            sparse_ids_ = piece_ + has_ends;
-            sparse_count_ = count - has_ends;
-            for (int n = thread; n < sparse_count_; n += threads) values_[n] = inner_.student[n + has_ends].sum;
+            marked_ = count;
             if (has_ends && skipped == 0) ends_ = inner_.student[0];
         }
         __syncthreads();  // the values are there
@@ -685,32 +692,33 @@ class Chunk {
 
     // The place of the event of the teacher's realised token, -1 if it has none. By one thread.
     __device__ int realised_event(int side, const Walk& walk, int count) const {
-        const PrefixSide& teacher = plan_.side[1];
-        const int32_t token = static_cast<int32_t>(teacher_tokens()[side == 0 ? walk.part : walk.whole]);
-        int32_t piece = token;
-        if (side == 1) {
-            const int32_t at = teacher.ptr[token] + walk.depth;
-            piece = at < teacher.ptr[token + 1] ? teacher.pieces[at] : -1;
-        }
-        const int e = first_from(piece_, count, piece);
-        if (e < count && piece_[e] == piece) return e;
-        return side == 1 || piece_[0] >= 0 ? -1 : 0;
+        const PrefixSide &student = plan_.side[0], &teacher = plan_.side[1];
+        const int64_t token = teacher_tokens()[side == 0 ? walk.part : walk.whole];
+        const int32_t event = side == 0 ? teacher.event[token] : next_event(teacher, student, token, walk.depth);
+        const int e = first_from(event_, count, event);
+        if (e < count && event_[e] == event) return e;
+        return side == 1 || event_[0] >= 0 ? -1 : 0;
     }
 
-    // The events of `size` tokens from order[first] on, into piece_ and begin_: ranges with the same next piece, -1 for
-    // none. Returns how many.
-    __device__ int find_events(const PrefixSide& whole, int depth, int first, int size) {
+    // The event of a token's next piece after `depth`: -1 for none, INT32_MAX for one that nobody can spell.
+    __device__ static int32_t next_event(const PrefixSide& whole, const PrefixSide& part, int64_t token, int depth) {
+        const int32_t at = whole.ptr[token] + depth;
+        if (at >= whole.ptr[token + 1]) return -1;
+        const int32_t piece = whole.pieces[at];
+        return piece < part.size ? part.event[piece] : INT32_MAX;
+    }
+
+    // The events of `size` tokens from order[first] on, into event_ and begin_: ranges with the same next one. Returns
+    // how many.
+    __device__ int find_events(const PrefixSide& whole, const PrefixSide& part, int depth, int first, int size) {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         const int lane = thread % warp_size, warp = thread / warp_size;
-        const auto piece_of = [&](int i) {
-            const int32_t token = whole.order[first + i], at = whole.ptr[token] + depth;
-            return at < whole.ptr[token + 1] ? whole.pieces[at] : -1;
-        };
+        const auto event_of = [&](int i) { return next_event(whole, part, whole.order[first + i], depth); };
         int count = 0;
         for (int base = 0; base < size; base += threads) {
             const int i = base + thread;
-            const int32_t piece = i < size ? piece_of(i) : -1;
-            const bool is_new = i < size && (i == 0 || piece_of(i - 1) != piece);
+            const int32_t event = i < size ? event_of(i) : -1;
+            const bool is_new = i < size && (i == 0 || event_of(i - 1) != event);
             const unsigned found = __ballot_sync(all_lanes, is_new);
             if (lane == 0) shared_.found[warp] = __popc(found);
             __syncthreads();  // the numbers are there
@@ -721,7 +729,7 @@ class Chunk {
             }
             if (is_new) {
                 const int e = before + __popc(found & ((1u << lane) - 1u));
-                piece_[e] = piece;
+                event_[e] = event;
                 begin_[e] = i;
             }
             __syncthreads();  // the numbers may be overwritten
@@ -731,22 +739,29 @@ class Chunk {
         return count;
     }
 
-    // The mass of the tokens of a row that are not among some ascending ones.
-    __device__ Mass remaining(const AnyRow& row, int size, const int32_t* without, int count) {
+    // Sets the bits of a side's tokens in the events event_[first] ... event_[count - 1].
+    __device__ void mark(const PrefixSide& side, int first, int count) {
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        for (int word = thread; word < (side.size + 31) / 32; word += threads) bits_[word] = 0;
+        __syncthreads();  // all bits are clear
+        for (int e = first + thread; e < count; e += threads) {
+            for (int i = side.by_event_ptr[event_[e]]; i < side.by_event_ptr[event_[e] + 1]; ++i) {
+                const int32_t token = side.by_event[i];
+                atomicOr(bits_ + token / 32, 1u << token % 32);
+            }
+        }
+        __syncthreads();  // the bits are there
+    }
+    __device__ bool is_marked(int token) const { return (bits_[token / 32] >> token % 32 & 1u) != 0; }
+
+    // The mass of the tokens of a row that are not marked.
+    __device__ Mass remaining(const AnyRow& row, int size) {
         Mass mass{p_.lowest, 0.0f};
         each_vector(row, size, [&](int i, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
-            int place = first_from(without, count, i);
-            int next = place < count ? without[place] : size;
             float kept[N];
 #pragma unroll
-            for (int k = 0; k < N; ++k) {
-                kept[k] = clamped(x[k]);
-                if (i + k == next) {
-                    kept[k] = nothing;
-                    next = ++place < count ? without[place] : size;
-                }
-            }
+            for (int k = 0; k < N; ++k) kept[k] = is_marked(i + k) ? nothing : clamped(x[k]);
             add(kept, row.precise(), mass);
         });
         const float top = block_max(mass.top, shared_.sums);
@@ -831,12 +846,24 @@ class Chunk {
 #pragma unroll
                     for (int k = 0; k < N; ++k) g[k] *= ends.sum;
                 }
+                if (marked_ != 0) {
+#pragma unroll
+                    for (int k = 0; k < N; ++k) {
+                        if (is_marked(s + k)) g[k] = inner_gradient(s + k, x[k]);
+                    }
+                }
                 finish(label, s, x, g);
             });
         }
         if (sparse_count_ == 0) return;
         __syncthreads();  // the row is there
         for (int n = thread; n < sparse_count_; n += threads) narrow(values_[n], grad[sparse_ids_[n]]);
+    }
+
+    // Of a token that is an event inside a token, or one of several.
+    __device__ float inner_gradient(int token, float x) const {
+        const Mass own = inner_.student[first_from(event_, marked_, plan_.side[0].event[token])];
+        return exponential(clamped(x) - own.top, sizeof(S) == 4) * own.sum;
     }
 
     template <int N>
@@ -864,11 +891,13 @@ class Chunk {
     MixedDivergence divergence_;
     AnyRow y_;  // the teacher's first row
     Events start_, inner_;
-    int32_t *piece_, *begin_;  // of the events inside a token: the next piece, and the first token of the range
+    int32_t *event_, *begin_;  // of the events inside a token: which it is, and the first token of the range
     // The sparse part of a row's gradient, and what its other tokens have: exp(z - top) * sum.
     float* values_;
     uint8_t* left_flags_;  // of the student's tokens in pairs that are left out
     bool left_out_ = false;
+    unsigned* bits_;  // of the tokens that are events inside a token of the other side
+    int marked_ = 0;  // events whose student tokens are marked in bits_
     const int32_t* sparse_ids_ = nullptr;
     int sparse_count_ = 0;
     Mass ends_{0.0f, 0.0f};

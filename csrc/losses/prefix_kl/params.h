@@ -39,6 +39,10 @@ struct StartView {
     const uint16_t* paired_bits;  // [padded tokens / 16] one bit a token
     // [events] the token of a pair; -1 - the number of a list; `absent_event` if the other side lacks it.
     const int32_t* of_event;
+    // [events + 1], tokens: those of event e are tokens[ptr[e]] ... tokens[ptr[e + 1] - 1], and 16 numbers more can be
+    // read.
+    const int32_t* ptr;
+    const int32_t* tokens;
     // [tokens + 1], events: those known not to follow token w are known[known_ptr[w]] ... known[known_ptr[w + 1] - 1],
     // ascending; at most `most_known`.
     const int32_t* known_ptr;
@@ -51,6 +55,7 @@ struct StartView {
 struct PrefixPlanView {
     static constexpr const char* kind = "prefix_plan";
     PieceIndex index;
+    const uint8_t* merged;  // [events] whether calibration has merged it from several
     // Teacher ids of the students' pairs; else the slot behind `padded teachers`, which is zero.
     const int32_t* partner;      // [padded students]
     const int32_t* partner_run;  // [padded students / 16] the first, if the others that are paired follow; else -1
@@ -108,6 +113,8 @@ struct PrefixSide {
     FIELD(const int32_t*, order, "[size]");         \
     FIELD(const int32_t*, ptr, "[size + 1]");       \
     FIELD(const int32_t*, pieces, "[ptr[size]]");   \
+    FIELD(const int32_t*, by_event_ptr, "[events + 1]"); \
+    FIELD(const int32_t*, by_event, "[size] the tokens of each event"); \
     FIELD(const int32_t*, known_ptr, "[size + 1]"); \
     FIELD(const int32_t*, known, "[known_ptr[size]] events that do not follow a token, ascending")
     XTOKEN_FIELDS(XTOKEN_PREFIX_SIDE)
@@ -125,6 +132,7 @@ struct PrefixPlan {
     FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                             \
     FIELD(const int32_t*, place, "[all events] the student's token of a pair, -1 - the number, or `absent_event`"); \
     FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it");           \
+    FIELD(const uint8_t*, merged, "[all events] whether calibration has merged it from several"); \
     FIELD(int32_t, most, "tokens of a side whose first piece is the same, at most")
     XTOKEN_FIELDS(XTOKEN_PREFIX_PLAN)
 };

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from xtoken import _core
@@ -11,12 +12,16 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 from xtoken.losses.prefix_kl import PrefixKL
+from xtoken.losses.prefix_kl.formula import merged_events
+from xtoken.pieces import sides
 
 _PLANS = Cached[_core.Built]()
 
 
 def _plan_of(pieces: Tensor) -> _core.Built:
-    return _core.build("prefix_plan", {"data": array(pieces.cpu())})
+    data = pieces.cpu()
+    merged = merged_events(sides(data), int(data[2])).to(torch.uint8)
+    return _core.build("prefix_plan", {"data": array(data), "merged": array(merged)})
 
 
 def run(

@@ -15,6 +15,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.prefix_kl import PrefixKL
+from xtoken.losses.prefix_kl.formula import merged_events
 from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 from xtoken.pieces import Side, sides
 
@@ -38,10 +39,10 @@ class TokenLists:
 
 
 class Lists(NamedTuple):
-    """Events that do not follow each token."""
+    """Some numbers for each of others, ascending."""
 
-    ptr: Tensor  # int32 [V + 1]
-    events: Tensor  # int32 [ptr[V]], ascending for each token
+    ptr: Tensor  # int32 [count + 1]
+    numbers: Tensor  # int32 [ptr[count]]
 
 
 ABSENT = -(2**31)
@@ -53,32 +54,35 @@ class PrefixPlan:
     """A piece index on a device; see csrc/losses/prefix_kl/params.h."""
 
     sides: tuple[Side, Side]
+    by_event: tuple[Lists, Lists]
     known: tuple[Lists, Lists]
     slot: Tensor  # int32 [V_student]
     events: int
     student_lists: TokenLists
     teacher_lists: TokenLists
     place: Tensor  # int32 [all events]
+    merged: Tensor  # uint8 [all events]
     number: Tensor  # int32 [V_teacher]
     most: int
 
     def fields(self, memory: Memory) -> dict[str, Any]:
         """A `PrefixPlan` of csrc."""
 
-        def side(one: Side, known: Lists) -> dict[str, Any]:
-            names = "event", "length", "order", "ptr", "pieces"
-            tensors = {name: memory.input(getattr(one, name)) for name in names}
-            lists = {"known_ptr": memory.input(known.ptr), "known": memory.input(known.events)}
-            return {"size": len(one.event), **tensors, **lists}
+        def side(one: Side, by_event: Lists, known: Lists) -> dict[str, Any]:
+            tensors = {name: getattr(one, name) for name in ("event", "length", "order", "ptr", "pieces")}
+            tensors |= {"by_event_ptr": by_event.ptr, "by_event": by_event.numbers}
+            tensors |= {"known_ptr": known.ptr, "known": known.numbers}
+            return {"size": len(one.event), **{name: memory.input(tensor) for name, tensor in tensors.items()}}
 
         return {
-            "side": [side(*one) for one in zip(self.sides, self.known, strict=True)],
+            "side": [side(*one) for one in zip(self.sides, self.by_event, self.known, strict=True)],
             "slot": memory.input(self.slot),
             "events": self.events,
             "student_lists": self.student_lists.fields(memory),
             "teacher_lists": self.teacher_lists.fields(memory),
             "place": memory.input(self.place),
             "number": memory.input(self.number),
+            "merged": memory.input(self.merged),
             "most": self.most,
         }
 
@@ -98,8 +102,14 @@ def _token_lists(
     return TokenLists(made.shared, made.start, made.put(tokens, -1), torch.from_numpy(number[owner]).int()), number
 
 
+def _by_event(side: Side, events: int, device: torch.device) -> Lists:
+    """The tokens of each event."""
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), side.event.bincount(minlength=events).cumsum(0)])
+    return Lists(ptr.int().to(device), side.event.sort(stable=True).indices.int().to(device))
+
+
 def _known(side: Side, events: int, device: torch.device) -> Lists:
-    """Of the tokens of a side."""
+    """The events that do not follow each token."""
     size = len(side.event)
     owner = np.repeat(np.arange(size), side.joined_ptr.diff().numpy())
     pairs = np.unique(owner * events + side.event[side.joined.long()].numpy())
@@ -134,12 +144,14 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
 
     return PrefixPlan(
         (Side(*(x.to(device) for x in both[0])), Side(*(x.to(device) for x in both[1]))),
+        (_by_event(both[0], events, device), _by_event(both[1], events, device)),
         (_known(both[0], events, device), _known(both[1], events, device)),
         synchronized(torch.from_numpy(slot.astype(np.int32)).to(device)),
         len(listed),
         tensors_to(student_lists, device),
         tensors_to(teacher_lists, device),
         torch.from_numpy(place.astype(np.int32)).to(device),
+        merged_events(both, events).to(device, torch.uint8),
         synchronized(torch.from_numpy(numbers.astype(np.int32)).to(device)),
         most,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+import math
 from collections.abc import Iterator
 
 import torch
@@ -104,7 +105,8 @@ def prefix(
     starts = chunks.student.start, chunks.teacher.start
     events = roots[0].expand(len(chunks), -1), roots[1].expand(len(chunks), -1)
     realised = _first_events(chunks, roots)
-    left_out = _cannot_follow(chunks, sides, int(pieces[2]), realised)
+    merged = merged_events(sides, int(pieces[2])).to(device)
+    left_out = _cannot_follow(chunks, sides, merged, realised)
     loss, probability = compare(starts, events, int(pieces[2]), left_out)
     loss = loss.masked_fill(realised[0] != realised[1], 0)
 
@@ -117,15 +119,27 @@ def prefix(
             continue
         rows, depth, *tokens = (whole_row[index], part_row[index]), *boundaries[index, 4:].unbind(1)
         whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
+        left_out = torch.zeros(len(index), count, dtype=torch.bool, device=device)
+        known = (chunks.teacher, chunks.student)[whole].next_ids[part_row[index] - depth]
+        left_out[:, 0] = merged[sides[1 - whole].event.to(device).long()[known]]
         found = whole_events, part_events
         if whole == 1:
             rows, found = rows[::-1], found[::-1]
-        terms, probabilities = compare(rows, found, count)
+        terms, probabilities = compare(rows, found, count, left_out)
         inner = inner.index_copy(0, index, terms)
         inner_probability[index] = probabilities
     if weighting == "teacher":
         inner = inner * _of_prefixes(probability, inner_probability, chunk, student_row)
     return loss.index_add(0, chunk, inner) * temperature**2
+
+
+def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
+    """bool [count]: the events in which tokens of one side have different partners."""
+    student, teacher = sides
+    single = (student.ptr.diff() == 1).nonzero()[:, 0]
+    partner = student.pieces[student.ptr[single].long()]
+    pairs = torch.stack([student.event[single], partner])[:, partner < len(teacher.event)].unique(dim=1)
+    return pairs[0].bincount(minlength=count) > 1
 
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
@@ -144,7 +158,9 @@ def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return events[0], events[1]
 
 
-def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], count: int, realised: tuple[Tensor, Tensor]) -> Tensor:
+def _cannot_follow(
+    chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, realised: tuple[Tensor, Tensor]
+) -> Tensor:
     """bool [K, count]: the events of which only one tokenizer knows that they do not start the chunk, see `prefix`."""
     known = []
     for rows, side in zip((chunks.student, chunks.teacher), sides, strict=True):
@@ -156,9 +172,9 @@ def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], count: int, realise
         first, counts = ptr[token], (ptr[token + 1] - ptr[token]) * is_token
         owner = torch.repeat_interleave(torch.arange(len(token), device=device), counts)
         place = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts - first)[owner]
-        known.append(torch.zeros(len(token), count, dtype=torch.bool, device=device))
+        known.append(torch.zeros(len(token), len(merged), dtype=torch.bool, device=device))
         known[-1][owner, event[joined[place]]] = True
-    left_out = known[0] != known[1]
+    left_out = (known[0] | known[1]) & ~(known[0] & known[1] & ~merged)
     happened = torch.stack([left_out.gather(1, one[:, None])[:, 0] for one in realised]).any(0)
     return left_out & ~happened[:, None]
 
@@ -204,7 +220,8 @@ def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
         for whole, part in ((0, 1), (1, 0)):
             for i, first, j in _inside(sides[whole], tokens[whole], tokens[part], places[whole], places[part]):
                 known = tokens[part][first:j]
-                found.append([chunk, whole, rows[whole][i], rows[part][j], j - first, *_ranks(sides[whole], known)])
+                ranks = _ranks(sides[whole], sides[part], known)
+                found.append([chunk, whole, rows[whole][i], rows[part][j], j - first, *ranks])
     return torch.tensor(found, dtype=torch.int64).reshape(-1, 7)
 
 
@@ -241,14 +258,17 @@ def _pieces_of(side: Side, token: int) -> list[int]:
     return side.pieces[side.ptr[token] : side.ptr[token + 1]].tolist()
 
 
-def _ranks(side: Side, known: list[int]) -> tuple[int, int]:
+def _ranks(side: Side, other: Side, known: list[int]) -> tuple[int, int]:
     """The part of `order` whose tokens begin with the known pieces: a range, since it is sorted by pieces."""
 
-    def begin_of(rank: int) -> list[int]:
-        return _pieces_of(side, int(side.order[rank]))[: len(known)]
+    def in_order(pieces: list[int]) -> list[tuple[float, int]]:
+        return [(int(other.event[piece]) if piece < len(other.event) else math.inf, piece) for piece in pieces]
 
-    ranks = range(len(side.order))
-    return bisect.bisect_left(ranks, known, key=begin_of), bisect.bisect_right(ranks, known, key=begin_of)
+    def begin_of(rank: int) -> list[tuple[float, int]]:
+        return in_order(_pieces_of(side, int(side.order[rank]))[: len(known)])
+
+    ranks, wanted = range(len(side.order)), in_order(known)
+    return bisect.bisect_left(ranks, wanted, key=begin_of), bisect.bisect_right(ranks, wanted, key=begin_of)
 
 
 def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:
@@ -257,24 +277,28 @@ def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Te
     0 is "ends"; a token of the whole side that takes no part has the number of events.
     """
     device = depth.device
-    order, ptr, pieces = (values.to(device).long() for values in (whole.order, whole.ptr, whole.pieces))
+    order, ptr, pieces, part_event = (
+        values.to(device).long() for values in (whole.order, whole.ptr, whole.pieces, part.event)
+    )
+    part_count = int(part_event.max()) + 1
     sizes = last - first
     boundary = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
     rank = torch.arange(len(boundary), device=device) - (sizes.cumsum(0) - sizes - first)[boundary]
     token = order[rank]
     at = ptr[token] + depth[boundary]
-    piece = torch.where(at < ptr[token + 1], pieces[at.clamp_max(len(pieces) - 1)], -1)
-    is_new = piece >= 0
-    is_new[1:] &= (piece[1:] != piece[:-1]) | (boundary[1:] != boundary[:-1])
+    piece = pieces[at.clamp_max(len(pieces) - 1)]
+    following = torch.cat([part_event, part_event.new_tensor([part_count])])[piece]
+    following = torch.where(at < ptr[token + 1], following, -1)
+    is_new = following >= 0
+    is_new[1:] &= (following[1:] != following[:-1]) | (boundary[1:] != boundary[:-1])
     counts = torch.zeros_like(sizes).index_add(0, boundary, is_new.long())
-    event = torch.where(piece < 0, 0, is_new.cumsum(0) - (counts.cumsum(0) - counts)[boundary])
+    event = torch.where(following < 0, 0, is_new.cumsum(0) - (counts.cumsum(0) - counts)[boundary])
     count = 1 + int(counts.max())
     whole_events = torch.full((len(sizes), len(order)), count, device=device)
     whole_events[boundary, token] = event
-    part_events = torch.zeros(len(sizes), len(part.event), dtype=torch.int64, device=device)
-    is_token = (piece >= 0) & (piece < len(part.event))
-    part_events[boundary[is_token], piece[is_token]] = event[is_token]
-    return whole_events, part_events, count
+    of_part = torch.zeros(len(sizes), part_count + 1, dtype=torch.int64, device=device)
+    of_part[boundary[following >= 0], following[following >= 0]] = event[following >= 0]
+    return whole_events, of_part[:, part_event], count
 
 
 def _event_log_mass(logits: Tensor, events: Tensor, count: int) -> Tensor:
