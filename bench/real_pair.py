@@ -81,7 +81,9 @@ def _piece_index(arrays: dict[str, NDArray[Any]]) -> xtoken.PieceIndex:
     event = _events(lists)
     sides = []
     for side, name in enumerate(names):
-        order = np.array(sorted(range(len(lists[side])), key=lists[side].__getitem__), np.int32)
+        keys = np.append(event[1 - side], np.iinfo(np.int32).max)  # pieces by events first
+        sequences = [[(int(keys[piece]), piece) for piece in one] for one in lists[side]]
+        order = np.array(sorted(range(len(sequences)), key=sequences.__getitem__), np.int32)
         lengths = arrays[f"{name}_lengths"].astype(np.int32)
         joined = np.zeros(len(order) + 1, np.int32), np.zeros(0, np.int32)  # they take the bytes
         sides.append(Side(event[side], lengths, order, ptr[side], pieces[side], *joined))

@@ -30,7 +30,7 @@ struct PieceSide {
     // on the other side, then by id: so of the tokens that begin with the same pieces, those that go on with the same
     // event are neighbours.
     const int32_t* order;
-    const int32_t* ptr;     // [V + 1]: token t has the pieces pieces[ptr[t]] ... pieces[ptr[t + 1] - 1]
+    const int32_t* ptr;  // [V + 1]: token t has the pieces pieces[ptr[t]] ... pieces[ptr[t + 1] - 1]
     const int32_t* pieces;
     // [V + 1]: after token w the tokenizer never writes joined[joined_ptr[w]] ... joined[joined_ptr[w + 1] - 1], tokens
     // of its own with a partner, ascending: both together are a token.

@@ -96,8 +96,8 @@ struct Start {
         }
         const TokensView view_of_lists{static_cast<int64_t>(start.size()) - 1, start.data(), tokens.data(),
                                        lanes_with.data()};
-        view = {view_of_lists,   absent.data(), absent_bits.data(), absent_count, paired_bits.data(),
-                of_event.data(), ptr.data(),    all.data(),         known_ptr.data(), known.data(), most_known};
+        view = {view_of_lists, absent.data(), absent_bits.data(), absent_count, paired_bits.data(), of_event.data(),
+                ptr.data(),    all.data(),    known_ptr.data(),   known.data(), most_known};
     }
 };
 

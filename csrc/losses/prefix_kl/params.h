@@ -106,16 +106,16 @@ struct TokenLists {
 
 // One vocabulary of a piece index; see PieceSide in core/piece_index.h.
 struct PrefixSide {
-#define XTOKEN_PREFIX_SIDE(FIELD)                   \
-    FIELD(int32_t, size, "tokens");                 \
-    FIELD(const int32_t*, event, "[size]");         \
-    FIELD(const int32_t*, length, "[size]");        \
-    FIELD(const int32_t*, order, "[size]");         \
-    FIELD(const int32_t*, ptr, "[size + 1]");       \
-    FIELD(const int32_t*, pieces, "[ptr[size]]");   \
-    FIELD(const int32_t*, by_event_ptr, "[events + 1]"); \
+#define XTOKEN_PREFIX_SIDE(FIELD)                                       \
+    FIELD(int32_t, size, "tokens");                                     \
+    FIELD(const int32_t*, event, "[size]");                             \
+    FIELD(const int32_t*, length, "[size]");                            \
+    FIELD(const int32_t*, order, "[size]");                             \
+    FIELD(const int32_t*, ptr, "[size + 1]");                           \
+    FIELD(const int32_t*, pieces, "[ptr[size]]");                       \
+    FIELD(const int32_t*, by_event_ptr, "[events + 1]");                \
     FIELD(const int32_t*, by_event, "[size] the tokens of each event"); \
-    FIELD(const int32_t*, known_ptr, "[size + 1]"); \
+    FIELD(const int32_t*, known_ptr, "[size + 1]");                     \
     FIELD(const int32_t*, known, "[known_ptr[size]] events that do not follow a token, ascending")
     XTOKEN_FIELDS(XTOKEN_PREFIX_SIDE)
 };
@@ -132,7 +132,7 @@ struct PrefixPlan {
     FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                             \
     FIELD(const int32_t*, place, "[all events] the student's token of a pair, -1 - the number, or `absent_event`"); \
     FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it");           \
-    FIELD(const uint8_t*, merged, "[all events] whether calibration has merged it from several"); \
+    FIELD(const uint8_t*, merged, "[all events] whether calibration has merged it from several");                   \
     FIELD(int32_t, most, "tokens of a side whose first piece is the same, at most")
     XTOKEN_FIELDS(XTOKEN_PREFIX_PLAN)
 };

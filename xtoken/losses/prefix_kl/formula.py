@@ -158,9 +158,7 @@ def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return events[0], events[1]
 
 
-def _cannot_follow(
-    chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, realised: tuple[Tensor, Tensor]
-) -> Tensor:
+def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, realised: tuple[Tensor, Tensor]) -> Tensor:
     """bool [K, count]: the events of which only one tokenizer knows that they do not start the chunk, see `prefix`."""
     known = []
     for rows, side in zip((chunks.student, chunks.teacher), sides, strict=True):
