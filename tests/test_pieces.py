@@ -38,7 +38,7 @@ def test_by_hand() -> None:
     assert student.length.tolist() == [1, 1, 2, 2, 3, 1]
     sequences = [student.pieces[student.ptr[t] : student.ptr[t + 1]].tolist() for t in range(6)]
     assert sequences == [[2], [0], [0, 2], [1], [1, 2], [4]]
-    assert student.order.tolist() == [1, 2, 3, 4, 0, 5]
+    assert student.order.tolist() == [0, 1, 2, 3, 4, 5]  # by the events of the pieces
     assert teacher.pieces.tolist() == [1, 3, 0, 0, 1]
     # "95" and "99" are tokens, and "995" is "99" and "5"; "95", the rest of "995" after "9", has no partner.
     assert (student.joined_ptr.diff().tolist(), student.joined.tolist()) == ([0, 2, 0, 1, 0, 0], [0, 1, 0])
