@@ -45,13 +45,15 @@ def prefix(
     A tokenizer that has "1" and "12" writes "1" only where no "2" follows, so after "1" its model knows more of what
     comes than one whose digits stand alone. The events of a shared token that together with the token before the chunk
     is a token of the one side, and likewise not of the other, are left out on both, as if they had no tokens; unless
-    one is realised.
+    one is realised. An event that calibration has merged is left out even if both sides have such a token, since they
+    may know it of different parts of the event.
 
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
-    predicts the token that continues; their event is the next piece, or "ends" if there is none. Of "part" all tokens
-    are counted, at the row that predicts the token that starts; the event of a token is itself if it is such a next
-    piece, else "ends".
+    predicts the token that continues; their event is that of the next piece, or "ends" if there is none. Of "part" all
+    tokens are counted, at the row that predicts the token that starts; the event of a token is as above if a next piece
+    has it, else "ends". Where the first of the d belongs to a merged event, "ends" is left out: the other tokens of
+    this event end there for reasons that "whole" does not share.
 
     An event that has no token on one side is left out on both. An inner boundary has no term if no such d tokens exist,
     for example where tokens of both sides overlap without a common start.
@@ -79,8 +81,10 @@ def prefix(
     dtype, divergence = statistics_dtype(student_logits, teacher_logits), Divergence.of(reverse, beta, skew)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
     boundaries = _inner_boundaries(chunks, pieces).to(device)
-    assert chunks.teacher.next_ids is not None
-    teacher_ids = chunks.teacher.next_ids
+    student_ids, teacher_ids = chunks.student.next_ids, chunks.teacher.next_ids
+    assert student_ids is not None
+    assert teacher_ids is not None
+    next_ids = student_ids, teacher_ids
 
     def compare(
         rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int, left_out: Tensor | None = None
@@ -120,8 +124,7 @@ def prefix(
         rows, depth, *tokens = (whole_row[index], part_row[index]), *boundaries[index, 4:].unbind(1)
         whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
         left_out = torch.zeros(len(index), count, dtype=torch.bool, device=device)
-        known = (chunks.teacher, chunks.student)[whole].next_ids[part_row[index] - depth]
-        left_out[:, 0] = merged[sides[1 - whole].event.to(device).long()[known]]
+        left_out[:, 0] = merged[roots[1 - whole][next_ids[1 - whole][part_row[index] - depth]]]
         found = whole_events, part_events
         if whole == 1:
             rows, found = rows[::-1], found[::-1]
@@ -139,7 +142,7 @@ def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
     single = (student.ptr.diff() == 1).nonzero()[:, 0]
     partner = student.pieces[student.ptr[single].long()]
     pairs = torch.stack([student.event[single], partner])[:, partner < len(teacher.event)].unique(dim=1)
-    return pairs[0].bincount(minlength=count) > 1
+    return torch.bincount(pairs[0], minlength=count) > 1
 
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
