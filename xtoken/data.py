@@ -30,7 +30,7 @@ KEPT_GROUPS = 8
 class AlignedDataset(Dataset[dict[str, Any]]):
     """The documents of an aligned corpus, by number, in the order of the input.
 
-    Opening a corpus costs its index alone. A document costs reading and checking its row group, about a millisecond,
+    Opening a corpus costs its index alone. A document costs reading and checking its row group, some two milliseconds,
     and its neighbours come free: the checksums of pages and row group, ids within the vocabularies, spans within the
     ids. Can be sent to the workers of a DataLoader by either start method; each process opens the shards for itself.
 

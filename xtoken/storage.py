@@ -371,11 +371,11 @@ def check_fingerprints(
 ) -> None:
     """Raises ValueError if the argument `name` was built for other tokenizers than those given (None: not given)."""
     recorded = {side: metadata.get(f"{side}_fingerprint") for side in ("student", "teacher")}
-    for side, built_for, got in other_tokenizers(recorded, student_tok, teacher_tok):
+    given = [None if one is None else Vocabulary.from_tokenizer(one) for one in (student_tok, teacher_tok)]
+    for side, built_for, got in other_tokenizers(recorded, *given):
         other = f"another {side} tokenizer (fingerprint {built_for}) than {side}_tok ({got})"
         hint = f"build it again with {type(made).__name__}.build, or xtoken project"
         raise ValueError(f"{name}: built for {other}; {hint}")
-    for side, size, tokenizer in zip(recorded, made.shape, (student_tok, teacher_tok), strict=True):
-        tokens = size if tokenizer is None else len(Vocabulary.from_tokenizer(tokenizer))
-        if recorded[side] and size != tokens:
-            raise ValueError(f"{name}: expected the {tokens} tokens of {side}_tok, got {size}")
+    for side, size, one in zip(recorded, made.shape, given, strict=True):
+        if recorded[side] and one is not None and size != len(one):
+            raise ValueError(f"{name}: expected the {len(one)} tokens of {side}_tok, got {size}")

@@ -478,7 +478,7 @@ def cache_teacher(
     shard_tokens: int = SHARD_TOKENS,
     advance: Any = None,
 ) -> TeacherCache:
-    """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 40 a document, about.
+    """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 48 a document, about.
 
     Raises ValueError if logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume`
     meets other documents; and as `TeacherCacheWriter`.

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias, TypeVar
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
 from xtoken.projection import ProjectionMatrix
-from xtoken.storage import write_atomically
+from xtoken.storage import Index
 from xtoken.vocabulary import Vocabulary
 
 Made = TypeVar("Made")
@@ -47,11 +47,12 @@ def cached_audit(
 ) -> CoverageReport:
     """`coverage_audit` of the pair, likewise."""
     path = _path(folder, "audit.json", student, teacher, projection.metadata)
+    index = Index(path.name, 1, "an audit")
     return _cached(
         path,
-        lambda: _report(path.read_text()),
+        lambda: _report(index, path.parent),
         lambda: coverage_audit(student, teacher, projection),
-        lambda made: write_atomically(path, made.to_json().encode()),
+        lambda made: index.write(path.parent, {"report": json.loads(made.to_json())}),
     )
 
 
@@ -85,7 +86,8 @@ def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], writ
     return made
 
 
-def _report(text: str) -> CoverageReport:
-    facts = json.loads(text)
-    classes = {name: ClassCoverage(**counts) for name, counts in facts.pop("classes").items()}
-    return CoverageReport(classes, **facts)
+def _report(index: Index, folder: Path) -> CoverageReport:
+    with index.read(folder) as content:
+        facts = content["report"]
+        classes = {name: ClassCoverage(**counts) for name, counts in facts.pop("classes").items()}
+        return CoverageReport(classes, **facts)
