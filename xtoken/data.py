@@ -128,10 +128,12 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         """A shard, the checksums of its row groups, and the numbering of its documents."""
         import pyarrow.parquet as pq
 
-        from .corpus.shards import read_counts
+        from .corpus.shards import SCHEMA, read_counts
 
         with self._damage(shard):
             file = pq.ParquetFile(self._files[shard], pre_buffer=False, page_checksum_verification=True)
+            if not file.schema_arrow.equals(SCHEMA):
+                raise ValueError(f"expected the columns {SCHEMA.names}, got {file.schema_arrow.names}")
             counts, sums = read_counts(self._shards[shard], file.metadata)
             if counts != self._counts[shard]:
                 raise ValueError(f"expected {self._counts[shard]}, as in the index, got {counts}")
@@ -140,11 +142,13 @@ class AlignedDataset(Dataset[dict[str, Any]]):
     @contextmanager
     def _damage(self, shard: int) -> Iterator[None]:
         """What is wrong with a shard as ValueError that names it."""
+        import pyarrow as pa
+
         try:
             yield
         except FileNotFoundError:
             raise
-        except (ValueError, OSError, KeyError, TypeError, IndexError, NotImplementedError) as error:
+        except (pa.ArrowException, ValueError, OSError) as error:
             path = self._files[shard]
             raise ValueError(f"{path}: damaged: {error}; delete it and align again with resume (--resume)") from error
 

@@ -12,7 +12,7 @@ from default_losses import DEFAULT
 from small import encode, make_model, make_teacher, make_tokenizer
 from transformers.integrations import deepspeed
 
-from xtoken import Alignment, Teacher, TopKLogits, Vocabulary
+from xtoken import Alignment, PieceIndex, ProjectionMatrix, Teacher, TopKLogits, Vocabulary
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs
 from xtoken.train import TeacherModel, load_model, load_tokenizer
@@ -120,6 +120,12 @@ def test_objectives_that_do_not_go_with_the_student(student_tok, teacher_tok):
     turned = make_teacher(teacher_tok, student_tok, name="T")
     with pytest.raises(ValueError, match=r"T: expected a projection of shape \[700, 700\] for the student's"):
         turned.check_student(student)
+    own = Vocabulary.from_tokenizer(teacher_tok)
+    other = Vocabulary([own[i] for i in reversed(range(len(own)))])
+    for made in ({"projection": ProjectionMatrix.build(student, other)}, {"pieces": PieceIndex.build(student, other)}):
+        of_another = TeacherModel(Teacher(**made), None, teacher_tok, "T")
+        with pytest.raises(ValueError, match=r"T: (projection|pieces): built for another teacher tokenizer"):
+            of_another.check_student(student)
     TeacherModel(Teacher()).check_student(student)  # without a tokenizer there is nothing to check
 
 

@@ -106,6 +106,14 @@ def test_broken_files_are_named(tmp_path, student_tok):
         list(read_rows([tmp_path / "a.parquet"]))
     with pytest.raises(FileNotFoundError):
         load_examples([tmp_path / "b.jsonl"], student_tok, [])
+    rows = [{"text": "they read it"}] * (BATCH_ROWS + 1)
+    write(tmp_path / "a.jsonl", rows)
+    for name, unit in (("b.jsonl", "line"), ("c.parquet", "row")):
+        write(tmp_path / name, [*rows, {"text": None}])
+        with pytest.raises(
+            ValueError, match=rf"{name}, {unit} {BATCH_ROWS + 2}: row {2 * BATCH_ROWS + 2}: expected mess"
+        ):
+            load_examples([tmp_path / "a.jsonl", tmp_path / name], student_tok, [])
 
 
 @pytest.fixture(scope="module")

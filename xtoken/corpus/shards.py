@@ -40,7 +40,7 @@ _IDS = pa.list_(_INT)
 _SPAN = pa.list_(_INT, 4)
 _SPANS = pa.list_(pa.field("element", _SPAN, nullable=False))
 _COLUMNS = {"id": pa.string(), "student_ids": _IDS, "teacher_ids": _IDS, "spans": _SPANS}
-_SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
+SCHEMA = pa.schema([pa.field(name, kind, nullable=False) for name, kind in _COLUMNS.items()])
 # Spans compress best as differences between neighbours; dictionaries only cost time on token ids.
 _WRITER: dict[str, Any] = {
     "compression": "zstd",
@@ -89,7 +89,7 @@ class ShardMaker:
     def __init__(self, job: Job, threads: int | None = None) -> None:
         self.job = job
         self.aligner = Aligner(job.student, job.teacher, job.options.method, num_threads=threads)
-        self.schema = _SCHEMA.with_metadata(
+        self.schema = SCHEMA.with_metadata(
             {
                 "xtoken.format": INDEX.version,
                 "xtoken.version": _core.version,

@@ -106,7 +106,15 @@ def numbered_lines(block: bytes, number: int) -> Iterator[tuple[int, bytes]]:
             yield k, line.removesuffix(b"\r")
 
 
-def rows(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
+class Row(dict[str, Any]):
+    """A row of a file, with the `place` where it stands."""
+
+    def __init__(self, row: Mapping[str, Any], file: InputFile, number: int) -> None:
+        super().__init__(row)
+        self.place = f"{file.path}, {file.unit} {number}"
+
+
+def rows(file: InputFile, text_column: str) -> Iterator[Row]:
     """The rows of a file, with all their fields; a line of text is a row with `text_column`.
 
     Raises ValueError if one is broken, with file and line or row.
@@ -114,14 +122,15 @@ def rows(file: InputFile, text_column: str) -> Iterator[dict[str, Any]]:
     if file.format == "array":
         for number, (_, row) in enumerate(elements(file), 1):
             with _broken(file, number):
-                yield as_object(row)
+                row = as_object(row)
+            yield Row(row, file, number)
         return
     number = 1
     for block in whole_lines(blocks(file)):
         for k, line in numbered_lines(block, number):
             with _broken(file, k):
                 row = json_object(line) if file.format == "json" else {text_column: line.decode()}
-            yield row
+            yield Row(row, file, k)
         number += block.count(b"\n")
 
 

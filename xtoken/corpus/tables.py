@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 from .documents import BATCH_BYTES, ID, Broken, documents, numbered
 from .files import InputFile
 from .partition import MOST_SLICES, FileSlice
-from .source import without_nulls
+from .source import Row, without_nulls
 
 BATCH_ROWS = 1024
 """Rows taken from a file at a time, at most."""
@@ -48,7 +47,7 @@ def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa
         number += batch.num_rows
 
 
-def rows(file: InputFile) -> Iterator[dict[str, Any]]:
+def rows(file: InputFile) -> Iterator[Row]:
     """The rows of a file with all their columns; ValueError if it cannot be read."""
     with _readable(file):
         if file.format == "parquet":
@@ -59,7 +58,7 @@ def rows(file: InputFile) -> Iterator[dict[str, Any]]:
                 yield from _plain_rows(file, batches)
 
 
-def _plain_rows(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+def _plain_rows(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 1
     for batch in batches:
         for start in range(0, batch.num_rows, BATCH_ROWS):
@@ -67,8 +66,9 @@ def _plain_rows(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[
                 plain = batch.slice(start, BATCH_ROWS).to_pylist()
             except UnicodeDecodeError as error:
                 raise ValueError(f"{file.path}, row {number} or later: not UTF-8: {error}") from error
-            yield from ({name: without_nulls(value) for name, value in row.items()} for row in plain)
-            number += len(plain)
+            for row in plain:
+                yield Row({name: without_nulls(value) for name, value in row.items()}, file, number)
+                number += 1
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -77,7 +78,13 @@ def encoded(rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> Itera
         rows = map(source.without_nulls, rows)
     remaining, count = iter(rows), 0
     while batch := list(itertools.islice(remaining, BATCH_ROWS)):
-        yield from encoder.encode(batch, count)
+        try:
+            examples = encoder.encode(batch, count)
+        except ValueError as error:
+            found = re.match(r"row (\d+)", str(error))
+            place = getattr(batch[int(found[1]) - count], "place", "") if found else ""
+            raise ValueError(f"{place}: {error}" if place else str(error)) from error
+        yield from examples
         count += len(batch)
 
 

@@ -15,6 +15,7 @@ from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
+from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import Vocabulary
 
 from .limits import Limits, check_head
@@ -186,6 +187,9 @@ class TeacherModel:
                 f"{self.name}: expected a projection of shape {[len(student), len(self.vocabulary)]} for the student's "
                 f"and its own tokenizer, got {list(W.shape)}"
             )
+        for name, made in (("projection", W), ("pieces", self.objective.pieces)):
+            if made is not None:
+                check_fingerprints(f"{self.name}: {name}", made, made.metadata, student, self.vocabulary)
 
     def place(self, device: torch.device) -> None:
         """Moves the model to its device; by default to this one."""
