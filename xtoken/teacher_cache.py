@@ -34,6 +34,7 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         Most tokens of a document that log-probabilities are kept of.
     resume : bool
         Resume after the documents of complete shards.
+    now : datetime, optional
+        The time that the chat template has written into the documents, as `xtoken.train.teacher_documents` was told.
     """
 
     def __init__(
@@ -158,6 +161,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         max_length: int | None = None,
         resume: bool = False,
         shard_tokens: int = SHARD_TOKENS,
+        now: datetime | None = None,
     ) -> None:
         for name, number in (("top_k", top_k), ("max_length", max_length), ("shard_tokens", shard_tokens)):
             if number is not None and number < 1:
@@ -170,6 +174,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         sizes = {"vocab_size": len(vocabulary), "top_k": self.top_k, "max_length": max_length}
         self.end_id = vocabulary.roles.get("eos")
         self._parameters = {"teacher": vocabulary.fingerprint(), "end_id": self.end_id, **sizes}
+        self._parameters["time"] = None if now is None else now.isoformat()
         self._shards: list[dict[str, Any]] = []
         self._waiting: list[tuple[NDArray[np.int32], TopKLogits, Tensor, bytes]] = []
         self._waiting_tokens = 0
@@ -283,6 +288,8 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
     with INDEX.read(folder) as index:
         index["complete"], index["teacher"], index["end_id"]
+        if index.setdefault("time", None) is not None:
+            datetime.fromisoformat(index["time"])
         for name in ("vocab_size", "top_k") if index["max_length"] is None else ("vocab_size", "top_k", "max_length"):
             count(index[name], 1 if name != "vocab_size" else 0)
         for k, shard in enumerate(index["shards"]):
@@ -295,6 +302,12 @@ def _read_index(folder: Path) -> dict[str, Any]:
 
 def _file_name(k: int) -> str:
     return f"shard-{k:05d}.safetensors"
+
+
+def cached_time(folder: str | os.PathLike[str]) -> datetime | None:
+    """The time that a cache's documents were written at, if their chat template tells it; None without a cache."""
+    index = _read_index(Path(folder)) if (Path(folder) / INDEX.name).exists() else {}
+    return datetime.fromisoformat(index["time"]) if index.get("time") else None
 
 
 class TeacherCache:
@@ -317,6 +330,8 @@ class TeacherCache:
     vocab_size, top_k, max_length : int
     end_id : int or None
         The end token, with or without which a document is found.
+    now : datetime or None
+        The time that its chat template has written into the documents, for `xtoken.train.ExampleEncoder`.
 
     Examples
     --------
@@ -338,6 +353,7 @@ class TeacherCache:
         self.top_k: int = index["top_k"]
         self.max_length: int | None = index["max_length"]
         self.end_id: int | None = index["end_id"]
+        self.now = None if index["time"] is None else datetime.fromisoformat(index["time"])
         for _, recorded, given in other_tokenizers({"teacher": self.fingerprint}, teacher_tok=teacher_tok):
             other = f"another tokenizer: fingerprint {recorded}, got {given}"
             raise ValueError(f"teacher_tok: {self.path} was made with {other}; {_REBUILD} makes another")
@@ -477,6 +493,7 @@ def cache_teacher(
     resume: bool = False,
     shard_tokens: int = SHARD_TOKENS,
     advance: Any = None,
+    now: datetime | None = None,
 ) -> TeacherCache:
     """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 48 a document, about.
 
@@ -507,6 +524,8 @@ def cache_teacher(
         Tokens of a file, about.
     advance : callable, optional
         Called as ``advance(documents, tokens)`` as they get done.
+    now : datetime, optional
+        As for `TeacherCacheWriter`.
     """
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
     if batch_tokens < 1:
@@ -514,7 +533,7 @@ def cache_teacher(
     if max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     with TeacherCacheWriter(
-        output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens
+        output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens, now=now
     ) as writer:
         remaining = _token_ids(documents, vocabulary)
         for number, digest in enumerate(writer.digests()):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from xtoken import align_corpus, cache_teacher
 from xtoken.cli import main
 from xtoken.losses import Needs
 from xtoken.losses.logits import TopKSource
+from xtoken.teacher_cache import TeacherCache, cached_time
 from xtoken.train import EncodedDataset, ExampleEncoder, XTokenCollator, load_examples
 from xtoken.train.cached import CachedExamples, teacher_documents
 
@@ -148,6 +150,31 @@ def test_another_text_is_refused(small_chat_tok, tmp_path):
         CachedExamples(examples, [cache])[2]
     with pytest.raises(ValueError, match="caches: expected 1, one a teacher, got 2"):
         CachedExamples(examples, [cache, None])
+
+
+def test_time_is_part_of_a_cache(small_chat_tok, tmp_path):
+    student_tok, teacher_tok = (small_chat_tok(name) for name in ("llama3", "qwen3"))
+    dated = type(teacher_tok)(tokenizer_object=teacher_tok.backend_tokenizer, eos_token="<|im_end|>")
+    dated.chat_template = "{{ strftime_now('%d %b %Y') }}" + teacher_tok.chat_template
+    rows = [{"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they read it"}]}]
+    model, (now, later) = make_model(len(dated), 0).eval(), (datetime(2031, 2, day) for day in (3, 4))
+
+    def write(now, **more):
+        return cache_teacher(model, dated, teacher_documents(dated, rows, now=now), tmp_path, top_k=4, now=now, **more)
+
+    cache = write(now)
+    assert cache.now == TeacherCache(tmp_path).now == cached_time(tmp_path) == now
+    for time, found in ((cache.now, True), (later, False)):
+        encoder = ExampleEncoder(student_tok, [dated], name_documents=True, now=time)
+        examples = CachedExamples(EncodedDataset(rows, encoder), [cache])
+        if found:
+            assert len(examples[0]["teachers"][0]["logits"].ids) == len(examples[0]["teachers"][0]["ids"])
+        else:
+            with pytest.raises(ValueError, match="not in the teacher cache"):
+                examples[0]
+    with pytest.raises(ValueError, match="was made with time='2031-02-03T00:00:00', now '2031-02-04T00:00:00'"):
+        write(later, resume=True)
+    assert cached_time(tmp_path / "none") is None
 
 
 def test_commands(folders, tmp_path, capsys):

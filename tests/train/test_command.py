@@ -41,9 +41,9 @@ def test_auto(folders, tmp_path, capsys):
 
 
 def test_chat_template(folders, tmp_path, capsys):
-    """For tokenizers that have none; without it nothing is loaded."""
+    """For tokenizers that have none; without it nothing is loaded. A teacher's cache keeps the time that it writes."""
     data, template = tmp_path / "chat.jsonl", tmp_path / "chat.jinja"
-    text = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
+    text = "{{ strftime_now('%c, %f') }}{% for m in messages %}{{ m.role }}: {{ m.content }}</s>\n{% endfor %}"
     row = {"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they read it"}]}
     data.write_text(json.dumps(row) + "\n")
     template.write_text(text)
@@ -71,10 +71,12 @@ def test_chat_template(folders, tmp_path, capsys):
     assert (
         "--chat_template: expected a file, or a template with its braces, got 'none.jinja'" in capsys.readouterr().err
     )
+    assert main([*caching, "--chat-template", text, "--teacher", folders["teacher"]]) == 0
     for given in (str(template), text):
         arguments = command(folders, tmp_path / "out", "--chat_template", given, "--train_on", "assistant")
-        arguments[arguments.index("--data") + 1] = str(data)
-        assert main([*arguments, "--max_steps", "1"]) == 0
+        for option in ("--data", "--eval_data"):
+            arguments[arguments.index(option) + 1] = str(data)
+        assert main([*arguments, "--max_steps", "1", "--teacher_cache", f"{tmp_path}/cache"]) == 0
         assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
 
 

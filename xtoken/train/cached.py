@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch.utils.data import Dataset
 
 from xtoken.losses import TopKLogits
-from xtoken.teacher_cache import TeacherCache, cache_teacher
+from xtoken.teacher_cache import TeacherCache, cache_teacher, cached_time
 from xtoken.vocabulary import TokenizerLike
 
 from .chat import ChatTemplate, use_template
@@ -80,7 +81,7 @@ class CachedExamples(Dataset[dict[str, Any]]):
 
 
 def teacher_documents(
-    tokenizer: TokenizerLike, rows: Iterable[Mapping[str, Any]], text_column: str = "text"
+    tokenizer: TokenizerLike, rows: Iterable[Mapping[str, Any]], text_column: str = "text", now: datetime | None = None
 ) -> Iterator[list[int]]:
     """What a teacher reads of each row in training, as token ids: what to send to a server that fills a cache.
 
@@ -95,6 +96,8 @@ def teacher_documents(
         As for `ExampleEncoder`; `xtoken.train.data.read_rows` reads them from files.
     text_column : str
         Field with plain text.
+    now : datetime, optional
+        As for `ExampleEncoder`; where the chat template writes the time, tell the `TeacherCacheWriter` too.
 
     Examples
     --------
@@ -105,7 +108,7 @@ def teacher_documents(
                 answer = client.completions.create(prompt=ids, echo=True, logprobs=20, max_tokens=0, model=name)
                 writer.add(ids, xtoken.TopKLogits.from_vllm(answer.choices[0].logprobs, tokenizer=tokenizer))
     """
-    for examples in encoded(rows, ExampleEncoder(tokenizer, [], text_column=text_column)):
+    for examples in encoded(rows, ExampleEncoder(tokenizer, [], text_column=text_column, now=now)):
         yield from (example["student_ids"].tolist() for example in examples)
 
 
@@ -120,9 +123,12 @@ def main(options: argparse.Namespace) -> str:
         options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
     )
     use_template(tokenizer, options.chat_template)
-    documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column)
+    now = None
+    if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
+        now = (cached_time(options.output) if options.resume else None) or datetime.now()
+    documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column, now)
     cache = cache_teacher(
         model.eval(), tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
-        batch_tokens=options.batch_tokens, resume=options.resume,
+        batch_tokens=options.batch_tokens, resume=options.resume, now=now,
     )  # fmt: skip
     return f"{options.output}: {len(cache)} documents, {cache.top_k} log-probabilities a token"

@@ -288,6 +288,9 @@ def main(arguments: Sequence[str]) -> None:
     longest = [one.limits.positions for one in teachers]
     max_teacher_length = _lowered("max_teacher_length", options.max_teacher_length, longest, config)
     is_cached = any(cache is not None for cache in caches)
+    times = {cache.now for cache in caches if cache is not None and cache.now is not None}
+    if len(times) > 1:
+        raise ValueError(f"--teacher_cache: chat templates have written different times into them: {sorted(times)}")
 
     def examples(files: Sequence[str] | None) -> Any:
         if not files:
@@ -295,6 +298,7 @@ def main(arguments: Sequence[str]) -> None:
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=options.text_column, max_length=max_length,
             max_teacher_length=max_teacher_length, train_on=options.train_on, name_documents=is_cached,
+            now=next(iter(times), None),
         )  # fmt: skip
         return CachedExamples(loaded, caches) if is_cached else loaded
 

@@ -7,6 +7,7 @@ import logging
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 import numpy as np
@@ -156,6 +157,7 @@ def load_examples(
     max_teacher_length: int | None = None,
     train_on: str = "all",
     name_documents: bool = False,
+    now: datetime | None = None,
 ) -> Dataset[dict[str, Any]]:
     """Examples from files (EncodedDataset), or from the folder of an aligned corpus (AlignedExamples).
 
@@ -164,7 +166,7 @@ def load_examples(
     files : sequence of paths
         JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
         folder that it has written, for one teacher.
-    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, now
         As for `ExampleEncoder`.
 
     Raises ValueError for broken rows, with file and row; for an aligned corpus with more than one teacher or other
@@ -181,7 +183,7 @@ def load_examples(
                 f"{len(teacher_toks)} teachers"
             )
         return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
-    encoder = ExampleEncoder(student_tok, teacher_toks, train_on=train_on, text_column=text_column, **shared)
+    encoder = ExampleEncoder(student_tok, teacher_toks, train_on=train_on, text_column=text_column, now=now, **shared)
     return EncodedDataset(read_rows(files, text_column), encoder)
 
 
