@@ -237,7 +237,9 @@ def test_samples_without_chunks(tmp_path, student_tok, teacher_tok, examples):
     assert alone.evaluate()["eval_kd"] == 0
 
 
-def test_a_step_without_chunks_does_not_switch_distillation_off(tmp_path, student_tok, teacher_tok, examples):
+def test_a_step_without_chunks_does_not_switch_distillation_off(
+    tmp_path, student_tok, teacher_tok, examples, monkeypatch
+):
     """The factor of the next step is that of the last step that had chunks."""
     none = [{**one, "teachers": [{**one["teachers"][0], "spans": []}]} for one in examples]
     data = [*none[:2], *examples[2:4], *none[4:8], *examples[8:12]]
@@ -245,7 +247,7 @@ def test_a_step_without_chunks_does_not_switch_distillation_off(tmp_path, studen
         tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], data, max_steps=3,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, max_scale=math.inf,
     )  # fmt: skip
-    trainer._get_train_sampler = lambda *_: torch.utils.data.SequentialSampler(data)
+    monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_: torch.utils.data.SequentialSampler(data))
     trainer.train()
     scales, kd, ce = (logged(trainer, name) for name in ("kd_scale", "kd", "ce"))
     assert kd[1] == 0

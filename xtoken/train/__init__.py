@@ -3,7 +3,7 @@
 from .cached import CachedExamples, teacher_documents
 from .collator import XTokenCollator, pack
 from .config import XTokenConfig
-from .data import AlignedExamples, EncodedDataset, load_examples
+from .data import AlignedExamples, EncodedDataset, EncodedStream, load_examples
 from .encode import ExampleEncoder
 from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
@@ -12,6 +12,7 @@ __all__ = [
     "AlignedExamples",
     "CachedExamples",
     "EncodedDataset",
+    "EncodedStream",
     "ExampleEncoder",
     "TeacherModel",
     "XTokenCollator",

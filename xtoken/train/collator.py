@@ -106,6 +106,11 @@ class XTokenCollator:
         """
         if not examples:
             raise ValueError("examples: expected at least one")
+        if missing := {"student_ids", "labels", "teachers"} - examples[0].keys():
+            raise ValueError(
+                f"examples: expected what ExampleEncoder makes of a row (EncodedDataset), got {sorted(examples[0])} "
+                f"without {', '.join(sorted(missing))}"
+            )
         if self.packed and self.max_length is not None:
             rows = [[examples[k] for k in row] for row in pack(examples, self.max_length)]
         else:

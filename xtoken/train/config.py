@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from transformers import TrainingArguments
@@ -11,6 +11,15 @@ from xtoken.losses.call import check_choice
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
 TEACHER_MODES = ("sum", "select", "average")
+
+REFUSED: dict[str, tuple[Any, str]] = {
+    "remove_unused_columns": (False, "since the teachers' inputs are no columns of the student"),
+    "label_smoothing_factor": (0.0, "since cross-entropy is computed without; what the teacher says is smooth"),
+    "label_names": (["labels"], "since the collator and the losses know them by that"),
+    "average_tokens_across_devices": (True, "since sums are divided by the labels and chunks of all processes"),
+    "past_index": (-1, "since no cache of the student is kept"),
+}
+"""Options of TrainingArguments that would do nothing: what they have to be, and why."""
 
 
 @dataclass
@@ -37,8 +46,7 @@ class XTokenConfig(TrainingArguments):
     loss_backend : str
         See `xtoken.select_backend`.
 
-    Raises ValueError for unknown choices, and for ``remove_unused_columns=True``, which would drop the teachers'
-    inputs.
+    Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 
     Notes
     -----
@@ -65,13 +73,19 @@ class XTokenConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_choice(self.scaling, "scaling", SCALINGS)
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
-        if self.remove_unused_columns:
-            raise ValueError(
-                "remove_unused_columns: expected False, since the teachers' inputs are no columns of the student"
-            )
+        # Where an earlier version of transformers has another default, nobody has asked for it.
+        defaults = {one.name: one.default for one in fields(self)}
+        for name, (expected, reason) in REFUSED.items():
+            if name in defaults and (value := getattr(self, name)) not in (expected, defaults[name], None):
+                raise ValueError(f"{name}: expected {expected}, {reason}; got {value!r}")
         given: Any = self.accelerator_config
         super().__post_init__()
         config: Any = self.accelerator_config
+        if config.dispatch_batches:
+            raise ValueError("dispatch_batches: expected False, since chunks cannot be sent between processes")
+        split = [name for name in ("cp_size", "sp_size") if getattr(self.parallelism_config, name, 1) > 1]
+        if split:
+            raise ValueError(f"parallelism_config: expected rows that one device has whole, got {split[0]} above 1")
         if config.dispatch_batches is None:
             config.dispatch_batches = False
         if given is None or (isinstance(given, dict) and "non_blocking" not in given):

@@ -6,12 +6,12 @@ import itertools
 import logging
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset, get_worker_info
 
 from xtoken.corpus import require, source
 from xtoken.corpus.files import LINES, find_files
@@ -26,6 +26,9 @@ from .report import Report
 
 BATCH_ROWS = 256
 """Rows that are encoded at once."""
+
+MOST_DROPPED = 10 * BATCH_ROWS
+"""Rows at the beginning of a stream that may all be left out."""
 
 SAMPLE_BYTES = 1 << 20
 """Bytes of text from the data that `text_sample` takes."""
@@ -71,6 +74,66 @@ class EncodedDataset(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One of the examples of `ExampleEncoder.encode`."""
         return self._examples[index]
+
+
+class EncodedStream(IterableDataset[dict[str, Any]]):
+    """Examples of rows that come one after the other, perhaps without an end, encoded as they are asked for.
+
+    Parameters
+    ----------
+    rows : iterable of mappings
+        As for `EncodedDataset`; or examples, which are passed on. Workers of a DataLoader share them, unless they come
+        from an `IterableDataset` of torch or from Hugging Face, which sees to that itself.
+    encoder : callable
+        Makes the ExampleEncoder, once it is needed.
+
+    Iterating raises ValueError if nothing of the first `MOST_DROPPED` rows is trained on.
+    """
+
+    def __init__(
+        self, rows: Iterable[Mapping[str, Any]], encoder: Callable[[Mapping[str, Any]], ExampleEncoder]
+    ) -> None:
+        self.rows = rows
+        self.encoder = encoder
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        remaining: Iterator[Any] = iter(self.rows)
+        info = get_worker_info()
+        if info is not None:  # threads of a tokenizer do not survive the fork of a worker
+            os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        if info is not None and not (isinstance(self.rows, IterableDataset) or hasattr(self.rows, "features")):
+            remaining = itertools.islice(remaining, info.id, None, info.num_workers)
+        first = next(remaining, None)
+        remaining = itertools.chain([] if first is None else [first], remaining)
+        if first is None or is_example(first):
+            yield from remaining
+            return
+        if hasattr(self.rows, "features"):
+            remaining = map(source.without_nulls, remaining)
+        dropped = made = 0
+        for examples in encoded(remaining, self.encoder(first)):
+            yield from examples
+            made, dropped = made + len(examples), dropped + (not examples)
+            if dropped == 1 and not examples:
+                logger.warning("a row is left out, since nothing of it is trained on; so are others like it")
+            if dropped == MOST_DROPPED and not made:
+                raise ValueError(f"rows: expected something to train on, got {dropped} rows of which nothing is")
+
+    def set_epoch(self, epoch: int) -> None:
+        """Tells the rows, which may shuffle themselves."""
+        getattr(self.rows, "set_epoch", lambda epoch: None)(epoch)
+
+
+def is_example(row: Any) -> bool:
+    """Whether a row is encoded already."""
+    return isinstance(row, Mapping) and "student_ids" in row
+
+
+def lengths(dataset: Any) -> list[int]:
+    """Student tokens of each example."""
+    while hasattr(dataset, "examples"):  # with a cache's logits, which are not read for this
+        dataset = dataset.examples
+    return [len(dataset[k]["student_ids"]) for k in range(len(dataset))]
 
 
 def encoded(rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> Iterator[list[dict[str, Any]]]:

@@ -40,6 +40,7 @@ class Meter:
         self.names = list(names)
         self.weights = torch.tensor(list(weights), dtype=torch.float64)
         self.steps = 0
+        self.calls = 0
         self.tokens = 0
         self.scale: Tensor | float = math.nan  # of the last call
         count = len(names)
@@ -64,6 +65,7 @@ class Meter:
         )
         self.scale = parts["scale"]
         self.tokens += tokens
+        self.calls += 1
 
     def summary(
         self, add_up: Callable[[Tensor], Tensor], divisors: Sequence[float] | Tensor | None = None

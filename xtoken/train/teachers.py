@@ -136,9 +136,10 @@ class TeacherModel:
         Loss, weight and W.
     model : nn.Module, optional
         Called with ``input_ids``, ``attention_mask`` and, for packed rows, ``position_ids``; its result has
-        ``logits``. It is switched to evaluation and frozen. None: its logits come with the batches, from a cache.
+        ``logits``. It is switched to evaluation and frozen. Or what `load_model` takes, with its tokenizer. None: its
+        logits come with the batches, from a cache.
     tokenizer : optional
-        As for `Vocabulary.from_tokenizer`; lets ids be checked against the vocabulary.
+        As for `Vocabulary.from_tokenizer`; lets ids be checked against the vocabulary, and rows be encoded.
     name : str
         For messages and metrics.
     device : torch.device, optional
@@ -150,21 +151,28 @@ class TeacherModel:
     def __init__(
         self,
         objective: Teacher,
-        model: nn.Module | None = None,
+        model: nn.Module | str | os.PathLike[str] | None = None,
         tokenizer: Any = None,
         name: str = "teacher",
         device: torch.device | str | None = None,
     ) -> None:
+        if isinstance(model, (str, os.PathLike)):
+            model, loaded = load_model(model)
+            tokenizer = loaded if tokenizer is None else tokenizer
         self.objective = objective
-        self.model = model
+        self.model: Any = model
+        self.tokenizer = tokenizer
         self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         self.name = name
         self.device = None if device is None else torch.device(device)
         self.limits = Limits()
         self._packing_is_known = False
         if model is not None:
-            model.eval().requires_grad_(False)
             self.limits = Limits.of(model, self.vocabulary, name)
+            self._freeze()
+
+    def _freeze(self) -> None:
+        self.model.eval().requires_grad_(False)
 
     @property
     def reads_student_ids(self) -> bool:

@@ -7,6 +7,7 @@ import functools
 import itertools
 import logging
 import math
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,12 +30,14 @@ from xtoken.vocabulary import Vocabulary
 
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
+from .data import EncodedDataset, EncodedStream, is_example, lengths
+from .encode import ExampleEncoder
 from .ensemble import keep, mean_logits, position_alignment, select_best
 from .limits import Limits
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
-from .teachers import TeacherModel, check_same_bytes
+from .teachers import TeacherModel, check_same_bytes, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -72,16 +75,19 @@ class XTokenTrainer(Trainer):
 
     Parameters
     ----------
-    model : PreTrainedModel
-        The student.
+    model : PreTrainedModel, or str
+        The student, or what `load_model` takes, with its tokenizer.
     args : XTokenConfig
     teachers : sequence of TeacherModel
         Run in inference mode, never trained.
     data_collator
         Makes batches with ``input_ids``, ``attention_mask``, ``labels`` (-100 where ignored) and ``teachers``: a list
         with a dict for each teacher, of ``input_ids``, ``attention_mask`` and ``alignment``; or ``alignment`` None
-        for a teacher that reads the student's ids. `XTokenCollator` does. Chunks with a token whose label is -100 are
-        left out.
+        for a teacher that reads the student's ids. Default: `XTokenCollator`. Chunks with a token whose label is -100
+        are left out.
+    train_dataset, eval_dataset
+        Examples as the collator takes them. For `XTokenCollator` also rows as `ExampleEncoder` takes them: a list or
+        data set, encoded at once (`EncodedDataset`), or a stream of them, which may be endless (`EncodedStream`).
     processing_class
         The student's tokenizer; without it vocabularies are not checked.
     **kwargs
@@ -133,6 +139,11 @@ class XTokenTrainer(Trainer):
                 f"args: expected one device a process, got {args.n_gpu} for DataParallel; launch with torchrun or "
                 "accelerate launch"
             )
+        if kwargs.get("compute_loss_func") is not None:
+            raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
+        if isinstance(model, (str, os.PathLike)):
+            model, tokenizer = load_model(model, dtype="float32", may_shard=True)
+            processing_class = tokenizer if processing_class is None else processing_class
         self.teachers = list(teachers)
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
@@ -141,6 +152,8 @@ class XTokenTrainer(Trainer):
         if self.vocabulary is not None:
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
+        if data_collator is None:
+            data_collator = self._collator()
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The loss is a part of the whole step's, not a mean to be divided by the micro-batches. Two flags say so.
         self.model_accepts_loss_kwargs = True
@@ -166,7 +179,10 @@ class XTokenTrainer(Trainer):
                     "factor of its own for gradients, got one with; use bf16"
                 )
             self.add_callback(self._projection_steps)
+        self.train_dataset: Any = self._encoded(train_dataset, "train_dataset")
+        self.eval_dataset: Any = self._encoded(eval_dataset, "eval_dataset")
         self._step: _Step | None = None
+        self._router_loss: Tensor | float = 0.0  # of the steps since the last log
         # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
         self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
         self._scale_is_known = False
@@ -178,6 +194,39 @@ class XTokenTrainer(Trainer):
         self._held_out = self._no_counts()
         self._finite = FiniteCheck(["student", *names])
         self._watch = Stopwatch(args.device)
+
+    def _collator(self) -> XTokenCollator:
+        known = [self.vocabulary, *(one.vocabulary for one in self.teachers)]
+        if None in known:
+            raise ValueError(
+                "data_collator: expected one, or processing_class and a tokenizer of each teacher, got None"
+            )
+        return XTokenCollator(known[0], known[1:])
+
+    def _encoded(self, data: Any, name: str) -> Any:
+        """A data set of examples, as rows of text, prompts or messages become if the collator is ours."""
+        if isinstance(data, dict):
+            return {key: self._encoded(one, f"{name}[{key!r}]") for key, one in data.items()}
+        if data is None or isinstance(data, (str, EncodedStream)) or not isinstance(self.data_collator, XTokenCollator):
+            return data
+        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+            return EncodedStream(data, functools.partial(self._encoder, name))
+        if not len(data) or is_example(data[0]):
+            return data
+        return EncodedDataset(data, self._encoder(name, data[0]))
+
+    def _encoder(self, name: str, row: Any) -> ExampleEncoder:
+        known = [self.processing_class, *(one.tokenizer for one in self.teachers)]
+        if None in known or any(one.model is None for one in self.teachers):
+            keys = sorted(row) if isinstance(row, Mapping) else type(row).__name__
+            raise ValueError(
+                f"{name}: expected examples, as EncodedDataset(rows, ExampleEncoder(...)) has them, got a row with "
+                f"{keys}; with processing_class, and teachers that have a model and a tokenizer, rows are encoded here"
+            )
+        sides = [self._limits.positions], [one.limits.positions for one in self.teachers]
+        sides[0].extend(one.limits.positions for one in self.teachers if one.reads_student_ids)
+        longest = [min((one for one in side if one is not None), default=None) for side in sides]
+        return ExampleEncoder(known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1])
 
     def _scales_gradients(self) -> bool:
         """Whether DeepSpeed does, as it does for fp16."""
@@ -304,7 +353,24 @@ class XTokenTrainer(Trainer):
         if step is not None:
             self._finish(step, parts)
             total = total * self.accelerator.num_processes
+        if self.model.training:
+            total = total + self._routers(outputs) / (1 if step is None else step.micro_batches)
         return (total, outputs) if return_outputs else total
+
+    def _routers(self, outputs: Any) -> Tensor | float:
+        """What the configuration of a mixture of experts adds to the loss so that its experts are used alike."""
+        loss = getattr(outputs, "aux_loss", None)
+        if not isinstance(loss, Tensor):
+            return 0.0
+        config: Any = self.model.config
+        places = [self.model, config, config.get_text_config(), getattr(config, "ffn_config", None)]
+        names = "router_aux_loss_coef", "aux_loss_coef", "moe_loss_weight"
+        found = [getattr(one, name) for one in places for name in names if getattr(one, name, None) is not None]
+        if not found:
+            raise ValueError(f"student: returns a loss of its routers, but its configuration has none of {names}")
+        self._router_loss = self._router_loss + found[0] * loss.detach().to(self.args.device)
+        weighted: Tensor = found[0] * loss.to(self.args.device)
+        return weighted
 
     def _check_packing(self, model: Any, host: Mapping[str, Any]) -> None:
         """Raises ValueError if the student does not keep apart the examples of rows that somebody else has packed."""
@@ -409,6 +475,10 @@ class XTokenTrainer(Trainer):
             elapsed = max(elapsed, 1e-9)
             teacher, loss = seconds.get("teacher", 0.0), seconds.get("loss", 0.0)
             measured["kd_scale"] = float(self._meter.scale)
+            if isinstance(self._router_loss, Tensor):
+                calls = self._meter.calls * self.accelerator.num_processes
+                measured["router_loss"] = float(self._add_up(self._router_loss[None])) / calls
+                self._router_loss = 0.0
             self._tell_bound(measured.pop("bounded"), self._meter.steps)
             measured["tokens_per_second"] = measured.pop("tokens") / elapsed
             measured["time_teacher"] = teacher / elapsed
@@ -447,13 +517,33 @@ class XTokenTrainer(Trainer):
         """The Trainer's, of batches that stay on the host too."""
         return self._collated(super().get_train_dataloader, *args, **kwargs)
 
-    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Likewise, of batches with a row for each sample."""
-        return self._collated(super().get_eval_dataloader, *args, a_row_each=True, **kwargs)
+        data = self._encoded(eval_dataset, "eval_dataset")
+        return self._collated(super().get_eval_dataloader, data, a_row_each=True)
 
-    def get_test_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+    def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Likewise."""
-        return self._collated(super().get_test_dataloader, *args, a_row_each=True, **kwargs)
+        data = self._encoded(test_dataset, "test_dataset")
+        return self._collated(super().get_test_dataloader, data, a_row_each=True)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(
+            self._by_length(self.train_dataset if train_dataset is None else train_dataset)
+        )
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        return super()._get_eval_sampler(self._by_length(eval_dataset))
+
+    def _by_length(self, data: Any) -> Any:
+        """What the Trainer's samplers take for a data set, where they ask for the lengths of its inputs."""
+        by_length = getattr(self.args, "group_by_length", False) or getattr(
+            self.args, "train_sampling_strategy", None
+        ) in ("group_by_length", "batch_rebalance")
+        if not by_length or not hasattr(data, "__len__"):
+            return data
+        name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
+        return [{name: range(length)} for length in lengths(data)]
 
     def _collated(self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, **kwargs: Any) -> Any:
         """A dataloader of batches that stay on the host; `a_row_each`: not packed, so that repeated samples can go."""
