@@ -1,6 +1,7 @@
 """The operator behind the losses: torch.compile, opcheck, labels, other kinds of logits, in place, twice."""
 
 import itertools
+import math
 import os
 import shutil
 import types
@@ -222,7 +223,7 @@ def test_top_k_logits_that_do_not_fit() -> None:
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
 @pytest.mark.usefixtures("small_blocks")
 def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> None:
-    """Hidden states and output layer: as the logits that they make, also for the gradients of both."""
+    """Hidden states and output layer: as the logits that they make, with the gradients of both; also capped."""
     case = small_case()
     generator = torch.Generator().manual_seed(3)
 
@@ -234,13 +235,19 @@ def test_linear(name: str, backend: str, teacher_kind: str, labelled: bool) -> N
     hidden, head, bias = make(2, case.student.shape[1], 11), make(size + 3, 11), make(size + 3)
     teacher_hidden, teacher_head = make(2, case.teacher.shape[1], 9), make(case.projection.shape[1] + 2, 9)
     leaves = [value.requires_grad_() for value in (hidden, head, bias)]
-    dense_teacher = teacher_hidden @ teacher_head.T
-    teacher = dense_teacher if teacher_kind == "dense" else LinearLogits(teacher_hidden, teacher_head)
+    is_capped = labelled is (teacher_kind == "dense")
+    capped: dict[str, Any] = {"softcap": 3.0, "logit_scale": 0.7} if is_capped else {}
+
+    def cap(logits: Tensor) -> Tensor:
+        return 3.0 * torch.tanh(0.7 * logits / 3.0) if is_capped else logits
+
+    dense_teacher = cap(teacher_hidden @ teacher_head.T)
+    teacher = dense_teacher if teacher_kind == "dense" else LinearLogits(teacher_hidden, teacher_head, **capped)
     options: dict[str, Any] = {"backend": backend}
     if labelled:
         options["labels"] = make_labels(case, size)
-    want = operation.public(case, hidden @ head.T + bias, dense_teacher, **options)
-    got = operation.bound(case, linear=True)(hidden, head, teacher, bias=bias, **options)
+    want = operation.public(case, cap(hidden @ head.T + bias), dense_teacher, **options)
+    got = operation.bound(case, linear=True)(hidden, head, teacher, bias=bias, **capped, **options)
     if labelled:
         want, got = 0.3 * want[0] + 2.0 * want[1], 0.3 * got[0] + 2.0 * got[1]
     assert_close(got, want, rtol=1e-4)
@@ -268,6 +275,9 @@ def test_linear_adds_the_blocks_to_the_gradient_of_w(name: str, backend: str) ->
 
 def test_linear_that_does_not_fit() -> None:
     hidden, head = torch.zeros(2, 5, 4), torch.zeros(9, 4)
+    for bad in ({"softcap": 0.0}, {"softcap": math.inf}, {"logit_scale": -1.0}, {"logit_scale": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(bad))}: expected a finite number above 0, got"):
+            LinearLogits(hidden, head, **bad)
     with pytest.raises(ValueError, match=r"weight: expected shape \[V, 4\] to go with hidden, got \[9, 3\]"):
         LinearLogits(hidden, head[:, :3])
     with pytest.raises(ValueError, match=r"weight: expected torch.float32 on cpu as hidden"):

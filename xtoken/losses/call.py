@@ -191,6 +191,10 @@ def compute(
         student_size=student_size,
         teacher_size=teacher_size,
         tail=teacher.tail,
+        student_scale=student.scale,
+        student_softcap=student.softcap,
+        teacher_scale=teacher.scale,
+        teacher_softcap=teacher.softcap,
         reduction=reduction,
         backend=backend,
     )

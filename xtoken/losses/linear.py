@@ -13,6 +13,8 @@ from xtoken.losses.logits import AnyLogits, LinearLogits
 _DOC = """\
 ``{name}(student_hidden @ lm_head_weight.T + bias, ...)`` a block of rows at a time.
 
+    With ``logit_scale`` and ``softcap`` the logits are those of `LinearLogits`.
+
     Logits of one block are computed, turned into their gradient, and taken on to the gradients of hidden states and
     output layer, so that memory beyond those does not grow with the number of tokens. Each block's part is added to
     the gradient of the output layer in that layer's type. With ``labels`` (or ``reduction="none"``) backward computes
@@ -26,6 +28,10 @@ _DOC = """\
         In the same type; may be tied to the embedding.
     bias : floating [>= V_student], optional
         Of the output layer.
+    softcap : float, optional
+        The logits' bound (Gemma 2).
+    logit_scale : float
+        Their factor (Cohere, Granite).
 """
 
 
@@ -41,6 +47,8 @@ class LinearLoss(Protocol):
         teacher_logits: AnyLogits,
         *arguments: Any,
         bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
         **options: Any,
     ) -> Any: ...
 
@@ -52,7 +60,9 @@ def linear(loss: Callable[..., Any]) -> LinearLoss:
     others = [one for one in signature.parameters.values() if one.name not in ("student_logits", "inplace")]
     first = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
              for one in ("student_hidden", "lm_head_weight")]  # fmt: skip
-    bias = inspect.Parameter("bias", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Tensor | None)
+    own = [inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
+           for one, default, kind in (("bias", None, Tensor | None), ("softcap", None, float | None),
+                                       ("logit_scale", 1.0, float))]  # fmt: skip
 
     def from_hidden(
         student_hidden: Tensor,
@@ -60,14 +70,17 @@ def linear(loss: Callable[..., Any]) -> LinearLoss:
         teacher_logits: AnyLogits,
         *arguments: Any,
         bias: Tensor | None = None,
+        softcap: float | None = None,
+        logit_scale: float = 1.0,
         **options: Any,
     ) -> Any:
-        return loss(LinearLogits(student_hidden, lm_head_weight, bias), teacher_logits, *arguments, **options)
+        student = LinearLogits(student_hidden, lm_head_weight, bias, softcap, logit_scale)
+        return loss(student, teacher_logits, *arguments, **options)
 
     from_hidden.__name__ = from_hidden.__qualname__ = f"linear_{name}"
     from_hidden.__module__ = loss.__module__
     from_hidden.__doc__ = _DOC.format(name=name) + _parameters(loss.__doc__ or "", [one.name for one in others])
-    from_hidden.__signature__ = signature.replace(parameters=[*first, *others, bias])  # type: ignore[attr-defined]
+    from_hidden.__signature__ = signature.replace(parameters=[*first, *others, *own])  # type: ignore[attr-defined]
     return from_hidden
 
 

@@ -126,6 +126,8 @@ class TopKLogits:
 class LinearLogits:
     """Logits ``hidden @ weight.T + bias``, computed a block of rows at a time and never materialised.
 
+    With `logit_scale` and `softcap` it is ``softcap tanh(logit_scale (hidden @ weight.T + bias) / softcap)``.
+
     Parameters
     ----------
     hidden : floating [B, T, D] or [T, D]
@@ -133,6 +135,10 @@ class LinearLogits:
         The output layer (``lm_head.weight``), in the type of ``hidden``. Inside `torch.autocast` all three are cast to
         its type, as a linear layer would do.
     bias : floating [V], optional
+    softcap : float, optional
+        Logits are kept within so much of 0 (``final_logit_softcapping`` of Gemma 2).
+    logit_scale : float
+        ``logit_scale`` of Cohere, 1 / ``logits_scaling`` of Granite. See `xtoken.train.linear_logits`.
 
     Raises
     ------
@@ -143,6 +149,8 @@ class LinearLogits:
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    softcap: float | None = None
+    logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
         for name in ("hidden", "weight"):
@@ -171,10 +179,16 @@ class LinearLogits:
                 f"bias: expected {self.weight.dtype} [{self.weight.shape[0]}], got {self.bias.dtype} "
                 f"{list(self.bias.shape)}"
             )
+        for name in ("softcap", "logit_scale"):
+            value = getattr(self, name)
+            if not 0.0 < (1.0 if value is None and name == "softcap" else value) < float("inf"):
+                raise ValueError(f"{name}: expected a finite number above 0, got {value!r}")
 
     def __repr__(self) -> str:
         shape = [*self.hidden.shape[:-1], len(self.weight)]
         bias = "" if self.bias is None else ", bias"
+        bias += "" if self.softcap is None else f", softcap={self.softcap:g}"
+        bias += "" if self.logit_scale == 1.0 else f", logit_scale={self.logit_scale:g}"
         return f"LinearLogits({shape} of width {self.weight.shape[1]}{bias}, {self.hidden.dtype}, {self.hidden.device})"
 
 
@@ -262,7 +276,10 @@ def _check_distinct(ids: Tensor, start: int) -> None:
 class LinearSource:
     """The rows of `LinearLogits`: hidden states [B, T, D] and an output layer, cut to the vocabulary."""
 
-    def __init__(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int) -> None:
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, size: int, scale: float = 1.0, softcap: float = 0.0
+    ) -> None:
+        self.scale, self.softcap = scale, softcap
         self.samples, self.length = hidden.shape[:2]
         self.size = size
         self.hidden = hidden.flatten(0, 1)
@@ -273,7 +290,19 @@ class LinearSource:
         return self.at(slice(start, stop))
 
     def at(self, index: slice | Tensor) -> Tensor:
-        return widened(torch.nn.functional.linear(self.hidden[index], self.weight, self.bias), self.size)
+        logits = torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return widened(logits, self.size)
+
+    def of_product(self, grad: Tensor, logits: Tensor) -> Tensor:
+        """The gradient of `hidden @ weight.T`, from that of rows of `logits`, in its place."""
+        grad, logits = grad[:, : len(self.weight)], logits[:, : len(self.weight)]
+        if self.softcap:
+            grad.mul_(1.0 - (logits / self.softcap).square())
+        return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
 class Parts(NamedTuple):
@@ -284,12 +313,15 @@ class Parts(NamedTuple):
     bias: Tensor | None = None  # [V]
     top: Tensor | None = None  # int [B, T, k]
     tail: str = ""
+    scale: float = 1.0  # of the product of hidden states and output layer
+    softcap: float = 0.0  # 0: none
 
     @classmethod
     def of(cls, logits: AnyLogits) -> Parts:
         """The tensors as they were given."""
         if isinstance(logits, LinearLogits):
-            return cls(logits.hidden, logits.weight, logits.bias)
+            softcap = logits.softcap or 0.0
+            return cls(logits.hidden, logits.weight, logits.bias, scale=logits.logit_scale, softcap=softcap)
         if isinstance(logits, TopKLogits):
             return cls(logits.logprobs, top=logits.ids, tail=logits.tail)
         return cls(logits)
@@ -320,7 +352,7 @@ class Parts(NamedTuple):
     def source(self, size: int) -> DenseSource | LinearSource | TopKSource:
         """The rows, without columns that belong to no token."""
         if self.head is not None:
-            return LinearSource(self.rows, self.head, self.bias, size)
+            return LinearSource(self.rows, self.head, self.bias, size, self.scale, self.softcap)
         if self.top is not None:
             return TopKSource(self.top, self.rows, self.tail, size)
         return DenseSource(self.rows, size)

@@ -18,7 +18,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, select
-from xtoken.losses.logits import DenseSource, Parts, Source, autocasts, row_blocks
+from xtoken.losses.logits import DenseSource, LinearSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
 
 
@@ -47,6 +47,10 @@ class Call(NamedTuple):
     student_size: int
     teacher_size: int
     tail: str
+    student_scale: float  # of hidden states with their output layer, see `LinearLogits`
+    student_softcap: float  # 0: none
+    teacher_scale: float
+    teacher_softcap: float
     reduction: str
     backend: str
 
@@ -69,8 +73,13 @@ class Call(NamedTuple):
 
     def sources(self) -> tuple[Source, Source]:
         """The rows of both sides."""
-        student = Parts(self.student, self.student_head, self.student_bias)
-        teacher = Parts(self.teacher, self.teacher_head, self.teacher_bias, self.teacher_top, self.tail)
+        student = Parts(
+            self.student, self.student_head, self.student_bias, scale=self.student_scale, softcap=self.student_softcap
+        )
+        teacher = Parts(
+            self.teacher, self.teacher_head, self.teacher_bias, self.teacher_top, self.tail, self.teacher_scale,
+            self.teacher_softcap,
+        )  # fmt: skip
         return student.source(self.student_size), teacher.source(self.teacher_size)
 
 
@@ -238,7 +247,8 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
         part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
         logits_grad = grads.logits(problem, rows)
         parts.append(backend.run(problem, logits_grad, grads.weight, None if scale is None else scale[span], part))
-        grads.add(logits_grad, rows)
+        if logits_grad is not None and isinstance(student, LinearSource):
+            grads.add(student.of_product(logits_grad[0], problem.student[0]), rows)
     losses = torch.cat(parts) if len(parts) != 1 else parts[0]
     count = call.predicted.numel() if call.predicted is not None else call.student.shape[:2].numel()
     return Result(
@@ -302,13 +312,10 @@ class _Gradients:
             return self.student
         return self.student.flatten(0, 1)[rows][None]
 
-    def add(self, logits_grad: Tensor | None, rows: slice) -> None:
-        """Takes a block's gradient of the logits on to the hidden states and the output layer."""
-        head = self.call.student_head
-        if logits_grad is None or head is None:
-            return
-        grad = logits_grad[0, :, : len(head)]
-        size = grad.shape[1]
+    def add(self, grad: Tensor, rows: slice) -> None:
+        """Takes a block's gradient [R, V] on to the hidden states and the output layer."""
+        head, size = self.call.student_head, grad.shape[1]
+        assert head is not None
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
         self.head[:size].addmm_(grad.t(), self.call.student.flatten(0, 1)[rows])
         if self.call.student_bias is not None:

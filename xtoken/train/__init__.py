@@ -5,6 +5,7 @@ from .collator import XTokenCollator, pack
 from .config import XTokenConfig
 from .data import AlignedExamples, EncodedDataset, EncodedStream, load_examples
 from .encode import ExampleEncoder
+from .head import linear_logits
 from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
@@ -18,6 +19,7 @@ __all__ = [
     "XTokenCollator",
     "XTokenConfig",
     "XTokenTrainer",
+    "linear_logits",
     "load_examples",
     "load_model",
     "load_tokenizer",
