@@ -51,7 +51,7 @@ def test_hidden_states_and_output_layer_take_the_place_of_logits(name: str) -> N
     assert list(of_logits)[:2] == ["student_logits", "teacher_logits"]
     assert list(of_hidden)[:3] == ["student_hidden", "lm_head_weight", "teacher_logits"]
     assert of_logits.keys() - of_hidden.keys() == {"student_logits", "inplace"}
-    assert of_hidden.keys() - of_logits.keys() == {"student_hidden", "lm_head_weight", "bias"}
+    assert of_hidden.keys() - of_logits.keys() == {"student_hidden", "lm_head_weight", "bias", "softcap", "logit_scale"}
     for key in of_logits.keys() & of_hidden.keys():
         assert of_hidden[key].default == of_logits[key].default
 

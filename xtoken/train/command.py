@@ -20,7 +20,6 @@ from typing import Any, get_args, get_type_hints
 import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
-from transformers.trainer_utils import get_last_checkpoint
 
 from xtoken.corpus.files import find_files
 from xtoken.losses import Needs, Teacher, registered
@@ -31,6 +30,7 @@ from xtoken.vocabulary import Vocabulary
 
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
+from .checkpoints import newest
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import has_chats, load_examples, text_sample
@@ -80,7 +80,7 @@ class TrainArguments:
     )  # fmt: skip
     cache: str | None = _option(None, "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken")
     trust_remote_code: bool = _option(False, "run code that comes with models")
-    resume: bool = _option(False, "continue from the last checkpoint in the output folder, if there is one")
+    resume: bool = _option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
     loss_options: dict[str, Any] = field(default_factory=dict, init=False)
     """Those of `loss_arguments` that are given."""
@@ -304,7 +304,7 @@ def main(arguments: Sequence[str]) -> None:
 
     train, held_out = examples(options.data), examples(options.eval_data)
     folder = str(config.output_dir)
-    last = get_last_checkpoint(folder) if options.resume and os.path.isdir(folder) else None
+    last = newest(folder) if options.resume else None
     config.eval_on_start = held_out is not None and last is None
     collator = XTokenCollator(student_tok, teacher_toks, packed=options.packed, max_length=options.max_length)
     callbacks = [PlotCallback()] if options.plot else []

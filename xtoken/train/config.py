@@ -45,6 +45,8 @@ class XTokenConfig(TrainingArguments):
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
         See `xtoken.select_backend`.
+    resume_weights_only : bool
+        Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
 
     Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 
@@ -66,6 +68,9 @@ class XTokenConfig(TrainingArguments):
     teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
+    resume_weights_only: bool = field(
+        default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
+    )
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: it would drop the teachers"})

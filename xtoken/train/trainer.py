@@ -8,6 +8,7 @@ import itertools
 import logging
 import math
 import os
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +17,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer
+from transformers import Trainer, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from xtoken.alignment import Alignment, to_device
 from xtoken.audit import same_tokens
@@ -28,6 +30,7 @@ from xtoken.projection import LearnableProjection, ProjectionMatrix
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
+from . import checkpoints
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .data import EncodedDataset, EncodedStream, is_example, lengths
@@ -609,6 +612,37 @@ class XTokenTrainer(Trainer):
         return output
 
     # Checkpoints.
+
+    def train(self, resume_from_checkpoint: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, from the newest complete checkpoint for True; a run that is at its end makes no further step.
+
+        Raises ValueError if a checkpoint is not complete, or lacks optimizer or scheduler (see
+        `XTokenConfig.resume_weights_only`), or if there is none.
+        """
+        if not resume_from_checkpoint:
+            return super().train(None, *args, **kwargs)
+        path = resume_from_checkpoint
+        if path is True and (path := checkpoints.newest(str(self.args.output_dir))) is None:
+            raise ValueError(
+                f"resume_from_checkpoint: expected a complete checkpoint in {self.args.output_dir}, got none"
+            )
+        state = checkpoints.check(Path(path), self.args.resume_weights_only)
+        if not checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
+            return super().train(str(path), *args, **kwargs)
+        logger.warning("%s is the end of the run, step %d: nothing is trained", path, state["global_step"])
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise ValueError(f"resume_from_checkpoint: {path} is the end of the run; there is nothing left to train")
+        self._load_from_checkpoint(str(path))
+        self._load_distillation(Path(path))
+        self.state = TrainerState.load_from_json(str(Path(path) / checkpoints.STATE))
+        return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save and folder.is_dir() and checkpoints.fault(folder) is not None:
+            shutil.rmtree(folder)  # what a killed run has left of the same checkpoint
+        self.accelerator.wait_for_everyone()
+        super()._save_checkpoint(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also writes the trained weights of W, as projections and to resume from."""

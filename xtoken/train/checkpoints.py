@@ -1,0 +1,78 @@
+"""Checkpoints to go on from: the newest that is complete, with all that a run needs to go on as if nothing had been."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import zipfile
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+logger = logging.getLogger(__name__)
+
+STATE = "trainer_state.json"
+
+
+def fault(folder: Path) -> str | None:
+    """What a checkpoint lacks that was killed while it was written; None if it is complete.
+
+    The Trainer writes its state last. Files that end early are found by what stands at their beginning or end.
+    """
+    try:
+        json.loads((folder / STATE).read_text())["global_step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"no {STATE}" if not (folder / STATE).exists() else f"{STATE} is damaged"
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            with safe_open(path, "pt"):
+                pass
+        except (SafetensorError, OSError):
+            return f"{path.name} is damaged"
+    damaged = [one.name for one in sorted(folder.glob("*.pt")) if not zipfile.is_zipfile(one)]
+    return f"{damaged[0]} is damaged" if damaged else None
+
+
+def newest(folder: str | os.PathLike[str]) -> Path | None:
+    """The newest complete checkpoint of an output folder; says which later ones are not."""
+    numbered = [(int(one.name.rpartition("-")[2]), one) for one in Path(folder).glob("checkpoint-*")
+                if one.is_dir() and one.name.rpartition("-")[2].isdigit()]  # fmt: skip
+    for _, path in sorted(numbered, reverse=True):
+        why = fault(path)
+        if why is None:
+            return path
+        logger.warning("%s is left out: it was not written to its end (%s)", path, why)
+    return None
+
+
+def check(folder: Path, weights_only: bool) -> dict[str, Any]:
+    """The state of a checkpoint.
+
+    Raises ValueError if it is not complete, or has no optimizer or scheduler, unless `weights_only` wants neither;
+    FileNotFoundError if there is none.
+    """
+    if not folder.is_dir():
+        raise FileNotFoundError(f"resume_from_checkpoint: no such folder: {folder}")
+    if (why := fault(folder)) is not None:
+        raise ValueError(f"resume_from_checkpoint: {folder} was not written to its end: {why}")
+    is_deepspeed = any(folder.glob("global_step*"))
+    has_optimizer = is_deepspeed or any((*folder.glob("optimizer*.pt"), *folder.glob("optimizer*.bin"),
+                                         *folder.glob("optimizer_*")))  # fmt: skip
+    missing = [] if has_optimizer else ["optimizer.pt"]
+    missing += [] if is_deepspeed or (folder / "scheduler.pt").exists() else ["scheduler.pt"]
+    if missing and not weights_only:
+        raise ValueError(
+            f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)}, so that the run would not go on as "
+            "it began; resume_weights_only=True goes on with a new optimizer and schedule"
+        )
+    state: dict[str, Any] = json.loads((folder / STATE).read_text())
+    return state
+
+
+def is_finished(state: dict[str, Any], max_steps: int, epochs: float) -> bool:
+    """Whether a run of so many steps (or epochs, where those are not above 0) has nothing left to do."""
+    if max_steps > 0:
+        return bool(state["global_step"] >= max_steps)
+    return bool(state["global_step"] >= state.get("max_steps", 0) > 0 and epochs <= state.get("num_train_epochs", 0))
