@@ -15,7 +15,7 @@ from transformers.integrations import deepspeed
 from xtoken import Alignment, PieceIndex, ProjectionMatrix, Teacher, TopKLogits, Vocabulary
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs
-from xtoken.train import TeacherModel, load_model, load_tokenizer
+from xtoken.train import TeacherModel, XTokenCollator, load_model, load_tokenizer
 from xtoken.train.teachers import EFFICIENT_LOADING, check_head, check_same_bytes, ensure_pad_token
 
 
@@ -89,10 +89,36 @@ def test_pad_token(tmp_path):
     assert tokenizer.pad_token == "</s>"
     tokenizer.pad_token = tokenizer.eos_token = None
     ensure_pad_token(tokenizer)
-    assert tokenizer.pad_token_id == 0
+    assert tokenizer.pad_token == "<pad>"
     tokenizer.pad_token, tokenizer.eos_token = None, "</s>"
     tokenizer.save_pretrained(tmp_path)
     assert load_tokenizer(tmp_path).pad_token == "</s>"
+
+
+def test_a_pad_token_is_no_text():
+    """An end token that is text stays text, token 0 too; where there is no special token there will be one."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    def tokenizer(**special: str) -> PreTrainedTokenizerFast:
+        alphabet = {token: k for k, token in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+        bpe = Tokenizer(models.BPE(alphabet, []))
+        bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+        made = PreTrainedTokenizerFast(tokenizer_object=bpe)
+        made.add_special_tokens({"additional_special_tokens": list(special.values())})
+        return made
+
+    for special, want in (
+        ({}, "<pad>"), ({"a": "<|im_start|>", "b": "<|reserved_special_token_3|>"}, "<|reserved_special_token_3|>"),
+        ({"a": "<|im_start|>"}, "<|im_start|>"), ({"a": "<|im_start|>", "b": "[PAD]"}, "[PAD]"),
+    ):  # fmt: skip
+        tok = tokenizer(**special)
+        ensure_pad_token(tok)
+        assert tok.pad_token == want
+        vocabulary = Vocabulary.from_tokenizer(tok)
+        assert vocabulary.roles["pad"] == tok.pad_token_id
+        assert vocabulary.is_text.sum() == 256
+        XTokenCollator(tok, [tok])
 
 
 def test_head_narrower_than_the_tokenizer(tmp_path, teacher_tok, student_tok):

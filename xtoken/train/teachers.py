@@ -17,6 +17,7 @@ from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
 from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import Vocabulary
+from xtoken.vocabulary.roles import RESERVED, ROLES
 
 from .limits import Limits, check_head
 from .packing import PACKED, is_packed, packing_fault
@@ -38,8 +39,7 @@ def load_model(
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
-    The tokenizer has a pad token: if it brings none, its end token, and if it has none either, the token 0. Padding is
-    masked everywhere, so it does not matter which.
+    The tokenizer has a pad token: if it brings none, its end token or another special one; see `ensure_pad_token`.
 
     Parameters
     ----------
@@ -121,10 +121,18 @@ def _place(source: str | os.PathLike[str], trust_remote_code: bool, revision: st
 
 
 def ensure_pad_token(tokenizer: Any) -> None:
-    """Gives a tokenizer without a pad token its end token, else the token 0, to fill rows with."""
-    if tokenizer.pad_token is None:
-        end = tokenizer.eos_token
-        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(0) if end is None else end
+    """Gives a tokenizer without a pad token one to fill rows with that stands for no text: its end token, or one that
+    is called so, or any special token, those that no text holds first; else a new one, which is masked like all."""
+    if tokenizer.pad_token is not None:
+        return
+    special = {i: str(one) for i, one in tokenizer.added_tokens_decoder.items() if one.special}
+    end = tokenizer.eos_token
+    ranked = [end, *ROLES["pad"], *filter(RESERVED.search, special.values()), *special.values()]
+    found = next((one for one in ranked if one in special.values()), None)
+    if found is None:
+        tokenizer.add_special_tokens({"pad_token": "<pad>"})
+    else:
+        tokenizer.pad_token = found
 
 
 class TeacherModel:
