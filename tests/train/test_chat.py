@@ -382,6 +382,13 @@ def test_turns_without_a_label_and_teachers_without_a_chunk_are_told(reason, sma
     assert all("row 0" in one or one.startswith("of 5 rows") for one in caplog.messages)
 
 
+def test_empty_turns_are_told(small_chat_tok, caplog):
+    encoder = ExampleEncoder(small_chat_tok("qwen3"), [small_chat_tok("qwen3x")], train_on="assistant")
+    ((example,),) = encoder.encode([{"messages": conversation(["Why", " \n", "So", "so"])}])
+    assert trained_text(example, encoder.student.vocabulary) == "so<|im_end|>"
+    assert caplog.messages[0].startswith("row 0, turn 1: no label, since it has no content")
+
+
 def test_time_stands_still(small_chat_tok):
     """In all formats, wherever they come from; another time is another text."""
     template = "{% set f = '%d %b %Y' %}<{{ strftime_now(f) }}, {{ strftime_now('%H:%M:%S') }}, %H>\n" + CONFORMING

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from real_tokenizers import TEXTS, encode
 from small import SMALL_TEXTS, make_tokenizer
 
 from xtoken import Aligner, Vocabulary
-from xtoken.train import ExampleEncoder
+from xtoken.train import EncodedDataset, ExampleEncoder
 
 WORDS = st.one_of(
     st.text(st.characters(exclude_categories=["Cs"]), max_size=12),
@@ -149,7 +150,9 @@ def make_family(name):
             tok.add_tokens(["readers paid", AddedToken(" they ", normalized=False)])
         return tok
     tok.train_from_iterator(SMALL_TEXTS, trainer)
-    return tok
+    spec = json.loads(tok.to_str())  # pieces that stand for bytes are no special tokens
+    spec["added_tokens"] = [one for one in spec["added_tokens"] if not one["content"].startswith("<0x")]
+    return Tokenizer.from_str(json.dumps(spec))
 
 
 FAMILIES = ("byte-level", "neox", "added", "sentencepiece", "unigram", "wordpiece")
@@ -330,6 +333,31 @@ def test_long_conversations_lose_their_end(small_chat_tok):
     assert ExampleEncoder(student, [teacher], train_on="assistant", max_length=10).encode(rows) == [[], []]
     alone = ExampleEncoder(student, [], max_length=10).encode(rows)
     assert [len(example["student_ids"]) for (example,) in alone] == [10, 10]
+
+
+def test_what_is_cut_is_told(small_chat_tok, student_tok, caplog):
+    """Of a teacher that reads the student's ids the limit is the student's too; each teacher may have its own."""
+    student, other = small_chat_tok("llama3"), small_chat_tok("qwen3")
+    messages = [{"role": "user", "content": "they read it"}, {"role": "assistant", "content": SMALL_TEXTS[0]}]
+    rows = [{"messages": messages}] * 2
+    encoder = ExampleEncoder(student, [other, student, other], max_teacher_length=[40, 35, None], train_on="assistant")
+    ((example,), _) = encoder.encode(rows)
+    assert len(example["student_ids"]) <= 35
+    assert len(example["teachers"][0]["ids"]) <= 40
+    assert encoder.report.counts == {"rows that lose what is beyond a length limit": 2}
+    (told,) = caplog.messages
+    assert told.startswith("row 0: ")
+    assert "tokens of the student, at most 35" in told
+    with pytest.raises(
+        ValueError, match="rows: 2 of 2 are lost to rows that lose what is beyond a length limit, first"
+    ):
+        EncodedDataset(rows, ExampleEncoder(student, [other], train_on="assistant", max_teacher_length=9))
+    with pytest.raises(ValueError, match="max_teacher_length: expected one for each of 1 teachers, got 2"):
+        ExampleEncoder(student, [other], max_teacher_length=[9, 9])
+    caplog.clear()
+    encoder = ExampleEncoder(student_tok, [other], max_length=20)
+    EncodedDataset([{"text": text} for text in SMALL_TEXTS], encoder)
+    assert not caplog.messages  # long texts become several examples
 
 
 def test_nothing_to_train_on(student_tok, teacher_tok, small_chat_tok):

@@ -236,6 +236,7 @@ class ChatTemplate:
         now = now or datetime.now()
         formats = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
         self._time = [(one, now.strftime(one)) for one in formats]
+        self._markings = list(_MARKINGS)
 
     def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
         """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
@@ -319,16 +320,18 @@ class ChatTemplate:
     def _marks(self, text: str, conversation: Conversation) -> dict[int, list[tuple[int, int]]]:
         """Of each piece that can be marked: where its marks are in the text, and where it ends if it is verbatim."""
         found: dict[int, list[tuple[int, int]]] = {}
-        waiting = [k for k, own in enumerate(conversation.is_own) if own]
+        waiting = every = [k for k, own in enumerate(conversation.is_own) if own]
         used = set(text).union(*conversation.pieces)
         free = [mark for mark in map(chr, _MARKS[: len(waiting) + len(used)]) if mark not in used]
-        for marking in _MARKINGS:
+        for marking in tuple(self._markings):
             groups, waiting = [waiting] if waiting else [], []
             while groups:
                 group = groups.pop()
                 marks = self._marks_of(dict(zip(free, group, strict=False)), marking, text, conversation)
                 if marks is not None:
                     found.update(marks)
+                    if group is every:  # likely to do for the next conversation too
+                        self._markings.sort(key=marking.__ne__)
                 elif len(group) == 1:
                     waiting += group
                 else:

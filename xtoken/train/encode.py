@@ -219,6 +219,7 @@ class ExampleEncoder:
             first, last = table.first_turn[b : b + 2]
             row, turns = first_row + b, range(first, last)
             lost = [t for t in turns if has_content[t] and not has_label[t]]
+            empty = [t for t in turns if table.trained_turn[t] and not has_content[t]]
             answers = [
                 t for t in turns if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant"
             ]
@@ -226,6 +227,8 @@ class ExampleEncoder:
                 reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
                 reason = " and ".join(sorted(reasons)) or "its tokens are special, or reach into the template's text"
                 self.report.add(NO_LABEL, f"row {row}, turn {t - first}", f"no label, since for the student {reason}")
+            for t in empty:
+                self.report.add(NO_LABEL, f"row {row}, turn {t - first}", "no label, since it has no content")
             if lost and not has_label[first:last].any():
                 self.report.lose(NO_LABEL)
             for t in answers:
