@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import _core
 from .alignment import Alignment
+from .alignment.alignment import int_tensor
 from .calibration import MergeReport, calibrate
 from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
@@ -62,7 +63,7 @@ class PieceIndex:
     """
 
     def __init__(self, data: Any, metadata: Mapping[str, str] | None = None) -> None:
-        self.data = lasting(torch.as_tensor(data, dtype=torch.int32).contiguous())
+        self.data = lasting(int_tensor(data, "data", torch.int32).contiguous())
         self.metadata = dict(metadata or {})
         _core.check_piece_index(self.data.cpu().numpy())
         students, teachers, self.events = self.data[:3].tolist()

@@ -5,6 +5,7 @@
 #include "bindings/errors.h"
 #include "bindings/launch.h"
 #include "core/cpu_features.h"
+#include "core/digest.h"
 #include "core/parallel.h"
 #include "core/sliced.h"
 #include "cpu/dispatch.h"
@@ -29,6 +30,9 @@ PYBIND11_MODULE(_core, m) {
     m.def(
         "sliced_lists",
         [](const Array<int64_t>& begin, const Array<int32_t>& counts, int64_t lanes) {
+            if (lanes < 1 || begin.ndim() != 1 || begin.size() != counts.size()) {
+                value_error("begin: expected one for each list, and lanes");
+            }
             SlicedLists made(to_vector(counts, "counts"), lanes, true);
             std::vector<int64_t> source(made.size(), -1);
             for (int64_t n = 0; n < made.lists(); ++n) {
@@ -39,6 +43,9 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("begin"), py::arg("counts"), py::arg("lanes"),
         "See core/sliced.h; `source` is -1 where a slice has none.");
+    m.def(
+        "digest", [](const Array<uint8_t>& bytes) { return digest(bytes.data(), static_cast<size_t>(bytes.size())); },
+        "A number that tells contents apart.");
     m.def("cpu_levels", &cpu::available_levels, "Levels of the CPU kernels that this processor can run.");
     m.def("cpu_level", &cpu::default_level, "The level that is used by default.");
     m.def(

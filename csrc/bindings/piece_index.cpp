@@ -47,9 +47,10 @@ void bind_piece_index(py::module_& m) {
         [](const Array<int32_t>& data, const Array<int64_t>& student_start, const Array<int64_t>& student_count,
            const Array<int64_t>& student_next, const Array<int64_t>& teacher_start, const Array<int64_t>& teacher_count,
            const Array<int64_t>& teacher_next) {
-            const PieceIndex index = PieceIndex::view(data.data(), static_cast<size_t>(data.size()), false);
+            const PieceIndex index = PieceIndex::view(data.data(), static_cast<size_t>(data.size()), true);
             const auto chunks = student_start.size();
-            if (student_count.size() != chunks || teacher_start.size() != chunks || teacher_count.size() != chunks) {
+            if (student_start.ndim() != 1 || student_count.size() != chunks || teacher_start.size() != chunks ||
+                teacher_count.size() != chunks) {
                 value_error("chunks: expected one start and one count a chunk on both sides");
             }
             return to_array<int64_t>(

@@ -3,6 +3,9 @@
 
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <limits>
+
 #include "bindings/arrays.h"
 
 namespace xtoken {
@@ -75,7 +78,11 @@ void bind_projection(py::module_& m) {
         [](const Array<int64_t>& row_ptr, const Array<int32_t>& col, const Array<float>& weight,
            const Array<int32_t>& columns, const Array<int64_t>& piece_ptr, const Array<int32_t>& piece_ids, double beta,
            double gamma, int32_t top_k) {
-            const SparseRows matrix{to_vector(row_ptr, "row_ptr"), to_vector(col, "col"), to_vector(weight, "weight")};
+            const Sequences rows =
+                to_sequences(row_ptr, col, static_cast<size_t>(std::max<py::ssize_t>(row_ptr.size(), 1) - 1),
+                             std::numeric_limits<int32_t>::max());
+            const SparseRows matrix{rows.ptr, rows.ids, to_vector(weight, "weight")};
+            if (weight.size() != col.size()) value_error("weight: expected one weight an entry of col");
             const std::vector<int32_t> unreached = to_vector(columns, "columns");
             const auto student_size = static_cast<int32_t>(matrix.row_ptr.size()) - 1;
             return to_tuple(add_reverse(matrix, unreached,

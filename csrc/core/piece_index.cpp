@@ -210,6 +210,7 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
     for (size_t i = 0; i < kPieceIndexHead; ++i) {
         if (data[i] < (i < 3)) damaged("number ", i, " of its head is ", data[i]);
     }
+    if (data[2] > int64_t{data[0]} + data[1]) damaged("more events than tokens: ", data[2]);
     PieceIndex index{};
     index.events = data[2];
     const int32_t* next = data + kPieceIndexHead;
@@ -234,6 +235,7 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
     for (size_t s = 0; all && s < 2; ++s) {
         const PieceSide& side = index.side[s];
         std::vector<bool> seen(static_cast<size_t>(side.size), false);
+        int64_t text = 0;  // bytes, of which those of a chunk's tokens are summed
         bool fits = side.ptr[0] == 0 && side.ptr[side.size] == data[3 + s] && side.joined_ptr[0] == 0 &&
                     side.joined_ptr[side.size] == data[5 + s];
         for (int32_t i = 0; fits && i < side.size; ++i) {
@@ -242,7 +244,9 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
                    id < side.size && !seen[static_cast<size_t>(id)] && side.ptr[i] <= side.ptr[i + 1] &&
                    side.joined_ptr[i] <= side.joined_ptr[i + 1];
             if (fits) seen[static_cast<size_t>(id)] = true;
+            text += side.length[i];
         }
+        fits = fits && text <= std::numeric_limits<int32_t>::max();
         for (int32_t p = 0; fits && p < data[3 + s]; ++p) {
             fits = side.pieces[p] >= 0 && side.pieces[p] <= data[1 - s];
         }

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/error.h"
 #include "cpu/cross_entropy.h"
 #include "cpu/huge_pages.h"
 
@@ -26,6 +27,15 @@ std::vector<int64_t> rows_of_no_chunk(const ChunkLoop& loop) {
 }
 
 }  // namespace
+
+void ChunkLoop::check_rows(const char* side, const ChunkRows& rows, int64_t chunks, const Logits& logits) {
+    for (int64_t k = 0; k < chunks; ++k) {
+        if (rows.start[k] < 0 || rows.count[k] < 1 || rows.start[k] > logits.rows() - rows.count[k]) {
+            value_error("alignment: chunk ", k, " begins at row ", rows.start[k], " of the ", side, " and has ",
+                        rows.count[k], ", of ", logits.rows(), " in all");
+        }
+    }
+}
 
 int64_t ChunkLoop::groups_of(int64_t chunks, int threads) {
     const int64_t few = chunks / (8 * std::max(threads, 1));  // so that the threads end at about the same time

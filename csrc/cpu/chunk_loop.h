@@ -26,7 +26,10 @@ struct ChunkLoop {
           chunks(params.chunks),
           lowest(params.lowest),
           labels(given_labels),
-          groups(groups_of(params.chunks, launch.threads)) {}
+          groups(groups_of(params.chunks, launch.threads)) {
+        check_rows("student", params.student_rows, params.chunks, params.student);
+        check_rows("teacher", params.teacher_rows, params.chunks, params.teacher);
+    }
 
     // Calls body(group, begin, end, scratch) for the chunks begin ... end - 1 of each group. Rows of no chunk get the
     // loss and the gradient of their label, or zeros. One thread works on a group: unless groups are summed by
@@ -35,6 +38,8 @@ struct ChunkLoop {
     void run(const Launch& launch, const Body& body) const;
 
   private:
+    // Throws Error if a chunk has no row, or one that the logits have not.
+    static void check_rows(const char* side, const ChunkRows& rows, int64_t chunks, const Logits& logits);
     static int64_t groups_of(int64_t chunks, int threads);
 };
 

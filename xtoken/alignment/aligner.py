@@ -203,17 +203,21 @@ def _rows(value: Any, name: str, dtype: torch.dtype) -> tuple[list[NDArray[Any]]
         return value.rows(), None
     is_mask = dtype == torch.uint8
 
+    def tensor_of(row: Any) -> Tensor:
+        wide = int_tensor(row, name, torch.int64, allow_bool=is_mask).cpu()
+        return (wide != 0).to(dtype) if is_mask else wide
+
     def array(row: Any) -> NDArray[Any]:
         if type(row) is np.ndarray and row.dtype == (np.uint8 if is_mask else np.int64):
             return np.ascontiguousarray(row)
-        return int_tensor(row, name, dtype, allow_bool=is_mask).cpu().contiguous().numpy()
+        return tensor_of(row).contiguous().numpy()
 
     if isinstance(value, (list, tuple)) and len(value) > 0 and np.ndim(value[0]) > 0:
         rows = [array(row) for row in value]
         if any(row.ndim != 1 for row in rows):
             raise ValueError(f"{name}: expected one dimension a sample")
         return rows, None
-    tensor = int_tensor(value, name, dtype, allow_bool=is_mask).cpu().contiguous()
+    tensor = tensor_of(value).contiguous()
     if tensor.dim() not in (1, 2):
         raise ValueError(f"{name}: expected shape [T] or [B, T], got {list(tensor.shape)}")
     return list(tensor.reshape(1, -1).numpy() if tensor.dim() == 1 else tensor.numpy()), tensor

@@ -21,13 +21,25 @@ IGNORED = -100
 
 
 def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = False) -> Tensor:
-    """The value as a tensor of `dtype`; TypeError if it does not hold integers."""
-    tensor = torch.as_tensor(value)
+    """The value as a tensor of `dtype`; TypeError if it does not hold integers, ValueError if one does not fit."""
+    try:
+        tensor = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
+        kind = ValueError if "verflow" in str(error) or isinstance(error, ValueError) else TypeError
+        raise kind(f"{name}: expected integers of up to 64 bits: {error}") from error
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
         if tensor.numel():
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
         tensor = tensor.long()
-    return tensor.to(dtype)
+    if tensor.dtype == dtype or tensor.dtype == torch.bool:
+        return tensor.to(dtype)
+    wide = tensor.long()
+    result = wide.to(dtype)
+    wrong = (result != wide) if tensor.dtype != torch.uint64 else (result != wide) | (wide < 0)
+    if (dtype != torch.int64 or tensor.dtype == torch.uint64) and bool(wrong.any()):
+        got = int(wide[wrong][0]) % 2**64 if tensor.dtype == torch.uint64 else int(wide[wrong][0])
+        raise ValueError(f"{name}: expected numbers that fit in {dtype}, got {got}")
+    return result
 
 
 class Alignment:
@@ -84,21 +96,40 @@ class Alignment:
         )
         if self.offsets.dim() != 1 or self.offsets.numel() == 0:
             raise ValueError(f"offsets: expected shape [B + 1], got {list(self.offsets.shape)}")
-        bounds = self.offsets.tolist()
-        if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
-            raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
-        self.check_spans()
         self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
             side: None if ids is None else self._check_ids(ids, f"{side}_ids")
             for side, ids in (("student", student_ids), ("teacher", teacher_ids))
         }
-        self.optimal = self._flags(torch.ones(len(self)) if optimal is None else optimal, "optimal", len(self))
+        self.optimal = self._flags(
+            torch.ones(len(self), dtype=torch.bool) if optimal is None else optimal, "optimal", len(self)
+        )
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
         self.predicted = self._flags(predicted, "predicted", count)
+        self.check()
 
-    def check_spans(self) -> None:
-        """Raises ValueError for a chunk that is empty, negative, or not behind the one before it."""
+    def check_form(self) -> None:
+        """Raises ValueError for tensors of another type or shape than the constructor makes: they are public."""
+        count = self.spans.shape[0] if isinstance(self.spans, Tensor) and self.spans.dim() else 0
+        samples = self.offsets.numel() - 1 if isinstance(self.offsets, Tensor) and self.offsets.numel() else 0
+        form = {"spans": (torch.int32, [count, 4]), "offsets": (torch.int64, [samples + 1])}
+        for name, (dtype, shape) in {**form, "predicted": (torch.bool, [count])}.items():
+            value = getattr(self, name)
+            if not isinstance(value, Tensor) or value.dtype != dtype or list(value.shape) != shape:
+                got = f"{value.dtype} {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                raise ValueError(f"{name}: expected {dtype} {shape}, got {got}")
+        for side, ids in self._ids.items():
+            shape = [samples, -1] if self.batched else [-1]
+            if isinstance(ids, Tensor) and (ids.dtype != torch.int64 or [*ids.shape[:-1], -1] != shape):
+                raise ValueError(f"{side}_ids: expected int64 {shape}, got {ids.dtype} {list(ids.shape)}")
+
+    def check(self) -> None:
+        """Raises ValueError for tensors that do not describe chunks, as after a change in place, since kernels go where
+        they point: a chunk that is empty, negative, or not behind the one before it."""
+        self.check_form()
+        bounds, count = self.offsets.tolist(), self.num_chunks
+        if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
+            raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
         starts, ends = self.spans[:, 0::2], self.spans[:, 1::2]
         bad = ((starts < 0) | (ends <= starts)).any(dim=1)
         bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
@@ -108,10 +139,12 @@ class Alignment:
             raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
 
     def _flags(self, value: Any, name: str, count: int) -> Tensor:
-        flags = torch.as_tensor(value, dtype=torch.bool, device=self.spans.device)
+        flags = int_tensor(value, name, torch.int64, allow_bool=True).to(self.spans.device)
         if flags.shape != (count,):
             raise ValueError(f"{name}: expected shape [{count}], got {list(flags.shape)}")
-        return flags
+        if bool(((flags != 0) & (flags != 1)).any()):
+            raise ValueError(f"{name}: expected true or false (1 or 0), got other numbers")
+        return flags.bool()
 
     def _check_ids(self, value: Any, name: str) -> Tensor:
         ids = int_tensor(value, name, torch.int64).to(self.spans.device)
@@ -177,9 +210,15 @@ class Alignment:
         fields = {k: moved(v) if isinstance(v, Tensor) else v for k, v in vars(self).items()}
         ids = zip(("student", "teacher"), self._both_ids(), strict=True)
         fields["_ids"] = {side: one if one is None else moved(one) for side, one in ids}
-        fields["_host"] = host = None if on_host else self.host
+        fields["_host"] = host = None if on_host else self.host._copied()
         fields["_flat"] = None if host is None else moved(host._flatten(ids=True))
         fields["_masked"] = self._masked and not on_host
+        return Alignment._trusted(**fields)
+
+    def _copied(self) -> Alignment:
+        """The same with tensors of its own, which nobody changes: what is on a device must not differ from them."""
+        fields = {k: v.clone() if isinstance(v, Tensor) else v for k, v in vars(self).items()}
+        fields["_ids"] = {k: v.clone() if isinstance(v, Tensor) else v for k, v in self._ids.items()}
         return Alignment._trusted(**fields)
 
     def supervised(self, labels: Any, teacher_labels: Any = None) -> Alignment:

@@ -131,7 +131,7 @@ class Chunks:
         Raises ValueError if a chunk ends beyond the logits, or ids are needed and missing.
         """
         device, host = torch.device(device), alignment.host
-        host.check_spans()  # they are in plain sight, and kernels go where they point
+        host.check()
         lengths = student_length, teacher_length
         for side, (name, length, ids) in enumerate(zip(("student", "teacher"), lengths, host._both_ids(), strict=True)):
             host.check_reach(side, length, f"{name}_logits", "row")

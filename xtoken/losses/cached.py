@@ -11,13 +11,15 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xtoken import _core
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class _Kept(Generic[T]):
     others: tuple[weakref.ref[Tensor], ...]  # all tensors but the first, which is the key
-    versions: tuple[int, ...]
+    versions: tuple[Any, ...]
     made: T
 
     def of(self, tensors: tuple[Tensor, ...]) -> bool:
@@ -26,8 +28,24 @@ class _Kept(Generic[T]):
         return same and self.versions == _versions(tensors)
 
 
-def _versions(tensors: tuple[Tensor, ...]) -> tuple[int, ...]:
-    return tuple(tensor._version for tensor in tensors)
+def _versions(tensors: tuple[Tensor, ...]) -> tuple[Any, ...]:
+    """Of the contents, and of where and what they are, which an assignment to ``data`` changes."""
+    return tuple((x._version, x.data_ptr(), x.dtype, x.shape, x.stride(), _DIGESTS.get(x)) for x in tensors)
+
+
+_DIGESTS: Any = WeakIdKeyDictionary()
+"""Of the contents of tensors, when `notice_changes` last looked at them."""
+
+
+def notice_changes(*tensors: Tensor | None) -> None:
+    """Sees changes in place that torch does not count, made through ``data`` or NumPy: by what tensors on the CPU hold.
+
+    Others would have to be waited for, and those of inference mode are not kept.
+    """
+    for x in tensors:
+        if x is None or x.device.type != "cpu" or x.is_inference() or x.grad_fn is not None:
+            continue
+        _DIGESTS[x] = _core.digest(x.detach().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def made_to_last(make: Callable[[], T]) -> T:

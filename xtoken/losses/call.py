@@ -234,6 +234,7 @@ def check_alignment(alignment: Alignment, samples: int) -> None:
     """An alignment of so many samples."""
     if not isinstance(alignment, Alignment):
         raise TypeError(f"alignment: expected an xtoken.Alignment, got {type(alignment).__name__}")
+    alignment.check_form()
     if len(alignment) != samples:
         raise ValueError(f"alignment: expected {samples} samples (the batch of the logits), got {len(alignment)}")
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
+from xtoken.alignment.alignment import int_tensor
 from xtoken.alignment.chunks import synchronized, to_device
 from xtoken.losses.backends import select
 from xtoken.losses.cached import Cached, made_to_last
@@ -57,7 +58,7 @@ _ORDERED = Cached[Tensor]()
 def _checked(given: Any, width: int, device: torch.device) -> Tensor:
     """Given columns, ascending, on the device. On a device they are looked at once, and not again at every step."""
     if not isinstance(given, Tensor):
-        return to_device(_ordered(torch.as_tensor(given), width), device)
+        return to_device(_ordered(int_tensor(given, "columns", torch.int64), width), device)
     if not given.is_inference() and _RIGHT.get(given) == (given._version, width):
         return given.to(device)
     ordered = _ORDERED.of((given,), lambda: _ordered(given, width), width)

@@ -7,6 +7,7 @@ says what it needs of a pair of tokenizers.
 from __future__ import annotations
 
 import inspect
+import operator
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
@@ -17,9 +18,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from xtoken import _core
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import Cached, notice_changes
 from xtoken.losses.logits import Source
 from xtoken.pieces import PieceIndex, sides
 
@@ -58,10 +60,51 @@ class Matrix(NamedTuple):
         """
         if not all(hasattr(projection, name) for name in cls._fields):
             raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
-        if len(projection.row_ptr) != projection.shape[0] + 1:
-            expected = f"[{projection.shape[0] + 1}] for shape {list(projection.shape)}"
-            raise ValueError(f"projection: expected row_ptr {expected}, got {list(projection.row_ptr.shape)}")
-        return cls(projection.row_ptr, projection.col, projection.weight, tuple(projection.shape))
+        row_ptr, col, weight = parts = projection.row_ptr, projection.col, projection.weight
+        if not all(isinstance(part, Tensor) for part in parts):
+            raise TypeError(f"projection: expected tensors, got {[type(part).__name__ for part in parts]}")
+        if (row_ptr.dtype, col.dtype) != (torch.int64, torch.int32) or not weight.is_floating_point():
+            expected = "row_ptr int64, col int32 and weight of a floating type"
+            raise TypeError(f"projection: expected {expected}, got {[str(part.dtype) for part in parts]}")
+        students, teachers = (operator.index(size) for size in projection.shape)
+        shapes = [list(part.shape) for part in parts]
+        if shapes[0] != [students + 1] or len(shapes[1]) != 1 or shapes[2] != shapes[1]:
+            expected = f"row_ptr [{students + 1}] for shape {[students, teachers]}, and a weight an entry of col"
+            raise ValueError(f"projection: expected {expected}, got {shapes}")
+        return cls(row_ptr, col, weight, (students, teachers))
+
+    def check(self) -> None:
+        """Raises ValueError for entries that are in no row or column. Waits for a device only the first time."""
+        _FITS.of((self.col, self.row_ptr), self._check, self.shape)
+
+    def _check(self) -> bool:
+        row_ptr, col = self.row_ptr.detach().cpu(), self.col.detach().cpu()
+        total, teachers = len(col), self.shape[1]
+        if row_ptr[0] != 0 or row_ptr[-1] != total or bool((row_ptr.diff() < 0).any()):
+            raise ValueError(
+                f"projection: expected row_ptr to go from 0 to {total} (the entries of col) without a step back"
+            )
+        if total and (int(col.min()) < 0 or int(col.max()) >= teachers):
+            raise ValueError(
+                f"projection: expected col in 0 ... {teachers - 1}, got {int(col.min())} to {int(col.max())}"
+            )
+        return True
+
+
+_FITS = Cached[bool]()
+"""Tables whose numbers are in their places."""
+
+
+def check_pieces(pieces: Tensor) -> None:
+    """Raises ValueError for a tensor that is no `PieceIndex.data`. Waits for a device only the first time."""
+    if pieces.dtype != torch.int32 or pieces.dim() != 1:
+        raise ValueError(f"pieces: expected int32 [n], got {pieces.dtype} {list(pieces.shape)}")
+
+    def check() -> bool:
+        _core.check_piece_index(pieces.cpu().contiguous().numpy())
+        return True
+
+    _FITS.of((pieces,), check)
 
 
 @dataclass(frozen=True)
@@ -117,6 +160,18 @@ class Loss:
             return False
         used = (W.row_ptr[width:].diff() > 0, W.col >= width)[side]
         return _LACKING.of((W.row_ptr, W.col), lambda: not used.any(), side, width)
+
+    def check_tables(self) -> None:
+        """Raises ValueError if W or the piece index is not what it was made as, since kernels go where it points."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Matrix):
+                notice_changes(*value[:3])
+                value.check()
+            elif isinstance(value, Tensor):
+                notice_changes(value)
+        if self.needs is Needs.PIECES:
+            check_pieces(self.pieces)  # type: ignore[attr-defined]
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         """The chunks, and what kernels and formula get to see of this loss (default: all of them, and itself)."""

@@ -229,6 +229,7 @@ def _define(name: str, layout: _Layout) -> None:
 def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Result:
     """The loss of a call, and the gradients that are wanted."""
     student, teacher = call.sources()
+    loss.check_tables()
     loss.check()
     prepared = loss.prepare(call, student, teacher)
     chunks = prepared.chunks

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import operator
 import os
 import zipfile
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core
+from xtoken.alignment.alignment import int_tensor
 from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
 from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
 
@@ -65,14 +67,16 @@ class ProjectionMatrix:
         kind: Any = None,
         metadata: Mapping[str, str] | None = None,
     ) -> None:
-        self.row_ptr = lasting(torch.as_tensor(row_ptr, dtype=torch.int64))
-        self.col = lasting(torch.as_tensor(col, dtype=torch.int32))
+        self.row_ptr = lasting(int_tensor(row_ptr, "row_ptr", torch.int64).contiguous())
+        self.col = lasting(int_tensor(col, "col", torch.int32).contiguous())
         self.weight = lasting(torch.as_tensor(weight, dtype=torch.float32))
         if self.row_ptr.dim() != 1 or self.row_ptr.numel() == 0:
             raise ValueError(f"row_ptr: expected shape [V_student + 1], got {list(self.row_ptr.shape)}")
-        self.shape = (self.row_ptr.numel() - 1, int(teacher_vocab_size))
+        self.shape = (self.row_ptr.numel() - 1, operator.index(teacher_vocab_size))
+        if not 0 <= self.shape[1] < 2**31:
+            raise ValueError(f"teacher_vocab_size: expected a size that int32 can number, got {teacher_vocab_size}")
         given = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
-        self.kind = given if kind is None else torch.as_tensor(kind, dtype=torch.uint8)
+        self.kind = given if kind is None else int_tensor(kind, "kind", torch.uint8)
         self.metadata = dict(metadata or {})
         (rows, columns), nnz = self.shape, self.nnz
         if self.col.dim() != 1 or self.weight.shape != self.col.shape:
@@ -165,7 +169,7 @@ class ProjectionMatrix:
         [V_student, k] are theirs, and entries of weight 0 are left out. Raises ValueError if the shapes differ, an id
         is out of range or repeated in a row, or a weight is negative or not finite.
         """
-        indices = torch.as_tensor(indices, dtype=torch.int64)
+        indices = int_tensor(indices, "indices", torch.int64)
         weights = torch.as_tensor(weights, dtype=torch.float32)
         if indices.dim() != 2 or indices.shape != weights.shape:
             got = f"{list(indices.shape)}, got {list(weights.shape)}"

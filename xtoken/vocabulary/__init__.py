@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import json
+import operator
 import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
@@ -72,13 +73,13 @@ class Vocabulary:
         for i, token in enumerate(tokens):
             if not isinstance(token, bytes):
                 raise TypeError(f"tokens: expected bytes, got {type(token).__name__} at position {i}")
-        given = {role: int(i) for role, i in (roles or {}).items() if i is not None}
+        given = {role: operator.index(i) for role, i in (roles or {}).items() if i is not None}
         self.roles = {role: given.pop(role) for role in ROLES if role in given} | given
         if kinds is None:
             special = set(self.roles.values())
             kinds = ["special" if i in special else "normal" for i in range(len(tokens))]
         try:
-            codes = [TOKEN_KINDS.index(kind) if isinstance(kind, str) else int(kind) for kind in kinds]
+            codes = [TOKEN_KINDS.index(kind) if isinstance(kind, str) else operator.index(kind) for kind in kinds]
         except ValueError:
             raise ValueError(f"kinds: expected names among {TOKEN_KINDS}, got {sorted(set(map(str, kinds)))}") from None
         if any(not 0 <= code < len(TOKEN_KINDS) for code in codes):
@@ -157,7 +158,10 @@ class Vocabulary:
 
     def decode(self, ids: Any) -> bytes:
         """The bytes of a sequence of ids, put together; tokens that stand for no text add nothing."""
-        return self._core.join(np.ascontiguousarray(ids, dtype=np.int64))
+        given = np.asarray(ids)
+        if given.size and not np.can_cast(given.dtype, np.int64):
+            raise TypeError(f"ids: expected integers, got {given.dtype}")
+        return self._core.join(np.ascontiguousarray(given, dtype=np.int64))
 
     def encode(self, text: str | bytes) -> list[int]:
         """Ids of one piece of text, without special tokens and without a dummy space; see `encode_pieces`."""

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <vector>
 
+#include "core/error.h"
 #include "cpu/chunk_loop.h"
 #include "cpu/lanes.h"
 #include "losses/pkl/params.h"
@@ -20,6 +21,10 @@ int64_t workspace_of(const PklPlanView& plan) {
 }
 
 void pkl(const PklParams& params, const Launch& launch) {
+    if (params.plan->student_size != params.student.width || params.plan->teacher_size != params.teacher.width) {
+        value_error("plan: expected W of vocabularies of ", params.student.width, " and ", params.teacher.width,
+                    " tokens, got ", params.plan->student_size, " and ", params.plan->teacher_size);
+    }
     const auto chunk = XTOKEN_PICK(launch.level, pkl_chunk);
     const int64_t entries = params.plan->entries;
     const bool weighted = params.weight_grad != nullptr;

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "core/error.h"
 #include "core/sliced.h"
@@ -88,6 +89,11 @@ PklMatrix::PklMatrix(const Values<int64_t>& row_ptr, const Values<int32_t>& col,
     : row_ptr_(row_ptr.data, row_ptr.data + row_ptr.size), col_(col.data, col.data + col.size) {
     if (row_ptr_.empty() || row_ptr_.front() != 0 || row_ptr_.back() != entries()) {
         value_error("row_ptr: expected 0 ... ", entries(), " (the number of entries of col)");
+    }
+    if (!std::is_sorted(row_ptr_.begin(), row_ptr_.end())) value_error("row_ptr: expected a non-decreasing sequence");
+    if (teacher_size < 0 || teacher_size > std::numeric_limits<int32_t>::max() ||
+        std::max(student_size(), entries()) > std::numeric_limits<int32_t>::max()) {
+        value_error("matrix: expected rows, columns and entries that int32 can number");
     }
     col_ptr_.assign(static_cast<size_t>(teacher_size) + 1, 0);
     for (const int32_t t : col_) {
@@ -345,6 +351,11 @@ std::shared_ptr<const PklMatrix> build_matrix(const MatrixParams& params) {
 std::shared_ptr<const PklPlanView> build_plan(const PlanParams& params) {
     const auto& [columns, count] = params.columns;
     const int64_t entries = params.matrix->entries();
+    for (int64_t j = 0; j < count; ++j) {
+        if (columns[j] < (j == 0 ? 0 : columns[j - 1] + 1) || columns[j] >= params.matrix->teacher_size()) {
+            value_error("columns: expected ascending ids below ", params.matrix->teacher_size(), ", got ", columns[j]);
+        }
+    }
     if (params.weight.size != entries) {
         value_error("weight: expected ", entries, " weights (the matrix's entries), got ", params.weight.size);
     }

@@ -3,6 +3,7 @@
 #include <numeric>
 #include <vector>
 
+#include "core/error.h"
 #include "cpu/chunk_loop.h"
 #include "cpu/lanes.h"
 #include "losses/prefix_kl/params.h"
@@ -25,6 +26,11 @@ int64_t workspace_of(const PrefixChunks& params) {
 
 // Throws Error if a chunk's token is outside the vocabulary.
 void prefix(const PrefixParams& params, const Launch& launch) {
+    const auto& [students, teachers] = params.plan->index.side;
+    if (students.size != params.student.width || teachers.size != params.teacher.width) {
+        value_error("plan: expected a piece index of vocabularies of ", params.student.width, " and ",
+                    params.teacher.width, " tokens, got ", students.size, " and ", teachers.size);
+    }
     const std::vector<InnerBoundary> boundaries = inner_boundaries(
         params.plan->index, static_cast<size_t>(params.chunks),
         {params.student_rows.start, params.student_rows.count, params.student_rows.next, params.student.rows()},
