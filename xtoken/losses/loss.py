@@ -153,6 +153,7 @@ class Loss:
 
     def may_lack(self, side: int, width: int) -> bool:
         """Whether a side (0: the student) may have only so many columns: no token beyond takes part in the loss."""
+        self.check_tables()
         W, pieces = getattr(self, "W", None), getattr(self, "pieces", None)
         if pieces is not None:
             return _LACKING.of((pieces,), lambda: not sides(pieces.cpu())[side].length[width:].any(), side, width)
