@@ -210,7 +210,8 @@ PieceIndex PieceIndex::view(const int32_t* data, size_t size, bool all) {
     for (size_t i = 0; i < kPieceIndexHead; ++i) {
         if (data[i] < (i < 3)) damaged("number ", i, " of its head is ", data[i]);
     }
-    if (data[2] > int64_t{data[0]} + data[1]) damaged("more events than tokens: ", data[2]);
+    const int64_t tokens = int64_t{data[0]} + data[1];
+    if (data[2] > tokens) damaged(data[2], " events of ", tokens, " tokens");
     PieceIndex index{};
     index.events = data[2];
     const int32_t* next = data + kPieceIndexHead;
