@@ -19,6 +19,8 @@ from .pieces import PieceIndex
 from .projection import ProjectionMatrix
 from .sample import sample_texts
 
+TOKENIZER = "tokenizer: a Hub id, a folder, tokenizer.json, tekken.json, tiktoken ranks, a SentencePiece model or GGUF"
+
 
 class _Renamed(argparse.Action):
     """An option that has another name now, `const`; says so."""
@@ -32,13 +34,14 @@ class _Renamed(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xtoken", description="Distillation of language models across tokenizers.")
+    parser.add_argument("--debug", action="store_true", help="before the command: show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     commands.add_parser("config", help="print what this build can do on this machine")
 
     pair = argparse.ArgumentParser(add_help=False)
-    pair.add_argument("--student", required=True, help="tokenizer: a Hub id, a folder or a tokenizer.json")
-    pair.add_argument("--teacher", required=True, help="tokenizer: a Hub id, a folder or a tokenizer.json")
+    pair.add_argument("--student", required=True, help=TOKENIZER)
+    pair.add_argument("--teacher", required=True, help=TOKENIZER)
 
     audit = commands.add_parser("audit", parents=[pair], help="which tokens keep a partner, and which loss to use")
     audit.add_argument("--critical", help="class name or regular expression of the tokens that must survive")
@@ -97,12 +100,21 @@ def _parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status."""
     given = list(sys.argv[1:] if arguments is None else arguments)
-    known, rest = (given[:1], given[1:]) if given[:1] == ["train"] else (given, [])
+    first = 1 if given[:1] == ["--debug"] else 0
+    known, rest = given, []
+    if given[first : first + 1] == ["train"]:
+        known, rest = given[: first + 1], given[first + 1 :]
     options = _parser().parse_args(known)
     try:
         _run(options, rest)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"xtoken {options.command}: {error}", file=sys.stderr)
+    except Exception as error:
+        if options.debug:
+            raise
+        is_ours = isinstance(error, (ValueError, TypeError, OSError, ImportError))
+        said = (
+            str(error) if is_ours else f"{type(error).__name__}: {error} (xtoken --debug {options.command} says where)"
+        )
+        print(f"xtoken {options.command}: {said}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; what is complete stays, go on with --resume" if options.command in ("align", "cache-teacher") else ""

@@ -17,8 +17,9 @@ from numpy.typing import NDArray
 from xtoken import _core
 
 from . import families
-from .encode import Encoder, behaviour, load_tokenizer, unpadded
+from .encode import Encoder, behaviour, unpadded
 from .roles import RESERVED, ROLES, find_roles
+from .sources import load_tokenizer
 
 __all__ = ["MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "load_tokenizer", "unpadded"]
 
@@ -100,8 +101,8 @@ class Vocabulary:
         Parameters
         ----------
         tokenizer
-            A `transformers` fast tokenizer, a `tokenizers.Tokenizer`, the path of a ``tokenizer.json`` or of a folder
-            that `transformers.AutoTokenizer` can load, a Hub id, or a `Vocabulary`, which is returned as it is.
+            A `transformers` fast tokenizer, a `tokenizers.Tokenizer`, what `load_tokenizer` takes (a path or a Hub id),
+            or a `Vocabulary`, which is returned as it is.
         """
         if isinstance(tokenizer, Vocabulary):
             return tokenizer

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,26 +15,6 @@ from .families import recognise
 _OFF = re.compile(rb'"[a-z_]+":(null|false|""),?')
 
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
-
-
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
-    """A tokenizer from a path or a Hub id."""
-    from tokenizers import Tokenizer
-
-    path = Path(source)
-    if not (path / "tokenizer_config.json").exists() and (path / "tokenizer.json").exists():
-        path = path / "tokenizer.json"
-    if path.is_file():
-        try:
-            return Tokenizer.from_file(str(path))
-        except Exception as error:  # what tokenizers raises
-            hint = "a Git LFS pointer; git lfs pull" if path.read_bytes()[:12] == b"version http" else str(error)
-            raise ValueError(f"tokenizer: {path}: expected a tokenizer.json, got {hint}") from error
-    if not path.exists() and (path.is_absolute() or str(source).startswith(".") or len(path.parts) > 2):
-        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(str(source))
 
 
 def unpadded(tokenizer: Any) -> Any:

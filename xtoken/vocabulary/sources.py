@@ -1,0 +1,153 @@
+"""Tokenizers from everything that holds one: a Hub id, a folder, or a file, which is recognised by its content."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+_WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_CASED = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?|"
+    r"\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+PATTERNS = {
+    50256: _GPT2, 100256: _WORDS % r"\p{N}{1,3}", 128000: _WORDS % r"\p{N}{1,3}", 151643: _WORDS % r"\p{N}",
+    199998: _CASED,
+}  # fmt: skip
+"""How words are cut, by the number of ranks, since a file of tiktoken ranks does not say: GPT-2, cl100k, Llama 3, Qwen,
+o200k."""
+
+_RANK = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")
+
+TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]",
+                  "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]",
+                  "[PREFIX]", "[MIDDLE]", "[SUFFIX]")  # fmt: skip
+"""Of a Tekken file that does not list them."""
+
+
+def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+    """A tokenizer from a Hub id, a folder, or a file: a tokenizer.json, a tekken.json, tiktoken ranks, a SentencePiece
+    model (BPE), or GGUF.
+
+    Raises FileNotFoundError if a path does not exist, ValueError if a file holds none of these; OSError if there is no
+    such id.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / "tokenizer_config.json").exists():
+        known = ("tokenizer.json", "tekken.json", "tokenizer.model")
+        path = next((path / name for name in known if (path / name).exists()), path)
+    if path.is_file():
+        return _from_file(path)
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+                              or path.suffix in (".json", ".model", ".gguf", ".tiktoken")):  # fmt: skip
+        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(str(source))
+    except OSError as error:
+        raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
+
+
+def _from_file(path: Path) -> Any:
+    from tokenizers import Tokenizer
+
+    with open(path, "rb") as stream:
+        head = stream.read(1 << 12)
+    if head[:4] == b"GGUF":
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    if _RANK.match(head):
+        return _from_tiktoken(path)
+    if head[:1] == b"\n" and not head.lstrip().startswith(b"{"):
+        return _from_sentencepiece(path)
+    try:
+        spec = json.loads(path.read_bytes()) if b'"token_bytes"' in head or b'"pattern"' in head else None
+        if isinstance(spec, dict) and "vocab" in spec and "config" in spec:
+            return _from_tekken(spec)
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # what tokenizers raises
+        hint = "a Git LFS pointer; git lfs pull" if head[:12] == b"version http" else str(error)
+        raise ValueError(f"tokenizer: {path}: expected a tokenizer.json, got {hint}") from error
+
+
+def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Sequence[str] = (), first: bool = False) -> Any:
+    """A byte-level BPE of tokens by rank; special tokens have the ids behind them, or with `first` those before."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from tokenizers import Regex as Pattern
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    converter = TikTokenConverter(vocab_file="", pattern=pattern)
+    converter.load_tiktoken_bpe = lambda _: dict(ranks)
+    vocab, merges = converter.extract_vocab_merges_from_model("")
+    if first:
+        vocab = {**{token: k for k, token in enumerate(special)}, **{t: k + len(special) for t, k in vocab.items()}}
+    tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
+    split = pre_tokenizers.Split(Pattern(pattern), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    return tokenizer
+
+
+def _from_tiktoken(path: Path) -> Any:
+    ranks = {}
+    for line in path.read_bytes().splitlines():
+        token, _, rank = line.partition(b" ")
+        ranks[base64.b64decode(token)] = int(rank)
+    if len(ranks) not in PATTERNS:
+        raise ValueError(
+            f"tokenizer: {path}: holds {len(ranks)} tiktoken ranks, of which it is not known how they cut words; known "
+            f"are {', '.join(map(str, PATTERNS))}; convert it to a tokenizer.json"
+        )
+    return from_ranks(ranks, PATTERNS[len(ranks)])
+
+
+def _from_tekken(spec: Mapping[str, Any]) -> Any:
+    config = spec["config"]
+    count = int(config["default_num_special_tokens"])
+    listed = spec.get("special_tokens") or [{"rank": k, "token_str": name} for k, name in enumerate(TEKKEN_SPECIAL)]
+    names = {one["rank"]: one["token_str"] for one in listed}
+    entries = spec["vocab"][: int(config["default_vocab_size"]) - count]
+    ranks = {base64.b64decode(one["token_bytes"]): int(one["rank"]) for one in entries}
+    special = [names.get(k, f"<SPECIAL_{k}>") for k in range(count)]
+    return from_ranks(ranks, config["pattern"], special, first=True)
+
+
+def _from_sentencepiece(path: Path) -> Any:
+    """A BPE model as `tokenizers` has it; a merge comes the earlier, the higher its piece is scored."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
+
+    try:
+        from sentencepiece import SentencePieceProcessor
+    except ImportError as error:
+        raise ImportError(f"tokenizer: {path}: needs sentencepiece to be read; pip install sentencepiece") from error
+    known = SentencePieceProcessor(model_file=str(path))
+    pieces = [known.id_to_piece(k) for k in range(known.get_piece_size())]
+    vocab = {piece: k for k, piece in enumerate(pieces)}
+    special = [k for k in range(len(pieces)) if known.is_control(k) or known.is_unknown(k)]
+    plain = [k for k in range(len(pieces)) if k not in special and not known.is_byte(k) and not known.is_unused(k)]
+    merges = [
+        (-known.get_score(k), k, len(pieces[k][:i]), pieces[k][:i], pieces[k][i:])
+        for k in plain for i in range(1, len(pieces[k])) if pieces[k][:i] in vocab and pieces[k][i:] in vocab
+    ]  # fmt: skip
+    unknown = known.id_to_piece(known.unk_id())
+    model = models.BPE(vocab, [one[3:] for one in sorted(merges)], unk_token=unknown, fuse_unk=True, byte_fallback=True)
+    tokenizer = Tokenizer(model)
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens([AddedToken(pieces[k], normalized=False, special=True) for k in special])
+    sample = "In 1995, 12 readers' caf\u00e9s  paid\tfor it; \u591a\u8b1d. x = 12345\n\n    return"
+    if tokenizer.encode(sample, add_special_tokens=False).ids != known.encode(sample):
+        raise ValueError(f"tokenizer: {path}: expected a SentencePiece BPE like Llama's; give its tokenizer.json")
+    return tokenizer
