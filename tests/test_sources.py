@@ -12,6 +12,8 @@ from xtoken import Vocabulary, cli
 from xtoken.demo import TEACHER_FILE, package_folder
 from xtoken.vocabulary.sources import PATTERNS, load_tokenizer
 
+pytestmark = pytest.mark.slow
+
 TEXT = "In 1995, 12 readers' cafés  paid\tfor it; 多謝.\n\n    return x == 12345"
 
 
