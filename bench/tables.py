@@ -206,6 +206,18 @@ def truth_on_events() -> str:
     return markdown(("student from teacher", *kinds), body)
 
 
+def events() -> str:
+    """By text and pair the share of starts that differ, before and after calibration, and what is kept, in percent."""
+    rows = results("events")["rows"]
+    found = {
+        (row["text"], row["pair"]): f"{row['differing_percent_before']:.2f} to {row['differing_percent']:.2f} "
+        f"({row['information_kept_percent']:.1f})"
+        for row in rows
+    }
+    pairs, kinds = (list(dict.fromkeys(row[name] for row in rows)) for name in ("pair", "text"))
+    return markdown(("text", *pairs), [(kind, *(found[kind, pair] for pair in pairs)) for kind in kinds])
+
+
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
@@ -220,6 +232,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "truth": truth,
     "truth_on_events": truth_on_events,
+    "events": events,
 }
 
 

@@ -58,7 +58,8 @@ def test_project_pieces(files, tmp_path, capsys):
         pieces = PieceIndex.load(output, files[0], files[1])
         assert printed == f"{output}: {pieces!r}\n{pieces.merged()}\n"
         seen.append(pieces.merged().texts)
-    assert seen == [len(sample_texts()), len(sample_texts()) + 2]
+    sample = len(sample_texts(*files))
+    assert seen == [sample, sample + 2]
     assert main([*command, "--texts", str(own)]) == 1
     assert "--texts: expected --pieces with it" in capsys.readouterr().err
 

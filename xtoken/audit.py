@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
 from .vocabulary import TokenizerLike, Vocabulary
 
@@ -200,6 +201,7 @@ def choose_loss(
     corpus: Iterable[str] | None = None,
     learn_projection: bool = False,
     report: CoverageReport | None = None,
+    pieces: PieceIndex | None = None,
 ) -> LossChoice:
     """Which loss to use for a pair of tokenizers, and why, in words.
 
@@ -211,6 +213,8 @@ def choose_loss(
         Whether the weights of W are to be trained.
     report : CoverageReport, optional
         The audit of the pair, if it has been made before.
+    pieces : PieceIndex, optional
+        That of the pair: if the answer is a loss of events, the reasons then say how many of them are merged.
 
     Returns
     -------
@@ -243,7 +247,8 @@ def choose_loss(
         "where a teacher splits numbers (bench/reproduce.py), prefix KL is ahead of cross-entropy alone, and P-KL, the "
         "paper's answer, is not"
     )
-    return LossChoice("prefix", (lost, measured), report)
+    merged = () if pieces is None else (pieces.merged().summary(),)
+    return LossChoice("prefix", (lost, measured, *merged), report)
 
 
 def token_class(token: bytes, is_text: bool) -> str:

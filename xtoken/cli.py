@@ -18,6 +18,7 @@ from .losses import Needs, registered
 from .pieces import PieceIndex
 from .projection import ProjectionMatrix
 from .sample import sample_texts
+from .vocabulary import Vocabulary
 
 TOKENIZER = "tokenizer: a Hub id, a folder, tokenizer.json, tekken.json, tiktoken ranks, a SentencePiece model or GGUF"
 
@@ -155,7 +156,8 @@ def _pieces(options: argparse.Namespace) -> str:
         from .train.data import text_sample
 
         own = text_sample(options.texts)
-    pieces = PieceIndex.build(options.student, options.teacher, texts=[*sample_texts(), *own])
+    sides = [Vocabulary.from_tokenizer(one) for one in (options.student, options.teacher)]
+    pieces = PieceIndex.build(*sides, texts=[*sample_texts(*sides), *own])
     pieces.save(options.output)
     return f"{options.output}: {pieces}\n{pieces.merged()}"
 
@@ -166,9 +168,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif options.command == "audit":
         report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
         choice = choose_loss(options.student, options.teacher, report=report)
+        if registered()[choice.loss].needs is Needs.PIECES:
+            pieces = PieceIndex.build(options.student, options.teacher)
+            choice = choose_loss(options.student, options.teacher, report=report, pieces=pieces)
         print(choice.to_json() if options.json else choice)
-        if not options.json and registered()[choice.loss].needs is Needs.PIECES:
-            print(str(PieceIndex.build(options.student, options.teacher).merged()).splitlines()[0])
     elif options.command == "align":
         print(_align(options))
     elif options.command == "show":

@@ -83,17 +83,18 @@ class PieceIndex:
 
         Calibration then merges events that the tokenizers confuse. Llama 3 begins a line of code with seven spaces and
         " return", Gemma 3 with eight and "return". Both know both runs of spaces, but each model gives the other's no
-        probability: compared with the teacher, the student would learn a token that it must never write. So wherever
-        two events begin the same chunk of `texts`, at least twice, they become one.
+        probability: compared with the teacher, the student would learn a token that it must never write. So events that
+        begin the same chunks of `texts` become one, unless the text would tell less by it than these chunks are worth.
 
         Parameters
         ----------
         student_tok, teacher_tok
             Tokenizers, as for `Vocabulary.from_tokenizer`.
         texts : iterable of str, optional
-            Text to learn from. Default: `sample_texts`, if both can encode text, which a `Vocabulary` without a
-            tokenizer cannot. Text like that of the training data, beside the sample, makes it better:
-            ``texts=[*xtoken.sample_texts(), *own]``. All is read. Without any, as in ``texts=()``, nothing is merged.
+            Text to learn from. Default: ``sample_texts(student_tok, teacher_tok)``, if both can encode text, which a
+            `Vocabulary` without a tokenizer cannot. Text like that of the training data, beside the sample, makes it
+            better: ``texts=[*xtoken.sample_texts(student_tok, teacher_tok), *own]``. All is read. Without any, as in
+            ``texts=()``, nothing is merged.
 
         Raises TypeError if `texts` is one string or holds something else; ValueError if it is given and a vocabulary
         has no tokenizer.
@@ -117,7 +118,7 @@ class PieceIndex:
         index = cls(_core.build_piece_index(student._core, teacher._core, *pieces), fingerprints(student, teacher))
         without = [name for name, one in (("student", student), ("teacher", teacher)) if one.tokenizer is None]
         if texts is None:
-            return index if without else index._calibrated(student, teacher, sample_texts())
+            return index if without else index._calibrated(student, teacher, sample_texts(student, teacher))
         if isinstance(texts, (str, bytes)):
             raise TypeError(f"texts: expected several texts, got one {type(texts).__name__}")
         texts = list(texts)

@@ -2,15 +2,21 @@
 
 What they confuse is above all white space, and marks beside it. So every width of indentation, every pair of marks and
 every line end is there, before words, numbers and marks; and code, data, tables, Markdown, chat and prose around them,
-for the words, and so that what is common in text is common here.
+so that what is common in text is common here. What remains are words that neither has as one token, which each begins
+with another part of them. The vocabularies themselves list the words of all languages: changed and put together, these
+make such words.
 """
 
 from __future__ import annotations
 
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
+
+from .vocabulary import TokenizerLike, Vocabulary
 
 # ruff: noqa: SIM905, since lists of short strings are easier to read as one
 T = TypeVar("T")
@@ -75,60 +81,42 @@ MARKS = "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~"
 ENDS = (
     ": ; , . { } ( ) [ ] {} () [] }; ); }); }) )) ))) ]) ], ), }, (); ()); ] ): ]: \": ', \", ', \"), '), \") ') "
     '"); \'); "] \'] "> \'/> /> > --> */ /* /** * // # #! -- --- ... … """ \'\'\' ``` ` ? ! ?? !! ." '
-    '?" !" .) ?) :) ;) .** ** __ == = += => -> && || | \\ / & % $ @ ~ ^ < <= ." )., ]. ). `. `, `: "\' "" \'\''
+    '?" !" .) ?) :) ;) .** ** __ == = += => -> && || | \\ / & % $ @ ~ ^ < <= ." )., ]. ). `. `, `: "\' "" \'\' '
+    ':\' :" =\' =" (\' (" [\' [" "> }} }}> }}" }}"> %} %}> %}">'
 ).split()
 STARTS = (
-    *("return x", "word", "The", "1", "12", "x = 1", "# note", "// note", "/* note", "* item", "- item", '"key": 1'),
-    *("'a'", "(a", "[a", "{a", "}", "});", ")", "]", "<div>", "</div>", "@app", "$x", "-x", "--flag", "|", "=", ".x"),
-    *(
-        "...",
-        '"""Text',
-        "%d",
-        "&a",
-        "\\item",
-        "_x",
-        "é",
-        "字",
-        "я",
-        "🚀",
-        "•",
-        ": a",
-        ", b",
-        "+ 1",
-        "? c",
-        "!d",
-        "~",
-        "^",
-    ),
-)
+    'return x ~ word ~ The ~ 1 ~ 12 ~ x = 1 ~ # note ~ // note ~ /* note ~ * item ~ - item ~ "key": 1 ~ '
+    "'a' ~ (a ~ [a ~ {a ~ } ~ }); ~ ) ~ ] ~ <div> ~ </div> ~ @app ~ $x ~ -x ~ --flag ~ | ~ = ~ .x ~ ... ~ "
+    '"""Text ~ %d ~ &a ~ \\item ~ _x ~ é ~ 字 ~ я ~ 🚀 ~ • ~ : a ~ , b ~ + 1 ~ ? c ~ {{ x }} ~ {% if x %} ~ '
+    "<em>a</em> ~ !d ~ ~ ~ ^"
+).split(" ~ ")
 LINE_ENDS = (
-    "\n",
-    "\n\n",
-    "\r\n",
-    "\n\n\n",
-    " \n",
-    "\r\n\r\n",
-    "  \n",
-    "\t\n",
-    "\n \n",
-    "\n    \n",
-    "\n\t\n",
+    *("\n", "\n\n", "\r\n", "\n\n\n", " \n", "\r\n\r\n", "  \n", "\t\n", "\n \n", "\n    \n", "\n\t\n"),
     "\n\n\n\n",
 )
 
 
-def sample_texts() -> list[str]:
+def sample_texts(*tokenizers: TokenizerLike) -> list[str]:
     """The texts, the same at every call; see `PieceIndex.build`.
+
+    Parameters
+    ----------
+    *tokenizers
+        Tokenizers, as for `Vocabulary.from_tokenizer`, of whose words to make text too: some 4 MB for a large one. They
+        need not be able to encode.
 
     Examples
     --------
     >>> texts = sample_texts()
     >>> sum(map(len, texts)) < 2**20
     True
+    >>> sample_texts(Vocabulary([b"word"]))[len(texts) :]
+    ['"word/word.word(word-word_word']
     """
     source = _Source()
     makers = (_indents, _line_ends, _gaps, _marks, _rulers, _code, _data, _markdown, _prose, _scripts, _numbers, _chat)
-    return [text for maker in makers for text in maker(source)]
+    texts = [text for maker in makers for text in maker(source)]
+    return [*texts, *_vocabulary_words([Vocabulary.from_tokenizer(one) for one in tokenizers])]
 
 
 class _Source:
@@ -189,7 +177,8 @@ def _texts(lines: Iterator[str], size: int = 2000) -> Iterator[str]:
         if len(text) >= size:
             yield text
             text = ""
-    yield text
+    if text:
+        yield text
 
 
 def _indents(source: _Source) -> Iterator[str]:
@@ -293,9 +282,13 @@ OTHERS = (
     ),
     (
         '{n}={e} ~ echo "{w}: ${n}" ~ export {n}=${n}/bin:$PATH ~ $ {n} --{n} -{n} {n}.txt ~ # {w} ~ '
-        "my ${n} = {e}; ~ SELECT {n}, {n} FROM {n} WHERE {n} = {e}; ~ \t@{n} $({n}) ~ {n}: {n}.o ~ \\begin{{n}} ~ "
+        "my ${n} = {e}; ~ SELECT {n}, {n} FROM {n} WHERE {n} = {e}; ~ CREATE TABLE {n} (\n\t{n} INTEGER NOT NULL,\n"
+        "\tPRIMARY KEY ({n})\n); ~ INSERT INTO {n} VALUES ({e}); ~ CREATE FUNCTION {n}({n}, {n})\n\tRETURNS {n} ~ "
+        "\t@{n} $({n}) ~ {n}: {n}.o ~ \\begin{{n}} ~ "
         "\\item {w} ~ ({n} ({n} {e})) ~ %{n}% {w} ~ {n} := {e} ~ puts {e} ~ <?php echo ${n}; ?> ~ #!/bin/sh ~ "
         "{n}) {n} ;; ~ set({n} {e}) ~ + {w} ~ - {w} ~ @@ -1,7 +1,9 @@ ~ .{n} {\n  {n}: {e};\n} ~ "
+        '<p class="{{ {n} }}_{n}"> ~ {% if {n}.{n} %}{{ {n} }}{% endif %} ~ {{"{n}"}}{{#{n}}}{w} <em>{w}</em> ~ '
+        """<a href="{% {n} '{n}' %}">{{ {n} }}</a> {w} ~ """
         "#{n} > .{n}:hover { color: #fff; } ~ --{n}  {w} ~ -{n}, --{n}=FILE    {w}"
     ).split(" ~ "),
     "end",
@@ -491,3 +484,42 @@ def _chat(source: _Source) -> Iterator[str]:
             )
             turns.append(f"{who}: {answer}")
         yield source.one(("\n", "\n\n")).join(turns)
+
+
+BEFORE_WORDS = "/.(-_"
+"""Marks that stand before words without a space most often."""
+
+FORMS: tuple[Callable[[str, str, str], str], ...] = (
+    lambda word, part, mark: f"{mark}{word}",
+    lambda word, part, mark: f" {word.title()}",
+    lambda word, part, mark: f" {word.upper()}",
+    lambda word, part, mark: f"{mark}{word.title()}",
+    lambda word, part, mark: f"{mark}{word.upper()}",
+    lambda word, part, mark: f" {word}{part}",
+    lambda word, part, mark: f"{word}{part.title()}",
+    lambda word, part, mark: f" {word[: len(part)]}{part}",
+    lambda word, part, mark: f"{mark}{word[: len(part)]}{part}",
+)
+"""What a text makes of a word, the end of another, and a mark."""
+
+
+def _vocabulary_words(vocabularies: Sequence[Vocabulary]) -> Iterator[str]:
+    """The words of the vocabularies, each in one of `FORMS`; common ones also as they are, after marks."""
+    pattern = re.compile(r"[^\W\d_][^\s\d!-/:-@\[-`{-~\ufffd]*")
+    found: Counter[str] = Counter()
+    for one in vocabularies:
+        texts = (one[i].decode("utf-8", "replace").strip() for i in one.is_text.nonzero()[0].tolist())
+        found.update(list(dict.fromkeys(filter(pattern.fullmatch, texts))))
+    scripts: dict[int, list[str]] = {}
+    for word in found:
+        scripts.setdefault(ord(word[-1]) >> 8, []).append(word)
+
+    def made() -> Iterator[str]:
+        for words in scripts.values():
+            # 9 forms, 31 marks and 5 lengths, without a common factor
+            for k, (word, form, mark) in enumerate(zip(words, itertools.cycle(FORMS), itertools.cycle(MARKS[1:]))):
+                yield form(word, words[7919 * k % len(words)][-1 - k % 5 :], mark)
+                if found[word] == len(vocabularies) and word.isascii():
+                    yield from (f"{before}{word}" for before in BEFORE_WORDS)
+
+    return _texts(made(), 4000)

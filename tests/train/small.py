@@ -91,7 +91,7 @@ def collate(examples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         entries.append({
             "input_ids": rows("ids", parts, 0),
             "attention_mask": pad_rows([torch.ones(len(part["ids"]), dtype=torch.int64) for part in parts], 0),
-            "alignment": Alignment(torch.cat(spans), offsets),
+            "alignment": Alignment(torch.cat(spans), offsets, batch["input_ids"], rows("ids", parts, 0)),
         })  # fmt: skip
     return {**batch, "teachers": entries}
 

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from default_losses import OTHER, default_loss
+from default_losses import DEFAULT, OTHER, default_loss
 from safetensors.torch import load_file
 from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_teacher, make_trainer
 from transformers import TrainerCallback, TrainingArguments
 
-from xtoken import ProjectionMatrix
+from xtoken import PieceIndex, ProjectionMatrix, Teacher, Vocabulary
 from xtoken.losses import Needs
-from xtoken.train import XTokenConfig, XTokenTrainer
+from xtoken.train import TeacherModel, XTokenConfig, XTokenTrainer
 
 pytestmark = pytest.mark.slow
 
@@ -278,6 +278,34 @@ def test_the_bound_of_the_factor_is_told_once(tmp_path, student_tok, teacher_tok
         assert logged(trainer, "loss") == pytest.approx(want, rel=1e-4)
     assert logged(trainers[0], "kd_scale") == pytest.approx([0.01] * 4)
     assert min(logged(trainers[1], "kd_scale")) > 4
+
+
+def test_many_starts_left_out_are_told_once(tmp_path, student_tok, teacher_tok, examples, caplog):
+    """With the remedy; the first index is of a teacher with other ids, so that hardly any two events agree."""
+    plain = PieceIndex.build(student_tok, teacher_tok, texts=())
+    vocabulary = Vocabulary.from_tokenizer(teacher_tok)
+    turned = Vocabulary([vocabulary[i - 1] for i in range(len(vocabulary))])
+    other = PieceIndex(PieceIndex.build(student_tok, turned).data)
+    for pieces, names in (([other], ["a"]), ([plain], ["a"]), ([plain, other], ["a", "b"])):
+        caplog.clear()
+        teachers = [
+            TeacherModel(
+                Teacher(loss=DEFAULT[Needs.PIECES], pieces=one), make_model(len(teacher_tok), 1), teacher_tok, name
+            )
+            for one, name in zip(pieces, names, strict=True)
+        ]
+        rows = [{**row, "teachers": row["teachers"] * len(names)} for row in examples[:8]]
+        trainer = make_trainer(tmp_path, student_tok, teachers, rows, max_steps=3)
+        trainer.train()
+        told = [one.getMessage() for one in caplog.records if "different events" in one.getMessage()]
+        names = ["starts_left_out"] if len(names) == 1 else [f"starts_left_out/{name}" for name in names]
+        shares = [logged(trainer, name) for name in names]
+        assert [min(share) > 0.5 for share in shares] == [one is other for one in pieces]
+        assert all(share == [0.0] * 3 for share, one in zip(shares, pieces, strict=True) if one is plain)
+        assert len(told) == (other in pieces)
+        for message in told:
+            assert message.startswith(f"{'ab'[pieces.index(other)]}: {100 * shares[pieces.index(other)][0]:.1f} % of")
+            assert message.endswith("texts=[*xtoken.sample_texts(student, teacher), *own]")
 
 
 def spoil(model: Any, student_tok: Any) -> None:

@@ -245,8 +245,8 @@ def build_teacher(
     pieces = None
     if kind.needs is Needs.PIECES:
         own = text_sample(options.data or [], options.text_column, student)
-        pieces = PieceIndex.build(student, vocabulary, texts=[*sample_texts(), *own])
-        reasons += str(pieces.merged()).splitlines()[:1]
+        pieces = PieceIndex.build(student, vocabulary, texts=[*sample_texts(student, vocabulary), *own])
+        reasons += [pieces.merged().summary()]
     if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
         projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
     reasons += [repr(one) for one in (pieces, projection) if one is not None]

@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from xtoken.alignment import Alignment, to_device
 from xtoken.audit import same_tokens
+from xtoken.calibration import MOST_LEFT
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
@@ -43,9 +44,6 @@ from .projections import ProjectionSteps
 from .teachers import TeacherModel, check_same_bytes, load_model
 
 logger = logging.getLogger(__name__)
-
-MOST_LEFT_OUT = 0.02
-"""Share of chunks whose start has no term above which it is said."""
 
 STATE_FILE = "distillation.safetensors"
 """In a checkpoint: trained weights of W with Adam's moments, and the last step's factor of the distillation."""
@@ -584,11 +582,11 @@ class XTokenTrainer(Trainer):
         names = [teacher.name for teacher in self.teachers][: len(self.criterion.teachers)]
         for name in names:
             share = measured.get(f"starts_left_out/{name}" if len(names) > 1 else "starts_left_out", math.nan)
-            if share > MOST_LEFT_OUT and not self._left_out_is_said:
+            if share > MOST_LEFT and not self._left_out_is_said:
                 self._left_out_is_said = True
                 message = (
                     "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build "
-                    "the PieceIndex with text like this, texts=[*xtoken.sample_texts(), *own]"
+                    "the PieceIndex with text like this, texts=[*xtoken.sample_texts(student, teacher), *own]"
                 )
                 logger.warning(message, name, 100 * share)
 

@@ -95,7 +95,14 @@ def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None])
                 part[nested] = [kept for kept in map(plain, part[nested]) if kept is not None]
         return part
 
-    copy = unpadded(tokenizer)
+    # With the same model, since a copy of it is read from JSON, which takes a second.
+    copy, added = Tokenizer(tokenizer.model), tokenizer.get_added_tokens_decoder()
+    copy.normalizer = tokenizer.normalizer
+    copy.add_tokens([added[i] for i in sorted(added)])
+    if {i: one.content for i, one in copy.get_added_tokens_decoder().items()} != {
+        i: one.content for i, one in added.items()
+    }:
+        copy = unpadded(tokenizer)  # ids that do not follow the model's
     copy.encode_special_tokens = True
     # The changed parts are read through a tokenizer without a vocabulary: its JSON is short.
     spec = json.loads(Tokenizer(models.BPE()).to_str())
