@@ -31,6 +31,15 @@ std::vector<int32_t> partners_of(const std::vector<int32_t>& symbols, const std:
     return result;
 }
 
+// Whether a text ends inside a character of UTF-8.
+bool ends_inside(std::string_view text) {
+    for (size_t n = 1; n <= std::min<size_t>(text.size(), 3); ++n) {
+        const auto byte = static_cast<unsigned char>(text[text.size() - n]);
+        if ((byte & 0xC0) != 0x80) return n < (byte < 0xC0 ? 1u : byte < 0xE0 ? 2u : byte < 0xF0 ? 3u : 4u);
+    }
+    return !text.empty() && (static_cast<unsigned char>(text[0]) & 0xC0) == 0x80;
+}
+
 // The pieces of every token of one side, as `PieceSide` describes them.
 struct Pieces {
     std::vector<int32_t> ptr{0};
@@ -46,11 +55,15 @@ Pieces usable_pieces(const Vocabulary& vocabulary, const Vocabulary& other, cons
         if (partner[static_cast<size_t>(id)] >= 0) {
             result.ids.push_back(partner[static_cast<size_t>(id)]);
         } else if (is_given) {
-            std::string_view rest = vocabulary.bytes(id);
-            for (int64_t p = given.ptr[next]; p < given.ptr[next + 1] && !rest.empty(); ++p) {
+            const std::string_view text = vocabulary.bytes(id);
+            std::string_view rest = text;
+            bool is_inside = false;
+            for (int64_t p = given.ptr[next]; p < given.ptr[next + 1] && !rest.empty() && !is_inside; ++p) {
                 const int32_t piece = given.ids[static_cast<size_t>(p)];
                 const std::string_view bytes = other.bytes(piece);
                 if (bytes.empty() || rest.substr(0, bytes.size()) != bytes) break;
+                is_inside = ends_inside(text.substr(0, text.size() - rest.size() + bytes.size()));
+                if (is_inside && rest.size() < text.size()) break;
                 result.ids.push_back(piece);
                 rest.remove_prefix(bytes.size());
             }
@@ -66,7 +79,7 @@ Pieces usable_pieces(const Vocabulary& vocabulary, const Vocabulary& other, cons
 }
 
 // The tokens with a partner that each token never precedes, see `PieceSide`.
-Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<int32_t>& partner) {
+Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<bool>& counts) {
     std::unordered_map<std::string_view, int32_t> id_of;  // of several the one that the tokenizer produces
     for (int32_t id = 0; id < vocabulary.size(); ++id) {
         if (!vocabulary.is_text(id) || vocabulary.bytes(id).empty()) continue;
@@ -77,7 +90,7 @@ Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<int32_t>& p
     for (const auto& [text, id] : id_of) {
         for (size_t length = 1; length < text.size(); ++length) {
             const auto next = id_of.find(text.substr(length));
-            if (next == id_of.end() || partner[static_cast<size_t>(next->second)] < 0) continue;
+            if (next == id_of.end() || !counts[static_cast<size_t>(next->second)]) continue;
             const auto before = id_of.find(text.substr(0, length));
             if (before != id_of.end()) found.emplace_back(before->second, next->second);
         }
@@ -163,7 +176,21 @@ std::vector<int32_t> build_piece_index(const Vocabulary& student, const Vocabula
         }
     }
 
-    const std::array<Pieces, 2> joined = {joined_tokens(student, exact.student), joined_tokens(teacher, exact.teacher)};
+    std::vector<bool> is_part(static_cast<size_t>(events), false);  // of a character
+    for (int32_t id = 0; id < student.size(); ++id) {
+        if (exact.student[static_cast<size_t>(id)] >= 0 && student.is_text(id)) {
+            is_part[static_cast<size_t>(event[0][static_cast<size_t>(id)])] = ends_inside(student.bytes(id));
+        }
+    }
+    const auto joined_of = [&](size_t side) {
+        std::vector<bool> counts;
+        for (size_t id = 0; id < event[side].size(); ++id) {
+            const int32_t e = event[side][id];
+            counts.push_back(partner[side]->at(id) >= 0 || (e >= 0 && is_part[static_cast<size_t>(e)]));
+        }
+        return joined_tokens(*vocabulary[side], counts);
+    };
+    const std::array<Pieces, 2> joined = {joined_of(0), joined_of(1)};
     std::vector<int32_t> data = {student.size(), teacher.size(), events + has_rootless};
     for (const auto& lists : {pieces, joined}) {
         for (const Pieces& side : lists) data.push_back(static_cast<int32_t>(side.ids.size()));

@@ -176,8 +176,7 @@ def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, rea
         known.append(torch.zeros(len(token), len(merged), dtype=torch.bool, device=device))
         known[-1][owner, event[joined[place]]] = True
     left_out = (known[0] | known[1]) & ~(known[0] & known[1] & ~merged)
-    happened = torch.stack([left_out.gather(1, one[:, None])[:, 0] for one in realised]).any(0)
-    return left_out & ~happened[:, None]
+    return left_out
 
 
 def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
