@@ -121,8 +121,6 @@ def enumerated(
         for w, own, other in zip(before, (student, teacher), (teacher, student), strict=True)
     ]
     left_out = known[0] ^ known[1] | (known[0] | known[1]) & {group}
-    if left_out.intersection(realised):
-        left_out = set()
     starts = [
         masses([None if e in left_out else e for e in events], rows[0])
         for events, rows in zip(roots, (p, q), strict=True)

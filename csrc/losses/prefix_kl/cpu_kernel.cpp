@@ -197,9 +197,8 @@ class Chunk {
         Normaliser all = no_normaliser();
         const int64_t token = p_.teacher_rows.next[p_.teacher_rows.start[k_]];
         const int32_t event = plan_.index.side[1].event[token];
-        const int32_t student_event = plan_.index.side[0].event[p_.student_rows.next[r]];
-        weight_ = student_event == event ? 1.0 : 0.0;
-        find_left_out(student_event, event);
+        weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
+        find_left_out();
         Side q = teacher_start(y, &product);
         Side p = student_start(z, &product, &all, &low);
         if (exact_lists_) leave_out(0.0f, mixed_ ? none_left : 0.0f, logarithms_ ? none_left : 0.0f);
@@ -348,8 +347,8 @@ class Chunk {
     }
 
     // The events that are left out at the start: of which one tokenizer knows that they do not follow, and the other
-    // does not, or not of all that is merged in them; none if one is realised.
-    void find_left_out(int32_t student_event, int32_t teacher_event) {
+    // does not, or not of all that is merged in them.
+    void find_left_out() {
         const StartView &s = plan_.student, &t = plan_.teacher;
         const int64_t own = p_.student_rows.before[k_], other = p_.teacher_rows.before[k_];
         const bool has_own = own >= 0 && own < size_, has_other = other >= 0 && other < p_.teacher.width;
@@ -361,12 +360,7 @@ class Chunk {
             i += a <= b;
             j += b <= a;
             if (a == b && plan_.merged[a] == 0) continue;
-            const int32_t event = a < b ? a : b;
-            if (event == student_event || event == teacher_event) {
-                left_count_ = 0;
-                return;
-            }
-            left_out_[left_count_++] = event;
+            left_out_[left_count_++] = a < b ? a : b;
         }
         if (left_count_ == 0) return;
         memset(left_lists_, 0, static_cast<size_t>(padded(plan_.events) / lanes) * sizeof(uint16_t));

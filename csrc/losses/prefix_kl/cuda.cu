@@ -239,27 +239,18 @@ class Chunk {
     }
 
     // Marks the events that only one side's tokenizer knows not to start the chunk, or that are merged and it knows it
-    // of a part, unless one is realised: flags of pairs, and lists without mass.
+    // of a part: flags of pairs, and lists without mass.
     __device__ void leave_out() {
-        const int32_t realised[2] = {plan_.side[0].event[*student_tokens()], plan_.side[1].event[*teacher_tokens()]};
-        const auto is_left_out = [&](int side, int32_t event) {
-            if (plan_.merged[event] != 0) return true;
+        bool any = false;
+        for (int side = 0; side < 2; ++side) {
             const int32_t *begin, *end;
             known(1 - side, begin, end);
-            const int count = static_cast<int>(end - begin), at = first_from(begin, count, event);
-            return at == count || begin[at] != event;
-        };
-        bool happened = false, any = false;
-        for (int side = 0; side < 2; ++side) {
-            each_known(side, [&](int32_t event) {
-                happened |= (event == realised[0] || event == realised[1]) && is_left_out(side, event);
-            });
-        }
-        if (__syncthreads_or(happened)) return;
-        for (int side = 0; side < 2; ++side) {
+            const int count = static_cast<int>(end - begin);
             each_known(side, [&](int32_t event) {
                 const int32_t place = plan_.place[event];
-                if (place == absent_event || !is_left_out(side, event)) return;
+                if (place == absent_event) return;
+                const int at = plan_.merged[event] != 0 ? count : first_from(begin, count, event);
+                if (at < count && begin[at] == event) return;  // both know it
                 any = true;
                 if (place >= 0) {
                     left_flags_[place] = 1;

@@ -44,9 +44,9 @@ def prefix(
 
     A tokenizer that has "1" and "12" writes "1" only where no "2" follows, so after "1" its model knows more of what
     comes than one whose digits stand alone. The events of a shared token that together with the token before the chunk
-    is a token of the one side, and likewise not of the other, are left out on both, as if they had no tokens; unless
-    one is realised. An event that calibration has merged is left out even if both sides have such a token, since they
-    may know it of different parts of the event.
+    is a token of the one side, and likewise not of the other, are left out on both, as if they had no tokens. An event
+    that calibration has merged is left out even if both sides have such a token, since they may know it of different
+    parts of the event; likewise for tokens whose root is a part of a character, which have it in common with others.
 
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
@@ -110,7 +110,7 @@ def prefix(
     events = roots[0].expand(len(chunks), -1), roots[1].expand(len(chunks), -1)
     realised = _first_events(chunks, roots)
     merged = merged_events(sides, int(pieces[2])).to(device)
-    left_out = _cannot_follow(chunks, sides, merged, realised)
+    left_out = _cannot_follow(chunks, sides, merged)
     loss, probability = compare(starts, events, int(pieces[2]), left_out)
     loss = loss.masked_fill(realised[0] != realised[1], 0)
 
@@ -161,7 +161,7 @@ def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return events[0], events[1]
 
 
-def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, realised: tuple[Tensor, Tensor]) -> Tensor:
+def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> Tensor:
     """bool [K, count]: the events of which only one tokenizer knows that they do not start the chunk, see `prefix`."""
     known = []
     for rows, side in zip((chunks.student, chunks.teacher), sides, strict=True):
@@ -175,8 +175,7 @@ def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor, rea
         place = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts - first)[owner]
         known.append(torch.zeros(len(token), len(merged), dtype=torch.bool, device=device))
         known[-1][owner, event[joined[place]]] = True
-    left_out = (known[0] | known[1]) & ~(known[0] & known[1] & ~merged)
-    return left_out
+    return (known[0] ^ known[1]) | (known[0] & known[1] & merged)
 
 
 def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
