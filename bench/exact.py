@@ -245,9 +245,8 @@ def restricted_pieces(pieces: PieceIndex, ids: Vocabularies) -> PieceIndex:
         ptr = torch.tensor([0, *map(len, rows)]).cumsum(0)
         alike = torch.full((pieces.events,), len(kept[s]))  # of joined tokens only the event counts
         alike[side.event[kept[s]].long()] = torch.arange(len(kept[s]))
-        joined = [
-            alike[side.event[side.joined[side.joined_ptr[t] : side.joined_ptr[t + 1]].long()].long()] for t in ids[s]
-        ]
+        alike = alike[side.event[side.joined.long()].long()]
+        joined = [alike[side.joined_ptr[t] : side.joined_ptr[t + 1]] for t in ids[s]]
         joined = [tokens[tokens < len(kept[s])].unique() for tokens in joined]
         joined_ptr = torch.tensor([0, *map(len, joined)]).cumsum(0)
         data += [event, side.length[kept[s]], order[order < len(kept[s])], ptr, *rows, joined_ptr, *joined]

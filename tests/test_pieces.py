@@ -52,6 +52,19 @@ def test_a_rest_that_the_other_side_cannot_spell() -> None:
     assert built.student.ptr.tolist() == [0, 2, 3]
 
 
+def test_parts_of_characters() -> None:
+    """Nothing is told behind a piece that ends inside a character; what cannot follow counts by its root then, too."""
+    one, other = "好".encode(), "妥".encode()  # e5 a5 bd and e5 a6 a5
+    student = Vocabulary([b"x", one, b"x" + one, one + b"x", one + other, other, b"x" + one[:2], one[:2], one[:1]])
+    teacher = Vocabulary([b"x", one[:1], one[:2], one[2:], other[1:2], other[2:]])
+    built = PieceIndex.build(student, teacher)
+    ptr = built.student.ptr.tolist()
+    cut = [built.student.pieces[a:b].tolist() for a, b in itertools.pairwise(ptr)]
+    assert cut == [[0], [2, 6], [0, 6], [2, 6], [2, 6], [1, 6], [0, 6], [2], [1]]
+    assert built.student.joined_ptr.diff().tolist() == [2, 2, 0, 0, 0, 0, 0, 0, 0]
+    assert built.student.joined.tolist() == [1, 7, 0, 5]  # "x" is not followed by "好", nor "好" by "x" or "妥"
+
+
 def test_roles_and_special_tokens() -> None:
     kinds = ["normal", "special", "special"]
     student = Vocabulary([b"a", b"<s>", b"<tool>"], kinds, {"bos": 1})

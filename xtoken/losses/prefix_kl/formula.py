@@ -43,10 +43,10 @@ def prefix(
     give its mass to an event that it never writes here. Such a start has no term.
 
     A tokenizer that has "1" and "12" writes "1" only where no "2" follows, so after "1" its model knows more of what
-    comes than one whose digits stand alone. The events of a shared token that together with the token before the chunk
-    is a token of the one side, and likewise not of the other, are left out on both, as if they had no tokens. An event
-    that calibration has merged is left out even if both sides have such a token, since they may know it of different
-    parts of the event; likewise for tokens whose root is a part of a character, which have it in common with others.
+    comes than one whose digits stand alone. The events of a shared token (or of one whose root is a part of a
+    character) that together with the token before the chunk is a token of the one side, and likewise not of the other,
+    are left out on both, as if they had no tokens. An event that calibration has merged is left out even if both sides
+    have such a token, since they may know it of different parts of the event.
 
     *Inside*, where one side ("part") starts a token within a token of the other ("whole") whose pieces begin with the
     d tokens of "part" since then. Of "whole" the tokens whose pieces begin with these d are counted, at the row that
