@@ -406,10 +406,12 @@ class Chunk {
         return left_count_ == 0 ? all : from_bits(bits(all) & ~uint32_t{left_lists_[k]});
     }
 
-    // The teacher's probability of the event of its token.
+    // The teacher's probability of the event of its token, 0 if that is left out.
     double probability(int64_t token, int32_t event, double total) const {
         const auto has = [&](const uint16_t* bits) { return (bits[token / lanes] >> token % lanes & 1) != 0; };
-        if (has(plan_.teacher.absent_bits)) return 0.0;
+        bool counts = !has(plan_.teacher.absent_bits);
+        for (int64_t n = 0; n < left_count_; ++n) counts = counts && left_out_[n] != event;
+        if (!counts) return 0.0;
         const bool pair = has(plan_.teacher.paired_bits);
         const double b = static_cast<double>(pair ? f_[token] : teacher_sum_[-1 - plan_.teacher.of_event[event]]);
         return (logarithms_ || (exact_lists_ && !pair) ? ::exp(b / p_.temperature) : b) / total;

@@ -401,8 +401,8 @@ class Chunk {
     // The teacher's probability of the event of its realised first token; by one thread.
     __device__ double start_probability() const {
         const int64_t token = *teacher_tokens();
-        const int32_t event = plan_.number[token];
-        if (event == plan_.events || shared_.start.q == 0.0) return 0.0;
+        const int32_t event = plan_.number[token], place = plan_.place[plan_.side[1].event[token]];
+        if (event == plan_.events || shared_.start.q == 0.0 || (place >= 0 && left_flags_[place] != 0)) return 0.0;
         return probability(event < 0 ? Mass{clamped(y_[token]), 1.0f} : start_.teacher[event], shared_.start);
     }
 
