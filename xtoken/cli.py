@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from .alignment import METHODS, Aligner
+from .alignment.pretty import printable, printable_lines
 from .audit import NUMERALS, choose_loss, coverage_audit
 from .config import show_config
 from .corpus import align_corpus
@@ -115,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         said = (
             str(error) if is_ours else f"{type(error).__name__}: {error} (xtoken --debug {options.command} says where)"
         )
-        print(f"xtoken {options.command}: {said}", file=sys.stderr)
+        print(f"xtoken {options.command}: {printable_lines(said)}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         hint = "; what is complete stays, go on with --resume" if options.command in ("align", "cache-teacher") else ""
@@ -134,7 +135,7 @@ def _show(options: argparse.Namespace) -> str:
     facts = {f"{name}_ids": ids[name] for name in sides}
     for name, side in sides.items():
         facts[f"{name}_tokens"] = [side[i].decode("utf-8", "backslashreplace") for i in ids[name]]
-    return json.dumps({**facts, "spans": alignment.spans.tolist()}, ensure_ascii=False)
+    return printable(json.dumps({**facts, "spans": alignment.spans.tolist()}, ensure_ascii=False))
 
 
 def _align(options: argparse.Namespace) -> str:
@@ -142,7 +143,7 @@ def _align(options: argparse.Namespace) -> str:
     total = manifest.total
     skipped = sum(total.skipped.values())
     return (
-        f"{options.output}: {total.documents} documents in {len(manifest.shards)} shards, "
+        f"{printable(options.output)}: {total.documents} documents in {len(manifest.shards)} shards, "
         f"{total.student_tokens} student and {total.teacher_tokens} teacher tokens in {total.chunks} chunks"
         + (f"; {skipped} broken documents left out" if skipped else "")
     )
@@ -159,7 +160,7 @@ def _pieces(options: argparse.Namespace) -> str:
     sides = [Vocabulary.from_tokenizer(one) for one in (options.student, options.teacher)]
     pieces = PieceIndex.build(*sides, texts=[*sample_texts(*sides), *own])
     pieces.save(options.output)
-    return f"{options.output}: {pieces}\n{pieces.merged()}"
+    return f"{printable(options.output)}: {pieces}\n{pieces.merged()}"
 
 
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
@@ -183,7 +184,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
             options.student, options.teacher, options.row_entries, options.beta, options.gamma, options.reverse
         )
         matrix.save(options.output)
-        print(f"{options.output}: {matrix}")
+        print(f"{printable(options.output)}: {matrix}")
     elif options.command == "train":
         from .train import command
 
@@ -191,7 +192,7 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     elif options.command == "cache-teacher":
         from .train import cached
 
-        print(cached.main(options))
+        print(printable(cached.main(options)))
     elif options.command == "demo":
         from . import demo
 

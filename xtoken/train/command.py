@@ -21,6 +21,7 @@ import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
+from xtoken.alignment.pretty import printable
 from xtoken.corpus.files import find_files
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.pieces import PieceIndex
@@ -282,7 +283,7 @@ def main(arguments: Sequence[str]) -> None:
         if teacher.name in [one.name for one in teachers[:k]]:
             teacher.name = f"{teacher.name}-{k + 1}"
     if config.process_index == 0:
-        print("\n".join(line for one in built for line in one[3]))
+        print("\n".join(printable(line) for one in built for line in one[3]))
     longest = [most_positions(student), *(one.limits.positions for one in teachers if one.reads_student_ids)]
     max_length = _lowered("max_length", options.max_length, longest, config)
     longest = [one.limits.positions for one in teachers]

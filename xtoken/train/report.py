@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import Counter
 
+from xtoken.alignment.pretty import printable
+
 logger = logging.getLogger(__name__)
 
 NO_LABEL = "turns without a label"
@@ -32,6 +34,7 @@ class Report:
         self.counts[kind] += 1
         if kind not in self._first:
             self._first[kind] = f"{where}: {reason}"
+            where, reason = printable(where), printable(reason)
             logger.warning("%s: %s; more of these are counted: %s", where, reason, kind)
 
     def lose(self, kind: str) -> None:
