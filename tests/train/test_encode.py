@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import pickle
 from typing import Any
 
 import numpy as np
@@ -389,6 +390,14 @@ def test_rows_are_counted_from_the_first(small_chat_tok, student_tok):
         encoder.encode([fine, {"messages": [*fine["messages"], {"role": "tool", "content": "a"}]}], 6)
     with pytest.raises(ValueError, match=r"row 6: .*surrogates not allowed"):
         encoder.encode([{"text": "a\ud800b"}], 6)
+
+
+def test_encoders_can_be_sent_to_workers(small_chat_tok):
+    encoder = ExampleEncoder(small_chat_tok("llama3"), [small_chat_tok("qwen3")])
+    rows = [{"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they read it"}]}]
+    expected, found = encoder.encode(rows), pickle.loads(pickle.dumps(encoder)).encode(rows)
+    assert found[0][0]["student_ids"].tolist() == expected[0][0]["student_ids"].tolist()
+    assert found[0][0]["teachers"][0]["spans"].tolist() == expected[0][0]["teachers"][0]["spans"].tolist()
 
 
 def test_tokenizers_by_path(student_tok, teacher_tok, tmp_path):

@@ -31,6 +31,9 @@ REPEATED = "its chat template writes the content several times, of which only th
 _MARKS = [*range(0x100000, 0x10FFFE), *range(0xF0000, 0xFFFFE)]
 """Characters for private use, of which texts have few: they mark pieces."""
 
+_MOST_NUMBERS = 100
+"""Arguments with more are data, which no template writes otherwise than as JSON."""
+
 
 class _Marking(NamedTuple):
     """A way of marking a piece with a character."""
@@ -236,7 +239,7 @@ class ChatTemplate:
         now = now or datetime.now()
         formats = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
         self._time = [(one, now.strftime(one)) for one in formats]
-        self._markings = list(_MARKINGS)
+        self._order = list(range(len(_MARKINGS)))
 
     def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
         """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
@@ -268,14 +271,13 @@ class ChatTemplate:
         def search(piece: int, pattern: str, inside: Place | None = None) -> None:
             """Looks for a piece of a call between its neighbours, or inside of another."""
             low = max((one.end for one in places.values() if one.piece < piece), default=0)
-            high = min((one.start for one in places.values() if one.piece > piece and one.start >= low), default=None)
-            if inside is not None:
-                low, high = inside.start, inside.end
+            high = min((one.start for one in places.values() if one.piece > piece and low <= one.start), default=None)
+            low, high = (low, high) if inside is None else (inside.start, inside.end)
             at = [one.start() for one in re.compile(pattern).finditer(text, low, len(text) if high is None else high)]
             if len(at) == 1:
                 places[piece] = Place(at[0], at[0] + len(pieces[piece]), piece)
-            else:
-                why[piece] = AMBIGUOUS if at else LEFT_OUT
+            elif at and inside is None:
+                why[piece] = AMBIGUOUS
 
         for call in conversation.arguments:
             whole = pieces[call.whole]
@@ -291,7 +293,7 @@ class ChatTemplate:
             found_whole = places.get(call.whole)
             if found_whole is not None and text.startswith("}", found_whole.end):
                 places[call.closing] = Place(found_whole.end, found_whole.end + 1, call.closing)
-            for piece in call.numbers:
+            for piece in call.numbers if len(call.numbers) < _MOST_NUMBERS else ():
                 search(piece, rf"(?<![\w.-]){re.escape(pieces[piece])}(?![\w.])", found_whole)
         return text, _with_tags(text, sorted(places.values()), conversation.reasoning), why
 
@@ -323,15 +325,15 @@ class ChatTemplate:
         waiting = every = [k for k, own in enumerate(conversation.is_own) if own]
         used = set(text).union(*conversation.pieces)
         free = [mark for mark in map(chr, _MARKS[: len(waiting) + len(used)]) if mark not in used]
-        for marking in tuple(self._markings):
+        for kind in tuple(self._order):
             groups, waiting = [waiting] if waiting else [], []
             while groups:
                 group = groups.pop()
-                marks = self._marks_of(dict(zip(free, group, strict=False)), marking, text, conversation)
+                marks = self._marks_of(dict(zip(free, group, strict=False)), _MARKINGS[kind], text, conversation)
                 if marks is not None:
                     found.update(marks)
                     if group is every:  # likely to do for the next conversation too
-                        self._markings.sort(key=marking.__ne__)
+                        self._order.sort(key=kind.__ne__)
                 elif len(group) == 1:
                     waiting += group
                 else:

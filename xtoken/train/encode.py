@@ -21,6 +21,11 @@ from .example import TRAIN_ON, Example, Ints, Table, parse_example
 from .reader import Reader, Tokens
 from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, Report, no_chunk
 
+_NO_END = (
+    "nothing supervises its end, since the student's chat template writes no special token there; use one that ends "
+    "turns, or the student does not learn to stop"
+)
+
 
 class _Chunks(NamedTuple):
     """Chunks of B examples, in order."""
@@ -216,41 +221,37 @@ class ExampleEncoder:
         for b, example in enumerate(examples):
             if example.conversation is None:
                 continue
-            first, last = table.first_turn[b : b + 2]
-            row, turns = first_row + b, range(first, last)
-            lost = [t for t in turns if has_content[t] and not has_label[t]]
-            empty = [t for t in turns if table.trained_turn[t] and not has_content[t]]
-            answers = [
-                t for t in turns if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant"
-            ]
-            for t in lost:
-                reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
-                reason = " and ".join(sorted(reasons)) or "its tokens are special, or reach into the template's text"
-                self.report.add(NO_LABEL, f"row {row}, turn {t - first}", f"no label, since for the student {reason}")
-            for t in empty:
-                self.report.add(NO_LABEL, f"row {row}, turn {t - first}", "no label, since it has no content")
+            row, (first, last) = first_row + b, table.first_turn[b : b + 2].tolist()
+            lost = answers = 0
+            for t in range(first, last):
+                if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant":
+                    answers += 1
+                    if student.turn_end[t] < 0:
+                        self.report.add(NO_END, _NO_END, row, t - first)
+                elif table.trained_turn[t] and not has_label[t]:
+                    reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
+                    reason = (
+                        " and ".join(sorted(reasons)) or "its tokens are special, or reach into the template's text"
+                    )
+                    reason = f"for the student {reason}" if has_content[t] else "it has no content"
+                    self.report.add(NO_LABEL, f"no label, since {reason}", row, t - first)
+                    lost += has_content[t]
             if lost and not has_label[first:last].any():
                 self.report.lose(NO_LABEL)
-            for t in answers:
-                if student.turn_end[t] < 0:
-                    self.report.add(
-                        NO_END, f"row {row}, turn {t - first}",
-                        "nothing supervises its end, since the student's chat template writes no special token there; "
-                        "use one that ends turns, or the student does not learn to stop",
-                    )  # fmt: skip
-            if self.add_end and answers and all(student.turn_end[t] < 0 for t in answers):
+            if self.add_end and answers and (student.turn_end[first:last][has_label[first:last]] < 0).all():
                 self.report.lose(NO_END)
             for side, tokens in zip(self.sides, sides, strict=True):
                 if tokens.is_open[b] and self.add_end and side.end_id is not None:
                     token = side.tokens[side.end_id].decode("utf-8", "replace")
                     reason = f"the chat template of the {side.name} ends it with no token, so {token!r} is put there"
-                    self.report.add(ADDED_END, f"row {row}, turn {last - first - 1}", reason)
+                    self.report.add(ADDED_END, reason, row, last - first - 1)
         for side, tokens in zip(self.sides, sides, strict=True):
             for piece, reason in tokens.why.items():
-                if reason in (AMBIGUOUS, REPEATED) and table.is_own[piece] and table.trained_turn[table.owner[piece]]:
-                    b = int(np.searchsorted(table.first_turn, table.owner[piece], "right")) - 1
-                    where = f"row {first_row + b}, turn {table.owner[piece] - table.first_turn[b]}"
-                    self.report.add(AMBIGUOUS_TURNS, where, f"for the {side.name} {reason}")
+                turn = table.owner[piece]
+                if reason in (AMBIGUOUS, REPEATED) and table.trained_turn[turn]:
+                    b = int(np.searchsorted(table.first_turn, turn, "right")) - 1
+                    reason = f"for the {side.name} {reason}"
+                    self.report.add(AMBIGUOUS_TURNS, reason, first_row + b, int(turn - table.first_turn[b]))
 
     def _examples(
         self,
@@ -302,18 +303,16 @@ class ExampleEncoder:
                 for side, size, limit in zip(self.sides, whole.tolist(), self.limits, strict=True)
                 if limit is not None
             )
-            self.report.add(CUT, f"row {row}", f"{whole[0] - read} of its tokens are left out: {longest}")
+            self.report.add(CUT, f"{whole[0] - read} of its tokens are left out: {longest}", row)
             if not examples:
                 self.report.lose(CUT)
         for m, side in ((m, side) for m, side in enumerate(self.teachers) if side is not None):
-            is_end = [
-                self.student.is_special[one["student_ids"][one["teachers"][m]["spans"][:, 0]]] for one in examples
-            ]
-            without = sum(bool(one.all()) for one in is_end)
+            heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
+            without = sum(bool(self.student.is_special[one].all()) for one in heads)  # ends of turns do not count
             why = {one for piece, one in sides[self.sides.index(side)].why.items() if piece in pieces}
             reason = " and ".join(sorted(why)) or "its tokens and the student's share no piece of text"
             for _ in range(without):
-                self.report.add(no_chunk(side.name), f"row {row}", f"no chunk for {side.name}, since {reason}")
+                self.report.add(no_chunk(side.name), f"no chunk for {side.name}, since {reason}", row)
             if examples and without == len(examples):
                 self.report.lose(no_chunk(side.name))
         return examples

@@ -29,13 +29,12 @@ class Report:
         self._first: dict[str, str] = {}
         self._lost: Counter[str] = Counter()
 
-    def add(self, kind: str, where: str, reason: str) -> None:
+    def add(self, kind: str, reason: str, row: int, turn: int | None = None) -> None:
         """Counts something, and tells the first of its kind."""
         self.counts[kind] += 1
         if kind not in self._first:
-            self._first[kind] = f"{where}: {reason}"
-            where, reason = printable(where), printable(reason)
-            logger.warning("%s: %s; more of these are counted: %s", where, reason, kind)
+            self._first[kind] = f"row {row}" + (f", turn {turn}" if turn is not None else "") + f": {reason}"
+            logger.warning("%s; more of these are counted: %s", printable(self._first[kind]), kind)
 
     def lose(self, kind: str) -> None:
         """Counts a row that is lost to a kind."""
