@@ -371,14 +371,17 @@ def test_turns_without_a_label_and_teachers_without_a_chunk_are_told(reason, sma
     ):
         EncodedDataset(rows, ExampleEncoder(loser, [keeper], train_on="assistant"))
     with pytest.raises(
-        ValueError, match="3 of 3 are lost to examples without a chunk for teacher 0, first row 0: .*" + reason
+        ValueError,
+        match="3 of 3 are lost to turns or texts without a chunk for teacher 0, first row 0, turn 1: .*" + reason,
     ):
         EncodedDataset(rows, ExampleEncoder(keeper, [loser], train_on="assistant"))
     caplog.clear()
     fine = {"messages": [{"role": "user", "content": "Why"}], "prompt": None}
     encoder = ExampleEncoder(keeper, [loser], train_on="all")
     EncodedDataset([*rows[:1], *[{"text": "they read it"}] * 3, fine], encoder)
-    assert encoder.report.counts["examples without a chunk for teacher 0"] == (2 if "upper" in LOSING[reason] else 0)
+    assert encoder.report.counts["turns or texts without a chunk for teacher 0"] == (
+        3 if "upper" in LOSING[reason] else 1
+    )
     assert all("row 0" in one or one.startswith("of 5 rows") for one in caplog.messages)
 
 

@@ -40,6 +40,14 @@ class _Chunks(NamedTuple):
         these = slice(self.ptr[k], self.ptr[k + 1])
         return _Chunks(self.spans[these], self.trained[these], self.ptr[k : k + 2] - self.ptr[k])
 
+    def trained_tokens(self, ptr: Ints) -> NDArray[np.bool_]:
+        """[N]: the student's tokens in chunks that are trained on; example b begins at token ``ptr[b]``."""
+        found = np.zeros(ptr[-1] + 1, np.int64)
+        spans = self.spans[self.trained, :2] + np.repeat(ptr[:-1], np.diff(self.ptr))[self.trained, None]
+        np.add.at(found, spans[:, 0], 1)
+        np.add.at(found, spans[:, 1], -1)
+        return np.cumsum(found)[:-1] > 0
+
     def between(self, first: int, last: int, start: Ints) -> NDArray[np.int32]:
         """The chunks to train on between two student tokens; positions count from `start`, of student and teacher."""
         inside = self.trained & (self.spans[:, 0] >= first) & (self.spans[:, 1] <= last)
@@ -80,7 +88,7 @@ class ExampleEncoder:
     ----------
     report : Report
         What of the rows cannot be trained on though it should be: turns without a label or a trained end, contents that
-        cannot be told from other text, examples without a chunk, rows that are cut. Counted by kind; the first of each
+        cannot be told from other text, turns without a chunk, rows that are cut. Counted by kind; the first of each
         is logged with row, turn and reason.
 
     Raises ValueError for unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
@@ -188,11 +196,8 @@ class ExampleEncoder:
             for teacher, aligner in zip(tokens[1:], self.aligners, strict=True)
         ]
         self.report.rows += len(rows)
-        self._tell(examples, table, labels, tokens, first_row)
-        return [
-            self._examples(k, example, range(*table.first_piece[k : k + 2]), labels, tokens, chunks, first_row + k)
-            for k, example in enumerate(examples)
-        ]
+        self._tell(examples, table, labels, tokens, chunks, first_row)
+        return [self._examples(k, example, labels, tokens, chunks, first_row + k) for k, example in enumerate(examples)]
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
         """The ids of the tokens that reach into a piece that is trained on, and of ends of turns; else -100."""
@@ -205,19 +210,24 @@ class ExampleEncoder:
         return np.where(wanted, student.ids, IGNORED)
 
     def _tell(
-        self, examples: Sequence[Example], table: Table, labels: Ints, sides: Sequence[Tokens], first_row: int
-    ) -> None:
-        """Reports turns of chats that are trained on and get no label, or whose end gets none."""
+        self, examples: Sequence[Example], table: Table, labels: Ints, sides: Sequence[Tokens],
+        chunks: Sequence[_Chunks], first_row: int,
+    ) -> None:  # fmt: skip
+        """Reports turns of chats that are trained on and get no label or no chunk, or whose end gets none."""
         student = sides[0]
         (own,) = (table.is_own & table.trained_turn[table.owner]).nonzero()
-        (wanted,) = ((labels != IGNORED) & ~student.is_special).nonzero()
-        begin, end = student.start[wanted], np.append(student.end[wanted], -1)
-        begin = np.append(begin, np.iinfo(np.int64).max)
         at = student.piece_start[own]
-        is_labelled = (at >= 0) & (begin[np.searchsorted(end[:-1], at, "right")] < at + table.length[own])
-        has_content, has_label = np.zeros((2, len(table.trained_turn)), bool)
-        has_content[table.owner[own]] = True
-        has_label[table.owner[own[is_labelled]]] = True
+
+        def touched(tokens: NDArray[np.bool_]) -> NDArray[np.bool_]:
+            """[M]: whether one of the tokens [N] reaches into a content of the turn."""
+            (some,) = (tokens & ~student.is_special).nonzero()
+            begin = np.append(student.start[some], np.iinfo(np.int64).max)
+            inside = (at >= 0) & (begin[np.searchsorted(student.end[some], at, "right")] < at + table.length[own])
+            return np.bincount(table.owner[own[inside]], minlength=len(table.trained_turn)) > 0
+
+        has_content = np.bincount(table.owner[own], minlength=len(table.trained_turn)) > 0
+        has_label = touched(labels != IGNORED)
+        has_chunk = [touched(one.trained_tokens(student.ptr)) for one in chunks]
         for b, example in enumerate(examples):
             if example.conversation is None:
                 continue
@@ -238,6 +248,13 @@ class ExampleEncoder:
                     lost += has_content[t]
             if lost and not has_label[first:last].any():
                 self.report.lose(NO_LABEL)
+            for side, tokens, has in zip(self.sides[1:], sides[1:], has_chunk, strict=True):
+                without = [t for t in range(first, last) if has_label[t] and not has[t]]
+                for t in without:
+                    why = {tokens.why[k] for k in own[table.owner[own] == t].tolist() if k in tokens.why}
+                    self._tell_no_chunk(side, why, row, t - first)
+                if without and not has[first:last].any():
+                    self.report.lose(no_chunk(side.name))
             if self.add_end and answers and (student.turn_end[first:last][has_label[first:last]] < 0).all():
                 self.report.lose(NO_END)
             for side, tokens in zip(self.sides, sides, strict=True):
@@ -253,11 +270,14 @@ class ExampleEncoder:
                     reason = f"for the {side.name} {reason}"
                     self.report.add(AMBIGUOUS_TURNS, reason, first_row + b, int(turn - table.first_turn[b]))
 
+    def _tell_no_chunk(self, side: Reader, why: set[str], row: int, turn: int | None = None) -> None:
+        reason = " and ".join(sorted(why)) or "its tokens and the student's share no piece of text"
+        self.report.add(no_chunk(side.name), f"no chunk for {side.name}, since {reason}", row, turn)
+
     def _examples(
         self,
         k: int,
         example: Example,
-        pieces: range,
         labels: Ints,
         sides: Sequence[Tokens],
         chunks: Sequence[_Chunks],
@@ -306,15 +326,12 @@ class ExampleEncoder:
             self.report.add(CUT, f"{whole[0] - read} of its tokens are left out: {longest}", row)
             if not examples:
                 self.report.lose(CUT)
-        for m, side in ((m, side) for m, side in enumerate(self.teachers) if side is not None):
-            heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
-            without = sum(bool(self.student.is_special[one].all()) for one in heads)  # ends of turns do not count
-            why = {one for piece, one in sides[self.sides.index(side)].why.items() if piece in pieces}
-            reason = " and ".join(sorted(why)) or "its tokens and the student's share no piece of text"
-            for _ in range(without):
-                self.report.add(no_chunk(side.name), f"no chunk for {side.name}, since {reason}", row)
-            if examples and without == len(examples):
-                self.report.lose(no_chunk(side.name))
+        if example.conversation is None:
+            for m, side in ((m, side) for m, side in enumerate(self.teachers) if side is not None):
+                heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
+                if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
+                    self._tell_no_chunk(side, set(), row)
+                    self.report.lose(no_chunk(side.name))
         return examples
 
 

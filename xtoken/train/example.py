@@ -81,8 +81,7 @@ class Table(NamedTuple):
     is_own: NDArray[np.bool_]
     """[P]: whether a piece is a content that a message has as it is."""
     first_turn: Ints
-    """[B + 1]: example b has the turns ``first_turn[b] ... first_turn[b + 1] - 1``; likewise its pieces."""
-    first_piece: Ints
+    """[B + 1]: example b has the turns ``first_turn[b] ... first_turn[b + 1] - 1``."""
     closing: Ints
     """The pieces that are closing braces of a call."""
 
@@ -102,6 +101,5 @@ class Table(NamedTuple):
             np.array([trained for example in examples for trained in example.trained], bool),
             is_own,
             first_turn,
-            first_piece,
             np.array([first_piece[k] + call.closing for k, chat in chats for call in chat.arguments], np.int64),
         )

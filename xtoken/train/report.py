@@ -17,7 +17,7 @@ CUT = "rows that lose what is beyond a length limit"
 
 
 def no_chunk(teacher: str) -> str:
-    return f"examples without a chunk for {teacher}"
+    return f"turns or texts without a chunk for {teacher}"
 
 
 class Report:
