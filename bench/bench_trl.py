@@ -2,11 +2,12 @@
 
 One text full of numbers, tokenized by Llama 3 (student) and Qwen3 (teacher), with random float32 logits; forward and
 backward, median of the runs. TRL compares whole completions, so the first token, which no row predicts, is the prompt.
-Values agree where the definitions do: for ULD with ``uld_token_merge_strategy="bayesian"``, on text whose chunks are
-one token on both sides ("values" below; the run stops if they differ). Elsewhere they do not: TRL's default strategy
-reads the row *at* a token, not the one that predicts it; it multiplies one row by the probabilities of a chunk's other
-tokens, where ours averages; its GOLD weighs matched and unmatched part by their share of the vocabulary, and bounds
-neither. Needs ``pip install trl``. Results go to bench/results/trl.json.
+Its loss is "sorted" or "hybrid" (tokens of both vocabularies by name, the others sorted), and gathers a chunk's rows as
+"observed" (its default) or "bayesian". Values agree where the definitions do: sorted and bayesian, on text whose chunks
+are one token on both sides (the run stops if they differ there). Else they do not: "observed" reads the row *at* a
+token, not the one that predicts it; TRL multiplies one row by the probabilities of a chunk's other tokens, where ours
+averages; and its hybrid weighs both parts by their share of the vocabulary. Needs ``pip install trl``. Results go to
+bench/results/trl.json.
 
     python bench/bench_trl.py [--words 70] [--repeat 1] [--threads 2]
 """
@@ -23,12 +24,15 @@ from typing import Any
 
 import torch
 from bench_losses import numbers_text
+from cases import Pair as Needed
+from cases import cases
 from measure import Row, load_tokenizers, machine, median_seconds, parser, peak_growth, table, write_rows
 from real_tokenizers import encode
 from torch import Tensor
 
 import xtoken
 from xtoken import Vocabulary
+from xtoken.losses.loss import Needs
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 CONFIG = {
@@ -38,7 +42,7 @@ CONFIG = {
 }  # fmt: skip
 
 
-class Pair:
+class Inputs:
     """Two vocabularies, and random logits for what both make of a text."""
 
     def __init__(self, vocabularies: Sequence[Vocabulary], ids: Sequence[Sequence[int]], seed: int = 0) -> None:
@@ -80,17 +84,17 @@ def step(loss: Callable[[Tensor], Any], logits: Tensor) -> float:
 
 
 def same_values(vocabularies: Sequence[Vocabulary]) -> Row:
-    """ULD of both where every chunk is one token on both sides."""
+    """The sorted losses of both where every chunk is one token on both sides."""
     text = "the and of to in is that for it as was with be by on not he"
-    pair = Pair(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
+    pair = Inputs(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
     assert pair.ids[0].shape == pair.ids[1].shape == (1, 17), "every word is a token of both"
-    theirs, ours = pair.trl("bayesian", False), partial(xtoken.uld_loss, teacher_logits=pair.logits[1])
+    ours = next(case for case in cases() if case.loss.needs is Needs.NOTHING and case.loss.kernels.endswith(".ranked"))
     row = {
-        "TRL": step(theirs, pair.logits[0]),
-        "ours": step(lambda z: ours(z, alignment=pair.alignment), pair.logits[0]),
+        "TRL": step(pair.trl("bayesian", False), pair.logits[0]),
+        "ours": step(lambda z: ours(z, pair.logits[1], pair.alignment, Needed(None, None)), pair.logits[0]),
     }
     if not math.isclose(row["TRL"], row["ours"], rel_tol=1e-5):
-        raise SystemExit(f"ULD differs where its definitions agree: {row}")
+        raise SystemExit(f"the losses differ where their definitions agree: {row}")
     return row
 
 
@@ -103,20 +107,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     vocabularies = [Vocabulary.from_tokenizer(one) for one in load_tokenizers("llama3", "qwen3")]
     values = same_values(vocabularies)
     text = numbers_text(0, given.words)
-    pair = Pair(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
-    projection, pieces = xtoken.ProjectionMatrix.build(*vocabularies), xtoken.PieceIndex.build(*vocabularies)
-    y, alignment = pair.logits[1], pair.alignment
+    pair = Inputs(vocabularies, [encode(vocabulary.tokenizer, text) for vocabulary in vocabularies])
+    needed = Needed(xtoken.ProjectionMatrix.build(*vocabularies), xtoken.PieceIndex.build(*vocabularies))
     losses: dict[str, Callable[[Tensor], Any]] = {
-        "TRL ULD": pair.trl("observed", False),
-        "TRL ULD, bayesian": pair.trl("bayesian", False),
-        "ULD": lambda z: xtoken.uld_loss(z, y, alignment),
-        "TRL GOLD (hybrid)": pair.trl("observed", True),
-        "TRL GOLD (hybrid), bayesian": pair.trl("bayesian", True),
-        "GOLD": lambda z: xtoken.gold_loss(z, y, alignment, projection),
-        "H-KL": lambda z: xtoken.hkl_loss(z, y, alignment, projection),
-        "P-KL": lambda z: xtoken.pkl_loss(z, y, alignment, projection),
-        "prefix KL": lambda z: xtoken.prefix_kl_loss(z, y, alignment, pieces),
+        f"TRL, {compared}, {strategy}": pair.trl(strategy, hybrid)
+        for hybrid, compared in ((False, "sorted"), (True, "hybrid"))
+        for strategy in ("observed", "bayesian")
     }
+    for case in cases():
+        if not case.same_tokenizer:
+            losses[case.name] = lambda z, case=case: case(z, pair.logits[1], pair.alignment, needed)
     rows: list[Row] = []
     for name, loss in losses.items():
         found: list[float] = []
@@ -127,7 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         )
     facts = machine("torch", "trl", threads=given.threads, tokens=[one.shape[1] for one in pair.ids], values=values)
     write_rows(given.output, facts, rows, ("loss",))
-    print(f"{pair.ids[0].shape[1]} tokens of Llama 3, {pair.ids[1].shape[1]} of Qwen3; ULD of common tokens: {values}")
+    print("tokens of Llama 3, of Qwen3:", facts["tokens"], "sorted loss of one token each:", values)
     print(table(rows))
 
 

@@ -1,4 +1,4 @@
-"""Should prefix KL weight inner boundaries by the teacher's probability of what the text has before them?
+"""Should a loss weight what is inside a chunk by the teacher's probability of what the text has before it?
 
 The tokenizers, models and texts of ``reproduce.py``, with smaller students, where the teacher knows more than the text:
 it answers every sum, and the texts of most settings have wrong answers, each that of another sum. All students of a
@@ -30,12 +30,14 @@ from typing import Any, NamedTuple
 import reproduce
 import tokenizers
 import torch
+from cases import Case, Pair
 from measure import machine, parser, table, write
 from reproduce import IGNORED, Encoded, Problem, Size, Text, Transformers, World
 from torch import Tensor
 
 import xtoken
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE
+from xtoken.losses.loss import Needs, registered
 
 FIRST_SEED = 3
 FACTOR = 4.0
@@ -59,7 +61,9 @@ SETTINGS = {
     "random": Setting("all answers wrong, no cross-entropy on sums, continued", 1.0, 220, ce_on_sums=False),
     "right": Setting("all answers right, continued", 0.0, 220),
 }
-NONE, TEACHER = "prefix KL x4, none", "prefix KL x4, teacher"
+WEIGHTED = next(loss for loss in registered().values() if "weighting" in loss.options())
+PROJECTED = next(loss for loss in registered().values() if loss.needs is Needs.PROJECTION and loss.is_default)
+NONE, TEACHER = f"{WEIGHTED.title} x4, none", f"{WEIGHTED.title} x4, teacher"
 MEASURES = ("exact match", "probability")
 
 
@@ -83,29 +87,25 @@ Total = Callable[[Tensor, Encoded, Tensor, xtoken.Alignment], Tensor]
 
 def arms(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dict[str, Total]:
     """The losses to compare, of (student logits, batch, teacher logits, alignment)."""
-    pieces = xtoken.PieceIndex.build(student, teacher)
-    projection = xtoken.ProjectionMatrix.build(student, teacher)
+    pair = Pair(xtoken.ProjectionMatrix.build(student, teacher), xtoken.PieceIndex.build(student, teacher))
 
-    def pkl(*logits_and_chunks: Any) -> Tensor:
-        return xtoken.pkl_loss(*logits_and_chunks, projection)
-
-    def prefix(*logits_and_chunks: Any, weighting: Any) -> Tensor:
-        return xtoken.prefix_kl_loss(*logits_and_chunks, pieces, weighting=weighting)
+    def distance(case: Case) -> reproduce.Distance:
+        return lambda logits, guide, chunks: case(logits, guide, chunks, pair)
 
     def fixed(
         logits: Tensor, batch: Encoded, guide: Tensor, chunks: xtoken.Alignment, distil: reproduce.Distance
     ) -> Tensor:
         return reproduce.cross_entropy(logits, batch.labels) + FACTOR * distil(logits, guide, chunks)
 
-    none, by_teacher = (partial(prefix, weighting=weighting) for weighting in ("none", "teacher"))
+    none, by_teacher = (distance(Case(words, WEIGHTED, {"weighting": words})) for words in ("none", "teacher"))
     dynamic = partial(reproduce.total_loss, max_scale=DEFAULT_MAX_SCALE)
     return {
         "CE": partial(reproduce.total_loss, distil=None),
-        "P-KL x4": partial(fixed, distil=pkl),
+        f"{PROJECTED.title} x4": partial(fixed, distil=distance(Case(PROJECTED.title, PROJECTED))),
         NONE: partial(fixed, distil=none),
         TEACHER: partial(fixed, distil=by_teacher),
-        "prefix KL dynamic, none": partial(dynamic, distil=none),
-        "prefix KL dynamic, teacher": partial(dynamic, distil=by_teacher),
+        f"{WEIGHTED.title} dynamic, none": partial(dynamic, distil=none),
+        f"{WEIGHTED.title} dynamic, teacher": partial(dynamic, distil=by_teacher),
     }
 
 

@@ -23,6 +23,10 @@ PUBLIC = {
     "xtoken/reference.py",
     "xtoken/audit.py",
     "tests/test_audit.py",
+    # What adapts and measures a trainer of TRL, whose own names are those of two losses.
+    "xtoken/integrations/trl.py",
+    "tests/train/test_trl.py",
+    "bench/bench_trl.py",
 }
 """The public names, and the adviser."""
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from small import make_model, make_tokenizer
 
-from xtoken import Aligner, PieceIndex, Teacher, Vocabulary, XTokenLoss, prefix_kl_loss
+from xtoken import Aligner, PieceIndex, Teacher, Vocabulary, XTokenLoss, choose_loss
 from xtoken.integrations.trl import GOLDLoss, replace_loss
 
 STUDENT = Vocabulary([b"<s>", b"In", b" ", b"199", b"5", b"ok", b"</s>"], roles={"bos": 0, "eos": 6})
@@ -46,7 +46,7 @@ def test_completions_alone_are_compared(skipped):
     kept = [a >= (4, 2)[sample] and b <= (7, 5)[sample] - ends for (a, b, _, _), sample in chunks]
     assert sum(kept) == 6 - 2 * ends
     alignment.predicted = torch.tensor(kept)
-    kd = prefix_kl_loss(z, y, alignment, pieces)
+    kd, _ = XTokenLoss([Teacher(pieces=pieces)], "fixed", 0.0)(z, STUDENT_IDS, y, alignment)
     torch.testing.assert_close(total, 0.5 * ce + 2.0 * kd)
     torch.testing.assert_close(loss.parts["kd"], kd.detach())
     torch.testing.assert_close(grad, torch.autograd.grad(0.5 * ce + 2.0 * kd, z)[0])
@@ -95,7 +95,7 @@ def test_gold_trainer_trains(share, tmp_path, monkeypatch):
     choice = replace_loss(trainer)
     before = student.lm_head.weight.detach().clone()
     trainer.train()
-    assert choice.loss == "prefix"
+    assert choice.loss == choose_loss(student_tok, teacher_tok).loss
     assert trainer.uld_loss_fn.parts["chunks"] > 0
     assert trainer.uld_loss_fn.parts["kd"] > 0
     assert not torch.equal(student.lm_head.weight, before)
