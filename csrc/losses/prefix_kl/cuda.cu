@@ -249,8 +249,9 @@ class Chunk {
             each_known(side, [&](int32_t event) {
                 const int32_t place = plan_.place[event];
                 if (place == absent_event) return;
-                const int at = plan_.merged[event] != 0 ? count : first_from(begin, count, event);
-                if (at < count && begin[at] == event) return;  // both know it
+                const int at = first_from(begin, count, event);
+                const bool both = at < count && begin[at] == event;
+                if (both && (side == 1 || plan_.merged[event] == 0)) return;  // the student's threads do it
                 any = true;
                 if (place >= 0) {
                     left_flags_[place] = 1;
