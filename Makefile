@@ -1,6 +1,7 @@
 # make demo      set up a virtual environment and distil a real teacher
 # make test      set up the same environment, check format, types and lint, build with warnings as errors, run all tests
 # make sanitize  run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
+# make fuzz      mutated files and hostile calls on that build, 200,000 of them (FUZZ=count of each target)
 # make lint, make format, make build, make clean
 #
 # While editing:
@@ -32,7 +33,7 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows \
 	--ignore-glob 'tests/losses/test_*cuda.py' --ignore tests/losses/test_device.py -k "not emulated"
 
-.PHONY: demo test quick sanitize lint format build core cuda clean
+.PHONY: demo test quick sanitize fuzz lint format build core cuda clean
 
 demo: build
 	$(BIN)/xtoken demo
@@ -52,6 +53,14 @@ sanitize: $(VENV)/ready
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/pytest $(WORKERS) $(SANITIZED_TESTS)
+
+# Memory is not limited there: the sanitizer reserves terabytes.
+FUZZ ?= 10000
+fuzz: $(VENV)/ready
+	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
+	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
+	$(BIN)/python tests/fuzz/fuzzing.py $(FUZZ)
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -1,42 +1,54 @@
-"""Mutated files, seeded: each must load as what it was, or be refused by an error of ours; `python fuzzing.py COUNT`.
+"""Mutated files and hostile calls, seeded: each gives the right value or an error of ours; `python fuzzing.py COUNT`.
 
-An input is known by its format and its number, so that a failure can be repeated: `python fuzzing.py 1 FORMAT NUMBER`.
+COUNT inputs of each target; an input is known by its target and its number, so that a failure can be repeated:
+`python fuzzing.py 1 TARGET NUMBER`. A crash, a hang or a giant allocation ends the process.
 """
 
 from __future__ import annotations
 
+import base64
+import contextlib
+import faulthandler
 import gzip
+import io
+import itertools
 import json
+import os
 import random
 import resource
+import shutil
 import signal
 import struct
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import test_damage
+from small_tokenizers import byte_level
+
 import xtoken
+from xtoken import cli
 from xtoken.corpus.files import find_files
 from xtoken.corpus.source import rows
 
 SECONDS, BYTES = 20, 4 << 30
-"""What one input may take: longer is a hang, more memory a giant allocation."""
+"""What one input may take, of a processor's time and of memory: more is a hang, or a giant allocation."""
+
+OURS = (ValueError, TypeError, FileNotFoundError)
 
 NUMBERS = [
-    b"\xff\xff\xff\x7f",
-    b"\x00\x00\x00\x80",
-    b"\xff" * 8,
-    struct.pack("<q", 2**62),
-    b"2147483648",
-    b"-1",
-    b"1e999",
-]
+    b"\xff\xff\xff\x7f", b"\x00\x00\x00\x80", b"\xff" * 8, struct.pack("<q", 2**62), b"2147483648", b"-1", b"1e999",
+]  # fmt: skip
 PIECES = [b"", b"\0", b"null", b"{}", b"[", b'"', b"\n", b"\x1b[31m", b"\xed\xa0\x80", b"NaN"]
+INTS = [0, 1, 2, 3, 4, 5, 7, -1, 2**31 - 1, 2**31, -(2**31), 2**40, 2**63 - 1]
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
@@ -61,66 +73,202 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return data
 
 
-def vocabularies() -> tuple[xtoken.Vocabulary, xtoken.Vocabulary]:
-    return xtoken.Vocabulary([b"a", b"b", b"ab", b"ba"]), xtoken.Vocabulary([b"a", b"b", b"bb", b"aab"])
+# --- files
 
 
-def formats(folder: Path) -> dict[str, tuple[Path, Callable[[Path], Any]]]:
-    """A whole file of each format, and what reads it."""
-    from small_tokenizers import byte_level
+def tokenizer_files(folder: Path) -> Iterator[Path]:
+    """A small file of each kind that holds a tokenizer."""
+    from sentencepiece import SentencePieceTrainer
 
-    W, pieces = xtoken.ProjectionMatrix.build(*vocabularies()), xtoken.PieceIndex.build(*vocabularies())
-    W.save(folder / "W")
-    pieces.save(folder / "P")
-    W.to_nemo(folder / "nemo.pt")
-    byte_level(300, ["some text to learn from"]).save(str(folder / "tokenizer.json"))
-    lines = "".join(json.dumps({"text": f"text {k}", "id": str(k)}) + "\n" for k in range(9))
-    (folder / "lines.jsonl").write_text(lines)
-    (folder / "packed.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
+    folder.mkdir()
+    texts = ["In 1995, some text to learn from, for as many words as there are."] * 9
+    byte_level(300, texts).save(str(folder / "tokenizer.json"))
+    yield folder / "tokenizer.json"
+    ranks = [base64.b64encode(bytes([k])).decode() for k in range(256)]
+    (folder / "few.tiktoken").write_text("".join(f"{token} {k}\n" for k, token in enumerate(ranks)))
+    yield folder / "few.tiktoken"
+    vocab = [{"rank": k, "token_bytes": token, "token_str": None} for k, token in enumerate(ranks)]
+    config = {"pattern": r"\s+|\S+", "default_vocab_size": 276, "default_num_special_tokens": 20}
+    (folder / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocab}))
+    yield folder / "tekken.json"
+    model = io.BytesIO()
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(texts), model_writer=model, model_type="bpe", vocab_size=310, byte_fallback=True,
+        normalization_rule_name="identity", remove_extra_whitespaces=False, minloglevel=9,
+    )  # fmt: skip
+    (folder / "tokenizer.model").write_bytes(model.getvalue())
+    yield folder / "tokenizer.model"
+    text, entries = struct.Struct("<Q"), [b"<s>", b"</s>", *(bytes([97 + k]) for k in range(26))]
+    strings = b"".join(text.pack(len(one)) + one for one in entries)
+    known = [
+        (b"general.architecture", struct.pack("<I", 8) + text.pack(5) + b"llama"),
+        (b"tokenizer.ggml.model", struct.pack("<I", 8) + text.pack(4) + b"gpt2"),
+        (b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, len(entries)) + strings),
+        (b"tokenizer.ggml.merges", struct.pack("<IIQ", 9, 8, 1) + text.pack(3) + b"a b"),
+    ]
+    fields = b"".join(text.pack(len(name)) + name + value for name, value in known)
+    (folder / "small.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(known)) + fields)
+    yield folder / "small.gguf"
 
-    def read(path: Path) -> list[Any]:
-        return [row for file in find_files([path]) for row in rows(file, "text")]
 
-    return {
-        "W": (folder / "W", xtoken.ProjectionMatrix.load),
-        "pieces": (folder / "P", xtoken.PieceIndex.load),
-        "nemo": (folder / "nemo.pt", lambda path: xtoken.ProjectionMatrix.from_nemo(path, 4)),
-        "tokenizer": (folder / "tokenizer.json", lambda path: xtoken.Vocabulary.from_tokenizer(path).fingerprint()),
-        "jsonl": (folder / "lines.jsonl", read),
-        "jsonl.gz": (folder / "packed.jsonl.gz", read),
+def read_lines(path: Path) -> list[Any]:
+    return [row for file in find_files([path]) for row in rows(file, "text")]
+
+
+def fingerprint(path: Path) -> str:
+    return xtoken.Vocabulary.from_tokenizer(path).fingerprint()
+
+
+def files(folder: Path) -> Iterator[tuple[str, Path, Callable[[Path], Any], bool]]:
+    """Of each format a name, a whole file, what reads it, and whether damage must be seen."""
+    for name in test_damage.NAMES:
+        path, load = test_damage.make(name, folder / name / "out")
+        yield name, path, load, name != "nemo.pt"
+    for path in tokenizer_files(folder / "tokenizers"):
+        yield path.name, path, fingerprint, False
+    lines = "".join(json.dumps({"text": f"text {k}", "id": str(k)}) + "\n" for k in range(9)).encode()
+    for name, content in {"lines.jsonl": lines, "lines.jsonl.gz": gzip.compress(lines), "lines.txt": lines}.items():
+        (folder / name).write_bytes(content)
+        yield name, folder / name, read_lines, False
+
+
+def of_file(path: Path, load: Callable[[Path], Any], is_checked: bool, draw: random.Random) -> None:
+    """Reads a mutated file, in its place among the others of its folder, and puts the whole one back."""
+    whole = path.read_bytes()
+    expected = load(path) if is_checked else None
+    changed = mutated(whole, draw)
+    path.write_bytes(changed)
+    try:
+        value = load(path)
+        if is_checked and changed != whole:
+            assert test_damage.is_equal(value, expected), "damage was not seen"
+    finally:
+        path.write_bytes(whole)
+
+
+# --- calls
+
+STUDENT, TEACHER = test_damage.STUDENT, test_damage.TEACHER
+
+
+def some_ints(draw: random.Random, largest: int, count: int) -> Any:
+    """A row of ids, most often good ones, as a list, an array or a tensor of some type."""
+    good = draw.random() > 0.1
+    values = [draw.randrange(largest) if good else draw.choice(INTS) for _ in range(count if good else count + 1)]
+    kind = draw.choice(["list", "numpy", "torch"] if good else ["list", "float", "uint64", "bool"])
+    if kind == "list":
+        return values
+    if kind == "uint64":
+        return np.array([abs(value) for value in values], np.uint64)
+    made = torch.tensor(values, dtype=torch.int64)
+    if kind == "numpy":
+        return made.numpy()
+    return made if kind == "torch" else made.to(torch.float32 if kind == "float" else torch.bool)
+
+
+def align(draw: random.Random) -> None:
+    """Aligned tokens must spell the same bytes."""
+    counts = draw.randrange(9), draw.randrange(9)
+    ids = [some_ints(draw, len(side), count) for side, count in zip((STUDENT, TEACHER), counts, strict=True)]
+    masks = [None if draw.random() < 0.5 else some_ints(draw, 2, count) for count in counts]
+    found = xtoken.Aligner(STUDENT, TEACHER, method=draw.choice(["auto", "bytes", "dp"])).align(*ids, *masks)
+    rows = [[int(token) for token in one] for one in ids]
+    for a, b, c, d in found.spans.tolist():
+        ours, theirs = STUDENT.decode(rows[0][a:b]), TEACHER.decode(rows[1][c:d])
+        assert ours == theirs or b - a == d - c == 1, f"{ids} {masks}: {ours!r} for {theirs!r}"
+
+
+def loss(draw: random.Random) -> None:
+    """Losses of tensors that may have been spoiled: a value, or refused."""
+    W, pieces = xtoken.ProjectionMatrix.build(STUDENT, TEACHER), xtoken.PieceIndex.build(STUDENT, TEACHER)
+    ids = torch.tensor([[0, 1, 2, 5]]), torch.tensor([[2, 0, 2, 0]])
+    spans = torch.tensor([[1, 2, 1, 2], [2, 3, 2, 4]], dtype=torch.int32)
+    alignment = xtoken.Alignment(spans, [0, 2], *ids)
+    tensors = [alignment.spans, alignment.offsets, alignment.predicted, alignment.student_ids, alignment.teacher_ids,
+               W.row_ptr, W.col, W.weight, pieces.data]  # fmt: skip
+    for _ in range(draw.randrange(3)):
+        one = draw.choice(tensors)
+        if one is not None and one.numel():
+            value = draw.choice(INTS)
+            limit = torch.iinfo(one.dtype).max if not one.dtype.is_floating_point and one.dtype != torch.bool else value
+            one.data.view(-1)[draw.randrange(one.numel())] = max(-abs(limit), min(value, limit))
+    is_odd = draw.random() < 0.2
+    shapes = [(1, draw.choice([4, 3, 0]) if is_odd else 4, len(side) + (draw.choice([-1, 2]) if is_odd else 0))
+              for side in (STUDENT, TEACHER)]  # fmt: skip
+    z, y = (torch.randn(shape, generator=torch.Generator().manual_seed(draw.randrange(99))) for shape in shapes)
+    z = z.to(draw.choice([torch.float32, torch.bfloat16, torch.float64])).requires_grad_()
+    kind = draw.choice([one for one in xtoken.losses.registered().values() if one.needs.name != "SAME_TOKENIZER"])
+    needed = {"PROJECTION": [W], "PIECES": [pieces]}.get(kind.needs.name, [])
+    kind.function()(z, y, alignment, *needed).backward()
+
+
+def build(draw: random.Random) -> None:
+    """Vocabularies of odd tokens: rows of W sum to 1."""
+    tokens = [bytes(draw.choice(b"ab\xc3\xa9 1\0") for _ in range(draw.randrange(5))) for _ in range(draw.randrange(9))]
+    roles = {draw.choice(["bos", "eos", "pad", "unk", "x"]): draw.choice(INTS[:8])} if draw.random() < 0.3 else {}
+    student = xtoken.Vocabulary(tokens, roles=roles)
+    for pair in ((student, TEACHER), (STUDENT, student)):
+        W = xtoken.ProjectionMatrix.build(*pair, top_k=draw.choice([1, 2, 4]))
+        sums = torch.zeros(len(pair[0])).index_add_(0, W.row_index.long(), W.weight)
+        assert bool((((sums - 1).abs() < 1e-5) | (sums == 0)).all()), f"{tokens}: {sums}"
+        xtoken.PieceIndex.build(*pair)
+
+
+def command(folder: Path, draw: random.Random) -> None:
+    """Command lines of words that may not belong together: a status, never another exception."""
+    words = [
+        "audit", "show", "project", "align", "pieces", "--student", "--teacher", "--text", "--json", "--top-k", "-1",
+        "1e9", "none.json", str(folder / "tokenizers" / "tokenizer.json"), str(folder), "--output",
+        str(folder / "made"), "--input", str(folder / "lines.jsonl"), "\x1b[31m", "--help",
+    ]  # fmt: skip
+    given, told, printed = [draw.choice(words) for _ in range(draw.randrange(1, 8))], io.StringIO(), io.StringIO()
+    with contextlib.suppress(SystemExit), contextlib.redirect_stderr(told), contextlib.redirect_stdout(printed):
+        cli.main(given)
+    assert "\x1b[31m" not in told.getvalue() + printed.getvalue(), f"{given}: {told.getvalue()!r}"
+    shutil.rmtree(folder / "made", ignore_errors=True)
+
+
+# --- all
+
+
+def targets(folder: Path) -> dict[str, Callable[[random.Random], None]]:
+    """What is tried, by name."""
+    made: dict[str, Callable[[random.Random], None]] = {
+        name: lambda draw, path=path, load=load, is_checked=is_checked: of_file(path, load, is_checked, draw)
+        for name, path, load, is_checked in files(folder)
     }
+    return {**made, "align": align, "loss": loss, "build": build, "command": lambda draw: command(folder, draw)}
 
 
-def run(count: int, only: str | None = None, number: int | None = None) -> Counter[str]:
-    """Reads so many inputs; what became of them."""
-    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
-    resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
-    result: Counter[str] = Counter()
+def hang(*_: Any) -> None:
+    faulthandler.dump_traceback()
+    raise TimeoutError(f"took more than {SECONDS} s of a processor")
+
+
+def run(count: int, only: str | None = None, number: int | None = None) -> Counter[tuple[str, str]]:
+    """Tries so many inputs of each target; what became of them."""
+    result: Counter[tuple[str, str]] = Counter()
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        known = {key: value for key, value in formats(folder).items() if only in (None, key)}
-        for k in range(count) if number is None else [number]:
-            for key, (path, load) in known.items():
-                target = folder / f"mutated{''.join(path.suffixes)}"
-                target.write_bytes(mutated(path.read_bytes(), random.Random(f"{key} {k}")))
-                signal.alarm(SECONDS)
-                try:
-                    value = load(target)
-                    if key in ("W", "pieces"):  # they have a checksum
-                        assert target.read_bytes() == path.read_bytes(), f"{key} {k}: {value}"
-                    result[f"{key}: read"] += 1
-                except BaseException as error:
-                    is_ours = type(error) in (ValueError, FileNotFoundError)
-                    result[f"{key}: refused" if is_ours else f"{key}: FAULT {type(error).__name__}"] += 1
-                    if not is_ours:
-                        print(f"{key} {k}: {error!r}"[:300], file=sys.stderr)
-                signal.alarm(0)
+        known = {key: one for key, one in targets(Path(name)).items() if only in (None, key)}
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        if "libasan" not in os.environ.get("LD_PRELOAD", ""):  # which reserves terabytes
+            resource.setrlimit(resource.RLIMIT_AS, (used + BYTES, used + BYTES))
+        signal.signal(signal.SIGPROF, hang)
+        for k, (key, one) in itertools.product(range(count) if number is None else [number], known.items()):
+            signal.setitimer(signal.ITIMER_PROF, SECONDS)
+            try:
+                one(random.Random(f"{key} {k}"))
+                result[key, "value"] += 1
+            except BaseException as error:
+                result[key, "refused" if isinstance(error, OURS) else "FAULT"] += 1
+                if not isinstance(error, OURS):
+                    print(f"{key} {k}: {error!r}"[:300], file=sys.stderr)
+            signal.setitimer(signal.ITIMER_PROF, 0)
     return result
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
     torch.set_num_threads(1)
     found = run(int(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
-    print("\n".join(f"{count:8} {what}" for what, count in sorted(found.items())))
-    sys.exit(any("FAULT" in what for what in found))
+    print("\n".join(f"{count:8} {' '.join(what)}" for what, count in sorted(found.items())))
+    sys.exit(any(what == "FAULT" for _, what in found))

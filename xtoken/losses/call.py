@@ -153,9 +153,6 @@ def compute(
     given = Parts.of(student_logits), Parts.of(teacher_logits)
     student_size, teacher_size = (vocabulary_size(loss, k, one, sizes[k]) for k, one in enumerate(given))
     student, teacher = given[0].batched(), given[1].batched().detached()
-    for side, one in ((0, student), (1, teacher)):
-        if one.width is not None and one.width < (student_size, teacher_size)[side]:
-            _check_known(side, one.width, labels, alignment)
     if student.head is None:
         student = student._replace(rows=widened(student.rows, student_size))
     if alignment is not None:
@@ -164,6 +161,9 @@ def compute(
         mask = _checked_mask(*given, mask)
     else:
         raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
+    for side, one in ((0, student), (1, teacher)):
+        if one.width is not None and one.width < (student_size, teacher_size)[side]:
+            _check_known(side, one.width, labels, alignment)
     if labels is not None:
         labels = checked_labels(given[0], labels)
         if reduction == "none":
@@ -302,6 +302,8 @@ def _check_known(side: int, width: int, labels: Tensor | None, alignment: Alignm
     ids = None if alignment is None else getattr(alignment.host, f"{name}_ids")
     if ids is None or alignment is None:
         return
+    alignment.host.check()
+    alignment.host.check_reach(side, ids.shape[-1], f"{name}_ids", "token")
     largest = int(torch.where(alignment.host.chunk_ids(name, ids.shape[-1]).view(ids.shape) >= 0, ids, -1).max())
     if largest >= width:
         raise ValueError(f"alignment: expected {name} ids below {width}, the columns of {SIDES[side]}, got {largest}")

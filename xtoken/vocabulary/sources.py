@@ -57,10 +57,23 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def _from_file(path: Path) -> Any:
-    from tokenizers import Tokenizer
-
     with open(path, "rb") as stream:
         head = stream.read(1 << 12)
+    try:
+        return _parsed(path, head)
+    except ImportError:
+        raise
+    except Exception as error:  # whatever the library of the format raises
+        if isinstance(error, ValueError) and str(path) in str(error):
+            raise
+        hint = "a Git LFS pointer; git lfs pull" if head[:12] == b"version http" else f"{type(error).__name__}: {error}"
+        raise ValueError(f"tokenizer: {path}: expected a file that holds a tokenizer, got {hint}") from error
+
+
+def _parsed(path: Path, head: bytes) -> Any:
+    """The tokenizer of a file that begins like this."""
+    from tokenizers import Tokenizer
+
     if head[:4] == b"GGUF":
         from transformers import AutoTokenizer
 
@@ -69,14 +82,10 @@ def _from_file(path: Path) -> Any:
         return _from_tiktoken(path)
     if head[:1] == b"\n" and not head.lstrip().startswith(b"{"):
         return _from_sentencepiece(path)
-    try:
-        spec = json.loads(path.read_bytes()) if b'"token_bytes"' in head or b'"pattern"' in head else None
-        if isinstance(spec, dict) and "vocab" in spec and "config" in spec:
-            return _from_tekken(spec)
-        return Tokenizer.from_file(str(path))
-    except Exception as error:  # what tokenizers raises
-        hint = "a Git LFS pointer; git lfs pull" if head[:12] == b"version http" else str(error)
-        raise ValueError(f"tokenizer: {path}: expected a tokenizer.json, got {hint}") from error
+    spec = json.loads(path.read_bytes()) if b'"token_bytes"' in head or b'"pattern"' in head else None
+    if isinstance(spec, dict) and "vocab" in spec and "config" in spec:
+        return _from_tekken(spec)
+    return Tokenizer.from_file(str(path))
 
 
 def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Sequence[str] = (), first: bool = False) -> Any:
