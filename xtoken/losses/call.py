@@ -161,7 +161,7 @@ def compute(
         mask = _checked_mask(*given, mask)
     else:
         raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
-    for side, one in ((0, student), (1, teacher)):
+    for side, one in enumerate(given):
         if one.width is not None and one.width < (student_size, teacher_size)[side]:
             _check_known(side, one.width, labels, alignment)
     if labels is not None:
