@@ -273,6 +273,12 @@ def test_a_stream_without_an_end(tmp_path, student_tok, teacher_tok):
     assert list(EncodedStream([], encoder)) == []
     with pytest.raises(ValueError, match="rows: expected something to train on, got 2560 rows of which nothing is"):
         next(iter(EncodedStream(itertools.repeat({"text": ""}), encoder)))
+    cut = EncodedStream(
+        itertools.repeat({"prompt": "word " * 40, "completion": "answer"}),
+        lambda row: ExampleEncoder(student_tok, [teacher_tok], max_length=8, train_on="completion"),
+    )
+    with pytest.raises(ValueError, match="rows: 2560 of 2560 are lost to rows that lose what is beyond a length limit"):
+        next(iter(cut))
 
 
 def test_every_option_was_looked_at():

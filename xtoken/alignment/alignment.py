@@ -25,19 +25,26 @@ def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = Fal
     try:
         tensor = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
-        kind = ValueError if "verflow" in str(error) or isinstance(error, ValueError) else TypeError
+        # torch says "Overflow" as a RuntimeError.
+        is_value = isinstance(error, (ValueError, OverflowError)) or "verflow" in str(error)
+        kind = ValueError if is_value else TypeError
         raise kind(f"{name}: expected integers of up to 64 bits: {error}") from error
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
         if tensor.numel():
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
         tensor = tensor.long()
-    if tensor.dtype == dtype or tensor.dtype == torch.bool:
+    if tensor.dtype in (dtype, torch.bool):
         return tensor.to(dtype)
     wide = tensor.long()
+    is_unsigned = tensor.dtype == torch.uint64  # of which large ones become negative
+    if dtype == torch.int64 and not is_unsigned:
+        return wide
     result = wide.to(dtype)
-    wrong = (result != wide) if tensor.dtype != torch.uint64 else (result != wide) | (wide < 0)
-    if (dtype != torch.int64 or tensor.dtype == torch.uint64) and bool(wrong.any()):
-        got = int(wide[wrong][0]) % 2**64 if tensor.dtype == torch.uint64 else int(wide[wrong][0])
+    wrong = result != wide
+    if is_unsigned:
+        wrong |= wide < 0
+    if bool(wrong.any()):
+        got = int(wide[wrong][0]) % 2**64 if is_unsigned else int(wide[wrong][0])
         raise ValueError(f"{name}: expected numbers that fit in {dtype}, got {got}")
     return result
 

@@ -159,8 +159,8 @@ class Loss:
             return _LACKING.of((pieces,), lambda: not sides(pieces.cpu())[side].length[width:].any(), side, width)
         if W is None:
             return False
-        used = (W.row_ptr[width:].diff() > 0, W.col >= width)[side]
-        return _LACKING.of((W.row_ptr, W.col), lambda: not used.any(), side, width)
+        used = (lambda: W.row_ptr[width:].diff() > 0, lambda: W.col >= width)[side]
+        return _LACKING.of((W.row_ptr, W.col), lambda: not used().any(), side, width)
 
     def check_tables(self) -> None:
         """Raises ValueError if W or the piece index is not what it was made as, since kernels go where it points."""
@@ -239,6 +239,7 @@ class Loss:
 
 
 _LACKING = Cached[bool]()
+"""Of W or pieces, a side and a width: what `Loss.may_lack` found."""
 
 REGISTER: dict[str, type[Loss]] = {}
 

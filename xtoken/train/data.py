@@ -87,7 +87,8 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
     encoder : callable
         Makes the ExampleEncoder, once it is needed.
 
-    Iterating raises ValueError if nothing of the first `MOST_DROPPED` rows is trained on.
+    Iterating raises ValueError if nothing of the first `MOST_DROPPED` rows is trained on, or if most of these are lost
+    to one of the kinds of `ExampleEncoder.report`.
     """
 
     def __init__(
@@ -110,8 +111,12 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
             return
         if hasattr(self.rows, "features"):
             remaining = map(source.without_nulls, remaining)
+        encoder, is_checked = self.encoder(first), False
         dropped = made = 0
-        for examples in encoded(remaining, self.encoder(first)):
+        for examples in encoded(remaining, encoder):
+            if not is_checked and encoder.report.rows >= MOST_DROPPED:
+                encoder.report.check()
+                is_checked = True
             yield from examples
             made, dropped = made + len(examples), dropped + (not examples)
             if dropped == 1 and not examples:

@@ -67,7 +67,8 @@ def _from_file(path: Path) -> Any:
         if isinstance(error, ValueError) and str(path) in str(error):
             raise
         hint = "a Git LFS pointer; git lfs pull" if head[:12] == b"version http" else f"{type(error).__name__}: {error}"
-        raise ValueError(f"tokenizer: {path}: expected a tokenizer.json, got {hint}") from error
+        kind = "GGUF" if head[:4] == b"GGUF" else "a SentencePiece model" if head[:1] == b"\n" else "a tokenizer.json"
+        raise ValueError(f"tokenizer: {path}: expected {kind}, got {hint}") from error
 
 
 def _parsed(path: Path, head: bytes) -> Any:
