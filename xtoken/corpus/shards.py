@@ -23,6 +23,7 @@ from .. import _core
 from ..alignment import Aligner, Ragged
 from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
+from ..vocabulary.long_texts import encode_texts
 from .documents import Broken
 from .manifest import INDEX, Counts
 from .options import Options
@@ -184,11 +185,12 @@ def complete_shards(shards: Iterable[Shard], folder: Path) -> dict[int, Counts]:
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
-    encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-    offsets = np.cumsum([0, *map(len, encodings)], dtype=np.int64)
+    rows = encode_texts(tokenizer, texts)
+    offsets = np.cumsum([0, *map(len, rows)], dtype=np.int64)
+    if any(isinstance(ids, np.ndarray) for ids in rows):
+        return Ragged(np.concatenate([np.asarray(ids, np.int64) for ids in rows]), offsets)
     # The one step that costs Python time for each token, 30 ns: tokenizers hand out ids only as a list.
-    flat = np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.int64, int(offsets[-1]))
-    return Ragged(flat, offsets)
+    return Ragged(np.fromiter(chain.from_iterable(rows), np.int64, int(offsets[-1])), offsets)
 
 
 def _lists(values: Any, offsets: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:

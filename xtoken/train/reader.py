@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from xtoken.audit import same_tokens
 from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
+from xtoken.vocabulary.long_texts import encode_texts
 
 from .chat import ChatTemplate
 from .example import Example, Ints
@@ -136,12 +137,12 @@ class Reader:
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
             base += len(layouts[-1].raw) + 3
-        encodings = self.backend.encode_batch_fast([layout.text for layout in layouts], add_special_tokens=False)
+        encoded = encode_texts(self.backend, [layout.text for layout in layouts])
         rows, is_exact = [], np.ones(len(examples), bool)
         pairs = list(zip(layouts, examples, strict=True))
-        for k, (encoding, (layout, example)) in enumerate(zip(encodings, pairs, strict=True)):
-            row = np.asarray(encoding.ids, np.int64)
-            is_exact[k] = b"".join([self.tokens[i] for i in encoding.ids]) == layout.raw
+        for k, (own, (layout, example)) in enumerate(zip(encoded, pairs, strict=True)):
+            row = np.asarray(own, np.int64)
+            is_exact[k] = b"".join([self.tokens[i] for i in own]) == layout.raw
             if is_exact[k]:
                 end = np.cumsum(self.lengths[row])
                 start = end - self.lengths[row]
