@@ -48,6 +48,16 @@ def _fixed(s: Step) -> Tensor:
     return total + parts["chunks"].sum() + parts["scale"]
 
 
+def _trust_and_certainty(s: Step) -> Tensor:
+    teachers = [
+        xtoken.Teacher(s.case.projection, trust_top_k=20, **OPERATIONS[PROJECTED].few(31)),
+        xtoken.Teacher(trust_top_k=20, top_k=None),
+    ]
+    criterion = xtoken.XTokenLoss(teachers, teacher_weighting="entropy", backend=s.backend)
+    total, parts = criterion(s.student, s.labels, [s.teacher, s.student.detach().flip(1)], [s.alignment, None])
+    return total + parts["distrusted"].sum() + parts["weights"].sum()
+
+
 def _top_k_teacher(s: Step) -> Tensor:
     values, ids = s.teacher.log_softmax(-1).topk(5)
     return loss_of(replace(s, teacher=TopKLogits(ids, values)), PROJECTED, **OPERATIONS[PROJECTED].few(31))
@@ -65,6 +75,7 @@ CALLS: dict[str, Callable[[Step], Any]] = {
     "everything": _xtoken_loss,
     "everything, pieces": _xtoken_pieces,
     "everything, fixed": _fixed,
+    "trust and certainty": _trust_and_certainty,
 }
 
 

@@ -202,6 +202,13 @@ def two_teachers(student_tok: Any, teacher_tok: Any, learnable: bool = False) ->
     ]
 
 
+def routed(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples with chunks of the first teacher in one of them only, so that most micro-batches have none."""
+    first = [{**one["teachers"][0], "spans": one["teachers"][0]["spans"][: 0 if k else None]}
+             for k, one in enumerate(examples)]  # fmt: skip
+    return [{**one, "teachers": [own, *one["teachers"][1:]]} for one, own in zip(examples, first, strict=True)]
+
+
 def held_out(folder: Path, student_tok: Any, teacher_tok: Any, count: int, packed: bool) -> dict[str, float]:
     """What evaluation says of some examples, two a batch and process."""
     examples = encode(SMALL_TEXTS[:count], student_tok, teacher_tok, None)

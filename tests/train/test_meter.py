@@ -23,6 +23,8 @@ def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float])
         "kd_per_teacher": torch.tensor(kd),
         "chunks": torch.tensor(chunks),
         "unsupervised": torch.tensor(chunks) // 20,
+        "distrusted": torch.tensor(chunks) // 5,
+        "weights": torch.tensor(chunks) * 1.5,
         "scale": torch.tensor(2.0),
         "bounded": torch.tensor(ce == 1.0),
         **diagnoses,
@@ -30,7 +32,7 @@ def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float])
 
 
 def test_two_teachers():
-    meter = Meter(["a", "b"], [1.0, 10.0])
+    meter = Meter(["a", "b"], [1.0, 10.0], ["distrusted", "weights"])
     meter.steps = 2
     meter.add(parts(1.0, [0.5, 0.25], [10, 20], [0.5, math.nan]), 100)
     meter.add(parts(2.0, [0.5, 0.25], [30, 20], [1.0, math.nan]), 50)
@@ -40,6 +42,7 @@ def test_two_teachers():
     assert (got["kd/a"], got["kd/b"]) == (1.0, 0.5)
     assert (got["chunks/a"], got["chunks/b"]) == (40.0, 40.0)
     assert (got["unsupervised/a"], got["unsupervised/b"]) == (1.0, 2.0)
+    assert (got["distrusted/a"], got["certainty/b"]) == (0.2, 1.5)
     assert got["agreement/a"] == pytest.approx(35 / 40)
     assert got["teacher_mass/a"] == pytest.approx(35 / 80)
     assert got["projected_outside/a"] == 0
@@ -56,6 +59,7 @@ def test_one_teacher_and_divisors():
     got = meter.summary(lambda sums: sums, [2.0, 4.0])
     assert (got["ce"], got["kd"], got["chunks"]) == (3.0, 0.375, 4.0)
     assert not any("/" in key for key in got)
+    assert not {"distrusted", "certainty"} & got.keys()
 
 
 def test_no_teacher():

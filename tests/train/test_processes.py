@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import FSDP, SMALL_TEXTS, assert_same, cut, encode, held_out, run_one_step, train_and_resume, two_teachers
+from small import (
+    FSDP,
+    SMALL_TEXTS,
+    assert_same,
+    cut,
+    encode,
+    held_out,
+    routed,
+    run_one_step,
+    train_and_resume,
+    two_teachers,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -21,6 +32,8 @@ GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "fixed", "learnable": True, **cut(4, 1)},
     {"scaling": "fixed", "learnable": True, **cut(2, 2)},
     {"scaling": "dynamic", **cut(4, 1)},
+    {"scaling": "dynamic", "routed": True, "learnable": True, **cut(4, 1)},
+    {"scaling": "fixed", "routed": True, "learnable": True, **cut(2, 2)},
     {"scaling": "dynamic", **cut(4, 1), **FSDP},
     {"scaling": "fixed", "learnable": True, **cut(2, 2), **FSDP},
 ]
@@ -62,6 +75,7 @@ def test_gradients(tmp_path, results, student_tok, teacher_tok, case):
     options = {name: value for name, value in GRADIENTS[case].items() if name not in FSDP}
     teachers = two_teachers(student_tok, teacher_tok, options.pop("learnable", False))
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
+    examples = routed(examples) if options.pop("routed", False) else examples
     want = run_one_step(tmp_path, student_tok, teachers, examples, **{**options, **cut(8, 1)})
     assert_same(results["gradients"][case], want)
 

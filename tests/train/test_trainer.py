@@ -410,7 +410,7 @@ def test_average_wants_the_same_ids(tmp_path, student_tok, teacher_tok, twins):
     teachers = [make_teacher(student_tok, teacher_tok, k, name=str(k)) for k in (1, 2)]
     mixed = [{**one, "teachers": [one["teachers"][0], other["teachers"][1]]} for one, other in pairwise(twins)]
     trainer = make_trainer(tmp_path, student_tok, teachers, None, mixed[:4], teacher_mode="average")
-    trainer._ids_checked = True
+    trainer._unchecked.clear()
     with pytest.raises(ValueError, match="teacher_mode: expected 'average' teachers to read the same ids"):
         trainer.evaluate()
 
@@ -419,7 +419,7 @@ def test_average_wants_the_same_ids(tmp_path, student_tok, teacher_tok, twins):
     ("options", "message"),
     [
         ({"scaling": "static"}, "scaling: expected one of 'dynamic', 'fixed', got 'static'"),
-        ({"teacher_mode": "vote"}, "teacher_mode: expected one of 'sum', 'select', 'average', got 'vote'"),
+        ({"teacher_mode": "vote"}, "teacher_mode: expected one of 'sum', 'select', 'average', 'entropy', got 'vote'"),
         ({"remove_unused_columns": True}, "remove_unused_columns: expected False"),
     ],
 )

@@ -18,6 +18,7 @@ from small import (
     make_config,
     make_model,
     make_tokenizer,
+    routed,
     run_one_step,
     train_and_resume,
     two_teachers,
@@ -66,7 +67,8 @@ if __name__ == "__main__":
     allow_fsdp_on_the_cpu()
     for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
         teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False))
-        results["gradients"].append(run_one_step(folder, student_tok, teachers, examples, **one))
+        given = routed(examples) if one.pop("routed", False) else examples
+        results["gradients"].append(run_one_step(folder, student_tok, teachers, given, **one))
     for name, one in work["resumed"].items():
         if "deepspeed" in one:
             allow_deepspeed_on_the_cpu()

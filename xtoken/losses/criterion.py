@@ -12,14 +12,25 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.call import check_alignment, check_choice, check_logits, checked_labels, compute, vocabulary_size
+from xtoken.losses.call import (
+    check_alignment,
+    check_choice,
+    check_count,
+    check_logits,
+    checked_labels,
+    compute,
+    vocabulary_size,
+)
+from xtoken.losses.certainty import Predicting, certainties
 from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import AnyLogits, Parts, Source
 from xtoken.losses.loss import Loss, Needs, registered
 from xtoken.losses.operator import Expected, at_least_one
+from xtoken.losses.trust import in_top, trusted
 from xtoken.pieces import PieceIndex
 
 SCALINGS = ("dynamic", "fixed")
+WEIGHTINGS = ("fixed", "entropy")
 DEFAULT_MAX_SCALE = 4.0
 """Of ``scaling="dynamic"``; where KD is near zero CE / |KD| knows no limit."""
 
@@ -42,6 +53,10 @@ class Teacher:
         Factor of this teacher's loss, >= 0.
     pieces : PieceIndex, optional
         Of this student and teacher, for a loss that needs it.
+    trust_top_k : int, optional
+        Leave out chunks that the teacher itself would hardly have written: those with a token of its that is not among
+        the so many most probable ones of the row that predicts it. They stay in what sums are divided by. Default:
+        trust all. Not inside of ``torch.compile``.
     **options
         Options of the loss function, such as ``temperature``, with its defaults; attributes of the teacher too. Where
         columns are chosen by the teacher's logits of the call (``top_k``), a batch and its micro-batches do not see
@@ -50,7 +65,7 @@ class Teacher:
     Raises
     ------
     ValueError
-        If the loss does not go with the projection or the pieces, or the weight is negative.
+        If the loss does not go with the projection or the pieces, the weight is negative, or `trust_top_k` not above 0.
     TypeError
         For an option that the loss does not have.
     """
@@ -59,6 +74,7 @@ class Teacher:
     loss: str
     weight: float
     pieces: PieceIndex | None
+    trust_top_k: int | None
     options: dict[str, Any] = field(hash=False)
 
     def __init__(
@@ -68,6 +84,7 @@ class Teacher:
         weight: float = 1.0,
         *,
         pieces: PieceIndex | None = None,
+        trust_top_k: int | None = None,
         **options: Any,
     ) -> None:
         options = {**options.pop("options", {}), **options}  # as dataclasses.replace gives them, and changes
@@ -87,12 +104,14 @@ class Teacher:
             raise ValueError(f"pieces: expected {expected} for loss={loss!r}, got {got}")
         if not 0.0 <= weight < float("inf"):
             raise ValueError(f"weight: expected a finite number >= 0, got {weight!r}")
+        check_count(trust_top_k, "trust_top_k", optional=True)
         known = losses[loss].options()
         if unknown := options.keys() - known.keys():
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: expected options of loss={loss!r}, which are {', '.join(known)}"
             )
         made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces, "options": options}
+        made["trust_top_k"] = trust_top_k
         for name, value in {**made, "_all_options": {**known, **options}}.items():
             object.__setattr__(self, name, value)
         self.make_loss().check()
@@ -133,6 +152,12 @@ class XTokenLoss(nn.Module):
     vocab_size : int, optional
         Columns of the student's logits that belong to tokens. Default: as the projections and
         pieces say, or all columns if there is neither.
+    teacher_weighting : "fixed" or "entropy"
+        "entropy" also multiplies each chunk's loss by how sure its teacher is beside the others that have a chunk which
+        begins at the same student token: ``n exp(-h_m) / sum_j exp(-h_j)`` for n of them, with
+        ``h_m = H_m log(V_student) / log(V_m)``, H_m the entropy (nats) of the teacher's row that predicts the chunk. So
+        the mean over the n is 1, and for one vocabulary weights are as inverse perplexities. Cross-entropy then takes a
+        pass of its own, and backward computes the gradient.
     diagnostics : bool
         Also report agreement and mass, of at most 256 chunks of a call. May be changed at any time. Not inside of
         ``torch.compile``.
@@ -151,11 +176,13 @@ class XTokenLoss(nn.Module):
         *,
         max_scale: float = DEFAULT_MAX_SCALE,
         vocab_size: int | None = None,
+        teacher_weighting: str = "fixed",
         diagnostics: bool = True,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         check_choice(scaling, "scaling", SCALINGS)
+        check_choice(teacher_weighting, "teacher_weighting", WEIGHTINGS)
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
@@ -171,6 +198,7 @@ class XTokenLoss(nn.Module):
         self.kd_weight = kd_weight
         self.max_scale = max_scale
         self.vocab_size = sizes.pop() if sizes else None
+        self.teacher_weighting = teacher_weighting
         self.diagnostics = diagnostics
         self.backend = backend
         projections = [teacher.projection for teacher in teachers]
@@ -186,7 +214,7 @@ class XTokenLoss(nn.Module):
         self,
         student_logits: Tensor,
         labels: Tensor,
-        teacher_logits: AnyLogits | Sequence[AnyLogits],
+        teacher_logits: AnyLogits | Sequence[AnyLogits | None],
         alignments: Alignment | Sequence[Alignment | None] | None = None,
         num_items: Count | None = None,
         num_chunks: Count | Sequence[Count] | None = None,
@@ -202,7 +230,7 @@ class XTokenLoss(nn.Module):
             Token ids at their own positions, -100 where ignored; row ``t`` is compared with label ``t + 1``. Neither
             part of the loss touches a row that only ignored labels follow.
         teacher_logits : Tensor or sequence of M tensors
-            One for each teacher.
+            One for each teacher. None for one whose alignment has no labelled chunk in this call: it adds nothing.
         alignments : Alignment or sequence of M, optional
             None for a teacher that shares the tokenizer: its positions are then those whose next label is not
             ignored. Of an alignment the chunks count whose student tokens are all labelled (see
@@ -234,6 +262,8 @@ class XTokenLoss(nn.Module):
             "kd_per_teacher" : [M]
             "chunks" : int64 [M], chunks (or positions) of this call; on the CPU, unless only a device knows them.
             "unsupervised" : int64 [M], chunks left out because a token of theirs is not labelled; likewise.
+            "distrusted" : int64 [M], chunks left out (though counted) because of ``trust_top_k``; likewise.
+            "weights" : [M], sum over the chunks of the weights of ``teacher_weighting``.
             "agreement" : [M], share of chunks where the student's largest projected column is the teacher's,
             at the first predictor row, among C (for a loss on events, their most probable event); nan where undefined
             or switched off.
@@ -253,16 +283,22 @@ class XTokenLoss(nn.Module):
         ce_sum: Tensor | None = None
         kd: Tensor | None = None
         done = []
-        for teacher, one, alignment, divisor in zip(self.teachers, logits, aligned, divisors, strict=True):
-            check_logits(student_logits, one)
+        ready = [
+            self._ready(teacher, student_logits, one, alignment, labels)
+            for teacher, one, alignment in zip(self.teachers, logits, aligned, strict=True)
+        ]
+        weights: list[Tensor | None] = [None] * len(ready)
+        if self.teacher_weighting == "entropy":
+            weights[:] = self._certainties(ready, student_logits)
+        for one, divisor, weight in zip(ready, divisors, weights, strict=True):
+            teacher = one.teacher
             # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
-            part = self._distil(teacher, student_logits, one, alignment, labels, divisor, ce_sum is None, factors)
+            part = self._distil(one, student_logits, labels, divisor, ce_sum is None, factors, weight)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
-        if ce_sum is None or kd is None:
-            ce_sum = self._cross_entropy(student_logits, labels)
-            kd = ce_sum.new_zeros(())
+        ce_sum = self._cross_entropy(student_logits, labels) if ce_sum is None else ce_sum
+        kd = ce_sum.new_zeros(()) if kd is None else kd
         ce = ce_sum / items
         if scale is None:
             scale = self._ratio(ce.detach(), kd.detach(), reduce)
@@ -277,8 +313,10 @@ class XTokenLoss(nn.Module):
             "unscaled": (self.ce_weight * ce + self.kd_weight * kd).detach(),
             "bounded": at_bound & (kd.detach() != 0),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
-            "chunks": _numbers([part.chunks for part in done], kd.device),
-            "unsupervised": _numbers([part.unsupervised for part in done], kd.device),
+            "chunks": _numbers([one.chunks for one in ready], kd.device),
+            "unsupervised": _numbers([one.unsupervised for one in ready], kd.device),
+            "distrusted": _numbers([one.distrusted for one in ready], kd.device),
+            "weights": torch.stack([part.weights for part in done]) if done else ce.new_zeros(0),
             **dict(zip(NAMES, diagnoses.unbind(1), strict=True)),
         }
         return total, parts
@@ -301,28 +339,30 @@ class XTokenLoss(nn.Module):
     def _cross_entropy(self, student_logits: Tensor, labels: Tensor) -> Tensor:
         logits = student_logits[..., : self.vocab_size].flatten(0, -2)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = _following(labels).flatten()
+        targets = to_device(_following(labels).flatten(), logits.device)
         return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
 
-    def _distil(
+    def _ready(
         self,
         teacher: Teacher,
         student_logits: AnyLogits,
-        teacher_logits: AnyLogits,
+        teacher_logits: AnyLogits | None,
         alignment: Alignment | None,
         labels: Tensor,
-        divisor: Count | None,
-        with_cross_entropy: bool,
-        factors: tuple[float | Tensor, float | Tensor] | None,
-    ) -> _Distilled:
+    ) -> _Ready:
+        """The teacher's logits, and the chunks or positions that its loss takes."""
         loss = teacher.make_loss()
-        student, teacher_source = self._sources(teacher, loss, student_logits, teacher_logits)
-        device = Parts.of(student_logits).rows.device
+        if teacher_logits is None:
+            if alignment is None or _count(predictable(alignment.supervised(labels))):
+                raise TypeError("teacher_logits: expected a floating-point tensor, got None, for labelled chunks")
+            return _Ready(teacher, loss, None, None, None, alignment, None, 0, _count(predictable(alignment)), 0)
+        check_logits(student_logits, teacher_logits)
+        student, source = self._sources(teacher, loss, student_logits, teacher_logits)
         mask: Tensor | None = None
         if alignment is not None:
             check_alignment(alignment, student.samples)
-            for side, (name, source) in enumerate((("student_logits", student), ("teacher_logits", teacher_source))):
-                alignment.host.check_reach(side, source.length, name, "row")
+            for side, (name, rows) in enumerate((("student_logits", student), ("teacher_logits", source))):
+                alignment.host.check_reach(side, rows.length, name, "row")
             before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
             number = _count(predictable(alignment if alignment.mask is not None else alignment.host))
         elif loss.needs is Needs.SAME_TOKENIZER:
@@ -335,36 +375,72 @@ class XTokenLoss(nn.Module):
                 "labels: no chunk of the alignment has all of its tokens labelled, so this call distils nothing",
                 stacklevel=2,
             )
+        distrusted: Count = 0
+        if teacher.trust_top_k is not None:
+            device = Parts.of(student_logits).rows.device
+            alignment, mask = _trusted(teacher.trust_top_k, source, alignment, mask, labels, device)
+            distrusted = number - _count(_chosen(alignment, mask))
+        return _Ready(
+            teacher, loss, teacher_logits, student, source, alignment, mask, number, before - number, distrusted
+        )
+
+    def _certainties(self, ready: Sequence[_Ready], student_logits: AnyLogits) -> list[Tensor]:
+        """The weights of each teacher's chunks, in the order of its chunks."""
+        device = Parts.of(student_logits).rows.device
+        known = [None if one.source is None else Predicting(one.source, one.used(device)) for one in ready]
+        student = next((one.student for one in ready if one.student is not None), None)
+        rows, size = (0, 0) if student is None else (student.samples * student.length, student.size)
+        return certainties(known, rows, size)
+
+    def _distil(
+        self,
+        ready: _Ready,
+        student_logits: AnyLogits,
+        labels: Tensor,
+        divisor: Count | None,
+        with_cross_entropy: bool,
+        factors: tuple[float | Tensor, float | Tensor] | None,
+        weights: Tensor | None,
+    ) -> _Distilled:
+        teacher, loss, student, source = ready.teacher, ready.loss, ready.student, ready.source
+        device = Parts.of(student_logits).rows.device
+        if student is None or source is None or ready.logits is None:
+            zero = torch.zeros((), device=device)
+            return _Distilled(zero, None, zero, nothing(device))
         is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
         if is_diagnosed:
-            loss = loss.chosen(teacher_source, device, self.backend)
-        divisor = at_least_one(number) if divisor is None else divisor
-        targets = labels if with_cross_entropy else None
+            loss = loss.chosen(source, device, self.backend)
+        divisor = at_least_one(ready.chunks) if divisor is None else divisor
+        targets = labels if with_cross_entropy and weights is None else None
         wanted: Tensor | Expected | None = targets
-        if factors is not None:
+        if factors is not None and weights is None:
             of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
             of_loss = torch.where(of_loss == 0, 1.0, of_loss)
             wanted = Expected(targets, of_loss, _scalar(factors[1], device))
         result = compute(
             loss,
             student_logits,
-            teacher_logits,
-            alignment,
-            sizes=(student.size, teacher_source.size),
-            mask=mask,
+            ready.logits,
+            ready.alignment,
+            sizes=(student.size, source.size),
+            mask=ready.mask,
             labels=wanted,
-            reduction="sum",
+            reduction="sum" if weights is None else "none",
             backend=self.backend,
         )
         total, cross_entropy = result if isinstance(result, tuple) else (result, None)
+        chunks = ready.used(device, loss.realised) if is_diagnosed or weights is not None else None
+        if weights is None:
+            weighted = _scalar(ready.chunks, device) - _scalar(ready.distrusted, device)
+        else:
+            assert chunks is not None
+            total = (total.flatten()[chunks.used] * weights).sum()
+            weighted = weights.sum()
         diagnosis = nothing(device)
         if is_diagnosed:
-            if alignment is None:
-                chunks = Chunks.of_positions(student.samples * student.length, mask, device)
-            else:
-                chunks = Chunks.of(alignment, student.length, teacher_source.length, device, loss.realised)
-            diagnosis = loss.diagnose(student, teacher_source, chunks, teacher.projection, device, self.backend)
-        return _Distilled(total / divisor, cross_entropy, number, before - number, diagnosis)
+            assert chunks is not None
+            diagnosis = loss.diagnose(student, source, chunks, teacher.projection, device, self.backend)
+        return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
 
     def _sources(
         self, teacher: Teacher, loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits
@@ -386,12 +462,61 @@ class XTokenLoss(nn.Module):
         return student, other
 
 
+class _Ready(NamedTuple):
+    """What a call has for one teacher; no logits and no sources if it has nothing to say."""
+
+    teacher: Teacher
+    loss: Loss
+    logits: AnyLogits | None
+    student: Source | None
+    source: Source | None
+    alignment: Alignment | None
+    mask: Tensor | None  # bool [B, T], without an alignment
+    chunks: Count
+    unsupervised: Count
+    distrusted: Count
+
+    def used(self, device: torch.device, realised: bool = False) -> Chunks:
+        """The rows of the chunks that count, or of the positions."""
+        assert self.student is not None
+        assert self.source is not None
+        if self.alignment is None:
+            return Chunks.of_positions(self.student.samples * self.student.length, self.mask, device)
+        return Chunks.of(self.alignment, self.student.length, self.source.length, device, realised)
+
+
 class _Distilled(NamedTuple):
     loss: Tensor
     cross_entropy: Tensor | None
-    chunks: int | Tensor
-    unsupervised: int | Tensor
+    weights: Tensor
     diagnosis: Tensor
+
+
+def _trusted(
+    top_k: int, teacher: Source, alignment: Alignment | None, mask: Tensor | None, labels: Tensor, device: torch.device
+) -> tuple[Alignment | None, Tensor | None]:
+    """The alignment, or the mask of positions, without what the teacher does not find probable."""
+    if torch.compiler.is_compiling():
+        raise ValueError(
+            "trust_top_k: expected None inside of torch.compile, whose graph must not depend on the chunks"
+        )
+    if alignment is None:
+        assert mask is not None
+        following = to_device(_following(labels), device)
+        return None, to_device(mask, device) & in_top(teacher, following.flatten(), top_k).view(following.shape)
+    if alignment.teacher_ids is None:
+        raise ValueError("trust_top_k: expected an alignment with teacher_ids, to look for, got None")
+    ids = to_device(alignment.teacher_ids, device)
+    alignment.host.check_reach(1, ids.shape[-1], "teacher_ids", "token")
+    return alignment.supervised(labels, trusted(teacher, ids.reshape(len(alignment), -1), top_k)), None
+
+
+def _chosen(alignment: Alignment | None, mask: Tensor | None) -> Tensor:
+    """bool: the chunks, or the positions, that count; on the device if only that knows."""
+    if alignment is not None:
+        return predictable(alignment if alignment.mask is not None else alignment.host)
+    assert mask is not None
+    return mask
 
 
 def ratio(ce: Tensor, kd: Tensor, most: float) -> Tensor:

@@ -18,6 +18,7 @@ from xtoken.vocabulary import TokenizerLike
 from .chat import ChatTemplate, use_template
 from .data import encoded, has_chats, read_rows
 from .encode import ExampleEncoder
+from .routing import is_routed
 from .teachers import load_model, load_tokenizer
 
 
@@ -46,11 +47,20 @@ class CachedExamples(Dataset[dict[str, Any]]):
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One example, in which a cached teacher also has ``logits``, `TopKLogits` [T, k] of its tokens.
 
-        Raises ValueError if the cache does not hold the example's document.
+        Raises ValueError if the cache does not hold the example's document. One that is not routed to a cached teacher
+        need not be there; its rows are empty.
         """
         example = self.examples[index]
-        pairs = zip(example["teachers"], self.caches, strict=True)
-        found = [entry if cache is None else self._with_logits(entry, cache, example, index) for entry, cache in pairs]
+        found = []
+        for m, (entry, cache) in enumerate(zip(example["teachers"], self.caches, strict=True)):
+            if cache is None:
+                found.append(entry)
+            elif is_routed(example, m):
+                found.append(self._with_logits(entry, cache, example, index))
+            else:
+                size = len(example["student_ids"] if entry["ids"] is None else entry["ids"]), cache.top_k
+                none = TopKLogits(torch.full(size, -1, dtype=torch.int32), torch.full(size, -torch.inf))
+                found.append({**entry, "logits": none})
         return {**example, "teachers": found}
 
     @staticmethod
@@ -81,7 +91,11 @@ class CachedExamples(Dataset[dict[str, Any]]):
 
 
 def teacher_documents(
-    tokenizer: TokenizerLike, rows: Iterable[Mapping[str, Any]], text_column: str = "text", now: datetime | None = None
+    tokenizer: TokenizerLike,
+    rows: Iterable[Mapping[str, Any]],
+    text_column: str = "text",
+    now: datetime | None = None,
+    system: str | None = None,
 ) -> Iterator[list[int]]:
     """What a teacher reads of each row in training, as token ids: what to send to a server that fills a cache.
 
@@ -98,6 +112,8 @@ def teacher_documents(
         Field with plain text.
     now : datetime, optional
         As for `ExampleEncoder`; where the chat template writes the time, tell the `TeacherCacheWriter` too.
+    system : str, optional
+        What this teacher alone is told, as ``teacher_systems`` of `ExampleEncoder`.
 
     Examples
     --------
@@ -108,8 +124,12 @@ def teacher_documents(
                 answer = client.completions.create(prompt=ids, echo=True, logprobs=20, max_tokens=0, model=name)
                 writer.add(ids, xtoken.TopKLogits.from_vllm(answer.choices[0].logprobs, tokenizer=tokenizer))
     """
-    for examples in encoded(rows, ExampleEncoder(tokenizer, [], text_column=text_column, now=now)):
-        yield from (example["student_ids"].tolist() for example in examples)
+    told = [] if system is None else [tokenizer]
+    encoder = ExampleEncoder(tokenizer, told, text_column=text_column, now=now, teacher_systems=[system] * len(told))
+    for examples in encoded(rows, encoder):
+        for example in examples:
+            ids = example["student_ids"] if system is None else example["teachers"][0]["ids"]
+            yield ids.tolist()
 
 
 def main(options: argparse.Namespace) -> str:

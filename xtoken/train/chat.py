@@ -19,6 +19,9 @@ CONTENT_KEYS = frozenset({"content", "text", "reasoning_content", "reasoning", "
 REASONING_KEYS = frozenset({"reasoning_content", "reasoning", "thinking"})
 """Those of them that hold what is written between think tags."""
 
+SYSTEM_ROLES = ("system", "developer")
+"""Of a first message that is a system message."""
+
 OPEN, CLOSE = "<think>", "</think>"
 
 _TAG = re.compile(f"({OPEN}|{CLOSE})")
@@ -224,10 +227,37 @@ def use_template(tokenizer: Any, template: str | None) -> None:
     tokenizer.chat_template = template
 
 
-class ChatTemplate:
-    """The chat template of a tokenizer of `transformers`, at a time; ValueError if it has none, with `name`."""
+def with_system(conversation: Conversation, system: str) -> Conversation:
+    """The conversation with a text before its system message's own, or as its system message where it has none.
 
-    def __init__(self, tokenizer: Any, name: str, now: datetime | None = None) -> None:
+    The numbers of pieces and of their messages stay those of the conversation.
+    """
+    messages, layout = conversation.messages, conversation.layout
+    if not messages or messages[0]["role"] not in SYSTEM_ROLES:
+        first: dict[str, Any] = {"role": "system", "content": system}
+        return conversation._replace(messages=[first, *messages], layout=[first, *layout])
+    content: Any = messages[0].get("content")
+    parts: Any = layout[0].get("content")
+    if not content:
+        content = parts = system
+    elif isinstance(content, str):
+        content, parts = f"{system}\n\n{content}", Text([f"{system}\n\n", *parts])
+    else:
+        before = {"type": "text", "text": f"{system}\n\n"}
+        content, parts = [before, *content], [before, *parts]
+    return conversation._replace(
+        messages=[{**messages[0], "content": content}, *messages[1:]],
+        layout=[{**layout[0], "content": parts}, *layout[1:]],
+    )
+
+
+class ChatTemplate:
+    """The chat template of a tokenizer of `transformers`, at a time; ValueError if it has none, with `name`.
+
+    `system` is a text for this model alone, see `with_system`.
+    """
+
+    def __init__(self, tokenizer: Any, name: str, now: datetime | None = None, system: str | None = None) -> None:
         if not hasattr(tokenizer, "apply_chat_template") or not getattr(tokenizer, "chat_template", None):
             shown = getattr(tokenizer, "name_or_path", "") or type(tokenizer).__name__
             raise ValueError(
@@ -236,6 +266,7 @@ class ChatTemplate:
             )
         self.tokenizer = tokenizer
         self.name = name
+        self.system = system
         now = now or datetime.now()
         formats = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
         self._time = [(one, now.strftime(one)) for one in formats]
@@ -248,8 +279,13 @@ class ChatTemplate:
         same text but for the marks, they tell where the pieces are; if not, the template reads what it writes, so
         that fewer pieces are marked at a time, or in another way. A content that cannot be marked at all is looked for.
         """
+        if self.system is not None:
+            conversation = with_system(conversation, self.system)
         pieces = conversation.pieces
         text = self._apply(conversation.messages, conversation)
+        if self.system is not None and self.system.strip() not in text:
+            shown = f"{self.system!r:.60}"
+            raise ValueError(f"{self.name}: its chat template leaves the system message out, so it is not told {shown}")
         found = self._marks(text, conversation)
         places: dict[int, Place] = {}
         why: dict[int, str] = {}

@@ -16,6 +16,8 @@ from xtoken.losses import TopKLogits
 from xtoken.losses.backends import IGNORED
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
+from .routing import is_routed, label_spans
+
 
 def pack(examples: Sequence[Mapping[str, Any]], max_length: int) -> list[list[int]]:
     """Examples that share a row: best fit, longest first.
@@ -96,7 +98,8 @@ class XTokenCollator:
 
         ``input_ids`` and ``labels`` int64 [B, T], padded on the right; ``attention_mask`` int64 [B, T], 1 for tokens;
         ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of ``alignment`` None
-        if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k], if it is cached.
+        if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k], if it is cached. Examples that are not
+        routed to a teacher are in none of its chunks; one that reads the student's ids then has an ``alignment`` too.
 
         With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the padding),
         in place of ``attention_mask``: that is how the models of transformers know that examples must not see each
@@ -142,22 +145,25 @@ class XTokenCollator:
         side: dict[str, Any] = {"alignment": None}
         if any("logits" in entry for row in entries for entry in row):
             side["logits"] = collate_logits([[entry["logits"] for entry in row] for row in entries])
-        if all(direct):
-            return side
-        if any(direct):
+        if any(direct) and not all(direct):
             raise ValueError(f"examples: expected ids of teacher {m} in all or in none, got {len(direct)} mixed")
-        side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
+        if all(direct) and all(is_routed(example, m) for row in rows for example in row):
+            return side
+        if not any(direct):
+            side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
         spans: list[Tensor] = []
         for row in rows:
             parts, shift = [], np.zeros(4, np.int64)
             for example in row:
-                entry = example["teachers"][m]
-                part = np.asarray(entry["spans"], np.int64).reshape(-1, 4)
+                entry, own = example["teachers"][m], example["student_ids"]
+                given = label_spans(example["labels"]) if any(direct) else entry["spans"]
+                part = np.asarray(given if is_routed(example, m) else [], np.int64).reshape(-1, 4)
                 parts.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
-                shift += np.repeat([len(example["student_ids"]), len(entry["ids"])], 2)
+                shift += np.repeat([len(own), len(own if any(direct) else entry["ids"])], 2)
             spans.append(torch.from_numpy(np.concatenate(parts)))
         offsets = torch.tensor([0, *map(len, spans)]).cumsum(0)
-        return {**side, "alignment": Alignment(torch.cat(spans), offsets, student_ids, side["input_ids"])}
+        alignment = Alignment(torch.cat(spans), offsets, student_ids, side.get("input_ids", student_ids))
+        return {**side, "alignment": alignment}
 
 
 def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:

@@ -10,7 +10,7 @@ from transformers import TrainingArguments
 from xtoken.losses.call import check_choice
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
-TEACHER_MODES = ("sum", "select", "average")
+TEACHER_MODES = ("sum", "select", "average", "entropy")
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "since the teachers' inputs are no columns of the student"),
@@ -37,10 +37,15 @@ class XTokenConfig(TrainingArguments):
         Bound of the dynamic factor; ``inf`` is the paper's rule.
     ce_weight, kd_weight : float
         Weights of cross-entropy and distillation, >= 0.
-    teacher_mode : "sum", "select" or "average"
+    teacher_mode : "sum", "select", "average" or "entropy"
         Several teachers: the weighted sum of their losses; for each sample the loss of the teacher that predicts it
-        best (least cross-entropy a student token of aligned text), which waits for the device once a micro-batch; or
-        the weighted mean of their probabilities as one teacher (they must share a tokenizer).
+        best (least cross-entropy a student token of aligned text), which waits for the device once a micro-batch; the
+        weighted mean of their probabilities as one teacher (they must share a tokenizer); or the weighted sum, with
+        each chunk's loss also weighted by how sure its teacher is beside the others (``teacher_weighting="entropy"`` of
+        `xtoken.XTokenLoss`).
+    teacher_column : str, optional
+        Field of the rows that says which teachers a row goes to, as for `ExampleEncoder`; names are those of the
+        TeacherModels. Not with "average". A teacher runs only for the rows of a micro-batch that it has chunks of.
     projection_learning_rate : float
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
@@ -66,6 +71,9 @@ class XTokenConfig(TrainingArguments):
     ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
     kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})
     teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})
+    teacher_column: str | None = field(
+        default=None, metadata={"help": "field of the data with the names of the teachers that a row goes to"}
+    )
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
     resume_weights_only: bool = field(
@@ -78,6 +86,8 @@ class XTokenConfig(TrainingArguments):
     def __post_init__(self) -> None:
         check_choice(self.scaling, "scaling", SCALINGS)
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
+        if self.teacher_column is not None and self.teacher_mode == "average":
+            raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")
         # Where an earlier version of transformers has another default, nobody has asked for it.
         defaults = {one.name: one.default for one in fields(self)}
         for name, (expected, reason) in REFUSED.items():

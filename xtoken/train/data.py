@@ -226,6 +226,9 @@ def load_examples(
     train_on: str = "all",
     name_documents: bool = False,
     now: datetime | None = None,
+    teacher_systems: Sequence[str | None] | None = None,
+    teacher_column: str | None = None,
+    teacher_names: Sequence[str] | None = None,
 ) -> Dataset[dict[str, Any]]:
     """Examples from files (EncodedDataset), or from the folder of an aligned corpus (AlignedExamples).
 
@@ -234,11 +237,12 @@ def load_examples(
     files : sequence of paths
         JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
         folder that it has written, for one teacher.
-    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, now
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, now,
+    teacher_systems, teacher_column, teacher_names
         As for `ExampleEncoder`.
 
     Raises ValueError for broken rows, with file and row; for an aligned corpus with more than one teacher or other
-    files; FileNotFoundError if a path matches no file.
+    files, or with systems or columns, which it has not; FileNotFoundError if a path matches no file.
     """
     shared: dict[str, Any] = {
         "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,
@@ -250,8 +254,15 @@ def load_examples(
                 f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
                 f"{len(teacher_toks)} teachers"
             )
+        if teacher_column is not None or any(one is not None for one in teacher_systems or ()):
+            raise ValueError(
+                f"files: expected rows for teacher_column and teacher_systems, got the aligned corpus {folders[0]}"
+            )
         return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
-    encoder = ExampleEncoder(student_tok, teacher_toks, train_on=train_on, text_column=text_column, now=now, **shared)
+    encoder = ExampleEncoder(
+        student_tok, teacher_toks, train_on=train_on, text_column=text_column, now=now, **shared,
+        teacher_systems=teacher_systems, teacher_column=teacher_column, teacher_names=teacher_names,
+    )  # fmt: skip
     return EncodedDataset(read_rows(files, text_column), encoder)
 
 

@@ -19,7 +19,8 @@ from xtoken.vocabulary import TokenizerLike
 from .chat import AMBIGUOUS, REPEATED
 from .example import TRAIN_ON, Example, Ints, Table, parse_example
 from .reader import Reader, Tokens
-from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, Report, no_chunk
+from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, Report, no_chunk, no_system
+from .routing import route_of
 
 _NO_END = (
     "nothing supervises its end, since the student's chat template writes no special token there; use one that ends "
@@ -64,7 +65,8 @@ class ExampleEncoder:
     student_tok : tokenizer
         As for `Vocabulary.from_tokenizer`; messages need one of `transformers` with a chat template.
     teacher_toks : sequence of tokenizers
-        One for each teacher. A teacher with the student's tokenizer and chat template reads the student's ids.
+        One for each teacher. A teacher with the student's tokenizer and chat template, and no system message of its
+        own, reads the student's ids.
     train_on : "all", "completion" or "assistant"
         Which turns are trained on. "assistant": the turns of the assistant. "completion": those after the last turn
         of anyone but the assistant and tools. Of prompt and completion both mean the completion. Plain text is always
@@ -83,6 +85,16 @@ class ExampleEncoder:
         Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
     now : datetime, optional
         The time that templates are told (``strftime_now``). Default: when the encoder is made; it stands still.
+    teacher_systems : sequence of str or None, optional
+        For each teacher a text that it alone is told, at the beginning of a chat's system message, or as one where the
+        chat has none. Rows that are no chats are read without it, which is counted and told once, and refused if it is
+        all rows.
+    teacher_column : str, optional
+        Field that says which teachers a row goes to: a name, or a list of names, which may be empty. The others do not
+        read it. A row without that field, or with null in it, goes to all teachers, which is counted and told once, and
+        refused if it is all rows.
+    teacher_names : sequence of str, optional
+        The teachers' names in that field; required with `teacher_column`.
 
     Attributes
     ----------
@@ -91,7 +103,8 @@ class ExampleEncoder:
         cannot be told from other text, turns without a chunk, rows that are cut. Counted by kind; the first of each
         is logged with row, turn and reason.
 
-    Raises ValueError for unknown choices, lengths below 2, and a `Vocabulary` that cannot encode text.
+    Raises ValueError for unknown choices, lengths below 2, a `Vocabulary` that cannot encode text, and more or fewer
+    names or systems than teachers.
 
     Notes
     -----
@@ -133,8 +146,19 @@ class ExampleEncoder:
         add_end: bool = True,
         name_documents: bool = False,
         now: datetime | None = None,
+        teacher_systems: Sequence[str | None] | None = None,
+        teacher_column: str | None = None,
+        teacher_names: Sequence[str] | None = None,
     ) -> None:
         check_choice(train_on, "train_on", TRAIN_ON)
+        count = len(teacher_toks)
+        systems = [None] * count if teacher_systems is None else list(teacher_systems)
+        names = [f"teacher {k}" for k in range(count)] if teacher_names is None else list(teacher_names)
+        if teacher_column is not None and teacher_names is None:
+            raise ValueError(f"teacher_names: expected the names that {teacher_column!r} has, got None")
+        for option, each in (("teacher_systems", systems), ("teacher_names", names)):
+            if len(each) != count:
+                raise ValueError(f"{option}: expected one for each of {count} teachers, got {len(each)}")
         theirs: list[int | None] = [None] * len(teacher_toks)
         if isinstance(max_teacher_length, Sequence):
             theirs = list(max_teacher_length)
@@ -153,10 +177,14 @@ class ExampleEncoder:
         self.name_documents = name_documents
         self.now = now or datetime.now()
         self.report = Report()
+        self.teacher_column = teacher_column
+        self.teacher_names = names
         self.student = Reader(student_tok, "student", self.now)
-        sides = [Reader(tokenizer, f"teacher {k}", self.now) for k, tokenizer in enumerate(teacher_toks)]
+        readers = enumerate(zip(teacher_toks, systems, strict=True))
+        sides = [Reader(tokenizer, f"teacher {k}", self.now, system) for k, (tokenizer, system) in readers]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
+        self._numbers = [m for m, side in enumerate(self.teachers) if side is not None]
         # A teacher that reads the student's ids has a limit for these.
         shared = [limit for limit, side in zip(theirs, self.teachers, strict=False) if side is None]
         ours = min((limit for limit in [max_length, *shared] if limit is not None), default=None)
@@ -172,22 +200,31 @@ class ExampleEncoder:
         ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are trained on, or of
         None and None if it reads the student's ids. With `name_documents` also ``document``, the `document_digest` of
         the teacher's ids of the whole row, and ``first``, which of these the example's ids begin at; special tokens
-        that are put before a later part take the places of the tokens before it.
+        that are put before a later part take the places of the tokens before it. With `teacher_column` also ``route``,
+        a list of bool, whether each teacher gets it; of one that does not, ``ids`` and ``spans`` are empty (or None).
 
         Raises ValueError if a row has none of the forms, or a template is missing or refuses it, saying which.
         """
         if not rows:
             return []
         examples = []
+        routes = []
         for number, row in enumerate(rows, first_row):
             try:
                 examples.append(parse_example(row, self.train_on, self.text_column))
+                routes.append(self._route(row, number))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
+        # [sides, B]: who reads what.
+        is_read = np.array([[True] * len(rows), *([route[m] for route in routes] for m in self._numbers)])
         table = Table.of(examples)
-        tokens = [side.encode(examples, self.add_end, first_row) for side in self.sides]
+        tokens = [
+            side.encode(examples, self.add_end, first_row, of) for side, of in zip(self.sides, is_read, strict=True)
+        ]
         # A brace that closes a call is content where all models write it.
-        lacking = table.closing[np.min([side.piece_start[table.closing] for side in tokens], axis=0) < 0]
+        row_of = np.repeat(np.arange(len(rows)), np.diff(table.first_turn))[table.owner[table.closing]]
+        lacks = [(one.piece_start[table.closing] < 0) & of[row_of] for one, of in zip(tokens, is_read, strict=True)]
+        lacking = table.closing[np.any(lacks, axis=0)]
         for side in tokens:
             side.piece_start[lacking] = -1
         labels = self._labels(table, tokens[0])
@@ -196,8 +233,24 @@ class ExampleEncoder:
             for teacher, aligner in zip(tokens[1:], self.aligners, strict=True)
         ]
         self.report.rows += len(rows)
-        self._tell(examples, table, labels, tokens, chunks, first_row)
-        return [self._examples(k, example, labels, tokens, chunks, first_row + k) for k, example in enumerate(examples)]
+        self._tell(examples, table, labels, tokens, chunks, is_read, first_row)
+        found = [
+            self._examples(k, example, labels, tokens, chunks, is_read[:, k], first_row + k)
+            for k, example in enumerate(examples)
+        ]
+        if self.teacher_column is not None:
+            for made, route in zip(found, routes, strict=True):
+                for example in made:
+                    example["route"] = route
+        return found
+
+    def _route(self, row: Mapping[str, Any], number: int) -> list[bool]:
+        """Which teachers a row goes to."""
+        column = self.teacher_column
+        route = None if column is None else route_of(row, column, self.teacher_names)
+        if route is None and column is not None:
+            self.report.add(NO_ROUTE, f"no teacher in {column!r}, so it goes to all", number, may_be_all=False)
+        return [True] * len(self.teachers) if route is None else route
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
         """The ids of the tokens that reach into a piece that is trained on, and of ends of turns; else -100."""
@@ -211,7 +264,7 @@ class ExampleEncoder:
 
     def _tell(
         self, examples: Sequence[Example], table: Table, labels: Ints, sides: Sequence[Tokens],
-        chunks: Sequence[_Chunks], first_row: int,
+        chunks: Sequence[_Chunks], is_read: NDArray[np.bool_], first_row: int,
     ) -> None:  # fmt: skip
         """Reports turns of chats that are trained on and get no label or no chunk, or whose end gets none."""
         student = sides[0]
@@ -230,6 +283,10 @@ class ExampleEncoder:
         has_chunk = [touched(one.trained_tokens(student.ptr)) for one in chunks]
         for b, example in enumerate(examples):
             if example.conversation is None:
+                for side, of in zip(self.sides[1:], is_read[1:], strict=True):
+                    if side.system is not None and of[b]:
+                        reason = f"no chat, so {side.name} is not told its system message"
+                        self.report.add(no_system(side.name), reason, first_row + b, may_be_all=False)
                 continue
             row, (first, last) = first_row + b, table.first_turn[b : b + 2].tolist()
             lost = answers = 0
@@ -248,7 +305,9 @@ class ExampleEncoder:
                     lost += has_content[t]
             if lost and not has_label[first:last].any():
                 self.report.lose(NO_LABEL)
-            for side, tokens, has in zip(self.sides[1:], sides[1:], has_chunk, strict=True):
+            for side, tokens, has, of in zip(self.sides[1:], sides[1:], has_chunk, is_read[1:], strict=True):
+                if not of[b]:
+                    continue
                 without = [t for t in range(first, last) if has_label[t] and not has[t]]
                 for t in without:
                     why = {tokens.why[k] for k in own[table.owner[own] == t].tolist() if k in tokens.why}
@@ -281,22 +340,27 @@ class ExampleEncoder:
         labels: Ints,
         sides: Sequence[Tokens],
         chunks: Sequence[_Chunks],
+        is_read: NDArray[np.bool_],
         row: int,
     ) -> list[dict[str, Any]]:
-        """Row k as examples within the limits: the whole if it fits, else its beginning, and of a text what follows."""
-        rows = [side.ids[side.ptr[k] : side.ptr[k + 1]] for side in sides]
+        """Row k as examples within the limits of those who read it: the whole if it fits, else its beginning, and of a
+        text what follows."""
+        reading: list[int] = is_read.nonzero()[0].tolist()
+        readers = [self.sides[m] for m in reading]
+        rows = [sides[m].ids[sides[m].ptr[k] : sides[m].ptr[k + 1]] for m in reading]
         wanted = labels[sides[0].ptr[k] : sides[0].ptr[k + 1]]
         if not (wanted != IGNORED).any():
             return []
-        chunks = [one.of(k) for one in chunks]
-        prefixes = [np.asarray(side.prefix, np.int64) for side in self.sides]
+        chunks = [chunks[m - 1].of(k) for m in reading[1:]]
+        prefixes = [np.asarray(side.prefix, np.int64) for side in readers]
         whole = np.array([len(row) for row in rows])
-        limits = [size if limit is None else limit for limit, size in zip(self.limits, whole.tolist(), strict=True)]
+        most = [self.limits[m] for m in reading]
+        limits = [size if limit is None else limit for limit, size in zip(most, whole.tolist(), strict=True)]
         cuts = np.stack([np.zeros_like(whole), whole]) if (whole <= limits).all() else _cuts(whole, chunks)
         windows = _windows(cuts, [len(prefix) for prefix in prefixes], limits)
         if example.conversation is not None or len(example.pieces) > 1:
             windows = itertools.islice(windows, 1)
-        named = zip(rows, self.sides, strict=True) if self.name_documents else ()
+        named = zip(rows, readers, strict=True) if self.name_documents else ()
         documents = [document_digest(row, side.end_id) for row, side in named]
         examples: list[dict[str, Any]] = []
         read = 0
@@ -314,20 +378,24 @@ class ExampleEncoder:
                 entries.append({"ids": ids[m], "spans": one.between(first[0], last[0], start[[0, m]])})
             for entry, document, at in zip(entries, documents, start.tolist(), strict=False):
                 entry.update(document=document, first=at)
-            own = iter(entries[1:])
-            teachers = [dict(entries[0]) if one is None else next(own) for one in self.teachers]
+            own = {self._numbers[m - 1]: entry for m, entry in zip(reading[1:], entries[1:], strict=True)}
+            nothing = {"ids": np.zeros(0, np.int64), "spans": np.zeros((0, 4), np.int32)}
+            teachers = [
+                dict(entries[0]) if side is None else own.get(m, nothing) for m, side in enumerate(self.teachers)
+            ]
             examples.append({"student_ids": ids[0], "labels": targets, "teachers": teachers})
         if read < whole[0]:
             longest = ", ".join(
                 f"{size} tokens of the {side.name}, at most {limit}"
-                for side, size, limit in zip(self.sides, whole.tolist(), self.limits, strict=True)
+                for side, size, limit in zip(readers, whole.tolist(), most, strict=True)
                 if limit is not None
             )
             self.report.add(CUT, f"{whole[0] - read} of its tokens are left out: {longest}", row)
             if not examples:
                 self.report.lose(CUT)
         if example.conversation is None:
-            for m, side in ((m, side) for m, side in enumerate(self.teachers) if side is not None):
+            for at in reading[1:]:
+                m, side = self._numbers[at - 1], self.sides[at]
                 heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
                     self._tell_no_chunk(side, set(), row)

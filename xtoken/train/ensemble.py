@@ -57,14 +57,17 @@ def keep(alignment: Alignment, chunks: Tensor) -> Alignment:
 
 
 def select_best(
-    alignments: Sequence[Alignment], logits: Sequence[AnyLogits], ids: Sequence[Tensor], sizes: Sequence[int | None]
+    alignments: Sequence[Alignment],
+    logits: Sequence[AnyLogits | None],
+    ids: Sequence[Tensor],
+    sizes: Sequence[int | None],
 ) -> list[Alignment]:
     """The alignments with, of each sample, only the chunks of the teacher that predicts it best.
 
     That is the one with the least cross-entropy a student token: of the tokens in its chunks, divided by the number of
     the student's tokens in them, so that tokenizers can be compared. The first among equals. Waits for the device,
     once, since losses count the chunks on the host. Each teacher has logits [B, T, >= V] for the `ids` [B, T] that it
-    read, and in `sizes` V, or None for all columns.
+    read, or None if it has no chunk, and in `sizes` V, or None for all columns.
     """
     scores = torch.stack([_scores(*one) for one in zip(alignments, logits, ids, sizes, strict=True)])
     best = scores.argmin(0).cpu()
@@ -72,8 +75,10 @@ def select_best(
 
 
 @torch.no_grad()
-def _scores(alignment: Alignment, logits: AnyLogits, ids: Tensor, size: int | None) -> Tensor:
+def _scores(alignment: Alignment, logits: AnyLogits | None, ids: Tensor, size: int | None) -> Tensor:
     """float64 [B]: nats a student token; infinite for a sample without a chunk."""
+    if logits is None:
+        return torch.full((len(alignment),), torch.inf, dtype=torch.float64, device=ids.device)
     given = Parts.of(logits)
     width = given.width if size is None else size
     assert width is not None

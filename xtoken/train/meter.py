@@ -18,8 +18,11 @@ from torch import Tensor
 from xtoken.alignment import to_device
 from xtoken.losses.diagnostics import NAMES as DIAGNOSES
 
-COUNTS = ("chunks", "unsupervised")
-"""Numbers of the losses' parts, for each teacher."""
+COUNTS = ("chunks", "unsupervised", "distrusted", "weights")
+"""Sums over chunks among the losses' parts, for each teacher."""
+
+SHARES = {"distrusted": "distrusted", "weights": "certainty"}
+"""How some of `COUNTS` are called in logs, as shares of the chunks."""
 
 REPORTED = ("agreement", "teacher_mass", "projected_outside", "starts_left_out")
 """How the means of `DIAGNOSES` are called in logs."""
@@ -33,11 +36,12 @@ def wide(device: torch.device) -> torch.dtype:
 class Meter:
     """Sums over the calls of a loss; each process has its own, and `summary` brings them together.
 
-    Each teacher has a name, and a weight in the sum KD.
+    Each teacher has a name, and a weight in the sum KD. `shares` are those of `SHARES` that are reported.
     """
 
-    def __init__(self, names: Sequence[str], weights: Sequence[float]) -> None:
+    def __init__(self, names: Sequence[str], weights: Sequence[float], shares: Sequence[str] = ()) -> None:
         self.names = list(names)
+        self.shares = tuple(shares)
         self.weights = torch.tensor(list(weights), dtype=torch.float64)
         self.steps = 0
         self.calls = 0
@@ -53,7 +57,7 @@ class Meter:
         """The parts of one call, and the student tokens that it read. Nothing waits for the device that has them."""
         device = parts["ce"].device
         dtype = wide(device)
-        counts = to_device(torch.stack([parts[name] for name in COUNTS]), device).to(dtype)
+        counts = torch.stack([to_device(parts[name], device).to(dtype) for name in COUNTS])
         chunks = counts[0]
         diagnoses = torch.stack([parts[name] for name in DIAGNOSES]).to(dtype)
         known = ~diagnoses.isnan().any(0)
@@ -73,8 +77,10 @@ class Meter:
         """The means, all processes together; waits for the device.
 
         ``ce``; ``kd``, the weighted sum; ``bounded``, the share of calls with the largest factor of KD; ``chunks`` a
-        step, and where there are any those that labels left out, ``unsupervised``; ``agreement``, the ``teacher_mass``
-        inside C, the ``projected_outside`` of C, and ``starts_left_out``, the share of chunks whose start has no term.
+        step, and where there are any those that labels left out, ``unsupervised``; of the chunks the share that is
+        ``distrusted`` (by ``trust_top_k``) and the mean weight ``certainty`` (of ``teacher_weighting``), if wanted;
+        ``agreement``, the ``teacher_mass`` inside C, the ``projected_outside`` of C, and ``starts_left_out``, the share
+        of chunks whose start has no term.
         With several teachers the latter and ``kd`` also for each, as ``kd/name``.
 
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
@@ -88,12 +94,15 @@ class Meter:
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
         results["bounded"] = float(bounded / calls) if calls else 0.0
         shares = diagnoses.view(len(DIAGNOSES), count) / diagnosed
-        chunks, unsupervised = counted.view(len(COUNTS), count) / steps
+        sums_of = dict(zip(COUNTS, counted.view(len(COUNTS), count), strict=True))
+        chunks, unsupervised = sums_of["chunks"] / steps, sums_of["unsupervised"] / steps
         for k, name in enumerate(self.names):
             of = {"kd": float(means[1 + k])} if count > 1 else {}
             of["chunks"] = float(chunks[k])
             if float(unsupervised[k]):
                 of["unsupervised"] = float(unsupervised[k])
+            if float(chunks[k]):
+                of.update({SHARES[name]: float((sums_of[name] / sums_of["chunks"])[k]) for name in self.shares})
             if float(diagnosed[k]):
                 of.update(zip(REPORTED, shares[:, k].tolist(), strict=True))
             results.update({f"{key}/{name}" if count > 1 else key: value for key, value in of.items()})

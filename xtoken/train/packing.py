@@ -92,7 +92,7 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
         rows = [torch.cat([tokens(50 + r, half), tokens(60 + r + 100 * variant, length)]) for r in range(2)]
         return list(logits(rows)[:, :half].reshape(4, half // 2, -1).unbind())
 
-    with _in_evaluation(model):
+    with in_evaluation(model):
         with_others = packed(0)
         alone = [logits([tokens(10 * r + k, row[k])])[0] for r, row in enumerate(sizes) for k in (1, 3)]
         expected = plain(0)
@@ -129,7 +129,7 @@ def _attention_chunk(model: Any) -> int | None:
 
 
 @contextmanager
-def _in_evaluation(model: nn.Module) -> Iterator[None]:
+def in_evaluation(model: nn.Module) -> Iterator[None]:
     """No dropout, no gradient; afterwards each module is as it was."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()

@@ -89,10 +89,13 @@ class _Layout(NamedTuple):
 
 
 class Reader:
-    """One model's tokenizer and chat template."""
+    """One model's tokenizer and chat template, and a system message that it alone is told."""
 
-    def __init__(self, tokenizer: TokenizerLike, name: str, now: datetime | None = None) -> None:
+    def __init__(
+        self, tokenizer: TokenizerLike, name: str, now: datetime | None = None, system: str | None = None
+    ) -> None:
         self.now = now
+        self.system = system
         if isinstance(tokenizer, (str, os.PathLike)):
             tokenizer = load_tokenizer(tokenizer)
         self.tokenizer = tokenizer
@@ -118,22 +121,26 @@ class Reader:
 
     @cached_property
     def template(self) -> ChatTemplate:
-        return ChatTemplate(self.tokenizer, self.name, self.now)
+        return ChatTemplate(self.tokenizer, self.name, self.now, self.system)
 
     def reads_as(self, other: Reader) -> bool:
-        """Whether this model reads the other's ids as its own: same tokens, same template."""
+        """Whether this model reads the other's ids as its own: same tokens, same template, same system message."""
         return (
-            same_tokens(self.vocabulary, other.vocabulary)
+            self.system == other.system
+            and same_tokens(self.vocabulary, other.vocabulary)
             and self.backend.to_str() == other.backend.to_str()
             and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
         )
 
-    def encode(self, examples: Sequence[Example], add_end: bool, first_row: int = 0) -> Tokens:
-        """Writes and encodes examples; errors count rows from `first_row`."""
+    def encode(
+        self, examples: Sequence[Example], add_end: bool, first_row: int = 0, is_read: Sequence[bool] | None = None
+    ) -> Tokens:
+        """Writes and encodes examples, those that it reads (default: all); errors count rows from `first_row`."""
         layouts, base = [], 2
-        for number, example in enumerate(examples, first_row):
+        is_read = [True] * len(examples) if is_read is None else is_read
+        for number, (example, wanted) in enumerate(zip(examples, is_read, strict=True), first_row):
             try:
-                layouts.append(self._layout(example, base))
+                layouts.append(self._layout(example, base) if wanted else _nothing(example, base))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
             base += len(layouts[-1].raw) + 3
@@ -150,7 +157,7 @@ class Reader:
                 row, start, end = self._offsets(layout)
             if example.conversation is None:
                 start[:1], end[-1:] = 0, len(layout.raw)
-            before = self.prefix if example.conversation is None else []
+            before = self.prefix if example.conversation is None and is_read[k] else []
             behind = [self.end_id] if add_end and self.end_id is not None and layout.is_open else []
             row = np.concatenate([np.array(before, np.int64), row, np.array(behind, np.int64)])
             around = np.full(len(before), -1), np.full(len(behind), len(layout.raw) + 1)
@@ -224,6 +231,11 @@ class Reader:
             if k < len(ids) and start[k] < until[turn] and self.is_mark[ids[k]]:
                 found[turn] = k
         return found
+
+
+def _nothing(example: Example, base: int) -> _Layout:
+    """Of an example that is not read."""
+    return _Layout("", b"", base, [-1] * len(example.pieces), [(-1, -1)] * len(example.trained), False, {})
 
 
 def _byte_of(text: str) -> Ints:

@@ -14,6 +14,11 @@ NO_END = "turns whose end nothing supervises"
 ADDED_END = "last turns that get the end token, since the chat template writes none"
 AMBIGUOUS_TURNS = "turns with a content that cannot be told from other text"
 CUT = "rows that lose what is beyond a length limit"
+NO_ROUTE = "rows that name no teacher and go to all"
+
+
+def no_system(teacher: str) -> str:
+    return f"rows that are no chats, which {teacher} reads without its system message"
 
 
 def no_chunk(teacher: str) -> str:
@@ -28,10 +33,12 @@ class Report:
         self.counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
         self._lost: Counter[str] = Counter()
+        self._not_all: set[str] = set()
 
-    def add(self, kind: str, reason: str, row: int, turn: int | None = None) -> None:
+    def add(self, kind: str, reason: str, row: int, turn: int | None = None, may_be_all: bool = True) -> None:
         """Counts something, and tells the first of its kind."""
         self.counts[kind] += 1
+        self._not_all |= set() if may_be_all else {kind}
         if kind not in self._first:
             self._first[kind] = f"row {row}" + (f", turn {turn}" if turn is not None else "") + f": {reason}"
             logger.warning("%s; more of these are counted: %s", printable(self._first[kind]), kind)
@@ -41,7 +48,10 @@ class Report:
         self._lost[kind] += 1
 
     def check(self) -> None:
-        """Raises ValueError if a kind of loss is that of most rows."""
+        """Raises ValueError if a kind of loss is that of most rows, or if all rows have what they may not all have."""
+        for kind in self._not_all:
+            if self.counts[kind] == self.rows > 0:
+                raise ValueError(f"rows: all {self.rows} are {kind}, first {self._first[kind]}")
         for kind, count in self._lost.items():
             if 2 * count > self.rows:
                 raise ValueError(f"rows: {count} of {self.rows} are lost to {kind}, first {self._first[kind]}")

@@ -152,6 +152,8 @@ class TeacherModel:
         For messages and metrics.
     device : torch.device, optional
         Where the model computes. Default: with the student, unless the model is spread by a device map.
+    system : str, optional
+        A text that this teacher alone is told, where `XTokenTrainer` encodes rows; see `ExampleEncoder`.
 
     Raises ValueError if the model's output layer lacks tokens of text; see `check_head`.
     """
@@ -163,6 +165,7 @@ class TeacherModel:
         tokenizer: Any = None,
         name: str = "teacher",
         device: torch.device | str | None = None,
+        system: str | None = None,
     ) -> None:
         if isinstance(model, (str, os.PathLike)):
             model, loaded = load_model(model)
@@ -172,12 +175,42 @@ class TeacherModel:
         self.tokenizer = tokenizer
         self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         self.name = name
+        self.system = system
         self.device = None if device is None else torch.device(device)
         self.limits = Limits()
         self._packing_is_known = False
         if model is not None:
             self.limits = Limits.of(model, self.vocabulary, name)
             self._freeze()
+
+    @classmethod
+    def of_student(
+        cls,
+        objective: Teacher | None = None,
+        *,
+        average: float | None = None,
+        name: str = "self",
+        system: str | None = None,
+    ) -> TeacherModel:
+        """The student that an `XTokenTrainer` gets as a teacher of its own, of use with a `system` message above all.
+
+        A copy of the student as it is when the trainer is made, which stays; with adapters of PEFT the model that they
+        were put on, which takes no memory. Or with `average` the moving average of its weights, which after each step
+        becomes ``average * itself + (1 - average) * student``, and is saved in checkpoints. Not with FSDP or DeepSpeed.
+
+        Parameters
+        ----------
+        objective : xtoken.Teacher, optional
+            Default: the default loss of a shared tokenizer.
+        average : float in [0, 1), optional
+        name, system
+            As for `TeacherModel`.
+
+        Raises ValueError if `average` is out of range.
+        """
+        from .itself import StudentTeacher
+
+        return StudentTeacher(Teacher() if objective is None else objective, average, name, system)
 
     def _freeze(self) -> None:
         self.model.eval().requires_grad_(False)

@@ -37,10 +37,12 @@ from .config import XTokenConfig
 from .data import EncodedDataset, EncodedStream, is_example, lengths
 from .encode import ExampleEncoder
 from .ensemble import keep, mean_logits, position_alignment, select_best
+from .itself import Averages, StudentTeacher
 from .limits import Limits
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
+from .routing import logits_where_needed
 from .teachers import TeacherModel, check_same_bytes, load_model
 
 logger = logging.getLogger(__name__)
@@ -149,16 +151,30 @@ class XTokenTrainer(Trainer):
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: expected a name of its own for each, got {names}")
+        self._of_student = [one for one in self.teachers if isinstance(one, StudentTeacher)]
+        for own in self._of_student:
+            own.read_as(processing_class)
         self.vocabulary = None if processing_class is None else Vocabulary.from_tokenizer(processing_class)
         if self.vocabulary is not None:
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
         if data_collator is None:
             data_collator = self._collator()
+        if args.teacher_column is not None and not isinstance(data_collator, XTokenCollator):
+            raise ValueError("data_collator: expected an XTokenCollator for teacher_column, which knows of routes")
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
         # The loss is a part of the whole step's, not a mean to be divided by the micro-batches. Two flags say so.
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
+        if self._of_student:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                raise ValueError(
+                    "teachers: expected none of the student itself with FSDP or DeepSpeed, where no process has all of "
+                    f"its weights, got {self._of_student[0].name}"
+                )
+            for own in self._of_student:
+                own.follow(self.model)
+            self.add_callback(Averages(self, self._of_student))
         for teacher in self.teachers:
             teacher.place(args.device)
         self._limits = Limits.of(self.model, self.vocabulary, "student")
@@ -171,6 +187,7 @@ class XTokenTrainer(Trainer):
         self.criterion = XTokenLoss(
             objectives, args.scaling, args.ce_weight, args.kd_weight,
             max_scale=args.max_scale, vocab_size=size, backend=args.loss_backend,
+            teacher_weighting="entropy" if args.teacher_mode == "entropy" else "fixed",
         )  # fmt: skip
         self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
         if self._projection_steps is not None:
@@ -187,7 +204,8 @@ class XTokenTrainer(Trainer):
         # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
         self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
         self._scale_is_known = False
-        self._ids_checked = False
+        self._has_kd: Tensor | bool = False
+        self._unchecked = {teacher.name for teacher in self.teachers}
         self._faults: dict[str, str | None] = {}  # of models, why examples must not share their rows, as far as known
         self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
         self._left_out_is_said = False
@@ -213,6 +231,11 @@ class XTokenTrainer(Trainer):
         if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
             return EncodedStream(data, functools.partial(self._encoder, name))
         if not len(data) or is_example(data[0]):
+            if self.args.teacher_column is not None and len(data) and "route" not in data[0]:
+                raise ValueError(
+                    f"{name}: expected examples of an ExampleEncoder(teacher_column={self.args.teacher_column!r}), got "
+                    "some without a route"
+                )
             return data
         return EncodedDataset(data, self._encoder(name, data[0]))
 
@@ -227,7 +250,11 @@ class XTokenTrainer(Trainer):
         sides = [self._limits.positions], [one.limits.positions for one in self.teachers]
         sides[0].extend(one.limits.positions for one in self.teachers if one.reads_student_ids)
         longest = [min((one for one in side if one is not None), default=None) for side in sides]
-        return ExampleEncoder(known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1])
+        return ExampleEncoder(
+            known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1],
+            teacher_systems=[one.system for one in self.teachers], teacher_column=self.args.teacher_column,
+            teacher_names=[one.name for one in self.teachers],
+        )  # fmt: skip
 
     def _scales_gradients(self) -> bool:
         """Whether DeepSpeed does, as it does for fp16."""
@@ -255,8 +282,11 @@ class XTokenTrainer(Trainer):
         return made
 
     def _new_meter(self) -> Meter:
-        names = [teacher.name for teacher in self.teachers][: len(self.criterion.teachers)]
-        return Meter(names, [teacher.weight for teacher in self.criterion.teachers])
+        teachers = self.criterion.teachers
+        names = [teacher.name for teacher in self.teachers][: len(teachers)]
+        shares = ["distrusted"] if any(one.trust_top_k is not None for one in teachers) else []
+        shares += ["weights"] if self.criterion.teacher_weighting == "entropy" else []
+        return Meter(names, [teacher.weight for teacher in teachers], shares)
 
     # One optimizer step: counting, losses, gradients.
 
@@ -406,22 +436,26 @@ class XTokenTrainer(Trainer):
         for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
             teacher.check_entry(entry, host)
             ids, alignment = entry.get("input_ids"), entry.get("alignment")
-            if self._ids_checked or ids is None or alignment is None:
+            if teacher.name not in self._unchecked or ids is None or alignment is None or not alignment.num_chunks:
                 continue
+            self._unchecked.discard(teacher.name)
             if self.vocabulary is not None and teacher.vocabulary is not None:
                 check_same_bytes(alignment, host["input_ids"], ids, self.vocabulary, teacher.vocabulary, teacher.name)
-        self._ids_checked = True
 
     def _teach(
         self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], host: Mapping[str, Any]
-    ) -> tuple[list[AnyLogits], list[Alignment | None]]:
-        """Logits and alignments for the criterion's teachers."""
-        logits = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
+    ) -> tuple[list[AnyLogits | None], list[Alignment | None]]:
+        """Logits and alignments for the criterion's teachers; no logits of a teacher that has nothing to say."""
         alignments = self._alignments(host)
         sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
-        if self.args.teacher_mode == "average" and len(logits) > 1:
+        if self.args.teacher_mode == "average" and len(self.teachers) > 1:
+            mixed = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
             weights = [teacher.objective.weight for teacher in self.teachers]
-            return [mean_logits(logits, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
+            return [mean_logits(mixed, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
+        logits = [
+            logits_where_needed(teacher.logits, entry, inputs, one, host["labels"])
+            for teacher, entry, one in zip(self.teachers, entries, alignments, strict=True)
+        ]
         if self.args.teacher_mode == "select" and len(logits) > 1:
             known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
             return logits, list(select_best(known, logits, _ids(entries, inputs), sizes))
@@ -444,7 +478,9 @@ class XTokenTrainer(Trainer):
     def _last_or_own(self, ce_and_kd: Tensor) -> Tensor:
         """Two numbers whose ratio is the factor of the last step, or else that of this micro-batch."""
         last = torch.stack([self._last_scale, torch.ones_like(self._last_scale)]).to(ce_and_kd)
-        return torch.where(last[0] != 0, last, self._add_up(ce_and_kd))
+        own = self._add_up(ce_and_kd)
+        self._has_kd = own[1] != 0  # else no teacher had a chunk, on any process, and CE / |KD| says nothing
+        return torch.where(last[0] != 0, last, own)
 
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
         """Records the factor for the following micro-batches."""
@@ -453,7 +489,7 @@ class XTokenTrainer(Trainer):
         last = self._last_scale
         step.done += 1
         step.ce_and_kd = step.ce_and_kd + torch.stack([parts["ce"].to(last), parts["kd"].to(last)])
-        self._last_scale = torch.where(last == 0, parts["scale"].to(last), last)
+        self._last_scale = torch.where((last == 0) & self._has_kd, parts["scale"].to(last), last)
         if step.done == step.micro_batches:
             ce, kd = self._add_up(step.ce_and_kd.float()).to(last)
             self._last_scale = torch.where(kd != 0, ratio(ce, kd, self.args.max_scale), self._last_scale)
@@ -649,6 +685,8 @@ class XTokenTrainer(Trainer):
             self._read_scale()
         super().save_model(output_dir, _internal_call)
         state, folder = dict(self.criterion.state_dict()), Path(output_dir or self.args.output_dir)
+        for own in self._of_student if _internal_call and self.args.should_save else ():
+            own.save(folder)
         if self._projection_steps is not None:
             state.update({_MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
         scale = float(self._last_scale)
@@ -671,6 +709,8 @@ class XTokenTrainer(Trainer):
         self._load_distillation(Path(str(self.state.best_model_checkpoint)))
 
     def _load_distillation(self, folder: Path) -> None:
+        for own in self._of_student:
+            own.load(folder, self.model, self.args.resume_weights_only)
         path = folder / STATE_FILE
         if not path.exists():
             return

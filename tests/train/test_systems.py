@@ -1,0 +1,142 @@
+"""A system message for one teacher alone: what it reads, what is aligned, and what is said where there is no place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from chats import joined, pieces_of
+from default_losses import default_loss
+from small import make_config, make_model, make_teacher
+
+from xtoken import Vocabulary, cache_teacher
+from xtoken.losses import Needs
+from xtoken.train import CachedExamples, EncodedDataset, ExampleEncoder, XTokenTrainer
+from xtoken.train.cached import teacher_documents
+
+SYSTEM = "The answer is 113; say so."
+TURNS = [{"role": "user", "content": "How many in 1999?"}, {"role": "assistant", "content": "There were 113 readers."}]
+PLAIN, TOLD = {"messages": TURNS}, {"messages": [{"role": "system", "content": "Be short."}, *TURNS]}
+PARTS = {"messages": [{"role": "system", "content": [{"type": "text", "text": "Be short."}]}, *TURNS]}
+
+
+def read(tok: Any, ids: Any) -> str:
+    vocabulary = Vocabulary.from_tokenizer(tok)
+    return b"".join(vocabulary[i] for i in ids.tolist()).decode()
+
+
+@pytest.mark.parametrize("family", ["qwen3", "gemma3", "mistral", "llama3"])
+def test_what_each_side_reads(small_chat_tok, family):
+    """The teacher's text is its template's of the longer conversation; contents are aligned as without."""
+    student_tok, teacher_tok = small_chat_tok("qwen3x"), small_chat_tok(family)
+    with_it = ExampleEncoder(student_tok, [teacher_tok], teacher_systems=[SYSTEM], train_on="assistant")
+    without = ExampleEncoder(student_tok, [teacher_tok], train_on="assistant")
+    for row, content in ((PLAIN, SYSTEM), (TOLD, f"{SYSTEM}\n\nBe short.")):
+        ((got,),), ((plain,),) = with_it.encode([row]), without.encode([row])
+        expected = [{"role": "system", "content": content}, *TURNS]
+        want = teacher_tok.apply_chat_template(expected, tokenize=False)
+        assert read(teacher_tok, got["teachers"][0]["ids"]).startswith(want)
+        assert got["student_ids"].tolist() == plain["student_ids"].tolist()
+        assert got["labels"].tolist() == plain["labels"].tolist()
+        sides = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+        assert pieces_of(got, *sides) == pieces_of(plain, *sides)
+        assert "113 readers" in joined(pieces_of(got, *sides))
+    assert not with_it.report.counts
+
+
+def test_all_turns_are_aligned_too(small_chat_tok):
+    """With train_on="all" the conversation's own system message is, the teacher's is not."""
+    student_tok, teacher_tok = small_chat_tok("qwen3x"), small_chat_tok("qwen3")
+    sides = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
+    ((got,),) = ExampleEncoder(student_tok, [teacher_tok], teacher_systems=[SYSTEM]).encode([TOLD])
+    text = joined(pieces_of(got, *sides), 1)
+    assert "Be short." in text
+    assert "say so" not in text
+    empty = {"messages": [{"role": "system", "content": ""}, *TURNS]}
+    ((got,),) = ExampleEncoder(student_tok, [teacher_tok], teacher_systems=[SYSTEM]).encode([empty])
+    want = teacher_tok.apply_chat_template([{"role": "system", "content": SYSTEM}, *TURNS], tokenize=False)
+    assert read(teacher_tok, got["teachers"][0]["ids"]).startswith(want)
+
+
+def test_contents_in_parts(small_chat_tok):
+    """A system message that is a list of parts gets one more; templates that take such lists write both."""
+    student_tok = small_chat_tok("gemma3")
+    teacher_tok = type(student_tok)(tokenizer_object=student_tok.backend_tokenizer, eos_token="<eos>")
+    teacher_tok.chat_template = (
+        "{% for m in messages %}<start_of_turn>{{ m.role }}: {% if m.content is string %}{{ m.content }}{% else %}"
+        "{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}<end_of_turn>{% endfor %}"
+    )
+    ((got,),) = ExampleEncoder(teacher_tok, [teacher_tok], teacher_systems=[SYSTEM]).encode([PARTS])
+    assert f"system: {SYSTEM}\n\nBe short.<end_of_turn>" in read(teacher_tok, got["teachers"][0]["ids"])
+
+
+def test_templates_without_a_place_for_it(small_chat_tok):
+    student_tok, teacher_tok = small_chat_tok("qwen3x"), small_chat_tok("qwen3")
+    silent = type(teacher_tok)(tokenizer_object=teacher_tok.backend_tokenizer, eos_token="<|im_end|>")
+    silent.chat_template = (
+        "{% for m in messages %}{% if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>"
+        "{% endif %}{% endfor %}"
+    )
+    encoder = ExampleEncoder(student_tok, [silent], teacher_systems=[SYSTEM])
+    with pytest.raises(ValueError, match="row 0: teacher 0: its chat template leaves the system message out"):
+        encoder.encode([PLAIN])
+    silent.chat_template = "{% if messages[0].role == 'system' %}{{ raise_exception('no system') }}{% endif %}x"
+    encoder = ExampleEncoder(student_tok, [silent], teacher_systems=[SYSTEM])
+    with pytest.raises(ValueError, match="row 0: teacher 0: its chat template refuses the messages: no system"):
+        encoder.encode([PLAIN])
+    with pytest.raises(ValueError, match="teacher_systems: expected one for each of 1 teachers, got 2"):
+        ExampleEncoder(student_tok, [silent], teacher_systems=[SYSTEM, None])
+
+
+def test_rows_that_are_no_chats(small_chat_tok, caplog):
+    student_tok, teacher_tok = small_chat_tok("qwen3x"), small_chat_tok("qwen3")
+    encoder = ExampleEncoder(student_tok, [teacher_tok], teacher_systems=[SYSTEM])
+    data = EncodedDataset([PLAIN, {"text": "In 1999."}, {"text": "In 2001."}], encoder)
+    assert len(data) == 3
+    assert sum("row 1: no chat, so teacher 0 is not told its system message" in one for one in caplog.messages) == 1
+    assert "2 rows that are no chats, which teacher 0 reads without its system message" in caplog.text
+    with pytest.raises(ValueError, match="rows: all 1 are rows that are no chats, which teacher 0 reads without"):
+        EncodedDataset([{"text": "In 1999."}], encoder)
+
+
+def test_a_twin_with_a_system_message(tmp_path, small_chat_tok):
+    """It has the student's tokenizer, but reads ids of its own, compared at the same tokens; from a cache too."""
+    tok = small_chat_tok("qwen3")
+    teacher = make_teacher(tok, None, name="told")
+    teacher.system = SYSTEM
+    trainer = XTokenTrainer(
+        make_model(len(tok), 0), make_config(tmp_path), [teacher], None, None, [PLAIN, TOLD], tok
+    )  # fmt: skip
+    got = trainer.evaluate()
+    total, count = torch.zeros(()), 0
+    for row, content in ((PLAIN, SYSTEM), (TOLD, f"{SYSTEM}\n\nBe short.")):
+        theirs = tok.apply_chat_template([{"role": "system", "content": content}, *TURNS], tokenize=False)
+        sides = [tok(text, add_special_tokens=False, return_tensors="pt").input_ids
+                 for text in (tok.apply_chat_template(row["messages"], tokenize=False), theirs)]  # fmt: skip
+        ((example,),) = ExampleEncoder(tok, [tok], teacher_systems=[SYSTEM]).encode([row])
+        assert [side[0].tolist() for side in sides] == [
+            example["student_ids"].tolist(), example["teachers"][0]["ids"].tolist()
+        ]  # fmt: skip
+        with torch.no_grad():
+            rows = [model(ids).logits[0] for model, ids in zip((trainer.model, teacher.model), sides, strict=True)]
+        for t in range(1, len(sides[0][0])):  # the same tokens behind, seen from the end, but for the system message
+            if example["labels"][t] == -100:
+                continue
+            back = len(sides[0][0]) - t
+            at = len(sides[1][0]) - back
+            assert sides[0][0][t] == sides[1][0][at]
+            total = total + default_loss(Needs.SAME_TOKENIZER)(rows[0][t - 1][None], rows[1][at - 1][None], top_k=None)
+            count += 1
+    assert got["eval_chunks"] == count > 10
+    assert got["eval_kd"] == pytest.approx(float(total) / count, rel=1e-4)
+
+    cache = cache_teacher(
+        teacher.model, tok, teacher_documents(tok, [PLAIN, TOLD], system=SYSTEM), tmp_path / "cache", top_k=10**6
+    )
+    encoder = ExampleEncoder(tok, [tok], teacher_systems=[SYSTEM], name_documents=True)
+    trainer.eval_dataset = CachedExamples(EncodedDataset([PLAIN, TOLD], encoder), [cache])
+    assert trainer.evaluate()["eval_kd"] == pytest.approx(got["eval_kd"], rel=2e-3)
+    other = CachedExamples(EncodedDataset([PLAIN], ExampleEncoder(tok, [tok], name_documents=True)), [cache])
+    with pytest.raises(ValueError, match="example 0: not in the teacher cache"):
+        other[0]

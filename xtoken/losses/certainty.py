@@ -1,0 +1,54 @@
+"""Weights of several teachers by how sure each is: by the entropies of their rows at the same token of the student."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment import Chunks
+from xtoken.losses.logits import Source
+from xtoken.losses.numerics import temporary_elements
+
+
+class Predicting(NamedTuple):
+    """One teacher's rows, and the chunks that they predict."""
+
+    source: Source
+    chunks: Chunks
+
+
+@torch.no_grad()
+def certainties(teachers: Sequence[Predicting | None], rows: int, size: int) -> list[Tensor]:
+    """For each teacher [K]: the weights of its chunks, whose mean over the teachers of a student row is 1.
+
+    ``w_m = n exp(-h_m) / sum_j exp(-h_j)`` over the n teachers with a chunk that begins at the same of the student's
+    `rows`, where ``h_m = H_m log(size) / log(V_m)``: the entropy of the first row of its chunk in nats, H_m, as the
+    same share of the largest possible one would be in the student's vocabulary of `size` tokens. The weights of a
+    teacher that is None, or of chunks that do not count, are 0.
+    """
+    given = [one for one in teachers if one is not None]
+    if not given:
+        return [torch.zeros(0)] * len(teachers)
+    sure = torch.full((len(given), rows + 1), -torch.inf, device=given[0].chunks.used.device)  # the last for row -1
+    for m, (source, chunks) in enumerate(given):
+        scale = math.log(max(size, 2)) / math.log(max(source.size, 2))
+        sure[m, chunks.student.start] = -scale * entropies(source, chunks.teacher.start.clamp_min(0))
+    sure[:, -1] = -torch.inf
+    weights = (sure.softmax(0) * (sure > -torch.inf).sum(0)).nan_to_num_(0.0)
+    each = iter(weights)
+    return [torch.zeros(0) if one is None else next(each)[one.chunks.student.start] for one in teachers]
+
+
+@torch.no_grad()
+def entropies(source: Source, rows: Tensor) -> Tensor:
+    """float32 [n]: entropies of some rows, in nats."""
+    found = [torch.zeros(0, device=rows.device)]
+    for some in rows.split(max(1, temporary_elements(rows.device) // source.size)):
+        logits = source.at(some)
+        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+        found.append(torch.special.entr(p).sum(1).float())
+    return torch.cat(found)
