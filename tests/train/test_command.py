@@ -12,8 +12,9 @@ from small import command, history
 from xtoken.cli import main
 from xtoken.losses import Needs, registered
 from xtoken.losses.criterion import SCALINGS
-from xtoken.train.command import check, loss_arguments, one_each, parse, weights_of
+from xtoken.train.command import check, loss_arguments, parse
 from xtoken.train.example import TRAIN_ON
+from xtoken.train.prepare import one_each, weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -111,11 +112,11 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         (["--student", "S", "--teacher", "T", "--data", "D"], "--output: expected a folder"),
         (
             [*ALL, "--data", ".", "--loss", PIECES, SHARED, "--reverse", "--merge", "mean"],
-            f"--merge: none of the chosen losses has it: {PIECES}, {SHARED}",
+            f"merge: none of the chosen losses has it: {PIECES}, {SHARED}",
         ),
         (
             [*ALL, "--data", ".", "--loss", UNAIDED, "--learn_projection"],
-            f"--learn_projection: none of the chosen losses can train W: {UNAIDED}",
+            f"learn_projection: none of the chosen losses can train W: {UNAIDED}",
         ),
         ([*ALL, "--data", ".", "--eval_data", "none.txt"], "input: no file matches none.txt"),
         ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
@@ -128,7 +129,7 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
     Path("list.yaml").write_text("[1, 2]")
     Path("odd.yaml").write_text("colour: red")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        check(parse(arguments)[0])
+        check(*parse(arguments))
 
 
 @pytest.mark.parametrize(
@@ -147,10 +148,10 @@ def test_choices(capsys, option, value, expected):
 def test_options_of_losses():
     """Those that somebody asked for, in the losses' own types; the losses' functions have the defaults."""
     given = ["--temperature", "2", "--top-k", "0", "--reverse", "--uncommon_top_k", "5", "--support", "reachable"]
-    options, _ = parse([*ALL, "--data", ".", *given])
+    _, config = parse([*ALL, "--data", ".", *given])
     want = {"temperature": 2.0, "top_k": 0, "reverse": True, "uncommon_top_k": 5, "support": "reachable"}
-    assert options.loss_options == want
-    assert parse([*ALL, "--data", "."])[0].loss_options == {}
+    assert config.loss_options == want
+    assert parse([*ALL, "--data", "."])[1].loss_options == {}
     arguments = loss_arguments()
     for loss in registered().values():
         assert {name for name, one in loss.options().items() if not isinstance(one, type(None))} <= arguments.keys()
@@ -161,13 +162,13 @@ def test_options_of_losses():
 def test_no_loss_has_the_option(folders, tmp_path, capsys):
     """Which is known when the audit has chosen."""
     assert main(command(folders, tmp_path / "out", "--merge", "mean")) == 1
-    assert f"xtoken train: --merge: none of the chosen losses has it: {PIECES}\n" in capsys.readouterr().err
+    assert f"xtoken train: merge: none of the chosen losses has it: {PIECES}\n" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folders, tmp_path, capsys):
     assert main(command(folders, tmp_path / "out", "--loss", PROJECTED, OTHER)) == 1
     error = capsys.readouterr().err
-    assert error == "xtoken train: --loss: expected one, or one for each of the 1 teachers, got 2\n"
+    assert error == "xtoken train: loss: expected one, or one for each of the 1 teachers, got 2\n"
     assert main(command(folders, tmp_path / "out", "--student", "./none.gguf")) == 1
     assert "source: no such file: none.gguf" in capsys.readouterr().err
 
@@ -186,7 +187,7 @@ def test_weights_and_losses():
     assert weights_of(None, 2) == [0.5, 0.5]
     assert weights_of([0.2], 2) == [0.8, 0.2]
     assert weights_of([0.3], 1) == [0.3]
-    with pytest.raises(ValueError, match="--teacher_weight: expected one for each of the 3 teachers, got 1"):
+    with pytest.raises(ValueError, match="teacher_weight: expected one for each of the 3 teachers, got 1"):
         weights_of([0.3], 3)
     assert one_each(None, "auto", 2, "loss") == ["auto", "auto"]
     assert one_each([PROJECTED, SHARED], "auto", 2, "loss") == [PROJECTED, SHARED]
@@ -210,9 +211,9 @@ def test_recipes_are_understood(name, tmp_path, monkeypatch):
     assert options.student == "meta-llama/Llama-3.2-1B"
     assert options.data == ["a.jsonl", "b.jsonl"]
     as_in_the_paper = name == "llama-3.2-1b-from-qwen3-4b"
-    assert options.loss == ([PROJECTED] if as_in_the_paper else ["auto"])
-    assert weights_of(options.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
-    assert (config.max_steps, options.loss_options["top_k"], config.scaling, config.output_dir) == (
+    assert config.loss == ([PROJECTED] if as_in_the_paper else ["auto"])
+    assert weights_of(config.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
+    assert (config.max_steps, config.loss_options["top_k"], config.scaling, config.output_dir) == (
         30000,
         8192,
         "dynamic",

@@ -17,29 +17,25 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-import torch
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from xtoken.alignment.pretty import printable
 from xtoken.corpus.files import find_files
-from xtoken.losses import Needs, Teacher, registered
-from xtoken.pieces import PieceIndex
-from xtoken.sample import sample_texts
+from xtoken.losses import registered
 from xtoken.teacher_cache import TeacherCache
-from xtoken.vocabulary import Vocabulary
 
+from .assemble import build_teachers
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import newest
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import has_chats, load_examples, text_sample
-from .example import TRAIN_ON
 from .limits import most_positions
 from .plot import PlotCallback
-from .prepare import cached_choice, cached_projection
-from .teachers import TeacherModel, load_model, load_tokenizer
+from .prepare import check_losses, one_each, weights_of
+from .teachers import load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
 
@@ -56,35 +52,12 @@ class TrainArguments:
     teacher: list[str] | None = _option(None, "a teacher, likewise; may be repeated", action="extend")
     data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
-    loss: list[str] | None = _option(
-        None, "one for all teachers or one each; auto: what xtoken.choose_loss recommends (default)",
-        action="extend", choices=("auto", *registered()),
-    )  # fmt: skip
-    teacher_weight: list[float] | None = _option(
-        None, "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
-        "default 1 for one teacher, equal shares of 1 for several", action="extend",
-    )  # fmt: skip
-    gamma: float = _option(0.1, "factor of W from one piece of a token to the next")
-    learn_projection: bool = _option(False, "train the weights of W too, with a loss that can")
-    train_on: str = _option("all", "turns that are trained on", choices=TRAIN_ON)
-    chat_template: str | None = _option(None, "for tokenizers that have none: a file with a chat template, or its text")
-    text_column: str = _option("text", "field with the text of a document")
-    max_length: int = _option(1024, "student tokens of an example; longer texts are cut into several")
-    max_teacher_length: int | None = _option(None, "tokens of an example for each teacher; default: no limit")
-    packed: bool = _option(False, "put several examples into one row of max_length tokens")
-    student_dtype: str = _option("float32", "type of the student's weights")
-    teacher_dtype: str = _option("auto", "type of the teachers' weights; auto: as stored")
-    teacher_device: str | None = _option(None, "device of the teachers; default: the student's; auto: spread")
     teacher_cache: list[str] | None = _option(
         None, "folder of `xtoken cache-teacher` in place of running the teacher; one for each, or none for one that "
         "runs", action="extend",
     )  # fmt: skip
-    cache: str | None = _option(None, "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken")
-    trust_remote_code: bool = _option(False, "run code that comes with models")
     resume: bool = _option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
-    loss_options: dict[str, Any] = field(default_factory=dict, init=False)
-    """Those of `loss_arguments` that are given."""
 
 
 def loss_arguments() -> dict[str, dict[str, Any]]:
@@ -133,7 +106,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     if chosen.config:
         given = [*_from_yaml(chosen.config, parser, given), *given]
     options, config, others = parser.parse_args_into_dataclasses(given)
-    options.loss_options = {name: one for name, one in vars(others).items() if name != "config" and one is not None}
+    given_options = {name: one for name, one in vars(others).items() if name != "config" and one is not None}
+    config.loss_options = {**(config.loss_options or {}), **given_options}
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")
@@ -142,33 +116,25 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     return options, config
 
 
-def check(options: TrainArguments) -> None:
+def check(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError or FileNotFoundError, before models are loaded, for an option of no loss or a missing file."""
-    if "auto" not in (options.loss or ["auto"]):
-        check_losses(options, options.loss or [])
+    count = len(options.teacher or [])
+    weights_of(config.teacher_weight, count)
+    if "auto" not in one_each(config.loss, "auto", count, "loss"):
+        check_losses(config.loss or [], config.loss_options, config.learn_projection)
     for path in [*(options.data or []), *(options.eval_data or [])]:
         if not os.path.isdir(path):
             find_files([path])
-    check_templates(options)
+    check_templates(options, config)
 
 
-def check_templates(options: TrainArguments) -> None:
+def check_templates(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError if rows are chats and the tokenizer of the student or a teacher has no template for them."""
-    if has_chats([*(options.data or []), *(options.eval_data or [])], options.text_column):
+    if has_chats([*(options.data or []), *(options.eval_data or [])], config.text_column):
         for source in dict.fromkeys([str(options.student), *(options.teacher or [])]):
-            tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-            use_template(tokenizer, options.chat_template)
+            tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+            use_template(tokenizer, config.chat_template)
             ChatTemplate(tokenizer, source)
-
-
-def check_losses(options: TrainArguments, losses: Sequence[str]) -> None:
-    """Raises ValueError for an option that none of the losses has."""
-    chosen = [registered()[loss] for loss in losses]
-    for name in options.loss_options:
-        if not any(name in one.options() for one in chosen):
-            raise ValueError(f"--{name}: none of the chosen losses has it: {', '.join(losses)}")
-    if options.learn_projection and not any(one.trains_projection for one in chosen):
-        raise ValueError(f"--learn_projection: none of the chosen losses can train W: {', '.join(losses)}")
 
 
 def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
@@ -190,25 +156,6 @@ def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str])
     return arguments
 
 
-def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) -> list[Any]:
-    """A value for each teacher, from one for all, one for each, or none."""
-    values = [default] if values is None else list(values)
-    if len(values) not in (1, count):
-        raise ValueError(f"--{name}: expected one, or one for each of the {count} teachers, got {len(values)}")
-    return values * count if len(values) == 1 else values
-
-
-def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
-    """The teachers' weights; see ``--teacher_weight``."""
-    if given is None:
-        return [1.0 / count] * count
-    if len(given) == count - 1:
-        given = [1.0 - sum(given), *given]
-    if len(given) != count:
-        raise ValueError(f"--teacher_weight: expected one for each of the {count} teachers, got {len(given)}")
-    return list(given)
-
-
 def _lowered(name: str, given: int | None, positions: Sequence[int | None], config: XTokenConfig) -> int | None:
     """The most tokens of an example: as given, or what all models that read it can take; says where it is less."""
     most = min((one for one in (given, *positions) if one is not None), default=None)
@@ -217,77 +164,30 @@ def _lowered(name: str, given: int | None, positions: Sequence[int | None], conf
     return most
 
 
-def build_teacher(
-    source: str, loss: str, weight: float, folder: str, student: Vocabulary, options: TrainArguments,
-    device: torch.device,
-) -> tuple[TeacherModel, Any, TeacherCache | None, list[str]]:  # fmt: skip
-    """A teacher, its tokenizer, its cache if it has one, and what there is to say about it.
-
-    No model is loaded if it is cached, in `folder`; "none" if it is not.
-    """
-    where, trust = options.teacher_device or device, options.trust_remote_code
-    model, cache = None, None
-    if folder == "none":
-        model, tokenizer = load_model(source, dtype=options.teacher_dtype, device=where, trust_remote_code=trust)
-    else:
-        tokenizer = load_tokenizer(source, trust_remote_code=trust)
-        cache = TeacherCache(folder, tokenizer)
-    use_template(tokenizer, options.chat_template)
-    vocabulary = Vocabulary.from_tokenizer(tokenizer)
-    name = os.path.basename(os.path.abspath(source)).removesuffix(".gguf")
-    reasons: list[str] = []
-    if loss == "auto":
-        choice = cached_choice(
-            student, vocabulary, options.cache, learn_projection=options.learn_projection, gamma=options.gamma
-        )
-        loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
-    kind = registered()[loss]
-    projection: Any = None
-    pieces = None
-    if kind.needs is Needs.PIECES:
-        own = text_sample(options.data or [], options.text_column, student)
-        pieces = PieceIndex.build(student, vocabulary, texts=[*sample_texts(student, vocabulary), *own])
-        reasons += [pieces.merged().summary()]
-    if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
-        projection = cached_projection(student, vocabulary, options.cache, gamma=options.gamma)
-    reasons += [repr(one) for one in (pieces, projection) if one is not None]
-    if options.learn_projection and kind.trains_projection:
-        projection = projection.learnable()
-    given = {name: value for name, value in options.loss_options.items() if name in kind.options()}
-    if given.get("top_k") == 0:
-        given["top_k"] = None
-    objective = Teacher(projection, loss, weight, pieces=pieces, **given)
-    said = [f"teacher {name}: {loss}, weight {weight:g}", *(f"  {reason}" for reason in reasons)]
-    return TeacherModel(objective, model, vocabulary, name, None if where == "auto" else where), tokenizer, cache, said
-
-
 def main(arguments: Sequence[str]) -> None:
     """Runs ``xtoken train``."""
     options, config = parse(arguments)
-    check(options)
-    count = len(options.teacher or [])
-    losses, weights = one_each(options.loss, "auto", count, "loss"), weights_of(options.teacher_weight, count)
-    folders = one_each(options.teacher_cache, "none", count, "teacher_cache")
+    check(options, config)
+    folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
     student, student_tok = load_model(
-        str(options.student), dtype=options.student_dtype, trust_remote_code=options.trust_remote_code, may_shard=True
+        str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code, may_shard=True
     )
-    use_template(student_tok, options.chat_template)
-    with config.main_process_first(desc="W and audit"):  # the others find them in the cache
-        built = [
-            build_teacher(*one, Vocabulary.from_tokenizer(student_tok), options, config.device)
-            for one in zip(options.teacher or [], losses, weights, folders, strict=True)
-        ]
-    teachers, teacher_toks, caches = [one[0] for one in built], [one[1] for one in built], [one[2] for one in built]
-    check_losses(options, [teacher.objective.loss for teacher in teachers])
-    for k, teacher in enumerate(teachers):
-        if teacher.name in [one.name for one in teachers[:k]]:
-            teacher.name = f"{teacher.name}-{k + 1}"
+    use_template(student_tok, config.chat_template)
+    teachers = build_teachers(
+        options.teacher, student_tok, config, models=["load" if folder == "none" else None for folder in folders],
+        texts=lambda: text_sample(options.data or [], config.text_column, student_tok),
+    )  # fmt: skip
+    teacher_toks = [one.tokenizer for one in teachers]
+    caches = [
+        None if folder == "none" else TeacherCache(folder, one.tokenizer)
+        for folder, one in zip(folders, teachers, strict=True)
+    ]
     if config.process_index == 0:
-        print("\n".join(printable(line) for one in built for line in one[3]))
+        print("\n".join(printable(line) for one in teachers for line in one.summary().splitlines()))
     longest = [most_positions(student), *(one.limits.positions for one in teachers if one.reads_student_ids)]
-    max_length = _lowered("max_length", options.max_length, longest, config)
+    max_length = _lowered("max_length", config.max_length, longest, config)
     longest = [one.limits.positions for one in teachers]
-    max_teacher_length = _lowered("max_teacher_length", options.max_teacher_length, longest, config)
+    max_teacher_length = _lowered("max_teacher_length", config.max_teacher_length, longest, config)
     is_cached = any(cache is not None for cache in caches)
     times = {cache.now for cache in caches if cache is not None and cache.now is not None}
     if len(times) > 1:
@@ -297,8 +197,8 @@ def main(arguments: Sequence[str]) -> None:
         if not files:
             return None
         loaded = load_examples(
-            files, student_tok, teacher_toks, text_column=options.text_column, max_length=max_length,
-            max_teacher_length=max_teacher_length, train_on=options.train_on, name_documents=is_cached,
+            files, student_tok, teacher_toks, text_column=config.text_column, max_length=max_length,
+            max_teacher_length=max_teacher_length, train_on=config.train_on, name_documents=is_cached,
             now=next(iter(times), None),
         )  # fmt: skip
         return CachedExamples(loaded, caches) if is_cached else loaded
@@ -307,7 +207,7 @@ def main(arguments: Sequence[str]) -> None:
     folder = str(config.output_dir)
     last = newest(folder) if options.resume else None
     config.eval_on_start = held_out is not None and last is None
-    collator = XTokenCollator(student_tok, teacher_toks, packed=options.packed, max_length=options.max_length)
+    collator = XTokenCollator(student_tok, teacher_toks, packed=config.packed, max_length=config.max_length)
     callbacks = [PlotCallback()] if options.plot else []
     trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)

@@ -7,8 +7,11 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from xtoken.losses import registered
 from xtoken.losses.call import check_choice
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
+
+from .example import TRAIN_ON
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
 
@@ -52,6 +55,25 @@ class XTokenConfig(TrainingArguments):
         See `xtoken.select_backend`.
     resume_weights_only : bool
         Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
+    loss, teacher_weight : sequence, optional
+        For teachers that are given by name: one loss for all or one each, "auto" (the default) being what
+        `xtoken.choose_loss` recommends; and weights, see `weights_of`.
+    loss_options : dict, optional
+        Options of the losses by name, such as ``{"temperature": 2.0}``, for each loss that has them.
+    gamma : float
+        Of `ProjectionMatrix.build`.
+    learn_projection : bool
+        Whether the weights of W are trained, with a loss that can.
+    student_dtype, teacher_dtype, teacher_device, trust_remote_code
+        How models are loaded that are given by name; see `load_model`.
+    chat_template : str, optional
+        For tokenizers that have none; see `use_template`.
+    cache : path, optional
+        Folder for W and audits; see `cache_folder`.
+    train_on, max_length, max_teacher_length, text_column
+        For rows that are not encoded yet; see `ExampleEncoder`. No model gets more tokens than it has positions.
+    packed : bool
+        Whether the default collator puts several examples into one row; see `XTokenCollator`.
 
     Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 
@@ -79,11 +101,52 @@ class XTokenConfig(TrainingArguments):
     resume_weights_only: bool = field(
         default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
     )
+    loss: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "one for all teachers or one each; auto: what xtoken.choose_loss recommends (default)",
+            "action": "extend", "choices": ("auto", *registered()),
+        },
+    )  # fmt: skip
+    teacher_weight: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
+            "default 1 for one teacher, equal shares of 1 for several", "action": "extend",
+        },
+    )  # fmt: skip
+    loss_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "options of the losses, as JSON"})
+    gamma: float = field(default=0.1, metadata={"help": "factor of W from one piece of a token to the next"})
+    learn_projection: bool = field(default=False, metadata={"help": "train the weights of W too, with a loss that can"})
+    student_dtype: str = field(default="float32", metadata={"help": "type of the student's weights"})
+    teacher_dtype: str = field(default="auto", metadata={"help": "type of the teachers' weights; auto: as stored"})
+    teacher_device: str | None = field(
+        default=None, metadata={"help": "device of the teachers; default: the student's; auto: spread"}
+    )
+    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with models"})
+    chat_template: str | None = field(
+        default=None, metadata={"help": "for tokenizers that have none: a file with a chat template, or its text"}
+    )
+    cache: str | None = field(
+        default=None, metadata={"help": "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken"}
+    )
+    train_on: str = field(default="all", metadata={"help": "turns that are trained on", "choices": TRAIN_ON})
+    max_length: int | None = field(
+        default=1024, metadata={"help": "student tokens of an example; longer texts are cut into several"}
+    )
+    max_teacher_length: int | None = field(
+        default=None, metadata={"help": "tokens of an example for each teacher; default: no limit"}
+    )
+    text_column: str = field(default="text", metadata={"help": "field with the text of a document"})
+    packed: bool = field(default=False, metadata={"help": "put several examples into one row of max_length tokens"})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out losses that are not finite"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: it would drop the teachers"})
 
+    _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "loss_options")
+
     def __post_init__(self) -> None:
+        self.loss = [self.loss] if isinstance(self.loss, str) else self.loss
         check_choice(self.scaling, "scaling", SCALINGS)
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
         if self.teacher_column is not None and self.teacher_mode == "average":
@@ -95,6 +158,8 @@ class XTokenConfig(TrainingArguments):
                 raise ValueError(f"{name}: expected {expected}, {reason}; got {value!r}")
         given: Any = self.accelerator_config
         super().__post_init__()
+        if isinstance(self.loss_options, str):
+            raise ValueError(f"loss_options: expected a JSON object, got {self.loss_options!r}")
         config: Any = self.accelerator_config
         if config.dispatch_batches:
             raise ValueError("dispatch_batches: expected False, since chunks cannot be sent between processes")

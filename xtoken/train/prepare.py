@@ -1,17 +1,21 @@
-"""W and the audit of a pair of tokenizers, made once and kept in a cache folder."""
+"""What a pair of tokenizers needs to be compared: the loss, W or pieces. W and audits are kept in a cache folder."""
 
 from __future__ import annotations
 
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar
 
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
+from xtoken.losses import Needs, Teacher, registered
+from xtoken.losses.call import check_choice
+from xtoken.pieces import PieceIndex
 from xtoken.projection import ProjectionMatrix
+from xtoken.sample import sample_texts
 from xtoken.storage import Index
 from xtoken.vocabulary import Vocabulary
 
@@ -64,6 +68,94 @@ def cached_choice(
     if not same_tokens(student, teacher):
         report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
     return choose_loss(student, teacher, learn_projection=learn_projection, report=report)
+
+
+def build_objective(
+    student: Vocabulary,
+    teacher: Vocabulary,
+    *,
+    loss: str = "auto",
+    weight: float = 1.0,
+    loss_options: Mapping[str, Any] | None = None,
+    gamma: float = 0.1,
+    learn_projection: bool = False,
+    texts: Iterable[str] | Callable[[], Iterable[str]] = (),
+    cache: Folder = None,
+) -> tuple[Teacher, tuple[str, ...]]:
+    """How a student learns from a teacher, and why so, in words.
+
+    Parameters
+    ----------
+    student, teacher : Vocabulary
+    loss : str
+        The name of a registered loss, or "auto": what `choose_loss` recommends.
+    weight : float
+        Of `Teacher`.
+    loss_options : mapping, optional
+        Options of losses by name; those that the loss does not have are left out, see `check_losses`. A ``top_k`` of 0
+        is None.
+    gamma : float
+        Of `ProjectionMatrix.build`.
+    learn_projection : bool
+        Whether the weights of W are trained, if the loss can.
+    texts : iterable of str, or a function that returns one
+        Text like that of the training data, for `PieceIndex.build`, beside `sample_texts`; only read if it is needed.
+    cache : path, optional
+        Folder for W and audits; default: `cache_folder`.
+
+    Raises ValueError for an unknown loss.
+    """
+    check_choice(loss, "loss", ("auto", *registered()))
+    reasons: list[str] = []
+    if loss == "auto":
+        choice = cached_choice(student, teacher, cache, learn_projection=learn_projection, gamma=gamma)
+        loss, reasons = choice.loss, [*(choice.report.reasons if choice.report else ()), *choice.reasons]
+    kind = registered()[loss]
+    projection: Any = None
+    pieces = None
+    if kind.needs is Needs.PIECES:
+        own = texts() if callable(texts) else texts
+        pieces = PieceIndex.build(student, teacher, texts=[*sample_texts(student, teacher), *own])
+        reasons += [pieces.merged().summary()]
+    if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
+        projection = cached_projection(student, teacher, cache, gamma=gamma)
+    reasons += [repr(one) for one in (pieces, projection) if one is not None]
+    if learn_projection and kind.trains_projection:
+        projection = projection.learnable()
+    given = {name: value for name, value in (loss_options or {}).items() if name in kind.options()}
+    if given.get("top_k") == 0:
+        given["top_k"] = None
+    return Teacher(projection, loss, weight, pieces=pieces, **given), tuple(reasons)
+
+
+def check_losses(losses: Sequence[str], loss_options: Mapping[str, Any] | None, learn_projection: bool) -> None:
+    """Raises ValueError for an option that none of the losses has."""
+    chosen = [registered()[loss] for loss in losses]
+    for name in loss_options or {}:
+        if not any(name in one.options() for one in chosen):
+            raise ValueError(f"{name}: none of the chosen losses has it: {', '.join(losses)}")
+    if learn_projection and not any(one.trains_projection for one in chosen):
+        raise ValueError(f"learn_projection: none of the chosen losses can train W: {', '.join(losses)}")
+
+
+def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) -> list[Any]:
+    """A value for each teacher, from one for all, one for each, or none."""
+    values = [default] if values is None else list(values)
+    if len(values) not in (1, count):
+        raise ValueError(f"{name}: expected one, or one for each of the {count} teachers, got {len(values)}")
+    return values * count if len(values) == 1 else values
+
+
+def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
+    """The teachers' weights: equal shares of 1 if none are given, and of one fewer than teachers the first is what is
+    missing to 1."""
+    if given is None:
+        return [1.0 / count] * count
+    if len(given) == count - 1:
+        given = [1.0 - sum(given), *given]
+    if len(given) != count:
+        raise ValueError(f"teacher_weight: expected one for each of the {count} teachers, got {len(given)}")
+    return list(given)
 
 
 def _path(folder: Folder, name: str, student: Vocabulary, teacher: Vocabulary, options: dict[str, Any]) -> Path:

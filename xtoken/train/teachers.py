@@ -16,11 +16,13 @@ from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
 from xtoken.storage import check_fingerprints
-from xtoken.vocabulary import Vocabulary
+from xtoken.vocabulary import TokenizerLike, Vocabulary
 from xtoken.vocabulary.roles import RESERVED, ROLES
 
+from .chat import use_template
 from .limits import Limits, check_head
 from .packing import PACKED, is_packed, packing_fault
+from .prepare import build_objective, check_losses
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -177,6 +179,8 @@ class TeacherModel:
         self.name = name
         self.system = system
         self.device = None if device is None else torch.device(device)
+        self.reasons: tuple[str, ...] = ()
+        """Why it has its loss, in words, if `build` has chosen."""
         self.limits = Limits()
         self._packing_is_known = False
         if model is not None:
@@ -211,6 +215,83 @@ class TeacherModel:
         from .itself import StudentTeacher
 
         return StudentTeacher(Teacher() if objective is None else objective, average, name, system)
+
+    @classmethod
+    def build(
+        cls,
+        source: str | os.PathLike[str] | nn.Module,
+        student_tok: TokenizerLike,
+        *,
+        model: Any = "load",
+        tokenizer: Any = None,
+        name: str | None = None,
+        dtype: torch.dtype | str = "auto",
+        device: torch.device | str | None = None,
+        trust_remote_code: bool = False,
+        chat_template: str | None = None,
+        is_one_of_several: bool = False,
+        **how: Any,
+    ) -> TeacherModel:
+        """A teacher by its name alone: model, tokenizer, and the loss with what it needs.
+
+        Parameters
+        ----------
+        source : path, str or nn.Module
+            As for `load_model`; or a model that is there already.
+        student_tok : tokenizer
+            As for `Vocabulary.from_tokenizer`.
+        model : optional
+            What to call: "load" loads the model of `source`; None: nothing, since logits come with the batches, from a
+            cache; or something else that is called like a model.
+        tokenizer : optional
+            Default: that of `source`, or the one that the model says it was loaded with.
+        name : str, optional
+            Default: the last part of `source`.
+        dtype, device, trust_remote_code
+            As for `load_model`.
+        chat_template : str, optional
+            For a tokenizer that has none; see `use_template`.
+        is_one_of_several : bool
+            Whether options that its loss does not have are those of other teachers' losses; see `check_losses`.
+        **how
+            As for `build_objective`: ``loss``, ``weight``, ``loss_options``, ``gamma``, ``learn_projection``,
+            ``texts``, ``cache``.
+
+        Raises ValueError for a model that does not say which tokenizer it has, and for options that the loss does not
+        have; and what `load_model` raises.
+
+        Examples
+        --------
+        ::
+
+            teacher = TeacherModel.build("Qwen/Qwen3-4B", student_tok, loss="auto", weight=0.5)
+        """
+        if isinstance(source, nn.Module):
+            model, source = source, str(getattr(getattr(source, "config", None), "_name_or_path", ""))
+            if tokenizer is None and not source:
+                raise ValueError(
+                    f"tokenizer: expected one, since {type(model).__name__} does not say where it was loaded from"
+                )
+        if isinstance(model, str):
+            model, loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            tokenizer = loaded if tokenizer is None else tokenizer
+        elif tokenizer is None:
+            tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        use_template(tokenizer, chat_template)
+        objective, reasons = build_objective(
+            Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(tokenizer), **how
+        )
+        if not is_one_of_several:
+            check_losses([objective.loss], how.get("loss_options"), how.get("learn_projection", False))
+        name = name or (os.path.basename(os.path.abspath(source)).removesuffix(".gguf") if source else "teacher")
+        made = cls(objective, model, tokenizer, name, None if device == "auto" else device)
+        made.reasons = reasons
+        return made
+
+    def summary(self) -> str:
+        """Its loss and weight, and the reasons below."""
+        line = f"teacher {self.name}: {self.objective.loss}, weight {self.objective.weight:g}"
+        return "\n".join([line, *(f"  {reason}" for reason in self.reasons)])
 
     def _freeze(self) -> None:
         self.model.eval().requires_grad_(False)
