@@ -15,6 +15,7 @@ from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
+from xtoken.served import Asked, ServedModel
 from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 from xtoken.vocabulary.roles import RESERVED, ROLES
@@ -144,10 +145,10 @@ class TeacherModel:
     ----------
     objective : xtoken.Teacher
         Loss, weight and W.
-    model : nn.Module, optional
+    model : nn.Module, ServedModel, optional
         Called with ``input_ids``, ``attention_mask`` and, for packed rows, ``position_ids``; its result has
-        ``logits``. It is switched to evaluation and frozen. Or what `load_model` takes, with its tokenizer. None: its
-        logits come with the batches, from a cache.
+        ``logits``. It is switched to evaluation and frozen. Or what `load_model` takes, with its tokenizer. Or a
+        server, with its tokenizer. None: its logits come with the batches, from a cache.
     tokenizer : optional
         As for `Vocabulary.from_tokenizer`; lets ids be checked against the vocabulary, and rows be encoded.
     name : str
@@ -163,7 +164,7 @@ class TeacherModel:
     def __init__(
         self,
         objective: Teacher,
-        model: nn.Module | str | os.PathLike[str] | None = None,
+        model: nn.Module | ServedModel | str | os.PathLike[str] | None = None,
         tokenizer: Any = None,
         name: str = "teacher",
         device: torch.device | str | None = None,
@@ -172,8 +173,11 @@ class TeacherModel:
         if isinstance(model, (str, os.PathLike)):
             model, loaded = load_model(model)
             tokenizer = loaded if tokenizer is None else tokenizer
+        self.served = model if isinstance(model, ServedModel) else None
+        if self.served is not None:
+            tokenizer = self.served.tokenizer if tokenizer is None else tokenizer
         self.objective = objective
-        self.model: Any = model
+        self.model: Any = None if self.served is not None else model
         self.tokenizer = tokenizer
         self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
         self.name = name
@@ -183,8 +187,10 @@ class TeacherModel:
         """Why it has its loss, in words, if `build` has chosen."""
         self.limits = Limits()
         self._packing_is_known = False
-        if model is not None:
-            self.limits = Limits.of(model, self.vocabulary, name)
+        if self.served is not None:
+            self.limits = Limits(positions=self.served.positions)
+        elif self.model is not None:
+            self.limits = Limits.of(self.model, self.vocabulary, name)
             self._freeze()
 
     @classmethod
@@ -354,22 +360,35 @@ class TeacherModel:
         self._packing_is_known = fault is None
         return fault
 
+    def ask(self, entry: dict[str, Any], inputs: Mapping[str, Any]) -> None:
+        """Begins to ask a server for a batch on the host; ``entry["asked"]`` is what `logits` then waits for.
+
+        Nothing for other teachers, cached logits, and what has been asked already. Raises ValueError as `check_entry`.
+        """
+        if self.served is not None and entry.get("logits") is None and "asked" not in entry:
+            self.check_entry(entry, inputs)
+            entry["asked"] = self.served.ask_batch(inputs if entry.get("input_ids") is None else entry)
+
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
         """The teacher's logits [B, T, V] for a batch, on the device of the student's `inputs`.
 
-        `entry` is this teacher's part of the batch: ``logits`` if they are cached; else ``input_ids`` and
-        ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads the student's ids. Raises
-        ValueError for longer rows than the model can take, and for packed ones if it does not keep examples apart.
+        `entry` is this teacher's part of the batch: ``logits`` if they are cached, ``asked`` if a server has been
+        asked; else ``input_ids`` and ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads
+        the student's ids. Raises ValueError for longer rows than the model can take, and for packed ones if it does not
+        keep examples apart; and what `ServedModel.ask` and its results raise.
         """
         cached: AnyLogits | None = entry.get("logits")
         if cached is not None:
             return cached
+        source = entry if entry.get("input_ids") is not None else inputs
+        device = inputs["input_ids"].device
+        if self.served is not None:
+            asked: Asked = entry.get("asked") or self.served.ask_batch(source)
+            return asked.logits().to(device, non_blocking=True)
         if self.model is None:
             raise ValueError(f"{self.name}: expected cached logits in the batch, since it has no model")
-        source = entry if entry.get("input_ids") is not None else inputs
         names = ("input_ids", "attention_mask", "position_ids")
-        device = inputs["input_ids"].device
         given = {name: source[name].to(self.device or device) for name in names if source.get(name) is not None}
         if source["input_ids"].device.type == "cpu":  # elsewhere `check_entry` has looked at what is on the host
             self.limits.check(source, self.name)

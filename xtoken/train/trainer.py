@@ -241,7 +241,7 @@ class XTokenTrainer(Trainer):
 
     def _encoder(self, name: str, row: Any) -> ExampleEncoder:
         known = [self.processing_class, *(one.tokenizer for one in self.teachers)]
-        if None in known or any(one.model is None for one in self.teachers):
+        if None in known or any(one.model is None and one.served is None for one in self.teachers):
             keys = sorted(row) if isinstance(row, Mapping) else type(row).__name__
             raise ValueError(
                 f"{name}: expected examples, as EncodedDataset(rows, ExampleEncoder(...)) has them, got a row with "
@@ -303,7 +303,14 @@ class XTokenTrainer(Trainer):
         self._meter.steps += 1
         self.criterion.diagnostics = self._is_logged(self.state.global_step + 1)
         self.criterion.zero_grad()
+        for batch in batches:
+            self._ask(_on_host(batch))
         return batches, items if isinstance(items, Tensor) else torch.full((), items, device=self.args.device)
+
+    def _ask(self, host: Mapping[str, Any]) -> None:
+        """Begins to ask the teachers behind a server for a batch."""
+        for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
+            teacher.ask(entry, host)
 
     def _no_counts(self) -> Tensor:
         return torch.zeros(1 + len(self.criterion.teachers), dtype=torch.float64)
@@ -446,6 +453,10 @@ class XTokenTrainer(Trainer):
         self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], host: Mapping[str, Any]
     ) -> tuple[list[AnyLogits | None], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers; no logits of a teacher that has nothing to say."""
+        self._ask(host)  # in training the whole step was asked for already
+        entries = [
+            {**entry, "asked": kept.get("asked")} for entry, kept in zip(entries, host["teachers"], strict=True)
+        ]
         alignments = self._alignments(host)
         sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
         if self.args.teacher_mode == "average" and len(self.teachers) > 1:
