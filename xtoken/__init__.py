@@ -36,6 +36,7 @@ from .losses import (
 from .pieces import PieceIndex
 from .projection import LearnableProjection, ProjectionMatrix
 from .sample import sample_texts
+from .served import ServedModel
 from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
 from .vocabulary import Vocabulary
 
@@ -58,6 +59,7 @@ __all__ = [
     "PieceIndex",
     "ProjectionMatrix",
     "Ragged",
+    "ServedModel",
     "Teacher",
     "TeacherCache",
     "TeacherCacheWriter",

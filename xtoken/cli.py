@@ -78,6 +78,14 @@ def _parser() -> argparse.ArgumentParser:
 
     cache = commands.add_parser("cache-teacher", help="run a teacher once and keep its log-probabilities")
     cache.add_argument("--teacher", required=True, help="model: a folder, a Hub id or a GGUF file")
+    cache.add_argument("--url", help="server of vLLM or SGLang that has it by that name, http://host:port/v1, in place "
+                       "of running it here; its key is $XTOKEN_TEACHER_KEY")  # fmt: skip
+    cache.add_argument("--tokenizer", help="with --url: tokenizer of a teacher whose name only the server knows")
+    cache.add_argument("--requests", type=int, default=16, help="requests to it in flight (default %(default)s)")
+    cache.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer (default %(default)s)")
+    cache.add_argument(
+        "--patience", type=float, default=300.0, help="seconds to try again after errors (default %(default)s)"
+    )
     cache.add_argument("--data", required=True, nargs="+", metavar="FILE", help="files as for xtoken train; globs")
     cache.add_argument("--output", required=True, help="folder to write to")
     cache.add_argument("--logprobs", type=int, default=128, help="of each token the largest (default %(default)s)")

@@ -47,7 +47,7 @@ class RefusedError(ValueError):
         self.status, self.said = status, said
 
 
-class _Fault(Exception):  # noqa: N818
+class _Fault(Exception):
     """Something that may be over soon: a kind to count, and the seconds that the server asks to wait."""
 
     def __init__(self, kind: str, said: str = "", wait: float = 0.0) -> None:
@@ -126,8 +126,8 @@ class Client:
                 left = failed + self.patience - now
                 if left <= 0:
                     raise ConnectionError(
-                        f"{self.url}{path}: no answer that can be used, {tries} requests in {now - failed:.0f} s after "
-                        f"the first failed; the last one: {fault}"
+                        f"{self.url}{path}: no usable answer (tries: {tries}, over {now - failed:.0f} s); the last: "
+                        f"{fault}"
                     ) from fault
                 self._count(fault)
                 wait = max(fault.wait, pause * random.uniform(0.5, 1.0))

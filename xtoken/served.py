@@ -21,6 +21,9 @@ from .losses import TopKLogits
 from .losses.served import served_entries
 from .vocabulary import TokenizerLike, Vocabulary
 
+KEY = "XTOKEN_TEACHER_KEY"
+"""Environment variable with the key of a server, for the commands: what is on a command line can be seen by others."""
+
 PROBED = 64
 """Tokens whose texts are compared with the server's when a model is met."""
 
@@ -116,7 +119,7 @@ class ServedModel:
             raise ValueError(f"url: expected the API of OpenAI as vLLM and SGLang have it, but {error}") from error
         cards = said.get("data") if isinstance(said, dict) else None
         if not isinstance(cards, list) or not all(isinstance(one, dict) and "id" in one for one in cards):
-            raise ValueError(f"url: expected a list of models at {self.client.url}/v1/models, got {str(said):.100}")
+            raise ValueError(f"url: expected a list of models at {self.client.url}/v1/models, got {said!s:.100}")
         return {str(one["id"]): one for one in cards}
 
     def ask(self, rows: Iterable[Sequence[int]]) -> list[Future[TopKLogits]]:
@@ -141,7 +144,7 @@ class ServedModel:
                 )
             key = ids.astype("<i4").tobytes()
             future = self._asked.get(key)
-            if future is None:
+            if future is None or (future.done() and future.exception() is not None):
                 future = self._asked[key] = self.client.submit(self._answer, ids)
             futures.append(future)
         return futures
@@ -155,6 +158,12 @@ class ServedModel:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+
+    def tell_faults(self) -> None:
+        """Logs how many requests were sent again, and why; nothing if none was."""
+        if self.client.faults:
+            counts = ", ".join(f"{count} x {kind}" for kind, count in self.client.faults.most_common())
+            logger.warning("%s: requests were sent again: %s", self.client.url, counts)
 
     def ask_batch(self, side: Mapping[str, Any]) -> Asked:
         """Begins to ask for a batch on the host: ``input_ids`` [B, T], with ``attention_mask``, or ``position_ids``.
@@ -192,7 +201,7 @@ class ServedModel:
         texts = {}
         if with_text:
             texts = {int(i): one.get("decoded_token") for entry in listed if entry for i, one in entry.items()}
-        return served_entries(listed), {i: text for i, text in texts.items() if text is not None}
+        return self._entries(listed), {i: text for i, text in texts.items() if text is not None}
 
     def _from_sglang(self, ids: list[int], with_text: bool) -> tuple[list[dict[int, float] | None], dict[int, str]]:
         said = self.client.call(
@@ -202,15 +211,21 @@ class ServedModel:
                 "return_text_in_logprobs": with_text, "sampling_params": {"max_new_tokens": 1, "temperature": 1.0},
             },
         )["meta_info"]  # fmt: skip
-        entries = served_entries({"input_top_logprobs": said["input_top_logprobs"]})
+        entries = self._entries(said["input_top_logprobs"])
         realised = said["input_token_logprobs"]
-        if [one[1] for one in realised] != ids:
+        if [one[1] for one in realised] != ids[: len(realised)]:
             raise self._wrong("log-probabilities of other tokens than were sent")
         for entry, (value, i, _) in zip(entries, realised, strict=False):
             if entry is not None and value is not None:
                 entry.setdefault(i, float(value))
         texts = {i: text for _, i, text in realised if text is not None} if with_text else {}
         return entries, texts
+
+    def _entries(self, listed: Any) -> list[dict[int, float] | None]:
+        try:
+            return served_entries(listed)
+        except ValueError as error:
+            raise self._wrong(f"no log-probabilities in its form: {error}") from error
 
     def _wrong(self, what: str) -> ValueError:
         return ValueError(f"{self.client.url} answers with {what}")
@@ -286,8 +301,8 @@ class ServedModel:
         if len(others) > (1.0 - SAME_TEXT_SHARE) * len(compared):
             i = others[0]
             raise ValueError(
-                f"tokenizer: expected the one of {self.client.url} ({self.model}), but {len(others)} of {len(compared)} "
-                f"tokens are others there: {i} is {theirs[i]!r}, here {texts[i]!r}"
+                f"tokenizer: expected the one of {self.client.url} ({self.model}), but {len(others)} of "
+                f"{len(compared)} tokens are others there: {i} is {theirs[i]!r}, here {texts[i]!r}"
             )
 
 

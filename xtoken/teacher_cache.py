@@ -46,6 +46,7 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
+from .served import ServedModel
 from .storage import FolderLock, Index, Numbering, TensorFile, TensorReader, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary, unpadded
 
@@ -504,7 +505,8 @@ def cache_teacher(
     ----------
     model
         A causal language model of transformers, or a callable ``model(input_ids=, attention_mask=)`` whose result has
-        ``logits`` [B, T, >= V]. It is not trained; columns beyond the tokenizer's vocabulary are ignored.
+        ``logits`` [B, T, >= V]. It is not trained; columns beyond the tokenizer's vocabulary are ignored. Or a
+        `ServedModel` with at least `top_k` ``logprobs``, whose errors are raised.
     teacher_tok
         Its tokenizer, as for `Vocabulary.from_tokenizer`. Special tokens that it adds to a text (bos) are part of
         the document.
@@ -515,7 +517,8 @@ def cache_teacher(
         Folder to write to.
     top_k : int
     max_length : int, optional
-        Most tokens of a document that log-probabilities are kept of. Default: what the model's configuration says.
+        Most tokens of a document that log-probabilities are kept of. Default: what the model's configuration says, or
+        its server.
     batch_tokens : int
         Most tokens of a batch, padding included (at least one document).
     resume : bool
@@ -530,7 +533,13 @@ def cache_teacher(
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
-    if max_length is None:
+    if isinstance(model, ServedModel):
+        wanted = (("top_k", min(top_k, len(vocabulary)), model.logprobs), ("max_length", max_length, model.positions))
+        for name, given, most in wanted:
+            if given is not None and most is not None and given > most:
+                raise ValueError(f"{name}: expected at most {most}, what {model} has, got {given}")
+        max_length = model.positions if max_length is None else max_length
+    elif max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     with TeacherCacheWriter(
         output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens, now=now
@@ -540,6 +549,13 @@ def cache_teacher(
             if document_digest(next(remaining, []), writer.end_id) != digest:
                 raise ValueError(f"documents: number {number} is not the one that {writer.folder} was begun with")
         done = len(writer)
+        if isinstance(model, ServedModel):
+            sent, kept = itertools.tee(remaining)
+            for ids, found in zip(kept, model.each(ids[:max_length] for ids in sent), strict=True):
+                writer.add(ids, found)
+                if advance is not None:
+                    advance(1, len(found.ids))
+            model.tell_faults()
         while window := list(itertools.islice(remaining, WINDOW)):
             read = [ids[:max_length] for ids in window]
             results: dict[int, tuple[TopKLogits, Tensor]] = {}

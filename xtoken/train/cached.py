@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from xtoken.losses import TopKLogits
+from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache, cache_teacher, cached_time
 from xtoken.vocabulary import TokenizerLike
 
@@ -134,21 +136,32 @@ def teacher_documents(
 
 def main(options: argparse.Namespace) -> str:
     """Runs ``xtoken cache-teacher``; returns a summary."""
+    if options.tokenizer is not None and options.url is None:
+        raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
     if has_chats(options.data, options.text_column):
-        tokenizer = load_tokenizer(options.teacher, trust_remote_code=options.trust_remote_code)
+        source = options.tokenizer or options.teacher
+        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
         use_template(tokenizer, options.chat_template)
         ChatTemplate(tokenizer, "teacher")
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer = load_model(
-        options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
-    )
+    if options.url is not None:
+        tokenizer = load_tokenizer(options.tokenizer or options.teacher, trust_remote_code=options.trust_remote_code)
+        model: Any = ServedModel(
+            options.url, tokenizer, options.teacher, logprobs=options.logprobs, requests=options.requests,
+            timeout=options.timeout, patience=options.patience, key=os.environ.get(KEY),
+        )  # fmt: skip
+    else:
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        model, tokenizer = load_model(
+            options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
+        )
+        model.eval()
     use_template(tokenizer, options.chat_template)
     now = None
     if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
         now = (cached_time(options.output) if options.resume else None) or datetime.now()
     documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column, now)
     cache = cache_teacher(
-        model.eval(), tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
+        model, tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
         batch_tokens=options.batch_tokens, resume=options.resume, now=now,
     )  # fmt: skip
     return f"{options.output}: {len(cache)} documents, {cache.top_k} log-probabilities a token"

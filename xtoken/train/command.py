@@ -23,6 +23,7 @@ from transformers.hf_argparser import string_to_bool
 from xtoken.alignment.pretty import printable
 from xtoken.corpus.files import find_files
 from xtoken.losses import registered
+from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 
 from .assemble import build_teachers
@@ -56,6 +57,18 @@ class TrainArguments:
         None, "folder of `xtoken cache-teacher` in place of running the teacher; one for each, or none for one that "
         "runs", action="extend",
     )  # fmt: skip
+    teacher_url: list[str] | None = _option(
+        None, "server of vLLM or SGLang in place of running the teacher, http://host:port/v1, which knows it by the "
+        "name that --teacher says; one for each, or none for one that runs; its key is $XTOKEN_TEACHER_KEY",
+        action="extend",
+    )  # fmt: skip
+    teacher_tokenizer: list[str] | None = _option(
+        None, "tokenizer of a served teacher whose name only the server knows; one for each, or none", action="extend"
+    )
+    teacher_logprobs: int = _option(20, "log-probabilities a token from a server; vLLM's --max-logprobs allows more")
+    teacher_requests: int = _option(16, "requests to a server in flight, of each process")
+    teacher_timeout: float = _option(600.0, "seconds in which a server must answer")
+    teacher_patience: float = _option(300.0, "seconds in which a request is sent again after errors")
     resume: bool = _option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
 
@@ -131,10 +144,42 @@ def check(options: TrainArguments, config: XTokenConfig) -> None:
 def check_templates(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError if rows are chats and the tokenizer of the student or a teacher has no template for them."""
     if has_chats([*(options.data or []), *(options.eval_data or [])], config.text_column):
-        for source in dict.fromkeys([str(options.student), *(options.teacher or [])]):
+        for source in dict.fromkeys([str(options.student), *tokenizers_of(options)]):
             tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
             use_template(tokenizer, config.chat_template)
             ChatTemplate(tokenizer, source)
+
+
+def tokenizers_of(options: TrainArguments) -> list[str]:
+    """What each teacher's tokenizer is loaded from; raises ValueError for one that is only for a server."""
+    teachers = options.teacher or []
+    urls = one_each(options.teacher_url, "none", len(teachers), "teacher_url")
+    given = one_each(options.teacher_tokenizer, "none", len(teachers), "teacher_tokenizer")
+    for teacher, url, tokenizer in zip(teachers, urls, given, strict=True):
+        if url == "none" and tokenizer != "none":
+            raise ValueError(f"--teacher_tokenizer: expected none for {teacher}, which has no --teacher_url")
+    return [teacher if one == "none" else one for teacher, one in zip(teachers, given, strict=True)]
+
+
+def teacher_models(options: TrainArguments, config: XTokenConfig, folders: Sequence[str]) -> list[Any]:
+    """What `build_teachers` takes as the model of each teacher: a server, None for a cache, or "load"."""
+    teachers = options.teacher or []
+    urls = one_each(options.teacher_url, "none", len(teachers), "teacher_url")
+    models: list[Any] = []
+    for name, source, url, folder in zip(teachers, tokenizers_of(options), urls, folders, strict=True):
+        if url != "none" and folder != "none":
+            raise ValueError(f"--teacher_url: expected it, or --teacher_cache, for {name}, got both")
+        if url == "none":
+            models.append("load" if folder == "none" else None)
+            continue
+        tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
+        models.append(
+            ServedModel(
+                url, tokenizer, name, logprobs=options.teacher_logprobs, requests=options.teacher_requests,
+                timeout=options.teacher_timeout, patience=options.teacher_patience, key=os.environ.get(KEY),
+            )
+        )  # fmt: skip
+    return models
 
 
 def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
@@ -169,12 +214,13 @@ def main(arguments: Sequence[str]) -> None:
     options, config = parse(arguments)
     check(options, config)
     folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
+    models = teacher_models(options, config, folders)
     student, student_tok = load_model(
         str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code, may_shard=True
     )
     use_template(student_tok, config.chat_template)
     teachers = build_teachers(
-        options.teacher, student_tok, config, models=["load" if folder == "none" else None for folder in folders],
+        options.teacher, student_tok, config, models=models,
         texts=lambda: text_sample(options.data or [], config.text_column, student_tok),
     )  # fmt: skip
     teacher_toks = [one.tokenizer for one in teachers]

@@ -248,9 +248,9 @@ class TeacherModel:
             As for `Vocabulary.from_tokenizer`.
         model : optional
             What to call: "load" loads the model of `source`; None: nothing, since logits come with the batches, from a
-            cache; or something else that is called like a model.
+            cache; a `ServedModel`; or something else that is called like a model.
         tokenizer : optional
-            Default: that of `source`, or the one that the model says it was loaded with.
+            Default: that of a served model, that of `source`, or the one that the model says it was loaded with.
         name : str, optional
             Default: the last part of `source`.
         dtype, device, trust_remote_code
@@ -281,6 +281,8 @@ class TeacherModel:
         if isinstance(model, str):
             model, loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
             tokenizer = loaded if tokenizer is None else tokenizer
+        elif tokenizer is None and isinstance(model, ServedModel):
+            tokenizer = model.tokenizer
         elif tokenizer is None:
             tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
         use_template(tokenizer, chat_template)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import itertools
 import logging
 import math
 import os
@@ -43,6 +42,7 @@ from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
 from .routing import logits_where_needed
+from .serving import Ahead, TellFaults
 from .teachers import TeacherModel, check_same_bytes, load_model
 
 logger = logging.getLogger(__name__)
@@ -197,6 +197,8 @@ class XTokenTrainer(Trainer):
                     "factor of its own for gradients, got one with; use bf16"
                 )
             self.add_callback(self._projection_steps)
+        if served := [teacher.served for teacher in self.teachers if teacher.served is not None]:
+            self.add_callback(TellFaults(served))
         self.train_dataset: Any = self._encoded(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._encoded(eval_dataset, "eval_dataset")
         self._step: _Step | None = None
@@ -206,6 +208,7 @@ class XTokenTrainer(Trainer):
         self._scale_is_known = False
         self._has_kd: Tensor | bool = False
         self._unchecked = {teacher.name for teacher in self.teachers}
+        self._ahead = Ahead()
         self._faults: dict[str, str | None] = {}  # of models, why examples must not share their rows, as far as known
         self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
         self._left_out_is_said = False
@@ -294,7 +297,7 @@ class XTokenTrainer(Trainer):
         """The micro-batches of a step, and its labels on all processes; also counts its chunks."""
         if self._step is None:  # time before training does not count
             self._watch.lap()
-        batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self._ahead.take(epoch_iterator, num_batches)
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
         divisors = self._divisors(counts)
         # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
@@ -303,12 +306,18 @@ class XTokenTrainer(Trainer):
         self._meter.steps += 1
         self.criterion.diagnostics = self._is_logged(self.state.global_step + 1)
         self.criterion.zero_grad()
-        for batch in batches:
-            self._ask(_on_host(batch))
+        for batch in [*batches, *(self._ahead.peek(num_batches) if self._asks_ahead() else ())]:
+            self._ask(batch)
         return batches, items if isinstance(items, Tensor) else torch.full((), items, device=self.args.device)
 
-    def _ask(self, host: Mapping[str, Any]) -> None:
+    def _asks_ahead(self) -> bool:
+        """Whether servers are asked for the next step now, so that they work while the student does."""
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        return not is_last and any(teacher.served is not None for teacher in self.teachers)
+
+    def _ask(self, batch: Mapping[str, Any]) -> None:
         """Begins to ask the teachers behind a server for a batch."""
+        host = _on_host(batch)
         for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
             teacher.ask(entry, host)
 
@@ -453,7 +462,7 @@ class XTokenTrainer(Trainer):
         self, entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any], host: Mapping[str, Any]
     ) -> tuple[list[AnyLogits | None], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers; no logits of a teacher that has nothing to say."""
-        self._ask(host)  # in training the whole step was asked for already
+        self._ask(host)  # for what training has not asked before
         entries = [
             {**entry, "asked": kept.get("asked")} for entry, kept in zip(entries, host["teachers"], strict=True)
         ]
