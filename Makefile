@@ -8,6 +8,7 @@
 # make quick     run the tests that take little time, on what is built: see `pytest_collection_modifyitems` in
 #                tests/conftest.py for what it leaves out
 # make core      rebuild what has changed in the C++, in place, without pip
+# make vllm      install vLLM into build/vllm, for the test of a real server
 # make cuda      build the CUDA kernels too, for the GPUs of this machine if it has any
 PYTHON ?= python3
 VENV ?= .venv
@@ -34,7 +35,7 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows \
 	--ignore-glob 'tests/losses/test_*cuda.py' --ignore tests/losses/test_device.py -k "not emulated"
 
-.PHONY: demo test quick sanitize fuzz lint format build core cuda clean
+.PHONY: demo test quick sanitize fuzz lint format build core cuda vllm clean
 
 demo: build
 	$(BIN)/xtoken demo
@@ -85,6 +86,14 @@ cuda: export XTOKEN_CUDA := 1
 cuda: export XTOKEN_CUDA_ARCHS ?= $(shell nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2>/dev/null \
 	| tr -d . | sort -u | paste -sd ';')
 cuda: build
+
+vllm: build/vllm/ready
+
+build/vllm/ready: requirements/vllm.txt
+	$(PYTHON) -m venv build/vllm
+	build/vllm/bin/pip install --quiet --no-compile --requirement requirements/vllm.txt
+	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 $(VENV)/ready: requirements/dev.txt requirements/assets.txt
 	$(PYTHON) -m venv $(VENV)

@@ -242,7 +242,7 @@ class ServedModel:
             return ValueError(
                 f"tokenizer: expected the one of {where}, got one with tokens that it does not know: {said}"
             )
-        if re.search(r"context length|max_model_len|longer than", said):
+        if re.search(r"context length|max_tokens must be at least 1|longer than", said):
             return ValueError(f"rows: {where} does not take a text of {length} tokens: {said}")
         return error
 
