@@ -265,6 +265,13 @@ def test_a_step_is_that_of_the_local_model(server, student_tok, teacher_tok, tmp
     assert sorted(server.asked) == sorted(example["teachers"][0]["ids"] for example in examples)
 
 
+def test_a_served_model_is_enough(vllm, student_tok, teacher_tok, tmp_path):
+    """Its name and its tokenizer are those of the teacher."""
+    teacher = TeacherModel.build(served(vllm, teacher_tok), student_tok, cache=str(tmp_path))
+    assert (teacher.name, teacher.tokenizer, teacher.limits.positions) == ("tiny", teacher_tok, 255)
+    assert teacher.reasons
+
+
 def test_steps_are_asked_for_ahead(vllm, student_tok, teacher_tok, tmp_path):
     """All micro-batches of a step and of the next; and evaluation asks for its batches."""
     examples, held_out = (encode(SMALL_TEXTS[k : k + 8], student_tok, teacher_tok) for k in (0, 8))

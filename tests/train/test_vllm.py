@@ -121,9 +121,7 @@ def test_what_it_refuses(server, tiny, student_tok):
         ServedModel(server, student_tok, key="s3cret")
     remote = ServedModel(server, tok, key="s3cret")
     remote.positions = None
-    with pytest.raises(
-        ValueError, match="does not take a text of 256 tokens: max_tokens must be at least 1"
-    ):
+    with pytest.raises(ValueError, match="does not take a text of 256 tokens: max_tokens must be at least 1"):
         remote.ask([[5] * 256])[0].result()
     with pytest.raises(
         ValueError, match=r"tokenizer: .* with tokens that it does not know: Token id 49152 is out of voc"

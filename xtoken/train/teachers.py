@@ -225,7 +225,7 @@ class TeacherModel:
     @classmethod
     def build(
         cls,
-        source: str | os.PathLike[str] | nn.Module,
+        source: str | os.PathLike[str] | nn.Module | ServedModel,
         student_tok: TokenizerLike,
         *,
         model: Any = "load",
@@ -242,8 +242,8 @@ class TeacherModel:
 
         Parameters
         ----------
-        source : path, str or nn.Module
-            As for `load_model`; or a model that is there already.
+        source : path, str, nn.Module or ServedModel
+            As for `load_model`; or a model that is there already, or behind a server.
         student_tok : tokenizer
             As for `Vocabulary.from_tokenizer`.
         model : optional
@@ -272,7 +272,9 @@ class TeacherModel:
 
             teacher = TeacherModel.build("Qwen/Qwen3-4B", student_tok, loss="auto", weight=0.5)
         """
-        if isinstance(source, nn.Module):
+        if isinstance(source, ServedModel):
+            model, source = source, source.model
+        elif isinstance(source, nn.Module):
             model, source = source, str(getattr(getattr(source, "config", None), "_name_or_path", ""))
             if tokenizer is None and not source:
                 raise ValueError(
