@@ -463,9 +463,7 @@ class XTokenTrainer(Trainer):
     ) -> tuple[list[AnyLogits | None], list[Alignment | None]]:
         """Logits and alignments for the criterion's teachers; no logits of a teacher that has nothing to say."""
         self._ask(host)  # for what training has not asked before
-        entries = [
-            {**entry, "asked": kept.get("asked")} for entry, kept in zip(entries, host["teachers"], strict=True)
-        ]
+        entries = [{**entry, "asked": kept.get("asked")} for entry, kept in zip(entries, host["teachers"], strict=True)]
         alignments = self._alignments(host)
         sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
         if self.args.teacher_mode == "average" and len(self.teachers) > 1:
