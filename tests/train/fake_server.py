@@ -15,7 +15,7 @@ import torch
 
 
 class FakeServer(AbstractContextManager["FakeServer"]):
-    """Serves `model` under `name`; the texts of its tokens are those of `tokenizer`.
+    """Serves `model` under `name`; the texts of its tokens are those of `tokenizer`, None: not known to it.
 
     Attributes
     ----------
@@ -193,7 +193,7 @@ class _Handler(BaseHTTPRequestHandler):
         entries: list[Any] = []
         for listed in self.spoil(fake.listed(ids, k), fault):
             entries.append(listed and {
-                str(i): {"logprob": value, "rank": 1, "decoded_token": fake.tokenizer.decode([i])}
+                str(i): {"logprob": value, "rank": 1, "decoded_token": fake.tokenizer and fake.tokenizer.decode([i])}
                 for i, value in listed.items()
             })  # fmt: skip
         return self.send({"choices": [{"index": 0, "text": "x", "prompt_logprobs": entries}]})

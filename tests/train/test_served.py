@@ -157,6 +157,12 @@ def test_other_tokens_than_were_sent(vllm, teacher_tok, caplog):
     )
 
 
+def test_a_server_without_a_tokenizer(model, teacher_tok, caplog):
+    with FakeServer(model, None) as running:
+        assert served(running, teacher_tok).ask([[5, 6]])[0].result().ids[0, 0] == 6
+    assert "does not say what its tokens spell, so that its tokenizer could not be compared" in caplog.text
+
+
 @pytest.mark.parametrize("fault", ["hold", "drip"])
 def test_an_answer_that_does_not_come(vllm, teacher_tok, fault):
     remote = served(vllm, teacher_tok)

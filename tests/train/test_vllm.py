@@ -76,6 +76,8 @@ def server(tiny: tuple[Path, Any, Any]) -> Iterator[str]:
                 pytest.fail(f"vLLM did not come up:\n{log.read_text(errors='replace')[-8000:]}")
             time.sleep(0.5)
         yield f"http://127.0.0.1:{port}/v1"
+        if process.poll() is not None:
+            pytest.fail(f"vLLM has ended:\n{log.read_text(errors='replace')[-8000:]}")
     finally:
         process.terminate()
         try:
