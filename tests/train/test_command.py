@@ -201,26 +201,6 @@ def test_help_names_the_options(capsys):
         assert name in printed
 
 
-@pytest.mark.parametrize("name", ["llama-3.2-1b-from-qwen3-4b", "llama-3.2-1b-from-two"])
-def test_recipes_are_understood(name, tmp_path, monkeypatch):
-    """The models are out of reach here; the options are not."""
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 sets it for the whole process
-    recipe = Path(__file__).parents[2] / "recipes" / f"{name}.yaml"
-    given = ["--config", str(recipe), "--data", "a.jsonl", "b.jsonl", "--use_cpu", "--output", str(tmp_path)]
-    options, config = parse(given)
-    assert options.student == "meta-llama/Llama-3.2-1B"
-    assert options.data == ["a.jsonl", "b.jsonl"]
-    as_in_the_paper = name == "llama-3.2-1b-from-qwen3-4b"
-    assert config.loss == ([PROJECTED] if as_in_the_paper else ["auto"])
-    assert weights_of(config.teacher_weight, len(options.teacher or [])) in ([1.0], [0.2, 0.8])
-    assert (config.max_steps, config.loss_options["top_k"], config.scaling, config.output_dir) == (
-        30000,
-        8192,
-        "dynamic",
-        str(tmp_path),
-    )
-
-
 @pytest.mark.parametrize("more", [(PIECES,), (PROJECTED, "--merge", "chain")])
 def test_losses_that_need_the_token_ids(folders, tmp_path, capsys, more):
     assert main(command(folders, tmp_path / "out", "--max_steps", "2", "--loss", *more)) == 0

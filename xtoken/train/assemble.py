@@ -1,4 +1,4 @@
-"""What `XTokenTrainer` and `xtoken train` make of names: teachers, each with a loss and what it needs."""
+"""What `XTokenTrainer` and `xtoken train` make of names: the student, and teachers with a loss and what it needs."""
 
 from __future__ import annotations
 
@@ -8,9 +8,28 @@ from typing import Any
 
 from xtoken.vocabulary import Vocabulary
 
+from . import adapters
 from .config import XTokenConfig
 from .prepare import check_losses, one_each, weights_of
-from .teachers import TeacherModel
+from .teachers import TeacherModel, load_model
+
+
+def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[Any, Any]:
+    """The student and its tokenizer, with adapters and in 8 or 4 bits as `args` say; what `load_model` raises.
+
+    Raises ValueError for a folder with an adapter.
+    """
+    if adapters.is_adapter(source):
+        raise ValueError(
+            f"student: expected a model, got the adapter in {source}; one that has been merged (lora_merge) can be "
+            "trained on"
+        )
+    place = {} if args.student_quantization is None else {"device": args.device}
+    student, tokenizer = load_model(
+        source, dtype=args.student_dtype, trust_remote_code=args.trust_remote_code, may_shard=True,
+        quantization_config=args.student_quantization, **place,
+    )  # fmt: skip
+    return (student if args.lora_rank is None else adapters.add_lora(student, args)), tokenizer
 
 
 def build_teachers(
@@ -44,12 +63,14 @@ def build_teachers(
     if not named:
         return given
     losses, weights = one_each(args.loss, "auto", len(named), "loss"), weights_of(args.teacher_weight, len(named))
+    quantized = one_each(args.teacher_quantization, "none", len(named), "teacher_quantization")
     student = Vocabulary.from_tokenizer(student_tok)
     with args.main_process_first(desc="W and audit"):  # the others find them in the cache
-        for k, loss, weight in zip(named, losses, weights, strict=True):
+        for k, loss, weight, quantization in zip(named, losses, weights, quantized, strict=True):
             given[k] = TeacherModel.build(
                 given[k], student, model="load" if models is None else models[k], dtype=args.teacher_dtype,
                 device=args.teacher_device or args.device, trust_remote_code=args.trust_remote_code,
+                quantization_config=quantization,
                 chat_template=args.chat_template, is_one_of_several=True, loss=loss, weight=weight,
                 loss_options=args.loss_options, gamma=args.gamma, learn_projection=args.learn_projection,
                 texts=texts, cache=args.cache,

@@ -152,8 +152,9 @@ def main(options: argparse.Namespace) -> str:
     else:
         device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
         model, tokenizer = load_model(
-            options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code
-        )
+            options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code,
+            quantization_config=options.quantization,
+        )  # fmt: skip
         model.eval()
     use_template(tokenizer, options.chat_template)
     now = None

@@ -25,12 +25,12 @@ def fault(folder: Path) -> str | None:
         json.loads((folder / STATE).read_text())["global_step"]
     except (OSError, ValueError, KeyError, TypeError):
         return f"no {STATE}" if not (folder / STATE).exists() else f"{STATE} is damaged"
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(folder.rglob("*.safetensors")):  # adapters may have folders of their own
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError):
-            return f"{path.name} is damaged"
+            return f"{path.relative_to(folder)} is damaged"
     damaged = [one.name for one in sorted(folder.glob("*.pt")) if not zipfile.is_zipfile(one)]
     return f"{damaged[0]} is damaged" if damaged else None
 

@@ -26,7 +26,8 @@ from xtoken.losses import registered
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 
-from .assemble import build_teachers
+from . import adapters
+from .assemble import build_teachers, load_student
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import newest
@@ -69,6 +70,11 @@ class TrainArguments:
     teacher_requests: int = _option(16, "requests to a server in flight, of each process")
     teacher_timeout: float = _option(600.0, "seconds in which a server must answer")
     teacher_patience: float = _option(300.0, "seconds in which a request is sent again after errors")
+    lora_merge: bool = _option(
+        False,
+        "at the end merge the adapters (--lora_rank) into the student: the output folder holds it as a run without "
+        "them does, and its folder adapter the adapter; default: the output folder holds the adapter alone",
+    )
     resume: bool = _option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
     plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
 
@@ -132,6 +138,8 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 def check(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError or FileNotFoundError, before models are loaded, for an option of no loss or a missing file."""
     count = len(options.teacher or [])
+    if options.lora_merge and config.lora_rank is None:
+        raise ValueError("--lora_merge: expected --lora_rank with it, got none")
     weights_of(config.teacher_weight, count)
     if "auto" not in one_each(config.loss, "auto", count, "loss"):
         check_losses(config.loss or [], config.loss_options, config.learn_projection)
@@ -215,9 +223,7 @@ def main(arguments: Sequence[str]) -> None:
     check(options, config)
     folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
     models = teacher_models(options, config, folders)
-    student, student_tok = load_model(
-        str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code, may_shard=True
-    )
+    student, student_tok = load_student(str(options.student), config)
     use_template(student_tok, config.chat_template)
     teachers = build_teachers(
         options.teacher, student_tok, config, models=models,
@@ -262,3 +268,8 @@ def main(arguments: Sequence[str]) -> None:
         trainer.evaluate()
     trainer.save_model()
     trainer.save_state()
+    if options.lora_merge and config.should_save:
+        stored, _ = load_model(
+            str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code
+        )
+        adapters.save_merged(stored, Path(folder))

@@ -11,7 +11,9 @@ from xtoken.losses import registered
 from xtoken.losses.call import check_choice
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
+from .adapters import AdapterArguments
 from .example import TRAIN_ON
+from .quantized import quantization_config
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
 
@@ -26,8 +28,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
 
 
 @dataclass
-class XTokenConfig(TrainingArguments):
-    """`transformers.TrainingArguments` and the following.
+class XTokenConfig(AdapterArguments, TrainingArguments):
+    """`transformers.TrainingArguments`, `AdapterArguments` and the following.
 
     Parameters
     ----------
@@ -66,6 +68,9 @@ class XTokenConfig(TrainingArguments):
         Whether the weights of W are trained, with a loss that can.
     student_dtype, teacher_dtype, teacher_device, trust_remote_code
         How models are loaded that are given by name; see `load_model`.
+    teacher_quantization : sequence of str, optional
+        Weights of those teachers in 8 or 4 bits, one for all or one each, "none" for none; see
+        `xtoken.train.quantized.quantization_config`.
     chat_template : str, optional
         For tokenizers that have none; see `use_template`.
     cache : path, optional
@@ -123,6 +128,14 @@ class XTokenConfig(TrainingArguments):
     teacher_device: str | None = field(
         default=None, metadata={"help": "device of the teachers; default: the student's; auto: spread"}
     )
+    teacher_quantization: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "teachers in 8 or 4 bits: int8, int4 (torchao), llm.int8, nf4, fp4 (bitsandbytes), none; JSON or "
+            "a file (.json, .yaml) with the fields of a quantization_config of transformers; one for all or one each",
+            "action": "extend",
+        },
+    )  # fmt: skip
     trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with models"})
     chat_template: str | None = field(
         default=None, metadata={"help": "for tokenizers that have none: a file with a chat template, or its text"}
@@ -147,6 +160,9 @@ class XTokenConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         self.loss = [self.loss] if isinstance(self.loss, str) else self.loss
+        self.check_adapters()
+        for one in self.teacher_quantization or []:
+            quantization_config(one)
         check_choice(self.scaling, "scaling", SCALINGS)
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
         if self.teacher_column is not None and self.teacher_mode == "average":

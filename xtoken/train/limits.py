@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from xtoken.vocabulary import Vocabulary
 
@@ -18,8 +18,10 @@ def head_rows(model: Any) -> int | None:
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     if head is None or not hasattr(head, "weight"):
         return None
-    # A quantised layer's weight may be a method, or packed; a sharded one's is elsewhere.
-    if hasattr(head, "out_features"):
+    # A quantised layer's weight may be a method, or packed; a sharded one's is elsewhere. Else it is what counts: the
+    # layer that peft makes for shared embeddings has its sizes the other way round.
+    weight = head.weight
+    if hasattr(head, "out_features") and not (type(weight) is nn.Parameter and weight.dim() == 2 and weight.numel()):
         return int(head.out_features)
     return int(getattr(head.weight, "ds_shape", head.weight.shape)[0])
 

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .adapters import base_of
+
 LENGTHS = ((23, 9, 17, 15), (11, 25, 13, 15))
 """Tokens of the examples of two rows: kernels that take one packed row may not take two."""
 
@@ -51,7 +53,7 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
     masked : bool
         Whether rows come with an ``attention_mask``.
     """
-    parameters = inspect.signature(model.forward).parameters.values()
+    parameters = inspect.signature(base_of(model).forward).parameters.values()
     if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in parameters):
         return "it takes no position_ids, which say where an example begins"
     device = next((one.device for one in model.parameters()), ids.device)

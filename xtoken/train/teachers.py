@@ -20,10 +20,13 @@ from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 from xtoken.vocabulary.roles import RESERVED, ROLES
 
+from . import adapters
 from .chat import use_template
 from .limits import Limits, check_head
 from .packing import PACKED, is_packed, packing_fault
 from .prepare import build_objective, check_losses
+from .quantized import check_layers, stays
+from .quantized import quantization_config as quantization
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -39,6 +42,7 @@ def load_model(
     trust_remote_code: bool = False,
     revision: str | None = None,
     may_shard: bool = False,
+    quantization_config: Any = None,
 ) -> tuple[Any, Any]:
     """A causal language model and its tokenizer.
 
@@ -47,7 +51,8 @@ def load_model(
     Parameters
     ----------
     source : path or str
-        A folder, a Hub id, or a GGUF file (``.gguf``), which is unpacked to `dtype`.
+        A folder, a Hub id, or a GGUF file (``.gguf``), which is unpacked to `dtype`. Of a folder with an adapter (peft)
+        the model that it was made for, with the adapter merged into its weights.
     dtype : torch.dtype or str
         Of the weights, such as "bfloat16"; "auto" is the type they are stored in (float32 for GGUF).
     device : torch.device, optional
@@ -57,18 +62,33 @@ def load_model(
     may_shard : bool
         Whether a process may get only its share of the weights where FSDP (``cpu_ram_efficient_loading``) or DeepSpeed
         (ZeRO-3) are switched on. That is for the model that they train; a teacher is needed whole.
+    quantization_config : str, mapping or object, optional
+        To load weights in 8 or 4 bits: a name such as "int8" or "nf4", or what transformers takes; see
+        `xtoken.train.quantized.quantization_config`. Such a model is put where it belongs at once.
 
-    Raises ValueError if the output layer is narrower than the tokenizer; see `check_head`; FileNotFoundError if a GGUF
-    file does not exist; OSError if there is no such model, naming it.
+    Raises ValueError if the output layer is narrower than the tokenizer; see `check_head`; or for a GGUF file or an
+    adapter that is to be quantised; FileNotFoundError if a GGUF file does not exist; OSError if there is no such model,
+    naming it; ImportError if the package that an adapter or quantised weights need is not installed.
     """
     import transformers
     from transformers import AutoModelForCausalLM
 
-    tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code, revision=revision)
-    name, options = _place(source, trust_remote_code, revision)
+    quantized = quantization(quantization_config, dtype)
+    is_adapter = adapters.is_adapter(source)
+    place = adapters.base_source(source) if is_adapter else source
+    has_own = not is_adapter or (Path(source) / "tokenizer_config.json").is_file()
+    tokenizer = load_tokenizer(source if has_own else place, trust_remote_code=trust_remote_code, revision=revision)
+    name, options = _place(place, trust_remote_code, None if is_adapter else revision)
     is_gguf, is_spread = "gguf_file" in options, str(device) == "auto"
     if is_spread:
         options["device_map"] = "auto"
+    if quantized is not None:
+        if is_gguf or is_adapter:
+            kind = "a GGUF file, which is unpacked" if is_gguf else "an adapter, which is merged into its model"
+            raise ValueError(f"quantization_config: expected None for {kind}, got one for {source}; save that first")
+        options["quantization_config"] = quantized
+        if device is not None and not is_spread:
+            options["device_map"] = {"": str(device)}
     wanted = torch.float32 if is_gguf and dtype == "auto" else dtype
     if is_gguf and hasattr(transformers, "GgufConfig"):
         options["quantization_config"] = transformers.GgufConfig(dequantize=True)
@@ -76,8 +96,12 @@ def load_model(
         model = AutoModelForCausalLM.from_pretrained(name, dtype=wanted, **options)
     if is_gguf and getattr(model, "hf_quantizer", None) is not None:
         model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
-    if device is not None and not is_spread:
+    if is_adapter:
+        model = adapters.merged(model, source)
+    if device is not None and getattr(model, "hf_device_map", None) is None and not stays(model):
         model = model.to(device)
+    if quantized is not None:
+        check_layers(model, str(source))
     check_head(model, Vocabulary.from_tokenizer(tokenizer), str(source))
     return model, tokenizer
 
@@ -234,6 +258,7 @@ class TeacherModel:
         dtype: torch.dtype | str = "auto",
         device: torch.device | str | None = None,
         trust_remote_code: bool = False,
+        quantization_config: Any = None,
         chat_template: str | None = None,
         is_one_of_several: bool = False,
         **how: Any,
@@ -253,7 +278,7 @@ class TeacherModel:
             Default: that of a served model, that of `source`, or the one that the model says it was loaded with.
         name : str, optional
             Default: the last part of `source`.
-        dtype, device, trust_remote_code
+        dtype, device, trust_remote_code, quantization_config
             As for `load_model`.
         chat_template : str, optional
             For a tokenizer that has none; see `use_template`.
@@ -281,7 +306,10 @@ class TeacherModel:
                     f"tokenizer: expected one, since {type(model).__name__} does not say where it was loaded from"
                 )
         if isinstance(model, str):
-            model, loaded = load_model(source, dtype=dtype, device=device, trust_remote_code=trust_remote_code)
+            model, loaded = load_model(
+                source, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
+                quantization_config=quantization_config,
+            )  # fmt: skip
             tokenizer = loaded if tokenizer is None else tokenizer
         elif tokenizer is None and isinstance(model, ServedModel):
             tokenizer = model.tokenizer
@@ -332,8 +360,13 @@ class TeacherModel:
                 check_fingerprints(f"{self.name}: {name}", made, made.metadata, student, self.vocabulary)
 
     def place(self, device: torch.device) -> None:
-        """Moves the model to its device; by default to this one."""
-        if self.model is None or getattr(self.model, "hf_device_map", None) is not None:
+        """Moves the model to its device; by default to this one. What is loaded to its place stays there."""
+        if self.model is None:
+            return
+        places = set((getattr(self.model, "hf_device_map", None) or {}).values())
+        if len(places) == 1 or stays(self.model):
+            self.device = next(self.model.parameters()).device
+        if places or stays(self.model):
             return
         self.device = self.device or device
         self.model.to(self.device)

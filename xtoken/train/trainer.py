@@ -30,7 +30,8 @@ from xtoken.projection import LearnableProjection, ProjectionMatrix
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
-from . import checkpoints
+from . import adapters, checkpoints
+from .assemble import load_student
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .data import EncodedDataset, EncodedStream, is_example, lengths
@@ -43,7 +44,7 @@ from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
 from .routing import logits_where_needed
 from .serving import Ahead, TellFaults
-from .teachers import TeacherModel, check_same_bytes, load_model
+from .teachers import TeacherModel, check_same_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -145,8 +146,9 @@ class XTokenTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
         if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = load_model(model, dtype="float32", may_shard=True)
+            model, tokenizer = load_student(model, args)
             processing_class = tokenizer if processing_class is None else processing_class
+        adapters.prepare(model, args.gradient_checkpointing)
         self.teachers = list(teachers)
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
@@ -679,6 +681,7 @@ class XTokenTrainer(Trainer):
                 f"resume_from_checkpoint: expected a complete checkpoint in {self.args.output_dir}, got none"
             )
         state = checkpoints.check(Path(path), self.args.resume_weights_only)
+        adapters.check_checkpoint(Path(path), self.model)
         if not checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
             return super().train(str(path), *args, **kwargs)
         logger.warning("%s is the end of the run, step %d: nothing is trained", path, state["global_step"])

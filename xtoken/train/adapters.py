@@ -1,0 +1,219 @@
+"""Adapters: LoRA on the student (peft), which checkpoint goes with which model, and merging into the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from xtoken.corpus import require
+
+from .quantized import quantization_config
+
+CONFIG = "adapter_config.json"
+FILES = (CONFIG, "adapter_model.safetensors", "README.md")
+"""What peft saves of an adapter."""
+ASIDE = "adapter"
+"""Folder of the adapter beside the student that it is merged into."""
+
+SHAPING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_modules", "modules_to_save")
+"""Settings without which an adapter's weights mean something else."""
+
+
+@dataclass
+class AdapterArguments:
+    """Adapters in place of the student's own weights.
+
+    Parameters
+    ----------
+    lora_rank : int, optional
+        Of the LoRA adapters; None: the student's own weights are trained.
+    lora_alpha : float, optional
+        Their factor is ``lora_alpha / lora_rank``. Default: twice the rank.
+    lora_dropout : float
+        Share of their inputs that is dropped, below 1.
+    lora_target_modules : sequence of str, optional
+        Modules that have one, by the last parts of their names. Default: all linear layers but the output layer.
+    lora_modules_to_save : sequence of str, optional
+        Modules that are trained whole beside them.
+    student_quantization : str, optional
+        Weights of the student below them in 8 or 4 bits; see `xtoken.train.quantized.quantization_config`.
+    """
+
+    lora_rank: int | None = field(
+        default=None, metadata={"help": "train adapters of this rank (LoRA, by peft) in place of the student's weights"}
+    )
+    lora_alpha: float | None = field(
+        default=None, metadata={"help": "their factor is lora_alpha / lora_rank; default: twice the rank"}
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "share of their inputs that is dropped"})
+    lora_target_modules: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "modules that have one, by the last parts of their names, such as q_proj v_proj; default: all "
+            "linear layers but the output layer"
+        },
+    )
+    lora_modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "modules that are trained whole beside them, such as embed_tokens lm_head"}
+    )
+    student_quantization: str | None = field(
+        default=None, metadata={"help": "the student in 8 or 4 bits below adapters, as --teacher_quantization"}
+    )
+
+    def check_adapters(self) -> None:
+        """Raises ValueError for values out of range, and for options without a rank; ImportError without peft."""
+        if self.lora_rank is None:
+            alone = [one.name for one in fields(AdapterArguments) if getattr(self, one.name) != one.default]
+            if alone == ["student_quantization"]:
+                raise ValueError(
+                    "student_quantization: expected lora_rank with it, since weights in 8 or 4 bits cannot be trained "
+                    f"themselves, got {self.student_quantization} alone"
+                )
+            if alone:
+                raise ValueError(f"{alone[0]}: expected lora_rank with it, got none")
+            return
+        if self.lora_rank < 1:
+            raise ValueError(f"lora_rank: expected at least 1, got {self.lora_rank}")
+        if self.lora_alpha is not None and not 0.0 < self.lora_alpha < float("inf"):
+            raise ValueError(f"lora_alpha: expected a finite number above 0, got {self.lora_alpha}")
+        if not 0.0 <= self.lora_dropout < 1.0:
+            raise ValueError(f"lora_dropout: expected a share of at least 0 and below 1, got {self.lora_dropout}")
+        require("peft", "peft")
+        quantization_config(self.student_quantization)
+
+
+def add_lora(model: Any, options: AdapterArguments) -> Any:
+    """The model with new adapters, which alone are trained: a PeftModel.
+
+    Embeddings that share their weight with the output layer share it on, if they are trained whole. Raises ValueError
+    for a module that the model does not have, and for an adapter of such embeddings.
+    """
+    peft = require("peft", "peft")
+    targets, whole = options.lora_target_modules or ["all-linear"], options.lora_modules_to_save or []
+    _check_names(model, "lora_target_modules", [one for one in targets if one != "all-linear"])
+    _check_names(model, "lora_modules_to_save", whole)
+    is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    shared = set(_embeddings(model)) if is_tied else set()
+    if found := sorted(shared.intersection(targets)):
+        raise ValueError(
+            f"lora_target_modules: expected no embeddings that share their weight with the output layer, got "
+            f"{found[0]}; lora_modules_to_save trains them whole"
+        )
+    assert options.lora_rank is not None
+    config = peft.LoraConfig(
+        task_type="CAUSAL_LM",
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha or 2 * options.lora_rank,
+        lora_dropout=options.lora_dropout,
+        target_modules="all-linear" if "all-linear" in targets else targets,
+        modules_to_save=whole or None,
+        ensure_weight_tying=bool(shared.intersection(whole)),
+    )
+    return peft.get_peft_model(model, config)
+
+
+def _check_names(model: Any, option: str, wanted: Iterable[str]) -> None:
+    modules = dict(model.named_modules())
+    for one in wanted:
+        if not any(name == one or name.endswith(f".{one}") for name in modules):
+            linear = {name.rpartition(".")[2] for name, module in modules.items() if hasattr(module, "in_features")}
+            raise ValueError(
+                f"{option}: expected the name of a module, got {one!r}, which the student does not have; its linear "
+                f"layers are {', '.join(sorted(linear))}"
+            )
+
+
+def _embeddings(model: Any) -> list[str]:
+    """The last parts of the names of input embeddings and output layer."""
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in ends)]
+
+
+def base_of(model: Any) -> Any:
+    """The model within a PeftModel, with the adapters in its layers; any other model as it is."""
+    return getattr(model, "get_base_model", lambda: model)()
+
+
+def prepare(model: Any, checkpoints_gradients: bool) -> None:
+    """Makes a student with adapters ready for training.
+
+    Raises ValueError for prompts that are learned, since they add rows which belong to no token; where nothing can be
+    trained, as of an adapter that was loaded for inference; and for weights that bitsandbytes has packed for inference.
+    """
+    configs: Any = getattr(model, "peft_config", None)
+    if not isinstance(configs, Mapping):
+        return
+    for name, config in configs.items():
+        if config.is_prompt_learning:
+            raise ValueError(
+                f"model: expected adapters in its layers, as LoRA's, got {config.peft_type.value} ({name}), whose rows "
+                "belong to no token"
+            )
+    if not any(weight.requires_grad for weight in model.parameters()):
+        raise ValueError(
+            "model: expected an adapter that can be trained, got one that was loaded for inference; load it by "
+            "peft.PeftModel.from_pretrained(model, folder, is_trainable=True)"
+        )
+    for layer in model.modules():
+        if not hasattr(layer, "support_avx512bf16_for_cpu"):  # a 4-bit layer of bitsandbytes
+            continue
+        if getattr(layer.weight.quant_state, "packing_format_for_cpu", False):
+            raise ValueError("model: expected weights in 4 bits that have not been run in evaluation on the CPU before")
+        layer.support_avx512bf16_for_cpu = False  # else an evaluation packs them so that no gradient goes through
+    if checkpoints_gradients:
+        model.enable_input_require_grads()  # else a block whose inputs need no gradient may give its weights none
+
+
+def check_checkpoint(folder: Path, model: Any) -> None:
+    """Raises ValueError if a checkpoint's weights are an adapter's and the model's are not, or the other way round, or
+    if it is another adapter."""
+    peft_configs: Mapping[str, Any] = getattr(model, "peft_config", None) or {}
+    saved = [path for path in (folder / CONFIG, *sorted(folder.glob(f"*/{CONFIG}"))) if path.exists()]
+    if bool(saved) != bool(peft_configs):
+        has, wants = ("an adapter", "none") if saved else ("the weights of a whole model", "an adapter")
+        raise ValueError(f"resume_from_checkpoint: {folder} has {has}, but this run trains {wants} (lora_rank)")
+    for path in saved:
+        name = "default" if path.parent == folder else path.parent.name
+        then = type(peft_configs[name]).from_pretrained(path.parent) if name in peft_configs else None
+        for setting in SHAPING if then is not None else ():
+            before, now = (_plain(getattr(one, setting, None)) for one in (then, peft_configs[name]))
+            if before != now:
+                raise ValueError(
+                    f"resume_from_checkpoint: expected an adapter with {setting}={now}, as this run has it, got "
+                    f"{before} in {path}"
+                )
+
+
+def _plain(value: Any) -> Any:
+    return sorted(value) if isinstance(value, (set, list, tuple)) else value
+
+
+def is_adapter(source: Any) -> bool:
+    """Whether a folder holds an adapter in place of a model."""
+    return (Path(source) / CONFIG).is_file()
+
+
+def base_source(folder: Any) -> str:
+    """What an adapter was made for: a folder or Hub id."""
+    name = require("peft", "peft").PeftConfig.from_pretrained(str(folder)).base_model_name_or_path
+    if not name:
+        raise ValueError(f"source: {Path(folder) / CONFIG} does not say which model the adapter is for")
+    return str(name)
+
+
+def merged(model: Any, folder: Any) -> Any:
+    """The model with an adapter of it, from a folder, added to its weights."""
+    peft = require("peft", "peft")
+    return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+
+
+def save_merged(model: Any, folder: Path) -> None:
+    """Saves the model with the adapter that lies in a folder added to its weights, and the adapter in ``adapter``."""
+    aside = folder / ASIDE
+    aside.mkdir(exist_ok=True)
+    for name in FILES:
+        if (folder / name).exists():
+            (folder / name).replace(aside / name)
+    merged(model, aside).save_pretrained(folder)
