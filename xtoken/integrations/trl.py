@@ -1,4 +1,4 @@
-"""The losses of xtoken in TRL's `GOLDTrainer`, on and off policy."""
+"""The losses of xtoken in trainers of TRL: `replace_loss` for `GOLDTrainer`, `distil` for `SFTTrainer`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,10 @@ from xtoken.losses.backends import IGNORED
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ProjectionMatrix
 from xtoken.vocabulary import Vocabulary
+
+from .sft import DistilCollator, distil
+
+__all__ = ["DistilCollator", "GOLDLoss", "distil", "replace_loss"]
 
 
 class GOLDLoss(nn.Module):
