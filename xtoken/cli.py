@@ -96,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument(
         "--chat-template", help="for a tokenizer that has none: a file with a chat template, or its text"
     )
+    cache.add_argument("--teacher-system", help="what the teacher alone is told, as --teacher_system of xtoken train")
     cache.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
     cache.add_argument("--quantization", help="weights in 8 or 4 bits, as --teacher_quantization of xtoken train")
     cache.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from chats import joined, pieces_of
 from default_losses import default_loss
-from small import make_config, make_model, make_teacher
+from small import command, history, make_config, make_model, make_teacher
 
 from xtoken import Vocabulary, cache_teacher
+from xtoken.cli import main
 from xtoken.losses import Needs
 from xtoken.train import CachedExamples, EncodedDataset, ExampleEncoder, XTokenTrainer
 from xtoken.train.cached import teacher_documents
@@ -140,3 +143,51 @@ def test_a_twin_with_a_system_message(tmp_path, small_chat_tok):
     other = CachedExamples(EncodedDataset([PLAIN], ExampleEncoder(tok, [tok], name_documents=True)), [cache])
     with pytest.raises(ValueError, match="example 0: not in the teacher cache"):
         other[0]
+
+
+TEMPLATE = "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+
+
+def test_commands(folders, tmp_path, capsys):
+    """Two teachers of different use, and a cache of what one is told; options that fit nothing are refused."""
+    data = tmp_path / "chats.jsonl"
+    rows = [{**PLAIN, "goes_to": "teacher"}, {**TOLD, "goes_to": ["self"]}, {**PLAIN, "goes_to": ["self", "teacher"]}]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {**folders, "train": str(data), "test": str(data)}
+    shared = ["--chat_template", TEMPLATE, "--teacher_column", "goes_to"]
+    caching = [
+        "cache-teacher",
+        "--teacher",
+        folders["teacher"],
+        "--chat-template",
+        TEMPLATE,
+        "--teacher-system",
+        SYSTEM,
+    ]
+    folder = str(tmp_path / "cache")
+    assert main([*caching, "--data", str(data), "--output", folder, "--logprobs", "60"]) == 0
+    uses = [
+        "--teacher", "self", "--teacher_average", "0.5", "--trust_top_k", "60", "0", "--teacher_system", SYSTEM, "none",
+        "--teacher_mode", "entropy", "--teacher_cache", folder, "none", "--max_steps", "3", *shared,
+    ]  # fmt: skip
+    assert main(command(given, tmp_path / "out", *uses)) == 0
+    log = history(tmp_path / "out")
+    first, last = ([one for one in log if "eval_ce" in one][k] for k in (0, -1))
+    assert first["eval_kd/self"] == pytest.approx(0.0, abs=1e-6)
+    assert last["eval_kd/self"] > 1e-6
+    assert 0 < first["eval_distrusted/teacher"] < 1
+    assert first["eval_chunks/teacher"] > 10
+    assert first["eval_certainty/teacher"] != 1.0
+    for wrong, message in (
+        (["--teacher_average", "0.5"], "teacher_average: expected a teacher 'self' with it, got none"),
+        (["--trust_top_k", "1", "2"], "trust_top_k: expected one, or one for each of the 1 teachers, got 2"),
+        (
+            ["--teacher", "self", "--teacher_cache", folder],
+            "--teacher self: expected neither --teacher_url nor --teach",
+        ),
+        (["--teacher_system", "none"], "not in the teacher cache"),
+    ):
+        more = ["--teacher_cache", folder] if wrong[0] == "--teacher_system" else []
+        assert main(command(given, tmp_path / "no", *wrong, *more, "--max_steps", "1", *shared[:2])) == 1
+        assert message in capsys.readouterr().err
+    assert Path(folder).exists()

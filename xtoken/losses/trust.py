@@ -46,5 +46,6 @@ def in_top(source: Source, tokens: Tensor, top_k: int) -> Tensor:
         wanted = tokens[start : start + step]
         logits = source.rows(start, start + len(wanted))
         own = logits.gather(1, wanted.clamp(0, source.size - 1)[:, None])
-        found.append(((logits > own).sum(1) < top_k) & (wanted >= 0) & (wanted < source.size))
+        above = (logits > own).view(torch.uint8).sum(1, dtype=torch.int32)
+        found.append((above < top_k) & (wanted >= 0) & (wanted < source.size))
     return torch.cat(found)

@@ -160,7 +160,8 @@ def main(options: argparse.Namespace) -> str:
     now = None
     if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
         now = (cached_time(options.output) if options.resume else None) or datetime.now()
-    documents = teacher_documents(tokenizer, read_rows(options.data, options.text_column), options.text_column, now)
+    rows = read_rows(options.data, options.text_column)
+    documents = teacher_documents(tokenizer, rows, options.text_column, now, options.teacher_system)
     cache = cache_teacher(
         model, tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
         batch_tokens=options.batch_tokens, resume=options.resume, now=now,

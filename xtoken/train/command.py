@@ -27,7 +27,7 @@ from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 
 from . import adapters
-from .assemble import build_teachers, load_student
+from .assemble import SELF, build_teachers, load_student
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import newest
@@ -51,7 +51,9 @@ class TrainArguments:
     """What to train on what; see ``--help``."""
 
     student: str | None = _option(None, "the student: a folder, a Hub id or a GGUF file")
-    teacher: list[str] | None = _option(None, "a teacher, likewise; may be repeated", action="extend")
+    teacher: list[str] | None = _option(
+        None, "a teacher, likewise, or self for the student itself; may be repeated", action="extend"
+    )
     data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
     eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
     teacher_cache: list[str] | None = _option(
@@ -141,6 +143,8 @@ def check(options: TrainArguments, config: XTokenConfig) -> None:
     if options.lora_merge and config.lora_rank is None:
         raise ValueError("--lora_merge: expected --lora_rank with it, got none")
     weights_of(config.teacher_weight, count)
+    for name in ("trust_top_k", "teacher_system"):
+        one_each(getattr(config, name), None, count, name)
     if "auto" not in one_each(config.loss, "auto", count, "loss"):
         check_losses(config.loss or [], config.loss_options, config.learn_projection)
     for path in [*(options.data or []), *(options.eval_data or [])]:
@@ -153,6 +157,8 @@ def check_templates(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError if rows are chats and the tokenizer of the student or a teacher has no template for them."""
     if has_chats([*(options.data or []), *(options.eval_data or [])], config.text_column):
         for source in dict.fromkeys([str(options.student), *tokenizers_of(options)]):
+            if source == SELF:
+                continue
             tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
             use_template(tokenizer, config.chat_template)
             ChatTemplate(tokenizer, source)
@@ -175,6 +181,8 @@ def teacher_models(options: TrainArguments, config: XTokenConfig, folders: Seque
     urls = one_each(options.teacher_url, "none", len(teachers), "teacher_url")
     models: list[Any] = []
     for name, source, url, folder in zip(teachers, tokenizers_of(options), urls, folders, strict=True):
+        if name == SELF and (url, folder) != ("none", "none"):
+            raise ValueError(f"--teacher {SELF}: expected neither --teacher_url nor --teacher_cache for the student")
         if url != "none" and folder != "none":
             raise ValueError(f"--teacher_url: expected it, or --teacher_cache, for {name}, got both")
         if url == "none":
@@ -251,7 +259,8 @@ def main(arguments: Sequence[str]) -> None:
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=config.text_column, max_length=max_length,
             max_teacher_length=max_teacher_length, train_on=config.train_on, name_documents=is_cached,
-            now=next(iter(times), None),
+            now=next(iter(times), None), teacher_systems=[one.system for one in teachers],
+            teacher_column=config.teacher_column, teacher_names=[one.name for one in teachers],
         )  # fmt: skip
         return CachedExamples(loaded, caches) if is_cached else loaded
 

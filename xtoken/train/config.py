@@ -51,6 +51,12 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     teacher_column : str, optional
         Field of the rows that says which teachers a row goes to, as for `ExampleEncoder`; names are those of the
         TeacherModels. Not with "average". A teacher runs only for the rows of a micro-batch that it has chunks of.
+    trust_top_k : list of int, optional
+        For teachers that are built by name: of `xtoken.Teacher`, one for all or one each; 0 for none.
+    teacher_system : list of str, optional
+        For those, too, what each alone is told, see `ExampleEncoder`; one for all or one each; "none" for none.
+    teacher_average : float, optional
+        Makes the teacher "self" a moving average of the student; see `TeacherModel.of_student`.
     projection_learning_rate : float
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
@@ -100,6 +106,26 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})
     teacher_column: str | None = field(
         default=None, metadata={"help": "field of the data with the names of the teachers that a row goes to"}
+    )
+    trust_top_k: list[int] | None = field(
+        default=None,
+        metadata={
+            "help": "leave out chunks with a token that is not among a teacher's so many most probable; one for all "
+            "teachers or one each; 0 (default): none", "action": "extend",
+        },
+    )  # fmt: skip
+    teacher_system: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "what a teacher alone is told, at the beginning of a chat's system message; one for all teachers "
+            "or one each, or none for one that is told nothing more", "action": "extend",
+        },
+    )  # fmt: skip
+    teacher_average: float | None = field(
+        default=None,
+        metadata={
+            "help": "with --teacher self: a moving average of the student, such as 0.999; default: its beginning"
+        },
     )
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
@@ -159,10 +185,12 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "loss_options")
 
     def __post_init__(self) -> None:
-        self.loss = [self.loss] if isinstance(self.loss, str) else self.loss
+        for name in ("loss", "teacher_system", "trust_top_k"):
+            if isinstance(one := getattr(self, name), (str, int)):
+                setattr(self, name, [one])
         self.check_adapters()
-        for one in self.teacher_quantization or []:
-            quantization_config(one)
+        for quantization in self.teacher_quantization or []:
+            quantization_config(quantization)
         check_choice(self.scaling, "scaling", SCALINGS)
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
         if self.teacher_column is not None and self.teacher_mode == "average":

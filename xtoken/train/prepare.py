@@ -81,6 +81,7 @@ def build_objective(
     learn_projection: bool = False,
     texts: Iterable[str] | Callable[[], Iterable[str]] = (),
     cache: Folder = None,
+    trust_top_k: int | None = None,
 ) -> tuple[Teacher, tuple[str, ...]]:
     """How a student learns from a teacher, and why so, in words.
 
@@ -102,6 +103,8 @@ def build_objective(
         Text like that of the training data, for `PieceIndex.build`, beside `sample_texts`; only read if it is needed.
     cache : path, optional
         Folder for W and audits; default: `cache_folder`.
+    trust_top_k : int, optional
+        Of `Teacher`.
 
     Raises ValueError for an unknown loss.
     """
@@ -125,7 +128,7 @@ def build_objective(
     given = {name: value for name, value in (loss_options or {}).items() if name in kind.options()}
     if given.get("top_k") == 0:
         given["top_k"] = None
-    return Teacher(projection, loss, weight, pieces=pieces, **given), tuple(reasons)
+    return Teacher(projection, loss, weight, pieces=pieces, trust_top_k=trust_top_k, **given), tuple(reasons)
 
 
 def check_losses(losses: Sequence[str], loss_options: Mapping[str, Any] | None, learn_projection: bool) -> None:

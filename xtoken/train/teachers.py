@@ -286,7 +286,7 @@ class TeacherModel:
             Whether options that its loss does not have are those of other teachers' losses; see `check_losses`.
         **how
             As for `build_objective`: ``loss``, ``weight``, ``loss_options``, ``gamma``, ``learn_projection``,
-            ``texts``, ``cache``.
+            ``texts``, ``cache``, ``trust_top_k``.
 
         Raises ValueError for a model that does not say which tokenizer it has, and for options that the loss does not
         have; and what `load_model` raises.
