@@ -28,6 +28,8 @@ class FakeServer(AbstractContextManager["FakeServer"]):
     most_in_flight : int
     keys : set of str
         Headers ``Authorization`` that were sent.
+    moved : str
+        Where it sends those who ask what it serves, if not empty.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class FakeServer(AbstractContextManager["FakeServer"]):
         self.asked: list[list[int]] = []
         self.most_in_flight = self.in_flight = 0
         self.keys: set[str] = set()
+        self.moved = ""
         self.lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
@@ -100,6 +103,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.fake.keys.add(self.headers.get("Authorization", ""))
+        if self.fake.moved:
+            return self.send(b"", 302, Location=self.fake.moved + self.path)
         if self.path != "/v1/models":
             return self.refuse("Not Found", 404)
         cards = [

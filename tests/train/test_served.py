@@ -144,6 +144,14 @@ def test_wrong_answers(server, teacher_tok, fault, error, message):
     assert remote.ask([[5, 6, 8]])[0].result().ids.shape == (3, 6)  # the next one is answered
 
 
+def test_a_key_goes_nowhere_else(vllm, model, teacher_tok):
+    with FakeServer(model, teacher_tok) as other:
+        vllm.moved = other.url
+        with pytest.raises(ValueError, match=f"HTTP 302: it sends us to {other.url}/v1/models; give that as url"):
+            served(vllm, teacher_tok, key="s3cret")
+        assert (vllm.keys, other.keys) == ({"Bearer s3cret"}, set())
+
+
 def test_other_tokens_than_were_sent(vllm, teacher_tok, caplog):
     remote = served(vllm, teacher_tok)
     vllm.faults.append("other")
