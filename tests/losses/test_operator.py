@@ -273,6 +273,37 @@ def test_linear_adds_the_blocks_to_the_gradient_of_w(name: str, backend: str) ->
         assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
 
 
+@pytest.mark.parametrize("is_frozen", [False, True])
+@pytest.mark.parametrize("name", registered())
+def test_linear_with_factors_that_are_known(name: str, is_frozen: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward prepares the gradient of the loss and the cross-entropy together; factors that do not go with it make it
+    nan. A frozen output layer has none."""
+    case = small_case()
+    generator = torch.Generator().manual_seed(3)
+    operation = OPERATIONS[name]
+    hidden = torch.randn(2, case.student.shape[1], 11, generator=generator).requires_grad_()
+    head = torch.randn(operation.size(case), 11, generator=generator).requires_grad_(not is_frozen)
+    leaves = [one for one in (hidden, head) if one.requires_grad]
+    labels = make_labels(case, operation.size(case))
+    made, results = call.run, []
+
+    def found(factors: tuple[float, float], expected: tuple[float, float] | None) -> list[Tensor]:
+        def run(loss: Any, given: Any, inplace: bool, _: None) -> Any:
+            wanted = None if expected is None else operator.Expected(labels, *map(torch.tensor, expected))
+            results.append(made(loss, given, inplace, wanted))
+            return results[-1]
+
+        monkeypatch.setattr(call, "run", run)
+        loss, ce = operation.bound(case, linear=True)(hidden, head, case.teacher, labels=labels)
+        return list(torch.autograd.grad(factors[0] * loss + factors[1] * ce, leaves))
+
+    for factors, expected in (((0.6, 2.0), (0.3, 1.0)), ((0.0, 2.0), (0.0, 1.0)), ((0.3, 0.0), (0.3, 0.0))):
+        for got, want in zip(found(factors, expected), found(factors, None), strict=True):
+            assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+    assert all(bool(one.isnan().all()) for one in found((0.3, 2.0), (0.3, 1.0)))
+    assert len(results) == 7
+
+
 def test_linear_that_does_not_fit() -> None:
     hidden, head = torch.zeros(2, 5, 4), torch.zeros(9, 4)
     for bad in ({"softcap": 0.0}, {"softcap": math.inf}, {"logit_scale": -1.0}, {"logit_scale": math.nan}):
@@ -363,7 +394,7 @@ def test_opcheck(name: str, reduction: str, monkeypatch: pytest.MonkeyPatch) -> 
     case = small_case()
     call_loss(name, case, case.student.requires_grad_(), case.teacher, reduction=reduction)
     ((loss, given, *_),) = calls
-    arguments = *given, *operator._LAYOUTS[name].flat(loss), reduction == "mean", False, None, None
+    arguments = *given, *operator._LAYOUTS[name].flat(loss), reduction == "mean", False, False, None, None
     torch.library.opcheck(getattr(torch.ops.xtoken, name).default, arguments)
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED
@@ -23,7 +24,7 @@ from xtoken.losses.call import (
 )
 from xtoken.losses.certainty import Predicting, certainties
 from xtoken.losses.diagnostics import NAMES, nothing
-from xtoken.losses.logits import AnyLogits, Parts, Source
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source
 from xtoken.losses.loss import Loss, Needs, registered
 from xtoken.losses.operator import Expected, at_least_one
 from xtoken.losses.trust import in_top, trusted
@@ -212,7 +213,7 @@ class XTokenLoss(nn.Module):
 
     def forward(
         self,
-        student_logits: Tensor,
+        student_logits: AnyLogits,
         labels: Tensor,
         teacher_logits: AnyLogits | Sequence[AnyLogits | None],
         alignments: Alignment | Sequence[Alignment | None] | None = None,
@@ -225,11 +226,11 @@ class XTokenLoss(nn.Module):
 
         Parameters
         ----------
-        student_logits : floating [B, T, V] or [T, V]
+        student_logits : floating [B, T, V] or [T, V], or LinearLogits
         labels : int64 [B, T] or [T]
             Token ids at their own positions, -100 where ignored; row ``t`` is compared with label ``t + 1``. Neither
             part of the loss touches a row that only ignored labels follow.
-        teacher_logits : Tensor or sequence of M tensors
+        teacher_logits : Tensor, TopKLogits, LinearLogits, or sequence of M
             One for each teacher. None for one whose alignment has no labelled chunk in this call: it adds nothing.
         alignments : Alignment or sequence of M, optional
             None for a teacher that shares the tokenizer: its positions are then those whose next label is not
@@ -336,11 +337,26 @@ class XTokenLoss(nn.Module):
             ce, kd = reduce(torch.stack([ce, kd.to(ce.dtype)]))
         return ratio(ce, kd, self.max_scale)
 
-    def _cross_entropy(self, student_logits: Tensor, labels: Tensor) -> Tensor:
-        logits = student_logits[..., : self.vocab_size].flatten(0, -2)
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        targets = to_device(_following(labels).flatten(), logits.device)
-        return nn.functional.cross_entropy(logits, targets, ignore_index=IGNORED, reduction="sum")
+    def _cross_entropy(self, student_logits: AnyLogits, labels: Tensor) -> Tensor:
+        """The sum; hidden states in blocks, whose logits backward computes again."""
+        given = Parts.of(student_logits).batched()
+        if given.width is None:
+            raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
+        width = min(given.width, self.vocab_size or given.width)
+        targets = _following(labels).flatten()
+
+        def block(start: int, stop: int) -> Tensor:
+            logits = given.source(width).rows(start, stop)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            wanted = to_device(targets[start:stop], logits.device)
+            return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
+
+        if given.head is None:
+            return block(0, len(targets))
+        step = max(1, BLOCK_ELEMENTS // width)
+        starts = range(0, max(1, len(targets)), step)
+        parts = [checkpoint(block, start, start + step, use_reentrant=False) for start in starts]
+        return torch.stack(parts).sum()
 
     def _ready(
         self,
@@ -415,7 +431,6 @@ class XTokenLoss(nn.Module):
         wanted: Tensor | Expected | None = targets
         if factors is not None and weights is None:
             of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
-            of_loss = torch.where(of_loss == 0, 1.0, of_loss)
             wanted = Expected(targets, of_loss, _scalar(factors[1], device))
         result = compute(
             loss,

@@ -374,6 +374,17 @@ class RowBlock(NamedTuple):
         )
 
 
+def materialised(logits: AnyLogits) -> Tensor:
+    """All of the logits [B, T, V] or [T, V], in memory."""
+    if isinstance(logits, Tensor):
+        return logits
+    parts = Parts.of(logits)
+    if parts.width is None:
+        raise ValueError("logits: expected some that say how many tokens there are, got TopKLogits")
+    rows: Tensor = parts.batched().source(parts.width).rows(0, parts.leading_shape.numel())
+    return rows.unflatten(0, parts.leading_shape)
+
+
 def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[RowBlock]:
     """Cuts the chunks so that neither side has many more than `BLOCK_ELEMENTS` logits in a block.
 

@@ -102,6 +102,7 @@ class _Flags(NamedTuple):
     """Which gradients are wanted, and the upstream gradients of loss and cross-entropy (default: 1)."""
 
     student_wanted: bool
+    head_wanted: bool  # with the student's, those of its output layer
     weight_wanted: bool
     upstream: Tensor | None
     label_upstream: Tensor | None
@@ -241,7 +242,7 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
         upstream = label_upstream = lifted = _power_of_two(chunks.number, call.student.device)
     scale = _chunk_scale(chunks, call.reduction, upstream, call.student)
     labels = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
-    grads = _Gradients(call, weight, flags.student_wanted, inplace)
+    grads = _Gradients(call, weight, flags, inplace)
     parts = []
     for problem, span, rows in _problems(loss.name, student, teacher, prepared, weight):
         backend = backend_of(call.backend, problem)
@@ -293,12 +294,13 @@ def _problems(
 class _Gradients:
     """Buffers of the gradients that are wanted; an operator's results must not share memory."""
 
-    def __init__(self, call: Call, weight: Tensor | None, student_wanted: bool, inplace: bool) -> None:
-        self.call, self.wanted = call, student_wanted
+    def __init__(self, call: Call, weight: Tensor | None, flags: _Flags, inplace: bool) -> None:
+        self.call, self.wanted, self.head_wanted = call, flags.student_wanted, flags.head_wanted
         self.student, self.head, self.bias = (call.student.new_empty(0) for _ in range(3))
-        if student_wanted:
+        if self.wanted:
             empty = torch.empty_like(call.student, memory_format=torch.contiguous_format) if not inplace else None
             self.student = call.student if empty is None else empty
+        if self.head_wanted:
             self.head = self.head if call.student_head is None else torch.zeros_like(call.student_head)
             self.bias = self.bias if call.student_bias is None else torch.zeros_like(call.student_bias)
         self.weight = None if weight is None else torch.zeros_like(weight)
@@ -318,6 +320,8 @@ class _Gradients:
         head, size = self.call.student_head, grad.shape[1]
         assert head is not None
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
+        if not self.head_wanted:
+            return
         self.head[:size].addmm_(grad.t(), self.call.student.flatten(0, 1)[rows])
         if self.call.student_bias is not None:
             self.bias[:size] += grad.sum(0)
@@ -387,8 +391,8 @@ def _fake(call: Call, weight: Tensor | None, flags: _Flags) -> tuple[Tensor, ...
         student.new_empty(shape, dtype=dtype),
         student.new_empty((), dtype=labels_dtype),
         like(student, flags.student_wanted),
-        like(call.student_head, flags.student_wanted),
-        like(call.student_bias, flags.student_wanted),
+        like(call.student_head, flags.head_wanted),
+        like(call.student_bias, flags.head_wanted),
         like(weight, flags.weight_wanted),
         student.new_empty(() if flags.upstream is None and _is_lifted(call) else 0, dtype=torch.float32),
     )
@@ -460,6 +464,21 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.lifted = output[-1].detach() if output[-1].numel() else None
 
 
+def _common_factor(upstream: Tensor, label_upstream: Tensor, expected: Tensor, label_expected: Tensor) -> Tensor:
+    """The factor of a prepared gradient that is the sum of the loss's and the cross-entropy's; nan if these come with
+    different ones."""
+    dtype = upstream.dtype
+    expected, label_expected = expected.to(dtype), label_expected.to(dtype)
+    is_first = expected.abs() >= label_expected.abs()
+    factor = torch.where(is_first, upstream / expected, label_upstream / label_expected)
+    rounding = 8 * torch.finfo(dtype).eps  # see `_remaining`
+    factor = torch.where((factor - 1).abs() <= rounding, 1.0, factor)
+    factor = torch.where((expected == 0) & (label_expected == 0), 0.0, factor)
+    off = (upstream - factor * expected).abs(), (label_upstream - factor * label_expected).abs()
+    is_common = (off[0] <= rounding * upstream.abs()) & (off[1] <= rounding * label_upstream.abs())
+    return torch.where(is_common, factor, torch.nan)
+
+
 def _remaining(
     upstream: Tensor, label_upstream: Tensor, expected: Tensor | None, label_expected: Tensor | None
 ) -> tuple[Tensor, Tensor]:
@@ -488,17 +507,21 @@ class _Backward:
         count = len(self.layout.names)
         call, expected = Call(*arguments[: len(Call._fields)]), _Flags(*arguments[count:])
         needed = dict(zip(self.layout.names, ctx.needs_input_grad, strict=False))
-        student_wanted = bool(needed["student"] or needed["student_head"] or needed["student_bias"])
+        head_wanted = bool(needed["student_head"] or needed["student_bias"])
+        student_wanted = bool(needed["student"] or head_wanted)
         prepared, ctx.prepared = ctx.prepared, None
         with torch.no_grad():
             if prepared is None:
                 weight_wanted = self.layout.loss.trains_projection and bool(needed[_WEIGHT])
-                flags = _Flags(student_wanted, weight_wanted, upstream, label_upstream)
+                flags = _Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
                 prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:-1]
             else:
-                factors = expected[2:] if ctx.lifted is None else (ctx.lifted, ctx.lifted)
-                factor, lacking = _remaining(upstream, label_upstream, *factors)
-                if call.labels is not None and student_wanted:
+                factors = (expected.upstream, expected.label_upstream) if ctx.lifted is None else (ctx.lifted,) * 2
+                if _is_mixed(call):
+                    factor, lacking = _common_factor(upstream, label_upstream, *factors), None
+                else:
+                    factor, lacking = _remaining(upstream, label_upstream, *factors)
+                if lacking is not None and call.labels is not None and student_wanted:
                     add_cross_entropy_(
                         prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
                         call.backend,
@@ -525,7 +548,7 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, loss: Loss, call: Call) -> Tensor:
         ctx.grad = student.detach()
-        flags = _Flags(True, False, None, None)
+        flags = _Flags(True, False, False, None, None)
         result = _compute(loss, call._replace(student=ctx.grad), flags, inplace=True)
         ctx.lifted = result.lifted if result.lifted.numel() else None
         return result.loss
@@ -543,15 +566,20 @@ class InplaceLoss(torch.autograd.Function):
 
 
 class Expected(NamedTuple):
-    """Labels of a call, or none, with what its results will be multiplied by: float32 [], the first not 0.
+    """Labels of a call, or none, with what its results will be multiplied by: float32 [].
 
     Forward prepares the gradient with these factors (not in float16); where they come true, backward has nothing left
-    to do.
+    to do. With labels and an output layer it can only multiply both by the same, and anything else makes it nan.
     """
 
     labels: Tensor | None
     loss: Tensor
     cross_entropy: Tensor
+
+
+def _is_mixed(call: Call) -> bool:
+    """Whether one gradient has the loss's and the cross-entropy's, which nothing can tell apart: that of a head."""
+    return call.labels is not None and call.student_head is not None
 
 
 def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None = None) -> tuple[Tensor, Tensor]:
@@ -564,11 +592,16 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
     trained = loss.trained
     weight_wanted = torch.is_grad_enabled() and trained is not None and trained.requires_grad
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
-    # its own, and not if gradients of the loss and of the cross-entropy are already mixed in those of a head.
-    prepare = call.reduction != "none" and (call.labels is None or call.student_head is None)
+    # its own, and not if gradients of the loss and of the cross-entropy are mixed with factors that are not known.
     # float16 would lose small gradients: a scaler's factor, which is to prevent that, comes in backward only.
-    is_wide = call.student.dtype != torch.float16
-    factors = expected[1:] if expected is not None and prepare and is_wide else (None, None)
-    flags = _Flags(student_wanted and prepare, weight_wanted and prepare, *factors)
+    factors = expected[1:] if expected is not None and call.student.dtype != torch.float16 else None
+    prepare = call.reduction != "none" and (factors is not None or not _is_mixed(call))
+    if factors is not None and not _is_mixed(call):
+        factors = torch.where(factors[0] == 0, 1.0, factors[0]), factors[1]  # it is divided by
+    head_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves[1:])
+    flags = _Flags(
+        student_wanted and prepare, head_wanted and prepare, weight_wanted and prepare,
+        *((None, None) if factors is None or not prepare else factors),
+    )  # fmt: skip
     result = getattr(torch.ops.xtoken, loss.name)(*arguments, *flags)
     return result[0], result[1]

@@ -13,6 +13,7 @@ from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
 from .adapters import AdapterArguments
 from .example import TRAIN_ON
+from .fused import CHOICES
 from .quantized import quantization_config
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
@@ -61,6 +62,11 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
         See `xtoken.select_backend`.
+    fused : "auto", "on" or "off"
+        Whether the losses get hidden states and output layer, of the student and of teachers that compute here, and
+        make logits a block of rows at a time, so that logits of a whole micro-batch never exist. "auto" does so where
+        they would take 1 GiB or more (see `xtoken.train.fused.AUTO_BYTES`), if the model lets it; it says once what it
+        does and why. "on" raises ValueError for a student whose output layer does not let it.
     resume_weights_only : bool
         Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
     loss, teacher_weight : sequence, optional
@@ -129,6 +135,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     )
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
+    fused: str = field(
+        default="auto", metadata={"help": "losses from hidden states and output layer", "choices": CHOICES}
+    )
     resume_weights_only: bool = field(
         default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
     )
@@ -195,6 +204,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
         if self.teacher_column is not None and self.teacher_mode == "average":
             raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")
+        check_choice(self.fused, "fused", CHOICES)
         # Where an earlier version of transformers has another default, nobody has asked for it.
         defaults = {one.name: one.default for one in fields(self)}
         for name, (expected, reason) in REFUSED.items():

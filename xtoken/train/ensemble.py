@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, predictable, to_device
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.logits import AnyLogits, Parts
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts
 
 
 def mean_logits(
@@ -90,7 +90,9 @@ def _scores(alignment: Alignment, logits: AnyLogits | None, ids: Tensor, size: i
     for b in range(samples):
         wanted = to_device(inside[1][b].nonzero()[:, 0], ids.device)
         if len(wanted):
-            predicted = rows.rows(b * length, (b + 1) * length)[wanted - 1].float()
-            nats = torch.nn.functional.cross_entropy(predicted, ids[b, wanted], reduction="sum")
-            scores[b] = nats.double() / int(inside[0][b].sum())
+            nats = torch.zeros((), dtype=torch.float64, device=ids.device)
+            for some in wanted.split(max(1, BLOCK_ELEMENTS // width)):
+                predicted = rows.at(b * length + some - 1).float()
+                nats += torch.nn.functional.cross_entropy(predicted, ids[b, some], reduction="sum")
+            scores[b] = nats / int(inside[0][b].sum())
     return torch.stack(scores)

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 
 from xtoken.losses import LinearLogits
-from xtoken.losses.logits import Parts
+from xtoken.losses.logits import Parts, autocasts
+
+from .packing import in_evaluation
 
 TOKENS = 8
-"""Of the first row, with which a model's logits are compared once."""
+"""With so many of which a model's logits are compared once."""
 
 _SEEN: WeakSet[nn.Module] = WeakSet()
 
@@ -22,43 +26,164 @@ def linear_logits(model: Any, input_ids: Tensor, **inputs: Any) -> LinearLogits:
 
     Softcap and scale are read from the configuration: ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere),
     ``logits_scaling`` (Granite), ``lm_head_multiplier`` and ``output_multiplier``. The first call of a model also
-    computes its logits of a few tokens, in evaluation mode. Gradients go through all of it.
+    computes its logits of a few tokens, in evaluation mode. Gradients go through all of it, also those of peft's LoRA
+    on the output layer.
 
-    Raises ValueError if these logits are others, since the model does something else to them; or if it has no body and
-    output layer to be told apart.
+    Raises ValueError if these logits are others, since the model does something else to them; or if its output layer is
+    not linear, or quantised, or there is none.
     """
-    body = getattr(model, getattr(model, "base_model_prefix", ""), None)
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
-    name = type(model).__name__
-    if body is None or body is model or getattr(head, "weight", None) is None:
-        raise ValueError(f"model: expected a body and an output layer, as transformers has them, got {name}")
     if model not in _SEEN:
-        was_training = model.training
-        try:
-            few = input_ids[:1, :TOKENS]
-            with torch.no_grad():
-                made = _made(model.eval(), body, head, input_ids=few)
-                want = model(input_ids=few, use_cache=False).logits.float()
-                got = Parts.of(made).source(want.shape[-1]).rows(0, few.shape[1]).view_as(want).float()
-        finally:
-            model.train(was_training)
-        eps = torch.finfo(made.hidden.dtype).eps
-        off = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
-        if not off <= max(16 * eps, 1e-4):
-            raise ValueError(
-                f"model: expected logits that are the output layer's, scaled and capped by the configuration; those of "
-                f"{name} differ by {off:.2g} of the largest; use its logits"
-            )
+        fault = head_fault(model, input_ids[:1, :TOKENS])
+        if fault is not None:
+            raise ValueError(f"model: {fault}; use the logits of {type(model).__name__}")
         _SEEN.add(model)
-    return _made(model, body, head, input_ids=input_ids, **inputs)
+    made: LinearLogits = linear_outputs(model, model, input_ids=input_ids, use_cache=False, **inputs).logits
+    return made
 
 
-def _made(model: Any, body: Any, head: Any, **inputs: Any) -> LinearLogits:
+def head_fault(model: Any, input_ids: Tensor) -> str | None:
+    """Why hidden states and output layer cannot stand for a model's logits; None: they can.
+
+    Computes the logits of ``input_ids`` [B, T] in both ways, in evaluation mode.
+    """
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    if head is None:
+        return f"expected an output layer, as models of transformers have one, got {type(model).__name__}"
+    if (fault := _layer_fault(head)) is not None:
+        return fault
+    with in_evaluation(model):
+        want = model(input_ids=input_ids, use_cache=False).logits.float()
+        try:
+            made = linear_outputs(model, model, input_ids=input_ids, use_cache=False).logits
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            return f"expected a forward that does without rows of logits, but it says: {error}"
+        if made.hidden.shape[:-1] != want.shape[:-1]:
+            return f"expected hidden states of all {list(want.shape[:-1])} tokens, got {list(made.hidden.shape[:-1])}"
+        got = Parts.of(made).source(want.shape[-1]).rows(0, want[..., 0].numel()).view_as(want).float()
+    eps = torch.finfo(made.hidden.dtype).eps
+    off = float((got - want).abs().max() / want.abs().max().clamp_min(1e-30))
+    if off <= max(16 * eps, 1e-4):
+        return None
+    return (
+        "expected logits that are the output layer's, scaled and capped by the configuration, got others, which differ "
+        f"by {off:.2g} of the largest"
+    )
+
+
+class _Read(NamedTuple):
+    """What an output layer was given, and the type that autocast has there."""
+
+    hidden: Tensor
+    dtype: torch.dtype | None
+
+
+def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
+    """``call(**inputs)`` with `LinearLogits` as its ``logits``; `call` is the model, or what wraps it.
+
+    The output layer of the model is given no rows meanwhile, so that no logits are computed. The hidden states leave
+    the model beside what the output layer has made of nothing: DDP and FSDP2 find there what backward will go through.
+    Weights that FSDP2 has shared out are gathered.
+    Raises ValueError if the output layer is not called once.
+    """
+    head = model.get_output_embeddings()
+    read: list[_Read] = []
+
+    def give_nothing(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        hidden, *others = args
+        kind = hidden.device.type
+        read.append(_Read(hidden, torch.get_autocast_dtype(kind) if autocasts(kind) else None))
+        return (hidden[..., :0, :], *others)
+
+    def leave(_: Any, args: Any, outputs: Any) -> Any:
+        if len(read) == 1:
+            outputs.logits = read[0].hidden, outputs.logits
+        return outputs
+
+    hooks = [head.register_forward_pre_hook(give_nothing), model.register_forward_hook(leave, prepend=True)]
+    try:
+        outputs = call(**inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if len(read) != 1:
+        raise ValueError(f"model: expected one call of its output layer, got {len(read)}")
+    gather_head(model)
     config = model.config.get_text_config()
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= float(getattr(config, name, None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    hidden = body(**inputs, use_cache=False)[0]
     softcap = getattr(config, "final_logit_softcapping", None)
-    return LinearLogits(hidden, head.weight, getattr(head, "bias", None), softcap, scale)
+    dtype = read[0].dtype
+    kind = read[0].hidden.device.type
+    casts = torch.amp.is_autocast_available(kind)
+    with torch.autocast(kind, dtype, enabled=dtype is not None) if casts else nullcontext():
+        hidden = outputs.logits[0].to(read[0].hidden.dtype)  # what wraps the model may have cast its results
+        outputs.logits = LinearLogits(*_layer(head, hidden), softcap, scale)
+    return outputs
+
+
+def gather_head(model: Any) -> None:
+    """Gathers the output layer's weight where FSDP2 has shared it out; all processes must make the call."""
+    head = model.get_output_embeddings()
+    inner = {id(one) for one in head.modules()}
+    # Shared out with the innermost module that FSDP has wrapped; its units come before those inside of them.
+    units = [one for one in model.modules() if hasattr(one, "unshard") and not inner.isdisjoint(map(id, one.modules()))]
+    for unit in reversed(units):
+        if any(hasattr(weight, "full_tensor") for weight in head.parameters()):
+            unit.unshard()
+
+
+def _active(head: Any) -> Any:
+    """Of an output layer that peft trains a copy of (``modules_to_save``) the one that computes."""
+    copies = getattr(head, "modules_to_save", None)
+    if copies is None:
+        return head
+    is_off = head.disable_adapters or not head.active_adapters
+    return head.original_module if is_off else copies[head.active_adapters[0]]
+
+
+def _adapters(layer: Any) -> list[str]:
+    """Names of the active adapters of peft's LoRA on a layer."""
+    if not hasattr(layer, "lora_A") or layer.disable_adapters or layer.merged:
+        return []
+    return [name for name in layer.active_adapters if name in layer.lora_A]
+
+
+def _layer_fault(head: Any) -> str | None:
+    """Why an output layer is not ``hidden @ weight.T + bias``, or that with LoRA."""
+    layer = _active(head)
+    for name in _adapters(layer):
+        if name in layer.lora_variant or layer.lora_B[name].bias is not None:
+            return f"expected plain LoRA on the output layer, got {layer}"
+    base = layer.base_layer if hasattr(layer, "lora_A") else layer
+    if getattr(type(base), "forward", None) is not nn.Linear.forward:
+        return f"expected a linear output layer, got {type(base).__name__}"
+    weight = base.weight
+    if type(weight) not in (Tensor, nn.Parameter) and not hasattr(weight, "full_tensor"):
+        return f"expected a plain weight of the output layer, got {type(weight).__name__}"
+    if weight.is_meta:
+        return "expected the output layer's weight on a device, got one that is loaded when it is needed"
+    return None
+
+
+def _layer(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hidden states, weight and bias whose product is what the output layer makes of its input.
+
+    LoRA makes both wider: ``h W^T + s (h A^T) B^T`` is ``[h, s h A^T] [W, B]^T``.
+    """
+    layer = _active(head)
+    adapters = _adapters(layer)
+    base = layer.base_layer if hasattr(layer, "lora_A") else layer
+    weight, bias = base.weight, base.bias
+    if hasattr(weight, "full_tensor"):
+        raise ValueError("model: expected an output layer that FSDP2 can gather, got one that is shared out otherwise")
+    rows, columns = [hidden], [weight]
+    for name in adapters:
+        first, second = layer.lora_A[name], layer.lora_B[name]
+        low = first(layer.lora_dropout[name](hidden.to(first.weight.dtype))) * layer.scaling[name]
+        rows.append(low.to(hidden.dtype))
+        columns.append(second.weight.to(weight.dtype))
+    if not adapters:
+        return hidden, weight, bias
+    return torch.cat(rows, -1), torch.cat(columns, 1), bias

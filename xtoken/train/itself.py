@@ -17,6 +17,7 @@ from xtoken.losses import Teacher
 from xtoken.losses.logits import AnyLogits
 from xtoken.vocabulary import Vocabulary
 
+from .fused import Fused
 from .limits import Limits
 from .packing import in_evaluation
 from .teachers import TeacherModel
@@ -63,9 +64,9 @@ class StudentTeacher(TeacherModel):
         with self._teaching():
             return super().packing_fault(ids, longest, masked)
 
-    def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
+    def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any], fused: Fused | None = None) -> AnyLogits:
         with self._teaching():
-            return super().logits(entry, inputs)
+            return super().logits(entry, inputs, fused)
 
     @torch.no_grad()
     def step(self, student: nn.Module) -> None:

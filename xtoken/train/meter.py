@@ -17,6 +17,7 @@ from torch import Tensor
 
 from xtoken.alignment import to_device
 from xtoken.losses.diagnostics import NAMES as DIAGNOSES
+from xtoken.losses.logits import LinearLogits, Parts
 
 COUNTS = ("chunks", "unsupervised", "distrusted", "weights")
 """Sums over chunks among the losses' parts, for each teacher."""
@@ -137,9 +138,12 @@ class FiniteCheck:
     def _first(logits: Any, like: Tensor) -> tuple[Tensor, Tensor]:
         """Sample and position of the first row with a NaN, -1 if there is none."""
         none = like.new_full((), -1)
-        if not isinstance(logits, Tensor):
+        if not isinstance(logits, (Tensor, LinearLogits)):
             return none, none
-        bad = logits.detach().amax(-1).isnan()  # which a NaN passes through
+        given = Parts.of(logits).batched().detached()
+        bad = given.rows.amax(-1).isnan()  # which a NaN passes through
+        if given.head is not None:  # products with what is infinite, or not a number, are none either
+            bad = bad | given.rows.isinf().any(-1) | given.head.amax().isnan() | given.head.amin().isinf()
         row, length, found = bad.flatten().to(torch.uint8).argmax(), bad.shape[-1], bad.any()
         return torch.where(found, row // length, none), torch.where(found, row % length, none)
 

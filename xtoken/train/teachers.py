@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -22,6 +23,7 @@ from xtoken.vocabulary.roles import RESERVED, ROLES
 
 from . import adapters
 from .chat import use_template
+from .fused import Fused
 from .limits import Limits, check_head
 from .packing import PACKED, is_packed, packing_fault
 from .prepare import build_objective, check_losses
@@ -407,13 +409,14 @@ class TeacherModel:
             entry["asked"] = self.served.ask_batch(inputs if entry.get("input_ids") is None else entry)
 
     @torch.inference_mode()
-    def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any]) -> AnyLogits:
+    def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any], fused: Fused | None = None) -> AnyLogits:
         """The teacher's logits [B, T, V] for a batch, on the device of the student's `inputs`.
 
         `entry` is this teacher's part of the batch: ``logits`` if they are cached, ``asked`` if a server has been
         asked; else ``input_ids`` and ``attention_mask`` (and ``position_ids``); else nothing, for a teacher that reads
-        the student's ids. Raises ValueError for longer rows than the model can take, and for packed ones if it does not
-        keep examples apart; and what `ServedModel.ask` and its results raise.
+        the student's ids. `fused` may choose hidden states and output layer instead. Raises ValueError for longer rows
+        than the model can take, and for packed ones if it does not keep examples apart; and what `ServedModel.ask` and
+        its results raise.
         """
         cached: AnyLogits | None = entry.get("logits")
         if cached is not None:
@@ -426,7 +429,9 @@ class TeacherModel:
         if self.model is None:
             raise ValueError(f"{self.name}: expected cached logits in the batch, since it has no model")
         names = ("input_ids", "attention_mask", "position_ids")
-        given = {name: source[name].to(self.device or device) for name in names if source.get(name) is not None}
+        given: dict[str, Any] = {
+            name: source[name].to(self.device or device) for name in names if source.get(name) is not None
+        }
         if source["input_ids"].device.type == "cpu":  # elsewhere `check_entry` has looked at what is on the host
             self.limits.check(source, self.name)
         given["input_ids"] = self.limits.fit(given)
@@ -434,8 +439,10 @@ class TeacherModel:
             fault = self.packing_fault(given["input_ids"], given["input_ids"].shape[1], "attention_mask" in given)
             if fault is not None:
                 raise ValueError(f"{self.name}: {PACKED}, since {fault}")
-        logits: Tensor = self.model(**given, use_cache=False).logits
-        return logits.to(device)
+        given["use_cache"] = False
+        run = self.model if fused is None else functools.partial(fused.teacher_outputs, self.name, self.model, device)
+        logits: AnyLogits = run(**given).logits
+        return logits.to(device) if isinstance(logits, Tensor) else logits
 
 
 def check_same_bytes(

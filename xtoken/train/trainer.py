@@ -25,7 +25,7 @@ from xtoken.calibration import MOST_LEFT
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
-from xtoken.losses.logits import AnyLogits
+from xtoken.losses.logits import AnyLogits, materialised
 from xtoken.projection import LearnableProjection, ProjectionMatrix
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
@@ -37,6 +37,7 @@ from .config import XTokenConfig
 from .data import EncodedDataset, EncodedStream, is_example, lengths
 from .encode import ExampleEncoder
 from .ensemble import keep, mean_logits, position_alignment, select_best
+from .fused import Fused, logit_bytes
 from .itself import Averages, StudentTeacher
 from .limits import Limits
 from .meter import FiniteCheck, Meter, Stopwatch, wide
@@ -217,6 +218,7 @@ class XTokenTrainer(Trainer):
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
         self._finite = FiniteCheck(["student", *names])
+        self._fused = self._choice_of_fused()
         self._watch = Stopwatch(args.device)
 
     def _collator(self) -> XTokenCollator:
@@ -284,6 +286,18 @@ class XTokenTrainer(Trainer):
             if isinstance(W, ProjectionMatrix):  # without the special tokens that a model has no row for
                 W = W.within(self._limits.rows, teacher.limits.rows)
             made.append(one if W is None else replace(one, projection=W.to(self.args.device)))
+        return made
+
+    def _choice_of_fused(self) -> Fused:
+        made = Fused(self.args.fused, self.is_fsdp_enabled)
+        if self.is_deepspeed_enabled:
+            made.refuse("expected no DeepSpeed, which gathers the weights of a layer when that is called")
+        if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
+            made.refuse("expected FSDP2, since FSDP1 gathers the weights of a layer when that is called")
+        if self.args.torch_compile:
+            made.refuse("expected a model that is not compiled as a whole, with its output layer")
+        for teacher in self.teachers if self.args.teacher_mode == "average" and len(self.teachers) > 1 else ():
+            made.refuse("expected another teacher_mode than 'average', which has a mean of logits", teacher.name)
         return made
 
     def _new_meter(self) -> Meter:
@@ -382,10 +396,12 @@ class XTokenTrainer(Trainer):
         if "position_ids" in inputs and self._faults.get("student", "not known") is not None:
             self._check_packing(model, host)
         inputs["input_ids"] = self._limits.fit(inputs)
+        self._fused.look(logit_bytes(host, self.model, [teacher.model for teacher in self.teachers]))
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, host)
         # A model that keeps a cache does not look for several examples in a row (transformers 4).
-        outputs = model(**inputs, **({"use_cache": False} if "position_ids" in inputs else {}))
+        cache = {"use_cache": False} if "position_ids" in inputs else {}
+        outputs = self._fused.outputs(self.model, model, **inputs, **cache)
         step = self._step if self.model.training else None
         # In evaluation the sums themselves are wanted; in a training loop without `get_batch_samples` means.
         alone = (None, None) if self.model.training else (1, [1] * len(logits))
@@ -469,11 +485,15 @@ class XTokenTrainer(Trainer):
         alignments = self._alignments(host)
         sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
         if self.args.teacher_mode == "average" and len(self.teachers) > 1:
-            mixed = [teacher.logits(entry, inputs) for teacher, entry in zip(self.teachers, entries, strict=True)]
+            mixed = [
+                one.logits(entry, inputs, self._fused) for one, entry in zip(self.teachers, entries, strict=True)
+            ]
             weights = [teacher.objective.weight for teacher in self.teachers]
             return [mean_logits(mixed, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
         logits = [
-            logits_where_needed(teacher.logits, entry, inputs, one, host["labels"])
+            logits_where_needed(
+                functools.partial(teacher.logits, fused=self._fused), entry, inputs, one, host["labels"]
+            )
             for teacher, entry, one in zip(self.teachers, entries, alignments, strict=True)
         ]
         if self.args.teacher_mode == "select" and len(logits) > 1:
@@ -568,7 +588,7 @@ class XTokenTrainer(Trainer):
         loss = loss.detach() / max(float(counts[0]), 1.0)
         if prediction_loss_only:
             return loss, None, None
-        return loss, outputs.logits.detach(), inputs["labels"]
+        return loss, materialised(outputs.logits).detach(), inputs["labels"]
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of batches that stay on the host too."""

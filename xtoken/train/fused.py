@@ -1,0 +1,132 @@
+"""Which models of a run give hidden states and output layer to the losses in place of logits, and why."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .head import TOKENS, gather_head, head_fault, linear_outputs
+from .limits import head_rows
+
+logger = logging.getLogger(__name__)
+
+CHOICES = ("auto", "on", "off")
+
+AUTO_BYTES = 2**30
+"""What the logits of a micro-batch would take at least for "auto" to do without them: see `logit_bytes`."""
+
+
+class Fused:
+    """The choice of ``fused`` for the student and the teachers of a run.
+
+    Parameters
+    ----------
+    choice : "auto", "on" or "off"
+        "auto" does without logits in micro-batches where they would take `AUTO_BYTES`; "on" always does. Where a model
+        cannot, it has logits, but "on" raises ValueError for the student. What is done is told once.
+    is_shared : bool
+        Whether FSDP2 shares out the student, so that processes must do the same.
+    """
+
+    def __init__(self, choice: str, is_shared: bool = False) -> None:
+        self.choice, self.is_shared = choice, is_shared
+        self._faults: dict[str | None, str | None] = {}  # of teachers by name, and of the student as None
+        self._told: set[str] = set()
+        self._bytes = 0
+
+    def refuse(self, reason: str, teacher: str | None = None) -> None:
+        """A teacher, or the student, has logits."""
+        self._keep(teacher, reason)
+
+    def look(self, size: int) -> None:
+        """Takes up a micro-batch whose logits would take so many bytes."""
+        self._bytes = size
+        if self.choice == "auto" and not self.wanted:
+            self._tell(f"logits, since those of a micro-batch take {_size(size)}, less than {_size(AUTO_BYTES)}", "few")
+
+    @property
+    def wanted(self) -> bool:
+        """Whether the micro-batch should do without logits."""
+        return self.choice == "on" or (self.choice == "auto" and self._bytes >= AUTO_BYTES)
+
+    def outputs(self, model: Any, call: Callable[..., Any], **inputs: Any) -> Any:
+        """``call(**inputs)`` of the student, with `LinearLogits` as its ``logits`` where that is wanted and can be.
+
+        `call` is what wraps the model, or the model.
+        """
+        if self.choice == "off" or not (self.wanted or self.is_shared):
+            return call(**inputs)
+        if None not in self._faults:
+            self._keep(None, head_fault(model, _few(inputs)))
+        if self._is_dense(None):
+            return call(**inputs)
+        if self.wanted:
+            return linear_outputs(call, model, **inputs)
+        outputs = call(**inputs)
+        gather_head(model)  # as the other processes do, whose micro-batches may be larger
+        return outputs
+
+    def teacher_outputs(self, name: str, model: Any, device: torch.device, **inputs: Any) -> Any:
+        """Likewise ``model(**inputs)`` of a teacher, for losses on a device."""
+        if not self.wanted:
+            return model(**inputs)
+        if name not in self._faults:
+            self._keep(name, _place_fault(model, device) or head_fault(model, _few(inputs)))
+        return model(**inputs) if self._is_dense(name) else linear_outputs(model, model, **inputs)
+
+    def _is_dense(self, teacher: str | None) -> bool:
+        """Whether a model has logits, though they are not wanted, which is told; as is that it has none."""
+        fault, name = self._faults[teacher], "the student" if teacher is None else teacher
+        if not self.wanted:
+            return fault is not None
+        size = "" if self.choice == "on" else f", since those of a micro-batch would take {_size(self._bytes)}"
+        if fault is None:
+            self._tell(f"hidden states and output layer of {name} instead of logits{size}", name)
+        else:
+            self._tell(f"logits of {name}: {fault}", name)
+        return fault is not None
+
+    def _keep(self, teacher: str | None, fault: str | None) -> None:
+        if fault is not None and teacher is None and self.choice == "on":
+            raise ValueError(f"fused: expected 'auto' or 'off' for this student, got 'on': {fault}")
+        self._faults[teacher] = fault
+
+    def _tell(self, message: str, what: str) -> None:
+        if what not in self._told:
+            self._told.add(what)
+            logger.warning("fused=%s: the losses get %s", self.choice, message)
+
+
+def logit_bytes(batch: Mapping[str, Any], student: Any, teachers: Sequence[Any]) -> int:
+    """What the logits of a micro-batch take: the student's with their gradient in float32, and those of teachers that
+    compute theirs, in the type of their output layer. Models whose output layer cannot be found count nothing."""
+    size: int = batch["input_ids"].numel() * (head_rows(student) or 0) * 8
+    for model, entry in zip(teachers, batch["teachers"], strict=True):
+        rows = None if model is None or entry.get("logits") is not None else head_rows(model)
+        if rows is not None:
+            ids = batch["input_ids"] if entry.get("input_ids") is None else entry["input_ids"]
+            kind = getattr(model.get_output_embeddings().weight, "dtype", torch.float32)
+            size += ids.numel() * rows * kind.itemsize
+    return size
+
+
+def _place_fault(model: Any, device: torch.device) -> str | None:
+    """Why the losses cannot reach a teacher's output layer, if it has one."""
+    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    weights = [] if head is None else list(head.parameters())
+    if any(hasattr(one, "full_tensor") for one in weights):
+        return "expected an output layer of its own, got one that is shared out with the student's"
+    places = [one.device for one in weights if one.device != device]
+    return f"expected an output layer on {device}, where the student is, got one on {places[0]}" if places else None
+
+
+def _few(inputs: Mapping[str, Any]) -> torch.Tensor:
+    """The same few tokens on every process."""
+    return torch.arange(TOKENS, device=inputs["input_ids"].device)[None]
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2g} GiB" if count >= 2**30 / 10 else f"{count / 2**20:.2g} MiB"
