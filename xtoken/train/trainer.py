@@ -485,9 +485,7 @@ class XTokenTrainer(Trainer):
         alignments = self._alignments(host)
         sizes = [None if teacher.vocabulary is None else len(teacher.vocabulary) for teacher in self.teachers]
         if self.args.teacher_mode == "average" and len(self.teachers) > 1:
-            mixed = [
-                one.logits(entry, inputs, self._fused) for one, entry in zip(self.teachers, entries, strict=True)
-            ]
+            mixed = [one.logits(entry, inputs, self._fused) for one, entry in zip(self.teachers, entries, strict=True)]
             weights = [teacher.objective.weight for teacher in self.teachers]
             return [mean_logits(mixed, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
         logits = [
