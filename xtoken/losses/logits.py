@@ -381,8 +381,8 @@ def materialised(logits: AnyLogits) -> Tensor:
     parts = Parts.of(logits)
     if parts.width is None:
         raise ValueError("logits: expected some that say how many tokens there are, got TopKLogits")
-    rows: Tensor = parts.batched().source(parts.width).rows(0, parts.leading_shape.numel())
-    return rows.unflatten(0, parts.leading_shape)
+    rows = parts.batched().source(parts.width).rows(0, parts.leading_shape.numel())
+    return rows.view(*parts.leading_shape, parts.width)
 
 
 def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[RowBlock]:
