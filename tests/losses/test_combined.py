@@ -85,6 +85,31 @@ def test_fixed_total_and_parts() -> None:
     assert not any(part.requires_grad for part in parts.values())
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_labels_of_cross_entropy_alone(alone: bool) -> None:
+    """Both parts and their counts have their own; without any, what is left is KD."""
+    case, shared = make_case(), make_case(59, 59)
+    labels, targets = make_labels(shared), make_labels(shared, seed=1)
+    targets = torch.full_like(targets, -100) if alone else targets
+    student = case.student.requires_grad_()
+    criterion = XTokenLoss([Teacher(case.projection), Teacher()], scaling="dynamic", max_scale=100.0)
+    given = [case.teacher, shared.student], [case.alignment, None]
+    total, parts = criterion(student, labels, *given, ce_labels=targets)
+    kd = projected_loss(student, case.teacher, supervised(case.alignment, labels), case.projection)
+    mask = nn.functional.pad(labels[:, 1:] != -100, (0, 1))
+    kd = kd + shared_loss(student, shared.student, mask=mask)
+    ce = 0 * student.sum() if alone else cross_entropy(student, targets)
+    assert_close(parts["ce"], ce.detach(), rtol=1e-12)
+    assert_close(parts["kd"], kd.detach(), rtol=1e-12)
+    scale = 1.0 if alone else (ce / kd).detach()
+    wanted, got = (torch.autograd.grad(one, student, retain_graph=True)[0] for one in (ce + scale * kd, total))
+    assert_close(got, wanted, rtol=1e-9, atol=1e-12)
+    items, counts = criterion.counts(labels, given[1], targets)
+    assert [items, *counts] == [int((targets[:, 1:] != -100).sum()), *parts["chunks"].tolist()]
+    with pytest.raises(ValueError, match=r"ce_labels: expected shape .* \(that of the logits' rows\), got"):
+        criterion(student, labels, *given, ce_labels=targets[:, 1:])
+
+
 def test_dynamic_scaling_is_constant_in_backward() -> None:
     case = make_case()
     labels = make_labels(case)
@@ -103,7 +128,8 @@ def test_the_ratio_is_bounded() -> None:
     ce, kd = torch.tensor(6.0), torch.tensor([3.0, -3.0, 1e-9, -1e-9, 0.0])
     assert ratio(ce, kd, 4.0).tolist() == [2.0, 2.0, 4.0, 4.0, 4.0]
     assert ratio(ce, kd, math.inf).tolist() == [2.0, 2.0, pytest.approx(6e9), pytest.approx(6e9), 0.0]
-    assert ratio(0 * ce, kd, 4.0).tolist() == [0.0, 0.0, 0.0, 0.0, 4.0]
+    assert ratio(0 * ce, kd, 4.0).tolist() == [1.0] * 5  # no labels: what is left is KD as it is
+    assert ratio(0 * ce, kd, 0.5).tolist() == [0.5] * 5
 
 
 @pytest.mark.parametrize("noise", [0.0, 1e-4, 0.3])

@@ -254,14 +254,14 @@ def _checked_mask(student: Parts, teacher: Parts, mask: Any) -> Tensor | None:
     return given
 
 
-def checked_labels(student: Parts, labels: Tensor) -> Tensor:
+def checked_labels(student: Parts, labels: Tensor, name: str = "labels") -> Tensor:
     """Labels [B, T], one for each row of the logits."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected an integer tensor, got {got}")
+        raise TypeError(f"{name}: expected an integer tensor, got {got}")
     if labels.shape != student.leading_shape:
         expected = list(student.leading_shape)
-        raise ValueError(f"labels: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
+        raise ValueError(f"{name}: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
     return labels if labels.dim() == 2 else labels[None]
 
 

@@ -138,7 +138,7 @@ class XTokenLoss(nn.Module):
     """Cross-entropy plus distillation: ``ce_weight CE + kd_weight s KD`` with ``KD = sum_m weight_m KD_m``.
 
     ``scaling="dynamic"`` has s = min(CE / |KD|, `max_scale`), held constant in backward: both parts weigh the same, as
-    in the paper, as long as KD is not small. ``scaling="fixed"`` has s = 1.
+    in the paper, as long as KD is not small; s = 1 where there are no labels for CE. ``scaling="fixed"`` has s = 1.
 
     Parameters
     ----------
@@ -221,6 +221,7 @@ class XTokenLoss(nn.Module):
         num_chunks: Count | Sequence[Count] | None = None,
         scale: float | Tensor | None = None,
         reduce: Callable[[Tensor], Tensor] | None = None,
+        ce_labels: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The total loss and its parts.
 
@@ -248,6 +249,10 @@ class XTokenLoss(nn.Module):
         reduce : callable, optional
             Sums a small tensor over the ranks; "dynamic" then has the ratio of CE and KD of all ranks. Every rank
             must make the call.
+        ce_labels : int64, shape of `labels`, optional
+            Those of the cross-entropy, where they differ: it means nothing on text that the student has sampled itself,
+            while a teacher has much to say about it. `labels` are then those of the distillation alone. Default:
+            `labels`.
 
         Returns
         -------
@@ -277,7 +282,10 @@ class XTokenLoss(nn.Module):
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
         checked_labels(Parts.of(student_logits), labels)
-        items = (_following(labels) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
+        if ce_labels is not None:
+            checked_labels(Parts.of(student_logits), ce_labels, "ce_labels")
+        targets = labels if ce_labels is None else ce_labels
+        items = (_following(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
@@ -294,11 +302,12 @@ class XTokenLoss(nn.Module):
         for one, divisor, weight in zip(ready, divisors, weights, strict=True):
             teacher = one.teacher
             # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
-            part = self._distil(one, student_logits, labels, divisor, ce_sum is None, factors, weight)
+            wanted = targets if ce_sum is None else None
+            part = self._distil(one, student_logits, wanted, divisor, factors, weight)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
-        ce_sum = self._cross_entropy(student_logits, labels) if ce_sum is None else ce_sum
+        ce_sum = self._cross_entropy(student_logits, targets) if ce_sum is None else ce_sum
         kd = ce_sum.new_zeros(()) if kd is None else kd
         ce = ce_sum / items
         if scale is None:
@@ -323,12 +332,16 @@ class XTokenLoss(nn.Module):
         return total, parts
 
     def counts(
-        self, labels: Tensor, alignments: Alignment | Sequence[Alignment | None] | None = None
+        self,
+        labels: Tensor,
+        alignments: Alignment | Sequence[Alignment | None] | None = None,
+        ce_labels: Tensor | None = None,
     ) -> tuple[int, list[int]]:
         """Labels, and for each teacher chunks, of one call: what ``num_items`` and ``num_chunks`` add up."""
-        items = int((labels[..., 1:] != IGNORED).sum())
+        positions = int((labels[..., 1:] != IGNORED).sum())
+        items = positions if ce_labels is None else int((ce_labels[..., 1:] != IGNORED).sum())
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
-        return items, [items if one is None else int(predictable(one.supervised(labels)).sum()) for one in aligned]
+        return items, [positions if one is None else int(predictable(one.supervised(labels)).sum()) for one in aligned]
 
     def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
@@ -412,9 +425,8 @@ class XTokenLoss(nn.Module):
         self,
         ready: _Ready,
         student_logits: AnyLogits,
-        labels: Tensor,
+        targets: Tensor | None,
         divisor: Count | None,
-        with_cross_entropy: bool,
         factors: tuple[float | Tensor, float | Tensor] | None,
         weights: Tensor | None,
     ) -> _Distilled:
@@ -427,7 +439,7 @@ class XTokenLoss(nn.Module):
         if is_diagnosed:
             loss = loss.chosen(source, device, self.backend)
         divisor = at_least_one(ready.chunks) if divisor is None else divisor
-        targets = labels if with_cross_entropy and weights is None else None
+        targets = targets if weights is None else None
         wanted: Tensor | Expected | None = targets
         if factors is not None and weights is None:
             of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
@@ -535,8 +547,9 @@ def _chosen(alignment: Alignment | None, mask: Tensor | None) -> Tensor:
 
 
 def ratio(ce: Tensor, kd: Tensor, most: float) -> Tensor:
-    """CE / |KD|, at most `most`; that where KD is 0, or 0 if it is infinite."""
-    return torch.where(kd == 0, most if most < float("inf") else 0.0, (ce / kd.abs()).clamp_max(most))
+    """CE / |KD|, at most `most`; that where KD is 0, or 0 if it is infinite; 1 where CE is 0, as without labels."""
+    bounded = torch.where(kd == 0, most if most < float("inf") else 0.0, (ce / kd.abs()).clamp_max(most))
+    return torch.where(ce == 0, min(most, 1.0), bounded)
 
 
 def _scalar(value: float | Tensor, device: torch.device) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -23,6 +24,9 @@ SYSTEM_ROLES = ("system", "developer")
 """Of a first message that is a system message."""
 
 OPEN, CLOSE = "<think>", "</think>"
+
+BLANK = "\U0010ffff"
+"""Stands for a content of nothing, until its place is known; it is in no text."""
 
 _TAG = re.compile(f"({OPEN}|{CLOSE})")
 
@@ -272,6 +276,12 @@ class ChatTemplate:
         self._time = [(one, now.strftime(one)) for one in formats]
         self._order = list(range(len(_MARKINGS)))
 
+    def prompt(self, conversation: Conversation) -> str:
+        """The conversation as text, up to where the assistant goes on."""
+        if self.system is not None:
+            conversation = with_system(conversation, self.system)
+        return self._apply(conversation.messages, conversation, add_generation_prompt=True)
+
     def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
         """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
 
@@ -398,8 +408,8 @@ class ChatTemplate:
             at += len(parts[k])
         return found if "".join(parts) == text else None
 
-    def _apply(self, messages: Any, conversation: Conversation) -> str:
-        options = dict(conversation.options)
+    def _apply(self, messages: Any, conversation: Conversation, **more: Any) -> str:
+        options = {**conversation.options, **more}
         try:
             if "strftime_now" in str(self.tokenizer.chat_template):
                 template = self.tokenizer.get_chat_template(options.pop("chat_template", None), conversation.tools)
@@ -410,6 +420,19 @@ class ChatTemplate:
         except Exception as error:  # templates raise any exception
             raise ValueError(f"{self.name}: its chat template refuses the messages: {error}") from error
         return rendered
+
+
+def places_within(conversation: Conversation, turn: int) -> list[Place]:
+    """Where the pieces of a turn's ``content``, a string, stand in it."""
+    content = conversation.layout[turn]["content"]
+    sizes = [len(conversation.pieces[part] if isinstance(part, int) else part) for part in content]
+    starts = itertools.accumulate(sizes, initial=0)
+    found = [
+        Place(start, start + size, part)
+        for start, size, part in zip(starts, sizes, content, strict=False)
+        if isinstance(part, int)
+    ]
+    return _with_tags(conversation.messages[turn]["content"], found, conversation.reasoning)
 
 
 def _with_tags(text: str, places: Sequence[Place], reasoning: set[int]) -> list[Place]:

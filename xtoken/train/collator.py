@@ -100,6 +100,8 @@ class XTokenCollator:
         ``teachers``: for each a dict of ``input_ids``, ``attention_mask`` and ``alignment``, or of ``alignment`` None
         if it reads the student's ids; and of ``logits``, `TopKLogits` [B, T, k], if it is cached. Examples that are not
         routed to a teacher are in none of its chunks; one that reads the student's ids then has an ``alignment`` too.
+        Where an example has them, also ``ce_labels`` int64 [B, T], those of the cross-entropy; of the others they are
+        the labels.
 
         With `packed`, ``position_ids`` int64 [B, T], which begin again at 0 with each example (and with the padding),
         in place of ``attention_mask``: that is how the models of transformers know that examples must not see each
@@ -122,9 +124,10 @@ class XTokenCollator:
         if counts != {len(self.teacher_pad_ids)}:
             raise ValueError(f"examples: expected {len(self.teacher_pad_ids)} teachers each, got {sorted(counts)}")
         batch = self._side([[example["student_ids"] for example in row] for row in rows], self.student_pad_id)
-        labels = [np.concatenate([np.asarray(example["labels"], np.int64) for example in row]) for row in rows]
-        batch["labels"] = pad_rows(labels, IGNORED)
-        batch["labels"][batch["position_ids"] == 0 if self.packed else np.s_[:, :1]] = IGNORED  # which nothing predicts
+        batch["labels"] = self._labels([[example["labels"] for example in row] for row in rows], batch)
+        if any("ce_labels" in example for example in examples):
+            own = [[example.get("ce_labels", example["labels"]) for example in row] for row in rows]
+            batch["ce_labels"] = self._labels(own, batch)
         batch["teachers"] = [self._teacher(rows, m, batch["input_ids"]) for m in range(len(self.teacher_pad_ids))]
         return batch
 
@@ -138,6 +141,11 @@ class XTokenCollator:
         sizes = [[*map(len, row), width - len(flat)] for row, flat in zip(rows, ids, strict=True)]
         side["position_ids"] = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
         return side
+
+    def _labels(self, rows: Sequence[Sequence[Any]], batch: Mapping[str, Tensor]) -> Tensor:
+        labels = pad_rows([np.concatenate([np.asarray(one, np.int64) for one in row]) for row in rows], IGNORED)
+        labels[batch["position_ids"] == 0 if self.packed else np.s_[:, :1]] = IGNORED  # which nothing predicts
+        return labels
 
     def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int, student_ids: Tensor) -> dict[str, Any]:
         entries = [[example["teachers"][m] for example in row] for row in rows]
@@ -174,17 +182,21 @@ def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:
 
 
 class OnHost:
-    """A batch as its collator made it. Nothing moves it to a device, so what reads it there waits for nothing."""
+    """A batch as its collator made it. Nothing moves it to a device, so what reads it there waits for nothing.
 
-    def __init__(self, batch: Mapping[str, Any]) -> None:
+    Also the examples that it was made of, where they are kept.
+    """
+
+    def __init__(self, batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] | None = None) -> None:
         self.batch = batch
+        self.examples = examples
 
 
-def keep_host(collator: Any, examples: Any) -> dict[str, Any]:
+def keep_host(collator: Any, examples: Any, keeps_examples: bool = False) -> dict[str, Any]:
     """A collator's batch that brings itself along as ``"host"``, an `OnHost`; alignments are there alone."""
     batch = collator(examples)
     entries = [{key: one for key, one in entry.items() if key != "alignment"} for entry in batch["teachers"]]
-    return {**batch, "teachers": entries, "host": OnHost(batch)}
+    return {**batch, "teachers": entries, "host": OnHost(batch, examples if keeps_examples else None)}
 
 
 def _pad_id(tokenizer: TokenizerLike, name: str) -> int:

@@ -67,6 +67,18 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         make logits a block of rows at a time, so that logits of a whole micro-batch never exist. "auto" does so where
         they would take 1 GiB or more (see `xtoken.train.fused.AUTO_BYTES`), if the model lets it; it says once what it
         does and why. "on" raises ValueError for a student whose output layer does not let it.
+    on_policy : float or "teacher"
+        For which share of the rows with a prompt the student itself writes the completion, anew each time: 0 to 1. What
+        it has written is trained on by the distillation alone (``ce_labels``), its tokens as they were drawn; each
+        teacher reads it by its own template. "teacher": the first teacher that can generate writes them all, and what
+        it writes is data like any other. A row that is nothing but a prompt is always completed. The prompt is what
+        comes before the last turn, if that is the assistant's.
+    max_new_tokens : int
+        Most tokens of a completion. Rows whose prompt leaves no room for them are trained on as they are.
+    generation_temperature, generation_top_p : float
+        How completions are drawn; a temperature of 0 takes the most probable token.
+    num_generations : int
+        Completions of each prompt. A batch has as many more rows.
     resume_weights_only : bool
         Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
     loss, teacher_weight : sequence, optional
@@ -138,6 +150,15 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     fused: str = field(
         default="auto", metadata={"help": "losses from hidden states and output layer", "choices": CHOICES}
     )
+    on_policy: str = field(
+        default="0", metadata={"help": "share of the prompts whose completions the student writes; or: teacher"}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "most tokens of a completion written in training"})
+    generation_temperature: float = field(default=1.0, metadata={"help": "of these completions; 0: greedy"})
+    generation_top_p: float = field(
+        default=1.0, metadata={"aliases": ["--top_p"], "help": "they are drawn from the tokens of this probability"}
+    )
+    num_generations: int = field(default=1, metadata={"help": "completions of each of these prompts"})
     resume_weights_only: bool = field(
         default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
     )
@@ -205,6 +226,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         if self.teacher_column is not None and self.teacher_mode == "average":
             raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")
         check_choice(self.fused, "fused", CHOICES)
+        self._check_generation()
         # Where an earlier version of transformers has another default, nobody has asked for it.
         defaults = {one.name: one.default for one in fields(self)}
         for name, (expected, reason) in REFUSED.items():
@@ -224,3 +246,20 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
             config.dispatch_batches = False
         if given is None or (isinstance(given, dict) and "non_blocking" not in given):
             config.non_blocking = self.dataloader_pin_memory
+
+    def _check_generation(self) -> None:
+        given: Any = self.on_policy
+        if given != "teacher":
+            try:
+                self.on_policy = given = float(given)  # type: ignore[assignment]
+            except (TypeError, ValueError):
+                given = -1.0
+            if not 0.0 <= given <= 1.0:
+                raise ValueError(f"on_policy: expected a share from 0 to 1, or 'teacher', got {self.on_policy!r}")
+        for name in ("max_new_tokens", "num_generations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
+        if not 0.0 <= self.generation_temperature < float("inf"):
+            raise ValueError(f"generation_temperature: expected a number >= 0, got {self.generation_temperature!r}")
+        if not 0.0 < self.generation_top_p <= 1.0:
+            raise ValueError(f"generation_top_p: expected a share above 0, at most 1, got {self.generation_top_p!r}")

@@ -55,6 +55,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         self.dropped = 0
         """Rows of which nothing is trained on: empty, without a turn of the assistant, cut before it, ..."""
         self._examples: list[dict[str, Any]] = []
+        self.encoder = encoder
         encoder.report = Report()
         for examples in encoded(rows, encoder):
             self._examples += examples
@@ -225,6 +226,7 @@ def load_examples(
     max_teacher_length: int | None = None,
     train_on: str = "all",
     name_documents: bool = False,
+    with_prompts: bool = False,
     now: datetime | None = None,
     teacher_systems: Sequence[str | None] | None = None,
     teacher_column: str | None = None,
@@ -237,12 +239,12 @@ def load_examples(
     files : sequence of paths
         JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
         folder that it has written, for one teacher.
-    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, now,
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, with_prompts, now,
     teacher_systems, teacher_column, teacher_names
         As for `ExampleEncoder`.
 
     Raises ValueError for broken rows, with file and row; for an aligned corpus with more than one teacher or other
-    files, or with systems or columns, which it has not; FileNotFoundError if a path matches no file.
+    files, or with systems, columns or prompts, which it has not; FileNotFoundError if a path matches no file.
     """
     shared: dict[str, Any] = {
         "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,
@@ -258,10 +260,13 @@ def load_examples(
             raise ValueError(
                 f"files: expected rows for teacher_column and teacher_systems, got the aligned corpus {folders[0]}"
             )
+        if with_prompts:
+            raise ValueError(f"files: expected rows with prompts, got the aligned corpus {folders[0]}")
         return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
     encoder = ExampleEncoder(
         student_tok, teacher_toks, train_on=train_on, text_column=text_column, now=now, **shared,
-        teacher_systems=teacher_systems, teacher_column=teacher_column, teacher_names=teacher_names,
+        with_prompts=with_prompts, teacher_systems=teacher_systems, teacher_column=teacher_column,
+        teacher_names=teacher_names,
     )  # fmt: skip
     return EncodedDataset(read_rows(files, text_column), encoder)
 

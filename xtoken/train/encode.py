@@ -17,7 +17,7 @@ from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
 from .chat import AMBIGUOUS, REPEATED
-from .example import TRAIN_ON, Example, Ints, Table, parse_example
+from .example import TRAIN_ON, Example, Ints, Table, parse_example, parse_prompt, prompt_of
 from .reader import Reader, Tokens
 from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, Report, no_chunk, no_system
 from .routing import route_of
@@ -28,7 +28,7 @@ _NO_END = (
 )
 
 
-class _Chunks(NamedTuple):
+class ExampleChunks(NamedTuple):
     """Chunks of B examples, in order."""
 
     spans: Ints
@@ -36,10 +36,10 @@ class _Chunks(NamedTuple):
     trained: NDArray[np.bool_]
     ptr: Ints
 
-    def of(self, k: int) -> _Chunks:
+    def of(self, k: int) -> ExampleChunks:
         """Those of example k alone."""
         these = slice(self.ptr[k], self.ptr[k + 1])
-        return _Chunks(self.spans[these], self.trained[these], self.ptr[k : k + 2] - self.ptr[k])
+        return ExampleChunks(self.spans[these], self.trained[these], self.ptr[k : k + 2] - self.ptr[k])
 
     def trained_tokens(self, ptr: Ints) -> NDArray[np.bool_]:
         """[N]: the student's tokens in chunks that are trained on; example b begins at token ``ptr[b]``."""
@@ -83,6 +83,9 @@ class ExampleEncoder:
         last turn of the assistant.
     name_documents : bool
         Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
+    with_prompts : bool
+        Whether examples of rows that have a prompt bring it along, so that a completion can be written in training. A
+        row may then be a prompt alone: ``prompt`` without ``completion``.
     now : datetime, optional
         The time that templates are told (``strftime_now``). Default: when the encoder is made; it stands still.
     teacher_systems : sequence of str or None, optional
@@ -145,6 +148,7 @@ class ExampleEncoder:
         text_column: str = "text",
         add_end: bool = True,
         name_documents: bool = False,
+        with_prompts: bool = False,
         now: datetime | None = None,
         teacher_systems: Sequence[str | None] | None = None,
         teacher_column: str | None = None,
@@ -175,6 +179,7 @@ class ExampleEncoder:
         self.text_column = text_column
         self.add_end = add_end
         self.name_documents = name_documents
+        self.with_prompts = with_prompts
         self.now = now or datetime.now()
         self.report = Report()
         self.teacher_column = teacher_column
@@ -202,6 +207,8 @@ class ExampleEncoder:
         the teacher's ids of the whole row, and ``first``, which of these the example's ids begin at; special tokens
         that are put before a later part take the places of the tokens before it. With `teacher_column` also ``route``,
         a list of bool, whether each teacher gets it; of one that does not, ``ids`` and ``spans`` are empty (or None).
+        With `with_prompts` also ``prompt``, where the row has one: what `prompt_of` gives; there is then an example
+        even if nothing of it is trained on.
 
         Raises ValueError if a row has none of the forms, or a template is missing or refuses it, saying which.
         """
@@ -209,9 +216,13 @@ class ExampleEncoder:
             return []
         examples = []
         routes = []
-        for number, row in enumerate(rows, first_row):
+        prompts = [prompt_of(row) if self.with_prompts else None for row in rows]
+        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), first_row):
             try:
-                examples.append(parse_example(row, self.train_on, self.text_column))
+                is_prompt = prompt is not None and row.get("messages") is None and row.get("completion") is None
+                examples.append(
+                    parse_prompt(prompt or {}) if is_prompt else parse_example(row, self.train_on, self.text_column)
+                )
                 routes.append(self._route(row, number))
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
@@ -229,7 +240,7 @@ class ExampleEncoder:
             side.piece_start[lacking] = -1
         labels = self._labels(table, tokens[0])
         chunks = [
-            _chunks(table, labels != IGNORED, tokens[0], teacher, aligner)
+            find_chunks(table, labels != IGNORED, tokens[0], teacher, aligner)
             for teacher, aligner in zip(tokens[1:], self.aligners, strict=True)
         ]
         self.report.rows += len(rows)
@@ -238,11 +249,21 @@ class ExampleEncoder:
             self._examples(k, example, labels, tokens, chunks, is_read[:, k], first_row + k)
             for k, example in enumerate(examples)
         ]
+        for k, prompt in enumerate(prompts):
+            if prompt is not None:
+                found[k] = [{**one, "prompt": prompt} for one in found[k] or [self._untrained(k, tokens)]]
         if self.teacher_column is not None:
             for made, route in zip(found, routes, strict=True):
                 for example in made:
                     example["route"] = route
         return found
+
+    def _untrained(self, k: int, sides: Sequence[Tokens]) -> dict[str, Any]:
+        """Row k as an example without labels and chunks."""
+        ids = [side.ids[side.ptr[k] : side.ptr[k + 1]][:limit] for side, limit in zip(sides, self.limits, strict=True)]
+        own = ({"ids": one, "spans": np.zeros((0, 4), np.int32)} for one in ids[1:])
+        teachers = [{"ids": None, "spans": None} if one is None else next(own) for one in self.teachers]
+        return {"student_ids": ids[0], "labels": np.full(len(ids[0]), IGNORED), "teachers": teachers}
 
     def _route(self, row: Mapping[str, Any], number: int) -> list[bool]:
         """Which teachers a row goes to."""
@@ -264,7 +285,7 @@ class ExampleEncoder:
 
     def _tell(
         self, examples: Sequence[Example], table: Table, labels: Ints, sides: Sequence[Tokens],
-        chunks: Sequence[_Chunks], is_read: NDArray[np.bool_], first_row: int,
+        chunks: Sequence[ExampleChunks], is_read: NDArray[np.bool_], first_row: int,
     ) -> None:  # fmt: skip
         """Reports turns of chats that are trained on and get no label or no chunk, or whose end gets none."""
         student = sides[0]
@@ -339,7 +360,7 @@ class ExampleEncoder:
         example: Example,
         labels: Ints,
         sides: Sequence[Tokens],
-        chunks: Sequence[_Chunks],
+        chunks: Sequence[ExampleChunks],
         is_read: NDArray[np.bool_],
         row: int,
     ) -> list[dict[str, Any]]:
@@ -403,7 +424,7 @@ class ExampleEncoder:
         return examples
 
 
-def _cuts(whole: Ints, chunks: Sequence[_Chunks]) -> Ints:
+def _cuts(whole: Ints, chunks: Sequence[ExampleChunks]) -> Ints:
     """[C, 1 + teachers]: how many tokens each side has read at each place where all can be cut, from none to all."""
     places = np.arange(1, whole[0])
     for one in chunks:
@@ -440,7 +461,9 @@ def _stretches(length: Ints, *starts: Ints) -> Ints:
     return np.concatenate([begins[:, first], (reached[last] - begins[0, first])[None]])
 
 
-def _chunks(table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: Tokens, aligner: Aligner) -> _Chunks:
+def find_chunks(
+    table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: Tokens, aligner: Aligner
+) -> ExampleChunks:
     """The chunks of the pieces and ends of turns that both sides have; those of `wanted` tokens are trained on."""
     both = (student.piece_start >= 0) & (teacher.piece_start >= 0)
     found = _stretches(table.length[both], student.piece_start[both], teacher.piece_start[both])
@@ -451,7 +474,7 @@ def _chunks(table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: T
     ends = ends[(ends >= 0).all(axis=1)]
     ranges = [np.concatenate([part, ends[:, [k]] + [0, 1]]) for k, part in enumerate((ours, theirs))]
     if not len(ranges[0]):
-        return _Chunks(np.zeros((0, 4), np.int64), np.zeros(0, bool), np.zeros(len(student.ptr), np.int64))
+        return ExampleChunks(np.zeros((0, 4), np.int64), np.zeros(0, bool), np.zeros(len(student.ptr), np.int64))
     ids = [
         [side.ids[first:last] for first, last in part.tolist()]
         for side, part in zip((student, teacher), ranges, strict=True)
@@ -468,7 +491,7 @@ def _chunks(table: Table, wanted: NDArray[np.bool_], student: Tokens, teacher: T
     spans = spans - np.repeat(np.stack([student.ptr[sample], teacher.ptr[sample]], axis=1), 2, axis=1)
     keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & _in_order(spans, sample)
     counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
-    return _Chunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
+    return ExampleChunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
 
 
 def _between_specials(sides: Sequence[Tokens], begins: Ints, length: Ints) -> tuple[Ints, Ints]:

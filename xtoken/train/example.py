@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .chat import Conversation, take_apart
+from .chat import BLANK, Conversation, take_apart
 
 TRAIN_ON = ("all", "completion", "assistant")
 
@@ -47,6 +47,39 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
         return _plain((text, True))
     found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
     raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
+
+
+def prompt_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What a completion of the row goes on from, as a row: ``messages`` (with ``tools`` and ``chat_template_kwargs``),
+    or ``prompt``, a text. None if there is none.
+
+    Of messages the last is the completion if it is the assistant's; else the completion would be the next.
+    """
+    messages, prompt = row.get("messages"), row.get("prompt")
+    if messages is None and isinstance(prompt, str):
+        return {"prompt": prompt.rstrip()} if prompt.strip() else None
+    if messages is None and isinstance(prompt, Iterable):
+        messages = [*prompt, *(row.get("completion") or [])]
+    messages = list(messages or [])
+    if messages and _role(messages[-1]) == "assistant":
+        messages = messages[:-1]
+    more = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
+    return {"messages": messages, **more} if messages else None
+
+
+def parse_prompt(prompt: Mapping[str, Any]) -> Example:
+    """Takes what `prompt_of` gives apart; nothing of it is trained on."""
+    if "messages" not in prompt:
+        return _plain((prompt["prompt"], False))
+    return _chat(prompt, prompt["messages"], len(prompt["messages"]), "completion")
+
+
+def parse_completed(prompt: Mapping[str, Any], completion: str) -> Example:
+    """A prompt of `prompt_of` with a completion, which is trained on, and has a piece even if it is empty."""
+    if "messages" not in prompt:
+        return _plain((prompt["prompt"], False), (completion, True))
+    messages = [*prompt["messages"], {"role": "assistant", "content": completion if completion.strip() else BLANK}]
+    return _chat(prompt, messages, len(messages) - 1, "completion")
 
 
 def _plain(*turns: tuple[str, bool]) -> Example:

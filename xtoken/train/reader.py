@@ -16,7 +16,7 @@ from xtoken.audit import same_tokens
 from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
 from xtoken.vocabulary.long_texts import encode_texts
 
-from .chat import ChatTemplate
+from .chat import BLANK, ChatTemplate, Place
 from .example import Example, Ints
 
 
@@ -132,6 +132,14 @@ class Reader:
             and getattr(self.tokenizer, "chat_template", None) == getattr(other.tokenizer, "chat_template", None)
         )
 
+    def prompt(self, example: Example) -> tuple[str, list[int]]:
+        """What the model goes on from when it writes a completion: the text, and its tokens."""
+        if example.conversation is None:
+            text, before = "".join(example.pieces), self.prefix
+        else:
+            text, before = self.template.prompt(example.conversation), []
+        return text, [*before, *self.backend.encode(text, add_special_tokens=False).ids]
+
     def encode(
         self, examples: Sequence[Example], add_end: bool, first_row: int = 0, is_read: Sequence[bool] | None = None
     ) -> Tokens:
@@ -183,7 +191,9 @@ class Reader:
             ends[-1:] = [(base + len(raw), base + len(raw) + 2)] * len(ends[-1:])
             return _Layout("".join(example.pieces), raw, base, starts, ends, bool(example.pieces), {})
         text, places, why = self.template.render(example.conversation)
-        raw, byte = text.encode(), base + _byte_of(text)
+        if example.conversation.messages[-1].get("content") == BLANK:
+            text, places = _without_blank(text, places)
+        raw, byte = text.encode(), base + byte_of(text)
         starts = [-1] * len(example.pieces)
         begins = np.array([place.start for place in places] + [len(text)])
         for place in places:
@@ -209,7 +219,7 @@ class Reader:
         """
         encoding = self.backend.encode(layout.text, add_special_tokens=False)
         row = np.asarray(encoding.ids, np.int64)
-        start, end = _byte_of(layout.text)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
+        start, end = byte_of(layout.text)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
         for k, (i, last) in enumerate(zip(encoding.ids, end.tolist(), strict=True)):
             if layout.raw.endswith(self.tokens[i], 0, last):
                 start[k] = last - self.lengths[i]
@@ -238,7 +248,16 @@ def _nothing(example: Example, base: int) -> _Layout:
     return _Layout("", b"", base, [-1] * len(example.pieces), [(-1, -1)] * len(example.trained), False, {})
 
 
-def _byte_of(text: str) -> Ints:
+def _without_blank(text: str, places: Sequence[Place]) -> tuple[str, list[Place]]:
+    """The text without `BLANK`, and places in it."""
+
+    def place(at: int) -> int:
+        return at - text.count(BLANK, 0, at)
+
+    return text.replace(BLANK, ""), [one._replace(start=place(one.start), end=place(one.end)) for one in places]
+
+
+def byte_of(text: str) -> Ints:
     """[T + 1]: the byte at which each character begins."""
     code = np.frombuffer(text.encode("utf-32-le"), "<u4")
     return np.concatenate([[0], np.cumsum(1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF))])

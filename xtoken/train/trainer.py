@@ -43,6 +43,7 @@ from .limits import Limits
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
+from .rollout import Rollout
 from .routing import logits_where_needed
 from .serving import Ahead, TellFaults
 from .teachers import TeacherModel, check_same_bytes
@@ -204,6 +205,9 @@ class XTokenTrainer(Trainer):
             self.add_callback(TellFaults(served))
         self.train_dataset: Any = self._encoded(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._encoded(eval_dataset, "eval_dataset")
+        self._rollout: Rollout | None = None
+        if self.args.on_policy and self.train_dataset is not None:
+            self._rollout = Rollout(self, self._rollout_encoder())
         self._step: _Step | None = None
         self._router_loss: Tensor | float = 0.0  # of the steps since the last log
         # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
@@ -261,7 +265,18 @@ class XTokenTrainer(Trainer):
             known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1],
             teacher_systems=[one.system for one in self.teachers], teacher_column=self.args.teacher_column,
             teacher_names=[one.name for one in self.teachers],
+            with_prompts=bool(self.args.on_policy) and name == "train_dataset",
         )  # fmt: skip
+
+    def _rollout_encoder(self) -> ExampleEncoder:
+        """What reads completions: as the data were read, where they tell."""
+        if not isinstance(self.data_collator, XTokenCollator):
+            raise ValueError(
+                "on_policy: expected an XTokenCollator, which makes batches of completions too, got "
+                f"{type(self.data_collator).__name__}"
+            )
+        known = getattr(self.train_dataset, "encoder", None)
+        return known if isinstance(known, ExampleEncoder) else self._encoder("train_dataset", {"on_policy": None})
 
     def _scales_gradients(self) -> bool:
         """Whether DeepSpeed does, as it does for fp16."""
@@ -314,6 +329,9 @@ class XTokenTrainer(Trainer):
         if self._step is None:  # time before training does not count
             self._watch.lap()
         batches = self._ahead.take(epoch_iterator, num_batches)
+        if self._rollout is not None and batches:
+            with self._watch.section("generation"):
+                batches = self._rollout.replace(batches)
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
         divisors = self._divisors(counts)
         # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
@@ -329,7 +347,7 @@ class XTokenTrainer(Trainer):
     def _asks_ahead(self) -> bool:
         """Whether servers are asked for the next step now, so that they work while the student does."""
         is_last = self.state.global_step + 1 >= self.state.max_steps
-        return not is_last and any(teacher.served is not None for teacher in self.teachers)
+        return not is_last and self._rollout is None and any(teacher.served is not None for teacher in self.teachers)
 
     def _ask(self, batch: Mapping[str, Any]) -> None:
         """Begins to ask the teachers behind a server for a batch."""
@@ -344,7 +362,7 @@ class XTokenTrainer(Trainer):
         """float64 [1 + M]: labels, and for each teacher of the criterion chunks, of one batch."""
         host = _on_host(batch)
         alignments = self._alignments(host)[: len(self.criterion.teachers)]
-        items, chunks = self.criterion.counts(host["labels"], alignments)
+        items, chunks = self.criterion.counts(host["labels"], alignments, host.get("ce_labels"))
         return torch.tensor([items, *chunks], dtype=torch.float64)
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
@@ -389,8 +407,8 @@ class XTokenTrainer(Trainer):
     ) -> Any:
         """The share of a micro-batch in the step's loss, times the processes that gradients are averaged over."""
         host = _on_host(inputs)
-        inputs = {name: value for name, value in inputs.items() if name != "host"}
-        del inputs["labels"]  # the losses get those on the host, where they can pick what is supervised
+        # The losses get the labels on the host, where they can pick what is supervised.
+        inputs = {name: value for name, value in inputs.items() if name not in ("host", "labels", "ce_labels")}
         entries = inputs.pop("teachers")
         self._check_entries(host)
         if "position_ids" in inputs and self._faults.get("student", "not known") is not None:
@@ -408,8 +426,9 @@ class XTokenTrainer(Trainer):
         num_items, num_chunks = alone if step is None else (step.items, step.chunks)
         with self._watch.section("loss"):
             total, parts = self.criterion(
-                outputs.logits, host["labels"], logits, alignments, num_items, num_chunks, **self._scale_of(step)
-            )
+                outputs.logits, host["labels"], logits, alignments, num_items, num_chunks, **self._scale_of(step),
+                ce_labels=host.get("ce_labels"),
+            )  # fmt: skip
         self._finite.look(total, [outputs.logits, *logits], self.state.global_step + 1 if self.model.training else -1)
         mask = host.get("attention_mask")
         self._meter.add(parts, host["input_ids"].numel() if mask is None else int((mask != 0).sum()))
@@ -530,7 +549,8 @@ class XTokenTrainer(Trainer):
         self._last_scale = torch.where((last == 0) & self._has_kd, parts["scale"].to(last), last)
         if step.done == step.micro_batches:
             ce, kd = self._add_up(step.ce_and_kd.float()).to(last)
-            self._last_scale = torch.where(kd != 0, ratio(ce, kd, self.args.max_scale), self._last_scale)
+            known = (kd != 0) & (ce != 0)
+            self._last_scale = torch.where(known, ratio(ce, kd, self.args.max_scale), self._last_scale)
 
     def _read_scale(self) -> bool:
         """Whether there is a factor of the last step; waits for the device. All processes must make the call."""
@@ -559,6 +579,9 @@ class XTokenTrainer(Trainer):
             measured["time_teacher"] = teacher / elapsed
             measured["time_student"] = (seconds.get("step", 0.0) - teacher - loss) / elapsed
             measured["time_loss"] = loss / elapsed
+            if self._rollout is not None:
+                measured.update(self._rollout.summary(self._add_up))
+                measured["time_generation"] = seconds.get("generation", 0.0) / elapsed
             logs.update({name: round(value, 6) for name, value in measured.items()})
             self._meter = self._new_meter()
         super().log(logs, *args, **kwargs)
@@ -590,7 +613,7 @@ class XTokenTrainer(Trainer):
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of batches that stay on the host too."""
-        return self._collated(super().get_train_dataloader, *args, **kwargs)
+        return self._collated(super().get_train_dataloader, *args, rollout=self._rollout, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Likewise, of batches with a row for each sample."""
@@ -620,7 +643,10 @@ class XTokenTrainer(Trainer):
         name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
         return [{name: range(length)} for length in lengths(data)]
 
-    def _collated(self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, **kwargs: Any) -> Any:
+    def _collated(
+        self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, rollout: Rollout | None = None,
+        **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """A dataloader of batches that stay on the host; `a_row_each`: not packed, so that repeated samples can go."""
         given = collator = self.data_collator
         if isinstance(given, XTokenCollator) and given.packed:
@@ -628,7 +654,9 @@ class XTokenTrainer(Trainer):
             if is_split or not self._packs(given.max_length or 0):
                 collator = copy.copy(given)
                 collator.packed = False
-        self.data_collator = functools.partial(keep_host, collator)
+        self.data_collator = functools.partial(keep_host, collator, keeps_examples=rollout is not None)
+        if rollout is not None:
+            rollout.collate = self.data_collator
         try:
             return make(*args, **kwargs)
         finally:
@@ -641,15 +669,17 @@ class XTokenTrainer(Trainer):
         if not is_filled or not state.end_of_dataloader or state.remainder <= 0:
             return inputs
         host = _on_host(inputs)
-        labels = host["labels"].clone()
-        count = max(0, state.remainder - len(labels) * self.accelerator.process_index)
-        labels[count:] = IGNORED
+        labels = {name: host[name].clone() for name in ("labels", "ce_labels") if name in host}
+        count = max(0, state.remainder - len(host["labels"]) * self.accelerator.process_index)
+        for one in labels.values():
+            one[count:] = IGNORED
         entries = [dict(entry) for entry in host["teachers"]]
         for entry in entries:
             if entry.get("alignment") is not None:
                 entry["alignment"] = keep(entry["alignment"], entry["alignment"].host.sample_index < count)
-        left = OnHost({**host, "labels": labels, "teachers": entries})
-        return {**inputs, "labels": labels.to(inputs["labels"].device), "host": left}
+        left = OnHost({**host, **labels, "teachers": entries})
+        moved = {name: one.to(inputs["labels"].device) for name, one in labels.items()}
+        return {**inputs, **moved, "host": left}
 
     def _say_left_out(self, measured: Mapping[str, float]) -> None:
         """Says once if many chunks have no term for their start."""

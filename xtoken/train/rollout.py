@@ -1,0 +1,264 @@
+"""On policy: completions that the student, or a teacher, writes in training take the place of those of the data."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from xtoken.alignment.pretty import printable
+from xtoken.losses.backends import IGNORED
+
+from .completion import Completion, CompletionEncoder, Prompt, read_prompt, text_of
+from .encode import ExampleEncoder
+from .generate import ModelWriter, Sampling
+from .itself import StudentTeacher
+from .reader import Reader
+from .routing import is_routed
+
+logger = logging.getLogger(__name__)
+
+MOST_WITHOUT = 1000
+"""Rows at the beginning that may all be without a prompt."""
+
+SHOWN = 400
+"""Characters of a prompt, and of its completion, that are shown."""
+
+
+@dataclass
+class _Counts:
+    """Of one process, since the last summary."""
+
+    rows: int = 0
+    replaced: int = 0
+    skipped: int = 0
+    completions: int = 0
+    tokens: int = 0
+    ended: int = 0
+    unmatched: int = 0
+
+
+class Rollout:
+    """Replaces examples of a step by completions of their prompts, as the seed, the step and the process decide.
+
+    Parameters
+    ----------
+    trainer : XTokenTrainer
+        Its ``args`` say for which share of the prompts, and how completions are drawn.
+    encoder : ExampleEncoder
+        How its data were read.
+
+    Attributes
+    ----------
+    collate : callable
+        Makes the trainer's batches of examples, which they must bring along.
+
+    Raises ValueError if a teacher is cached, so that it has nothing to say about new text; if a completion would take
+    all tokens of an example; if the model that is to write cannot, or is sharded by FSDP1; if no example has a prompt.
+    """
+
+    def __init__(self, trainer: Any, encoder: ExampleEncoder) -> None:
+        self.trainer, self.args = trainer, trainer.args
+        self.collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None
+        self.encoder = CompletionEncoder(encoder)
+        self.by_teacher = self.args.on_policy == "teacher"
+        self.share = 1.0 if self.by_teacher else float(self.args.on_policy)
+        for teacher in trainer.teachers:
+            if teacher.model is None and teacher.served is None:
+                raise ValueError(
+                    f"on_policy: expected teachers that run, but {teacher.name} is cached, and a cache has nothing of "
+                    "what is written in training"
+                )
+        self.reader, self.writer, longest = self._of_teacher() if self.by_teacher else self._of_student()
+        read = dict(zip(map(id, encoder.sides), encoder.limits, strict=True))[id(self.reader)]
+        known = [limit - self.args.max_new_tokens for limit in (read, longest) if limit is not None]
+        self.longest = min(known, default=None)
+        """Tokens of the longest prompt."""
+        if self.longest is not None and self.longest < 1:
+            raise ValueError(
+                f"max_new_tokens: expected fewer than the {self.longest + self.args.max_new_tokens} tokens of an "
+                f"example, got {self.args.max_new_tokens}"
+            )
+        self._counts, self._told = _Counts(), set[str]()
+        self._seen = self._prompts = 0
+        self._check_prompts(trainer.train_dataset)
+
+    def _of_student(self) -> tuple[Reader, ModelWriter, int | None]:
+        trainer = self.trainer
+        if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
+            raise ValueError("on_policy: expected FSDP2, under which a sharded student can generate, got FSDP1")
+        is_sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
+        writer = self._writer(
+            lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False),
+            self.encoder.student, trainer._limits, self.args.device, self._most if is_sharded else None,
+        )  # fmt: skip
+        return self.encoder.student, writer, trainer._limits.positions
+
+    def _of_teacher(self) -> tuple[Reader, ModelWriter, int | None]:
+        readers = [one or self.encoder.student for one in self.encoder.encoder.teachers]
+        pairs = zip(self.trainer.teachers, readers, strict=True)
+        others = (pair for pair in pairs if not isinstance(pair[0], StudentTeacher))
+        teacher, reader = next((pair for pair in others if hasattr(pair[0].model, "generate")), (None, None))
+        if teacher is None or reader is None:
+            raise ValueError("on_policy: expected a teacher whose model can generate for 'teacher', got none")
+        device = teacher.device or teacher.model.device
+        return reader, self._writer(lambda: teacher.model, reader, teacher.limits, device), teacher.limits.positions
+
+    def _writer(self, model: Any, reader: Reader, limits: Any, device: torch.device, most: Any = None) -> ModelWriter:
+        args = self.args
+        sampling = Sampling(args.max_new_tokens, args.generation_temperature, args.generation_top_p)
+        size = args.per_device_train_batch_size * args.num_generations
+        return ModelWriter(model, reader, limits, device, sampling, size, most)
+
+    def _most(self, number: int) -> int:
+        """The largest over the processes."""
+        return int(self.trainer.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
+
+    def _check_prompts(self, data: Any) -> None:
+        """Raises ValueError if a small data set has no prompt; of others the first rows are counted in training."""
+        if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or len(data) > MOST_WITHOUT:
+            return
+        if not any("prompt" in data[k] for k in range(len(data))):
+            raise ValueError(_without_prompts(f"none of the {len(data)} examples"))
+
+    def replace(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches of a step, some of their examples replaced; every process must make the call."""
+        step, process = self.trainer.state.global_step, self.args.process_index
+        seeds = np.random.SeedSequence([self.args.seed, step, process])
+        draws = np.random.default_rng(seeds)
+        groups = [self._examples(batch) for batch in batches]
+        chosen: list[tuple[int, int, Prompt]] = []
+        for b, examples in enumerate(groups):
+            for k, (example, draw) in enumerate(zip(examples, draws.random(len(examples)), strict=True)):
+                prompt = self._prompt(example, draw)
+                if prompt is not None:
+                    chosen.append((b, k, prompt))
+        repeated = [one for one in chosen for _ in range(self.args.num_generations)]
+        written = self.writer.write([prompt.ids for *_, prompt in repeated], int(seeds.generate_state(1)[0]))
+        completions = [
+            Completion(prompt, ids, bool(ids) and ids[-1] in self.writer.ends, groups[b][k].get("route"))
+            for (b, k, prompt), ids in zip(repeated, written, strict=True)
+        ]
+        made = self._made(completions)
+        new: dict[tuple[int, int], list[dict[str, Any]]] = {}
+        for (b, k, _), one in zip(repeated, made, strict=True):
+            if one is not None:
+                new.setdefault((b, k), []).append(one)
+        self._count(completions, len(new))
+        if completions and self.trainer.is_world_process_zero() and self.trainer._is_logged(step + 1):
+            self._show(completions[0], step + 1)
+        return [
+            self._collated([known for k, example in enumerate(examples) for known in new.get((b, k), [example])])
+            if any((b, k) in new for k in range(len(examples)))
+            else batch
+            for b, (batch, examples) in enumerate(zip(batches, groups, strict=True))
+        ]
+
+    def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        assert self.collate is not None
+        return self.collate(examples)
+
+    def _examples(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] | None = getattr(batch.get("host"), "examples", None)
+        if found is None:
+            raise ValueError("on_policy: expected batches of the Trainer's own DataLoader, which keep their examples")
+        return found
+
+    def _prompt(self, example: Mapping[str, Any], draw: float) -> Prompt | None:
+        """The prompt of an example that is to be replaced; one that is nothing but a prompt always is."""
+        self._seen += 1
+        self._counts.rows += 1
+        if "prompt" not in example:
+            if not self._prompts and self._seen == MOST_WITHOUT:
+                raise ValueError(_without_prompts(f"none of the first {self._seen} rows"))
+            self._tell("no prompt", "a row has no prompt, and is trained on as it is; so are others like it")
+            return None
+        self._prompts += 1
+        if draw >= self.share and (np.asarray(example["labels"]) != IGNORED).any():
+            return None
+        prompt = read_prompt(example["prompt"], self.reader)
+        if not prompt.ids or (self.longest is not None and len(prompt.ids) > self.longest):
+            self._counts.skipped += 1
+            self._tell(
+                "too long",
+                f"a prompt of {len(prompt.ids)} tokens leaves no room for {self.args.max_new_tokens} of a completion, "
+                "so its row is trained on as it is; on_policy_skipped is the share of such rows",
+            )
+            return None
+        return prompt
+
+    def _made(self, completions: Sequence[Completion]) -> list[dict[str, Any] | None]:
+        if not self.by_teacher:
+            made: list[Any] = self.encoder.of_sampled(completions) if completions else []
+            for one in made:
+                for m, (teacher, entry) in enumerate(zip(self.trainer.teachers, one["teachers"], strict=True)):
+                    if entry["ids"] is not None and not len(entry["spans"]) and is_routed(one, m):
+                        self._counts.unmatched += 1
+                        self._tell(
+                            f"unmatched {teacher.name}",
+                            f"a completion has no chunk for {teacher.name}, so it teaches nothing; on_policy_unmatched "
+                            "is the share of such completions",
+                        )
+            return made
+        made = [self.encoder.of_text(one, self.reader) for one in completions]
+        if lost := sum(one is None for one in made):
+            self._counts.skipped += lost
+            self._tell(
+                "nothing", "nothing of a completion is trained on, so its row is left as it is (on_policy_skipped)"
+            )
+        return made
+
+    def _count(self, completions: Sequence[Completion], replaced: int) -> None:
+        self._counts.replaced += replaced
+        self._counts.completions += len(completions)
+        self._counts.tokens += sum(len(one.ids) for one in completions)
+        self._counts.ended += sum(one.ended for one in completions)
+
+    def _tell(self, kind: str, message: str) -> None:
+        """Says something of a kind once."""
+        if kind not in self._told:
+            self._told.add(kind)
+            logger.warning("on_policy: %s", printable(message))
+
+    def _show(self, completion: Completion, step: int) -> None:
+        prompt = b"".join(self.reader.tokens[i] for i in completion.prompt.ids).decode("utf-8", "replace")
+        text = text_of(completion, self.reader)
+        end = "ended" if completion.ended else "cut"
+        tqdm.write(
+            f"step {step}, a prompt: {'... ' * (len(prompt) > SHOWN)}{printable(prompt[-SHOWN:])}\n"
+            f"step {step}, its completion, {len(completion.ids)} tokens, {end}: "
+            f"{printable(text[:SHOWN])}{' ...' * (len(text) > SHOWN)}"
+        )
+
+    def summary(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Since the last one, of all processes: ``on_policy``, the share of rows that were replaced, and
+        ``on_policy_skipped``, that could not be; ``completion_length`` in tokens; ``completion_ended``, the share that
+        came to an end; and if there are any, ``on_policy_unmatched``, the share without a chunk for a teacher.
+        """
+        total = add_up(torch.tensor(astuple(self._counts), dtype=torch.float64))
+        self._counts = _Counts()
+        counts = _Counts(*total.tolist())
+        found = {
+            "on_policy": counts.replaced / max(counts.rows, 1),
+            "on_policy_skipped": counts.skipped / max(counts.rows, 1),
+        }
+        if counts.completions:
+            found["completion_length"] = counts.tokens / counts.completions
+            found["completion_ended"] = counts.ended / counts.completions
+        if counts.unmatched:
+            found["on_policy_unmatched"] = counts.unmatched / counts.completions
+        return found
+
+
+def _without_prompts(which: str) -> str:
+    return (
+        f"on_policy: expected rows with a prompt (messages, or prompt), got {which} with one; examples have them of "
+        "ExampleEncoder(..., with_prompts=True)"
+    )
