@@ -239,7 +239,7 @@ def test_routes_and_systems(small_chat_tok):
             teacher_column="to",
             teacher_names=OTHERS[:2],
             with_prompts=True,
-        )  # fmt: skip
+        )
     )
     prompt = read_prompt(prompt_of(CHAT) or {}, encoder.student)
     completion = Completion(prompt, byte_ids(encoder, b"12", "<|eot_id|>"), True, [True, False])
