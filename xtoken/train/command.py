@@ -259,7 +259,8 @@ def main(arguments: Sequence[str]) -> None:
         loaded = load_examples(
             files, student_tok, teacher_toks, text_column=config.text_column, max_length=max_length,
             max_teacher_length=max_teacher_length, train_on=config.train_on, name_documents=is_cached,
-            with_prompts=bool(config.on_policy) and files is options.data, now=next(iter(times), None), teacher_systems=[one.system for one in teachers],
+            with_prompts=bool(config.on_policy) and files is options.data, now=next(iter(times), None),
+            teacher_systems=[one.system for one in teachers],
             teacher_column=config.teacher_column, teacher_names=[one.name for one in teachers],
         )  # fmt: skip
         return CachedExamples(loaded, caches) if is_cached else loaded
