@@ -12,7 +12,7 @@ from small import command, history
 from xtoken.cli import main
 from xtoken.losses import Needs, registered
 from xtoken.losses.criterion import SCALINGS
-from xtoken.train.command import check, loss_arguments, parse
+from xtoken.train.command import check, loss_arguments, open_all, parse
 from xtoken.train.example import TRAIN_ON
 from xtoken.train.prepare import one_each, weights_of
 
@@ -111,7 +111,7 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         (["--student", "S", "--teacher", "T"], "--data: expected one"),
         (["--student", "S", "--teacher", "T", "--data", "D"], "--output: expected a folder"),
         (
-            [*ALL, "--data", ".", "--loss", PIECES, SHARED, "--reverse", "--merge", "mean"],
+            [*ALL, "--teacher", "U", "--data", ".", "--loss", PIECES, SHARED, "--reverse", "--merge", "mean"],
             f"merge: none of the chosen losses has it: {PIECES}, {SHARED}",
         ),
         (
@@ -129,7 +129,13 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
     Path("list.yaml").write_text("[1, 2]")
     Path("odd.yaml").write_text("colour: red")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        check(*parse(arguments))
+        looked_at(arguments)
+
+
+def looked_at(arguments):
+    options, config = parse(arguments)
+    check(options, config)
+    return open_all(options, config)
 
 
 @pytest.mark.parametrize(

@@ -378,7 +378,8 @@ def test_bad_input(student_tok, teacher_tok):
     encoder = ExampleEncoder(student_tok, [teacher_tok], text_column="body")
     for row in ({"text": "a"}, {"body": 3}, {}, {"prompt": "a"}):
         with pytest.raises(
-            ValueError, match=r"row 1: expected messages, prompt and completion, or text in 'body', got"
+            ValueError,
+            match=r"row 1: expected messages, conversations, prompt and completion, or text in 'body' \(te",
         ):
             encoder.encode([{"body": "fine"}, row])
 

@@ -232,7 +232,7 @@ def test_rows_that_are_not_encoded(tmp_path, student_tok, teacher_tok):
     assert losses[0] == losses[1] == losses[2]
     assert trainer.evaluate()["eval_ce"] == trainer.evaluate(ROWS[:4])["eval_ce"]
     assert trainer.predict(ROWS[:4]).metrics["test_ce"] == trainer.evaluate()["eval_ce"]
-    with pytest.raises(ValueError, match=r"row 0: expected messages, prompt and completion, or text in 'text', got a"):
+    with pytest.raises(ValueError, match=r"row 0: expected messages, conv.*text in 'text' \(text_column\), got a: int"):
         raw_trainer(tmp_path, student_tok, teacher_tok, [{"a": 1}] * 8)
     with pytest.raises(
         ValueError, match=r"train_dataset: expected examples, .* got a row with \['text'\]; with process"

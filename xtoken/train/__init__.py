@@ -6,6 +6,7 @@ from .config import XTokenConfig
 from .data import AlignedExamples, EncodedDataset, EncodedStream, load_examples
 from .encode import ExampleEncoder
 from .head import linear_logits
+from .table import EncodedTable
 from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
@@ -14,6 +15,7 @@ __all__ = [
     "CachedExamples",
     "EncodedDataset",
     "EncodedStream",
+    "EncodedTable",
     "ExampleEncoder",
     "TeacherModel",
     "XTokenCollator",

@@ -1,18 +1,27 @@
-"""What `XTokenTrainer` and `xtoken train` make of names: the student, and teachers with a loss and what it needs."""
+"""What `XTokenTrainer` and `xtoken train` make of names and rows: the student, teachers with a loss and what it needs,
+examples."""
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+from xtoken.alignment.pretty import printable
 from xtoken.vocabulary import Vocabulary
 
 from . import adapters
+from .chat import use_template
 from .config import XTokenConfig
+from .data import EncodedDataset, EncodedStream, is_example
+from .encode import ExampleEncoder
 from .itself import StudentTeacher
 from .prepare import build_objective, check_losses, one_each, weights_of
-from .teachers import TeacherModel, load_model
+from .table import EncodedTable, is_table
+from .teachers import TeacherModel, load_model, load_tokenizer
+
+logger = logging.getLogger(__name__)
 
 SELF = "self"
 """The name of a teacher that is the student; a folder of that name is ./self."""
@@ -36,6 +45,19 @@ def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[An
     return (student if args.lora_rank is None else adapters.add_lora(student, args)), tokenizer
 
 
+def student_of(model: Any, tokenizer: Any, args: XTokenConfig, needs_tokenizer: bool) -> tuple[Any, Any]:
+    """A student as it is, or loaded by its name, and its tokenizer: if it is needed, the one that the model names."""
+    if isinstance(model, (str, os.PathLike)):
+        model, loaded = load_student(model, args)
+        tokenizer = loaded if tokenizer is None else tokenizer
+    name = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if tokenizer is None and needs_tokenizer and name:
+        tokenizer = load_tokenizer(name, trust_remote_code=args.trust_remote_code)
+    if tokenizer is not None:
+        use_template(tokenizer, args.chat_template)
+    return model, tokenizer
+
+
 def build_teachers(
     teachers: Any,
     student_tok: Any,
@@ -43,6 +65,7 @@ def build_teachers(
     *,
     models: Sequence[Any] | None = None,
     texts: Iterable[str] | Callable[[], Iterable[str]] = (),
+    tell: Callable[[str], Any] = logger.warning,
 ) -> list[TeacherModel]:
     """Teachers as they are, and those given by name or as a model by `TeacherModel.build` and `args`; "self" is
     `TeacherModel.of_student`.
@@ -58,6 +81,8 @@ def build_teachers(
         For each teacher what `TeacherModel.build` takes as ``model``; default: all are loaded.
     texts
         As for `build_objective`.
+    tell : function
+        Is told for each teacher that is built which loss it has and why, on the first process.
 
     Raises ValueError for more or fewer losses, weights or systems than teachers to build, for options that none of the
     losses has, and for an average without "self"; and what `TeacherModel.build` raises.
@@ -67,6 +92,9 @@ def build_teachers(
     named = [k for k, one in enumerate(given) if not isinstance(one, TeacherModel)]
     if not named:
         return given
+    if student_tok is None:
+        raise ValueError("processing_class: expected the student's tokenizer, to build teachers by name, got None")
+    options: Any = args.loss_options
     losses, weights = one_each(args.loss, "auto", len(named), "loss"), weights_of(args.teacher_weight, len(named))
     tops, systems = (
         one_each(getattr(args, name), none, len(named), name)
@@ -81,7 +109,7 @@ def build_teachers(
             named, losses, weights, quantized, tops, systems, strict=True
         ):
             how: dict[str, Any] = {
-                "loss": loss, "weight": weight, "loss_options": args.loss_options, "gamma": args.gamma,
+                "loss": loss, "weight": weight, "loss_options": options, "gamma": args.gamma,
                 "learn_projection": args.learn_projection, "texts": texts, "cache": args.cache,
                 "trust_top_k": top or None,
             }  # fmt: skip
@@ -94,11 +122,13 @@ def build_teachers(
                     quantization_config=quantization, chat_template=args.chat_template, is_one_of_several=True, **how,
                 )  # fmt: skip
             given[k].system = None if system == "none" else system
-    check_losses([given[k].objective.loss for k in named], args.loss_options, args.learn_projection)
+    check_losses([given[k].objective.loss for k in named], options, args.learn_projection)
     names = [one.name for one in given]
     for k in named:
         if given[k].name in names[:k]:
             given[k].name = f"{given[k].name}-{k + 1}"
+        if args.process_index == 0:
+            tell("\n".join(printable(line) for line in given[k].summary().splitlines()))
     return given
 
 
@@ -109,3 +139,40 @@ def _of_student(student_tok: Any, average: float | None, **how: Any) -> StudentT
     made.read_as(student_tok)
     made.reasons = reasons
     return made
+
+
+def examples_of(data: Any, encoder: Callable[[Any], ExampleEncoder], args: XTokenConfig) -> Any:
+    """A data set of examples: as it is, or of rows, which are encoded.
+
+    A list is encoded at once (`EncodedDataset`), a `datasets.Dataset` by its map with a cache (`EncodedTable`), and
+    what has no length as it is read (`EncodedStream`). `encoder` makes one for a row, if there is one to encode.
+    """
+    if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
+        return EncodedStream(data, encoder)
+    if not len(data) or is_example(data[0]):
+        return data
+    if not is_table(data):
+        return EncodedDataset(data, encoder(data[0]))
+    with args.main_process_first(desc="encoding"):  # the others find it in the cache
+        return EncodedTable(data, encoder(data[0]), args.dataset_num_proc)
+
+
+def training_split(data: Any) -> Any:
+    """The split of a dict of splits that is trained on, "train" or the only one; says which are left."""
+    if not isinstance(data, Mapping):
+        return data
+    name = "train" if "train" in data else next(iter(data), None)
+    if name is None or (name != "train" and len(data) > 1):
+        raise ValueError(f"train_dataset: expected a split of the name 'train', or one alone, got {list(data)}")
+    if len(data) > 1:
+        logger.warning("train_dataset: trained on is the split %r; left are %s", name, [*data.keys() - {name}])
+    return data[name]
+
+
+def limits_of(args: XTokenConfig, student: int | None, teachers: Sequence[TeacherModel]) -> list[int | None]:
+    """The most tokens of an example, for the student and for each teacher: as `args` have it, or what all models that
+    read it have positions for; `student` are the student's."""
+    theirs = [one.limits.positions for one in teachers]
+    ours = [student, *(one.limits.positions for one in teachers if one.reads_student_ids)]
+    sides = (args.max_length, *ours), (args.max_teacher_length, *theirs)
+    return [min((one for one in side if one is not None), default=None) for side in sides]

@@ -21,6 +21,7 @@ from .chat import ChatTemplate, use_template
 from .data import encoded, has_chats, read_rows
 from .encode import ExampleEncoder
 from .routing import is_routed
+from .table import open_data
 from .teachers import load_model, load_tokenizer
 
 
@@ -138,7 +139,8 @@ def main(options: argparse.Namespace) -> str:
     """Runs ``xtoken cache-teacher``; returns a summary."""
     if options.tokenizer is not None and options.url is None:
         raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
-    if has_chats(options.data, options.text_column):
+    data = [open_data(one, "data", "train") for one in options.data]
+    if has_chats(data, options.text_column):
         source = options.tokenizer or options.teacher
         tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
         use_template(tokenizer, options.chat_template)
@@ -160,7 +162,7 @@ def main(options: argparse.Namespace) -> str:
     now = None
     if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
         now = (cached_time(options.output) if options.resume else None) or datetime.now()
-    rows = read_rows(options.data, options.text_column)
+    rows = read_rows(data, options.text_column)
     documents = teacher_documents(tokenizer, rows, options.text_column, now, options.teacher_system)
     cache = cache_teacher(
         model, tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,

@@ -282,6 +282,10 @@ class ChatTemplate:
             conversation = with_system(conversation, self.system)
         return self._apply(conversation.messages, conversation, add_generation_prompt=True)
 
+    def time_in(self, text: str) -> list[str]:
+        """The time in each format that a text has."""
+        return [value for name, value in self._time if name in text]
+
     def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
         """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
 

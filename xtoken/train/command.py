@@ -8,6 +8,7 @@ Everything that `transformers.TrainingArguments` takes is an option too: ``--lea
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
@@ -17,26 +18,27 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
+from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from xtoken.alignment.pretty import printable
-from xtoken.corpus.files import find_files
 from xtoken.losses import registered
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 
 from . import adapters
-from .assemble import SELF, build_teachers, load_student
+from .assemble import SELF, build_teachers, examples_of, limits_of, load_student
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import newest
 from .collator import XTokenCollator
 from .config import XTokenConfig
-from .data import has_chats, load_examples, text_sample
+from .data import has_chats, is_path, load_examples, text_sample
+from .encode import ExampleEncoder
 from .limits import most_positions
 from .plot import PlotCallback
 from .prepare import check_losses, one_each, weights_of
+from .table import open_data
 from .teachers import load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
@@ -54,8 +56,12 @@ class TrainArguments:
     teacher: list[str] | None = _option(
         None, "a teacher, likewise, or self for the student itself; may be repeated", action="extend"
     )
-    data: list[str] | None = _option(None, "files to train on, or a folder of `xtoken align`", action="extend")
-    eval_data: list[str] | None = _option(None, "files to evaluate on, before and after", action="extend")
+    data: list[str] | None = _option(
+        None, "files to train on, a folder of `xtoken align`, or datasets of the Hub: org/set, org/set:split, "
+        "org/set:configuration:split", action="extend",
+    )  # fmt: skip
+    eval_data: list[str] | None = _option(None, "likewise, to evaluate on, before and after", action="extend")
+    streaming: bool = _option(False, "read a dataset of the Hub to train on as it is needed; needs --max_steps")
     teacher_cache: list[str] | None = _option(
         None, "folder of `xtoken cache-teacher` in place of running the teacher; one for each, or none for one that "
         "runs", action="extend",
@@ -127,8 +133,9 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     if chosen.config:
         given = [*_from_yaml(chosen.config, parser, given), *given]
     options, config, others = parser.parse_args_into_dataclasses(given)
+    known: Any = config.loss_options or {}
     given_options = {name: one for name, one in vars(others).items() if name != "config" and one is not None}
-    config.loss_options = {**(config.loss_options or {}), **given_options}
+    config.loss_options = {**known, **given_options}
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")
@@ -138,30 +145,36 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 
 
 def check(options: TrainArguments, config: XTokenConfig) -> None:
-    """Raises ValueError or FileNotFoundError, before models are loaded, for an option of no loss or a missing file."""
+    """Raises ValueError, before models are loaded, for more or fewer losses than teachers, and an option of no loss."""
     count = len(options.teacher or [])
+    given: Any = config.loss_options
     if options.lora_merge and config.lora_rank is None:
         raise ValueError("--lora_merge: expected --lora_rank with it, got none")
     weights_of(config.teacher_weight, count)
     for name in ("trust_top_k", "teacher_system"):
         one_each(getattr(config, name), None, count, name)
     if "auto" not in one_each(config.loss, "auto", count, "loss"):
-        check_losses(config.loss or [], config.loss_options, config.learn_projection)
-    for path in [*(options.data or []), *(options.eval_data or [])]:
-        if not os.path.isdir(path):
-            find_files([path])
-    check_templates(options, config)
+        check_losses(config.loss or [], given, config.learn_projection)
 
 
-def check_templates(options: TrainArguments, config: XTokenConfig) -> None:
-    """Raises ValueError if rows are chats and the tokenizer of the student or a teacher has no template for them."""
-    if has_chats([*(options.data or []), *(options.eval_data or [])], config.text_column):
+def open_all(options: TrainArguments, config: XTokenConfig) -> tuple[list[Any], list[Any]]:
+    """What is trained and evaluated on: paths, and datasets of Hugging Face.
+
+    Raises ValueError or FileNotFoundError, before models are loaded, for what is not there, and if rows are chats and
+    the tokenizer of the student or a teacher has no template for them.
+    """
+    train = [open_data(one, "data", "train", options.streaming) for one in options.data or []]
+    held_out = [open_data(one, "eval_data") for one in options.eval_data or []]
+    if options.streaming and (len(train) > 1 or is_path(train[0]) or options.teacher_cache):
+        raise ValueError("--streaming: expected one dataset of the Hub in --data, and no --teacher_cache")
+    if has_chats([*train, *held_out], config.text_column):
         for source in dict.fromkeys([str(options.student), *tokenizers_of(options)]):
             if source == SELF:
                 continue
             tokenizer = load_tokenizer(source, trust_remote_code=config.trust_remote_code)
             use_template(tokenizer, config.chat_template)
             ChatTemplate(tokenizer, source)
+    return train, held_out
 
 
 def tokenizers_of(options: TrainArguments) -> list[str]:
@@ -217,55 +230,50 @@ def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str])
     return arguments
 
 
-def _lowered(name: str, given: int | None, positions: Sequence[int | None], config: XTokenConfig) -> int | None:
-    """The most tokens of an example: as given, or what all models that read it can take; says where it is less."""
-    most = min((one for one in (given, *positions) if one is not None), default=None)
-    if most != given and config.process_index == 0 and (given is not None or most is not None):
-        print(f"--{name} {most}: longer rows have no position in a model")
-    return most
-
-
 def main(arguments: Sequence[str]) -> None:
     """Runs ``xtoken train``."""
     options, config = parse(arguments)
     check(options, config)
+    data, eval_data = open_all(options, config)
     folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
     models = teacher_models(options, config, folders)
     student, student_tok = load_student(str(options.student), config)
     use_template(student_tok, config.chat_template)
     teachers = build_teachers(
         options.teacher, student_tok, config, models=models,
-        texts=lambda: text_sample(options.data or [], config.text_column, student_tok),
+        texts=lambda: text_sample(data, config.text_column, student_tok), tell=print,
     )  # fmt: skip
     teacher_toks = [one.tokenizer for one in teachers]
     caches = [
         None if folder == "none" else TeacherCache(folder, one.tokenizer)
         for folder, one in zip(folders, teachers, strict=True)
     ]
-    if config.process_index == 0:
-        print("\n".join(printable(line) for one in teachers for line in one.summary().splitlines()))
-    longest = [most_positions(student), *(one.limits.positions for one in teachers if one.reads_student_ids)]
-    max_length = _lowered("max_length", config.max_length, longest, config)
-    longest = [one.limits.positions for one in teachers]
-    max_teacher_length = _lowered("max_teacher_length", config.max_teacher_length, longest, config)
+    max_length, max_teacher_length = limits_of(config, most_positions(student), teachers)
+    for name, limit in (("max_length", max_length), ("max_teacher_length", max_teacher_length)):
+        if limit != getattr(config, name) and config.process_index == 0:
+            print(f"--{name} {limit}: longer rows have no position in a model")
     is_cached = any(cache is not None for cache in caches)
     times = {cache.now for cache in caches if cache is not None and cache.now is not None}
     if len(times) > 1:
         raise ValueError(f"--teacher_cache: chat templates have written different times into them: {sorted(times)}")
 
-    def examples(files: Sequence[str] | None) -> Any:
-        if not files:
-            return None
-        loaded = load_examples(
-            files, student_tok, teacher_toks, text_column=config.text_column, max_length=max_length,
-            max_teacher_length=max_teacher_length, train_on=config.train_on, name_documents=is_cached,
-            with_prompts=bool(config.on_policy) and files is options.data, now=next(iter(times), None),
-            teacher_systems=[one.system for one in teachers],
-            teacher_column=config.teacher_column, teacher_names=[one.name for one in teachers],
-        )  # fmt: skip
-        return CachedExamples(loaded, caches) if is_cached else loaded
+    encoding: dict[str, Any] = {
+        "text_column": config.text_column, "max_length": max_length, "max_teacher_length": max_teacher_length,
+        "train_on": config.train_on, "name_documents": is_cached, "now": next(iter(times), None),
+        "teacher_systems": [one.system for one in teachers], "teacher_column": config.teacher_column,
+        "teacher_names": [one.name for one in teachers],
+    }  # fmt: skip
 
-    train, held_out = examples(options.data), examples(options.eval_data)
+    def examples(data: Sequence[Any], with_prompts: bool = False) -> Any:
+        files = [one for one in data if is_path(one)]
+        encoding["with_prompts"] = with_prompts
+        parts: list[Any] = [load_examples(files, student_tok, teacher_toks, **encoding)] if files else []
+        make = functools.partial(ExampleEncoder, student_tok, teacher_toks, **encoding)
+        parts += [examples_of(one, lambda _: make(), config) for one in data if not is_path(one)]
+        loaded = ConcatDataset(parts) if len(parts) > 1 else parts[0] if parts else None
+        return CachedExamples(loaded, caches) if is_cached and loaded is not None else loaded
+
+    train, held_out = examples(data, bool(config.on_policy)), examples(eval_data)
     folder = str(config.output_dir)
     last = newest(folder) if options.resume else None
     config.eval_on_start = held_out is not None and last is None

@@ -101,6 +101,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         Folder for W and audits; see `cache_folder`.
     train_on, max_length, max_teacher_length, text_column
         For rows that are not encoded yet; see `ExampleEncoder`. No model gets more tokens than it has positions.
+    dataset_num_proc : int, optional
+        Processes that encode a `datasets.Dataset`; see `EncodedTable`.
     packed : bool
         Whether the default collator puts several examples into one row; see `XTokenCollator`.
 
@@ -207,6 +209,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         default=None, metadata={"help": "tokens of an example for each teacher; default: no limit"}
     )
     text_column: str = field(default="text", metadata={"help": "field with the text of a document"})
+    dataset_num_proc: int | None = field(
+        default=None, metadata={"help": "processes that encode a dataset of the Hub; default: this one, with threads"}
+    )
     packed: bool = field(default=False, metadata={"help": "put several examples into one row of max_length tokens"})
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out losses that are not finite"})

@@ -11,7 +11,7 @@ from datetime import datetime
 from typing import Any
 
 import numpy as np
-from torch.utils.data import Dataset, IterableDataset, get_worker_info
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, get_worker_info
 
 from xtoken.corpus import require, source
 from xtoken.corpus.files import LINES, find_files
@@ -21,7 +21,7 @@ from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 from .encode import ExampleEncoder
-from .example import parse_example
+from .example import normal_form, parse_example
 from .report import Report
 
 BATCH_ROWS = 256
@@ -60,14 +60,7 @@ class EncodedDataset(Dataset[dict[str, Any]]):
         for examples in encoded(rows, encoder):
             self._examples += examples
             self.dropped += not examples
-        encoder.report.check()
-        if not self._examples:
-            raise ValueError(f"rows: expected something to train on, got {self.dropped} rows of which nothing is")
-        if self.dropped:
-            message = "%d rows are left out, since nothing of them is trained on; %d examples"
-            logger.warning(message, self.dropped, len(self))
-        if encoder.report.counts:
-            logger.warning("of %d rows: %s", encoder.report.rows, encoder.report)
+        encoder.report.conclude(len(self), self.dropped)
 
     def __len__(self) -> int:
         return len(self._examples)
@@ -139,6 +132,10 @@ def lengths(dataset: Any) -> list[int]:
     """Student tokens of each example."""
     while hasattr(dataset, "examples"):  # with a cache's logits, which are not read for this
         dataset = dataset.examples
+    if isinstance(dataset, ConcatDataset):
+        return [length for one in dataset.datasets for length in lengths(one)]
+    if hasattr(dataset, "lengths"):
+        return list(dataset.lengths())
     return [len(dataset[k]["student_ids"]) for k in range(len(dataset))]
 
 
@@ -271,19 +268,21 @@ def load_examples(
     return EncodedDataset(read_rows(files, text_column), encoder)
 
 
-def text_sample(
-    files: Sequence[str | os.PathLike[str]], text_column: str = "text", tokenizer: TokenizerLike = None
-) -> list[str]:
-    """Texts from the beginning of each file of `load_examples`, about `SAMPLE_BYTES` in all, for `PieceIndex.build`.
+def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: TokenizerLike = None) -> list[str]:
+    """Texts from the beginning of each file or dataset, about `SAMPLE_BYTES` in all, for `PieceIndex.build`.
 
-    Those of an aligned corpus need the student's tokenizer, to read its tokens. Rows that are none of the forms are
-    left to `load_examples`.
+    `data` is as for `read_rows`; of other iterables, rows or examples, those that can be read again count. An aligned
+    corpus and examples need the student's tokenizer, to read its tokens. Rows that are none of the forms are left out.
     """
     found: list[str] = []
-    paths = [path for path in files if os.path.isdir(path)] or [file.path for file in find_files(files)]
-    for path in paths:
-        left = SAMPLE_BYTES // len(paths)
-        texts = _corpus_texts(path, tokenizer) if os.path.isdir(path) else _row_texts(path, text_column)
+    files = [one for one in data if is_path(one) and not os.path.isdir(one)]
+    others = [one for one in data if not is_path(one) or os.path.isdir(one)]
+    sources: list[Any] = [file.path for file in find_files(files)] if files else []
+    sources += [one for one in others if is_path(one) or iter(one) is not one]
+    for one in sources:
+        left = SAMPLE_BYTES // len(sources)
+        is_corpus = is_path(one) and os.path.isdir(one)
+        texts = _corpus_texts(one, tokenizer) if is_corpus else _row_texts(one, text_column, tokenizer)
         for text in texts:
             found.append(text[:left])
             left -= len(text.encode("utf-8", "replace"))
@@ -292,10 +291,15 @@ def text_sample(
     return found
 
 
-def _row_texts(path: str | os.PathLike[str], text_column: str) -> Iterator[str]:
-    for row in read_rows([path], text_column):
+def _row_texts(one: Any, text_column: str, tokenizer: TokenizerLike) -> Iterator[str]:
+    vocabulary = None
+    for row in read_rows([one], text_column):
+        if is_example(row):
+            vocabulary = vocabulary or Vocabulary.from_tokenizer(tokenizer)
+            yield vocabulary.decode(np.asarray(row["student_ids"])).decode("utf-8", "replace")
+            continue
         try:
-            yield from parse_example(row, "all", text_column).pieces
+            yield from parse_example(normal_form(row), "all", text_column).pieces
         except (ValueError, KeyError, TypeError):
             continue
 
@@ -306,23 +310,29 @@ def _corpus_texts(path: str | os.PathLike[str], tokenizer: TokenizerLike) -> Ite
         yield vocabulary.decode(documents[k]["student_ids"].numpy()).decode("utf-8", "replace")
 
 
-def has_chats(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> bool:
-    """Whether the first row of one of the files is a chat; folders of aligned corpora are none."""
-    firsts = [next(read_rows([path], text_column), {}) for path in files if not os.path.isdir(path)]
-    return any(row.get("messages") or isinstance(row.get("prompt"), list) for row in firsts)
+def has_chats(data: Sequence[Any], text_column: str = "text") -> bool:
+    """Whether the first row of one of the files or datasets is a chat; folders of aligned corpora are none."""
+    firsts = [next(read_rows([one], text_column), {}) for one in data if not (is_path(one) and os.path.isdir(one))]
+    return any(row.get("messages") or row.get("conversations") or isinstance(row.get("prompt"), list) for row in firsts)
 
 
-def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text") -> Iterator[dict[str, Any]]:
+def is_path(one: Any) -> bool:
+    return isinstance(one, (str, os.PathLike))
+
+
+def read_rows(data: Sequence[Any], text_column: str = "text") -> Iterator[dict[str, Any]]:
     """The rows of files, with all their columns; a line of a text file is a row with `text_column`.
 
     Files are those of `xtoken.align_corpus`. What is null in JSON stays null; null fields within the columns of a table
-    are left out, since a table has every field in every row.
+    are left out, since a table has every field in every row. Behind the files come the rows of what is no path, such as
+    a dataset of Hugging Face.
 
     Raises ValueError if a row is broken, with file and line or row, and if a file changes while it is read;
     FileNotFoundError if a path matches no file; ImportError if pyarrow, which reads parquet, Arrow and zstd, is not
     installed.
     """
-    for file in find_files(files):
+    files = [one for one in data if is_path(one)]
+    for file in find_files(files) if files or not data else ():
         if file.format in LINES:
             yield from source.rows(file, text_column)
         else:
@@ -331,3 +341,6 @@ def read_rows(files: Sequence[str | os.PathLike[str]], text_column: str = "text"
 
             yield from tables.rows(file)
         file.check_unchanged()
+    for one in data:
+        if not is_path(one):
+            yield from map(source.without_nulls, one) if hasattr(one, "features") else one

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, NamedTuple
 
 import numpy as np
+import tokenizers
+import transformers
 from numpy.typing import NDArray
 
+from xtoken import _core
 from xtoken.alignment import Aligner
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.call import check_choice
@@ -17,7 +22,7 @@ from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
 from .chat import AMBIGUOUS, REPEATED
-from .example import TRAIN_ON, Example, Ints, Table, parse_example, parse_prompt, prompt_of
+from .example import TRAIN_ON, Example, Ints, Table, normal_form, parse_example, parse_prompt, prompt_of
 from .reader import Reader, Tokens
 from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, Report, no_chunk, no_system
 from .routing import route_of
@@ -111,8 +116,9 @@ class ExampleEncoder:
 
     Notes
     -----
-    A row is a mapping with ``messages`` (and ``tools``, ``chat_template_kwargs``); with ``prompt`` and ``completion``,
-    both strings or both lists of messages; or with `text_column`.
+    A row is a mapping with ``messages`` (and ``tools``, a list or its JSON text, and ``chat_template_kwargs``); with
+    ``conversations`` of ShareGPT, turns with ``from`` and ``value`` (and ``system``); with ``prompt`` and
+    ``completion``, both strings or both lists of messages; or with `text_column`.
 
     Messages are written by each tokenizer's own chat template. Their contents (texts, reasoning, names and arguments of
     tool calls) are found by writing the conversation a second time with an invisible character in each, which counts
@@ -197,6 +203,15 @@ class ExampleEncoder:
         """Most tokens of an example, for each of the sides."""
         self.aligners = [Aligner(self.student.vocabulary, side.vocabulary) for side in self.sides[1:]]
 
+    def fingerprint(self) -> str:
+        """SHA-256, in hex, of all that decides what rows become: tokenizers, chat templates with the time that they are
+        told, options, and the versions of this library, of `tokenizers` and of `transformers`."""
+        made = {"student", "teachers", "sides", "aligners", "report", "now"}
+        facts = {name: value for name, value in vars(self).items() if name not in made}
+        facts["versions"] = [_core.version, tokenizers.__version__, transformers.__version__]
+        facts["sides"] = [None if side is None else side.facts() for side in (self.student, *self.teachers)]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
     def encode(self, rows: Sequence[Mapping[str, Any]], first_row: int = 0) -> list[list[dict[str, Any]]]:
         """Encodes rows, best some hundreds at a time; errors count them from `first_row`.
 
@@ -216,14 +231,17 @@ class ExampleEncoder:
             return []
         examples = []
         routes = []
-        prompts = [prompt_of(row) if self.with_prompts else None for row in rows]
-        for number, (row, prompt) in enumerate(zip(rows, prompts, strict=True), first_row):
+        prompts = []
+        for number, given in enumerate(rows, first_row):
             try:
+                row = normal_form(given)
+                prompt = prompt_of(row) if self.with_prompts else None
                 is_prompt = prompt is not None and row.get("messages") is None and row.get("completion") is None
                 examples.append(
                     parse_prompt(prompt or {}) if is_prompt else parse_example(row, self.train_on, self.text_column)
                 )
                 routes.append(self._route(row, number))
+                prompts.append(prompt)
             except ValueError as error:
                 raise ValueError(f"row {number}: {error}") from error
         # [sides, B]: who reads what.

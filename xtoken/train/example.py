@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -11,6 +12,9 @@ from numpy.typing import NDArray
 from .chat import BLANK, Conversation, take_apart
 
 TRAIN_ON = ("all", "completion", "assistant")
+
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+"""Names of ShareGPT for roles; others are as they are in messages."""
 
 Ints = NDArray[np.int64]
 
@@ -31,7 +35,8 @@ class Example(NamedTuple):
 
 
 def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
-    """Takes a row apart; ValueError if it has none of the forms of `ExampleEncoder`, or text with lone surrogates."""
+    """Takes a row of `normal_form` apart; ValueError if it is none that `ExampleEncoder` takes, or has text with lone
+    surrogates."""
     messages = row.get("messages")
     if messages is not None:
         last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
@@ -46,7 +51,42 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
     if isinstance(text, str):
         return _plain((text, True))
     found = ", ".join(f"{key}: {type(value).__name__}" for key, value in row.items()) or "nothing"
-    raise ValueError(f"expected messages, prompt and completion, or text in {text_column!r}, got {found}")
+    forms = f"messages, conversations, prompt and completion, or text in {text_column!r} (text_column)"
+    raise ValueError(f"expected {forms}, got {found}")
+
+
+def normal_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row, with ``messages`` for ``conversations`` of ShareGPT, and ``tools`` that are written as JSON as a list.
+
+    Raises ValueError if they are something else.
+    """
+    tools = row.get("tools")
+    if isinstance(tools, str):  # as tables keep what differs from row to row
+        try:
+            row = {**row, "tools": json.loads(tools) if tools else None}
+        except json.JSONDecodeError as error:
+            raise ValueError(f"tools: expected a list, or one as JSON, got {tools!r:.80}") from error
+    if row.get("messages") is None and row.get("conversations") is not None:
+        others = {key: value for key, value in row.items() if key not in ("conversations", "system")}
+        row = {**others, "messages": _from_sharegpt(row["conversations"], row.get("system"))}
+    return row
+
+
+def _from_sharegpt(turns: Sequence[Any], system: Any) -> list[dict[str, Any]]:
+    """Messages of turns with ``from`` and ``value``, behind a system prompt if there is one; messages are taken too."""
+    messages = [{"role": "system", "content": system}] if isinstance(system, str) and system else []
+    for turn in turns:
+        if not isinstance(turn, Mapping) or not ("role" in turn or {"from", "value"} <= turn.keys()):
+            raise ValueError(f"conversations: expected turns with from and value, got {turn!r:.80}")
+        speaker: Any = turn.get("from")
+        if speaker == "function_call":
+            raise ValueError(
+                "conversations: expected tool calls as messages have them (messages, with tool_calls), got a turn from "
+                "'function_call'"
+            )
+        own = {"role": ROLES.get(speaker, speaker), "content": turn["value"]} if "role" not in turn else dict(turn)
+        messages.append(own)
+    return messages
 
 
 def prompt_of(row: Mapping[str, Any]) -> dict[str, Any] | None:

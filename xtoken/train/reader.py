@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 from datetime import datetime
 from functools import cached_property
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -122,6 +122,13 @@ class Reader:
     @cached_property
     def template(self) -> ChatTemplate:
         return ChatTemplate(self.tokenizer, self.name, self.now, self.system)
+
+    def facts(self) -> list[Any]:
+        """What decides how it writes and encodes, for a fingerprint; of the time what the template may write of it."""
+        template = str(getattr(self.tokenizer, "chat_template", None))
+        time = self.template.time_in(template) if "strftime_now" in template else []
+        special = {name: str(one) for name, one in getattr(self.tokenizer, "special_tokens_map", {}).items()}
+        return [self.name, self.system, self.vocabulary.fingerprint(), template, special, time]
 
     def reads_as(self, other: Reader) -> bool:
         """Whether this model reads the other's ids as its own: same tokens, same template, same system message."""

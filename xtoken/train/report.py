@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 
@@ -26,9 +27,10 @@ def no_chunk(teacher: str) -> str:
 
 
 class Report:
-    """Counts by kind, of turns or examples, and of rows of which a kind leaves nothing."""
+    """Counts by kind, of turns or examples, and of rows of which a kind leaves nothing; the first of each is told."""
 
-    def __init__(self) -> None:
+    def __init__(self, is_told: bool = True) -> None:
+        self.is_told = is_told
         self.rows = 0
         self.counts: Counter[str] = Counter()
         self._first: dict[str, str] = {}
@@ -40,12 +42,44 @@ class Report:
         self.counts[kind] += 1
         self._not_all |= set() if may_be_all else {kind}
         if kind not in self._first:
-            self._first[kind] = f"row {row}" + (f", turn {turn}" if turn is not None else "") + f": {reason}"
-            logger.warning("%s; more of these are counted: %s", printable(self._first[kind]), kind)
+            self._tell(kind, f"row {row}" + (f", turn {turn}" if turn is not None else "") + f": {reason}")
+
+    def _tell(self, kind: str, first: str) -> None:
+        self._first[kind] = first
+        if self.is_told:
+            logger.warning("%s; more of these are counted: %s", printable(first), kind)
 
     def lose(self, kind: str) -> None:
         """Counts a row that is lost to a kind."""
         self._lost[kind] += 1
+
+    def to_json(self) -> str:
+        """For `merge`."""
+        return json.dumps([self.rows, self.counts, self._first, self._lost, sorted(self._not_all)])
+
+    def merge(self, report: str) -> None:
+        """Adds what another report, of the rows behind these, has become by `to_json`."""
+        rows, counts, first, lost, not_all = json.loads(report)
+        self.rows += rows
+        self.counts.update(counts)
+        self._lost.update(lost)
+        self._not_all.update(not_all)
+        for kind in [one for one in first if one not in self._first]:
+            self._tell(kind, first[kind])
+
+    def conclude(self, examples: int, dropped: int) -> None:
+        """Tells what is lost, and how many rows are dropped since nothing of them is trained on.
+
+        Raises ValueError as `check` does, and if there are no examples.
+        """
+        self.check()
+        if not examples:
+            raise ValueError(f"rows: expected something to train on, got {dropped} rows of which nothing is")
+        if dropped:
+            message = "%d rows are left out, since nothing of them is trained on; %d examples"
+            logger.warning(message, dropped, examples)
+        if self.counts:
+            logger.warning("of %d rows: %s", self.rows, self)
 
     def check(self) -> None:
         """Raises ValueError if a kind of loss is that of most rows, or if all rows have what they may not all have."""

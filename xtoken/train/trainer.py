@@ -6,7 +6,6 @@ import copy
 import functools
 import logging
 import math
-import os
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -31,10 +30,10 @@ from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
 from . import adapters, checkpoints
-from .assemble import load_student
+from .assemble import build_teachers, examples_of, limits_of, student_of, training_split
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
-from .data import EncodedDataset, EncodedStream, is_example, lengths
+from .data import EncodedStream, lengths, text_sample
 from .encode import ExampleEncoder
 from .ensemble import keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
@@ -46,7 +45,7 @@ from .projections import ProjectionSteps
 from .rollout import Rollout
 from .routing import logits_where_needed
 from .serving import Ahead, TellFaults
-from .teachers import TeacherModel, check_same_bytes
+from .teachers import check_same_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -83,26 +82,31 @@ class XTokenTrainer(Trainer):
     ----------
     model : PreTrainedModel, or str
         The student, or what `load_model` takes, with its tokenizer.
-    args : XTokenConfig
-    teachers : sequence of TeacherModel
-        Run in inference mode, never trained.
+    args : XTokenConfig, optional
+    teachers : one or a sequence of str, path, model or TeacherModel
+        Run in inference mode, never trained. `TeacherModel.build` makes those of the first three by `args`: the loss is
+        what `xtoken.choose_loss` recommends, unless `args` say otherwise, and what was chosen and why is logged.
     data_collator
         Makes batches with ``input_ids``, ``attention_mask``, ``labels`` (-100 where ignored) and ``teachers``: a list
         with a dict for each teacher, of ``input_ids``, ``attention_mask`` and ``alignment``; or ``alignment`` None
         for a teacher that reads the student's ids. Default: `XTokenCollator`. Chunks with a token whose label is -100
         are left out.
     train_dataset, eval_dataset
-        Examples as the collator takes them. For `XTokenCollator` also rows as `ExampleEncoder` takes them: a list or
-        data set, encoded at once (`EncodedDataset`), or a stream of them, which may be endless (`EncodedStream`).
+        Examples as the collator takes them. For `XTokenCollator` also rows as `ExampleEncoder` takes them: a list,
+        encoded at once (`EncodedDataset`); a `datasets.Dataset`, whose examples are kept for the next run
+        (`EncodedTable`); or a stream, which may be endless (`EncodedStream`). Of a dict of splits the one called
+        "train" is trained on; all of an `eval_dataset` are evaluated.
     processing_class
-        The student's tokenizer; without it vocabularies are not checked.
+        The student's tokenizer. Default: that of a model given by name; without a collator also the one that the model
+        says it was loaded with. Without one vocabularies are not checked.
     **kwargs
         As for `transformers.Trainer`.
 
-    Raises TypeError if the arguments are no XTokenConfig; ValueError if an output layer is narrower than its tokenizer,
-    or a teacher does not go with the student's tokenizer or with the other teachers. In training: if a batch would feed
-    a teacher ids of another tokenizer, or logits are not finite; the message names the model and the step. On the CPU
-    that is at once; a device is asked when something is logged, evaluated or saved, so the steps until then are lost.
+    Raises TypeError if the arguments are no XTokenConfig; what `TeacherModel.build` raises; ValueError if an output
+    layer is narrower than its tokenizer, or a teacher does not go with the student's tokenizer or with the other
+    teachers. In training: if a batch would feed a teacher ids of another tokenizer, or logits are not finite; the
+    message names the model and the step. On the CPU that is at once; a device is asked when something is logged,
+    evaluated or saved, so the steps until then are lost.
 
     Notes
     -----
@@ -131,13 +135,14 @@ class XTokenTrainer(Trainer):
         self,
         model: Any = None,
         args: XTokenConfig | None = None,
-        teachers: Sequence[TeacherModel] = (),
+        teachers: Any = (),
         data_collator: Any = None,
         train_dataset: Any = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         **kwargs: Any,
     ) -> None:
+        args = XTokenConfig() if args is None else args
         if not isinstance(args, XTokenConfig):
             raise TypeError(f"args: expected an XTokenConfig, got {type(args).__name__}")
         if args.n_gpu > 1:
@@ -147,11 +152,12 @@ class XTokenTrainer(Trainer):
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
-        if isinstance(model, (str, os.PathLike)):
-            model, tokenizer = load_student(model, args)
-            processing_class = tokenizer if processing_class is None else processing_class
+        model, processing_class = student_of(model, processing_class, args, needs_tokenizer=data_collator is None)
         adapters.prepare(model, args.gradient_checkpointing)
-        self.teachers = list(teachers)
+        train_dataset = training_split(train_dataset)
+        given = [] if train_dataset is None else [train_dataset]
+        texts = functools.partial(text_sample, given, args.text_column, processing_class)
+        self.teachers = build_teachers(teachers, processing_class, args, texts=texts)
         names = [teacher.name for teacher in self.teachers]
         if len(set(names)) < len(names):
             raise ValueError(f"teachers: expected a name of its own for each, got {names}")
@@ -163,7 +169,7 @@ class XTokenTrainer(Trainer):
             for teacher in self.teachers:
                 teacher.check_student(self.vocabulary)
         if data_collator is None:
-            data_collator = self._collator()
+            data_collator = self._collator(args)
         if args.teacher_column is not None and not isinstance(data_collator, XTokenCollator):
             raise ValueError("data_collator: expected an XTokenCollator for teacher_column, which knows of routes")
         super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, **kwargs)
@@ -225,13 +231,13 @@ class XTokenTrainer(Trainer):
         self._fused = self._choice_of_fused()
         self._watch = Stopwatch(args.device)
 
-    def _collator(self) -> XTokenCollator:
+    def _collator(self, args: XTokenConfig) -> XTokenCollator:
         known = [self.vocabulary, *(one.vocabulary for one in self.teachers)]
         if None in known:
             raise ValueError(
                 "data_collator: expected one, or processing_class and a tokenizer of each teacher, got None"
             )
-        return XTokenCollator(known[0], known[1:])
+        return XTokenCollator(known[0], known[1:], packed=args.packed, max_length=args.max_length)
 
     def _encoded(self, data: Any, name: str) -> Any:
         """A data set of examples, as rows of text, prompts or messages become if the collator is ours."""
@@ -239,16 +245,13 @@ class XTokenTrainer(Trainer):
             return {key: self._encoded(one, f"{name}[{key!r}]") for key, one in data.items()}
         if data is None or isinstance(data, (str, EncodedStream)) or not isinstance(self.data_collator, XTokenCollator):
             return data
-        if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-            return EncodedStream(data, functools.partial(self._encoder, name))
-        if not len(data) or is_example(data[0]):
-            if self.args.teacher_column is not None and len(data) and "route" not in data[0]:
-                raise ValueError(
-                    f"{name}: expected examples of an ExampleEncoder(teacher_column={self.args.teacher_column!r}), got "
-                    "some without a route"
-                )
-            return data
-        return EncodedDataset(data, self._encoder(name, data[0]))
+        examples = examples_of(data, functools.partial(self._encoder, name), self.args)
+        if examples is data and self.args.teacher_column is not None and len(data) and "route" not in data[0]:
+            raise ValueError(
+                f"{name}: expected examples of an ExampleEncoder(teacher_column={self.args.teacher_column!r}), got "
+                "some without a route"
+            )
+        return examples
 
     def _encoder(self, name: str, row: Any) -> ExampleEncoder:
         known = [self.processing_class, *(one.tokenizer for one in self.teachers)]
@@ -258,13 +261,11 @@ class XTokenTrainer(Trainer):
                 f"{name}: expected examples, as EncodedDataset(rows, ExampleEncoder(...)) has them, got a row with "
                 f"{keys}; with processing_class, and teachers that have a model and a tokenizer, rows are encoded here"
             )
-        sides = [self._limits.positions], [one.limits.positions for one in self.teachers]
-        sides[0].extend(one.limits.positions for one in self.teachers if one.reads_student_ids)
-        longest = [min((one for one in side if one is not None), default=None) for side in sides]
+        longest = limits_of(self.args, self._limits.positions, self.teachers)
         return ExampleEncoder(
-            known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1],
-            teacher_systems=[one.system for one in self.teachers], teacher_column=self.args.teacher_column,
-            teacher_names=[one.name for one in self.teachers],
+            known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1], train_on=self.args.train_on,
+            text_column=self.args.text_column, teacher_systems=[one.system for one in self.teachers],
+            teacher_column=self.args.teacher_column, teacher_names=[one.name for one in self.teachers],
             with_prompts=bool(self.args.on_policy) and name == "train_dataset",
         )  # fmt: skip
 
