@@ -16,7 +16,7 @@ from concurrent.futures import Future
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
 from queue import Empty, SimpleQueue
-from socket import gaierror
+from socket import EAI_AGAIN, gaierror
 from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
@@ -35,6 +35,8 @@ MOST_SHOWN = 300
 
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 """Hosts that no proxy is asked for."""
+
+_random = random.Random()  # that of training is not to move
 
 logger = logging.getLogger(__name__)
 
@@ -88,7 +90,7 @@ class Client:
 
     def __init__(self, url: str, *, requests: int, timeout: float, patience: float, key: str | None = None) -> None:
         parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
+        if parts.scheme not in ("http", "https") or not parts.hostname or not _can_be_asked(url):
             raise ValueError(f"url: expected http://host:port or https://host:port, got {url!r}")
         if parts.username or parts.password or parts.query or parts.fragment:
             raise ValueError(f"url: expected no name, password or query in it, got them for {parts.hostname}")
@@ -130,7 +132,7 @@ class Client:
                         f"{fault}"
                     ) from fault
                 self._count(fault)
-                wait = max(fault.wait, pause * random.uniform(0.5, 1.0))
+                wait = max(fault.wait, pause * _random.uniform(0.5, 1.0))
             time.sleep(min(wait, left))
             pause = min(2 * pause, LONGEST_PAUSE)
 
@@ -152,7 +154,8 @@ class Client:
         except HTTPError as error:
             raise self._refusal(where, error) from error
         except URLError as error:
-            if isinstance(error.reason, (gaierror, ssl.SSLCertVerificationError)):
+            unknown = isinstance(error.reason, gaierror) and error.reason.errno != EAI_AGAIN
+            if unknown or isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise ConnectionError(f"{where}: {error.reason}") from error
             raise _Fault(_kind(error.reason), str(error.reason)) from error
         except (OSError, http.client.HTTPException) as error:
@@ -191,6 +194,14 @@ class Client:
         said = text.decode("utf-8", "replace")
         said = said if self._key is None else said.replace(self._key, "...")
         return printable(" ".join(said.split())[:MOST_SHOWN]) or "nothing said"
+
+
+def _can_be_asked(url: str) -> bool:
+    try:
+        urlsplit(url).port  # noqa: B018, which looks at it
+    except ValueError:
+        return False
+    return url.isascii() and url.isprintable() and " " not in url
 
 
 def _kind(error: Any) -> str:

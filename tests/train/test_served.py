@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import random
 import socket
 import threading
 from pathlib import Path
@@ -97,6 +98,8 @@ def test_requests_in_flight(vllm, teacher_tok):
 
 
 def test_what_may_be_over_soon_is_tried_again(server, teacher_tok, caplog):
+    """And the pauses leave the random numbers of training alone."""
+    before = random.getstate()
     remote = served(server, teacher_tok, requests=1, patience=120.0)
     (want,) = remote.ask([[5, 6, 7]])
     want.result()
@@ -106,6 +109,7 @@ def test_what_may_be_over_soon_is_tried_again(server, teacher_tok, caplog):
         assert torch.equal(got.result().ids[:2], want.result().ids[:2])
     counts = {"HTTP 503": 1, "HTTP 429": 1, "HTTP 500": 1, "connections lost": 1, "answers that are no JSON": 1}
     assert remote.client.faults == {**counts, "answers cut short": 1}
+    assert random.getstate() == before
     (told,) = [one.message for one in caplog.records if one.name == "xtoken.client"]
     assert told.startswith(f"{server.url}: HTTP 503: overloaded; requests are sent again for up to 120 s each")
 
@@ -228,6 +232,8 @@ def test_a_server_that_does_not_fit(model, student_tok, teacher_tok):
     for url, message in (
         ("ftp://127.0.0.1", "url: expected http://host:port"),
         ("127.0.0.1:80", "url: expected http://host:port"),
+        ("http://127.0.0.1:1a", "url: expected http://host:port"),
+        ("http://127.0.0.1/a b", "url: expected http://host:port"),
         ("http://me:pass@127.0.0.1", "url: expected no name, password or query in it, got them for 127.0.0.1"),
     ):
         with pytest.raises(ValueError, match=message) as caught:
