@@ -165,13 +165,14 @@ class ServedModel:
             counts = ", ".join(f"{count} x {kind}" for kind, count in self.client.faults.most_common())
             logger.warning("%s: requests were sent again: %s", self.client.url, counts)
 
-    def ask_batch(self, side: Mapping[str, Any]) -> Asked:
+    def ask_batch(self, side: Mapping[str, Any], rows: Tensor | None = None) -> Asked:
         """Begins to ask for a batch on the host: ``input_ids`` [B, T], with ``attention_mask``, or ``position_ids``.
 
-        Neither padding is sent, nor examples of a packed row together.
+        Neither padding is sent, nor examples of a packed row together; of the others than `rows`, if given, nothing is.
         """
         ids: Tensor = side["input_ids"]
-        places = list(_examples(side, self.vocabulary.roles))
+        wanted = set(range(len(ids)) if rows is None else rows.tolist())
+        places = [place for place in _examples(side, self.vocabulary.roles) if place[0] in wanted]
         futures = self.ask(ids[row, first:last].tolist() for row, first, last in places)
         return Asked(places, futures, (*ids.shape, self.logprobs + 1))
 

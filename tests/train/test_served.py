@@ -326,6 +326,18 @@ def test_packed_rows_are_sent_apart(vllm, student_tok, teacher_tok):
     assert not found
 
 
+def test_rows_without_a_chunk_are_not_sent(vllm, student_tok, teacher_tok, tmp_path):
+    """Such as those that go to another teacher, or have no label."""
+    examples = encode(SMALL_TEXTS[:4], student_tok, teacher_tok)
+    examples[1]["teachers"][0]["spans"] = []
+    examples[2]["labels"] = [-100] * len(examples[2]["labels"])
+    want = run_one_step(tmp_path, student_tok, teachers_of(student_tok, teacher_tok, None), examples)
+    teachers = teachers_of(student_tok, teacher_tok, vllm)
+    vllm.asked.clear()
+    assert_same(run_one_step(tmp_path, student_tok, teachers, examples), want)
+    assert sorted(vllm.asked) == sorted(examples[k]["teachers"][0]["ids"] for k in (0, 3))
+
+
 def test_a_run_that_a_server_stops_goes_on(vllm, student_tok, teacher_tok, tmp_path, caplog):
     """The error names the server; from the checkpoint before it the run ends as if nothing had been."""
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok)

@@ -57,17 +57,24 @@ def logits_where_needed(
     The other rows get what one of these has: no loss looks there, and choices by the largest logits of a batch stay as
     they are. `alignment` and `labels` are on the host; without an alignment all rows are needed.
     """
-    if alignment is None:
+    rows = needed_rows(alignment, labels)
+    if rows is None:
         return run(entry, inputs)
-    host = alignment.supervised(labels)
-    rows = host.sample_index[predictable(host)].unique()
     if not len(rows):
         return None
-    if entry.get("logits") is not None or entry.get("asked") is not None or len(rows) == len(host):
+    if entry.get("logits") is not None or entry.get("asked") is not None or len(rows) == len(labels):
         return run(entry, inputs)
-    place = torch.zeros(len(host), dtype=torch.int64)
+    place = torch.zeros(len(labels), dtype=torch.int64)
     place[rows] = torch.arange(len(rows))
     return _rows_of(run(_part(entry, rows), _part(inputs, rows)), place)
+
+
+def needed_rows(alignment: Alignment | None, labels: Tensor) -> Tensor | None:
+    """int64 [R]: the rows of a batch, on the host, with a labelled chunk; None, all of them, without an alignment."""
+    if alignment is None:
+        return None
+    host = alignment.supervised(labels)
+    return host.sample_index[predictable(host)].unique()
 
 
 def _part(side: Side, rows: Tensor) -> dict[str, Any]:

@@ -399,14 +399,14 @@ class TeacherModel:
         self._packing_is_known = fault is None
         return fault
 
-    def ask(self, entry: dict[str, Any], inputs: Mapping[str, Any]) -> None:
-        """Begins to ask a server for a batch on the host; ``entry["asked"]`` is what `logits` then waits for.
+    def ask(self, entry: dict[str, Any], inputs: Mapping[str, Any], rows: Tensor | None = None) -> None:
+        """Begins to ask a server for `rows` of a batch on the host, or all; `logits` waits for ``entry["asked"]``.
 
         Nothing for other teachers, cached logits, and what has been asked already. Raises ValueError as `check_entry`.
         """
         if self.served is not None and entry.get("logits") is None and "asked" not in entry:
             self.check_entry(entry, inputs)
-            entry["asked"] = self.served.ask_batch(inputs if entry.get("input_ids") is None else entry)
+            entry["asked"] = self.served.ask_batch(inputs if entry.get("input_ids") is None else entry, rows)
 
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any], fused: Fused | None = None) -> AnyLogits:

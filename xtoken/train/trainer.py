@@ -43,7 +43,7 @@ from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
 from .rollout import Rollout
-from .routing import logits_where_needed
+from .routing import logits_where_needed, needed_rows
 from .serving import Ahead, TellFaults
 from .teachers import check_same_bytes
 
@@ -353,8 +353,9 @@ class XTokenTrainer(Trainer):
     def _ask(self, batch: Mapping[str, Any]) -> None:
         """Begins to ask the teachers behind a server for a batch."""
         host = _on_host(batch)
-        for teacher, entry in zip(self.teachers, host["teachers"], strict=True):
-            teacher.ask(entry, host)
+        for teacher, entry, alignment in zip(self.teachers, host["teachers"], self._alignments(host), strict=True):
+            if teacher.served is not None:
+                teacher.ask(entry, host, needed_rows(alignment, host["labels"]))
 
     def _no_counts(self) -> Tensor:
         return torch.zeros(1 + len(self.criterion.teachers), dtype=torch.float64)
