@@ -16,6 +16,7 @@ from xtoken import Aligner, ProjectionMatrix, Teacher
 from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import Needs, registered
 from xtoken.train import TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
+from xtoken.train.adapters import AdapterArguments, add_lora
 
 SMALL_TEXTS = [
     f"In {1900 + 7 * k}, {13 * k + 100} readers paid ${k}.{k % 10}0 for {'one book' if k % 3 else 'two books'}, "
@@ -112,6 +113,16 @@ def make_teacher(student_tok: Any, teacher_tok: Any, seed: int = 1, **objective:
     )
 
 
+def with_adapters(model: Any, rank: int, **given: Any) -> Any:
+    """A PeftModel whose adapters are not zero."""
+    torch.manual_seed(0)
+    model = add_lora(model, AdapterArguments(lora_rank=rank, **given))
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    return model
+
+
 def make_config(folder: Path, **options: Any) -> XTokenConfig:
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
@@ -139,8 +150,9 @@ def make_trainer(
     held_out: Any = None,
     **options: Any,
 ) -> XTokenTrainer:
+    student = make_model(len(student_tok), seed=0)
     return XTokenTrainer(
-        model=make_model(len(student_tok), seed=0),
+        model=student if options.get("lora_rank") is None else with_adapters(student, options["lora_rank"]),
         args=make_config(folder, **options),
         teachers=teachers,
         data_collator=collate,

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from small import SMALL_TEXTS, collate, command, encode, history, make_config, make_model, make_teacher
+from small import SMALL_TEXTS, collate, command, encode, history, make_config, make_model, make_teacher, with_adapters
 
 from xtoken.cli import main
 from xtoken.train import XTokenTrainer, adapters, checkpoints, load_model
@@ -120,11 +120,7 @@ def test_gradient_checkpointing(student_tok, teacher_tok, tmp_path):
     """Reentrant checkpoints lose the gradients of blocks whose inputs need none."""
 
     def student() -> Any:
-        model = add_lora(make_model(len(student_tok), 0), AdapterArguments(lora_rank=2, lora_target_modules=["q_proj"]))
-        for name, weight in model.named_parameters():
-            if "lora_B" in name:
-                torch.nn.init.normal_(weight, generator=torch.Generator().manual_seed(0))
-        return model
+        return with_adapters(make_model(len(student_tok), 0), 2, lora_target_modules=["q_proj"])
 
     want = gradients(tmp_path, student(), student_tok, teacher_tok)
     reentrant = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}}
@@ -192,7 +188,7 @@ def for_inference() -> Any:
 )  # fmt: skip
 def test_adapters_that_cannot_be_trained(make: Callable[[], Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        prepare(make(), False)
+        prepare(make(), AdapterArguments(), False)
 
 
 @pytest.mark.parametrize(
@@ -206,6 +202,21 @@ def test_adapters_that_cannot_be_trained(make: Callable[[], Any], message: str) 
 def test_bad_options(given, message):
     with pytest.raises(ValueError, match=message):
         AdapterArguments(**given).check_adapters()
+
+
+def test_a_student_in_full_that_should_not_be(student_tok, teacher_tok, tmp_path):
+    with pytest.raises(
+        ValueError, match=r"student_quantization: .* loaded by its name, or in 8 or 4 bits already, got L"
+    ):
+        prepare(make_model(50, 0), AdapterArguments(lora_rank=1, student_quantization="int8"), False)
+    config = make_config(tmp_path, lora_rank=2)
+    trainer = XTokenTrainer(
+        make_model(len(student_tok), 0), config, [make_teacher(student_tok, teacher_tok)], collate, [],
+        processing_class=student_tok,
+    )  # fmt: skip
+    assert {name.split(".")[-3] for name, one in trainer.model.named_parameters() if one.requires_grad} == {
+        "lora_A", "lora_B",
+    }  # fmt: skip
 
 
 def test_modules_that_the_student_does_not_have():

@@ -35,9 +35,11 @@ GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "dynamic", "routed": True, "learnable": True, **cut(4, 1)},
     {"scaling": "fixed", "routed": True, "learnable": True, **cut(2, 2)},
     {"scaling": "dynamic", "fused": "on", **cut(4, 1)},
+    {"scaling": "fixed", "lora_rank": 2, **cut(4, 1)},
     {"scaling": "dynamic", **cut(4, 1), **FSDP},
     {"scaling": "dynamic", "fused": "on", **cut(4, 1), **FSDP},
     {"scaling": "fixed", "learnable": True, "fused": "on", **cut(2, 2), **FSDP},
+    {"scaling": "fixed", "lora_rank": 2, "fused": "on", **cut(4, 1), **FSDP},
     {"scaling": "fixed", "learnable": True, **cut(2, 2), **FSDP},
 ]
 HELD_OUT = [(7, False), (5, True)]
@@ -69,7 +71,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
-    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, resumed={"fsdp": {**cut(2, 2), **FSDP}})
+    resumed = {"fsdp": {**cut(2, 2), **FSDP}, "adapters": {"lora_rank": 2, **cut(2, 2), **FSDP}}
+    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, resumed=resumed)
 
 
 @pytest.mark.parametrize("case", range(len(GRADIENTS)))
@@ -125,6 +128,16 @@ def test_fsdp_goes_on_as_if_it_had_not_been_interrupted(tmp_path, results, folde
         for checkpoint in (saved[0], tmp_path / "whole" / "checkpoint-4")
     ]
     assert shapes[0] == shapes[1]
+
+
+def test_adapters_go_on_under_fsdp(tmp_path, results, folder, student_tok, teacher_tok):
+    losses = assert_resumed(results["resumed"]["adapters"])
+    saved = [folder / "adapters" / run / "checkpoint-4" / "adapter_model.safetensors" for run in ("whole", "resumed")]
+    first, second = map(load_file, saved)
+    assert len(first) == 28
+    assert first.keys() == second.keys()
+    assert all(torch.equal(second[name], value) for name, value in first.items())
+    assert_same_losses(losses, tmp_path, student_tok, teacher_tok, lora_rank=2)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

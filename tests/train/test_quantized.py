@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from small import command, history, make_model
+from small import command, history, make_model, with_adapters
 
 from xtoken import Teacher
 from xtoken.cli import main
 from xtoken.train import TeacherModel, load_model
-from xtoken.train.adapters import AdapterArguments, add_lora, prepare
+from xtoken.train.adapters import AdapterArguments, prepare
 from xtoken.train.limits import head_rows
 from xtoken.train.quantized import check_layers, quantization_config, stays
 
@@ -90,12 +90,8 @@ def test_gradients_of_adapters(wide, name, package):
                 plain = torch.nn.Linear(layer.in_features, layer.out_features, bias=False)
                 plain.weight.data = in_full(layer.weight)
                 model.set_submodule(path, plain)
-        torch.manual_seed(0)
-        model = add_lora(model, AdapterArguments(lora_rank=2))
-        for path, weight in model.named_parameters():
-            if "lora_B" in path:
-                torch.nn.init.normal_(weight, std=0.1)
-        prepare(model, False)
+        model = with_adapters(model, 2)
+        prepare(model, AdapterArguments(), False)
         ids = torch.arange(3, 43)[None]
         with torch.no_grad():
             model.eval()(ids)

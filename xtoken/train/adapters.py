@@ -136,15 +136,24 @@ def base_of(model: Any) -> Any:
     return getattr(model, "get_base_model", lambda: model)()
 
 
-def prepare(model: Any, checkpoints_gradients: bool) -> None:
-    """Makes a student with adapters ready for training.
+def prepare(model: Any, options: AdapterArguments, checkpoints_gradients: bool) -> Any:
+    """The student ready for training: with new adapters, if it is to have some and has none yet.
 
-    Raises ValueError for prompts that are learned, since they add rows which belong to no token; where nothing can be
-    trained, as of an adapter that was loaded for inference; and for weights that bitsandbytes has packed for inference.
+    Raises ValueError for weights in full that should be in 8 or 4 bits; what `add_lora` raises; for prompts that are
+    learned, since they add rows which belong to no token; where nothing can be trained, as of an adapter that was
+    loaded for inference; and for weights that bitsandbytes has packed for inference.
     """
+    if options.student_quantization not in (None, "none") and getattr(model, "quantization_method", None) is None:
+        raise ValueError(
+            f"student_quantization: expected a student that is loaded by its name, or in 8 or 4 bits already, got "
+            f"{type(model).__name__} in full"
+        )
     configs: Any = getattr(model, "peft_config", None)
     if not isinstance(configs, Mapping):
-        return
+        if options.lora_rank is None:
+            return model
+        model = add_lora(model, options)
+        configs = model.peft_config
     for name, config in configs.items():
         if config.is_prompt_learning:
             raise ValueError(
@@ -164,6 +173,7 @@ def prepare(model: Any, checkpoints_gradients: bool) -> None:
         layer.support_avx512bf16_for_cpu = False  # else an evaluation packs them so that no gradient goes through
     if checkpoints_gradients:
         model.enable_input_require_grads()  # else a block whose inputs need no gradient may give its weights none
+    return model
 
 
 def check_checkpoint(folder: Path, model: Any) -> None:

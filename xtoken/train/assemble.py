@@ -28,9 +28,9 @@ SELF = "self"
 
 
 def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[Any, Any]:
-    """The student and its tokenizer, with adapters and in 8 or 4 bits as `args` say; what `load_model` raises.
+    """The student and its tokenizer, in 8 or 4 bits if `args` say so.
 
-    Raises ValueError for a folder with an adapter.
+    Raises ValueError for a folder with an adapter; and what `load_model` raises.
     """
     if adapters.is_adapter(source):
         raise ValueError(
@@ -38,11 +38,10 @@ def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[An
             "trained on"
         )
     place = {} if args.student_quantization is None else {"device": args.device}
-    student, tokenizer = load_model(
+    return load_model(
         source, dtype=args.student_dtype, trust_remote_code=args.trust_remote_code, may_shard=True,
         quantization_config=args.student_quantization, **place,
     )  # fmt: skip
-    return (student if args.lora_rank is None else adapters.add_lora(student, args)), tokenizer
 
 
 def student_of(model: Any, tokenizer: Any, args: XTokenConfig, needs_tokenizer: bool) -> tuple[Any, Any]:

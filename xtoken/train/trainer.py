@@ -80,7 +80,7 @@ class XTokenTrainer(Trainer):
 
     Parameters
     ----------
-    model : PreTrainedModel, or str
+    model : PreTrainedModel, PeftModel, or str
         The student, or what `load_model` takes, with its tokenizer.
     args : XTokenConfig, optional
     teachers : one or a sequence of str, path, model or TeacherModel
@@ -153,7 +153,7 @@ class XTokenTrainer(Trainer):
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
         model, processing_class = student_of(model, processing_class, args, needs_tokenizer=data_collator is None)
-        adapters.prepare(model, args.gradient_checkpointing)
+        model = adapters.prepare(model, args, args.gradient_checkpointing)
         train_dataset = training_split(train_dataset)
         given = [] if train_dataset is None else [train_dataset]
         texts = functools.partial(text_sample, given, args.text_column, processing_class)
