@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import sys
 from typing import Any
@@ -11,6 +11,7 @@ import pytest
 import torch
 from comparer import assert_close
 from small import command, history, make_model, with_adapters
+from transformers import TorchAoConfig
 
 from xtoken import Teacher
 from xtoken.cli import main
@@ -57,10 +58,12 @@ def test_torchao(wide, tmp_path):
     for given in (fields, json.dumps(fields), tmp_path / "int8.yaml", quantization_config("int8")):
         again = load_model(wide, quantization_config=given)[0].model.layers[0].mlp.down_proj.weight
         assert torch.equal(again.dequantize(), weight.dequantize())
-    with pytest.raises(
-        ValueError, match=r"quantization: expected linear layers that it can take in .*, got inputs of 64"
-    ):
-        load_model(wide, quantization_config="int4")  # in groups of 128
+    in_groups_of_128 = TorchAoConfig(importlib.import_module("torchao.quantization").Int4WeightOnlyConfig())
+    with pytest.raises(ValueError, match=r"quantization: expected linear layers that it can take in .* inputs of 64"):
+        load_model(wide, quantization_config=in_groups_of_128)
+    if importlib.util.find_spec("mslk") is None:
+        with pytest.raises(ImportError, match="int4 of torchao needs mslk, for GPUs; nf4, by bitsandbytes"):
+            quantization_config("int4")
 
 
 @pytest.mark.filterwarnings("ignore")  # those of bitsandbytes and torch

@@ -20,10 +20,15 @@ pytestmark = pytest.mark.slow
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 TOKENIZERS = {
-    "meta-llama/Llama-3.2-1B": ("llama3", {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
-    "meta-llama/Llama-3.2-3B": ("llama3", {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"}),
-    "Qwen/Qwen3-4B": ("qwen3", {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"}),
-    "microsoft/Phi-4-mini-instruct": ("o200k", {"eos_token": "<|endoftext|>"}),
+    "meta-llama/Llama-3.2-1B": "llama3",
+    "meta-llama/Llama-3.2-3B": "llama3",
+    "Qwen/Qwen3-4B": "qwen3",
+    "microsoft/Phi-4-mini-instruct": "o200k",
+}
+SPECIAL = {
+    "llama3": {"bos_token": "<|begin_of_text|>", "eos_token": "<|end_of_text|>"},
+    "qwen3": {"eos_token": "<|im_end|>", "pad_token": "<|endoftext|>"},
+    "o200k": {"eos_token": "<|endoftext|>"},
 }
 LOSSES = {
     "llama-3.2-1b-from-qwen3-4b": ["teacher Qwen3-4B: pkl, weight 1"],
@@ -34,12 +39,14 @@ LOSSES = {
 @pytest.fixture(scope="module")
 def models(tokenizer: Any, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     """A folder in which every model is found by its name, and the tokenizers by these names."""
-    root, tokenizers = tmp_path_factory.mktemp("models"), {}
-    for seed, (name, (kind, special)) in enumerate(TOKENIZERS.items()):
+    root, kinds = tmp_path_factory.mktemp("models"), {}
+    for kind, special in SPECIAL.items():
         loaded = tokenizer(kind)
         backend = getattr(loaded, "backend_tokenizer", loaded)
-        tokenizers[name] = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
-        make_model(len(tokenizers[name]), seed, hidden=16).to(torch.bfloat16).save_pretrained(root / name)
+        kinds[kind] = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
+    tokenizers = {name: kinds[kind] for name, kind in TOKENIZERS.items()}
+    for seed, (name, one) in enumerate(tokenizers.items()):
+        make_model(len(one), seed, hidden=16).to(torch.bfloat16).save_pretrained(root / name)
     return root, tokenizers
 
 
@@ -52,6 +59,7 @@ def test_recipes(name, models, tmp_path, monkeypatch, capsys):
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text[:60]}) for text in SMALL_TEXTS[:8]))
     given = ["--config", str(RECIPES / f"{name}.yaml"), "--data", str(tmp_path / "data.jsonl"), "--use_cpu"]
     given += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--report_to", "none"]
+    given += ["--plot", "false"]
     _, config = parse(given)
     assert (config.max_steps, config.scaling, config.max_scale) == (30000, "dynamic", float("inf"))
     assert config.loss_options == {"top_k": 8192}

@@ -121,7 +121,10 @@ def test_trainers_that_it_does_not_fit():
         ValueError, match="trainer: expected an SFTTrainer of text with TRL's own data_collator, got Si"
     ):
         distil(SimpleNamespace(args=args, data_collator=padded), "teacher")
-    trainer = SimpleNamespace(args=args, data_collator=Flat(), aux_loss_enabled=False, compute_loss_func=None)
+    trainer = SimpleNamespace(
+        args=args, data_collator=Flat(), aux_loss_enabled=False, compute_loss_func=None,
+        accelerator=SimpleNamespace(num_processes=1),
+    )  # fmt: skip
     with pytest.raises(ValueError, match="trainer: expected none with a loss of its own, got one with loss_type"):
         distil(trainer, "teacher")
     args.loss_type = "nll"
@@ -165,15 +168,11 @@ def test_sft_trainer(student_tok, teacher_tok, tmp_path):
     assert logged["kd"] > 0
     assert logged["loss"] == pytest.approx(logged["ce"] + 0.5 * logged["kd"], rel=1e-4)
     assert float(change.abs().max()) > 0
-    for given in (
-        {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-        {"padding_free": True},
-        {"packing": True, "max_length": 200, "per_device_train_batch_size": 2},
-    ):
-        other, changed = trained(tmp_path, student_tok, teacher_tok, rows, **given)
-        for name in ("ce", "kd", "loss"):
-            assert other[name] == pytest.approx(logged[name], rel=1e-4), (name, given)
-        torch.testing.assert_close(changed, change, rtol=1e-3, atol=1e-5 * float(change.abs().max()))
+    given = {"packing": True, "max_length": 90, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
+    other, changed = trained(tmp_path, student_tok, teacher_tok, rows, **given)
+    for name in ("ce", "kd", "loss"):
+        assert other[name] == pytest.approx(logged[name], rel=1e-4), name
+    torch.testing.assert_close(changed, change, rtol=1e-3, atol=1e-5 * float(change.abs().max()))
 
 
 @pytest.mark.slow

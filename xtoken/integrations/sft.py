@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
@@ -23,6 +24,8 @@ from xtoken.train.limits import Limits
 from xtoken.train.reader import Reader
 from xtoken.train.teachers import TeacherModel
 from xtoken.vocabulary import Vocabulary
+
+logger = logging.getLogger(__name__)
 
 COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 """Of a data set, beside the student's ids: by them a teacher writes a chat with its own template."""
@@ -46,7 +49,7 @@ class DistilCollator:
         self.collator = collator
         self.student = Vocabulary.from_tokenizer(student_tok)
         self.reader = Reader(teacher.tokenizer, teacher.name)
-        self.limit = teacher.limits.positions
+        self.limit, self.cut_is_told = teacher.limits.positions, False
         self.reads_student_ids = teacher.reads_student_ids
         self.encoder = ExampleEncoder(teacher.tokenizer, [], max_length=self.limit)
         self.aligner = Aligner(self.student, self.reader.vocabulary)
@@ -88,8 +91,11 @@ class DistilCollator:
             return np.asarray(ids, np.int64), np.asarray(ids, np.int64)
         row = {name: example[name] for name in COLUMNS if example.get(name) is not None}
         if "messages" not in row and not isinstance(row.get("completion"), list):
-            read = np.asarray(self._as_text(ids)[: self.limit], np.int64)
-            return read, read
+            read = np.asarray(self._as_text(ids), np.int64)
+            if self.limit is not None and len(read) > self.limit and not self.cut_is_told:
+                self.cut_is_told = True
+                logger.warning("texts of more than %d tokens are cut for %s", self.limit, self.reader.name)
+            return read[: self.limit], read[: self.limit]
         if isinstance(row.get("tools"), str):
             row["tools"] = json.loads(row["tools"])
         for made in self.encoder.encode([row])[0]:
@@ -278,9 +284,11 @@ def distil(
         )
     own = {"loss_type": args.loss_type != "nll", "label_smoothing_factor": args.label_smoothing_factor > 0,
            "compute_loss_func": trainer.compute_loss_func is not None}  # fmt: skip
-    if any(own.values()):
+    if found := [name for name, is_given in own.items() if is_given]:
+        raise ValueError(f"trainer: expected none with a loss of its own, got one with {found[0]}")
+    if trainer.accelerator.num_processes > 1 and not args.average_tokens_across_devices:
         raise ValueError(
-            f"trainer: expected none with a loss of its own, got one with {next(k for k in own if own[k])}"
+            "average_tokens_across_devices: expected True, since sums are divided by those of all processes"
         )
     student_tok = trainer.processing_class
     one: TeacherModel = (

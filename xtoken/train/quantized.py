@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import os
@@ -57,6 +58,8 @@ def quantization_config(given: Any, dtype: torch.dtype | str = "auto") -> Any:
 
         return TorchAoConfig(Int8WeightOnlyConfig())
     if given == "int4":
+        if importlib.util.find_spec("mslk") is None:
+            raise ImportError("int4 of torchao needs mslk, for GPUs; nf4, by bitsandbytes, has 4 bits on CPUs too")
         from torchao.quantization import Int4WeightOnlyConfig
 
         return TorchAoConfig(Int4WeightOnlyConfig())
