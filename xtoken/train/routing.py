@@ -74,7 +74,8 @@ def needed_rows(alignment: Alignment | None, labels: Tensor) -> Tensor | None:
     if alignment is None:
         return None
     host = alignment.supervised(labels)
-    return host.sample_index[predictable(host)].unique()
+    rows: Tensor = host.sample_index[predictable(host)].unique()
+    return rows
 
 
 def _part(side: Side, rows: Tensor) -> dict[str, Any]:
