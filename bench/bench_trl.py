@@ -1,7 +1,8 @@
 """Our losses beside those of TRL's GOLDTrainer, on the same logits and text: seconds, memory, and values.
 
 One text full of numbers, tokenized by Llama 3 (student) and Qwen3 (teacher), with random float32 logits; forward and
-backward, median of the runs. TRL compares whole completions, so the first token, which no row predicts, is the prompt.
+backward, in seconds that all threads computed, whoever else does: the median of the runs after a first, or the first
+where that takes long. TRL compares whole completions, so the first token, which no row predicts, is the prompt.
 Its loss is "sorted" or "hybrid" (tokens of both vocabularies by name, the others sorted), and gathers a chunk's rows as
 "observed" (its default) or "bayesian". Values agree where the definitions do: sorted and bayesian, on text whose chunks
 are one token on both sides (the run stops if they differ there). Else they do not: "observed" reads the row *at* a
@@ -9,13 +10,14 @@ token, not the one that predicts it; TRL multiplies one row by the probabilities
 averages; and its hybrid weighs both parts by their share of the vocabulary. Needs ``pip install trl``. Results go to
 bench/results/trl.json.
 
-    python bench/bench_trl.py [--words 70] [--repeat 1] [--threads 2]
+    python bench/bench_trl.py [--words 70] [--repeat 5] [--threads 2]
 """
 
 from __future__ import annotations
 
 import math
 import os
+import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -26,7 +28,7 @@ import torch
 from bench_losses import numbers_text
 from cases import Pair as Needed
 from cases import cases
-from measure import Row, load_tokenizers, machine, median_seconds, parser, peak_growth, table, write_rows
+from measure import Row, load_tokenizers, machine, median_seconds, parser, peak_growth, table, timed, write_rows
 from real_tokenizers import encode
 from torch import Tensor
 
@@ -35,6 +37,9 @@ from xtoken import Vocabulary
 from xtoken.losses.loss import Needs
 
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+LONG = 5.0
+"""CPU seconds of a first run after which there is no other."""
+
 CONFIG = {
     "uld_crossentropy_weight": 0.0, "uld_distillation_weight": 1.0, "uld_student_temperature": 1.0,
     "uld_teacher_temperature": 1.0, "uld_skip_student_eos": False, "uld_skip_teacher_eos": False,
@@ -100,7 +105,7 @@ def same_values(vocabularies: Sequence[Vocabulary]) -> Row:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     options = parser(__doc__, "trl.json")
-    for name, value in {"words": 70, "repeat": 1, "threads": 2}.items():
+    for name, value in {"words": 70, "repeat": 5, "threads": 2}.items():
         options.add_argument(f"--{name}", type=int, default=value, help=f"default: {value}")
     given: Namespace = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
@@ -118,13 +123,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if not case.same_tokenizer:
             losses[case.name] = lambda z, case=case: case(z, pair.logits[1], pair.alignment, needed)
     rows: list[Row] = []
+    cpu_seconds = partial(timed, clock=time.process_time)
     for name, loss in losses.items():
         found: list[float] = []
-        peak = peak_growth(lambda run=loss, into=found: into.append(step(run, pair.logits[0])))
-        seconds = median_seconds(partial(step, loss, pair.logits[0]), given.repeat, warm=0)
-        rows.append(
-            {"loss": name, "seconds": seconds, "peak MB": None if peak is None else peak // 2**20, "value": found[0]}
-        )
+        first: list[float] = []
+        run = partial(lambda loss, found: found.append(step(loss, pair.logits[0])), loss, found)
+        peak = peak_growth(partial(lambda run, first: first.append(cpu_seconds(run)), run, first))
+        seconds = first[0] if first[0] > LONG else median_seconds(run, given.repeat, cpu_seconds, warm=0)
+        megabytes = None if peak is None else peak // 2**20
+        rows.append({"loss": name, "CPU seconds": seconds, "peak MB": megabytes, "value": found[0]})
     facts = machine("torch", "trl", threads=given.threads, tokens=[one.shape[1] for one in pair.ids], values=values)
     write_rows(given.output, facts, rows, ("loss",))
     print("tokens of Llama 3, of Qwen3:", facts["tokens"], "sorted loss of one token each:", values)

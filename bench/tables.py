@@ -218,6 +218,16 @@ def events() -> str:
     return markdown(("text", *pairs), [(kind, *(found[kind, pair] for pair in pairs)) for kind in kinds])
 
 
+def trl() -> str:
+    """Losses of TRL and of this library on the same logits and text, without what is for other text."""
+    body = [
+        (row["loss"], f"{row['CPU seconds']:.2f}", f"{row['peak MB']:,}", f"{row['value']:.4g}")
+        for row in results("trl")["rows"]
+        if not row["loss"].endswith(", numbers")
+    ]
+    return markdown(("loss", "CPU seconds", "peak MB", "value"), body)
+
+
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
@@ -233,6 +243,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "truth": truth,
     "truth_on_events": truth_on_events,
     "events": events,
+    "trl": trl,
 }
 
 
