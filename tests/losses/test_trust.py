@@ -120,6 +120,10 @@ def test_what_cannot_be_told_is_refused() -> None:
     for wrong in (0, -1, 2.5, True):
         with pytest.raises(ValueError, match="trust_top_k: expected an integer of at least 1 or None"):
             Teacher(case.projection, trust_top_k=wrong)
+    compiled = torch.compile(criterion, backend="eager", fullgraph=True)
+    with pytest.raises(Exception, match=r"trust_top_k: expected None inside of torch\.compile"):
+        compiled(case.student, all_labels(case), case.teacher, case.alignment)
+    torch.compiler.reset()
     whole = case.teacher.log_softmax(-1).topk(case.teacher.shape[-1])
     _, parts = XTokenLoss([Teacher(case.projection, trust_top_k=10**6)])(
         case.student, all_labels(case), TopKLogits(whole.indices, whole.values), case.alignment

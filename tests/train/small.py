@@ -206,11 +206,14 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor]) -> 
 FSDP: dict[str, Any] = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
-def two_teachers(student_tok: Any, teacher_tok: Any, learnable: bool = False) -> list[TeacherModel]:
-    """One of another tokenizer, and one with the student's."""
+def two_teachers(
+    student_tok: Any, teacher_tok: Any, learnable: bool = False, average: float | None = None
+) -> list[TeacherModel]:
+    """One of another tokenizer, and one with the student's, or a moving average of the student itself."""
+    twin = make_teacher(student_tok, None, 2, name="twin")
     return [
         make_teacher(student_tok, teacher_tok, learnable=learnable),
-        make_teacher(student_tok, None, 2, name="twin"),
+        twin if average is None else TeacherModel.of_student(Teacher(top_k=None), average=average),
     ]
 
 

@@ -7,7 +7,7 @@ import torch
 from comparer import assert_close
 
 from xtoken import Alignment, TopKLogits
-from xtoken.train.ensemble import keep, mean_logits, position_alignment, select_best
+from xtoken.train.ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 
 
 def test_mean_of_probabilities():
@@ -56,6 +56,15 @@ def test_selects_by_cross_entropy_a_student_token():
     top = TopKLogits(torch.zeros(3, 3, 1, dtype=torch.int64), torch.full((3, 3, 1), -1e-3))
     best = select_best([first, second], [logits, top], [ids, ids], [4, 4])
     assert best[1].predicted.tolist() == [True, False]
+
+
+def test_how_many_chunks_one_teacher_has():
+    """Sample 0: two and three chunks; sample 1: one, of the first alone; sample 2: none, and one without a label."""
+    labels = torch.tensor([[-100, 1, 1, 1], [-100, 1, 1, -100], [-100, 1, -100, -100]])
+    first = Alignment([[1, 2, 1, 2], [2, 4, 2, 3], [1, 3, 1, 2], [2, 3, 1, 2]], [0, 2, 3, 4])
+    second = Alignment([[1, 2, 1, 2], [2, 3, 2, 3], [3, 4, 3, 4]], [0, 3, 3, 3])
+    assert chunks_of_one([first, second], labels) == 2.5 + 1
+    assert chunks_of_one([None, second], labels) == 3 + 2 + 1
 
 
 def test_keeps_chunks():

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_close
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small import SMALL_TEXTS, make_config, make_model
 from transformers import TrainerCallback
 
@@ -110,8 +110,12 @@ def test_small_steps_of_16_bits_are_not_lost(tmp_path, student_tok):
 def test_a_checkpoint_without_the_average(tmp_path, student_tok):
     make_trainer(tmp_path, student_tok, TeacherModel.of_student(), max_steps=2).train()
     path = str(tmp_path / "checkpoint-2")
+    (tmp_path / "other").mkdir()
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: .* has no teacher-self\.safetensors, the mov"):
         make_trainer(tmp_path, student_tok, TeacherModel.of_student(average=0.5)).train(path)
+    save_file({"other": torch.zeros(1)}, tmp_path / "other" / "teacher-self.safetensors")
+    with pytest.raises(ValueError, match=r"resume_from_checkpoint: .*safetensors has the weights of another model"):
+        TeacherModel.of_student(average=0.5).load(tmp_path / "other", None, True)  # type: ignore[attr-defined]
     teacher = TeacherModel.of_student(average=0.5)
     trainer = make_trainer(tmp_path, student_tok, teacher, resume_weights_only=True, max_steps=2)
     trainer.train(path)  # which is the end of its run

@@ -34,6 +34,7 @@ GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "dynamic", **cut(4, 1)},
     {"scaling": "dynamic", "routed": True, "learnable": True, **cut(4, 1)},
     {"scaling": "fixed", "routed": True, "learnable": True, **cut(2, 2)},
+    {"scaling": "fixed", "average": 0.5, "steps": 3, **cut(2, 2)},
     {"scaling": "dynamic", "fused": "on", **cut(4, 1)},
     {"scaling": "fixed", "lora_rank": 2, **cut(4, 1)},
     {"scaling": "dynamic", **cut(4, 1), **FSDP},
@@ -80,7 +81,7 @@ def test_gradients(tmp_path, results, student_tok, teacher_tok, case):
     """With and without accumulation, fixed and dynamic, and W's gradient averaged; of FSDP the gathered ones; also from
     hidden states and output layer, as one process has them from logits."""
     options = {name: value for name, value in GRADIENTS[case].items() if name not in FSDP}
-    teachers = two_teachers(student_tok, teacher_tok, options.pop("learnable", False))
+    teachers = two_teachers(student_tok, teacher_tok, options.pop("learnable", False), options.pop("average", None))
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
     examples = routed(examples) if options.pop("routed", False) else examples
     want = run_one_step(tmp_path, student_tok, teachers, examples, **{**options, **cut(8, 1), "fused": "off"})

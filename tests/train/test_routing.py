@@ -14,7 +14,15 @@ from transformers import TrainerCallback
 
 from xtoken import cache_teacher
 from xtoken.losses import Needs
-from xtoken.train import CachedExamples, EncodedDataset, ExampleEncoder, XTokenCollator, XTokenConfig, XTokenTrainer
+from xtoken.train import (
+    CachedExamples,
+    EncodedDataset,
+    ExampleEncoder,
+    XTokenCollator,
+    XTokenConfig,
+    XTokenTrainer,
+    load_examples,
+)
 from xtoken.train.cached import teacher_documents
 from xtoken.train.data import EncodedStream
 
@@ -42,7 +50,9 @@ def make_routed(
     )  # fmt: skip
 
 
-def sums_by_hand(trainer: Any, student_tok: Any, teacher_tok: Any) -> tuple[list[torch.Tensor], list[int]]:
+def sums_by_hand(
+    trainer: Any, student_tok: Any, teacher_tok: Any, rows: Any = range(8)
+) -> tuple[list[torch.Tensor], list[int]]:
     """Of each teacher the sum of its loss over its rows alone, one row after the other, and how many chunks they have.
 
     The rows are encoded without any routing.
@@ -51,8 +61,8 @@ def sums_by_hand(trainer: Any, student_tok: Any, teacher_tok: Any) -> tuple[list
     collator = XTokenCollator(student_tok, [teacher_tok, student_tok])
     sums, counts = [torch.zeros(())] * 2, [0, 0]
     losses = default_loss(Needs.PROJECTION), default_loss(Needs.SAME_TOKENIZER)
-    for k, (examples,) in enumerate(zip(encoder.encode(ROWS), strict=True)):
-        batch = collator(examples)
+    for k in rows:
+        batch = collator(*encoder.encode([ROWS[k]]))
         logits = trainer.model(batch["input_ids"]).logits
         for m, teacher in enumerate(trainer.teachers):
             if not GOES[m, k]:
@@ -144,8 +154,12 @@ def test_select_and_entropy_take_routes(tmp_path, student_tok, teacher_tok):
     for mode in ("select", "entropy"):
         trainer = make_routed(tmp_path, student_tok, teacher_tok, None, ROWS[:2] + ROWS[4:6], teacher_mode=mode)
         got = trainer.evaluate()
-        assert got["eval_chunks/teacher"] > 0
-        assert got["eval_chunks/twin"] > 0
+        with torch.no_grad():
+            sums, counts = sums_by_hand(trainer, student_tok, teacher_tok, [0, 1, 4, 5])
+        for name, total, count in zip(NAMES, sums, counts, strict=True):
+            assert got[f"eval_chunks/{name}"] == count > 0
+            by = count if mode == "entropy" else sum(counts)  # of one teacher each, so their sums are one mean
+            assert got[f"eval_kd/{name}"] == pytest.approx(float(total) / by, rel=1e-5)
         if mode == "entropy":  # no chunk has two teachers
             assert got["eval_certainty/teacher"] == got["eval_certainty/twin"] == 1.0
     with pytest.raises(ValueError, match="teacher_column: expected None for teacher_mode='average'"):
@@ -233,5 +247,9 @@ def test_routes_that_would_be_ignored(tmp_path, student_tok, teacher_tok):
         XTokenTrainer(make_model(len(student_tok), 0), args, [make_teacher(student_tok, None)], lambda examples: {})
     with pytest.raises(ValueError, match="teacher_names: expected the names that 'goes_to' has, got None"):
         ExampleEncoder(student_tok, [teacher_tok], teacher_column=COLUMN)
+    with pytest.raises(
+        ValueError, match="files: expected rows for teacher_column and teacher_systems, got the aligned"
+    ):
+        load_examples([tmp_path], student_tok, [teacher_tok], teacher_column=COLUMN, teacher_names=NAMES[:1])
     with pytest.raises(ValueError, match="teacher_names: expected one for each of 1 teachers, got 2"):
         ExampleEncoder(student_tok, [teacher_tok], teacher_column=COLUMN, teacher_names=NAMES)

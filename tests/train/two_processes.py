@@ -66,7 +66,7 @@ if __name__ == "__main__":
     results["held_out"] = [held_out(folder, student_tok, teacher_tok, *one) for one in work.get("held_out", [])]
     allow_fsdp_on_the_cpu()
     for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
-        teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False))
+        teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False), one.pop("average", None))
         given = routed(examples) if one.pop("routed", False) else examples
         results["gradients"].append(run_one_step(folder, student_tok, teachers, given, **one))
     for name, one in work["resumed"].items():

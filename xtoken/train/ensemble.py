@@ -74,6 +74,16 @@ def select_best(
     return [keep(alignment, (best == m)[alignment.host.sample_index]) for m, alignment in enumerate(alignments)]
 
 
+def chunks_of_one(alignments: Sequence[Alignment | None], labels: Tensor) -> float:
+    """How many labelled chunks a batch has if each sample has those of one teacher: the mean over those that have any.
+
+    All on the host; None is a teacher that reads the student's ids.
+    """
+    each = [(position_alignment(labels) if one is None else one).supervised(labels) for one in alignments]
+    counts = torch.stack([torch.bincount(one.sample_index[predictable(one)], minlength=len(labels)) for one in each])
+    return float((counts.sum(0) / (counts > 0).sum(0).clamp_min(1)).sum())
+
+
 @torch.no_grad()
 def _scores(alignment: Alignment, logits: AnyLogits | None, ids: Tensor, size: int | None) -> Tensor:
     """float64 [B]: nats a student token; infinite for a sample without a chunk."""

@@ -35,7 +35,7 @@ from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .data import EncodedStream, lengths, text_sample
 from .encode import ExampleEncoder
-from .ensemble import keep, mean_logits, position_alignment, select_best
+from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
 from .itself import Averages, StudentTeacher
 from .limits import Limits
@@ -365,6 +365,9 @@ class XTokenTrainer(Trainer):
         host = _on_host(batch)
         alignments = self._alignments(host)[: len(self.criterion.teachers)]
         items, chunks = self.criterion.counts(host["labels"], alignments, host.get("ce_labels"))
+        if self.args.teacher_mode == "select" and len(chunks) > 1:
+            # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
+            chunks = [chunks_of_one(alignments, host["labels"])] * len(chunks)
         return torch.tensor([items, *chunks], dtype=torch.float64)
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
@@ -379,11 +382,7 @@ class XTokenTrainer(Trainer):
 
     def _divisors(self, counts: Tensor) -> Tensor:
         """What to divide the sums of CE and of each teacher's KD by: the counts of all processes, at least 1."""
-        counts = self._add_up(counts).clamp_min(1)
-        if self.args.teacher_mode == "select" and len(counts) > 1:
-            # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
-            counts[1:] = counts[1:].mean()
-        return counts
+        return self._add_up(counts).clamp_min(1)
 
     def _add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
