@@ -10,10 +10,11 @@ import pytest
 import torch
 from comparer import assert_close
 from default_losses import DEFAULT, default_loss
+from fake_server import FakeServer
 from small import SMALL_TEXTS, collate, make_config, make_model
 from transformers import GenerationConfig
 
-from xtoken import ProjectionMatrix, Teacher
+from xtoken import ProjectionMatrix, ServedModel, Teacher
 from xtoken.losses import Needs, registered
 from xtoken.train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenTrainer
 from xtoken.train.generate import ModelWriter, Sampling
@@ -96,6 +97,26 @@ def test_the_gradient_is_that_of_the_distillation(tmp_path, toks, projection, op
     shown = capsys.readouterr().out
     assert "step 1, a prompt: <|begin_of_text|><|start_header_id|>user<|end_header_id|>\\n\\nIn 19" in shown
     assert "step 1, its completion, " in shown
+
+
+def test_a_served_teacher(tmp_path, toks, projection):
+    """Is asked for what was written, and its answers make the step that the model itself makes."""
+    local = teacher_of(toks, projection)
+    weights = []
+    with FakeServer(local.model, toks[1]) as server:
+        remote = ServedModel(server.url, toks[1], logprobs=len(toks[1]), patience=0.0)
+        server.asked.clear()
+        for teacher in (local, TeacherModel(local.objective, remote)):
+            trainer = trainer_of(tmp_path, toks, [teacher], optim="sgd", learning_rate=0.1)
+            batches = kept(trainer)
+            trainer.train()
+            weights.append({name: one.detach() for name, one in trainer.model.named_parameters()})
+        entries = [batch["teachers"][0] for batch in batches]
+        pairs = [pair for one in entries for pair in zip(one["input_ids"], one["attention_mask"], strict=True)]
+        rows = [ids[mask != 0].tolist() for ids, mask in pairs]
+        assert sorted(server.asked) == sorted(rows)
+    for name, want in weights[0].items():
+        assert_close(weights[1][name], want, rtol=1e-4, atol=1e-6, what=name)
 
 
 def test_a_share_of_the_rows(tmp_path, toks, projection):
