@@ -290,6 +290,10 @@ def test_a_served_model_is_enough(vllm, student_tok, teacher_tok, tmp_path):
     teacher = TeacherModel.build(served(vllm, teacher_tok), student_tok, cache=str(tmp_path))
     assert (teacher.name, teacher.tokenizer, teacher.limits.positions) == ("tiny", teacher_tok, 255)
     assert teacher.reasons
+    with pytest.raises(
+        ValueError, match="tiny: trust_top_k: expected at most 5, the log-probabilities that its server"
+    ):
+        TeacherModel.build(served(vllm, teacher_tok), student_tok, cache=str(tmp_path), trust_top_k=6)
 
 
 def test_steps_are_asked_for_ahead(vllm, student_tok, teacher_tok, tmp_path):

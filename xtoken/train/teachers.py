@@ -184,7 +184,8 @@ class TeacherModel:
     system : str, optional
         A text that this teacher alone is told, where `XTokenTrainer` encodes rows; see `ExampleEncoder`.
 
-    Raises ValueError if the model's output layer lacks tokens of text; see `check_head`.
+    Raises ValueError if the model's output layer lacks tokens of text, see `check_head`; for a server that is asked for
+    fewer log-probabilities than ``objective.trust_top_k``.
     """
 
     def __init__(
@@ -215,6 +216,13 @@ class TeacherModel:
         self._packing_is_known = False
         if self.served is not None:
             self.limits = Limits(positions=self.served.positions)
+            # A row has the realised token besides the likeliest ones, and does not say what its rank beyond these is.
+            trusted, known = objective.trust_top_k, self.served.logprobs
+            if trusted is not None and known < min(trusted, len(self.served.vocabulary)):
+                raise ValueError(
+                    f"{name}: trust_top_k: expected at most {known}, the log-probabilities that its server is asked "
+                    f"for, got {trusted}"
+                )
         elif self.model is not None:
             self.limits = Limits.of(self.model, self.vocabulary, name)
             self._freeze()
