@@ -60,9 +60,22 @@ def test_examples(document: Path) -> None:
     assert outcome.attempted >= (8 if document.name == "README.md" else 0)
 
 
+def save_model(seed: str, tokenizer: Any, folder: Path) -> None:
+    """A small random model as a folder."""
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    torch.manual_seed(len(seed))
+    config = LlamaConfig(
+        vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, bos_token_id=None, eos_token_id=None,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """What snippets take for granted: two tokenizers, a batch of both models, and the aligned corpus ``aligned``."""
+    """What snippets take for granted: two tokenizers, their models, a batch of both, the corpus ``aligned``."""
     from pydoc_data.topics import topics
 
     texts = [text for name in sorted(topics) for text in topics[name].split("\n\n") if text.strip()]
@@ -76,6 +89,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         logits = torch.randn(*ids.shape, tokenizer.get_vocab_size(), requires_grad=side == "student")
+        save_model(side, tokenizer, folder / side.upper())
         names |= {f"{side}_tok": tokenizer, f"{side}_ids": ids, f"{side}_mask": mask, f"{side}_logits": logits}
     names["labels"] = names["student_ids"].masked_fill(names["student_mask"] == 0, -100)
     return names
@@ -84,6 +98,7 @@ def given(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
 def test_snippets(document: Path, given: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(given["folder"])
+    monkeypatch.setenv("XTOKEN_CACHE", str(given["folder"] / "cache"))
     for lazy in ("data", "integrations", "train"):  # as for somebody who has imported xtoken only
         monkeypatch.delattr(xtoken, lazy, raising=False)
     names = dict(given)

@@ -211,7 +211,7 @@ def test_prompts_of_examples(small_chat_tok):
     ((short,),) = ExampleEncoder(*toks, with_prompts=True, max_length=4, train_on="assistant").encode([CHAT])
     assert (short["labels"] == -100).all()
     assert len(short["student_ids"]) == 4
-    with pytest.raises(ValueError, match="row 0: expected messages, prompt and completion, or text"):
+    with pytest.raises(ValueError, match="row 0: expected messages, conversations, prompt and completion, or text"):
         ExampleEncoder(*toks).encode(rows[2:3])
 
 
