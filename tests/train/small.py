@@ -249,6 +249,18 @@ def train_and_resume(folder: Path, student_tok: Any, teacher_tok: Any, **options
     return logs
 
 
+def train_on_policy(folder: Path, student_tok: Any, teacher_tok: Any, **options: Any) -> list[dict[str, Any]]:
+    """The logs of a run in which some of the prompts are completed."""
+    rows = [{"prompt": text[:20], "completion": text[20:60]} for text in SMALL_TEXTS[:8]]
+    rows += [{"text": text} for text in SMALL_TEXTS[8:12]]
+    trainer = XTokenTrainer(
+        make_model(len(student_tok), 0), make_config(folder, on_policy=0.5, max_new_tokens=6, max_steps=4, **options),
+        [make_teacher(student_tok, teacher_tok)], None, rows, None, student_tok,
+    )  # fmt: skip
+    trainer.train()
+    return [one for one in trainer.state.log_history if "ce" in one]
+
+
 def command(folders: dict[str, str], output: Path, *more: str) -> list[str]:
     return [
         "train", "--student", folders["student"], "--teacher", folders["teacher"], "--data", folders["train"],

@@ -73,7 +73,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def results(folder: Path) -> dict[str, Any]:
     resumed = {"fsdp": {**cut(2, 2), **FSDP}, "adapters": {"lora_rank": 2, **cut(2, 2), **FSDP}}
-    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, resumed=resumed)
+    on_policy = {"plain": cut(1, 2), "sharded": {**cut(1, 2), **FSDP}}
+    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, on_policy=on_policy, resumed=resumed)
 
 
 @pytest.mark.parametrize("case", range(len(GRADIENTS)))
@@ -139,6 +140,16 @@ def test_adapters_go_on_under_fsdp(tmp_path, results, folder, student_tok, teach
     assert first.keys() == second.keys()
     assert all(torch.equal(second[name], value) for name, value in first.items())
     assert_same_losses(losses, tmp_path, student_tok, teacher_tok, lora_rank=2)
+
+
+def test_completions(results):
+    """A student that is sharded draws what a whole one does, also while another process has nothing to draw, as in the
+    second step."""
+    plain, sharded = (results["on_policy"][name] for name in ("plain", "sharded"))
+    assert [one["on_policy"] for one in plain] == [0.5] * 4
+    for one, other in zip(plain, sharded, strict=True):
+        for name in ("ce", "kd", "chunks", "on_policy", "on_policy_skipped", "completion_length"):
+            assert other.get(name) == pytest.approx(one.get(name), rel=1e-4), name
 
 
 @pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed")

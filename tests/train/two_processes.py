@@ -21,6 +21,7 @@ from small import (
     routed,
     run_one_step,
     train_and_resume,
+    train_on_policy,
     two_teachers,
 )
 
@@ -64,11 +65,20 @@ if __name__ == "__main__":
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
     results: dict[str, Any] = {"gradients": [], "resumed": {}}
     results["held_out"] = [held_out(folder, student_tok, teacher_tok, *one) for one in work.get("held_out", [])]
+    on_policy = work.get("on_policy", {})
+    results["on_policy"] = {
+        name: train_on_policy(folder / name, student_tok, teacher_tok, **one)
+        for name, one in on_policy.items()
+        if "fsdp" not in one
+    }
     allow_fsdp_on_the_cpu()
     for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
         teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False), one.pop("average", None))
         given = routed(examples) if one.pop("routed", False) else examples
         results["gradients"].append(run_one_step(folder, student_tok, teachers, given, **one))
+    for name, one in on_policy.items():
+        if "fsdp" in one:
+            results["on_policy"][name] = train_on_policy(folder / name, student_tok, teacher_tok, **one)
     for name, one in work["resumed"].items():
         if "deepspeed" in one:
             allow_deepspeed_on_the_cpu()
