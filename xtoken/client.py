@@ -114,14 +114,14 @@ class Client:
         """A function's result, from one of the threads, at most `requests` of which are at work."""
         return self._threads.submit(function, *arguments)
 
-    def call(self, path: str, content: Mapping[str, Any] | None = None) -> Any:
-        """The JSON that the server answers with, to a GET or to a POST of `content`."""
+    def call(self, path: str, content: Mapping[str, Any] | None = None, is_json: bool = True) -> Any:
+        """The JSON that the server answers with, to a GET or to a POST of `content`; if not `is_json`, maybe text."""
         data = None if content is None else json.dumps(content).encode()
         failed, tries, pause = 0.0, 0, FIRST_PAUSE
         while True:
             tries += 1
             try:
-                return self._once(path, data)
+                return self._once(path, data, is_json)
             except _Fault as fault:
                 now = time.monotonic()
                 failed = failed or now
@@ -144,7 +144,7 @@ class Client:
             message = "%s: %s; requests are sent again for up to %g s each, further failures are counted"
             logger.warning(message, self.url, fault, self.patience)
 
-    def _once(self, path: str, data: bytes | None) -> Any:
+    def _once(self, path: str, data: bytes | None, is_json: bool) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key is not None:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -163,6 +163,8 @@ class Client:
         try:
             return json.loads(body)
         except ValueError as error:
+            if not is_json:
+                return body.decode("utf-8", "replace")
             raise _Fault("answers that are no JSON", self._shown(body)) from error
 
     def _read(self, request: Request) -> bytes:

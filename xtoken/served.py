@@ -67,6 +67,8 @@ class ServedModel:
         Most tokens of a text: one fewer than the server's ``max_model_len``, since it always adds one.
     client : Client
         ``client.faults`` counts what was tried again.
+    is_sglang : bool
+        Whether it is SGLang, not vLLM.
 
     Raises ValueError for arguments out of range, and if the server serves another model, has another tokenizer, or
     gives fewer log-probabilities; ConnectionError if it does not answer.
@@ -99,7 +101,7 @@ class ServedModel:
         if self.model not in served:
             raise ValueError(f"model: {root} does not serve {self.model!r}, but {_listed(served)}")
         card = served[self.model]
-        self._is_sglang = card.get("owned_by") == "sglang"
+        self.is_sglang = card.get("owned_by") == "sglang"
         most = card.get("max_model_len")
         self.positions = most - 1 if isinstance(most, int) and most > 1 else None
         self._asked: weakref.WeakValueDictionary[bytes, Future[TopKLogits]] = weakref.WeakValueDictionary()
@@ -107,7 +109,7 @@ class ServedModel:
         self._check_tokenizer()
 
     def __repr__(self) -> str:
-        kind = "SGLang" if self._is_sglang else "vLLM"
+        kind = "SGLang" if self.is_sglang else "vLLM"
         size = f"logprobs={self.logprobs}, positions={self.positions}"
         return f"ServedModel({self.client.url!r}, model={self.model!r}, {kind}, {size})"
 
@@ -184,7 +186,7 @@ class ServedModel:
     def _scored(self, ids: list[int], with_text: bool = False) -> tuple[TopKLogits, dict[int, str]]:
         """Log-probabilities of a text, and texts of tokens as the server decodes them."""
         try:
-            entries, texts = (self._from_sglang if self._is_sglang else self._from_vllm)(ids, with_text)
+            entries, texts = (self._from_sglang if self.is_sglang else self._from_vllm)(ids, with_text)
         except RefusedError as error:
             raise self._explained(error, len(ids)) from error
         except (KeyError, TypeError, IndexError, AttributeError) as error:

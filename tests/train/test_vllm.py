@@ -5,6 +5,8 @@ Runs where `make vllm` has set up vLLM, in build/vllm, or where $XTOKEN_VLLM say
 
 from __future__ import annotations
 
+import copy
+import functools
 import os
 import signal
 import socket
@@ -16,10 +18,12 @@ from typing import Any
 
 import pytest
 import torch
-from small import SMALL_TEXTS, command, history
+from peft import LoraConfig, get_peft_model
+from small import SMALL_TEXTS, command, history, make_config, make_model
 
-from xtoken import ServedModel, TeacherCache
+from xtoken import ServedModel, Teacher, TeacherCache
 from xtoken.cli import main
+from xtoken.train import TeacherModel, XTokenTrainer
 
 INSTALLED = Path(__file__).parents[2] / "build" / "vllm"
 PYTHON = Path(os.environ.get("XTOKEN_VLLM") or INSTALLED / "bin" / "python")
@@ -62,8 +66,10 @@ def server(tiny: tuple[Path, Any, Any]) -> Iterator[str]:
         port = free.getsockname()[1]
     environment = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "LD_PRELOAD")}
     environment.update(VLLM_CPU_KVCACHE_SPACE="1", HF_HUB_OFFLINE="1", VLLM_NO_USAGE_STATS="1")
+    environment.update(VLLM_SERVER_DEV_MODE="1", VLLM_ALLOW_RUNTIME_LORA_UPDATING="True")  # for weights of a student
     arguments = ["--model", str(folder), "--host", "127.0.0.1", "--port", str(port), "--dtype", "float32"]
     arguments += ["--max-model-len", "256", "--max-logprobs", "32", "--enforce-eager", "--api-key", "s3cret"]
+    arguments += ["--enable-lora", "--max-lora-rank", "8"]
     with open(log, "wb") as said:
         process = subprocess.Popen(
             [str(PYTHON), "-m", "vllm.entrypoints.openai.api_server", *arguments],
@@ -148,3 +154,35 @@ def test_commands(server, tiny, folders, tmp_path, monkeypatch, capsys):
         evaluated.append([one["eval_kd"] for one in history(tmp_path / name) if "eval_kd" in one])
     assert evaluated[0] == pytest.approx(evaluated[1], rel=1e-2)
     assert evaluated[0][-1] < evaluated[0][0]
+
+
+@pytest.mark.parametrize("adapted", [False, True])
+def test_it_writes_what_the_student_would(server, tiny, tmp_path, monkeypatch, adapted):
+    """The likeliest tokens of each step's weights, or of each step's adapter; the last test, since weights change."""
+    monkeypatch.setenv("XTOKEN_GENERATION_KEY", "s3cret")
+    _, model, tok = tiny
+    rows = [{"prompt": " ".join(SMALL_TEXTS[k : k + 2])} for k in range(4)]
+    drawn = []
+    for url in (None, server):
+        student = copy.deepcopy(model)
+        if adapted:
+            torch.manual_seed(0)
+            config = LoraConfig(r=4, target_modules=["q_proj", "v_proj", "down_proj"], init_lora_weights=False)
+            student = get_peft_model(student, config)
+        args = make_config(
+            tmp_path / str(url is None), on_policy=1.0, max_new_tokens=8, generation_temperature=0.0, max_steps=3,
+            generation_url=url, learning_rate=0.05,
+        )  # fmt: skip
+        teacher = TeacherModel(Teacher(), make_model(len(tok), 1), tok)
+        trainer = XTokenTrainer(student, args, [teacher], None, rows, None, tok)
+        found: list[Any] = []
+        trainer._counts = functools.partial(_kept, found, trainer._counts)  # type: ignore[method-assign]
+        trainer.train()
+        drawn.append(found)
+    assert drawn[0] == drawn[1]
+    assert drawn[0][0] != drawn[0][2]
+
+
+def _kept(found: list[Any], counts: Any, batch: Any) -> Any:
+    found.append(sorted(batch["host"].batch["input_ids"].tolist()))
+    return counts(batch)

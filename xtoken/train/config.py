@@ -79,6 +79,13 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         How completions are drawn; a temperature of 0 takes the most probable token.
     num_generations : int
         Completions of each prompt. A batch has as many more rows.
+    generation_url : str, optional
+        A vLLM server of the student that writes its completions, ``http://host:port/v1``. It is sent the student's
+        weights, or its adapter, through the folder ``generation`` in `output_dir`, which it must see too: started with
+        ``VLLM_SERVER_DEV_MODE=1``, or for adapters with ``--enable-lora`` and
+        ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. Its key is ``$XTOKEN_GENERATION_KEY``.
+    sync_every : int
+        Steps from one time that it is sent them to the next.
     resume_weights_only : bool
         Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
     loss, teacher_weight : sequence, optional
@@ -161,6 +168,10 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         default=1.0, metadata={"aliases": ["--top_p"], "help": "they are drawn from the tokens of this probability"}
     )
     num_generations: int = field(default=1, metadata={"help": "completions of each of these prompts"})
+    generation_url: str | None = field(
+        default=None, metadata={"help": "vLLM server of the student that writes them, http://host:port/v1"}
+    )
+    sync_every: int = field(default=1, metadata={"help": "steps after which it is sent the student's weights again"})
     resume_weights_only: bool = field(
         default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
     )
@@ -261,7 +272,11 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
                 given = -1.0
             if not 0.0 <= given <= 1.0:
                 raise ValueError(f"on_policy: expected a share from 0 to 1, or 'teacher', got {self.on_policy!r}")
-        for name in ("max_new_tokens", "num_generations"):
+        if self.generation_url is not None and (given == "teacher" or not given):
+            raise ValueError(
+                f"generation_url: expected None for on_policy={given}, for which the student writes nothing"
+            )
+        for name in ("max_new_tokens", "num_generations", "sync_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
         if not 0.0 <= self.generation_temperature < float("inf"):

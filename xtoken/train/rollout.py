@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import astuple, dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +17,14 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from xtoken.alignment.pretty import printable
 from xtoken.losses.backends import IGNORED
+from xtoken.served import ServedModel
 
 from .completion import Completion, CompletionEncoder, Prompt, read_prompt, text_of
 from .encode import ExampleEncoder
-from .generate import ModelWriter, Sampling
+from .generate import ModelWriter, Sampling, end_ids
+from .generation_server import KEY, ServerWriter, Weights
 from .itself import StudentTeacher
+from .limits import head_rows
 from .reader import Reader
 from .routing import is_routed
 
@@ -27,6 +32,9 @@ logger = logging.getLogger(__name__)
 
 MOST_WITHOUT = 1000
 """Rows at the beginning that may all be without a prompt."""
+
+MOST_REQUESTS = 64
+"""Requests to a server of the student in flight, of each process."""
 
 SHOWN = 400
 """Characters of a prompt, and of its completion, that are shown."""
@@ -69,6 +77,7 @@ class Rollout:
         self.collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None
         self.encoder = CompletionEncoder(encoder)
         self.by_teacher = self.args.on_policy == "teacher"
+        self.sampling = Sampling(self.args.max_new_tokens, self.args.generation_temperature, self.args.generation_top_p)
         self.share = 1.0 if self.by_teacher else float(self.args.on_policy)
         for teacher in trainer.teachers:
             if teacher.model is None and teacher.served is None:
@@ -76,6 +85,8 @@ class Rollout:
                     f"on_policy: expected teachers that run, but {teacher.name} is cached, and a cache has nothing of "
                     "what is written in training"
                 )
+        self.weights: Weights | None = None
+        self.writer: ModelWriter | ServerWriter
         self.reader, self.writer, longest = self._of_teacher() if self.by_teacher else self._of_student()
         read = dict(zip(map(id, encoder.sides), encoder.limits, strict=True))[id(self.reader)]
         known = [limit - self.args.max_new_tokens for limit in (read, longest) if limit is not None]
@@ -90,32 +101,43 @@ class Rollout:
         self._seen = self._prompts = 0
         self._check_prompts(trainer.train_dataset)
 
-    def _of_student(self) -> tuple[Reader, ModelWriter, int | None]:
-        trainer = self.trainer
+    def _of_student(self) -> tuple[Reader, ModelWriter | ServerWriter, int | None]:
+        trainer, reader = self.trainer, self.encoder.student
+        if self.args.generation_url is not None:
+            served = ServedModel(
+                self.args.generation_url, trainer.processing_class, logprobs=1, requests=MOST_REQUESTS,
+                key=os.environ.get(KEY),
+            )  # fmt: skip
+            writer = ServerWriter(served, self.sampling, end_ids(reader, trainer.model), head_rows(trainer.model))
+            folder = Path(self.args.output_dir) / "generation"
+            self.weights = Weights(trainer, writer, folder, self.args.sync_every)
+            known = [one for one in (served.positions, trainer._limits.positions) if one is not None]
+            return reader, writer, min(known, default=None)
         if trainer.is_fsdp_enabled and not trainer.accelerator.is_fsdp2:
             raise ValueError("on_policy: expected FSDP2, under which a sharded student can generate, got FSDP1")
         is_sharded = trainer.is_fsdp_enabled or is_deepspeed_zero3_enabled()
-        writer = self._writer(
+        own = self._writer(
             lambda: trainer.accelerator.unwrap_model(trainer.model_wrapped, keep_torch_compile=False),
-            self.encoder.student, trainer._limits, self.args.device, self._most if is_sharded else None,
+            reader, trainer._limits, self.args.device, self._most if is_sharded else None,
         )  # fmt: skip
-        return self.encoder.student, writer, trainer._limits.positions
+        return reader, own, trainer._limits.positions
 
-    def _of_teacher(self) -> tuple[Reader, ModelWriter, int | None]:
+    def _of_teacher(self) -> tuple[Reader, ModelWriter | ServerWriter, int | None]:
         readers = [one or self.encoder.student for one in self.encoder.encoder.teachers]
         pairs = zip(self.trainer.teachers, readers, strict=True)
         others = (pair for pair in pairs if not isinstance(pair[0], StudentTeacher))
-        teacher, reader = next((pair for pair in others if hasattr(pair[0].model, "generate")), (None, None))
+        can = (pair for pair in others if pair[0].served is not None or hasattr(pair[0].model, "generate"))
+        teacher, reader = next(can, (None, None))
         if teacher is None or reader is None:
             raise ValueError("on_policy: expected a teacher whose model can generate for 'teacher', got none")
+        if teacher.served is not None:
+            return reader, ServerWriter(teacher.served, self.sampling, end_ids(reader)), teacher.limits.positions
         device = teacher.device or teacher.model.device
         return reader, self._writer(lambda: teacher.model, reader, teacher.limits, device), teacher.limits.positions
 
     def _writer(self, model: Any, reader: Reader, limits: Any, device: torch.device, most: Any = None) -> ModelWriter:
-        args = self.args
-        sampling = Sampling(args.max_new_tokens, args.generation_temperature, args.generation_top_p)
-        size = args.per_device_train_batch_size * args.num_generations
-        return ModelWriter(model, reader, limits, device, sampling, size, most)
+        size = self.args.per_device_train_batch_size * self.args.num_generations
+        return ModelWriter(model, reader, limits, device, self.sampling, size, most)
 
     def _most(self, number: int) -> int:
         """The largest over the processes."""
@@ -140,6 +162,8 @@ class Rollout:
                 prompt = self._prompt(example, draw)
                 if prompt is not None:
                     chosen.append((b, k, prompt))
+        if self.weights is not None:
+            self.weights.send(step)
         repeated = [one for one in chosen for _ in range(self.args.num_generations)]
         written = self.writer.write([prompt.ids for *_, prompt in repeated], int(seeds.generate_state(1)[0]))
         completions = [
