@@ -33,9 +33,14 @@ class FakeStudent(FakeServer):
         self.adapters: dict[str, Any] = {}
         self._server.RequestHandlerClass = _Writing
 
+    def __enter__(self) -> FakeStudent:
+        super().__enter__()
+        return self
+
     def write(self, content: dict[str, Any]) -> dict[str, Any]:
         """The first choice of an answer."""
-        ids, written = list(content["prompt"]), []
+        ids: list[int] = list(content["prompt"])
+        written: list[int] = []
         model = self.adapters.get(content["model"], self.model).eval()
         while len(written) < content["max_tokens"] and not (set(written[-1:]) & set(content["stop_token_ids"])):
             with self.lock, torch.no_grad():

@@ -156,9 +156,9 @@ def test_commands(server, tiny, folders, tmp_path, monkeypatch, capsys):
     assert evaluated[0][-1] < evaluated[0][0]
 
 
-@pytest.mark.parametrize("adapted", [False, True])
+@pytest.mark.parametrize("adapted", [True, False])
 def test_it_writes_what_the_student_would(server, tiny, tmp_path, monkeypatch, adapted):
-    """The likeliest tokens of each step's weights, or of each step's adapter; the last test, since weights change."""
+    """The likeliest tokens of each step's weights, or of each step's adapter; the last tests, since weights change."""
     monkeypatch.setenv("XTOKEN_GENERATION_KEY", "s3cret")
     _, model, tok = tiny
     rows = [{"prompt": " ".join(SMALL_TEXTS[k : k + 2])} for k in range(4)]
