@@ -235,6 +235,21 @@ def held_out(folder: Path, student_tok: Any, teacher_tok: Any, count: int, packe
     return trainer.evaluate()
 
 
+def by_names(folder: Path, is_stream: bool, size: int) -> list[list[float]]:
+    """What a run logs that is given names and a dataset, which are in the folder; `size` is that of a batch."""
+    import datasets
+
+    args = make_config(
+        folder, loss=DEFAULT[Needs.NOTHING], cache=str(folder / "cache"), train_sampling_strategy="sequential",
+        max_length=40, per_device_train_batch_size=size, scaling="fixed",
+    )  # fmt: skip
+    data = datasets.load_from_disk(str(folder / "data"))
+    data = data.to_iterable_dataset(num_shards=3) if is_stream else data
+    trainer = XTokenTrainer(str(folder / "student"), args, str(folder / "teacher"), train_dataset=data)
+    trainer.train()
+    return [[one["ce"], one["kd"]] for one in trainer.state.log_history if "ce" in one]
+
+
 def train_and_resume(folder: Path, student_tok: Any, teacher_tok: Any, **options: Any) -> list[list[dict[str, Any]]]:
     """The logs of a run with trained W, and of one that goes on from its middle; both save at their end."""
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)

@@ -115,6 +115,22 @@ def test_options_that_do_not_fit(folders, tmp_path, options, message):
         XTokenTrainer(folders["student"], make_config(tmp_path, **options), [folders["teacher"], folders["twin"]])
 
 
+def test_chats_without_a_template(folders, tmp_path):
+    """Of a base model: what is missing is said; a template that is given goes to all that have none."""
+    rows = [{"messages": [{"role": "user", "content": "who?"}, {"role": "assistant", "content": "they read it"}]}] * 4
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    for more in ({}, {"chat_template": template}):
+        args = make_config(tmp_path, loss=[UNAIDED, "auto"][: 1 + len(more)], train_on="assistant", **more)
+        if not more:
+            with pytest.raises(ValueError, match=r"student: tokenizer .* has no chat template, so it"):
+                XTokenTrainer(folders["student"], args, folders["teacher"], train_dataset=rows)
+            continue
+        trainer = XTokenTrainer(folders["student"], args, [folders["teacher"], "self"], train_dataset=rows)
+    assert (trainer.train_dataset[0]["labels"] == -100).sum() > 4
+    assert trainer.teachers[1].tokenizer is trainer.processing_class
+    trainer.train()
+
+
 def test_what_is_missing(folders, tmp_path, student_tok):
     with pytest.raises(ValueError, match="loss_options: expected a JSON object, got 'temperature=2'"):
         make_config(tmp_path, loss_options="temperature=2")

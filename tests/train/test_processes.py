@@ -17,9 +17,11 @@ from small import (
     FSDP,
     SMALL_TEXTS,
     assert_same,
+    by_names,
     cut,
     encode,
     held_out,
+    make_model,
     routed,
     run_one_step,
     train_and_resume,
@@ -71,10 +73,24 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[str, Any]:
+def names(folder: Path, student_tok: Any, teacher_tok: Any) -> Path:
+    """Models and a dataset by name."""
+    datasets = pytest.importorskip("datasets", reason="xtoken[datasets] is not installed")
+    for name, tok in (("student", student_tok), ("teacher", teacher_tok)):
+        make_model(len(tok), len(name)).save_pretrained(folder / "names" / name)
+        tok.save_pretrained(folder / "names" / name)
+    datasets.Dataset.from_dict({"text": SMALL_TEXTS}).save_to_disk(folder / "names" / "data")
+    return folder / "names"
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path, names: Path) -> dict[str, Any]:
     resumed = {"fsdp": {**cut(2, 2), **FSDP}, "adapters": {"lora_rank": 2, **cut(2, 2), **FSDP}}
     on_policy = {"plain": cut(1, 2), "sharded": {**cut(1, 2), **FSDP}}
-    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, on_policy=on_policy, resumed=resumed)
+    streams = [(is_stream, 4) for is_stream in (False, True)]
+    return launch(
+        folder, gradients=GRADIENTS, held_out=HELD_OUT, on_policy=on_policy, resumed=resumed, names=streams
+    )
 
 
 @pytest.mark.parametrize("case", range(len(GRADIENTS)))
@@ -98,6 +114,14 @@ def test_held_out_samples_count_once(tmp_path, results, student_tok, teacher_tok
     assert len(names) == 8
     for name in [*names, "eval_loss"]:
         assert got[name] == pytest.approx(want[name], rel=1e-5), name
+
+
+@pytest.mark.parametrize("is_stream", [False, True])
+def test_names_and_datasets(results, names, is_stream):
+    """The first process encodes a dataset, and the others read it; of a stream each takes its own batches."""
+    want, got = by_names(names, is_stream, 8), results["names"][is_stream]
+    assert len(got) == 2
+    assert got == [pytest.approx(one, rel=1e-5) for one in want]
 
 
 def assert_resumed(logs: list[list[dict[str, Any]]]) -> list[list[float]]:

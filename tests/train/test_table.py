@@ -256,6 +256,12 @@ def test_rows_of_files_and_tables(saved, student_tok, tmp_path):
     assert [has_chats([one]) for one in list[Any]([table, str(file), [{"conversations": [{}]}]])] == [True, False, True]
     stream = table.to_iterable_dataset()
     assert text_sample([stream, file, iter([{"text": "once"}])]) == ["they read it", "who?", "they read it"]
+
+    class Endless:
+        def __iter__(self):
+            return itertools.repeat({"text": ""})
+
+    assert text_sample([Endless()]) == []
     encoder = ExampleEncoder(student_tok, [], add_end=False)
     assert text_sample([EncodedDataset([{"text": "who?"}], encoder)], "text", student_tok) == ["who?"]
 

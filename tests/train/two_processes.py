@@ -13,6 +13,7 @@ from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from small import (
     SMALL_TEXTS,
+    by_names,
     encode,
     held_out,
     make_config,
@@ -71,6 +72,7 @@ if __name__ == "__main__":
         for name, one in on_policy.items()
         if "fsdp" not in one
     }
+    results["names"] = [by_names(folder / "names", *one) for one in work.get("names", [])]
     allow_fsdp_on_the_cpu()
     for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
         teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False), one.pop("average", None))

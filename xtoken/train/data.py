@@ -33,6 +33,9 @@ MOST_DROPPED = 10 * BATCH_ROWS
 SAMPLE_BYTES = 1 << 20
 """Bytes of text from the data that `text_sample` takes."""
 
+SAMPLE_ROWS = 1 << 16
+"""Rows of a file or dataset that it looks at, since those of a stream might go on without any text."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -293,7 +296,7 @@ def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: Token
 
 def _row_texts(one: Any, text_column: str, tokenizer: TokenizerLike) -> Iterator[str]:
     vocabulary = None
-    for row in read_rows([one], text_column):
+    for row in itertools.islice(read_rows([one], text_column), SAMPLE_ROWS):
         if is_example(row):
             vocabulary = vocabulary or Vocabulary.from_tokenizer(tokenizer)
             yield vocabulary.decode(np.asarray(row["student_ids"])).decode("utf-8", "replace")
