@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -153,33 +152,38 @@ def test_context_distillation(tmp_path, small_chat_tok):
     assert before > 1e-2
 
 
-def test_adapters_are_left_out(tmp_path, student_tok):
-    """Of a model with adapters the teacher is the model without; the student's mode and weights are as before."""
-    model = make_model(len(student_tok), 0, 16)
-    extra = torch.nn.Parameter(torch.full((len(student_tok),), 0.0))
-    model.lm_head.register_parameter("adapter", extra)
-    model.lm_head.is_on = True
-    forward = model.lm_head.forward
-    model.lm_head.forward = lambda x: forward(x) + (extra if model.lm_head.is_on else 0.0)
-
-    @contextmanager
-    def disable_adapter() -> Any:
-        model.lm_head.is_on = False
-        yield
-        model.lm_head.is_on = True
-
-    model.disable_adapter = disable_adapter
-    for name, weight in model.named_parameters():
-        weight.requires_grad_(name.endswith("adapter"))
-    teacher = TeacherModel.of_student()
-    trainer = make_trainer(tmp_path, student_tok, teacher, model, save_strategy="no", learning_rate=0.1)
+@pytest.mark.parametrize("average", [None, 0.5])
+def test_adapters(tmp_path, student_tok, average):
+    """The teacher is the student without its adapters, which shares its weights; or has a moving average of them."""
+    peft = pytest.importorskip("peft")
+    base = make_model(len(student_tok), 0, 16)
+    want = copied(base)
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj", "up_proj"], lora_dropout=0.5)
+    model = peft.get_peft_model(base, config)
+    trained = {name for name, one in model.named_parameters() if one.requires_grad}
+    teacher = TeacherModel.of_student(average=average)
+    trainer = make_trainer(tmp_path, student_tok, teacher, model, learning_rate=0.1, save_steps=4)
     assert trainer.evaluate()["eval_kd"] == pytest.approx(0.0, abs=1e-6)
+    kept = Weights()
+    trainer.add_callback(kept)
+    start = copied(model)
     trainer.train()
-    assert teacher.model is model
-    assert extra.abs().max() > 0
-    assert extra.requires_grad
-    got = trainer.evaluate()["eval_kd"]
-    assert got > 1e-4
+    assert trainer.evaluate()["eval_kd"] > 1e-5
+    assert {name for name, one in model.named_parameters() if one.requires_grad} == trained
+    file = tmp_path / "checkpoint-4" / "teacher-self.safetensors"
+    if average is not None:
+        by_hand = averaged(start, kept.after, average)
+        saved = load_file(file)
+        assert saved.keys() == trained
+        for name, one in saved.items():
+            assert_close(one.double(), by_hand[name], rtol=1e-5, atol=1e-7, what=name)
+        return
+    assert teacher.model is trainer.model
+    assert not file.exists()
+    plain = make_model(len(student_tok), 1, 16)
+    plain.load_state_dict(want)
+    ids = torch.arange(3, 12)[None]
+    got = teacher.logits({}, {"input_ids": ids})
+    assert isinstance(got, torch.Tensor)
     with torch.no_grad():
-        extra.zero_()
-    assert trainer.evaluate()["eval_kd"] == pytest.approx(0.0, abs=1e-6)
+        assert_close(got, plain(ids).logits, rtol=1e-5, atol=1e-6)

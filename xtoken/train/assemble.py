@@ -113,6 +113,8 @@ def build_teachers(
                 "trust_top_k": top or None,
             }  # fmt: skip
             if given[k] == SELF:
+                if quantization != "none":
+                    raise ValueError(f"teacher_quantization: expected none for {SELF!r}, which is as the student is")
                 given[k] = _of_student(student_tok, args.teacher_average, **how)
             else:
                 given[k] = TeacherModel.build(
@@ -171,7 +173,7 @@ def training_split(data: Any) -> Any:
 def limits_of(args: XTokenConfig, student: int | None, teachers: Sequence[TeacherModel]) -> list[int | None]:
     """The most tokens of an example, for the student and for each teacher: as `args` have it, or what all models that
     read it have positions for; `student` are the student's."""
-    theirs = [one.limits.positions for one in teachers]
+    theirs = [student if isinstance(one, StudentTeacher) else one.limits.positions for one in teachers]
     ours = [student, *(one.limits.positions for one in teachers if one.reads_student_ids)]
     sides = (args.max_length, *ours), (args.max_teacher_length, *theirs)
     return [min((one for one in side if one is not None), default=None) for side in sides]

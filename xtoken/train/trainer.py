@@ -365,10 +365,11 @@ class XTokenTrainer(Trainer):
         host = _on_host(batch)
         alignments = self._alignments(host)[: len(self.criterion.teachers)]
         items, chunks = self.criterion.counts(host["labels"], alignments, host.get("ce_labels"))
+        counts = torch.tensor([items, *chunks], dtype=torch.float64)
         if self.args.teacher_mode == "select" and len(chunks) > 1:
             # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
-            chunks = [chunks_of_one(alignments, host["labels"])] * len(chunks)
-        return torch.tensor([items, *chunks], dtype=torch.float64)
+            counts[1:] = chunks_of_one(alignments, host["labels"])
+        return counts
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
         """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
