@@ -180,6 +180,7 @@ def test_commands(folders, tmp_path, capsys):
     assert first["eval_certainty/teacher"] != 1.0
     for wrong, message in (
         (["--teacher_average", "0.5"], "teacher_average: expected a teacher 'self' with it, got none"),
+        (["--teacher", "self", "--teacher_quantization", "int8"], "teacher_quantization: expected none for 'self'"),
         (["--trust_top_k", "1", "2"], "trust_top_k: expected one, or one for each of the 1 teachers, got 2"),
         (
             ["--teacher", "self", "--teacher_cache", folder],

@@ -102,6 +102,8 @@ def build_teachers(
     if args.teacher_average is not None and SELF not in [given[k] for k in named]:
         raise ValueError(f"teacher_average: expected a teacher {SELF!r} with it, got none")
     quantized = one_each(args.teacher_quantization, "none", len(named), "teacher_quantization")
+    if any(given[k] == SELF and one != "none" for k, one in zip(named, quantized, strict=True)):
+        raise ValueError(f"teacher_quantization: expected none for {SELF!r}, which is as the student is")
     student = Vocabulary.from_tokenizer(student_tok)
     with args.main_process_first(desc="W and audit"):  # the others find them in the cache
         for k, loss, weight, quantization, top, system in zip(
@@ -113,8 +115,6 @@ def build_teachers(
                 "trust_top_k": top or None,
             }  # fmt: skip
             if given[k] == SELF:
-                if quantization != "none":
-                    raise ValueError(f"teacher_quantization: expected none for {SELF!r}, which is as the student is")
                 given[k] = _of_student(student_tok, args.teacher_average, **how)
             else:
                 given[k] = TeacherModel.build(
