@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from .client import Client, RefusedError
 from .losses import TopKLogits
@@ -167,17 +166,6 @@ class ServedModel:
             counts = ", ".join(f"{count} x {kind}" for kind, count in self.client.faults.most_common())
             logger.warning("%s: requests were sent again: %s", self.client.url, counts)
 
-    def ask_batch(self, side: Mapping[str, Any], rows: Tensor | None = None) -> Asked:
-        """Begins to ask for a batch on the host: ``input_ids`` [B, T], with ``attention_mask``, or ``position_ids``.
-
-        Neither padding is sent, nor examples of a packed row together; of the others than `rows`, if given, nothing is.
-        """
-        ids: Tensor = side["input_ids"]
-        wanted = set(range(len(ids)) if rows is None else rows.tolist())
-        places = [place for place in _examples(side, self.vocabulary.roles) if place[0] in wanted]
-        futures = self.ask(ids[row, first:last].tolist() for row, first, last in places)
-        return Asked(places, futures, (*ids.shape, self.logprobs + 1))
-
     def _answer(self, ids: NDArray[np.int64]) -> TopKLogits:
         if not len(ids):
             return _top_k([], self.logprobs + 1)
@@ -309,27 +297,6 @@ class ServedModel:
             )
 
 
-class Asked:
-    """Log-probabilities of a batch that are on their way.
-
-    Of each example: row, first token and the one after its last; and its future.
-    """
-
-    def __init__(
-        self, places: Sequence[tuple[int, int, int]], futures: Sequence[Future[TopKLogits]], shape: tuple[int, ...]
-    ) -> None:
-        self._places, self._futures, self._shape = places, futures, shape
-
-    def logits(self) -> TopKLogits:
-        """[B, T, k] on the host, ids of -1 at padding; waits until all are there, and raises what one of them does."""
-        ids = torch.full(self._shape, -1)
-        logprobs = torch.full(self._shape, -torch.inf)
-        for (row, first, last), future in zip(self._places, self._futures, strict=True):
-            found = future.result()
-            ids[row, first:last], logprobs[row, first:last] = found.ids, found.logprobs
-        return TopKLogits(ids, logprobs)
-
-
 def _top_k(entries: Sequence[Mapping[int, float]], width: int) -> TopKLogits:
     """[T, width] of what is listed for T tokens."""
     counts = torch.tensor([len(entry) for entry in entries], dtype=torch.int64)
@@ -341,26 +308,6 @@ def _top_k(entries: Sequence[Mapping[int, float]], width: int) -> TopKLogits:
     values = itertools.chain.from_iterable(entry.values() for entry in entries)
     logprobs[filled] = torch.from_numpy(np.fromiter(values, np.float32, total))
     return TopKLogits(ids, logprobs)
-
-
-def _examples(side: Mapping[str, Any], roles: Mapping[str, int]) -> Iterator[tuple[int, int, int]]:
-    """Row, first token and the one after the last of each example of a batch, without padding."""
-    ids, mask, positions = side["input_ids"], side.get("attention_mask"), side.get("position_ids")
-    pad = roles.get("pad", roles.get("eos"))
-    for row in range(len(ids)):
-        kept = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
-        if not len(kept):
-            continue
-        begin, end = int(kept[0]), int(kept[-1]) + 1
-        if end - begin != len(kept):
-            raise ValueError(f"attention_mask: expected tokens without a gap for a server, got one in row {row}")
-        if positions is None:
-            yield row, begin, end
-            continue
-        starts = [k for k in (positions[row] == 0).nonzero()[:, 0].tolist() if begin < k < end]
-        for first, last in itertools.pairwise([begin, *starts, end]):
-            if not bool((ids[row, first:last] == pad).all()):  # the padding of a packed row
-                yield row, first, last
 
 
 def _listed(served: Mapping[str, Any]) -> str:

@@ -88,9 +88,7 @@ def results(folder: Path, names: Path) -> dict[str, Any]:
     resumed = {"fsdp": {**cut(2, 2), **FSDP}, "adapters": {"lora_rank": 2, **cut(2, 2), **FSDP}}
     on_policy = {"plain": cut(1, 2), "sharded": {**cut(1, 2), **FSDP}}
     streams = [(is_stream, 4) for is_stream in (False, True)]
-    return launch(
-        folder, gradients=GRADIENTS, held_out=HELD_OUT, on_policy=on_policy, resumed=resumed, names=streams
-    )
+    return launch(folder, gradients=GRADIENTS, held_out=HELD_OUT, on_policy=on_policy, resumed=resumed, names=streams)
 
 
 @pytest.mark.parametrize("case", range(len(GRADIENTS)))

@@ -29,6 +29,7 @@ from xtoken import ServedModel, TeacherCache, cache_teacher, client
 from xtoken.cli import main
 from xtoken.losses import Needs
 from xtoken.train import TeacherModel, XTokenCollator
+from xtoken.train.serving import Asked
 
 LOSS = DEFAULT[Needs.PROJECTION]
 
@@ -262,7 +263,7 @@ def test_texts_that_cannot_be_sent(vllm, teacher_tok):
     with pytest.raises(
         ValueError, match="attention_mask: expected tokens without a gap for a server, got one in row 0"
     ):
-        remote.ask_batch({"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 0, 1]])})
+        Asked(remote, {"input_ids": torch.tensor([[1, 2, 3]]), "attention_mask": torch.tensor([[1, 0, 1]])})
     assert len(vllm.asked) == 1
 
 

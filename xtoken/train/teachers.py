@@ -16,7 +16,7 @@ from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits
-from xtoken.served import Asked, ServedModel
+from xtoken.served import ServedModel
 from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 from xtoken.vocabulary.roles import RESERVED, ROLES
@@ -29,6 +29,7 @@ from .packing import PACKED, is_packed, packing_fault
 from .prepare import build_objective, check_losses
 from .quantized import check_layers, stays
 from .quantized import quantization_config as quantization
+from .serving import Asked
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
 
@@ -414,7 +415,7 @@ class TeacherModel:
         """
         if self.served is not None and entry.get("logits") is None and "asked" not in entry:
             self.check_entry(entry, inputs)
-            entry["asked"] = self.served.ask_batch(inputs if entry.get("input_ids") is None else entry, rows)
+            entry["asked"] = Asked(self.served, inputs if entry.get("input_ids") is None else entry, rows)
 
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any], fused: Fused | None = None) -> AnyLogits:
@@ -432,7 +433,7 @@ class TeacherModel:
         source = entry if entry.get("input_ids") is not None else inputs
         device = inputs["input_ids"].device
         if self.served is not None:
-            asked: Asked = entry.get("asked") or self.served.ask_batch(source)
+            asked: Asked = entry.get("asked") or Asked(self.served, source)
             return asked.logits().to(device, non_blocking=True)
         if self.model is None:
             raise ValueError(f"{self.name}: expected cached logits in the batch, since it has no model")
