@@ -174,6 +174,23 @@ GPU = "gpu-nvidia-h200"
 PLAIN = ", plain formula"
 
 
+def training_memory() -> str:
+    """Peak memory and time of a training step from logits, and from hidden states and output layer."""
+    rows = results("train_memory")["rows"]
+    header = ["tokens", "`--scaling`", "logits, GB", "peak, GB", "fused, GB", "seconds", "fused, seconds", "times"]
+    cells = [
+        [
+            f"{row['rows'] * row['length']:,}",
+            row["scaling"],
+            *(f"{row[name] / 1e9:.2f}" for name in ("logits_bytes", "peak_bytes_off", "peak_bytes_on")),
+            *(f"{row[name]:.1f}" for name in ("seconds_off", "seconds_on")),
+            f"{row['seconds_on'] / row['seconds_off']:.2f}",
+        ]
+        for row in rows
+    ]
+    return markdown(header, cells, words=2)
+
+
 def truth() -> str:
     """Where losses lead from the truth: by kind of text the mean over pairs of two tokenizers, and the worst pair."""
     rows = [row for row in results("truth")["rows"] if len(set(row["pair"].split("/"))) == 2]
@@ -240,6 +257,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "accuracy": accuracy,
     "weighting": weighting,
     "training": training,
+    "training_memory": training_memory,
     "truth": truth,
     "truth_on_events": truth_on_events,
     "events": events,

@@ -135,6 +135,16 @@ def test_bench_losses(main, tmp_path):
 
 
 @pytest.mark.slow
+def test_bench_train(main, tmp_path):
+    output = tmp_path / "train.json"
+    main("bench_train", "--rows", 1, "--length", 80, "--hidden", 8, "--threads", 1, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["scaling"] for row in rows] == ["fixed", "dynamic"]
+    assert all(row["seconds_on"] > 0 and row["seconds_off"] > 0 for row in rows)
+    assert all(row["logits_bytes"] > 8 * 80 * 128000 for row in rows)
+
+
+@pytest.mark.slow
 def test_bench_corpus(main, tmp_path):
     output = tmp_path / "corpus.json"
     main("bench_corpus", "--megabytes", 0.1, "--repeat", 1, "--output", output)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from comparer import assert_close
+from comparer import assert_as_accurate, assert_close
 from default_losses import default_loss
 from harness import OPERATIONS, PAIRS, Case, distinct_pairs, few_variants, make_case, variants
 from torch import Tensor
@@ -271,6 +271,23 @@ def test_linear_adds_the_blocks_to_the_gradient_of_w(name: str, backend: str) ->
     for one, other in zip(gradients(got, weight), gradients(want, weight), strict=True):
         assert float(other.abs().max()) > 0
         assert_close(one, other, rtol=1e-3, atol=1e-5 * float(other.abs().max()))
+
+
+def test_linear_adds_many_blocks_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of an output layer in bfloat16 is about as near to the true one as one product makes it."""
+    monkeypatch.setattr(logits_module, "BLOCK_ELEMENTS", 60)
+    generator = torch.Generator().manual_seed(3)
+    hidden, head, teacher = (torch.randn(*n, generator=generator) for n in ((1, 400, 8), (30, 8), (1, 400, 30)))
+    loss = default_loss(Needs.SAME_TOKENIZER)
+    found = []
+    for dtype, kind in ((torch.float64, "dense"), (torch.bfloat16, "dense"), (torch.bfloat16, "linear")):
+        z = hidden.bfloat16().to(dtype).requires_grad_()
+        w = head.bfloat16().to(dtype).requires_grad_()
+        student = LinearLogits(z, w) if kind == "linear" else z @ w.T
+        found.append(torch.autograd.grad(loss(student, teacher.to(dtype)), [z, w]))
+    for true, plain, got in zip(*found, strict=True):
+        assert got.dtype == torch.bfloat16
+        assert_as_accurate(got, plain, true, floor=1e-3 * float(true.abs().max()))
 
 
 @pytest.mark.parametrize("is_frozen", [False, True])

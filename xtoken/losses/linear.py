@@ -16,9 +16,9 @@ _DOC = """\
     With ``logit_scale`` and ``softcap`` the logits are those of `LinearLogits`.
 
     Logits of one block are computed, turned into their gradient, and taken on to the gradients of hidden states and
-    output layer, so that memory beyond those does not grow with the number of tokens. Each block's part is added to
-    the gradient of the output layer in that layer's type. With ``labels`` (or ``reduction="none"``) backward computes
-    the logits again.
+    output layer, so that memory beyond those does not grow with the number of tokens. The blocks' parts of the
+    output layer's gradient are added up in float32 at least. With ``labels`` (or ``reduction="none"``) backward
+    computes the logits again.
 
     Parameters
     ----------

@@ -20,6 +20,7 @@ from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, select
 from xtoken.losses.logits import DenseSource, LinearSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
+from xtoken.losses.numerics import temporary_elements
 
 
 class Call(NamedTuple):
@@ -257,8 +258,7 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
         _reduce(losses, chunks, count, call.reduction),
         losses.new_zeros(()) if labels is None else _reduced_labels(labels, call.reduction),
         grads.student,
-        grads.head,
-        grads.bias,
+        *grads.of_head(),
         call.student.new_empty(0) if grads.weight is None or trained is None else grads.weight.to(trained.device),
         lifted,
     )
@@ -301,8 +301,10 @@ class _Gradients:
             empty = torch.empty_like(call.student, memory_format=torch.contiguous_format) if not inplace else None
             self.student = call.student if empty is None else empty
         if self.head_wanted:
-            self.head = self.head if call.student_head is None else torch.zeros_like(call.student_head)
-            self.bias = self.bias if call.student_bias is None else torch.zeros_like(call.student_bias)
+            self.head, self.bias = (
+                empty if of is None else torch.zeros_like(of, dtype=torch.promote_types(of.dtype, torch.float32))
+                for of, empty in ((call.student_head, self.head), (call.student_bias, self.bias))
+            )
         self.weight = None if weight is None else torch.zeros_like(weight)
 
     def logits(self, problem: Problem[Any], rows: slice) -> Tensor | None:
@@ -322,9 +324,21 @@ class _Gradients:
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
         if not self.head_wanted:
             return
-        self.head[:size].addmm_(grad.t(), self.call.student.flatten(0, 1)[rows])
+        hidden = self.call.student.flatten(0, 1)[rows]
+        if self.head.dtype == grad.dtype:
+            self.head[:size].addmm_(grad.t(), hidden)
+        else:  # a sum of many blocks in 16 bits would lose the small ones
+            step = max(1, temporary_elements(grad.device) // hidden.shape[1])
+            for start in range(0, size, step):
+                part = slice(start, min(start + step, size))
+                self.head[part] += grad[:, part].t() @ hidden
         if self.call.student_bias is not None:
-            self.bias[:size] += grad.sum(0)
+            self.bias[:size] += grad.sum(0, dtype=self.bias.dtype)
+
+    def of_head(self) -> list[Tensor]:
+        """Those of output layer and bias, in their types."""
+        given = (self.head, self.call.student_head), (self.bias, self.call.student_bias)
+        return [grad if of is None else grad.to(of.dtype) for grad, of in given]
 
 
 def _chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
