@@ -80,7 +80,7 @@ class Bench:
     def step(self, batch: dict[str, Any], way: str, scaling: str) -> tuple[float, int | None]:
         """Processor seconds and bytes of a step whose gradients take the place of others."""
         trainer = self.trainer
-        trainer._fused = Fused(way)
+        trainer._fused = Fused(way, trainer.args.device)
         trainer.args.scaling = trainer.criterion.scaling = scaling
         trainer.get_batch_samples(iter([batch]), 1)
         trainer.criterion.diagnostics = False
@@ -90,9 +90,7 @@ class Bench:
         if way == "on":  # the comparison of a few tokens is not measured
             trainer._fused.outputs(trainer.model, trainer.model, input_ids=given["input_ids"][:, :1])
             teacher = trainer.teachers[0]
-            trainer._fused.teacher_outputs(
-                teacher.name, teacher.model, trainer.args.device, input_ids=given["input_ids"][:, :1]
-            )
+            trainer._fused.teacher_outputs(teacher.name, teacher.model, input_ids=given["input_ids"][:, :1])
         seconds: list[float] = []
 
         def run() -> None:

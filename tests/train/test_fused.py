@@ -125,7 +125,7 @@ def test_logits_are_never_there(tmp_path, student_tok):
     size = batch["input_ids"].numel() * len(student_tok)
     largest = {}
     for choice in ("on", "off"):
-        trainer._fused = Fused(choice)
+        trainer._fused = Fused(choice, torch.device("cpu"))
         trainer.model.train()
         trainer.training_step(trainer.model, trainer._prepare_inputs(batch))  # compares logits of a few tokens
         with torch.autograd.profiler.profile(profile_memory=True) as profile:
@@ -187,7 +187,8 @@ def test_auto_goes_by_the_size(tmp_path, student_tok, teacher_tok, examples, mon
     assert sizes[1] == 4 * (2 * ids[0].numel() * 700 + ids[1].numel() * len(teacher_tok))
     cached = {**large, "teachers": [{**large["teachers"][0], "logits": torch.zeros(1)}]}
     assert logit_bytes(cached, trainer.model, [teacher.model]) == 8 * ids[0].numel() * 700
-    monkeypatch.setattr(fused_module, "AUTO_BYTES", sizes[1])
+    assert trainer._fused.least == fused_module.memory_of(torch.device("cpu")) // 8 > 2**26
+    monkeypatch.setattr(trainer._fused, "least", sizes[1])
     kinds = []
     for batch in (small, large, small, large):
         _, outputs = trainer.compute_loss(trainer.model, trainer._prepare_inputs(batch), return_outputs=True)
@@ -279,8 +280,8 @@ def test_output_layers_that_are_something_else(what, fault):
 
 def test_a_teacher_on_another_device(caplog):
     """Its output layer is not copied to the student's."""
-    fused = Fused("on")
-    made = fused.teacher_outputs("T", make_model(60, 0).eval(), torch.device("meta"), input_ids=few())
+    fused = Fused("on", torch.device("meta"))
+    made = fused.teacher_outputs("T", make_model(60, 0).eval(), input_ids=few())
     assert made.logits.shape == (1, 8, 60)
     assert "logits of T: expected an output layer on meta, where the student is, got one on cpu" in caplog.text
 

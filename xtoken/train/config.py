@@ -65,8 +65,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     fused : "auto", "on" or "off"
         Whether the losses get hidden states and output layer, of the student and of teachers that compute here, and
         make logits a block of rows at a time, so that logits of a whole micro-batch never exist. "auto" does so where
-        they would take 1 GiB or more (see `xtoken.train.fused.AUTO_BYTES`), if the model lets it; it says once what it
-        does and why. "on" raises ValueError for a student whose output layer does not let it.
+        they would take an eighth of the device's memory (see `xtoken.train.fused.logit_bytes`), if the model lets it;
+        it says once what it does and why. "on" raises ValueError for a student whose output layer does not let it.
     on_policy : float or "teacher"
         For which share of the rows with a prompt the student itself writes the completion, anew each time: 0 to 1. What
         it has written is trained on by the distillation alone (``ce_labels``), its tokens as they were drawn; each

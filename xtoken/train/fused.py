@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,9 @@ logger = logging.getLogger(__name__)
 
 CHOICES = ("auto", "on", "off")
 
-AUTO_BYTES = 2**30
-"""What the logits of a micro-batch would take at least for "auto" to do without them: see `logit_bytes`."""
+AUTO_SHARE = 8
+"""The logits of a micro-batch (see `logit_bytes`) are left out by "auto" if they would take one part of so many of the
+device's memory: to do without costs time, which is worth it where memory is what a run lacks."""
 
 
 class Fused:
@@ -25,14 +27,17 @@ class Fused:
     Parameters
     ----------
     choice : "auto", "on" or "off"
-        "auto" does without logits in micro-batches where they would take `AUTO_BYTES`; "on" always does. Where a model
-        cannot, it has logits, but "on" raises ValueError for the student. What is done is told once.
+        "auto" does without logits in micro-batches where they would take so much, see `AUTO_SHARE`; "on" always does.
+        Where a model cannot, it has logits, but "on" raises ValueError for the student. What is done is told once.
+    device : torch.device
+        Where the losses are.
     is_shared : bool
         Whether FSDP2 shares out the student, so that processes must do the same.
     """
 
-    def __init__(self, choice: str, is_shared: bool = False) -> None:
-        self.choice, self.is_shared = choice, is_shared
+    def __init__(self, choice: str, device: torch.device, is_shared: bool = False) -> None:
+        self.choice, self.device, self.is_shared = choice, device, is_shared
+        self.least = memory_of(device) // AUTO_SHARE  # bytes of logits for "auto"
         self._faults: dict[str | None, str | None] = {}  # of teachers by name, and of the student as None
         self._told: set[str] = set()
         self._bytes = 0
@@ -45,12 +50,13 @@ class Fused:
         """Takes up a micro-batch whose logits would take so many bytes."""
         self._bytes = size
         if self.choice == "auto" and not self.wanted:
-            self._tell(f"logits, since those of a micro-batch take {_size(size)}, less than {_size(AUTO_BYTES)}", "few")
+            least = f"{_size(self.least)}, 1/{AUTO_SHARE} of the memory"
+            self._tell(f"logits, since those of a micro-batch take {_size(size)}, less than {least}", "few")
 
     @property
     def wanted(self) -> bool:
         """Whether the micro-batch should do without logits."""
-        return self.choice == "on" or (self.choice == "auto" and self._bytes >= AUTO_BYTES)
+        return self.choice == "on" or (self.choice == "auto" and self._bytes >= self.least)
 
     def outputs(self, model: Any, call: Callable[..., Any], **inputs: Any) -> Any:
         """``call(**inputs)`` of the student, with `LinearLogits` as its ``logits`` where that is wanted and can be.
@@ -69,12 +75,12 @@ class Fused:
         gather_head(model)  # as the other processes do, whose micro-batches may be larger
         return outputs
 
-    def teacher_outputs(self, name: str, model: Any, device: torch.device, **inputs: Any) -> Any:
-        """Likewise ``model(**inputs)`` of a teacher, for losses on a device."""
+    def teacher_outputs(self, name: str, model: Any, **inputs: Any) -> Any:
+        """Likewise ``model(**inputs)`` of a teacher."""
         if not self.wanted:
             return model(**inputs)
         if name not in self._faults:
-            self._keep(name, _place_fault(model, device) or head_fault(model, _few(inputs)))
+            self._keep(name, _place_fault(model, self.device) or head_fault(model, _few(inputs)))
         return model(**inputs) if self._is_dense(name) else linear_outputs(model, model, **inputs)
 
     def _is_dense(self, teacher: str | None) -> bool:
@@ -98,6 +104,14 @@ class Fused:
         if what not in self._told:
             self._told.add(what)
             logger.warning("fused=%s: the losses get %s", self.choice, message)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes that an accelerator has, or else the machine."""
+    if device.type in ("cuda", "xpu"):
+        total: int = torch.get_device_module(device).get_device_properties(device).total_memory
+        return total
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def logit_bytes(batch: Mapping[str, Any], student: Any, teachers: Sequence[Any]) -> int:

@@ -449,7 +449,7 @@ class TeacherModel:
             if fault is not None:
                 raise ValueError(f"{self.name}: {PACKED}, since {fault}")
         given["use_cache"] = False
-        run = self.model if fused is None else functools.partial(fused.teacher_outputs, self.name, self.model, device)
+        run = self.model if fused is None else functools.partial(fused.teacher_outputs, self.name, self.model)
         logits: AnyLogits = run(**given).logits
         return logits.to(device) if isinstance(logits, Tensor) else logits
 

@@ -305,7 +305,7 @@ class XTokenTrainer(Trainer):
         return made
 
     def _choice_of_fused(self) -> Fused:
-        made = Fused(self.args.fused, self.is_fsdp_enabled)
+        made = Fused(self.args.fused, self.args.device, self.is_fsdp_enabled)
         if self.is_deepspeed_enabled:
             made.refuse("expected no DeepSpeed, which gathers the weights of a layer when that is called")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
