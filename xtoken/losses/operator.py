@@ -253,12 +253,14 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
         if logits_grad is not None and isinstance(student, LinearSource):
             grads.add(student.of_product(logits_grad[0], problem.student[0]), rows)
     losses = torch.cat(parts) if len(parts) != 1 else parts[0]
+    head_grad, bias_grad = grads.in_types()
     count = call.predicted.numel() if call.predicted is not None else call.student.shape[:2].numel()
     return Result(
         _reduce(losses, chunks, count, call.reduction),
         losses.new_zeros(()) if labels is None else _reduced_labels(labels, call.reduction),
         grads.student,
-        *grads.of_head(),
+        head_grad,
+        bias_grad,
         call.student.new_empty(0) if grads.weight is None or trained is None else grads.weight.to(trained.device),
         lifted,
     )
@@ -335,10 +337,13 @@ class _Gradients:
         if self.call.student_bias is not None:
             self.bias[:size] += grad.sum(0, dtype=self.bias.dtype)
 
-    def of_head(self) -> list[Tensor]:
-        """Those of output layer and bias, in their types."""
-        given = (self.head, self.call.student_head), (self.bias, self.call.student_bias)
-        return [grad if of is None else grad.to(of.dtype) for grad, of in given]
+    def in_types(self) -> tuple[Tensor, Tensor]:
+        """Those of output layer and bias, in the types of these."""
+        head, bias = self.call.student_head, self.call.student_bias
+        return (
+            self.head if head is None else self.head.to(head.dtype),
+            self.bias if bias is None else self.bias.to(bias.dtype),
+        )
 
 
 def _chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
