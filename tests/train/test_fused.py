@@ -24,7 +24,7 @@ from small import (
 from xtoken import LinearLogits, PieceIndex, ProjectionMatrix, Teacher
 from xtoken.losses import Needs, registered
 from xtoken.losses import logits as logits_module
-from xtoken.train import TeacherModel
+from xtoken.train import TeacherModel, XTokenCollator
 from xtoken.train import fused as fused_module
 from xtoken.train.fused import Fused, logit_bytes
 from xtoken.train.head import head_fault
@@ -142,20 +142,24 @@ def test_without_teachers(tmp_path, student_tok, twins, small_blocks):
     assert_same(got, want)
 
 
-def test_evaluation(tmp_path, student_tok, teacher_tok, twins):
-    """The same metrics, and logits for whoever wants predictions."""
+@pytest.mark.parametrize("packed", [False, True])
+def test_evaluation(tmp_path, student_tok, teacher_tok, twins, packed):
+    """The same metrics, with several examples in a row too, and logits for whoever wants predictions."""
     found = []
     for fused in ("off", "on"):
         teachers = two_teachers(student_tok, teacher_tok)
         trainer = make_trainer(tmp_path, student_tok, teachers, None, twins[:4], fused=fused)
+        if packed:
+            trainer.data_collator = XTokenCollator(student_tok, [teacher_tok, student_tok], packed=True, max_length=256)
         predicted = trainer.predict(twins[:4])
         found.append((predicted.metrics, torch.as_tensor(predicted.predictions)))
     (want, want_logits), (got, got_logits) = found
     assert_close(got_logits, want_logits, rtol=1e-4, atol=1e-6)
-    assert want_logits.shape[-1] == 700
-    for name, value in want.items():
-        if "ce" in name or "kd" in name or "agreement" in name:
-            assert got[name] == pytest.approx(value, rel=1e-4), name
+    assert want_logits.shape[::2] == (1 if packed else 4, 700)
+    names = [name for name in want if "ce" in name or "kd" in name or "agreement" in name]
+    assert len(names) == 6
+    for name in names:
+        assert got[name] == pytest.approx(want[name], rel=1e-4), name
 
 
 @pytest.mark.parametrize("mode", ["select", "average"])

@@ -407,7 +407,11 @@ class XTokenTrainer(Trainer):
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """The share of a micro-batch in the step's loss, times the processes that gradients are averaged over."""
+        """The share of a micro-batch in the step's loss, times the processes that gradients are averaged over.
+
+        With ``return_outputs`` also what the student returned, whose ``logits`` may be `LinearLogits`; see
+        `XTokenConfig.fused`.
+        """
         host = _on_host(inputs)
         # The losses get the labels on the host, where they can pick what is supervised.
         inputs = {name: value for name, value in inputs.items() if name not in ("host", "labels", "ce_labels")}
