@@ -166,6 +166,12 @@ def test_bad_input(wide, folders, tmp_path, monkeypatch, capsys):
         load_model(gguf, quantization_config=config)
 
 
+def test_a_teacher_that_is_there_already(student_tok, teacher_tok):
+    message = "quantization_config: expected none for a model, which is not loaded here, got 'int8'"
+    with pytest.raises(ValueError, match=message):
+        TeacherModel.build(make_model(50, 0), student_tok, tokenizer=teacher_tok, quantization_config="int8")
+
+
 def test_layers_that_are_left(caplog):
     model: Any = make_model(50, 0)
     model.model.layers[0].mlp.up_proj.__class__ = type("Packed", (torch.nn.Linear,), {})

@@ -299,8 +299,8 @@ class TeacherModel:
             As for `build_objective`: ``loss``, ``weight``, ``loss_options``, ``gamma``, ``learn_projection``,
             ``texts``, ``cache``, ``trust_top_k``.
 
-        Raises ValueError for a model that does not say which tokenizer it has, and for options that the loss does not
-        have; and what `load_model` raises.
+        Raises ValueError for a model that does not say which tokenizer it has or that is not loaded here, if it is to
+        be quantised, and for options that the loss does not have; and what `load_model` raises.
 
         Examples
         --------
@@ -316,6 +316,11 @@ class TeacherModel:
                 raise ValueError(
                     f"tokenizer: expected one, since {type(model).__name__} does not say where it was loaded from"
                 )
+        if quantization_config not in (None, "none") and not isinstance(model, str):
+            raise ValueError(
+                f"quantization_config: expected none for {source or 'a model'}, which is not loaded here, got "
+                f"{quantization_config!r}"
+            )
         if isinstance(model, str):
             model, loaded = load_model(
                 source, dtype=dtype, device=device, trust_remote_code=trust_remote_code,
