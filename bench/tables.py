@@ -245,6 +245,24 @@ def trl() -> str:
     return markdown(("loss", "CPU seconds", "peak MB", "value"), body)
 
 
+def quantized() -> str:
+    """What a teacher in 8 or 4 bits costs and loses."""
+    body = [
+        (
+            "in full" if row["weights"] == "none" else f"`{row['weights']}`",
+            row["dtype"],
+            f"{row['MB']:.0f}",
+            f"{row['CPU seconds']:.1f}",
+            f"{row['KL, nats a token']:.4f}",
+            f"{100 * row['same first choice']:.1f}",
+        )
+        for row in results("quantized")["rows"]
+    ]
+    return markdown(
+        ("weights", "the rest", "MB", "CPU seconds", "KL, nats a token", "same first choice, %"), body, words=2
+    )
+
+
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
@@ -262,6 +280,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "truth_on_events": truth_on_events,
     "events": events,
     "trl": trl,
+    "quantized": quantized,
 }
 
 

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from small_tokenizers import byte_level
-from transformers import PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from xtoken import demo
 from xtoken.losses import backends
@@ -175,6 +175,26 @@ def test_bench_cache(main, tmp_path, monkeypatch):
     assert little["kl_nats_per_token"] > 0.3
     assert 0 <= most["kl_nats_per_token"] < 1e-4
     assert "| 4 |" in printed
+
+
+@pytest.mark.slow
+def test_bench_quantized(main, tmp_path):
+    """With a small random teacher; what is not installed is left out."""
+    words = PreTrainedTokenizerFast(tokenizer_object=reproduce.World.of(reproduce.Size()).student, eos_token="</s>")
+    config = LlamaConfig(
+        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
+    )
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
+    words.save_pretrained(tmp_path / "teacher")
+    output = tmp_path / "quantized.json"
+    given = "--teacher", tmp_path / "teacher", "--passages", 2, "--output", output
+    main("bench_quantized", *given, "--kinds", "none:float32", "int8:float32")
+    full, *others = json.loads(output.read_text())["rows"]
+    assert full["KL, nats a token"] == pytest.approx(0, abs=1e-6)
+    assert full["same first choice"] == 1
+    for row in others:
+        assert row["MB"] < full["MB"]
+        assert 0 < row["KL, nats a token"] < 0.01
 
 
 @pytest.mark.slow
