@@ -165,7 +165,7 @@ def test_datasets(folders, tmp_path, splits, caplog, threads):
         (splits, {}),
         (splits["train"].to_iterable_dataset(), {}),
         (splits["train"].to_iterable_dataset(num_shards=2), {"dataloader_num_workers": 2}),
-        (splits, {"dataloader_num_workers": 2, "dataset_num_proc": 2}),
+        (splits, {"dataset_num_proc": 2}),
     ):
         args = make_config(tmp_path / "out", loss=UNAIDED, train_sampling_strategy="sequential", **more)
         evaluated = splits if data is splits and not more else None

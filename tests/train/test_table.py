@@ -224,16 +224,17 @@ def test_conversations_of_sharegpt(toks):
         encoder.encode([{"messages": ASKED, "tools": "look"}])
 
 
-def test_streams(saved, toks):
-    """Two workers, and two processes, see each row once; long texts become several examples; rows are shuffled."""
+def test_streams_and_dataloaders(saved, toks):
+    """Two workers, of a table too, and two processes see each row once; long texts are cut; rows are shuffled."""
     rows = [{"text": text} for text in SMALL_TEXTS]
     make = lambda _: ExampleEncoder(*toks, max_length=30)  # noqa: E731
     ids = lambda examples: sorted(one["student_ids"].tolist() for one in examples)  # noqa: E731
     want = ids(EncodedDataset(rows, make(None)))
     assert len(want) > len(rows)
     stream = saved(rows).to_iterable_dataset(num_shards=3)
-    loader = torch.utils.data.DataLoader(EncodedStream(stream, make), 1, num_workers=2, collate_fn=lambda some: some[0])
-    assert ids(loader) == want
+    for data in (EncodedStream(stream, make), EncodedTable(saved(rows), make(None))):
+        loader = torch.utils.data.DataLoader(data, 1, num_workers=2, collate_fn=lambda some: some[0])
+        assert ids(loader) == want
     shares = [list(IterableDatasetShard(EncodedStream(stream, make), 2, False, 2, rank)) for rank in range(2)]
     assert abs(len(shares[0]) - len(shares[1])) <= 2
     seen = ids(itertools.chain(*shares))

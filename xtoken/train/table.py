@@ -93,7 +93,8 @@ class EncodedTable(Dataset[dict[str, Any]]):
     encoder : ExampleEncoder
         Its ``report`` is that of all rows, also where they come from the cache.
     workers : int, optional
-        Default: none but this process, in which tokenizers use threads.
+        Default: none but this process, in which tokenizers use threads. With large vocabularies it takes seconds to
+        start workers, since each is sent the encoder: they are for long tables on many cores.
 
     Raises what `EncodedDataset` does.
     """
