@@ -161,11 +161,13 @@ def weighting() -> str:
 def training() -> str:
     """Held-out values before and after the runs of `train_real.py`."""
     rows = []
-    for name in ("train_demo", "train_gemma"):
+    for name in ("train_demo", "train_gemma", "train_on_policy"):
         history = [row for row in results(name)["history"] if "eval_ce" in row]
+        share = results(name).get("on_policy", 0.0)
+        run = PAIRS[results(name)["pair"]] + (f", on policy for {share:.0%} of the prompts" if share else "")
         first, last = history[0], history[-1]
         spans = [f"{first[key]:.3f} to {last[key]:.3f}" for key in ("eval_ce", "eval_kd", "eval_agreement")]
-        rows.append((PAIRS[results(name)["pair"]], str(last["step"]), *spans))
+        rows.append((run, str(last["step"]), *spans))
     header = ("student from teacher", "steps", "cross-entropy, nats/token", "loss, nats/chunk", "top-1 agreement")
     return markdown(header, rows)
 

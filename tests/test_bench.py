@@ -206,7 +206,8 @@ def test_events(main, tmp_path):
     assert "| llama3/qwen3 | manual |" in printed
 
 
-def test_train_real(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("on_policy", [(), ("--on-policy", "0.5")])
+def test_train_real(tmp_path, monkeypatch, capsys, on_policy):
     """The data, the options and the table; training itself is tested with small models."""
     train_real = importlib.import_module("train_real")
 
@@ -215,6 +216,10 @@ def test_train_real(tmp_path, monkeypatch, capsys):
         lines = [json.loads(line) for line in Path(options["--eval_data"]).read_text().splitlines()]
         assert len(lines) == 3
         assert all(line["text"] for line in lines)
+        rows = [json.loads(line) for line in Path(options["--data"]).read_text().splitlines()]
+        given = arguments[arguments.index("--on_policy") + 1] if "--on_policy" in arguments else None
+        assert given == (on_policy[1] if on_policy else None)
+        assert all(set(row) == ({"prompt", "completion"} if on_policy else {"text"}) for row in rows)
         output = Path(options["--output"])
         output.mkdir()
         history = [{"step": 2, "eval_ce": 1.5, "eval_kd": 0.5, "eval_agreement": 0.25}]
@@ -225,11 +230,14 @@ def test_train_real(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(train_real.cli, "main", train)
     output = tmp_path / "real.json"
     monkeypatch.setattr(
-        sys, "argv", ["train_real.py", "demo", "--steps", "2", "--held-out-passages", "3", "--output", str(output)]
+        sys,
+        "argv",
+        ["train_real.py", "demo", "--steps", "2", "--held-out-passages", "3", "--output", str(output), *on_policy],
     )
     train_real.main()
     assert "| 2 | 1.500 | 0.500 | 0.250 |" in capsys.readouterr().out
     assert json.loads(output.read_text())["pair"] == "demo"
+    assert json.loads(output.read_text())["on_policy"] == (0.5 if on_policy else 0)
 
 
 @pytest.fixture(scope="module")

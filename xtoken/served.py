@@ -94,9 +94,10 @@ class ServedModel:
         self.logprobs = min(logprobs, len(self.vocabulary))
         self.requests = requests
         served = self._served()
-        if model is None and len(served) != 1:
+        whole = [name for name, card in served.items() if card.get("parent") is None]  # no adapters
+        if model is None and len(whole) != 1:
             raise ValueError(f"model: expected the name of one of those that {root} serves: {_listed(served)}")
-        self.model = next(iter(served)) if model is None else model
+        self.model = whole[0] if model is None else model
         if self.model not in served:
             raise ValueError(f"model: {root} does not serve {self.model!r}, but {_listed(served)}")
         card = served[self.model]

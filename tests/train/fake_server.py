@@ -60,6 +60,11 @@ class FakeServer(AbstractContextManager["FakeServer"]):
         self._server.server_close()
         self._thread.join()
 
+    def cards(self) -> list[dict[str, Any]]:
+        """What it says of its models."""
+        names = (self.name, *self.others)
+        return [{"id": name, "owned_by": self.owner, "max_model_len": self.max_model_len} for name in names]
+
     def listed(self, ids: list[int], k: int) -> list[dict[int, float] | None]:
         """For each token what vLLM lists: the token itself, and the k likeliest in its place."""
         with self.lock, torch.inference_mode():
@@ -107,11 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
             return self.send(b"", 302, Location=self.fake.moved + self.path)
         if self.path != "/v1/models":
             return self.refuse("Not Found", 404)
-        cards = [
-            {"id": name, "owned_by": self.fake.owner, "max_model_len": self.fake.max_model_len}
-            for name in (self.fake.name, *self.fake.others)
-        ]
-        return self.send({"object": "list", "data": cards})
+        return self.send({"object": "list", "data": self.fake.cards()})
 
     def do_POST(self) -> None:
         fake, content = self.fake, json.loads(self.rfile.read(int(self.headers["Content-Length"])))

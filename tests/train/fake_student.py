@@ -37,6 +37,10 @@ class FakeStudent(FakeServer):
         super().__enter__()
         return self
 
+    def cards(self) -> list[dict[str, Any]]:
+        """Adapters are models too."""
+        return [*super().cards(), *({"id": name, "owned_by": "vllm", "parent": self.name} for name in self.adapters)]
+
     def write(self, content: dict[str, Any]) -> dict[str, Any]:
         """The first choice of an answer."""
         ids: list[int] = list(content["prompt"])
