@@ -307,3 +307,16 @@ def test_what_is_refused(tmp_path, toks, projection):
     trainer = trainer_of(tmp_path, toks, [teacher], endless, max_steps=2, per_device_train_batch_size=1000)
     with pytest.raises(ValueError, match=r"on_policy: expected rows with a prompt .*, got none of the first 1000 rows"):
         trainer.train()
+
+
+def test_hidden_states_in_place_of_logits(tmp_path, toks, projection):
+    """The same losses, with labels of cross-entropy of their own."""
+    logs = []
+    for fused in ("on", "off"):
+        trainer = trainer_of(
+            tmp_path / fused, toks, [teacher_of(toks, projection)], on_policy=0.5, max_steps=3, fused=fused
+        )
+        trainer.train()
+        logs.append([logged(trainer, name) for name in ("ce", "kd", "chunks", "completion_length")])
+    for on, off in zip(*logs, strict=True):
+        assert on == pytest.approx(off, rel=1e-4)
