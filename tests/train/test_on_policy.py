@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,11 @@ import torch
 from comparer import assert_close
 from default_losses import DEFAULT, default_loss
 from fake_server import FakeServer
-from small import SMALL_TEXTS, collate, make_config, make_model
+from small import SMALL_TEXTS, collate, command, history, make_config, make_model
 from transformers import GenerationConfig
 
 from xtoken import ProjectionMatrix, ServedModel, Teacher
+from xtoken.cli import main
 from xtoken.losses import Needs, registered
 from xtoken.train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenTrainer
 from xtoken.train.generate import ModelWriter, Sampling
@@ -320,3 +322,18 @@ def test_hidden_states_in_place_of_logits(tmp_path, toks, projection):
         logs.append([logged(trainer, name) for name in ("ce", "kd", "chunks", "completion_length")])
     for on, off in zip(*logs, strict=True):
         assert on == pytest.approx(off, rel=1e-4)
+
+
+def test_command(tmp_path, folders, capsys):
+    """With rows that have prompts; not with a corpus that has none."""
+    rows = [json.dumps({"prompt": text[:20], "completion": text[20:60]}) for text in SMALL_TEXTS[:8]]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows) + "\n")
+    here = {**folders, "train": str(tmp_path / "rows.jsonl")}
+    more = "--on_policy", "0.5", "--max_new_tokens", "4", "--top_p", "0.9", "--num_generations", "2", "--max_steps", "2"
+    assert main(command(here, tmp_path / "out", *more)) == 0
+    entries = [one for one in history(tmp_path / "out") if "completion_length" in one]
+    assert entries
+    assert all(1 <= one["completion_length"] <= 4 for one in entries)
+    assert "its completion, " in capsys.readouterr().out
+    assert main(command(folders, tmp_path / "texts", *more)) == 1
+    assert "on_policy: expected rows with a prompt" in capsys.readouterr().err
