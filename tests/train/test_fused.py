@@ -162,7 +162,7 @@ def test_evaluation(tmp_path, student_tok, teacher_tok, twins, packed):
         assert got[name] == pytest.approx(want[name], rel=1e-4), name
 
 
-@pytest.mark.parametrize("mode", ["select", "average"])
+@pytest.mark.parametrize("mode", ["select", "average", "entropy"])
 def test_teacher_modes(tmp_path, student_tok, twins, mode, caplog):
     """The best teacher is found from hidden states too; a mean of logits needs them, which is told."""
     data = [{**one, "teachers": [{"ids": None, "spans": None}] * 2} for one in twins[:4]]
@@ -280,6 +280,21 @@ def test_output_layers_that_are_something_else(what, fault):
     assert model.training  # as it was
     assert not model._forward_hooks
     assert not model.lm_head._forward_pre_hooks
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torchao") is None, reason="torchao is not installed")
+@pytest.mark.parametrize("with_head", [False, True])
+def test_quantised_weights(with_head):
+    """Those of the body are none of our business."""
+    from torchao.quantization import Int8WeightOnlyConfig, quantize_
+
+    def is_chosen(module: torch.nn.Module, name: str) -> bool:
+        return isinstance(module, torch.nn.Linear) and (with_head or name != "lm_head")
+
+    model = make_model(60, 0).eval()
+    quantize_(model, Int8WeightOnlyConfig(), filter_fn=is_chosen)
+    fault = head_fault(model, few())
+    assert fault == ("expected a plain weight of the output layer, got Int8Tensor" if with_head else None)
 
 
 def test_a_teacher_on_another_device(caplog):

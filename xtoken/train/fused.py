@@ -131,7 +131,7 @@ def _place_fault(model: Any, device: torch.device) -> str | None:
     """Why the losses cannot reach a teacher's output layer, if it has one."""
     head: Any = getattr(model, "get_output_embeddings", lambda: None)()
     weights = [] if head is None else list(head.parameters())
-    if any(hasattr(one, "full_tensor") for one in weights):
+    if weights and any(hasattr(one, "unshard") for one in model.modules()):
         return "expected an output layer of its own, got one that is shared out with the student's"
     places = [one.device for one in weights if one.device != device]
     return f"expected an output layer on {device}, where the student is, got one on {places[0]}" if places else None
