@@ -6,7 +6,9 @@ import logging
 import random
 import socket
 import threading
+from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -308,6 +310,15 @@ def test_steps_are_asked_for_ahead(vllm, student_tok, teacher_tok, tmp_path):
     assert 0.0 < trainer.state.log_history[0]["time_teacher"] <= 1.0
     assert trainer.evaluate()["eval_kd"] > 0.0
     assert (vllm.most_in_flight, len(vllm.asked)) == (8, 1 + 2 * 8)
+
+
+def test_an_error_does_not_wait_for_what_was_asked_before():
+    never: Future[Any] = Future()
+    failed: Future[Any] = Future()
+    failed.set_exception(ValueError("wrong"))
+    served: Any = SimpleNamespace(vocabulary=SimpleNamespace(roles={}), logprobs=2, ask=lambda rows: [never, failed])
+    with pytest.raises(ValueError, match="wrong"):
+        Asked(served, {"input_ids": torch.ones(2, 3, dtype=torch.int64)}).logits()
 
 
 def test_packed_rows_are_sent_apart(vllm, student_tok, teacher_tok):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_EXCEPTION, wait
 from typing import Any
 
 import torch
@@ -33,6 +34,8 @@ class Asked:
         """[B, T, k] on the host, ids of -1 at padding; waits until all are there, and raises what one of them does."""
         ids = torch.full(self._shape, -1)
         logprobs = torch.full(self._shape, -torch.inf)
+        for future in wait(self._futures, return_when=FIRST_EXCEPTION).done:
+            future.result()  # an error stops the run at once, whatever is still waited for
         for (row, first, last), future in zip(self._places, self._futures, strict=True):
             found = future.result()
             ids[row, first:last], logprobs[row, first:last] = found.ids, found.logprobs
