@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ from peft import LoraConfig, get_peft_model
 from small import SMALL_TEXTS, make_config, make_model, make_teacher
 
 from xtoken.train import XTokenTrainer
+from xtoken.train.generation_server import Weights
 
 pytestmark = pytest.mark.slow
 
@@ -66,6 +68,22 @@ def test_it_writes_what_the_student_would(tmp_path, student_tok, teacher_tok, ad
         assert late[1:] != want[1:]
 
 
+@pytest.mark.parametrize(("start", "sent"), [(0, [0, 3, 6]), (4, [4, 6]), (3, [3, 6])])
+def test_a_run_that_goes_on_sends_at_the_same_steps(monkeypatch, tmp_path, start, sent):
+    """And at once, since the server may have other weights."""
+    done: list[int] = []
+    step = start
+    accelerator = SimpleNamespace(
+        unwrap_model=lambda *_, **__: None, get_state_dict=lambda _: {}, wait_for_everyone=lambda: done.append(step)
+    )
+    args = SimpleNamespace(should_save=False)
+    monkeypatch.setattr("xtoken.train.generation_server.broadcast_object_list", lambda names: names)
+    weights = Weights(SimpleNamespace(accelerator=accelerator, model_wrapped=None, args=args), None, tmp_path, 3)
+    for step in range(start, 8):
+        weights.send(step)
+    assert done == sent
+
+
 def test_what_is_refused(tmp_path, student_tok, teacher_tok):
     toks = student_tok, teacher_tok
     with FakeStudent(make_model(len(student_tok), 0), student_tok) as server:
@@ -91,6 +109,11 @@ def test_what_is_refused(tmp_path, student_tok, teacher_tok):
     sglang = FakeStudent(make_model(len(student_tok), 0), student_tok, owner="sglang")
     with sglang, pytest.raises(ValueError, match="generation_url: expected a server of vLLM, got SGLang"):
         drawn(tmp_path, toks, url=sglang.url)
-    for options in ({"on_policy": 0}, {"on_policy": "teacher"}, {"sync_every": 0}):
-        with pytest.raises(ValueError, match=r"generation_url: expected None|sync_every: expected at least 1"):
+    for options, message in (
+        ({"on_policy": 0}, "generation_url: expected on_policy with it"),
+        ({"on_policy": "teacher"}, "generation_url: expected None for on_policy='teacher'"),
+        ({"sync_every": 0}, "sync_every: expected at least 1"),
+        ({"sync_every": 2, "generation_url": None}, "sync_every: expected generation_url with it, got 2 without"),
+    ):
+        with pytest.raises(ValueError, match=message):
             make_config(tmp_path, **{"generation_url": "http://127.0.0.1:1", "on_policy": 1.0, **options})

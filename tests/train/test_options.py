@@ -52,6 +52,26 @@ def test_options_without_an_effect_are_refused(tmp_path, option, value):
         XTokenConfig(output_dir=str(tmp_path), **{option: value})
 
 
+def test_options_of_generation(tmp_path):
+    """Are refused by name where nothing is generated, where they do nothing, and where they are no number."""
+    unused: dict[str, Any] = {"max_new_tokens": 8, "num_generations": 2, "generation_temperature": 0.5}
+    unused |= {"generation_top_p": 0.5, "sync_every": 2, "generation_url": "http://127.0.0.1:1"}
+    for name, value in unused.items():
+        with pytest.raises(ValueError, match=f"{name}: expected on_policy with it"):
+            make_config(tmp_path, **{name: value})
+    with pytest.raises(ValueError, match=r"num_generations: expected 1 for generation_temperature=0, .*, got 2"):
+        make_config(tmp_path, on_policy=1.0, num_generations=2, generation_temperature=0.0)
+    for name, value, message in (
+        ("max_new_tokens", 2.5, "expected an int, got 2.5"),
+        ("max_new_tokens", None, "expected an int, got None"),
+        ("num_generations", True, "expected an int, got True"),
+        ("generation_temperature", None, "expected a number >= 0, got None"),
+        ("generation_top_p", None, "expected a share above 0, at most 1, got None"),
+    ):
+        with pytest.raises(ValueError, match=f"{name}: {message}"):
+            make_config(tmp_path, on_policy=1.0, **{name: value})
+
+
 def test_what_rows_and_chunks_cannot_go_through(tmp_path, student_tok, teacher_tok):
     with pytest.raises(ValueError, match="dispatch_batches: expected False, since chunks cannot be sent"):
         make_config(tmp_path, accelerator_config={"dispatch_batches": True})

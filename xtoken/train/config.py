@@ -18,6 +18,11 @@ from .quantized import quantization_config
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
 
+GENERATION = (
+    "generation_url", "sync_every", "max_new_tokens", "num_generations", "generation_temperature", "generation_top_p",
+)  # fmt: skip
+"""Options of completions that are written in training."""
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "since the teachers' inputs are no columns of the student"),
     "label_smoothing_factor": (0.0, "since cross-entropy is computed without; what the teacher says is smooth"),
@@ -38,7 +43,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is CE / |KD| of the whole step, all
         processes together, and at most `max_scale`. With gradient accumulation that is not known until the step's last
         micro-batch, so it is the ratio of the previous step (and in the first step that of its first micro-batch): one
-        factor for all micro-batches of a step, however the step is cut.
+        factor for all micro-batches of a step, however the step is cut. Where all is written on policy there is no CE,
+        and the factor is that of the last step that had both; 1 until there is one.
     max_scale : float
         Bound of the dynamic factor; ``inf`` is the paper's rule.
     ce_weight, kd_weight : float
@@ -70,11 +76,13 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     on_policy : float or "teacher"
         For which share of the rows with a prompt the student itself writes the completion, anew each time: 0 to 1. What
         it has written is trained on by the distillation alone (``ce_labels``), its tokens as they were drawn; each
-        teacher reads it by its own template. "teacher": the first teacher that can generate writes them all, and what
-        it writes is data like any other. A row that is nothing but a prompt is always completed. The prompt is what
-        comes before the last turn, if that is the assistant's.
+        teacher reads it by its own template. Rows that go to no teacher stay as they are. "teacher": the first teacher
+        that can generate writes them all, and what it writes is data like any other. A row that is nothing but a prompt
+        is always completed. The prompt is what comes before the last turn, if that is the assistant's. ValueError if
+        the student is to write, but nothing is distilled; and for options of generation without `on_policy`.
     max_new_tokens : int
-        Most tokens of a completion. Rows whose prompt leaves no room for them are trained on as they are.
+        Most tokens of a completion. Rows whose prompt leaves no room for them are trained on as they are, and those
+        that are nothing but a prompt are left out.
     generation_temperature, generation_top_p : float
         How completions are drawn; a temperature of 0 takes the most probable token.
     num_generations : int
@@ -85,7 +93,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         ``VLLM_SERVER_DEV_MODE=1``, or for adapters with ``--enable-lora`` and
         ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. Its key is ``$XTOKEN_GENERATION_KEY``.
     sync_every : int
-        Steps from one time that it is sent them to the next.
+        Steps from one time that it is sent them to the next. A run that goes on from a checkpoint between two begins
+        with newer weights than the server had there.
     resume_weights_only : bool
         Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
     loss, teacher_weight : sequence, optional
@@ -272,14 +281,29 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
                 given = -1.0
             if not 0.0 <= given <= 1.0:
                 raise ValueError(f"on_policy: expected a share from 0 to 1, or 'teacher', got {self.on_policy!r}")
-        if self.generation_url is not None and (given == "teacher" or not given):
-            raise ValueError(
-                f"generation_url: expected None for on_policy={given}, for which the student writes nothing"
-            )
         for name in ("max_new_tokens", "num_generations", "sync_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected at least 1, got {getattr(self, name)}")
-        if not 0.0 <= self.generation_temperature < float("inf"):
-            raise ValueError(f"generation_temperature: expected a number >= 0, got {self.generation_temperature!r}")
-        if not 0.0 < self.generation_top_p <= 1.0:
-            raise ValueError(f"generation_top_p: expected a share above 0, at most 1, got {self.generation_top_p!r}")
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected an int, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
+        temperature, top_p = self.generation_temperature, self.generation_top_p
+        if not isinstance(temperature, (int, float)) or not 0.0 <= temperature < float("inf"):
+            raise ValueError(f"generation_temperature: expected a number >= 0, got {temperature!r}")
+        if not isinstance(top_p, (int, float)) or not 0.0 < top_p <= 1.0:
+            raise ValueError(f"generation_top_p: expected a share above 0, at most 1, got {top_p!r}")
+        changed = {one.name for one in fields(self) if getattr(self, one.name) != one.default}
+        for name in GENERATION:
+            if not given and name in changed:
+                raise ValueError(f"{name}: expected on_policy with it, got {getattr(self, name)!r} without")
+        if self.generation_url is not None and given == "teacher":
+            raise ValueError(
+                "generation_url: expected None for on_policy='teacher', for which the student writes nothing"
+            )
+        if self.generation_url is None and self.sync_every > 1:
+            raise ValueError(f"sync_every: expected generation_url with it, got {self.sync_every} without")
+        if self.num_generations > 1 and not temperature:
+            raise ValueError(
+                f"num_generations: expected 1 for generation_temperature=0, with which all are the same, got "
+                f"{self.num_generations}"
+            )

@@ -93,7 +93,7 @@ class Weights:
     writer : ServerWriter
     folder : path
     every : int
-        Steps from one time to the next; the first is before anything is written.
+        They are sent before anything is written, and at the steps that this divides.
     """
 
     def __init__(self, trainer: Any, writer: ServerWriter, folder: Path, every: int) -> None:
@@ -106,7 +106,7 @@ class Weights:
 
         Raises ValueError if the server does not take weights, saying how it is to be started.
         """
-        if self._sent is not None and 0 <= step - self._sent < self.every:
+        if self._sent is not None and step >= self._sent and step % self.every:
             return
         self._sent = step
         accelerator = self.trainer.accelerator
