@@ -219,7 +219,7 @@ class XTokenTrainer(Trainer):
         # The factor of the last step, 0 where there was none; read only where reading waits for nothing or must.
         self._last_scale = torch.zeros((), dtype=wide(args.device), device=args.device)
         self._scale_is_known = False
-        self._has_kd: Tensor | bool = False
+        self._has_both: Tensor | bool = False
         self._unchecked = {teacher.name for teacher in self.teachers}
         self._ahead = Ahead()
         self._faults: dict[str, str | None] = {}  # of models, why examples must not share their rows, as far as known
@@ -536,23 +536,35 @@ class XTokenTrainer(Trainer):
             if self._scale_is_known:
                 return {"scale": self._last_scale.float()}
             return {"reduce": self._last_or_own}
+        if self._rollout is not None:
+            return {"reduce": self._own_or_last}
         return {"reduce": self._add_up if self.accelerator.num_processes > 1 else None}
 
     def _last_or_own(self, ce_and_kd: Tensor) -> Tensor:
         """Two numbers whose ratio is the factor of the last step, or else that of this micro-batch."""
-        last = torch.stack([self._last_scale, torch.ones_like(self._last_scale)]).to(ce_and_kd)
-        own = self._add_up(ce_and_kd)
-        self._has_kd = own[1] != 0  # else no teacher had a chunk, on any process, and CE / |KD| says nothing
+        last, own = self._last_and_own(ce_and_kd)
         return torch.where(last[0] != 0, last, own)
 
+    def _own_or_last(self, ce_and_kd: Tensor) -> Tensor:
+        """Likewise, of this micro-batch, or else of the last step that had both CE and KD, as this one lacks CE."""
+        last, own = self._last_and_own(ce_and_kd)
+        return torch.where((own[0] == 0) & (last[0] != 0), last, own)
+
+    def _last_and_own(self, ce_and_kd: Tensor) -> tuple[Tensor, Tensor]:
+        last = torch.stack([self._last_scale, torch.ones_like(self._last_scale)]).to(ce_and_kd)
+        own = self._add_up(ce_and_kd)
+        # Else no process had a chunk, or none had labels of CE, as of completions, and CE / |KD| says nothing.
+        self._has_both = (own != 0).all()
+        return last, own
+
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
-        """Records the factor for the following micro-batches."""
-        if step.micro_batches == 1 or self.args.scaling != "dynamic":
+        """Records the factor for the following micro-batches, and for those without labels of CE."""
+        if self.args.scaling != "dynamic" or (step.micro_batches == 1 and self._rollout is None):
             return
         last = self._last_scale
         step.done += 1
         step.ce_and_kd = step.ce_and_kd + torch.stack([parts["ce"].to(last), parts["kd"].to(last)])
-        self._last_scale = torch.where((last == 0) & self._has_kd, parts["scale"].to(last), last)
+        self._last_scale = torch.where((last == 0) & self._has_both, parts["scale"].to(last), last)
         if step.done == step.micro_batches:
             ce, kd = self._add_up(step.ce_and_kd.float()).to(last)
             known = (kd != 0) & (ce != 0)
