@@ -272,8 +272,96 @@ def test_what_leaves_no_room_is_skipped(tmp_path, toks, projection, caplog):
     assert logged(trainer, "on_policy") == [0.5]
     assert logged(trainer, "on_policy_skipped") == [0.5]
     assert logged(trainer, "ce")[0] > 0
-    said = [one.getMessage() for one in caplog.records if "leaves no room for 60 of a completion" in one.getMessage()]
-    assert len(said) == 1
+    assert len(said(caplog, "leaves no room for 60 of a completion, so its row is trained on as it is")) == 1
+
+
+def said(caplog: Any, part: str) -> list[str]:
+    return [one.getMessage() for one in caplog.records if part in one.getMessage()]
+
+
+def test_prompts_alone_that_leave_no_room_are_left_out(monkeypatch, tmp_path, toks, projection, caplog):
+    """Refused if all are such: of a small data set at once, else of the first ones."""
+    rows = [{"prompt": SMALL_TEXTS[0] * 2}, {"prompt": SMALL_TEXTS[1][:10]}] * 2
+    given = toks, [teacher_of(toks, projection)]
+    trainer = trainer_of(tmp_path, *given, rows, max_length=60, max_new_tokens=30, max_steps=1)
+    trainer.train()
+    assert logged(trainer, "on_policy_skipped") == [0.5]
+    assert len(said(caplog, "so its row is left out (nothing of it is trained on)")) == 1
+    message = (
+        "max_new_tokens: expected prompts of at most 30 tokens, which leave room for 30 of a completion, got none "
+    )
+    with pytest.raises(ValueError, match=f"{message}of the 2 prompts"):
+        trainer_of(tmp_path, *given, rows[::2], max_length=60, max_new_tokens=30)
+    monkeypatch.setattr("xtoken.train.rollout.MOST_WITHOUT", 3)
+    trainer = trainer_of(tmp_path, *given, rows[::2] * 4, max_length=60, max_new_tokens=30)
+    with pytest.raises(ValueError, match=f"{message}of the first 3 prompts"):
+        trainer.train()
+
+
+def test_a_text_beside_a_prompt_is_plain_text(tmp_path, toks, projection, caplog):
+    """As without completions; it has no prompt."""
+    rows = [{"prompt": "In 1914", "text": SMALL_TEXTS[0]}, *ROWS[:1]] * 2
+    trainer = trainer_of(tmp_path, toks, [teacher_of(toks, projection)], rows, max_steps=1)
+    plain = ExampleEncoder(toks[0], [toks[1]]).encode(rows[:1])[0][0]
+    assert trainer.train_dataset[0]["labels"].tolist() == plain["labels"].tolist()
+    trainer.train()
+    assert logged(trainer, "on_policy") == [0.5]
+    assert len(said(caplog, "a row has no prompt, so that it is trained on as it is")) == 1
+
+
+def test_rows_that_go_to_no_teacher_stay(tmp_path, toks, projection, caplog):
+    """Since a completion would teach nothing."""
+    rows = [{**row, "who": [] if k % 2 else None} for k, row in enumerate(ROWS[:4])]
+    trainer = trainer_of(tmp_path, toks, [teacher_of(toks, projection)], rows, max_steps=1, teacher_column="who")
+    trainer.train()
+    assert logged(trainer, "on_policy") == [0.5]
+    assert logged(trainer, "ce")[0] > 0
+    assert len(said(caplog, "a row goes to no teacher")) == 1
+    with pytest.raises(ValueError, match="got none of the 2 examples with one, and with a teacher to go to"):
+        trainer_of(
+            tmp_path, toks, [teacher_of(toks, projection)], [{**row, "who": []} for row in ROWS[:2]],
+            teacher_column="who",
+        )  # fmt: skip
+
+
+def test_a_teachers_limit_cuts_completions(tmp_path, toks, projection, caplog):
+    """Counted, and told once with the teacher and its limit."""
+    teachers = [teacher_of(toks, projection)]
+    options = {"max_steps": 2, "max_new_tokens": 40, "max_length": 200}
+    logs = []
+    for limit in (None, 40):
+        trainer = trainer_of(tmp_path, toks, teachers, max_teacher_length=limit, **options)
+        trainer.train()
+        logs.append([logged(trainer, name) for name in ("on_policy_cut", "chunks")])
+    (whole, chunks), (cut, fewer) = logs
+    assert not whole
+    assert all(0 < one <= 1 for one in cut)
+    assert sum(fewer) < sum(chunks)
+    assert len(said(caplog, f"a completion is cut for {teachers[0].name}, whose limit is 40 tokens")) == 1
+
+
+@pytest.mark.parametrize("cut", [(4, 1), (1, 4)])
+def test_the_factor_without_cross_entropy_is_the_last(tmp_path, toks, projection, cut):
+    """1 until there is one; what is on policy sets none; and a run that goes on has it too."""
+    size, accumulation = cut
+    rows = [{"prompt": "In 1914"}] * 4
+    options = {
+        "per_device_train_batch_size": size, "gradient_accumulation_steps": accumulation, "max_scale": math.inf,
+        "save_strategy": "steps", "save_steps": 3, "max_steps": 5, "on_policy": 1e-9, "max_new_tokens": 4,
+    }  # fmt: skip
+    logs = []
+    for name, start in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-3"))):
+        # A step of prompts alone, one with some text, and others of prompts alone, in this order.
+        data = iter([*rows, *rows[:2], *ROWS[:2], *rows * 3])
+        trainer = trainer_of(tmp_path / name, toks, [teacher_of(toks, projection)], data, **options)
+        trainer.train(resume_from_checkpoint=start)
+        logs.append([logged(trainer, one) for one in ("kd_scale", "ce", "kd")])
+    scales, ce, kd = logs[0]
+    assert [one > 0 for one in ce] == [False, True, False, False, False]
+    assert scales[0] == 1.0
+    assert scales[2:] == [pytest.approx(ce[1] / kd[1], rel=1e-4)] * 3
+    assert scales[1] > 1
+    assert logs[1] == logs[0]
 
 
 def test_what_is_refused(tmp_path, toks, projection):
@@ -296,6 +384,11 @@ def test_what_is_refused(tmp_path, toks, projection):
     examples = EncodedDataset(ROWS, ExampleEncoder(toks[0], [toks[1]]))
     with pytest.raises(ValueError, match="examples have them of ExampleEncoder"):
         trainer_of(tmp_path, toks, [teacher], examples)
+    for teachers, options in (
+        ([teacher], {"kd_weight": 0.0}), ([], {}), ([teacher_of(toks, projection, weight=0.0)], {}),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="on_policy: expected a kd_weight and a teacher's weight other than 0"):
+            trainer_of(tmp_path, toks, teachers, on_policy=0.5, **options)
     cached = TeacherModel(Teacher(projection, top_k=None), None, toks[1], "kept")
     examples = EncodedDataset(ROWS, ExampleEncoder(toks[0], [toks[1]], with_prompts=True))
     with pytest.raises(ValueError, match="on_policy: expected teachers that run, but kept is cached"):

@@ -116,7 +116,8 @@ class CompletionEncoder:
         They are labels of the distillation alone: ``ce_labels`` are all -100. Each teacher reads prompt and completion
         as text, by its own template and tokenizer. Chunks have the same bytes on both sides, wherever the student has
         cut the text. The end token is a chunk with the teacher's, if both have the same role, and if the student has
-        nothing between the content and its end that the teacher does not have.
+        nothing between the content and its end that the teacher does not have. Of a teacher ``is_cut`` says whether
+        its limit has taken chunks.
         """
         written = [self._written(one) for one in completions]
         examples = [one.example for one in written]
@@ -132,7 +133,7 @@ class CompletionEncoder:
         for m, side in enumerate(self.encoder.teachers):
             if side is None:
                 for entry in entries:
-                    entry.append({"ids": None, "spans": None})
+                    entry.append({"ids": None, "spans": None, "is_cut": False})
                 continue
             aligner, limit = next(known)
             teacher = side.encode(examples, True, 0, [one.route is None or one.route[m] for one in completions])
@@ -141,7 +142,8 @@ class CompletionEncoder:
             for k, (entry, row) in enumerate(zip(entries, rows, strict=True)):
                 ids = teacher.ids[teacher.ptr[k] : teacher.ptr[k + 1]][:limit]
                 spans = chunks.of(k).between(0, row.stop - row.start, np.zeros(2, np.int64))
-                entry.append({"ids": ids, "spans": spans[spans[:, 3] <= len(ids)]})
+                is_read = spans[:, 3] <= len(ids)
+                entry.append({"ids": ids, "spans": spans[is_read], "is_cut": not is_read.all()})
         return [
             {
                 "student_ids": student.ids[row],

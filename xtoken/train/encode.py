@@ -90,7 +90,8 @@ class ExampleEncoder:
         Whether examples say which document of a teacher they are part of, so that a `TeacherCache` can be asked.
     with_prompts : bool
         Whether examples of rows that have a prompt bring it along, so that a completion can be written in training. A
-        row may then be a prompt alone: ``prompt`` without ``completion``.
+        row may then be a prompt alone: ``prompt`` without ``completion``, and without a text in `text_column`, with
+        which it is plain text that has no prompt.
     now : datetime, optional
         The time that templates are told (``strftime_now``). Default: when the encoder is made; it stands still.
     teacher_systems : sequence of str or None, optional
@@ -235,8 +236,10 @@ class ExampleEncoder:
         for number, given in enumerate(rows, first_row):
             try:
                 row = normal_form(given)
-                prompt = prompt_of(row) if self.with_prompts else None
-                is_prompt = prompt is not None and row.get("messages") is None and row.get("completion") is None
+                is_answered = row.get("messages") is not None or row.get("completion") is not None
+                is_text = not is_answered and isinstance(row.get(self.text_column), str)
+                prompt = prompt_of(row) if self.with_prompts and not is_text else None
+                is_prompt = prompt is not None and not is_answered
                 examples.append(
                     parse_prompt(prompt or {}) if is_prompt else parse_example(row, self.train_on, self.text_column)
                 )

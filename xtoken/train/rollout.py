@@ -51,6 +51,7 @@ class _Counts:
     tokens: int = 0
     ended: int = 0
     unmatched: int = 0
+    cut: int = 0
 
 
 class Rollout:
@@ -68,8 +69,9 @@ class Rollout:
     collate : callable
         Makes the trainer's batches of examples, which they must bring along.
 
-    Raises ValueError if a teacher is cached, so that it has nothing to say about new text; if a completion would take
-    all tokens of an example; if the model that is to write cannot, or is sharded by FSDP1; if no example has a prompt.
+    Raises ValueError if a teacher is cached, so that it has nothing to say about new text; if the student writes, but
+    nothing is distilled; if a completion would take all tokens of an example; if the model that is to write cannot, or
+    is sharded by FSDP1; if no example has a prompt, or none that leaves room for a completion.
     """
 
     def __init__(self, trainer: Any, encoder: ExampleEncoder) -> None:
@@ -85,6 +87,11 @@ class Rollout:
                     f"on_policy: expected teachers that run, but {teacher.name} is cached, and a cache has nothing of "
                     "what is written in training"
                 )
+        if not self.by_teacher and not (self.args.kd_weight and any(one.weight for one in trainer.criterion.teachers)):
+            raise ValueError(
+                "on_policy: expected a kd_weight and a teacher's weight other than 0, since what the student writes is "
+                "trained on by the distillation alone"
+            )
         self.weights: Weights | None = None
         self.writer: ModelWriter | ServerWriter
         self.reader, self.writer, longest = self._of_teacher() if self.by_teacher else self._of_student()
@@ -98,7 +105,7 @@ class Rollout:
                 f"example, got {self.args.max_new_tokens}"
             )
         self._counts, self._told = _Counts(), set[str]()
-        self._seen = self._prompts = 0
+        self._seen = self._prompts = self._read = self._fitting = 0
         self._check_prompts(trainer.train_dataset)
 
     def _of_student(self) -> tuple[Reader, ModelWriter | ServerWriter, int | None]:
@@ -144,11 +151,35 @@ class Rollout:
         return int(self.trainer.accelerator.gather(torch.tensor([number], device=self.args.device)).max())
 
     def _check_prompts(self, data: Any) -> None:
-        """Raises ValueError if a small data set has no prompt; of others the first rows are counted in training."""
+        """Raises ValueError if a small data set has no prompt, or none that leaves room; of others the first rows are
+        counted in training."""
         if not hasattr(data, "__len__") or not hasattr(data, "__getitem__") or len(data) > MOST_WITHOUT:
             return
-        if not any("prompt" in data[k] for k in range(len(data))):
+        found = 0
+        for example in (data[k] for k in range(len(data))):
+            if self._why_not(example) is None:
+                found += 1
+                if self._fits(read_prompt(example["prompt"], self.reader)):
+                    return
+        if not found:
             raise ValueError(_without_prompts(f"none of the {len(data)} examples"))
+        raise ValueError(self._without_room(f"none of the {found} prompts"))
+
+    def _why_not(self, example: Mapping[str, Any]) -> str | None:
+        """Why an example is none to complete; None if it is."""
+        if "prompt" not in example:
+            return "has no prompt"
+        is_used = self.by_teacher or any(is_routed(example, m) for m in range(len(self.trainer.teachers)))
+        return None if is_used else "goes to no teacher, which alone would teach something of a completion"
+
+    def _fits(self, prompt: Prompt) -> bool:
+        return bool(prompt.ids) and (self.longest is None or len(prompt.ids) <= self.longest)
+
+    def _without_room(self, which: str) -> str:
+        return (
+            f"max_new_tokens: expected prompts of at most {self.longest} tokens, which leave room for "
+            f"{self.args.max_new_tokens} of a completion, got {which} with so few"
+        )
 
     def replace(self, batches: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         """The batches of a step, some of their examples replaced; every process must make the call."""
@@ -199,28 +230,35 @@ class Rollout:
         """The prompt of an example that is to be replaced; one that is nothing but a prompt always is."""
         self._seen += 1
         self._counts.rows += 1
-        if "prompt" not in example:
+        is_trained = bool((np.asarray(example["labels"]) != IGNORED).any())
+        left = "is trained on as it is" if is_trained else "is left out (nothing of it is trained on)"
+        if (why := self._why_not(example)) is not None:
             if not self._prompts and self._seen == MOST_WITHOUT:
                 raise ValueError(_without_prompts(f"none of the first {self._seen} rows"))
-            self._tell("no prompt", "a row has no prompt, and is trained on as it is; so are others like it")
+            self._tell(f"{why}, {left}", f"a row {why}, so that it {left}; likewise others like it")
             return None
         self._prompts += 1
-        if draw >= self.share and (np.asarray(example["labels"]) != IGNORED).any():
+        if draw >= self.share and is_trained:
             return None
         prompt = read_prompt(example["prompt"], self.reader)
-        if not prompt.ids or (self.longest is not None and len(prompt.ids) > self.longest):
-            self._counts.skipped += 1
-            self._tell(
-                "too long",
-                f"a prompt of {len(prompt.ids)} tokens leaves no room for {self.args.max_new_tokens} of a completion, "
-                "so its row is trained on as it is; on_policy_skipped is the share of such rows",
-            )
-            return None
-        return prompt
+        self._read += 1
+        if self._fits(prompt):
+            self._fitting += 1
+            return prompt
+        if not self._fitting and self._read == MOST_WITHOUT:
+            raise ValueError(self._without_room(f"none of the first {self._read} prompts"))
+        self._counts.skipped += 1
+        self._tell(
+            f"too long, {left}",
+            f"a prompt of {len(prompt.ids)} tokens leaves no room for {self.args.max_new_tokens} of a completion, so "
+            f"its row {left}; on_policy_skipped is the share of such rows",
+        )
+        return None
 
     def _made(self, completions: Sequence[Completion]) -> list[dict[str, Any] | None]:
         if not self.by_teacher:
             made: list[Any] = self.encoder.of_sampled(completions) if completions else []
+            self._counts.cut += sum(any(entry["is_cut"] for entry in one["teachers"]) for one in made)
             for one in made:
                 for m, (teacher, entry) in enumerate(zip(self.trainer.teachers, one["teachers"], strict=True)):
                     if entry["ids"] is not None and not len(entry["spans"]) and is_routed(one, m):
@@ -229,6 +267,12 @@ class Rollout:
                             f"unmatched {teacher.name}",
                             f"a completion has no chunk for {teacher.name}, so it teaches nothing; on_policy_unmatched "
                             "is the share of such completions",
+                        )
+                    if entry["is_cut"]:
+                        self._tell(
+                            f"cut {teacher.name}",
+                            f"a completion is cut for {teacher.name}, whose limit is {len(entry['ids'])} tokens, and "
+                            "teaches nothing behind that; on_policy_cut is the share of such completions",
                         )
             return made
         made = [self.encoder.of_text(one, self.reader) for one in completions]
@@ -264,7 +308,8 @@ class Rollout:
     def summary(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Since the last one, of all processes: ``on_policy``, the share of rows that were replaced, and
         ``on_policy_skipped``, that could not be; ``completion_length`` in tokens; ``completion_ended``, the share that
-        came to an end; and if there are any, ``on_policy_unmatched``, the share without a chunk for a teacher.
+        came to an end; and if there are any, ``on_policy_unmatched``, the share without a chunk for a teacher, and
+        ``on_policy_cut``, the share that a teacher's limit has cut.
         """
         total = add_up(torch.tensor(astuple(self._counts), dtype=torch.float64))
         self._counts = _Counts()
@@ -278,11 +323,13 @@ class Rollout:
             found["completion_ended"] = counts.ended / counts.completions
         if counts.unmatched:
             found["on_policy_unmatched"] = counts.unmatched / counts.completions
+        if counts.cut:
+            found["on_policy_cut"] = counts.cut / counts.completions
         return found
 
 
 def _without_prompts(which: str) -> str:
     return (
-        f"on_policy: expected rows with a prompt (messages, or prompt), got {which} with one; examples have them of "
-        "ExampleEncoder(..., with_prompts=True)"
+        f"on_policy: expected rows with a prompt (messages, or prompt), got {which} with one, and with a teacher to go "
+        "to; examples have them of ExampleEncoder(..., with_prompts=True)"
     )
