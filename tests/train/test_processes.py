@@ -170,7 +170,7 @@ def test_completions(results):
     plain, sharded = (results["on_policy"][name] for name in ("plain", "sharded"))
     assert [one["on_policy"] for one in plain] == [0.5] * 4
     for one, other in zip(plain, sharded, strict=True):
-        for name in ("ce", "kd", "chunks", "on_policy", "on_policy_skipped", "completion_length"):
+        for name in ("ce", "kd", "kd_scale", "chunks", "on_policy", "on_policy_skipped", "completion_length"):
             assert other.get(name) == pytest.approx(one.get(name), rel=1e-4), name
 
 
