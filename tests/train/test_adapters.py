@@ -195,7 +195,7 @@ def test_adapters_that_cannot_be_trained(make: Callable[[], Any], message: str) 
     ("given", "message"),
     [({"lora_alpha": 2.0}, "lora_alpha: expected lora_rank with it"),
      ({"student_quantization": "int8"}, "student_quantization: expected lora_rank with it, since"),
-     ({"lora_rank": 0}, "lora_rank: expected at least 1, got 0"),
+     ({"lora_rank": 0}, "lora_rank: expected an integer of at least 1, got 0"),
      ({"lora_rank": 1, "lora_alpha": 0.0}, "lora_alpha: expected a finite number above 0, got 0.0"),
      ({"lora_rank": 1, "lora_dropout": 1.0}, "lora_dropout: expected a share of at least 0 and below 1, got 1.0")],
 )  # fmt: skip

@@ -122,14 +122,36 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
         (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
         (["--config", "odd.yaml"], "--config: odd.yaml has an unknown option: colour"),
+        (["--config", "null.yaml"], "--config: teacher_system: expected a value, got null"),
+        ([*ALL, "--data", ".", "--on_policy", "1", "--teacher_cache", "c"], "on_policy: expected teachers that run"),
+        ([*ALL, "--data", ".", "--teacher_logprobs", "5"], "--teacher_logprobs: expected --teacher_url with it"),
+        ([*ALL, "--data", ".", "--teacher_requests", "5"], "--teacher_requests: expected --teacher_url with it"),
+        ([*ALL, "--data", ".", "--teacher_timeout", "5"], "--teacher_timeout: expected --teacher_url with it"),
+        ([*ALL, "--data", ".", "--teacher_patience", "5"], "--teacher_patience: expected --teacher_url with it"),
     ],
 )
 def test_bad_options(tmp_path, monkeypatch, arguments, message):
     monkeypatch.chdir(tmp_path)
     Path("list.yaml").write_text("[1, 2]")
     Path("odd.yaml").write_text("colour: red")
+    Path("null.yaml").write_text("teacher_system: [null]")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         looked_at(arguments)
+
+
+def test_words_of_yaml(tmp_path, monkeypatch):
+    """Null is as if absent, on and no are words where they are choices, and an option has all its names."""
+    monkeypatch.chdir(tmp_path)
+    Path("run.yaml").write_text(
+        "output: a\ntop_p: 0.5\ngeneration-temperature: 2\nfused: on\nsave_strategy: no\ncache: null\npacked: yes\n"
+        "generation_url: null\nloss_options: {top_k: 0}\nbf16: off\nlearning_rate: 1e-3\n"
+    )
+    _, config = parse(["--student", "S", "--teacher", "T", "--data", ".", "--config", "run.yaml"])
+    assert (config.output_dir, config.generation_top_p, config.generation_temperature) == ("a", 0.5, 2.0)
+    assert (config.fused, config.save_strategy, config.packed, config.bf16) == ("on", "no", True, False)
+    assert (config.cache, config.generation_url, config.learning_rate) == (None, None, 1e-3)
+    _, config = parse([*ALL, "--data", ".", "--config", "run.yaml", "--generation_top_p", "0.7"])
+    assert (config.output_dir, config.generation_top_p) == ("out", 0.7)
 
 
 def looked_at(arguments):

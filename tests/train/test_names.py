@@ -131,6 +131,22 @@ def test_chats_without_a_template(folders, tmp_path):
     trainer.train()
 
 
+def test_tables_that_are_no_rows(tmp_path):
+    frame = pytest.importorskip("pandas").DataFrame(ROWS)
+    for data, what in (
+        (frame, "a DataFrame; datasets.Dataset.from_pandas reads it"),
+        (datasets.Dataset.from_list([]), "none"),
+    ):
+        with pytest.raises(ValueError, match=f"train_dataset: expected .*, got {what}"):
+            XTokenTrainer("none", make_config(tmp_path), train_dataset=data)
+
+
+def test_an_empty_system_is_none(folders, tmp_path):
+    args = make_config(tmp_path, loss=UNAIDED, teacher_system=["", "be brief"])
+    trainer = XTokenTrainer(folders["student"], args, [folders["teacher"], folders["twin"]])
+    assert [one.system for one in trainer.teachers] == [None, "be brief"]
+
+
 def test_what_is_missing(folders, tmp_path, student_tok):
     with pytest.raises(ValueError, match="loss_options: expected a JSON object, got 'temperature=2'"):
         make_config(tmp_path, loss_options="temperature=2")

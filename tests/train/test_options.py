@@ -15,6 +15,7 @@ from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_te
 from transformers import TrainingArguments
 
 from xtoken.train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
+from xtoken.train.assemble import OF_BUILT
 from xtoken.train.config import REFUSED
 from xtoken.train.data import EncodedStream, lengths
 
@@ -290,7 +291,8 @@ def test_a_stream_without_an_end(tmp_path, student_tok, teacher_tok):
         stream, 1, num_workers=2, collate_fn=lambda some: some[0]["student_ids"].tolist()
     )
     assert sorted(loader) == sorted(one["student_ids"].tolist() for one in EncodedStream(iter(ROWS), encoder))
-    assert list(EncodedStream([], encoder)) == []
+    with pytest.raises(ValueError, match="rows: expected something to train on, got no row"):
+        list(EncodedStream([], encoder))
     with pytest.raises(ValueError, match="rows: expected something to train on, got 2560 rows of which nothing is"):
         next(iter(EncodedStream(itertools.repeat({"text": ""}), encoder)))
     cut = EncodedStream(
@@ -306,3 +308,101 @@ def test_every_option_was_looked_at():
     if transformers.__version__ != "5.24.0":
         pytest.skip("for the version that was looked through")
     assert len(NAMES) == 114, "look at the new ones"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"lora_rank": "4"}, "lora_rank: expected an integer of at least 1, got '4'"),
+        ({"lora_rank": 4.5}, "lora_rank: expected an integer of at least 1, got 4.5"),
+        ({"student_dtype": "foo"}, "student_dtype: expected 'auto', 'float32', .* got 'foo'"),
+        ({"teacher_dtype": "device"}, "teacher_dtype: expected 'auto', 'float32', .* got 'device'"),
+        ({"teacher_device": "foo"}, "teacher_device: expected 'auto', or a device of torch .* got 'foo'"),
+        ({"loss_options": [1]}, r"loss_options: expected names and their values, got \[1\]"),
+        ({"loss_options": {"temperature": "hot"}}, "loss_options: expected a number for 'temperature', got 'hot'"),
+        ({"loss_options": {"reverse": 1}}, "loss_options: expected True or False for 'reverse', got 1"),
+        ({"loss_options": {"top_k": 2.5}}, "loss_options: expected an integer for 'top_k', got 2.5"),
+        ({"teacher_quantization": "{'a'"}, "quantization: expected JSON, got "),
+        ({"loss_backend": "x"}, "loss_backend: expected one of 'auto', .* got 'x'"),
+    ],
+    ids=str,
+)
+def test_values_of_another_kind(tmp_path, options, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(tmp_path, **options)
+
+
+def test_one_value_for_a_list(tmp_path):
+    given = {"teacher_quantization": "none", "teacher_weight": 0.5, "trust_top_k": 3, "teacher_system": "Be kind."}
+    args = make_config(tmp_path, **given, teacher_dtype="bfloat16", teacher_device="cuda:1", loss_options={"top_k": 0})
+    assert {name: getattr(args, name) for name in given} == {name: [one] for name, one in given.items()}
+
+
+def test_options_of_teachers_that_are_built(tmp_path, student_tok, teacher_tok, examples):
+    """A TeacherModel has its own, so they are refused, not ignored."""
+    given = {
+        "loss": "auto", "loss_options": {"temperature": 2.0}, "teacher_weight": 0.5, "trust_top_k": 1,
+        "teacher_system": "x", "teacher_quantization": "none", "learn_projection": True, "teacher_average": 0.0,
+    }  # fmt: skip
+    teacher = make_teacher(student_tok, teacher_tok)
+    assert given.keys() == set(OF_BUILT)
+    for name, value in given.items():
+        with pytest.raises(ValueError, match=f"{name}: expected teachers by name with it"):
+            make_trainer(tmp_path, student_tok, [teacher], examples, **{name: value})
+
+
+def rows_of() -> Iterator[dict[str, str]]:
+    yield from ROWS
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ("rows.jsonl", "expected a list of rows, .* got the text 'rows.jsonl'"),
+        (["one", "two"], "expected rows, mappings from columns to values, got str: 'one'"),
+        (rows_of, "expected a list of rows, .* got function; call it"),
+        ([], "expected something to read, got none: an empty list"),
+        (3, "expected a list of rows, .* got int"),
+    ],
+    ids=["path", "texts", "function", "empty", "number"],
+)
+def test_data_of_another_kind(tmp_path, student_tok, teacher_tok, data, message):
+    model, args, teacher = make_model(8, 0), make_config(tmp_path), make_teacher(student_tok, teacher_tok)
+    with pytest.raises(ValueError, match=f"train_dataset: {message}"):
+        XTokenTrainer(model, args, teacher, train_dataset=data, processing_class=student_tok)
+    with pytest.raises(ValueError, match=rf"eval_dataset\['a'\]: {message}"):
+        XTokenTrainer(model, args, teacher, eval_dataset={"a": data}, processing_class=student_tok)
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [([], "train_dataset: expected something to train on, got no row"),
+     (["one"], "train_dataset: expected rows, mappings from columns to values, got str: 'one'"),
+     ([*ROWS[:4], "one"], "row 4: expected a mapping from columns to values, got str")],
+    ids=["empty", "texts", "later"],
+)  # fmt: skip
+def test_streams_of_another_kind(tmp_path, student_tok, teacher_tok, rows, message):
+    model, teacher = make_model(len(student_tok), 0), make_teacher(student_tok, teacher_tok)
+    trainer = XTokenTrainer(
+        model, make_config(tmp_path), teacher, train_dataset=iter(rows), processing_class=student_tok
+    )
+    with pytest.raises(ValueError, match=message):
+        trainer.train()
+
+
+@pytest.mark.parametrize("with_prompts", [False, True])
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"prompt": 3, "completion": "x"}, "prompt: expected a list of messages, got int: 3"),
+        ({"prompt": 3}, "expected messages, .* got prompt: int"),
+        ({"messages": 5}, "messages: expected a list of messages, got int: 5"),
+        ({"conversations": 5}, "conversations: expected a list of messages, got int: 5"),
+        ({"prompt": [{"role": "user", "content": "x"}], "completion": "y"}, "completion: expected a list .* got str"),
+    ],
+    ids=str,
+)
+def test_columns_of_another_kind(student_tok, teacher_tok, row, message, with_prompts):
+    encoder = ExampleEncoder(student_tok, [teacher_tok], with_prompts=with_prompts)
+    with pytest.raises(ValueError, match=f"row 1: {message}"):
+        encoder.encode([ROWS[0], row])

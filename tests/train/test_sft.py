@@ -133,6 +133,20 @@ def test_trainers_that_it_does_not_fit():
         distil(trainer, make_model(50, 0))
 
 
+def test_a_teacher_that_is_built_has_its_own(pair):
+    trainer = SimpleNamespace(
+        args=SimpleNamespace(loss_type="nll", label_smoothing_factor=0.0), data_collator=Flat(), aux_loss_enabled=False,
+        compute_loss_func=None, accelerator=SimpleNamespace(num_processes=1), processing_class=pair[0],
+    )  # fmt: skip
+    given: dict[str, Any] = {"tokenizer": pair[1], "loss": "x", "temperature": 2.0}
+    for name, value in given.items():
+        with pytest.raises(ValueError, match=f"{name}: expected none for a TeacherModel, which is built with its own"):
+            distil(trainer, pair[2], **{name: value})
+    for teacher in (None, [pair[2]]):
+        with pytest.raises(TypeError, match="teacher: expected one, as a name, model or TeacherModel, got"):
+            distil(trainer, teacher)
+
+
 def trained(folder: Path, student_tok: Any, teacher_tok: Any, rows: list[dict[str, Any]], **given: Any) -> Any:
     """The first step's log, and the student's output layer after one step of SGD."""
     try:

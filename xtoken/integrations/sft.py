@@ -267,9 +267,12 @@ def distil(
 
     Raises
     ------
+    TypeError
+        For no teacher, or several.
     ValueError
-        For another trainer, one with a loss of its own, images, an option that the loss does not have, or a teacher
-        that is served or does not go with its tokenizer. In training, for rows that the teacher cannot read.
+        For a tokenizer, loss or options beside a TeacherModel, another trainer, one with a loss of its own, images, an
+        option that the loss does not have, or a teacher that is served or does not go with its tokenizer. In training,
+        for rows that the teacher cannot read.
 
     Examples
     --------
@@ -290,6 +293,12 @@ def distil(
         raise ValueError(
             "average_tokens_across_devices: expected True, since sums are divided by those of all processes"
         )
+    if teacher is None or isinstance(teacher, (list, tuple)):
+        raise TypeError(f"teacher: expected one, as a name, model or TeacherModel, got {type(teacher).__name__}")
+    if isinstance(teacher, TeacherModel):
+        own = {"tokenizer": tokenizer is not None, "loss": loss != "auto", **dict.fromkeys(options, True)}
+        if found := [name for name, is_given in own.items() if is_given]:
+            raise ValueError(f"{found[0]}: expected none for a TeacherModel, which is built with its own")
     student_tok = trainer.processing_class
     one: TeacherModel = (
         teacher

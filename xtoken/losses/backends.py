@@ -236,11 +236,11 @@ def backends_with(loss: str) -> tuple[str, ...]:
     return tuple(name for name in _BACKENDS if _BACKENDS[name].kernel(loss) is not None)
 
 
-def check_backend(requested: str) -> None:
+def check_backend(requested: str, name: str = "backend") -> None:
     """``requested`` is "auto" or the name of a backend, built or not."""
     if requested != "auto" and requested not in _BACKENDS and requested not in _NOT_BUILT:
-        known = ", ".join(repr(name) for name in dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT]))
-        raise ValueError(f"backend: expected one of {known}, got {requested!r}")
+        known = ", ".join(repr(one) for one in dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT]))
+        raise ValueError(f"{name}: expected one of {known}, got {requested!r}")
 
 
 def select_backend(requested: str, device: torch.device | str, loss: str | None = None) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken.corpus import require
+from xtoken.losses.call import check_count
 
 from .quantized import quantization_config
 
@@ -74,8 +75,7 @@ class AdapterArguments:
             if alone:
                 raise ValueError(f"{alone[0]}: expected lora_rank with it, got none")
             return
-        if self.lora_rank < 1:
-            raise ValueError(f"lora_rank: expected at least 1, got {self.lora_rank}")
+        check_count(self.lora_rank, "lora_rank")
         if self.lora_alpha is not None and not 0.0 < self.lora_alpha < float("inf"):
             raise ValueError(f"lora_alpha: expected a finite number above 0, got {self.lora_alpha}")
         if not 0.0 <= self.lora_dropout < 1.0:

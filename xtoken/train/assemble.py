@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from xtoken.alignment.pretty import printable
@@ -14,7 +15,7 @@ from xtoken.vocabulary import Vocabulary
 from . import adapters
 from .chat import use_template
 from .config import XTokenConfig
-from .data import EncodedDataset, EncodedStream, is_example
+from .data import EncodedDataset, EncodedStream, check_row, is_example, is_path
 from .encode import ExampleEncoder
 from .itself import StudentTeacher
 from .prepare import build_objective, check_losses, one_each, weights_of
@@ -22,6 +23,12 @@ from .table import EncodedTable, is_table
 from .teachers import TeacherModel, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
+
+OF_BUILT = (
+    "loss", "loss_options", "teacher_weight", "trust_top_k", "teacher_system", "teacher_quantization",
+    "learn_projection", "teacher_average",
+)  # fmt: skip
+"""Options for teachers that are given by name."""
 
 SELF = "self"
 """The name of a teacher that is the student; a folder of that name is ./self."""
@@ -84,12 +91,21 @@ def build_teachers(
         Is told for each teacher that is built which loss it has and why, on the first process.
 
     Raises ValueError for more or fewer losses, weights or systems than teachers to build, for options that none of the
-    losses has, and for an average without "self"; and what `TeacherModel.build` raises.
+    losses has, for an average without "self", and for options of `OF_BUILT` where none is built; and what
+    `TeacherModel.build` raises.
     """
     is_one = isinstance(teachers, (str, os.PathLike, TeacherModel)) or not isinstance(teachers, Iterable)
     given = [teachers] if is_one else list(teachers)
     named = [k for k, one in enumerate(given) if not isinstance(one, TeacherModel)]
     if not named:
+        unused = [
+            one.name for one in fields(args)
+            if one.name in OF_BUILT and getattr(args, one.name) not in (one.default, {})
+        ]  # fmt: skip
+        if unused and not any(one.built_by is args for one in given):
+            raise ValueError(
+                f"{unused[0]}: expected teachers by name with it, since a TeacherModel is built with its own, got none"
+            )
         return given
     if student_tok is None:
         raise ValueError("processing_class: expected the student's tokenizer, to build teachers by name, got None")
@@ -122,7 +138,8 @@ def build_teachers(
                     device=args.teacher_device or args.device, trust_remote_code=args.trust_remote_code,
                     quantization_config=quantization, chat_template=args.chat_template, is_one_of_several=True, **how,
                 )  # fmt: skip
-            given[k].system = None if system == "none" else system
+            given[k].built_by = args
+            given[k].system = None if system == "none" or not system.strip() else system
     check_losses([given[k].objective.loss for k in named], options, args.learn_projection)
     names = [one.name for one in given]
     for k in named:
@@ -142,14 +159,37 @@ def _of_student(student_tok: Any, average: float | None, **how: Any) -> StudentT
     return made
 
 
-def examples_of(data: Any, encoder: Callable[[Any], ExampleEncoder], args: XTokenConfig) -> Any:
-    """A data set of examples: as it is, or of rows, which are encoded.
+def check_data(data: Any, name: str) -> None:
+    """Raises ValueError for what is neither rows nor examples, and for none of them; streams are not read."""
+    if isinstance(data, Mapping):
+        for key, one in data.items():
+            check_data(one, f"{name}[{key!r}]")
+        return
+    known = "a list of rows, a dataset, or what rows can be read from one after the other"
+    has_items = hasattr(data, "__getitem__") and hasattr(data, "__len__")
+    if is_path(data):
+        raise ValueError(f"{name}: expected {known}, got the text {str(data)!r}; load_examples and datasets read files")
+    if hasattr(data, "iterrows"):
+        raise ValueError(
+            f"{name}: expected {known}, got a {type(data).__name__}; datasets.Dataset.from_pandas reads it"
+        )
+    if not has_items and not isinstance(data, Iterable):
+        call = "; call it, to have its rows" if callable(data) else ""
+        raise ValueError(f"{name}: expected {known}, got {type(data).__name__}{call}")
+    if has_items and not len(data):
+        raise ValueError(f"{name}: expected something to read, got none: an empty {type(data).__name__}")
+    if has_items:
+        check_row(data[0], name)
+
+
+def examples_of(data: Any, encoder: Callable[[Any], ExampleEncoder], args: XTokenConfig, name: str = "rows") -> Any:
+    """A data set of examples: as it is, or of rows, which are encoded; `name` is for messages.
 
     A list is encoded at once (`EncodedDataset`), a `datasets.Dataset` by its map with a cache (`EncodedTable`), and
     what has no length as it is read (`EncodedStream`). `encoder` makes one for a row, if there is one to encode.
     """
     if not hasattr(data, "__getitem__") or not hasattr(data, "__len__"):
-        return EncodedStream(data, encoder)
+        return EncodedStream(data, encoder, name)
     if not len(data) or is_example(data[0]):
         return data
     if not is_table(data):

@@ -12,11 +12,10 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any
 
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser
@@ -37,7 +36,7 @@ from .data import has_chats, is_path, load_examples, text_sample
 from .encode import ExampleEncoder
 from .limits import most_positions
 from .plot import PlotCallback
-from .prepare import check_losses, one_each, weights_of
+from .prepare import check_losses, one_each, option_kinds, weights_of
 from .table import open_data
 from .teachers import load_model, load_tokenizer
 from .trainer import XTokenTrainer
@@ -92,9 +91,9 @@ def loss_arguments() -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     defaults: dict[str, dict[str, Any]] = {}
     for loss, one in registered().items():
-        hints = get_type_hints(one.function())
-        for name, default in one.options().items():
-            kinds = [kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType]
+        options = one.options()
+        for name, kinds in option_kinds(loss).items():
+            default = options[name]
             if not all(isinstance(kind, str) or kind in (bool, int, float) for kind in kinds):
                 continue
             defaults.setdefault(name, {})[loss] = "all" if default is None else default
@@ -145,9 +144,18 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 
 
 def check(options: TrainArguments, config: XTokenConfig) -> None:
-    """Raises ValueError, before models are loaded, for more or fewer losses than teachers, and an option of no loss."""
+    """Raises ValueError, before models are loaded, for more or fewer losses than teachers, an option of no loss, and
+    options that lack another, or do not go with it."""
     count = len(options.teacher or [])
     given: Any = config.loss_options
+    if config.on_policy and any(folder != "none" for folder in options.teacher_cache or ()):
+        raise ValueError(
+            "on_policy: expected teachers that run, since a cache has nothing of new text, got --teacher_cache"
+        )
+    if all(url == "none" for url in options.teacher_url or ()):
+        for name in ("teacher_logprobs", "teacher_requests", "teacher_timeout", "teacher_patience"):
+            if getattr(options, name) != getattr(TrainArguments, name):
+                raise ValueError(f"--{name}: expected --teacher_url with it, got none")
     if options.lora_merge and config.lora_rank is None:
         raise ValueError("--lora_merge: expected --lora_rank with it, got none")
     weights_of(config.teacher_weight, count)
@@ -218,16 +226,29 @@ def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str])
     values = yaml.safe_load(Path(path).read_text())
     if not isinstance(values, dict):
         raise ValueError(f"--config: expected options and their values in {path}, got {type(values).__name__}")
-    names = {action.dest: action.option_strings for action in parser._actions}
-    present = {argument.split("=")[0] for argument in given}
+    actions = [action for action in parser._actions if action.nargs != 0]
+    names = {option: action for action in actions for option in action.option_strings}
+    present = {names[option].dest for option in (argument.split("=")[0] for argument in given) if option in names}
     arguments = []
     for name, value in values.items():
-        if name not in names:
+        action = names.get(f"--{name}")
+        if action is None:
             raise ValueError(f"--config: {path} has an unknown option: {name}")
-        if present.isdisjoint(names[name]):
-            several = value if isinstance(value, list) else [value]
-            arguments += [f"--{name}", *(json.dumps(one) if isinstance(one, dict) else str(one) for one in several)]
+        if value is None or action.dest in present:
+            continue
+        several = value if isinstance(value, list) else [value]
+        if None in several:
+            raise ValueError(f"--config: {name}: expected a value, got null")
+        arguments += [f"--{name}", *(_as_argument(one, action.choices or ()) for one in several)]
     return arguments
+
+
+def _as_argument(value: Any, choices: Iterable[Any]) -> str:
+    """A value of YAML as text, where on, off, yes and no are booleans."""
+    if isinstance(value, bool):
+        words = ("on", "yes") if value else ("off", "no")
+        return next((word for word in choices if word in words), str(value))
+    return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
 def main(arguments: Sequence[str]) -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+import torch
 from transformers import TrainingArguments
 
 from xtoken.losses import registered
+from xtoken.losses.backends import check_backend
 from xtoken.losses.call import check_choice
 from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 
 from .adapters import AdapterArguments
 from .example import TRAIN_ON
 from .fused import CHOICES
+from .prepare import check_loss_options
 from .quantized import quantization_config
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
@@ -22,6 +26,12 @@ GENERATION = (
     "generation_url", "sync_every", "max_new_tokens", "num_generations", "generation_temperature", "generation_top_p",
 )  # fmt: skip
 """Options of completions that are written in training."""
+
+LISTS = (
+    "loss", "teacher_weight", "teacher_system", "trust_top_k", "teacher_quantization", "lora_target_modules",
+    "lora_modules_to_save",
+)  # fmt: skip
+"""Options of which one value may be given as it is."""
 
 REFUSED: dict[str, tuple[Any, str]] = {
     "remove_unused_columns": (False, "since the teachers' inputs are no columns of the student"),
@@ -121,6 +131,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         Processes that encode a `datasets.Dataset`; see `EncodedTable`.
     packed : bool
         Whether the default collator puts several examples into one row; see `XTokenCollator`.
+
+    A single value stands for a sequence of it (`LISTS`).
 
     Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 
@@ -240,10 +252,25 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "loss_options")
 
     def __post_init__(self) -> None:
-        for name in ("loss", "teacher_system", "trust_top_k"):
-            if isinstance(one := getattr(self, name), (str, int)):
+        for name in LISTS:
+            if isinstance(one := getattr(self, name), (str, int, float, Mapping)):
                 setattr(self, name, [one])
         self.check_adapters()
+        for name in ("student_dtype", "teacher_dtype"):
+            given: Any = getattr(self, name)
+            if given != "auto" and not isinstance(getattr(torch, str(given).removeprefix("torch."), None), torch.dtype):
+                raise ValueError(
+                    f"{name}: expected 'auto', 'float32', 'bfloat16', 'float16' or another type of torch, got {given!r}"
+                )
+        if self.teacher_device not in (None, "auto"):
+            try:
+                torch.device(self.teacher_device)
+            except RuntimeError as error:
+                raise ValueError(
+                    f"teacher_device: expected 'auto', or a device of torch such as 'cpu' or 'cuda:1', got "
+                    f"{self.teacher_device!r}"
+                ) from error
+        check_backend(self.loss_backend, "loss_backend")
         for quantization in self.teacher_quantization or []:
             quantization_config(quantization)
         check_choice(self.scaling, "scaling", SCALINGS)
@@ -257,10 +284,11 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         for name, (expected, reason) in REFUSED.items():
             if name in defaults and (value := getattr(self, name)) not in (expected, defaults[name], None):
                 raise ValueError(f"{name}: expected {expected}, {reason}; got {value!r}")
-        given: Any = self.accelerator_config
+        given = self.accelerator_config
         super().__post_init__()
         if isinstance(self.loss_options, str):
             raise ValueError(f"loss_options: expected a JSON object, got {self.loss_options!r}")
+        check_loss_options(self.loss_options)
         config: Any = self.accelerator_config
         if config.dispatch_batches:
             raise ValueError("dispatch_batches: expected False, since chunks cannot be sent between processes")

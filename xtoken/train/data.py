@@ -83,16 +83,21 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
         from an `IterableDataset` of torch or from Hugging Face, which sees to that itself.
     encoder : callable
         Makes the ExampleEncoder, once it is needed.
+    name : str
+        For messages.
 
-    Iterating raises ValueError if nothing of the first `MOST_DROPPED` rows is trained on, or if most of these are lost
-    to one of the kinds of `ExampleEncoder.report`.
+    Iterating raises ValueError if there is no row at all, the first is none, nothing of the first `MOST_DROPPED` rows
+    is trained on, or most of these are lost to one of the kinds of `ExampleEncoder.report`.
     """
 
     def __init__(
-        self, rows: Iterable[Mapping[str, Any]], encoder: Callable[[Mapping[str, Any]], ExampleEncoder]
-    ) -> None:
+        self, rows: Iterable[Mapping[str, Any]], encoder: Callable[[Mapping[str, Any]], ExampleEncoder],
+        name: str = "rows",
+    ) -> None:  # fmt: skip
         self.rows = rows
         self.encoder = encoder
+        self.name = name
+        self._had_rows = False
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         remaining: Iterator[Any] = iter(self.rows)
@@ -102,8 +107,15 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
         if info is not None and not (isinstance(self.rows, IterableDataset) or hasattr(self.rows, "features")):
             remaining = itertools.islice(remaining, info.id, None, info.num_workers)
         first = next(remaining, None)
-        remaining = itertools.chain([] if first is None else [first], remaining)
-        if first is None or is_example(first):
+        if first is None:
+            # A generator has none the second time, and a further worker perhaps no share.
+            if not self._had_rows and (info is None or info.id == 0):
+                raise ValueError(f"{self.name}: expected something to train on, got no row")
+            return
+        self._had_rows = True
+        check_row(first, self.name)
+        remaining = itertools.chain([first], remaining)
+        if is_example(first):
             yield from remaining
             return
         if hasattr(self.rows, "features"):
@@ -129,6 +141,14 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
 def is_example(row: Any) -> bool:
     """Whether a row is encoded already."""
     return isinstance(row, Mapping) and "student_ids" in row
+
+
+def check_row(row: Any, name: str) -> None:
+    """Raises ValueError if the first row of a data set is none."""
+    if not isinstance(row, Mapping):
+        raise ValueError(
+            f"{name}: expected rows, mappings from columns to values, got {type(row).__name__}: {row!r:.80}"
+        )
 
 
 def lengths(dataset: Any) -> list[int]:

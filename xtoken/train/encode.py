@@ -192,8 +192,8 @@ class ExampleEncoder:
         self.teacher_column = teacher_column
         self.teacher_names = names
         self.student = Reader(student_tok, "student", self.now)
-        readers = enumerate(zip(teacher_toks, systems, strict=True))
-        sides = [Reader(tokenizer, f"teacher {k}", self.now, system) for k, (tokenizer, system) in readers]
+        readers = zip(teacher_toks, names, systems, strict=True)
+        sides = [Reader(tokenizer, name, self.now, system) for tokenizer, name, system in readers]
         self.teachers = [None if side.reads_as(self.student) else side for side in sides]
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
         self._numbers = [m for m, side in enumerate(self.teachers) if side is not None]

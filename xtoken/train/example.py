@@ -37,16 +37,17 @@ class Example(NamedTuple):
 def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Example:
     """Takes a row of `normal_form` apart; ValueError if it is none that `ExampleEncoder` takes, or has text with lone
     surrogates."""
-    messages = row.get("messages")
-    if messages is not None:
+    if row.get("messages") is not None:
+        messages = _messages(row, "messages")
         last = max((k for k, one in enumerate(messages) if _role(one) not in ("assistant", "tool")), default=-1)
-        return _chat(row, list(messages), last + 1, train_on)
+        return _chat(row, messages, last + 1, train_on)
     prompt, completion = row.get("prompt"), row.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         head = prompt.rstrip()  # a token may join a space to the following word
         return _plain((head, train_on == "all"), (prompt[len(head) :] + completion, True))
     if prompt is not None and completion is not None and not isinstance(prompt, str):
-        return _chat(row, [*prompt, *completion], len(prompt), train_on)
+        before = _messages(row, "prompt")
+        return _chat(row, [*before, *_messages(row, "completion")], len(before), train_on)
     text = row.get(text_column)
     if isinstance(text, str):
         return _plain((text, True))
@@ -58,8 +59,10 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
 def normal_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row, with ``messages`` for ``conversations`` of ShareGPT, and ``tools`` that are written as JSON as a list.
 
-    Raises ValueError if they are something else.
+    Raises ValueError if they, or the row, are something else.
     """
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected a mapping from columns to values, got {type(row).__name__}")
     tools = row.get("tools")
     if isinstance(tools, str):  # as tables keep what differs from row to row
         try:
@@ -68,7 +71,7 @@ def normal_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
             raise ValueError(f"tools: expected a list, or one as JSON, got {tools!r:.80}") from error
     if row.get("messages") is None and row.get("conversations") is not None:
         others = {key: value for key, value in row.items() if key not in ("conversations", "system")}
-        row = {**others, "messages": _from_sharegpt(row["conversations"], row.get("system"))}
+        row = {**others, "messages": _from_sharegpt(_messages(row, "conversations"), row.get("system"))}
     return row
 
 
@@ -99,12 +102,20 @@ def prompt_of(row: Mapping[str, Any]) -> dict[str, Any] | None:
     if messages is None and isinstance(prompt, str):
         return {"prompt": prompt.rstrip()} if prompt.strip() else None
     if messages is None and isinstance(prompt, Iterable):
-        messages = [*prompt, *(row.get("completion") or [])]
-    messages = list(messages or [])
+        messages = _messages(row, "prompt") + (_messages(row, "completion") if row.get("completion") else [])
+    elif messages is not None:
+        messages = _messages(row, "messages")
     if messages and _role(messages[-1]) == "assistant":
         messages = messages[:-1]
     more = {key: row[key] for key in ("tools", "chat_template_kwargs") if row.get(key) is not None}
     return {"messages": messages, **more} if messages else None
+
+
+def _messages(row: Mapping[str, Any], name: str) -> list[Any]:
+    given = row[name]
+    if isinstance(given, (str, bytes, Mapping)) or not isinstance(given, Iterable):
+        raise ValueError(f"{name}: expected a list of messages, got {type(given).__name__}: {given!r:.80}")
+    return list(given)
 
 
 def parse_prompt(prompt: Mapping[str, Any]) -> Example:

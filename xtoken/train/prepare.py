@@ -6,8 +6,10 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, TypeAlias, TypeVar
+from types import NoneType
+from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
@@ -18,6 +20,11 @@ from xtoken.projection import ProjectionMatrix
 from xtoken.sample import sample_texts
 from xtoken.storage import Index
 from xtoken.vocabulary import Vocabulary
+
+KINDS: dict[Any, tuple[str, Any]] = {
+    bool: ("True or False", bool), int: ("an integer", Integral), float: ("a number", Real),
+}  # fmt: skip
+"""Types of options of losses: how they are called, and what is one."""
 
 Made = TypeVar("Made")
 Folder: TypeAlias = "str | os.PathLike[str] | None"
@@ -139,6 +146,30 @@ def check_losses(losses: Sequence[str], loss_options: Mapping[str, Any] | None, 
             raise ValueError(f"{name}: none of the chosen losses has it: {', '.join(losses)}")
     if learn_projection and not any(one.trains_projection for one in chosen):
         raise ValueError(f"learn_projection: none of the chosen losses can train W: {', '.join(losses)}")
+
+
+def option_kinds(loss: str) -> dict[str, list[Any]]:
+    """Of each option of a loss what it takes beside None: types, or words."""
+    one = registered()[loss]
+    hints = get_type_hints(one.function())
+    return {
+        name: [kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType]
+        for name in one.options()
+    }
+
+
+def check_loss_options(given: Any) -> None:
+    """Raises ValueError if they are no mapping from names, or a number or switch is something else."""
+    if given is not None and not isinstance(given, Mapping):
+        raise ValueError(f"loss_options: expected names and their values, got {given!r}")
+    for loss in registered():
+        for name, kinds in option_kinds(loss).items():
+            value = (given or {}).get(name)
+            if value is None or len(kinds) != 1 or kinds[0] not in KINDS:
+                continue
+            word, kind = KINDS[kinds[0]]
+            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
+                raise ValueError(f"loss_options: expected {word} for {name!r}, got {value!r}")
 
 
 def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) -> list[Any]:

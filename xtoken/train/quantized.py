@@ -76,7 +76,10 @@ def _fields(text: str) -> dict[str, Any]:
     import yaml
 
     if text.lstrip().startswith("{"):
-        found = json.loads(text)
+        try:
+            found = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"quantization: expected JSON, got {text!r:.200}: {error}") from error
     elif text.endswith((".json", ".yaml", ".yml")):
         found = yaml.safe_load(Path(text).read_text())
     else:

@@ -213,6 +213,8 @@ class TeacherModel:
         self.device = None if device is None else torch.device(device)
         self.reasons: tuple[str, ...] = ()
         """Why it has its loss, in words, if `build` has chosen."""
+        self.built_by: Any = None
+        """The XTokenConfig whose options of teachers it has, if `build_teachers` has made it."""
         self.limits = Limits()
         self._packing_is_known = False
         if self.served is not None:

@@ -30,7 +30,7 @@ from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
 from . import adapters, checkpoints
-from .assemble import build_teachers, examples_of, limits_of, student_of, training_split
+from .assemble import build_teachers, check_data, examples_of, limits_of, student_of, training_split
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .data import EncodedStream, lengths, text_sample
@@ -152,6 +152,10 @@ class XTokenTrainer(Trainer):
             )
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
+        if data_collator is None or isinstance(data_collator, XTokenCollator):
+            for name, data in (("train_dataset", train_dataset), ("eval_dataset", eval_dataset)):
+                if data is not None:
+                    check_data(data, name)
         model, processing_class = student_of(model, processing_class, args, needs_tokenizer=data_collator is None)
         model = adapters.prepare(model, args, args.gradient_checkpointing)
         train_dataset = training_split(train_dataset)
@@ -209,6 +213,12 @@ class XTokenTrainer(Trainer):
             self.add_callback(self._projection_steps)
         if served := [teacher.served for teacher in self.teachers if teacher.served is not None]:
             self.add_callback(TellFaults(served))
+        for teacher in self.teachers if args.on_policy and train_dataset is not None else ():
+            if teacher.model is None and teacher.served is None:
+                raise ValueError(
+                    f"on_policy: expected teachers that run, but {teacher.name} is cached, and a cache has nothing of "
+                    "what is written in training"
+                )
         self.train_dataset: Any = self._encoded(train_dataset, "train_dataset")
         self.eval_dataset: Any = self._encoded(eval_dataset, "eval_dataset")
         self._rollout: Rollout | None = None
@@ -245,7 +255,8 @@ class XTokenTrainer(Trainer):
             return {key: self._encoded(one, f"{name}[{key!r}]") for key, one in data.items()}
         if data is None or isinstance(data, (str, EncodedStream)) or not isinstance(self.data_collator, XTokenCollator):
             return data
-        examples = examples_of(data, functools.partial(self._encoder, name), self.args)
+        check_data(data, name)
+        examples = examples_of(data, functools.partial(self._encoder, name), self.args, name)
         if examples is data and self.args.teacher_column is not None and len(data) and "route" not in data[0]:
             raise ValueError(
                 f"{name}: expected examples of an ExampleEncoder(teacher_column={self.args.teacher_column!r}), got "
