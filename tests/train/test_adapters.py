@@ -101,6 +101,15 @@ def test_checkpoints_of_other_adapters(tmp_path):
         check_checkpoint(tmp_path / "whole", made())
 
 
+def test_one_name_of_modules(tmp_path):
+    for one, count in (("q_proj", 1), ("all-linear", 7)):
+        model = add_lora(make_model(50, 0), make_config(tmp_path, lora_rank=4, lora_target_modules=one))
+        layers = sum(name.endswith("lora_A") for name, _ in model.named_modules())
+        assert layers == count * model.config.num_hidden_layers
+    args = make_config(tmp_path, lora_rank=4, lora_modules_to_save="lm_head")
+    assert args.lora_modules_to_save == ["lm_head"]
+
+
 def gradients(folder: Path, student: Any, student_tok: Any, teacher_tok: Any, **given: Any) -> dict[str, torch.Tensor]:
     """Of one step of training."""
     examples = encode(SMALL_TEXTS[:2], student_tok, teacher_tok)

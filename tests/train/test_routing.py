@@ -203,7 +203,7 @@ def test_who_does_not_read_a_row_does_not_matter_to_it(small_chat_tok):
     assert example["teachers"][0]["spans"].tolist() == alone["teachers"][0]["spans"].tolist()
     assert [len(example["teachers"][1][key]) for key in ("ids", "spans")] == [0, 0]
     assert not encoder.report.counts
-    with pytest.raises(ValueError, match="row 0: teacher 1: its chat template refuses the messages: no"):
+    with pytest.raises(ValueError, match="row 0: b: its chat template refuses the messages: no"):
         encoder.encode([{**row, COLUMN: ["a", "b"]}])
 
 
