@@ -69,9 +69,9 @@ class Rollout:
     collate : callable
         Makes the trainer's batches of examples, which they must bring along.
 
-    Raises ValueError if a teacher is cached, so that it has nothing to say about new text; if the student writes, but
-    nothing is distilled; if a completion would take all tokens of an example; if the model that is to write cannot, or
-    is sharded by FSDP1; if no example has a prompt, or none that leaves room for a completion.
+    No teacher is cached. Raises ValueError if the student writes, but nothing is distilled; if a completion would take
+    all tokens of an example; if the model that is to write cannot, or is sharded by FSDP1; if no example has a prompt,
+    or none that leaves room for a completion.
     """
 
     def __init__(self, trainer: Any, encoder: ExampleEncoder) -> None:
@@ -81,12 +81,6 @@ class Rollout:
         self.by_teacher = self.args.on_policy == "teacher"
         self.sampling = Sampling(self.args.max_new_tokens, self.args.generation_temperature, self.args.generation_top_p)
         self.share = 1.0 if self.by_teacher else float(self.args.on_policy)
-        for teacher in trainer.teachers:
-            if teacher.model is None and teacher.served is None:
-                raise ValueError(
-                    f"on_policy: expected teachers that run, but {teacher.name} is cached, and a cache has nothing of "
-                    "what is written in training"
-                )
         if not self.by_teacher and not (self.args.kd_weight and any(one.weight for one in trainer.criterion.teachers)):
             raise ValueError(
                 "on_policy: expected a kd_weight and a teacher's weight other than 0, since what the student writes is "
