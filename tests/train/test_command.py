@@ -143,8 +143,8 @@ def test_words_of_yaml(tmp_path, monkeypatch):
     """Null is as if absent, on and no are words where they are choices, and an option has all its names."""
     monkeypatch.chdir(tmp_path)
     Path("run.yaml").write_text(
-        "output: a\ntop_p: 0.5\ngeneration-temperature: 2\nfused: on\nsave_strategy: no\ncache: null\npacked: yes\n"
-        "generation_url: null\nloss_options: {top_k: 0}\nbf16: off\nlearning_rate: 1e-3\n"
+        "output: a\non_policy: 0.5\ntop_p: 0.5\ngeneration-temperature: 2\nfused: on\nsave_strategy: no\n"
+        "cache: null\npacked: yes\ngeneration_url: null\nloss_options: {top_k: 0}\nbf16: off\nlearning_rate: 1e-3\n"
     )
     _, config = parse(["--student", "S", "--teacher", "T", "--data", ".", "--config", "run.yaml"])
     assert (config.output_dir, config.generation_top_p, config.generation_temperature) == ("a", 0.5, 2.0)
