@@ -48,6 +48,7 @@ class DistilCollator:
     def __init__(self, collator: Any, student_tok: Any, teacher: TeacherModel) -> None:
         self.collator = collator
         self.student = Vocabulary.from_tokenizer(student_tok)
+        self.is_text = self.student.is_text
         self.reader = Reader(teacher.tokenizer, teacher.name)
         self.limit, self.cut_is_told = teacher.limits.positions, False
         self.reads_student_ids = teacher.reads_student_ids
@@ -104,14 +105,14 @@ class DistilCollator:
 
     def _as_text(self, ids: Sequence[int]) -> list[int]:
         """The teacher's ids of the text that the student's spell."""
-        read = list(self.reader.prefix)
-        for is_text, stretch in itertools.groupby(ids, lambda token: bool(self.student.is_text[token])):
-            tokens = list(stretch)
-            if is_text:
-                text = self.student.decode(tokens).decode("utf-8", "ignore")  # documents may be cut in a character
+        read, tokens = list(self.reader.prefix), np.asarray(ids, np.int64)
+        is_text = self.is_text[tokens]
+        for stretch in np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1) if len(tokens) else ():
+            if self.is_text[stretch[0]]:
+                text = self.student.decode(stretch).decode("utf-8", "ignore")  # documents may be cut in a character
                 read += self.reader.backend.encode(text, add_special_tokens=False).ids
                 continue
-            for token in tokens:
+            for token in stretch.tolist():
                 if token not in self._same:
                     raise ValueError(
                         f"train_dataset: expected rows with their messages, or text, got one whose special token "
@@ -144,10 +145,10 @@ class DistilCollator:
 
     @staticmethod
     def _check(input_ids: Tensor, documents: Sequence[Sequence[tuple[Any, Any]]]) -> None:
-        rows = [[token for ids, _ in row for token in ids] for row in documents]
-        if len(rows) != len(input_ids) or any(
-            input_ids[k, : len(row)].tolist() != row for k, row in enumerate(rows)
-        ):  # fmt: skip
+        rows = [np.concatenate([np.asarray(ids, np.int64) for ids, _ in row]) for row in documents]
+        if len(rows) != len(input_ids) or not all(
+            np.array_equal(input_ids[k, : len(row)], row) for k, row in enumerate(rows)
+        ):
             raise ValueError(
                 "data_collator: expected the examples' input_ids as rows, padded on the right, or all in one row with "
                 "padding_free"
