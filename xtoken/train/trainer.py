@@ -211,8 +211,9 @@ class XTokenTrainer(Trainer):
                     "factor of its own for gradients, got one with; use bf16"
                 )
             self.add_callback(self._projection_steps)
-        if served := [teacher.served for teacher in self.teachers if teacher.served is not None]:
-            self.add_callback(TellFaults(served))
+        self._served = [teacher.served for teacher in self.teachers if teacher.served is not None]
+        if self._served:
+            self.add_callback(TellFaults(self._served))
         for teacher in self.teachers if args.on_policy and train_dataset is not None else ():
             if teacher.model is None and teacher.served is None:
                 raise ValueError(
@@ -359,10 +360,12 @@ class XTokenTrainer(Trainer):
     def _asks_ahead(self) -> bool:
         """Whether servers are asked for the next step now, so that they work while the student does."""
         is_last = self.state.global_step + 1 >= self.state.max_steps
-        return not is_last and self._rollout is None and any(teacher.served is not None for teacher in self.teachers)
+        return bool(self._served) and not is_last and self._rollout is None
 
     def _ask(self, batch: Mapping[str, Any]) -> None:
         """Begins to ask the teachers behind a server for a batch."""
+        if not self._served:
+            return
         host = _on_host(batch)
         for teacher, entry, alignment in zip(self.teachers, host["teachers"], self._alignments(host), strict=True):
             if teacher.served is not None:
