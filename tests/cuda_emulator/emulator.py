@@ -86,7 +86,10 @@ def _build(folder: Path, name: str, kernels: Sequence[Path], host: Sequence[Path
     objects = []
     for source in [*kernels, *host, *sorted(FOLDER.glob("*.cpp"))]:
         objects.append(f"{source.parent.name}_{source.stem}.o")
-        own = f"{KERNEL_FLAGS} -fdump-tree-tsan={objects[-1]}.txt" if source in kernels else "-O2"
+        if source in kernels:
+            own = f"{KERNEL_FLAGS} -fdump-tree-tsan={objects[-1]}.txt"
+        else:
+            own = "-O1" if source in host else "-O2"
         lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {own}"]
     lines += [f"build {target.name}: link {' '.join(objects)}", "  libraries = -ldl", ""]
     (folder / "build.ninja").write_text("\n".join(lines))

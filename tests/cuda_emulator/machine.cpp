@@ -62,6 +62,7 @@ cudaError_t Machine::run(const Launch& wanted) {
     while (threads_.size() < size_) threads_.push_back(std::make_unique<Thread>());
     ready_.assign((size_ + 63) / 64, 0);
     meetings_.assign((size_ + 31) / 32, {});
+    ended_.assign((size_ + 31) / 32, 0);
     random_.seed(seed);
     first_epoch_ = ++epoch_;
     block_epochs_.clear();
@@ -107,6 +108,7 @@ void Machine::run_block(uint64_t block) {
     waiting_ = 0;
     gathered_ = {0, 1, 0};
     for (auto& meetings : meetings_) meetings.clear();
+    std::fill(ended_.begin(), ended_.end(), 0);
     for (SharedVariable& variable : shared_) variable.region->forget();
     if (dynamic_ != nullptr) dynamic_->forget();
     warp_ahead_ = static_cast<uint32_t>(random_() % meetings_.size());
@@ -142,6 +144,7 @@ void Machine::leave_thread() {
         fail("divergent barrier: " + name_of_current() + " ends while others wait at a barrier", barrier_site_);
     }
     set_state(*current, Thread::State::exited);
+    ended_[current->warp] |= 1u << current->lane;
     if (--live_ == 0) {
         void* finished = nullptr;
         Fiber::change(finished, main_context_);
@@ -273,12 +276,10 @@ WarpValues Machine::warp_exchange(WarpCall call, unsigned mask, uint64_t value, 
     }
     const uint32_t lanes = std::min(32u, size_ - current->warp * 32);
     if (lanes < 32) mask &= (1u << lanes) - 1;
-    for (uint32_t lane = 0; lane < lanes; ++lane) {
-        if ((mask >> lane & 1) && threads_[first->number + lane]->state == Thread::State::exited) {
-            fail("divergent warp: " + name_of_current() + " waits for lane " + std::to_string(lane) +
-                     ", which has ended",
-                 site);
-        }
+    if (const unsigned ended = mask & ended_[current->warp]) {
+        fail("divergent warp: " + name_of_current() + " waits for lane " + std::to_string(__builtin_ctz(ended)) +
+                 ", which has ended",
+             site);
     }
     auto& meetings = meetings_[current->warp];
     Meeting* meeting = nullptr;
@@ -310,8 +311,10 @@ WarpValues Machine::warp_exchange(WarpCall call, unsigned mask, uint64_t value, 
         if (call == WarpCall::sync) finish_meeting(*meeting, first);
     }
     change_thread();
-    WarpValues values{mask, current->lane, {}};
-    std::copy(std::begin(meeting->value), std::end(meeting->value), values.value);
+    WarpValues values;
+    values.lanes = mask;
+    values.lane = current->lane;
+    std::memcpy(values.value, meeting->value, sizeof values.value);
     meeting->left |= 1u << current->lane;
     return values;
 }

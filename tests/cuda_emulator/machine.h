@@ -126,6 +126,7 @@ class Machine {
     CallSite barrier_site_;
     BarrierResult gathered_{}, result_{};
     std::vector<std::deque<Meeting>> meetings_;  // by warp; stable addresses
+    std::vector<unsigned> ended_;                // by warp: its lanes that have ended
 
     struct SharedVariable {
         const void* key;

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import sys
@@ -61,6 +62,7 @@ def loaded_whole(folder: Path, tokenizer: Any, options: dict[str, Any]) -> list[
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    gc.freeze()  # each run of a trainer looks for garbage, and need not among what is imported
     folder, work = Path(sys.argv[1]), json.loads(sys.argv[2])
     student_tok, teacher_tok = make_tokenizer(700, "{1,3}", "<s>"), make_tokenizer(500, "", "<|begin|>")
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
