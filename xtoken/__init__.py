@@ -14,6 +14,7 @@ from .config import show_config
 from .corpus import align_corpus
 from .losses import (
     LinearLogits,
+    OrderedLogits,
     Teacher,
     TopKLogits,
     XTokenLoss,
@@ -38,6 +39,7 @@ from .projection import LearnableProjection, ProjectionMatrix
 from .sample import sample_texts
 from .served import ServedModel
 from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
+from .teacher_order import TeacherOrder
 from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
@@ -56,6 +58,7 @@ __all__ = [
     "LossChoice",
     "MergeReport",
     "MergedEvents",
+    "OrderedLogits",
     "PieceIndex",
     "ProjectionMatrix",
     "Ragged",
@@ -63,6 +66,7 @@ __all__ = [
     "Teacher",
     "TeacherCache",
     "TeacherCacheWriter",
+    "TeacherOrder",
     "TopKLogits",
     "Vocabulary",
     "XTokenLoss",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from .alignment.alignment import int_tensor
 from .calibration import MergeReport, calibrate
 from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
+from .teacher_order import TeacherOrder
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 7
@@ -161,6 +163,31 @@ class PieceIndex:
         ]
         return events[0] != events[1]
 
+    def teacher_order(self) -> TeacherOrder:
+        """The order of the teacher's columns in which prefix KL reads both sides alike.
+
+        The only teacher token of an event that has one student token gets the student's number as its column (if the
+        teacher has so many). The other columns get, in ascending order, the partners of students beyond, the tokens of
+        other events that both sides have, event by event, those of events that the student lacks, and last tokens that
+        stand for no text.
+
+        Examples
+        --------
+        >>> index = PieceIndex.build(Vocabulary([b"a", b"b", b"ab"]), Vocabulary([b"b", b"ba", b"a", b"x"]))
+        >>> index.teacher_order().tokens.tolist()
+        [2, 0, 1, 3]
+        """
+        student, teacher = self.student.event.cpu().long(), self.teacher.event.cpu().long()
+        students, teachers = (torch.bincount(event, minlength=self.events) for event in (student, teacher))
+        is_text = self.teacher.length.cpu() > 0
+        paired = (students[teacher] == 1) & (teachers[teacher] == 1) & is_text
+        partner_of = torch.full((self.events,), -1)
+        partner_of[teacher[paired]] = paired.nonzero()[:, 0]
+        lacking = (students[teacher] == 0).long()
+        key = torch.where(is_text, teacher + self.events * lacking, 2 * self.events)
+        by_key = key.sort(stable=True).indices
+        return TeacherOrder.beside(partner_of[student], by_key[~paired[by_key]])
+
     def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
         """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
         check_fingerprints("pieces", self, self.metadata, student_tok, teacher_tok)
@@ -204,3 +231,41 @@ def sides(data: Tensor) -> tuple[Side, Side]:
     views = data[HEAD:].split(lengths)
     count = len(Side._fields)
     return Side(*views[:count]), Side(*views[count:])
+
+
+def renumbered(data: Tensor, order: TeacherOrder) -> Tensor:
+    """`PieceIndex.data` of a teacher whose tokens have the numbers ``order.places``; on the device of `data`.
+
+    Takes about half a second for two real vocabularies.
+    """
+    student, teacher = sides(data.cpu())
+    places = torch.cat([order.places, torch.tensor([len(order)])])  # a rest that cannot be spelled stays one
+    ptr, pieces = _rows(teacher.ptr, teacher.pieces, order.tokens)
+    joined_ptr, joined = _rows(teacher.joined_ptr, places[teacher.joined.long()], order.tokens)
+    owner = torch.repeat_interleave(joined_ptr.diff(), output_size=len(joined))
+    joined = joined[(owner * len(order) + joined).argsort()]
+    student = student._replace(pieces=places[student.pieces.long()])
+    teacher = Side(
+        teacher.event[order.tokens], teacher.length[order.tokens], teacher.order, ptr, pieces, joined_ptr, joined
+    )
+    student, teacher = (
+        one._replace(order=_by_pieces(one, other)) for one, other in ((student, teacher), (teacher, student))
+    )
+    return torch.cat([data[:HEAD].cpu(), *(part.int() for part in (*student, *teacher))]).to(data.device)
+
+
+def _rows(ptr: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Some rows of compressed ones: their ptr and values."""
+    counts = ptr.diff().long()[rows]
+    ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
+    first = torch.repeat_interleave(ptr[:-1].long()[rows] - ends[:-1], counts, output_size=int(ends[-1]))
+    return ends, values[first + torch.arange(int(ends[-1]))]
+
+
+def _by_pieces(side: Side, other: Side) -> Tensor:
+    """`Side.order` of a side whose other parts are there."""
+    size = len(other.event)
+    events = torch.cat([other.event.long(), torch.tensor([2 * size + len(side.event)])])  # a rest comes last
+    keys = (events[side.pieces.long()] * (size + 1) + side.pieces).tolist()
+    sequences = [keys[first:last] for first, last in itertools.pairwise(side.ptr.tolist())]
+    return torch.tensor(sorted(range(len(sequences)), key=sequences.__getitem__), dtype=torch.int32)

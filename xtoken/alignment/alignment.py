@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -266,6 +266,18 @@ class Alignment:
         if supervised._masked:
             supervised._host = placed.host
         return supervised
+
+    def _with_teacher_ids(self, renumber: Callable[[Tensor], Tensor]) -> Alignment:
+        """The same with the teacher's tokens numbered anew."""
+        ids = self.teacher_ids
+        if ids is None:
+            return self
+        made = copy.copy(self)
+        made._ids = {**self._ids, "teacher": renumber(ids)}
+        made._host = None if self._host is None else self._host._with_teacher_ids(renumber)
+        if self._flat is not None:  # ends with them
+            made._flat = torch.cat([self._flat[: -ids.numel()], renumber(ids.flatten())])
+        return made
 
     @property
     def mask(self) -> Tensor | None:

@@ -3,7 +3,7 @@
 from xtoken.losses import cpu, cuda, plain
 from xtoken.losses.backends import Backend, register_backend, select_backend
 from xtoken.losses.criterion import Teacher, XTokenLoss
-from xtoken.losses.logits import LinearLogits, TopKLogits
+from xtoken.losses.logits import LinearLogits, OrderedLogits, TopKLogits
 from xtoken.losses.loss import Loss, Needs, registered
 from xtoken.losses.operator import register
 
@@ -27,6 +27,7 @@ __all__ = [
     "LinearLogits",
     "Loss",
     "Needs",
+    "OrderedLogits",
     "Teacher",
     "TopKLogits",
     "XTokenLoss",

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment
 from xtoken.losses.backends import check_backend
-from xtoken.losses.logits import AnyLogits, LinearLogits, Parts, TopKLogits, widened
+from xtoken.losses.logits import AnyLogits, LinearLogits, OrderedLogits, Parts, TopKLogits, widened
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, Expected, run
+from xtoken.losses.ordered import in_order
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -37,7 +38,8 @@ PARAMETERS = """\
         Row ``t`` predicts token ``t + 1``. Columns beyond the vocabulary take no part and get zero gradient. Or
         `LinearLogits`: hidden states and output layer, of which logits are made a block of rows at a time.
     teacher_logits : floating [B, T_t, >= V_teacher], or [T_t, >= V_teacher]
-        On the same device. Or `TopKLogits` (a cached or served teacher), or `LinearLogits`. Gets no gradient.
+        On the same device. Or `TopKLogits` (a cached or served teacher), `LinearLogits`, or `OrderedLogits`. Gets no
+        gradient.
     alignment : Alignment
         Of the same batch. Chunks without a predictor on either side are left out. To leave out prompts, which are not
         supervised, give ``alignment.supervised(labels)``.
@@ -145,6 +147,8 @@ def compute(
     expected = None
     if isinstance(labels, Expected):
         expected, labels = labels, labels.labels
+    if isinstance(teacher_logits, OrderedLogits):
+        loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
     check_logits(student_logits, teacher_logits)
     check_choice(reduction, "reduction", REDUCTIONS)
     check_backend(backend)
@@ -213,6 +217,8 @@ def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
     for name, logits in zip(SIDES, (student_logits, teacher_logits), strict=True):
         if isinstance(logits, (TopKLogits, LinearLogits)):
             continue
+        if isinstance(logits, OrderedLogits):
+            raise TypeError(f"{name}: expected columns in the tokenizer's order, got OrderedLogits")
         if not isinstance(logits, Tensor) or not logits.is_floating_point():
             got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
             raise TypeError(f"{name}: expected a floating-point tensor, got {got}")

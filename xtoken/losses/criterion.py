@@ -24,9 +24,10 @@ from xtoken.losses.call import (
 )
 from xtoken.losses.certainty import Predicting, certainties
 from xtoken.losses.diagnostics import NAMES, nothing
-from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source
-from xtoken.losses.loss import Loss, Needs, registered
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
+from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.operator import Expected, at_least_one
+from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.losses.trust import in_top, trusted
 from xtoken.pieces import PieceIndex
 
@@ -231,7 +232,7 @@ class XTokenLoss(nn.Module):
         labels : int64 [B, T] or [T]
             Token ids at their own positions, -100 where ignored; row ``t`` is compared with label ``t + 1``. Neither
             part of the loss touches a row that only ignored labels follow.
-        teacher_logits : Tensor, TopKLogits, LinearLogits, or sequence of M
+        teacher_logits : Tensor, TopKLogits, LinearLogits, OrderedLogits, or sequence of M
             One for each teacher. None for one whose alignment has no labelled chunk in this call: it adds nothing.
         alignments : Alignment or sequence of M, optional
             None for a teacher that shares the tokenizer: its positions are then those whose next label is not
@@ -380,11 +381,16 @@ class XTokenLoss(nn.Module):
         labels: Tensor,
     ) -> _Ready:
         """The teacher's logits, and the chunks or positions that its loss takes."""
-        loss = teacher.make_loss()
+        loss, projection = teacher.make_loss(), teacher.projection
         if teacher_logits is None:
             if alignment is None or _count(predictable(alignment.supervised(labels))):
                 raise TypeError("teacher_logits: expected a floating-point tensor, got None, for labelled chunks")
-            return _Ready(teacher, loss, None, None, None, alignment, None, 0, _count(predictable(alignment)), 0)
+            unsupervised = _count(predictable(alignment))
+            return _Ready(teacher, loss, None, None, None, None, alignment, None, 0, unsupervised, 0)
+        if isinstance(teacher_logits, OrderedLogits):
+            if projection is not None:
+                projection = matrix_in(teacher_logits.order, Matrix.of(projection))
+            loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
         check_logits(student_logits, teacher_logits)
         student, source = self._sources(teacher, loss, student_logits, teacher_logits)
         mask: Tensor | None = None
@@ -410,8 +416,9 @@ class XTokenLoss(nn.Module):
             alignment, mask = _trusted(teacher.trust_top_k, source, alignment, mask, labels, device)
             distrusted = number - _count(_chosen(alignment, mask))
         return _Ready(
-            teacher, loss, teacher_logits, student, source, alignment, mask, number, before - number, distrusted
-        )
+            teacher, loss, projection, teacher_logits, student, source, alignment, mask, number, before - number,
+            distrusted,
+        )  # fmt: skip
 
     def _certainties(self, ready: Sequence[_Ready], student_logits: AnyLogits) -> list[Tensor]:
         """The weights of each teacher's chunks, in the order of its chunks."""
@@ -466,7 +473,7 @@ class XTokenLoss(nn.Module):
         diagnosis = nothing(device)
         if is_diagnosed:
             assert chunks is not None
-            diagnosis = loss.diagnose(student, source, chunks, teacher.projection, device, self.backend)
+            diagnosis = loss.diagnose(student, source, chunks, ready.projection, device, self.backend)
         return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
 
     def _sources(
@@ -494,6 +501,7 @@ class _Ready(NamedTuple):
 
     teacher: Teacher
     loss: Loss
+    projection: Any
     logits: AnyLogits | None
     student: Source | None
     source: Source | None

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import TokenizerLike
 
 from .served import served_entries
@@ -192,7 +193,44 @@ class LinearLogits:
         return f"LinearLogits({shape} of width {self.weight.shape[1]}{bias}, {self.hidden.dtype}, {self.hidden.device})"
 
 
-AnyLogits = Tensor | TopKLogits | LinearLogits
+@dataclass(frozen=True)
+class OrderedLogits:
+    """A teacher's logits whose columns are in a `TeacherOrder`, as an output layer of `ordered_layer` makes them.
+
+    A statement that losses believe: only they, `Teacher` and `XTokenLoss` take it, and not inside of `torch.compile`;
+    what else reads logits finds no tensor here. Of columns that are equally large `top_k` takes those that come first
+    in the order.
+
+    Parameters
+    ----------
+    logits : floating [B, T, >= V_teacher] or [T, >= V_teacher], or LinearLogits
+        Columns beyond the order's tokens belong to none. `TopKLogits` name their tokens and are in no order.
+    order : TeacherOrder
+
+    Raises
+    ------
+    TypeError
+        For anything else.
+    """
+
+    logits: Tensor | LinearLogits
+    order: TeacherOrder
+
+    def __post_init__(self) -> None:
+        if isinstance(self.logits, TopKLogits):
+            raise TypeError("logits: got TopKLogits, which name their tokens; give them to the loss as they are")
+        if not isinstance(self.logits, (Tensor, LinearLogits)):
+            raise TypeError(f"logits: expected a tensor or LinearLogits, got {type(self.logits).__name__}")
+        if not isinstance(self.order, TeacherOrder):
+            raise TypeError(f"order: expected a TeacherOrder, got {type(self.order).__name__}")
+
+    def __repr__(self) -> str:
+        logits = self.logits
+        shown = f"{list(logits.shape)}, {logits.dtype}" if isinstance(logits, Tensor) else repr(logits)
+        return f"OrderedLogits({shown}, {self.order})"
+
+
+AnyLogits = Tensor | TopKLogits | LinearLogits | OrderedLogits
 
 
 class Source(Protocol):
@@ -324,6 +362,8 @@ class Parts(NamedTuple):
             return cls(logits.hidden, logits.weight, logits.bias, scale=logits.logit_scale, softcap=softcap)
         if isinstance(logits, TopKLogits):
             return cls(logits.logprobs, top=logits.ids, tail=logits.tail)
+        if isinstance(logits, OrderedLogits):
+            raise TypeError("logits: expected columns in the tokenizer's order, got OrderedLogits")
         return cls(logits)
 
     @property

@@ -123,6 +123,8 @@ class Loss:
     needs: ClassVar[Needs]
     kernels: ClassVar[str]
     """Package with the modules of its kernels; default: its own."""
+    teacher_ids: ClassVar[tuple[str, ...]] = ()
+    """Fields that hold ids of the teacher's tokens, beside W and pieces."""
     trains_projection: ClassVar[bool] = False
     """Whether the weights of W get a gradient."""
     is_default: ClassVar[bool] = False

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from xtoken import _core
 from xtoken.alignment.alignment import int_tensor
 from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
+from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
@@ -329,6 +330,29 @@ class ProjectionMatrix:
         return ProjectionMatrix(
             ptr, self.col[keep], self.weight[keep], teacher_vocab_size=self.shape[1], metadata=self.metadata
         )
+
+    def teacher_order(self) -> TeacherOrder:
+        """The order of the teacher's columns in which P-KL reads both sides alike.
+
+        Where a row and a column have one entry, of weight 1, in common and no other, the teacher's token gets the
+        student's number as its column (if the teacher has so many). The other columns get, in ascending order, the
+        partners of students beyond, the tokens with other entries, and last those without; each by their ids.
+
+        Examples
+        --------
+        >>> W = ProjectionMatrix.from_topk([[3, -1], [1, 2], [0, -1]], [[1.0, 0.0], [0.9, 0.1], [1.0, 0.0]], 4)
+        >>> W.teacher_order().tokens.tolist()
+        [3, 1, 0, 2]
+        """
+        row, col = self.row_index.cpu(), self.col.cpu().long()
+        rows, columns = torch.bincount(row, minlength=self.shape[0]), torch.bincount(col, minlength=self.shape[1])
+        is_pair = (rows[row] == 1) & (columns[col] == 1) & (self.weight.detach().cpu() == 1.0)
+        partner = torch.full((self.shape[0],), -1)
+        partner[row[is_pair]] = col[is_pair]
+        has_entries = columns > 0
+        others = has_entries.clone()
+        others[col[is_pair]] = False
+        return TeacherOrder.beside(partner, torch.cat([others.nonzero()[:, 0], (~has_entries).nonzero()[:, 0]]))
 
     def learnable(self) -> LearnableProjection:
         """A module with the same entries, whose weights are trained with the student."""

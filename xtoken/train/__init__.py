@@ -5,7 +5,7 @@ from .collator import XTokenCollator, pack
 from .config import XTokenConfig
 from .data import AlignedExamples, EncodedDataset, EncodedStream, load_examples
 from .encode import ExampleEncoder
-from .head import linear_logits
+from .head import OrderedLayer, linear_logits, ordered_layer
 from .table import EncodedTable
 from .teachers import TeacherModel, load_model, load_tokenizer
 from .trainer import XTokenTrainer
@@ -17,6 +17,7 @@ __all__ = [
     "EncodedStream",
     "EncodedTable",
     "ExampleEncoder",
+    "OrderedLayer",
     "TeacherModel",
     "XTokenCollator",
     "XTokenConfig",
@@ -25,6 +26,7 @@ __all__ = [
     "load_examples",
     "load_model",
     "load_tokenizer",
+    "ordered_layer",
     "pack",
     "teacher_documents",
 ]

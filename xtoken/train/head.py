@@ -10,8 +10,9 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from xtoken.losses import LinearLogits
+from xtoken.losses import LinearLogits, OrderedLogits
 from xtoken.losses.logits import Parts, autocasts
+from xtoken.teacher_order import TeacherOrder
 
 from .packing import in_evaluation
 
@@ -77,6 +78,78 @@ class _Read(NamedTuple):
     dtype: torch.dtype | None
 
 
+class OrderedLayer(nn.Linear):
+    """An output layer whose logits are in a `TeacherOrder`; see `ordered_layer`."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, order: TeacherOrder, scale: float, softcap: float | None):
+        with torch.device("meta"):
+            super().__init__(weight.shape[1], weight.shape[0], bias is not None)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.order, self.scale, self.softcap = order, scale, softcap
+
+    def forward(self, hidden: Tensor) -> OrderedLogits:
+        logits = super().forward(hidden)
+        if self.scale != 1.0:
+            logits = logits * self.scale
+        if self.softcap is not None:
+            logits = (logits / self.softcap).tanh() * self.softcap
+        return OrderedLogits(logits, self.order)
+
+    def linear(self, hidden: Tensor) -> OrderedLogits:
+        """The same as `LinearLogits`."""
+        return OrderedLogits(LinearLogits(hidden, self.weight, self.bias, self.softcap, self.scale), self.order)
+
+
+def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
+    """A frozen copy of a teacher's output layer, whose logits come in another order of the tokens.
+
+    It is a module of its own, called with hidden states (``linear_logits(model, ids).hidden``); it scales and caps as
+    the model's configuration says. The model stays as it is, also where the layer is tied to its embedding; the copy
+    takes as much memory as the layer, ``2 V D`` bytes in bfloat16.
+
+    Raises ValueError for an output layer that is quantised, is no linear layer, or has LoRA that is not merged; if the
+    model does more to its logits, see `linear_logits`; or if it has no row for a token that the order does not put
+    last.
+
+    Examples
+    --------
+    ::
+
+        order = pieces.teacher_order()
+        layer = ordered_layer(teacher, order)
+        with torch.no_grad():
+            teacher_logits = layer(linear_logits(teacher, teacher_ids).hidden)
+        loss = xtoken.prefix_kl_loss(student_logits, teacher_logits, alignment, pieces)
+    """
+    device = next(model.parameters()).device
+    fault = head_fault(model, torch.arange(TOKENS, device=device)[None])
+    if fault is None and _adapters(_active(model.get_output_embeddings())):
+        fault = "expected an output layer without adapters, which can be merged, got one with LoRA"
+    if fault is not None:
+        raise ValueError(f"model: {fault}; its logits stay in the tokenizer's order")
+    layer = _active(model.get_output_embeddings())
+    layer = layer.base_layer if hasattr(layer, "lora_A") else layer
+    rows, size = len(layer.weight), len(order)
+    if (beyond := order.tokens[:rows] >= rows).any():
+        token = int(order.tokens[:rows][beyond][0])
+        raise ValueError(f"model: expected a row for every token that the order needs, got {rows} rows for {token}")
+    index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows))]).to(layer.weight.device)
+    with torch.no_grad():
+        weight, bias = (None if one is None else one.detach()[index] for one in (layer.weight, layer.bias))
+    return OrderedLayer(weight, bias, order, *_scale_and_softcap(model))
+
+
+def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
+    """What a model's configuration says about its logits."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
+        scale *= float(getattr(config, name, None) or 1.0)
+    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
+
+
 def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
     """``call(**inputs)`` with `LinearLogits` as its ``logits``; `call` is the model, or what wraps it.
 
@@ -108,12 +181,7 @@ def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
     if len(read) != 1:
         raise ValueError(f"model: expected one call of its output layer, got {len(read)}")
     gather_head(model)
-    config = model.config.get_text_config()
-    scale = 1.0
-    for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
-        scale *= float(getattr(config, name, None) or 1.0)
-    scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    softcap = getattr(config, "final_logit_softcapping", None)
+    scale, softcap = _scale_and_softcap(model)
     dtype = read[0].dtype
     kind = read[0].hidden.device.type
     casts = torch.amp.is_autocast_available(kind)

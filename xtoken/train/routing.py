@@ -91,4 +91,5 @@ def _rows_of(logits: AnyLogits, rows: Tensor) -> AnyLogits:
         return TopKLogits(logits.ids[rows], logits.logprobs[rows], logits.tail)
     if isinstance(logits, LinearLogits):
         return replace(logits, hidden=logits.hidden[to_device(rows, logits.hidden.device)])
+    assert isinstance(logits, Tensor)  # teachers here have no others
     return logits[to_device(rows, logits.device)]

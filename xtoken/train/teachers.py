@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
-from xtoken.losses.logits import AnyLogits
+from xtoken.losses.logits import AnyLogits, OrderedLogits
 from xtoken.served import ServedModel
 from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
@@ -458,6 +458,11 @@ class TeacherModel:
         given["use_cache"] = False
         run = self.model if fused is None else functools.partial(fused.teacher_outputs, self.name, self.model)
         logits: AnyLogits = run(**given).logits
+        if isinstance(logits, OrderedLogits):
+            raise ValueError(
+                f"{self.name}: expected logits in its tokenizer's order, got OrderedLogits: an ordered_layer is for "
+                "loops of your own, and does not become the model's"
+            )
         return logits.to(device) if isinstance(logits, Tensor) else logits
 
 

@@ -39,6 +39,7 @@ SUPPORTS = ("all", "reachable")
 class PKL(Loss):
     """See `pkl_loss`."""
 
+    teacher_ids: ClassVar[tuple[str, ...]] = ("columns",)
     trains_projection: ClassVar[bool] = True
     is_default: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType(
