@@ -164,7 +164,7 @@ class PieceIndex:
         return events[0] != events[1]
 
     def teacher_order(self) -> TeacherOrder:
-        """The order of the teacher's columns in which prefix KL reads both sides alike.
+        """The order of the teacher's columns in which losses on events read both sides alike.
 
         The only teacher token of an event that has one student token gets the student's number as its column (if the
         teacher has so many). The other columns get, in ascending order, the partners of students beyond, the tokens of

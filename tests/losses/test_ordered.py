@@ -255,11 +255,11 @@ def test_what_cannot_be_mixed() -> None:
     with pytest.raises(TypeError, match="student_logits: expected columns in the tokenizer's order, got OrderedLogits"):
         loss(OrderedLogits(student, shuffled(67)), teacher, case.alignment, case.projection)
     with pytest.raises(TypeError, match="logits: got TopKLogits, which name their tokens"):
-        OrderedLogits(TopKLogits(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)), order)  # type: ignore[arg-type]
+        OrderedLogits(TopKLogits(torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1)), order)
     with pytest.raises(TypeError, match="logits: expected a tensor or LinearLogits, got OrderedLogits"):
-        OrderedLogits(put(teacher, order), order)  # type: ignore[arg-type]
+        OrderedLogits(put(teacher, order), order)
     with pytest.raises(TypeError, match="order: expected a TeacherOrder, got Tensor"):
-        OrderedLogits(teacher, order.tokens)  # type: ignore[arg-type]
+        OrderedLogits(teacher, order.tokens)
     with pytest.raises(TypeError, match="logits: expected columns in the tokenizer's order, got OrderedLogits"):
         xtoken.losses.logits.materialised(put(teacher, order))
     for wrong in ([0, 0], [1, 2], [[0]], []):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,7 +42,7 @@ def in_order(
         elif field.name == "pieces":
             changes[field.name] = _pieces_in(order, value)
         elif field.name in loss.teacher_ids and value is not None:
-            changes[field.name] = _IDS.of((value, order.tokens), lambda ids=value: order.renumbered(ids))
+            changes[field.name] = _IDS.of((value, order.tokens), partial(order.renumbered, value))
     if isinstance(alignment, Alignment):
         alignment = alignment._with_teacher_ids(order.renumbered)
     return replace(loss, **changes), given.logits, alignment

@@ -332,7 +332,7 @@ class ProjectionMatrix:
         )
 
     def teacher_order(self) -> TeacherOrder:
-        """The order of the teacher's columns in which P-KL reads both sides alike.
+        """The order of the teacher's columns in which losses that project by W read both sides alike.
 
         Where a row and a column have one entry, of weight 1, in common and no other, the teacher's token gets the
         student's number as its column (if the teacher has so many). The other columns get, in ascending order, the

@@ -78,18 +78,18 @@ class _Read(NamedTuple):
     dtype: torch.dtype | None
 
 
-class OrderedLayer(nn.Linear):
+class OrderedLayer(nn.Module):
     """An output layer whose logits are in a `TeacherOrder`; see `ordered_layer`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, order: TeacherOrder, scale: float, softcap: float | None):
-        with torch.device("meta"):
-            super().__init__(weight.shape[1], weight.shape[0], bias is not None)
+        super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
         self.order, self.scale, self.softcap = order, scale, softcap
 
     def forward(self, hidden: Tensor) -> OrderedLogits:
-        logits = super().forward(hidden)
+        """The logits of hidden states [B, T, D] or [T, D]."""
+        logits = nn.functional.linear(hidden, self.weight, self.bias)
         if self.scale != 1.0:
             logits = logits * self.scale
         if self.softcap is not None:
@@ -116,11 +116,11 @@ def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
     --------
     ::
 
-        order = pieces.teacher_order()
+        order = W.teacher_order()
         layer = ordered_layer(teacher, order)
         with torch.no_grad():
             teacher_logits = layer(linear_logits(teacher, teacher_ids).hidden)
-        loss = xtoken.prefix_kl_loss(student_logits, teacher_logits, alignment, pieces)
+        total, parts = criterion(student_logits, labels, teacher_logits, alignment)  # an XTokenLoss
     """
     device = next(model.parameters()).device
     fault = head_fault(model, torch.arange(TOKENS, device=device)[None])
@@ -135,9 +135,8 @@ def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
         token = int(order.tokens[:rows][beyond][0])
         raise ValueError(f"model: expected a row for every token that the order needs, got {rows} rows for {token}")
     index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows))]).to(layer.weight.device)
-    with torch.no_grad():
-        weight, bias = (None if one is None else one.detach()[index] for one in (layer.weight, layer.bias))
-    return OrderedLayer(weight, bias, order, *_scale_and_softcap(model))
+    bias = None if layer.bias is None else layer.bias.detach()[index]
+    return OrderedLayer(layer.weight.detach()[index], bias, order, *_scale_and_softcap(model))
 
 
 def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
