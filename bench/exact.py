@@ -17,6 +17,7 @@ from cases import Case, Pair
 from torch import Tensor
 
 from xtoken import Aligner, Alignment, PieceIndex, ProjectionMatrix, Vocabulary
+from xtoken.losses.spelling import groups, spelling, token_bytes
 from xtoken.pieces import Side
 from xtoken.projection import DOMINANT_WEIGHT, EXACT_WEIGHT, common_pairs
 
@@ -171,11 +172,30 @@ class Whole:
         for side in self.sides:
             tokens: dict[tuple[int, ...], int] = {}
             ptr, pieces = side.ptr.tolist(), side.pieces.tolist()
-            for token, (start, stop) in enumerate(itertools.pairwise(ptr)):
+            for token in side.ptr.diff().argsort(stable=True).tolist():  # the one with no more pieces, if there is one
+                start, stop = ptr[token : token + 2]
                 for end in range(start + 2, stop + 1):
                     tokens.setdefault(tuple(pieces[start:end]), token)
             found.append(tokens)
         return found[0], found[1]
+
+    @cached_property
+    def spelled(self) -> tuple[list[list[int]], list[list[int]]]:
+        """Of each teacher token the students that it and its ends begin with; and, if it has no partner, the shortest
+        teacher token like it and a student that begins with what that has behind its own first student."""
+        assert self.pieces.text is not None
+        arguments = self.pieces.data, self.pieces.text, torch.device("cpu")
+        known, grouped = spelling(*arguments), groups(*arguments)
+        students = [one.tolist() for one in known.longest.split(known.teacher_length.tolist())]
+        students = [[s for s in (*one, first) if s < self.pieces.shape[0]]
+                    for one, first in zip(students, known.beginning.tolist(), strict=True)]  # fmt: skip
+        rest = grouped.order[grouped.first] if len(grouped.first) else grouped.first
+        teachers: list[list[int]] = [[] for _ in students]
+        for token in (grouped.group < len(rest)).nonzero()[:, 0].tolist():
+            group = int(grouped.group[token])
+            students[token].append(int(rest[group]))
+            teachers[token].append(int(grouped.shortest[group]))
+        return students, teachers
 
     @cached_property
     def pairs(self) -> list[tuple[dict[int, int], dict[int, int]]]:
@@ -187,8 +207,8 @@ class Whole:
         return found
 
     def related(self, side: int, token: int) -> Iterator[tuple[int, int]]:
-        """What has to be there beside a token, as (side, token): its pieces, the roots of its event, its images under W
-        and its partners."""
+        """What has to be there beside a token, as (side, token): its pieces, the roots of its event, its images under
+        W, its partners, and what its bytes begin with."""
         event = int(self.sides[side].event[token])
         for other in (0, 1):
             if event in self.roots[other]:
@@ -197,6 +217,8 @@ class Whole:
         yield from ((1 - side, piece) for piece in pieces_of(self.sides[side], token) if piece < size)
         if side == 0:
             yield from ((1, column) for column in self.projection.row(token)[0].tolist())
+        else:
+            yield from ((other, one) for other in (0, 1) for one in self.spelled[other][token])
         for partners in self.pairs:
             if token in partners[side]:
                 yield 1 - side, partners[side][token]
@@ -253,7 +275,10 @@ def restricted_pieces(pieces: PieceIndex, ids: Vocabularies) -> PieceIndex:
         counts[0].append(int(ptr[-1]))
         counts[1].append(int(joined_ptr[-1]))
     head = torch.tensor([*map(len, ids), len(events[0]), *counts[0], *counts[1]])
-    return PieceIndex(torch.cat([head, *data]).int())
+    assert pieces.text is not None
+    texts = token_bytes(pieces.data, pieces.text)
+    text = b"".join(side[token] for side, one in zip(texts, ids, strict=True) for token in one)
+    return PieceIndex(torch.cat([head, *data]).int(), text=torch.tensor(bytearray(text), dtype=torch.uint8))
 
 
 def restricted_projection(W: ProjectionMatrix, ids: Vocabularies) -> ProjectionMatrix:

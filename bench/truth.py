@@ -11,11 +11,13 @@ Results go to bench/results/truth.json, and a picture beside it.
 
     python bench/truth.py                     # everything, about ten minutes on two cores
     python bench/truth.py --pairs llama3/gemma3 --kinds Python Markdown
+    python bench/truth.py --losses ULD --merge     # these rows anew, among those that are there
 """
 
 from __future__ import annotations
 
 import functools
+import json
 import math
 import platform
 import time
@@ -198,6 +200,18 @@ def measure_pair(pair: str, kinds: Sequence[str], names: Sequence[str]) -> list[
     return found
 
 
+def merged(held: Row, rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of a result file with these in place of those of the same losses and texts, and of what runs it is."""
+
+    def key(row: Row) -> tuple[str, ...]:
+        return row["pair"], row["kind"], row["loss"]
+
+    new = {key(row) for row in rows}
+    kept = [{"commit": held["machine"]["commit"], **row} for row in held["rows"] if key(row) not in new]
+    run = {name: held[name] for name in ("machine", "minutes")}
+    return [*kept, *rows], [*held.get("earlier", []), run]
+
+
 def plot(rows: Sequence[Row], path: Path) -> None:
     """The bias of each loss by pair and kind, in the worse of the two sorts of rows; not of losses of one tokenizer."""
     try:
@@ -236,6 +250,7 @@ def main() -> None:
     for name, known in (("pairs", PAIRS), ("kinds", KINDS), ("losses", [case.name for case in forms()])):
         arguments.add_argument(f"--{name}", nargs="+", default=list(known), choices=known, metavar=name[:-1].upper())
     arguments.add_argument("--processes", type=int, default=2)
+    arguments.add_argument("--merge", action="store_true", help="keep what the output has of other losses and texts")
     options = arguments.parse_args()
     started = time.perf_counter()
     run = functools.partial(measure_pair, kinds=options.kinds, names=options.losses)
@@ -247,8 +262,12 @@ def main() -> None:
             print(f"{time.perf_counter() - started:6.0f} s  {pair}", flush=True)
     minutes = (time.perf_counter() - started) / 60
     facts = machine("torch", python=platform.python_version(), processes=options.processes)
-    write(options.output, {"machine": facts, "minutes": minutes, "rows": rows})
-    print(table(rows, [name for name in rows[0] if name not in ("title", "needs", "movers")]))
+    rows = [{**row, "commit": facts["commit"]} for row in rows]
+    earlier: list[Row] = []
+    if options.merge:
+        rows, earlier = merged(json.loads(options.output.read_text()), rows)
+    write(options.output, {"machine": facts, "minutes": minutes, "earlier": earlier, "rows": rows})
+    print(table(rows, [name for name in rows[0] if name not in ("title", "needs", "movers", "commit")]))
     plot(rows, options.output.with_suffix(".png"))
 
 

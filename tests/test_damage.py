@@ -37,7 +37,7 @@ def matrix(path: Path) -> Any:
 
 def pieces(path: Path) -> Any:
     index = PieceIndex.load(path, STUDENT, TEACHER)
-    return [index.data], index.metadata
+    return [index.data, index.text], index.metadata
 
 
 def nemo(path: Path) -> Any:

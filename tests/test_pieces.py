@@ -1,6 +1,7 @@
 """The piece index: roots, pieces and their order, calibration, files, real vocabularies."""
 
 import copy
+import hashlib
 import itertools
 import os
 from collections import Counter
@@ -115,6 +116,8 @@ def test_file(tmp_path: Path) -> None:
     built.save(path)
     loaded = PieceIndex.load(path, Vocabulary(STUDENT), Vocabulary(TEACHER))
     assert torch.equal(loaded.data, built.data)
+    assert loaded.text is not None
+    assert loaded.text.numpy().tobytes() == b"".join([*STUDENT, *TEACHER])
     assert loaded.metadata == built.metadata
     assert repr(loaded) == "PieceIndex([6, 4], events=4, not calibrated)"
     with pytest.raises(ValueError, match="pieces: built for another teacher tokenizer"):
@@ -126,15 +129,19 @@ def test_file(tmp_path: Path) -> None:
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     path = tmp_path / "pieces.safetensors"
     index().save(path)
-    data, built = load_file(path)["data"], index()
-    good = {"format": "xtoken.pieces", "version": "3", **built.metadata}
+    held, built = load_file(path), index()
+    data, text = held["data"], held["text"]
+    summed = {"text_sha256": hashlib.sha256(text.numpy().tobytes()).hexdigest()}
+    good = {"format": "xtoken.pieces", "version": "4", **built.metadata, **summed}
     for tensors, metadata, message in (
-        ({"data": data}, {"format": "xtoken.projection"}, "not a piece index of xtoken"),
+        (held, {"format": "xtoken.projection"}, "not a piece index of xtoken"),
         ({"other": data}, good, "not a piece index of xtoken"),
-        ({"data": data}, {**good, "version": "2"}, "version 2, this xtoken reads version 3; xtoken project --pieces"),
-        ({"data": data}, {**good, "teacher_fingerprint": ""}, "damaged: teacher_fingerprint: expected 64 hex digits"),
-        ({"data": data}, {**good, "calibration": "[]"}, "damaged: calibration: not what calibration has found"),
-        ({"data": data[:-1]}, good, "damaged: pieces: not a piece index: expected .* numbers, got"),
+        ({"data": data}, {**good, "version": "3"}, "version 3, this xtoken reads version 4; xtoken project --pieces"),
+        ({"data": data}, good, "not a piece index of xtoken"),
+        (held, {**good, "teacher_fingerprint": ""}, "damaged: teacher_fingerprint: expected 64 hex digits"),
+        (held, {**good, "calibration": "[]"}, "damaged: calibration: not what calibration has found"),
+        ({**held, "data": data[:-1]}, good, "damaged: pieces: not a piece index: expected .* numbers, got"),
+        ({**held, "text": text.flip(0)}, good, "damaged: text: not the bytes of the tokens"),
     ):
         TensorFile("anything").save(path, tensors, **metadata)
         with pytest.raises(ValueError, match=message):
@@ -145,7 +152,13 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 
 
 def test_damaged_data() -> None:
-    data = index().data
+    data, text = index().data, index().text
+    assert text is not None
+    for wrong in (text[1:], text.int()):
+        with pytest.raises(ValueError, match=r"text: expected uint8 .16., as many bytes as the tokens have, got"):
+            PieceIndex(data, text=wrong)
+    with pytest.raises(ValueError, match="text: expected the bytes of the tokens, to save them"):
+        PieceIndex(data).save("never")
     with pytest.raises(ValueError, match="not a piece index: 3 numbers"):
         PieceIndex(data[:3])
     head, body = 7, 6 * 4 + 1 + 8 + 7 + int(data[5])  # the head, and the student's part

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Mapping
@@ -24,7 +25,7 @@ HEAD = 7
 side."""
 
 _FILE = TensorFile(
-    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "3"}, {"data": ("I32", 1)},
+    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "4"}, {"data": ("I32", 1), "text": ("U8", 1)},
     rebuild="xtoken project --pieces (or PieceIndex.build and save)",
 )  # fmt: skip
 
@@ -54,6 +55,9 @@ class PieceIndex:
         As `build` makes it, else ValueError; see ``csrc/core/piece_index.h``.
     metadata : mapping of str to str, optional
         Fingerprints of both vocabularies, and what calibration has found.
+    text : uint8 [n], optional
+        The bytes of all tokens of text, the student's in the order of their ids, then the teacher's; ValueError if they
+        are not as many as the data says. Some losses ask for them.
 
     Attributes
     ----------
@@ -64,13 +68,16 @@ class PieceIndex:
     student, teacher : Side
     """
 
-    def __init__(self, data: Any, metadata: Mapping[str, str] | None = None) -> None:
+    def __init__(self, data: Any, metadata: Mapping[str, str] | None = None, text: Tensor | None = None) -> None:
         self.data = lasting(int_tensor(data, "data", torch.int32).contiguous())
         self.metadata = dict(metadata or {})
         _core.check_piece_index(self.data.cpu().numpy())
         students, teachers, self.events = self.data[:3].tolist()
         self.shape = (students, teachers)
         self.student, self.teacher = sides(self.data)
+        self.text = None if text is None else lasting(text)
+        if text is not None:
+            check_text(text, self.data)
         calibration = self.metadata.get("calibration")
         self._merged = MergeReport() if calibration is None else MergeReport.from_json(calibration)
 
@@ -117,7 +124,9 @@ class PieceIndex:
         teacher = Vocabulary.from_tokenizer(teacher_tok)
         partners = _core.partners(student._core, teacher._core)
         pieces = (*student.pieces(partners[0] < 0, teacher), *teacher.pieces(partners[1] < 0, student))
-        index = cls(_core.build_piece_index(student._core, teacher._core, *pieces), fingerprints(student, teacher))
+        data = _core.build_piece_index(student._core, teacher._core, *pieces)
+        text = b"".join(one[int(i)] for one in (student, teacher) for i in one.is_text.nonzero()[0])
+        index = cls(data, fingerprints(student, teacher), torch.tensor(bytearray(text), dtype=torch.uint8))
         without = [name for name, one in (("student", student), ("teacher", teacher)) if one.tokenizer is None]
         if texts is None:
             return index if without else index._calibrated(student, teacher, sample_texts(student, teacher))
@@ -133,7 +142,7 @@ class PieceIndex:
         events = (self.student.event.numpy().astype("int64"), self.teacher.event.numpy().astype("int64"))
         event_of, report = calibrate(student, teacher, events, self.events, self._rootless(), texts)
         data = _core.merge_events(self.data.numpy(), event_of.astype("int32"))
-        return PieceIndex(data, {**self.metadata, "calibration": report.to_json()})
+        return PieceIndex(data, {**self.metadata, "calibration": report.to_json()}, self.text)
 
     def _rootless(self) -> int:
         """The event of tokens without a root; the number of events if there are none."""
@@ -193,8 +202,13 @@ class PieceIndex:
         check_fingerprints("pieces", self, self.metadata, student_tok, teacher_tok)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes a safetensors file with the data, both fingerprints and what was merged: complete, or not at all."""
-        _FILE.save(path, {"data": self.data}, **self.metadata)
+        """Writes a safetensors file with data, text, both fingerprints and what was merged: complete, or not at all.
+
+        Raises ValueError if the index has no text.
+        """
+        if self.text is None:
+            raise ValueError("text: expected the bytes of the tokens, to save them with the data, got None")
+        _FILE.save(path, {"data": self.data, "text": self.text}, **self.metadata, text_sha256=_sha256(self.text))
 
     @classmethod
     def load(
@@ -208,14 +222,16 @@ class PieceIndex:
 
         def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> PieceIndex:
             check_present(metadata)
-            return cls(tensors["data"], metadata)
+            if metadata.pop("text_sha256", None) != _sha256(tensors["text"]):
+                raise ValueError("text: not the bytes of the tokens")
+            return cls(tensors["data"], metadata, tensors["text"])
 
         index = _FILE.load(path, make)
         check_fingerprints(f"{path}: pieces", index, index.metadata, student_tok, teacher_tok)
         return index
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return PieceIndex, (self.data, self.metadata)  # without the views, each of which would take all of the data
+        return PieceIndex, (self.data, self.metadata, self.text)  # without the views, each of which takes all data
 
     def __repr__(self) -> str:
         merged = f"merged={len(self._merged.groups)}" if self._merged.texts else "not calibrated"
@@ -254,6 +270,14 @@ def renumbered(data: Tensor, order: TeacherOrder) -> Tensor:
     return torch.cat([data[:HEAD].cpu(), *(part.int() for part in (*student, *teacher))]).to(data.device)
 
 
+def renumbered_text(text: Tensor, data: Tensor, order: TeacherOrder) -> Tensor:
+    """`PieceIndex.text` for ``renumbered(data, order)``; `data` is that of before. On the device of `text`."""
+    teacher = sides(data.cpu())[1].length.long()
+    ptr = torch.nn.functional.pad(teacher.cumsum(0), (1, 0))
+    first, held = len(text) - int(ptr[-1]), text.cpu()
+    return torch.cat([held[:first], _rows(ptr, held[first:], order.tokens)[1]]).to(text.device)
+
+
 def _rows(ptr: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows of compressed ones: their ptr and values."""
     counts = ptr.diff().long()[rows]
@@ -269,3 +293,16 @@ def _by_pieces(side: Side, other: Side) -> Tensor:
     keys = (events[side.pieces.long()] * (size + 1) + side.pieces).tolist()
     sequences = [keys[first:last] for first, last in itertools.pairwise(side.ptr.tolist())]
     return torch.tensor(sorted(range(len(sequences)), key=sequences.__getitem__), dtype=torch.int32)
+
+
+def _sha256(text: Tensor) -> str:
+    return hashlib.sha256(text.cpu().numpy().tobytes()).hexdigest()
+
+
+def check_text(text: Tensor, data: Tensor) -> None:
+    """Raises ValueError if `PieceIndex.text` does not go with `PieceIndex.data`."""
+    total = sum(int(side.length.sum()) for side in sides(data))
+    if text.dtype != torch.uint8 or list(text.shape) != [total]:
+        raise ValueError(
+            f"text: expected uint8 [{total}], as many bytes as the tokens have, got {text.dtype} {list(text.shape)}"
+        )

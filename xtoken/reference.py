@@ -20,8 +20,8 @@ from xtoken.losses.diagnostics import diagnosis as diagnosis
 from xtoken.losses.kd.formula import kd as kd
 from xtoken.losses.numerics import EPSILON as EPSILON
 from xtoken.losses.numerics import LOWEST_LOGIT as LOWEST_LOGIT
+from xtoken.losses.on_pieces import event_agreement as event_agreement
 from xtoken.losses.pkl.formula import pkl as pkl
-from xtoken.losses.prefix_kl.formula import event_agreement as event_agreement
 from xtoken.losses.prefix_kl.formula import prefix as prefix
 from xtoken.losses.ranked.formula import ranked as gold
 from xtoken.losses.ranked.formula import ranked as ranked

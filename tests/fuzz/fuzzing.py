@@ -185,7 +185,7 @@ def loss(draw: random.Random) -> None:
     spans = torch.tensor([[1, 2, 1, 2], [2, 3, 2, 4]], dtype=torch.int32)
     alignment = xtoken.Alignment(spans, [0, 2], *ids)
     tensors = [alignment.spans, alignment.offsets, alignment.predicted, alignment.student_ids, alignment.teacher_ids,
-               W.row_ptr, W.col, W.weight, pieces.data]  # fmt: skip
+               W.row_ptr, W.col, W.weight, pieces.data, pieces.text]  # fmt: skip
     for _ in range(draw.randrange(3)):
         one = draw.choice(tensors)
         if one is not None and one.numel():

@@ -182,7 +182,7 @@ def test_pieces_that_were_changed(loss: str, way: str) -> None:
     spelled = PieceIndex.build(xtoken.Vocabulary(student), xtoken.Vocabulary(teacher))
     refused = 0
     for is_used, at, value in itertools.product((False, True), range(len(spelled.data)), (-1, FAR, 2**31 - 1)):
-        pieces = PieceIndex(spelled.data.clone())
+        pieces = PieceIndex(spelled.data.clone(), text=spelled.text)
         logits = torch.randn(4, 5, requires_grad=True), torch.randn(4, 5)
         if is_used:
             function(*logits, alignment, pieces)

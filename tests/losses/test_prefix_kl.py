@@ -32,7 +32,7 @@ from xtoken import (
     prefix_kl_loss,
     reference,
 )
-from xtoken.losses import Needs
+from xtoken.losses import Needs, on_pieces
 from xtoken.losses.prefix_kl import PrefixKL, formula
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -354,7 +354,7 @@ def test_nothing_is_left_out() -> None:
     pieces, *_ = chunk_of("1 to 2")
     for side, size in ((pieces.student, len(STUDENT)), (pieces.teacher, len(TEACHER))):
         log_p = logits_for(7, 4, size).log_softmax(-1)
-        mass = formula._event_log_mass(log_p, side.event.long().expand(4, -1), pieces.events).exp()
+        mass = on_pieces.event_log_mass(log_p, side.event.long().expand(4, -1), pieces.events).exp()
         assert mass.shape == (4, pieces.events)
         assert_close(mass.sum(-1), torch.ones(4, dtype=torch.float64), rtol=1e-12)
 

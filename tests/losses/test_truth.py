@@ -81,7 +81,7 @@ def test_numbers():
     problem = numbers()
     for case in ALL:
         found = truth.lead(problem, case, problem.truth)
-        if case.loss.needs is Needs.PIECES:
+        if case.loss is ON_EVENTS.loss:
             assert float(found.push) < 1e-5
             assert bias(problem, case) < 1e-5
     by_rank = [case for case in ALL if "uncommon_top_k" in case.loss.options()]
@@ -135,6 +135,6 @@ def test_real_tokenizers(vocabulary):
     world = exact.World.of(*pair, [f"x={n}\n" for n in (1, 7, *range(10, 200, 7), *range(200, 1000, 31))])
     problem = exact.Problem(world, world.contexts(1, 0), whole(*pair))
     assert len(problem.ids.student) < 500
-    found = {case.loss.needs: bias(problem, case) for case in ALL}
-    assert found[Needs.PIECES] < 1e-4
-    assert found[Needs.PROJECTION] > 0.5
+    found = {case.name: bias(problem, case) for case in ALL}
+    assert all(found[case.name] < 1e-4 for case in ALL if case.loss is ON_EVENTS.loss)
+    assert max(found[case.name] for case in ALL if case.loss.needs is Needs.PROJECTION) > 0.5

@@ -16,6 +16,8 @@ from xtoken.losses.uld import linear_uld_loss, uld_loss
 from xtoken.losses.kd import kd_loss, linear_kd_loss
 from xtoken.losses.prefix_kl import linear_prefix_kl_loss, prefix_kl_loss
 from xtoken.losses.alm import alm_loss, linear_alm_loss
+from xtoken.losses.bpm import bpm_loss, linear_bpm_loss
+from xtoken.losses.escd import escd_loss, linear_escd_loss
 # isort: on
 
 register_backend(plain.backend())
@@ -32,10 +34,14 @@ __all__ = [
     "TopKLogits",
     "XTokenLoss",
     "alm_loss",
+    "bpm_loss",
+    "escd_loss",
     "gold_loss",
     "hkl_loss",
     "kd_loss",
     "linear_alm_loss",
+    "linear_bpm_loss",
+    "linear_escd_loss",
     "linear_gold_loss",
     "linear_hkl_loss",
     "linear_kd_loss",

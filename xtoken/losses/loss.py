@@ -112,9 +112,10 @@ class Loss:
     """A distillation loss with everything that one call of it needs beside logits and an alignment.
 
     Fields are tensors, scalars, or `W`, a `Matrix`. A loss of `Needs.PROJECTION` has that field, and one of
-    `Needs.PIECES` the field ``pieces`` (`PieceIndex.data`). Its module ``a.b.name`` has the public function
-    ``name_loss``. Kernels are in the modules ``cpu`` and ``cuda`` of the package `kernels`, as a function ``run`` (see
-    `xtoken.losses.backends.Run`); without them the formula is the loss on every device.
+    `Needs.PIECES` the field ``pieces`` (`PieceIndex.data`); ``text``, if it has one, is `PieceIndex.text`. Its module
+    ``a.b.name`` has the public function ``name_loss``. Kernels are in the modules ``cpu`` and ``cuda`` of the package
+    `kernels`, as a function ``run`` (see `xtoken.losses.backends.Run`); without them the formula is the loss on every
+    device.
     """
 
     name: ClassVar[str]

@@ -35,6 +35,21 @@ def scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     return logits if temperature == 1.0 else logits / temperature
 
 
+def ranges(first: Tensor, counts: Tensor) -> Tensor:
+    """int64 [sum of counts]: first[0], first[0] + 1 ... as many as counts[0], then those of first[1] ..."""
+    before = counts.cumsum(0) - counts
+    shift = torch.repeat_interleave(first - before, counts)
+    return torch.arange(len(shift), device=shift.device) + shift
+
+
+def log_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
+    """[count]: logsumexp of the values [n] that have the same owner (int64 [n]); -inf where there are none."""
+    none = values.new_full((count,), -torch.inf)
+    top = none.scatter_reduce(0, owner, values.detach(), "amax")
+    sums = torch.zeros_like(none).index_add(0, owner, (values - top[owner]).exp())
+    return torch.where(sums == 0, none, sums.masked_fill(sums == 0, 1).log() + top.masked_fill(sums == 0, 0))
+
+
 def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sum of |P_i - Q_i| over the `count` first ranks, descending, padded with zeros [K]; and its slope in p [K, V].
 

@@ -41,6 +41,8 @@ def in_order(
             changes[field.name] = matrix_in(order, value)
         elif field.name == "pieces":
             changes[field.name] = _pieces_in(order, value)
+        elif field.name == "text":
+            changes[field.name] = _text_in(order, value, loss.pieces)  # type: ignore[attr-defined]
         elif field.name in loss.teacher_ids and value is not None:
             changes[field.name] = _IDS.of((value, order.tokens), partial(order.renumbered, value))
     if isinstance(alignment, Alignment):
@@ -75,6 +77,13 @@ def matrix_in(order: TeacherOrder, W: Matrix) -> Matrix:
 def _pieces_in(order: TeacherOrder, data: Tensor) -> Tensor:
     _check_size(order, _teachers(data), "piece index")
     return _PIECES.of((data, order.tokens), lambda: pieces.renumbered(data, order))
+
+
+_TEXTS = Cached[Tensor]()
+
+
+def _text_in(order: TeacherOrder, text: Tensor, data: Tensor) -> Tensor:
+    return _TEXTS.of((text, data, order.tokens), lambda: pieces.renumbered_text(text, data, order))
 
 
 _TEACHERS = Cached[int]()

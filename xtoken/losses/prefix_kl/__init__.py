@@ -25,20 +25,18 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
 
-import torch
 from torch import Tensor
 
-from xtoken.alignment import Alignment, Chunks, synchronized
-from xtoken.losses import diagnostics
-from xtoken.losses.cached import Cached
+from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
-from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.logits import AnyLogits
+from xtoken.losses.loss import Needs
+from xtoken.losses.on_pieces import OnPieces
 from xtoken.losses.operator import register
 from xtoken.losses.prefix_kl import formula
-from xtoken.pieces import PieceIndex, sides
+from xtoken.pieces import PieceIndex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -49,13 +47,12 @@ Weighting = Literal["none", "teacher"]
 
 @register("prefix", "prefix KL", Needs.PIECES)
 @dataclass(frozen=True)
-class PrefixKL(Loss):
+class PrefixKL(OnPieces):
     """See `prefix_kl_loss`."""
 
     is_default: ClassVar[bool] = True
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}, "numbers": {}})
 
-    pieces: Tensor
     temperature: float
     reverse: bool
     beta: float
@@ -72,16 +69,6 @@ class PrefixKL(Loss):
         """Of the two distributions at a boundary."""
         return Divergence.of(self.reverse, self.beta, self.skew)
 
-    @property
-    def realised(self) -> bool:
-        return True
-
-    def check(self) -> None:
-        if not _COMPARABLE.of((self.pieces,), lambda: _is_comparable(self.pieces)):
-            raise ValueError(
-                "pieces: expected events that both sides have, got none to tell apart: no text is a token on both"
-            )
-
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.prefix(
             student, teacher, chunks, self.pieces,
@@ -89,40 +76,8 @@ class PrefixKL(Loss):
             weighting=self.weighting,
         )  # fmt: skip
 
-    def diagnose(
-        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
-    ) -> Tensor:
-        events = _events(self.pieces, chunks.used.device)
-        count = int(self.pieces[2])
-
-        def values(z: Tensor, y: Tensor) -> Tensor:
-            same = formula.event_agreement(z, y, events, count).to(torch.float32)
-            return torch.stack([same, torch.ones_like(same), torch.zeros_like(same)], 1)
-
-        left_out = formula.start_differs(chunks, events)
-        return diagnostics.means(student, teacher, chunks, values, left_out=left_out)
-
-
-_COMPARABLE = Cached[bool]()
-
-
-def _is_comparable(pieces: Tensor) -> bool:
-    """Whether both sides have several events, or tokens of several pieces; or one token, of which nothing is asked."""
-    both = sides(pieces.cpu())
-    shared = torch.isin(both[0].event.unique(), both[1].event)
-    several = any(int(side.ptr.diff().max()) > 1 for side in both if len(side.event))
-    return int(shared.sum()) > 1 or (bool(shared.any()) and (several or max(len(side.event) for side in both) == 1))
-
-
-_EVENTS = Cached[tuple[Tensor, ...]]()
-
-
-def _events(pieces: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """int64 [V_student], [V_teacher]: the event of each token at the start of a chunk, on a device."""
-    student, teacher = _EVENTS.of(
-        (pieces,), lambda: tuple(synchronized(side.event.to(device).long()) for side in sides(pieces.cpu())), device
-    )
-    return student, teacher
+    def left_out(self, chunks: Chunks, events: tuple[Tensor, Tensor]) -> Tensor:
+        return formula.start_differs(chunks, events)
 
 
 class PrefixOptions(Options, total=False):

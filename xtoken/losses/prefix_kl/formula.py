@@ -13,6 +13,7 @@ from torch import Tensor
 from xtoken.alignment.chunks import Chunks
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, statistics_dtype
+from xtoken.losses.on_pieces import event_log_mass
 from xtoken.pieces import Side
 from xtoken.pieces import sides as piece_sides
 
@@ -91,7 +92,7 @@ def prefix(
     ) -> tuple[Tensor, Tensor]:
         """The terms of boundaries, and the teacher's probabilities of what it realises there."""
         log_p, log_q = (
-            _event_log_mass(scaled(z[row], 1.0, dtype), event, count)
+            event_log_mass(scaled(z[row], 1.0, dtype), event, count)
             for z, row, event in zip(logits, rows, events, strict=True)
         )
         missing = log_p.isinf() | log_q.isinf()
@@ -298,33 +299,3 @@ def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Te
     of_part = torch.zeros(len(sizes), part_count + 1, dtype=torch.int64, device=device)
     of_part[boundary[following >= 0], following[following >= 0]] = event[following >= 0]
     return whole_events, of_part[:, part_event], count
-
-
-def _event_log_mass(logits: Tensor, events: Tensor, count: int) -> Tensor:
-    """[n, count]: logsumexp of the logits [n, V] over the tokens of each event [n, V] below count; -inf for none."""
-    top = logits.new_zeros(len(logits), count + 1).scatter_reduce(
-        1, events, logits.detach(), "amax", include_self=False
-    )
-    mass = torch.zeros_like(top).scatter_add(1, events, (logits - top.gather(1, events)).exp())
-    return (mass.masked_fill(mass == 0, 1).log() + top).masked_fill(mass == 0, -torch.inf)[:, :count]
-
-
-@torch.no_grad()
-def event_agreement(
-    student_logits: Tensor, teacher_logits: Tensor, events: tuple[Tensor, Tensor], count: int
-) -> Tensor:
-    """bool [K]: of prefix KL's ``count`` events the same is the most probable, for each pair of rows.
-
-    Parameters
-    ----------
-    student_logits : [K, V_student]
-    teacher_logits : [K, V_teacher]
-    events : int64 [V_student], [V_teacher]
-        The event of each token.
-    """
-    dtype = statistics_dtype(student_logits, teacher_logits)
-    best = []
-    for logits, event in zip((student_logits, teacher_logits), events, strict=True):
-        z = scaled(logits[:, : len(event)], 1.0, dtype)
-        best.append(_event_log_mass(z, event.expand(len(z), -1), count).argmax(-1))
-    return best[0] == best[1]
