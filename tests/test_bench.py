@@ -382,3 +382,85 @@ def test_truth(main, tmp_path):
     assert [row["loss"] for row in rows if row["sort"] == "start"] == names
     assert all(0 <= row["bias"] <= row["worst"] <= 1 for row in rows)
     assert output.with_suffix(".png").stat().st_size > 5000
+
+
+def test_real(main, tmp_path, monkeypatch):
+    """With small random models and tokenizers; on the real texts, of which few are read."""
+    real, real_texts = map(importlib.import_module, ("real", "real_texts"))
+    words = real_texts.Texts(["Total 12 of 345, then 67.\n" * 4] * 8, ["Was 89 of 100, or 2024.\n"] * 3)
+    code = real_texts.Texts(["def f(x):\n    return x\n"] * 8, ["if x:\n    y = 1\n"] * 3)
+    monkeypatch.setattr(real_texts, "numbers", lambda: words)
+    monkeypatch.setattr(real_texts, "python", lambda: code)
+
+    def model(size):
+        """Its tokenizer has no token of several digits."""
+        tokenizer = byte_level(size, [re.sub("[0-9]", "", text) for text in (*words.training, *code.training)])
+        tokenizer.add_special_tokens(["<|endoftext|>", "<bos>"])
+        config = LlamaConfig(
+            vocab_size=tokenizer.get_vocab_size(), hidden_size=16, intermediate_size=16, num_hidden_layers=3,
+            num_attention_heads=2,
+        )  # fmt: skip
+        return LlamaForCausalLM(config).requires_grad_(False), tokenizer
+
+    monkeypatch.setattr(real, "load_smollm2", lambda: model(290))
+    monkeypatch.setattr(real, "load_gemma3", lambda: (model(280)[0].bfloat16(), model(280)[1]))
+    output = tmp_path / "real.json"
+    on_pieces = next(one for one in registered().values() if one.needs is Needs.PIECES)
+    small = ("--steps", 2, "--policy-steps", 1, "--adaptation-steps", 2, "--functions", 2, "--written-tokens", 4)
+    kept = ("--seeds", 1, "--sums", 2, "--output", output, "--start", tmp_path / "start.pt")
+    main("real", *small, *kept, "--losses", "CE", f"{on_pieces.title}, not calibrated")
+    before = json.loads(output.read_text())
+    assert [run["setting"] for run in before["runs"]] == list(real.SETTINGS)
+    printed = main("real", *small, *kept, "--resume", "--losses", "CE", on_pieces.title, "--parts", "numbers", "policy")
+    after = json.loads(output.read_text())
+    for old, new in zip(before["runs"], after["runs"], strict=True):
+        assert new["arms"].items() >= old["arms"].items()
+    numbers, _, code_run, policy = after["runs"]
+    assert set(numbers["arms"]) == {"CE", f"{on_pieces.title}, not calibrated", on_pieces.title}
+    assert set(policy["arms"]) == set(numbers["arms"]) - {"CE"}
+    ends = [arm["curve"][-1] for arm in numbers["arms"].values()]
+    assert all(0 < end["mass on numerals"] + end["mass on digits"] < 1 for end in ends)
+    assert len({end["nats a number"] for end in ends}) > 1
+    assert after["starts"]["numbers"] == after["starts"]["numbers-gemma"]
+    assert code_run["arms"]["CE"]["curve"][-1]["nats a token of white space"] > 0
+    assert f"| {on_pieces.title} |" in printed
+    assert output.with_suffix(".png").stat().st_size > 5000
+    with pytest.raises(SystemExit, match="has runs of another size"):
+        main("real", *small, *kept, "--steps", 3, "--resume")
+    with pytest.raises(SystemExit, match="expected titles of"):
+        main("real", *small, *kept, "--losses", "nothing")
+
+
+def test_real_reads_numbers():
+    """A model that knows what follows a number alone: the first token of each number and all else are even."""
+    real = importlib.import_module("real")
+    tokenizer = byte_level(280, ["a text of words"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    packed = real.with_digits(tokenizer, 3)
+    assert [packed.id_to_token(k) for k in packed.encode("a 1234 321").ids] == ["a", "Ġ", "123", "4", "Ġ", "321"]
+    reader = real.Reader(packed, "<|endoftext|>")
+    size = packed.get_vocab_size()
+
+    def predict(ids):
+        logits = torch.zeros(*ids.shape, size)
+        logits[..., packed.token_to_id("4")] = torch.where(ids == packed.token_to_id("123"), 100.0, 0.0)
+        return logits
+
+    found = real.read_numbers(predict, reader, ["a 1234 7 321", "a a"])
+    even = torch.tensor(size).log()
+    assert found.nats == pytest.approx([float(even), float(even)])  # 7 is no number of several digits
+    shares = torch.tensor([1100, 10, size - 1110]) / size
+    assert torch.allclose(found.first, shares.expand(2, 3), rtol=1e-3)
+    assert found.other.tolist() == pytest.approx([float(even)] * 7)
+    assert real.read_numbers(predict, reader, ["a 1234 7 321"], last=True).nats == pytest.approx([float(even)])
+
+
+def test_bodies_that_parse():
+    parses = importlib.import_module("real_texts").parses
+    head = 'def f(x):\n    """Doc."""'
+    assert parses(head, "\n    return x\n\n\ndef")
+    assert parses(head, "\n\n    return x\n    y")  # the line that is not whole does not count
+    assert not parses(head, "\n    return (x\n    y = 1\n")
+    assert not parses(head, "\n   return x\n")
+    assert not parses(head, "\n\ndef g():\n    pass\n")
+    assert not parses(head, "")
