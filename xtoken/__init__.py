@@ -49,6 +49,7 @@ from .vocabulary import Vocabulary
 if TYPE_CHECKING:
     from . import data as data
     from . import integrations as integrations
+    from . import report as report
     from . import train as train
 
 __all__ = [
@@ -103,7 +104,7 @@ __all__ = [
     "uld_loss",
 ]
 
-_ON_USE = ("data", "integrations", "train")
+_ON_USE = ("data", "integrations", "report", "train")
 """Submodules that are imported when they are first used; training needs transformers."""
 
 

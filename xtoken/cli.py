@@ -7,6 +7,7 @@ import json
 import shutil
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .alignment import METHODS, Aligner
@@ -73,6 +74,17 @@ def _parser() -> argparse.ArgumentParser:
     align.add_argument("--input", required=True, nargs="+", metavar="FILE", help="parquet, jsonl, txt, arrow; globs")
     align.add_argument("--output", required=True, help="folder to write shards and manifest.json to")
     Options.add_to(align)
+
+    report = commands.add_parser("report", help="write a page about a pair of tokenizers, or about a training run")
+    report.add_argument("run", nargs="?", metavar="RUN", help="output folder of xtoken train; else a pair is meant")
+    report.add_argument("--student", help=TOKENIZER)
+    report.add_argument("--teacher", help=TOKENIZER)
+    report.add_argument("--text", nargs="+", default=[], help="texts to show in both tokenizations")
+    report.add_argument(
+        "--data", nargs="+", metavar="FILE", help="files by whose beginnings the coverage is weighted; parquet, jsonl, "
+        "txt, arrow; globs",
+    )  # fmt: skip
+    report.add_argument("-o", "--output", default="report.html", help="file to write (default %(default)s)")
 
     commands.add_parser("train", add_help=False, help="distil from teachers into a student; see xtoken train --help")
 
@@ -173,6 +185,35 @@ def _pieces(options: argparse.Namespace) -> str:
     return f"{printable(options.output)}: {pieces}\n{pieces.merged()}"
 
 
+def _report(options: argparse.Namespace) -> str:
+    from . import report
+
+    if (options.run is None) == (options.student is None and options.teacher is None):
+        raise ValueError("report: expected --student and --teacher, or the folder of a training run")
+    output = Path(options.output)
+    if output.is_dir() or not output.absolute().parent.is_dir():
+        raise ValueError(f"--output: expected a file in a folder that is there, got {options.output}")
+    if options.run is not None:
+        if options.text or options.data:
+            raise ValueError("--text, --data: expected --student and --teacher with them")
+        page: Any = report.run_report(options.run)
+    else:
+        for name in ("student", "teacher"):
+            if getattr(options, name) is None:
+                raise ValueError(f"--{name}: expected one")
+        corpus = None
+        if options.data:
+            from .train.data import text_sample
+
+            corpus = text_sample(options.data)
+        names = tuple(
+            printable(Path(one).name if Path(one).exists() else one) for one in (options.student, options.teacher)
+        )
+        page = report.pair_report(options.student, options.teacher, names=names, texts=options.text, corpus=corpus)
+    page.save(output)
+    return f"{printable(options.output)}: {page}"
+
+
 def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.command == "config":
         show_config()
@@ -195,6 +236,8 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         )
         matrix.save(options.output)
         print(f"{printable(options.output)}: {matrix}")
+    elif options.command == "report":
+        print(_report(options))
     elif options.command == "train":
         from .train import command
 

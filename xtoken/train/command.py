@@ -8,6 +8,7 @@ Everything that `transformers.TrainingArguments` takes is an option too: ``--lea
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import json
 import os
@@ -22,6 +23,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from xtoken.losses import registered
+from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 
@@ -251,6 +253,18 @@ def _as_argument(value: Any, choices: Iterable[Any]) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
+def settings_of(options: TrainArguments, config: XTokenConfig) -> dict[str, Any]:
+    """The options that differ from their defaults, without secrets."""
+    differing: dict[str, Any] = {}
+    for part, values in ((options, vars(options)), (config, config.to_dict())):
+        for one in dataclasses.fields(part):
+            usual = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
+            value = values.get(one.name)
+            if one.init and not one.name.endswith("_token") and value != usual:
+                differing[one.name] = value
+    return differing
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs ``xtoken train``."""
     options, config = parse(arguments)
@@ -300,6 +314,8 @@ def main(arguments: Sequence[str]) -> None:
     config.eval_on_start = held_out is not None and last is None
     collator = XTokenCollator(student_tok, teacher_toks, packed=config.packed, max_length=config.max_length)
     callbacks = [PlotCallback()] if options.plot else []
+    if config.process_index == 0:
+        begin_run(folder, settings_of(options, config), last or config.resume_from_checkpoint)
     trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
     trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}

@@ -17,6 +17,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from xtoken.alignment.pretty import printable
 from xtoken.losses.backends import IGNORED
+from xtoken.report.run import add_sample
 from xtoken.served import ServedModel
 
 from .completion import Completion, CompletionEncoder, Prompt, read_prompt, text_of
@@ -298,6 +299,10 @@ class Rollout:
             f"step {step}, its completion, {len(completion.ids)} tokens, {end}: "
             f"{printable(text[:SHOWN])}{' ...' * (len(text) > SHOWN)}"
         )
+        add_sample(
+            self.args.output_dir, step=step, prompt=prompt, completion=text, tokens=len(completion.ids),
+            ended=completion.ended,
+        )  # fmt: skip
 
     def summary(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
         """Since the last one, of all processes: ``on_policy``, the share of rows that were replaced, and

@@ -1,0 +1,214 @@
+"""How a training run went, and its page."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from xtoken.storage import write_atomically
+
+from .page import render, save
+
+STATE = "trainer_state.json"
+"""What Hugging Face's Trainer keeps of a run: in its folder at the end, in a checkpoint before."""
+
+SETTINGS = "settings.json"
+SAMPLES = "samples.jsonl"
+"""What `xtoken train` writes into its folder."""
+
+FIRST = ("loss", "ce", "kd", "agreement", "kd_scale", "learning_rate", "grad_norm")
+"""Metrics that come first, in this order."""
+
+SHOWN = 50
+"""Samples that are shown, the last ones."""
+
+WIDTH, HEIGHT = 420, 210
+LEFT, BOTTOM, TOP = 62, 24, 8
+"""Of a plot, in pixels."""
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A metric over the steps."""
+
+    name: str
+    steps: tuple[float, ...]
+    values: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """The result of `run_report`: `save` writes the page, `html` is its text."""
+
+    name: str
+    steps: int
+    curves: dict[str, list[Curve]]
+    """By the plot that they are in: a metric of training, of evaluation and of each teacher."""
+    not_finite: int
+    """Values that are left out of the curves since they are not finite."""
+    settings: dict[str, Any]
+    samples: list[dict[str, Any]]
+    source: str
+    """The file that the curves are from."""
+
+    def __repr__(self) -> str:
+        return f"RunReport({self.name!r}, {self.steps} steps, {len(self.curves)} metrics, {len(self.samples)} samples)"
+
+    @property
+    def html(self) -> str:
+        """The page."""
+        plots = {name: Plot(curves) for name, curves in self.curves.items()}
+        return render("run.html", report=self, plots=plots, shown=self.samples[-SHOWN:])
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the page, complete or not at all. OSError if it cannot."""
+        save(self.html, path)
+
+
+def begin_run(folder: str | os.PathLike[str], settings: dict[str, Any], resumed: object) -> None:
+    """Writes the settings of a run; samples of an earlier one, which is not continued, go."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomically(folder / SETTINGS, json.dumps(settings, indent=1, default=str).encode())
+    if not resumed:
+        (folder / SAMPLES).unlink(missing_ok=True)
+
+
+def add_sample(folder: str | os.PathLike[str], **sample: Any) -> None:
+    """Adds a completion to those of a run: step, prompt, completion, tokens, ended."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / SAMPLES, "ab", buffering=0) as file:
+        file.write(json.dumps(sample).encode() + b"\n")
+
+
+class Plot:
+    """Where the lines of some curves go, in pixels."""
+
+    def __init__(self, curves: Sequence[Curve]) -> None:
+        steps = [step for curve in curves for step in curve.steps]
+        values = [value for curve in curves for value in curve.values]
+        self._x = _Scale(min(steps), max(steps), LEFT, WIDTH - 8)
+        self._y = _Scale(min(values), max(values), HEIGHT - BOTTOM, TOP)
+        self.width, self.height = WIDTH, HEIGHT
+        self.frame = LEFT, TOP, WIDTH - 8, HEIGHT - BOTTOM
+        self.lines = [
+            (
+                curve,
+                " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in zip(curve.steps, curve.values, strict=True)),
+            )
+            for curve in curves
+        ]
+        self.x_ticks = [(self._x(value), f"{value:g}") for value in dict.fromkeys((self._x.low, self._x.high))]
+        middle = (self._y.low + self._y.high) / 2
+        self.y_ticks = [
+            (self._y(value), f"{value:.4g}") for value in dict.fromkeys((self._y.low, middle, self._y.high))
+        ]
+
+
+class _Scale:
+    """From the values of an axis to pixels; a single value lies in the middle."""
+
+    def __init__(self, low: float, high: float, first: float, last: float) -> None:
+        self.low, self.high, self._first, self._last = low, high, first, last
+
+    def __call__(self, value: float) -> float:
+        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
+        return self._first + share * (self._last - self._first)
+
+
+def run_report(folder: str | os.PathLike[str]) -> RunReport:
+    """A page about a run of `xtoken train`, or of any Trainer of Hugging Face: curves, settings, samples.
+
+    Parameters
+    ----------
+    folder : path
+        The run's output folder, or one of its checkpoints. Its settings and samples are there if `xtoken train` has
+        written it.
+
+    Returns
+    -------
+    RunReport
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no ``trainer_state.json``, in the folder or in a checkpoint.
+    ValueError
+        If a file of the run is damaged; the message names it.
+    """
+    folder = Path(folder)
+    path = _state(folder)
+    state = _json(path)
+    history = state.get("log_history") if isinstance(state, dict) else None
+    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
+        raise ValueError(f"{path}: expected the state of a Trainer, with a log_history")
+    curves, not_finite = _curves(history)
+    root = folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
+    settings = _json(root / SETTINGS) if (root / SETTINGS).exists() else {}
+    if not isinstance(settings, dict):
+        raise ValueError(f"{root / SETTINGS}: expected options and their values")
+    return RunReport(
+        folder.resolve().name, int(state.get("global_step", 0)), curves, not_finite, settings, _samples(root / SAMPLES),
+        str(path),
+    )  # fmt: skip
+
+
+def _state(folder: Path) -> Path:
+    """The newest state of a run."""
+    if (folder / STATE).exists():
+        return folder / STATE
+    checkpoints = [one for one in folder.glob("checkpoint-*") if one.name.split("-")[-1].isdigit()]
+    for one in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
+        if (one / STATE).exists():
+            return one / STATE
+    raise FileNotFoundError(f"{folder}: expected a training run, with {STATE} in it or in a checkpoint")
+
+
+def _json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: damaged: {error}") from None
+
+
+def _samples(path: Path) -> list[dict[str, Any]]:
+    """Completions that the run has shown; a last line that is cut, as by a run that was killed, does not count."""
+    if not path.exists():
+        return []
+    lines = path.read_bytes().split(b"\n")
+    samples = []
+    for number, line in enumerate(lines[:-1], 1):
+        try:
+            sample = json.loads(line)
+            samples.append({name: sample[name] for name in ("step", "prompt", "completion", "tokens", "ended")})
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: damaged: {error!r}") from None
+    return samples
+
+
+def _curves(history: Sequence[dict[str, Any]]) -> tuple[dict[str, list[Curve]], int]:
+    """Each metric of the history, by its name without ``eval_`` and without a teacher's; and how many values are not
+    finite."""
+    keys = [key for key in dict.fromkeys(key for entry in history for key in entry) if key not in ("step", "epoch")]
+    plots: dict[str, list[Curve]] = {}
+    not_finite = 0
+    for key in keys:
+        known = [
+            (float(entry["step"]), float(entry[key]))
+            for entry in history
+            if "step" in entry and isinstance(entry.get(key), (int, float))
+        ]
+        finite = [(step, value) for step, value in known if math.isfinite(value)]
+        not_finite += len(known) - len(finite)
+        if finite:
+            steps, values = zip(*finite, strict=True)
+            plots.setdefault(key.removeprefix("eval_").split("/")[0], []).append(Curve(key, steps, values))
+    several = {name: curves for name, curves in plots.items() if any(len(curve.steps) > 1 for curve in curves)}
+    order = [*(name for name in FIRST if name in several), *(name for name in several if name not in FIRST)]
+    return {name: several[name] for name in order}, not_finite
