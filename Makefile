@@ -2,6 +2,7 @@
 # make test      set up the same environment, check format, types and lint, build with warnings as errors, run all tests
 # make sanitize  run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz      mutated files and hostile calls on that build, 200,000 of them (FUZZ=count of each target)
+# make docs      build the site into build/docs; a warning is an error
 # make lint, make format, make build, make clean
 #
 # While editing:
@@ -35,7 +36,7 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows \
 	--ignore-glob 'tests/losses/test_*cuda.py' --ignore tests/losses/test_device.py -k "not emulated"
 
-.PHONY: demo test quick sanitize fuzz lint format build core cuda vllm clean
+.PHONY: demo test quick sanitize fuzz docs lint format build core cuda vllm clean
 
 demo: build
 	$(BIN)/xtoken demo
@@ -63,6 +64,10 @@ fuzz: $(VENV)/ready
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python tests/fuzz/fuzzing.py $(FUZZ)
+
+docs: build
+	rm -rf build/docs docs/generated
+	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -364,7 +364,7 @@ class Alignment:
         return index if self.batched else index[0]
 
     def slice(self, start: int, stop: int | None = None) -> Alignment:
-        """Samples ``start .. stop - 1`` (default: the one sample `start`) as a batch of their own."""
+        """Samples `start` to `stop` - 1 (default: the one sample `start`) as a batch of their own."""
         stop = start + 1 if stop is None else stop
         if not 0 <= start <= stop <= len(self):
             raise ValueError(f"slice: expected 0 <= start <= stop <= {len(self)}, got {start} and {stop}")

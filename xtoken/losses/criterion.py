@@ -138,8 +138,8 @@ class Teacher:
 class XTokenLoss(nn.Module):
     """Cross-entropy plus distillation: ``ce_weight CE + kd_weight s KD`` with ``KD = sum_m weight_m KD_m``.
 
-    ``scaling="dynamic"`` has s = min(CE / |KD|, `max_scale`), held constant in backward: both parts weigh the same, as
-    in the paper, as long as KD is not small; s = 1 where there are no labels for CE. ``scaling="fixed"`` has s = 1.
+    ``scaling="dynamic"`` has ``s = min(CE / |KD|, max_scale)``, held constant in backward: both parts weigh the same,
+    as in the paper, as long as KD is not small; s = 1 where there are no labels for CE. ``scaling="fixed"`` has s = 1.
 
     Parameters
     ----------
@@ -245,8 +245,9 @@ class XTokenLoss(nn.Module):
             batch, and so do "ce" and "kd". Where gradients are averaged over ranks (DDP), multiply the total by
             the number of ranks. With several teachers, ``num_chunks`` is a sequence.
         scale : float or scalar tensor, optional
-            The factor s. Default: 1 for ``scaling="fixed"``, this call's own min(CE / |KD|, max_scale) for "dynamic",
-            which differs between micro-batches and ranks; to have one for them all, give it, or (for ranks) `reduce`.
+            The factor s. Default: 1 for ``scaling="fixed"``, this call's own ``min(CE / |KD|, max_scale)`` for
+            "dynamic", which differs between micro-batches and ranks; to have one for them all, give it, or (for ranks)
+            `reduce`.
         reduce : callable, optional
             Sums a small tensor over the ranks; "dynamic" then has the ratio of CE and KD of all ranks. Every rank
             must make the call.

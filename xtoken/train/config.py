@@ -50,7 +50,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     Parameters
     ----------
     scaling : "dynamic" or "fixed"
-        Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is CE / |KD| of the whole step, all
+        Factor s of the distillation term, as in `xtoken.XTokenLoss`. "dynamic" is ``CE / |KD|`` of the whole step, all
         processes together, and at most `max_scale`. With gradient accumulation that is not known until the step's last
         micro-batch, so it is the ratio of the previous step (and in the first step that of its first micro-batch): one
         factor for all micro-batches of a step, however the step is cut. Where all is written on policy there is no CE,

@@ -263,8 +263,13 @@ def load_examples(
     teacher_systems, teacher_column, teacher_names
         As for `ExampleEncoder`.
 
-    Raises ValueError for broken rows, with file and row; for an aligned corpus with more than one teacher or other
-    files, or with systems, columns or prompts, which it has not; FileNotFoundError if a path matches no file.
+    Raises
+    ------
+    ValueError
+        For broken rows, with file and row; for an aligned corpus with more than one teacher or other files, or with
+        systems, columns or prompts, which it has not.
+    FileNotFoundError
+        If a path matches no file.
     """
     shared: dict[str, Any] = {
         "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,

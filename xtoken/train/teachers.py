@@ -69,9 +69,17 @@ def load_model(
         To load weights in 8 or 4 bits: a name such as "int8" or "nf4", or what transformers takes; see
         `xtoken.train.quantized.quantization_config`. Such a model is put where it belongs at once.
 
-    Raises ValueError if the output layer is narrower than the tokenizer; see `check_head`; or for a GGUF file or an
-    adapter that is to be quantised; FileNotFoundError if a GGUF file does not exist; OSError if there is no such model,
-    naming it; ImportError if the package that an adapter or quantised weights need is not installed.
+    Raises
+    ------
+    ValueError
+        If the output layer is narrower than the tokenizer, see `check_head`; for a GGUF file or an adapter that is to
+        be quantised.
+    FileNotFoundError
+        If a GGUF file does not exist.
+    OSError
+        If there is no such model, naming it.
+    ImportError
+        If the package that an adapter or quantised weights need is not installed.
     """
     import transformers
     from transformers import AutoModelForCausalLM

@@ -102,11 +102,15 @@ class XTokenTrainer(Trainer):
     **kwargs
         As for `transformers.Trainer`.
 
-    Raises TypeError if the arguments are no XTokenConfig; what `TeacherModel.build` raises; ValueError if an output
-    layer is narrower than its tokenizer, or a teacher does not go with the student's tokenizer or with the other
-    teachers. In training: if a batch would feed a teacher ids of another tokenizer, or logits are not finite; the
-    message names the model and the step. On the CPU that is at once; a device is asked when something is logged,
-    evaluated or saved, so the steps until then are lost.
+    Raises
+    ------
+    TypeError
+        If the arguments are no XTokenConfig.
+    ValueError
+        If an output layer is narrower than its tokenizer, or a teacher does not go with the student's tokenizer or with
+        the other teachers; and what `TeacherModel.build` raises. In training: if a batch would feed a teacher ids of
+        another tokenizer, or logits are not finite; the message names the model and the step. On the CPU that is at
+        once; a device is asked when something is logged, evaluated or saved, so the steps until then are lost.
 
     Notes
     -----
