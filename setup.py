@@ -1,15 +1,17 @@
 """Builds the extensions `xtoken._core` and `xtoken._cuda` with CMake and Ninja; all else is in pyproject.toml.
 
-Environment: XTOKEN_CUDA=1 demands the CUDA kernels and XTOKEN_CUDA=0 leaves them out; without it they are built where
-nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns compiler warnings into
+Environment: XTOKEN_CUDA=1 demands the CUDA kernels and XTOKEN_CUDA=0 leaves them out; without it they are built for a
+torch with CUDA, where nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns compiler warnings into
 errors, XTOKEN_SANITIZE=1 adds sanitizers, XTOKEN_BUILD_TYPE picks CMake's build type, XTOKEN_BUILD_DIR a folder to
 keep, so that the next build is an incremental one; for modules built in place (pip install -e) that is build/cmake.
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pybind11
@@ -24,15 +26,36 @@ def find_nvcc() -> str | None:
     return shutil.which("nvcc", path=os.pathsep.join(folders))
 
 
+def cuda_of_torch() -> str | None:
+    """CUDA's version of the torch that is installed where this is to be; None for one without, or if there is none.
+
+    A build in isolation has no torch of its own, so its file is read, not imported.
+    """
+    for folder in dict.fromkeys([sysconfig.get_path("platlib"), sysconfig.get_path("purelib"), *sys.path]):
+        file = Path(folder or ".") / "torch" / "version.py"
+        if file.is_file():
+            found = re.search(r"^cuda\b[^=\n]*= *['\"]([\d.]+)['\"]", file.read_text(encoding="utf-8"), re.MULTILINE)
+            return found[1] if found else None
+    return None
+
+
 def cuda_compiler() -> str | None:
-    """What to compile CUDA kernels with; None if there are to be none."""
+    """What to compile CUDA kernels with; None if there are to be none. Says which, and why."""
     wanted = os.environ.get("XTOKEN_CUDA", "")
     if wanted not in {"", "0", "1"}:
         raise SystemExit(f"XTOKEN_CUDA: expected 0, 1 or nothing, got {wanted!r}")
-    nvcc = find_nvcc()
+    nvcc, cuda = find_nvcc(), cuda_of_torch()
     if wanted == "1" and nvcc is None:
         raise SystemExit("XTOKEN_CUDA=1: nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
-    return None if wanted == "0" else nvcc
+    if wanted:
+        reason = f"XTOKEN_CUDA={wanted}"
+    elif cuda is None:
+        reason = "no torch with CUDA is installed here; XTOKEN_CUDA=1 builds them"
+    else:
+        reason = f"torch has CUDA {cuda}, and nvcc is {nvcc or 'not found'}"
+    is_built = wanted == "1" or (not wanted and cuda is not None and nvcc is not None)
+    print(f"xtoken: CUDA kernels are {'' if is_built else 'not '}built: {reason}", file=sys.stderr)
+    return nvcc if is_built else None
 
 
 NVCC = cuda_compiler()

@@ -6,6 +6,7 @@ import importlib.util
 import sys
 import types
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,35 @@ def test_the_table_of_loops():
     report = f"{REPORT}loop of '_Z6streamPf' for 'sm_90': 41 instructions, 3 copies in flight\n"
     (loop,) = cuda_resources.loops("scale", report)
     assert "| scale | stream | 90 | 3 | 41 |" in cuda_resources.loop_table([loop])
+
+
+@pytest.mark.parametrize(
+    ("wanted", "version", "has_nvcc", "is_built", "why"),
+    [
+        ("", "cuda: Optional[str] = '13.0'\nhip = None", True, True, "torch has CUDA 13.0"),
+        ("", "cuda: Optional[str] = '13.0'", False, False, "nvcc is not found"),
+        ("", "cuda: Optional[str] = None\nhip = '6.2'", True, False, "no torch with CUDA"),
+        ("", None, True, False, "no torch with CUDA"),
+        ("1", None, True, True, "XTOKEN_CUDA=1"),
+        ("0", "cuda = '12.8'", True, False, "XTOKEN_CUDA=0"),
+    ],
+)
+def test_kernels_are_built_for_a_torch_with_cuda(
+    wanted: str, version: str | None, has_nvcc: bool, is_built: bool, why: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("XTOKEN_CUDA", wanted)
+    if version is not None:
+        (tmp_path / "torch").mkdir()
+        (tmp_path / "torch" / "version.py").write_text(f"__version__ = '2.13.0'\n{version}\n")
+    rules = (ROOT / "setup.py").read_text().split("\nNVCC = ")[0]
+    found: dict[str, Any] = {}
+    exec(rules, found)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("sys.path", [])
+    found["find_nvcc"] = lambda: "/opt/cuda/bin/nvcc" if has_nvcc else None
+    assert found["cuda_compiler"]() == ("/opt/cuda/bin/nvcc" if is_built else None)
+    assert why in capsys.readouterr().err
 
 
 @needs_nvcc
