@@ -1,9 +1,10 @@
 """Builds the extensions `xtoken._core` and `xtoken._cuda` with CMake and Ninja; all else is in pyproject.toml.
 
 Environment: XTOKEN_CUDA=1 demands the CUDA kernels and XTOKEN_CUDA=0 leaves them out; without it they are built for a
-torch with CUDA, where nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns compiler warnings into
-errors, XTOKEN_SANITIZE=1 adds sanitizers, XTOKEN_BUILD_TYPE picks CMake's build type, XTOKEN_BUILD_DIR a folder to
-keep, so that the next build is an incremental one; for modules built in place (pip install -e) that is build/cmake.
+torch with CUDA, where nvcc is found. XTOKEN_CUDA_ARCHS lists their architectures ("80;90"). XTOKEN_WERROR=1 turns
+compiler warnings into errors, XTOKEN_SANITIZE=1 adds sanitizers, XTOKEN_BUILD_TYPE picks CMake's build type,
+XTOKEN_BUILD_DIR a folder to keep, so that the next build is an incremental one; for modules built in place (pip install
+-e) that is build/cmake.
 """
 
 import os
