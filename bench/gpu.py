@@ -57,6 +57,9 @@ COUNTERS = {
 STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
 SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "ComputeWorkloadAnalysis")
 
+LOWEST = "80"
+"""The lowest of ``XTOKEN_CUDA_ARCHS`` in cmake/Cuda.cmake."""
+
 LEAST_SECONDS = 5
 """With less left, a stage does not begin."""
 
@@ -93,7 +96,9 @@ def command(
         raise MissingTool("xtoken._cuda is not built")
     if stage == "build":
         tool("nvcc")
-        environment = {"XTOKEN_CUDA": "1", "XTOKEN_CUDA_ARCHS": architecture, "XTOKEN_BUILD_DIR": "build/gpu"}
+        # As in wheels: PTX of the lowest architecture, from which code for this GPU is assembled.
+        targets = ";".join(sorted({LOWEST, architecture}, key=int))
+        environment = {"XTOKEN_CUDA": "1", "XTOKEN_CUDA_ARCHS": targets, "XTOKEN_BUILD_DIR": "build/gpu"}
         return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], environment
     if stage == "tests":
         if importlib.util.find_spec("pytest") is None:

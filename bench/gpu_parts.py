@@ -9,9 +9,9 @@
 pieces and a text full of numbers, in every type, launched as users get it, against float64. ``speed`` prints JSON, a
 line a step: the losses in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which do not wait
 for Python; their plain formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed,
-Liger's JSD of one vocabulary as an orientation. Bandwidth is that of traffic that cannot be avoided (each logit read
-once, each gradient written once), next to the one measured for a copy. ``counters`` runs each loss once between two
-marks for a profiler, and prints which kernels it launched, as JSON.
+Liger's JSD of one vocabulary as an orientation; and what the clock is while a step runs. Bandwidth is that of traffic
+that cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
+``counters`` runs each loss once between two marks for a profiler, and prints which kernels it launched, as JSON.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from torch import Tensor
 import xtoken
 from xtoken.losses.backends import backends_with
 from xtoken.losses.cuda import Kernels
-from xtoken.losses.loss import registered
+from xtoken.losses.loss import Needs, registered
 
 STEP_SECONDS = 20
 """What must be left of ``--seconds`` for a step to begin: so long may its compilation take."""
@@ -302,6 +302,9 @@ def makers(device: str) -> dict[str, Maker]:
     for case in first:
         found[f"{case.loss.title} with labels"] = partial(kernel_step, case, labelled=True)
     found["XTokenLoss with one projection"] = criterion_step
+    for case in first:
+        if case.loss.is_default and not case.same_tokenizer:
+            found[f"{case.name}, teacher's order"] = partial(ordered_step, case)
     if importlib.util.find_spec("liger_kernel") is not None and device == "cuda":
         found["Liger JSD, one vocabulary"] = liger_step
     for ending in (PLAIN, COMPILED):
@@ -321,6 +324,19 @@ def kernel_step(case: Case, z: Tensor, y: Tensor, labelled: bool = False) -> Ste
     if labelled:
         call = partial(with_labels, call, labels=torch.zeros(len(z), dtype=torch.int64, device=z.device))
     return forward_backward(call, z), 2 * z.nbytes + teacher.nbytes
+
+
+def ordered_step(case: Case, z: Tensor, y: Tensor) -> Step:
+    """With the teacher's columns where the student has those of their partners."""
+    pair = pair_of(z.shape[1], y.shape[1])
+    made = pair.projection if case.loss.needs is Needs.PROJECTION else pair.pieces
+    assert made is not None
+    order = made.teacher_order()
+    index = torch.cat([order.tokens, torch.arange(len(order), y.shape[1])]).to(y.device)
+    teacher = xtoken.OrderedLogits(y[:, index], order)
+    chunks, backend = one_to_one(len(z) - 1).to(z.device), backend_for(case, z.device.type)
+    call: Callable[..., Any] = partial(case, teacher=teacher, chunks=chunks, pair=pair, backend=backend)
+    return forward_backward(call, z), 2 * z.nbytes + y.nbytes
 
 
 def formula_step(case: Case, z: Tensor, y: Tensor, compiled: bool) -> Step:
@@ -362,8 +378,9 @@ def speed(device: str, most_rows: int, vocabulary: tuple[int, int], seconds: flo
     check_kernels(device)
     copied = copy_bandwidth(device, 2**28 if device == "cuda" else 2**20)
     show({"copy_gigabytes_per_second": copied / 1e9})
-    if importlib.util.find_spec("liger_kernel") is None:
-        show({"missing": ["liger-kernel is not installed"]})
+    wanted = {"liger_kernel": "liger-kernel is not installed"}
+    wanted |= {"pynvml": "pynvml is not installed: no clocks"} if device == "cuda" else {}
+    show({"missing": [text for name, text in wanted.items() if importlib.util.find_spec(name) is None]})
     fitted: dict[str, int] = {}
     for name, make in makers(device).items():
         if time.perf_counter() > end - STEP_SECONDS:
@@ -378,8 +395,6 @@ def speed(device: str, most_rows: int, vocabulary: tuple[int, int], seconds: flo
         else:
             fitted[name] = result["rows"]
             show({"name": name, **result})
-            if len(fitted) == 1 and device == "cuda" and importlib.util.find_spec("pynvml") is not None:
-                show({"sm_clock_mhz": torch.cuda.clock_rate(), "power_watts": torch.cuda.power_draw() / 1e3})
 
 
 def measured(make: Maker, device: str, rows: int, vocabulary: tuple[int, int], copied: float) -> Row:
@@ -388,18 +403,18 @@ def measured(make: Maker, device: str, rows: int, vocabulary: tuple[int, int], c
         if device == "cuda":
             torch.cuda.empty_cache()
         try:
-            seconds, replayed, traffic, peak = tried(make, device, rows, vocabulary)
+            seconds, more, traffic, peak = tried(make, device, rows, vocabulary)
         except torch.OutOfMemoryError:
             rows //= 2
             continue
         return {
             "rows": rows,
             "ms": 1e3 * seconds,
-            "replay_ms": None if replayed is None else 1e3 * replayed,
             "us_per_row": 1e6 * seconds / rows,
             "gigabytes_per_second": traffic / seconds / 1e9,
             "of_copy": traffic / seconds / copied,
             "peak_megabytes": None if peak is None else peak / 1e6,
+            **more,
         }
     raise MemoryError("out of memory with one row")
 
@@ -411,26 +426,35 @@ def logits(device: str, rows: int, vocabulary: tuple[int, int]) -> tuple[Tensor,
     return z, y
 
 
-def tried(
-    make: Maker, device: str, rows: int, vocabulary: tuple[int, int]
-) -> tuple[float, float | None, int, int | None]:
-    """Seconds of a step, and of its replay; bytes moved and peak memory. What it allocated is free afterwards."""
+def tried(make: Maker, device: str, rows: int, vocabulary: tuple[int, int]) -> tuple[float, Row, int, int | None]:
+    """Seconds of a step, and what only a GPU tells; bytes moved, peak memory. What it allocated is free afterwards."""
     run, traffic = make(*logits(device, rows, vocabulary))
     seconds, peak = seconds_of(run, device), peak_growth(run, device)
-    return seconds, replay_seconds(run) if device == "cuda" else None, traffic, peak
+    return seconds, {"replay_ms": None} if device == "cpu" else {**clocks(run), **replayed(run)}, traffic, peak
 
 
-def replay_seconds(run: Callable[[], Any]) -> float | None:
-    """Median seconds of a replay of the step as a CUDA graph; None if it cannot be captured."""
+def clocks(run: Callable[[], Any]) -> Row:
+    """Of the multiprocessors, and the power drawn, while a few steps run; nothing where pynvml is not installed."""
+    if importlib.util.find_spec("pynvml") is None:
+        return {}
+    for _ in range(3):
+        run()
+    found: Row = {"sm_clock_mhz": torch.cuda.clock_rate(), "power_watts": torch.cuda.power_draw() / 1e3}
+    torch.cuda.synchronize()
+    return found
+
+
+def replayed(run: Callable[[], Any]) -> Row:
+    """Median time of a replay of the step as a CUDA graph; why not, if it cannot be captured."""
     graph = torch.cuda.CUDAGraph()
     try:
         with torch.cuda.graph(graph):
             run()
     except torch.OutOfMemoryError:
         raise
-    except RuntimeError:
-        return None
-    return seconds_of(graph.replay, "cuda")
+    except RuntimeError as error:
+        return {"replay_ms": None, "not_captured": str(error)[:300]}
+    return {"replay_ms": 1e3 * seconds_of(graph.replay, "cuda")}
 
 
 def main() -> None:

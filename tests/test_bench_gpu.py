@@ -179,7 +179,9 @@ def test_commands_of_the_stages(monkeypatch, built):
     monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
     build, environment = gpu.command("build", OPTIONS, "90", 60.0)
     assert build[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
-    assert (environment["XTOKEN_CUDA"], environment["XTOKEN_CUDA_ARCHS"]) == ("1", "90")
+    assert (environment["XTOKEN_CUDA"], environment["XTOKEN_CUDA_ARCHS"]) == ("1", "80;90")
+    assert gpu.command("build", OPTIONS, "80", 60.0)[1]["XTOKEN_CUDA_ARCHS"] == "80"
+    assert f'set(XTOKEN_CUDA_ARCHS "{gpu.LOWEST};' in (SCRIPT.parents[1] / "cmake" / "Cuda.cmake").read_text()
     memcheck, _ = gpu.command("memcheck", OPTIONS, "90", 60.0)
     assert memcheck[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
     assert memcheck[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "small"]
@@ -279,6 +281,7 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
         assert any(name.startswith(loss.title) and name.endswith(parts.PLAIN) for name in names)
         assert f"{loss.title} with labels" in names
     assert names[-1].endswith(parts.COMPILED)
+    assert sum(name.endswith("teacher's order") for name in names) == 2
     assert all(row["ms"] > 0 and row["rows"] == 6 and row["replay_ms"] is None for row in result["rows"])
     assert result["copy_gigabytes_per_second"] > 0
     assert result["missing"] == ["liger-kernel is not installed"]
