@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
 import xtoken
-from xtoken import TeacherCache, TeacherCacheWriter, TopKLogits, cache_teacher
+from xtoken import OrderedLogits, TeacherCache, TeacherCacheWriter, TeacherOrder, TopKLogits, cache_teacher
 from xtoken.losses import Needs
 from xtoken.teacher_cache import INDEX
 
@@ -189,6 +189,12 @@ def test_bad_models(tmp_path: Path) -> None:
         ValueError, match=f"model: expected logits at least {SIZE} wide, as teacher_tok, got {SIZE - 1}"
     ):
         cache_teacher(Model(SIZE - 1), TOKENIZER, TEXTS, tmp_path / "narrow")
+
+    def ordered(**read: Tensor) -> Any:
+        return SimpleNamespace(logits=OrderedLogits(Model()(**read).logits, TeacherOrder(range(SIZE))))
+
+    with pytest.raises(TypeError, match="expected logits as a tensor, in the tokenizer's order, got OrderedLogits"):
+        cache_teacher(ordered, TOKENIZER, TEXTS, tmp_path / "ordered")
     with pytest.raises(ValueError, match="teacher_tok: expected a tokenizer that encodes text"):
         cache_teacher(Model(), xtoken.Vocabulary([b"a"]), TEXTS, tmp_path / "tokens")
 

@@ -499,7 +499,7 @@ def cache_teacher(
     """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 48 a document, about.
 
     Raises ValueError if logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume`
-    meets other documents; and as `TeacherCacheWriter`.
+    meets other documents; and as `TeacherCacheWriter`. TypeError if they are no tensor, as `OrderedLogits`.
 
     Parameters
     ----------
@@ -612,7 +612,9 @@ def _run(model: Any, documents: Sequence[Sequence[int]]) -> Tensor:
     for row, document in enumerate(documents):
         ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64)
         mask[row, : len(document)] = 1
-    logits: Tensor = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
+    if not isinstance(logits, Tensor):
+        raise TypeError(f"model: expected logits as a tensor, in the tokenizer's order, got {type(logits).__name__}")
     return logits
 
 
