@@ -1,23 +1,34 @@
-"""The paper's finding in small: which loss teaches a student that packs digits, when its teacher splits them.
+"""Which loss teaches a student whose teacher cuts text otherwise: the paper's finding in small, and its situation.
 
-A teacher that writes numbers digit by digit, and students whose tokenizer packs up to three digits (the rule of
-Llama 3), read sums in words, mixed with sentences without numbers. All students of a setting and a seed start from the
-same weights and read the same batches; only the loss differs. Settings: ``plenty``, every batch is new; ``little``,
-the same few texts over and over, which cross-entropy alone overfits; and ``mirror``, plenty of text and a teacher that
-keeps numbers whole as the student does. What counts: greedy answers to held-out sums, exact match, on the way and at
-the end. A guess that knows one of the two summands is right in 2.5 %.
+Students pack up to three digits into a token (the rule of Llama 3), their teachers write numbers digit by digit, and
+both read sums in words. All students of a setting and a seed start from the same weights and read the same batches;
+only the loss differs. `SETTINGS` has them all: text from which cross-entropy alone learns everything (``plenty``,
+``little``, ``mirror``); text whose answers are wrong, so that the teacher knows more than the text (``scratch``,
+``continued``, ``random``; ``right`` beside them); and, as in the paper, students that can add and go on with text in
+which sums are rare or absent (``rare``, ``absent``). In ``code`` it is white space that both cut differently.
 
-Every distillation loss D is added to cross-entropy with the paper's dynamic scaling, CE + (CE / |D|) D, the ratio held
-constant: that of `xtoken.XTokenLoss` with ``max_scale=inf``, or with the bound that ``--max-scale`` gives. Results go
-to bench/results/reproduce.json and .png, the table to the screen.
+Measured on held-out problems (`toy.measures`): exact match of greedy answers, which jumps, and what does not:
+probability and log-likelihood of the right answer, and its form, such as the mass on numerals of several digits. At
+checkpoints, and for the moving average of the weights (EMA). A value is the mean of a setting's last checkpoints; leads
+over cross-entropy alone and over the start are means over the seeds of differences within a seed, with standard errors,
+and bold where they are more than three of these.
 
-    python bench/reproduce.py [--seeds 3] [--threads 2] [--settings plenty little mirror] [--resume]
+A loss D is added to cross-entropy in one of several ways, the last word of its name: CE + 4 D ("x4"); with the paper's
+dynamic scaling, CE + (CE / |D|) D, the ratio held constant (no word); or the ratio bounded, as `xtoken.XTokenLoss` does
+it ("max 4"). A seed's runs are added to bench/results/reproduce.json as they are done.
+
+    python bench/reproduce.py [--settings scratch rare ...] [--seeds 8] [--losses CE ...] [--workers 2] [--resume]
     python bench/reproduce.py --report     # only table and plot of the runs that the JSON has
     python bench/reproduce.py --quick      # one seed, four students, fewer steps; results to build/reproduce_quick.json
 
-The whole run has every registered loss in all its forms. The quick one has those of which the finding speaks, which are
-the recommended ones: exit status 1 if the loss for a teacher that keeps numbers whole does not collapse where they are
-split, or if what `xtoken.choose_loss` names there is not above what the paper's rule does (`xtoken.coverage_audit`).
+The quick run has the losses of which the finding speaks, which are the recommended ones: exit status 1 if the loss for
+a teacher that keeps numbers whole does not collapse where they are split, or if what `xtoken.choose_loss` names there
+is not above what the paper's rule does (`xtoken.coverage_audit`).
+
+A rule that was written down before the first run: "teacher" becomes the default of ``weighting`` if in ``scratch``,
+``continued`` and ``random`` its probability of the right answer is above that of "none" by more than two standard
+errors, both x4, and in ``right`` not below it by more than two. The weights were found on seeds 0, 1 and 2, so the
+seeds there begin with 3.
 """
 
 from __future__ import annotations
@@ -26,261 +37,61 @@ import itertools
 import json
 import math
 import random
-import re
 import statistics
 import time
 from argparse import Namespace
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from functools import cache, partial
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
 import torch
+import toy
 from cases import Case, Pair, choices
-from measure import RESULTS, ROOT, machine, parser, write
-from tokenizers import decoders, pre_tokenizers, trainers
-from torch import Tensor, nn
-from torch.nn import functional as F
+from measure import RESULTS, ROOT, machine, parser, table, write
+from torch import Tensor
+from toy import IGNORED, MEASURES, Encoded, FewSums, Functions, MixedSums, NoisySums, Shape, Sums, Transformers
 
 import xtoken
+from xtoken.losses.criterion import DEFAULT_MAX_SCALE
 from xtoken.losses.loss import Needs, registered
 
-# The pre-tokenizer of Llama 3; the teacher's differs in the digits that one piece may have.
-SPLIT = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,DIGITS}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-IGNORED = -100
-HEADS = 4
+EMA = ", EMA"
+"""How measures of averaged weights are named."""
 GAMMAS = (0.1, 0.0)
 """Of W: the paper's default, and no weight for later pieces."""
 
-
-@dataclass(frozen=True)
-class Size:
-    """How large everything is."""
-
-    steps: int = 1200
-    batch: int = 32
-    first: tuple[int, int] = (50, 90)  # the summands' ranges, half open
-    second: tuple[int, int] = (10, 50)
-    texts: int = 1500  # of the regime "little"
-    evaluations: int = 6
-    problems: int = 400
-    student_layers: int = 2
-    student_width: int = 64
-    teacher_layers: int = 2
-    teacher_width: int = 64
-    teacher_steps: int = 3000
-    mirror_teacher_steps: int = 5000  # whole numbers are harder to learn: 79 % after 3000 steps
-    learning_rate: float = 1e-2
+# --- losses
 
 
-# --- text
+class Scale(NamedTuple):
+    """What a distillation loss is multiplied by."""
+
+    factor: float | None = None
+    """None: CE / |D|."""
+    bound: float = math.inf
 
 
-class Problem(NamedTuple):
-    prompt: str
-    answer: int
-
-    @property
-    def text(self) -> str:
-        return f"{self.prompt} {self.answer}."
-
-
-PEOPLE = ["Ann", "Ben", "Eva", "Ida", "Jon", "Kim", "Leo", "Mia", "Noa", "Oli", "Pia", "Sam", "Tom", "Uma", "Zoe"]
-THINGS = ["apples", "books", "cards", "coins", "cups", "eggs", "keys", "nuts", "pens", "stones"]
-PLUS = ("got", "found", "bought")
-PLACES = ["garden", "kitchen", "forest", "market", "river", "school", "station", "village"]
-ADJECTIVES = ["old", "small", "quiet", "bright", "heavy", "green", "clean", "warm"]
-VERBS = ["walks", "runs", "looks", "writes", "waits", "sings", "reads", "talks"]
-
-
-class Text:
-    """Sums in words and sentences without numbers. A share of all pairs of summands is held out of training."""
-
-    def __init__(self, size: Size) -> None:
-        pairs = [(a, b) for a in range(*size.first) for b in range(*size.second)]
-        random.Random(0).shuffle(pairs)
-        self.held_out, self.training = pairs[: len(pairs) // 8], pairs[len(pairs) // 8 :]
-
-    def problem(self, draw: random.Random, pairs: Sequence[tuple[int, int]]) -> Problem:
-        (a, b), person, thing = draw.choice(pairs), draw.choice(PEOPLE), draw.choice(THINGS)
-        return Problem(f"{person} had {a} {thing}, {draw.choice(PLUS)} {b}. Now", a + b)
-
-    def sentence(self, draw: random.Random) -> str:
-        place, thing = draw.choice(PLACES), draw.choice(THINGS)
-        return f"{draw.choice(PEOPLE)} {draw.choice(VERBS)} to the {draw.choice(ADJECTIVES)} {place} with {thing}."
-
-    def batch(self, draw: random.Random, count: int, share: float = 0.75) -> list[str]:
-        problems = [self.problem(draw, self.training).text for _ in range(round(count * share))]
-        return problems + [self.sentence(draw) for _ in range(count - len(problems))]
-
-    def problems(self, count: int) -> list[Problem]:
-        """Held-out ones, always the same."""
-        draw = random.Random(1)
-        return [self.problem(draw, self.held_out) for _ in range(count)]
-
-
-# --- tokenizers
-
-
-def build_tokenizer(digits: int, vocabulary: int, seed: int, text: Text) -> tokenizers.Tokenizer:
-    """Byte-level BPE over words, and all numbers of up to so many digits as tokens of their own."""
-    draw = random.Random(seed)
-    corpus = [text.sentence(draw) if i % 2 else text.problem(draw, text.training).prompt for i in range(2000)]
-    split = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(tokenizers.Regex(SPLIT.replace("DIGITS", str(digits))), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    words = tokenizers.Tokenizer(tokenizers.models.BPE())
-    words.pre_tokenizer = split
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, initial_alphabet=list("0123456789"), show_progress=False)
-    words.train_from_iterator([re.sub("[0-9]", "", line) for line in corpus], trainer)
-    learned = json.loads(words.to_str())["model"]
-    ids = dict(learned["vocab"])
-    merges = [tuple(pair) for pair in learned["merges"]]
-    for length in range(2, digits + 1):
-        for number in range(10**length):
-            token = f"{number:0{length}d}"
-            ids[token] = len(ids)
-            merges.append((token[:-1], token[-1]))
-    built = tokenizers.Tokenizer(tokenizers.models.BPE(ids, merges, ignore_merges=True))
-    built.pre_tokenizer = split
-    built.decoder = decoders.ByteLevel()
-    built.add_special_tokens(["<|begin|>", "<|end|>"])
-    return built
-
-
-class Encoded(NamedTuple):
-    """Right-padded ids [B, T], and labels with -100 at the padding."""
-
-    ids: Tensor
-    labels: Tensor
-    rows: list[list[int]]
-
-
-def encode(tokenizer: tokenizers.Tokenizer, texts: Sequence[str]) -> Encoded:
-    begin, end = tokenizer.encode("<|begin|><|end|>").ids
-    rows = [[begin, *one.ids, end] for one in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
-    ids = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=end)
-    lengths = torch.tensor([len(row) for row in rows])
-    return Encoded(ids, ids.masked_fill(torch.arange(ids.shape[1]) >= lengths[:, None], IGNORED), rows)
-
-
-# --- models
-
-
-class Transformers(nn.Module):
-    """`count` language models of one shape, side by side: ids [B, T] in, logits [count, B, T, V] out.
-
-    All start from the same weights. Nothing in them mixes models, so each trains as if it were alone.
-    """
-
-    def __init__(self, count: int, vocabulary: int, layers: int, width: int, seed: int, length: int = 64) -> None:
-        super().__init__()
-        self.width, self.vocabulary = width, vocabulary
-        generator = torch.Generator().manual_seed(seed)
-
-        def weight(*shape: int, scale: float) -> nn.Parameter:
-            one = scale * torch.randn(*shape, generator=generator)
-            return nn.Parameter(one.expand(count, *shape).clone())
-
-        self.token = weight(vocabulary, width, scale=width**-0.5)
-        self.position = weight(length, width, scale=0.02)
-        scale, small = width**-0.5, (2 * layers * width) ** -0.5
-        self.weights = nn.ParameterList()
-        for _ in range(layers):
-            shapes = ((3 * width, scale), (width, small), (4 * width, scale))
-            self.weights.extend(weight(width, size, scale=value) for size, value in shapes)
-            self.weights.append(weight(4 * width, width, scale=small / 2))
-
-    def forward(self, ids: Tensor) -> Tensor:
-        return self.logits(self.hidden(ids))
-
-    def hidden(self, ids: Tensor) -> Tensor:
-        """What the output layer sees [count, B, T, width], of ids [B, T] or [count, B, T]."""
-        count, width = len(self.token), self.width
-        samples, length = ids.shape[-2:]
-        first = torch.arange(count)[:, None, None] * self.vocabulary
-        x: Tensor = F.embedding(ids + first, self.token.flatten(0, 1)) * width**0.5 + self.position[:, None, :length]
-        x = x.flatten(1, 2)  # [count, B T, width], as a product of matrices wants it
-        heads = (count * samples, length, 3, HEADS, width // HEADS)
-        layers = iter(self.weights)
-        for qkv, out, up, down in zip(layers, layers, layers, layers, strict=True):
-            query, key, value = (self._normed(x) @ qkv).view(heads).permute(2, 0, 3, 1, 4)
-            mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True)
-            x = x + mixed.transpose(1, 2).reshape(x.shape) @ out
-            x = x + F.gelu(self._normed(x) @ up) @ down
-        return x.view(count, samples, length, width)
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        rows: Tensor = self._normed(hidden).flatten(1, 2) @ self.token.mT
-        return rows.reshape(*hidden.shape[:-1], self.vocabulary)
-
-    def _normed(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (self.width,))
-
-    def clip_gradients(self, limit: float = 1.0) -> None:
-        """Bounds the norm of each model's gradient."""
-        grads = [p.grad for p in self.parameters() if p.grad is not None]
-        norm = torch.stack([grad.flatten(1).square().sum(1) for grad in grads]).sum(0).sqrt()
-        for grad in grads:
-            grad.mul_((limit / norm.clamp_min(limit)).view(-1, *[1] * (grad.ndim - 1)))
-
-
-def optimizer(model: Transformers, size: Size, steps: int) -> tuple[torch.optim.Optimizer, Any]:
-    adam = torch.optim.AdamW(model.parameters(), lr=size.learning_rate, betas=(0.9, 0.98), weight_decay=0.1)
-    warm = max(1, steps // 20)
-
-    def factor(step: int) -> float:
-        return min((step + 1) / warm, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-
-    return adam, torch.optim.lr_scheduler.LambdaLR(adam, factor)
-
-
-@torch.no_grad()
-def accuracy(model: Transformers, tokenizer: tokenizers.Tokenizer, problems: Sequence[Problem]) -> list[float]:
-    """Share of problems that each model answers, greedily, with the right number and a full stop.
-
-    However it spells them: an answer has time for as many tokens as characters.
-    """
-    (begin,) = tokenizer.encode("<|begin|>").ids
-    prompts = [[begin, *one.ids] for one in tokenizer.encode_batch([problem.prompt for problem in problems])]
-    wanted = [f" {problem.answer}." for problem in problems]
-    most = max(map(len, wanted))
-    width = max(map(len, prompts)) + most
-    padded = torch.tensor([prompt + [begin] * (width - len(prompt)) for prompt in prompts])
-    ids = padded.repeat(len(model.token), 1, 1)
-    last = torch.tensor([len(prompt) - 1 for prompt in prompts]).expand(len(ids), -1)
-    for step in range(most):
-        at = (last + step)[..., None]
-        hidden = model.hidden(ids).take_along_dim(at[..., None], dim=2)
-        ids.scatter_(2, at + 1, model.logits(hidden).argmax(-1))
-    shares = []
-    for rows in ids.tolist():
-        answers = [row[len(prompt) : len(prompt) + most] for row, prompt in zip(rows, prompts, strict=True)]
-        pairs = zip(tokenizer.decode_batch(answers), wanted, strict=True)
-        shares.append(statistics.fmean(answer.startswith(want) for answer, want in pairs))
-    return shares
-
-
-# --- training
-
-Distance = Callable[[Tensor, Tensor, xtoken.Alignment], Tensor]
+SCALES = {
+    "": Scale(),
+    "x4": Scale(4.0),
+    f"max {DEFAULT_MAX_SCALE:g}": Scale(bound=DEFAULT_MAX_SCALE),
+    "max 16": Scale(bound=16.0),
+}
+"""By the last word of an arm's name."""
 
 
 class Arm(NamedTuple):
-    """A loss with a word for each of its choices, and the gamma of its W."""
+    """A loss with a word for each of its choices, the gamma of its W, and its scale."""
 
     case: Case
     gamma: float
     is_main: bool
     """Whether its words are the defaults."""
+    scale: str
 
 
 def arms() -> dict[str, Arm]:
@@ -291,124 +102,240 @@ def arms() -> dict[str, Arm]:
         if loss.needs is Needs.SAME_TOKENIZER:
             continue
         words = choices(loss)
-        for chosen in itertools.product(*words.values()):
-            for gamma in GAMMAS if loss.trains_projection else GAMMAS[:1]:
-                shown = [f"{gamma:g}"] if loss.trains_projection else []
-                words_of = [word for word in chosen if word != "none"]
-                name = " ".join([loss.title, *words_of[:1], *shown, *words_of[1:]])
-                is_main = all(word == values[0] for word, values in zip(chosen, words.values(), strict=True))
-                found[name] = Arm(Case(name, loss, dict(zip(words, chosen, strict=True))), gamma, is_main)
+        gammas = GAMMAS if loss.trains_projection else GAMMAS[:1]
+        for chosen, gamma, scale in itertools.product(itertools.product(*words.values()), gammas, SCALES):
+            shown = [f"{gamma:g}"] if loss.trains_projection else []
+            words_of = [word for word in chosen if word != "none"]
+            name = " ".join(filter(None, [loss.title, *words_of[:1], *shown, *words_of[1:], scale]))
+            is_main = all(word == values[0] for word, values in zip(chosen, words.values(), strict=True))
+            found[name] = Arm(Case(name, loss, dict(zip(words, chosen, strict=True))), gamma, is_main, scale)
     return found
 
 
-def methods(student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer) -> dict[str, Distance | None]:
-    """By name: the distillation loss of (student logits, teacher logits, alignment)."""
-    pieces = xtoken.PieceIndex.build(student, teacher)
-    pairs = {gamma: Pair(xtoken.ProjectionMatrix.build(student, teacher, gamma=gamma), pieces) for gamma in GAMMAS}
-    return {"CE": None, **{name: partial(arm.case, pair=pairs[arm.gamma]) for name, arm in arms().items()}}
+def named(is_wanted: Callable[[Arm], bool]) -> list[str]:
+    return [name for name, arm in arms().items() if is_wanted(arm)]
 
 
-def train_teacher(
-    tokenizer: tokenizers.Tokenizer, text: Text, size: Size, steps: int, log: Callable[[str], None]
-) -> tuple[Transformers, float]:
-    """A model that learns from text alone, and its accuracy."""
-    model = Transformers(1, tokenizer.get_vocab_size(), size.teacher_layers, size.teacher_width, seed=100)
-    adam, schedule = optimizer(model, size, steps)
-    draw = random.Random(100)
-    for step in range(steps):
-        batch = encode(tokenizer, text.batch(draw, size.batch))
-        loss = cross_entropy(model(batch.ids)[0], batch.labels)
-        adam.zero_grad()
-        loss.backward()
-        model.clip_gradients()
-        adam.step()
-        schedule.step()
-        if (step + 1) % (steps // 4) == 0:
-            (right,) = accuracy(model, tokenizer, text.problems(size.problems))
-            log(f"  teacher, step {step + 1}: loss {loss.item():.3f}, exact match {right:.1%}")
-    return model.requires_grad_(False), right
+MAIN = ["CE", *named(lambda arm: arm.is_main and arm.scale == "")]
+"""Each loss as it is, with the paper's scaling."""
+VARIANTS = named(lambda arm: not arm.is_main and arm.scale == "")
+"""Their other forms."""
+WEIGHTED = named(
+    lambda arm: "weighting" in arm.case.loss.options() and arm.scale in ("x4", f"max {DEFAULT_MAX_SCALE:g}")
+)
+"""With and without the weights of what is inside a chunk."""
+FIXED = ["CE", *named(lambda arm: arm.scale == "x4" and (arm.is_main or "weighting" in arm.case.loss.options()))]
+"""Each loss with a fixed factor; and those of W with the paper's scaling, which is what the paper has them for."""
+PAPER = named(lambda arm: arm.is_main and arm.scale == "" and arm.case.loss.needs is Needs.PROJECTION)
 
-
-def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=IGNORED)
+Total = Callable[[Tensor, Encoded, Tensor, xtoken.Alignment], Tensor]
 
 
 def total_loss(
-    logits: Tensor,
-    batch: Encoded,
-    teacher_logits: Tensor,
-    chunks: xtoken.Alignment,
-    distil: Distance | None,
-    max_scale: float = math.inf,
-) -> Tensor:
-    """CE + (CE / |D|) D, the ratio bounded and held constant: the total of `xtoken.XTokenLoss` with one teacher."""
-    ce = cross_entropy(logits, batch.labels)
+    logits: Tensor, batch: Encoded, teacher_logits: Tensor, chunks: xtoken.Alignment, *,
+    distil: Callable[[Tensor, Tensor, xtoken.Alignment], Tensor] | None, scale: Scale,
+) -> Tensor:  # fmt: skip
+    """Cross-entropy and the scaled distillation loss, as `xtoken.XTokenLoss` with one teacher adds them."""
+    ce = toy.cross_entropy(logits, batch.labels)
     if distil is None:
         return ce
     distance = distil(logits, teacher_logits, chunks)
-    return ce + (ce / distance.abs()).detach().nan_to_num(0, 0, 0).clamp_max(max_scale) * distance
+    if scale.factor is not None:
+        return ce + scale.factor * distance
+    return ce + (ce / distance.abs()).detach().nan_to_num(0, 0, 0).clamp_max(scale.bound) * distance
 
 
-def train_students(
-    losses: dict[str, Distance | None], student: tokenizers.Tokenizer, teacher: tokenizers.Tokenizer,
-    guide: Transformers, text: Text, size: Size, little: bool, seed: int, max_scale: float = math.inf,
-) -> dict[str, list[float]]:  # fmt: skip
-    """Trains one student with each loss, side by side; accuracies on the way, by loss."""
-    model = Transformers(len(losses), student.get_vocab_size(), size.student_layers, size.student_width, seed=seed)
-    adam, schedule = optimizer(model, size, size.steps)
-    aligner = xtoken.Aligner(student, teacher, num_threads=1)
-    draw = random.Random(1000 + seed)
-    texts = text.batch(draw, size.texts) if little else []
-    curves: dict[str, list[float]] = {name: [] for name in losses}
-    for step in range(size.steps):
-        lines = draw.sample(texts, size.batch) if little else text.batch(draw, size.batch)
-        batch, read = encode(student, lines), encode(teacher, lines)
-        chunks = aligner.align(batch.rows, read.rows)
-        teacher_logits = guide(read.ids)[0]
-        totals = [
-            total_loss(logits, batch, teacher_logits, chunks, distil, max_scale)
-            for logits, distil in zip(model(batch.ids).unbind(), losses.values(), strict=True)
-        ]
+@cache
+def totals(world: str) -> dict[str, Total]:
+    """What each arm minimises, of (student logits, batch, teacher logits, alignment)."""
+    _, student, teacher, *_ = toy.world(world)
+    pieces = xtoken.PieceIndex.build(student, teacher)
+    pairs = {gamma: Pair(xtoken.ProjectionMatrix.build(student, teacher, gamma=gamma), pieces) for gamma in GAMMAS}
+    found: dict[str, Total] = {"CE": partial(total_loss, distil=None, scale=Scale())}
+    for name, arm in arms().items():
+        distil = partial(arm.case, pair=pairs[arm.gamma])
+        found[name] = partial(total_loss, distil=distil, scale=SCALES[arm.scale])
+    return found
+
+
+# --- settings
+
+
+def right_sums() -> toy.Corpus:
+    return NoisySums(0.0)
+
+
+def mixed_sums() -> toy.Corpus:
+    return MixedSums()
+
+
+FULL, BRIEF, START = Shape(1200), Shape(220, width=48), Shape(800, width=48)
+GENTLE = Shape(220, width=48, batch=16, learning_rate=3e-3)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What students of a setting are and read."""
+
+    title: str
+    world: str
+    """See `toy.world`; its text is also what students learn from before they continue."""
+    corpus: Callable[[], toy.Corpus]
+    losses: Sequence[str]
+    seeds: int
+    first_seed: int = 0
+    shape: Shape = FULL
+    start: Shape | None = None
+    """Of the training with cross-entropy alone from which students continue; None: from scratch."""
+    start_corpus: Callable[[], toy.Corpus] = right_sums
+    checkpoints: Sequence[float] = (0.8, 0.9, 1.0)
+    """Shares of the steps."""
+    last: int = 3
+    """A value is the mean of so many last checkpoints."""
+    problems: int = 200
+    ce_on_sums: bool = True
+    variants: Sequence[str] = field(default=())
+    """Losses for ``--variants``."""
+
+
+SIXTHS = tuple(i / 6 for i in range(1, 7))
+FIRST = partial(Setting, losses=MAIN, seeds=3, checkpoints=SIXTHS, last=1, problems=400)
+LATER = partial(Setting, seeds=8, first_seed=3)
+NOISY = partial(LATER, world="split", shape=BRIEF, start=START)
+PAPERS = partial(LATER, world="mixed", shape=GENTLE, start=START, start_corpus=mixed_sums, losses=[*FIXED, *PAPER])
+SETTINGS = {
+    "plenty": FIRST("the teacher splits digits, plenty of text", "split", Sums, variants=VARIANTS),
+    "little": FIRST("the teacher splits digits, little text", "split", FewSums, variants=VARIANTS),
+    "mirror": FIRST("the teacher keeps numbers whole, plenty of text", "whole", Sums),
+    "scratch": NOISY(
+        title="half of the answers wrong, from scratch",
+        corpus=partial(NoisySums, 0.5),
+        losses=[*FIXED, *PAPER],
+        shape=Shape(500, width=48),
+        start=None,
+    ),
+    "continued": NOISY(
+        title="half of the answers wrong, continued", corpus=partial(NoisySums, 0.5), losses=[*FIXED, *PAPER]
+    ),
+    "random": NOISY(
+        title="all answers wrong, no cross-entropy on sums, continued",
+        corpus=partial(NoisySums, 1.0),
+        losses=["CE", *WEIGHTED],
+        ce_on_sums=False,
+    ),
+    "right": NOISY(title="all answers right, continued", corpus=right_sums, losses=["CE", *WEIGHTED]),
+    "rare": PAPERS(title="one text in ten is a sum, continued", corpus=partial(MixedSums, 0.1)),
+    "absent": PAPERS(title="no sums, continued", corpus=partial(MixedSums, 0.0)),
+    "code": LATER(
+        title="indented code, from scratch",
+        world="code",
+        corpus=Functions,
+        losses=[*FIXED, *PAPER],
+        shape=Shape(150, width=48, batch=16),
+    ),
+}
+
+
+# --- training
+
+
+def train(
+    model: Transformers, losses: Sequence[Total], corpus: toy.Corpus, world: toy.World, shape: Shape, seed: int,
+    guide: Transformers | None = None, ce_on_sums: bool = True,
+) -> Iterator[int]:  # fmt: skip
+    """Trains each model with its loss, in place, or without a guide by cross-entropy; yields after each step how many
+    are done."""
+    adam, schedule = toy.optimizer(model, shape)
+    aligner = xtoken.Aligner(world.student, world.teacher, num_threads=1)
+    draw = random.Random(seed)
+    for step in range(1, shape.steps + 1):
+        lines = corpus.batch(draw, shape.batch)
+        batch = toy.encode(world.student, lines)
+        if not ce_on_sums:
+            is_sum = torch.tensor([any(map(str.isdigit, line)) for line in lines])
+            batch = batch._replace(labels=batch.labels.masked_fill(is_sum[:, None], IGNORED))
+        if guide is None:
+            found = [toy.cross_entropy(logits, batch.labels) for logits in model(batch.ids)]
+        else:
+            read = toy.encode(world.teacher, lines)
+            chunks, teacher_logits = aligner.align(batch.rows, read.rows), guide(read.ids)[0]
+            pairs = zip(model(batch.ids).unbind(), losses, strict=True)
+            found = [total(logits, batch, teacher_logits, chunks) for logits, total in pairs]
         adam.zero_grad()
-        torch.stack(totals).sum().backward()
+        torch.stack(found).sum().backward()
         model.clip_gradients()
         adam.step()
         schedule.step()
-        if (step + 1) % (size.steps // size.evaluations) == 0:
-            for name, right in zip(losses, accuracy(model, student, text.problems(size.problems)), strict=True):
-                curves[name].append(right)
-    return curves
+        yield step
+
+
+def train_teacher(
+    name: str, steps: int | None, problems: int, log: Callable[[str], None]
+) -> tuple[Transformers, float]:
+    """A model that learns from text alone, and its exact match."""
+    world = toy.world(name)
+    shape = Shape(steps or world.steps)
+    model = toy.transformers(1, world.teacher, shape, seed=100)
+    reader = world._replace(student=world.teacher)
+    for step in train(model, [], world.text, reader, shape, seed=100):
+        if step % max(1, shape.steps // 4) == 0:
+            (right,) = toy.accuracy(model, world.teacher, world.text.problems(problems))
+            log(f"  teacher, step {step}: exact match {right:.1%}")
+    return model.requires_grad_(False), right
+
+
+@cache
+def started(world: str, corpus: Callable[[], toy.Corpus], shape: Shape, seed: int) -> Transformers:
+    """What continued students start from."""
+    model = toy.transformers(1, toy.world(world).student, shape, seed)
+    for _ in train(model, [], corpus(), toy.world(world), shape, 2000 + seed):
+        pass
+    return model
+
+
+class Job(NamedTuple):
+    """A run: students of one setting and seed."""
+
+    name: str
+    setting: Setting
+    seed: int
+    losses: list[str]
+    guide: Transformers
+    threads: int
+
+
+def run(job: Job) -> dict[str, Any]:
+    """Measures of every arm, and of the common start, by name: a list by checkpoint, and of averaged weights one."""
+    torch.set_num_threads(job.threads)
+    cpu = time.process_time()
+    setting, world = job.setting, toy.world(job.setting.world)
+    shape = setting.shape
+    problems = world.text.problems(setting.problems)
+    model = toy.transformers(len(job.losses), world.student, shape, job.seed)
+    found: dict[str, dict[str, list[float]]] = {}
+
+    def record(names: Iterable[str], models: Transformers, suffix: str = "") -> None:
+        for measure, values in toy.measures(models, world, problems).items():
+            for name, value in zip(names, values, strict=True):
+                found.setdefault(name, {}).setdefault(measure + suffix, []).append(value)
+
+    if setting.start is not None:
+        first = started(setting.world, setting.start_corpus, setting.start, job.seed)
+        record(["start"], first)
+        model.take(first)
+    averaged = toy.transformers(len(job.losses), world.student, shape, job.seed)
+    averaged.take(model)
+    losses = [totals(setting.world)[name] for name in job.losses]
+    at = {round(shape.steps * share) for share in setting.checkpoints}
+    for step in train(model, losses, setting.corpus(), world, shape, 1000 + job.seed, job.guide, setting.ce_on_sums):
+        averaged.take(model, min(1.0, 10 / shape.steps))
+        if step in at:
+            record(job.losses, model)
+    record(job.losses, averaged, EMA)
+    return {"setting": job.name, "seed": job.seed, "cpu_seconds": time.process_time() - cpu, "arms": found}
 
 
 # --- report
-
-SETTINGS = {
-    "plenty": "the teacher splits digits, plenty of text",
-    "little": "the teacher splits digits, little text",
-    "mirror": "the teacher keeps numbers whole, plenty of text",
-}
-MAIN = ["CE", *(name for name, arm in arms().items() if arm.is_main)]
-"""Losses that all settings compare."""
-VARIANTS = [name for name in arms() if name not in MAIN]
-"""Their other forms, which run last."""
-PLANS = {
-    "main": {"plenty": MAIN, "little": MAIN, "mirror": MAIN},
-    "variants": {"plenty": VARIANTS, "little": VARIANTS},
-}
-
-
-class World(NamedTuple):
-    """What all runs of a size have in common; teachers by the digits that a token of theirs may have."""
-
-    text: Text
-    student: tokenizers.Tokenizer
-    teachers: dict[int, tokenizers.Tokenizer]
-
-    @classmethod
-    def of(cls, size: Size) -> World:
-        text = Text(size)
-        teachers = {digits: build_tokenizer(digits, 220, seed=2, text=text) for digits in (1, 3)}
-        return cls(text, build_tokenizer(3, 300, seed=1, text=text), teachers)
 
 
 class Finding(NamedTuple):
@@ -422,16 +349,18 @@ class Finding(NamedTuple):
     """For the latter by `xtoken.choose_loss`."""
 
     @classmethod
-    def of(cls, world: World) -> Finding:
-        whole, split = (xtoken.coverage_audit(world.student, world.teachers[digits]) for digits in (3, 1))
-        chosen = xtoken.choose_loss(world.student, world.teachers[1], report=split).loss
-        names = {arm.case.loss.name: name for name, arm in reversed(arms().items()) if arm.is_main}
+    def of(cls) -> Finding:
+        pairs = [toy.world(name)[1:3] for name in ("whole", "split")]
+        whole, split = (xtoken.coverage_audit(*pair) for pair in pairs)
+        chosen = xtoken.choose_loss(*pairs[1], report=split).loss
+        names = {arms()[name].case.loss.name: name for name in reversed(MAIN[1:])}
         return cls(names[whole.recommendation], names[split.recommendation], names[chosen])
 
     def lacking(self, results: dict[str, Any]) -> list[str]:
         """What of it a quick run does not show; in the whole run the margins are tens of points, in every seed."""
-        ends = {method: 100 * final(curves) for method, curves in collect(results, "plenty").items()}
-        ce, whole, split, chosen = (ends[name] for name in ("CE", *self))
+        found = values(results, "plenty")
+        ends = {arm: 100 * statistics.fmean(found[arm]["exact match"].values()) for arm in ("CE", *self)}
+        ce, whole, split, chosen = ends.values()
         claims = {
             f"{self.whole} below half of CE: {whole:.1f} and {ce:.1f}%": whole < ce / 2,
             f"{self.chosen} above twice {self.split}: {chosen:.1f} and {split:.1f}%": chosen > 2 * split,
@@ -439,119 +368,204 @@ class Finding(NamedTuple):
         return [claim for claim, holds in claims.items() if not holds]
 
 
-def key(run: dict[str, Any]) -> tuple[str, int]:
-    return run["setting"], run["seed"]
+Values = dict[str, dict[str, dict[int, float]]]
+"""By arm, measure and seed."""
 
 
-def collect(results: dict[str, Any], setting: str) -> dict[str, dict[int, list[float]]]:
-    """Curves of a setting by loss and seed."""
-    curves: dict[str, dict[int, list[float]]] = {}
-    for run in results["runs"]:
-        if run["setting"] == setting:
-            for method, curve in run["curves"].items():
-                curves.setdefault(method, {})[run["seed"]] = curve
-    return curves
+def values(results: dict[str, Any], setting: str) -> Values:
+    """Means of the last checkpoints."""
+    found: Values = {}
+    for one in results["runs"]:
+        if one["setting"] == setting:
+            for arm, measured in one["arms"].items():
+                for measure, at in measured.items():
+                    last = at[-SETTINGS[setting].last :]
+                    found.setdefault(arm, {}).setdefault(measure, {})[one["seed"]] = statistics.fmean(last)
+    return found
 
 
-def final(curves: dict[int, list[float]]) -> float:
-    return statistics.fmean(curve[-1] for curve in curves.values())
+class Lead(NamedTuple):
+    """The mean over the seeds of differences within a seed, with its standard error."""
+
+    mean: float
+    error: float
+
+    @classmethod
+    def of(cls, found: Values, arm: str, other: str, measure: str) -> Lead | None:
+        """None where no two seeds have both."""
+        ours, theirs = (found.get(name, {}).get(measure, {}) for name in (arm, other))
+        leads = [ours[seed] - theirs[seed] for seed in ours if seed in theirs]
+        if arm == other or len(leads) < 2:
+            return None
+        return cls(statistics.fmean(leads), statistics.stdev(leads) / len(leads) ** 0.5)
+
+    @property
+    def is_claimed(self) -> bool:
+        return abs(self.mean) > 3 * self.error
+
+    def text(self, unit: float) -> str:
+        shown = f"{self.mean * unit:+.1f} ± {self.error * unit:.1f}"
+        return f"**{shown}**" if self.is_claimed else shown
 
 
-def table(results: dict[str, Any]) -> str:
-    """Exact match in percent after the last step, mean and range over the seeds; and the lead over CE alone.
+def unit(measure: str) -> float:
+    """Of what is shown: percent, but nats as they are."""
+    return 1.0 if measure.startswith("log") else 100.0
 
-    The lead is the mean over seeds of the difference to the CE student of the same seed, with its standard error.
-    """
-    lines = []
-    for setting, title in SETTINGS.items():
-        curves = collect(results, setting)
-        if not curves:
+
+def report(results: dict[str, Any]) -> str:
+    """By setting a table of all measures with their leads over cross-entropy alone, and over the start."""
+    parts = []
+    for name, setting in SETTINGS.items():
+        found = values(results, name)
+        if not found:
             continue
-        teacher = results["teachers"][setting]
-        lines += ["", f"{title[0].upper()}{title[1:]} (the teacher itself: {teacher:.1%})", ""]
-        lines += ["| loss | exact match, % | range | over CE, points | seeds |", "| --- | --- | --- | --- | --- |"]
-        for method, found in sorted(curves.items(), key=lambda item: -final(item[1])):
-            ends = [100 * curve[-1] for curve in found.values()]
-            leads = [100 * (curve[-1] - curves["CE"][seed][-1]) for seed, curve in found.items()]
-            error = f" ± {statistics.stdev(leads) / len(leads) ** 0.5:.1f}" if len(leads) > 1 else ""
-            lead = "" if method == "CE" else f"{statistics.fmean(leads):+.1f}{error}"
-            cells = (method, f"{statistics.fmean(ends):.1f}", f"{min(ends):.1f} to {max(ends):.1f}", lead, len(ends))
-            lines.append("| " + " | ".join(map(str, cells)) + " |")
-    return "\n".join(lines)
+        shown = [
+            one for measure in MEASURES for one in (measure, measure + EMA) if any(one in m for m in found.values())
+        ]
+        rows = []
+        for arm, measured in sorted(found.items(), key=lambda item: -statistics.fmean(item[1][shown[0]].values())):
+            row: dict[str, Any] = {"loss": arm, "seeds": max(map(len, measured.values()))}
+            for measure in shown:
+                ours = measured.get(measure, {})
+                row[measure] = f"{statistics.fmean(ours.values()) * unit(measure):.1f}" if ours else ""
+                for other, title in (("CE", "over CE"), ("start", "over start")):
+                    if other in found and not measure.endswith(EMA):
+                        lead = Lead.of(found, arm, other, measure)
+                        row[f"{measure} {title}"] = lead.text(unit(measure)) if lead else ""
+            rows.append(row)
+        teacher = results["teachers"][setting.world]
+        title = setting.title[0].upper() + setting.title[1:]
+        parts.append(f"{name}: {title} (the teacher itself: {teacher:.1%})\n\n{table(rows)}")
+    return "\n\n".join(parts)
 
 
 def plot(results: dict[str, Any], path: Path) -> None:
-    """Curves of the mean over the seeds, with a band from the least to the most."""
+    """Above, where exact match was measured on the way: its curves, with a band from the least to the most. Below, the
+    probability of the right answer at the end, with standard errors."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print("no plot: matplotlib is not installed")
         return
-    settings = [setting for setting in SETTINGS if collect(results, setting)]
-    figure = Figure(figsize=(5 * len(settings), 4), layout="constrained")
-    for axes, setting in zip(figure.subplots(1, len(settings), squeeze=False)[0], settings, strict=True):
-        curves = collect(results, setting)
-        for method in sorted(set(curves) & set(MAIN), key=lambda name: -final(curves[name])):
-            columns = list(zip(*curves[method].values(), strict=True))
-            steps = [results["size"]["steps"] * (i + 1) // len(columns) for i in range(len(columns))]
-            color = f"C{MAIN.index(method)}"
-            means = [100 * statistics.fmean(column) for column in columns]
-            axes.plot(steps, means, label=method, color=color)
-            band = [[100 * edge(column) for column in columns] for edge in (min, max)]
-            axes.fill_between(steps, *band, color=color, alpha=0.12, linewidth=0)
-        axes.set_title(SETTINGS[setting], fontsize=10)
-        axes.set_xlabel("step")
-        axes.set_ylim(bottom=0)
-        axes.legend(fontsize=7)
-    figure.axes[0].set_ylabel("exact match on held-out sums, %")
+    found = {name: one for name in SETTINGS if (one := values(results, name))}
+    above = [name for name in found if SETTINGS[name].last == 1]
+    below = [name for name in found if name not in above]
+    rows = [names for names in (above, below) if names]
+    columns = max(map(len, rows))
+    figure = Figure(figsize=(4.5 * columns, 4.5 * len(rows)), layout="constrained")
+    grid = figure.subplots(len(rows), columns, squeeze=False)
+    for axes in grid.flat:
+        axes.set_visible(False)
+    for line, names in zip(grid, rows, strict=True):
+        for axes, name in zip(line, names, strict=False):
+            axes.set_visible(True)
+            axes.set_title(SETTINGS[name].title, fontsize=9)
+            (_curves if names is above else _dots)(axes, results, name, found[name])
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100)
 
 
-def measure(options: Namespace, size: Size, world: World, plans: dict[str, dict[str, list[str]]]) -> dict[str, Any]:
-    """Writes the output file after each setting and seed; with --resume, runs what it does not have yet."""
+def _curves(axes: Any, results: dict[str, Any], setting: str, found: Values) -> None:
+    for arm in sorted(set(found) & set(MAIN), key=lambda arm: -statistics.fmean(found[arm]["exact match"].values())):
+        curves = [
+            one["arms"][arm]["exact match"]
+            for one in results["runs"]
+            if one["setting"] == setting and arm in one["arms"]
+        ]
+        at = list(zip(*curves, strict=True))
+        steps = [SETTINGS[setting].shape.steps * share for share in SETTINGS[setting].checkpoints]
+        color = f"C{MAIN.index(arm)}"
+        axes.plot(steps, [100 * statistics.fmean(one) for one in at], label=arm, color=color)
+        band = [[100 * edge(one) for one in at] for edge in (min, max)]
+        axes.fill_between(steps, *band, color=color, alpha=0.12, linewidth=0)
+    axes.set_xlabel("step")
+    axes.set_ylabel("exact match, %")
+    axes.set_ylim(bottom=0)
+    axes.legend(fontsize=7)
+
+
+def _dots(axes: Any, _: dict[str, Any], __: str, found: Values) -> None:
+    means = {arm: list(measured["probability"].values()) for arm, measured in found.items()}
+    ordered = sorted(means, key=lambda arm: statistics.fmean(means[arm]))
+    for place, arm in enumerate(ordered):
+        error = statistics.stdev(means[arm]) / len(means[arm]) ** 0.5 if len(means[arm]) > 1 else 0.0
+        axes.errorbar(100 * statistics.fmean(means[arm]), place, xerr=100 * error, fmt="o", color="C0", markersize=4)
+    axes.set_yticks(range(len(ordered)), ordered, fontsize=7)
+    for arm, style in (("start", ":"), ("CE", "--")):
+        if arm in means:
+            axes.axvline(100 * statistics.fmean(means[arm]), color="gray", linestyle=style, linewidth=0.8)
+    axes.set_xlabel("probability of the right answer, %")
+
+
+# --- runs
+
+
+def jobs_of(
+    options: Namespace, settings: dict[str, Setting], results: dict[str, Any]
+) -> list[tuple[str, int, list[str]]]:
+    """Settings, seeds and losses that the results do not have yet; all settings of a seed before the next one."""
+    done = {(one["setting"], one["seed"], arm) for one in results["runs"] for arm in one["arms"]}
+    found = []
+    for index in range(max(options.seeds or setting.seeds for setting in settings.values())):
+        for name, setting in settings.items():
+            seed = setting.first_seed + index
+            wanted = [*setting.losses, *(setting.variants if options.variants else ())]
+            losses = [one for one in options.losses or wanted if (name, seed, one) not in done]
+            if index < (options.seeds or setting.seeds) and losses:
+                found.append((name, seed, losses))
+    return found
+
+
+def measure(options: Namespace, settings: dict[str, Setting]) -> dict[str, Any]:
+    """Writes the output file after each run; with --resume, runs what it does not have yet."""
     started = time.perf_counter()
 
     def log(message: str) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {message}", flush=True)
 
-    facts = {"size": asdict(size), "machine": machine("torch", threads=options.threads)}
-    results: dict[str, Any] = {**json.loads(json.dumps(facts)), "teachers": {}, "runs": []}
+    results: dict[str, Any] = {"machine": {}, "shapes": {}, "teachers": {}, "runs": []}
     if options.resume and options.output.exists():
-        found = json.loads(options.output.read_text())
-        if found["size"] != results["size"]:
-            raise SystemExit(f"{options.output} has runs of another size; move it away")
-        results = found
-    text, student, teachers = world
-    guides: dict[int, tuple[Transformers, float]] = {}
-    for plan in plans.values():
-        for seed in range(options.seeds):
-            for setting, wanted in plan.items():
-                done = {name for run in results["runs"] if key(run) == (setting, seed) for name in run["curves"]}
-                names = [name for name in wanted if name not in done and name in (options.losses or wanted)]
-                if not names or setting not in options.settings:
-                    continue
-                digits = 3 if setting == "mirror" else 1
-                if digits not in guides:
-                    advice = xtoken.coverage_audit(student, teachers[digits]).recommendation
-                    log(f"{SETTINGS[setting]}; coverage_audit recommends {advice}")
-                    steps = size.mirror_teacher_steps if setting == "mirror" else size.teacher_steps
-                    guides[digits] = train_teacher(teachers[digits], text, size, steps, log)
-                guide, results["teachers"][setting] = guides[digits]
-                losses = methods(student, teachers[digits])
-                cpu = time.process_time()
-                curves = train_students(
-                    {name: losses[name] for name in names},
-                    student, teachers[digits], guide, text, size, setting == "little", seed,
-                    options.max_scale,
-                )  # fmt: skip
-                run = {"setting": setting, "seed": seed, "cpu_seconds": time.process_time() - cpu, "curves": curves}
-                results["runs"].append(run)
-                log(f"{setting}, seed {seed}: " + ", ".join(f"{name} {one[-1]:.1%}" for name, one in curves.items()))
-                write(options.output, results)
-    results["minutes"] = results.get("minutes", 0) + (time.perf_counter() - started) / 60
-    write(options.output, results)
+        results = json.loads(options.output.read_text())
+    for name, setting in settings.items():
+        shape = {
+            "students": asdict(setting.shape),
+            "start": setting.start and asdict(setting.start),
+            "problems": setting.problems,
+        }
+        if results["shapes"].setdefault(name, shape) != shape:
+            raise SystemExit(f"{options.output} has runs of {name} in another shape; move it away")
+    about = machine("torch", threads=options.threads, workers=options.workers)
+    jobs = []
+    guides: dict[str, Transformers] = {}
+    for name, seed, losses in jobs_of(options, settings, results):
+        setting = settings[name]
+        if setting.world not in guides:
+            advice = xtoken.coverage_audit(*toy.world(setting.world)[1:3]).recommendation
+            log(f"{setting.title}; coverage_audit recommends {advice}")
+            guide, right = train_teacher(setting.world, options.teacher_steps, setting.problems, log)
+            guides[setting.world], results["teachers"][setting.world] = guide, right
+        jobs.append(Job(name, setting, seed, losses, guides[setting.world], options.threads))
+
+    def done(one: dict[str, Any]) -> None:
+        results["runs"].append(one | {"commit": about["commit"]})
+        results["machine"] = about
+        write(options.output, results)
+        ends = [f"{arm} {100 * at['exact match'][-1]:.1f}" for arm, at in one["arms"].items()]
+        log(f"{one['setting']}, seed {one['seed']}, {one['cpu_seconds']:.0f} s of CPU: {', '.join(ends)}")
+
+    if options.workers == 1:
+        for job in jobs:
+            done(run(job))
+    else:
+        with ProcessPoolExecutor(options.workers, get_context("spawn")) as pool:
+            for one in pool.map(run, jobs):
+                done(one)
     return results
+
+
+def limited(shape: Shape, steps: int | None) -> Shape:
+    return replace(shape, steps=min(shape.steps, steps or shape.steps))
 
 
 def main() -> None:
@@ -560,39 +574,37 @@ def main() -> None:
     arguments.add_argument("--quick", action="store_true", help="one seed, four students; checks the finding")
     arguments.add_argument("--report", action="store_true", help="no runs: table and plot of those that --output has")
     arguments.add_argument("--resume", action="store_true", help="keep the runs that --output has")
-    arguments.add_argument("--seeds", type=int)
-    arguments.add_argument("--threads", type=int, default=2)
-    arguments.add_argument("--steps", type=int, help="of the students")
-    arguments.add_argument("--max-scale", type=float, default=math.inf, help="bound of the dynamic factor")
+    arguments.add_argument("--variants", action="store_true", help="also the losses' other forms")
+    arguments.add_argument("--seeds", type=int, help="of each setting; default: its own number")
+    arguments.add_argument("--workers", type=int, help="processes; default: 2, or 1 with --quick")
+    arguments.add_argument("--threads", type=int, help="of a process; default: 1, or 2 with --quick")
+    arguments.add_argument("--steps", type=int, help="of the students, at most")
     arguments.add_argument("--teacher-steps", type=int, help="of every teacher")
+    arguments.add_argument("--problems", type=int, help="held-out ones, at most")
     arguments.add_argument("--settings", nargs="+", default=list(SETTINGS), choices=list(SETTINGS))
     arguments.add_argument(
-        "--plans", nargs="+", default=list(PLANS), choices=list(PLANS), help="losses as they are, their other forms"
-    )
-    arguments.add_argument(
-        "--losses",
-        nargs="+",
-        choices=[*MAIN, *VARIANTS],
-        metavar="NAME",
-        help="only these, as in the table's first column",
+        "--losses", nargs="+", choices=["CE", *arms()], metavar="NAME", help="only these, as in the first column"
     )
     options = arguments.parse_args()
     if options.quick and "plenty" not in options.settings:
         arguments.error("--settings: expected plenty with --quick")
+    options.workers = options.workers or (1 if options.quick else 2)
+    options.threads = options.threads or (2 if options.quick else 1)
     torch.set_num_threads(options.threads)
-    options.seeds = options.seeds or (1 if options.quick else 3)
     if options.output is None:
         options.output = ROOT / "build" / "reproduce_quick.json" if options.quick else RESULTS / "reproduce.json"
-    size = Size(steps=900, teacher_steps=2000) if options.quick else Size()
-    if options.steps:
-        size = replace(size, steps=options.steps)
-    if options.teacher_steps:
-        size = replace(size, teacher_steps=options.teacher_steps, mirror_teacher_steps=options.teacher_steps)
-    world = World.of(size)
-    finding = Finding.of(world) if options.quick else None
-    plans = {"quick": {"plenty": ["CE", *finding]}} if finding else {name: PLANS[name] for name in options.plans}
-    results = json.loads(options.output.read_text()) if options.report else measure(options, size, world, plans)
-    print(table(results))
+    settings = {name: SETTINGS[name] for name in options.settings}
+    finding = Finding.of() if options.quick else None
+    if finding:
+        options.teacher_steps = options.teacher_steps or 2000
+        brief = replace(SETTINGS["plenty"], shape=Shape(900), losses=["CE", *finding], seeds=1)
+        settings = {"plenty": brief}
+    for name, setting in settings.items():
+        start = setting.start and limited(setting.start, options.steps)
+        problems = min(setting.problems, options.problems or setting.problems)
+        settings[name] = replace(setting, shape=limited(setting.shape, options.steps), start=start, problems=problems)
+    results = json.loads(options.output.read_text()) if options.report else measure(options, settings)
+    print(report(results))
     plot(results, options.output.with_suffix(".png"))
     if finding and (absent := finding.lacking(results)):
         raise SystemExit(f"\nThe finding is absent. Expected {'; '.join(absent)}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import operator
 import re
 import statistics
 from collections.abc import Callable, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, ROOT
+from reproduce import EMA, Lead, Values, unit, values
 
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -116,46 +116,98 @@ def cache() -> str:
 
 def accuracy() -> str:
     """Exact match at the end of `reproduce.py`, percent: mean and range over seeds of what ran in every setting."""
-    ends: dict[str, dict[str, list[float]]] = {}
-    for run in results("reproduce")["runs"]:
-        for loss, curve in run["curves"].items():
-            ends.setdefault(loss, {}).setdefault(run["setting"], []).append(100 * curve[-1])
     settings = ("plenty", "little", "mirror")
-    whole = {loss: found for loss, found in ends.items() if all(setting in found for setting in settings)}
+    found = [values(results("reproduce"), setting) for setting in settings]
+    whole = {arm: [one[arm]["exact match"] for one in found] for arm in found[0] if all(arm in one for one in found)}
 
-    def cell(values: list[float]) -> str:
-        least, most = min(values), max(values)
-        return f"{statistics.fmean(values):.1f}" + (f" ({least:.0f} to {most:.0f})" if most > least else "")
+    def cell(at: dict[int, float]) -> str:
+        least, most = 100 * min(at.values()), 100 * max(at.values())
+        return f"{100 * statistics.fmean(at.values()):.1f}" + (f" ({least:.0f} to {most:.0f})" if most > least else "")
 
-    ordered = sorted(whole.items(), key=lambda item: -statistics.fmean(item[1]["plenty"]))
-    rows = [("none" if loss == "CE" else loss, *(cell(found[s]) for s in settings)) for loss, found in ordered]
+    ordered = sorted(whole.items(), key=lambda item: -statistics.fmean(item[1][0].values()))
+    rows = [("none" if arm == "CE" else arm, *map(cell, at)) for arm, at in ordered]
     return markdown(("loss beside cross-entropy", "plenty of text", "little text", "numbers whole"), rows)
 
 
 def weighting() -> str:
-    """Of `weighting.py` exact match / probability of the right answer, percent; and what the weights add to both, with
-    the standard errors of the differences."""
-    found: dict[str, dict[str, list[list[float]]]] = {}
-    for run in results("weighting")["runs"]:
-        for arm, measured in run["arms"].items():
-            values = [100 * value for value in measured.values()]
-            found.setdefault(arm, {}).setdefault(run["setting"], []).append(values)
+    """Of `reproduce.py` with wrong answers exact match / probability of the right answer, percent; and what weights of
+    inner boundaries add to both, with the standard errors of the differences."""
+    settings = ("scratch", "continued", "random", "right")
+    found = [values(results("reproduce"), setting) for setting in settings]
+    measures = ("exact match", "probability")
+    arms = [arm for arm in found[-1] if all(arm in one for one in found)]
 
-    def row(name: str, settings: Sequence[Sequence[Sequence[float]]], cell: Callable[[Sequence[float]], str]) -> None:
-        rows.append((name, *(" / ".join(map(cell, zip(*values, strict=True))) for values in settings)))
+    def means(one: Values, arm: str) -> str:
+        return " / ".join(f"{100 * statistics.fmean(one[arm][measure].values()):.1f}" for measure in measures)
 
-    def lead(values: Sequence[float]) -> str:
-        return f"{statistics.fmean(values):+.1f} ± {statistics.stdev(values) / len(values) ** 0.5:.1f}"
+    def lead(one: Values, arm: str, other: str) -> str:
+        leads = [Lead.of(one, arm, other, measure) for measure in measures]
+        return " / ".join(found.text(100) for found in leads if found)
 
-    rows: list[tuple[str, ...]] = []
-    for arm, settings in found.items():
-        row(arm, list(settings.values()), lambda values: f"{statistics.fmean(values):.1f}")
-    for arm in (arm for arm in found if arm.endswith("teacher")):
-        pairs = zip(found[arm].values(), found[arm.replace("teacher", "none")].values(), strict=True)
-        leads = [[list(map(operator.sub, *seed)) for seed in zip(*pair, strict=True)] for pair in pairs]
-        row(f"{arm}, over none", leads, lead)
+    rows = [(arm, *(means(one, arm) for one in found)) for arm in arms]
+    for arm in arms:
+        other = arm.replace(" teacher", "")
+        if other != arm:
+            rows.append((f"{arm}, over none", *(lead(one, arm, other) for one in found)))
+    seeds = min(len(one[arm]["probability"]) for one in found for arm in arms)
     header = ("half wrong, from scratch", "half wrong", "all wrong, no CE on sums", "all right")
-    return markdown(("beside cross-entropy", *header), rows)
+    return markdown((f"beside cross-entropy ({seeds} seeds)", *header), rows)
+
+
+def _leads(setting: str, *columns: tuple[str, str, str]) -> str:
+    """Of a setting of `reproduce.py` columns of a title, a measure, and the arm over which its lead is shown if any."""
+    found = values(results("reproduce"), setting)
+    arms = sorted(found, key=lambda arm: -statistics.fmean(found[arm]["probability"].values()))
+    arms = [arm for arm in arms if any(name.endswith(EMA) for name in found[arm]) or arm == "start"]
+    rows = []
+    for arm in arms:
+        cells = []
+        for _, measure, other in columns:
+            at, lead = found[arm].get(measure), Lead.of(found, arm, other, measure) if other else None
+            if other:
+                cells.append(lead.text(unit(measure)) if lead else "")
+            else:
+                cells.append(f"{unit(measure) * statistics.fmean(at.values()):.1f}" if at else "")
+        rows.append((arm, *cells, str(len(found[arm]["probability"]))))
+    return markdown(("loss beside cross-entropy", *(title for title, *_ in columns), "seeds"), rows)
+
+
+def _paper(setting: str, *, has_start: bool = True, form: str = "mass on packed numerals") -> str:
+    over = [("over CE", "probability", "CE"), ("over the start", "probability", "start")][: 1 + has_start]
+    return _leads(
+        setting,
+        ("exact match", "exact match", ""),
+        ("probability", "probability", ""),
+        *over,
+        ("EMA", "probability" + EMA, ""),
+        ("log-likelihood", "log-likelihood", ""),
+        (form, "form", ""),
+    )
+
+
+def paper_scratch() -> str:
+    """Half of the answers wrong, from scratch."""
+    return _paper("scratch", has_start=False)
+
+
+def paper_continued() -> str:
+    """The same for students that could add."""
+    return _paper("continued")
+
+
+def paper_rare() -> str:
+    """Students that can add, and few sums."""
+    return _paper("rare")
+
+
+def paper_absent() -> str:
+    """Students that can add, and no sums."""
+    return _paper("absent")
+
+
+def paper_code() -> str:
+    """White space that both sides cut differently."""
+    return _paper("code", has_start=False, form="right indentation")
 
 
 def training() -> str:
@@ -276,6 +328,11 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": cache,
     "accuracy": accuracy,
     "weighting": weighting,
+    "paper_scratch": paper_scratch,
+    "paper_continued": paper_continued,
+    "paper_rare": paper_rare,
+    "paper_absent": paper_absent,
+    "paper_code": paper_code,
     "training": training,
     "training_memory": training_memory,
     "truth": truth,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import mmap
 import random
 import re
@@ -23,7 +24,7 @@ from xtoken.losses.loss import Needs, registered
 
 BENCH = Path(__file__).parents[1] / "bench"
 sys.path.insert(0, str(BENCH))
-cases, measure, reproduce = map(importlib.import_module, ("cases", "measure", "reproduce"))
+cases, measure, reproduce, toy = map(importlib.import_module, ("cases", "measure", "reproduce", "toy"))
 
 
 def test_machine_without_git(monkeypatch, tmp_path):
@@ -162,7 +163,7 @@ def test_bench_corpus(main, tmp_path):
 @pytest.mark.slow
 def test_bench_cache(main, tmp_path, monkeypatch):
     """With a teacher of few words; the one of the demo takes long to load."""
-    words = PreTrainedTokenizerFast(tokenizer_object=reproduce.World.of(reproduce.Size()).student)
+    words = PreTrainedTokenizerFast(tokenizer_object=toy.world("split").student)
 
     def teacher(input_ids):
         return SimpleNamespace(logits=3 * torch.randn(*input_ids.shape, len(words)))
@@ -180,7 +181,7 @@ def test_bench_cache(main, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_bench_quantized(main, tmp_path):
     """With a small random teacher; what is not installed is left out."""
-    words = PreTrainedTokenizerFast(tokenizer_object=reproduce.World.of(reproduce.Size()).student, eos_token="</s>")
+    words = PreTrainedTokenizerFast(tokenizer_object=toy.world("split").student, eos_token="</s>")
     config = LlamaConfig(
         vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
     )
@@ -242,14 +243,14 @@ def test_train_real(tmp_path, monkeypatch, capsys, on_policy):
 
 @pytest.fixture(scope="module")
 def finding():
-    return reproduce.Finding.of(reproduce.World.of(reproduce.Size()))
+    return reproduce.Finding.of()
 
 
 @pytest.mark.slow
 def test_reproduce(main, tmp_path, capsys, finding):
     output = tmp_path / "reproduce.json"
     fixed = ("--threads", torch.get_num_threads(), "--output", output)
-    few = ("--quick", "--steps", 12, "--teacher-steps", 12)
+    few = ("--quick", "--steps", 12, "--teacher-steps", 12, "--problems", 20)
     expected = f"{finding.whole} below half of CE: 0.0 and 0.0%; {finding.chosen} above twice {finding.split}"
     with pytest.raises(SystemExit, match=re.escape(f"The finding is absent. Expected {expected}")):
         main("reproduce", *fixed, *few)  # so few steps show nothing
@@ -257,9 +258,9 @@ def test_reproduce(main, tmp_path, capsys, finding):
     advised = reproduce.arms()[finding.split].case.loss.name
     assert f"coverage_audit recommends {advised}" in capsys.readouterr().out
     assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
-    curves = results["runs"][0]["curves"]
-    assert set(curves) == {"CE", *finding}
-    assert all(len(curve) == results["size"]["evaluations"] for curve in curves.values())
+    arms = results["runs"][0]["arms"]
+    assert set(arms) == {"CE", *finding}
+    assert all(len(arm[measure]) == 6 for arm in arms.values() for measure in toy.MEASURES)
     with pytest.raises(SystemExit):
         main("reproduce", *fixed, *few, "--resume")
     again = capsys.readouterr().out
@@ -267,6 +268,30 @@ def test_reproduce(main, tmp_path, capsys, finding):
     table = main("reproduce", *fixed, "--report")
     assert f"| {finding.chosen} |" in table
     assert table in again
+    with pytest.raises(SystemExit, match="has runs of plenty in another shape"):
+        main("reproduce", *fixed, *few, "--resume", "--steps", 13)
+
+
+@pytest.mark.slow
+def test_reproduce_continues_a_student(main, tmp_path):
+    """Every loss from the same start, in processes of their own; averaged weights too."""
+    output = tmp_path / "reproduce.json"
+    weighted = [name for name in reproduce.WEIGHTED if name.endswith("x4")]
+    few = ("--seeds", 1, "--steps", 12, "--teacher-steps", 4, "--problems", 8, "--losses", "CE", *weighted)
+    printed = main("reproduce", "--settings", "random", "code", *few, "--workers", 2, "--output", output)
+    results = json.loads(output.read_text())
+    continued, code = results["runs"]
+    assert (continued["setting"], continued["seed"]) == ("random", 3)
+    assert (code["setting"], set(code["arms"])) == ("code", {"CE", *weighted})
+    assert list(continued["arms"]) == ["start", "CE", *weighted]
+    assert set(results["teachers"]) == {"split", "code"}
+    likelihoods = {arm: measured["log-likelihood"] for arm, measured in continued["arms"].items()}
+    assert len(likelihoods["start"]) == 1
+    assert all(len(found) == 3 and found[-1] != likelihoods["start"][0] for found in list(likelihoods.values())[1:])
+    assert len({found[-1] for found in likelihoods.values()}) == 4  # every loss teaches something else
+    averaged = continued["arms"]["CE"]["log-likelihood" + reproduce.EMA]
+    assert averaged != likelihoods["CE"][-1:]
+    assert "over start" in printed
 
 
 def test_the_finding_is_about_three_losses(finding):
@@ -284,91 +309,134 @@ def test_the_finding_is_about_three_losses(finding):
 )
 def test_reproduce_tells_whether_the_finding_is_there(finding, role, end, absent):
     ends = {"CE": 0.45, finding.whole: 0.0, finding.split: 0.05, finding.chosen: 0.6, getattr(finding, role): end}
-    run = {"setting": "plenty", "seed": 0, "curves": {method: [0.0, end] for method, end in ends.items()}}
+    run = {"setting": "plenty", "seed": 0, "arms": {arm: {"exact match": [0.0, end]} for arm, end in ends.items()}}
     assert finding.lacking({"runs": [run]}) == ([absent.format(**finding._asdict())] if absent else [])
+
+
+def test_leads_are_of_the_same_seed_and_claimed_by_their_error():
+    ends = {"CE": [0.1, 0.5, 0.3], "better": [0.2, 0.61, 0.4], "noisy": [0.5, 0.1, 0.5], "other": [0.9]}
+    runs = [
+        {"setting": "rare", "seed": seed, "arms": {arm: {"probability": [at - 0.1, at, at + 0.1]}}}
+        for arm, found in ends.items()
+        for seed, at in enumerate(found)
+    ]
+    found = reproduce.values({"runs": runs}, "rare")
+    assert found["better"]["probability"] == pytest.approx({0: 0.2, 1: 0.61, 2: 0.4})
+    better, noisy = (reproduce.Lead.of(found, arm, "CE", "probability") for arm in ("better", "noisy"))
+    assert better == pytest.approx((0.31 / 3, 0.01 / 3))
+    assert better.is_claimed
+    assert better.text(100) == "**+10.3 ± 0.3**"
+    assert not noisy.is_claimed
+    assert noisy.mean == pytest.approx(0.2 / 3)
+    assert reproduce.Lead.of(found, "other", "CE", "probability") is None
+    assert "| better | 3 | 40.3 | **+10.3 ± 0.3** |" in reproduce.report({"runs": runs, "teachers": {"mixed": 1.0}})
 
 
 def test_arms_of_reproduce():
     """Every registered loss that goes with two tokenizers, by the names that the recorded results have."""
     recorded = json.loads((BENCH / "results" / "reproduce.json").read_text())["runs"]
     arms = reproduce.arms()
-    assert {name for one in recorded for name in one["curves"]} <= {"CE", *arms}
+    assert {name for one in recorded for name in one["arms"]} <= {"start", "CE", *arms}
     wanted = {loss for loss in registered().values() if loss.needs is not Needs.SAME_TOKENIZER}
     assert {arm.case.loss for arm in arms.values() if arm.is_main} == wanted
-    world = reproduce.World.of(reproduce.Size())
-    assert set(reproduce.methods(world.student, world.teachers[1])) == {"CE", *arms}
+    assert set(reproduce.totals("split")) == {"CE", *arms}
+    for setting in reproduce.SETTINGS.values():
+        assert {*setting.losses, *setting.variants} <= {"CE", *arms}
 
 
-def test_reproduce_counts_right_answers():
+@pytest.mark.parametrize(("scale", "factor"), [("x4", 4.0), ("", 1.5), ("max 4", 1.5), ("max 16", 1.5)])
+def test_scales_of_reproduce(scale, factor):
+    """Cross-entropy is log 5 here, as many nats as a distance has hundredths: a bound of 16 is far."""
+    logits, ids = torch.zeros(1, 4, 5), torch.tensor([[1, 2, 3, 4]])
+    batch = toy.Encoded(ids, ids, ids.tolist())
+    ce = math.log(5)
+    for distance, bounded in (
+        (ce / 1.5, factor),
+        (ce / 100, {"max 4": 4.0, "max 16": 16.0, "x4": 4.0}.get(scale, 100)),
+    ):
+        total = reproduce.total_loss(
+            logits, batch, logits, None, distil=lambda *_, at=distance: torch.tensor(at), scale=reproduce.SCALES[scale]
+        )
+        assert total.item() == pytest.approx(ce + bounded * distance)
+
+
+def test_toy_counts_right_answers():
     """A model that knows one answer by heart is right on that problem alone; the model beside it learns nothing."""
-    size = reproduce.Size()
-    text = reproduce.Text(size)
+    text, tokenizer = toy.Sums(), toy.world("split").student
     assert not set(text.held_out) & set(text.training)
-    tokenizer = reproduce.build_tokenizer(3, 300, seed=1, text=text)
     known, *others = text.problems(40)
     others = [problem for problem in others if problem.answer != known.answer]
-    model = reproduce.Transformers(2, tokenizer.get_vocab_size(), layers=1, width=32, seed=0)
-    adam, _ = reproduce.optimizer(model, size, steps=60)
-    batch = reproduce.encode(tokenizer, [known.text])
-    for _ in range(60):
+    shape = toy.Shape(60, width=32, layers=1)
+    model = toy.transformers(2, tokenizer, shape, seed=0)
+    adam, _ = toy.optimizer(model, shape)
+    batch = toy.encode(tokenizer, [known.text])
+    for _ in range(shape.steps):
         adam.zero_grad()
-        reproduce.cross_entropy(model(batch.ids)[0], batch.labels).backward()
+        toy.cross_entropy(model(batch.ids)[0], batch.labels).backward()
         adam.step()
         assert not model.token.grad[1].any()
-    assert reproduce.accuracy(model, tokenizer, [known]) == [1.0, 0.0]
-    assert reproduce.accuracy(model, tokenizer, others)[0] == 0.0
+    assert toy.accuracy(model, tokenizer, [known]) == [1.0, 0.0]
+    assert toy.accuracy(model, tokenizer, others)[0] == 0.0
+    assert toy.accuracy(model, tokenizer, [known, *others]) == [1 / (1 + len(others)), 0.0]
 
 
-@pytest.mark.slow
-def test_weighting(main, tmp_path, capsys):
-    weighting = importlib.import_module("weighting")
-    output = tmp_path / "weighting.json"
-    fixed = ("--threads", torch.get_num_threads(), "--output", output)
-    few = (*fixed, "--seeds", 1, "--steps", 5, "--teacher-steps", 4, "--problems", 8)
-    main("weighting", *few, "--settings", "scratch")
-    (scratch,) = json.loads(output.read_text())["runs"]
-    printed = main("weighting", *few, "--settings", "scratch", "random", "--resume")
-    first, second = json.loads(output.read_text())["runs"]
-    assert first == scratch
-    assert (second["setting"], second["seed"]) == ("random", weighting.FIRST_SEED)
-    for run in (first, second):
-        assert next(iter(run["arms"])) == "start"
-        probabilities = [arm["probability"] for arm in run["arms"].values()]
-        assert len(set(probabilities)) > 4  # every loss teaches something else
-        assert 0 <= min(probabilities) <= max(probabilities) < 0.1
-    assert f"|  | {weighting.TEACHER} |" in printed
-    with pytest.raises(SystemExit, match="has runs of another size"):
-        main("weighting", *few, "--steps", 6, "--resume")
-
-
-def test_weighting_measures_the_right_answer_alone():
-    """Token by token, for two models and answers of two and three digits."""
-    weighting = importlib.import_module("weighting")
-    world = reproduce.World.of(weighting.SIZE)
+@pytest.mark.parametrize("name", ["split", "code"])
+def test_toy_measures_the_right_answer_alone(name):
+    """Token by token, for two models and answers of several lengths."""
+    world = toy.world(name)
     problems = world.text.problems(12)
-    assert {len(str(problem.answer)) for problem in problems} == {2, 3}
-    model = reproduce.Transformers(2, world.student.get_vocab_size(), layers=1, width=32, seed=0)
+    assert len({len(problem.answer) for problem in problems}) > 1
+    model = toy.transformers(2, world.student, toy.Shape(1, width=32, layers=1), seed=0)
     with torch.no_grad():
         model.token[1] *= 3
-    want = torch.zeros(2)
+    probability, likelihood, form = torch.zeros(3, 2)
+    place = 1 if name == "split" else 0
+    packed = torch.tensor([bool(re.fullmatch("[0-9]{2,3}", token)) for token in toy.tokens(world.student)])
     for problem in problems:
         ids = world.student.encode(f"<|begin|>{problem.prompt}").ids
-        product = torch.ones(2)
-        for token in world.student.encode(f" {problem.answer}.").ids:
-            product *= model(torch.tensor([ids]))[:, 0, -1].detach().softmax(-1)[:, token]
+        answer = world.student.encode(problem.answer).ids
+        total = torch.zeros(2)
+        for step, token in enumerate(answer):
+            row = model(torch.tensor([ids]))[:, 0, -1].detach().log_softmax(-1)
+            if step == place:
+                form += (row[:, packed] if name == "split" else row[:, [token]]).exp().sum(1) / len(problems)
+            total += row[:, token]
             ids.append(token)
-        want += product / len(problems)
-    assert weighting.probability(model, world.student, problems) == pytest.approx(want.tolist(), rel=1e-3)
-    assert want[0] > 0
+        probability += total.exp() / len(problems)
+        likelihood += total / len(problems)
+    want = dict(zip(toy.MEASURES[1:], (probability, likelihood, form), strict=True))
+    got = toy.measures(model, world, problems)
+    for measure, values in want.items():
+        assert got[measure] == pytest.approx(values.tolist(), rel=1e-3), measure
+    assert probability[0] > 0
 
 
-def test_weighting_is_told_wrong_answers_in_training_only():
-    weighting = importlib.import_module("weighting")
-    text = weighting.NoisyText(weighting.SIZE, 0.5)
+def test_noisy_sums_are_wrong_in_training_only():
+    text = toy.NoisySums(0.5)
     problems = [text.problem(random.Random(seed), text.training) for seed in range(400)]
-    right = [sum(map(int, re.findall("[0-9]+", problem.prompt))) == problem.answer for problem in problems]
+    right = [sum(map(int, re.findall("[0-9]+", one.prompt))) == int(one.answer.strip(" .")) for one in problems]
     assert 160 < sum(right) < 240
-    assert text.problems(50) == reproduce.Text(weighting.SIZE).problems(50)
+    assert text.problems(50) == toy.Sums().problems(50)
+
+
+def test_mixed_sums_have_other_numbers():
+    lines = toy.MixedSums(0.25).batch(random.Random(0), 400)
+    assert sum(" Now " in line for line in lines) == 100
+    assert 120 < sum(bool(re.search(r" \d+ \w+\.$", line)) for line in lines) < 180
+
+
+def test_toy_code_is_cut_as_real_tokenizers_do():
+    """The student leaves the last space of a line's beginning to the word; the teacher's run has all of it. Both know
+    both runs, and what is right is right in Python too."""
+    world = toy.world("code")
+    problem = next(one for one in world.text.problems(50) if one.answer.startswith(" " * 12))
+    student, teacher = ([one.decode([i]) for i in one.encode(problem.answer).ids] for one in world[1:3])
+    assert student[:2] == [" " * 11, " print"]
+    assert teacher[:2] == [" " * 12, "print"]
+    for tokenizer in world[1:3]:
+        assert all(tokenizer.token_to_id(toy.SPACE * count) is not None for count in range(1, 17))
+    for one in world.text.problems(50):
+        compile(one.text.replace("with", "while"), "toy", "exec")
 
 
 @pytest.mark.slow
