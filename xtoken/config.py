@@ -37,9 +37,7 @@ def _cuda_kernels() -> str:
     try:
         _cuda = importlib.import_module("xtoken._cuda")
     except ModuleNotFoundError:
-        return (
-            "not built (XTOKEN_CUDA=1 pip install builds them, with nvcc); losses on CUDA tensors use the reference backend"
-        )
+        return "not built (XTOKEN_CUDA=1 pip install builds them); losses on CUDA tensors use the reference backend"
     except ImportError as error:
         return f"built, but they do not load: {error}"
     architectures = _cuda.architectures.split(",")
