@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, ROOT
-from reproduce import EMA, Lead, Values, unit, values
+from reproduce import Lead, Values, values
 
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -154,62 +154,6 @@ def weighting() -> str:
     return markdown((f"beside cross-entropy ({seeds} seeds)", *header), rows)
 
 
-def _leads(setting: str, *columns: tuple[str, str, str]) -> str:
-    """Of a setting of `reproduce.py` columns of a title, a measure, and the arm over which its lead is shown if any."""
-    found = values(results("reproduce"), setting)
-    arms = sorted(found, key=lambda arm: -statistics.fmean(found[arm]["probability"].values()))
-    arms = [arm for arm in arms if any(name.endswith(EMA) for name in found[arm]) or arm == "start"]
-    rows = []
-    for arm in arms:
-        cells = []
-        for _, measure, other in columns:
-            at, lead = found[arm].get(measure), Lead.of(found, arm, other, measure) if other else None
-            if other:
-                cells.append(lead.text(unit(measure)) if lead else "")
-            else:
-                cells.append(f"{unit(measure) * statistics.fmean(at.values()):.1f}" if at else "")
-        rows.append((arm, *cells, str(len(found[arm]["probability"]))))
-    return markdown(("loss beside cross-entropy", *(title for title, *_ in columns), "seeds"), rows)
-
-
-def _paper(setting: str, *, has_start: bool = True, form: str = "mass on packed numerals") -> str:
-    over = [("over CE", "probability", "CE"), ("over the start", "probability", "start")][: 1 + has_start]
-    return _leads(
-        setting,
-        ("exact match", "exact match", ""),
-        ("probability", "probability", ""),
-        *over,
-        ("EMA", "probability" + EMA, ""),
-        ("log-likelihood", "log-likelihood", ""),
-        (form, "form", ""),
-    )
-
-
-def paper_scratch() -> str:
-    """Half of the answers wrong, from scratch."""
-    return _paper("scratch", has_start=False)
-
-
-def paper_continued() -> str:
-    """The same for students that could add."""
-    return _paper("continued")
-
-
-def paper_rare() -> str:
-    """Students that can add, and few sums."""
-    return _paper("rare")
-
-
-def paper_absent() -> str:
-    """Students that can add, and no sums."""
-    return _paper("absent")
-
-
-def paper_code() -> str:
-    """White space that both sides cut differently."""
-    return _paper("code", has_start=False, form="right indentation")
-
-
 def training() -> str:
     """Held-out values before and after the runs of `train_real.py`."""
     rows = []
@@ -328,11 +272,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": cache,
     "accuracy": accuracy,
     "weighting": weighting,
-    "paper_scratch": paper_scratch,
-    "paper_continued": paper_continued,
-    "paper_rare": paper_rare,
-    "paper_absent": paper_absent,
-    "paper_code": paper_code,
     "training": training,
     "training_memory": training_memory,
     "truth": truth,
