@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from .notebook import html_list, html_table
 from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
 from .vocabulary import TokenizerLike, Vocabulary
@@ -65,6 +66,20 @@ class CoverageReport:
         what = f"{len(self.classes)} classes, {count} {'occurrences' if self.weighted else 'tokens'}"
         return f"CoverageReport({what}, critical={self.critical}, recommendation={self.recommendation!r})"
 
+    def _repr_html_(self) -> str:
+        unit = "occurrences" if self.weighted else "tokens"
+        rows = [
+            (
+                name + "*" * (name in self.critical),
+                row.count,
+                *(f"{row.share(key):.1%}" for key in ("exact", "common", "split", "unmapped")),
+            )
+            for name, row in self.classes.items()
+            if row.count
+        ]
+        said = html_list(f"the paper's rule: {self.recommendation}", self.reasons)
+        return html_table("Coverage", ("class", unit, "exact", "common", "split", "no image"), rows) + said
+
     def to_json(self) -> str:
         """The report as a JSON object."""
         return json.dumps(asdict(self), indent=2)
@@ -93,6 +108,10 @@ class LossChoice:
     def paper(self) -> str | None:
         """What the paper's rule says, if there is a report."""
         return None if self.report is None else self.report.recommendation
+
+    def _repr_html_(self) -> str:
+        advice = html_list(f"recommended loss: {self.loss}", self.reasons)
+        return advice if self.report is None else self.report._repr_html_() + advice
 
     def to_json(self) -> str:
         """The report's fields, ``loss`` and ``loss_reasons`` as a JSON object."""

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .alignment import Aligner, Ragged
+from .notebook import html_table
 from .vocabulary import Vocabulary
 
 WORTH = 60
@@ -93,6 +94,12 @@ class MergeReport:
             f"different events, {100 * after:.2f} % do after {len(self.groups):,} groups of events are merged"
             + (remedy if after > MOST_LEFT else "")
         )
+
+    def _repr_html_(self) -> str:
+        rows = [(one.count, *(" ".join(side[:4]) + " ..." * (len(side) > 4) for side in (one.student, one.teacher)),
+                 one.example) for one in self.groups]  # fmt: skip
+        header = ("chunks", "the student begins with", "the teacher begins with", "as in")
+        return html_table(self.summary(), header, rows)
 
     def __str__(self) -> str:
         lines = [self.summary()]

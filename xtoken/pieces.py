@@ -15,6 +15,7 @@ from . import _core
 from .alignment import Alignment
 from .alignment.alignment import int_tensor
 from .calibration import MergeReport, calibrate
+from .notebook import html_list
 from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
 from .teacher_order import TeacherOrder
@@ -232,6 +233,9 @@ class PieceIndex:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PieceIndex, (self.data, self.metadata, self.text)  # without the views, each of which takes all data
+
+    def _repr_html_(self) -> str:
+        return html_list(repr(self), ()) + self.merged()._repr_html_()
 
     def __repr__(self) -> str:
         merged = f"merged={len(self._merged.groups)}" if self._merged.texts else "not calibrated"

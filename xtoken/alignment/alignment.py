@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken.alignment.pretty import shown_tokens, two_lines
+from xtoken.notebook import MOST, html_table
 from xtoken.vocabulary import TokenizerLike
 
 IGNORED = -100
@@ -412,6 +413,11 @@ class Alignment:
             raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
         student, teacher = shown_tokens(student_tok, one.student_ids[0]), shown_tokens(teacher_tok, one.teacher_ids[0])
         return two_lines(one.spans.tolist(), student, teacher, color, width)
+
+    def _repr_html_(self) -> str:
+        samples, spans = self.host.sample_index[:MOST].tolist(), self.host.spans[:MOST].tolist()
+        rows = [(b, f"{i} to {j}", f"{k} to {m}") for b, (i, j, k, m) in zip(samples, spans, strict=True)]
+        return html_table(repr(self), ("sample", "student tokens", "teacher tokens"), rows, self.num_chunks)
 
     def __repr__(self) -> str:
         exact = int(self.exact.sum())

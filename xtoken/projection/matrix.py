@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from xtoken import _core
 from xtoken.alignment.alignment import int_tensor
+from xtoken.notebook import html_table
 from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
@@ -357,6 +358,16 @@ class ProjectionMatrix:
     def learnable(self) -> LearnableProjection:
         """A module with the same entries, whose weights are trained with the student."""
         return LearnableProjection(self)
+
+    def _repr_html_(self) -> str:
+        sizes = self.row_ptr.diff()
+        pieces = torch.bincount(sizes[sizes > 0]).tolist()
+        rows = []
+        for code, kind in enumerate(ROW_KINDS):
+            of_kind = torch.bincount(sizes[self.kind == code], minlength=len(pieces)).tolist()
+            if sum(of_kind):
+                rows.append((kind, sum(of_kind), *of_kind[1:]))
+        return html_table(repr(self), ("rows", "count", *(f"{k} entries" for k in range(1, len(pieces)))), rows)
 
     def __repr__(self) -> str:
         counts = dict(zip(ROW_KINDS, torch.bincount(self.kind.long(), minlength=len(ROW_KINDS)).tolist(), strict=True))

@@ -17,6 +17,7 @@ from xtoken.alignment import Aligner
 from xtoken.alignment.pretty import printable
 from xtoken.audit import LossChoice, choose_loss, coverage_audit
 from xtoken.losses import registered
+from xtoken.notebook import html_list
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ROW_KINDS, ProjectionMatrix
 from xtoken.vocabulary import TokenizerLike, Vocabulary
@@ -93,6 +94,9 @@ class PairReport:
     def __repr__(self) -> str:
         student, teacher = self.names
         return f"PairReport({student!r} from {teacher!r}, loss={self.choice.loss!r}, {len(self.texts)} texts)"
+
+    def _repr_html_(self) -> str:
+        return html_list(repr(self), (*self.choice.reasons, "save(path) writes the page"))
 
     @property
     def html(self) -> str:
