@@ -206,10 +206,12 @@ def _report(options: argparse.Namespace) -> str:
             from .train.data import text_sample
 
             corpus = text_sample(options.data)
-        names = tuple(
+        student, teacher = (
             printable(Path(one).name if Path(one).exists() else one) for one in (options.student, options.teacher)
         )
-        page = report.pair_report(options.student, options.teacher, names=names, texts=options.text, corpus=corpus)
+        page = report.pair_report(
+            options.student, options.teacher, names=(student, teacher), texts=options.text, corpus=corpus
+        )
     page.save(output)
     return f"{printable(options.output)}: {page}"
 
