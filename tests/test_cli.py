@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import pytest
+from small_tokenizers import byte_level
 
 from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, sample_texts
 from xtoken.cli import main
@@ -98,3 +99,23 @@ def test_installed_command_prints_the_configuration():
     assert facts["xtoken"].strip() == _core.version
     assert facts["compiler"].strip().startswith(_core.compiler)
     assert facts["CUDA kernels"].strip().startswith(("sm_", "not built "))
+
+
+def test_an_audit_counts_the_tokens_of_files(tmp_path, capsys):
+    sides = []
+    for name, size in (("student", 300), ("teacher", 280)):
+        byte_level(size, ["a 19 201"]).save(str(tmp_path / f"{name}.json"))
+        sides += [f"--{name}", str(tmp_path / f"{name}.json")]
+    (tmp_path / "own.txt").write_text("7 7\n7\n")
+    assert main(["audit", *sides, "--data", str(tmp_path / "own.txt"), "--json"]) == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert facts["weighted"]
+    assert facts["classes"]["digits_1"]["count"] == 3
+    assert main(["audit", *sides, "--data", str(tmp_path / "none.txt")]) == 1
+    assert "none.txt" in capsys.readouterr().err
+
+
+def test_the_version_is_printed(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"xtoken {_core.version}\n"

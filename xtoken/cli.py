@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from . import _core
 from .alignment import METHODS, Aligner
 from .alignment.pretty import printable, printable_lines
 from .audit import NUMERALS, choose_loss, coverage_audit
@@ -37,6 +38,7 @@ class _Renamed(argparse.Action):
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="xtoken", description="Distillation of language models across tokenizers.")
+    parser.add_argument("--version", action="version", version=f"xtoken {_core.version}")
     parser.add_argument("--debug", action="store_true", help="before the command: show where an error comes from")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
@@ -48,6 +50,10 @@ def _parser() -> argparse.ArgumentParser:
 
     audit = commands.add_parser("audit", parents=[pair], help="which tokens keep a partner, and which loss to use")
     audit.add_argument("--critical", help="class name or regular expression of the tokens that must survive")
+    audit.add_argument(
+        "--data", nargs="+", metavar="FILE", help="count tokens as often as they occur at the beginnings of these "
+        "files; parquet, jsonl, txt, arrow; globs",
+    )  # fmt: skip
     audit.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     show = commands.add_parser("show", parents=[pair], help="print a text in both tokenizations, chunk above chunk")
@@ -185,6 +191,15 @@ def _pieces(options: argparse.Namespace) -> str:
     return f"{printable(options.output)}: {pieces}\n{pieces.merged()}"
 
 
+def _corpus(data: Sequence[str] | None) -> list[str] | None:
+    """Texts from the beginnings of files; None without files."""
+    if not data:
+        return None
+    from .train.data import text_sample
+
+    return text_sample(data)
+
+
 def _report(options: argparse.Namespace) -> str:
     from . import report
 
@@ -201,16 +216,11 @@ def _report(options: argparse.Namespace) -> str:
         for name in ("student", "teacher"):
             if getattr(options, name) is None:
                 raise ValueError(f"--{name}: expected one")
-        corpus = None
-        if options.data:
-            from .train.data import text_sample
-
-            corpus = text_sample(options.data)
         student, teacher = (
             printable(Path(one).name if Path(one).exists() else one) for one in (options.student, options.teacher)
         )
         page = report.pair_report(
-            options.student, options.teacher, names=(student, teacher), texts=options.text, corpus=corpus
+            options.student, options.teacher, names=(student, teacher), texts=options.text, corpus=_corpus(options.data)
         )
     page.save(output)
     return f"{printable(options.output)}: {page}"
@@ -220,7 +230,9 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
     if options.command == "config":
         show_config()
     elif options.command == "audit":
-        report = coverage_audit(options.student, options.teacher, critical=options.critical or NUMERALS)
+        report = coverage_audit(
+            options.student, options.teacher, critical=options.critical or NUMERALS, corpus=_corpus(options.data)
+        )
         choice = choose_loss(options.student, options.teacher, report=report)
         if registered()[choice.loss].needs is Needs.PIECES:
             pieces = PieceIndex.build(options.student, options.teacher)
