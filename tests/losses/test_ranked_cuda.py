@@ -61,8 +61,10 @@ def hard_rows(students: int, teachers: int) -> Case:
 @pytest.mark.parametrize("temperature", [0.05, 1.0, 7.0, 1000.0])
 @pytest.mark.parametrize("operation", RANKED)
 def test_hard_rows(operation: str, temperature: float, dtype: torch.dtype, launched: list[str]) -> None:
-    for shape in ((67, 59), (7, 7), (40, 300)):
-        for options in ({}, OPERATIONS[operation].few(5)):
+    """float16, whose steps are eight times as many, is another instance of the kernel: in one shape, and all at 1."""
+    all_of_them = dtype == torch.bfloat16 or temperature == 1.0
+    for shape in ((67, 59), (7, 7), (40, 300)) if all_of_them else ((67, 59),):
+        for options in ({}, OPERATIONS[operation].few(5)) if all_of_them else ({},):
             check("emulated", operation, hard_rows(*shape), dtype, temperature=temperature, **options)
     assert set(launched) == {"ranked"}
 
