@@ -42,7 +42,7 @@ demo: build
 	$(BIN)/xtoken demo
 
 test: lint build
-	$(BIN)/python -m pytest $(WORKERS)
+	$(BIN)/python -m pytest $(WORKERS) -m "not wide"
 
 quick: $(VENV)/ready
 	$(BIN)/python -m pytest --quick --exitfirst
