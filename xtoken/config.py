@@ -6,7 +6,8 @@ import importlib
 import platform
 
 from . import _core
-from .losses.backends import backend_names
+from .losses.backends import backend_names, why_not
+from .losses.cuda import version
 
 
 def config() -> dict[str, str]:
@@ -15,7 +16,6 @@ def config() -> dict[str, str]:
     import torch
     import transformers
 
-    no_device = "none found" if torch.version.cuda else "none: this torch is built without CUDA"
     return {
         "xtoken": _core.version,
         "python": platform.python_version(),
@@ -27,7 +27,7 @@ def config() -> dict[str, str]:
         "instruction sets": ", ".join(_core.cpu_features()) or "none beyond the baseline",
         "CPU kernels": f"{_core.cpu_level()} (can run: {', '.join(_core.cpu_levels())})",
         "CUDA kernels": _cuda_kernels(),
-        "CUDA devices": f"{torch.cuda.device_count()}" if torch.cuda.is_available() else no_device,
+        "CUDA devices": _cuda_devices(),
         "loss backends": ", ".join(backend_names()),
     }
 
@@ -41,8 +41,23 @@ def _cuda_kernels() -> str:
     except ImportError as error:
         return f"built, but they do not load: {error}"
     architectures = _cuda.architectures.split(",")
-    version = f"{_cuda.cuda_version // 1000}.{_cuda.cuda_version % 1000 // 10}"
-    return f"sm_{', sm_'.join(architectures)}; PTX of {architectures[0]} for others (CUDA {version})"
+    built = version(_cuda.cuda_version)
+    return f"sm_{', sm_'.join(architectures)}; PTX of {architectures[0]} for others (CUDA {built})"
+
+
+def _cuda_devices() -> str:
+    """Each device, and which backend losses have there, with the reason if it is not that of CUDA."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return "none found" if torch.version.cuda else "none: this torch is built without CUDA"
+    found = []
+    for number in range(torch.cuda.device_count()):
+        device, properties = torch.device("cuda", number), torch.cuda.get_device_properties(number)
+        reason = why_not("cuda", device)
+        backend = "backend cuda" if reason is None else f"backend reference, since {reason}"
+        found.append(f"{device} {properties.name} ({properties.major}.{properties.minor}), {backend}")
+    return "; ".join(found)
 
 
 def show_config() -> None:

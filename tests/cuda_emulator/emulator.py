@@ -131,6 +131,16 @@ class Emulator:
         """The bytes of shared memory a block that launchers see."""
         self.call("set_shared_limit", size)
 
+    def set_machine(self, capability: int = 90, driver: int = 0) -> None:
+        """The compute capability of the devices (90 for 9.0), and the driver's version; 0: that of the headers."""
+        self.call("set_machine", capability, driver)
+
+    def devices(self) -> tuple[int, int]:
+        """The current device, and the one that the last launch ran on (-1: none yet)."""
+        current, launched = ctypes.c_int(), ctypes.c_int()
+        self.call("devices", ctypes.byref(current), ctypes.byref(launched))
+        return current.value, launched.value
+
     def memory(self) -> Memory:
         """Device memory, freed at the end of the `with` block."""
         return Memory(self)

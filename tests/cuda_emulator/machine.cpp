@@ -58,6 +58,7 @@ cudaError_t Machine::run(const Launch& wanted) {
         return cudaErrorInvalidValue;
     }
     launch = &wanted;
+    launched_on = device;
     size_ = static_cast<uint32_t>(threads);
     while (threads_.size() < size_) threads_.push_back(std::make_unique<Thread>());
     ready_.assign((size_ + 63) / 64, 0);

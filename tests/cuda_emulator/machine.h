@@ -95,6 +95,7 @@ class Machine {
     uint3 block_index;
     Order order = Order::forward;
     uint32_t seed = 0;
+    int device = 0, launched_on = -1;             // the current device, and that of the last launch
     std::map<const void*, size_t> dynamic_limit;  // by kernel, from cudaFuncSetAttribute
 
   private:

@@ -9,7 +9,8 @@ using xtoken::emulator::machine;
 
 namespace {
 
-int multiprocessors = 2, shared_limit = 227 << 10;
+int multiprocessors = 2, shared_limit = 227 << 10, capability = 90, driver = CUDART_VERSION;
+constexpr int devices = 4;
 enum class Errors { none, above, below, mixed } errors = Errors::none;
 thread_local std::string last_failure;
 
@@ -64,20 +65,31 @@ const char* cudaGetErrorString(cudaError_t error) {
             return "invalid configuration argument";
         case cudaErrorInvalidValue:
             return "invalid argument";
+        case cudaErrorInvalidDevice:
+            return "invalid device ordinal";
         default:
             return "unknown error";
     }
 }
 cudaError_t cudaGetDevice(int* device) {
-    *device = 0;
+    *device = machine.device;
     return cudaSuccess;
 }
 cudaError_t cudaGetDeviceCount(int* count) {
-    *count = 1;
+    *count = devices;
     return cudaSuccess;
 }
-cudaError_t cudaSetDevice(int device) { return device == 0 ? cudaSuccess : cudaErrorInvalidDevice; }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+cudaError_t cudaSetDevice(int device) {
+    if (device < 0 || device >= devices) return cudaErrorInvalidDevice;
+    machine.device = device;
+    return cudaSuccess;
+}
+cudaError_t cudaDriverGetVersion(int* version) {
+    *version = driver;
+    return cudaSuccess;
+}
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device) {
+    if (device < 0 || device >= devices) return cudaErrorInvalidDevice;
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
             *value = multiprocessors;
@@ -95,10 +107,10 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
             *value = 50 << 20;
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMajor:
-            *value = 9;
+            *value = capability / 10;
             return cudaSuccess;
         case cudaDevAttrComputeCapabilityMinor:
-            *value = 0;
+            *value = capability % 10;
             return cudaSuccess;
         default:
             return cudaErrorInvalidValue;
@@ -155,6 +167,21 @@ XTOKEN_EXPORT int xtoken_emulator_set_shared_limit(int bytes) {
 }
 XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {
     return guarded([&] { multiprocessors = count; });
+}
+// What the devices say of themselves: compute capability (90 for 9.0) and the driver's version (12040 for 12.4;
+// 0: that of the headers).
+XTOKEN_EXPORT int xtoken_emulator_set_machine(int of_devices, int of_driver) {
+    return guarded([&] {
+        capability = of_devices;
+        driver = of_driver == 0 ? CUDART_VERSION : of_driver;
+    });
+}
+// The current device, and the one that the last launch ran on; -1: none yet.
+XTOKEN_EXPORT int xtoken_emulator_devices(int* current, int* launched) {
+    return guarded([&] {
+        *current = machine.device;
+        *launched = machine.launched_on;
+    });
 }
 
 // Uninitialised memory with inaccessible pages around it.

@@ -29,6 +29,8 @@ from cuda_emulator import emulator
 
 MODULE = "xtoken_cuda_emulated"
 SOURCES = Path(__file__).resolve().parents[2] / "csrc"
+ARCHITECTURES = "80,90"
+"""That the kernels say they are built for."""
 BLOCKS, THREADS = 2, 64
 """Of every launch: more than one of each, so that work is shared out, and few, because each is a fiber."""
 
@@ -47,7 +49,7 @@ def load() -> tuple[Any, emulator.Emulator]:
             SOURCES / "launch" / "fields.cpp",
         ],
         python=True,
-        flags=f"-DXTOKEN_CUDA_MODULE={MODULE}",
+        flags=f'-DXTOKEN_CUDA_MODULE={MODULE} -DXTOKEN_CUDA_ARCHITECTURES=\\"{ARCHITECTURES}\\"',
     )
     spec = importlib.util.spec_from_file_location(MODULE, library)
     assert spec is not None
@@ -68,7 +70,7 @@ def _nowhere(tensor: Tensor | None) -> Array | None:
 class CopiedMemory:
     """Other memory for the tensors of one call; see `xtoken.losses.cuda.Memory`."""
 
-    blocks, threads = BLOCKS, THREADS
+    blocks, threads, device = BLOCKS, THREADS, 0
 
     def __init__(self, memory: Any, stream: int = 0) -> None:
         self.memory, self.stream = memory, stream

@@ -126,6 +126,8 @@ def _values(value: Any) -> Any:
 class DeviceMemory(emulated.CopiedMemory):
     """The emulator's memory for tensors that must be on the device."""
 
+    device = DEVICE.index
+
     def input(self, tensor: Tensor | None) -> Array | None:
         return super().input(self._inside(tensor))
 

@@ -83,7 +83,7 @@ def test_launches_that_no_kernel_is_compiled_for() -> None:
     fields = {"rows": {"start": start, "count": start, "next": None, "before": None}, "chunks": 1, "covered": covered}
     for blocks, threads in ((0, 32), (1, 33), (1, 2 * module.max_threads)):
         with pytest.raises(ValueError, match="launch: expected at least one block of a multiple of 32 threads"):
-            module.launch("mark_rows", fields, blocks, threads, 0)
+            module.launch("mark_rows", fields, blocks, threads, 0, 0)
 
 
 @needs_emulator

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
@@ -259,7 +260,8 @@ def select_backend(requested: str, device: torch.device | str, loss: str | None 
     -------
     str
         For ``"auto"`` the fastest backend that works on the device, ``"reference"`` if there is no other. (A call
-        with logits of a type that this backend does not take uses the next one.)
+        with logits of a type that this backend does not take uses the next one.) Where that is "reference" on a CUDA
+        device, since this build has no kernels or they cannot run there, a warning says why, once.
 
     Raises
     ------
@@ -289,6 +291,8 @@ def select(
     if requested == "auto":
         for name in reversed(_BACKENDS):
             if _reason(name, device, loss, problem) is None:
+                if name == "reference" and device.type in _NOT_BUILT:
+                    _tell(device, loss)
                 return _BACKENDS[name]
         raise RuntimeError(f"backend: none has the operation {loss!r}")
     check_backend(requested)
@@ -296,6 +300,23 @@ def select(
     if reason is not None:
         raise RuntimeError(f"backend: {requested!r} is not available: {reason}")
     return _BACKENDS[requested]
+
+
+def why_not(name: str, device: torch.device) -> str | None:
+    """Why the backend of that name cannot work on a device, None if it can."""
+    return _reason(name, device, None, None)
+
+
+def _tell(device: torch.device, loss: str | None) -> None:
+    """Says why a loss that has kernels for such devices does without."""
+    reason = why_not(device.type, device)
+    if reason is not None and (loss is None or kernels_of(loss, device.type) is not None):
+        _warn_once(f"losses on {device} are computed in plain PyTorch, since backend {device.type!r} cannot: {reason}")
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, stacklevel=2)
 
 
 def _reason(name: str, device: torch.device, loss: str | None, problem: Problem[Any] | None) -> str | None:

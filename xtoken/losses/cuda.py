@@ -30,6 +30,44 @@ def _built() -> Any:
         return None
 
 
+def why_not(capability: int, driver: int, architectures: str, toolkit: int) -> str | None:
+    """Why kernels cannot run on a device, or None if they can.
+
+    Parameters
+    ----------
+    capability : int
+        The device's compute capability, 80 for 8.0.
+    driver, toolkit : int
+        The newest CUDA that the driver supports, and the one that the kernels were built with: 12040 for 12.4.
+    architectures : str
+        What they are built for, such as "80,90"; with PTX of the first, which a driver translates for other devices.
+    """
+    built = [int(one) for one in architectures.split(",")]
+    if capability < built[0]:
+        return f"kernels are for compute capability {built[0] / 10} and later, and the device has {capability / 10}"
+    if driver // 1000 < toolkit // 1000:
+        return f"kernels need a driver for CUDA {toolkit // 1000}, and that here is for {version(driver)}"
+    is_assembled = any(one // 10 == capability // 10 and one <= capability for one in built)
+    if not is_assembled and driver < toolkit:
+        return (
+            f"there is no machine code for compute capability {capability / 10}, and a driver for CUDA "
+            f"{version(driver)} cannot translate the PTX of {version(toolkit)}"
+        )
+    return None
+
+
+def version(number: int) -> str:
+    """Of CUDA, in words: "12.4" for 12040."""
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+def number_of(device: torch.device) -> int:
+    """The number of a device; of the current one, if it says none."""
+    if device.index is not None:
+        return device.index
+    return torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else 0
+
+
 class Memory(Protocol):
     """Where the kernels of one call find their tensors, and how they are launched."""
 
@@ -37,6 +75,8 @@ class Memory(Protocol):
     """Of the grid of a large kernel."""
     threads: int
     """Of a block."""
+    device: int
+    """Its number."""
     stream: int
 
     def input(self, tensor: Tensor | None) -> Array | None:
@@ -60,7 +100,7 @@ class DeviceMemory:
     def __init__(self, device: torch.device) -> None:
         self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
         self.stream = torch.cuda.current_stream(device).cuda_stream
-        self.device = device
+        self.device, self.place = number_of(device), device
 
     def input(self, tensor: Tensor | None) -> Array | None:
         return array(tensor)
@@ -70,7 +110,7 @@ class DeviceMemory:
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
         make = torch.zeros if zero else torch.empty
-        return make(shape, dtype=dtype, device=self.device)
+        return make(shape, dtype=dtype, device=self.place)
 
 
 @contextmanager
@@ -92,14 +132,24 @@ class Kernels:
 
     def __init__(self, module: Any, memory: Callable[[torch.device], AbstractContextManager[Memory]]) -> None:
         self.module, self.memory = module, memory
+        self.why_not = functools.cache(self._why_not)
+
+    def _why_not(self, device: int) -> str | None:
+        """Why the kernels cannot run on the device of that number, or None; asks the driver, once."""
+        try:
+            capability, driver = self.module.compute_capability(device), self.module.driver_version()
+        except RuntimeError as error:
+            return f"CUDA does not answer: {error}"
+        return why_not(capability, driver, self.module.architectures, self.module.cuda_version)
 
     def launch(self, memory: Memory, name: str, fields: Fields, blocks: int | None = None) -> None:
         """Starts a kernel on so many blocks, at most."""
-        self.module.launch(name, fields, memory.blocks if blocks is None else blocks, memory.threads, memory.stream)
+        blocks = memory.blocks if blocks is None else blocks
+        self.module.launch(name, fields, blocks, memory.threads, memory.stream, memory.device)
 
     def workspace(self, memory: Memory, name: str, fields: Fields, blocks: int) -> Array | None:
         """The workspace of a kernel with these fields and so many blocks."""
-        size = self.module.workspace(name, {**fields, "workspace": None})
+        size = self.module.workspace(name, {**fields, "workspace": None}, memory.device)
         return memory.output(memory.scratch((blocks, size)))
 
     def cross_entropy(
@@ -208,7 +258,9 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
     """The kernels as a backend for tensors of this type of device."""
 
     def missing(device: torch.device) -> str | None:
-        return None if device.type == device_type else f"it works on {device_type.upper()} tensors, got {device}"
+        if device.type != device_type:
+            return f"it works on {device_type.upper()} tensors, got {device}"
+        return kernels.why_not(number_of(device))
 
     def kernel(loss: str) -> Kernel | None:
         module = kernels_of(loss, "cuda")
