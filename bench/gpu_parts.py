@@ -5,13 +5,13 @@
     python bench/gpu_parts.py speed [--device cpu] [--rows 4096] [--seconds 120]
     python bench/gpu_parts.py counters [--device cpu] [--rows 1024]
 
-``small`` compares with the plain formulas. ``compare`` does so with the vocabularies of Llama 3 and Qwen3, their W and
-pieces and a text full of numbers, in every type, launched as users get it, against float64. ``speed`` prints JSON, a
-line a step: the losses in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which do not wait
-for Python; their plain formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed,
-Liger's JSD of one vocabulary as an orientation; and what the clock is while a step runs. Bandwidth is that of traffic
-that cannot be avoided (each logit read once, each gradient written once), next to the one measured for a copy.
-``counters`` runs each loss once between two marks for a profiler, and prints which kernels it launched, as JSON.
+``small`` and ``compare`` are the comparison of `xtoken check`, on vocabularies of a few hundred tokens and on those of
+Llama 3 and Qwen3, with their W and pieces and a text full of numbers. ``speed`` prints JSON, a line a step: the losses
+in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which do not wait for Python; their plain
+formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed, Liger's JSD of one
+vocabulary as an orientation; and what the clock is while a step runs. Bandwidth is that of traffic that cannot be
+avoided (each logit read once, each gradient written once), next to the one measured for a copy. ``counters`` runs each
+loss once between two marks for a profiler, and prints which kernels it launched, as JSON.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ import importlib
 import importlib.util
 import json
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import real_pair
 import torch
-from cases import NUMBERS, Case, Pair, cases, choices, forward_backward, one_to_one, problem_of
+from cases import NUMBERS, Case, Pair, cases, forward_backward, one_to_one, problem_of
 from measure import Row, median_seconds, peak_growth, timed
 from torch import Tensor
 
 import xtoken
+from xtoken.check import DTYPES, Inputs, calls_of, finding
 from xtoken.losses.backends import backends_with
+from xtoken.losses.cases import made_up_pair
 from xtoken.losses.cuda import Kernels
 from xtoken.losses.loss import Needs, registered
 
@@ -44,33 +47,6 @@ PLAIN = ", plain formula"
 COMPILED = ", torch.compile of the plain formula"
 
 # ---- a pair of vocabularies
-
-
-def projection(students: int, teachers: int) -> xtoken.ProjectionMatrix:
-    """Much like Llama 3 to Qwen3: 85 % of the students have one exact partner, the others two to four pieces."""
-    generator = torch.Generator().manual_seed(0)
-    counts = torch.where(torch.rand(students, generator=generator) < 0.85, 1, 2)
-    counts += (counts > 1) * torch.randint(0, 3, (students,), generator=generator)
-    row = torch.arange(students).repeat_interleave(counts)
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-    position = torch.arange(len(row)) - row_ptr[row]
-    col = torch.randperm(students, generator=generator)[row] % (teachers - 28) + 7 * position
-    weight = 0.1**position
-    total = torch.zeros(students).index_add_(0, row, weight)
-    return xtoken.ProjectionMatrix(row_ptr, col.int(), weight / total[row], teachers)
-
-
-def pieces(students: int, teachers: int) -> xtoken.PieceIndex:
-    """Much like Llama 3 to Qwen3: four students in five have a partner, and tokens without one begin with one."""
-    partners = int(0.8 * min(students, teachers))
-    words = [str(i).translate(str.maketrans("0123456789", "abcdefghij")).encode() for i in range(partners - 10)]
-    common = [*(b"%d" % digit for digit in range(10)), *words]
-    sides = []
-    for size, mark in ((students, b"0"), (teachers, b"1")):
-        others = size - partners  # of which most share a few words
-        longer = [words[i * i // others // 4] + mark + str(i).encode() for i in range(others)]
-        sides.append(xtoken.Vocabulary([*common, *longer]))
-    return xtoken.PieceIndex.build(*sides)
 
 
 REAL = (128256, 151936)
@@ -84,18 +60,7 @@ def pair_of(students: int, teachers: int) -> Pair:
     """Of Llama 3 and Qwen3 where the logits are as wide as theirs, else something like it."""
     if (students, teachers) == REAL:
         return real()[0]
-    return Pair(projection(students, teachers), pieces(students, teachers))
-
-
-def chunks_of_several(index: xtoken.PieceIndex) -> xtoken.Alignment:
-    """Each side's first token without a partner against its pieces."""
-    tokens, known = [], []
-    for side in (index.student, index.teacher):
-        tokens.append(int((side.ptr.diff() > 1).nonzero()[0]))
-        known.append(side.pieces[side.ptr[tokens[-1]] : side.ptr[tokens[-1] + 1]].tolist())
-    middle = 1 + len(known[0])
-    spans = [[1, 2, 1, middle], [2, 2 + len(known[1]), middle, middle + 1]]
-    return xtoken.Alignment(spans, None, [0, tokens[0], *known[1]], [0, *known[0], tokens[1]])
+    return made_up_pair(students, teachers)
 
 
 def backend_for(case: Case, device: str) -> str:
@@ -104,60 +69,22 @@ def backend_for(case: Case, device: str) -> str:
 
 
 def check_kernels(device: str) -> None:
-    """Raises the import's own error where the kernels do not load: the package itself would go on without them."""
+    """Raises an error where the kernels do not load, or cannot run: the package itself would go on without them."""
     if device == "cuda":
         importlib.import_module("xtoken._cuda")
+        xtoken.select_backend("cuda", device)
 
 
 # ---- small
 
 
-def forms() -> Iterator[Case]:
-    """Every loss with its defaults, and with each other word, switch and small number of columns in turn."""
-    for loss in registered().values():
-        others: dict[str, tuple[Any, ...]] = {name: values[1:] for name, values in choices(loss).items()}
-        for name, default in loss.options().items():
-            if isinstance(default, bool):
-                others[name] = (not default,)
-            elif name.endswith("top_k"):
-                others[name] = (100,)
-        yield Case(loss.name, loss)
-        for name, values in others.items():
-            yield from (Case(f"{loss.name}, {name}={value}", loss, {name: value}) for value in values)
-
-
 def small(device: str) -> None:
-    """Every loss, forward and backward, on vocabularies of a few hundred tokens; compared with the plain formulas."""
+    """Every loss, as `xtoken check` calls it, on vocabularies of a few hundred tokens."""
     check_kernels(device)
-    pair = pair_of(333, 401)
-    ones, longer = one_to_one(7), chunks_of_several(pieces(333, 401))
-    labels = torch.arange(8).to(device)
-    teachers = [xtoken.Teacher(pair.projection)]
-
-    def criterion(student: Tensor, teacher: Tensor, backend: str = "auto") -> Tensor:
-        """Its parts have different factors: backward goes over the gradient again."""
-        total: Tensor = xtoken.XTokenLoss(teachers, backend=backend)(student, labels, teacher, ones)[0]
-        return total
-
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        generator = torch.Generator().manual_seed(0)
-        z = torch.randn(8, 333, generator=generator).to(device, dtype).requires_grad_()
-        y = torch.randn(8, 401, generator=generator).to(device, dtype)
-        calls: dict[str, Callable[..., Tensor]] = {"criterion": partial(criterion, teacher=y)}
-        for case in forms():
-            call = partial(case, teacher=z.detach().flip(-1) if case.same_tokenizer else y, pair=pair)
-            call = partial(call, backend=backend_for(case, device))
-            calls[case.name] = partial(call, chunks=ones if case.same_tokenizer else longer)
-            if not case.options:
-                calls[f"{case.name}, one to one"] = partial(call, chunks=ones)
-                calls[f"{case.name}, labels"] = partial(with_labels, call, chunks=ones, labels=labels)
-        for name, run in calls.items():
-            loss = run(z)
-            loss.backward()
-            got, want = float(loss.detach()), float(run(z, backend="reference").detach())
-            if not abs(got - want) <= 0.02 * abs(want) + 1e-3:
-                raise SystemExit(f"{name}, {dtype}: {got}, and {want} by the plain formula")
-    print("small set: ran and compared")
+    report = xtoken.self_test(device, rows=8, sizes=(333, 401))
+    print(report)
+    if not report.passed:
+        raise SystemExit(1)
 
 
 def with_labels(call: Callable[..., tuple[Tensor, Tensor]], student: Tensor, **arguments: Any) -> Tensor:
@@ -168,56 +95,29 @@ def with_labels(call: Callable[..., tuple[Tensor, Tensor]], student: Tensor, **a
 
 # ---- compare
 
-TOLERANCE = 2, 1e-5
-"""Times the error of the plain formulas in the type of the logits, and beside it: CUDA's fast exponentials have one."""
 
-
-def compare(device: str, rows: int) -> None:
-    """Every loss in every type at the real size; prints JSON, a line a comparison; exits with 1 if one is too far off.
-
-    An error is the largest of the losses, or the norm of the gradient's, relative to that of the truth.
-    """
+def compare(device: str, rows: int, names: Sequence[str] | None = None) -> None:
+    """Every loss as `xtoken check` calls it, with the real pair; prints JSON, a line a comparison; exits with 1 if one
+    is too far off."""
     check_kernels(device)
     pair, aligned = real()
-    fits = aligned.spans[:, 1] <= rows
-    numbers = xtoken.Alignment(aligned.spans[fits], None, aligned.student_ids, aligned.teacher_ids)
-    generator = torch.Generator(device).manual_seed(0)
-    lengths = rows + 1, int(numbers.spans[:, 3].max()) + 1
-    z64, y64 = (
-        3 * torch.randn(length, width, generator=generator, device=device, dtype=torch.float64)
-        for length, width in zip(lengths, REAL, strict=True)
-    )
-    worst: list[str] = []
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        z, y = z64.to(dtype), y64.to(dtype)
-        for case in cases():
-            teacher = z.roll(1, 0) if case.same_tokenizer else y
-            chunks = one_to_one(rows - 1) if case.same_tokenizer else numbers
-            call = partial(case, chunks=chunks.to(device), pair=pair)
-            truth = outcome(call, z.double(), teacher.double(), "reference")
-            plain = outcome(call, z, teacher, "reference")
-            got = outcome(call, z, teacher, backend_for(case, device))
-            row: Row = {"name": case.name, "type": str(dtype).removeprefix("torch.")}
-            for k, what in enumerate(("loss", "gradient")):
-                error, least = (relative_error(one[k], truth[k]) for one in (got, plain))
-                row |= {f"{what}_error": error, f"{what}_error_of_plain": least}
-                if not error <= TOLERANCE[0] * least + TOLERANCE[1]:
-                    row["failed"] = f"{what}: {error:.2e}, plain formula {least:.2e}"
-                    worst.append(f"{case.name}, {dtype}: {row['failed']}")
-            print(json.dumps(row), flush=True)
-    if worst:
-        raise SystemExit("\n".join(worst))
-
-
-def outcome(call: Callable[..., Tensor], z: Tensor, y: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    """Loss and gradient."""
-    leaf = z.detach().requires_grad_()
-    loss = call(leaf, y, backend=backend, reduction="sum")
-    return loss.detach(), torch.autograd.grad(loss, leaf)[0]
-
-
-def relative_error(got: Tensor, truth: Tensor) -> float:
-    return float((got.double() - truth).norm() / truth.norm())
+    assert aligned.student_ids is not None
+    assert aligned.teacher_ids is not None
+    spans = aligned.spans[aligned.spans[:, 1] <= rows]
+    ids = aligned.student_ids[:rows], aligned.teacher_ids[: int(spans[:, 3].max())]
+    inputs = Inputs.of(pair, xtoken.Alignment(spans, None, *ids), REAL, torch.device(device))
+    wrong: list[str] = []
+    for name in registered() if names is None else names:
+        for call in calls_of(registered()[name], "auto", torch.device(device)):
+            for dtype in DTYPES:
+                found = finding(call, inputs, dtype)
+                row: Row = {"name": found.title, **asdict(found)}
+                if not found.passed:
+                    row["failed"] = str(found)
+                    wrong.append(str(found))
+                print(json.dumps(row), flush=True)
+    if wrong:
+        raise SystemExit("\n".join(wrong))
 
 
 # ---- counters

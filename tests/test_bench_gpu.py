@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from xtoken import PieceIndex, ProjectionMatrix
+from xtoken.check import CheckFinding, CheckReport, calls_of
 from xtoken.losses.loss import registered
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
@@ -216,26 +217,25 @@ def test_counters_of_a_profile():
 
 
 @pytest.mark.slow
-def test_the_real_pair_is_compared(capsys):
-    parts.compare("cpu", rows=4)
+def test_the_real_pair_is_compared(monkeypatch, capsys):
+    monkeypatch.setattr(parts, "DTYPES", (torch.bfloat16,))
+    monkeypatch.setattr(parts, "calls_of", lambda *given: calls_of(*given)[:1])
+    parts.compare("cpu", rows=8)
     rows = gpu.collected(capsys.readouterr().out)["rows"]
-    assert len(rows) == 3 * len(parts.cases())
+    assert [row["loss"] for row in rows] == list(registered())
     assert all("failed" not in row for row in rows)
 
 
 def test_a_wrong_loss_at_the_real_size_is_an_error(monkeypatch, capsys):
-    wrong = SimpleNamespace(name="wrong", loss=None, options={}, same_tokenizer=False)
-    monkeypatch.setattr(parts, "cases", lambda: [wrong])
-    monkeypatch.setattr(parts, "backend_for", lambda case, device: "other")
+    name = next(iter(registered()))
 
-    def outcome(call, z, y, backend):
-        value = torch.tensor(2.0 if backend == "other" else 1.0, dtype=torch.float64)
-        return value, value
+    def wrong(call, inputs, dtype):
+        return CheckFinding(name, call.case.name, str(dtype), "cuda", 1.0, 0.5, "loss: 2, expected 1", 1.0, True)
 
-    monkeypatch.setattr(parts, "outcome", outcome)
-    monkeypatch.setattr(parts, "partial", lambda *_, **__: None)
-    with pytest.raises(SystemExit, match=r"wrong, torch.bfloat16: gradient: 1.00e\+00, plain formula 0.00e\+00"):
-        parts.compare("cpu", rows=2)
+    monkeypatch.setattr(parts, "finding", wrong)
+    with pytest.raises(SystemExit, match=r"torch.bfloat16, backend 'cuda': loss: 2, expected 1; error 1.0e"):
+        parts.compare("cpu", 8, [name])
+    assert all("failed" in row for row in gpu.collected(capsys.readouterr().out)["rows"])
 
 
 def test_the_stored_pair_is_the_real_one(vocabulary):
@@ -252,18 +252,23 @@ def test_the_stored_pair_is_the_real_one(vocabulary):
     assert torch.equal(aligned.spans, numbers_alignment(student, teacher, real_pair.ALIGNED_TOKENS).spans)
 
 
-@pytest.mark.slow
-def test_the_small_set_runs_and_compares(capsys):
+def test_the_small_set_is_that_of_the_check(monkeypatch, capsys):
+    """Which tests/losses/test_check.py runs."""
+    asked = []
+
+    def self_test(device, **given):
+        asked.append((device, given["sizes"]))
+        return CheckReport(
+            device, findings=[CheckFinding("a", "", "float32", "cpu", 0.0, 1.0, "", 1.0, True)][: len(asked) - 1]
+        )
+
+    monkeypatch.setattr(parts.xtoken, "self_test", self_test)
+    monkeypatch.setattr(CheckReport, "__str__", lambda report: "compared")
+    with pytest.raises(SystemExit):
+        parts.small("cpu")
     parts.small("cpu")
-    assert capsys.readouterr().out == "small set: ran and compared\n"
-
-
-def test_the_small_set_holds_every_loss_in_every_form():
-    names = {case.name for case in parts.forms()}
-    assert set(registered()) < names
-    for name, loss in registered().items():
-        if "reverse" in loss.options():
-            assert f"{name}, reverse=True" in names
+    assert asked == [("cpu", (333, 401))] * 2
+    assert capsys.readouterr().out == "compared\n" * 2
 
 
 def speed(capsys, rows=6, seconds=600.0):

@@ -29,7 +29,7 @@ MODULES = [
 ]
 GUIDES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 NOTES = [*sorted((ROOT / "csrc").rglob("README.md")), ROOT / "tests" / "cuda_emulator" / "README.md"]
-COMMANDS = ("align", "audit", "cache-teacher", "demo", "project", "show", "train")
+COMMANDS = ("align", "audit", "cache-teacher", "check", "demo", "project", "report", "show", "train")
 
 
 def name_of(path: Path) -> str:
@@ -147,7 +147,7 @@ def test_options_exist(document: Path) -> None:
     for code in quoted(document):
         if "vllm serve" in code:  # whose options are its own
             continue
-        command = re.search(r"xtoken (train|align|audit|cache-teacher|project|show|demo)\b", code)
+        command = re.search(r"xtoken (train|align|audit|cache-teacher|check|project|report|show|demo)\b", code)
         allowed = options_in(help_of(command[1])) if command else everywhere
         assert options_in(code) <= allowed, code
 

@@ -10,6 +10,7 @@ from ._core import version as __version__
 from .alignment import Aligner, Alignment, Ragged
 from .audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit
 from .calibration import MergedEvents, MergeReport
+from .check import CheckFinding, CheckReport, self_test
 from .config import show_config
 from .corpus import align_corpus
 from .losses import (
@@ -56,6 +57,8 @@ __all__ = [
     "Aligner",
     "Alignment",
     "CachedDocument",
+    "CheckFinding",
+    "CheckReport",
     "ClassCoverage",
     "CoverageReport",
     "LearnableProjection",
@@ -100,6 +103,7 @@ __all__ = [
     "reference",
     "sample_texts",
     "select_backend",
+    "self_test",
     "show_config",
     "uld_loss",
 ]

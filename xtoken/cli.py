@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shutil
 import sys
@@ -14,6 +15,7 @@ from . import _core
 from .alignment import METHODS, Aligner
 from .alignment.pretty import printable, printable_lines
 from .audit import NUMERALS, choose_loss, coverage_audit
+from .check import self_test
 from .config import show_config
 from .corpus import align_corpus
 from .corpus.options import Options
@@ -43,6 +45,12 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     commands.add_parser("config", help="print what this build can do on this machine")
+
+    check = commands.add_parser("check", help="compare every loss with float64 on this machine, and time it")
+    check.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
+    check.add_argument("--losses", nargs="+", choices=tuple(registered()), help="default: all")
+    check.add_argument("--rows", type=int, help="of logits; fewer take less memory (default: 64, on the CPU 8)")
+    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     pair = argparse.ArgumentParser(add_help=False)
     pair.add_argument("--student", required=True, help=TOKENIZER)
@@ -136,7 +144,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         known, rest = given[: first + 1], given[first + 1 :]
     options = _parser().parse_args(known)
     try:
-        _run(options, rest)
+        return _run(options, rest)
     except Exception as error:
         if options.debug:
             raise
@@ -150,7 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         hint = "; what is complete stays, go on with --resume" if options.command in ("align", "cache-teacher") else ""
         print(f"xtoken {options.command}: interrupted{hint}", file=sys.stderr)
         return 130
-    return 0
 
 
 def _show(options: argparse.Namespace) -> str:
@@ -226,9 +233,19 @@ def _report(options: argparse.Namespace) -> str:
     return f"{printable(options.output)}: {page}"
 
 
-def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
+def _check(options: argparse.Namespace) -> int:
+    tell = None if options.json else functools.partial(print, flush=True)
+    report = self_test(options.device, options.losses, rows=options.rows, tell=tell)
+    if options.json:
+        print(report.to_json())
+    return 0 if report.passed else 1
+
+
+def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     if options.command == "config":
         show_config()
+    elif options.command == "check":
+        return _check(options)
     elif options.command == "audit":
         report = coverage_audit(
             options.student, options.teacher, critical=options.critical or NUMERALS, corpus=_corpus(options.data)
@@ -264,3 +281,4 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> None:
         from . import demo
 
         demo.run(**{"seed": options.seed, **({"steps": options.steps} if options.steps else {})})
+    return 0

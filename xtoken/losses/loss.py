@@ -128,6 +128,8 @@ class Loss:
     """Fields that hold ids of the teacher's tokens, beside W and pieces."""
     trains_projection: ClassVar[bool] = False
     """Whether the weights of W get a gradient."""
+    by_rank: ClassVar[bool] = False
+    """Whether it compares sorted probabilities: where two exchange their ranks, the gradient jumps."""
     is_default: ClassVar[bool] = False
     """Whether it is the loss of a `Teacher` that says only what the pair of tokenizers has (`needs`)."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}})

@@ -78,6 +78,10 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         Learning rate of trainable weights of W, which are neither decayed nor clipped.
     loss_backend : str
         See `xtoken.select_backend`.
+    self_test : "auto", "on" or "off"
+        Whether `XTokenTrainer.train` begins with a comparison of this run's losses with float64, in its types and with
+        its W, pieces and options, on the device of the run, which takes a second or two there; it stops if one is
+        wrong. "auto": on CUDA. See `xtoken.self_test` for more.
     fused : "auto", "on" or "off"
         Whether the losses get hidden states and output layer, of the student and of teachers that compute here, and
         make logits a block of rows at a time, so that logits of a whole micro-batch never exist. "auto" does so where
@@ -177,6 +181,10 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     )
     projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
     loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
+    self_test: str = field(
+        default="auto",
+        metadata={"help": "compare the losses of this run with float64 first; auto: on a GPU", "choices": CHOICES},
+    )
     fused: str = field(
         default="auto", metadata={"help": "losses from hidden states and output layer", "choices": CHOICES}
     )
@@ -278,6 +286,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         if self.teacher_column is not None and self.teacher_mode == "average":
             raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")
         check_choice(self.fused, "fused", CHOICES)
+        check_choice(self.self_test, "self_test", CHOICES)
         self._check_generation()
         # Where an earlier version of transformers has another default, nobody has asked for it.
         defaults = {one.name: one.default for one in fields(self)}

@@ -21,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 from xtoken.alignment import Alignment, to_device
 from xtoken.audit import same_tokens
 from xtoken.calibration import MOST_LEFT
+from xtoken.check import Lesson, check_lessons
 from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
@@ -38,7 +39,7 @@ from .encode import ExampleEncoder
 from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
 from .itself import Averages, StudentTeacher
-from .limits import Limits
+from .limits import Limits, head_rows
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .projections import ProjectionSteps
@@ -755,8 +756,11 @@ class XTokenTrainer(Trainer):
         """The Trainer's, from the newest complete checkpoint for True; a run that is at its end makes no further step.
 
         Raises ValueError if a checkpoint is not complete, or lacks optimizer or scheduler (see
-        `XTokenConfig.resume_weights_only`), or if there is none.
+        `XTokenConfig.resume_weights_only`), or if there is none; RuntimeError if a loss is wrong on this device (see
+        `XTokenConfig.self_test`).
         """
+        if self.args.self_test == "on" or (self.args.self_test == "auto" and self.args.device.type == "cuda"):
+            self._check_losses()
         if not resume_from_checkpoint:
             return super().train(None, *args, **kwargs)
         path = resume_from_checkpoint
@@ -775,6 +779,36 @@ class XTokenTrainer(Trainer):
         self._load_distillation(Path(path))
         self.state = TrainerState.load_from_json(str(Path(path) / checkpoints.STATE))
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _check_losses(self) -> None:
+        """Compares the losses of this run with float64; raises RuntimeError with what is wrong, if something is."""
+        report = check_lessons(self._lessons(), self.args.device, self.args.loss_backend)
+        if report.wrong:
+            raise RuntimeError(
+                f"self_test: expected losses that agree with float64, got\n{report.summary()}\nxtoken check tells "
+                "more; loss_backend='reference' does without the kernels"
+            )
+        if report.findings:
+            logger.info("self_test: %s", report.summary())
+
+    def _lessons(self) -> list[Lesson]:
+        """What losses get in this run: logits in the type of a model's weights, or of mixed precision."""
+        found = []
+        for objective, teacher in zip(self.criterion.teachers, self.teachers, strict=False):
+            mine, theirs = (head_rows(one) for one in (self.model, teacher.model))
+            own = self.criterion.vocab_size or mine
+            if own is None:  # nobody knows how wide its logits will be
+                continue
+            widths = max(own, mine or 0), theirs or (objective.shape or (own, own))[1]
+            of_teacher = getattr(teacher.model, "dtype", torch.float32)
+            found += [Lesson(objective, widths, (dtype, of_teacher)) for dtype in self._types()]
+        return found
+
+    def _types(self) -> list[torch.dtype]:
+        """Of the student's logits: with mixed precision both float32, as accelerate hands them out, and what fused
+        losses make themselves."""
+        mixed = [torch.bfloat16] * self.args.bf16 + [torch.float16] * self.args.fp16
+        return [torch.float32, *mixed] if mixed else [self.model.dtype]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

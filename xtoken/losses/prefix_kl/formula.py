@@ -139,11 +139,11 @@ def prefix(
 
 def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
     """bool [count]: the events in which tokens of one side have different partners."""
-    student, teacher = sides
+    student, size = sides[0], len(sides[1].event)
     single = (student.ptr.diff() == 1).nonzero()[:, 0]
     partner = student.pieces[student.ptr[single].long()]
-    pairs = torch.stack([student.event[single], partner])[:, partner < len(teacher.event)].unique(dim=1)
-    return torch.bincount(pairs[0], minlength=count) > 1
+    pairs = (student.event[single].long() * size + partner)[partner < size].unique()  # pairs of numbers sort slowly
+    return torch.bincount(pairs // size, minlength=count) > 1
 
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ class RankedOptions(Options, total=False):
 @dataclass(frozen=True)
 class PairedLoss(Loss):
     """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others."""
+
+    by_rank: ClassVar[bool] = True
 
     W: Matrix
     temperature: float

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, ClassVar, overload
 
 from torch import Tensor
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
 @dataclass(frozen=True)
 class ULD(Loss):
     """See `uld_loss`."""
+
+    by_rank: ClassVar[bool] = True
 
     temperature: float
 
