@@ -33,6 +33,10 @@ class RowsByHand:
     def owner(self) -> Tensor:
         return torch.tensor([k for k, rows in enumerate(self.rows) for _ in rows], dtype=torch.int64)
 
+    def chosen(self, chunks: Tensor) -> RowsByHand:
+        before = None if self.before is None else self.before[chunks]
+        return RowsByHand([self.rows[k] for k in chunks.tolist()], self.next_ids, before)
+
     def first(self) -> RowsByHand:
         return RowsByHand([rows[:1] for rows in self.rows], self.next_ids, self.before)
 

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from xtoken.alignment import Rows
 
 EPSILON = 1e-10
 """Added to projected masses before a division or a logarithm."""
@@ -48,6 +53,23 @@ def log_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
     top = none.scatter_reduce(0, owner, values.detach(), "amax")
     sums = torch.zeros_like(none).index_add(0, owner, (values - top[owner]).exp())
     return torch.where(sums == 0, none, sums.masked_fill(sums == 0, 1).log() + top.masked_fill(sums == 0, 0))
+
+
+def log_likelihood(logits: Tensor, rows: Rows, dtype: torch.dtype, temperature: float = 1.0) -> Tensor:
+    """[K]: the sum of the log-probabilities of the tokens that the rows predict."""
+    assert rows.next_ids is not None
+    index = rows.index()
+    log_p = scaled(logits[index], temperature, dtype).log_softmax(-1)
+    return rows.total(log_p.gather(1, rows.next_ids[index, None])[:, 0], rows.owner())
+
+
+def log_complement(log_p: Tensor) -> Tensor:
+    """``log(1 - p)``, without cancellation near 0 and near 1; 1 - p is at least the type's eps."""
+    log_p = log_p.clamp_max(-torch.finfo(log_p.dtype).eps)
+    is_large = log_p > -0.6931
+    near_one = (-torch.where(is_large, log_p, -1.0).expm1()).log()
+    near_zero = (-torch.where(is_large, -1.0, log_p).exp()).log1p()
+    return torch.where(is_large, near_one, near_zero)
 
 
 def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def spelling(pieces: Tensor, text: Tensor, device: torch.device) -> Spelling:
         lengths = [torch.tensor([len(token) for token in side]) for side in (of_student, of_teacher)]
         ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[1].cumsum(0)])
         places = torch.tensor(longest, dtype=torch.int64)
-        order, first, last = _ranges(of_teacher, lengths[1], ptr)
+        order, first, last = prefix_ranges(of_teacher, lengths[1], ptr)
         beginning = exact.of_teacher.clone()
         has_text = lengths[1] > 0
         beginning[has_text] = places[ptr[:-1][has_text]]
@@ -112,8 +113,11 @@ def ids_by_text(of_student: list[bytes], exact: Partners) -> dict[bytes, int]:
     return known
 
 
-def _ranges(tokens: list[bytes], length: Tensor, ptr: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens in the order of their bytes, and for each place the range of those with the bytes before it."""
+def prefix_ranges(
+    tokens: Sequence[bytes] | Sequence[tuple[int, ...]], length: Tensor, ptr: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens, sequences of this length, in ascending order, and ranges of it: token t has the places ``ptr[t]`` ...
+    ``ptr[t + 1] - 1``, and each the first and the last (exclusive) of those that begin with what is before it."""
     order = sorted(range(len(tokens)), key=tokens.__getitem__)
     common = [0, *(_common(tokens[a], tokens[b]) for a, b in itertools.pairwise(order))]
     shared, ordered = torch.tensor(common), torch.tensor(order, dtype=torch.int64)
@@ -133,8 +137,8 @@ def _ranges(tokens: list[bytes], length: Tensor, ptr: Tensor) -> tuple[Tensor, T
     return ordered, first, last
 
 
-def _common(a: bytes, b: bytes) -> int:
-    """How many bytes two texts have in common at their beginning."""
+def _common(a: Sequence[int], b: Sequence[int]) -> int:
+    """How many elements two sequences have in common at their beginning."""
     most = min(len(a), len(b))
     if a[:most] == b[:most]:
         return most

@@ -1,0 +1,105 @@
+"""The strict one-to-one loss: positions of one token on both sides, on tokens that both vocabularies have."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, overload
+
+from torch import Tensor
+
+from xtoken.alignment import Alignment, Chunks
+from xtoken.losses.call import Losses, Options, check_count, check_temperature, compute, documented
+from xtoken.losses.linear import linear
+from xtoken.losses.logits import AnyLogits
+from xtoken.losses.loss import Needs
+from xtoken.losses.on_pieces import OnTokens, partners
+from xtoken.losses.one_to_one import formula
+from xtoken.losses.operator import register
+from xtoken.pieces import PieceIndex
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+@register("one_to_one", "strict one-to-one", Needs.PIECES)
+@dataclass(frozen=True)
+class OneToOne(OnTokens):
+    """See `one_to_one_loss`."""
+
+    temperature: float
+    top_k: int | None
+    reverse: bool
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        check_count(self.top_k, "top_k", optional=True)
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        shared = partners(self.pieces, student.device)
+        return formula.one_to_one(
+            student, teacher, chunks, shared, temperature=self.temperature, top_k=self.top_k, reverse=self.reverse
+        )
+
+
+class OneToOneOptions(Options, total=False):
+    """Keyword arguments of `one_to_one_loss`, beside ``labels``."""
+
+    top_k: int | None
+    reverse: bool
+
+
+@overload
+def one_to_one_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
+    labels: None = None, **options: Unpack[OneToOneOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def one_to_one_loss(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
+    labels: Tensor, **options: Unpack[OneToOneOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@documented
+def one_to_one_loss(
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    alignment: Alignment,
+    pieces: PieceIndex,
+    *,
+    labels: Tensor | None = None,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    reverse: bool = True,
+    reduction: str = "mean",
+    inplace: bool = False,
+    backend: str = "auto",
+) -> Losses:
+    """KL(student || teacher) where one token stands for the same one, on the tokens that both vocabularies have.
+
+    The formula, and what of it is this library's reading, is in `xtoken.losses.one_to_one.formula.one_to_one`. All
+    other chunks have the loss 0, and count in the mean.
+
+    Parameters
+    ----------
+    {student_logits, teacher_logits, alignment}
+        With its token ids.
+    pieces : PieceIndex
+        Of the student's and the teacher's tokenizer.
+    {labels, temperature}
+    top_k : int, optional
+        Only so many of the shared tokens, those that the student finds most probable. Default: all.
+    reverse : bool
+        False: KL(teacher || student).
+    {reduction, inplace, backend}
+
+    {results}
+
+    Source: arXiv 2610.08448.
+    """
+    loss = OneToOne.of(None, pieces, temperature=temperature, top_k=top_k, reverse=reverse)
+    return compute(
+        loss, student_logits, teacher_logits, alignment,
+        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+    )  # fmt: skip
+
+
+linear_one_to_one_loss = linear(one_to_one_loss)
