@@ -201,11 +201,28 @@ def truth() -> str:
 
 def _of_pairs(rows: Sequence[Any], loss: str, kind: str) -> list[float]:
     """The bias for each pair, of its rows where chunks start and inside chunks the worse."""
-    worst: dict[str, float] = {}
+    return _worse([row for row in rows if (row["loss"], row["kind"]) == (loss, kind)])
+
+
+def _worse(rows: Sequence[Any]) -> list[float]:
+    """The bias for each pair and kind of text, of the two sorts of rows the worse."""
+    worst: dict[tuple[str, str], float] = {}
     for row in rows:
-        if (row["loss"], row["kind"]) == (loss, kind):
-            worst[row["pair"]] = max(row["bias"], worst.get(row["pair"], 0.0))
+        key = row["pair"], row["kind"]
+        worst[key] = max(row["bias"], worst.get(key, 0.0))
     return list(worst.values())
+
+
+def truth_by_pair() -> str:
+    """Where losses lead from the truth: by pair of two tokenizers the mean over kinds of text, and the worst kind."""
+    rows = [row for row in results("truth")["rows"] if len(set(row["pair"].split("/"))) == 2]
+    pairs = list(dict.fromkeys(row["pair"] for row in rows))
+    cells: dict[str, list[list[float]]] = {}
+    for loss in dict.fromkeys(row["loss"] for row in rows):
+        cells[loss] = [_worse([row for row in rows if (row["loss"], row["pair"]) == (loss, pair)]) for pair in pairs]
+    ordered = sorted(cells.items(), key=lambda item: statistics.fmean(statistics.fmean(one) for one in item[1]))
+    body = [(loss, *(f"{statistics.fmean(one):.3f} ({max(one):.2f})" for one in row)) for loss, row in ordered]
+    return markdown(("loss", *pairs), body)
 
 
 def truth_on_events() -> str:
@@ -275,6 +292,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "training": training,
     "training_memory": training_memory,
     "truth": truth,
+    "truth_by_pair": truth_by_pair,
     "truth_on_events": truth_on_events,
     "events": events,
     "trl": trl,

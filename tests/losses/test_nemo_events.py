@@ -10,7 +10,7 @@ import torch
 from comparer import assert_close
 from harness import make_case
 
-from xtoken import Alignment, PieceIndex, Vocabulary, alm_loss, nemo_events_loss
+from xtoken import Alignment, PieceIndex, Vocabulary, nemo_events_loss
 
 VARIANTS: dict[str, dict[str, Any]] = {"default": {}, "reverse": {"reverse": True, "temperature": 2.5}}
 
@@ -65,13 +65,13 @@ def test_fewer_than_two_events_are_none() -> None:
 
 
 def test_several_on_both_sides_are_compared_by_their_text() -> None:
-    case = make_case(shapes=((1, 1), (2, 2), (2, 3), (3, 2)))
-    got = nemo_events_loss(case.student, case.teacher, case.alignment, case.pieces)
-    want = alm_loss(case.student, case.teacher, case.alignment)
-    assert_close(got, want, rtol=1e-12)
+    """ "x", "9" against "9", "5" stands for any text that no other chunk boundary cuts."""
+    chunk = Alignment([[1, 3, 1, 3]], student_ids=[0, 5, 0], teacher_ids=[0, 0, 1])
+    loss = nemo_events_loss(rows(P, P), rows(*Q[:2]), chunk, PIECES)
+    assert_close(loss, torch.tensor(kl([0.5 * 0.5], [0.2 * 0.1]), dtype=torch.float64), rtol=1e-12)
 
 
-@pytest.mark.parametrize("sizes", [(67, 59), (37, 101)])
+@pytest.mark.parametrize("sizes", [(101, 37), (37, 101)])
 def test_what_a_loop_over_tokens_finds(sizes: tuple[int, int]) -> None:
     case = make_case(*sizes, shapes=((1, 1), (1, 2), (3, 1), (2, 1), (1, 3), (1, 2), (2, 1)), samples=9)
     of, index = case.alignment, case.pieces
@@ -100,6 +100,6 @@ def test_what_a_loop_over_tokens_finds(sizes: tuple[int, int]) -> None:
                 events[part].append(math.exp(known))
         losses.append(kl(events[1], events[0]) if len(events[0]) > 1 else 0.0)
     want = torch.tensor(losses, dtype=torch.float64)
-    assert int((want > 0).sum()) > 5
+    assert int((want > 0).sum()) > 3
     got = nemo_events_loss(case.student, case.teacher, of, index, reduction="none")
     assert_close(got[~want.isnan()], want[~want.isnan()], rtol=1e-9, atol=1e-12)
