@@ -190,10 +190,13 @@ def training_memory() -> str:
 
 
 def truth() -> str:
-    """Where losses lead from the truth: by kind of text the mean over pairs of two tokenizers, and the worst pair."""
+    """Where losses lead from the truth: by kind of text the mean over pairs of two tokenizers, and the worst pair; of
+    losses that were measured for every pair."""
     rows = [row for row in results("truth")["rows"] if len(set(row["pair"].split("/"))) == 2]
     kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    pairs = len({row["pair"] for row in rows})
     cells = {loss: [_of_pairs(rows, loss, kind) for kind in kinds] for loss in dict.fromkeys(r["loss"] for r in rows)}
+    cells = {loss: one for loss, one in cells.items() if all(len(values) == pairs for values in one)}
     ordered = sorted(cells.items(), key=lambda item: statistics.fmean(statistics.fmean(one) for one in item[1]))
     body = [(loss, *(f"{statistics.fmean(one):.3f} ({max(one):.2f})" for one in row)) for loss, row in ordered]
     return markdown(("loss", *kinds), body)
@@ -220,8 +223,11 @@ def truth_by_pair() -> str:
     cells: dict[str, list[list[float]]] = {}
     for loss in dict.fromkeys(row["loss"] for row in rows):
         cells[loss] = [_worse([row for row in rows if (row["loss"], row["pair"]) == (loss, pair)]) for pair in pairs]
-    ordered = sorted(cells.items(), key=lambda item: statistics.fmean(statistics.fmean(one) for one in item[1]))
-    body = [(loss, *(f"{statistics.fmean(one):.3f} ({max(one):.2f})" for one in row)) for loss, row in ordered]
+    ordered = sorted(cells.items(), key=lambda item: statistics.fmean(statistics.fmean(one) for one in item[1] if one))
+    body = [
+        (loss, *(f"{statistics.fmean(one):.3f} ({max(one):.2f})" if one else "-" for one in row))
+        for loss, row in ordered
+    ]
     return markdown(("loss", *pairs), body)
 
 
