@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from default_losses import DEFAULT, default_loss
-from harness import OPERATIONS, check, make_case
+from harness import OPERATIONS, Case, check, make_case
 from torch import Tensor
 
 from xtoken import select_backend
@@ -124,12 +124,18 @@ def tokens_one_off(chunks: Chunks) -> Chunks:
     return replace(chunks, teacher=replace(chunks.teacher, next_ids=ids if ids is None else ids.clamp_min(0).roll(1)))
 
 
-def check_with_wrong_rows(fault: Callable[[Chunks], Chunks], operation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+ENDS = (1, 1), (1, 1), (3, 1), (1, 2), (2, 3), (1, 1)
+"""Chunks of which the first and the last with a predictor are one token each, which every loss compares."""
+
+
+def check_with_wrong_rows(
+    fault: Callable[[Chunks], Chunks], operation: str, monkeypatch: pytest.MonkeyPatch, case: Case | None = None
+) -> None:
     """`check` while the library takes wrong rows; those of the harness are its own."""
     right = Chunks.of
     with monkeypatch.context() as patch:
         patch.setattr(Chunks, "of", staticmethod(lambda *args, **options: fault(right(*args, **options))))
-        check("reference", operation, make_case(), torch.float32)
+        check("reference", operation, case or make_case(), torch.float32)
 
 
 @pytest.mark.parametrize("operation", OPERATIONS)
@@ -138,7 +144,7 @@ def test_the_harness_knows_the_rows(
     fault: Callable[[Chunks], Chunks], operation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(AssertionError, match="differ; worst at"):
-        check_with_wrong_rows(fault, operation, monkeypatch)
+        check_with_wrong_rows(fault, operation, monkeypatch, make_case(shapes=ENDS))
 
 
 @pytest.mark.parametrize("fault", [last_rows_left_out, tokens_one_off])
