@@ -12,6 +12,9 @@ Results go to bench/results/truth.json, and a picture beside it.
     python bench/truth.py                     # everything, about ten minutes on two cores
     python bench/truth.py --pairs llama3/gemma3 --kinds Python Markdown
     python bench/truth.py --losses ULD --merge     # these rows anew, among those that are there
+    python bench/truth.py --page              # only what the pages of `xtoken report` show of the results
+
+What the pages show is in xtoken/report/truth.json: for each pair of vocabularies the bias of each loss and kind.
 """
 
 from __future__ import annotations
@@ -25,17 +28,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from cases import Case, Pair, choices
 from exact import FLOOR, Problem, Whole, World
-from measure import Row, load_tokenizers, machine, parser, table, write
+from measure import RESULTS, ROOT, Row, load_tokenizers, machine, parser, table, write
 from torch import Tensor
 from truth_texts import KINDS
 
 from xtoken import PieceIndex, ProjectionMatrix, Vocabulary
 from xtoken.losses.loss import registered
+from xtoken.report.pair import MEASURED, digest
 
 PAIRS = {
     "llama3/qwen3": "Llama 3 from Qwen3",
@@ -245,13 +249,45 @@ def plot(rows: Sequence[Row], path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def for_pages(rows: Sequence[Row]) -> dict[str, Any]:
+    """By pair the bias of each loss and kind, in rows where chunks start / inside chunks."""
+    pairs: dict[str, Any] = {}
+    for row in rows:
+        pair = pairs.setdefault(row["pair"], {"title": row["title"], "kinds": [], "bias": {}})
+        if row["kind"] not in pair["kinds"]:
+            pair["kinds"].append(row["kind"])
+        cells = pair["bias"].setdefault(row["loss"], {}).setdefault(row["kind"], {})
+        cells[row["sort"]] = f"{row['bias']:.3f}"
+    for pair in pairs.values():
+        for loss, kinds in pair["bias"].items():
+            shown = {
+                kind: " / ".join(cells.get(sort, "-") for sort in ("start", "inner")) for kind, cells in kinds.items()
+            }
+            pair["bias"][loss] = shown
+    return pairs
+
+
+def write_for_pages(rows: Sequence[Row]) -> None:
+    """Writes them where the pages look, under the vocabularies' digests."""
+    found = for_pages(rows)
+    names = sorted({name for pair in found for name in pair.split("/")})
+    sides = zip(names, load_tokenizers(*names), strict=True)
+    digests = {name: digest(Vocabulary.from_tokenizer(tokenizer)) for name, tokenizer in sides}
+    pairs = {"/".join(digests[name] for name in pair.split("/")): facts for pair, facts in found.items()}
+    text = json.dumps({"pairs": pairs}, indent=1, ensure_ascii=False)
+    (ROOT / "xtoken" / "report" / MEASURED).write_text(text + "\n")
+
+
 def main() -> None:
     arguments = parser(__doc__, "truth.json")
     for name, known in (("pairs", PAIRS), ("kinds", KINDS), ("losses", [case.name for case in forms()])):
         arguments.add_argument(f"--{name}", nargs="+", default=list(known), choices=known, metavar=name[:-1].upper())
     arguments.add_argument("--processes", type=int, default=2)
     arguments.add_argument("--merge", action="store_true", help="keep what the output has of other losses and texts")
+    arguments.add_argument("--page", action="store_true", help="measure nothing")
     options = arguments.parse_args()
+    if options.page:
+        return write_for_pages(json.loads(options.output.read_text())["rows"])
     started = time.perf_counter()
     run = functools.partial(measure_pair, kinds=options.kinds, names=options.losses)
     rows: list[Row] = []
@@ -269,6 +305,9 @@ def main() -> None:
     write(options.output, {"machine": facts, "minutes": minutes, "earlier": earlier, "rows": rows})
     print(table(rows, [name for name in rows[0] if name not in ("title", "needs", "movers", "commit")]))
     plot(rows, options.output.with_suffix(".png"))
+    if options.output == RESULTS / "truth.json":
+        write_for_pages(rows)
+    return None
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from xtoken.report.run import add_sample, begin_run
 HOSTILE = (
     "<script>document.title = 'run'</script><img src=x onerror=\"document.title='run'\"> & {{ 7 * 7 }} \u202e\x1b[31m"
 )
+ROOT = Path(__file__).parents[1]
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 
 
@@ -103,6 +104,19 @@ def test_other_pieces_are_refused() -> None:
     student, teacher = byte_level(300, ["a 19"]), byte_level(270, ["b"])
     with pytest.raises(ValueError, match="tokenizer"):
         pair_report(student, teacher, pieces=xtoken.PieceIndex.build(teacher, student))
+
+
+def test_pages_show_the_results_of_the_truth_test() -> None:
+    results = json.loads((ROOT / "bench" / "results" / "truth.json").read_text())["rows"]
+    shown = json.loads((ROOT / "xtoken" / "report" / "truth.json").read_text())["pairs"].values()
+    count = 0
+    for pair in shown:
+        for row in results:
+            if row["title"] == pair["title"]:
+                cell = pair["bias"][row["loss"]][row["kind"]].split(" / ")
+                assert cell[row["sort"] != "start"] == f"{row['bias']:.3f}"
+                count += 1
+    assert count == len(results)
 
 
 # --- runs

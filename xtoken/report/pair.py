@@ -25,7 +25,7 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary
 from .page import packed, render, save
 
 MEASURED = "truth.json"
-"""In this folder: biases under the truth test, by pair; `bench/tables.py` writes it from `bench/results`."""
+"""In this folder: biases under the truth test, by pair; `bench/truth.py` writes it."""
 
 LONGEST = 2000
 """Characters of a text that is shown; of longer ones the rest is left out, and the page says so."""
