@@ -41,7 +41,8 @@ from typing import Any, NamedTuple
 
 import real_texts
 import torch
-from measure import ROOT, machine, parser, table, write
+from measure import ROOT, commit, machine, parser, write
+from tables import real_table
 from tokenizers import Regex, Tokenizer, pre_tokenizers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -156,6 +157,7 @@ class Reader:
         vocabulary = xtoken.Vocabulary.from_tokenizer(tokenizer)
         spelled = [vocabulary[k] if vocabulary.is_text[k] else b"" for k in range(len(vocabulary))]
         self.digits = torch.tensor([len(one) if one.isdigit() else 0 for one in spelled])
+        self.bytes = torch.tensor(list(map(len, spelled)))
         self.is_space = torch.tensor([one.isspace() for one in spelled])
 
     def rows(self, texts: Sequence[str]) -> list[list[int]]:
@@ -354,20 +356,20 @@ def number_measures(
 
 @torch.no_grad()
 def code_measures(predict: Predict, reader: Reader, held_out: Sequence[str]) -> Measures:
-    nats: dict[bool, list[Tensor]] = {True: [], False: []}
+    """Of all tokens but the first of each text, whose indentation nothing tells."""
+    found: list[Tensor] = []
+    tokens: list[int] = []
     for start in range(0, len(held_out), 4):
         rows = reader.rows(held_out[start : start + 4])
         for row, logits in zip(rows, predict(padded(rows)), strict=True):
-            ids = torch.tensor(row)[1:, None]
-            found = -logits[: len(row) - 1].float().log_softmax(-1).gather(1, ids)
-            for is_space, values in nats.items():
-                values.append(found[reader.is_space[ids] == is_space])
-    space, other = (torch.cat(nats[is_space]) for is_space in (True, False))
-    characters = sum(map(len, held_out))
+            tokens += row[2:]
+            scores = logits[1 : len(row) - 1].float().log_softmax(-1)
+            found.append(-scores.gather(1, torch.tensor(row[2:])[:, None])[:, 0])
+    nats, is_space = torch.cat(found), reader.is_space[tokens]
     return {
-        "nats a character": float(space.sum() + other.sum()) / characters,
-        "nats a token of white space": float(space.mean()),
-        "nats a token elsewhere": float(other.mean()),
+        "nats a byte": float(nats.sum() / reader.bytes[tokens].sum()),
+        "nats a token of white space": float(nats[is_space].mean()),
+        "nats a token elsewhere": float(nats[~is_space].mean()),
     }
 
 
@@ -523,7 +525,7 @@ class Trial:
 
         if not self.setting.is_packed:
             found = code_measures(predict, self.reader, self.held_out)
-            return {"nats a character": found["nats a character"]}
+            return {"nats a byte": found["nats a byte"]}
         found = number_measures(predict, self.reader, self.held_out, self.sums)
         return {name: found[name] for name in ("nats a number", "sums, nats", "sums, probability", "sums, right")}
 
@@ -622,7 +624,7 @@ def measure(options: Namespace, size: Size) -> dict[str, Any]:
             results["teachers"][name] = trial.teacher_measures()
             log(f"{name}: {results['starts'][name]}, teacher {results['teachers'][name]}")
         if run is None:
-            run = {"setting": name, "seed": seed, "cpu_seconds": 0.0, "arms": {}}
+            run = {"setting": name, "seed": seed, "commit": commit(), "cpu_seconds": 0.0, "arms": {}}
             results["runs"].append(run)
         run["arms"] |= trial.run(wanted, seed)
         run["cpu_seconds"] += time.process_time() - cpu
@@ -634,39 +636,8 @@ def measure(options: Namespace, size: Size) -> dict[str, Any]:
 # --- report
 
 
-def leads(results: dict[str, Any], setting: str) -> dict[str, dict[str, tuple[float, float, float | None]]]:
-    """By loss and measure: the mean at the end, the mean lead over the baseline of the same seed, and its standard
-    error, None with one seed. The baseline is "CE" if it ran, else the start."""
-    runs = [run["arms"] for run in results["runs"] if run["setting"] == setting]
-    found: dict[str, dict[str, tuple[float, float, float | None]]] = {}
-    for words in dict.fromkeys(words for run in runs for words in run):
-        mine = [run for run in runs if words in run]
-        for name in mine[0][words]["curve"][-1]:
-            if name == "step":
-                continue
-            start = results["starts"][setting][name]
-            ends = [run[words]["curve"][-1][name] for run in mine]
-            bases = [run["CE"]["curve"][-1][name] if "CE" in run else start for run in mine]
-            over = [end - base for end, base in zip(ends, bases, strict=True)]
-            error = statistics.stdev(over) / len(over) ** 0.5 if len(over) > 1 else None
-            found.setdefault(words, {})[name] = statistics.fmean(ends), statistics.fmean(over), error
-    return found
-
-
 def report(results: dict[str, Any]) -> str:
-    parts = []
-    for setting, one in SETTINGS.items():
-        if not (found := leads(results, setting)):
-            continue
-        names = list(next(iter(found.values())))
-        rows: list[dict[str, Any]] = [{"loss": "start"} | results["starts"][setting]]
-        rows += [{"loss": "teacher"} | {name: results["teachers"][setting].get(name, "") for name in names}]
-        for words, values in found.items():
-            cells = {name: f"{mean:.3f}" + (f" ({lead:+.3f} ± {error:.3f})" if error is not None else "")
-                     for name, (mean, lead, error) in values.items()}  # fmt: skip
-            rows.append({"loss": words} | cells)
-        parts += [one.title, table(rows, ["loss", *names])]
-    return "\n\n".join(parts)
+    return "\n".join(f"{SETTINGS[name].title}\n\n{real_table(results, name)}" for name in results["starts"])
 
 
 SHOWN = {

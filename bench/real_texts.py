@@ -12,6 +12,7 @@ import re
 import sysconfig
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from textwrap import dedent
 from typing import NamedTuple
 
 PACKAGES = ("mpmath", "networkx", "numpy", "pandas", "sympy")
@@ -36,8 +37,8 @@ def numbers() -> Texts:
 
 
 def python() -> Texts:
-    """Passages of the modules of the standard library."""
-    return _split([list(passages(path.read_text())) for path in modules()])
+    """Passages of the modules of the standard library, as far to the left as they go."""
+    return _split([[dedent(one).strip("\n") for one in passages(path.read_text())] for path in modules()])
 
 
 def modules() -> list[Path]:

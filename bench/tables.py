@@ -284,6 +284,35 @@ def quantized() -> str:
     )
 
 
+def real_table(found: Any, setting: str) -> str:
+    """By loss the means over the seeds; in brackets the lead over cross-entropy alone with the same seed, or over the
+    start where that did not run, with its standard error. Shares are in percent."""
+    runs = [run for run in found["runs"] if run["setting"] == setting]
+    names = list(found["starts"][setting])
+    ends: Values = {"start": {name: {run["seed"]: found["starts"][setting][name] for run in runs} for name in names}}
+    for run in runs:
+        for words, arm in run["arms"].items():
+            for name in names:
+                ends.setdefault(words, {}).setdefault(name, {})[run["seed"]] = arm["curve"][-1][name]
+    baseline = "CE" if "CE" in ends else "start"
+
+    def shown(name: str, value: float, form: str = "") -> str:
+        return f"{value:{form}.3f}" if "nats" in name else f"{100 * value:{form}.1f}"
+
+    def cell(words: str, name: str) -> str:
+        text = shown(name, statistics.fmean(ends[words][name].values()))
+        lead = None if words == "start" else Lead.of(ends, words, baseline, name)
+        return f"{text} ({shown(name, lead.mean, '+')} ± {shown(name, lead.error)})" if lead else text
+
+    teacher = found["teachers"][setting]
+    rows = [("teacher", *(shown(name, teacher[name]) if name in teacher else "" for name in names), "")]
+    for words, of_words in ends.items():
+        seeds = "" if words == "start" else str(len(of_words[names[0]]))
+        rows.append((words, *(cell(words, name) for name in names), seeds))
+    header = [name if "nats" in name else f"{name}, %" for name in names]
+    return markdown(("loss", *header, "seeds"), rows)
+
+
 PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",

@@ -536,6 +536,26 @@ def test_real_reads_numbers():
     assert real.read_numbers(predict, reader, ["a 1234 7 321"], last=True).nats == pytest.approx([float(even)])
 
 
+def test_real_reads_code():
+    """White space is told from other tokens, and the first token of a text does not count."""
+    real = importlib.import_module("real")
+    tokenizer = byte_level(270, ["a:\n    b\n"])
+    tokenizer.add_special_tokens(["<|endoftext|>"])
+    reader = real.Reader(tokenizer, "<|endoftext|>")
+    (row,) = reader.rows(["ab \nb"])
+
+    def predict(ids):
+        logits = torch.zeros(*ids.shape, tokenizer.get_vocab_size())
+        logits[..., tokenizer.token_to_id("b")] = 100.0
+        return logits
+
+    assert len(row) == 6
+    found = real.code_measures(predict, reader, ["ab \nb"])
+    assert found == pytest.approx(
+        {"nats a byte": 50.0, "nats a token of white space": 100.0, "nats a token elsewhere": 0.0}, abs=1e-3
+    )
+
+
 def test_bodies_that_parse():
     parses = importlib.import_module("real_texts").parses
     head = 'def f(x):\n    """Doc."""'
