@@ -93,7 +93,7 @@ def test_report(pair):
     ("critical", "learn", "loss", "paper", "reason"),
     [
         ("digits_1", False, "hkl", "hkl", "the critical tokens keep their partners"),
-        ("digits_2", False, "prefix", "pkl", "prefix KL is ahead of cross-entropy alone"),
+        ("digits_2", False, "prefix", "pkl", "prefix KL ends above P-KL"),
         ("digits_2", True, "pkl", "pkl", "the one whose W can be trained"),
         ("digits_1", True, "hkl", "hkl", "the critical tokens keep their partners"),
     ],

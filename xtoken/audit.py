@@ -263,8 +263,8 @@ def choose_loss(
     if learn_projection:
         return LossChoice("pkl", (lost, "of the losses that do not, P-KL is the one whose W can be trained"), report)
     measured = (
-        "where a teacher splits numbers (bench/reproduce.py), prefix KL is ahead of cross-entropy alone, and P-KL, the "
-        "paper's answer, is not"
+        "where a teacher splits numbers (bench/reproduce.py), prefix KL ends above P-KL, the paper's answer, with "
+        "right answers in the text and with wrong ones"
     )
     merged = () if pieces is None else (pieces.merged().summary(),)
     return LossChoice("prefix", (lost, measured, *merged), report)
