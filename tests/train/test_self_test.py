@@ -98,6 +98,15 @@ def test_what_is_right_trains(tmp_path, student_tok, teacher_tok, examples, capl
     assert "self_test: all 3 calls agree with float64 (cpu, 16 rows" in caplog.text
 
 
+def test_without_memory_it_is_left_out(tmp_path, student_tok, teacher_tok, examples, monkeypatch, caplog):
+    def check_lessons(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr("xtoken.train.trainer.check_lessons", check_lessons)
+    trainer_of(tmp_path, student_tok, teacher_tok, examples, self_test="on")._check_losses()
+    assert "self_test: left out, since cpu has too little memory left for it" in caplog.text
+
+
 def test_an_unknown_word_is_refused(tmp_path):
     with pytest.raises(ValueError, match="self_test: expected one of 'auto', 'on', 'off', got 'never'"):
         make_config(tmp_path, self_test="never")
