@@ -30,9 +30,9 @@ def run(name: str, level: str, **fields: Any) -> None:
     _core.launch(name, given, level, 1)
 
 
-def exp(x: Floats, centre: float, temperature: float, level: str) -> tuple[Floats, float]:
+def exp(x: Floats, centre: float, temperature: float, rough: bool, level: str) -> tuple[Floats, float]:
     result, unit = np.empty_like(x), np.empty((), np.float64)
-    run("exp", level, x=x, centre=centre, temperature=temperature, result=result, unit=unit)
+    run("exp", level, x=x, centre=centre, temperature=temperature, rough=rough, result=result, unit=unit)
     return result, float(unit)
 
 
@@ -55,18 +55,20 @@ def from_float(x: Floats, name: str, level: str) -> NDArray[np.int16]:
 
 
 @levels
+@pytest.mark.parametrize("rough", [False, True])
 @pytest.mark.parametrize("temperature", [1.0, 0.1, 2.5, 1e-6])
 @pytest.mark.parametrize("centre", [0.0, 100.0, -3000.0])
-def test_exp(centre: float, temperature: float, level: str) -> None:
+def test_exp(centre: float, temperature: float, rough: bool, level: str) -> None:
     x = (centre * temperature + np.linspace(-80, 59, 40_003) * temperature).astype(np.float32)
-    got, unit = exp(x, centre * temperature, temperature, level)
+    got, unit = exp(x, centre * temperature, temperature, rough, level)
     want = np.exp(x.astype(np.float64) / temperature - unit)
-    tolerance = 1e-7 + 2**-24 * np.abs(x.astype(np.float64) / temperature - centre)
+    tolerance = (1 + rough) * (1e-7 + 2**-24 * np.abs(x.astype(np.float64) / temperature - centre))
     assert np.all(np.abs(got - want) <= tolerance * want)
-    ends = np.array([-np.inf, -1e30, (centre - 250) * temperature, np.nan], np.float32)
-    got, _ = exp(ends, centre * temperature, temperature, level)
+    ends = np.array([-np.inf, -1e30, (centre - 250) * temperature, np.nan, centre * temperature], np.float32)
+    got, _ = exp(ends, centre * temperature, temperature, rough, level)
     assert got[:3].tolist() == [0, 0, 0]
     assert np.isnan(got[3])
+    assert got[4] == 1
 
 
 @levels

@@ -35,9 +35,10 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 inline Floats at_least(Floats x, float lowest) { return max(broadcast(lowest), x); }
 inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
 
-// A row of logits, all of it in order.
+// A row of logits, all of it in order. Of elements of 16 bits rough exponentials are good enough.
 template <typename T>
 struct WholeRow {
+    static constexpr bool is_rough = sizeof(T) == 2;
     const T* p;
     Floats at(int64_t i) const {
         prefetch(p + i + ahead);
@@ -49,6 +50,7 @@ struct WholeRow {
 // Its elements at the columns `index`, which is padded to whole vectors.
 template <typename T>
 struct PickedRow {
+    static constexpr bool is_rough = sizeof(T) == 2;
     const T* p;
     const int32_t* index;
     Floats at(int64_t i) const { return gather(p, index + i); }
@@ -70,6 +72,7 @@ struct Normaliser {
     float centre;
     double total;
     float lowest = 0.0f;
+    float top = 0.0f;  // the largest logit, or the centre if that is larger
 
     double log_sum() const { return ::log(total) + exp.log_unit(); }
 };
@@ -98,7 +101,7 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
                 const Floats x = row.at(i);
                 top = max(x, top);
                 const Floats cut = exp.relative(x);
-                const Floats e = exp.of_relative(cut);
+                const Floats e = Row::is_rough ? exp.rough(cut) : exp.of_relative(cut);
                 part += e;
                 body(i, e, relative(x), cut);
             }
@@ -110,13 +113,15 @@ inline Normaliser each_exponential(const Row& row, int64_t n, float lowest, doub
             const Mask valid = first(n - whole);
             top = max(select(valid, x, top), top);
             const Floats cut = exp.relative(x);
-            const Floats e = select(valid, exp.of_relative(cut), broadcast(0.0f));
+            const Floats all = Row::is_rough ? exp.rough(cut) : exp.of_relative(cut);
+            const Floats e = select(valid, all, broadcast(0.0f));
             total.add(e);
             body(whole, e, relative(x), cut);
         }
         const float found = largest(top);
         if (!(found > centre + 30 * temperature) || found > 3e38f) {
             result.total = total.total();
+            result.top = found;
             return result;
         }
         centre = found;
@@ -146,6 +151,32 @@ inline void write_row(const Target& target, const T*, Value value) {
         for (int64_t i = 0; i < whole; i += lanes) store(out + i, value(i));
     }
     if (whole < target.n) store(out + whole, target.n - whole, value(whole));
+    for (int64_t i = target.n; i < target.width; ++i) out[i] = T{};
+}
+
+// row[i] = table[bits of z[i]], for elements of 16 bits; past the caches if the row is aligned for that.
+template <typename T>
+inline void write_looked_up(const Target& target, const T* z, const T* table) {
+    constexpr int64_t part_size = 512, line = 64 / sizeof(T);
+    T* out = static_cast<T*>(target.row);
+    const bool aligned = reinterpret_cast<uintptr_t>(out) % 64 == 0;
+    const int64_t whole = target.n / part_size * part_size;
+    const auto look_up = [table](uint64_t four, int at) {
+        return static_cast<uint64_t>(table[four >> at & 0xFFFF].bits) << at;
+    };
+    for (int64_t begin = 0; begin < whole; begin += part_size) {
+        alignas(64) T part[part_size];
+        for (int64_t i = 0; i < part_size; i += 4) {
+            uint64_t four;
+            memcpy(&four, z + begin + i, sizeof(four));
+            four = look_up(four, 0) | look_up(four, 16) | look_up(four, 32) | look_up(four, 48);
+            memcpy(part + i, &four, sizeof(four));
+        }
+        for (int64_t i = 0; aligned && i < part_size; i += line) stream_line(out + begin + i, part + i);
+        if (!aligned) memcpy(out + begin, part, sizeof(part));
+    }
+    if (aligned) fence();
+    for (int64_t i = whole; i < target.n; ++i) out[i] = table[z[i].bits];
     for (int64_t i = target.n; i < target.width; ++i) out[i] = T{};
 }
 

@@ -144,6 +144,16 @@ class Exponential {
         return scale_by_power(y, n);
     }
 
+    // The same, but for AVX-512 faster and with a relative error below 2e-7 + 2^-23 |x| / temperature; exactly 1 at the
+    // centre.
+    Floats rough(Floats x) const {
+#if defined(XTOKEN_LEVEL_AVX512)
+        return rough_power(x, broadcast(slope_));
+#else
+        return of_relative(x);
+#endif
+    }
+
     // exp(x / temperature) = result * exp(log_unit()).
     double log_unit() const { return log_unit_; }
 
@@ -152,6 +162,7 @@ class Exponential {
     double log_unit_;
 };
 
+#if !defined(XTOKEN_LEVEL_AVX512)
 // Natural logarithm of positive normal numbers; absolute error below 1e-7 max(1, |log x|). With x = 2^e m,
 // m in [0.75, 1.5), f = m - 1: log x = e ln 2 + f - f^2 / 2 + f^3 polynomial(f).
 inline Floats log(Floats x) {
@@ -169,5 +180,6 @@ inline Floats log(Floats x) {
     y = fma(y, square, fma(e, broadcast(1.42860682e-6f), f));
     return fma(e, broadcast(0.693145751953125f), y);
 }
+#endif
 
 }  // namespace xtoken::cpu::XTOKEN_LEVEL

@@ -88,6 +88,12 @@ template <typename Half>
 inline void stream(Half* p, Floats x) {
     _mm256_stream_si256(reinterpret_cast<__m256i*>(p), packed(p, x));
 }
+inline void stream_line(void* to, const void* from) {
+    auto* out = static_cast<__m256i*>(to);
+    const auto* in = static_cast<const __m256i*>(from);
+    _mm256_stream_si256(out, _mm256_loadu_si256(in));
+    _mm256_stream_si256(out + 1, _mm256_loadu_si256(in + 1));
+}
 inline void fence() { _mm_sfence(); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T1); }
 

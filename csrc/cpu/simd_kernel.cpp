@@ -19,7 +19,8 @@ void exp_array(const ExpParams& params) {
     const Exponential exp = Exponential::around(params.centre, -1e4f, params.temperature);
     const auto [x, count] = params.x;
     for (int64_t i = 0; i < count; i += lanes) {
-        store(params.result + i, count - i, exp(load(x + i, count - i, broadcast(0.0f))));
+        const Floats relative = exp.relative(load(x + i, count - i, broadcast(0.0f)));
+        store(params.result + i, count - i, params.rough ? exp.rough(relative) : exp.of_relative(relative));
     }
     *params.unit = exp.log_unit();
 }

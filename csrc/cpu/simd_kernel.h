@@ -11,6 +11,7 @@ struct ExpParams {
     FIELD(Values<float>, x, "[n]");                                               \
     FIELD(float, centre, "as in Exponential::around");                            \
     FIELD(double, temperature, "what x is divided by");                           \
+    FIELD(bool, rough, "as for logits of 16 bits");                               \
     FIELD(float*, result, "[n] out: exp(x / temperature) in units of exp(unit)"); \
     FIELD(double*, unit, "[] out")
     XTOKEN_FIELDS(XTOKEN_EXP)

@@ -145,6 +145,7 @@ template <typename T>
 inline void stream(T* p, Floats x) {
     store(p, x);
 }
+inline void stream_line(void* to, const void* from) { memcpy(to, from, 64); }
 inline void fence() {}
 inline void prefetch(const void*) {}
 

@@ -105,3 +105,23 @@ def test_infinite_logits_are_probability_zero() -> None:
     rest = torch.tensor([0, 1, 3, 4, 5])
     got = reference.uld(student, teacher, chunks)
     assert_within(got, reference.uld(student[:, rest], teacher[:, rest], chunks), 1e-12)
+
+
+@pytest.mark.parametrize("backend", [name for name in backends_of("uld") if name.startswith("cpu")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_rows_of_16_bits_beside_one_that_is_no_number(dtype: torch.dtype, backend: str) -> None:
+    """The values of a row are counted in memory that the next one finds empty."""
+    case = make_case(1024, 1100, samples=1, shapes=((1, 1),) * 6)
+    chunks = Alignment([[i, i + 1, i, i + 1] for i in range(1, 5)])
+    results = []
+    for bad in (0.0, float("nan"), float("inf")):
+        student, teacher = case.student[:, :6].to(dtype), case.teacher[:, :6].to(dtype)
+        student[0, 1, 5] = teacher[0, 2, 7] = bad
+        student.requires_grad_()
+        losses = uld_loss(student, teacher, chunks, backend=backend, reduction="none").flatten()
+        results.append((losses.detach(), torch.autograd.grad(losses.sum(), student)[0][0]))
+    for losses, grad in results[1:]:
+        assert losses.isnan().tolist() == [False, True, True, False]
+        assert torch.equal(losses[::3], results[0][0][::3])
+        assert torch.equal(grad[:4:3], results[0][1][:4:3])
+        assert bool(grad[:4:3].any())

@@ -46,8 +46,13 @@ struct Pair {
 // Replaces the gradient of a token with most of the mass by minus the sum of all others.
 class Peak {
   public:
-    explicit Peak(double total) : half_(static_cast<float>(total / 2)) {}
+    explicit Peak(const Normaliser& one) : half_(static_cast<float>(one.total / 2)) {
+        alignas(64) float lane[lanes];
+        store(lane, one.exp(broadcast(one.top)));
+        possible_ = !(lane[0] < 0.99f * half_);
+    }
     void see(int64_t i, Floats e, Floats g) {
+        if (!possible_) return;
         if (++count_ % (flush / lanes) == 0) flush_part();
         const uint32_t peak = bits(greater(e, broadcast(half_)));
         if (peak != 0) {
@@ -74,6 +79,7 @@ class Peak {
         part_ = broadcast(0.0f);
     }
     float half_, mass_ = 0;
+    bool possible_;
     int64_t index_ = -1, count_ = 0;
     Floats part_ = broadcast(0.0f);
     DoubleSum sum_;
@@ -102,6 +108,7 @@ class Chunk {
         merged_ = p_.merge == Merge::mean ? count_ : 1;
         student();
         masses();
+        column_masses();
         if (p_.merge == Merge::chain) {
             later_student_ = later_log_probability(p_.student, p_.student_rows, row_, count_);
             later_teacher_ = later_log_probability(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
@@ -201,6 +208,13 @@ class Chunk {
         d_ = s + eps_ * z_total_;
     }
 
+    // x of the columns that are no pair's, in the place of their u: gathered while e is in the caches.
+    void column_masses() {
+        each_sum(plan_.column_sums, e_, 0.0f, [&](int64_t n, Floats x) { store(others() + n, x); });
+    }
+
+    float* others() const { return h_ + padded(plan_.rows) + lanes; }
+
     void columns() {
         const int64_t teachers = p_.merge == Merge::mean ? teacher_count_ : 1;
         for (int64_t i = 0; i < lanes; ++i) f_[padded(plan_.columns) + i] = absent();
@@ -215,9 +229,10 @@ class Chunk {
         }
     }
 
-    // Of a teacher's distribution q = f / total in the columns: sum f, sum f log f, and sum f without entries.
+    // Of a teacher's distribution q = f / total in the columns: sum f log f, and sum f of those with entries and of
+    // those without.
     struct Teacher {
-        double total, entropy, empty;
+        double total, entropy, mass, empty;
     };
 
     // f of one teacher row, its exponentials.
@@ -231,10 +246,10 @@ class Chunk {
                 products = empty = DoubleSum();
                 product_part = empty_part = broadcast(0.0f);
             };
-            const auto body = [&](int64_t i, Floats f, Floats, Floats relative) {
+            const auto body = [&](int64_t i, Floats f, Floats, Floats cut) {
                 if (i == 0) restart();
                 store(f_ + i, f);
-                product_part = fma(f, relative, product_part);
+                product_part = fma(f, cut, product_part);
                 empty_part += select(from_bits(plan_.empty_bits[i / lanes]), f, broadcast(0.0f));
                 if (i % flush == flush - lanes) {
                     products.add(product_part);
@@ -245,7 +260,8 @@ class Chunk {
             const Normaliser q = each_exponential(row, n, lowest_, p_.temperature, body);
             products.add(product_part);
             empty.add(empty_part);
-            result = {q.total, products.total() / p_.temperature, empty.total()};
+            const double without = empty.total();
+            result = {q.total, products.total() / p_.temperature, q.total - without, without};
         });
         return result;
     }
@@ -274,15 +290,17 @@ class Chunk {
     Teacher several_teachers(int64_t teachers) {
         log_probabilities(teachers);
         const Exponential exp = Exponential::around(0.0f, -1e30f, 1.0);
-        DoubleSum products, empty;
+        DoubleSum products, mass, empty;
         for (int64_t i = 0; i < plan_.columns; i += lanes) {
             const Floats log_q = load(f_ + i);
             const Floats q = select(first(plan_.columns - i), exp(log_q), broadcast(0.0f));
             store(f_ + i, q);
             products.add(q * log_q);
-            empty.add(select(from_bits(plan_.empty_bits[i / lanes]), q, broadcast(0.0f)));
+            const Mask without = from_bits(plan_.empty_bits[i / lanes]);
+            mass.add(select(without, broadcast(0.0f), q));
+            empty.add(select(without, q, broadcast(0.0f)));
         }
-        return {1.0, products.total(), empty.total()};
+        return {1.0, products.total(), mass.total(), empty.total()};
     }
 
     // f of no column; as a logarithm it is a probability of 0.
@@ -295,9 +313,10 @@ class Chunk {
         const int64_t rows = padded(plan_.rows);
         const bool masked = p_.reverse || p_.divergence.is_mixed();  // otherwise nothing comes from lanes where f is 0
         const Floats none = broadcast(absent());
-        for (int64_t begin = 0; begin < rows; begin += flush) {
-            const int64_t end = smaller(begin + flush, rows);
-            for (int64_t i = begin; i < end; i += lanes) {
+        // From the end: what was written last is in the caches.
+        for (int64_t end = rows; end > 0;) {
+            const int64_t begin = (end - 1) / flush * flush;
+            for (int64_t i = end - lanes; i >= begin; i -= lanes) {
                 const Mask paired = from_bits(plan_.paired_bits[i / lanes]);
                 const int32_t run = plan_.partner_run[i / lanes];
                 const Floats f = run < 0 ? gather(f_, plan_.partner + i) : select(paired, load(f_ + run), none);
@@ -305,19 +324,18 @@ class Chunk {
                 store(h_ + i, body(masked ? select(paired, e, broadcast(0.0f)) : e, f));
             }
             add();
+            end = begin;
         }
-        float* others = h_ + rows + lanes;
-        each_sum(plan_.column_sums, e_, 0.0f, [&](int64_t n, Floats x) {
-            store(others + n, body(x, gather(f_, plan_.column_sums.owner + n)));
+        for (int64_t n = 0; n < lanes * plan_.column_sums.slices; n += lanes) {
+            store(others() + n, body(load(others() + n), gather(f_, plan_.column_sums.owner + n)));
             if (n % flush == flush - lanes) add();
-        });
+        }
         add();
         for (int64_t i = 0; i < lanes; ++i) h_[rows + i] = 0.0f;
     }
 
     void forward_columns(const Teacher& q) {
         const Floats epsilon = broadcast(static_cast<float>(eps_ * d_));
-        const Floats per_d = broadcast(static_cast<float>(1 / d_));
         DoubleSum products, mass;
         Floats product_part = broadcast(0.0f), mass_part = product_part;
         each_column(
@@ -325,7 +343,7 @@ class Chunk {
                 const Floats xe = x + epsilon;
                 const Floats u = f * reciprocal(xe);
                 mass_part = fma(x, u, mass_part);
-                product_part = fma(f, log(xe * per_d), product_part);
+                product_part = fma(f, log(xe), product_part);
                 return u;
             },
             [&] {
@@ -335,7 +353,10 @@ class Chunk {
             });
         gamma_ = -d_ / q.total;
         b_ = mass.total() / d_;
-        loss_ = (q.entropy - products.total() - q.empty * ::log(eps_)) / q.total - ::log(q.total);
+        // D as a float, like x: where one column has all of the mass, its m is 1.
+        const double log_d = ::log(static_cast<double>(static_cast<float>(d_)));
+        const double log_m = products.total() - q.mass * log_d + q.empty * ::log(eps_);
+        loss_ = (q.entropy - log_m) / q.total - ::log(q.total);
     }
 
     // Columns without entries have neither loss nor u, since x = 0.
@@ -463,7 +484,7 @@ class Chunk {
     void single_gradient() {
         const Floats factor = broadcast(static_cast<float>(unit_ / p_.temperature));
         const Pair constant(constant_);
-        Peak peak(z_total_);
+        Peak peak(normaliser_);
         typed(p_.student.type, p_.student.row(row_), [&](const auto* z) {
             const LabelTerm label = label_of(row_, z, &normaliser_);
             if (plan_.active_bits == nullptr) {
@@ -551,7 +572,7 @@ class Chunk {
             const Pair mean(-inner.total() / one.total);
             const double share = unit_ / (p_.temperature * static_cast<double>(merged_) * one.total);
             const Floats factor = broadcast(static_cast<float>(share));
-            Peak peak(one.total);
+            Peak peak(one);
             for (int64_t i = 0; i < plan_.rows; i += lanes) {
                 const Floats e = load(token + i);
                 const Floats g = e * (mean.add_to(load(v + i)) * factor);

@@ -91,6 +91,7 @@ struct Events {
 // A row without the tokens whose bit is set.
 template <typename T>
 struct RemainingRow {
+    static constexpr bool is_rough = sizeof(T) == 2;
     const T* p;
     const uint16_t* without;  // [ceil(width / 16)]
     float lowest;
@@ -200,6 +201,7 @@ class Chunk {
         weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
         find_left_out();
         Side q = teacher_start(y, &product);
+        if (!exact_lists_ && !p_.reverse) sum_teacher_lists();
         Side p = student_start(z, &product, &all, &low);
         if (exact_lists_) leave_out(0.0f, mixed_ ? none_left : 0.0f, logarithms_ ? none_left : 0.0f);
         ListTops tops{};
@@ -417,18 +419,24 @@ class Chunk {
         return (logarithms_ || (exact_lists_ && !pair) ? ::exp(b / p_.temperature) : b) / total;
     }
 
-    // The lists' part of sum b D, and h; for temperature 1 and no mixture.
-    template <typename S>
-    double forward_lists(const S* z, const Side& p, const Side& q) {
-        const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
-        const Floats zero = broadcast(0.0f), smallest = broadcast(least);
-        const Slope slope = slope_of(p.total, q.total, 0);
-        const Floats per_a = broadcast(slope.student), per_b = broadcast(slope.teacher);
+    // The lists' sums of f; while f is in the caches.
+    void sum_teacher_lists() {
+        const TokensView& teacher = plan_.teacher.lists;
+        const Floats zero = broadcast(0.0f);
         for (int64_t k = 0; k < teacher.slices; ++k) {
             Floats b = zero;
             each_token(teacher, k, f_, [&](int64_t, Floats f, int64_t n) { b += only(n, f, zero); });
             store(teacher_sum_ + lanes * k, b);
         }
+    }
+
+    // The lists' part of sum b D, and h; for temperature 1 and no mixture.
+    template <typename S>
+    double forward_lists(const S* z, const Side& p, const Side& q) {
+        const TokensView& student = plan_.student.lists;
+        const Floats zero = broadcast(0.0f), smallest = broadcast(least);
+        const Slope slope = slope_of(p.total, q.total, 0);
+        const Floats per_a = broadcast(slope.student), per_b = broadcast(slope.teacher);
         DoubleSum products;
         for (int64_t k = 0; k < student.slices; ++k) {
             const Mask valid = counted(k);

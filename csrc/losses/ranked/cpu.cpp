@@ -87,7 +87,12 @@ int64_t workspace_of(const RankedParams& params, int64_t rows) {
     const int64_t p = params.plan == nullptr ? students : params.plan->student_rest;
     const int64_t q = params.plan == nullptr ? teachers : params.plan->teacher_rest;
     // Sums of rows, values and slots, and six words for each value that may have to be sorted; each rounded up.
-    return 64 * rows + 4 * (students + 2 * teachers + p) + 24 * (p + q) + 64 * 16;
+    const int64_t sorting = 64 * rows + 4 * (students + 2 * teachers + p) + 24 * (p + q) + 64 * 16;
+    if (params.plan != nullptr) return sorting;
+    // Six words at most for each value that occurs, and the gradient of each; each rounded up.
+    const auto room = [](int64_t size) { return padded(std::min<int64_t>(size, value_counts) + 1); };
+    const int64_t steps = 24 * (room(students) + room(teachers)) + 2 * value_counts + 64 * 16;
+    return std::max(sorting, steps);
 }
 
 void ranked(const RankedParams& params, const Launch& launch) {
@@ -101,7 +106,9 @@ void ranked(const RankedParams& params, const Launch& launch) {
         const int64_t* count = params.student_rows.count;
         const int64_t most = *std::max_element(count + begin, count + end);
         char* workspace = scratch.take<char>(workspace_of(params, most));
-        for (int64_t k = begin; k < end; ++k) chunk(params, k, workspace);
+        auto* counts = scratch.take<int32_t>(value_counts);
+        std::fill_n(counts, value_counts, 0);
+        for (int64_t k = begin; k < end; ++k) chunk(params, k, counts, workspace);
     });
 }
 

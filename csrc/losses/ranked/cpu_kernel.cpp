@@ -8,6 +8,7 @@
 #include "cpu/rows.h"
 #include "losses/ranked/params.h"
 #include "losses/ranked/sorted_l1.h"
+#include "losses/ranked/steps.h"
 
 namespace xtoken::cpu::XTOKEN_LEVEL {
 namespace {
@@ -168,9 +169,72 @@ SortedSide sorted_side(const float* values, int64_t size, char*& at) {
     return side;
 }
 
+template <typename T>
+Steps<T> take_steps(char*& at, int64_t size) {
+    const int64_t room = padded(smaller(size, value_counts) + 1);
+    return {take<T>(at, room), take<float>(at, room), take<float>(at, room), take<int32_t>(at, room), 0};
+}
+
+// A chunk of one row of 16 bits on each side, without pairs. False, and nothing is done, if there is a logit that is no
+// number or infinite.
+template <typename S, typename T>
+bool unpaired_by_steps(const RankedParams& params, int64_t k, const S* z, const T* y, int32_t* counts, char* at) {
+    const int64_t students = params.student.width, teachers = params.teacher.width;
+    Steps<T> q = take_steps<T>(at, teachers);
+    count_values(y, teachers, counts);
+    if (!list_values(counts, q)) return false;
+    Steps<S> p = take_steps<S>(at, students);
+    count_values(z, students, counts);
+    if (!list_values(counts, p)) return false;
+    find_probabilities(q, params.lowest, params.temperature);
+    find_probabilities(p, params.lowest, params.temperature);
+    const int64_t room = padded(p.count + 1);
+    auto* sign = take<int32_t>(at, room);
+    const auto ranks = static_cast<int32_t>(students > teachers ? students : teachers);
+    params.losses[k] = step_l1(p, q, ranks, sign) * params.temperature * params.temperature;
+    if (params.grad.data == nullptr) return true;
+
+    auto* slope = take<float>(at, room);
+    find_slopes(p, sign, slope);
+    DoubleSum total;
+    for (int64_t i = 0; i < p.count; i += lanes) {
+        const Floats mass = load(p.value + i) * load(p.size + i);
+        total.add(select(first(p.count - i), mass * load(slope + i), broadcast(0.0f)));
+    }
+    const double factor = (params.scale == nullptr ? 1.0 : params.scale[k]) * params.temperature;
+    const Floats scale = broadcast(static_cast<float>(factor));
+    const Floats mean = broadcast(static_cast<float>(total.total())), lowest = broadcast(params.lowest);
+    S* table = take<S>(at, value_counts);
+    for (int64_t i = 0; i < p.count; i += lanes) {
+        const Floats g = load(p.value + i) * scale * (load(slope + i) - mean);
+        alignas(64) S part[lanes];
+        store(part, select(greater(lowest, load(p.logit + i)), broadcast(0.0f), g));
+        for (int64_t lane = 0; lane < smaller(lanes, p.count - i); ++lane) table[p.logit[i + lane].bits] = part[lane];
+    }
+    const int64_t r = params.student_rows.start[k];
+    write_looked_up(Target{params.grad.row(r), students, params.grad.width}, z, table);
+    return true;
+}
+
+// Calls body(static_cast<const T*>(p)) if the elements have 16 bits; else false.
+template <typename Body>
+bool typed_16_bits(Element type, const void* p, Body body) {
+    if (type == Element::bfloat16) return body(static_cast<const BFloat16*>(p));
+    return type == Element::float16 && body(static_cast<const Float16*>(p));
+}
+
+bool by_steps(const RankedParams& params, int64_t k, int32_t* counts, char* workspace) {
+    if (params.student_rows.count[k] != 1 || params.teacher_rows.count[k] != 1) return false;
+    return typed_16_bits(params.student.type, params.student.row(params.student_rows.start[k]), [&](const auto* z) {
+        return typed_16_bits(params.teacher.type, params.teacher.row(params.teacher_rows.start[k]),
+                             [&](const auto* y) { return unpaired_by_steps(params, k, z, y, counts, workspace); });
+    });
+}
+
 }  // namespace
 
-void ranked_chunk(const RankedParams& params, int64_t k, char* workspace) {
+void ranked_chunk(const RankedParams& params, int64_t k, int32_t* counts, char* workspace) {
+    if (params.plan == nullptr && by_steps(params, k, counts, workspace)) return;
     const bool paired = params.plan != nullptr;
     const PairsView plan = paired ? *params.plan : PairsView{};
     const int64_t students = params.student.width, teachers = params.teacher.width;

@@ -33,8 +33,11 @@ struct RankedParams {
     XTOKEN_FIELDS(XTOKEN_CPU_RANKED)
 };
 
-// Chunk k: its loss, and the gradient of its rows.
-XTOKEN_KERNEL(void, ranked_chunk, (const RankedParams& params, int64_t k, char* workspace))
+// How many values logits of 16 bits can take.
+constexpr int32_t value_counts = 1 << 16;
+
+// Chunk k: its loss, and the gradient of its rows. `counts` [value_counts] are zeros, also afterwards.
+XTOKEN_KERNEL(void, ranked_chunk, (const RankedParams& params, int64_t k, int32_t* counts, char* workspace))
 
 }  // namespace cpu
 
