@@ -451,22 +451,27 @@ def plot(results: dict[str, Any], path: Path) -> None:
     found = {name: one for name in SETTINGS if (one := values(results, name))}
     above = [name for name in found if SETTINGS[name].last == 1]
     below = [name for name in found if name not in above]
-    rows = [names for names in (above, below) if names]
+    rows = [names[i : i + 4] for names in (above, below) for i in range(0, len(names), 4)]
     columns = max(map(len, rows))
-    figure = Figure(figsize=(4.5 * columns, 4.5 * len(rows)), layout="constrained")
-    grid = figure.subplots(len(rows), columns, squeeze=False)
-    for axes in grid.flat:
-        axes.set_visible(False)
-    for line, names in zip(grid, rows, strict=True):
-        for axes, name in zip(line, names, strict=False):
-            axes.set_visible(True)
-            axes.set_title(SETTINGS[name].title, fontsize=9)
-            (_curves if names is above else _dots)(axes, results, name, found[name])
+    figure = Figure(figsize=(4.5 * columns, 4 * len(rows)), layout="constrained")
+    for axes, name in zip(figure.subplots(len(rows), columns, squeeze=False).flat, _places(rows, columns), strict=True):
+        axes.set_visible(name is not None)
+        if name in above:
+            _curves(axes, results, name)
+        elif name is not None:
+            _dots(axes, found[name])
+        axes.set_title(SETTINGS[name].title if name else "", fontsize=9)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
 
 
-def _curves(axes: Any, results: dict[str, Any], setting: str, found: Values) -> None:
+def _places(rows: Sequence[Sequence[str]], columns: int) -> list[str | None]:
+    """Rows of one length, one after the other."""
+    return [name for row in rows for name in [*row, *[None] * (columns - len(row))]]
+
+
+def _curves(axes: Any, results: dict[str, Any], setting: str) -> None:
+    found = values(results, setting)
     for arm in sorted(set(found) & set(MAIN), key=lambda arm: -statistics.fmean(found[arm]["exact match"].values())):
         curves = [
             one["arms"][arm]["exact match"]
@@ -485,7 +490,7 @@ def _curves(axes: Any, results: dict[str, Any], setting: str, found: Values) -> 
     axes.legend(fontsize=7)
 
 
-def _dots(axes: Any, _: dict[str, Any], __: str, found: Values) -> None:
+def _dots(axes: Any, found: Values) -> None:
     means = {arm: list(measured["probability"].values()) for arm, measured in found.items()}
     ordered = sorted(means, key=lambda arm: statistics.fmean(means[arm]))
     for place, arm in enumerate(ordered):

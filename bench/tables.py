@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, ROOT
-from reproduce import Lead, Values, values
+from reproduce import EMA, Lead, Values, unit, values
 
 PLACE = re.compile(r"(<!-- table: (\w+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
@@ -152,6 +152,61 @@ def weighting() -> str:
     seeds = min(len(one[arm]["probability"]) for one in found for arm in arms)
     header = ("half wrong, from scratch", "half wrong", "all wrong, no CE on sums", "all right")
     return markdown((f"beside cross-entropy ({seeds} seeds)", *header), rows)
+
+
+def paper_noisy() -> str:
+    """Half of the answers wrong: exact match / probability of the right answer, and the lead in the latter over CE."""
+    found = [values(results("reproduce"), setting) for setting in ("scratch", "continued")]
+    arms = sorted(found[1], key=lambda arm: -statistics.fmean(found[1][arm]["probability"].values()))
+    rows = []
+    for arm in arms:
+        cells = []
+        for one in found:
+            measured = one.get(arm)
+            if measured is None:
+                cells += ["", ""]
+                continue
+            lead = Lead.of(one, arm, "CE", "probability")
+            cells.append(" / ".join(_percent(measured, measure) for measure in ("exact match", "probability")))
+            cells.append(lead.text(100) if lead else "")
+        rows.append((arm, *cells, str(len(found[1][arm]["probability"]))))
+    header = ("from scratch", "over CE", "continued", "over CE", "seeds")
+    return markdown(("beside cross-entropy", *header), rows)
+
+
+def _percent(measured: dict[str, dict[int, float]], measure: str) -> str:
+    at = measured.get(measure)
+    return f"{unit(measure) * statistics.fmean(at.values()):.1f}" if at else ""
+
+
+def _paper(setting: str, form: str, *others: str) -> str:
+    """Of a setting of `reproduce.py` all measures, and the leads in the probability over these arms."""
+    found = values(results("reproduce"), setting)
+    measures = {"exact match": "exact match", "probability": "probability", f"probability{EMA}": f"probability{EMA}"}
+    measures |= {"log-likelihood": "log-likelihood, nats", "form": form}
+    rows = []
+    for arm in sorted(found, key=lambda arm: -statistics.fmean(found[arm]["probability"].values())):
+        leads = [Lead.of(found, arm, other, "probability") for other in others]
+        cells = [_percent(found[arm], measure) for measure in measures]
+        cells += [lead.text(100) if lead else "" for lead in leads]
+        rows.append((arm, *cells, str(len(found[arm]["probability"]))))
+    titles = [f"over {'the start' if other == 'start' else other}" for other in others]
+    return markdown(("beside cross-entropy", *measures.values(), *titles, "seeds"), rows)
+
+
+def paper_rare() -> str:
+    """Students that can add, and few sums."""
+    return _paper("rare", "packed numerals", "CE", "start")
+
+
+def paper_absent() -> str:
+    """Students that can add, and no sums."""
+    return _paper("absent", "packed numerals", "CE", "start")
+
+
+def paper_code() -> str:
+    """White space that both sides cut differently."""
+    return _paper("code", "right indentation", "CE")
 
 
 def training() -> str:
@@ -324,6 +379,10 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": cache,
     "accuracy": accuracy,
     "weighting": weighting,
+    "paper_noisy": paper_noisy,
+    "paper_rare": paper_rare,
+    "paper_absent": paper_absent,
+    "paper_code": paper_code,
     "training": training,
     "training_memory": training_memory,
     "truth": truth,
