@@ -28,6 +28,10 @@ CRITICAL_SHARE = 0.99
 """A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
 
 
+MOST_DIFFERING = 0.01
+"""Of the chunks of a sample at most this share may begin with different events for H-KL to be recommended."""
+
+
 @dataclass
 class ClassCoverage:
     """What happens to the student tokens of one class: counts of tokens, or with a corpus of occurrences."""
@@ -233,13 +237,16 @@ def choose_loss(
     report : CoverageReport, optional
         The audit of the pair, if it has been made before.
     pieces : PieceIndex, optional
-        That of the pair: if the answer is a loss of events, the reasons then say how many of them are merged.
+        That of the pair. If the answer is a loss of events, the reasons then say how many of them are merged. Where the
+        paper's rule says H-KL it is built, in seconds, if it is not given: it knows how often the tokenizers differ.
 
     Returns
     -------
     LossChoice
-        Its loss is ``"kd"`` if both number the same tokens alike, ``"hkl"`` if the paper's rule says so, and where that
-        says ``"pkl"``, since critical tokens are lost, ``"prefix"``; or ``"pkl"`` if W is to be trained.
+        Its loss is ``"kd"`` if both number the same tokens alike. Where the paper's rule says ``"pkl"``, since critical
+        tokens are lost, it is ``"prefix"``, or ``"pkl"`` if W is to be trained. Where that says ``"hkl"`` it is so, but
+        ``"prefix"`` if in a sample of text more than 1 % of the chunks begin with different events, as where white
+        space is cut differently, and W is not to be trained.
 
     Raises
     ------
@@ -258,7 +265,19 @@ def choose_loss(
     if report is None:
         report = coverage_audit(student, teacher, projection, critical=critical, corpus=corpus)
     if report.recommendation == "hkl":
-        return LossChoice("hkl", ("the critical tokens keep their partners, by which H-KL compares them",), report)
+        kept = LossChoice("hkl", ("the critical tokens keep their partners, by which H-KL compares them",), report)
+        if learn_projection:
+            return kept
+        found = (PieceIndex.build(student, teacher) if pieces is None else pieces).merged()
+        share = found.differing / max(1, found.chunks)
+        if share <= MOST_DIFFERING:
+            return kept
+        cut = (
+            f"the critical tokens keep their partners, but {100 * share:.1f} % of the chunks of a sample are cut so "
+            "differently that they begin with other events; there H-KL teaches tokens that the student never writes "
+            "(bench/truth.py, and the code of bench/reproduce.py), prefix KL does not"
+        )
+        return LossChoice("prefix", (cut, found.summary()), report)
     lost = "critical tokens have no partner of their own; GOLD and H-KL would compare them by rank"
     if learn_projection:
         return LossChoice("pkl", (lost, "of the losses that do not, P-KL is the one whose W can be trained"), report)

@@ -14,12 +14,12 @@ from typing import Any
 from . import _core
 from .alignment import METHODS, Aligner
 from .alignment.pretty import printable, printable_lines
-from .audit import NUMERALS, choose_loss, coverage_audit
+from .audit import NUMERALS, choose_loss, coverage_audit, same_tokens
 from .check import self_test
 from .config import show_config
 from .corpus import align_corpus
 from .corpus.options import Options
-from .losses import Needs, registered
+from .losses import registered
 from .pieces import PieceIndex
 from .projection import ProjectionMatrix
 from .sample import sample_texts
@@ -247,13 +247,10 @@ def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
     elif options.command == "check":
         return _check(options)
     elif options.command == "audit":
-        report = coverage_audit(
-            options.student, options.teacher, critical=options.critical or NUMERALS, corpus=_corpus(options.data)
-        )
-        choice = choose_loss(options.student, options.teacher, report=report)
-        if registered()[choice.loss].needs is Needs.PIECES:
-            pieces = PieceIndex.build(options.student, options.teacher)
-            choice = choose_loss(options.student, options.teacher, report=report, pieces=pieces)
+        student, teacher = (Vocabulary.from_tokenizer(one) for one in (options.student, options.teacher))
+        report = coverage_audit(student, teacher, critical=options.critical or NUMERALS, corpus=_corpus(options.data))
+        pieces = None if same_tokens(student, teacher) else PieceIndex.build(student, teacher)
+        choice = choose_loss(student, teacher, report=report, pieces=pieces)
         print(choice.to_json() if options.json else choice)
     elif options.command == "align":
         print(_align(options))
