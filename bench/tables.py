@@ -13,6 +13,7 @@ import json
 import re
 import statistics
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,11 @@ def quantized() -> str:
     )
 
 
+def real(setting: str) -> str:
+    """What the students of `real.py` are at the end."""
+    return real_table(results("real"), setting)
+
+
 def real_table(found: Any, setting: str) -> str:
     """By loss the means over the seeds; in brackets the lead over cross-entropy alone with the same seed, or over the
     start where that did not run, with its standard error. Shares are in percent."""
@@ -391,6 +397,8 @@ TABLES: dict[str, Callable[[], str]] = {
     "events": events,
     "trl": trl,
     "quantized": quantized,
+    "real_numbers": partial(real, "numbers"),
+    "real_code": partial(real, "code"),
 }
 
 
