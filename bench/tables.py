@@ -155,26 +155,6 @@ def weighting() -> str:
     return markdown((f"beside cross-entropy ({seeds} seeds)", *header), rows)
 
 
-def paper_noisy() -> str:
-    """Half of the answers wrong: exact match / probability of the right answer, and the lead in the latter over CE."""
-    found = [values(results("reproduce"), setting) for setting in ("scratch", "continued")]
-    arms = sorted(found[1], key=lambda arm: -statistics.fmean(found[1][arm]["probability"].values()))
-    rows = []
-    for arm in arms:
-        cells = []
-        for one in found:
-            measured = one.get(arm)
-            if measured is None:
-                cells += ["", ""]
-                continue
-            lead = Lead.of(one, arm, "CE", "probability")
-            cells.append(" / ".join(_percent(measured, measure) for measure in ("exact match", "probability")))
-            cells.append(lead.text(100) if lead else "")
-        rows.append((arm, *cells, str(len(found[1][arm]["probability"]))))
-    header = ("from scratch", "over CE", "continued", "over CE", "seeds")
-    return markdown(("beside cross-entropy", *header), rows)
-
-
 def _percent(measured: dict[str, dict[int, float]], measure: str) -> str:
     at = measured.get(measure)
     return f"{unit(measure) * statistics.fmean(at.values()):.1f}" if at else ""
@@ -385,7 +365,6 @@ TABLES: dict[str, Callable[[], str]] = {
     "cache": cache,
     "accuracy": accuracy,
     "weighting": weighting,
-    "paper_noisy": paper_noisy,
     "paper_rare": paper_rare,
     "paper_absent": paper_absent,
     "paper_code": paper_code,
