@@ -11,7 +11,7 @@ Results go to bench/results/truth.json, and a picture beside it.
 
     python bench/truth.py                     # everything, about ten minutes on two cores
     python bench/truth.py --pairs llama3/gemma3 --kinds Python Markdown
-    python bench/truth.py --losses ULD --merge     # these rows anew, among those that are there
+    python bench/truth.py --losses LOSS --merge    # these rows anew, among those that are there
     python bench/truth.py --page              # only what the pages of `xtoken report` show of the results
 
 What the pages show is in xtoken/report/truth.json: for each pair of vocabularies the bias of each loss and kind.

@@ -185,8 +185,9 @@ def pair_report(
     Examples
     --------
     >>> student, teacher = Vocabulary([b"1", b"9", b"19", b" a"]), Vocabulary([b"1", b"9", b" ", b"a"])
-    >>> pair_report(student, teacher, texts=["19 a"])
-    PairReport('student' from 'teacher', loss='prefix', 1 texts)
+    >>> report = pair_report(student, teacher, texts=["19 a"])
+    >>> [(chunk.student, chunk.teacher) for chunk in report.texts[0].chunks]
+    [(('19',), ('1', '9')), ((' a',), (' ', 'a'))]
     """
     student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
     if projection is None:
