@@ -227,7 +227,7 @@ struct AnyRow {
 #pragma unroll
         for (int k = 0; k < N; ++k) x[k] = (*this)[i + k];
     }
-    // Elements at N places, -inf where a place is negative.
+    // Elements at N places, 0 where a place is negative.
     template <int N>
     __device__ void gather(const int32_t* places, float (&x)[N]) const {
         uint32_t bits[N];
@@ -240,12 +240,11 @@ struct AnyRow {
         if (type == Element::float32) {
 #pragma unroll
             for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? 0xff800000u : reinterpret_cast<const uint32_t*>(data)[places[k]];
+                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint32_t*>(data)[places[k]];
         } else {
-            const uint32_t lowest = type == Element::bfloat16 ? 0xff80u : 0xfc00u;
 #pragma unroll
             for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? lowest : reinterpret_cast<const uint16_t*>(data)[places[k]];
+                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint16_t*>(data)[places[k]];
         }
     }
     template <int N>
@@ -297,14 +296,6 @@ struct AnyRow {
         }
     }
 };
-
-// Calls body with row r of `logits` as a Row of its own type; a pass over a long row has no choices then.
-template <typename Body>
-__device__ void typed_row(const Logits& logits, int64_t r, Body body) {
-    if (logits.type == Element::bfloat16) return body(Row<__nv_bfloat16>(logits, r));
-    if (logits.type == Element::float16) return body(Row<__half>(logits, r));
-    body(Row<float>(logits, r));
-}
 
 // Calls body with a null pointer to the type of the elements.
 template <typename Body>

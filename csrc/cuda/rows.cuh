@@ -102,12 +102,9 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
     each_chosen(row, chosen, columns, body);
 }
 
-// Places that the body of each_partner does not look at.
-struct NoPlaces {};
-
-// The elements x of z from i on, and those of another row at `places` (negative: -inf): body(i, x, place, y), elements
-// shared out as by each_pair. Gathers are a vector ahead of their use. Without `with_places` place is NoPlaces.
-template <bool with_places = true, typename R, typename Body>
+// The elements x of z from i on, and those of another row at `places` (negative: 0): body(i, x, place, y), elements
+// shared out as by each_pair. Gathers are a vector ahead of their use.
+template <typename R, typename Body>
 __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* places, int size, Body body) {
     constexpr int N = R::vector;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -118,11 +115,7 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         const int32_t place[1] = {places[at]};
         float y[1];
         other.gather(place, y);
-        if constexpr (with_places) {
-            body(at, x, place, y);
-        } else {
-            body(at, x, NoPlaces{}, y);
-        }
+        body(at, x, place, y);
     }
     const AnyRow table(reinterpret_cast<const float*>(places));
     const bool alike = table.template aligned<N>(head);
@@ -157,9 +150,9 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
 #pragma unroll 1  // as in each_pair
     for (int v = thread; v < count; v += threads) {
         float x[N], y[N];
-        [[maybe_unused]] std::conditional_t<with_places, int32_t[N], NoPlaces> place;
+        int32_t place[N];
         z.take(ring, x);
-        if constexpr (with_places) places_of(v, place);
+        places_of(v, place);
         other.gathered(ahead, y);
         load(v + Ring::depth * threads);
         ring.wait();
@@ -226,27 +219,6 @@ __device__ void write_row(const Row<T>& z, const Other& other, T* out, int size,
 template <typename T, typename Prepare>
 __device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
     write_row(z, NoRow{}, out, size, width, [&](int i, const auto& x, const auto&, auto& g) { prepare(i, x, g); });
-}
-
-// Calls body(list, is_shared, begin, end) for a warp's slices of SELL-C-sigma lists (C = 32): entry i of a slice is at
-// 32 i + lane. Of a slice that its lanes share every lane has a part of list `list`, else each lane a list of its own,
-// or none (list >= lists).
-template <typename Lists, typename Body>
-__device__ void each_slice(const Lists& lists, Body body) {
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % warp_size;
-    const int warps = static_cast<int>(blockDim.x) / warp_size;
-#pragma unroll 1
-    for (int slice = thread / warp_size; slice < lists.slices; slice += warps) {
-        const bool is_shared = slice < lists.shared;
-        const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
-        body(list, is_shared, lists.start[slice], lists.start[slice + 1]);
-    }
-}
-
-// Parts of a workspace are so many floats, so that all of them are aligned.
-__host__ __device__ inline int64_t whole(int64_t count) {
-    constexpr int64_t unit = 32;
-    return (count + unit - 1) / unit * unit;
 }
 
 // Shared memory of the sums over a block.
@@ -433,6 +405,16 @@ __device__ Statistics statistics(const R& row, const int32_t* chosen, int size, 
 template <typename R>
 __device__ Statistics row_statistics(const R& row, int size, float lowest, float temperature, Sums& shared) {
     return statistics(row, nullptr, size, lowest, temperature, shared, Unweighted{});
+}
+
+// Whether chunk k is one that does not count (row -1): its loss is 0. The thread that writes it must not go on to the
+// next chunk apart from its warp, and the compiler puts nothing here that brings them together.
+template <typename Params>
+__device__ bool is_left_out(const Params& params, int64_t k) {
+    if (params.student_rows.start[k] >= 0) return false;
+    if (threadIdx.x == 0 && params.losses != nullptr) params.losses[k] = 0.0f;
+    __syncwarp();
+    return true;
 }
 
 // The cross-entropy's part of a row's gradient: scale * (softmax - onehot).

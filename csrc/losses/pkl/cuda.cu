@@ -14,13 +14,19 @@
 //
 // Where nearly all mass is on one token, h_s - sum p h cancels there: that token's gradient is set to what makes the
 // row's sum zero.
-#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/pkl/params.h"
 
 namespace xtoken::cuda {
 namespace {
+
+constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
+
+__host__ __device__ int64_t whole(int64_t count) {
+    return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
+}
 
 // Floats of a block's workspace.
 struct Workspace {
@@ -47,42 +53,38 @@ struct Powers {
     __device__ static float power_of(float x) { return precise ? expf(x) : fast_exp2(x); }
     __device__ static float log(float x) { return precise ? logf(x) : fast_log2(x); }
 
-    // exponent(x) = max(x scale - offset, least), one product and sum rounded once; `offset` is about top scale, and
-    // `least` the exponent of the lowest logit.
-    float scale, top, offset, least;
-    bool clamped;  // whether the lowest logits have mass, so that powers take the maximum
+    float scale, top, floor, shift;  // exponent(x) = max(x - top, floor) scale - shift
+    bool clamped;                    // whether the lowest logits have mass, so that the maximum is needed
     // sums of powers, of weight * power, and of weight * power * exponent; all without shift
     double total, weighted, entropy;
     int place;  // of the vector with the largest element; -1: another thread's
 
-    __device__ Powers(float lowest, float temperature) : scale((precise ? 1.0f : log2_e) / temperature), place(-1) {
+    __device__ Powers(float lowest, float temperature)
+        : scale((precise ? 1.0f : log2_e) / temperature), shift(0.0f), place(-1) {
         set_top(lowest, lowest);
     }
     Powers() = default;
     __device__ void set_top(float x, float lowest) {
         top = x;
-        offset = x * scale;
-        least = fmaf(lowest, scale, -offset);
-        clamped = least > -150.0f;
+        floor = lowest - x;
+        clamped = floor * scale > -150.0f;
     }
-    // Makes exponents smaller by about `shift`; returns by how much.
-    __device__ double shift(double shift) {
-        const float before = offset;
-        offset = static_cast<float>(static_cast<double>(before) + shift);
-        least -= offset - before;
-        return static_cast<double>(offset) - static_cast<double>(before);
-    }
-    __device__ float exponent(float x) const { return largest(fmaf(x, scale, -offset), least); }
+    __device__ float exponent(float x) const { return fmaf(largest(x - top, floor), scale, -shift); }
     __device__ float power(float x) const { return power_of(exponent(x)); }
-    template <bool may_be_clamped, int N>
+    template <int N>
     __device__ void of(const float (&x)[N], float (&e)[N]) const {
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = power_of(may_be_clamped ? exponent(x[k]) : fmaf(x[k], scale, -offset));
+        for (int k = 0; k < N; ++k) e[k] = x[k] - top;
+        if (__builtin_expect(static_cast<long>(clamped), 0L)) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) e[k] = largest(e[k], floor);
+        }
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = power_of(fmaf(e[k], scale, -shift));
     }
     // As rows.cuh has it.
     __device__ Statistics statistics(float lowest, float temperature) const {
-        const double step = static_cast<double>(offset) - static_cast<double>(top) * static_cast<double>(scale);
-        return {{precise, top, lowest, 1.0f / temperature}, total * ::exp(step * unit), weighted};
+        return {{precise, top, lowest, 1.0f / temperature}, total, weighted};
     }
 };
 
@@ -92,30 +94,30 @@ class PowersOf {
   public:
     __device__ PowersOf(float lowest, float temperature) : lowest_(lowest), p_(lowest, temperature) {}
 
-    // Without entropies the lowest logits are left out, unless `top` says that they have mass: it is the largest.
     template <typename R, typename Weights>
     __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
         each_column(row, chosen, size, [&](int i, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
-            float e[N], exponent[N], top = x[0], sum = 0.0f;
-            if constexpr (is_peak_wanted) {
+            const auto weight = weights.template of<N>(i);
+            float e[N];
+            float top = x[0];
 #pragma unroll
-                for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
-                if (top > p_.top) {
-                    p_.place = i;
-                    rescale(top);
-                }
-                sum = powers<false>(x, exponent, e);
-            } else {  // any top will do, from which no power is too large
-                sum = powers<true>(x, exponent, e);
-                if (sum > 0x1p20f) {
-#pragma unroll
-                    for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
-                    rescale(fmaxf(top, p_.top));
-                    sum = powers<true>(x, exponent, e);
-                }
+            for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
+            if (top > p_.top) {
+                p_.place = i;
+                rescale(top);
             }
-            add(i, exponent, e, sum, weights);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                const float exponent = largest(x[k] - p_.top, p_.floor) * p_.scale;
+                e[k] = p_.power_of(exponent);
+                if constexpr (with_entropy) entropy_ = weight.add(k, e[k] * exponent, entropy_);
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                total_ += e[k];
+                weighted_ = weight.add(k, e[k], weighted_);
+            }
         });
     }
 
@@ -123,55 +125,6 @@ class PowersOf {
         const float top = block_max(p_.top, shared);
         if (p_.top < top) p_.place = -1;
         rescale(top);
-        return over_block(shared);
-    }
-    // The sums of a row of which the lowest logits have mass; `add` has found the largest one.
-    template <typename Weights, typename R>
-    __device__ Powers<precise> clamped_sums(const R& row, int size, const Weights& weights, Sums& shared) {
-        total_ = weighted_ = 0.0f;
-        each_vector(row, size, [&](int i, const auto& x) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            float e[N], exponent[N];
-            const float sum = powers<true>(x, exponent, e);
-            add(i, exponent, e, sum, weights);
-        });
-        return over_block(shared);
-    }
-
-  private:
-    static constexpr bool is_peak_wanted = !with_entropy;
-
-    __device__ void rescale(float top) {
-        const float before = p_.offset;
-        p_.set_top(top, lowest_);
-        const float fall = before - p_.offset, shrink = p_.power_of(fall);
-        if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, weighted_, entropy_);
-        total_ *= shrink;
-        weighted_ *= shrink;
-    }
-    // Exponents and powers of some elements; returns the sum of these.
-    template <bool may_be_clamped, int N>
-    __device__ float powers(const float (&x)[N], float (&exponent)[N], float (&e)[N]) const {
-        float sum = 0.0f;
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            exponent[k] = may_be_clamped ? p_.exponent(x[k]) : fmaf(x[k], p_.scale, -p_.offset);
-            e[k] = p_.power_of(exponent[k]);
-            sum = k == 0 ? e[k] : sum + e[k];
-        }
-        return sum;
-    }
-    template <int N, typename Weights>
-    __device__ void add(int i, const float (&exponent)[N], const float (&e)[N], float sum, const Weights& weights) {
-        const auto weight = weights.template of<N>(i);
-        total_ += sum;
-#pragma unroll
-        for (int k = 0; k < N; ++k) {
-            weighted_ = weight.add(k, e[k], weighted_);
-            if constexpr (with_entropy) entropy_ = weight.add(k, e[k] * exponent[k], entropy_);
-        }
-    }
-    __device__ Powers<precise> over_block(Sums& shared) {
         double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_), static_cast<double>(entropy_)};
         block_sum(sums, shared);
         p_.total = sums[0];
@@ -180,23 +133,23 @@ class PowersOf {
         return p_;
     }
 
+  private:
+    __device__ void rescale(float top) {
+        const float fall = (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
+        if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, weighted_, entropy_);
+        total_ *= shrink;
+        weighted_ *= shrink;
+        p_.set_top(top, lowest_);
+    }
+
     float lowest_;
     Powers<precise> p_;
     float total_ = 0.0f, weighted_ = 0.0f, entropy_ = 0.0f;
 };
 
-// Weights 0, and 0 and 1: eight flags a byte.
-struct Zeros {
-    struct All {
-        __device__ float add(int, float, float sum) const { return sum; }
-    };
-    template <int N>
-    __device__ All of(int) const {
-        return {};
-    }
-};
+// Weights 0 and 1, eight flags a byte.
 struct Flags {
-    const uint8_t* bytes;
+    const uint8_t* bytes;  // null: zeros
 
     struct Bits {
         unsigned bits;
@@ -207,8 +160,7 @@ struct Flags {
     template <int N>
     __device__ Bits of(int i) const {
         static_assert(N <= 8, "of two bytes");
-        const uint8_t* at = bytes + static_cast<unsigned>(i) / 8;
-        return {(at[0] | unsigned{at[1]} << 8) >> static_cast<unsigned>(i) % 8};
+        return {bytes == nullptr ? 0 : (bytes[i / 8] | unsigned{bytes[i / 8 + 1]} << 8) >> (i % 8)};
     }
 };
 
@@ -229,19 +181,22 @@ struct Numbers {
     }
 };
 
-// Sums of value(index) over lists, into sums[-1 - list]. Returns the sum of those that this thread writes. `together`:
+// Sums of value(index) over lists, into end[-1 - list]. Returns the sum of those that this thread writes. `together`:
 // short lists of a thread at a time.
-template <int together, bool all_wanted, typename Value>
-__device__ float sum_lists(const SumLists& lists, float* sums, Value value) {
+template <int together, typename Value>
+__device__ float sum_lists(const SumLists& lists, float* end, Value value) {
     float written = 0.0f;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int lane = thread % warp_size, long_lists = lists.count - lists.few;
-    const auto is_wanted = [&](int list) { return all_wanted || lists.wanted[list] != 0; };
-    each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
+    const auto is_wanted = [&](int list) { return lists.wanted == nullptr || lists.wanted[list] != 0; };
+    for (int slice = thread / warp_size; slice < lists.slices; slice += threads / warp_size) {
+        const bool is_shared = slice < lists.shared;
+        const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
         const bool wanted = list < long_lists && is_wanted(list);
+        const int begin = lists.start[slice], behind = wanted ? lists.start[slice + 1] : begin;
         float total = 0.0f;
 #pragma unroll 4
-        for (int i = begin; i < (wanted ? end : begin); ++i) {
+        for (int i = begin; i < behind; ++i) {
             const int at = i * warp_size + lane;
             total = fmaf(lists.weight[at], value(lists.index[at]), total);
         }
@@ -249,10 +204,10 @@ __device__ float sum_lists(const SumLists& lists, float* sums, Value value) {
             for (int step = warp_size / 2; step > 0; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
         }
         if (wanted && (!is_shared || lane == 0)) {
-            sums[-1 - list] = total;
+            end[-1 - list] = total;
             written += total;
         }
-    });
+    }
     constexpr int lanes = 4;
     const int behind = lists.start[lists.slices] * warp_size;
     for (int first = thread; first < lists.few; first += together * threads) {
@@ -277,7 +232,7 @@ __device__ float sum_lists(const SumLists& lists, float* sums, Value value) {
 #pragma unroll
         for (int n = 0; n < together; ++n) {
             if (!wanted[n]) continue;
-            sums[-1 - (long_lists + first + n * threads)] = total[n];
+            end[-1 - (long_lists + first + n * threads)] = total[n];
             written += total[n];
         }
     }
@@ -307,7 +262,7 @@ class Chunk {
         sums_ = mean_ + parts.mean;
     }
 
-    __device__ __forceinline__ void run(float* weight_sums) {
+    __device__ void run(float* weight_sums) {
         const int thread = static_cast<int>(threadIdx.x);
         if (thread == 0) stored(plan_.columns) = 0.0f;
         masses();
@@ -333,35 +288,29 @@ class Chunk {
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
         const double unit = scale * factor * (p_.reverse || is_mixed ? 1.0 : -1.0) / d_;
         const auto b = static_cast<float>(b_), b_rest = static_cast<float>(b_ - static_cast<double>(b));
-        const double row_factor = merged() == 1 ? unit / temperature : 1.0;
-        const auto factor_of_row = static_cast<float>(row_factor);
-        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) {
-            stored(n) = ((stored(n) - b) - b_rest) * factor_of_row;
-        }
+        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored(n) = (stored(n) - b) - b_rest;
         // For one row sum p h is B eps, which is lost in the rounding of all but 0.
         const double mean = b_ * static_cast<double>(p_.epsilon);
-        if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean * row_factor);
-        __syncthreads();  // u is relative to B now, and for one row has the gradient's factor
-        if (weight_sums != nullptr) {
-            add_weight_gradient(weight_sums, static_cast<float>(merged() == 1 ? temperature : unit));
-        }
+        if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean);
+        __syncthreads();  // u is relative to B now
+        if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
             for (int64_t r = row_; r < row_ + count_; ++r) {
                 label_term(p_.labels, r, Row<S>(p_.student, r), plan_.students, p_.lowest, shared_);
             }
             return;
         }
-        sum_lists<lists_together, true>(plan_.row_lists, end_of_sums(), [&](int n) { return stored_end_[n]; });
+        sum_lists<lists_together>(plan_.row_lists, end_of_sums(), [&](int n) { return stored_end_[n]; });
         __syncthreads();  // the rows' sums are there
         const double share = unit * total_ / (temperature * merged());
         if (merged() == 1) {
-            token_gradient(row_, z_, (b_ + mean) * row_factor, factor_of_row);
+            token_gradient(row_, z_, mean, share);
         } else {
             mean_values();
             for (int64_t r = row_; r < row_ + merged(); ++r) {
                 const Row<S> z(p_.student, r);
-                student_ = student_powers(z, Numbers{mean_}, [] {});
-                token_gradient(r, z, student_.weighted / student_.total, static_cast<float>(share / student_.total));
+                student_ = student_powers(z, Numbers{mean_});
+                token_gradient(r, z, student_.weighted / student_.total, share);
             }
         }
         if constexpr (merge == Merge::chain) {
@@ -373,7 +322,7 @@ class Chunk {
   private:
     static constexpr bool precise = sizeof(S) == 4;
     static constexpr double unit = Powers<precise>::unit;
-    static constexpr int lists_together = is_mixed || merge == Merge::chain ? 1 : 2;  // as many as the registers allow
+    static constexpr int lists_together = is_mixed ? 1 : 2;  // as many as the registers allow
 
     // What a thread adds up over columns; some lack a factor that all terms share.
     struct Parts {
@@ -392,14 +341,11 @@ class Chunk {
     // e_s
     __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.power(z_[s]); }
 
-    // The student's powers; `beside` is done before the threads wait for each other.
-    template <typename Weights, typename Beside>
-    __device__ Powers<precise> student_powers(const Row<S>& z, const Weights& weights, Beside beside) {
+    template <typename Weights>
+    __device__ Powers<precise> student_powers(const Row<S>& z, const Weights& weights) {
         PowersOf<precise, false> powers(p_.lowest, p_.temperature);
         powers.add(z, nullptr, plan_.students, weights);
-        beside();
-        const Powers<precise> found = powers.sums(shared_);
-        return found.clamped ? powers.clamped_sums(z, plan_.students, weights, shared_) : found;
+        return powers.sums(shared_);
     }
 
     // Rows of the teacher whose distributions are averaged.
@@ -410,14 +356,10 @@ class Chunk {
         const Flags paired{plan_.paired};
         double own;  // S without the columns that are stored
         if (merged() == 1) {
-            const auto sum = [&](const auto& weights) {
-                student_ = student_powers(z_, weights, [&] { copy_rest(); });  // the copies are there, too
-            };
-            if (plan_.paired == nullptr) {
-                sum(Zeros{});
-            } else {
-                sum(paired);
-            }
+            PowersOf<precise, false> powers(p_.lowest, p_.temperature);
+            powers.add(z_, nullptr, plan_.students, paired);
+            copy_rest();
+            student_ = powers.sums(shared_);  // the copies are there, too
             total_ = student_.total;
             own = student_.weighted;
         } else {
@@ -439,26 +381,15 @@ class Chunk {
             __syncthreads();  // the mean is there
             float sum = 0.0f;
             for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-                if (plan_.paired != nullptr) sum = paired.template of<1>(s).add(0, mean_[s], sum);
+                sum = paired.template of<1>(s).add(0, mean_[s], sum);
             }
             double sums[1] = {static_cast<double>(sum)};
             block_sum(sums, shared_);
             own = sums[0];
         }
-        const auto sum_columns = [&] {
-            const SumLists& lists = plan_.column_lists;
-            if (plan_.paired == nullptr) {
-                return lists.wanted == nullptr
-                           ? sum_lists<1, true>(lists, end_of_sums(), [&](int i) { return mass(i); })
-                           : sum_lists<1, false>(lists, end_of_sums(), [&](int i) { return mass(i); });
-            }
-            if (merged() > 1) {
-                return sum_lists<1, true>(lists, end_of_sums(), [&](int i) { return mean_[plan_.unpaired[i]]; });
-            }
-            const Powers<precise> student = student_;
-            const S* rest = in_register(rest_);
-            return sum_lists<lists_together, true>(
-                lists, end_of_sums(), [&](int i) { return student.power(widen(rest[static_cast<unsigned>(i)])); });
+        const auto value = [&](int i) {
+            if (plan_.unpaired == nullptr) return mass(i);
+            return merged() > 1 ? mean_[plan_.unpaired[i]] : student_.power(widen(rest_[i]));
         };
         // Sums wait for memory, the pass over the teacher's row does not: half of the warps begin with each.
         float sum = 0.0f;
@@ -467,14 +398,9 @@ class Chunk {
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) {
             if ((warp + turn) % 2 == 0) {
-                sum = sum_columns();
-            } else if (teacher_merged() > 1) {
-                continue;
-            } else if (plan_.empty == nullptr) {
-                teacher.add(y_, plan_.stored, columns_, Zeros{});
-            } else {
-                typed_row(p_.teacher, teacher_row_,
-                          [&](const auto& y) { teacher.add(y, nullptr, plan_.teachers, Flags{plan_.empty}); });
+                sum = sum_lists<lists_together>(plan_.column_lists, end_of_sums(), value);
+            } else if (teacher_merged() == 1) {
+                teacher.add(y_, chosen(), size(), Flags{plan_.empty});
             }
         }
         if (plan_.empty == nullptr) {
@@ -488,35 +414,23 @@ class Chunk {
         if (teacher_merged() == 1) teacher_ = teacher.sums(shared_);
     }
 
-    // z of the rows without a pair, close together for the sums of columns; a thread copies two at a time.
+    // z of the rows without a pair, close together for the sums of columns.
     __device__ void copy_rest() {
-        using Two = std::conditional_t<sizeof(S) == 2, uint32_t, uint2>;
-        static_assert(sizeof(Two) == 2 * sizeof(S), "two elements");
-        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), twos = plan_.rest / 2;
-        const auto* places = reinterpret_cast<const int2*>(plan_.unpaired);
-        auto* to = reinterpret_cast<Two*>(rest_);
-        constexpr int N = 4;  // times two loads in flight
-        for (int first = thread; first < twos; first += N * threads) {
-            int2 from[N];
-            S z[N][2];
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        constexpr int N = 8;  // loads in flight
+        for (int first = thread; first < plan_.rest; first += N * threads) {
+            int32_t from[N];
+            S z[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k)
+                from[k] = first + k * threads < plan_.rest ? plan_.unpaired[first + k * threads] : 0;
+#pragma unroll
+            for (int k = 0; k < N; ++k) z[k] = z_.data[from[k]];
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                from[k] = make_int2(0, 0);
-                if (first + k * threads < twos) from[k] = places[first + k * threads];
-            }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                z[k][0] = z_.data[from[k].x];
-                z[k][1] = z_.data[from[k].y];
-            }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                Two both;
-                memcpy(&both, z[k], sizeof both);
-                if (first + k * threads < twos) to[first + k * threads] = both;
+                if (first + k * threads < plan_.rest) rest_[first + k * threads] = z[k];
             }
         }
-        if (thread == 0 && plan_.rest % 2 != 0) rest_[plan_.rest - 1] = z_.data[plan_.unpaired[plan_.rest - 1]];
     }
 
     // C: all columns, or those that are stored.
@@ -536,16 +450,13 @@ class Chunk {
             log_total = sum_teacher(merged) / unit;
             y_ = AnyRow(sums_);
             PowersOf<precise, true> powers(-1e30f, p_.temperature * merged);  // sums of logits are finite
-            if (all) {
-                powers.add(y_, nullptr, size(), empty);
-            } else {
-                powers.add(y_, nullptr, size(), Zeros{});
-            }
+            powers.add(y_, nullptr, size(), empty);
             teacher_ = powers.sums(shared_);
-            log_total -= static_cast<double>(teacher_.offset);
+            log_total -= static_cast<double>(teacher_.top) * static_cast<double>(teacher_.scale);
         }
-        // Exponents of q: about the whole part of log_total is taken off, the rest multiplies q and m.
-        const double lift = ::exp((log_total - teacher_.shift(::rint(log_total))) * unit);
+        // Exponents of q: the whole part of log_total is taken off, the rest multiplies q and m.
+        const double whole_part = ::rint(log_total), lift = ::exp((log_total - whole_part) * unit);
+        teacher_.shift = static_cast<float>(whole_part);
         to_mass_ = static_cast<float>(lift / d_);
         small_ = static_cast<float>(lift * static_cast<double>(p_.epsilon));
 
@@ -567,22 +478,19 @@ class Chunk {
             for (int k = 0; k < N; ++k) {
                 x[k] = slot[k] < plan_.students ? mass(slot[k]) : stored(plan_.columns + slot[k] - plan_.students);
             }
-            slopes<true>(place, x, y, u, parts);
+            slopes(place, x, y, u, parts);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 if (first + k * threads < columns_) stored(first + k * threads) = u[k];
             }
         }
         if (plan_.paired != nullptr) {
-            by_kind([&](auto rare) {
-                constexpr bool is_rare = decltype(rare)::value;
-                each_partner<is_rare>(z_, y_, plan_.row_slot, plan_.students,
-                                      [&](int i, const auto& z, const auto& place, const auto& y) {
-                                          float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
-                                          masses_of<is_rare>(i, z, x);
-                                          slopes<is_rare>(place, x, y, u, parts);
-                                      });
-            });
+            each_partner(z_, y_, plan_.row_slot, plan_.students,
+                         [&](int i, const auto& z, const auto& place, const auto& y) {
+                             float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
+                             masses_of(i, z, x);
+                             slopes(place, x, y, u, parts);
+                         });
         }
         if (is_mixed && all) {  // the columns without entries
             each_vector(y_, size(), [&](int i, const auto& y) {
@@ -595,7 +503,7 @@ class Chunk {
                     place[k] = is_empty[k] ? 0 : -1;
                     x[k] = 0.0f;
                 }
-                slopes<true>(place, x, y, u, parts);
+                slopes(place, x, y, u, parts);
             });
         }
         double loss = static_cast<double>(parts.loss) / (p_.reverse ? d_ : lift), slope = 0.0;
@@ -618,52 +526,39 @@ class Chunk {
         later_slope_ = sums[2];
     }
 
-    // Calls pass(is_rare): passes have a copy of their own for rare chunks, so that the usual one has no choices.
-    template <typename Pass>
-    __device__ void by_kind(Pass pass) const {
-        if constexpr (!is_mixed && merge != Merge::chain) {  // which has no registers to spare
-            const bool is_rare = p_.reverse || merged() > 1 || student_.clamped || teacher_.clamped;
-            if (!is_rare) return pass(std::false_type{});
-        }
-        pass(std::true_type{});
-    }
-
     // e_s of rows s = i ... i + N - 1, whose logits are z.
-    template <bool is_rare, int N>
+    template <int N>
     __device__ void masses_of(int i, const float (&z)[N], float (&x)[N]) const {
-        if (is_rare && merged() > 1) {
+        if (merged() > 1) {
             load_lanes(mean_, i, x);
         } else {
-            student_.template of<is_rare>(z, x);
+            student_.of(z, x);
         }
     }
 
-    // u of columns with these x and logits y of the teacher, at `place` (negative: no column, y is -inf).
-    template <bool is_rare, typename Place, int N>
-    __device__ void slopes(const Place& place, const float (&x)[N], const float (&y)[N], float (&u)[N],
+    // u of columns with these x and logits y of the teacher, at `place` (negative: no column).
+    template <int N>
+    __device__ void slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
                            Parts& parts) const {
         if constexpr (is_mixed) return mixed_slopes(place, x, y, u, parts);
-        if constexpr (is_rare) {
-            if (p_.reverse) {
+        if (p_.reverse) {
 #pragma unroll
-                for (int k = 0; k < N; ++k) {
-                    const float e = place[k] < 0 ? 0.0f : x[k], m = e * to_mass_, added = m + small_;
-                    const float difference = teacher_.log(added) - teacher_.exponent(y[k]);
-                    u[k] = fmaf(difference, static_cast<float>(unit), quotient(m, added, precise));
-                    parts.loss = fmaf(e, difference, parts.loss);
-                    parts.b = fmaf(e, u[k], parts.b);
-                }
-                return;
+            for (int k = 0; k < N; ++k) {
+                const float e = place[k] < 0 ? 0.0f : x[k], m = e * to_mass_, added = m + small_;
+                const float difference = teacher_.log(added) - teacher_.exponent(y[k]);
+                u[k] = fmaf(difference, static_cast<float>(unit), quotient(m, added, precise));
+                parts.loss = fmaf(e, difference, parts.loss);
+                parts.b = fmaf(e, u[k], parts.b);
             }
-        }
+        } else {
 #pragma unroll
-        for (int k = 0; k < N; ++k) {
-            const float exponent = teacher_.exponent(y[k]), added = fmaf(x[k], to_mass_, small_);
-            float q = teacher_.power_of(exponent);
-            if constexpr (is_rare) q = place[k] < 0 ? 0.0f : q;
-            u[k] = quotient(q, added, precise);
-            parts.loss = fmaf(q, exponent - teacher_.log(added), parts.loss);
-            parts.b = fmaf(x[k], u[k], parts.b);
+            for (int k = 0; k < N; ++k) {
+                const float exponent = teacher_.exponent(y[k]);
+                const float q = place[k] < 0 ? 0.0f : teacher_.power_of(exponent), added = fmaf(x[k], to_mass_, small_);
+                u[k] = quotient(q, added, precise);
+                parts.loss = fmaf(q, exponent - teacher_.log(added), parts.loss);
+                parts.b = fmaf(x[k], u[k], parts.b);
+            }
         }
     }
 
@@ -689,26 +584,23 @@ class Chunk {
         }
     }
 
-    // factor h - mean of rows of which `place` is the slot, or the column of a pair with these x and y; what is stored
-    // is so already.
-    template <bool is_rare, int N>
+    // h - mean of rows of which `place` is the slot, or the column of a pair with these x and y.
+    template <int N>
     __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], double mean,
-                               float factor, float (&h)[N]) const {
-        const auto all = static_cast<float>(mean), rest = static_cast<float>(mean - static_cast<double>(all));
+                               float (&h)[N]) const {
+        const auto all = static_cast<float>(b_ + mean), rest = static_cast<float>(b_ + mean - static_cast<double>(all));
         float u[N];
-        if (is_rare && (p_.reverse || is_mixed)) {
+        if (p_.reverse || is_mixed) {
             Parts unused;
-            slopes<true>(place, x, y, u, unused);
+            slopes(place, x, y, u, unused);
         } else {  // the same without what is not needed
-            teacher_.template of<is_rare>(y, u);
+            teacher_.of(y, u);
 #pragma unroll
             for (int k = 0; k < N; ++k) u[k] = quotient(u[k], fmaf(x[k], to_mass_, small_), precise);
         }
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            float own = fmaf(u[k], factor, -all);
-            if constexpr (precise) own -= rest;
-            h[k] = place[k] < 0 ? stored_end_[place[k]] : own;
+            h[k] = place[k] < 0 ? stored_end_[place[k]] : (u[k] - all) - rest;
         }
     }
 
@@ -720,7 +612,7 @@ class Chunk {
             const float x[1] = {mean_[s]};
             float y[1], h[1];
             y_.gather(place, y);
-            row_values<true>(place, x, y, b_, 1.0f, h);
+            row_values(place, x, y, 0.0, h);
             mean_[s] = h[0];
         }
         __syncthreads();  // h is there
@@ -759,12 +651,12 @@ class Chunk {
         return result;
     }
 
-    // The gradient of row r: e_s factor (h_s - mean) of several that are averaged, or of one row e_s (factor u_s -
-    // mean).
-    __device__ void token_gradient(int64_t r, const Row<S>& z, double mean, float factor) {
+    // The gradient p_s share (h_s - mean) of row r.
+    __device__ void token_gradient(int64_t r, const Row<S>& z, double mean, double share) {
         const Powers<precise>& one = student_;
         const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f,
                                            one.statistics(p_.lowest, p_.temperature));
+        const auto factor = static_cast<float>(share / one.total);
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
         S* grad = row_of<S>(p_.grad, r);
         const Written<S> written(z, grad);
@@ -777,16 +669,16 @@ class Chunk {
             peak_z = z[peak];
         }
         float others = 0.0f;
-        // x: exponentials, h: factor (h_s - mean)
-        const auto write = [&](auto rare, int i, const auto& z, const auto& x, auto& h) {
+        // x: exponentials, h: h_s - mean
+        const auto write = [&](int i, const auto& z, const auto& x, auto& h) {
             constexpr int N = sizeof(x) / sizeof(float);
-            if constexpr (decltype(rare)::value) {
+            if (__builtin_expect(static_cast<long>(one.clamped), 0L)) {
 #pragma unroll
                 for (int k = 0; k < N; ++k) h[k] = z[k] < p_.lowest ? 0.0f : h[k];
             }
             float g[N];
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] = x[k] * h[k];
+            for (int k = 0; k < N; ++k) g[k] = (x[k] * h[k]) * factor;
             if (peaked) {
 #pragma unroll
                 for (int k = 0; k < N; ++k) others += i + k == peak ? 0.0f : g[k];
@@ -794,15 +686,14 @@ class Chunk {
             label.add(i, z, g);
             written.put(i, g);
         };
-        constexpr std::true_type rare;
         if (merged() > 1) {
             each_pair(z, AnyRow(mean_), plan_.students, [&](int i, const auto& z, const auto& values) {
                 constexpr int N = sizeof(z) / sizeof(float);
                 float x[N], h[N];
-                one.template of<true>(z, x);
+                one.of(z, x);
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = ((values[k] - high) - low) * factor;
-                write(rare, i, z, x, h);
+                for (int k = 0; k < N; ++k) h[k] = (values[k] - high) - low;
+                write(i, z, x, h);
             });
         } else if (plan_.paired == nullptr) {
             const AnyRow slots(reinterpret_cast<const float*>(plan_.row_slot));
@@ -811,20 +702,17 @@ class Chunk {
                 float x[N], h[N];
 #pragma unroll
                 for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
-                one.template of<true>(z, x);
-                write(rare, i, z, x, h);
+                one.of(z, x);
+                write(i, z, x, h);
             });
         } else {
-            by_kind([&](auto rare) {
-                constexpr bool is_rare = decltype(rare)::value;
-                each_partner(z, y_, plan_.row_slot, plan_.students,
-                             [&](int i, const auto& z, const auto& place, const auto& y) {
-                                 float x[sizeof(z) / sizeof(float)], h[sizeof(z) / sizeof(float)];
-                                 one.template of<is_rare>(z, x);
-                                 row_values<is_rare>(place, x, y, mean, factor, h);
-                                 write(rare, i, z, x, h);
-                             });
-            });
+            each_partner(z, y_, plan_.row_slot, plan_.students,
+                         [&](int i, const auto& z, const auto& place, const auto& y) {
+                             float x[sizeof(z) / sizeof(float)], h[sizeof(z) / sizeof(float)];
+                             one.of(z, x);
+                             row_values(place, x, y, mean, h);
+                             write(i, z, x, h);
+                         });
         }
         written.fill(plan_.students, p_.grad.width);
         if (!peaked) return;
@@ -887,8 +775,11 @@ __global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_consta
     float* stored = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : workspace;
     float* weight_sums =
         params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
-    each_chunk(params,
-               [&](int64_t k) { Chunk<S, merge, is_mixed>(params, k, workspace, stored, shared).run(weight_sums); });
+    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
+        Chunk<S, merge, is_mixed>(params, k, workspace, stored, shared).run(weight_sums);
+        __syncthreads();  // the workspace may be overwritten
+    }
 }
 
 __global__ void sum_blocks_kernel(const float* sums, int32_t blocks, int64_t entries, float* out) {
@@ -919,7 +810,7 @@ void pkl(const PklParams& params, const Launch& launch) {
         const size_t ring = Ring::bytes(3, launch.threads);  // a row, and a table of four bytes an element
         const size_t stored = sizeof(float) * Workspace(params.plan, params.merge, sizeof(S)).stored;
         const bool fits = ring + stored + sizeof(Sums) <= shared_memory_of_a_block();
-        launch_chunks("pkl", kernel, fits ? ring + stored : ring, launch, params,
+        launch_shared("pkl", kernel, fits ? ring + stored : ring, launch, params.chunks, params,
                       static_cast<int32_t>(fits ? ring : 0));
     });
 }

@@ -22,15 +22,16 @@
 #include <algorithm>
 
 #include "core/boundary_walk.h"
-#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
+#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/prefix_kl/params.h"
 
 namespace xtoken::cuda {
 namespace {
 
-constexpr float nothing = -1e30f;  // a logit without mass that can be subtracted from another one
+constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
+constexpr float nothing = -1e30f;   // a logit without mass that can be subtracted from another one
 
 // The sum of exp((x - top) / temperature) over some logits x.
 struct alignas(8) Mass {
@@ -53,6 +54,9 @@ struct Workspace {
 
   private:
     __host__ __device__ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
+    __host__ __device__ static int64_t whole(int64_t count) {
+        return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
+    }
 };
 
 // Events begin ... end - 1 of a boundary. The student's sums become slopes: d loss / d log a_e over the sum.
@@ -160,7 +164,7 @@ class Chunk {
         for (int s = static_cast<int>(threadIdx.x); s < plan_.side[0].size; s += threads) left_flags_[s] = 0;
     }
 
-    __device__ __forceinline__ void run() {
+    __device__ void run() {
         const bool several = count_ > 1 || teacher_count_ > 1;
         if (threadIdx.x == 0) {
             const PrefixSide &student = plan_.side[0], &teacher = plan_.side[1];
@@ -202,12 +206,12 @@ class Chunk {
     // ---- the start of the chunk ----
 
     __device__ void compare_start() {
-        sum_lists(plan_.student_lists, Row<S>(p_.student, row_), start_.student);
-        typed_row(p_.teacher, teacher_row_, [&](const auto& y) { sum_lists(plan_.teacher_lists, y, start_.teacher); });
+        sum_lists(plan_.student_lists, AnyRow(p_.student, row_), start_.student);
+        sum_lists(plan_.teacher_lists, y_, start_.teacher);
         __syncthreads();  // the masses are there
         leave_out();
-        const bool usual = is_usual();
-        compare(start_, usual ? usual_pairs() : compare_pairs(), shared_.start, usual);
+        const PairSums pairs = left_out_ ? compare_pairs<true>() : compare_pairs<false>();
+        compare(start_, pairs, shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
@@ -259,59 +263,7 @@ class Chunk {
         left_out_ = __syncthreads_or(any) != 0;
     }
 
-    // Whether a chunk's start is one of those for which the pairs have a pass of their own, without choices: logits of
-    // 16 bits, the KL of the student from the teacher, no event left out, and none of the lowest logits with mass,
-    // which `compare` finds.
-    __device__ bool is_usual() const { return sizeof(S) == 2 && !y_.precise() && !p_.reverse && !left_out_; }
-    __device__ bool has_mass(float lowest, float top) const {
-        return (lowest - top) * inverse_temperature_ * log2_e > -150.0f;
-    }
-
-    // compare_pairs for these. Exponents are x scale - offset to the base 2, and so are the differences in `products`.
-    __device__ PairSums usual_pairs() const {
-        const float scale = inverse_temperature_ * log2_e, lowest = p_.lowest;
-        float z_top = lowest, y_top = lowest, z_offset = lowest * scale, y_offset = z_offset;
-        float z_least = 0.0f, y_least = 0.0f, p = 0.0f, q = 0.0f, products = 0.0f;
-        const auto add = [&](int, const auto& x, const auto& slot, const auto& y) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            float z[N], z_max = z_top, y_max = y_top;
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                z[k] = slot[k] < 0 ? -INFINITY : x[k];
-                z_max = fmaxf(z_max, z[k]);
-                y_max = fmaxf(y_max, y[k]);
-            }
-            if (z_max > z_top || y_max > y_top) {
-                const float z_before = z_offset, y_before = y_offset;
-                z_top = z_max;
-                y_top = y_max;
-                z_offset = z_top * scale;
-                y_offset = y_top * scale;
-                z_least = fmaf(lowest, scale, -z_offset);
-                y_least = fmaf(lowest, scale, -y_offset);
-                const float z_step = z_offset - z_before, y_step = y_offset - y_before;
-                const float y_shrink = fast_exp2(-y_step);
-                products = y_shrink * fmaf(q, z_step - y_step, products);
-                p *= fast_exp2(-z_step);
-                q *= y_shrink;
-            }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float a = largest(fmaf(z[k], scale, -z_offset), z_least);
-                const float b = largest(fmaf(y[k], scale, -y_offset), y_least), f = fast_exp2(b);
-                p += fast_exp2(a);
-                q += f;
-                products = fmaf(f, b - a, products);
-            }
-        };
-        each_partner(Row<S>(p_.student, row_), y_, plan_.slot, plan_.side[0].size, add);
-        // what the offsets are more than the tops
-        const float z_more = fmaf(-z_top, scale, z_offset), y_more = fmaf(-y_top, scale, y_offset);
-        const float y_factor = fast_exp2(y_more);
-        products = fmaf(q, y_more - z_more, products);
-        return {z_top, y_top, p * fast_exp2(z_more), q * y_factor, products * y_factor / scale};
-    }
-
+    template <bool left_out>
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
         const auto add = [&](int i, const auto& x, const auto& slot, const auto& partner) {
@@ -323,7 +275,7 @@ class Chunk {
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    const bool paired = slot[first + k] >= 0 && !(left_out_ && left_flags_[i + first + k] != 0);
+                    const bool paired = slot[first + k] >= 0 && !(left_out && left_flags_[i + first + k] != 0);
                     z[k] = paired ? clamped(x[first + k]) : nothing;
                     y[k] = paired ? clamped(partner[first + k]) : nothing;
                     z_top = fmaxf(z_top, z[k]);
@@ -408,23 +360,23 @@ class Chunk {
     }
 
     // The masses of lists of tokens, into out[event].
-    template <typename R>
-    __device__ void sum_lists(const TokenLists& lists, const R& row, Mass* out) const {
+    __device__ void sum_lists(const TokenLists& lists, const AnyRow& row, Mass* out) const {
         constexpr int together = 4;  // loads in flight
-        const int lane = static_cast<int>(threadIdx.x) % warp_size;
-        each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
+        const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
+#pragma unroll 1
+        for (int slice = static_cast<int>(threadIdx.x) / warp_size; slice < lists.slices; slice += warps) {
+            const bool is_shared = slice < lists.shared;
+            const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+            const int end = lists.start[slice + 1];
             Mass mass{p_.lowest, 0.0f};
 #pragma unroll 1
-            for (int i = begin; i < end; i += together) {
+            for (int i = lists.start[slice]; i < end; i += together) {
                 int32_t tokens[together];
 #pragma unroll
                 for (int k = 0; k < together; ++k) {
                     tokens[k] = i + k < end ? lists.tokens[(i + k) * warp_size + lane] : -1;
                 }
-                float x[together];
-#pragma unroll
-                for (int k = 0; k < together; ++k) x[k] = tokens[k] < 0 ? nothing : clamped(row[tokens[k]]);
-                add(x, row.precise(), mass);
+                add_tokens(row, tokens, mass);
             }
             if (is_shared) {
                 for (int step = warp_size / 2; step > 0; step /= 2) {
@@ -439,7 +391,7 @@ class Chunk {
                 to->top = mass.top;
                 to->sum = mass.sum;
             }
-        });
+        }
     }
 
     __device__ Mass together_with(const Mass& one, const Mass& other, bool precise) const {
@@ -457,7 +409,7 @@ class Chunk {
 
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
     // halves, without boundaries inside.
-    template <int N>
+    template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
     __device__ void start_gradients(int i, const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
                                     float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
@@ -470,14 +422,14 @@ class Chunk {
                 const int32_t to = slot[first + k];
                 const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
                 e[k] = clamped(x[first + k]) - own.top;
-                if (to >= 0) e[k] *= inverse_temperature_;
+                if (!any || to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
                 y[k] = clamped(partner[first + k]) - term.y_centre;
             }
             exponentials(e, sizeof(S) == 4);
 #pragma unroll
             for (int k = 0; k < M; ++k) g[first + k] = e[k] * student[k];
-            if (mixed_) {
+            if (any && mixed_) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
@@ -497,7 +449,7 @@ class Chunk {
                     if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
                 }
             }
-            if (left_out_) {
+            if (any && left_out_) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
             }
@@ -511,9 +463,8 @@ class Chunk {
         return static_cast<double>(teacher_exp(mass.top - term.y_centre)) * static_cast<double>(mass.sum) / term.q;
     }
 
-    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes. `usual`: the pairs are
-    // those of usual_pairs.
-    __device__ void compare(const Events& events, PairSums pairs, Term& term, bool usual = false) {
+    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes.
+    __device__ void compare(const Events& events, const PairSums& pairs, Term& term) {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         float z_top = pairs.z_top, y_top = pairs.y_top;
         for (int n = events.begin + thread; n < events.end; n += threads) {
@@ -521,7 +472,6 @@ class Chunk {
             y_top = fmaxf(y_top, events.teacher[n].top);
         }
         const float z_centre = block_max(z_top, shared_.sums), y_centre = block_max(y_top, shared_.sums);
-        if (usual && (has_mass(p_.lowest, z_centre) || has_mass(p_.lowest, y_centre))) pairs = compare_pairs();
         PairSums sums = moved(pairs, z_centre, y_centre);
         for (int n = events.begin + thread; n < events.end; n += threads) {
             const Mass student = events.student[n], teacher = events.teacher[n];
@@ -852,7 +802,7 @@ class Chunk {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients(token, x, slot, partner, g);
+                start_gradients<true>(token, x, slot, partner, g);
             }
             g[0] = x[0] < p_.lowest ? 0.0f : g[0] + values_[n];
             label.add(token, x, g);
@@ -861,16 +811,18 @@ class Chunk {
         if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
         if (i == 0) {
             const Written<S> written(z, grad);
-            if (is_usual() && !tempered_ && !mixed_ && !has_mass(p_.lowest, shared_.start.z_centre) &&
-                !has_mass(p_.lowest, shared_.start.y_centre)) {
-                write_usual(z, label, written);
-            } else {
+            const auto write = [&](auto any) {
                 each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
                     float g[sizeof(x) / sizeof(float)];
-                    start_gradients(s, x, slot, partner, g);
+                    start_gradients<decltype(any)::value>(s, x, slot, partner, g);
                     finish(label, s, x, g);
                     written.put(s, g);
                 });
+            };
+            if (tempered_ || mixed_ || left_out_) {
+                write(std::true_type{});
+            } else {
+                write(std::false_type{});
             }
             written.fill(size, p_.grad.width);
         } else {
@@ -898,32 +850,6 @@ class Chunk {
         if (sparse_count_ == 0) return;
         __syncthreads();  // the row is there
         for (int n = thread; n < sparse_count_; n += threads) narrow(values_[n], grad[sparse_ids_[n]]);
-    }
-
-    // The first row of a usual chunk at temperature 1.
-    __device__ void write_usual(const Row<S>& z, const LabelTerm& label, const Written<S>& written) const {
-        const float centre = shared_.start.z_centre, student = shared_.start.student, lowest = p_.lowest;
-        const float offset = shared_.start.y_centre * log2_e;
-        const float teacher = -shared_.start.teacher * fast_exp2(fmaf(-shared_.start.y_centre, log2_e, offset));
-        const Mass* before_events = in_register(start_.student - 1);
-        each_partner(z, y_, plan_.slot, plan_.side[0].size, [&](int s, const auto& x, const auto& slot, const auto& y) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            float g[N], least = x[0];
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                Mass own{centre, student};
-                if (slot[k] < 0) own = *(before_events - slot[k]);
-                const float e = fast_exp2((x[k] - own.top) * log2_e);
-                g[k] = fmaf(fast_exp2(fmaf(y[k], log2_e, -offset)), teacher, e * own.sum);
-                least = fminf(least, x[k]);
-            }
-            if (least < lowest) {
-#pragma unroll
-                for (int k = 0; k < N; ++k) g[k] = x[k] < lowest ? 0.0f : g[k];
-            }
-            label.add(s, x, g);
-            written.put(s, g);
-        });
     }
 
     // Of a token that is an event inside a token, or one of several.
@@ -973,7 +899,12 @@ template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
     if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
-    each_chunk(params, [&](int64_t k) { Chunk<S>(params, k, shared).run(); });
+    __syncthreads();  // the flags are there
+    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
+        if (is_left_out(params, k)) continue;
+        Chunk<S>(params, k, shared).run();
+        __syncthreads();  // the workspace may be overwritten
+    }
 }
 
 int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }
@@ -985,7 +916,7 @@ void prefix(const PrefixParams& params, const Launch& launch) {
         // boundaries inside the teacher's tokens pass over rows of the student; each_partner has a table beside a row
         const int slots =
             std::max({AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type), 1 + Row<S>::vector / 4});
-        launch_chunks("prefix_kl", prefix_kernel<S>, Ring::bytes(slots, launch.threads), launch, params);
+        launch_items("prefix_kl", prefix_kernel<S>, slots, launch, params.chunks, params);
     });
 }
 

@@ -63,7 +63,6 @@ struct PairsPlan {
 struct StepsParams {
 #define XTOKEN_CUDA_STEPS(FIELD)                                      \
     XTOKEN_CHUNKS(FIELD);                                             \
-    XTOKEN_QUEUE(FIELD);                                              \
     FIELD(Divergence, divergence, "of the pairs");                    \
     FIELD(Real*, losses, "[chunks] out");                             \
     FIELD(Labels, labels, "of the chunks' rows");                     \
@@ -78,7 +77,6 @@ struct StepsParams {
 struct RankedParams {
 #define XTOKEN_CUDA_RANKED(FIELD)                                                                            \
     XTOKEN_CHUNKS(FIELD);                                                                                    \
-    XTOKEN_QUEUE(FIELD);                                                                                     \
     FIELD(Divergence, divergence, "of the pairs");                                                           \
     FIELD(Real*, losses, "[chunks] out of ranked_forward: on the pairs; null: in ranked_backward");          \
     FIELD(Labels, labels, "of the chunks' rows, for ranked_backward");                                       \
