@@ -21,7 +21,7 @@ def launcher(module: str) -> Callable[[str, dict[str, Any]], None]:
     """The module's `launch`; CUDA's on the emulator."""
     if module == "cpu":
         return lambda name, fields: _core.launch(name, fields, "", 1)
-    return lambda name, fields: emulated.load()[0].launch(name, fields, 1, 32, 0)
+    return lambda name, fields: emulated.load()[0].launch(name, fields, 1, 32, 0, 0)
 
 
 def good_fields(module: str) -> dict[str, Any]:
