@@ -259,9 +259,10 @@ def load_examples(
     files : sequence of paths
         JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
         folder that it has written, for one teacher.
-    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents, with_prompts, now,
-    teacher_systems, teacher_column, teacher_names
+    student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
         As for `ExampleEncoder`.
+    with_prompts, now, teacher_systems, teacher_column, teacher_names
+        Likewise.
 
     Raises
     ------
