@@ -39,7 +39,6 @@ function(xtoken_cuda_module name)
     target_compile_options(${name} PRIVATE "$<$<COMPILE_LANGUAGE:CUDA>:${XTOKEN_CUDA_FLAGS}>")
     if(XTOKEN_WERROR)
         target_compile_options(${name} PRIVATE
-            "$<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings;-Xptxas=--warn-on-spills>"
-            $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror>)
+            $<$<COMPILE_LANGUAGE:CUDA>:-Werror=all-warnings> $<$<COMPILE_LANGUAGE:CXX>:-Wall;-Wextra;-Werror>)
     endif()
 endfunction()

@@ -33,9 +33,8 @@ needs_nvdisasm = pytest.mark.skipif(
     reason="no nvcc, or no nvdisasm, on this machine: CUDA kernels are not disassembled",
 )
 
-COMPILED = ["80"]
-"""The oldest architecture, whose code all others are assembled from. .ci/run builds a wheel for the newest, where a
-spill is an error too; bench/cuda_resources.py has them all."""
+COMPILED = ["80", "120"]
+"""The oldest and the newest architecture. .ci/run builds a wheel for another, bench/cuda_resources.py for all."""
 
 REPORT = """\
 ptxas info    : 0 bytes gmem
