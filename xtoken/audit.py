@@ -27,7 +27,6 @@ that ASCII letters with digits or punctuation are ``ascii_letters``."""
 CRITICAL_SHARE = 0.99
 """A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
 
-
 MOST_DIFFERING = 0.01
 """Of the chunks of a sample at most this share may begin with different events for H-KL to be recommended."""
 

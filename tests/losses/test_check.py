@@ -60,6 +60,9 @@ def test_this_build_is_right() -> None:
         assert len(found) == len(DTYPES) * len(calls_of(loss, "auto", CPU))
         assert all(one.milliseconds_per_row and one.milliseconds_per_row > 0 for one in found)
         assert all(one.repeats for one in found)
+    judged = sum(one.backend == "cpu" for one in report.findings)
+    assert f"all {judged} calls agree with float64; {len(report.findings) - judged} of plain formulas" in lines[-1]
+    assert sum(line.endswith(" formula") for line in lines) == (len(registered()) - len(KERNELS)) * len(DTYPES)
     result = json.loads(report.to_json())
     assert result["passed"] is True
     assert result["machine"]["xtoken"] == xtoken.__version__
@@ -243,7 +246,8 @@ def test_the_command(
     without_kernels = next(name for name in registered() if name not in KERNELS)
     arguments = ["check", "--device", "cpu", "--rows", "8", "--losses", without_kernels]
     assert cli.main(arguments) == 0
-    assert "\nall 3 calls agree with float64 (cpu, 8 rows, " in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "\nno kernel ran; all 3 of plain formulas, which kernels are judged by, are finite (cpu, 8 rows, " in printed
     monkeypatch.setattr(check, "DTYPES", (torch.bfloat16,))
     plant(wrong(nan_loss))
     assert cli.main([*arguments, "--json"]) == 1

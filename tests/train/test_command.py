@@ -101,6 +101,10 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
     steps = [entry["step"] for entry in history(output) if "ce" in entry]
     assert steps == [2, 4, 6]
     assert [entry["learning_rate"] < 1e-2 for entry in history(output) if "learning_rate" in entry] == [True] * 3
+    settings = json.loads((output / "settings.json").read_text())
+    assert {"student", "teacher", "data", "learn_projection", "learning_rate", "max_steps"} < settings.keys()
+    assert settings["learning_rate"] == 0.003  # of the command line, not of the file
+    assert not settings.keys() & {"report_to", "debug", "loss_options", "output_dir", "weight_decay", "hub_token"}
 
 
 @pytest.mark.parametrize(

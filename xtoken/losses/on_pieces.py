@@ -95,6 +95,15 @@ def partners(pieces: Tensor, device: torch.device) -> Partners:
     return _PARTNERS.of((pieces,), find, device)
 
 
+def are_partners(chunks: Chunks, known: Partners) -> Tensor:
+    """bool [K]: the chunk is one token on both sides, and these are partners."""
+    student, teacher = chunks.student, chunks.teacher
+    assert student.next_ids is not None
+    assert teacher.next_ids is not None
+    is_exact = known.of_student[student.next_ids[student.start]] == teacher.next_ids[teacher.start]
+    return (student.count == 1) & (teacher.count == 1) & is_exact
+
+
 def _single_pieces(side: Side, size: int) -> Tensor:
     """int64 [V]: the only piece of each token, `size` where it has more or none."""
     if not len(side.pieces):

@@ -8,7 +8,6 @@ Everything that `transformers.TrainingArguments` takes is an option too: ``--lea
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import functools
 import json
 import os
@@ -254,15 +253,11 @@ def _as_argument(value: Any, choices: Iterable[Any]) -> str:
 
 
 def settings_of(options: TrainArguments, config: XTokenConfig) -> dict[str, Any]:
-    """The options that differ from their defaults, without secrets."""
-    differing: dict[str, Any] = {}
-    for part, values in ((options, vars(options)), (config, config.to_dict())):
-        for one in dataclasses.fields(part):
-            usual = one.default if one.default_factory is dataclasses.MISSING else one.default_factory()
-            value = values.get(one.name)
-            if one.init and not one.name.endswith("_token") and value != usual:
-                differing[one.name] = value
-    return differing
+    """The options that differ from those of a command that names only student, teacher, data and output; without
+    secrets."""
+    least = parse(["--student", "-", "--teacher", "-", "--data", "-", "--output", str(config.output_dir)])
+    usual, values = ({**vars(one), **other.to_dict()} for one, other in (least, (options, config)))
+    return {name: value for name, value in values.items() if not name.endswith("_token") and value != usual[name]}
 
 
 def main(arguments: Sequence[str]) -> None:

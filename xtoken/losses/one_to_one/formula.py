@@ -7,7 +7,7 @@ from torch import Tensor
 from xtoken.alignment import Chunks
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.on_pieces import Partners
+from xtoken.losses.on_pieces import Partners, are_partners
 
 
 def one_to_one(
@@ -46,14 +46,9 @@ def one_to_one(
 
     Source: arXiv 2610.08448.
     """
-    dtype, rows = statistics_dtype(student_logits, teacher_logits), (chunks.student.start, chunks.teacher.start)
-    assert chunks.student.next_ids is not None
-    assert chunks.teacher.next_ids is not None
-    is_single = (chunks.student.count == 1) & (chunks.teacher.count == 1)
-    is_exact = shared.of_student[chunks.student.next_ids[rows[0]]] == chunks.teacher.next_ids[rows[1]]
-    used = (is_single & is_exact).nonzero()[:, 0]
-    z = scaled(student_logits[rows[0][used]].index_select(1, shared.student), temperature, dtype)
-    y = scaled(teacher_logits[rows[1][used]].index_select(1, shared.teacher), temperature, dtype)
+    dtype, used = statistics_dtype(student_logits, teacher_logits), are_partners(chunks, shared).nonzero()[:, 0]
+    z = scaled(student_logits[chunks.student.start[used]].index_select(1, shared.student), temperature, dtype)
+    y = scaled(teacher_logits[chunks.teacher.start[used]].index_select(1, shared.teacher), temperature, dtype)
     if top_k is not None and top_k < z.shape[1]:
         best = z.detach().topk(top_k, dim=1).indices
         z, y = z.gather(1, best), y.gather(1, best)

@@ -8,7 +8,7 @@ from torch import Tensor
 from xtoken.alignment import Chunks, Rows
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.on_pieces import Partners
+from xtoken.losses.on_pieces import Partners, are_partners
 
 
 def simct(
@@ -50,15 +50,14 @@ def simct(
     Source: SimCT (arXiv 2605.07711).
     """
     dtype = statistics_dtype(student_logits, teacher_logits)
-    student, teacher = chunks.student, chunks.teacher
-    assert student.next_ids is not None
-    assert teacher.next_ids is not None
-    is_single = (student.count == 1) & (teacher.count == 1)
-    is_shared = is_single & (shared.of_student[student.next_ids[student.start]] == teacher.next_ids[teacher.start])
+    is_shared = are_partners(chunks, shared)
     is_absent = torch.zeros(len(chunks), len(shared.student) + 1, dtype=torch.bool, device=is_shared.device)
     is_absent[:, -1] = is_shared
     distributions: list[Tensor] = []
-    for logits, rows, columns in ((teacher_logits, teacher, shared.teacher), (student_logits, student, shared.student)):
+    for logits, rows, columns in (
+        (teacher_logits, chunks.teacher, shared.teacher),
+        (student_logits, chunks.student, shared.student),
+    ):
         scores = _scores(logits, rows, columns, temperature, dtype).masked_fill(is_absent, -torch.inf)
         log_p = scores.log_softmax(-1)
         distributions += [log_p.exp(), log_p.masked_fill(is_absent, 0)]
