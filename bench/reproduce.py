@@ -125,8 +125,9 @@ WEIGHTED = named(
 )
 """With and without the weights of what is inside a chunk."""
 FIXED = ["CE", *named(lambda arm: arm.scale == "x4" and (arm.is_main or "weighting" in arm.case.loss.options()))]
-"""Each loss with a fixed factor; and those of W with the paper's scaling, which is what the paper has them for."""
+"""Each loss with a fixed factor."""
 PAPER = named(lambda arm: arm.is_main and arm.scale == "" and arm.case.loss.needs is Needs.PROJECTION)
+"""Those of W with the paper's scaling, which is what the paper has them for."""
 
 Total = Callable[[Tensor, Encoded, Tensor, xtoken.Alignment], Tensor]
 

@@ -9,7 +9,7 @@ import sys
 import pytest
 from small_tokenizers import byte_level
 
-from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, cli, sample_texts
+from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, sample_texts
 from xtoken.cli import main
 
 
@@ -47,11 +47,8 @@ def test_project(files, tmp_path, capsys):
     assert W.shape[0] == len(Vocabulary.from_tokenizer(files[0]))
 
 
-def test_project_pieces(files, tmp_path, capsys, monkeypatch):
-    """The sample alone, here without words of the vocabularies, and with texts of one's own."""
-    sample = sample_texts()
-    asked: list[int] = []
-    monkeypatch.setattr(cli, "sample_texts", lambda *sides: asked.append(len(sides)) or sample)
+def test_project_pieces(files, tmp_path, capsys):
+    """The sample alone, and with texts of one's own."""
     output, own = str(tmp_path / "pieces.safetensors"), tmp_path / "own.txt"
     own.write_text("one line\nand another\n")
     command = ["project", "--student", files[0], "--teacher", files[1], "--output", output]
@@ -62,8 +59,8 @@ def test_project_pieces(files, tmp_path, capsys, monkeypatch):
         pieces = PieceIndex.load(output, files[0], files[1])
         assert printed == f"{output}: {pieces!r}\n{pieces.merged()}\n"
         seen.append(pieces.merged().texts)
-    assert seen == [len(sample), len(sample) + 2]
-    assert asked == [2, 2]
+    sample = len(sample_texts(*files))
+    assert seen == [sample, sample + 2]
     assert main([*command, "--texts", str(own)]) == 1
     assert "--texts: expected --pieces with it" in capsys.readouterr().err
 
