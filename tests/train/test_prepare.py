@@ -1,4 +1,4 @@
-"""W and audits in the cache folder."""
+"""W, audits and pieces in the cache folder."""
 
 from __future__ import annotations
 
@@ -8,10 +8,17 @@ import pytest
 import torch
 from default_losses import DEFAULT, OTHER
 
-from xtoken import ProjectionMatrix, Vocabulary
+from xtoken import PieceIndex, ProjectionMatrix, Vocabulary
 from xtoken.losses import Needs
 from xtoken.train import prepare
-from xtoken.train.prepare import cache_folder, cached_audit, cached_choice, cached_projection
+from xtoken.train.prepare import (
+    build_objective,
+    cache_folder,
+    cached_audit,
+    cached_choice,
+    cached_pieces,
+    cached_projection,
+)
 
 
 @pytest.fixture
@@ -45,6 +52,19 @@ def test_audit_is_made_once(pair, tmp_path, monkeypatch):
     assert cached_audit(*pair, projection, tmp_path) == first
 
 
+def test_pieces_are_made_once(pair, tmp_path, monkeypatch):
+    back = pair[::-1]
+    first, choice = cached_pieces(*back, tmp_path), cached_choice(*back, tmp_path)
+    monkeypatch.setattr(PieceIndex, "build", None)
+    assert torch.equal(cached_pieces(*back, tmp_path).data, first.data)
+    assert cached_choice(*back, tmp_path) == choice
+    _, reasons = build_objective(*back, loss=DEFAULT[Needs.PIECES], cache=tmp_path)
+    assert first.merged().summary() in reasons
+    monkeypatch.undo()
+    objective, _ = build_objective(*back, loss=DEFAULT[Needs.PIECES], cache=tmp_path, texts=["one text more"])
+    assert objective.pieces.merged().texts == first.merged().texts + 1
+
+
 def test_choice(pair, tmp_path):
     choice = cached_choice(*pair, tmp_path, gamma=0.2)
     assert (choice.loss, choice.paper) == (DEFAULT[Needs.PIECES], DEFAULT[Needs.PROJECTION])
@@ -54,6 +74,7 @@ def test_choice(pair, tmp_path):
     assert cached_choice(pair[0], pair[0], tmp_path).loss == DEFAULT[Needs.SAME_TOKENIZER]
     assert len(list(tmp_path.iterdir())) == 2  # which needs neither
     assert cached_choice(pair[1], pair[0], tmp_path).loss == OTHER  # the single digits are tokens on both sides
+    assert len(list(tmp_path.iterdir())) == 5  # and of pieces, which say how differently both cut
 
 
 def test_folder(monkeypatch):

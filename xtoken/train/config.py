@@ -128,7 +128,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     chat_template : str, optional
         For tokenizers that have none; see `use_template`.
     cache : path, optional
-        Folder for W and audits; see `cache_folder`.
+        Folder for W, audits and pieces; see `cache_folder`.
     train_on, max_length, max_teacher_length, text_column
         For rows that are not encoded yet; see `ExampleEncoder`. No model gets more tokens than it has positions.
     dataset_num_proc : int, optional
@@ -239,7 +239,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         default=None, metadata={"help": "for tokenizers that have none: a file with a chat template, or its text"}
     )
     cache: str | None = field(
-        default=None, metadata={"help": "folder for W and audits; default: $XTOKEN_CACHE or ~/.cache/xtoken"}
+        default=None, metadata={"help": "folder for W, audits and pieces; default: $XTOKEN_CACHE or ~/.cache/xtoken"}
     )
     train_on: str = field(default="all", metadata={"help": "turns that are trained on", "choices": TRAIN_ON})
     max_length: int | None = field(

@@ -1,4 +1,4 @@
-"""What a pair of tokenizers needs to be compared: the loss, W or pieces. W and audits are kept in a cache folder."""
+"""What a pair of tokenizers needs to be compared: the loss, and W or pieces, which are kept in a cache folder."""
 
 from __future__ import annotations
 
@@ -67,14 +67,28 @@ def cached_audit(
     )
 
 
+def cached_pieces(student: Vocabulary, teacher: Vocabulary, folder: Folder = None) -> PieceIndex:
+    """`PieceIndex.build` of the pair, calibrated on `sample_texts` alone, likewise."""
+    path = _path(folder, "pieces.safetensors", student, teacher, {})
+    return _cached(
+        path,
+        lambda: PieceIndex.load(path, student, teacher),
+        lambda: PieceIndex.build(student, teacher),
+        lambda made: made.save(path),
+    )
+
+
 def cached_choice(
     student: Vocabulary, teacher: Vocabulary, folder: Folder = None, *, learn_projection: bool = False, **options: Any
 ) -> LossChoice:
-    """`choose_loss` of the pair by its cached audit; the options are those of `cached_projection`."""
-    report = None
+    """`choose_loss` of the pair by its cached audit and, where the answer depends on them, cached pieces; the options
+    are those of `cached_projection`."""
+    report = pieces = None
     if not same_tokens(student, teacher):
         report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
-    return choose_loss(student, teacher, learn_projection=learn_projection, report=report)
+        if report.recommendation == "hkl" and not learn_projection:
+            pieces = cached_pieces(student, teacher, folder)
+    return choose_loss(student, teacher, learn_projection=learn_projection, report=report, pieces=pieces)
 
 
 def build_objective(
@@ -109,7 +123,7 @@ def build_objective(
     texts : iterable of str, or a function that returns one
         Text like that of the training data, for `PieceIndex.build`, beside `sample_texts`; only read if it is needed.
     cache : path, optional
-        Folder for W and audits; default: `cache_folder`.
+        Folder for W, audits and pieces; default: `cache_folder`.
     trust_top_k : int, optional
         Of `Teacher`.
 
@@ -124,8 +138,11 @@ def build_objective(
     projection: Any = None
     pieces = None
     if kind.needs is Needs.PIECES:
-        own = texts() if callable(texts) else texts
-        pieces = PieceIndex.build(student, teacher, texts=[*sample_texts(student, teacher), *own])
+        own = list(texts() if callable(texts) else texts)
+        if own:
+            pieces = PieceIndex.build(student, teacher, texts=[*sample_texts(student, teacher), *own])
+        else:
+            pieces = cached_pieces(student, teacher, cache)
         reasons += [pieces.merged().summary()]
     if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
         projection = cached_projection(student, teacher, cache, gamma=gamma)
