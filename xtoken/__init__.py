@@ -1,134 +1,34 @@
-"""Knowledge distillation of language models across tokenizers: alignment, projection, audit, losses."""
+"""Knowledge distillation of language models across tokenizers: alignment, projection, audit, losses.
+
+Importing this package imports nothing else. A module is imported when it is first used, as in ``xtoken.train``; with
+the first of the public names, which `xtoken._public` lists, come torch and the losses.
+"""
 
 from __future__ import annotations
 
 import importlib
+import pkgutil
 from typing import TYPE_CHECKING, Any
-
-from . import reference
-from ._core import version as __version__
-from .alignment import Aligner, Alignment, Ragged
-from .audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit
-from .calibration import MergedEvents, MergeReport
-from .check import CheckFinding, CheckReport, self_test
-from .config import show_config
-from .corpus import align_corpus
-from .losses import (
-    LinearLogits,
-    OrderedLogits,
-    Teacher,
-    TopKLogits,
-    XTokenLoss,
-    alm_loss,
-    bpm_loss,
-    escd_loss,
-    gold_loss,
-    hkl_loss,
-    kd_loss,
-    linear_alm_loss,
-    linear_bpm_loss,
-    linear_escd_loss,
-    linear_gold_loss,
-    linear_hkl_loss,
-    linear_kd_loss,
-    linear_nemo_events_loss,
-    linear_one_to_one_loss,
-    linear_pkl_loss,
-    linear_prefix_kl_loss,
-    linear_simct_loss,
-    linear_uld_loss,
-    nemo_events_loss,
-    one_to_one_loss,
-    pkl_loss,
-    prefix_kl_loss,
-    select_backend,
-    simct_loss,
-    uld_loss,
-)
-from .pieces import PieceIndex
-from .projection import LearnableProjection, ProjectionMatrix
-from .sample import sample_texts
-from .served import ServedModel
-from .teacher_cache import CachedDocument, TeacherCache, TeacherCacheWriter, cache_teacher
-from .teacher_order import TeacherOrder
-from .vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from . import data as data
     from . import integrations as integrations
     from . import report as report
     from . import train as train
+    from ._public import *  # noqa: F403
+    from ._public import __all__ as __all__
+    from ._public import __version__ as __version__
+else:
+    _MODULES = frozenset(one.name for one in pkgutil.iter_modules(__path__))  # noqa: F405
 
-__all__ = [
-    "Aligner",
-    "Alignment",
-    "CachedDocument",
-    "CheckFinding",
-    "CheckReport",
-    "ClassCoverage",
-    "CoverageReport",
-    "LearnableProjection",
-    "LinearLogits",
-    "LossChoice",
-    "MergeReport",
-    "MergedEvents",
-    "OrderedLogits",
-    "PieceIndex",
-    "ProjectionMatrix",
-    "Ragged",
-    "ServedModel",
-    "Teacher",
-    "TeacherCache",
-    "TeacherCacheWriter",
-    "TeacherOrder",
-    "TopKLogits",
-    "Vocabulary",
-    "XTokenLoss",
-    "__version__",
-    "align_corpus",
-    "alm_loss",
-    "bpm_loss",
-    "cache_teacher",
-    "choose_loss",
-    "coverage_audit",
-    "escd_loss",
-    "gold_loss",
-    "hkl_loss",
-    "kd_loss",
-    "linear_alm_loss",
-    "linear_bpm_loss",
-    "linear_escd_loss",
-    "linear_gold_loss",
-    "linear_hkl_loss",
-    "linear_kd_loss",
-    "linear_nemo_events_loss",
-    "linear_one_to_one_loss",
-    "linear_pkl_loss",
-    "linear_prefix_kl_loss",
-    "linear_simct_loss",
-    "linear_uld_loss",
-    "nemo_events_loss",
-    "one_to_one_loss",
-    "pkl_loss",
-    "prefix_kl_loss",
-    "reference",
-    "sample_texts",
-    "select_backend",
-    "self_test",
-    "show_config",
-    "simct_loss",
-    "uld_loss",
-]
+    def __getattr__(name: str) -> Any:
+        if name in _MODULES:
+            return importlib.import_module(f"{__name__}.{name}")
+        if not name.startswith("__") or name in ("__all__", "__version__"):  # others are asked for by import itself
+            public = importlib.import_module(f"{__name__}._public")
+            if name in ("__all__", *public.__all__):
+                return getattr(public, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
-_ON_USE = ("data", "integrations", "report", "train")
-"""Submodules that are imported when they are first used; training needs transformers."""
-
-
-def __getattr__(name: str) -> Any:
-    if name in _ON_USE:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_ON_USE})
+    def __dir__() -> list[str]:
+        return sorted({*globals(), *_MODULES, *__getattr__("__all__")})

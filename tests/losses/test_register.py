@@ -18,7 +18,7 @@ SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt", ".toml"
 """Of code; documents and recipes may name every loss."""
 
 PUBLIC = {
-    "xtoken/__init__.py",
+    "xtoken/_public.py",
     "xtoken/losses/__init__.py",
     "xtoken/reference.py",
     "xtoken/audit.py",
