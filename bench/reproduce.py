@@ -29,6 +29,11 @@ A rule that was written down before the first run: "teacher" becomes the default
 ``continued`` and ``random`` its probability of the right answer is above that of "none" by more than two standard
 errors, both x4, and in ``right`` not below it by more than two. The weights were found on seeds 0, 1 and 2, so the
 seeds there begin with 3.
+
+Another rule, written down before its first run too, for other options of the losses that split numbers need
+(``--variants``; `OPTIONS`): a value becomes the default if its probability of the right answer, x4, is above the
+default's by more than two standard errors in at least two of ``scratch``, ``continued``, ``right``, ``rare``,
+``absent`` and ``code``, and in none of them below by as much.
 """
 
 from __future__ import annotations
@@ -63,6 +68,8 @@ EMA = ", EMA"
 """How measures of averaged weights are named."""
 GAMMAS = (0.1, 0.0)
 """Of W: the paper's default, and no weight for later pieces."""
+ADJUSTED: dict[str, tuple[Any, ...]] = {"temperature": (2.0,), "reverse": (True,), "beta": (0.5,)}
+"""Values of options that are no words, beside their defaults."""
 
 # --- losses
 
@@ -75,9 +82,10 @@ class Scale(NamedTuple):
     bound: float = math.inf
 
 
+FACTOR = "x4"
 SCALES = {
     "": Scale(),
-    "x4": Scale(4.0),
+    FACTOR: Scale(4.0),
     f"max {DEFAULT_MAX_SCALE:g}": Scale(bound=DEFAULT_MAX_SCALE),
     "max 16": Scale(bound=16.0),
 }
@@ -93,10 +101,16 @@ class Arm(NamedTuple):
     """Whether its words are the defaults."""
     scale: str
 
+    @property
+    def is_default(self) -> bool:
+        """Whether gamma is the default too."""
+        return self.is_main and self.gamma == GAMMAS[0]
+
 
 def arms() -> dict[str, Arm]:
     """Every registered loss that two tokenizers allow, in all its forms, named by its words. Where the weights of W are
-    part of the loss, so that they can be trained, gamma varies too; others only ask which tokens W pairs."""
+    part of the loss, so that they can be trained, gamma varies too; others only ask which tokens W pairs. With a fixed
+    factor also the loss as it is but for one option that is no word."""
     found = {}
     for loss in registered().values():
         if loss.needs is Needs.SAME_TOKENIZER:
@@ -109,6 +123,13 @@ def arms() -> dict[str, Arm]:
             name = " ".join(filter(None, [loss.title, *words_of[:1], *shown, *words_of[1:], scale]))
             is_main = all(word == values[0] for word, values in zip(chosen, words.values(), strict=True))
             found[name] = Arm(Case(name, loss, dict(zip(words, chosen, strict=True))), gamma, is_main, scale)
+    for name, arm in list(found.items()):
+        if arm.is_default and arm.scale == FACTOR:
+            for option in arm.case.loss.options():
+                for value in ADJUSTED.get(option, ()):
+                    adjusted = f"{name.removesuffix(FACTOR)}{option}={value} {FACTOR}"
+                    case = replace(arm.case, name=adjusted, options={**arm.case.options, option: value})
+                    found[adjusted] = Arm(case, arm.gamma, False, FACTOR)
     return found
 
 
@@ -121,11 +142,24 @@ MAIN = ["CE", *named(lambda arm: arm.is_main and arm.scale == "")]
 VARIANTS = named(lambda arm: not arm.is_main and arm.scale == "")
 """Their other forms."""
 WEIGHTED = named(
-    lambda arm: "weighting" in arm.case.loss.options() and arm.scale in ("x4", f"max {DEFAULT_MAX_SCALE:g}")
+    lambda arm: (
+        "weighting" in arm.case.loss.options()
+        and arm.scale in (FACTOR, f"max {DEFAULT_MAX_SCALE:g}")
+        and not ADJUSTED.keys() & arm.case.options.keys()
+    )
 )
 """With and without the weights of what is inside a chunk."""
-FIXED = ["CE", *named(lambda arm: arm.scale == "x4" and (arm.is_main or "weighting" in arm.case.loss.options()))]
+FIXED = ["CE", *named(lambda arm: arm.scale == FACTOR and (arm.is_main or arm.case.name in WEIGHTED))]
 """Each loss with a fixed factor."""
+OPTIONS = named(
+    lambda arm: (
+        arm.scale == FACTOR
+        and not arm.is_default
+        and arm.case.name not in WEIGHTED
+        and (arm.case.loss.trains_projection or "weighting" in arm.case.loss.options())
+    )
+)
+"""Of the losses that split numbers need, other values of each option but the weights."""
 PAPER = named(lambda arm: arm.is_main and arm.scale == "" and arm.case.loss.needs is Needs.PROJECTION)
 """Those of W with the paper's scaling, which is what the paper has them for."""
 
@@ -203,7 +237,9 @@ SIXTHS = tuple(i / 6 for i in range(1, 7))
 FIRST = partial(Setting, losses=MAIN, seeds=2, checkpoints=SIXTHS, last=1, problems=400)
 LATER = partial(Setting, seeds=8, first_seed=3)
 NOISY = partial(LATER, world="split", shape=BRIEF, start=START)
-PAPERS = partial(LATER, world="mixed", shape=GENTLE, start=START, start_corpus=mixed_sums, losses=[*FIXED, *PAPER])
+PAPERS = partial(
+    LATER, world="mixed", shape=GENTLE, start=START, start_corpus=mixed_sums, losses=[*FIXED, *PAPER], variants=OPTIONS
+)
 SETTINGS = {
     "plenty": FIRST("the teacher splits digits, plenty of text", "split", Sums, variants=VARIANTS),
     "little": FIRST("the teacher splits digits, little text", "split", FewSums, variants=VARIANTS),
@@ -214,9 +250,13 @@ SETTINGS = {
         losses=[*FIXED, *PAPER],
         shape=Shape(500, width=48),
         start=None,
+        variants=OPTIONS,
     ),
     "continued": NOISY(
-        title="half of the answers wrong, continued", corpus=partial(NoisySums, 0.5), losses=[*FIXED, *PAPER]
+        title="half of the answers wrong, continued",
+        corpus=partial(NoisySums, 0.5),
+        losses=[*FIXED, *PAPER],
+        variants=OPTIONS,
     ),
     "random": NOISY(
         title="all answers wrong, no cross-entropy on sums, continued",
@@ -224,7 +264,7 @@ SETTINGS = {
         losses=["CE", *WEIGHTED],
         ce_on_sums=False,
     ),
-    "right": NOISY(title="all answers right, continued", corpus=right_sums, losses=["CE", *WEIGHTED]),
+    "right": NOISY(title="all answers right, continued", corpus=right_sums, losses=["CE", *WEIGHTED], variants=OPTIONS),
     "rare": PAPERS(title="one text in ten is a sum, continued", corpus=partial(MixedSums, 0.1)),
     "absent": PAPERS(title="no sums, continued", corpus=partial(MixedSums, 0.0)),
     "code": LATER(
@@ -233,6 +273,7 @@ SETTINGS = {
         corpus=Functions,
         losses=[*FIXED, *PAPER],
         shape=Shape(150, width=48, batch=16),
+        variants=OPTIONS,
     ),
 }
 
