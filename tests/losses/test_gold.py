@@ -15,6 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
+    "common part": {"uncommon_top_k": 0},
     "jensen-shannon": {"beta": 0.3},
     "skewed": {"skew": 0.1, "temperature": 2.5},
     "skewed reverse": {"skew": 0.25, "reverse": True},

@@ -15,6 +15,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "reverse": {"reverse": True},
     "temperature": {"temperature": 2.5},
     "cut": {"uncommon_top_k": 5},
+    "common part": {"uncommon_top_k": 0},
     "jensen-shannon": {"beta": 0.3},
     "skewed": {"skew": 0.1, "temperature": 2.5},
     "skewed reverse": {"skew": 0.25, "reverse": True},
@@ -36,8 +37,8 @@ def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, min_weight: float = 0.6
 @pytest.mark.parametrize(
     ("options", "exception", "message"),
     [
-        ({"uncommon_top_k": 0}, ValueError, "uncommon_top_k: expected an integer of at least 1, got 0"),
-        ({"uncommon_top_k": None}, ValueError, "uncommon_top_k: expected an integer of at least 1, got None"),
+        ({"uncommon_top_k": -1}, ValueError, "uncommon_top_k: expected an integer of at least 0, got -1"),
+        ({"uncommon_top_k": None}, ValueError, "uncommon_top_k: expected an integer of at least 0, got None"),
         ({"min_weight": 0.0}, ValueError, r"min_weight: expected a number in \(0, 1\], got 0.0"),
         ({"min_weight": 1.5}, ValueError, r"min_weight: expected a number in \(0, 1\], got 1.5"),
         ({"projection": None}, TypeError, "projection: expected an xtoken.ProjectionMatrix, got NoneType"),

@@ -519,10 +519,10 @@ def test_inner_boundaries() -> None:
         except ValueError as error:
             refused += 1
             with pytest.raises(ValueError, match=re.escape(str(error))):
-                formula._inner_boundaries(chunks, pieces)
+                formula.inner_boundaries(chunks, pieces)
         else:
             found += len(want)
-            assert formula._inner_boundaries(chunks, pieces).tolist() == want.tolist(), f"seed {seed}"
+            assert formula.inner_boundaries(chunks, pieces).tolist() == want.tolist(), f"seed {seed}"
     assert found > 1500
     assert refused > 100
 
@@ -712,7 +712,7 @@ def test_a_real_pair(reverse: bool, backend: str, real_pair: tuple[Alignment, Pi
     assert alignment.teacher_ids is not None
     lengths = len(alignment.student_ids), len(alignment.teacher_ids)
     chunks = reference.Chunks.of(alignment, *lengths, realised=True)
-    assert set(formula._inner_boundaries(chunks, pieces.data)[:, 1].tolist()) == {0, 1}
+    assert set(formula.inner_boundaries(chunks, pieces.data)[:, 1].tolist()) == {0, 1}
     sizes = len(pieces.student.event), len(pieces.teacher.event)
     logits = logits_for(0, lengths[0], sizes[0]), logits_for(1, lengths[1], sizes[1])
     compare(backend, *logits, alignment, pieces, alignment.student_ids, reverse=reverse)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypedDict, TypeVar, overload
 
@@ -31,6 +32,9 @@ class Options(TypedDict, total=False):
     reduction: Reduction
     inplace: bool
     backend: str
+    tp_group: Any
+    cp_group: Any
+    cp_layout: str
 
 
 PARAMETERS = """\
@@ -69,6 +73,17 @@ PARAMETERS = """\
         model computed, without labels, outside ``torch.compile``.
     backend : "auto", "reference", ...
         See `select_backend`.
+    tp_group : torch.distributed.ProcessGroup, optional
+        Vocabulary parallel: each rank has consecutive columns of ``student_logits`` (or of the output layer), in the
+        order of the ranks; of ``teacher_logits`` likewise, or all of them. Everything else is the same on all ranks,
+        and so are the results. Each gets the gradient of its own columns; that of hidden states and weights of W is
+        whole. Every rank must make the call, and backward. A `DTensor` that is sharded so says it by itself.
+    cp_group : torch.distributed.ProcessGroup, optional
+        Context parallel: each rank has some positions of ``student_logits`` and ``teacher_logits``. Everything else
+        (alignment, labels, mask, ``reduction="none"``) is that of the whole sequences and the same on all ranks, and so
+        are the results. Each gets the gradient of its own positions, so gradients of parameters add up over the ranks.
+    cp_layout : "contiguous" or "zigzag"
+        Which positions: consecutive ones in the order of the ranks; or of 2 n equal parts rank r has r and 2 n - 1 - r.
 """
 """Of the docstring of a public loss, where it says nothing else: each parameter with its text."""
 
@@ -114,12 +129,13 @@ def documented(function: _F) -> _F:
 def compute(
     loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *, labels: None,
     sizes: tuple[int | None, int | None], mask: Any = None, reduction: str, inplace: bool = False, backend: str,
+    groups: tuple[Any, Any, str] | None = None,
 ) -> Tensor: ...  # fmt: skip
 @overload
 def compute(
     loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *,
     labels: Tensor | Expected | None, sizes: tuple[int | None, int | None], mask: Any = None, reduction: str,
-    inplace: bool = False, backend: str,
+    inplace: bool = False, backend: str, groups: tuple[Any, Any, str] | None = None,
 ) -> Losses: ...  # fmt: skip
 def compute(
     loss: Loss,
@@ -133,6 +149,7 @@ def compute(
     reduction: str,
     inplace: bool = False,
     backend: str,
+    groups: tuple[Any, Any, str] | None = None,
 ) -> Losses:
     """Checks what every loss has, and calls the operator.
 
@@ -143,18 +160,30 @@ def compute(
         Of the two vocabularies; None: all columns.
     mask : bool [B, T] or [T], optional
         Without an alignment, which means that both models read the same tokens: the rows to use. Default: all.
+    groups : (tp_group, cp_group, cp_layout), optional
     """
+    if isinstance(teacher_logits, OrderedLogits):
+        loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
+    if (groups is not None and groups[:2] != (None, None)) or has_dtensor(student_logits, teacher_logits):
+        from xtoken.parallel.call import Groups
+        from xtoken.parallel.call import compute as compute_in_parts
+
+        return compute_in_parts(
+            loss, student_logits, teacher_logits, alignment, Groups(*groups or ()), labels=labels, sizes=sizes,
+            mask=mask, reduction=reduction, inplace=inplace, backend=backend,
+        )  # fmt: skip
     expected = None
     if isinstance(labels, Expected):
         expected, labels = labels, labels.labels
-    if isinstance(teacher_logits, OrderedLogits):
-        loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
     check_logits(student_logits, teacher_logits)
     check_choice(reduction, "reduction", REDUCTIONS)
     check_backend(backend)
     if isinstance(student_logits, TopKLogits):
         raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
     given = Parts.of(student_logits), Parts.of(teacher_logits)
+    if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):
+        widths = [one.width for one in given if one.width is not None]
+        sizes = (min(widths),) * 2 if widths else sizes
     student_size, teacher_size = (vocabulary_size(loss, k, one, sizes[k]) for k, one in enumerate(given))
     student, teacher = given[0].batched(), given[1].batched().detached()
     if student.head is None:
@@ -206,6 +235,16 @@ def compute(
     if alignment is None and reduction == "none":
         result = result.view(given[0].leading_shape)
     return result if labels is None else (result, cross_entropy)
+
+
+def has_dtensor(*logits: AnyLogits) -> bool:
+    """Whether one of them is a `DTensor`, or made of one."""
+    module = sys.modules.get("torch.distributed.tensor")  # there is none before it is imported
+    if module is None:
+        return False
+    inner = [one.logits if isinstance(one, OrderedLogits) else one for one in logits]
+    parts = [part for one in inner for part in ((one.hidden, one.weight) if isinstance(one, LinearLogits) else (one,))]
+    return any(isinstance(part, module.DTensor) for part in parts)
 
 
 def _batched(ids: Tensor | None) -> Tensor | None:
@@ -327,9 +366,11 @@ def check_temperature(value: float) -> None:
         raise ValueError(f"temperature: expected a positive finite number, got {value!r}")
 
 
-def check_count(value: int | None, name: str, optional: bool = False) -> None:
-    """An integer of at least 1, or None where that is allowed."""
+def check_count(value: int | None, name: str, optional: bool = False, least: int = 1) -> None:
+    """An integer of at least so much, or None where that is allowed."""
     if value is None and optional:
         return
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: expected an integer of at least 1{' or None' if optional else ''}, got {value!r}")
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ValueError(
+            f"{name}: expected an integer of at least {least}{' or None' if optional else ''}, got {value!r}"
+        )

@@ -115,7 +115,8 @@ class Loss:
     `Needs.PIECES` the field ``pieces`` (`PieceIndex.data`); ``text``, if it has one, is `PieceIndex.text`. Its module
     ``a.b.name`` has the public function ``name_loss``. Kernels are in the modules ``cpu`` and ``cuda`` of the package
     `kernels`, as a function ``run`` (see `xtoken.losses.backends.Run`); without them the formula is the loss on every
-    device.
+    device. The module ``parallel`` beside them has the class ``InParts``, the formula for logits that lie on several
+    ranks (see `xtoken.parallel`); without it, or with a reason in `whole_rows`, the loss takes whole rows only.
     """
 
     name: ClassVar[str]
@@ -130,6 +131,8 @@ class Loss:
     """Whether the weights of W get a gradient."""
     by_rank: ClassVar[bool] = False
     """Whether it compares sorted probabilities: where two exchange their ranks, the gradient jumps."""
+    whole_rows: ClassVar[str] = ""
+    """Why it takes no logits in parts, if it needs whole rows."""
     is_default: ClassVar[bool] = False
     """Whether it is the loss of a `Teacher` that says only what the pair of tokenizers has (`needs`)."""
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}})

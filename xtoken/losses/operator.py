@@ -99,7 +99,7 @@ class Result(NamedTuple):
     lifted: Tensor
 
 
-class _Flags(NamedTuple):
+class Flags(NamedTuple):
     """Which gradients are wanted, and the upstream gradients of loss and cross-entropy (default: 1)."""
 
     student_wanted: bool
@@ -126,7 +126,7 @@ class _Layout:
             raise TypeError(f"loss: expected a dataclass of xtoken.losses.Loss under @register, got {loss!r}")
         self.loss = loss
         kinds = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(loss)}
-        if taken := kinds.keys() & {*Call._fields, *_Flags._fields}:
+        if taken := kinds.keys() & {*Call._fields, *Flags._fields}:
             raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is every operator's")
         self.fields = [(name, kind == "Matrix") for name, kind in kinds.items()]
         own: dict[str, str] = {}
@@ -137,8 +137,8 @@ class _Layout:
                 own[name] = kind
             else:
                 raise TypeError(f"{loss.__name__}.{name}: expected one of {['Matrix', *_TYPES]}, got {kind}")
-        arguments = {name: str(kind) for part in (Call, _Flags) for name, kind in _annotations(part).items()}
-        flags = {name: arguments.pop(name) for name in _Flags._fields}
+        arguments = {name: str(kind) for part in (Call, Flags) for name, kind in _annotations(part).items()}
+        flags = {name: arguments.pop(name) for name in Flags._fields}
         self.names = [*arguments, *own]
         self.schema = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in {**arguments, **own, **flags}.items())
 
@@ -150,16 +150,16 @@ class _Layout:
             values += [value.row_ptr, value.col, value.weight] if is_matrix else [value]
         return values
 
-    def parts(self, arguments: tuple[Any, ...]) -> tuple[Call, Loss, _Flags]:
+    def parts(self, arguments: tuple[Any, ...]) -> tuple[Call, Loss, Flags]:
         """The arguments of the operator, put together again."""
-        first, last = len(Call._fields), len(arguments) - len(_Flags._fields)
+        first, last = len(Call._fields), len(arguments) - len(Flags._fields)
         call, values = Call(*arguments[:first]), iter(arguments[first:last])
         shape = call.student_size, call.teacher_size
         made = {
             name: Matrix(next(values), next(values), next(values), shape) if is_matrix else next(values)
             for name, is_matrix in self.fields
         }
-        return call, self.loss(**made), _Flags(*arguments[last:])
+        return call, self.loss(**made), Flags(*arguments[last:])
 
 
 def _annotations(kind: Any) -> dict[str, str]:
@@ -217,9 +217,9 @@ def _define(name: str, layout: _Layout) -> None:
             return tuple(_compute(loss, call, flags))
 
     def fake(*arguments: Any) -> tuple[Tensor, ...]:
-        first, last = len(Call._fields), len(arguments) - len(_Flags._fields)
+        first, last = len(Call._fields), len(arguments) - len(Flags._fields)
         given = dict(zip(layout.names, arguments, strict=False))
-        return _fake(Call(*arguments[:first]), given.get(_WEIGHT), _Flags(*arguments[last:]))
+        return _fake(Call(*arguments[:first]), given.get(_WEIGHT), Flags(*arguments[last:]))
 
     schema = f"({layout.schema}) -> ({', '.join(['Tensor'] * len(Result._fields))})"
     operator = torch.library.custom_op(f"xtoken::{name}", kernel, mutates_args=(), schema=schema)
@@ -228,7 +228,7 @@ def _define(name: str, layout: _Layout) -> None:
     OPERATORS[name], _LAYOUTS[name] = operator, layout
 
 
-def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Result:
+def _compute(loss: Loss, call: Call, flags: Flags, inplace: bool = False) -> Result:
     """The loss of a call, and the gradients that are wanted."""
     student, teacher = call.sources()
     loss.check_tables()
@@ -241,11 +241,11 @@ def _compute(loss: Loss, call: Call, flags: _Flags, inplace: bool = False) -> Re
     lifted = call.student.new_empty(0, dtype=torch.float32)
     if upstream is None and _is_lifted(call):
         upstream = label_upstream = lifted = _power_of_two(chunks.number, call.student.device)
-    scale = _chunk_scale(chunks, call.reduction, upstream, call.student)
+    scale = chunk_scale(chunks, call.reduction, upstream, call.student)
     labels = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
-    grads = _Gradients(call, weight, flags, inplace)
+    grads = Gradients(Leaves(call.student, call.student_head, call.student_bias), weight, flags, inplace)
     parts = []
-    for problem, span, rows in _problems(loss.name, student, teacher, prepared, weight):
+    for problem, span, rows in problems(loss.name, student, teacher, prepared, weight):
         backend = backend_of(call.backend, problem)
         part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
         logits_grad = grads.logits(problem, rows)
@@ -280,7 +280,7 @@ def _power_of_two(number: int | Tensor, device: torch.device) -> Tensor:
     return count.clamp_min(1).float().log2().floor().exp2()
 
 
-def _problems(
+def problems(
     name: str, student: Source, teacher: Source, prepared: Prepared, weight: Tensor | None
 ) -> Iterator[tuple[Problem[Any], slice, slice]]:
     """One problem if all logits are in memory, else one for each block of rows: (problem, chunks, student rows)."""
@@ -293,19 +293,27 @@ def _problems(
         yield Problem(name, *dense, block.chunks, prepared.options, weight), block.span, block.student
 
 
-class _Gradients:
+class Leaves(NamedTuple):
+    """What of a call gets a gradient, beside the weights of W."""
+
+    student: Tensor
+    student_head: Tensor | None
+    student_bias: Tensor | None
+
+
+class Gradients:
     """Buffers of the gradients that are wanted; an operator's results must not share memory."""
 
-    def __init__(self, call: Call, weight: Tensor | None, flags: _Flags, inplace: bool) -> None:
-        self.call, self.wanted, self.head_wanted = call, flags.student_wanted, flags.head_wanted
-        self.student, self.head, self.bias = (call.student.new_empty(0) for _ in range(3))
+    def __init__(self, leaves: Leaves, weight: Tensor | None, flags: Flags, inplace: bool) -> None:
+        self.leaves, self.wanted, self.head_wanted = leaves, flags.student_wanted, flags.head_wanted
+        self.student, self.head, self.bias = (leaves.student.new_empty(0) for _ in range(3))
         if self.wanted:
-            empty = torch.empty_like(call.student, memory_format=torch.contiguous_format) if not inplace else None
-            self.student = call.student if empty is None else empty
+            empty = torch.empty_like(leaves.student, memory_format=torch.contiguous_format) if not inplace else None
+            self.student = leaves.student if empty is None else empty
         if self.head_wanted:
             self.head, self.bias = (
                 empty if of is None else torch.zeros_like(of, dtype=torch.promote_types(of.dtype, torch.float32))
-                for of, empty in ((call.student_head, self.head), (call.student_bias, self.bias))
+                for of, empty in ((leaves.student_head, self.head), (leaves.student_bias, self.bias))
             )
         self.weight = None if weight is None else torch.zeros_like(weight)
 
@@ -313,7 +321,7 @@ class _Gradients:
         """Where the gradient of the logits of these rows goes: [B, T, >= V]."""
         if not self.wanted:
             return None
-        if self.call.student_head is not None:
+        if self.leaves.student_head is not None:
             return torch.empty_like(problem.student)
         if rows == slice(None):
             return self.student
@@ -321,12 +329,33 @@ class _Gradients:
 
     def add(self, grad: Tensor, rows: slice) -> None:
         """Takes a block's gradient [R, V] on to the hidden states and the output layer."""
-        head, size = self.call.student_head, grad.shape[1]
+        head, size = self.leaves.student_head, grad.shape[1]
         assert head is not None
         torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
+        self._add_head(grad, self.leaves.student.flatten(0, 1)[rows])
+
+    def add_at(self, grad: Tensor, index: Tensor) -> None:
+        """As `add` for single rows int64 [R], onto what the hidden states have already."""
+        head = self.leaves.student_head
+        assert head is not None
+        self.student.flatten(0, 1).index_add_(0, index, grad @ head[: grad.shape[1]])
+        self._add_head(grad, self.leaves.student.flatten(0, 1)[index])
+
+    def put(self, grad: Tensor, rows: slice) -> None:
+        """Writes a block's gradient [R, V] of logits in memory, and zeros beyond the vocabulary."""
+        into = self.student.flatten(0, 1)[rows]
+        into[:, : grad.shape[1]] = grad[:, : into.shape[1]]
+        into[:, grad.shape[1] :] = 0
+
+    def put_at(self, grad: Tensor, index: Tensor) -> None:
+        """Adds the gradient of single rows int64 [R] of logits in memory."""
+        into = self.student.flatten(0, 1)
+        into[:, : grad.shape[1]].index_add_(0, index, grad[:, : into.shape[1]])
+
+    def _add_head(self, grad: Tensor, hidden: Tensor) -> None:
         if not self.head_wanted:
             return
-        hidden = self.call.student.flatten(0, 1)[rows]
+        size = grad.shape[1]
         if self.head.dtype == grad.dtype:
             self.head[:size].addmm_(grad.t(), hidden)
         else:  # a sum of many blocks in 16 bits would lose the small ones
@@ -334,19 +363,19 @@ class _Gradients:
             for start in range(0, size, step):
                 part = slice(start, min(start + step, size))
                 self.head[part] += grad[:, part].t() @ hidden
-        if self.call.student_bias is not None:
+        if self.leaves.student_bias is not None:
             self.bias[:size] += grad.sum(0, dtype=self.bias.dtype)
 
     def in_types(self) -> tuple[Tensor, Tensor]:
         """Those of output layer and bias, in the types of these."""
-        head, bias = self.call.student_head, self.call.student_bias
+        head, bias = self.leaves.student_head, self.leaves.student_bias
         return (
             self.head if head is None else self.head.to(head.dtype),
             self.bias if bias is None else self.bias.to(bias.dtype),
         )
 
 
-def _chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
+def chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student: Tensor) -> Tensor | None:
     if reduction == "none":
         return None if upstream is None else upstream.flatten()[chunks.used]
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
@@ -395,7 +424,7 @@ def at_least_one(number: int | Tensor) -> int | Tensor:
     return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
 
 
-def _fake(call: Call, weight: Tensor | None, flags: _Flags) -> tuple[Tensor, ...]:
+def _fake(call: Call, weight: Tensor | None, flags: Flags) -> tuple[Tensor, ...]:
     student = call.student
     dtype = torch.promote_types(torch.promote_types(student.dtype, call.teacher.dtype), torch.float32)
     shape: tuple[Any, ...] = ()
@@ -476,7 +505,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.save_for_backward(*(x if saved else None for x, saved in zip(inputs, is_saved, strict=True)))
     ctx.others = tuple(None if saved else x for x, saved in zip(inputs, is_saved, strict=True))
     ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
-    flags = _Flags(*inputs[-len(_Flags._fields) :])
+    flags = Flags(*inputs[-len(Flags._fields) :])
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     is_prepared = flags.student_wanted or flags.weight_wanted
     ctx.prepared = tuple(grad.detach() for grad in output[2:-1]) if is_prepared else None
@@ -524,7 +553,7 @@ class _Backward:
         label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
         arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
         count = len(self.layout.names)
-        call, expected = Call(*arguments[: len(Call._fields)]), _Flags(*arguments[count:])
+        call, expected = Call(*arguments[: len(Call._fields)]), Flags(*arguments[count:])
         needed = dict(zip(self.layout.names, ctx.needs_input_grad, strict=False))
         head_wanted = bool(needed["student_head"] or needed["student_bias"])
         student_wanted = bool(needed["student"] or head_wanted)
@@ -532,7 +561,7 @@ class _Backward:
         with torch.no_grad():
             if prepared is None:
                 weight_wanted = self.layout.loss.trains_projection and bool(needed[_WEIGHT])
-                flags = _Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
+                flags = Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
                 prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:-1]
             else:
                 factors = (expected.upstream, expected.label_upstream) if ctx.lifted is None else (ctx.lifted,) * 2
@@ -567,7 +596,7 @@ class InplaceLoss(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, loss: Loss, call: Call) -> Tensor:
         ctx.grad = student.detach()
-        flags = _Flags(True, False, False, None, None)
+        flags = Flags(True, False, False, None, None)
         result = _compute(loss, call._replace(student=ctx.grad), flags, inplace=True)
         ctx.lifted = result.lifted if result.lifted.numel() else None
         return result.loss
@@ -618,7 +647,7 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
     if factors is not None and not _is_mixed(call):
         factors = torch.where(factors[0] == 0, 1.0, factors[0]), factors[1]  # it is divided by
     head_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves[1:])
-    flags = _Flags(
+    flags = Flags(
         student_wanted and prepare, head_wanted and prepare, weight_wanted and prepare,
         *((None, None) if factors is None or not prepare else factors),
     )  # fmt: skip

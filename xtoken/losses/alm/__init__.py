@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -76,6 +76,9 @@ def alm_loss(
     teacher_vocab_size: int | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Approximate likelihood matching: the KL of "this text or another", teacher against student, for each chunk.
 
@@ -94,7 +97,7 @@ def alm_loss(
     {reduction}
     student_vocab_size, teacher_vocab_size : int, optional
         Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
-    {inplace, backend}
+    {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -106,6 +109,7 @@ def alm_loss(
     return compute(
         ALM(temperature, reverse), student_logits, teacher_logits, alignment,
         labels=labels, sizes=sizes, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

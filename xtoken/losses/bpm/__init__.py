@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, get_args, overload
+from typing import TYPE_CHECKING, Any, Literal, get_args, overload
 
 from torch import Tensor
 
@@ -69,6 +69,9 @@ def bpm_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Byte-prefix mapping: KL(teacher || student) at every row of the student, on the student's own tokens.
 
@@ -84,7 +87,7 @@ def bpm_loss(
     {labels, temperature}
     rows : "agreeing" or "all"
         "agreeing" leaves out the rows of which the mapped realised token of the teacher is not the student's.
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -93,6 +96,7 @@ def bpm_loss(
     return compute(
         BPM.of(None, pieces, temperature=temperature, rows=rows), student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

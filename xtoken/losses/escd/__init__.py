@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -59,6 +59,9 @@ def escd_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Byte-prefix mapping with a rest at the start of a chunk, and the teacher's longer tokens behind the first one.
 
@@ -72,7 +75,7 @@ def escd_loss(
     pieces : PieceIndex
         Of the student's and the teacher's tokenizer, with its text.
     {labels, temperature}
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -81,6 +84,7 @@ def escd_loss(
     return compute(
         ESCD.of(None, pieces, temperature=temperature), student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

@@ -55,6 +55,9 @@ def gold_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """GOLD: KL(teacher || student) on the tokens that both vocabularies have, L1 between the sorted others.
 
@@ -64,14 +67,15 @@ def gold_loss(
     ----------
     {student_logits, teacher_logits, alignment, projection, labels, temperature}
     uncommon_top_k : int
-        At most so many of the largest probabilities of uncommon tokens are compared.
+        At most so many of the largest probabilities of uncommon tokens are compared; 0: the common part alone, as
+        logits in parts (``tp_group``) need it.
     reverse : bool
         Reverses the KL of the common part, to which the next two apply as well.
     {beta, skew}
     agree : bool
         Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
         token of both (needs the alignment's ids). By default they count.
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -81,6 +85,7 @@ def gold_loss(
     return compute(
         GOLD(W, temperature, uncommon_top_k, reverse, beta, skew, agree), student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

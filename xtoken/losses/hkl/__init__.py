@@ -60,6 +60,9 @@ def hkl_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """H-KL: KL(teacher || student) on the tokens with a dominant partner in W, L1 between the sorted others.
 
@@ -70,7 +73,8 @@ def hkl_loss(
     ----------
     {student_logits, teacher_logits, alignment, projection, labels, temperature}
     uncommon_top_k : int
-        At most so many of the largest probabilities of uncommon tokens are compared.
+        At most so many of the largest probabilities of uncommon tokens are compared; 0: the common part alone, as
+        logits in parts (``tp_group``) need it.
     min_weight : float
         A row with at least this weight is common with the teacher token of that weight, in (0, 1].
     reverse : bool
@@ -79,7 +83,7 @@ def hkl_loss(
     agree : bool
         Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
         token of both (needs the alignment's ids). By default they count.
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -90,6 +94,7 @@ def hkl_loss(
         HKL(W, temperature, uncommon_top_k, reverse, beta, skew, agree, min_weight),
         student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

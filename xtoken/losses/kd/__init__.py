@@ -16,7 +16,7 @@ from xtoken.losses.columns import teacher_columns
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.kd import formula
 from xtoken.losses.linear import linear
-from xtoken.losses.logits import AnyLogits, Parts, Source
+from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, register
 
@@ -122,6 +122,9 @@ def kd_loss(
     vocab_size: int | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """KL(teacher || student) at each position, for one shared tokenizer.
 
@@ -144,7 +147,7 @@ def kd_loss(
     vocab_size : int, optional
         Columns that belong to tokens. Default: the smaller of the two widths (models of one family often pad
         their output layers differently).
-    {inplace, backend}
+    {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -152,15 +155,12 @@ def kd_loss(
     """
     check_logits(student_logits, teacher_logits)
     check_count(vocab_size, "vocab_size", optional=True)
-    student = Parts.of(student_logits)
-    if vocab_size is None:
-        widths = [one for one in (student.width, Parts.of(teacher_logits).width) if one is not None]
-        vocab_size = min(widths) if widths else None
     if alignment is not None and mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
     return compute(
         KD(temperature, top_k, reverse, beta, skew), student_logits, teacher_logits, alignment,
         labels=labels, sizes=(vocab_size, vocab_size), mask=mask, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -69,6 +69,9 @@ def nemo_events_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """KL over events that both sides can write, and all the rest as one more event, nothing renormalised.
 
@@ -81,7 +84,7 @@ def nemo_events_loss(
     pieces : PieceIndex
         Of the student's and the teacher's tokenizer.
     {labels, temperature}
-    {reverse, reduction, inplace, backend}
+    {reverse, reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -91,6 +94,7 @@ def nemo_events_loss(
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -72,6 +72,9 @@ def one_to_one_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """KL(student || teacher) where one token stands for the same one, on the tokens that both vocabularies have.
 
@@ -89,7 +92,7 @@ def one_to_one_loss(
         Only so many of the shared tokens, those that the student finds most probable. Default: all.
     reverse : bool
         False: KL(teacher || student).
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -99,6 +102,7 @@ def one_to_one_loss(
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

@@ -192,6 +192,9 @@ def pkl_loss(
     columns: Tensor | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Projected KL: KL(teacher || W^T student) on the teacher's columns C, for each chunk of aligned text.
 
@@ -222,7 +225,7 @@ def pkl_loss(
         token of both (needs the alignment's ids). By default they count, as in NeMo-RL.
     columns : int64 [C], optional
         Teacher ids, distinct; replaces ``top_k``. A tensor is checked when it is first used.
-    {inplace, backend}
+    {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -245,6 +248,7 @@ def pkl_loss(
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

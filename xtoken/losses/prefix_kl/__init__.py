@@ -115,6 +115,9 @@ def prefix_kl_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Prefix KL: KL(teacher || student) at every boundary of a chunk, on events that both vocabularies know.
 
@@ -135,7 +138,7 @@ def prefix_kl_loss(
         "teacher" multiplies the term of each boundary inside the chunk by the teacher's probability of what the text
         has before it, a constant: so the loss is the KL of the whole chunk along the text, and a text that the teacher
         finds unlikely teaches little. "none" leaves them as they are.
-    {reduction, inplace, backend}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -157,6 +160,7 @@ def prefix_kl_loss(
     return compute(
         PrefixKL(pieces.data, temperature, reverse, beta, skew, weighting), student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def prefix(
     """
     dtype, divergence = statistics_dtype(student_logits, teacher_logits), Divergence.of(reverse, beta, skew)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
-    boundaries = _inner_boundaries(chunks, pieces).to(device)
+    boundaries = inner_boundaries(chunks, pieces).to(device)
     student_ids, teacher_ids = chunks.student.next_ids, chunks.teacher.next_ids
     assert student_ids is not None
     assert teacher_ids is not None
@@ -109,9 +109,9 @@ def prefix(
     roots = sides[0].event.to(device).long(), sides[1].event.to(device).long()
     starts = chunks.student.start, chunks.teacher.start
     events = roots[0].expand(len(chunks), -1), roots[1].expand(len(chunks), -1)
-    realised = _first_events(chunks, roots)
+    realised = first_events(chunks, roots)
     merged = merged_events(sides, int(pieces[2])).to(device)
-    left_out = _cannot_follow(chunks, sides, merged)
+    left_out = cannot_follow(chunks, sides, merged)
     loss, probability = compare(starts, events, int(pieces[2]), left_out)
     loss = loss.masked_fill(realised[0] != realised[1], 0)
 
@@ -123,7 +123,7 @@ def prefix(
         if len(index) == 0:
             continue
         rows, depth, *tokens = (whole_row[index], part_row[index]), *boundaries[index, 4:].unbind(1)
-        whole_events, part_events, count = _next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
+        whole_events, part_events, count = next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
         left_out = torch.zeros(len(index), count, dtype=torch.bool, device=device)
         left_out[:, 0] = merged[roots[1 - whole][next_ids[1 - whole][part_row[index] - depth]]]
         found = whole_events, part_events
@@ -133,7 +133,7 @@ def prefix(
         inner = inner.index_copy(0, index, terms)
         inner_probability[index] = probabilities
     if weighting == "teacher":
-        inner = inner * _of_prefixes(probability, inner_probability, chunk, student_row)
+        inner = inner * of_prefixes(probability, inner_probability, chunk, student_row)
     return loss.index_add(0, chunk, inner) * temperature**2
 
 
@@ -148,11 +148,11 @@ def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
 
 def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
     """bool [K]: the realised first tokens of the two sides have different events [V_student], [V_teacher]."""
-    student, teacher = _first_events(chunks, roots)
+    student, teacher = first_events(chunks, roots)
     return student != teacher
 
 
-def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+def first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """int64 [K] twice: the events of the realised first tokens."""
     events = []
     for rows, root in zip((chunks.student, chunks.teacher), roots, strict=True):
@@ -162,7 +162,7 @@ def _first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor,
     return events[0], events[1]
 
 
-def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> Tensor:
+def cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> Tensor:
     """bool [K, count]: the events of which only one tokenizer knows that they do not start the chunk, see `prefix`."""
     known = []
     for rows, side in zip((chunks.student, chunks.teacher), sides, strict=True):
@@ -179,7 +179,7 @@ def _cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> 
     return (known[0] ^ known[1]) | (known[0] & known[1] & merged)
 
 
-def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
+def of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
     """[n]: the product of the probabilities before each inner boundary of a chunk, from those at the starts [K] and at
     the boundaries [n], whose student rows have the order of the text."""
     order = row.argsort(stable=True)
@@ -193,7 +193,7 @@ def _of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Te
     return table.cumprod(1)[chunk, place]
 
 
-def _inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
+def inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
     """int64 [n, 7]: the boundaries inside chunks that have a term, see `prefix`; on the CPU.
 
     Chunk; side of "whole" (0: the student); the row that predicts its token; the row that predicts the token of "part"
@@ -271,7 +271,7 @@ def _ranks(side: Side, other: Side, known: list[int]) -> tuple[int, int]:
     return bisect.bisect_left(ranks, wanted, key=begin_of), bisect.bisect_right(ranks, wanted, key=begin_of)
 
 
-def _next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:
+def next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:
     """The events inside a token: of the whole side [n, V_whole], of the part side [n, V_part], and their number.
 
     0 is "ends"; a token of the whole side that takes no part has the number of events.

@@ -51,7 +51,7 @@ class PairedLoss(Loss):
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-        check_count(self.uncommon_top_k, "uncommon_top_k")
+        check_count(self.uncommon_top_k, "uncommon_top_k", least=0)
         if not 0.0 < self.min_weight <= 1.0:
             raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
         Divergence.of(self.reverse, self.beta, self.skew)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, overload
+from typing import TYPE_CHECKING, Any, overload
 
 from torch import Tensor
 
@@ -77,6 +77,9 @@ def simct_loss(
     reduction: str = "mean",
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """A divergence over the tokens that both vocabularies have and the chunk's own text, by mean log-probabilities.
 
@@ -89,7 +92,7 @@ def simct_loss(
     pieces : PieceIndex
         Of the student's and the teacher's tokenizer.
     {labels, temperature}
-    {reverse, beta, skew, reduction, inplace, backend}
+    {reverse, beta, skew, reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -99,6 +102,7 @@ def simct_loss(
     return compute(
         loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

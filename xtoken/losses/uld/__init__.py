@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, overload
+from typing import TYPE_CHECKING, Any, ClassVar, overload
 
 from torch import Tensor
 
@@ -25,6 +25,7 @@ class ULD(Loss):
     """See `uld_loss`."""
 
     by_rank: ClassVar[bool] = True
+    whole_rows: ClassVar[str] = "it sorts the probabilities of the whole vocabulary"
 
     temperature: float
 
@@ -65,6 +66,9 @@ def uld_loss(
     teacher_vocab_size: int | None = None,
     inplace: bool = False,
     backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Universal logit distillation: L1 between the two descending-sorted distributions of each chunk.
 
@@ -75,7 +79,7 @@ def uld_loss(
     {student_logits, teacher_logits, alignment, labels, temperature, reduction}
     student_vocab_size, teacher_vocab_size : int, optional
         Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
-    {inplace, backend}
+    {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
@@ -87,6 +91,7 @@ def uld_loss(
     return compute(
         ULD(temperature), student_logits, teacher_logits, alignment,
         labels=labels, sizes=sizes, reduction=reduction, inplace=inplace, backend=backend,
+        groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip
 
 

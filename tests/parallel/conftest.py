@@ -1,0 +1,12 @@
+"""The harness of the losses; one thread."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))
+
+import torch
+
+torch.set_num_threads(1)

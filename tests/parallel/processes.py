@@ -1,0 +1,52 @@
+"""Real processes of torch.distributed on this machine: forked, so that nothing is imported again, over gloo."""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def on_ranks(count: int, function: Callable[[int], Any], folder: Path, seconds: float = 300.0) -> list[Any]:
+    """What `function` of the rank returns on each of so many ranks.
+
+    Raises
+    ------
+    AssertionError
+        If one fails, with its traceback, or they do not end in time: then they are killed.
+    """
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    context = mp.get_context("fork")
+    processes = [
+        context.Process(target=_rank, args=(rank, count, function, folder), daemon=True) for rank in range(count)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(seconds)
+    late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for process in processes:
+        process.kill()
+        process.join()
+    failures = [path.read_text() for path in sorted(folder.glob("*.txt"))]
+    assert not failures, "\n".join(failures)
+    assert not late, f"ranks {late} did not end in {seconds:g} s"
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def _rank(rank: int, count: int, function: Callable[[int], Any], folder: Path) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        torch.save(function(rank), folder / f"{rank}.pt")
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        (folder / f"{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
+        os._exit(1)

@@ -1,0 +1,439 @@
+"""Losses of logits whose columns lie on several processes, against one process that has them all."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+import torch.distributed as dist
+from comparer import assert_as_accurate, assert_close
+from harness import OPERATIONS, Case, few_variants, losses_and_grad, make_case, variants
+from processes import on_ranks
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+import xtoken
+from xtoken.losses import Needs, registered
+from xtoken.losses.backends import kernels_of
+
+IN_PARTS = [name for name, loss in registered().items() if not loss.whole_rows and kernels_of(name, "parallel")]
+"""The losses that take logits in parts."""
+
+CUTS: dict[str, tuple[list[float], list[float] | None]] = {
+    "whole teacher": ([0.5, 0.5], None),
+    "other cut": ([0.3, 0.7], [0.65, 0.35]),
+    "empty ranks": ([0.0, 1.0], [1.0, 0.0]),
+    "four": ([0.3, 0.0, 0.5, 0.2], [0.1, 0.4, 0.5, 0.0]),
+    "four, whole teacher": ([0.25, 0.25, 0.25, 0.25], None),
+}
+"""Shares of the columns of student and teacher; None: all on every rank."""
+
+
+@functools.cache
+def case_of(name: str) -> Case:
+    case = make_case()
+    if OPERATIONS[name].needs is not Needs.SAME_TOKENIZER:
+        return case
+    size = OPERATIONS[name].size(case)
+    return Case(case.student[..., :size], case.teacher[..., :size], case.alignment, case.projection)
+
+
+def widths(shares: list[float], size: int) -> list[int]:
+    """Whole numbers of columns, in these shares, that add up to the size."""
+    ends = [round(size * sum(shares[: k + 1])) for k in range(len(shares))]
+    return [end - start for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def part(logits: Tensor, shares: list[float] | None, rank: int) -> Tensor:
+    return logits if shares is None else logits.split(widths(shares, logits.shape[-1]), -1)[rank]
+
+
+def common_alone(name: str, options: dict[str, Any]) -> dict[str, Any]:
+    """The options without a part that is compared by rank."""
+    return {**options, "uncommon_top_k": 0} if "uncommon_top_k" in registered()[name].options() else options
+
+
+@dataclass(frozen=True)
+class Try:
+    """A call whose losses and gradients are compared."""
+
+    name: str
+    cut: str
+    dtype: torch.dtype = torch.float32
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def world(self) -> int:
+        return len(CUTS[self.cut][0])
+
+    def __str__(self) -> str:
+        return f"{self.name}, {self.options}, {self.cut}, {str(self.dtype)[6:]}"
+
+    def run(self, rank: int) -> tuple[Tensor, Tensor]:
+        case, (student, teacher) = case_of(self.name), CUTS[self.cut]
+
+        def call(case: Case, *logits: Tensor, **options: Any) -> Tensor:
+            losses: Tensor = OPERATIONS[self.name].public(case, *logits, **options)
+            return losses
+
+        own = Case(
+            part(case.student, student, rank), part(case.teacher, teacher, rank), case.alignment, case.projection
+        )
+        group = dist.group.WORLD
+        return losses_and_grad(call, own, self.dtype, reduction="none", tp_group=group, **self.options)
+
+    def check(self, results: list[tuple[Tensor, Tensor]]) -> None:
+        case, formula = case_of(self.name), OPERATIONS[self.name].formula
+        rounded = Case(
+            *(x.to(self.dtype).double() for x in (case.student, case.teacher)), case.alignment, case.projection
+        )
+        truth, true_grad = losses_and_grad(formula, rounded, torch.float64, **self.options)
+        plain, plain_grad = losses_and_grad(formula, rounded, self.dtype, **self.options)
+        for losses, _ in results:
+            floor = 4 * torch.finfo(torch.float32).eps * float(truth.abs().max())
+            assert_as_accurate(losses, plain, truth, floor, f"{self} losses")
+        grad = torch.cat([grad for _, grad in results], -1)
+        assert grad.dtype == self.dtype
+        floor = torch.finfo(self.dtype).eps * float(true_grad.abs().max())
+        assert_as_accurate(grad, plain_grad, true_grad, floor, f"{self} gradient")
+
+
+def tries() -> list[Try]:
+    found = []
+    for name in IN_PARTS:
+        every = [common_alone(name, one) for one in variants(name).values()]
+        few = [common_alone(name, one) for one in few_variants(name).values()]
+        found += [Try(name, "other cut", options=options) for options in every]
+        found += [Try(name, cut, options=every[0]) for cut in CUTS if cut != "other cut"]
+        found += [Try(name, "whole teacher", torch.bfloat16, few[-1]), Try(name, "four", options=few[-1])]
+    return found
+
+
+TRIES = {str(one): one for one in tries()}
+
+
+def run_all(world: int, rank: int) -> dict[str, Any]:
+    found: dict[str, Any] = {key: one.run(rank) for key, one in TRIES.items() if one.world == world}
+    if world == 2:
+        for name, more in MORE.items():
+            found[name] = more(rank)
+    return found
+
+
+@pytest.fixture(scope="module")
+def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of two and of four found; they are started once."""
+    return {
+        world: on_ranks(world, functools.partial(run_all, world), tmp_path_factory.mktemp(f"{world}ranks"))
+        for world in (2, 4)
+    }
+
+
+def test_losses_that_have_a_formula_for_parts() -> None:
+    fused = {name for name in registered() if kernels_of(name, "cpu")}
+    assert fused - set(IN_PARTS) == {name for name in fused if registered()[name].whole_rows}
+    assert len(IN_PARTS) >= 5
+
+
+@pytest.mark.parametrize("key", TRIES)
+def test_is_the_loss_of_one_process(key: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    one = TRIES[key]
+    one.check([found[key] for found in of_ranks[one.world]])
+
+
+MORE: dict[str, Callable[[int], Any]] = {}
+"""More that two ranks do, by name."""
+
+
+def on_two_ranks(function: Callable[[int], Any]) -> Callable[[int], Any]:
+    MORE[function.__name__] = function
+    return function
+
+
+def leaf(values: Tensor) -> Tensor:
+    return values.detach().clone().requires_grad_()
+
+
+HEAD = torch.Generator().manual_seed(1)
+HIDDEN, LAYER, BIAS = (
+    torch.randn(size, generator=HEAD) for size in ((*case_of(IN_PARTS[0]).student.shape[:2], 8), (67, 8), (67,))
+)
+LABELS = torch.arange(HIDDEN.shape[0] * HIDDEN.shape[1]).reshape(HIDDEN.shape[:2]) % 59
+LABELS[:, 3:5] = -100
+
+
+def layer_loss(name: str, parts: slice, teacher: Tensor, **options: Any) -> list[Tensor]:
+    """Loss, cross-entropy and gradients of hidden states, output layer and bias."""
+    size = OPERATIONS[name].size(case_of(name))
+    leaves = [leaf(HIDDEN), leaf(LAYER[:size][parts]), leaf(BIAS[:size][parts])]
+    function = OPERATIONS[name].bound(case_of(name), linear=True)
+    few = common_alone(name, {})
+    loss, entropy = function(
+        *leaves[:2], teacher, bias=leaves[2], softcap=9.0, labels=LABELS, temperature=2.0, **few, **options
+    )
+    return [loss.detach(), entropy.detach(), *torch.autograd.grad(loss + 0.7 * entropy, leaves)]
+
+
+@on_two_ranks
+def output_layers(rank: int) -> dict[str, list[Tensor]]:
+    cut = (slice(0, 41), slice(41, None))[rank]
+    return {name: layer_loss(name, cut, case_of(name).teacher.float(), tp_group=dist.group.WORLD) for name in IN_PARTS}
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_output_layer_in_parts_with_labels(name: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    want = layer_loss(name, slice(None), case_of(name).teacher.float(), backend="reference")
+    found = [one["output_layers"][name] for one in of_ranks[2]]
+    for got in found:
+        for k in range(3):
+            assert_close(got[k], want[k], rtol=1e-5, atol=2e-6)
+    for k in (3, 4):
+        assert_close(torch.cat([got[k] for got in found]), want[k], rtol=1e-5, atol=2e-6)
+
+
+class Weights(torch.nn.Module):
+    """W with weights to train."""
+
+    def __init__(self, projection: xtoken.ProjectionMatrix) -> None:
+        super().__init__()
+        self.row_ptr, self.col, self.shape = projection.row_ptr, projection.col, projection.shape
+        self.weight = torch.nn.Parameter(projection.weight.clone())
+
+
+TRAINED = [name for name in IN_PARTS if registered()[name].trains_projection]
+
+
+def weight_gradient(name: str, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    weights = Weights(case_of(name).projection)
+    function = OPERATIONS[name].function()
+    function(student, teacher, case_of(name).alignment, weights, top_k=20, **options).backward()
+    assert weights.weight.grad is not None
+    return weights.weight.grad
+
+
+@on_two_ranks
+def trained_weights(rank: int) -> list[Tensor]:
+    found = []
+    for name in TRAINED:
+        student, teacher = case_of(name).student.float(), case_of(name).teacher.float()
+        own = part(student, [0.4, 0.6], rank), part(teacher, [0.6, 0.4], rank)
+        found.append(weight_gradient(name, *own, tp_group=dist.group.WORLD))
+    return found
+
+
+def test_weights_of_w_get_their_whole_gradient(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    assert TRAINED
+    for k, name in enumerate(TRAINED):
+        want = weight_gradient(name, case_of(name).student.float(), case_of(name).teacher.float(), backend="reference")
+        for found in of_ranks[2]:
+            assert_close(found["trained_weights"][k], want, rtol=1e-5, atol=1e-6)
+
+
+REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], list[str]]] = {
+    "one rank's own error": (
+        lambda rank: {"reduction": ["mean", "median"][rank]},
+        [
+            "RuntimeError: rank 1 of tp_group raised ValueError: reduction: expected one of 'mean', 'sum', 'none', got",
+            "ValueError: reduction: expected one of 'mean', 'sum', 'none', got 'median'",
+        ],
+    ),
+    "another option": (
+        lambda rank: {"temperature": 1.0 + rank},
+        [f"ValueError: temperature: expected the same on all ranks of tp_group, got {x} on rank" for x in (1.0, 2.0)],
+    ),
+    "other labels": (
+        lambda rank: {"labels": LABELS + rank},
+        ["ValueError: labels: expected the same on all ranks of tp_group, got torch.int64 [2, 14] of checksum"] * 2,
+    ),
+    "labels out of range": (lambda rank: {"labels": LABELS + 9}, ["ValueError: labels: expected token ids in 0"] * 2),
+    "inplace": (lambda rank: {"inplace": True}, ["ValueError: inplace: expected False for logits in parts"] * 2),
+    "backend": (
+        lambda rank: {"backend": "cpu"},
+        ["ValueError: backend: expected 'auto' or 'reference' with tp_group, got 'cpu'"] * 2,
+    ),
+    "no group": (
+        lambda rank: {"tp_group": 3},
+        ["TypeError: tp_group: expected a torch.distributed.ProcessGroup, got int"] * 2,
+    ),
+}  # fmt: skip
+
+
+def said(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+@on_two_ranks
+def refused(rank: int) -> dict[str, str]:
+    name = IN_PARTS[0]
+    case, found = case_of(name), {}
+    student, teacher = (part(x.float(), [0.5, 0.5], rank) for x in (case.student, case.teacher))
+    public = OPERATIONS[name].public
+    for key, (options, _) in REFUSED.items():
+        given = {"tp_group": dist.group.WORLD, **options(rank)}
+        found[key] = said(lambda given=given: public(case, student, teacher, **given))
+    group = dist.group.WORLD
+    found["whole student"] = said(lambda: public(case, case.student, case.teacher, tp_group=group))
+    found["too few"] = said(lambda: public(case, student[..., :3], teacher, tp_group=group))
+    found["too few of the teacher"] = said(lambda: public(case, student, teacher[..., :3], tp_group=group))
+    for other in registered():
+        one = case_of(other)
+        own = part(one.student.float(), [0.5, 0.5], rank), part(one.teacher.float(), [0.5, 0.5], rank)
+        found[other] = said(lambda other=other, own=own: OPERATIONS[other].public(case_of(other), *own, tp_group=group))
+    return found
+
+
+@pytest.mark.parametrize("key", REFUSED)
+def test_an_error_of_one_rank_is_one_of_all(key: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for got, want in zip(of_ranks[2], REFUSED[key][1], strict=True):
+        assert got["refused"][key].startswith(want)
+
+
+def test_columns_that_are_not_parts_are_refused(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in of_ranks[2]:
+        assert "student_logits: expected of the 67 columns of the vocabulary parts" in found["refused"]["whole student"]
+        assert "student_logits: expected at least 67 columns (the vocabulary) on all" in found["refused"]["too few"]
+        assert "teacher_logits: expected at least 59 columns" in found["refused"]["too few of the teacher"]
+
+
+@pytest.mark.parametrize("name", registered())
+def test_losses_that_need_whole_rows_say_why(name: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in of_ranks[2]:
+        got, loss = found["refused"][name], registered()[name]
+        if name in IN_PARTS and "uncommon_top_k" in loss.options():
+            assert got.startswith("ValueError: uncommon_top_k: expected 0 (the common part alone) for logits in parts")
+        elif name in IN_PARTS:
+            assert got == "nothing"
+        else:
+            reason = loss.whole_rows or "it has no formula for logits in parts"
+            assert got == f"ValueError: tp_group: expected whole rows for {loss.title}: {reason}"
+
+
+def identical(name: str, size: int) -> Case:
+    """Two vocabularies of the same tokens, and one token to one."""
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 1, 7, size, generator=generator)
+    ids = torch.arange(7)[None]
+    chunks = [[k, k + 1, k, k + 1] for k in range(7)]
+    ones = [[1.0]] * size
+    W = xtoken.ProjectionMatrix.from_topk([[k] for k in range(size)], ones, teacher_vocab_size=size)
+    return Case(student, teacher, xtoken.Alignment(chunks, [0, 7], ids, ids), W)
+
+
+def texts(size: int) -> xtoken.Vocabulary:
+    return xtoken.Vocabulary([bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in range(size)])
+
+
+@functools.cache
+def pieces_of(size: int) -> xtoken.PieceIndex:
+    return xtoken.PieceIndex.build(texts(size), texts(size))
+
+
+@on_two_ranks
+def traffic(rank: int) -> dict[tuple[str, int, bool], int]:
+    """The bytes that a call and its backward reduce or gather."""
+    counted = []
+
+    def counting(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
+            counted.append(arguments[argument].numel() * arguments[argument].element_size())
+            return function(*arguments, **options)
+
+        return count
+
+    found = {}
+    for name in IN_PARTS:
+        function, needs = OPERATIONS[name].function(), OPERATIONS[name].needs
+        for size in (512, 1024):
+            case = identical(name, size)
+            pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [pieces_of(size)]}.get(needs, [])
+            for shares in (None, [0.5, 0.5]):
+                student, teacher = leaf(part(case.student, [0.5, 0.5], rank)), part(case.teacher, shares, rank)
+                counted.clear()
+                with (
+                    mock.patch.object(dist, "all_reduce", counting(dist.all_reduce, 0)),
+                    mock.patch.object(dist, "all_gather", counting(dist.all_gather, 1)),
+                ):
+                    few = {**common_alone(name, {}), **OPERATIONS[name].few(None)}
+                    few = common_alone(name, few)
+                    loss = function(student, teacher, case.alignment, *pair, tp_group=dist.group.WORLD, **few)
+                    loss.backward()
+                found[name, size, shares is None] = sum(counted)
+    return found
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole teacher", "teacher in parts"])
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_what_is_reduced_does_not_grow_with_the_vocabulary(
+    name: str, whole: bool, of_ranks: dict[int, list[dict[str, Any]]]
+) -> None:
+    for found in of_ranks[2]:
+        small, large = (found["traffic"][name, size, whole] for size in (512, 1024))
+        assert 0 < small == large <= 6 * 20 * 4  # 6 chunks with a predictor, 20 numbers each: no row of 512
+
+
+def sharded(rank: int, whole: Tensor, mesh: Any, dimension: int | None) -> Any:
+    """A DTensor of which this rank has its part of a dimension, or all."""
+    parts = [whole] * 2 if dimension is None else whole.chunk(2, dimension)
+    placement = Replicate() if dimension is None else Shard(dimension)
+    stride = torch.empty(whole.shape).stride()
+    return DTensor.from_local(
+        parts[rank].contiguous(), mesh, [placement], run_check=False, shape=whole.shape, stride=stride
+    )
+
+
+@on_two_ranks
+def dtensors(rank: int) -> dict[str, Any]:
+    mesh, name, found = init_device_mesh("cpu", (2,)), IN_PARTS[0], dict[str, Any]()
+    case = case_of(name)
+    student, teacher = case.student.float(), case.teacher.float()
+    function = OPERATIONS[name].bound(case)
+    for key, of_teacher in (
+        ("whole tensor", teacher),
+        ("whole DTensor", sharded(rank, teacher, mesh, None)),
+        ("sharded", sharded(rank, teacher, mesh, 2)),
+    ):
+        logits = sharded(rank, student, mesh, 2).requires_grad_()
+        loss = function(logits, of_teacher)
+        loss.backward()
+        found[key] = loss.detach(), logits.grad.placements, logits.grad.to_local()
+    layer = OPERATIONS[name].bound(case, linear=True)
+    leaves = [sharded(rank, HIDDEN, mesh, None), sharded(rank, LAYER, mesh, 0)]
+    loss = layer(*(one.requires_grad_() for one in leaves), teacher)
+    loss.backward()
+    found["layer"] = loss.detach(), *(one.grad.to_local() for one in leaves)
+    found["positions"] = said(lambda: function(sharded(rank, student, mesh, 1), teacher))
+    found["FSDP"] = said(lambda: layer(HIDDEN, sharded(rank, LAYER, mesh, 0), teacher))
+    found["whole student"] = said(lambda: function(student, sharded(rank, teacher, mesh, 2)))
+    return found
+
+
+def test_dtensors_say_what_they_are(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    name = IN_PARTS[0]
+    case, teacher = case_of(name), case_of(name).teacher.float()
+    student, hidden, layer = leaf(case.student.float()), leaf(HIDDEN), leaf(LAYER)
+    want = OPERATIONS[name].public(case, student, teacher)
+    of_layer = OPERATIONS[name].bound(case, linear=True)(hidden, layer, teacher)
+    (want + of_layer).backward()
+    results = [found["dtensors"] for found in of_ranks[2]]
+    for key in ("whole tensor", "whole DTensor", "sharded"):
+        for loss, placements, _ in (found[key] for found in results):
+            assert_close(loss, want, rtol=1e-5)
+            assert placements == (Shard(2),)
+        assert_close(torch.cat([found[key][2] for found in results], 2), student.grad, rtol=1e-5, atol=1e-6)
+    for found in results:
+        assert_close(found["layer"][0], of_layer, rtol=1e-5)
+        assert_close(found["layer"][1], hidden.grad, rtol=1e-5, atol=1e-6)
+        assert "positions go with cp_group" in found["positions"]
+        assert "that of FSDP has the same columns for other samples" in found["FSDP"]
+        assert "student_logits: expected sharded columns beside" in found["whole student"]
+    assert_close(torch.cat([found["layer"][2] for found in results]), layer.grad, rtol=1e-5, atol=1e-6)

@@ -1,0 +1,56 @@
+"""The common part of losses on pairs and ranks, of logits in parts: that of `formula.ranked`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.losses.numerics import scaled, statistics_dtype
+from xtoken.parallel.columns import Columns, Meeting, Parts
+from xtoken.parallel.side import Side
+
+if TYPE_CHECKING:
+    from xtoken.losses.ranked import PreparedRanked
+
+
+class InParts:
+    """For the columns that the ranks have.
+
+    Raises
+    ------
+    ValueError
+        If there is an uncommon part too: it sorts whole rows.
+    """
+
+    def __init__(self, options: PreparedRanked, student: Columns, teacher: Columns, device: torch.device) -> None:
+        if options.uncommon_top_k:
+            raise ValueError(
+                "uncommon_top_k: expected 0 (the common part alone) for logits in parts, since the others are sorted, "
+                f"which needs whole rows; got {options.uncommon_top_k}"
+            )
+        self.options = options
+        ids = options.student_ids, options.teacher_ids
+        place = torch.arange(len(ids[0]), device=device)
+        sides = student, teacher
+        self.meeting = Meeting(
+            len(place), *(Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
+        )
+        self.local = [one[self.meeting.held(k)] - sides[k].first for k, one in enumerate(ids)]
+
+    def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        """The loss of each chunk [K], on every rank."""
+        temperature, dtype = self.options.temperature, statistics_dtype(student.logits, teacher.logits)
+
+        def log_probabilities(k: int, side: Side, rows: Rows) -> Tensor:
+            def of(z: Tensor) -> Tensor:
+                return side.columns.ranks.log_softmax(scaled(z, temperature, dtype)).index_select(1, self.local[k])
+
+            return self.meeting.totals(k, side.mean(rows, of))
+
+        log_p = log_probabilities(0, student, chunks.student)
+        log_q = log_probabilities(1, teacher, chunks.teacher)
+        terms = self.options.divergence(log_q.exp(), log_q, log_p.exp(), log_p)
+        return self.meeting.ranks.summed(terms) * temperature**2

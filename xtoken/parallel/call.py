@@ -1,0 +1,613 @@
+"""The way from a public loss whose logits lie on several ranks to its formula."""
+
+from __future__ import annotations
+
+import itertools
+import zlib
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from xtoken.alignment import Alignment
+from xtoken.alignment.chunks import Chunks, to_device
+from xtoken.losses.backends import IGNORED, Labels, Prepared, backend_of, check_backend, kernels_of
+from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_logits, has_dtensor
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, LinearSource, Parts, Source, TopKLogits, row_blocks
+from xtoken.losses.loss import Loss, Matrix, Needs
+from xtoken.losses.numerics import scaled
+from xtoken.losses.operator import (
+    Call,
+    Expected,
+    Flags,
+    Gradients,
+    Leaves,
+    at_least_one,
+    autocasts,
+    chunk_scale,
+    problems,
+)
+from xtoken.parallel.columns import Columns
+from xtoken.parallel.ranks import Ranks, Report, agreed
+from xtoken.parallel.sequence import LAYOUTS, Positions, Share, share
+from xtoken.parallel.side import Side
+from xtoken.projection import column_set
+
+
+class Groups(NamedTuple):
+    """Over what the logits of a call are spread."""
+
+    tp_group: Any = None
+    cp_group: Any = None
+    cp_layout: str = "contiguous"
+
+
+def compute(
+    loss: Loss,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    alignment: Alignment | None,
+    groups: Groups,
+    *,
+    labels: Tensor | Expected | None,
+    sizes: tuple[int | None, int | None],
+    mask: Any,
+    reduction: str,
+    inplace: bool,
+    backend: str,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """As `xtoken.losses.call.compute`; every rank of the groups must make the call.
+
+    The parts that are told to be the same are compared first, and an error of one rank is raised on all.
+    """
+    student_logits, teacher_logits, tp_group, is_sharded = _local(student_logits, teacher_logits, groups.tp_group)
+    tp, cp = Ranks(tp_group, "tp_group"), Ranks(groups.cp_group, "cp_group")
+    labels = labels.labels if isinstance(labels, Expected) else labels
+    error, told = None, _Told({}, {})
+    try:
+        told = _checked(
+            loss, student_logits, teacher_logits, alignment, groups, tp, labels, mask, reduction, inplace, backend
+        )
+    except Exception as raised:  # that of any rank is raised on all
+        error = raised
+    of_tp, of_cp = agreed(Report(told.same, told.own, error), [tp, cp])
+
+    student, teacher = (Parts.of(logits).batched() for logits in (student_logits, teacher_logits))
+    columns = _columns(loss, sizes, [[one[side] for one in of_tp] for side in ("student", "teacher")], tp, is_sharded)
+    lengths = [[one[f"{side} rows"] for one in of_cp] for side in ("student", "teacher")]
+    positions = Positions.of(lengths[0], groups.cp_layout), Positions.of(lengths[1], groups.cp_layout)
+    samples, device = student.rows.shape[0], student.rows.device
+    whole = torch.Size([*Parts.of(student_logits).leading_shape[:-1], len(positions[0].rank)])
+    if mask is not None:
+        mask = torch.as_tensor(mask)
+        if mask.dtype != torch.bool or mask.shape != whole:
+            raise ValueError(f"mask: expected bool {list(whole)} (all positions), got {mask.dtype} {list(mask.shape)}")
+    call = _call(
+        loss, student, teacher, alignment, tuple(len(one.rank) for one in positions),
+        sizes=(columns[0].size, columns[1].size), mask=mask, reduction=reduction, backend=backend,
+    )  # fmt: skip
+    sources = (
+        student.source(columns[0].last - columns[0].first),
+        teacher.detached().source(columns[1].last - columns[1].first),
+    )
+    prepared = loss.prepare(call, sources[0], _Teacher(sources[1], columns[1], cp))
+    chunks = prepared.chunks.kept()[0]
+    own = share(chunks, positions, samples, cp)
+    in_parts = None
+    if max(one.ranks.size for one in columns) > 1 or len(own.split):
+        in_parts = _formula(loss, prepared, columns, device, len(own.split))
+    following = None
+    if labels is not None:
+        following = _following(labels, whole, columns[0].size)
+    run = _Run(
+        loss.name, prepared, in_parts, student.detached(), teacher.detached(), columns, tp, cp, chunks, own, positions,
+        following, call.predicted.numel() if call.predicted is not None else whole.numel(), reduction, backend,
+    )  # fmt: skip
+    trained = loss.trained
+    result, cross_entropy = _Loss.apply(run, student.rows, student.head, student.bias, trained)
+    if alignment is None and reduction == "none":
+        result = result.view(whole)
+    return result if labels is None else (result, cross_entropy)
+
+
+def _local(
+    student_logits: AnyLogits, teacher_logits: AnyLogits, tp_group: Any
+) -> tuple[AnyLogits, AnyLogits, Any, bool | None]:
+    """The logits of this rank, the group over which their columns are sharded, and whether the teacher's are (None: not
+    known)."""
+    if not has_dtensor(student_logits, teacher_logits):
+        return student_logits, teacher_logits, tp_group, None
+    from xtoken.parallel.dtensor import local_part
+
+    student, group, student_sharded = local_part(student_logits, SIDES[0], tp_group)
+    teacher, other, teacher_sharded = local_part(teacher_logits, SIDES[1], tp_group)
+    for name, one, sharded in zip(SIDES, (group, other), (student_sharded, teacher_sharded), strict=True):
+        if sharded and tp_group is not None and one != tp_group:
+            raise ValueError(f"{name}: expected columns sharded over tp_group, got another group of ranks")
+    if student_sharded and teacher_sharded and group != other:
+        raise ValueError("teacher_logits: expected columns sharded over the ranks of student_logits', got other ranks")
+    if not student_sharded and (student_sharded is False or tp_group is None):
+        if teacher_sharded or tp_group is not None:
+            raise ValueError(
+                "student_logits: expected sharded columns beside tp_group or a sharded teacher, got whole rows"
+            )
+        return student, teacher, None, False
+    return student, teacher, group if student_sharded else tp_group, teacher_sharded
+
+
+class _Told(NamedTuple):
+    """What is to be the same on all ranks, and what is each rank's own."""
+
+    same: dict[str, Any]
+    own: dict[str, Any]
+
+
+def _checked(
+    loss: Loss,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    alignment: Alignment | None,
+    groups: Groups,
+    tp: Ranks,
+    labels: Tensor | None,
+    mask: Any,
+    reduction: str,
+    inplace: bool,
+    backend: str,
+) -> _Told:
+    """What a rank can see to by itself."""
+    if torch.compiler.is_compiling():
+        raise RuntimeError("tp_group, cp_group: expected a call outside of torch.compile")
+    check_logits(student_logits, teacher_logits)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_choice(groups.cp_layout, "cp_layout", LAYOUTS)
+    check_backend(backend)
+    if isinstance(student_logits, TopKLogits):
+        raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
+    if inplace:
+        raise ValueError("inplace: expected False for logits in parts")
+    if tp.size > 1 and backend not in ("auto", "reference"):
+        raise ValueError(f"backend: expected 'auto' or 'reference' with tp_group, got {backend!r}")
+    if tp.size > 1 and _module(loss) is None:
+        raise ValueError(f"tp_group: expected whole rows for {loss.title}: {_reason(loss)}")
+    if labels is not None and reduction == "none":
+        raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
+    loss.check_tables()
+    loss.check()
+    given = Parts.of(student_logits), Parts.of(teacher_logits)
+    if alignment is not None:
+        check_alignment(alignment, given[0].batched().rows.shape[0])
+    elif loss.needs is not Needs.SAME_TOKENIZER:
+        raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
+    elif given[0].leading_shape != given[1].leading_shape:
+        raise ValueError(
+            f"teacher_logits: expected the positions of student_logits {list(given[0].leading_shape)}, got "
+            f"{list(given[1].leading_shape)}; pass an alignment if they differ"
+        )
+    wanted = [
+        one is not None and one.requires_grad for one in (given[0].rows, given[0].head, given[0].bias, loss.trained)
+    ]
+    host = None if alignment is None else alignment.host
+    same = {
+        "loss": loss.title,
+        **{one.name: _shown(getattr(loss, one.name)) for one in fields(loss)},
+        "alignment": None if host is None else [_shown(getattr(host, name)) for name in _OF_ALIGNMENT],
+        "student_logits": f"{given[0].rows.dtype} of {list(given[0].leading_shape[:-1])} samples, gradients {wanted}",
+        "labels": _shown(labels),
+        "mask": _shown(mask),
+        "reduction": reduction,
+        "cp_layout": groups.cp_layout,
+    }
+    own = {"student": given[0].width, "teacher": given[1].width}
+    own.update({"student rows": given[0].leading_shape[-1], "teacher rows": given[1].leading_shape[-1]})
+    return _Told(same, own)
+
+
+_OF_ALIGNMENT = "spans", "offsets", "predicted", "student_ids", "teacher_ids"
+
+
+def _shown(value: Any) -> Any:
+    """Of an argument what can be compared with that of other ranks at little cost: no values on a device, nor of W."""
+    if isinstance(value, Matrix):
+        return f"{list(value.shape)} with {len(value.col)} entries"
+    if not isinstance(value, Tensor):
+        return value
+    shown = f"{value.dtype} {list(value.shape)}"
+    if value.device.type == "cpu":
+        shown += f" of checksum {zlib.crc32(value.detach().contiguous().numpy().tobytes()):08x}"
+    return shown
+
+
+def _columns(
+    loss: Loss,
+    sizes: tuple[int | None, int | None],
+    widths: list[list[int | None]],
+    tp: Ranks,
+    is_sharded: bool | None,
+) -> tuple[Columns, Columns]:
+    """The columns of both sides, by how many the ranks have.
+
+    `is_sharded`: whether the teacher's are parts, where that is known.
+    """
+    of_student, of_teacher = ([width or 0 for width in one] for one in widths)
+    totals: list[int | None] = [sum(of_student), sum(of_teacher)]
+    if tp.size > 1:
+        _check_shards(SIDES[0], of_student, sizes[0])
+    is_whole = None in widths[1] or tp.size == 1 or is_sharded is False
+    if not is_whole and is_sharded is None:
+        expected = totals[0] if sizes[1] is None else sizes[1]
+        is_whole = min(of_teacher) >= (expected or 0)
+        if not is_whole:
+            _check_shards(SIDES[1], of_teacher, expected)
+    if is_whole:
+        totals[1] = None if None in widths[1] else min(of_teacher)
+    if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):
+        sizes = (min(total for total in totals if total is not None),) * 2
+    found = []
+    for side, total in enumerate(totals):
+        wanted = total if sizes[side] is None else sizes[side]
+        if wanted is None:
+            raise ValueError(f"{SIDES[side]}: expected the size of the vocabulary to be given too, for TopKLogits")
+        if total is not None and total < wanted and not loss.may_lack(side, total):
+            raise ValueError(
+                f"{SIDES[side]}: expected at least {wanted} columns (the vocabulary) on all ranks together, got {total}"
+            )
+        is_divided = side == 0 or not is_whole
+        found.append(
+            Columns.of((of_student, of_teacher)[side], wanted, tp) if is_divided else Columns((0, wanted), Ranks())
+        )
+    return found[0], found[1]
+
+
+def _check_shards(name: str, widths: Sequence[int], size: int | None) -> None:
+    """Raises ValueError for widths that may as well be whole rows that lack columns."""
+    if size is not None and sum(widths) >= 1.5 * size + len(widths):
+        allowed = "parts of them that follow each other" + (
+            ", or all of them on every rank" if name == SIDES[1] else ""
+        )
+        raise ValueError(
+            f"{name}: expected of the {size} columns of the vocabulary {allowed}, got {list(widths)} on the ranks of "
+            "tp_group; a DTensor says by itself what it is"
+        )
+
+
+def _call(
+    loss: Loss,
+    student: Parts,
+    teacher: Parts,
+    alignment: Alignment | None,
+    lengths: tuple[int, ...],
+    *,
+    sizes: tuple[int, int],
+    mask: Tensor | None,
+    reduction: str,
+    backend: str,
+) -> Call:
+    """What `Loss.prepare` reads of a call: whole sequences, without their logits."""
+    host = None if alignment is None else alignment.host
+    ids = (host.student_ids, host.teacher_ids) if host is not None and loss.realised else (None, None)
+    samples = student.rows.shape[0]
+    empty = [one.rows.new_empty(samples, length, 0) for one, length in zip((student, teacher), lengths, strict=True)]
+    return Call(
+        student=empty[0], student_head=None, student_bias=None,
+        teacher=empty[1], teacher_head=None, teacher_bias=None, teacher_top=None,
+        spans=None if host is None else host.spans,
+        offsets=None if host is None else host.offsets,
+        predicted=mask if host is None else host.predicted,
+        student_ids=_batched(ids[0]), teacher_ids=_batched(ids[1]),
+        flat=None, mask=None if alignment is None else alignment.mask,
+        labels=None, student_size=sizes[0], teacher_size=sizes[1], tail="",
+        student_scale=1.0, student_softcap=0.0, teacher_scale=1.0, teacher_softcap=0.0,
+        reduction=reduction, backend=backend,
+    )  # fmt: skip
+
+
+def _batched(ids: Tensor | None) -> Tensor | None:
+    return ids if ids is None or ids.dim() == 2 else ids[None]
+
+
+def _following(labels: Tensor, whole: torch.Size, size: int) -> Tensor:
+    """int64 [rows]: the label that each row of the whole sequences predicts."""
+    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
+        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
+        raise TypeError(f"labels: expected an integer tensor, got {got}")
+    if labels.shape != whole:
+        raise ValueError(f"labels: expected shape {list(whole)} (all positions), got {list(labels.shape)}")
+    following = torch.nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED).flatten()
+    if following.device.type == "cpu":
+        bad = following[((following < 0) | (following >= size)) & (following != IGNORED)]
+        if len(bad):
+            raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {int(bad[0])}")
+    return following
+
+
+def _module(loss: Loss) -> Any:
+    """With the formula of logits in parts, None if there is none."""
+    return None if loss.whole_rows else kernels_of(loss.name, "parallel")
+
+
+def _reason(loss: Loss) -> str:
+    return loss.whole_rows or "it has no formula for logits in parts"
+
+
+def _formula(loss: Loss, prepared: Prepared, columns: tuple[Columns, Columns], device: torch.device, split: int) -> Any:
+    module = _module(loss)
+    if module is None:
+        raise ValueError(
+            f"cp_group: expected chunks that each lie on one rank for {loss.title}, got {split} on several: "
+            f"{_reason(loss)}"
+        )
+    return module.InParts(prepared.options, *columns, device)
+
+
+class _Teacher:
+    """A teacher's logits in parts, of which columns are chosen."""
+
+    def __init__(self, source: Source, columns: Columns, sequence: Ranks) -> None:
+        self.source, self.columns, self.sequence = source, columns, sequence
+        self.samples, self.length, self.size = source.samples, source.length, columns.size
+
+    def rows(self, start: int, stop: int) -> Tensor:
+        return self.source.rows(start, stop)
+
+    def at(self, index: Tensor) -> Tensor:
+        return self.source.at(index)
+
+    def largest_columns(self, top_k: int | None) -> Tensor:
+        """`xtoken.reference.column_set` of the rows of all ranks; the ranks exchange their candidates."""
+        source, ranks = self.source, self.columns.ranks
+        total, width = source.samples * source.length, self.columns.last - self.columns.first
+        none = source.rows(0, 0)
+        if top_k is None or top_k >= self.size:
+            return torch.arange(self.size, device=none.device)
+        maxima = none.new_full((width,), -torch.inf, dtype=torch.promote_types(none.dtype, torch.float32))
+        step = max(1, BLOCK_ELEMENTS // max(1, width))
+        for first in range(0, total, step):
+            maxima = torch.maximum(maxima, source.rows(first, min(total, first + step)).amax(0).to(maxima.dtype))
+        maxima = self.sequence.largest(maxima)
+        if ranks.size == 1:
+            return column_set(maxima[None], top_k)
+        bounds = self.columns.bounds
+        count = min(top_k, max(last - first for first, last in itertools.pairwise(bounds)))
+        best = maxima.sort(descending=True, stable=True).indices[:count].sort().values
+        pad = (0, count - len(best))
+        values = ranks.gathered(torch.nn.functional.pad(maxima[best], pad, value=-torch.inf)).flatten()
+        ids = ranks.gathered(torch.nn.functional.pad(best + self.columns.first, pad, value=self.size)).flatten()
+        values, ids = values[ids < self.size], ids[ids < self.size]  # ascending
+        return ids[column_set(values[None], top_k)]
+
+
+class _Extent(NamedTuple):
+    """How large blocks may be, the same on all ranks."""
+
+    samples: int
+    length: int
+    size: int
+
+    @classmethod
+    def of(cls, source: Source, columns: Columns) -> _Extent:
+        return cls(source.samples, source.length, -(-columns.size // columns.ranks.size))
+
+
+@dataclass
+class _Run:
+    """A call that is ready to be computed, with or without gradients."""
+
+    name: str
+    prepared: Prepared
+    in_parts: Any
+    student: Parts
+    teacher: Parts
+    columns: tuple[Columns, Columns]
+    tp: Ranks
+    cp: Ranks
+    chunks: Chunks
+    share: Share
+    positions: tuple[Positions, Positions]
+    following: Tensor | None
+    total: int
+    reduction: str
+    backend: str
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """The loss and the cross-entropy."""
+        losses, split, labels = self._computed(None, None, None, None)
+        if self.reduction == "none":
+            everything = losses.new_zeros(self.total).index_copy(0, self.share.own.used, losses)
+            result = self.cp.total(everything).index_add(0, self.share.split.used, split)
+        else:
+            result = self.cp.total(losses.sum(dtype=torch.float64)) + split.sum(dtype=torch.float64)
+            if self.reduction == "mean":
+                result = result / at_least_one(len(self.chunks))
+        cross_entropy = losses.new_zeros(())
+        if labels is not None:
+            entropy = self.cp.total(labels.losses.sum(dtype=torch.float64)) / self._labelled()
+            cross_entropy = entropy.to(labels.losses.dtype)
+        return result.to(losses.dtype), cross_entropy
+
+    def gradients(self, upstream: Tensor, label_upstream: Tensor, flags: Flags, weight: Tensor | None) -> Gradients:
+        """Of what is wanted, on this rank's part of it."""
+        rows = self.student.rows
+        leaves = Leaves(rows, self.student.head, self.student.bias)
+        grads = Gradients(leaves, None if weight is None else weight.to(rows.device), flags, False)
+        scale = chunk_scale(self.chunks, self.reduction, upstream, rows)
+        self._computed(grads, scale, label_upstream, weight)
+        if self.columns[0].ranks.size > 1:
+            if grads.wanted and self.student.head is not None:
+                hidden = grads.student.to(torch.promote_types(grads.student.dtype, torch.float32))
+                grads.student = self.tp.total(hidden).to(grads.student.dtype)
+            if grads.weight is not None:
+                grads.weight = self.tp.total(grads.weight)
+        return grads
+
+    def _labelled(self) -> Tensor | int:
+        assert self.following is not None
+        return (self.following != IGNORED).sum().clamp_min(1) if self.reduction == "mean" else 1
+
+    def _labels(self, upstream: Tensor | None) -> Labels | None:
+        if self.following is None:
+            return None
+        rows, samples = self.student.rows, self.student.rows.shape[0]
+        place = self.positions[0].rows(samples, self.cp.rank)
+        here = (place >= 0).nonzero()[:, 0].to(self.following.device)
+        local = place[place >= 0].to(self.following.device)
+        ids = torch.full((len(here),), IGNORED, device=self.following.device).index_copy(0, local, self.following[here])
+        dtype = torch.promote_types(rows.dtype, torch.float32)
+        scale = torch.ones((), dtype=torch.float64, device=rows.device) if upstream is None else upstream.double()
+        return Labels(to_device(ids, rows.device), rows.new_zeros(len(ids), dtype=dtype), scale / self._labelled())
+
+    def _computed(
+        self, grads: Gradients | None, scale: Tensor | None, label_upstream: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor, Labels | None]:
+        """The losses of this rank's own chunks, those of chunks on several ranks, and the cross-entropy of its rows."""
+        kind = self.student.rows.device.type
+        labels, own = self._labels(label_upstream), self.share
+        sizes = [one.last - one.first for one in self.columns]
+        student, teacher = self.student.source(sizes[0]), self.teacher.source(sizes[1])
+        is_whole = max(one.ranks.size for one in self.columns) == 1
+        with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
+            part = None if scale is None else scale[own.own_places]
+            losses = (self._own_whole if is_whole else self._own_in_parts)(
+                student, teacher, grads, part, labels, weight
+            )
+            split = losses.new_zeros(0)
+            if len(own.split):
+                part = None if scale is None else scale[own.split_places]
+                split = self._split(student, teacher, grads, part, weight)
+        return losses, split, labels
+
+    def _own_whole(
+        self, student: Any, teacher: Any, grads: Gradients | None, scale: Tensor | None, labels: Labels | None,
+        weight: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        parts = []
+        prepared = Prepared(self.share.own, self.prepared.options)
+        for problem, span, rows in problems(self.name, student, teacher, prepared, weight):
+            part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
+            logits_grad = None if grads is None else grads.logits(problem, rows)
+            weight_grad = None if grads is None else grads.weight
+            backend = backend_of(self.backend, problem)
+            parts.append(backend.run(problem, logits_grad, weight_grad, None if scale is None else scale[span], part))
+            if grads is not None and logits_grad is not None and isinstance(student, LinearSource):
+                grads.add(student.of_product(logits_grad[0], problem.student[0]), rows)
+        return torch.cat(parts)
+
+    def _own_in_parts(
+        self, student: Any, teacher: Any, grads: Gradients | None, scale: Tensor | None, labels: Labels | None,
+        weight: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        extents: Any = [_Extent.of(*one) for one in zip((student, teacher), self.columns, strict=True)]
+        parts = []
+        for block in row_blocks(extents[0], extents[1], self.share.own):
+            z, y = (
+                side.rows(rows.start, rows.stop) for side, rows in ((student, block.student), (teacher, block.teacher))
+            )
+            part = (
+                None
+                if labels is None
+                else Labels(labels.ids[block.student], labels.losses[block.student], labels.scale)
+            )
+            sides = Side(z, self.columns[0], self.cp), Side(y, self.columns[1], self.cp)
+            losses, grad = self._formula(
+                sides, block.chunks, None if scale is None else scale[block.span], part, grads, weight
+            )
+            parts.append(losses)
+            if grads is not None and grads.wanted:
+                grad = z.new_zeros(z.shape) if grad is None else grad.to(z.dtype)
+                if isinstance(student, LinearSource):
+                    grads.add(student.of_product(grad, z), block.student)
+                else:
+                    grads.put(grad, block.student)
+        return torch.cat(parts)
+
+    def _split(
+        self, student: Any, teacher: Any, grads: Gradients | None, scale: Tensor | None, weight: Tensor | None
+    ) -> Tensor:
+        chunks, samples = self.share.split, self.student.rows.shape[0]
+        sides, rows = [], []
+        for source, of, columns, positions in zip(
+            (student, teacher), (chunks.student, chunks.teacher), self.columns, self.positions, strict=True
+        ):
+            place = positions.rows(samples, self.cp.rank).to(chunks.used.device)
+            index = of.index().unique()
+            index = index[place[index] >= 0]
+            number = torch.full_like(place, -1)
+            number[index] = torch.arange(len(index), device=index.device)
+            rows.append(place[index])
+            sides.append(Side(source.at(place[index]), columns, self.cp, number))
+        losses, grad = self._formula((sides[0], sides[1]), chunks, scale, None, grads, weight)
+        if grads is not None and grad is not None:
+            grad = grad.to(sides[0].logits.dtype)
+            if isinstance(student, LinearSource):
+                grads.add_at(student.of_product(grad, sides[0].logits), rows[0])
+            else:
+                grads.put_at(grad, rows[0])
+        return losses
+
+    def _formula(
+        self, sides: tuple[Side, Side], chunks: Chunks, scale: Tensor | None, labels: Labels | None,
+        grads: Gradients | None, weight: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The losses of some chunks, and the gradient of the student's rows; fills in the cross-entropy of the rows."""
+        student, teacher = sides
+        dtype = torch.promote_types(student.logits.dtype, torch.float32)
+        leaf, weight = student.logits.detach().to(dtype), None if weight is None else weight.detach()
+        wanted = []
+        if grads is not None and grads.wanted:
+            wanted.append(leaf.requires_grad_())
+        if grads is not None and grads.weight is not None and weight is not None:
+            wanted.append(weight.requires_grad_())
+        student = Side(leaf, student.columns, student.sequence, student.place)
+        with torch.set_grad_enabled(bool(wanted)):
+            losses = torch.promote_types(dtype, teacher.logits.dtype)
+            found = leaf.new_zeros(0, dtype=losses)
+            if len(chunks):
+                found = self.in_parts.losses(student, teacher, chunks, weight)
+            entropies = None if labels is None else _cross_entropy(student, labels)
+            if not wanted or (entropies is None and not len(chunks)):
+                return found.detach(), None
+            total = found.sum() if scale is None else (found * scale.to(found.dtype)).sum()
+            if entropies is not None and labels is not None:
+                total = total + (entropies.sum(dtype=torch.float64) * labels.scale).to(total.dtype)
+        gradients = list(torch.autograd.grad(total, wanted, allow_unused=True))
+        assert grads is not None
+        of_rows = gradients.pop(0) if grads.wanted else None
+        if gradients and gradients[0] is not None and grads.weight is not None:
+            grads.weight += gradients[0]
+        return found.detach(), of_rows
+
+
+def _cross_entropy(student: Side, labels: Labels) -> Tensor:
+    """[n]: of the labelled rows; fills in ``labels.losses``."""
+    index = (labels.ids != IGNORED).nonzero()[:, 0]
+    log_p = student.columns.ranks.log_softmax(scaled(student.logits[index], 1.0, labels.losses.dtype))
+    losses = -student.columns.picked(log_p, labels.ids[index])
+    labels.losses[index] = losses.detach()
+    return losses
+
+
+class _Loss(torch.autograd.Function):
+    """Forward computes the results, backward computes them again with their gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, run: _Run, student: Tensor, head: Tensor | None, bias: Tensor | None, weight: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.run, ctx.weight = run, None if weight is None else weight.detach()
+        ctx.save_for_backward(student, head, bias, weight)  # so that a change of them is noticed
+        return run.results()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, upstream: Tensor, label_upstream: Tensor) -> tuple[Tensor | None, ...]:
+        run, (_, *needed), _ = ctx.run, ctx.needs_input_grad, ctx.saved_tensors
+        head_wanted = needed[1] or needed[2]
+        flags = Flags(needed[0] or head_wanted, head_wanted, needed[3], None, None)
+        grads = run.gradients(upstream, label_upstream, flags, ctx.weight if needed[3] else None)
+        head, bias = grads.in_types()
+        weight = None if grads.weight is None else grads.weight.to(ctx.weight.device)
+        given = grads.student, head, bias, weight
+        return None, *(grad if is_needed else None for grad, is_needed in zip(given, needed, strict=True))

@@ -1,0 +1,148 @@
+"""The ranks of a group: sums and maxima over them, their gradients, and errors that reach all of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Ranks:
+    """The processes that hold the parts of something; of no group: this one alone, which has it all.
+
+    Parameters
+    ----------
+    group : torch.distributed.ProcessGroup, optional
+        One that this process belongs to, else ValueError.
+    name : str
+        How messages call it.
+    """
+
+    def __init__(self, group: Any = None, name: str = "group") -> None:
+        if group is not None and not isinstance(group, dist.ProcessGroup):
+            raise TypeError(f"{name}: expected a torch.distributed.ProcessGroup, got {type(group).__name__}")
+        self.group, self.name = group, name
+        self.size = 1 if group is None else dist.get_world_size(group)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        if self.rank < 0:
+            raise ValueError(f"{name}: expected a group that this process belongs to, got one without it")
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, on each of them; without a gradient."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The maximum over the ranks, on each of them; without a gradient."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def gathered(self, values: Tensor) -> Tensor:
+        """[size, ...]: the values of all ranks, which have one shape; without a gradient."""
+        if self.size == 1:
+            return values.detach()[None]
+        values = values.detach().contiguous()
+        parts = [torch.empty_like(values) for _ in range(self.size)]
+        dist.all_gather(parts, values, group=self.group)
+        return torch.stack(parts)
+
+    def _reduced(self, values: Tensor, operation: Any) -> Tensor:
+        values = values.detach().clone(memory_format=torch.contiguous_format)
+        if self.size > 1 and values.numel():
+            dist.all_reduce(values, operation, group=self.group)
+        return values
+
+    def summed(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, which all of them use in the same way: each gets the gradient that it computes."""
+        return values if self.size == 1 else _Summed.apply(values, self)
+
+    def shared(self, values: Tensor) -> Tensor:
+        """Values that are the same on all ranks, of which each uses a part: their gradients add up."""
+        return values if self.size == 1 else _Shared.apply(values, self)
+
+    def log_softmax(self, values: Tensor) -> Tensor:
+        """log_softmax of rows [n, m], of which each rank has some columns, perhaps none; -inf has no probability."""
+        if self.size == 1:
+            return values.log_softmax(-1)
+        top = self.largest(_row_maxima(values))
+        top = top.masked_fill(top.isinf(), 0)[:, None]
+        mass = self.shared(self.summed((values - top).exp().sum(-1, keepdim=True)))
+        return values - top - mass.masked_fill(mass == 0, 1).log()
+
+    def log_sums(self, values: Tensor) -> Tensor:
+        """log of the sum of ``exp(values)`` over the ranks, -inf where there is nothing; used alike by all."""
+        if self.size == 1:
+            return values
+        top = self.largest(values)
+        top = top.masked_fill(top.isinf(), 0)
+        mass = self.summed((values - top).exp())
+        return (mass.masked_fill(mass == 0, 1).log() + top).masked_fill(mass == 0, -torch.inf)
+
+
+def _row_maxima(values: Tensor) -> Tensor:
+    """[n]: of rows [n, m]; -inf where there are no columns."""
+    return values.detach().amax(-1) if values.shape[-1] else values.new_full(values.shape[:-1], -torch.inf)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        return ranks.total(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return upstream, None
+
+
+class _Shared(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        ctx.ranks = ranks
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        return ctx.ranks.total(upstream), None
+
+
+class Report:
+    """What a rank tells the others before they compute together."""
+
+    def __init__(self, same: dict[str, Any], own: dict[str, Any], error: Exception | None) -> None:
+        self.same, self.own, self.error = same, own, error
+
+
+def agreed(report: Report, groups: list[Ranks]) -> list[list[dict[str, Any]]]:
+    """What the ranks of each group have of their own (`Report.own`); a collective of a few hundred bytes for each.
+
+    Raises
+    ------
+    Exception
+        The rank's own error; RuntimeError on all others, with its message.
+    ValueError
+        On all ranks, if they do not agree in what is to be the same.
+    """
+    error = report.error
+    message = None if error is None else f"{type(error).__name__}: {error}"
+    found = []
+    for ranks in groups:
+        told: list[Any] = [(report.same, report.own, message)]
+        if ranks.size > 1:
+            told = [None] * ranks.size
+            dist.all_gather_object(told, (report.same, report.own, message), group=ranks.group)
+        for rank, (same, _, said) in enumerate(told):
+            if message is None and said is not None:
+                message = said if " of " in said.split(":")[0] else f"rank {rank} of {ranks.name} raised {said}"
+            for name in report.same if said is None and message is None else ():
+                if same.get(name) != report.same[name]:
+                    message = (
+                        f"{name}: expected the same on all ranks of {ranks.name}, got {report.same[name]} on rank "
+                        f"{ranks.rank} and {same.get(name)} on rank {rank}"
+                    )
+                    error = ValueError(message)
+        found.append([own for _, own, _ in told])
+    if error is not None:
+        raise error
+    if message is not None:
+        raise RuntimeError(message)
+    return found

@@ -1,0 +1,42 @@
+"""Rows of one side as a formula sees them: by their numbers, wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from xtoken.alignment.chunks import Rows
+from xtoken.parallel.columns import Columns
+from xtoken.parallel.ranks import Ranks
+
+
+@dataclass(frozen=True)
+class Side:
+    """Some rows of logits, of which this rank has some columns."""
+
+    logits: Tensor  # [N, columns here]
+    columns: Columns
+    sequence: Ranks  # that have the other rows, if `place` is given
+    place: Tensor | None = None
+    """int64: for each number of a row its place in `logits`, -1 where another rank has it. None: all are here."""
+
+    def each(self, rows: Tensor, values: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:
+        """[n, ...]: ``values(logits of r rows, their places among the n)`` [r, ...] of the rows with these numbers
+        int64 [n], on every rank of the sequence."""
+        if self.place is None:
+            return values(self.logits[rows], slice(None))
+        place = self.place[rows]
+        here = (place >= 0).nonzero()[:, 0]
+        found = values(self.logits[place[here]], here)
+        return self.sequence.summed(found.new_zeros(len(rows), *found.shape[1:]).index_copy(0, here, found))
+
+    def mean(self, rows: Rows, values: Callable[[Tensor], Tensor]) -> Tensor:
+        """[K, ...]: the mean of ``values(logits)`` [r, ...] over the rows of each chunk, wherever they are."""
+        if self.place is None:
+            return rows.mean(values(self.logits[rows.index()]))
+        place = self.place[rows.index()]
+        here = (place >= 0).nonzero()[:, 0]
+        total = self.sequence.summed(rows.total(values(self.logits[place[here]]), rows.owner()[here]))
+        return total / rows.count.view(-1, *[1] * (total.dim() - 1))
