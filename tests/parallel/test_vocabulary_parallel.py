@@ -12,7 +12,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparer import assert_as_accurate, assert_close
-from harness import OPERATIONS, Case, few_variants, losses_and_grad, make_case, variants
+from harness import OPERATIONS, Case, few_variants, losses_and_grad, variants
+from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, leaf, said
 from processes import on_ranks
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -21,9 +22,6 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import xtoken
 from xtoken.losses import Needs, registered
 from xtoken.losses.backends import kernels_of
-
-IN_PARTS = [name for name, loss in registered().items() if not loss.whole_rows and kernels_of(name, "parallel")]
-"""The losses that take logits in parts."""
 
 CUTS: dict[str, tuple[list[float], list[float] | None]] = {
     "whole teacher": ([0.5, 0.5], None),
@@ -35,15 +33,6 @@ CUTS: dict[str, tuple[list[float], list[float] | None]] = {
 """Shares of the columns of student and teacher; None: all on every rank."""
 
 
-@functools.cache
-def case_of(name: str) -> Case:
-    case = make_case()
-    if OPERATIONS[name].needs is not Needs.SAME_TOKENIZER:
-        return case
-    size = OPERATIONS[name].size(case)
-    return Case(case.student[..., :size], case.teacher[..., :size], case.alignment, case.projection)
-
-
 def widths(shares: list[float], size: int) -> list[int]:
     """Whole numbers of columns, in these shares, that add up to the size."""
     ends = [round(size * sum(shares[: k + 1])) for k in range(len(shares))]
@@ -52,11 +41,6 @@ def widths(shares: list[float], size: int) -> list[int]:
 
 def part(logits: Tensor, shares: list[float] | None, rank: int) -> Tensor:
     return logits if shares is None else logits.split(widths(shares, logits.shape[-1]), -1)[rank]
-
-
-def common_alone(name: str, options: dict[str, Any]) -> dict[str, Any]:
-    """The options without a part that is compared by rank."""
-    return {**options, "uncommon_top_k": 0} if "uncommon_top_k" in registered()[name].options() else options
 
 
 @dataclass(frozen=True)
@@ -156,18 +140,6 @@ def on_two_ranks(function: Callable[[int], Any]) -> Callable[[int], Any]:
     return function
 
 
-def leaf(values: Tensor) -> Tensor:
-    return values.detach().clone().requires_grad_()
-
-
-HEAD = torch.Generator().manual_seed(1)
-HIDDEN, LAYER, BIAS = (
-    torch.randn(size, generator=HEAD) for size in ((*case_of(IN_PARTS[0]).student.shape[:2], 8), (67, 8), (67,))
-)
-LABELS = torch.arange(HIDDEN.shape[0] * HIDDEN.shape[1]).reshape(HIDDEN.shape[:2]) % 59
-LABELS[:, 3:5] = -100
-
-
 def layer_loss(name: str, parts: slice, teacher: Tensor, **options: Any) -> list[Tensor]:
     """Loss, cross-entropy and gradients of hidden states, output layer and bias."""
     size = OPERATIONS[name].size(case_of(name))
@@ -262,14 +234,6 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], list[str]]] = {
         ["TypeError: tp_group: expected a torch.distributed.ProcessGroup, got int"] * 2,
     ),
 }  # fmt: skip
-
-
-def said(call: Callable[[], Any]) -> str:
-    try:
-        call()
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return "nothing"
 
 
 @on_two_ranks
