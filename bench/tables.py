@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from measure import RESULTS, ROOT
-from reproduce import EMA, Lead, Values, unit, values
+from reproduce import EMA, FACTOR, OPTIONS, SETTINGS, Lead, Values, arms, unit, values
 
 LEVELS = ("avx512", "avx2", "portable")
 """Of the CPU kernels, the fastest first."""
@@ -164,8 +164,9 @@ def _percent(measured: dict[str, dict[int, float]], measure: str) -> str:
 
 
 def _paper(setting: str, form: str, *others: str) -> str:
-    """Of a setting of `reproduce.py` all measures, and the leads in the probability over these arms."""
-    found = values(results("reproduce"), setting)
+    """Of a setting of `reproduce.py` all measures, and the leads in the probability over these arms; without those that
+    are for `options`."""
+    found = {arm: one for arm, one in values(results("reproduce"), setting).items() if arm not in OPTIONS}
     measures = {"exact match": "exact match", "probability": "probability", f"probability{EMA}": f"probability{EMA}"}
     measures |= {"log-likelihood": "log-likelihood, nats", "form": form}
     rows = []
@@ -191,6 +192,21 @@ def paper_absent() -> str:
 def paper_code() -> str:
     """White space that both sides cut differently."""
     return _paper("code", "right indentation", "CE")
+
+
+def options() -> str:
+    """Of losses with other options than their defaults the lead in the probability of the right answer over the latter,
+    in points, by setting of `reproduce.py`."""
+    settings = [name for name, setting in SETTINGS.items() if setting.variants == OPTIONS]
+    found = [values(results("reproduce"), setting) for setting in settings]
+    defaults = {arm.case.loss: name for name, arm in arms().items() if arm.is_default and arm.scale == FACTOR}
+    rows = []
+    for name in OPTIONS:
+        leads = [Lead.of(one, name, defaults[arms()[name].case.loss], "probability") for one in found]
+        if all(leads):
+            rows.append((name, *(lead.text(100) for lead in leads if lead)))
+    seeds = min(len(one[name]["probability"]) for one in found for name, *_ in rows)
+    return markdown((f"over its default ({seeds} seeds)", *settings), rows)
 
 
 def training() -> str:
@@ -371,6 +387,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "paper_rare": paper_rare,
     "paper_absent": paper_absent,
     "paper_code": paper_code,
+    "options": options,
     "training": training,
     "training_memory": training_memory,
     "truth": truth,
@@ -381,6 +398,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized": quantized,
     "real_numbers": partial(real, "numbers"),
     "real_code": partial(real, "code"),
+    "real_policy": partial(real, "policy"),
 }
 
 
