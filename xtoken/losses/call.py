@@ -168,10 +168,11 @@ def compute(
         from xtoken.parallel.call import Groups
         from xtoken.parallel.call import compute as compute_in_parts
 
-        return compute_in_parts(
+        found: Losses = compute_in_parts(
             loss, student_logits, teacher_logits, alignment, Groups(*groups or ()), labels=labels, sizes=sizes,
             mask=mask, reduction=reduction, inplace=inplace, backend=backend,
         )  # fmt: skip
+        return found
     expected = None
     if isinstance(labels, Expected):
         expected, labels = labels, labels.labels

@@ -20,6 +20,7 @@ from xtoken.losses.call import (
     check_logits,
     checked_labels,
     compute,
+    has_dtensor,
     vocabulary_size,
 )
 from xtoken.losses.certainty import Predicting, certainties
@@ -165,6 +166,10 @@ class XTokenLoss(nn.Module):
         ``torch.compile``.
     backend : str
         See `select_backend`.
+    tp_group, cp_group, cp_layout
+        Logits whose columns or positions lie on several ranks, as every loss takes them (see `kd_loss`). Labels and
+        alignments are those of the whole sequences; loss and parts are the same on all ranks, and diagnostics nan. Not
+        with "entropy" or ``trust_top_k``, which look at whole rows.
 
     Source: X-Token (arXiv 2605.21699), training objective.
     """
@@ -181,6 +186,9 @@ class XTokenLoss(nn.Module):
         teacher_weighting: str = "fixed",
         diagnostics: bool = True,
         backend: str = "auto",
+        tp_group: Any = None,
+        cp_group: Any = None,
+        cp_layout: str = "contiguous",
     ) -> None:
         super().__init__()
         check_choice(scaling, "scaling", SCALINGS)
@@ -203,6 +211,7 @@ class XTokenLoss(nn.Module):
         self.teacher_weighting = teacher_weighting
         self.diagnostics = diagnostics
         self.backend = backend
+        self.groups = (tp_group, cp_group, cp_layout)
         projections = [teacher.projection for teacher in teachers]
         self.projections = nn.ModuleList(W for W in projections if isinstance(W, nn.Module))
 
@@ -283,9 +292,11 @@ class XTokenLoss(nn.Module):
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
-        checked_labels(Parts.of(student_logits), labels)
-        if ce_labels is not None:
-            checked_labels(Parts.of(student_logits), ce_labels, "ce_labels")
+        in_parts = self._is_in_parts(student_logits, logits)
+        if not in_parts:  # else their shape is that of the whole sequences
+            checked_labels(Parts.of(student_logits), labels)
+            if ce_labels is not None:
+                checked_labels(Parts.of(student_logits), ce_labels, "ce_labels")
         targets = labels if ce_labels is None else ce_labels
         items = (_following(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
@@ -295,7 +306,7 @@ class XTokenLoss(nn.Module):
         kd: Tensor | None = None
         done = []
         ready = [
-            self._ready(teacher, student_logits, one, alignment, labels)
+            self._ready(teacher, student_logits, one, alignment, labels, in_parts)
             for teacher, one, alignment in zip(self.teachers, logits, aligned, strict=True)
         ]
         weights: list[Tensor | None] = [None] * len(ready)
@@ -309,7 +320,8 @@ class XTokenLoss(nn.Module):
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
-        ce_sum = self._cross_entropy(student_logits, targets) if ce_sum is None else ce_sum
+        if ce_sum is None:
+            ce_sum = (self._cross_entropy_in_parts if in_parts else self._cross_entropy)(student_logits, targets)
         kd = ce_sum.new_zeros(()) if kd is None else kd
         ce = ce_sum / items
         if scale is None:
@@ -344,6 +356,23 @@ class XTokenLoss(nn.Module):
         items = positions if ce_labels is None else int((ce_labels[..., 1:] != IGNORED).sum())
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         return items, [positions if one is None else int(predictable(one.supervised(labels)).sum()) for one in aligned]
+
+    def _is_in_parts(self, student_logits: AnyLogits, teachers: Sequence[AnyLogits | None]) -> bool:
+        """Whether logits lie on several ranks; raises ValueError where that does not go with an option."""
+        given = [one for one in (student_logits, *teachers) if one is not None]
+        if self.groups[:2] == (None, None) and not has_dtensor(*given):
+            return False
+        if self.teacher_weighting == "entropy":
+            raise ValueError("teacher_weighting: expected 'fixed' for logits in parts, got 'entropy'")
+        for teacher in self.teachers:
+            if teacher.trust_top_k is not None:
+                raise ValueError(f"trust_top_k: expected None for logits in parts, got {teacher.trust_top_k}")
+        return True
+
+    def _cross_entropy_in_parts(self, student_logits: AnyLogits, labels: Tensor) -> Tensor:
+        from xtoken.parallel.call import cross_entropy
+
+        return cross_entropy(student_logits, labels, self.vocab_size, self.groups, self.backend)
 
     def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
@@ -380,6 +409,7 @@ class XTokenLoss(nn.Module):
         teacher_logits: AnyLogits | None,
         alignment: Alignment | None,
         labels: Tensor,
+        in_parts: bool,
     ) -> _Ready:
         """The teacher's logits, and the chunks or positions that its loss takes."""
         loss, projection = teacher.make_loss(), teacher.projection
@@ -388,6 +418,8 @@ class XTokenLoss(nn.Module):
                 raise TypeError("teacher_logits: expected a floating-point tensor, got None, for labelled chunks")
             unsupervised = _count(predictable(alignment))
             return _Ready(teacher, loss, None, None, None, None, alignment, None, 0, unsupervised, 0)
+        if in_parts:
+            return _ready_in_parts(teacher, loss, teacher_logits, alignment, labels)
         if isinstance(teacher_logits, OrderedLogits):
             if projection is not None:
                 projection = matrix_in(teacher_logits.order, Matrix.of(projection))
@@ -440,6 +472,8 @@ class XTokenLoss(nn.Module):
     ) -> _Distilled:
         teacher, loss, student, source = ready.teacher, ready.loss, ready.student, ready.source
         device = Parts.of(student_logits).rows.device
+        if ready.logits is not None and source is None:
+            return self._distil_in_parts(ready, student_logits, targets, divisor, device)
         if student is None or source is None or ready.logits is None:
             zero = torch.zeros((), device=device)
             return _Distilled(zero, None, zero, nothing(device))
@@ -477,6 +511,26 @@ class XTokenLoss(nn.Module):
             diagnosis = loss.diagnose(student, source, chunks, ready.projection, device, self.backend)
         return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
 
+    def _distil_in_parts(
+        self,
+        ready: _Ready,
+        student_logits: AnyLogits,
+        targets: Tensor | None,
+        divisor: Count | None,
+        device: torch.device,
+    ) -> _Distilled:
+        assert ready.logits is not None
+        sizes: tuple[int | None, int | None] = ready.teacher.shape or (self.vocab_size, None)
+        if ready.loss.needs is Needs.SAME_TOKENIZER:
+            sizes = self.vocab_size, self.vocab_size
+        result = compute(
+            ready.loss, student_logits, ready.logits, ready.alignment, labels=targets, sizes=sizes, mask=ready.mask,
+            reduction="sum", backend=self.backend, groups=self.groups,
+        )  # fmt: skip
+        total, cross_entropy = result if isinstance(result, tuple) else (result, None)
+        divisor = at_least_one(ready.chunks) if divisor is None else divisor
+        return _Distilled(total / divisor, cross_entropy, _scalar(ready.chunks, device), nothing(device))
+
     def _sources(
         self, teacher: Teacher, loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits
     ) -> tuple[Source, Source]:
@@ -498,7 +552,7 @@ class XTokenLoss(nn.Module):
 
 
 class _Ready(NamedTuple):
-    """What a call has for one teacher; no logits and no sources if it has nothing to say."""
+    """What a call has for one teacher; no logits if it has nothing to say, and no sources if they are in parts."""
 
     teacher: Teacher
     loss: Loss
@@ -519,6 +573,21 @@ class _Ready(NamedTuple):
         if self.alignment is None:
             return Chunks.of_positions(self.student.samples * self.student.length, self.mask, device)
         return Chunks.of(self.alignment, self.student.length, self.source.length, device, realised)
+
+
+def _ready_in_parts(
+    teacher: Teacher, loss: Loss, logits: AnyLogits, alignment: Alignment | None, labels: Tensor
+) -> _Ready:
+    mask: Tensor | None = None
+    if alignment is not None:
+        before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
+    elif loss.needs is Needs.SAME_TOKENIZER:
+        mask = _following(labels) != IGNORED
+        before = _count(mask)
+    else:
+        raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
+    number = _count(_chosen(alignment, mask))
+    return _Ready(teacher, loss, None, logits, None, None, alignment, mask, number, before - number, 0)
 
 
 class _Distilled(NamedTuple):

@@ -17,7 +17,7 @@ from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, backend_of, check_backend, kernels_of
 from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_logits, has_dtensor
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, LinearSource, Parts, Source, TopKLogits, row_blocks
-from xtoken.losses.loss import Loss, Matrix, Needs
+from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled
 from xtoken.losses.operator import (
     Call,
@@ -45,6 +45,7 @@ class Groups(NamedTuple):
     cp_layout: str = "contiguous"
 
 
+@torch.compiler.disable
 def compute(
     loss: Loss,
     student_logits: AnyLogits,
@@ -138,6 +139,19 @@ def _local(
     return student, teacher, group if student_sharded else tp_group, teacher_sharded
 
 
+def cross_entropy(
+    student_logits: AnyLogits, labels: Tensor, size: int | None, groups: tuple[Any, Any, str], backend: str
+) -> Tensor:
+    """The student's next-token cross-entropy alone, summed over the labels: beside a loss that has no position."""
+    kind = next(one for one in registered().values() if one.needs is Needs.SAME_TOKENIZER and one.is_default)
+    result: tuple[Tensor, Tensor] = compute(
+        kind.of(None, None, **kind.options()), student_logits, student_logits, None, Groups(*groups), labels=labels,
+        sizes=(size, size), mask=torch.zeros(labels.shape, dtype=torch.bool), reduction="sum", inplace=False,
+        backend=backend,
+    )  # fmt: skip
+    return result[1]
+
+
 class _Told(NamedTuple):
     """What is to be the same on all ranks, and what is each rank's own."""
 
@@ -159,8 +173,6 @@ def _checked(
     backend: str,
 ) -> _Told:
     """What a rank can see to by itself."""
-    if torch.compiler.is_compiling():
-        raise RuntimeError("tp_group, cp_group: expected a call outside of torch.compile")
     check_logits(student_logits, teacher_logits)
     check_choice(reduction, "reduction", REDUCTIONS)
     check_choice(groups.cp_layout, "cp_layout", LAYOUTS)
