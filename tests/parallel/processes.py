@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +29,14 @@ def on_ranks(count: int, function: Callable[[int], Any], folder: Path, seconds: 
     ]
     for process in processes:
         process.start()
-    for process in processes:
-        process.join(seconds)
+    end = time.monotonic() + seconds
+    while any(process.is_alive() for process in processes) and time.monotonic() < end:
+        if any(process.exitcode for process in processes):
+            break  # the others may wait for it for ever
+        time.sleep(0.05)
     late = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    if any(process.exitcode for process in processes):
+        time.sleep(1.0)  # what others have to say of it
     for process in processes:
         process.kill()
         process.join()

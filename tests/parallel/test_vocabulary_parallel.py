@@ -401,3 +401,63 @@ def test_dtensors_say_what_they_are(of_ranks: dict[int, list[dict[str, Any]]]) -
         assert "that of FSDP has the same columns for other samples" in found["FSDP"]
         assert "student_logits: expected sharded columns beside" in found["whole student"]
     assert_close(torch.cat([found["layer"][2] for found in results]), layer.grad, rtol=1e-5, atol=1e-6)
+
+
+LESS = 61
+"""Columns of an output layer without the last tokens, which take no part in the loss."""
+
+
+def without_last(case: Case) -> Case:
+    """The student's logits without columns that W does not use."""
+    indices = torch.arange(67)[:, None] % 59
+    W = xtoken.ProjectionMatrix.from_topk(indices, (torch.arange(67) < LESS).float()[:, None], 59)
+    given = case.alignment
+    assert given.student_ids is not None
+    alignment = xtoken.Alignment(given.spans, given.offsets, given.student_ids.clamp_max(LESS - 1), given.teacher_ids)
+    return Case(case.student[..., :LESS], case.teacher, alignment, W)
+
+
+@on_two_ranks
+def other_widths(rank: int) -> dict[str, Any]:
+    name, group, found = IN_PARTS[0], dist.group.WORLD, dict[str, Any]()
+    case = case_of(name)
+    teacher = case.teacher.float()
+    wide = torch.nn.functional.pad(case.student.float(), (0, 3), value=torch.nan)
+    student = leaf(wide.split(35, -1)[rank])
+    loss = OPERATIONS[name].public(case, student, teacher, tp_group=group)
+    found["padded"] = loss.detach(), *torch.autograd.grad(loss, student)
+    fewer = without_last(case)
+    student = leaf(part(fewer.student.float(), [0.5, 0.5], rank))
+    own = case.student.float(), teacher, case.alignment, fewer.projection
+    found["realised"] = said(lambda: OPERATIONS[name].public(Case(*own), student, teacher, tp_group=group))
+    loss = OPERATIONS[name].public(fewer, student, teacher, tp_group=group)
+    found["lacking"] = loss.detach(), *torch.autograd.grad(loss, student, retain_graph=True)
+    found["again"] = torch.autograd.grad(loss, student)[0]
+    student = leaf(part(fewer.student.float(), [0.5, 0.5], rank))
+    logits = student * 1.0
+    loss = OPERATIONS[name].public(fewer, logits, teacher, tp_group=group)
+    logits.mul_(2.0)
+    found["overwritten"] = said(loss.backward)
+    return found
+
+
+def test_output_layers_wider_and_narrower_than_the_vocabulary(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    name = IN_PARTS[0]
+    for key, case, size in (("padded", case_of(name), 67), ("lacking", without_last(case_of(name)), LESS)):
+        student = leaf(case.student.float())
+        want = OPERATIONS[name].public(case, student, case.teacher.float(), backend="reference")
+        want.backward()
+        results = [found["other_widths"][key] for found in of_ranks[2]]
+        for loss, _ in results:
+            assert_close(loss, want, rtol=1e-5)
+        grad = torch.cat([grad for _, grad in results], -1)
+        assert_close(grad[..., :size], student.grad, rtol=1e-5, atol=1e-6)
+        assert not bool(grad[..., size:].any())
+    for found in of_ranks[2]:
+        assert "alignment: expected student ids below 61, the columns of" in found["other_widths"]["realised"]
+
+
+def test_backward_works_again_unless_the_logits_were_overwritten(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in of_ranks[2]:
+        assert torch.equal(found["other_widths"]["again"], found["other_widths"]["lacking"][1])
+        assert "modified by an inplace operation" in found["other_widths"]["overwritten"]

@@ -197,7 +197,7 @@ def compute(
         raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
     for side, one in enumerate(given):
         if one.width is not None and one.width < (student_size, teacher_size)[side]:
-            _check_known(side, one.width, labels, alignment)
+            check_known(side, one.width, labels, alignment)
     if labels is not None:
         labels = checked_labels(given[0], labels)
         if reduction == "none":
@@ -340,7 +340,7 @@ def vocabulary_size(loss: Loss, side: int, logits: Parts, size: int | None) -> i
     return size
 
 
-def _check_known(side: int, width: int, labels: Tensor | None, alignment: Alignment | None) -> None:
+def check_known(side: int, width: int, labels: Tensor | None, alignment: Alignment | None) -> None:
     """Raises ValueError if a label, or a token of a chunk, is none of the columns; of those on the CPU."""
     name = ("student", "teacher")[side]
     if labels is not None and side == 0 and labels.device.type == "cpu" and int(labels.max()) >= width:

@@ -15,7 +15,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, backend_of, check_backend, kernels_of
-from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_logits, has_dtensor
+from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_known, check_logits, has_dtensor
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, LinearSource, Parts, Source, TopKLogits, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled
@@ -77,7 +77,12 @@ def compute(
     of_tp, of_cp = agreed(Report(told.same, told.own, error), [tp, cp])
 
     student, teacher = (Parts.of(logits).batched() for logits in (student_logits, teacher_logits))
-    columns = _columns(loss, sizes, [[one[side] for one in of_tp] for side in ("student", "teacher")], tp, is_sharded)
+    columns, totals = _columns(
+        loss, sizes, [[one[side] for one in of_tp] for side in ("student", "teacher")], tp, is_sharded
+    )
+    for side, total in enumerate(totals):
+        if total is not None and total < columns[side].size:
+            check_known(side, total, labels, alignment)
     lengths = [[one[f"{side} rows"] for one in of_cp] for side in ("student", "teacher")]
     positions = Positions.of(lengths[0], groups.cp_layout), Positions.of(lengths[1], groups.cp_layout)
     samples, device = student.rows.shape[0], student.rows.device
@@ -239,8 +244,8 @@ def _columns(
     widths: list[list[int | None]],
     tp: Ranks,
     is_sharded: bool | None,
-) -> tuple[Columns, Columns]:
-    """The columns of both sides, by how many the ranks have.
+) -> tuple[tuple[Columns, Columns], list[int | None]]:
+    """The columns of both sides, and how many there are of each, by how many the ranks have.
 
     `is_sharded`: whether the teacher's are parts, where that is known.
     """
@@ -271,7 +276,7 @@ def _columns(
         found.append(
             Columns.of((of_student, of_teacher)[side], wanted, tp) if is_divided else Columns((0, wanted), Ranks())
         )
-    return found[0], found[1]
+    return (found[0], found[1]), totals
 
 
 def _check_shards(name: str, widths: Sequence[int], size: int | None) -> None:
