@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 
 import pytest
+import typer
 from small_tokenizers import byte_level
 
 from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, sample_texts
-from xtoken.cli import main
+from xtoken.alignment import METHODS
+from xtoken.cli import app, main
+from xtoken.corpus.options import KNOWN
+from xtoken.terminal import working
 
 
 @pytest.fixture(scope="module")
@@ -71,24 +77,21 @@ def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
     assert error.startswith("xtoken audit: tokenizer: no such file")
     assert error.count("\n") == 1
     assert main(["project", "--student", files[0], "--teacher", files[1], "--output", str(tmp_path / "no" / "w")]) == 1
-    with pytest.raises(SystemExit, match="2"):
-        main(["nonsense"])
+    assert main(["nonsense"]) == 2
 
 
 @pytest.mark.parametrize(("command", "name"), [("project", "--row-entries"), ("cache-teacher", "--logprobs")])
 def test_an_option_that_has_another_name(command, name, capsys):
     """``--top-k`` is the columns of a loss, in ``xtoken train``."""
-    with pytest.raises(SystemExit, match="2"):
-        main([command, "--top-k", "4"])
-    assert f"error: --top-k is {name} now" in capsys.readouterr().err
+    assert main([command, "--top-k", "4"]) == 2
+    assert f"--top-k is {name} now" in capsys.readouterr().err
 
 
 def test_choices_are_in_the_help(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["align", "--help"])
+    assert main(["align", "--help"]) == 0
     printed = capsys.readouterr().out
-    for choices in ("--method {auto,bytes,dp}", "--engine {local,ray}", "--on-error {raise,skip}"):
-        assert choices in printed
+    for option, known in (("method", METHODS), ("engine", KNOWN["engine"]), ("on-error", KNOWN["on_error"])):
+        assert re.search(rf"--{option} +{{{','.join(known)}}}", printed)
 
 
 def test_installed_command_prints_the_configuration():
@@ -116,6 +119,138 @@ def test_an_audit_counts_the_tokens_of_files(tmp_path, capsys):
 
 
 def test_the_version_is_printed(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["--version"])
+    assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"xtoken {_core.version}\n"
+
+
+COMMANDS = tuple(typer.main.get_group(app).commands)
+
+
+def test_help_is_there_at_once():
+    """It imports neither torch nor what takes long beside it, and shows an example."""
+    code = f"""
+import sys
+from xtoken.cli import main
+for command in {COMMANDS}:
+    assert main([command, "--help"]) == 0
+    print("loaded:", *sys.modules)"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    for command in COMMANDS:
+        printed, _, rest = run.stdout.partition("loaded: ")
+        loaded, _, run.stdout = rest.partition("\n")
+        assert f"Example: xtoken {command}" in printed
+        assert not {"torch", "transformers", "tokenizers", "numpy", "pyarrow"} & set(loaded.split()), command
+
+
+def test_a_command_knows_its_words(capsys):
+    """Usage errors are one line, which says what may be meant, and status 2."""
+    pair = ["--student", "none.json", "--teacher", "none.json"]
+    for given, said in (
+        (["adit"], "audit"),
+        (["audit", "--studnet", "x"], "--student"),
+        (["audit", "--student", "x"], "--teacher"),
+        (["show", *pair, "text", "--method", "byte"], "did you mean bytes?"),
+        (["align", *pair, "--data", "x", "-o", "x", "--on-error", "skp"], "did you mean skip?"),
+        (["project", *pair, "-o", "x", "--row-entries", "0"], "--row-entries"),
+        (["check", "--rows", "many"], "--rows"),
+    ):
+        assert main(given) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"xtoken {given[0]}: " if given[0] in COMMANDS else "xtoken: ")
+        assert said in error
+        assert error.endswith(" --help)\n")
+        assert error.count("\n") == 1
+
+
+OUTPUTS = {
+    "project": ["--student", "a.json", "--teacher", "b.json"],
+    "align": ["--student", "a.json", "--teacher", "b.json", "--data", "c.txt"],
+    "cache-teacher": ["--teacher", "a.gguf", "--data", "c.txt"],
+    "report": ["--student", "a.json", "--teacher", "b.json"],
+    "train": ["--student", "a.gguf", "--teacher", "b.gguf", "--data", "c.txt"],
+}
+
+
+@pytest.mark.parametrize("command", OUTPUTS)
+def test_an_output_that_cannot_be_written_is_found_before_the_work(command, tmp_path, monkeypatch, capsys):
+    """And before inputs, which are not there, are looked at."""
+    is_file = command in ("project", "report")
+    (tmp_path / "file").touch()
+    (tmp_path / "closed").mkdir()
+    wrong = [tmp_path, tmp_path / "none" / "file"] if is_file else [tmp_path / "file", tmp_path / "file" / "out"]
+    for output in wrong:
+        assert main([command, *OUTPUTS[command], "-o", str(output)]) == 1
+        error = capsys.readouterr().err
+        assert re.match(rf"xtoken {command}: output: (expected a f|no such folder)[^\n]*{tmp_path}[^\n]*\n$", error)
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")  # root may write anywhere
+    assert main([command, *OUTPUTS[command], "-o", str(tmp_path / "closed" / "x")]) == 1
+    assert capsys.readouterr().err == f"xtoken {command}: output: no permission to write to {tmp_path}/closed\n"
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["closed", "file"]
+
+
+def test_inputs_are_looked_at_before_the_first_is_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(Vocabulary, "from_tokenizer", None)
+    for name in ("a.json", "own.txt"):
+        (tmp_path / name).touch()
+    good, bad = str(tmp_path / "a.json"), str(tmp_path / "none.json")
+    for given in (
+        ["audit", "--student", good, "--teacher", bad],
+        ["audit", "--student", good, "--teacher", good, "--data", str(tmp_path / "own.txt"), bad],
+        ["audit", "--student", good, "--teacher", good, "--critical", "("],
+        ["report", "--student", good, "--teacher", bad, "-o", str(tmp_path / "page.html")],
+        ["project", "--student", bad, "--teacher", good, "-o", str(tmp_path / "w")],
+        ["align", "--student", good, "--teacher", bad, "--data", good, "-o", str(tmp_path / "out")],
+        ["cache-teacher", "--teacher", bad, "--data", good, "-o", str(tmp_path / "out")],
+        ["cache-teacher", "--teacher", good, "--data", good, "-o", str(tmp_path / "out"), "--dtype", "flaot16"],
+        ["cache-teacher", "--teacher", good, "--data", good, "-o", str(tmp_path / "out"), "--device", "gpu"],
+        ["cache-teacher", "--teacher", good, "--data", good, "-o", str(tmp_path)],
+    ):
+        assert main(given) == 1
+        error = capsys.readouterr().err
+        assert re.search(r"no such file|no file matches|'\('|flaot16|'gpu'|not empty", error), error
+        assert error.count("\n") == 1
+
+
+def test_json(tmp_path, capsys):
+    """Standard output is one document; what there is to read is not in it."""
+    sides = []
+    for name, size in (("student", 300), ("teacher", 280)):
+        byte_level(size, ["a 19 201"]).save(str(tmp_path / f"{name}.json"))
+        sides += [f"--{name}", str(tmp_path / f"{name}.json")]
+    shape = [len(Vocabulary.from_tokenizer(path)) for path in sides[1::2]]
+    text = tmp_path / "own.txt"
+    text.write_text("19 201\n7 7\n")
+    out, data = str(tmp_path / "out"), ["--data", str(text), str(text)]
+    for given, wanted in (
+        (["project", *sides, "-o", out], {"output": out, "shape": shape}),
+        (["project", *sides, "-o", out, "--pieces", *data], {"output": out, "shape": shape}),
+        (["report", *sides, "-o", out, *data], {"output": out}),
+        (["align", *sides, "-o", f"{out}s", *data], {"output": f"{out}s", "documents": 2, "shards": 1}),
+        (["show", *sides, "19"], {"student_tokens": ["19"]}),
+        (["config"], {"xtoken": _core.version}),
+    ):
+        assert main([*given, "--json"]) == 0
+        facts = json.loads(capsys.readouterr().out)
+        assert {name: facts[name] for name in wanted} == wanted
+
+
+def test_progress_is_on_a_terminal_only(monkeypatch, capsys):
+    for is_terminal in (False, True):
+        monkeypatch.setattr(sys.stderr, "isatty", lambda is_terminal=is_terminal: is_terminal, raising=False)
+        with working("reading \x1b[31m") as say:
+            print("result")
+            say("counting")
+        out, err = capsys.readouterr()
+        assert out == "result\n"
+        assert ("counting" in err) == is_terminal
+        assert "\x1b[31m" not in err
+
+
+def test_completion():
+    """Of commands, and of the values of an option."""
+    for words, wanted in (("xtoken au", {"audit"}), ("xtoken align --engine l", {"local"})):
+        asked = {"COMP_WORDS": words, "COMP_CWORD": str(words.count(" ")), "_XTOKEN_COMPLETE": "complete_bash"}
+        run = subprocess.run(
+            [sys.executable, "-m", "xtoken"], env={**os.environ, **asked}, capture_output=True, text=True
+        )
+        assert wanted == set(run.stdout.split())

@@ -85,12 +85,13 @@ def test_errors_are_one_line_unless_asked(monkeypatch, capsys):
     def broken(*_: Any) -> None:
         raise KeyError("inner")
 
-    monkeypatch.setattr(cli, "_run", broken)
+    monkeypatch.setattr("xtoken.config.show_config", broken)
     assert cli.main(["config"]) == 1
     assert capsys.readouterr().err == "xtoken config: KeyError: 'inner' (xtoken --debug config says where)\n"
     with pytest.raises(KeyError):
         cli.main(["--debug", "config"])
     seen: list[Any] = []
-    monkeypatch.setattr(cli, "_run", lambda options, rest: seen.append((options.debug, rest)))
-    cli.main(["--debug", "train", "--debug", "underflow_overflow"])
-    assert seen == [(True, ["--debug", "underflow_overflow"])]
+    monkeypatch.setattr("xtoken.train.command.main", seen.append)
+    options = ["--debug", "underflow_overflow", "--bf16", "--data", "a", "b", "-o", "out", "--x=-1", "-2"]
+    assert cli.main(["--debug", "train", *options]) == 0
+    assert seen == [options]

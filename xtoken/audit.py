@@ -175,7 +175,7 @@ def coverage_audit(
     projection.check_tokenizers(student, teacher)
     classes_of = np.array([token_class(student[i], text) for i, text in enumerate(student.is_text.tolist())], dtype=str)
     members = {name: classes_of == name for name in CLASSES}
-    wanted = _critical(critical)
+    wanted = critical_classes(critical)
     if isinstance(wanted, re.Pattern):
         inside = np.zeros(len(student), dtype=bool)
         for i in student.is_text.nonzero()[0].tolist():
@@ -306,8 +306,8 @@ def token_class(token: bytes, is_text: bool) -> str:
     return "other_scripts" if any(c.isalpha() and not c.isascii() for c in text) else "other_multi_byte"
 
 
-def _critical(critical: str | Sequence[str] | re.Pattern[str]) -> list[str] | re.Pattern[str]:
-    """The names of critical classes, or an expression."""
+def critical_classes(critical: str | Sequence[str] | re.Pattern[str]) -> list[str] | re.Pattern[str]:
+    """The names of critical classes, or an expression; ValueError for a malformed one."""
     if isinstance(critical, re.Pattern):
         return critical
     if isinstance(critical, str) and critical not in CLASSES:

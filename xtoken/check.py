@@ -6,7 +6,6 @@ formula in the type of the logits plus a floor (`Floors`). Truth is computed on 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 import time
@@ -25,6 +24,7 @@ from .losses.cases import REAL, Case, Pair, forms, made_up_pair, one_to_one, tex
 from .losses.criterion import Teacher, XTokenLoss
 from .losses.loss import Loss, Needs, registered
 from .projection import LearnableProjection
+from .terminal import to_json
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -163,16 +163,7 @@ class CheckReport:
         facts = {name: value for name, value in asdict(self).items() if name != "findings"}
         findings = [{**asdict(one), "passed": one.passed} for one in self.findings]
         whole = {"machine": config(), **facts, "passed": self.passed, "findings": findings}
-        return json.dumps(_finite(whole), indent=1)
-
-
-def _finite(value: Any) -> Any:
-    """Numbers that JSON lacks as words."""
-    if isinstance(value, dict):
-        return {name: _finite(one) for name, one in value.items()}
-    if isinstance(value, list):
-        return [_finite(one) for one in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+        return to_json(whole)
 
 
 COLUMNS = "{:<12} {:<9} {:<10} {:>5}  {:>8} {:>9}  {:>9}  {}"

@@ -1,201 +1,427 @@
-"""The command ``xtoken``."""
+"""The command ``xtoken``. What a command needs is imported when it runs, so that help is there at once."""
 
 from __future__ import annotations
 
-import argparse
+import contextlib
 import functools
-import json
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from . import _core
-from .alignment import METHODS, Aligner
-from .alignment.pretty import printable, printable_lines
-from .audit import NUMERALS, choose_loss, coverage_audit, same_tokens
-from .check import self_test
-from .config import show_config
-from .corpus import align_corpus
-from .corpus.options import Options
-from .losses import registered
-from .pieces import PieceIndex
-from .projection import ProjectionMatrix
-from .sample import sample_texts
-from .vocabulary import Vocabulary
+import typer
+from typer.core import TyperCommand
 
-TOKENIZER = "tokenizer: a Hub id, a folder, tokenizer.json, tekken.json, tiktoken ranks, a SentencePiece model or GGUF"
+from . import _core, outputs
+from .terminal import did_you_mean, one_line, printable, to_json, working
+
+METHODS = tuple(method.name for method in _core.AlignMethod)
+FILES = "parquet, jsonl, txt, arrow; globs"
+TOKENIZER = "a Hub id, a folder, tokenizer.json, tekken.json, tiktoken ranks, a SentencePiece model or GGUF"
+RENAMED = {("project", "--top-k"): "--row-entries", ("cache-teacher", "--top-k"): "--logprobs"}
+"""Options that have another name now: ``--top-k`` is the columns of a loss, in ``xtoken train``."""
 
 
-class _Renamed(argparse.Action):
-    """An option that has another name now, `const`; says so."""
+class Command(TyperCommand):
+    """A command in which an option that may be repeated also takes several values at once, as those of a glob."""
 
-    def __init__(self, option_strings: Sequence[str], dest: str, const: str) -> None:
-        super().__init__(option_strings, dest, "?", const, argparse.SUPPRESS, help=argparse.SUPPRESS)
-
-    def __call__(self, parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
-        parser.error(f"{self.option_strings[0]} is {self.const} now")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="xtoken", description="Distillation of language models across tokenizers.")
-    parser.add_argument("--version", action="version", version=f"xtoken {_core.version}")
-    parser.add_argument("--debug", action="store_true", help="before the command: show where an error comes from")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-
-    commands.add_parser("config", help="print what this build can do on this machine")
-
-    check = commands.add_parser("check", help="compare every loss with float64 on this machine, and time it")
-    check.add_argument("--device", help="such as cuda:1 or cpu (default: the GPU if there is one)")
-    check.add_argument("--losses", nargs="+", choices=tuple(registered()), help="default: all")
-    check.add_argument("--rows", type=int, help="of logits; fewer take less memory (default: 64, on the CPU 8)")
-    check.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    pair = argparse.ArgumentParser(add_help=False)
-    pair.add_argument("--student", required=True, help=TOKENIZER)
-    pair.add_argument("--teacher", required=True, help=TOKENIZER)
-
-    audit = commands.add_parser("audit", parents=[pair], help="which tokens keep a partner, and which loss to use")
-    audit.add_argument("--critical", help="class name or regular expression of the tokens that must survive")
-    audit.add_argument(
-        "--data", nargs="+", metavar="FILE", help="count tokens as often as they occur at the beginnings of these "
-        "files; parquet, jsonl, txt, arrow; globs",
-    )  # fmt: skip
-    audit.add_argument("--json", action="store_true", help="print JSON instead of a table")
-
-    show = commands.add_parser("show", parents=[pair], help="print a text in both tokenizations, chunk above chunk")
-    show.add_argument("text")
-    show.add_argument("--method", default="auto", choices=METHODS, help="alignment method (default %(default)s)")
-    show.add_argument("--json", action="store_true", help="print JSON instead of coloured lines")
-
-    project = commands.add_parser(
-        "project", parents=[pair], help="build the projection matrix W, or the piece index, and write it"
-    )
-    project.add_argument("--output", required=True, help="file to write (safetensors)")
-    project.add_argument("--row-entries", type=int, default=4, help="most entries of a row (default %(default)s)")
-    project.add_argument("--top-k", action=_Renamed, const="--row-entries")
-    project.add_argument("--beta", type=float, default=0.9, help="weight of the first piece (default %(default)s)")
-    project.add_argument("--gamma", type=float, default=0.1, help="factor from piece to piece (default %(default)s)")
-    project.add_argument("--pieces", action="store_true", help="build the piece index, in place of W")
-    project.add_argument(
-        "--texts", nargs="+", metavar="FILE", help="with --pieces: also learn from these files which events the "
-        "tokenizers confuse, about 1 MB of them; parquet, jsonl, txt, arrow; globs",
-    )  # fmt: skip
-    project.add_argument("--reverse", action="store_true", help="also reach teacher tokens that nothing else reaches")
-
-    align = commands.add_parser("align", parents=[pair], help="align a corpus and write parquet shards")
-    align.add_argument("--input", required=True, nargs="+", metavar="FILE", help="parquet, jsonl, txt, arrow; globs")
-    align.add_argument("--output", required=True, help="folder to write shards and manifest.json to")
-    Options.add_to(align)
-
-    report = commands.add_parser("report", help="write a page about a pair of tokenizers, or about a training run")
-    report.add_argument("run", nargs="?", metavar="RUN", help="output folder of xtoken train; else a pair is meant")
-    report.add_argument("--student", help=TOKENIZER)
-    report.add_argument("--teacher", help=TOKENIZER)
-    report.add_argument("--text", nargs="+", default=[], help="texts to show in both tokenizations")
-    report.add_argument(
-        "--data", nargs="+", metavar="FILE", help="files by whose beginnings the coverage is weighted; parquet, jsonl, "
-        "txt, arrow; globs",
-    )  # fmt: skip
-    report.add_argument("-o", "--output", default="report.html", help="file to write (default %(default)s)")
-
-    commands.add_parser("train", add_help=False, help="distil from teachers into a student; see xtoken train --help")
-
-    cache = commands.add_parser("cache-teacher", help="run a teacher once and keep its log-probabilities")
-    cache.add_argument("--teacher", required=True, help="model: a folder, a Hub id or a GGUF file")
-    cache.add_argument("--url", help="server of vLLM or SGLang that has it by that name, http://host:port/v1, in place "
-                       "of running it here; its key is $XTOKEN_TEACHER_KEY")  # fmt: skip
-    cache.add_argument("--tokenizer", help="with --url: tokenizer of a teacher whose name only the server knows")
-    cache.add_argument("--requests", type=int, default=16, help="requests to it in flight (default %(default)s)")
-    cache.add_argument("--timeout", type=float, default=600.0, help="seconds for an answer (default %(default)s)")
-    cache.add_argument(
-        "--patience", type=float, default=300.0, help="seconds to try again after errors (default %(default)s)"
-    )
-    cache.add_argument("--data", required=True, nargs="+", metavar="FILE", help="files as for xtoken train; globs")
-    cache.add_argument("--output", required=True, help="folder to write to")
-    cache.add_argument("--logprobs", type=int, default=128, help="of each token the largest (default %(default)s)")
-    cache.add_argument("--top-k", action=_Renamed, const="--logprobs")
-    cache.add_argument("--max-length", type=int, help="tokens of a document (default: as many as the model can take)")
-    cache.add_argument("--batch-tokens", type=int, default=4096, help="tokens at a time (default %(default)s)")
-    cache.add_argument("--text-column", default="text", help="field with plain text (default %(default)s)")
-    cache.add_argument(
-        "--chat-template", help="for a tokenizer that has none: a file with a chat template, or its text"
-    )
-    cache.add_argument("--teacher-system", help="what the teacher alone is told, as --teacher_system of xtoken train")
-    cache.add_argument("--dtype", default="auto", help="type of the weights (default: as stored)")
-    cache.add_argument("--quantization", help="weights in 8 or 4 bits, as --teacher_quantization of xtoken train")
-    cache.add_argument("--device", help="where the model runs (default: cuda if there is one, else cpu)")
-    cache.add_argument("--resume", action="store_true", help="continue a run that was stopped")
-    cache.add_argument("--trust-remote-code", action="store_true", help="run code that comes with the model")
-
-    demo = commands.add_parser("demo", help="distil a real teacher into a small student, on the CPU in minutes")
-    demo.add_argument("--steps", type=int, help="training steps of each student")
-    demo.add_argument("--seed", type=int, default=0, help="seed of everything random (default %(default)s)")
-    return parser
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        several = {name for one in self.params if getattr(one, "multiple", False) for name in one.opts}
+        spread: list[str] = []
+        option = None
+        for word in args:
+            if (command := (str(self.name), word)) in RENAMED:
+                raise typer.BadParameter(f"{word} is {RENAMED[command]} now", ctx)
+            if word.startswith("-"):
+                option = word if word in several else None
+            elif option is not None and spread[-1] != option:
+                spread.append(option)
+            spread.append(word)
+        return super().parse_args(ctx, spread)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
-    given = list(sys.argv[1:] if arguments is None else arguments)
-    first = 1 if given[:1] == ["--debug"] else 0
-    known, rest = given, []
-    if given[first : first + 1] == ["train"]:
-        known, rest = given[: first + 1], given[first + 1 :]
-    options = _parser().parse_args(known)
-    try:
-        return _run(options, rest)
-    except Exception as error:
-        if options.debug:
-            raise
-        is_ours = isinstance(error, (ValueError, TypeError, OSError, ImportError))
-        said = (
-            str(error) if is_ours else f"{type(error).__name__}: {error} (xtoken --debug {options.command} says where)"
-        )
-        print(f"xtoken {options.command}: {printable_lines(said)}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        hint = "; what is complete stays, go on with --resume" if options.command in ("align", "cache-teacher") else ""
-        print(f"xtoken {options.command}: interrupted{hint}", file=sys.stderr)
-        return 130
+app = typer.Typer(
+    name="xtoken",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 
 
-def _show(options: argparse.Namespace) -> str:
-    aligner = Aligner(options.student, options.teacher, options.method)
-    sides = {"student": aligner.student, "teacher": aligner.teacher}
-    ids = {name: side.tokenizer.encode(options.text, add_special_tokens=False).ids for name, side in sides.items()}
-    alignment = aligner.align(*ids.values())
-    if not options.json:
-        return alignment.pretty(*sides.values(), color=sys.stdout.isatty(), width=shutil.get_terminal_size().columns)
+def _command(example: str, **settings: Any) -> Callable[[Any], Any]:
+    return app.command(cls=Command, epilog=f"Example: xtoken {example}", **settings)
+
+
+def _one_of(known: Sequence[str], help: str) -> Any:
+    """An option with few values, which are completed, and checked before anything else is done."""
+
+    def check(value: str) -> str:
+        if value not in known:
+            raise typer.BadParameter(f"expected one of {', '.join(known)}, got {value!r}{did_you_mean(value, known)}")
+        return value
+
+    def complete(incomplete: str) -> list[str]:
+        return [one for one in known if one.startswith(incomplete)]
+
+    return typer.Option(metavar="{" + ",".join(known) + "}", help=help, callback=check, autocompletion=complete)
+
+
+def _version(is_wanted: bool) -> None:
+    if is_wanted:
+        print(f"xtoken {_core.version}")
+        raise typer.Exit
+
+
+Student = Annotated[str, typer.Option(metavar="TOKENIZER", help=f"tokenizer: {TOKENIZER}")]
+Teacher = Annotated[str, typer.Option(metavar="TOKENIZER", help="tokenizer, likewise")]
+MaybeStudent = Annotated[str | None, typer.Option(metavar="TOKENIZER", help=f"tokenizer: {TOKENIZER}")]
+MaybeTeacher = Annotated[str | None, typer.Option(metavar="TOKENIZER", help="tokenizer, likewise")]
+Weights = Annotated[
+    list[str] | None,
+    typer.Option(metavar="FILE...", help=f"count tokens as often as they occur at the beginnings of these; {FILES}"),
+]
+OutputFile = Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="file to write (safetensors)")]
+OutputFolder = Annotated[str, typer.Option("--output", "-o", metavar="FOLDER", help="folder to write to")]
+TextColumn = Annotated[str, typer.Option(help="column or field with the text")]
+Resume = Annotated[bool, typer.Option("--resume", help="go on with a run that was stopped")]
+Json = Annotated[bool, typer.Option("--json", help="print one JSON document, and nothing else, to standard output")]
+
+
+@app.callback()
+def _xtoken(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="print it")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="before the command: show where an error comes from")] = False,
+) -> None:
+    """Distillation of language models across tokenizers."""
+
+
+# --- tokenizers
+
+
+@_command("audit --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --data corpus.jsonl")
+def audit(
+    student: Student,
+    teacher: Teacher,
+    critical: Annotated[
+        str | None,
+        typer.Option(help="class name or regular expression of the tokens that must survive (default: numbers)"),
+    ] = None,
+    data: Weights = None,
+    json: Json = False,
+) -> None:
+    """Say which tokens keep a partner, and which loss to use."""
+    from .audit import NUMERALS, choose_loss, coverage_audit, critical_classes, same_tokens
+    from .pieces import PieceIndex
+
+    wanted = critical_classes(critical or NUMERALS)
+    with working("reading the tokenizers") as say:
+        sides = _vocabularies(student, teacher, data)
+        say("counting the tokens that keep a partner")
+        report = coverage_audit(*sides, critical=wanted, corpus=_corpus(data))
+        say("comparing the tokenizers")
+        pieces = None if same_tokens(*sides) else PieceIndex.build(*sides)
+        choice = choose_loss(*sides, report=report, pieces=pieces)
+    print(choice.to_json() if json else choice)
+
+
+@_command("show --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B 'In 1995, 1,024 readers'")
+def show(
+    text: str,
+    student: Student,
+    teacher: Teacher,
+    method: Annotated[str, _one_of(METHODS, "alignment method")] = "auto",
+    json: Json = False,
+) -> None:
+    """Print a text in both tokenizations, chunk above chunk."""
+    from .alignment import Aligner
+
+    with working("reading the tokenizers"):
+        aligner = Aligner(*_vocabularies(student, teacher), method)
+        sides = {"student": aligner.student, "teacher": aligner.teacher}
+        ids = {name: side.tokenizer.encode(text, add_special_tokens=False).ids for name, side in sides.items()}
+        alignment = aligner.align(*ids.values())
     facts = {f"{name}_ids": ids[name] for name in sides}
     for name, side in sides.items():
         facts[f"{name}_tokens"] = [side[i].decode("utf-8", "backslashreplace") for i in ids[name]]
-    return printable(json.dumps({**facts, "spans": alignment.spans.tolist()}, ensure_ascii=False))
+    width = shutil.get_terminal_size().columns
+    drawn = alignment.pretty(*sides.values(), color=sys.stdout.isatty(), width=width)
+    print(to_json({**facts, "spans": alignment.spans.tolist()}) if json else drawn)
 
 
-def _align(options: argparse.Namespace) -> str:
-    manifest = align_corpus(options.student, options.teacher, options.input, options.output, **Options.given(options))
-    total = manifest.total
-    skipped = sum(total.skipped.values())
-    return (
-        f"{printable(options.output)}: {total.documents} documents in {len(manifest.shards)} shards, "
-        f"{total.student_tokens} student and {total.teacher_tokens} teacher tokens in {total.chunks} chunks"
-        + (f"; {skipped} broken documents left out" if skipped else "")
-    )
-
-
-def _pieces(options: argparse.Namespace) -> str:
-    if not options.pieces:
+@_command("project --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --output w.safetensors")
+def project(
+    student: Student,
+    teacher: Teacher,
+    output: OutputFile,
+    row_entries: Annotated[int, typer.Option(min=1, help="most entries of a row")] = 4,
+    beta: Annotated[float, typer.Option(help="weight of the first piece")] = 0.9,
+    gamma: Annotated[float, typer.Option(help="factor from piece to piece")] = 0.1,
+    reverse: Annotated[bool, typer.Option("--reverse", help="also reach tokens that nothing else reaches")] = False,
+    pieces: Annotated[bool, typer.Option("--pieces", help="build the piece index, in place of W")] = False,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--data", "--texts", metavar="FILE...",
+            help=f"with --pieces: also learn from about 1 MB of these which events the tokenizers confuse; {FILES}",
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:  # fmt: skip
+    """Build the projection matrix W, or the piece index, and write it."""
+    if data and not pieces:
         raise ValueError("--texts: expected --pieces with it, since W learns from no text")
-    own: list[str] = []
-    if options.texts:
-        from .train.data import text_sample
+    outputs.check_file(output)
+    from .pieces import PieceIndex
+    from .projection import ProjectionMatrix
+    from .sample import sample_texts
 
-        own = text_sample(options.texts)
-    sides = [Vocabulary.from_tokenizer(one) for one in (options.student, options.teacher)]
-    pieces = PieceIndex.build(*sides, texts=[*sample_texts(*sides), *own])
-    pieces.save(options.output)
-    return f"{printable(options.output)}: {pieces}\n{pieces.merged()}"
+    built: Any
+    with working("reading the tokenizers") as say:
+        sides = _vocabularies(student, teacher, data)
+        if pieces:
+            say("building the piece index")
+            built = PieceIndex.build(*sides, texts=[*sample_texts(*sides), *(_corpus(data) or [])])
+        else:
+            say("building W")
+            built = ProjectionMatrix.build(*sides, row_entries, beta, gamma, reverse)
+        built.save(output)
+    said = f"{built}\n{built.merged()}" if pieces else f"{built}"
+    facts = {"events": built.events, "merged": asdict(built.merged())} if pieces else {"entries": built.nnz}
+    _tell(json, {"output": output, "shape": list(built.shape), **facts}, f"{printable(output)}: {said}")
+
+
+# --- corpora
+
+
+@_command("align --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --data 'corpus/*.jsonl' --output aligned")
+def align(
+    student: Student,
+    teacher: Teacher,
+    data: Annotated[list[str], typer.Option("--data", "--input", metavar="FILE...", help=FILES)],
+    output: OutputFolder,
+    text_column: TextColumn = "text",
+    max_length: Annotated[
+        int | None, typer.Option(help="cut documents where both sides fit into so many tokens")
+    ] = None,
+    method: Annotated[str, _one_of(METHODS, "alignment method")] = "auto",
+    engine: Annotated[str, _one_of(("local", "ray"), "where the shards are made")] = "local",
+    workers: Annotated[
+        int | None, typer.Option(help="processes (default: 1 with local, which uses all processors)")
+    ] = None,
+    resume: Resume = False,
+    on_error: Annotated[str, _one_of(("raise", "skip"), "what to do about broken lines")] = "raise",
+    shard_bytes: Annotated[int, typer.Option(help="input bytes a shard")] = 64 << 20,
+    json: Json = False,
+) -> None:
+    """Align a corpus and write parquet shards."""
+    outputs.check_folder(output)
+    from .corpus import align_corpus
+
+    _check_sources(student, teacher)
+    manifest = align_corpus(
+        student, teacher, data, output, text_column=text_column, max_length=max_length, method=method, engine=engine,
+        workers=workers, resume=resume, on_error=on_error, shard_bytes=shard_bytes,
+    )  # fmt: skip
+    total, shards = manifest.total, len(manifest.shards)
+    skipped = sum(total.skipped.values())
+    said = (
+        f"{printable(output)}: {total.documents} documents in {shards} shards, {total.student_tokens} student and "
+        f"{total.teacher_tokens} teacher tokens in {total.chunks} chunks"
+    )
+    said += f"; {skipped} broken documents left out" if skipped else ""
+    _tell(json, {"output": output, "shards": shards, **vars(total)}, said)
+
+
+@_command("cache-teacher --teacher Qwen/Qwen3-4B --data corpus.jsonl --output cache --logprobs 64")
+def cache_teacher(
+    teacher: Annotated[str, typer.Option(metavar="MODEL", help="a folder, a Hub id or a GGUF file")],
+    data: Annotated[list[str], typer.Option(metavar="FILE...", help="files as for xtoken train; globs")],
+    output: OutputFolder,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="server of vLLM or SGLang that has it by that name, http://host:port/v1, in place of running it here; "
+            "its key is $XTOKEN_TEACHER_KEY"
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str | None, typer.Option(help="with --url: tokenizer of a teacher whose name only the server knows")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="requests to it in flight")] = 16,
+    timeout: Annotated[float, typer.Option(help="seconds for an answer")] = 600.0,
+    patience: Annotated[float, typer.Option(help="seconds to try again after errors")] = 300.0,
+    logprobs: Annotated[int, typer.Option(min=1, help="of each token the largest")] = 128,
+    max_length: Annotated[
+        int | None, typer.Option(min=1, help="tokens of a document (default: as many as the model can take)")
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="tokens at a time")] = 4096,
+    text_column: TextColumn = "text",
+    chat_template: Annotated[
+        str | None, typer.Option(help="for a tokenizer that has none: a file with a chat template, or its text")
+    ] = None,
+    teacher_system: Annotated[
+        str | None, typer.Option(help="what the teacher alone is told, as --teacher_system of xtoken train")
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="type of the weights; auto: as stored")] = "auto",
+    quantization: Annotated[
+        str | None, typer.Option(help="weights in 8 or 4 bits, as --teacher_quantization of xtoken train")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="where the model runs (default: cuda if there is one, else cpu)")
+    ] = None,
+    resume: Resume = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run code that comes with the model")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Run a teacher once and keep its log-probabilities."""
+    options = {name: value for name, value in locals().items() if name != "json"}
+    outputs.check_folder(output)
+    from .train import cached
+
+    cache = cached.main(**options)
+    facts = {"output": output, "documents": len(cache), "logprobs": cache.top_k}
+    _tell(json, facts, f"{printable(output)}: {facts['documents']} documents, {cache.top_k} log-probabilities a token")
+
+
+# --- training
+
+
+def _help_of_train(is_wanted: bool) -> None:
+    if is_wanted:
+        print((Path(__file__).parent / "train" / "help.txt").read_text(encoding="utf-8"), end="")
+        raise typer.Exit
+
+
+@app.command(
+    context_settings={"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []},
+)
+def train(
+    ctx: typer.Context,
+    help: Annotated[bool, typer.Option("--help", "-h", is_eager=True, callback=_help_of_train)] = False,
+    json: Json = False,
+) -> None:
+    """Distil from teachers into a student."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        from .train import command
+
+        facts = command.main(ctx.args)
+    if json and facts is not None:
+        print(to_json(facts))
+
+
+@_command("report --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --output report.html")
+def report(
+    run: Annotated[
+        str | None, typer.Argument(metavar="RUN", help="output folder of xtoken train; else a pair is meant")
+    ] = None,
+    student: MaybeStudent = None,
+    teacher: MaybeTeacher = None,
+    text: Annotated[
+        list[str] | None, typer.Option(metavar="TEXT...", help="texts to show in both tokenizations")
+    ] = None,
+    data: Weights = None,
+    output: Annotated[str, typer.Option("--output", "-o", metavar="FILE", help="file to write")] = "report.html",
+    json: Json = False,
+) -> None:
+    """Write a page about a pair of tokenizers, or about a training run."""
+    if (run is None) == (student is None and teacher is None):
+        raise ValueError("report: expected --student and --teacher, or the folder of a training run")
+    if run is not None and (text or data):
+        raise ValueError("--text, --data: expected --student and --teacher with them")
+    outputs.check_file(output)
+    if run is None and (student is None or teacher is None):
+        raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
+    from .report import pair_report, run_report
+
+    page: Any
+    with working("reading") as say:
+        if student is None or teacher is None:
+            page = run_report(str(run))
+        else:
+            sides = _vocabularies(student, teacher, data)
+            say("comparing the tokenizers")
+            of_student, of_teacher = (
+                printable(Path(one).name if Path(one).exists() else one) for one in (student, teacher)
+            )
+            page = pair_report(*sides, names=(of_student, of_teacher), texts=text or [], corpus=_corpus(data))
+        say("writing the page")
+        page.save(output)
+    _tell(json, {"output": output, "page": str(page)}, f"{printable(output)}: {page}")
+
+
+# --- this machine
+
+
+@_command("check --device cuda:0")
+def check(
+    device: Annotated[str | None, typer.Option(help="such as cuda:1 or cpu (default: the GPU if there is one)")] = None,
+    losses: Annotated[list[str] | None, typer.Option(metavar="LOSS...", help="default: all")] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="of logits; fewer take less memory (default: 64, on the CPU 8)")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Compare every loss with float64 on this machine, and time it."""
+    from .check import self_test
+
+    with working("comparing") if json else contextlib.nullcontext(functools.partial(print, flush=True)) as tell:
+        found = self_test(device, losses or None, rows=rows, tell=tell)
+    if json:
+        print(found.to_json())
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+@_command("demo --steps 20")
+def demo(
+    steps: Annotated[int, typer.Option(min=1, help="training steps of each student")] = 50,
+    seed: Annotated[int, typer.Option(help="seed of everything random")] = 0,
+    json: Json = False,
+) -> None:
+    """Distil a real teacher into a small student, on the CPU in minutes."""
+    with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
+        from .demo import run
+
+        results = run(steps, seed)
+    if json:
+        print(to_json(results))
+
+
+@_command("config --json")
+def config(json: Json = False) -> None:
+    """Print what this build can do on this machine."""
+    from .config import config, show_config
+
+    if json:
+        print(to_json(config()))
+    else:
+        show_config()
+
+
+def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:
+    print(to_json(facts) if as_json else text)
+
+
+def _check_sources(*sources: str) -> None:
+    from .vocabulary.sources import check_source
+
+    for source in sources:
+        check_source(source)
+
+
+def _vocabularies(student: str, teacher: str, data: Sequence[str] | None = None) -> tuple[Any, Any]:
+    """Of both tokenizers, which are read when all paths are there."""
+    from .corpus.files import find_files
+    from .vocabulary import Vocabulary
+
+    _check_sources(student, teacher)
+    if data:
+        find_files(data)
+    return Vocabulary.from_tokenizer(student), Vocabulary.from_tokenizer(teacher)
 
 
 def _corpus(data: Sequence[str] | None) -> list[str] | None:
@@ -207,75 +433,30 @@ def _corpus(data: Sequence[str] | None) -> list[str] | None:
     return text_sample(data)
 
 
-def _report(options: argparse.Namespace) -> str:
-    from . import report
-
-    if (options.run is None) == (options.student is None and options.teacher is None):
-        raise ValueError("report: expected --student and --teacher, or the folder of a training run")
-    output = Path(options.output)
-    if output.is_dir() or not output.absolute().parent.is_dir():
-        raise ValueError(f"--output: expected a file in a folder that is there, got {options.output}")
-    if options.run is not None:
-        if options.text or options.data:
-            raise ValueError("--text, --data: expected --student and --teacher with them")
-        page: Any = report.run_report(options.run)
-    else:
-        for name in ("student", "teacher"):
-            if getattr(options, name) is None:
-                raise ValueError(f"--{name}: expected one")
-        student, teacher = (
-            printable(Path(one).name if Path(one).exists() else one) for one in (options.student, options.teacher)
-        )
-        page = report.pair_report(
-            options.student, options.teacher, names=(student, teacher), texts=options.text, corpus=_corpus(options.data)
-        )
-    page.save(output)
-    return f"{printable(options.output)}: {page}"
-
-
-def _check(options: argparse.Namespace) -> int:
-    tell = None if options.json else functools.partial(print, flush=True)
-    report = self_test(options.device, options.losses, rows=options.rows, tell=tell)
-    if options.json:
-        print(report.to_json())
-    return 0 if report.passed else 1
-
-
-def _run(options: argparse.Namespace, rest: Sequence[str]) -> int:
-    if options.command == "config":
-        show_config()
-    elif options.command == "check":
-        return _check(options)
-    elif options.command == "audit":
-        student, teacher = (Vocabulary.from_tokenizer(one) for one in (options.student, options.teacher))
-        report = coverage_audit(student, teacher, critical=options.critical or NUMERALS, corpus=_corpus(options.data))
-        pieces = None if same_tokens(student, teacher) else PieceIndex.build(student, teacher)
-        choice = choose_loss(student, teacher, report=report, pieces=pieces)
-        print(choice.to_json() if options.json else choice)
-    elif options.command == "align":
-        print(_align(options))
-    elif options.command == "show":
-        print(_show(options))
-    elif options.command == "project" and (options.pieces or options.texts):
-        print(_pieces(options))
-    elif options.command == "project":
-        matrix = ProjectionMatrix.build(
-            options.student, options.teacher, options.row_entries, options.beta, options.gamma, options.reverse
-        )
-        matrix.save(options.output)
-        print(f"{printable(options.output)}: {matrix}")
-    elif options.command == "report":
-        print(_report(options))
-    elif options.command == "train":
-        from .train import command
-
-        command.main(rest)
-    elif options.command == "cache-teacher":
-        from .train import cached
-
-        print(printable(cached.main(options)))
-    elif options.command == "demo":
-        from . import demo
-
-        demo.run(**{"seed": options.seed, **({"steps": options.steps} if options.steps else {})})
-    return 0
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line; returns the exit status: 1 for an error, 2 for words that are no command or option."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    is_debugged = given[:1] == ["--debug"]
+    command = given[is_debugged] if len(given) > is_debugged else ""
+    name = f"xtoken {command}" if command in typer.main.get_group(app).commands else "xtoken"
+    try:
+        status = app(given, prog_name="xtoken", standalone_mode=False)
+    except KeyboardInterrupt:
+        status = 130
+    except SystemExit as end:  # of argparse
+        return end.code if isinstance(end.code, int) else 1
+    except Exception as error:
+        if hasattr(error, "format_message"):  # of typer, about the words that were given
+            if said := one_line(error.format_message()):
+                print(f"{name}: {said} ({name} --help)", file=sys.stderr)
+            return 2
+        if is_debugged:
+            raise
+        is_ours = isinstance(error, (ValueError, TypeError, OSError, ImportError))
+        said = str(error) if is_ours else f"{type(error).__name__}: {error} (xtoken --debug {command} says where)"
+        print(f"{name}: {one_line(said)}", file=sys.stderr)
+        return 1
+    if status == 130:
+        hint = "; what is complete stays, go on with --resume" if command in ("align", "cache-teacher") else ""
+        print(f"{name}: interrupted{hint}", file=sys.stderr)
+    return status or 0

@@ -22,7 +22,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, OpenerDirector, ProxyHandler, Request, build_opener
 
-from .alignment.pretty import printable
+from .terminal import printable
 
 RETRIED = frozenset({408, 425, 429, 500, 502, 503, 504})
 """States of HTTP after which a request is sent again."""

@@ -129,7 +129,7 @@ def run(
 
     from .train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 
-    console = Console()
+    console, bars = Console(), Console(stderr=True)
     started = time.perf_counter()
     console.rule("teacher and tokenizers")
     model, teacher_tok = load_teacher()
@@ -165,7 +165,10 @@ def run(
     console.rule(f"training on {len(training):,} passages of the Python manual, {steps} steps of {batch_size}")
     columns = (TextColumn("{task.description:<22}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
                TextColumn("ce {task.fields[ce]:.3f}"))  # fmt: skip
-    with Progress(*columns, console=console) as progress, tempfile.TemporaryDirectory() as folder:
+    with (
+        Progress(*columns, console=bars, disable=not bars.is_terminal) as progress,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         config = XTokenConfig(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=batch_size,
             per_device_eval_batch_size=batch_size, learning_rate=3e-3, adam_beta2=0.95, weight_decay=0.01,

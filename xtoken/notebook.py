@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 
-from .alignment.pretty import printable
+from .terminal import printable
 
 MOST = 20
 """Rows of a table that are shown."""

@@ -304,9 +304,17 @@ class Index:
     def prepare(self, folder: Path, resume: bool, kind: str) -> bool:
         """Makes an output folder; whether it holds an index to go on with.
 
-        Refuses a folder that holds something and is not to be resumed, or something else than `kind`; removes what an
-        earlier run left half written.
+        Refuses what `check` refuses; removes what an earlier run left half written.
         """
+        leftovers = self.check(folder, resume, kind)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in leftovers:
+            (folder / name).unlink()
+        return (folder / self.name).exists()
+
+    def check(self, folder: Path, resume: bool, kind: str) -> set[str]:
+        """Refuses a folder that holds something and is not to be resumed, or something else than `kind`; returns the
+        names of what an earlier run left half written."""
         held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
         if held and not resume:
             raise ValueError(f"output: {folder} is not empty; give another folder, or resume (--resume) what is in it")
@@ -314,10 +322,7 @@ class Index:
         leftovers = {name for name in hidden if name.endswith(TEMPORARY) or name.startswith(f".{self.name}.")}
         if held - leftovers and self.name not in held:
             raise ValueError(f"output: {folder} holds {min(held - leftovers)} but no {self.name}; expected {kind}")
-        folder.mkdir(parents=True, exist_ok=True)
-        for name in leftovers:
-            (folder / name).unlink()
-        return self.name in held
+        return leftovers
 
 
 def _json_digest(content: Any) -> str:

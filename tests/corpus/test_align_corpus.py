@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
 import json
@@ -21,7 +20,7 @@ import pytest
 import tokenizers
 
 import xtoken
-from xtoken import Aligner, Vocabulary, align_corpus
+from xtoken import Aligner, Vocabulary, align_corpus, cli
 from xtoken.cli import main
 from xtoken.corpus import require
 from xtoken.corpus.options import Options
@@ -268,16 +267,9 @@ def test_options_are_those_of_the_function_and_of_the_command():
     signature = inspect.signature(align_corpus).parameters.values()
     named = {one.name: one.default for one in signature if one.kind is one.KEYWORD_ONLY}
     assert list(named.items()) == list(dataclasses.asdict(Options()).items())
-    parser = argparse.ArgumentParser()
-    Options.add_to(parser)
-    assert Options(**Options.given(parser.parse_args([]))) == Options()
-    changed = ["--text-column=t", "--max-length=5", "--method=dp", "--engine=ray", "--workers=2", "--resume"]
-    changed += ["--on-error=skip", "--shard-bytes=7"]
-    expected = Options("t", 5, "dp", "ray", 2, True, "skip", 7)
-    assert Options(**Options.given(parser.parse_args(changed))) == expected
-    assert "--engine {local,ray}" in parser.format_help()
+    command = inspect.signature(cli.align).parameters
     del named["progress"]
-    assert Options.given(parser.parse_args([])) == named
+    assert {name: command[name].default for name in named} == named
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="file size limits are POSIX")

@@ -242,7 +242,7 @@ def test_bad_arguments() -> None:
 def test_the_command(
     plant: Callable[..., None], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(cli, "self_test", functools.partial(self_test, sizes=SIZES))
+    monkeypatch.setattr(check, "self_test", functools.partial(self_test, sizes=SIZES))
     without_kernels = next(name for name in registered() if name not in KERNELS)
     arguments = ["check", "--device", "cpu", "--rows", "8", "--losses", without_kernels]
     assert cli.main(arguments) == 0

@@ -21,6 +21,7 @@ PUBLIC = {
     "xtoken/_public.py",
     "xtoken/losses/__init__.py",
     "xtoken/reference.py",
+    "xtoken/train/help.txt",
     "xtoken/audit.py",
     "tests/test_audit.py",
     # What adapts and measures a trainer of TRL, whose own names are those of two losses.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from small import command, history
 from xtoken.cli import main
 from xtoken.losses import Needs, registered
 from xtoken.losses.criterion import SCALINGS
-from xtoken.train.command import check, loss_arguments, open_all, parse
+from xtoken.train.command import check, loss_arguments, open_all, own_help, parse
 from xtoken.train.example import TRAIN_ON
 from xtoken.train.prepare import one_each, weights_of
 
@@ -205,13 +206,16 @@ def test_errors_are_one_line(folders, tmp_path, capsys):
     assert "source: no such file: none.gguf" in capsys.readouterr().err
 
 
-def test_teachers_of_the_same_name(folders, tmp_path):
-    """Two folders of one name get two names."""
+def test_teachers_of_the_same_name(folders, tmp_path, capsys):
+    """Two folders of one name get two names. With ``--json`` the result is all that is printed."""
     again = tmp_path / "teacher"
     again.symlink_to(folders["teacher"])
     arguments = command(folders, tmp_path / "out", "--teacher", str(again), "--max_steps", "1", "--loss", UNAIDED)
-    assert main(arguments) == 0
-    assert {"eval_kd/teacher", "eval_kd/teacher-2"} <= history(tmp_path / "out")[-1].keys()
+    assert main([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert (printed["output"], printed["steps"]) == (str(tmp_path / "out"), 1)
+    assert printed["log"] == history(tmp_path / "out")
+    assert {"eval_kd/teacher", "eval_kd/teacher-2"} <= printed["log"][-1].keys()
 
 
 def test_weights_and_losses():
@@ -225,12 +229,25 @@ def test_weights_and_losses():
     assert one_each([PROJECTED, SHARED], "auto", 2, "loss") == [PROJECTED, SHARED]
 
 
-def test_help_names_the_options(capsys):
-    with pytest.raises(SystemExit, match="0"):
-        main(["train", "--help"])
+def test_help(capsys):
+    """What is printed at once is the help of the options that are not those of transformers."""
+    assert main(["train", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert printed == own_help(), "run: python -m xtoken.train.command > xtoken/train/help.txt"
+    assert "--teacher_weight" in printed
+    assert "--fsdp" not in re.findall(r"^  (--\w+)", printed, re.MULTILINE)
+    assert main(["train", "--help-all"]) == 0
     printed = capsys.readouterr().out
     for name in ("--student", "--teacher_weight", "--teacher-weight", "--fsdp", "--gradient_accumulation_steps"):
         assert name in printed
+
+
+def test_words_that_are_almost_options(capsys):
+    assert main(["train", *ALL, "--data", ".", "--loss", "atuo"]) == 2
+    assert "did you mean auto? (xtoken train --help)" in capsys.readouterr().err
+    assert main(["train", *ALL, "--data", ".", "--learning_raet=1"]) == 2
+    wanted = "no such option: --learning_raet=1; did you mean --learning_rate? (xtoken train --help)\n"
+    assert capsys.readouterr().err == f"xtoken train: {wanted}"
 
 
 @pytest.mark.parametrize("more", [(PIECES,), (PROJECTED, "--merge", "chain")])

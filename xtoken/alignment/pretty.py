@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from torch import Tensor
 
+from xtoken.terminal import printable
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 
@@ -19,17 +18,6 @@ def shown_tokens(tokenizer: TokenizerLike, ids: Tensor) -> list[str]:
 def _shown(token: bytes) -> str:
     """A token on one line: control characters and bytes that are not UTF-8 escaped, spaces visible."""
     return printable(token.decode("utf-8", "backslashreplace").replace(" ", "·")) or "∅"
-
-
-def printable(text: object) -> str:
-    """A text on one line for a terminal: what could steer it, such as escape sequences and marks that turn the
-    direction of writing, escaped as JSON and Python do."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in str(text))
-
-
-def printable_lines(text: object) -> str:
-    """The same of a text of several lines, of which only the first is not indented: none looks like another text."""
-    return "\n  ".join(map(printable, str(text).split("\n")))
 
 
 def two_lines(spans: list[list[int]], student: list[str], teacher: list[str], color: bool, width: int) -> str:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xtoken.alignment.alignment import IGNORED as IGNORED
 from xtoken.alignment.chunks import Chunks
+from xtoken.terminal import did_you_mean
 
 
 class Formula(Protocol):
@@ -240,8 +241,9 @@ def backends_with(loss: str) -> tuple[str, ...]:
 def check_backend(requested: str, name: str = "backend") -> None:
     """``requested`` is "auto" or the name of a backend, built or not."""
     if requested != "auto" and requested not in _BACKENDS and requested not in _NOT_BUILT:
-        known = ", ".join(repr(one) for one in dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT]))
-        raise ValueError(f"{name}: expected one of {known}, got {requested!r}")
+        known = dict.fromkeys(["auto", *_BACKENDS, *_NOT_BUILT])
+        hint = did_you_mean(requested, tuple(known))
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, known))}, got {requested!r}{hint}")
 
 
 def select_backend(requested: str, device: torch.device | str, loss: str | None = None) -> str:

@@ -16,6 +16,7 @@ from xtoken.losses.logits import AnyLogits, LinearLogits, OrderedLogits, Parts, 
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, Expected, run
 from xtoken.losses.ordered import in_order
+from xtoken.terminal import did_you_mean
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
@@ -358,7 +359,9 @@ def check_known(side: int, width: int, labels: Tensor | None, alignment: Alignme
 def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
     """``value`` is one of ``choices``."""
     if value not in choices:
-        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+        raise ValueError(
+            f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{did_you_mean(value, choices)}"
+        )
 
 
 def check_temperature(value: float) -> None:

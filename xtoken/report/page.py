@@ -11,8 +11,8 @@ from typing import Any
 import jinja2
 
 from xtoken import _core
-from xtoken.alignment.pretty import printable
 from xtoken.storage import write_atomically
+from xtoken.terminal import printable
 
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("xtoken.report"), autoescape=True, undefined=jinja2.StrictUndefined,

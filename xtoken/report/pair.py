@@ -14,12 +14,12 @@ from typing import Any
 import torch
 
 from xtoken.alignment import Aligner
-from xtoken.alignment.pretty import printable
 from xtoken.audit import LossChoice, choose_loss, coverage_audit
 from xtoken.losses import registered
 from xtoken.notebook import html_list
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ROW_KINDS, ProjectionMatrix
+from xtoken.terminal import printable
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 from .page import packed, render, save

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
-from xtoken.alignment.pretty import printable
+from xtoken.terminal import printable
 from xtoken.vocabulary import Vocabulary
 
 from . import adapters

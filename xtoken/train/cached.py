@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,12 +15,15 @@ from torch.utils.data import Dataset
 
 from xtoken.losses import TopKLogits
 from xtoken.served import KEY, ServedModel
-from xtoken.teacher_cache import TeacherCache, cache_teacher, cached_time
+from xtoken.teacher_cache import INDEX, TeacherCache, cache_teacher, cached_time
+from xtoken.terminal import working
 from xtoken.vocabulary import TokenizerLike
+from xtoken.vocabulary.sources import check_source
 
 from .chat import ChatTemplate, use_template
 from .data import encoded, has_chats, read_rows
 from .encode import ExampleEncoder
+from .prepare import check_device, check_dtype
 from .routing import is_routed
 from .table import open_data
 from .teachers import load_model, load_tokenizer
@@ -135,37 +139,73 @@ def teacher_documents(
             yield ids.tolist()
 
 
-def main(options: argparse.Namespace) -> str:
-    """Runs ``xtoken cache-teacher``; returns a summary."""
-    if options.tokenizer is not None and options.url is None:
+def main(
+    teacher: str,
+    data: Sequence[str],
+    output: str,
+    *,
+    url: str | None,
+    tokenizer: str | None,
+    requests: int,
+    timeout: float,
+    patience: float,
+    logprobs: int,
+    max_length: int | None,
+    batch_tokens: int,
+    text_column: str,
+    chat_template: str | None,
+    teacher_system: str | None,
+    dtype: str,
+    quantization: str | None,
+    device: str | None,
+    resume: bool,
+    trust_remote_code: bool,
+) -> TeacherCache:
+    """Runs ``xtoken cache-teacher``, which documents the options."""
+    if tokenizer is not None and url is None:
         raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
-    data = [open_data(one, "data", "train") for one in options.data]
-    if has_chats(data, options.text_column):
-        source = options.tokenizer or options.teacher
-        tokenizer = load_tokenizer(source, trust_remote_code=options.trust_remote_code)
-        use_template(tokenizer, options.chat_template)
-        ChatTemplate(tokenizer, "teacher")
-    if options.url is not None:
-        tokenizer = load_tokenizer(options.tokenizer or options.teacher, trust_remote_code=options.trust_remote_code)
-        model: Any = ServedModel(
-            options.url, tokenizer, options.teacher, logprobs=options.logprobs, requests=options.requests,
-            timeout=options.timeout, patience=options.patience, key=os.environ.get(KEY),
+    INDEX.check(Path(output), resume, "a teacher cache")
+    if url is None:
+        check_source(teacher)
+        check_dtype(dtype, "dtype")
+        place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
+    opened = [open_data(one, "data", "train") for one in data]
+    with working("loading the teacher") as say:
+        if url is not None or has_chats(opened, text_column):
+            tok = load_tokenizer(tokenizer or teacher, trust_remote_code=trust_remote_code)
+            use_template(tok, chat_template)
+        if has_chats(opened, text_column):
+            ChatTemplate(tok, "teacher")
+        if url is not None:
+            model: Any = ServedModel(
+                url, tok, teacher, logprobs=logprobs, requests=requests, timeout=timeout, patience=patience,
+                key=os.environ.get(KEY),
+            )  # fmt: skip
+        else:
+            model, tok = load_model(
+                teacher, dtype=dtype, device=place, trust_remote_code=trust_remote_code,
+                quantization_config=quantization,
+            )  # fmt: skip
+            model.eval()
+            use_template(tok, chat_template)
+        now = None
+        if "strftime_now" in str(getattr(tok, "chat_template", None)):
+            now = (cached_time(output) if resume else None) or datetime.now()
+        rows = read_rows(opened, text_column)
+        return cache_teacher(
+            model, tok, teacher_documents(tok, rows, text_column, now, teacher_system), output, top_k=logprobs,
+            max_length=max_length, batch_tokens=batch_tokens, resume=resume, now=now, advance=_Counted(say),
         )  # fmt: skip
-    else:
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        model, tokenizer = load_model(
-            options.teacher, dtype=options.dtype, device=device, trust_remote_code=options.trust_remote_code,
-            quantization_config=options.quantization,
-        )  # fmt: skip
-        model.eval()
-    use_template(tokenizer, options.chat_template)
-    now = None
-    if "strftime_now" in str(getattr(tokenizer, "chat_template", None)):
-        now = (cached_time(options.output) if options.resume else None) or datetime.now()
-    rows = read_rows(data, options.text_column)
-    documents = teacher_documents(tokenizer, rows, options.text_column, now, options.teacher_system)
-    cache = cache_teacher(
-        model, tokenizer, documents, options.output, top_k=options.logprobs, max_length=options.max_length,
-        batch_tokens=options.batch_tokens, resume=options.resume, now=now,
-    )  # fmt: skip
-    return f"{options.output}: {len(cache)} documents, {cache.top_k} log-probabilities a token"
+
+
+class _Counted:
+    """Tells how many documents and tokens are done, and how fast."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        self.say, self.documents, self.tokens, self.started = say, 0, 0, time.monotonic()
+
+    def __call__(self, documents: int, tokens: int) -> None:
+        self.documents += documents
+        self.tokens += tokens
+        speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
+        self.say(f"{self.documents:,} documents, {self.tokens:,} tokens, {speed:,.0f} tokens/s")

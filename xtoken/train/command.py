@@ -12,19 +12,23 @@ import functools
 import json
 import os
 import re
+import sys
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from torch.utils.data import ConcatDataset
-from transformers import HfArgumentParser
+from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from xtoken.losses import registered
+from xtoken.outputs import check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
+from xtoken.terminal import did_you_mean, one_line
 
 from . import adapters
 from .assemble import SELF, build_teachers, examples_of, limits_of, load_student
@@ -42,10 +46,30 @@ from .table import open_data
 from .teachers import load_model, load_tokenizer
 from .trainer import XTokenTrainer
 
+EXAMPLE = (
+    "Example: xtoken train --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --data corpus.jsonl --output out"
+)
+LOSSES = "options of the losses"
+
 
 # ruff: noqa: RUF009, since this makes fields
 def _option(default: Any, help: str, **metadata: Any) -> Any:
     return field(default=default, metadata={"help": help, **metadata})
+
+
+class Parser(HfArgumentParser):
+    """Says what is wrong in one line, and what may be meant."""
+
+    def error(self, message: str) -> NoReturn:
+        print(f"{self.prog}: {one_line(message)} ({self.prog} --help)", file=sys.stderr)
+        raise SystemExit(2)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            error.message += did_you_mean(value, [str(one) for one in action.choices or ()])
+            raise
 
 
 @dataclass
@@ -115,31 +139,74 @@ def loss_arguments() -> dict[str, dict[str, Any]]:
     return found
 
 
+def _parser() -> Parser:
+    parser = Parser(
+        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        usage="%(prog)s --student STUDENT --teacher TEACHER --data FILE ... --output FOLDER [option ...]",
+    )  # fmt: skip
+    parser.add_argument("--help-all", action="help", help="show this, with all options of transformers")
+    parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
+    group = parser.add_argument_group(LOSSES, "each for the losses that have it; 0 columns are all")
+    for name, said in loss_arguments().items():
+        group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
+    parser.set_defaults(logging_steps=10)
+    return parser
+
+
+def own_help() -> str:
+    """The help without the options of transformers: the content of ``help.txt``, which ``xtoken train --help`` prints,
+    since it takes seconds to make."""
+    parser, own = _parser(), vars(XTokenConfig)["__annotations__"]
+    left_out = {"help", "help_all", *({one.name for one in fields(TrainingArguments)} - own.keys())}
+    lines = [
+        parser.format_usage().strip(),
+        "",
+        *str(parser.description).strip().replace("``", "").splitlines(),
+        "",
+        EXAMPLE,
+        "",
+    ]
+    lines += ["Underscores may be hyphens. Options of transformers.TrainingArguments: xtoken train --help-all", ""]
+    for action in parser._actions:
+        if action.dest in left_out:
+            continue
+        names = [one for one in action.option_strings if "-" not in one[2:]]
+        value = (
+            ""
+            if action.nargs in (0, "?")
+            else f" {{{','.join(map(str, action.choices))}}}"
+            if action.choices
+            else " VALUE"
+        )
+        default = (
+            "" if action.default in (None, False) or isinstance(action.default, list) else f"; default {action.default}"
+        )
+        said = f"{action.help}" + ("" if "default" in str(action.help) else default)
+        lines += [f"  {', '.join(names)}{value}{' ...' if action.nargs in ('+', '*') else ''}"]
+        lines += textwrap.wrap(said.replace("%%", "%"), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return "\n".join(lines) + "\n"
+
+
 def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
     """Options from the command line, and for those not given there from the YAML file that ``--config`` names."""
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--config")
     chosen, given = first.parse_known_args(arguments)
-    parser = HfArgumentParser(
-        (TrainArguments, XTokenConfig), prog="xtoken train", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        usage="%(prog)s --student STUDENT --teacher TEACHER --data FILE ... --output FOLDER [option ...]",
-    )  # fmt: skip
-    parser.add_argument("--config", help="YAML file with options by name; those of the command line come before it")
-    group = parser.add_argument_group("options of the losses", "each for the losses that have it; 0 columns are all")
-    for name, said in loss_arguments().items():
-        group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
-    parser.set_defaults(logging_steps=10)
+    parser = _parser()
     if chosen.config:
         given = [*_from_yaml(chosen.config, parser, given), *given]
-    options, config, others = parser.parse_args_into_dataclasses(given)
+    options, config, others, *unknown = parser.parse_args_into_dataclasses(given, return_remaining_strings=True)
+    if unknown[0]:
+        word = next((one for one in unknown[0] if one.startswith("-")), unknown[0][0])
+        parser.error(f"no such option: {word}{did_you_mean(word.split('=')[0], [*parser._option_string_actions])}")
     known: Any = config.loss_options or {}
     given_options = {name: one for name, one in vars(others).items() if name != "config" and one is not None}
     config.loss_options = {**known, **given_options}
     for name in ("student", "teacher", "data"):
         if not getattr(options, name):
             raise ValueError(f"--{name}: expected one")
-    if not {f"--{name}" for name in ("output", "output_dir", "output-dir")} & {one.split("=")[0] for one in given}:
+    if not {"-o", "--output", "--output_dir", "--output-dir"} & {one.split("=")[0] for one in given}:
         raise ValueError("--output: expected a folder")
     return options, config
 
@@ -147,6 +214,7 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 def check(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError, before models are loaded, for more or fewer losses than teachers, an option of no loss, and
     options that lack another, or do not go with it."""
+    check_folder(str(config.output_dir))
     count = len(options.teacher or [])
     given: Any = config.loss_options
     if config.on_policy and any(folder != "none" for folder in options.teacher_cache or ()):
@@ -260,8 +328,8 @@ def settings_of(options: TrainArguments, config: XTokenConfig) -> dict[str, Any]
     return {name: value for name, value in values.items() if not name.endswith("_token") and value != usual[name]}
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs ``xtoken train``."""
+def main(arguments: Sequence[str]) -> dict[str, Any] | None:
+    """Runs ``xtoken train``; returns what became of it, in the first process alone."""
     options, config = parse(arguments)
     check(options, config)
     data, eval_data = open_all(options, config)
@@ -323,3 +391,10 @@ def main(arguments: Sequence[str]) -> None:
             str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code
         )
         adapters.save_merged(stored, Path(folder))
+    if config.process_index:
+        return None
+    return {"output": folder, "steps": trainer.state.global_step, "log": trainer.state.log_history}
+
+
+if __name__ == "__main__":
+    print(own_help(), end="")

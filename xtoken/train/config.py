@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-import torch
 from transformers import TrainingArguments
 
 from xtoken.losses import registered
@@ -17,7 +16,7 @@ from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 from .adapters import AdapterArguments
 from .example import TRAIN_ON
 from .fused import CHOICES
-from .prepare import check_loss_options
+from .prepare import check_device, check_dtype, check_loss_options
 from .quantized import quantization_config
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
@@ -149,7 +148,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     """
 
     output_dir: str | None = field(
-        default=None, metadata={"aliases": ["--output"], "help": "folder for checkpoints, the student and the log"}
+        default=None,
+        metadata={"aliases": ["--output", "-o"], "help": "folder for checkpoints, the student and the log"},
     )
     scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation", "choices": SCALINGS})
     max_scale: float = field(default=DEFAULT_MAX_SCALE, metadata={"help": "bound of the dynamic factor; inf: none"})
@@ -265,19 +265,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
                 setattr(self, name, [one])
         self.check_adapters()
         for name in ("student_dtype", "teacher_dtype"):
-            given: Any = getattr(self, name)
-            if given != "auto" and not isinstance(getattr(torch, str(given).removeprefix("torch."), None), torch.dtype):
-                raise ValueError(
-                    f"{name}: expected 'auto', 'float32', 'bfloat16', 'float16' or another type of torch, got {given!r}"
-                )
-        if self.teacher_device not in (None, "auto"):
-            try:
-                torch.device(self.teacher_device)
-            except RuntimeError as error:
-                raise ValueError(
-                    f"teacher_device: expected 'auto', or a device of torch such as 'cpu' or 'cuda:1', got "
-                    f"{self.teacher_device!r}"
-                ) from error
+            check_dtype(getattr(self, name), name)
+        if self.teacher_device is not None:
+            check_device(self.teacher_device, "teacher_device")
         check_backend(self.loss_backend, "loss_backend")
         for quantization in self.teacher_quantization or []:
             quantization_config(quantization)

@@ -11,6 +11,8 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
 
+import torch
+
 from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
 from xtoken.losses import Needs, Teacher, registered
@@ -28,6 +30,22 @@ KINDS: dict[Any, tuple[str, Any]] = {
 
 Made = TypeVar("Made")
 Folder: TypeAlias = "str | os.PathLike[str] | None"
+
+
+def check_dtype(dtype: str, name: str) -> None:
+    """Raises ValueError for what is neither "auto" nor the name of a type of torch."""
+    if dtype != "auto" and not isinstance(getattr(torch, str(dtype).removeprefix("torch."), None), torch.dtype):
+        known = "'auto', 'float32', 'bfloat16', 'float16' or another type of torch"
+        raise ValueError(f"{name}: expected {known}, got {dtype!r}")
+
+
+def check_device(device: str, name: str) -> str:
+    """The same; ValueError for what is neither "auto" nor a device of torch."""
+    try:
+        return device if device == "auto" else str(torch.device(device))
+    except RuntimeError as error:
+        known = "'auto', or a device of torch such as 'cpu' or 'cuda:1'"
+        raise ValueError(f"{name}: expected {known}, got {device!r}") from error
 
 
 def cache_folder() -> Path:

@@ -6,7 +6,7 @@ import json
 import logging
 from collections import Counter
 
-from xtoken.alignment.pretty import printable
+from xtoken.terminal import printable
 
 logger = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
-from xtoken.alignment.pretty import printable
 from xtoken.losses.backends import IGNORED
 from xtoken.report.run import add_sample
 from xtoken.served import ServedModel
+from xtoken.terminal import printable
 
 from .completion import Completion, CompletionEncoder, Prompt, read_prompt, text_of
 from .encode import ExampleEncoder

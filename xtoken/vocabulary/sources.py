@@ -45,15 +45,21 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         path = next((path / name for name in known if (path / name).exists()), path)
     if path.is_file():
         return _from_file(path)
-    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
-                              or path.suffix in (".json", ".model", ".gguf", ".tiktoken")):  # fmt: skip
-        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
+    check_source(source)
     from transformers import AutoTokenizer
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
     except OSError as error:
         raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
+
+
+def check_source(source: str | os.PathLike[str]) -> None:
+    """Raises FileNotFoundError for what cannot be a Hub id, if no such file or folder is there."""
+    path = Path(source)
+    if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
+                              or path.suffix in (".json", ".model", ".gguf", ".tiktoken")):  # fmt: skip
+        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
 
 
 def _from_file(path: Path) -> Any:

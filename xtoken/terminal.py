@@ -1,0 +1,58 @@
+"""What goes to a terminal: text that cannot steer it, JSON, and what is being done."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+
+def printable(text: object) -> str:
+    """A text on one line for a terminal: what could steer it, such as escape sequences and marks that turn the
+    direction of writing, escaped as JSON and Python do."""
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in str(text))
+
+
+def one_line(text: object) -> str:
+    """The same of a text of several lines, which are joined: none looks like another text."""
+    return printable(" ".join(line.strip() for line in str(text).split("\n")))
+
+
+def to_json(facts: Any) -> str:
+    """JSON in ASCII; numbers that JSON lacks are words in it."""
+    return json.dumps(_finite(facts), indent=1)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(one) for name, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one) for one in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def did_you_mean(word: object, known: Sequence[str]) -> str:
+    """``"; did you mean x?"`` for a word that is almost one of those that are known, else nothing."""
+    near = difflib.get_close_matches(str(word), known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+@contextmanager
+def working(what: str) -> Iterator[Callable[[str], None]]:
+    """Shows on standard error, if that is a terminal, what is being done and for how long.
+
+    Gives a function that is called with what is done next.
+    """
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
+    with Progress(
+        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, disable=not sys.stderr.isatty()
+    ) as bar:
+        task = bar.add_task(printable(what), total=None)
+        yield lambda what: bar.update(task, description=printable(what))
