@@ -203,7 +203,10 @@ def test_errors_are_one_line(folders, tmp_path, capsys):
     error = capsys.readouterr().err
     assert error == "xtoken train: loss: expected one, or one for each of the 1 teachers, got 2\n"
     assert main(command(folders, tmp_path / "out", "--student", "./none.gguf")) == 1
-    assert "source: no such file: none.gguf" in capsys.readouterr().err
+    assert capsys.readouterr().err == "xtoken train: --student: no such file or folder: ./none.gguf\n"
+    for option, value in (("--teacher", "./none"), ("--teacher_cache", "none/cache"), ("--config", "none.yaml")):
+        assert main(command(folders, tmp_path / "out", option, value)) == 1
+        assert re.search(rf"xtoken train: {option}: no such [ a-z]+: {value}\n$", capsys.readouterr().err)
 
 
 def test_teachers_of_the_same_name(folders, tmp_path, capsys):

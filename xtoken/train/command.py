@@ -29,6 +29,7 @@ from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
 from xtoken.terminal import did_you_mean, one_line
+from xtoken.vocabulary.sources import check_source
 
 from . import adapters
 from .assemble import SELF, build_teachers, examples_of, limits_of, load_student
@@ -150,7 +151,7 @@ def _parser() -> Parser:
     group = parser.add_argument_group(LOSSES, "each for the losses that have it; 0 columns are all")
     for name, said in loss_arguments().items():
         group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
-    parser.set_defaults(logging_steps=10)
+    parser.set_defaults(logging_steps=10, disable_tqdm=not sys.stderr.isatty())
     return parser
 
 
@@ -213,8 +214,15 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 
 def check(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError, before models are loaded, for more or fewer losses than teachers, an option of no loss, and
-    options that lack another, or do not go with it."""
+    options that lack another, or do not go with it; OSError for an output that cannot be written, and for models and
+    caches that are not there."""
     check_folder(str(config.output_dir))
+    check_source(str(options.student), "--student")
+    for source in tokenizers_of(options):
+        check_source(source, "--teacher")
+    for folder in options.teacher_cache or ():
+        if folder != "none" and not os.path.isdir(folder):
+            raise FileNotFoundError(f"--teacher_cache: no such folder: {folder}")
     count = len(options.teacher or [])
     given: Any = config.loss_options
     if config.on_policy and any(folder != "none" for folder in options.teacher_cache or ()):
@@ -292,6 +300,8 @@ def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str])
     """The options of a file that are not given already, as on a command line."""
     import yaml
 
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"--config: no such file: {path}")
     values = yaml.safe_load(Path(path).read_text())
     if not isinstance(values, dict):
         raise ValueError(f"--config: expected options and their values in {path}, got {type(values).__name__}")

@@ -54,12 +54,12 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
 
 
-def check_source(source: str | os.PathLike[str]) -> None:
+def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> None:
     """Raises FileNotFoundError for what cannot be a Hub id, if no such file or folder is there."""
     path = Path(source)
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
                               or path.suffix in (".json", ".model", ".gguf", ".tiktoken")):  # fmt: skip
-        raise FileNotFoundError(f"tokenizer: no such file or folder: {source}")
+        raise FileNotFoundError(f"{name}: no such file or folder: {source}")
 
 
 def _from_file(path: Path) -> Any:
