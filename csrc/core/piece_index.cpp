@@ -321,15 +321,15 @@ std::vector<InnerBoundary> inner_boundaries(const PieceIndex& index, size_t chun
                 walk.advance(whole, tokens, ours.count[k], index.side[1 - s], known, theirs.count[k]);
             };
             for (advance(); walk.whole < ours.count[k]; advance()) {
-                const auto [i, j, depth, whole_start, part_start] = walk;
+                const int64_t* inside = known + walk.part - walk.depth;
                 const auto compare = [&](int32_t token) {
-                    return compare_beginning(whole, index.side[1 - s], token, known + j - depth, depth);
+                    return compare_beginning(whole, index.side[1 - s], token, inside, walk.depth);
                 };
                 const int32_t *begin = whole.order, *end = whole.order + whole.size;
                 const int32_t* first = std::partition_point(begin, end, [&](int32_t t) { return compare(t) < 0; });
                 const int32_t* last = std::partition_point(first, end, [&](int32_t t) { return compare(t) == 0; });
-                result.push_back({static_cast<int64_t>(k), static_cast<int64_t>(s), ours.start[k] + i,
-                                  theirs.start[k] + j, depth, first - begin, last - begin});
+                result.push_back({static_cast<int64_t>(k), static_cast<int64_t>(s), ours.start[k] + walk.whole,
+                                  theirs.start[k] + walk.part, walk.depth, first - begin, last - begin});
             }
         }
     }
