@@ -2,6 +2,8 @@
 # make test      set up the same environment, check format, types and lint, build with warnings as errors, run all tests
 # make sanitize  run the tests of the C++ parts on a build with AddressSanitizer and UndefinedBehaviorSanitizer
 # make fuzz      mutated files and hostile calls on that build, 200,000 of them (FUZZ=count of each target)
+# make dist      sdist and wheel in build/dist, with the tests of the wheel where it is installed alone
+# make wheels    wheels of every Python for this kind of machine, in build/wheels (cibuildwheel; on Linux by Docker)
 # make docs      build the site into build/docs; a warning is an error
 # make lint, make format, make build, make clean
 #
@@ -36,7 +38,7 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--deselect tests/losses/test_cpu_pool.py::test_memory_beyond_the_gradient_does_not_grow_with_the_rows \
 	--ignore-glob 'tests/losses/test_*cuda.py' --ignore tests/losses/test_device.py -k "not emulated"
 
-.PHONY: demo test quick sanitize fuzz docs lint format build core cuda vllm clean
+.PHONY: demo test quick sanitize fuzz docs dist wheels lint format build core cuda vllm clean
 
 demo: build
 	$(BIN)/xtoken demo
@@ -68,6 +70,18 @@ fuzz: $(VENV)/ready
 docs: build
 	rm -rf build/docs docs/generated
 	$(BIN)/python -m sphinx -b html -W --keep-going -q docs build/docs
+
+# Not in $(VENV), nor of what is in it.
+dist:
+	rm -rf build/dist
+	$(PYTHON) -m venv build/dist/tools
+	build/dist/tools/bin/pip install --quiet build packaging trove-classifiers
+	build/dist/tools/bin/python tests/distribution.py build/dist
+
+wheels:
+	$(PYTHON) -m venv build/wheels/tools
+	build/wheels/tools/bin/pip install --quiet "cibuildwheel>=3"
+	build/wheels/tools/bin/cibuildwheel --output-dir build/wheels
 
 lint: $(VENV)/ready
 	$(BIN)/ruff format --check .

@@ -56,6 +56,8 @@ def why_not() -> str | None:
     missing = [tool for tool in ("g++", "ninja") if shutil.which(tool) is None]
     if missing:
         return f"needs {' and '.join(missing)}"
+    if not (ROOT / "csrc").is_dir():  # tests of an installed wheel
+        return "needs the sources of the kernels"
     return None if cuda_headers() else "needs CUDA's headers: the toolkit, or the package nvidia-cuda-runtime"
 
 
