@@ -370,6 +370,41 @@ def test_nemo_files(tmp_path):
         ProjectionMatrix.from_nemo(tmp_path / "other.pt", 3)
 
 
+def test_nemo_tells_exact_matches_by_the_second_column(tmp_path):
+    """Its rule, build_exact_token_map: the largest weight is 1 and the second index is -1."""
+    W = ProjectionMatrix.from_topk([[1], [0], [-1]], [[1.0], [0.6], [0.0]], 2)
+    W.to_nemo(tmp_path / "w.pt")
+    table = torch.load(tmp_path / "w.pt", weights_only=True)
+    is_exact = (table["likelihoods"].max(1).values == 1.0) & (table["indices"][:, 1] == -1)
+    assert is_exact.tolist() == [True, False, False]
+
+
+def test_nemo_files_as_its_tools_write_them(tmp_path):
+    """minimal_projection_via_multitoken: bfloat16, columns of weight 0, names; and pairs of ids to weight."""
+    table = {"indices": torch.tensor([[3, 0, 1], [2, 1, 0]]), "likelihoods": torch.tensor([[0.9, 0.1, 0.0]] * 2)}
+    table["likelihoods"] = table["likelihoods"].bfloat16()
+    names = {"student_model_id": "s", "teacher_model_id": "t", "enable_scale_trick": False}
+    torch.save({**table, **names}, tmp_path / "w.pt")
+    W = ProjectionMatrix.from_nemo(tmp_path / "w.pt", 4, 3)
+    assert W.shape == (3, 4)
+    weights = {name: float(torch.tensor(weight).bfloat16()) for name, weight in (("most", 0.9), ("least", 0.1))}
+    assert rows(W) == [{0: weights["least"], 3: weights["most"]}, {1: weights["least"], 2: weights["most"]}, {}]
+    torch.save({(2, 1): 0.25, (0, 3): 1.0, (2, 0): 0.75, (1, 1): 0.0}, tmp_path / "pairs.pt")
+    W = ProjectionMatrix.from_nemo(tmp_path / "pairs.pt", 4, 4)
+    assert rows(W) == [{3: 1.0}, {}, {0: 0.75, 1: 0.25}, {}]
+    with pytest.raises(ValueError, match=r"pairs\.pt: student_vocab_size: expected a size for a file of pairs"):
+        ProjectionMatrix.from_nemo(tmp_path / "pairs.pt", 4)
+    for size in (1, 2):
+        with pytest.raises(ValueError, match=r"student_vocab_size: expected at least [23], got"):
+            ProjectionMatrix.from_nemo(tmp_path / ("w.pt" if size == 1 else "pairs.pt"), 4, size)
+    torch.save({(0, 4): 1.0}, tmp_path / "pairs.pt")
+    with pytest.raises(ValueError, match=r"pairs\.pt: col: expected teacher ids in \[0, 4\)"):
+        ProjectionMatrix.from_nemo(tmp_path / "pairs.pt", 4, 4)
+    torch.save({(0, -1): 1.0}, tmp_path / "pairs.pt")
+    with pytest.raises(ValueError, match="or of \\(student id, teacher id\\) to weight"):
+        ProjectionMatrix.from_nemo(tmp_path / "pairs.pt", 4, 4)
+
+
 def test_empty_vocabularies():
     assert ProjectionMatrix.build(Vocabulary([]), TEACHER).shape == (0, 7)
     assert kinds(ProjectionMatrix.build(TEACHER, Vocabulary([]))) == ["none"] * 7

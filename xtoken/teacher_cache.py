@@ -228,7 +228,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             expected = f"[<= {most}, >= {self.top_k}] as token_ids, max_length and top_k"
             raise ValueError(f"logits: expected {expected}, got {shape}")
         for name, ids, low in (("token_ids", tokens, 0), ("logits.ids", logits.ids, -1)):
-            if len(tokens) and not low <= int(ids.min()) <= int(ids.max()) < size:
+            if len(ids) and not low <= int(ids.min()) <= int(ids.max()) < size:
                 raise ValueError(f"{name}: expected {low} ... {size - 1}, got {int(ids.min())} to {int(ids.max())}")
         logprobs = logits.logprobs.detach().float().masked_fill(logits.ids < 0, -torch.inf)
         # A little above 0 is rounding of whoever computed them.

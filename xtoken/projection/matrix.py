@@ -6,7 +6,6 @@ import copy
 import itertools
 import operator
 import os
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from xtoken import _core
+from xtoken import _core, plot
 from xtoken.alignment.alignment import int_tensor
+from xtoken.hub import fetch, push, section
 from xtoken.notebook import html_table
 from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
+
+from . import nemo
 
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
@@ -28,6 +30,7 @@ the token's text re-tokenized by the teacher; given from outside; re-tokenized, 
 token's bytes. `ProjectionMatrix.kind` holds indices."""
 
 FILE_NAME = "projection.safetensors"
+_SETTINGS = ("beta", "gamma", "top_k", "passes")
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
 _FILE = TensorFile(
     "a projection matrix of xtoken", {"format": "xtoken.projection", "version": "2"}, _TENSORS,
@@ -266,58 +269,81 @@ class ProjectionMatrix:
 
     @classmethod
     def from_pretrained(
-        cls, source: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
+        cls,
+        source: str | os.PathLike[str],
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
     ) -> ProjectionMatrix:
-        """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`."""
-        path = Path(source) / FILE_NAME
-        if not Path(source).is_dir():
-            from huggingface_hub import hf_hub_download
+        """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`.
 
-            path = Path(hf_hub_download(str(source), FILE_NAME))
-        return cls.load(path, student_tok, teacher_tok)
+        `revision` and `token` are those of `huggingface_hub.hf_hub_download`.
+        """
+        return cls.load(fetch(source, FILE_NAME, revision, token), student_tok, teacher_tok)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        student: str | None = None,
+        teacher: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Commits ``projection.safetensors`` and its section of the card to a repository of the Hub, made if need be.
+
+        A section of before is replaced, and all else of the card stays. `student` and `teacher` are names of the
+        tokenizers for the card, which has their fingerprints in any case; `private`, `token` and `revision` are those
+        of `huggingface_hub.HfApi`. Returns the commit's URL.
+        """
+        names = {"student": student, "teacher": teacher}
+        settings = ", ".join(f"{name} {self.metadata[name]}" for name in _SETTINGS if name in self.metadata)
+        facts = [repr(self), *([f"built with {settings}"] if settings else [])]
+        title = "W, which projects the student's probabilities onto the teacher's tokens"
+        text = section(FILE_NAME, "xtoken.ProjectionMatrix", title, names, facts, self.metadata)
+        return push(self.save, FILE_NAME, text, repo_id, private=private, token=token, revision=revision)
 
     @classmethod
-    def from_nemo(cls, path: str | os.PathLike[str], teacher_vocab_size: int) -> ProjectionMatrix:
-        """Reads NeMo-RL's file, a dict of ``indices`` and ``likelihoods`` [V_student, k]; no code in it is run.
+    def from_nemo(
+        cls, path: str | os.PathLike[str], teacher_vocab_size: int, student_vocab_size: int | None = None
+    ) -> ProjectionMatrix:
+        """Reads a W of NeMo-RL: a dict of ``indices`` and ``likelihoods`` [V_student, k], or of pairs of ids to weight.
 
-        Raises ValueError if the file holds something else, is damaged, or was not written by `torch.save` (zip).
+        `student_vocab_size` is needed for the second form, whose last rows may be missing; a table that has fewer rows
+        gets empty ones. No code in the file is run. Raises ValueError if the file holds something else, is damaged, was
+        not written by `torch.save` (zip), or has more rows; FileNotFoundError if there is none.
         """
-        if not Path(path).is_file():
-            raise FileNotFoundError(f"path: no such file: {path}")
+        content = nemo.read(path)
         try:
-            with zipfile.ZipFile(path) as archive:
-                unpacked, damaged = sum(one.file_size for one in archive.infolist()), archive.testzip()
-            if unpacked > os.path.getsize(path) or damaged:
-                raise ValueError(f"{damaged} is damaged" if damaged else f"it unpacks to {unpacked} bytes")
-            table = torch.load(path, map_location="cpu", weights_only=True)
-        except Exception as error:  # torch and zipfile raise any exception
-            raise ValueError(f"{path}: not a complete file of torch.save: {error}") from error
-        if not isinstance(table, dict) or not {"indices", "likelihoods"} <= table.keys():
-            raise ValueError(f"{path}: expected a dict with 'indices' and 'likelihoods'")
-        for name in ("indices", "likelihoods"):
-            one, integral = table[name], name == "indices"
-            is_right = isinstance(one, Tensor) and one.layout is torch.strided and one.device.type == "cpu"
-            if not is_right or one.is_quantized or (one.is_floating_point(), one.is_complex()) != (not integral, False):
-                raise ValueError(f"{path}: {name}: expected a table of {'integers' if integral else 'weights'}")
-            if one.numel() * one.element_size() > unpacked:  # strides of 0 make any size of a few bytes
-                raise ValueError(f"{path}: {name}: expected what the file holds, got {list(one.shape)}")
-        try:
-            return cls.from_topk(table["indices"], table["likelihoods"], teacher_vocab_size)
+            if len(content) == 2:
+                matrix = cls.from_topk(*content, teacher_vocab_size)
+            else:
+                row, col, weight = content
+                if student_vocab_size is None:
+                    raise ValueError("student_vocab_size: expected a size for a file of pairs of ids, which has none")
+                order = (row << 32 | col).argsort()
+                order = order[weight[order] != 0]
+                row_ptr = nn.functional.pad(torch.bincount(row[order]).cumsum(0), (1, 0))
+                matrix = cls(row_ptr, col[order], weight[order], teacher_vocab_size)
+            missing = 0 if student_vocab_size is None else student_vocab_size - matrix.shape[0]
+            if missing < 0:
+                raise ValueError(f"student_vocab_size: expected at least {matrix.shape[0]}, got {student_vocab_size}")
+            row_ptr = torch.cat([matrix.row_ptr, matrix.row_ptr[-1:].expand(missing)])
+            return cls(row_ptr, matrix.col, matrix.weight, teacher_vocab_size)
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
 
     def to_nemo(self, path: str | os.PathLike[str]) -> None:
-        """Writes NeMo-RL's file: entries of each row by falling weight, unused places with index -1 and weight 0."""
-        row = self.row_index
-        place = torch.arange(self.nnz) - self.row_ptr[row]
-        width = int(place.max()) + 1 if self.nnz else 1
-        indices = torch.full((self.shape[0], width), -1, dtype=torch.int64)
-        likelihoods = torch.zeros(self.shape[0], width)
-        indices[row, place] = self.col.long()
-        likelihoods[row, place] = self.weight
-        likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)
+        """Writes a W for NeMo-RL: entries of each row by falling weight, unused places with index -1 and weight 0.
+
+        There are at least two columns, by the second of which NeMo-RL tells exact matches.
+        """
+        content = nemo.table(self.row_ptr, self.row_index, self.col, self.weight)
         with atomic(path) as temporary:
-            torch.save({"indices": indices.gather(1, order), "likelihoods": likelihoods}, temporary)
+            torch.save(content, temporary)
 
     def within(self, rows: int | None, columns: int | None) -> ProjectionMatrix:
         """The matrix with only the entries of the first rows and columns; None: of all. The shape stays."""
@@ -358,6 +384,19 @@ class ProjectionMatrix:
     def learnable(self) -> LearnableProjection:
         """A module with the same entries, whose weights are trained with the student."""
         return LearnableProjection(self)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws how many rows have 0, 1, 2 ... entries, by the kind of the row.
+
+        `axes` are matplotlib's (default: of a new figure), and are returned. ImportError without matplotlib.
+        """
+        sizes = self.row_ptr.diff()
+        counts = {
+            name: plot.counted(sizes[self.kind == code].tolist())
+            for code, name in enumerate(ROW_KINDS)
+            if bool((self.kind == code).any())
+        }
+        return plot.stacked_counts(axes, counts, "teacher tokens in the row", f"W {list(self.shape)}", side=False)
 
     def _repr_html_(self) -> str:
         sizes = self.row_ptr.diff()

@@ -1,0 +1,107 @@
+"""W and piece indices on the Hub: a file and its section of the repository's card, in one commit."""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from . import _core
+
+CARD = "README.md"
+
+HEADER = f"""\
+---
+library_name: xtoken
+tags:
+- xtoken
+- knowledge-distillation
+- tokenizers
+---
+# Of two tokenizers, for distillation with xtoken
+
+Written by xtoken {_core.version}. The files hold numbers and texts of tokens, no code and no pickle.
+"""
+
+
+def fetch(source: str | os.PathLike[str], file_name: str, revision: str | None, token: str | bool | None) -> Path:
+    """A file of a folder, or of a repository of the Hub by its name."""
+    if Path(source).is_dir():
+        return Path(source) / file_name
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(str(source), file_name, revision=revision, token=token))
+
+
+def section(
+    file_name: str,
+    kind: str,
+    title: str,
+    names: Mapping[str, str | None],
+    facts: Iterable[str],
+    metadata: Mapping[str, str],
+) -> str:
+    """What a card says of a file.
+
+    `kind` is the class that reads it, `names` those of the tokenizers by side, where they are known, `facts` what is in
+    it, line by line, and `metadata` the file's own, for the fingerprints.
+    """
+    sides = []
+    for side, name in names.items():
+        if name is not None and (not name.isprintable() or "`" in name or not name.strip()):
+            raise ValueError(f"{side}: expected a name of a tokenizer in one line, got {name!r}")
+        known = f"`{name}`, " if name is not None else ""
+        sides.append(f"* {side}: {known}fingerprint `{metadata.get(f'{side}_fingerprint', 'unknown')}`")
+    return "\n".join([
+        f"## `{file_name}`: {title}",
+        "",
+        *sides,
+        *(f"* {fact}" for fact in facts),
+        "",
+        "```python",
+        f'{kind}.from_pretrained("REPOSITORY", student_tok, teacher_tok)',
+        "```",
+        "",
+        "Loading checks the format and its version, the checksum of the content, and that both tokenizers are those of",
+        "the file, by fingerprints of all that they do; it raises a ValueError otherwise.",
+    ])  # fmt: skip
+
+
+def with_section(card: str | None, file_name: str, text: str) -> str:
+    """A card with a file's section new or in place of the old one; all else stays."""
+    begin, end = f"<!-- xtoken: {file_name} -->", f"<!-- xtoken: end of {file_name} -->"
+    part = f"{begin}\n{text}\n{end}"
+    if card is None:
+        return f"{HEADER}\n{part}\n"
+    old = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
+    if old.search(card):
+        return old.sub(lambda _: part, card, count=1)
+    return f"{card.rstrip()}\n\n{part}\n"
+
+
+def push(
+    save: Callable[[Path], None], file_name: str, text: str, repo_id: str, *, private: bool | None,
+    token: str | bool | None, revision: str | None,
+) -> str:  # fmt: skip
+    """Commits what `save` writes, with its section of the card; the repository is made if need be. The commit's URL."""
+    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / file_name
+        save(path)
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        try:
+            card: str | None = Path(hf_hub_download(repo_id, CARD, revision=revision, token=token)).read_text("utf-8")
+        except EntryNotFoundError:
+            card = None
+        new = with_section(card, file_name, text.replace('"REPOSITORY"', f'"{repo_id}"'))
+        operations: list[Any] = [
+            CommitOperationAdd(file_name, str(path)), CommitOperationAdd(CARD, new.encode())
+        ]  # fmt: skip
+        info = api.create_commit(repo_id, operations, commit_message=f"{file_name} by xtoken", revision=revision)
+    return str(info.commit_url)
