@@ -6,10 +6,12 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from . import plot
 from .notebook import html_list, html_table
 from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
@@ -69,6 +71,23 @@ class CoverageReport:
         what = f"{len(self.classes)} classes, {count} {'occurrences' if self.weighted else 'tokens'}"
         return f"CoverageReport({what}, critical={self.critical}, recommendation={self.recommendation!r})"
 
+    def plot(self, axes: Any = None) -> Any:
+        """Draws what happens to each class as shares of its tokens; critical classes have a star. A mark shows the
+        share in H-KL's wider common set.
+
+        `axes` are matplotlib's (default: of a new figure), and are returned. ImportError without matplotlib.
+        """
+        rows = {name + "*" * (name in self.critical): row for name, row in self.classes.items() if row.count}
+        parts = {
+            "exact": [row.share("exact") for row in rows.values()],
+            "partner shared": [(row.count - row.exact - row.split - row.unmapped) / row.count for row in rows.values()],
+            "split": [row.share("split") for row in rows.values()],
+            "no image": [row.share("unmapped") for row in rows.values()],
+        }
+        unit = "occurrences" if self.weighted else "tokens"
+        marks = [row.share("common") for row in rows.values()]
+        return plot.stacked_shares(axes, parts, list(rows), f"{unit} of the student", marks, "H-KL's common set")
+
     def _repr_html_(self) -> str:
         unit = "occurrences" if self.weighted else "tokens"
         rows = [
@@ -115,6 +134,12 @@ class LossChoice:
     def _repr_html_(self) -> str:
         advice = html_list(f"recommended loss: {self.loss}", self.reasons)
         return advice if self.report is None else self.report._repr_html_() + advice
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draws the report; see `CoverageReport.plot`. ValueError if there is none, as for a shared tokenizer."""
+        if self.report is None:
+            raise ValueError(f"plot: there is no report to draw: {'; '.join(self.reasons)}")
+        return self.report.plot(axes)
 
     def to_json(self) -> str:
         """The report's fields, ``loss`` and ``loss_reasons`` as a JSON object."""

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from xtoken.train.plot import _curves, plot_curves
+from xtoken.train.plot import _curves, draw_curves, plot_curves
 
 HISTORY = [
     {"step": 0, "eval_ce": 3.0, "eval_kd/a": 2.0},
@@ -28,6 +28,18 @@ def test_writes_what_is_known(tmp_path):
     paths = plot_curves(HISTORY, tmp_path / "new")
     assert [path.name for path in paths] == ["losses.png", "speed.png"]
     assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths)
+
+
+def test_draws_what_is_known():
+    axes = draw_curves(HISTORY, "losses")
+    assert [[line.get_label() for line in one.lines] for one in axes] == [
+        ["eval_ce", "ce"],
+        ["eval_kd/a", "kd", "kd/a"],
+    ]
+    with pytest.raises(ValueError, match="figure: nothing is known of 'projection' yet"):
+        draw_curves(HISTORY, "projection")
+    with pytest.raises(ValueError, match="figure: expected one of 'losses', 'projection', 'speed', got 'loss'"):
+        draw_curves(HISTORY, "loss")
 
 
 def test_without_matplotlib(tmp_path, monkeypatch):

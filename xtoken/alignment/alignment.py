@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from xtoken import plot
 from xtoken.alignment.pretty import shown_tokens, two_lines
 from xtoken.notebook import MOST, html_table
 from xtoken.vocabulary import TokenizerLike
@@ -413,6 +414,43 @@ class Alignment:
             raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
         student, teacher = shown_tokens(student_tok, one.student_ids[0]), shown_tokens(teacher_tok, one.teacher_ids[0])
         return two_lines(one.spans.tolist(), student, teacher, color, width)
+
+    def plot(
+        self,
+        student_tok: TokenizerLike,
+        teacher_tok: TokenizerLike,
+        *,
+        sample: int = 0,
+        first: int = 0,
+        chunks: int = plot.MOST_CHUNKS,
+        axes: Any = None,
+    ) -> Any:
+        """Draws chunks of one sample: both tokenizations above each other, a colour a chunk, grey what is in none.
+
+        Tokenizers and `sample` as for `pretty`; `first` is the first chunk that is drawn, `chunks` how many are at
+        most. `axes` are matplotlib's (default: of a new figure), and are returned. Raises ValueError if the alignment
+        carries no token ids or the sample no such chunk, ImportError without matplotlib.
+        """
+        one = self.slice(sample)
+        if one.student_ids is None or one.teacher_ids is None:
+            raise ValueError("plot: this alignment carries no token ids; give student_ids and teacher_ids")
+        spans = one.spans.tolist()
+        drawn = spans[first : first + chunks]
+        if first < 0 or not drawn:
+            raise ValueError(f"first, chunks: expected chunks of {len(spans)}, got {chunks} from {first}")
+        ends = [len(one.student_ids[0]), len(one.teacher_ids[0])]
+        low = [drawn[0][0], drawn[0][2]] if first else [0, 0]
+        high = [drawn[-1][1], drawn[-1][3]] if first + len(drawn) < len(spans) else ends
+        student, teacher = (
+            shown_tokens(tokenizer, ids[0, a:b])
+            for tokenizer, ids, a, b in zip(
+                (student_tok, teacher_tok), (one.student_ids, one.teacher_ids), low, high, strict=True
+            )
+        )
+        moved = [[a - low[0], b - low[0], c - low[1], d - low[1]] for a, b, c, d in drawn]
+        axes = plot.two_rows(axes, moved, student, teacher)
+        axes.set_title(f"chunks {first} to {first + len(drawn) - 1} of {len(spans)}", fontsize="medium")
+        return axes
 
     def _repr_html_(self) -> str:
         samples, spans = self.host.sample_index[:MOST].tolist(), self.host.spans[:MOST].tolist()

@@ -1,14 +1,15 @@
-"""Curves of a training run as PNG files."""
+"""Curves of a training run, as PNG files or to look at."""
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+
+from xtoken.plot import require_matplotlib
 
 FIGURES: dict[str, tuple[tuple[str, str], ...]] = {
     "losses": (("ce", "cross-entropy, nats a token"), ("kd", "distillation, nats a chunk")),
@@ -26,25 +27,47 @@ def plot_curves(history: Sequence[dict[str, Any]], folder: str | os.PathLike[str
 
     The folder receives those of ``losses.png``, ``projection.png`` and ``speed.png`` of which anything is known.
     """
-    if importlib.util.find_spec("matplotlib") is None:
-        raise ImportError("plots need matplotlib; run: pip install 'xtoken[plot]'")
+    require_matplotlib()
     from matplotlib.figure import Figure
 
     Path(folder).mkdir(parents=True, exist_ok=True)
     written = []
     for name, panels in FIGURES.items():
         figure = Figure(figsize=(5 * len(panels), 3.6), layout="constrained")
-        for axes, (prefix, label) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-            for key, steps, values in _curves(history, prefix):
-                axes.plot(steps, values, "o--" if key.startswith("eval_") else "-", label=key, markersize=3)
-            axes.set(xlabel="step", ylabel=label)
-            axes.grid(alpha=0.3)
-            if axes.lines:
-                axes.legend(fontsize="small")
-        if any(axes.lines for axes in figure.axes):
+        if _draw(history, panels, figure.subplots(1, len(panels), squeeze=False)[0]):
             written.append(Path(folder) / f"{name}.png")
             figure.savefig(written[-1], dpi=120)
     return written
+
+
+def draw_curves(history: Sequence[dict[str, Any]], figure: str = "losses") -> Any:
+    """Draws one of `FIGURES` into a new figure of pyplot, and returns its axes, an array of one a panel.
+
+    Raises ValueError if there is no such figure, or nothing is known of it.
+    """
+    if figure not in FIGURES:
+        raise ValueError(f"figure: expected one of {', '.join(map(repr, FIGURES))}, got {figure!r}")
+    require_matplotlib()
+    from matplotlib import pyplot
+
+    panels = FIGURES[figure]
+    made, axes = pyplot.subplots(1, len(panels), figsize=(5 * len(panels), 3.6), layout="constrained", squeeze=False)
+    if not _draw(history, panels, axes[0]):
+        pyplot.close(made)
+        raise ValueError(f"figure: nothing is known of {figure!r} yet; metrics are kept every logging_steps")
+    return axes[0]
+
+
+def _draw(history: Sequence[dict[str, Any]], panels: Sequence[tuple[str, str]], places: Any) -> bool:
+    """Draws into one axes a panel; whether anything was known."""
+    for axes, (prefix, label) in zip(places, panels, strict=True):
+        for key, steps, values in _curves(history, prefix):
+            axes.plot(steps, values, "o--" if key.startswith("eval_") else "-", label=key, markersize=3)
+        axes.set(xlabel="step", ylabel=label)
+        axes.grid(alpha=0.3)
+        if axes.lines:
+            axes.legend(fontsize="small")
+    return any(axes.lines for axes in places)
 
 
 def _curves(history: Sequence[dict[str, Any]], prefix: str) -> list[tuple[str, list[float], list[float]]]:

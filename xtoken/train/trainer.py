@@ -42,6 +42,7 @@ from .itself import Averages, StudentTeacher
 from .limits import Limits, head_rows
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
+from .plot import draw_curves
 from .projections import ProjectionSteps
 from .rollout import Rollout
 from .routing import logits_where_needed, needed_rows
@@ -622,6 +623,13 @@ class XTokenTrainer(Trainer):
             logs.update({name: round(value, 6) for name, value in measured.items()})
             self._meter = self._new_meter()
         super().log(logs, *args, **kwargs)
+
+    def plot(self, figure: str = "losses") -> Any:
+        """Draws the run so far: its "losses", "projection" or "speed". Returns matplotlib's axes, one a panel.
+
+        Raises ValueError for another name or if nothing is known of it yet, ImportError without matplotlib.
+        """
+        return draw_curves(self.state.log_history, figure)
 
     def _tell_bound(self, share: float, steps: int) -> None:
         """Says once that most steps had the largest factor: that `share` of the steps since the last log."""
