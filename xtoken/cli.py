@@ -112,12 +112,13 @@ def audit(
     json: Json = False,
 ) -> None:
     """Say which tokens keep a partner, and which loss to use."""
+    _check_inputs(student, teacher, data=data)
     from .audit import NUMERALS, choose_loss, coverage_audit, critical_classes, same_tokens
     from .pieces import PieceIndex
 
     wanted = critical_classes(critical or NUMERALS)
     with working("reading the tokenizers") as say:
-        sides = _vocabularies(student, teacher, data)
+        sides = _vocabularies(student, teacher)
         say("counting the tokens that keep a partner")
         report = coverage_audit(*sides, critical=wanted, corpus=_corpus(data))
         say("comparing the tokenizers")
@@ -135,6 +136,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Print a text in both tokenizations, chunk above chunk."""
+    _check_inputs(student, teacher)
     from .alignment import Aligner
 
     with working("reading the tokenizers"):
@@ -173,13 +175,14 @@ def project(
     if data and not pieces:
         raise ValueError("--texts: expected --pieces with it, since W learns from no text")
     outputs.check_file(output)
+    _check_inputs(student, teacher, data=data)
     from .pieces import PieceIndex
     from .projection import ProjectionMatrix
     from .sample import sample_texts
 
     built: Any
     with working("reading the tokenizers") as say:
-        sides = _vocabularies(student, teacher, data)
+        sides = _vocabularies(student, teacher)
         if pieces:
             say("building the piece index")
             built = PieceIndex.build(*sides, texts=[*sample_texts(*sides), *(_corpus(data) or [])])
@@ -217,9 +220,9 @@ def align(
 ) -> None:
     """Align a corpus and write parquet shards."""
     outputs.check_folder(output)
+    _check_inputs(student, teacher, data=data)
     from .corpus import align_corpus
 
-    _check_sources(student, teacher)
     manifest = align_corpus(
         student, teacher, data, output, text_column=text_column, max_length=max_length, method=method, engine=engine,
         workers=workers, resume=resume, on_error=on_error, shard_bytes=shard_bytes,
@@ -335,6 +338,7 @@ def report(
     outputs.check_file(output)
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
+    _check_inputs(*filter(None, (student, teacher)), data=data)
     from .report import pair_report, run_report
 
     page: Any
@@ -342,7 +346,7 @@ def report(
         if student is None or teacher is None:
             page = run_report(str(run))
         else:
-            sides = _vocabularies(student, teacher, data)
+            sides = _vocabularies(student, teacher)
             say("comparing the tokenizers")
             of_student, of_teacher = (
                 printable(Path(one).name if Path(one).exists() else one) for one in (student, teacher)
@@ -406,21 +410,21 @@ def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:
     print(to_json(facts) if as_json else text)
 
 
-def _check_sources(*sources: str) -> None:
+def _check_inputs(*sources: str, data: Sequence[str] | None = None) -> None:
+    """Raises OSError or ValueError for tokenizers and files that are not there, before anything else is imported."""
     from .vocabulary.sources import check_source
 
     for source in sources:
         check_source(source)
+    if data:
+        from .corpus.files import find_files
+
+        find_files(data)
 
 
-def _vocabularies(student: str, teacher: str, data: Sequence[str] | None = None) -> tuple[Any, Any]:
-    """Of both tokenizers, which are read when all paths are there."""
-    from .corpus.files import find_files
+def _vocabularies(student: str, teacher: str) -> tuple[Any, Any]:
     from .vocabulary import Vocabulary
 
-    _check_sources(student, teacher)
-    if data:
-        find_files(data)
     return Vocabulary.from_tokenizer(student), Vocabulary.from_tokenizer(teacher)
 
 
