@@ -49,13 +49,13 @@ def _run(
 ) -> Manifest:
     going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
-    job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
-    parameters: dict[str, Any] = {"xtoken": _core.version}
-    for side, vocabulary in (("student", job.student), ("teacher", job.teacher)):
-        parameters |= {side: vocabulary.fingerprint(), f"{side}_vocab_size": len(vocabulary)}
-    parameters |= {name: getattr(options, name) for name in DECISIVE}
     progress = Progress(sys.stderr.isatty() if options.progress is None else options.progress)
     with progress.bar:
+        job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
+        parameters: dict[str, Any] = {"xtoken": _core.version}
+        for side, vocabulary in (("student", job.student), ("teacher", job.teacher)):
+            parameters |= {side: vocabulary.fingerprint(), f"{side}_vocab_size": len(vocabulary)}
+        parameters |= {name: getattr(options, name) for name in DECISIVE}
         manifest = _begin(folder, Manifest(parameters, files, []), going_on, options)
         done = complete_shards(manifest.shards, folder)
         missing = [shard for shard in manifest.shards if shard.index not in done]
