@@ -670,7 +670,8 @@ def plot(results: dict[str, Any], path: Path) -> None:
                 (ends[0]["step"], statistics.fmean(end[name] for end in ends)) for ends in zip(*found, strict=True)
             ]
             axes.plot(*zip(*points, strict=True), label=words, marker=".")
-        axes.set(title=SETTINGS[setting].title, xlabel="step", ylabel=name)
+        axes.set_title(SETTINGS[setting].title, fontsize=10)
+        axes.set(xlabel="step", ylabel=name)
         axes.legend(fontsize=7)
     figure.savefig(path, dpi=110)
 
