@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -97,3 +98,18 @@ def test_without_matplotlib(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None
     for draw in (W.plot, index.plot, choice.plot, lambda: alignment.plot(*pair)):
         with pytest.raises(ImportError, match=r"plots need matplotlib; run: pip install 'xtoken\[plot\]'"):
             draw()
+
+
+def test_pictures_of_the_documentation(tmp_path: Any) -> None:
+    docs = Path(__file__).parents[1] / "docs"
+    spec = importlib.util.spec_from_file_location("documentation_pictures", docs / "pictures.py")
+    assert spec is not None
+    assert spec.loader is not None
+    pictures = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(pictures)
+    pictures.draw(tmp_path)
+    page = (docs / "method.md").read_text()
+    for drawn in tmp_path.iterdir():
+        assert (docs / drawn.name).exists()
+        assert f"({drawn.name})" in page
+    assert len(list(tmp_path.iterdir())) == len(list(docs.glob("method-*.png"))) == page.count("](method-")
