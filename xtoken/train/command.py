@@ -214,15 +214,12 @@ def parse(arguments: Sequence[str]) -> tuple[TrainArguments, XTokenConfig]:
 
 def check(options: TrainArguments, config: XTokenConfig) -> None:
     """Raises ValueError, before models are loaded, for more or fewer losses than teachers, an option of no loss, and
-    options that lack another, or do not go with it; OSError for an output that cannot be written, and for models and
-    caches that are not there."""
+    options that lack another, or do not go with it; OSError for an output that cannot be written, and for models that
+    are not there."""
     check_folder(str(config.output_dir))
     check_source(str(options.student), "--student")
     for source in tokenizers_of(options):
         check_source(source, "--teacher")
-    for folder in options.teacher_cache or ():
-        if folder != "none" and not os.path.isdir(folder):
-            raise FileNotFoundError(f"--teacher_cache: no such folder: {folder}")
     count = len(options.teacher or [])
     given: Any = config.loss_options
     if config.on_policy and any(folder != "none" for folder in options.teacher_cache or ()):
@@ -274,7 +271,8 @@ def tokenizers_of(options: TrainArguments) -> list[str]:
 
 
 def teacher_models(options: TrainArguments, config: XTokenConfig, folders: Sequence[str]) -> list[Any]:
-    """What `build_teachers` takes as the model of each teacher: a server, None for a cache, or "load"."""
+    """What `build_teachers` takes as the model of each teacher: a server, None for a cache, or "load"; raises
+    ValueError, or FileNotFoundError for a cache that is not there."""
     teachers = options.teacher or []
     urls = one_each(options.teacher_url, "none", len(teachers), "teacher_url")
     models: list[Any] = []
@@ -283,6 +281,8 @@ def teacher_models(options: TrainArguments, config: XTokenConfig, folders: Seque
             raise ValueError(f"--teacher {SELF}: expected neither --teacher_url nor --teacher_cache for the student")
         if url != "none" and folder != "none":
             raise ValueError(f"--teacher_url: expected it, or --teacher_cache, for {name}, got both")
+        if folder != "none" and not os.path.isdir(folder):
+            raise FileNotFoundError(f"--teacher_cache: no such folder: {folder}")
         if url == "none":
             models.append("load" if folder == "none" else None)
             continue
