@@ -66,6 +66,11 @@ class CoverageReport:
     weighted: bool = False
     """Whether the numbers count occurrences in a corpus."""
 
+    @property
+    def keeps_critical(self) -> bool:
+        """Whether the critical tokens keep their partners: where the paper's rule says H-KL."""
+        return self.recommendation == "hkl"
+
     def __repr__(self) -> str:
         count = sum(row.count for row in self.classes.values())
         what = f"{len(self.classes)} classes, {count} {'occurrences' if self.weighted else 'tokens'}"
@@ -288,7 +293,7 @@ def choose_loss(
         return LossChoice("kd", ("teacher and student share one tokenizer",), report)
     if report is None:
         report = coverage_audit(student, teacher, projection, critical=critical, corpus=corpus)
-    if report.recommendation == "hkl":
+    if report.keeps_critical:
         kept = LossChoice("hkl", ("the critical tokens keep their partners, by which H-KL compares them",), report)
         if learn_projection:
             return kept

@@ -104,7 +104,7 @@ def cached_choice(
     report = pieces = None
     if not same_tokens(student, teacher):
         report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
-        if report.recommendation == "hkl" and not learn_projection:
+        if report.keeps_critical and not learn_projection:
             pieces = cached_pieces(student, teacher, folder)
     return choose_loss(student, teacher, learn_projection=learn_projection, report=report, pieces=pieces)
 
