@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -137,8 +138,24 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         import_logits(source, tmp_path / "cache", TEACHER)
     assert len(import_logits(source, tmp_path / "cache", TEACHER, config=PLAIN)) == 1
     pq.write_table(pa.table({"packed_indices": [1]}), source / "data_0.parquet")
-    with pytest.raises(ValueError, match=r"data_0\.parquet: expected the columns input_ids, .* got packed_indices"):
+    with pytest.raises(
+        ValueError,
+        match=r"data_0\.parquet: not a capture of DistillKit: expected the columns input_ids, .* got packed_indices",
+    ):
         import_logits(source, tmp_path / "other", TEACHER, config=PLAIN)
+    nulls = {"input_ids": [[0, 1]], "bytepacked_indices": [None], "compressed_logprobs": [[[0] * 12]]}
+    for number, (change, match) in enumerate(
+        (
+            ({}, "row 0: expected values, got null"),
+            ({"bytepacked_indices": [[[1, None]]]}, "row 0: expected values, got null"),
+            ({"bytepacked_indices": [[1, 2]]}, "bytepacked_indices: expected lists of lists of integers, got list<"),
+        )
+    ):
+        kinds = {"bytepacked_indices": pa.list_(pa.list_(pa.uint8()))} if "lists" not in match else {}
+        columns = {name: pa.array(one, kinds.get(name)) for name, one in {**nulls, **change}.items()}
+        pq.write_table(pa.table(columns), source / "data_0.parquet")
+        with pytest.raises(ValueError, match=match):
+            import_logits(source, tmp_path / str(number), TEACHER, config=PLAIN)
     (source / "data_0.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError, match=r"data_0\.parquet: not a capture of DistillKit"):
         import_logits(source, tmp_path / "third", TEACHER, config=PLAIN)
@@ -159,3 +176,21 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 def test_configs_that_cannot_be(change: dict[str, Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         Compression.read({**PLAIN, **change})
+
+
+def test_damaged_files_give_a_value_error_that_names_them(tmp_path: Path) -> None:
+    """Parquet has no checksums here, so other values can come; nothing else may."""
+    source = write(tmp_path / "capture", [([0, 1, 2, 6], IDS, [HALF] * 3), ([3, 4], IDS[:1], [HALF])])
+    path, draw, refused = source / "data_0.parquet", random.Random(0), 0
+    content = path.read_bytes()
+    for k in range(100):
+        damaged = bytearray(content[: draw.randrange(len(content))] if k % 5 == 0 else content)
+        if k % 5:
+            damaged[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            import_logits(source, tmp_path / str(k), TEACHER)
+        except ValueError as error:
+            assert str(path) in str(error)  # noqa: PT017, an error may come or not
+            refused += 1
+    assert refused > 40

@@ -245,19 +245,31 @@ def _documents(files: list[Path]) -> Iterator[tuple[str, NDArray[np.int64], tupl
     for path in files:
         try:
             with pq.ParquetFile(path) as file:
-                if not set(COLUMNS) <= set(file.schema_arrow.names):
-                    raise ValueError(
-                        f"{path}: expected the columns {', '.join(COLUMNS)}, got {', '.join(file.schema_arrow.names)}"
-                    )
+                _check_columns(file.schema_arrow)
                 number = 0
                 for batch in file.iter_batches(ROWS, columns=list(COLUMNS)):
-                    ids, *packed = (batch.column(name) for name in COLUMNS)
                     for row in range(len(batch)):
-                        tokens = ids[row].values.cast(pa.int64()).to_numpy(zero_copy_only=False)
-                        yield f"{path}: row {number}", tokens, (packed[0][row].values, packed[1][row].values)
+                        tokens, *packed = (batch.column(name)[row].values for name in COLUMNS)
+                        if tokens is None or None in packed or any(one.flatten().null_count for one in packed):
+                            raise ValueError(f"row {number}: expected values, got null")
+                        ids = tokens.cast(pa.int64()).to_numpy(zero_copy_only=False)
+                        yield f"{path}: row {number}", ids, (packed[0], packed[1])
                         number += 1
-        except (pa.ArrowException, AttributeError) as error:
+        except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a capture of DistillKit: {error}") from error
+
+
+def _check_columns(schema: Any) -> None:
+    from pyarrow import types
+
+    for name, depth in zip(COLUMNS, (1, 2, 2), strict=True):
+        if name not in schema.names:
+            raise ValueError(f"expected the columns {', '.join(COLUMNS)}, got {', '.join(schema.names)}")
+        kind = schema.field(name).type
+        for _ in range(depth):
+            kind = kind.value_type if types.is_list(kind) or types.is_large_list(kind) else None
+        if kind is None or not types.is_integer(kind):
+            raise ValueError(f"{name}: expected {'lists of ' * depth}integers, got {schema.field(name).type}")
 
 
 def _unpacked(
