@@ -60,7 +60,7 @@ def audit(figure: Any) -> None:
 
 
 def projected(figure: Any) -> None:
-    """P-KL at one position: the student's probabilities, the same times W, the teacher's."""
+    """One position: the student's probabilities, the same times W, the teacher's."""
     p, W = _student(), xtoken.ProjectionMatrix.build(STUDENT, TEACHER)
     moved = torch.zeros(len(TEACHER))
     for i, mass in enumerate(p):
@@ -75,7 +75,7 @@ def projected(figure: Any) -> None:
 
 
 def events(figure: Any) -> None:
-    """Prefix KL: at each place where the teacher writes a digit, what comes next by both."""
+    """Each place where the teacher writes a digit, what comes next by both."""
     p, written = _student(), [b"1", b"9", b"9"]
     teacher = [[0.8, 0.15, 0.05], [0.1, 0.1, 0.75, 0.05], [0.1, 0.2, 0.65, 0.05]]  # the last: something else
     for k, axes in enumerate(figure.subplots(1, 3, sharey=True)):

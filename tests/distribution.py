@@ -112,7 +112,7 @@ def test_installed() -> None:
         tests = [f"tests/{name}" for name in TESTS]
         run(python, "-I", "-m", "pytest", "-q", "--quick", "--no-tokenizers", *tests, folder=folder)
         run(python, "-I", "-m", "xtoken", "config", folder=folder)
-        run(python, "-I", "-m", "xtoken", "check", "--device", "cpu", "--losses", "pkl", "uld", folder=folder)
+        run(python, "-I", "-m", "xtoken", "check", "--device", "cpu", folder=folder)
 
 
 def main(target: Path) -> None:
