@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "losses"))  # the fake device
+sys.path.insert(0, str(Path(__file__).parents[1] / "parallel"))  # processes
 
 import pytest
 import torch

@@ -224,6 +224,19 @@ def routed(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{**one, "teachers": [own, *one["teachers"][1:]]} for one, own in zip(examples, first, strict=True)]
 
 
+def silent(examples: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The examples, of which the second half has neither labels nor chunks: the whole share of the second process."""
+    nothing = []
+    for one in examples[len(examples) // 2 :]:
+        first, *others = one["teachers"]
+        nothing.append({**one, "labels": [-100] * len(one["labels"]), "teachers": [{**first, "spans": []}, *others]})
+    return [*examples[: len(examples) // 2], *nothing]
+
+
+CHANGED = {"routed": routed, "silent": silent}
+"""What may be done to examples, by option."""
+
+
 def held_out(folder: Path, student_tok: Any, teacher_tok: Any, count: int, packed: bool) -> dict[str, float]:
     """What evaluation says of some examples, two a batch and process."""
     examples = encode(SMALL_TEXTS[:count], student_tok, teacher_tok, None)

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from small import (
+    CHANGED,
     FSDP,
     SMALL_TEXTS,
     assert_same,
@@ -22,7 +23,6 @@ from small import (
     encode,
     held_out,
     make_model,
-    routed,
     run_one_step,
     train_and_resume,
     two_teachers,
@@ -37,10 +37,12 @@ GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "dynamic", "routed": True, "learnable": True, **cut(4, 1)},
     {"scaling": "fixed", "routed": True, "learnable": True, **cut(2, 2)},
     {"scaling": "fixed", "average": 0.5, "steps": 3, **cut(2, 2)},
+    {"scaling": "dynamic", "steps": 2, "learnable": True, **cut(2, 2)},
+    {"scaling": "dynamic", "silent": True, "learnable": True, **cut(4, 1)},
     {"scaling": "dynamic", "fused": "on", **cut(4, 1)},
     {"scaling": "fixed", "lora_rank": 2, **cut(4, 1)},
     {"scaling": "dynamic", **cut(4, 1), **FSDP},
-    {"scaling": "dynamic", "fused": "on", **cut(4, 1), **FSDP},
+    {"scaling": "dynamic", "silent": True, "fused": "on", **cut(4, 1), **FSDP},
     {"scaling": "fixed", "learnable": True, "fused": "on", **cut(2, 2), **FSDP},
     {"scaling": "fixed", "lora_rank": 2, "fused": "on", **cut(4, 1), **FSDP},
     {"scaling": "fixed", "learnable": True, **cut(2, 2), **FSDP},
@@ -98,8 +100,11 @@ def test_gradients(tmp_path, results, student_tok, teacher_tok, case):
     options = {name: value for name, value in GRADIENTS[case].items() if name not in FSDP}
     teachers = two_teachers(student_tok, teacher_tok, options.pop("learnable", False), options.pop("average", None))
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
-    examples = routed(examples) if options.pop("routed", False) else examples
-    want = run_one_step(tmp_path, student_tok, teachers, examples, **{**options, **cut(8, 1), "fused": "off"})
+    for name, change in CHANGED.items():
+        examples = change(examples) if options.pop(name, False) else examples
+    accumulated = options["gradient_accumulation_steps"] if options["scaling"] == "dynamic" else 1
+    whole = cut(8 // accumulated, accumulated)  # "dynamic" has the factor of the first micro-batch, or of the last step
+    want = run_one_step(tmp_path, student_tok, teachers, examples, **{**options, **whole, "fused": "off"})
     assert_same(results["gradients"][case], want)
 
 

@@ -13,6 +13,7 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from small import (
+    CHANGED,
     SMALL_TEXTS,
     by_names,
     encode,
@@ -20,7 +21,6 @@ from small import (
     make_config,
     make_model,
     make_tokenizer,
-    routed,
     run_one_step,
     train_and_resume,
     train_on_policy,
@@ -78,7 +78,9 @@ if __name__ == "__main__":
     allow_fsdp_on_the_cpu()
     for one in work.get("gradients", []):  # FSDP stays switched on in a process, so its cases come last
         teachers = two_teachers(student_tok, teacher_tok, one.pop("learnable", False), one.pop("average", None))
-        given = routed(examples) if one.pop("routed", False) else examples
+        given = examples
+        for name, change in CHANGED.items():
+            given = change(given) if one.pop(name, False) else given
         results["gradients"].append(run_one_step(folder, student_tok, teachers, given, **one))
     for name, one in on_policy.items():
         if "fsdp" in one:

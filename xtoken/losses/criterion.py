@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -417,7 +417,7 @@ class XTokenLoss(nn.Module):
             if alignment is None or _count(predictable(alignment.supervised(labels))):
                 raise TypeError("teacher_logits: expected a floating-point tensor, got None, for labelled chunks")
             unsupervised = _count(predictable(alignment))
-            return _Ready(teacher, loss, None, None, None, None, alignment, None, 0, unsupervised, 0)
+            return _Ready(teacher, loss, projection, None, None, None, alignment, None, 0, unsupervised, 0)
         if in_parts:
             return _ready_in_parts(teacher, loss, teacher_logits, alignment, labels)
         if isinstance(teacher_logits, OrderedLogits):
@@ -476,7 +476,10 @@ class XTokenLoss(nn.Module):
             return self._distil_in_parts(ready, student_logits, targets, divisor, device)
         if student is None or source is None or ready.logits is None:
             zero = torch.zeros((), device=device)
-            return _Distilled(zero, None, zero, nothing(device))
+            # Ranks add up the gradients of W: 0, not None.
+            trained: Iterable[Tensor] = getattr(ready.projection, "parameters", tuple)()
+            nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)
+            return _Distilled(nowhere, None, zero, nothing(device))
         is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
         if is_diagnosed:
             loss = loss.chosen(source, device, self.backend)
