@@ -161,6 +161,18 @@ def test_bench_corpus(main, tmp_path):
     assert row["share_of_tokenizing_throughput"] > 0
 
 
+@pytest.mark.wide
+@pytest.mark.slow
+def test_bench_engines(main, tmp_path):
+    pytest.importorskip("ray", reason="xtoken[ray] is not installed")
+    output = tmp_path / "engines.json"
+    pair = ("--student", "wordpiece", "--teacher", "unigram")
+    main("bench_engines", "--megabytes", 0.4, "--repeat", 1, *pair, "--output", output)
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["engine"] for row in rows] == ["local", "ray"]
+    assert all(row["megabytes_per_processor_second"] > 0 for row in rows)
+
+
 @pytest.mark.slow
 def test_bench_cache(main, tmp_path, monkeypatch):
     """With a teacher of few words; the one of the demo takes long to load."""

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +14,7 @@ from torch.utils.data import Dataset
 
 from .alignment import Alignment, pad_rows
 from .corpus import Manifest, require
+from .remote import arrow_file, located, sizes
 from .storage import Numbering, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary
 
@@ -41,7 +41,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
     Parameters
     ----------
     path : path
-        Output folder of `xtoken.align_corpus`.
+        Output folder of `xtoken.align_corpus`, or its URL.
     student_tok, teacher_tok : optional
         Tokenizers, as for `Vocabulary.from_tokenizer`, that the corpus must have been made with.
 
@@ -55,7 +55,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         self, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
     ) -> None:
         require("pyarrow", "corpus")
-        self.path = Path(path).absolute()
+        self.path = located(path)
         manifest = Manifest.load(self.path)
         if not manifest.is_complete:
             raise ValueError(f"path: {self.path} is not complete; finish it with align_corpus(..., resume=True)")
@@ -66,8 +66,9 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         self._sizes = [int(manifest.parameters.get(f"{side}_vocab_size", 0)) for side in ("student", "teacher")]
         self._shards, self._counts = manifest.shards, manifest.counts
         self._files = [self.path / shard.file_name for shard in manifest.shards]
+        held = sizes(self.path)
         for file in self._files:
-            if not file.exists():
+            if file.name not in held:
                 raise FileNotFoundError(f"path: {file} is missing")
         self._numbering = Numbering(counts.documents for counts in manifest.counts)
         self._forget()
@@ -131,7 +132,7 @@ class AlignedDataset(Dataset[dict[str, Any]]):
         from .corpus.shards import SCHEMA, read_counts
 
         with self._damage(shard):
-            file = pq.ParquetFile(self._files[shard], pre_buffer=False, page_checksum_verification=True)
+            file = pq.ParquetFile(arrow_file(self._files[shard]), pre_buffer=False, page_checksum_verification=True)
             if not file.schema_arrow.equals(SCHEMA):
                 raise ValueError(f"expected the columns {SCHEMA.names}, got {file.schema_arrow.names}")
             counts, sums = read_counts(self._shards[shard], file.metadata)

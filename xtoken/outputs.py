@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from .remote import is_url
+
 
 def check_file(path: str | os.PathLike[str], name: str = "output") -> None:
     """Raises OSError, which says what to do, for a file that cannot be written: a folder, one in a folder that is not
@@ -20,7 +22,9 @@ def check_file(path: str | os.PathLike[str], name: str = "output") -> None:
 
 
 def check_folder(path: str | os.PathLike[str], name: str = "output") -> None:
-    """The same for a folder, which need not be there, nor those above it."""
+    """The same for a folder, which need not be there, nor those above it; of a URL the run itself asks, at once."""
+    if is_url(path):
+        return
     folder = Path(path).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import tempfile
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, suppress
@@ -22,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .remote import LastRun, Place, Remote, sizes
 from .vocabulary import TokenizerLike, Vocabulary
 
 Made = TypeVar("Made")
@@ -40,9 +42,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @contextmanager
-def atomic(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
     """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
-    it appears complete or not at all. What killed writes of the same file have left is removed."""
+    it appears complete or not at all. What killed writes of the same file have left is removed. A file of a `Remote` is
+    written to the folder for temporary files, and sent."""
+    if isinstance(path, Remote):
+        with tempfile.TemporaryDirectory() as folder:
+            temporary = Path(folder) / path.name
+            yield temporary
+            path.upload(temporary)
+        return
     path = Path(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         with suppress(OSError):
@@ -82,7 +91,13 @@ def _hold(path: Path, flags: int) -> int | None:
         os.close(descriptor)  # who held it has removed it
 
 
-class FolderLock(AbstractContextManager[None]):
+def only_run(folder: Place) -> AbstractContextManager[Any]:
+    """Keeps other runs out of an output folder. A `Remote` has no locks: of two runs the one that began first finds out
+    when its `check` is called, and ends."""
+    return FolderLock(folder) if isinstance(folder, Path) else LastRun(folder, LOCK)
+
+
+class FolderLock(AbstractContextManager["FolderLock"]):
     """Keeps other runs out of an output folder, which is made if need be; ValueError if one is there."""
 
     def __init__(self, folder: Path) -> None:
@@ -91,6 +106,9 @@ class FolderLock(AbstractContextManager[None]):
         self._held = _hold(self._path, os.O_RDWR | os.O_CREAT)
         if self._held is None:
             raise ValueError(f"output: another run writes to {folder}; wait for its end, or give another folder")
+
+    def check(self) -> None:
+        """The lock holds."""
 
     def __exit__(self, *_: object) -> None:
         if self._held is not None:
@@ -102,7 +120,7 @@ class FolderLock(AbstractContextManager[None]):
         self.__exit__()
 
 
-def write_atomically(path: str | os.PathLike[str], data: bytes) -> None:
+def write_atomically(path: str | os.PathLike[str] | Remote, data: bytes) -> None:
     """Writes a file that appears complete or not at all, even if the machine stops."""
     with atomic(path) as temporary:
         temporary.write_bytes(data)
@@ -277,14 +295,14 @@ class Index:
     title: str
     rebuild: str = ""
 
-    def write(self, folder: Path, content: Mapping[str, Any]) -> None:
+    def write(self, folder: Place, content: Mapping[str, Any]) -> None:
         """Writes the index; it is replaced as a whole or not at all."""
         content = {"format": self.version, **content}
         text = json.dumps({**content, "checksum": _json_digest(content)}, indent=1, ensure_ascii=False) + "\n"
         write_atomically(folder / self.name, text.encode())
 
     @contextmanager
-    def read(self, folder: Path) -> Iterator[Any]:
+    def read(self, folder: Place) -> Iterator[Any]:
         """The content of a folder's index; what the block misses in it becomes a ValueError that names the file."""
         path = folder / self.name
         try:
@@ -301,21 +319,22 @@ class Index:
         except (KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path}: not {self.title}: {error!r}") from error
 
-    def prepare(self, folder: Path, resume: bool, kind: str) -> bool:
+    def prepare(self, folder: Place, resume: bool, kind: str) -> bool:
         """Makes an output folder; whether it holds an index to go on with.
 
         Refuses what `check` refuses; removes what an earlier run left half written.
         """
         leftovers = self.check(folder, resume, kind)
-        folder.mkdir(parents=True, exist_ok=True)
+        if isinstance(folder, Path):
+            folder.mkdir(parents=True, exist_ok=True)
         for name in leftovers:
             (folder / name).unlink()
-        return (folder / self.name).exists()
+        return self.name in sizes(folder)
 
-    def check(self, folder: Path, resume: bool, kind: str) -> set[str]:
+    def check(self, folder: Place, resume: bool, kind: str) -> set[str]:
         """Refuses a folder that holds something and is not to be resumed, or something else than `kind`; returns the
         names of what an earlier run left half written."""
-        held = {path.name for path in folder.iterdir()} - {LOCK} if folder.is_dir() else set()
+        held = set(sizes(folder)) - {LOCK}
         if held and not resume:
             raise ValueError(f"output: {folder} is not empty; give another folder, or resume (--resume) what is in it")
         hidden = {name for name in held if name.startswith(".")}

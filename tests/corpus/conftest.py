@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from small_tokenizers import byte_level
 
@@ -41,3 +44,26 @@ def corpus(texts: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("corpus") / "manual.jsonl"
     path.write_text("".join(json.dumps({"text": text, "page": k}) + "\n" for k, text in enumerate(texts)))
     return path
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """The file system of a server on this machine that speaks S3, with an empty "bucket"."""
+    pytest.importorskip("s3fs", reason="xtoken[s3] is not installed")
+    server = pytest.importorskip("moto.server", reason="moto is not installed")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    here = server.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    here.start()
+    address = "http://{}:{}".format(*here.get_host_and_port())
+    keys = {"AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_DEFAULT_REGION": "us-east-1"}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ENDPOINT_URL": address, **keys}.items():
+            patch.setenv(name, value)
+        system = fsspec.filesystem("s3", skip_instance_cache=True)
+        type(system).clear_instance_cache()
+        if system.exists("bucket"):  # all servers of a process have the same buckets
+            system.rm("bucket", recursive=True)
+        system.mkdir("bucket")
+        yield system
+        type(system).clear_instance_cache()
+    here.stop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import json
+import multiprocessing
 import os
 import random
 import signal
@@ -23,7 +24,9 @@ import xtoken
 from xtoken import Aligner, Vocabulary, align_corpus, cli
 from xtoken.cli import main
 from xtoken.corpus import require
+from xtoken.corpus.deaths import Deaths
 from xtoken.corpus.options import Options
+from xtoken.corpus.partition import Shard
 from xtoken.corpus.progress import Progress
 
 pytestmark = pytest.mark.slow
@@ -86,9 +89,42 @@ def test_truncation(pair, texts, tmp_path):
         assert vocabularies[0].decode(row["student_ids"]) == vocabularies[1].decode(row["teacher_ids"])
 
 
-def test_workers_give_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
-    align_corpus(*pair_files, corpus, tmp_path / "out", shard_bytes=SHARD, workers=2)
-    assert contents(tmp_path / "out") == contents(undisturbed)
+def test_workers_give_the_same_bytes(undisturbed, pair_files, corpus, tmp_path, monkeypatch, caplog):
+    """Also where one of them is killed: what others have made is kept, its shard is made again, and that is told."""
+    folder = tmp_path / "out"
+    kept: dict[Path, int] = {}
+
+    def kill_one(*_):
+        if not kept:
+            kept.update({path: path.stat().st_ino for path in folder.glob("shard-*.parquet")})
+            multiprocessing.active_children()[0].kill()
+
+    monkeypatch.setattr(Progress, "shard_done", kill_one)
+    manifest = align_corpus(*pair_files, corpus, folder, shard_bytes=SHARD, workers=2)
+    assert contents(folder) == contents(undisturbed)
+    assert kept == {path: path.stat().st_ino for path in kept} != {}
+    assert manifest.deaths == 1
+    assert "1 workers died; what they made was lost and begun again: shard-" in caplog.text
+
+
+def test_a_shard_that_kills_workers_ends_the_run(caplog):
+    shards = [Shard(k, ()) for k in range(2)]
+    with Deaths() as died:
+        for shard in (1, 0, 0, 1):
+            died(shards[shard], "killed by SIGKILL")
+        with pytest.raises(OSError, match=r"shard-00001\.parquet: 3 workers died at it, .* so: killed by SIGKILL"):
+            died(shards[1], "killed by SIGKILL")
+    assert died.total == 5
+    assert "5 workers died; what they made was lost and begun again: shard-00001.parquet (3), shard-0" in caplog.text
+    patient = Deaths()
+    for _ in range(2):
+        patient(None, "no memory")
+        patient(None, "no memory")
+        patient.started()
+    patient(None, "no memory")
+    patient(None, "no memory")
+    with pytest.raises(OSError, match=r"the start: 3 workers died at it, the last of them so: no memory"):
+        patient(None, "no memory")
 
 
 def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):

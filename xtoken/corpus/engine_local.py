@@ -6,87 +6,122 @@ import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from contextlib import suppress
 from multiprocessing import connection
 from typing import Any
 
+import torch
+
 from .. import _core
+from .deaths import Deaths
 from .manifest import Counts
 from .partition import Shard
 from .shards import Advance, Job, ShardMaker
 
-POLL_SECONDS = 0.5
-"""How often the progress of other processes is asked for."""
-
-
-class Stopped(Exception):
-    """The run was told to stop."""
-
 
 def make_shards(
-    job: Job, shards: Sequence[Shard], workers: int | None, advance: Advance
+    job: Job, shards: Sequence[Shard], workers: int | None, advance: Advance, deaths: Deaths
 ) -> Iterator[tuple[Shard, Counts]]:
     """Makes shards and gives the counts of each when it is complete, in no certain order.
 
-    One worker (the default) is this process, whose tokenizers use all processors; more are processes that share them.
+    One worker (the default) is this process, whose tokenizers use all processors; more are processes that share them,
+    one of which may die: its shard is made again.
     """
     if workers is None or workers == 1:
         maker = ShardMaker(job)
         for shard in shards:
             yield shard, maker.make(shard, advance)
         return
-    context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of the tokenizers' threads
-    done = context.Array("q", 3)  # documents, tokens, bytes of text
-    stop = context.Event()
     threads = max(1, _core.available_processors() // workers)
-    seen = [0, 0, 0]
-    with ProcessPoolExecutor(workers, context, _start, (job, threads, done, stop)) as processes:
-        try:
-            todo = list(shards)
-            running: dict[Future[Counts], Shard] = {}
-            while todo or running:
-                while todo and len(running) <= workers:  # one in the queue, so that no process ever waits
-                    shard = todo.pop(0)
-                    running[processes.submit(_make, shard)] = shard
-                finished, _ = wait(running, POLL_SECONDS, FIRST_COMPLETED)
-                now = done[:]
-                advance(*(new - old for new, old in zip(now, seen, strict=True)))
-                seen = now
-                for future in finished:
-                    yield running.pop(future), future.result()
-        finally:
-            stop.set()
-            processes.shutdown(cancel_futures=True)
+    todo = deque(shards)
+    running: dict[Any, _Worker] = {}
+    try:
+        for _ in range(min(workers, len(shards))):
+            worker = _Worker(job, threads, todo.popleft())
+            running[worker.pipe] = worker
+        while running:
+            for pipe in connection.wait(running):
+                worker = running[pipe]
+                try:
+                    said = worker.pipe.recv()
+                except (EOFError, ConnectionError):
+                    del running[pipe]
+                    advance(*(-count for count in worker.said))
+                    deaths(worker.shard, worker.end())
+                    worker = _Worker(job, threads, worker.shard)
+                    running[worker.pipe] = worker
+                    continue
+                if isinstance(said, Exception):
+                    raise said
+                if isinstance(said, tuple):
+                    worker.said = [so_far + more for so_far, more in zip(worker.said, said, strict=True)]
+                    advance(*said)
+                    continue
+                made = worker.shard
+                if todo:
+                    worker.give(todo.popleft())
+                else:
+                    del running[pipe]
+                    worker.end()
+                yield made, said
+    finally:
+        for worker in running.values():
+            worker.pipe.close()
+        for worker in running.values():
+            worker.end()
 
 
-_worker: dict[str, Any] = {}
+class _Worker:
+    """A process that makes one shard after the other, and the shard that it makes.
+
+    It shares nothing but a pipe, so that its death leaves no lock behind. Through the pipe come what it has done of the
+    shard, a tuple as `Advance` takes it; the counts of the complete one; or an error. It ends when the pipe is closed.
+    """
+
+    def __init__(self, job: Job, threads: int, shard: Shard) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit locks of tokenizers' threads
+        self.pipe, its_end = context.Pipe()
+        self._process = context.Process(target=_work, args=(job, threads, its_end), daemon=True)
+        self._process.start()
+        its_end.close()
+        self.give(shard)
+
+    def give(self, shard: Shard) -> None:
+        """Has it make this shard."""
+        self.shard, self.said = shard, [0, 0, 0]
+        with suppress(ConnectionError):  # it has died; reading from it says so
+            self.pipe.send(shard)
+
+    def end(self) -> str:
+        """Waits for its end; how it came."""
+        self.pipe.close()
+        self._process.join()
+        code = self._process.exitcode or 0
+        return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
 
 
-def _start(job: Job, threads: int, done: Any, stop: Any) -> None:
-    """Prepares a worker process."""
+def _work(job: Job, threads: int, pipe: Any) -> None:
+    """What the process does."""
     threading.Thread(target=_end_with_the_first_process, daemon=True).start()
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and says so through `stop`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first process decides, and closes the pipe
     os.environ["RAYON_NUM_THREADS"] = str(threads)
-
-    def advance(*more: int) -> None:
-        if stop.is_set():
-            raise Stopped
-        with done.get_lock():
-            for k, count in enumerate(more):
-                done[k] += count
-
-    _worker.update(maker=ShardMaker(job, threads), advance=advance)
+    torch.set_num_threads(threads)
+    with suppress(EOFError, ConnectionError):
+        try:
+            maker = ShardMaker(job, threads)
+            while True:
+                pipe.send(maker.make(pipe.recv(), lambda *more: pipe.send(more)))
+        except (EOFError, ConnectionError):
+            raise
+        except Exception as error:
+            pipe.send(error)
 
 
 def _end_with_the_first_process() -> None:
-    """Ends this process when the one that started it is gone: killed, it cannot tell, and the queue would never end."""
+    """Ends this process when the one that started it is gone: killed, it cannot tell."""
     first = multiprocessing.parent_process()
     assert first is not None
     connection.wait([first.sentinel])
     os._exit(1)
-
-
-def _make(shard: Shard) -> Counts:
-    counts: Counts = _worker["maker"].make(shard, _worker["advance"])
-    return counts

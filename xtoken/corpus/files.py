@@ -5,8 +5,12 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+
+from ..remote import THREADS, Remote, is_url, located
 
 FORMATS: dict[str, str] = {
     **{f".{name}": "json" for name in ("jsonl", "json", "ndjson")},
@@ -28,7 +32,7 @@ class InputFile:
     """One file of the corpus."""
 
     path: str
-    """Absolute."""
+    """Absolute, or a URL."""
     name: str
     """Relative to the folder that all inputs share: what ids are made of."""
     format: str
@@ -36,6 +40,8 @@ class InputFile:
     """What it is packed with, "" if with nothing; a packed file can only be read from its start."""
     size: int
     mtime_ns: int
+    version: str = ""
+    """What says of a file at a URL whether it has changed, such as its ETag."""
 
     @property
     def unit(self) -> str:
@@ -45,50 +51,78 @@ class InputFile:
     def check_unchanged(self) -> None:
         """Raises ValueError if the file is not the one that was found."""
         try:
-            stat = os.stat(self.path)
+            size, mtime_ns, version = _stamp(self.path)
         except OSError as error:
             raise ValueError(f"{self.path}: is gone while it is read: {error}") from error
-        if (stat.st_size, stat.st_mtime_ns) != (self.size, self.mtime_ns):
-            sizes = f"{self.size} bytes at first, {stat.st_size} now"
+        if (size, mtime_ns, version) != (self.size, self.mtime_ns, self.version):
+            sizes = f"{self.size} bytes at first, {size} now"
             raise ValueError(f"{self.path}: was changed while it is read ({sizes}); start again")
 
 
+def _stamp(path: str) -> tuple[int, int, str]:
+    """Size, time of the last change, and version of a file."""
+    place = located(path)
+    if isinstance(place, Remote):
+        size, version = place.stamp()
+        return size, 0, version
+    stat = place.stat()
+    return stat.st_size, stat.st_mtime_ns, ""
+
+
 def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
-    """The files that paths and glob patterns stand for, each once; those of a pattern sorted.
+    """The files that paths, URLs and glob patterns stand for, each once; those of a pattern sorted.
 
-    Raises FileNotFoundError if one matches no file; ValueError for a folder, for an ending not in `FORMATS`, and for a
-    file that is packed by name and neither packed nor text by content.
+    Raises FileNotFoundError if one matches no file; OSError if a file system cannot be reached; ValueError for a
+    folder, for an ending not in `FORMATS`, and for a file that is packed by name and neither packed nor text by
+    content.
     """
-    from .source import sniff
-
     paths: dict[str, None] = {}
     for given in (os.fspath(path) for path in inputs):
-        matches = [given] if os.path.exists(given) else _matches(given)
+        matches = _matches(given)
         if not matches:
-            raise FileNotFoundError(f"input: no file matches {given}")
-        paths.update((os.path.abspath(path), None) for path in matches)
+            missing = place.root_is_missing() if isinstance(place := located(given), Remote) else ""
+            raise FileNotFoundError(f"input: no file matches {given}" + (f": there is no {missing}" if missing else ""))
+        paths.update(dict.fromkeys(matches))
     if not paths:
         raise ValueError("input: expected at least one file")
-    root = os.path.commonpath([os.path.dirname(path) for path in paths])
-    files = []
-    for path in paths:
-        if os.path.isdir(path):
-            raise ValueError(f"input: {path} is a folder; expected files, such as '{path}/*.parquet'")
-        plain, ending = os.path.splitext(path.lower())
-        is_packed = ending in PACKED_ENDINGS
-        kind = FORMATS.get(os.path.splitext(plain)[1] if is_packed else ending)
-        if kind is None or (is_packed and kind not in LINES):
-            known = f"{', '.join(FORMATS)}, the first four also with {', '.join(PACKED_ENDINGS)}"
-            raise ValueError(f"input: {path} has an unknown ending; expected one of {known}")
-        stat, name = os.stat(path), Path(path).relative_to(root).as_posix()
-        file = InputFile(path, name, kind, "", stat.st_size, stat.st_mtime_ns)
-        files.append(sniff(file, is_packed) if kind in LINES else file)
-    return files
+    parts = {path: tuple(path.split("/")) if is_url(path) else Path(path).parts for path in paths}
+    levels = zip(*(found[:-1] for found in parts.values()), strict=False)
+    root = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
+    names = {
+        path: "/".join(found[root:]) if is_url(path) else Path(*found[root:]).as_posix()
+        for path, found in parts.items()
+    }
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(_look_at, names, names.values()))
+
+
+def _look_at(path: str, name: str) -> InputFile:
+    from .source import sniff
+
+    if located(path).is_dir():
+        raise ValueError(f"input: {path} is a folder; expected files, such as '{path}/*.parquet'")
+    plain, ending = os.path.splitext(path.lower())
+    is_packed = ending in PACKED_ENDINGS
+    kind = FORMATS.get(os.path.splitext(plain)[1] if is_packed else ending)
+    if kind is None or (is_packed and kind not in LINES):
+        known = f"{', '.join(FORMATS)}, the first four also with {', '.join(PACKED_ENDINGS)}"
+        raise ValueError(f"input: {path} has an unknown ending; expected one of {known}")
+    file = InputFile(path, name, kind, "", *_stamp(path))
+    return sniff(file, is_packed) if kind in LINES else file
 
 
 def _matches(pattern: str) -> list[str]:
-    """The files of a glob pattern; folders at its beginning that exist as they are written count as that."""
+    """The file, if it exists, or the files of a glob pattern, of which folders at its beginning that exist as they are
+    written count as that. Paths are absolute."""
+    place = located(pattern)
+    if isinstance(place, Remote):
+        return [pattern] if place.is_dir() else place.glob()
+    if is_url(pattern):
+        pattern = str(place)
+    if os.path.exists(pattern):
+        return [os.path.abspath(pattern)]
     parts = Path(pattern).parts
     known = next(k for k in range(len(parts), -1, -1) if os.path.isdir(os.path.join("", *parts[:k]) or "."))
     pattern = os.path.join("", *map(glob.escape, parts[:known]), *parts[known:])
-    return sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    return [os.path.abspath(path) for path in found]

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
+from ..remote import Place, sizes
 from ..storage import Index
 from .files import InputFile
 from .partition import FileSlice, Shard
@@ -62,6 +62,8 @@ class Manifest:
     shards: list[Shard]
     counts: list[Counts] = field(default_factory=list)
     """One for each shard once the output is complete."""
+    deaths: int = 0
+    """Workers that died in this run, whose shards were made again; the file does not say."""
 
     @property
     def is_complete(self) -> bool:
@@ -91,20 +93,21 @@ class Manifest:
             found.append("the inputs came in another order")
         return found
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Place) -> None:
         """Writes the index; it is replaced as a whole or not at all."""
         place = {file: k for k, file in enumerate(self.inputs)}
         shards: list[dict[str, Any]] = []
         for shard in self.shards:
             pieces = [[place[p.file], p.start, p.stop, p.number, p.size] for p in shard.slices]
             shards.append({"file": shard.file_name, "pieces": pieces})
+        held = sizes(folder) if self.counts else {}
         for entry, counts in zip(shards, self.counts, strict=False):  # no counts at first
-            entry |= {**asdict(counts), "bytes": (folder / entry["file"]).stat().st_size}
+            entry |= {**asdict(counts), "bytes": held[entry["file"]]}
         content = {"complete": self.is_complete, "parameters": self.parameters, "total": asdict(self.total)}
         INDEX.write(folder, {**content, "inputs": [asdict(file) for file in self.inputs], "shards": shards})
 
     @staticmethod
-    def load(folder: Path) -> Manifest:
+    def load(folder: Place) -> Manifest:
         """Reads the index of a folder; FileNotFoundError if there is none, ValueError if it is of another format."""
         with INDEX.read(folder) as content:
             inputs = [InputFile(**file) for file in content["inputs"]]

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 from .. import _core
-from ..storage import FolderLock
+from ..remote import THREADS, Place, located
+from ..storage import only_run
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
-from .files import find_files
+from .deaths import Deaths
+from .files import InputFile, find_files
 from .manifest import INDEX, Manifest
 from .options import Options
 from .partition import into_shards
@@ -35,17 +36,18 @@ def run(
     options: Options,
 ) -> Manifest:
     """`xtoken.align_corpus`, which documents the arguments."""
-    folder = Path(output).absolute()
-    with FolderLock(folder):
-        return _run(student_tok, teacher_tok, inputs, folder, options)
+    folder = located(output)
+    with only_run(folder) as alone:
+        return _run(student_tok, teacher_tok, inputs, folder, options, alone.check)
 
 
 def _run(
     student_tok: TokenizerLike,
     teacher_tok: TokenizerLike,
     inputs: Sequence[str | os.PathLike[str]],
-    folder: Path,
+    folder: Place,
     options: Options,
+    check_alone: Callable[[], None],
 ) -> Manifest:
     going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
@@ -61,17 +63,22 @@ def _run(
         missing = [shard for shard in manifest.shards if shard.index not in done]
         progress.start(sum(shard.size for shard in manifest.shards), sum(manifest.shards[k].size for k in done))
         engine = engine_local if options.engine == "local" else engine_ray
-        for shard, counts in engine.make_shards(job, missing, options.workers, progress.advance) if missing else ():
-            done[shard.index] = counts
-            progress.shard_done(shard.size, counts.text_bytes)
-        for file in manifest.inputs:
-            file.check_unchanged()
+        deaths = Deaths()
+        with deaths:
+            made = engine.make_shards(job, missing, options.workers, progress.advance, deaths) if missing else ()
+            for shard, counts in made:
+                done[shard.index] = counts
+                progress.shard_done(shard.size, counts.text_bytes)
+        with ThreadPoolExecutor(THREADS) as threads:
+            list(threads.map(InputFile.check_unchanged, manifest.inputs))
+        check_alone()
         manifest.counts = [done[shard.index] for shard in manifest.shards]
         manifest.save(folder)
+    manifest.deaths = deaths.total
     return manifest
 
 
-def _begin(folder: Path, wanted: Manifest, going_on: bool, options: Options) -> Manifest:
+def _begin(folder: Place, wanted: Manifest, going_on: bool, options: Options) -> Manifest:
     """The index of the run that was stopped, if there is one and it fits; else a new one."""
     if going_on:
         before = Manifest.load(folder)

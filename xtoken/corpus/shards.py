@@ -10,7 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,6 +20,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..alignment import Aligner, Ragged
+from ..remote import THREADS, Place, arrow_file, located, sizes
 from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from ..vocabulary.long_texts import encode_texts
@@ -109,7 +109,7 @@ class ShardMaker:
         counts, sums = Counts(), []
         broken = Broken(self.job.options.on_error)
         batches = read_shard(shard, self.job.options.text_column, broken)
-        path = Path(self.job.output) / shard.file_name
+        path = located(self.job.output) / shard.file_name
         try:
             with (
                 atomic(path) as temporary,
@@ -175,13 +175,19 @@ def read_counts(shard: Shard, metadata: Any) -> tuple[Counts, list[int]]:
     return counts, sums
 
 
-def complete_shards(shards: Iterable[Shard], folder: Path) -> dict[int, Counts]:
+def complete_shards(shards: Iterable[Shard], folder: Place) -> dict[int, Counts]:
     """The shards that are there and whole, by number, with their counts."""
-    found = {}
-    for shard in shards:
-        with suppress(pa.ArrowException, OSError, ValueError):
-            found[shard.index], _ = read_counts(shard, pq.read_metadata(folder / shard.file_name))
-    return found
+    held = sizes(folder)
+
+    def counts(shard: Shard) -> Counts | None:
+        with suppress(pa.ArrowException, OSError, ValueError), arrow_file(folder / shard.file_name) as file:
+            return read_counts(shard, pq.read_metadata(file))[0]
+        return None
+
+    there = [shard for shard in shards if shard.file_name in held]
+    with ThreadPoolExecutor(THREADS) as threads:
+        found = zip(there, threads.map(counts, there), strict=True)
+        return {shard.index: one for shard, one in found if one is not None}
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Ragged:

@@ -17,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+from ..remote import located
 from .files import InputFile
 
 BLOCK_BYTES = 2 << 20
@@ -32,6 +33,7 @@ _MAGIC = {
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }
 _STARTS = (b"\x1f\x8b\x08", b"BZh91AY&SY", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
+_UNPACK: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 _MARK = b"\xef\xbb\xbf"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
@@ -44,7 +46,7 @@ def sniff(file: InputFile, is_packed: bool) -> InputFile:
     Raises ValueError if it cannot be unpacked, is UTF-16, or is neither packed nor text although its name says the one
     (`is_packed`).
     """
-    with _readable(file), open(file.path, "rb") as stream:
+    with _readable(file), located(file.path).open("rb") as stream:
         head = stream.read(SNIFFED_BYTES)
     packing = next((name for name, magic in _MAGIC.items() if magic.match(head)), "")
     if is_packed and head and not packing:
@@ -227,14 +229,21 @@ def elements(file: InputFile) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{file.path}, line {line} or later: {error}") from error
 
 
-def _open(file: InputFile) -> Any:
+@contextmanager
+def _open(file: InputFile) -> Iterator[Any]:
     """A stream of the unpacked bytes."""
-    if file.packing == "zstd":
-        from . import require
+    with located(file.path).open("rb") as packed:
+        if not file.packing:
+            yield packed
+            return
+        if file.packing == "zstd":
+            from . import require
 
-        return require("pyarrow", "corpus").input_stream(file.path, compression="zstd")
-    unpack: Any = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open, "": open}[file.packing]
-    return unpack(file.path, "rb")
+            stream = require("pyarrow", "corpus").input_stream(packed, compression="zstd")
+        else:
+            stream = _UNPACK[file.packing](packed, "rb")
+        with stream:
+            yield stream
 
 
 @contextmanager

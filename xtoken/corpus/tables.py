@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from ..remote import arrow_file, located
 from .documents import BATCH_BYTES, ID, Broken, documents, numbered
 from .files import InputFile
 from .partition import MOST_SLICES, FileSlice
@@ -51,7 +52,7 @@ def rows(file: InputFile) -> Iterator[Row]:
     """The rows of a file with all their columns; ValueError if it cannot be read."""
     with _readable(file):
         if file.format == "parquet":
-            with pq.ParquetFile(file.path, pre_buffer=False) as reader:
+            with _parquet_reader(file) as reader:
                 yield from _plain_rows(file, reader.iter_batches(BATCH_ROWS))
         else:
             with _arrow_reader(file) as batches:
@@ -100,9 +101,18 @@ def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
 
 
 @contextmanager
+def _parquet_reader(file: InputFile, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
+    with (
+        arrow_file(located(file.path)) as source,
+        pq.ParquetFile(source, pre_buffer=False, buffer_size=buffer_size) as reader,
+    ):
+        yield reader
+
+
+@contextmanager
 def _arrow_reader(file: InputFile, text_column: str | None = None) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Batches of the columns that are read, all by default; not mapped, since a file may shrink."""
-    with pa.OSFile(file.path) as source:
+    """Batches of the columns that are read, all by default."""
+    with arrow_file(located(file.path)) as source:
         is_file = source.read(6) == b"ARROW1"
         open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
         if not is_file:  # a stream that was cut between two batches only lacks its end
@@ -130,7 +140,7 @@ def _parts(file: InputFile, text_column: str) -> Iterator[tuple[int, int]]:
     """Rows and bytes of text of every row group or record batch."""
     with _readable(file):
         if file.format == "parquet":
-            with pq.ParquetFile(file.path) as reader:
+            with _parquet_reader(file) as reader:
                 _columns(reader.schema_arrow, file, text_column)
                 metadata = reader.metadata
                 leaf = [metadata.schema.column(k).path for k in range(metadata.num_columns)].index(text_column)
@@ -148,7 +158,7 @@ def _rows(file_slice: FileSlice, text_column: str) -> Iterator[pa.RecordBatch]:
     file, start, stop = file_slice.file, file_slice.start, file_slice.stop
     with _readable(file):
         if file.format == "parquet":
-            with pq.ParquetFile(file.path, pre_buffer=False, buffer_size=1 << 20) as reader:
+            with _parquet_reader(file, 1 << 20) as reader:
                 counts = [reader.metadata.row_group(k).num_rows for k in range(reader.metadata.num_row_groups)]
                 ends = np.cumsum(counts)
                 groups = [k for k, end in enumerate(ends) if end > start and end - counts[k] < stop]
