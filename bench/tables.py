@@ -377,6 +377,18 @@ PAIRS = {
     "demo": "small random Llama from SmolLM2-135M-Instruct",
     "gemma": "SmolLM2-135M-Instruct from Gemma 3 270M",
 }
+
+
+def scale() -> str:
+    """What a rank of a vocabulary-parallel loss gives for a chunk."""
+    found = results("scale")["rows"]
+    ways = list(dict.fromkeys(row["teacher"] for row in found))
+    pairs = dict.fromkeys((row["pair"], row["loss"]) for row in found)
+    given = {(row["pair"], row["loss"], row["teacher"]): f"{row['numbers_a_chunk']:,}" for row in found}
+    header = ("student/teacher", "loss", *("teacher " + way for way in ways))
+    return markdown(header, [(*one, *(given.get((*one, way), "") for way in ways)) for one in pairs], words=2)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "alignment": alignment,
     "losses": losses,
@@ -396,6 +408,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "events": events,
     "trl": trl,
     "quantized": quantized,
+    "scale": scale,
     "real_numbers": partial(real, "numbers"),
     "real_code": partial(real, "code"),
     "real_policy": partial(real, "policy"),

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from comparer import assert_as_accurate, assert_close
-from harness import OPERATIONS, Case, few_variants, losses_and_grad, variants
+from harness import OPERATIONS, Case, few_variants, losses_and_grad, make_projection, variants
 from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, leaf, said
 from processes import on_ranks
 from torch import Tensor
@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 import xtoken
 from xtoken.losses import Needs, registered
 from xtoken.losses.backends import kernels_of
+from xtoken.parallel import call
 
 CUTS: dict[str, tuple[list[float], list[float] | None]] = {
     "whole teacher": ([0.5, 0.5], None),
@@ -282,30 +283,39 @@ def test_losses_that_need_whole_rows_say_why(name: str, of_ranks: dict[int, list
             assert got == f"ValueError: tp_group: expected whole rows for {loss.title}: {reason}"
 
 
-def identical(name: str, size: int) -> Case:
-    """Two vocabularies of the same tokens, and one token to one."""
+def identical(name: str, size: int, random: bool = False) -> Case:
+    """Two vocabularies of the same tokens, and one token to one; or W as in other tests."""
     generator = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 1, 7, size, generator=generator)
     ids = torch.arange(7)[None]
     chunks = [[k, k + 1, k, k + 1] for k in range(7)]
     ones = [[1.0]] * size
     W = xtoken.ProjectionMatrix.from_topk([[k] for k in range(size)], ones, teacher_vocab_size=size)
-    return Case(student, teacher, xtoken.Alignment(chunks, [0, 7], ids, ids), W)
+    return Case(
+        student, teacher, xtoken.Alignment(chunks, [0, 7], ids, ids), make_projection(size, size) if random else W
+    )
 
 
-def texts(size: int) -> xtoken.Vocabulary:
-    return xtoken.Vocabulary([bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in range(size)])
+def texts(size: int, step: int = 1) -> xtoken.Vocabulary:
+    """So many texts, in one order or, with a step that has no divisor in common with the size, in another."""
+    order = [k * step % size for k in range(size)]
+    return xtoken.Vocabulary([bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in order])
 
 
 @functools.cache
-def pieces_of(size: int) -> xtoken.PieceIndex:
-    return xtoken.PieceIndex.build(texts(size), texts(size))
+def pieces_of(size: int, step: int) -> xtoken.PieceIndex:
+    return xtoken.PieceIndex.build(texts(size), texts(size, step))
+
+
+Traffic = tuple[int, int]
+"""Bytes of a call and its backward, and what the formula says of them."""
 
 
 @on_two_ranks
-def traffic(rank: int) -> dict[tuple[str, int, bool], int]:
-    """The bytes that a call and its backward reduce or gather."""
-    counted = []
+def traffic(rank: int) -> dict[tuple[str, int, bool, bool], Traffic]:
+    """By loss, size of the vocabularies, whether the teacher is whole, and whether much crosses."""
+    counted: list[int] = []
+    formulas: list[Any] = []
 
     def counting(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
         def count(*arguments: Any, **options: Any) -> Any:
@@ -314,35 +324,50 @@ def traffic(rank: int) -> dict[tuple[str, int, bool], int]:
 
         return count
 
-    found = {}
+    def keeping(*arguments: Any) -> Any:
+        formulas.append(made(*arguments))
+        return formulas[-1]
+
+    found, made = {}, call._formula
     for name in IN_PARTS:
         function, needs = OPERATIONS[name].function(), OPERATIONS[name].needs
-        for size in (512, 1024):
-            case = identical(name, size)
-            pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [pieces_of(size)]}.get(needs, [])
-            for shares in (None, [0.5, 0.5]):
+        for size, random in ((512, False), (1024, False), (512, True)):
+            case = identical(name, size, random)
+            index = pieces_of(size, 3 if random else 1)
+            pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [index]}.get(needs, [])
+            options = common_alone(name, OPERATIONS[name].few(None))
+            for shares in (None, [0.6, 0.4] if random else [0.5, 0.5]):
                 student, teacher = leaf(part(case.student, [0.5, 0.5], rank)), part(case.teacher, shares, rank)
                 counted.clear()
                 with (
                     mock.patch.object(dist, "all_reduce", counting(dist.all_reduce, 0)),
                     mock.patch.object(dist, "all_gather", counting(dist.all_gather, 1)),
+                    mock.patch.object(dist, "all_to_all_single", counting(dist.all_to_all_single, 1)),
+                    mock.patch.object(call, "_formula", keeping),
                 ):
-                    few = {**common_alone(name, {}), **OPERATIONS[name].few(None)}
-                    few = common_alone(name, few)
-                    loss = function(student, teacher, case.alignment, *pair, tp_group=dist.group.WORLD, **few)
-                    loss.backward()
-                found[name, size, shares is None] = sum(counted)
+                    function(student, teacher, case.alignment, *pair, tp_group=dist.group.WORLD, **options).backward()
+                said = 6 * 4 * formulas[-1].exchanged  # chunks with a predictor, float32
+                found[name, size, shares is None, random] = sum(counted), said
     return found
 
 
 @pytest.mark.parametrize("whole", [True, False], ids=["whole teacher", "teacher in parts"])
 @pytest.mark.parametrize("name", IN_PARTS)
-def test_what_is_reduced_does_not_grow_with_the_vocabulary(
-    name: str, whole: bool, of_ranks: dict[int, list[dict[str, Any]]]
-) -> None:
+def test_what_is_reduced(name: str, whole: bool, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """As the formula says; without what crosses it does not grow with the vocabulary."""
     for found in of_ranks[2]:
-        small, large = (found["traffic"][name, size, whole] for size in (512, 1024))
-        assert 0 < small == large <= 6 * 20 * 4  # 6 chunks with a predictor, 20 numbers each: no row of 512
+        small, large, crossing = (
+            found["traffic"][name, size, whole, random] for size, random in ((512, False), (1024, False), (512, True))
+        )
+        assert 0 < small[0] == large[0] <= 6 * 20 * 4  # no row of 512
+        for got, want in (small, large, crossing):
+            assert got == want
+
+
+def test_something_crosses(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for name in IN_PARTS:
+        small, more = (of_ranks[2][0]["traffic"][name, 512, False, random][0] for random in (False, True))
+        assert more > 5 * small
 
 
 def sharded(rank: int, whole: Tensor, mesh: Any, dimension: int | None) -> Any:
@@ -461,3 +486,38 @@ def test_backward_works_again_unless_the_logits_were_overwritten(of_ranks: dict[
     for found in of_ranks[2]:
         assert torch.equal(found["other_widths"]["again"], found["other_widths"]["lacking"][1])
         assert "modified by an inplace operation" in found["other_widths"]["overwritten"]
+
+
+def ordered(name: str) -> xtoken.OrderedLogits:
+    """The teacher's logits with its columns where the student has them."""
+    case = case_of(name)
+    order = (case.pieces if OPERATIONS[name].needs is Needs.PIECES else case.projection).teacher_order()
+    return xtoken.OrderedLogits(case.teacher.float()[..., order.tokens], order)
+
+
+IN_ORDER = [name for name in IN_PARTS if OPERATIONS[name].needs is not Needs.SAME_TOKENIZER]
+
+
+@on_two_ranks
+def orders(rank: int) -> dict[str, tuple[Tensor, Tensor]]:
+    found = {}
+    for name in IN_ORDER:
+        student, teacher = leaf(part(case_of(name).student.float(), [0.5, 0.5], rank)), ordered(name)
+        assert isinstance(teacher.logits, Tensor)
+        given = xtoken.OrderedLogits(part(teacher.logits, [0.6, 0.4], rank), teacher.order)
+        options = common_alone(name, {})
+        loss = OPERATIONS[name].public(case_of(name), student, given, tp_group=dist.group.WORLD, **options)
+        found[name] = loss.detach(), torch.autograd.grad(loss, student)[0]
+    return found
+
+
+@pytest.mark.parametrize("name", IN_ORDER)
+def test_teacher_in_the_order_of_a_pair(name: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    case, options = case_of(name), common_alone(name, {})
+    student = leaf(case.student.float())
+    want = OPERATIONS[name].public(case, student, case.teacher.float(), backend="reference", **options)
+    want.backward()
+    results = [found["orders"][name] for found in of_ranks[2]]
+    for loss, _ in results:
+        assert_close(loss, want, rtol=1e-5)
+    assert_close(torch.cat([grad for _, grad in results], -1), student.grad, rtol=1e-5, atol=1e-6)

@@ -91,7 +91,7 @@ def compute(
         mask = torch.as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != whole:
             raise ValueError(f"mask: expected bool {list(whole)} (all positions), got {mask.dtype} {list(mask.shape)}")
-    call = _call(
+    call = call_of(
         loss, student, teacher, alignment, tuple(len(one.rank) for one in positions),
         sizes=(columns[0].size, columns[1].size), mask=mask, reduction=reduction, backend=backend,
     )  # fmt: skip
@@ -291,7 +291,7 @@ def _check_shards(name: str, widths: Sequence[int], size: int | None) -> None:
         )
 
 
-def _call(
+def call_of(
     loss: Loss,
     student: Parts,
     teacher: Parts,

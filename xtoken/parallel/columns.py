@@ -66,45 +66,49 @@ class Parts(NamedTuple):
 
 
 class _Way(NamedTuple):
-    """Of one side: what this rank has, and where what it compares comes from."""
+    """Of one side: which of its values this rank compares itself, and which come from or go to other ranks."""
 
     ranks: Ranks
     held: Tensor  # int64 [m]: the categories of which this rank has parts, ascending
-    sent: Tensor  # int64: places in `held` of categories that are not compared where all of their parts are
-    place: Tensor  # int64: their places among all such categories
-    crossing: int  # how many of these there are
-    source: Tensor  # int64 [n]: places of `mine` among [held, crossing, nothing]
+    own: tuple[Tensor, Tensor]  # int64 twice: places in `held` of those that it compares, and in `mine`
+    sent: Tensor  # int64: places in `held` of the others, by the ranks that compare them
+    received: Tensor  # int64: places in `mine` of what comes from others, by the ranks that it comes from
+    sends: list[int]  # how many go to each rank
+    receives: list[int]
+    crossing: int  # how many parts go from one rank to another, of all ranks
 
 
 class Meeting:
     """Which rank compares which category, and the way of both sides' values to it.
 
-    A category is compared where the teacher has it, or if every rank has the teacher's, where the student has it. Only
-    categories of which another rank has a part cross: they are added up over the ranks, [K] values each.
+    A category is compared where the teacher has it, or if every rank has the teacher's, where the student has it; of
+    several ranks on the first. Parts that others have go to it alone.
     """
 
     def __init__(self, count: int, student: Parts, teacher: Parts) -> None:
         ranks = student.ranks
-        device = student.category.device
-        spans = [_span(count, side, ranks.size) for side in (student, teacher)]
-        owner = torch.arange(count, device=device) % ranks.size
-        owner = torch.where(spans[0][1] >= 0, spans[0][0], owner)
+        firsts = [_first_rank(count, side) for side in (student, teacher)]
+        owner = torch.arange(count, device=student.category.device) % ranks.size
+        owner = torch.where(firsts[0] < ranks.size, firsts[0], owner)
         if teacher.ranks.size > 1:
-            owner = torch.where(spans[1][1] >= 0, spans[1][0], owner)
+            owner = torch.where(firsts[1] < ranks.size, firsts[1], owner)
         self.count, self.ranks = count, ranks
         self.mine = (owner == ranks.rank).nonzero()[:, 0]
         """int64 [n]: the categories that this rank compares, ascending."""
-        self._ways = [
-            _way(count, side, span, owner, self.mine) for side, span in zip((student, teacher), spans, strict=True)
-        ]
+        self._ways = [_way(count, side, owner, self.mine, ranks.rank) for side in (student, teacher)]
 
     def held(self, side: int) -> Tensor:
         """int64 [m]: the categories of which this rank has parts, ascending; side 0 is the student."""
         return self._ways[side].held
 
-    def crossing(self, side: int) -> int:
-        """How many categories of a side cross."""
-        return self._ways[side].crossing
+    def sent(self, side: int) -> int:
+        """How many parts of a side this rank sends to others."""
+        return len(self._ways[side].sent)
+
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank sends for a chunk: twice forward, and once backward for the student."""
+        return 2 * self.sent(0) + len(self._ways[0].received) + 2 * self.sent(1)
 
     def numbered(self, side: int, categories: Tensor) -> Tensor:
         """int64: the places of categories in `held`, which has them."""
@@ -112,50 +116,73 @@ class Meeting:
 
     def totals(self, side: int, values: Tensor) -> Tensor:
         """[K, n]: the sums over the ranks of values [K, m] of `held`, for `mine`; 0 where there is none."""
-        way = self._ways[side]
-        cross = way.ranks.shared(way.ranks.summed(self._sent(way, values, 0.0)))
-        return torch.cat([values, cross, values.new_zeros(len(values), 1)], 1).index_select(1, way.source)
+        own, received = self._met(side, values, 0.0)
+        return own if received is None else own.index_add(1, self._ways[side].received, received)
 
     def log_totals(self, side: int, values: Tensor) -> Tensor:
         """As `totals`, of logarithms: -inf where there is none."""
-        way = self._ways[side]
-        sent = self._sent(way, values, -torch.inf)
-        top = way.ranks.largest(sent)
+        own, received = self._met(side, values, -torch.inf)
+        if received is None:
+            return own
+        place = self._ways[side].received
+        top = own.detach().scatter_reduce(1, place.expand(len(own), -1), received.detach(), "amax")
         top = top.masked_fill(top.isinf(), 0)
-        mass = way.ranks.shared(way.ranks.summed((sent - top).exp()))
-        cross = (mass.masked_fill(mass == 0, 1).log() + top).masked_fill(mass == 0, -torch.inf)
-        return torch.cat([values, cross, values.new_full((len(values), 1), -torch.inf)], 1).index_select(1, way.source)
+        mass = (own - top).exp().index_add(1, place, (received - top.index_select(1, place)).exp())
+        return (mass.masked_fill(mass == 0, 1).log() + top).masked_fill(mass == 0, -torch.inf)
 
-    def _sent(self, way: _Way, values: Tensor, none: float) -> Tensor:
-        empty = values.new_full((len(values), way.crossing), none)
-        return empty.index_copy(1, way.place, values.index_select(1, way.sent))
+    def _met(self, side: int, values: Tensor, none: float) -> tuple[Tensor, Tensor | None]:
+        """Of `mine` what this rank has [K, n], and what others send [K, r], None if nothing crosses on any rank."""
+        way = self._ways[side]
+        own = values.new_full((len(values), len(self.mine)), none)
+        own = own.index_copy(1, way.own[1], values.index_select(1, way.own[0]))
+        if not way.crossing:
+            return own, None
+        return own, way.ranks.exchanged(values.index_select(1, way.sent).t(), way.sends, way.receives).t()
 
     def at(self, values: Tensor, category: Tensor) -> Tensor:
         """[K]: of values [K, n] of `mine` that of category[k], from whichever rank compares it; without a gradient."""
-        place = torch.full((self.count,), -1, dtype=torch.int64, device=category.device)
-        place[self.mine] = torch.arange(len(self.mine), device=category.device)
-        place = place[category]
+        place = _places(self.count, self.mine)[category]
         if values.shape[1] == 0:
             return self.ranks.total(values.new_zeros(len(values)))
         found = values.gather(1, place.clamp_min(0)[:, None])[:, 0]
         return self.ranks.total(torch.where(place >= 0, found, 0.0))
 
 
-def _span(count: int, side: Parts, size: int) -> tuple[Tensor, Tensor]:
-    """int64 [count] twice: the lowest and the highest rank with parts; (size, -1) where there are none."""
-    none = side.rank.new_full((count,), -1)
-    low = (none + size + 1).scatter_reduce(0, side.category, side.rank, "amin")
-    return low, none.scatter_reduce(0, side.category, side.rank, "amax")
+def _places(count: int, chosen: Tensor) -> Tensor:
+    """int64 [count]: the place of each number among the chosen ones, -1 where it is none."""
+    place = torch.full((count,), -1, dtype=torch.int64, device=chosen.device)
+    place[chosen] = torch.arange(len(chosen), device=chosen.device)
+    return place
 
 
-def _way(count: int, side: Parts, span: tuple[Tensor, Tensor], owner: Tensor, mine: Tensor) -> _Way:
-    ranks, (low, high) = side.ranks, span
-    held = side.category[side.rank == ranks.rank].unique()
-    is_crossing = (high >= 0) & ((low != owner) | (high != owner)) & (ranks.size > 1)
-    crossing = int(is_crossing.sum())
-    place = is_crossing.cumsum(0) - 1
-    sent = is_crossing[held].nonzero()[:, 0]
-    source = torch.full((count,), len(held) + crossing, dtype=torch.int64, device=held.device)
-    source[held] = torch.arange(len(held), device=held.device)
-    source = torch.where(is_crossing, len(held) + place, source)[mine]
-    return _Way(ranks, held, sent, place[held[sent]], crossing, source)
+def _first_rank(count: int, side: Parts) -> Tensor:
+    """int64 [count]: the lowest rank with a part; as many as there may be ranks where there is none."""
+    none = torch.full((count,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=side.category.device)
+    return none.scatter_reduce(0, side.category, side.rank, "amin")
+
+
+def _way(count: int, side: Parts, owner: Tensor, mine: Tensor, me: int) -> _Way:
+    ranks = side.ranks
+    if ranks.size == 1:  # it has everything
+        held, is_own = side.category.unique(), owner[side.category.unique()] == me
+        none = held[:0]
+        own = is_own.nonzero()[:, 0], _places(count, mine)[held[is_own]]
+        return _Way(ranks, held, own, none, none, [], [], 0)
+    parts = (side.rank * count + side.category).unique()
+    rank, category = parts // count, parts % count
+    to = owner[category]
+    held = category[rank == me]
+    place, place_of_mine = _places(count, held), _places(count, mine)
+    is_sent, is_received = (rank == me) & (to != me), (rank != me) & (to == me)
+    order = to[is_sent].argsort(stable=True)
+    is_own = (rank == me) & (to == me)
+    return _Way(
+        ranks,
+        held,
+        (place[category[is_own]], place_of_mine[category[is_own]]),
+        place[category[is_sent][order]],
+        place_of_mine[category[is_received]],
+        torch.bincount(to[is_sent], minlength=ranks.size).tolist(),
+        torch.bincount(rank[is_received], minlength=ranks.size).tolist(),
+        int((rank != to).sum()),
+    )

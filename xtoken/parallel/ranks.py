@@ -60,6 +60,11 @@ class Ranks:
         """Values that are the same on all ranks, of which each uses a part: their gradients add up."""
         return values if self.size == 1 else _Shared.apply(values, self)
 
+    def exchanged(self, values: Tensor, sends: list[int], receives: list[int]) -> Tensor:
+        """[sum of receives, K]: the rows [sum of sends, K] that the ranks send here, by rank; gradients return."""
+        received: Tensor = _Exchanged.apply(values, sends, receives, self)
+        return received
+
     def log_softmax(self, values: Tensor) -> Tensor:
         """log_softmax of rows [n, m], of which each rank has some columns, perhaps none; -inf has no probability."""
         if self.size == 1:
@@ -68,6 +73,10 @@ class Ranks:
         top = top.masked_fill(top.isinf(), 0)[:, None]
         mass = self.shared(self.summed((values - top).exp().sum(-1, keepdim=True)))
         return values - top - mass.masked_fill(mass == 0, 1).log()
+
+    def of_log_softmax(self, has_gradient: bool) -> int:
+        """How many numbers `log_softmax` reduces for a row: twice forward, once backward."""
+        return 0 if self.size == 1 else 5 if has_gradient else 4
 
     def log_sums(self, values: Tensor) -> Tensor:
         """log of the sum of ``exp(values)`` over the ranks, -inf where there is nothing; used alike by all."""
@@ -103,6 +112,19 @@ class _Shared(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
         return ctx.ranks.total(upstream), None
+
+
+class _Exchanged(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, sends: list[int], receives: list[int], ranks: Ranks) -> Tensor:
+        ctx.sends, ctx.receives, ctx.ranks = sends, receives, ranks
+        received = values.new_empty(sum(receives), values.shape[1])
+        dist.all_to_all_single(received, values.contiguous(), receives, sends, group=ranks.group)
+        return received
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
+        return ctx.ranks.exchanged(upstream, ctx.receives, ctx.sends), None, None, None
 
 
 class Report:

@@ -22,12 +22,18 @@ class InParts:
 
     def __init__(self, options: KD, student: Columns, teacher: Columns, device: torch.device) -> None:
         self.options = options
+        self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
         columns = torch.arange(student.size, device=device) if options.columns is None else options.columns
         self.local = [columns[side.here(columns)] - side.first for side in (student, teacher)]
         place = torch.arange(len(columns), device=device)
         self.meeting = Meeting(
             len(columns), *(Parts(place, side.rank_of(columns), side.ranks) for side in (student, teacher))
         )
+
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
+        return self.rows + self.meeting.exchanged + 2
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""

@@ -23,6 +23,7 @@ class InParts:
 
     def __init__(self, options: PreparedPKL, student: Columns, teacher: Columns, device: torch.device) -> None:
         self.options = options
+        self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
         columns, entries = options.columns, options.entries
         self.teacher_local = columns[teacher.here(columns)] - teacher.first
         place = torch.arange(len(columns), device=device)
@@ -39,6 +40,11 @@ class InParts:
             column=self.meeting.numbered(0, entries.column[own]),
             weight=entries.weight[own],
         )
+
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
+        return self.rows + self.meeting.exchanged + 3 + 2
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""

@@ -42,6 +42,13 @@ class InParts:
             for k, columns in enumerate((student, teacher))
         ]
 
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
+        ranks = self.meeting.ranks
+        both = ranks.of_log_softmax(True) + ranks.of_log_softmax(False)
+        return both + self.meeting.exchanged + 2 + 2
+
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
         options, both, device = self.options, (student, teacher), student.logits.device

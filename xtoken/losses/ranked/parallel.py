@@ -32,6 +32,7 @@ class InParts:
                 f"which needs whole rows; got {options.uncommon_top_k}"
             )
         self.options = options
+        self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
         ids = options.student_ids, options.teacher_ids
         place = torch.arange(len(ids[0]), device=device)
         sides = student, teacher
@@ -39,6 +40,11 @@ class InParts:
             len(place), *(Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
         )
         self.local = [one[self.meeting.held(k)] - sides[k].first for k, one in enumerate(ids)]
+
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
+        return self.rows + self.meeting.exchanged + 2
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
