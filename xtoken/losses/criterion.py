@@ -167,7 +167,7 @@ class XTokenLoss(nn.Module):
     backend : str
         See `select_backend`.
     tp_group, cp_group, cp_layout
-        Logits whose columns or positions lie on several ranks, as every loss takes them. Labels and
+        Logits whose columns or positions lie on several ranks, as every loss takes them (docs/scale.md). Labels and
         alignments are those of the whole sequences; loss and parts are the same on all ranks, and diagnostics nan. Not
         with "entropy" or ``trust_top_k``, which look at whole rows.
 
