@@ -21,17 +21,19 @@ def emulator() -> Emulator:
 
 
 class Kernels:
-    """Launches kernels of faults.cu on n inputs; the outputs and the counter start without values."""
+    """Launches kernels of faults.cu on n inputs; the outputs start without values, the counter with `counted`."""
 
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
         emulator.functions.last_failure.restype = ctypes.c_char_p
 
-    def launch(self, name: str, inputs: torch.Tensor, grid: int = 1, block: int = 64, shared: int = 0) -> torch.Tensor:
+    def launch(
+        self, name: str, inputs: torch.Tensor, grid: int = 1, block: int = 64, shared: int = 0, counted: int = 0
+    ) -> torch.Tensor:
         with self.emulator.memory() as memory:
             n = inputs.numel()
             out = memory.empty((n,), torch.float32, "out")
-            count = memory.copy(torch.zeros(1, dtype=torch.int32), "count")
+            count = memory.copy(torch.tensor([counted]), "count")
             pointers = [ctypes.c_void_p(t.data_ptr()) for t in (memory.copy(inputs, "in"), out, count)]
             code = self.emulator.functions.launch(name.encode(), grid, block, shared, *pointers, n)
             if code == -1:
@@ -94,6 +96,38 @@ def test_votes(kernels):
     assert out[:6].tolist() == [float(v) for v in expected]
 
 
+@pytest.mark.parametrize("multiprocessors", [1, 2, 3])
+@pytest.mark.parametrize("grid", [2, 3])
+def test_each_chunk_is_taken_once(kernels, emulator, grid, multiprocessors):
+    """By blocks side by side of equal or very unequal speed, and by blocks that start when others have ended."""
+    emulator.set_multiprocessors(multiprocessors)
+    out = kernels.launch("take_chunks", torch.zeros(64), grid=grid)
+    emulator.set_multiprocessors(2)
+    taken = out[32 : 32 + grid].int().tolist()
+    assert out[:16].int().bincount(minlength=grid).tolist() == taken
+    assert sum(taken) == 16
+    if multiprocessors == 1 or emulator.order == "one_ahead":  # the others come too late
+        assert sorted(taken) == [0] * (grid - 1) + [16]
+    elif emulator.order in ("forward", "reverse"):
+        assert min(taken[:multiprocessors] if emulator.order == "forward" else taken[-multiprocessors:]) >= 5
+
+
+def test_blocks_are_of_unequal_speed(emulator):
+    """In the order `random`, so that the queue is not dealt out evenly by chance."""
+    most = set()
+    for seed in range(6):
+        emulator.set_order("random", seed)
+        most.add(int(Kernels(emulator).launch("take_chunks", torch.zeros(64), grid=2)[32:34].max()))
+    assert min(most) <= 10
+    assert max(most) >= 14
+
+
+def test_a_queue_that_is_not_emptied_is_seen(kernels):
+    out = kernels.launch("take_chunks", torch.zeros(64), grid=2, counted=3)
+    assert out[:3].isnan().all()
+    assert not out[3:16].isnan().any()
+
+
 @pytest.mark.parametrize("errors", ERRORS)
 def test_errors_of_approximate_functions(emulator, errors):
     """They lie where they are told to, within what CUDA documents."""
@@ -153,6 +187,8 @@ FAULTS = [
     ("uninitialised_shared", r"uninitialised: read of 4 bytes at shared 'values' \+ 252 .*: nobody wrote there", {}),
     ("left_by_previous_block", r"uninitialised: read of 4 bytes at shared 'value' .* of block \(1,0,0\)", {"grid": 2}),
     ("uninitialised_global", r"uninitialised: read of 4 bytes at 'out' \+ \d", {}),
+    ("take_chunks_not_atomically", r"race between blocks: (read|write) of 8 bytes at 'count' \+ 0", {"grid": 2}),
+    ("take_chunks_apart", r"divergent barrier: |race", {"grid": 2}),
     ("read_only_of_written", r"read-only: read-only load of 4 bytes at 'out' ", {}),
     ("copy_read_too_early", r"asynchronous copy: read of 4 bytes at shared 'slots' .*: nobody has waited for the", {}),
     ("copy_without_wait", r"asynchronous copy: read of 4 bytes at shared 'slots' .*: nobody has waited for the", {}),
@@ -174,7 +210,7 @@ FAULTS = [
 @pytest.mark.parametrize(("name", "message", "sizes"), FAULTS, ids=[fault[0] for fault in FAULTS])
 def test_a_fault_is_reported(kernels, name, message, sizes):
     with pytest.raises(RuntimeError, match=message) as error:
-        kernels.launch(name, numbers(64), **sizes)
+        kernels.launch(name, torch.zeros(64) if "chunks" in name else numbers(64), **sizes)
     report = str(error.value)
     assert re.match(rf"CUDA emulator: kernel .*{name}, grid \(\d,1,1\), block \(\d+,1,1\), order ", report)
     if name != "too_much_shared":

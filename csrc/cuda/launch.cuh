@@ -16,6 +16,12 @@ inline size_t shared_memory_of_a_block() {
     return static_cast<size_t>(bytes);
 }
 
+inline void check(const char* what, cudaError_t status) {
+    if (status != cudaSuccess) {
+        throw Error(Error::Kind::runtime, std::string(what) + ": " + cudaGetErrorString(status));
+    }
+}
+
 // Blocks for so many items, on the caller's stream; nothing is launched for none. `shared_bytes`: dynamic ones.
 template <typename... Parameters, typename... Arguments>
 void launch_shared(const char* what, void (*kernel)(Parameters...), size_t shared_bytes, const Launch& shape,
@@ -27,17 +33,12 @@ void launch_shared(const char* what, void (*kernel)(Parameters...), size_t share
     if (items == 0) return;
     const auto blocks = static_cast<unsigned>(items < shape.blocks ? items : shape.blocks);
     // more than the default has to be asked for
-    cudaError_t status = shared_bytes <= 48 << 10 ? cudaSuccess
-                                                  : cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
-                                                                         cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                                                         static_cast<int>(shared_bytes));
-    if (status == cudaSuccess) {
-        status = launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(shape.threads)), shared_bytes,
-                        static_cast<cudaStream_t>(shape.stream), arguments...);
+    if (shared_bytes > 48 << 10) {
+        check(what, cudaFuncSetAttribute(reinterpret_cast<const void*>(kernel),
+                                         cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)));
     }
-    if (status != cudaSuccess) {
-        throw Error(Error::Kind::runtime, std::string(what) + ": " + cudaGetErrorString(status));
-    }
+    check(what, launch(kernel, dim3(blocks), dim3(static_cast<unsigned>(shape.threads)), shared_bytes,
+                       static_cast<cudaStream_t>(shape.stream), arguments...));
 }
 
 // `slots`: of the kernel's Ring.

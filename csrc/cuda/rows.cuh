@@ -407,16 +407,6 @@ __device__ Statistics row_statistics(const R& row, int size, float lowest, float
     return statistics(row, nullptr, size, lowest, temperature, shared, Unweighted{});
 }
 
-// Whether chunk k is one that does not count (row -1): its loss is 0. The thread that writes it must not go on to the
-// next chunk apart from its warp, and the compiler puts nothing here that brings them together.
-template <typename Params>
-__device__ bool is_left_out(const Params& params, int64_t k) {
-    if (params.student_rows.start[k] >= 0) return false;
-    if (threadIdx.x == 0 && params.losses != nullptr) params.losses[k] = 0.0f;
-    __syncwarp();
-    return true;
-}
-
 // The cross-entropy's part of a row's gradient: scale * (softmax - onehot).
 struct LabelTerm {
     Exponential exp;

@@ -82,7 +82,12 @@ namespace cuda {
 using Real = float;
 using Labels = LabelsOf<Real>;
 
-// A grid of blocks that each take every blocks-th item, and the stream that they run on.
+// What a kernel over chunks takes besides XTOKEN_CHUNKS.
+#define XTOKEN_QUEUE(FIELD) \
+    FIELD(int64_t*, queue,  \
+          "[] room for the number of the next chunk, of this call alone; null: a block takes every blocks-th")
+
+// A grid of blocks that share out some items, and the stream that they run on.
 struct Launch {
     int32_t blocks, threads;  // threads: a multiple of 32, at most max_threads
     void* stream;

@@ -110,7 +110,7 @@ class Emulator:
     def __init__(self, library: Path) -> None:
         self.functions = ctypes.CDLL(str(library))
         self.functions.xtoken_emulator_failure.restype = ctypes.c_char_p
-        self.errors = "none"
+        self.errors, self.order = "none", "forward"
 
     def call(self, function: str, *arguments: object) -> None:
         if getattr(self.functions, f"xtoken_emulator_{function}")(*arguments) != 0:
@@ -119,6 +119,7 @@ class Emulator:
     def set_order(self, order: str, seed: int = 0) -> None:
         """How threads and blocks take turns from now on: one of ORDERS."""
         self.call("set_order", ORDERS.index(order), ctypes.c_uint(seed))
+        self.order = order
 
     def set_errors(self, errors: str) -> None:
         """Where results of approximate functions are within what CUDA documents, from now on: one of ERRORS."""
@@ -126,7 +127,7 @@ class Emulator:
         self.errors = errors
 
     def set_multiprocessors(self, count: int) -> None:
-        """The number of multiprocessors that launchers see; 2 at first."""
+        """The number of multiprocessors, each with one block at a time; 2 at first."""
         self.call("set_multiprocessors", count)
 
     def set_shared_limit(self, size: int = 227 << 10) -> None:

@@ -1,5 +1,5 @@
 // Kernels for the emulator's own tests: some are correct, and each of the others has one fault.
-#include "cuda/platform.cuh"
+#include "cuda/chunks.cuh"
 
 #include <cstring>
 #include <exception>
@@ -12,7 +12,7 @@ constexpr unsigned all = 0xffffffffu;
 struct Arguments {
     const float* in;  // [n]
     float* out;       // [n]
-    unsigned* count;  // [1]
+    unsigned* count;  // [2]
     int n;
 };
 
@@ -134,7 +134,56 @@ __global__ void reverse_by_copies(Arguments a) {
     }
 }
 
+// What each_chunk takes, of n / 4 chunks; `in` are zeros, and the queue is `count`.
+struct Chunks {
+    int64_t* queue;
+    int64_t chunks;
+    struct {
+        const int64_t* start;
+    } student_rows;
+    float* losses;
+};
+__device__ Chunks chunks_of(const Arguments& a) {
+    return {reinterpret_cast<int64_t*>(a.count), a.n / 4, {reinterpret_cast<const int64_t*>(a.in)}, nullptr};
+}
+
+// A block takes chunks: out[k] is its number, out[n / 2 + block] how many it has taken.
+__global__ void take_chunks(Arguments a) {
+    int taken = 0;
+    xtoken::cuda::each_chunk(chunks_of(a), [&](int64_t k) {
+        ++taken;
+        __syncthreads();
+        if (threadIdx.x == 0) a.out[k] = blockIdx.x;
+    });
+    if (threadIdx.x == 0) a.out[a.n / 2 + blockIdx.x] = taken;
+}
+
 // ---- one fault each ----
+
+// Chunks from a counter that is not changed atomically.
+__global__ void take_chunks_not_atomically(Arguments a) {
+    XTOKEN_SHARED(next, int64_t);
+    const Chunks chunks = chunks_of(a);
+    for (;;) {
+        if (threadIdx.x == 0) next = (*chunks.queue)++;
+        __syncthreads();
+        const int64_t k = next;
+        __syncthreads();
+        if (k >= chunks.chunks) return;
+        if (threadIdx.x == 0) a.out[k] = blockIdx.x;
+    }
+}
+
+// All threads take one, each for itself.
+__global__ void take_chunks_apart(Arguments a) {
+    const Chunks chunks = chunks_of(a);
+    for (;;) {
+        const auto k = atomicAdd(reinterpret_cast<unsigned long long*>(chunks.queue), 1ull);
+        if (k >= static_cast<unsigned long long>(chunks.chunks)) return;
+        __syncthreads();
+        a.out[k] = blockIdx.x;
+    }
+}
 
 // Each thread reads what its neighbour wrote, without a barrier.
 __global__ void missing_barrier(Arguments a) {
@@ -412,6 +461,9 @@ const Named kernels[] = {KERNEL(block_sum),
                          KERNEL(first_warp_scans),
                          KERNEL(votes),
                          KERNEL(approximate),
+                         KERNEL(take_chunks),
+                         KERNEL(take_chunks_not_atomically),
+                         KERNEL(take_chunks_apart),
                          KERNEL(missing_barrier),
                          KERNEL(missing_second_barrier),
                          KERNEL(race_in_shared),

@@ -60,61 +60,81 @@ cudaError_t Machine::run(const Launch& wanted) {
     launch = &wanted;
     launched_on = device;
     size_ = static_cast<uint32_t>(threads);
-    while (threads_.size() < size_) threads_.push_back(std::make_unique<Thread>());
-    ready_.assign((size_ + 63) / 64, 0);
-    meetings_.assign((size_ + 31) / 32, {});
-    ended_.assign((size_ + 31) / 32, 0);
+    while (blocks_.size() < static_cast<size_t>(multiprocessors)) blocks_.push_back(std::make_unique<Block>());
     random_.seed(seed);
     first_epoch_ = ++epoch_;
-    block_epochs_.clear();
+    owners_.assign(1, 0);
     published_.clear();
-    if (wanted.shared_bytes > 0) {
-        void* memory = allocate_guarded(wanted.shared_bytes);
-        dynamic_ = &regions.add("dynamic", memory, wanted.shared_bytes, true, false);
-    }
+    stopped_ = false;
+    running_ = nullptr;
 
     std::vector<uint64_t> sequence(blocks);
     std::iota(sequence.begin(), sequence.end(), 0);
     if (order == Order::reverse) std::reverse(sequence.begin(), sequence.end());
     if (order == Order::random) std::shuffle(sequence.begin(), sequence.end(), random_);
-    for (const uint64_t block : sequence) {
-        run_block(block);
-        if (live_ != 0) break;  // it was stopped
+    auto next = sequence.begin();
+    while (!stopped_) {
+        for (int i = 0; i < multiprocessors && next != sequence.end(); ++i) {
+            if (blocks_[i]->live == 0) begin_block(*blocks_[i], *next++);
+        }
+        running_ = choose_block();
+        if (running_ == nullptr) break;
+        current = running_->threads[order == Order::reverse ? 0 : size_ - 1].get();
+        current = choose();
+        Fiber::change(main_context_, current->fiber.context());  // until a block has ended
+        current = nullptr;
     }
-
-    for (const SharedVariable& variable : shared_) {
-        char* memory = variable.region->begin;
-        regions.remove(memory);
-        free_guarded(memory);
-    }
-    shared_.clear();
-    if (dynamic_ != nullptr) {
-        char* memory = dynamic_->begin;
-        regions.remove(memory);
-        free_guarded(memory);
-        dynamic_ = nullptr;
-    }
-    launch = nullptr;
-    ++epoch_;
+    end_launch();
     if (report.empty()) return cudaSuccess;
     throw std::runtime_error(report.take("CUDA emulator: kernel " + name_of_function(wanted.kernel) + ", grid " +
                                          text_of(wanted.grid) + ", block " + text_of(wanted.block) + ", order " +
                                          emulator::name_of(order) + ", seed " + std::to_string(seed)));
 }
 
-void Machine::run_block(uint64_t block) {
-    block_index = index_in(block, launch->grid);
-    block_epochs_.emplace_back(++epoch_, block);
-    received_.clear();
-    waiting_ = 0;
-    gathered_ = {0, 1, 0};
-    for (auto& meetings : meetings_) meetings.clear();
-    std::fill(ended_.begin(), ended_.end(), 0);
-    for (SharedVariable& variable : shared_) variable.region->forget();
-    if (dynamic_ != nullptr) dynamic_->forget();
-    warp_ahead_ = static_cast<uint32_t>(random_() % meetings_.size());
+void Machine::end_launch() {
+    const auto free_region = [&](Region* region) {
+        char* memory = region->begin;
+        regions.remove(memory);
+        free_guarded(memory);
+    };
+    for (const auto& block : blocks_) {
+        for (const auto& variable : block->shared) free_region(variable.region);
+        if (block->dynamic != nullptr) free_region(block->dynamic);
+        block->shared.clear();
+        block->dynamic = nullptr;
+        block->live = 0;
+    }
+    launch = nullptr;
+    ++epoch_;
+}
+
+uint32_t Machine::new_epoch(const Block& block) {
+    owners_.push_back(block.number);
+    return ++epoch_;
+}
+
+void Machine::begin_block(Block& block, uint64_t number) {
+    block.number = number;
+    block.index = index_in(number, launch->grid);
+    block.epoch = new_epoch(block);
+    block.received.clear();
+    block.waiting = 0;
+    block.gathered = {0, 1, 0};
+    block.ready.assign((size_ + 63) / 64, 0);
+    block.meetings.assign((size_ + 31) / 32, {});
+    block.ended.assign((size_ + 31) / 32, 0);
+    if (block.dynamic == nullptr && launch->shared_bytes > 0) {
+        void* memory = allocate_guarded(launch->shared_bytes);
+        block.dynamic = &regions.add("dynamic", memory, launch->shared_bytes, true, false);
+    }
+    for (const auto& variable : block.shared) variable.region->forget();
+    if (block.dynamic != nullptr) block.dynamic->forget();
+    block.warp_ahead = static_cast<uint32_t>(random_() % block.meetings.size());
+    block.turn = block.left = order == Order::random ? 1u << random_() % 5 : 1;
+    while (block.threads.size() < size_) block.threads.push_back(std::make_unique<Thread>());
     for (uint32_t i = 0; i < size_; ++i) {
-        Thread& thread = *threads_[i];
+        Thread& thread = *block.threads[i];
+        thread.block = &block;
         thread.index = index_in(i, launch->block);
         thread.number = i;
         thread.warp = i / 32;
@@ -127,11 +147,7 @@ void Machine::run_block(uint64_t block) {
         thread.fiber.start(&Machine::thread_main, &thread);
         set_state(thread, Thread::State::ready);
     }
-    live_ = size_;
-    current = order == Order::reverse ? threads_[0].get() : threads_[size_ - 1].get();
-    current = choose();
-    Fiber::change(main_context_, current->fiber.context());
-    current = nullptr;
+    block.live = size_;
 }
 
 void Machine::thread_main(void*) {
@@ -141,12 +157,13 @@ void Machine::thread_main(void*) {
 
 void Machine::leave_thread() {
     if (!current->copies.empty()) stop_at_copy("its thread ends without a wait for it", current->copies.front());
-    if (waiting_ != 0) {
-        fail("divergent barrier: " + name_of_current() + " ends while others wait at a barrier", barrier_site_);
+    Block& block = *current->block;
+    if (block.waiting != 0) {
+        fail("divergent barrier: " + name_of_current() + " ends while others wait at a barrier", block.barrier_site);
     }
     set_state(*current, Thread::State::exited);
-    ended_[current->warp] |= 1u << current->lane;
-    if (--live_ == 0) {
+    block.ended[current->warp] |= 1u << current->lane;
+    if (--block.live == 0) {
         void* finished = nullptr;
         Fiber::change(finished, main_context_);
     }
@@ -154,7 +171,7 @@ void Machine::leave_thread() {
 }
 
 void Machine::stop() {
-    std::fill(ready_.begin(), ready_.end(), 0);
+    stopped_ = true;
     void* abandoned = nullptr;
     Fiber::change(abandoned, main_context_);
     __builtin_unreachable();
@@ -172,17 +189,17 @@ void Machine::set_state(Thread& thread, Thread::State state) {
     thread.state = state;
     const uint64_t bit = uint64_t{1} << (thread.number % 64);
     if (state == Thread::State::ready) {
-        ready_[thread.number / 64] |= bit;
+        thread.block->ready[thread.number / 64] |= bit;
     } else {
-        ready_[thread.number / 64] &= ~bit;
+        thread.block->ready[thread.number / 64] &= ~bit;
     }
 }
 
 Thread* Machine::next_ready(uint32_t from, bool upwards) {
     for (uint32_t step = 0; step < size_; ++step) {
         const uint32_t i = upwards ? (from + step) % size_ : (from + size_ - step) % size_;
-        const uint64_t word = ready_[i / 64];
-        if (word >> (i % 64) & 1) return threads_[i].get();
+        const uint64_t word = running_->ready[i / 64];
+        if (word >> (i % 64) & 1) return running_->threads[i].get();
         // Nothing in the rest of the word: skip it.
         if (upwards && word >> (i % 64) == 0) step += std::min(63 - i % 64, size_ - 1 - i);
     }
@@ -198,7 +215,26 @@ Thread* Machine::choose() {
         case Order::random:
             return next_ready(static_cast<uint32_t>(random_() % size_), true);
         case Order::one_ahead:
-            return next_ready(warp_ahead_ * 32, true);
+            return next_ready(running_->warp_ahead * 32, true);
+    }
+    return nullptr;
+}
+
+// The block whose turn it is; null if all have ended.
+Block* Machine::choose_block() {
+    const bool is_live = running_ != nullptr && running_->live > 0;
+    if (is_live && (order == Order::one_ahead || --running_->left > 0)) return running_;
+    const int count = static_cast<int>(blocks_.size()), step = order == Order::reverse ? count - 1 : 1;
+    int at = order == Order::reverse ? 0 : count - 1;
+    for (int i = 0; i < count; ++i) {
+        if (blocks_[i].get() == running_) at = i;
+    }
+    for (int i = 0; i < count; ++i) {
+        at = (at + step) % count;
+        Block& block = *blocks_[at];
+        if (block.live == 0) continue;
+        block.left = block.turn;
+        return &block;
     }
     return nullptr;
 }
@@ -216,7 +252,7 @@ void Machine::change_thread() {
 void Machine::report_deadlock() {
     std::map<std::string, std::pair<uint32_t, std::string>> places;
     for (uint32_t i = 0; i < size_; ++i) {
-        const Thread& thread = *threads_[i];
+        const Thread& thread = *running_->threads[i];
         if (thread.state == Thread::State::exited) continue;
         const std::string place =
             std::string(thread.state == Thread::State::at_barrier ? "block barrier" : "warp call") + " at " +
@@ -224,7 +260,7 @@ void Machine::report_deadlock() {
         auto& entry = places[place];
         if (entry.first++ == 0) entry.second = text_of(thread.index);
     }
-    std::string text = "block " + text_of(block_index) + " waits for ever:";
+    std::string text = "block " + text_of(running_->index) + " waits for ever:";
     for (const auto& [place, threads] : places) {
         text += " " + std::to_string(threads.first) + " threads, first " + threads.second + ", at a " + place + ";";
     }
@@ -236,53 +272,58 @@ void Machine::report_deadlock() {
 // ---- barriers ----
 
 BarrierResult Machine::block_barrier(int predicate, CallSite site) {
-    if (live_ != size_) {
-        fail("divergent barrier: " + name_of_current() + " waits for " + std::to_string(size_ - live_) +
+    Block& block = *current->block;
+    if (block.live != size_) {
+        fail("divergent barrier: " + name_of_current() + " waits for " + std::to_string(size_ - block.live) +
                  " threads that have ended",
              site);
     }
-    if (waiting_ == 0) {
-        barrier_site_ = site;
-    } else if (!(site == barrier_site_)) {
+    if (block.waiting == 0) {
+        block.barrier_site = site;
+    } else if (!(site == block.barrier_site)) {
         fail("divergent barrier: " + name_of_current() + " is at another barrier than those that wait at " +
-                 text_of(barrier_site_),
+                 text_of(block.barrier_site),
              site);
     }
-    gathered_.count += predicate != 0;
-    gathered_.every &= predicate != 0;
-    gathered_.any |= predicate != 0;
+    block.gathered.count += predicate != 0;
+    block.gathered.every &= predicate != 0;
+    block.gathered.any |= predicate != 0;
     set_state(*current, Thread::State::at_barrier);
     current->waits_at = site;
-    if (++waiting_ == size_) finish_barrier();
+    if (++block.waiting == size_) finish_barrier();
     change_thread();
-    return result_;  // stays valid until all have reached the next barrier
+    return block.result;  // stays valid until all have reached the next barrier
 }
 
 void Machine::finish_barrier() {
-    result_ = gathered_;
-    gathered_ = {0, 1, 0};
-    waiting_ = 0;
-    ++epoch_;
+    Block& block = *current->block;
+    block.result = block.gathered;
+    block.gathered = {0, 1, 0};
+    block.waiting = 0;
+    block.epoch = new_epoch(block);
     for (uint32_t i = 0; i < size_; ++i) {
-        threads_[i]->clock = 1;
-        std::fill(std::begin(threads_[i]->seen), std::end(threads_[i]->seen), 0);
-        set_state(*threads_[i], Thread::State::ready);
+        Thread& thread = *block.threads[i];
+        thread.clock = 1;
+        std::fill(std::begin(thread.seen), std::end(thread.seen), 0);
+        set_state(thread, Thread::State::ready);
     }
+    running_ = choose_block();
 }
 
 WarpValues Machine::warp_exchange(WarpCall call, unsigned mask, uint64_t value, CallSite site) {
-    Thread* const first = threads_[current->warp * 32].get();
+    Block& block = *current->block;
+    Thread* const first = block.threads[current->warp * 32].get();
     if (!(mask >> current->lane & 1)) {
         fail("divergent warp: the mask of " + name_of_current() + " does not name the thread itself", site);
     }
     const uint32_t lanes = std::min(32u, size_ - current->warp * 32);
     if (lanes < 32) mask &= (1u << lanes) - 1;
-    if (const unsigned ended = mask & ended_[current->warp]) {
+    if (const unsigned ended = mask & block.ended[current->warp]) {
         fail("divergent warp: " + name_of_current() + " waits for lane " + std::to_string(__builtin_ctz(ended)) +
                  ", which has ended",
              site);
     }
-    auto& meetings = meetings_[current->warp];
+    auto& meetings = block.meetings[current->warp];
     Meeting* meeting = nullptr;
     for (Meeting& open : meetings) {
         if (open.arrived == open.mask || !(open.mask & mask)) continue;
@@ -307,7 +348,7 @@ WarpValues Machine::warp_exchange(WarpCall call, unsigned mask, uint64_t value, 
     current->waits_at = site;
     if (meeting->arrived == mask) {
         for (uint32_t lane = 0; lane < lanes; ++lane) {
-            if (mask >> lane & 1) set_state(*threads_[first->number + lane], Thread::State::ready);
+            if (mask >> lane & 1) set_state(*block.threads[first->number + lane], Thread::State::ready);
         }
         if (call == WarpCall::sync) finish_meeting(*meeting, first);
     }
@@ -325,13 +366,13 @@ void Machine::finish_meeting(Meeting& meeting, Thread* first) {
     uint32_t joint[32] = {};
     for (uint32_t lane = 0; lane < 32; ++lane) {
         if (!(meeting.mask >> lane & 1)) continue;
-        Thread& thread = *threads_[first->number + lane];
+        Thread& thread = *first->block->threads[first->number + lane];
         thread.seen[lane] = thread.clock;
         for (uint32_t other = 0; other < 32; ++other) joint[other] = std::max(joint[other], thread.seen[other]);
     }
     for (uint32_t lane = 0; lane < 32; ++lane) {
         if (!(meeting.mask >> lane & 1)) continue;
-        Thread& thread = *threads_[first->number + lane];
+        Thread& thread = *first->block->threads[first->number + lane];
         std::copy(std::begin(joint), std::end(joint), thread.seen);
         ++thread.clock;
     }
@@ -340,44 +381,41 @@ void Machine::finish_meeting(Meeting& meeting, Thread* first) {
 bool Machine::happened_before(Stamp stamp) const {
     const uint32_t when = stamp.epoch();
     if (when < first_epoch_ || stamp.bits == 0) return true;
-    const uint32_t block_start = block_epochs_.back().first;
-    if (when < block_start) {
-        // Of another block: only what it has released.
-        auto owner = std::upper_bound(block_epochs_.begin(), block_epochs_.end(), when,
-                                      [](uint32_t epoch, const auto& entry) { return epoch < entry.first; });
-        const auto seen = received_.find(owner[-1].first);
-        return seen != received_.end() && when <= seen->second;
+    const Block& block = *current->block;
+    if (block_of(stamp) != block.number) {  // only what that one has released
+        const auto seen = block.received.find(block_of(stamp));
+        return seen != block.received.end() && when <= seen->second;
     }
-    if (when < epoch_ || stamp.thread() == current->number) return true;
+    if (when < block.epoch || stamp.thread() == current->number) return true;
     return stamp.thread() / 32 == current->warp && stamp.clock() <= current->seen[stamp.thread() % 32];
 }
 
 void Machine::publish_and_receive(const void* address) {
     auto& published = published_[address];
-    for (const auto& [block, until] : published) received_[block] = std::max(received_[block], until);
+    Block& block = *current->block;
+    for (const auto& [other, until] : published) block.received[other] = std::max(block.received[other], until);
     if (current->fenced) {
-        published[block_epochs_.back().first] = epoch_;
+        published[block.number] = block.epoch;
         // What it has acquired itself it releases too.
-        for (const auto& [block, until] : received_) published[block] = std::max(published[block], until);
+        for (const auto& [other, until] : block.received) published[other] = std::max(published[other], until);
     }
 }
 
 std::string Machine::name_of(Stamp stamp) const {
-    auto owner = std::upper_bound(block_epochs_.begin(), block_epochs_.end(), stamp.epoch(),
-                                  [](uint32_t epoch, const auto& entry) { return epoch < entry.first; });
     return "thread " + text_of(index_in(stamp.thread(), launch->block)) + " of block " +
-           text_of(index_in(owner[-1].second, launch->grid));
+           text_of(index_in(block_of(stamp), launch->grid));
 }
 
 // ---- shared memory ----
 
 void* Machine::shared_variable(const void* key, const char* name, size_t size, size_t alignment) {
     static_cast<void>(alignment);  // guarded memory is aligned to 256 bytes
-    for (SharedVariable& variable : shared_) {
+    auto& variables = current->block->shared;
+    for (const auto& variable : variables) {
         if (variable.key == key) return variable.region->begin;
     }
     size_t total = size;
-    for (const SharedVariable& variable : shared_) total += variable.region->size;
+    for (const auto& variable : variables) total += variable.region->size;
     if (total > static_shared_limit || total + launch->shared_bytes > shared_limit) {
         report.add("shared memory", key, nullptr,
                    std::string("'") + name + "' makes " + std::to_string(total) + " static bytes and " +
@@ -386,21 +424,21 @@ void* Machine::shared_variable(const void* key, const char* name, size_t size, s
     }
     Region& region = regions.add(name, allocate_guarded(size), size, true, false);
     region.forget();
-    shared_.push_back({key, &region});
+    variables.push_back({key, &region});
     return region.begin;
 }
 
 void* Machine::dynamic_shared() {
     // If the launch asked for none: an address that belongs to no region.
     static char nothing;
-    return dynamic_ != nullptr ? dynamic_->begin : &nothing;
+    return current->block->dynamic != nullptr ? current->block->dynamic->begin : &nothing;
 }
 
 // ---- what kernels call ----
 
 cudaError_t run(const Launch& launch) { return machine.run(launch); }
 uint3 thread_index() { return machine.current->index; }
-uint3 block_index() { return machine.block_index; }
+uint3 block_index() { return machine.current->block->index; }
 dim3 block_size() { return machine.launch->block; }
 dim3 grid_size() { return machine.launch->grid; }
 void* shared_variable(const void* key, const char* name, size_t size, size_t alignment) {

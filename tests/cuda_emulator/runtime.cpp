@@ -9,7 +9,7 @@ using xtoken::emulator::machine;
 
 namespace {
 
-int multiprocessors = 2, shared_limit = 227 << 10, capability = 90, driver = CUDART_VERSION;
+int shared_limit = 227 << 10, capability = 90, driver = CUDART_VERSION;
 constexpr int devices = 4;
 enum class Errors { none, above, below, mixed } errors = Errors::none;
 thread_local std::string last_failure;
@@ -92,7 +92,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
     if (device < 0 || device >= devices) return cudaErrorInvalidDevice;
     switch (attribute) {
         case cudaDevAttrMultiProcessorCount:
-            *value = multiprocessors;
+            *value = machine.multiprocessors;
             return cudaSuccess;
         case cudaDevAttrMaxSharedMemoryPerBlockOptin:
             *value = shared_limit;
@@ -166,7 +166,10 @@ XTOKEN_EXPORT int xtoken_emulator_set_shared_limit(int bytes) {
     return guarded([&] { shared_limit = bytes; });
 }
 XTOKEN_EXPORT int xtoken_emulator_set_multiprocessors(int count) {
-    return guarded([&] { multiprocessors = count; });
+    return guarded([&] {
+        if (count < 1) throw std::invalid_argument("emulator: at least one multiprocessor");
+        machine.multiprocessors = count;
+    });
 }
 // What the devices say of themselves: compute capability (90 for 9.0) and the driver's version (12040 for 12.4;
 // 0: that of the headers).

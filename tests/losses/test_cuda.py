@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -55,6 +56,20 @@ def test_the_order_of_threads_does_not_matter(name: str, order: Any) -> None:
     for name_of_order, seed in ORDERS:
         order(name_of_order, seed)
         assert all(torch.equal(a, b) for a, b in zip(results(), want, strict=True))
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", OPTIONS)
+def test_the_queue_of_chunks_changes_nothing(name: str, order: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against chunks that are dealt out in order; the block that starts late finds the queue empty."""
+    operation, options = OPTIONS[name]
+    case = make_case(samples=1, scale=9.0)
+    call = functools.partial(losses_and_grad, OPERATIONS[operation].public, case, torch.bfloat16, reduction="none")
+    order("one_ahead")
+    got = call(backend="emulated", **options)
+    monkeypatch.setattr(Kernels, "queue", lambda self, memory: None)
+    order("forward")
+    assert all(torch.equal(a, b) for a, b in zip(got, call(backend="emulated", **options), strict=True))
 
 
 @pytest.fixture(params=["above", "below", "mixed"])

@@ -152,6 +152,10 @@ class Kernels:
         size = self.module.workspace(name, {**fields, "workspace": None}, memory.device)
         return memory.output(memory.scratch((blocks, size)))
 
+    def queue(self, memory: Memory) -> Array | None:
+        """Room for a kernel's queue of chunks, which its launch empties."""
+        return memory.output(memory.scratch((), torch.int64))
+
     def cross_entropy(
         self, student: Tensor, labels: Labels, student_grad: Tensor | None = None, factor: Tensor | None = None
     ) -> None:
@@ -195,13 +199,18 @@ class Kernels:
         scale: Tensor | None,
         labels: Labels | None,
         fields: Fields,
+        in_order: bool = False,
     ) -> Tensor:
-        """The losses of all chunks [K], and all rows of the gradient, by a kernel with `XTOKEN_CHUNKS` and `fields`."""
+        """The losses of all chunks [K], and all rows of the gradient, by a kernel with `XTOKEN_CHUNKS` and `fields`.
+
+        `in_order`: which block computes which chunk does not depend on how fast the blocks are.
+        """
         losses = torch.empty(len(problem.chunks), dtype=torch.float32, device=problem.student.device)
         given = {
             **chunk_fields(memory, problem, problem.chunks, student_grad, scale),
             "labels": label_fields(memory, labels),
             "losses": memory.output(losses),
+            "queue": None if in_order else self.queue(memory),
             **fields,
         }
         grid = self.grid(memory, problem)

@@ -4,8 +4,8 @@
 //   mixed: D                          d loss / d z = p (dD / dp - sum_C p dD / dp) / temperature
 // Both rows are passed over for their sums and again for the gradient, where the loss is summed as well; only the
 // gradients of the reverse and of mixed divergences need sums of a pass before.
+#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/kd/params.h"
 
@@ -102,8 +102,7 @@ template <typename S, bool is_mixed>
 __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     const double temperature = static_cast<double>(params.temperature), square = temperature * temperature;
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
+    each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k];
         const Row<S> z(params.student, r);
         const AnyRow y(params.teacher, params.teacher_rows.start[k]);
@@ -172,7 +171,7 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
             }
         }
         if (threadIdx.x == 0) params.losses[k] = static_cast<float>(loss[0] * square);
-    }
+    });
 }
 
 // Each chunk by one block; rows of the gradient that belong to no chunk are not touched.
@@ -180,7 +179,8 @@ void kd(const KdParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
         auto* kernel = params.divergence.is_mixed() ? kd_kernel<S, true> : kd_kernel<S, false>;
-        launch_items("kd", kernel, 1 + AnyRow::slots(params.teacher.type), launch, params.chunks, params);
+        const int slots = 1 + AnyRow::slots(params.teacher.type);
+        launch_chunks("kd", kernel, Ring::bytes(slots, launch.threads), launch, params);
     });
 }
 

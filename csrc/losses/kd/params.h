@@ -46,6 +46,7 @@ namespace cuda {
 struct KdParams {
 #define XTOKEN_CUDA_KD(FIELD)                                                       \
     XTOKEN_KD(FIELD);                                                               \
+    XTOKEN_QUEUE(FIELD);                                                            \
     FIELD(const int32_t*, chosen, "[columns] ids, ascending; null: all");           \
     FIELD(const int32_t*, place, "[width] place in `chosen`, -1: none; null: all"); \
     FIELD(int32_t, columns, "how many")

@@ -14,8 +14,8 @@
 //
 // Where nearly all mass is on one token, h_s - sum p h cancels there: that token's gradient is set to what makes the
 // row's sum zero.
+#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/pkl/params.h"
 
@@ -239,37 +239,40 @@ __device__ float sum_lists(const SumLists& lists, float* end, Value value) {
     return written;
 }
 
+// Of a block. What all threads know of a chunk and seldom use is here, and not in their registers.
+struct Shared {
+    Sums sums;
+    double total, d;                     // Z (1 for a mean), D
+    double lift, log_total;              // of q and m, of the teacher's powers; see `columns`
+    double empty_weight, empty_entropy;  // the teacher's powers of columns without entries
+};
+
 template <typename S, Merge merge, bool is_mixed>
 class Chunk {
   public:
     // `workspace` and `stored`: see Workspace.
-    __device__ Chunk(const PklParams& p, int64_t k, float* workspace, float* stored, Sums& shared)
+    __device__ Chunk(const PklParams& p, const int64_t& k, float* workspace, float* stored, Shared& shared)
         : p_(p),
           plan_(p.plan),
           columns_(p.plan.count == nullptr ? p.plan.columns : *p.plan.count),
           shared_(shared),
           k_(k),
-          row_(p.student_rows.start[k]),
-          count_(merge == Merge::first ? 1 : static_cast<int>(p.student_rows.count[k])),
-          teacher_row_(p.teacher_rows.start[k]),
-          teacher_count_(merge == Merge::first ? 1 : static_cast<int>(p.teacher_rows.count[k])),
-          z_(p.student, row_),
-          y_(p.teacher, teacher_row_),
+          z_(p.student, row()),
+          y_(p.teacher, p.teacher_rows.start[k]),
+          workspace_(workspace),
           stored_end_(in_register(stored + Workspace(p.plan, merge, sizeof(S)).stored)) {
-        const Workspace parts(p.plan, merge, sizeof(S));
         rest_ = reinterpret_cast<S*>(stored);
-        mean_ = workspace + parts.stored;
-        sums_ = mean_ + parts.mean;
     }
 
-    __device__ void run(float* weight_sums) {
+    __device__ void run() {
         const int thread = static_cast<int>(threadIdx.x);
         if (thread == 0) stored(plan_.columns) = 0.0f;
         masses();
         double student = 0.0, teacher = 0.0;
         if constexpr (merge == Merge::chain) {
-            student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row_, count_);
-            teacher = later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, teacher_row_, teacher_count_);
+            student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row(), count(p_.student_rows));
+            teacher = later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, p_.teacher_rows.start[k_],
+                                                    count(p_.teacher_rows));
         }
         columns(student, teacher);
 
@@ -286,36 +289,36 @@ class Chunk {
         const double temperature = static_cast<double>(p_.temperature), square = temperature * temperature;
         if (thread == 0) p_.losses[k_] = static_cast<float>(loss * square);
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
-        const double unit = scale * factor * (p_.reverse || is_mixed ? 1.0 : -1.0) / d_;
+        const double unit = scale * factor * (p_.reverse || is_mixed ? 1.0 : -1.0) / shared_.d;
         const auto b = static_cast<float>(b_), b_rest = static_cast<float>(b_ - static_cast<double>(b));
         for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored(n) = (stored(n) - b) - b_rest;
         // For one row sum p h is B eps, which is lost in the rounding of all but 0.
         const double mean = b_ * static_cast<double>(p_.epsilon);
         if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean);
         __syncthreads();  // u is relative to B now
-        if (weight_sums != nullptr) add_weight_gradient(weight_sums, static_cast<float>(unit));
+        if (p_.weight_sums != nullptr) add_weight_gradient(static_cast<float>(unit));
         if (p_.grad.data == nullptr) {
-            for (int64_t r = row_; r < row_ + count_; ++r) {
-                label_term(p_.labels, r, Row<S>(p_.student, r), plan_.students, p_.lowest, shared_);
+            for (int64_t r = row(); r < row() + count(p_.student_rows); ++r) {
+                label_term(p_.labels, r, Row<S>(p_.student, r), plan_.students, p_.lowest, shared_.sums);
             }
             return;
         }
         sum_lists<lists_together>(plan_.row_lists, end_of_sums(), [&](int n) { return stored_end_[n]; });
         __syncthreads();  // the rows' sums are there
-        const double share = unit * total_ / (temperature * merged());
+        const double share = unit * shared_.total / (temperature * merged());
         if (merged() == 1) {
-            token_gradient(row_, z_, mean, share);
+            token_gradient(row(), z_, mean, share);
         } else {
             mean_values();
-            for (int64_t r = row_; r < row_ + merged(); ++r) {
+            for (int64_t r = row(); r < row() + merged(); ++r) {
                 const Row<S> z(p_.student, r);
-                student_ = student_powers(z, Numbers{mean_});
+                student_ = student_powers(z, Numbers{mean_distribution()});
                 token_gradient(r, z, student_.weighted / student_.total, share);
             }
         }
         if constexpr (merge == Merge::chain) {
             const auto later = static_cast<float>(scale * later_factor / temperature);
-            for (int64_t r = row_ + 1; r < row_ + count_; ++r) later_gradient(r, later);
+            for (int64_t r = row() + 1; r < row() + count(p_.student_rows); ++r) later_gradient(r, later);
         }
     }
 
@@ -335,61 +338,70 @@ class Chunk {
     __device__ float& stored(int n) const { return stored_end_[-1 - n]; }
     __device__ float* end_of_sums() const { return stored_end_ - plan_.columns - 1; }
 
+    // Where the chunk's rows begin, and how many there are; asked for anew each time, since registers are scarce.
+    __device__ int64_t row() const { return p_.student_rows.start[k_]; }
+    __device__ int count(const ChunkRows& rows) const {
+        return merge == Merge::first ? 1 : static_cast<int>(rows.count[k_]);
+    }
+
+    // Of the workspace.
+    __device__ float* mean_distribution() const { return workspace_ + Workspace(plan_, merge, sizeof(S)).stored; }
+    __device__ float* teacher_sums() const { return mean_distribution() + Workspace(plan_, merge, sizeof(S)).mean; }
+
     // Rows whose distributions are averaged.
-    __device__ int merged() const { return merge == Merge::mean ? count_ : 1; }
+    __device__ int merged() const { return merge == Merge::mean ? count(p_.student_rows) : 1; }
 
     // e_s
-    __device__ float mass(int s) const { return merged() > 1 ? mean_[s] : student_.power(z_[s]); }
+    __device__ float mass(int s) const { return merged() > 1 ? mean_distribution()[s] : student_.power(z_[s]); }
 
     template <typename Weights>
     __device__ Powers<precise> student_powers(const Row<S>& z, const Weights& weights) {
         PowersOf<precise, false> powers(p_.lowest, p_.temperature);
         powers.add(z, nullptr, plan_.students, weights);
-        return powers.sums(shared_);
+        return powers.sums(shared_.sums);
     }
 
     // Rows of the teacher whose distributions are averaged.
-    __device__ int teacher_merged() const { return merge == Merge::mean ? teacher_count_ : 1; }
+    __device__ int teacher_merged() const { return merge == Merge::mean ? count(p_.teacher_rows) : 1; }
 
     // e, Z, the sums of columns, S and D; and the teacher's powers, unless there are several rows to average.
     __device__ void masses() {
         const Flags paired{plan_.paired};
-        double own;  // S without the columns that are stored
+        double total = 1.0, own;  // S without the columns that are stored
         if (merged() == 1) {
             PowersOf<precise, false> powers(p_.lowest, p_.temperature);
             powers.add(z_, nullptr, plan_.students, paired);
             copy_rest();
-            student_ = powers.sums(shared_);  // the copies are there, too
-            total_ = student_.total;
+            student_ = powers.sums(shared_.sums);  // the copies are there, too
+            total = student_.total;
             own = student_.weighted;
         } else {
-            total_ = 1.0;
             for (int i = 0; i < merged(); ++i) {
-                const Row<S> z(p_.student, row_ + i);
+                const Row<S> z(p_.student, row() + i);
                 // its barriers also separate the additions to `mean` of one row from those of the next
-                const Statistics one = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_);
+                const Statistics one = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_.sums);
                 const auto share = static_cast<float>(1.0 / (one.total * merged()));
                 each_vector(z, plan_.students, [&](int s, const auto& x) {
                     constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                     for (int k = 0; k < N; ++k) {
                         const float p = one.exp(x[k]) * share;
-                        mean_[s + k] = i == 0 ? p : mean_[s + k] + p;
+                        mean_distribution()[s + k] = i == 0 ? p : mean_distribution()[s + k] + p;
                     }
                 });
             }
             __syncthreads();  // the mean is there
             float sum = 0.0f;
             for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-                sum = paired.template of<1>(s).add(0, mean_[s], sum);
+                sum = paired.template of<1>(s).add(0, mean_distribution()[s], sum);
             }
             double sums[1] = {static_cast<double>(sum)};
-            block_sum(sums, shared_);
+            block_sum(sums, shared_.sums);
             own = sums[0];
         }
         const auto value = [&](int i) {
             if (plan_.unpaired == nullptr) return mass(i);
-            return merged() > 1 ? mean_[plan_.unpaired[i]] : student_.power(widen(rest_[i]));
+            return merged() > 1 ? mean_distribution()[plan_.unpaired[i]] : student_.power(widen(rest_[i]));
         };
         // Sums wait for memory, the pass over the teacher's row does not: half of the warps begin with each.
         float sum = 0.0f;
@@ -409,9 +421,20 @@ class Chunk {
             }
         }
         double sums[1] = {static_cast<double>(sum)};
-        block_sum(sums, shared_);  // the columns' sums are there, too
-        d_ = own + sums[0] + static_cast<double>(p_.epsilon) * total_;
-        if (teacher_merged() == 1) teacher_ = teacher.sums(shared_);
+        block_sum(sums, shared_.sums);  // the columns' sums are there, too
+        if (threadIdx.x == 0) {
+            shared_.total = total;
+            shared_.d = own + sums[0] + static_cast<double>(p_.epsilon) * total;
+        }
+        if (teacher_merged() == 1) finish_teacher(teacher);
+    }
+
+    __device__ void finish_teacher(PowersOf<precise, true>& powers) {
+        teacher_ = powers.sums(shared_.sums);
+        if (threadIdx.x == 0) {
+            shared_.empty_weight = teacher_.weighted;
+            shared_.empty_entropy = teacher_.entropy;
+        }
     }
 
     // z of the rows without a pair, close together for the sums of columns.
@@ -448,16 +471,21 @@ class Chunk {
             log_total = ::log(teacher_.total) / unit;
         } else {
             log_total = sum_teacher(merged) / unit;
-            y_ = AnyRow(sums_);
+            y_ = AnyRow(teacher_sums());
             PowersOf<precise, true> powers(-1e30f, p_.temperature * merged);  // sums of logits are finite
             powers.add(y_, nullptr, size(), empty);
-            teacher_ = powers.sums(shared_);
+            finish_teacher(powers);
             log_total -= static_cast<double>(teacher_.top) * static_cast<double>(teacher_.scale);
         }
         // Exponents of q: the whole part of log_total is taken off, the rest multiplies q and m.
         const double whole_part = ::rint(log_total), lift = ::exp((log_total - whole_part) * unit);
         teacher_.shift = static_cast<float>(whole_part);
-        to_mass_ = static_cast<float>(lift / d_);
+        if (threadIdx.x == 0) {
+            shared_.lift = lift;
+            shared_.log_total = log_total;
+        }
+        __syncthreads();  // these and D are there
+        to_mass_ = static_cast<float>(lift / shared_.d);
         small_ = static_cast<float>(lift * static_cast<double>(p_.epsilon));
 
         later_ = static_cast<float>(teacher - student);
@@ -485,10 +513,11 @@ class Chunk {
             }
         }
         if (plan_.paired != nullptr) {
+            const bool averaged = this->merged() > 1;
             each_partner(z_, y_, plan_.row_slot, plan_.students,
                          [&](int i, const auto& z, const auto& place, const auto& y) {
                              float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
-                             masses_of(i, z, x);
+                             masses_of(averaged, i, z, x);
                              slopes(place, x, y, u, parts);
                          });
         }
@@ -506,31 +535,32 @@ class Chunk {
                 slopes(place, x, y, u, parts);
             });
         }
-        double loss = static_cast<double>(parts.loss) / (p_.reverse ? d_ : lift), slope = 0.0;
+        double loss = static_cast<double>(parts.loss) / (p_.reverse ? shared_.d : shared_.lift), slope = 0.0;
         if constexpr (is_mixed) {
             const double pulled = p_.divergence.teacher * (1.0 - p_.divergence.mixture);
-            loss = ::exp(teacher) * loss + ::exp(student) * static_cast<double>(parts.student) / d_;
-            slope = static_cast<double>(parts.slopes) / d_ -
+            loss = ::exp(teacher) * loss + ::exp(student) * static_cast<double>(parts.student) / shared_.d;
+            slope = static_cast<double>(parts.slopes) / shared_.d -
                     pulled * static_cast<double>(p_.epsilon) * static_cast<double>(parts.shares);
         } else {
             loss *= unit;
         }
         double sums[3] = {loss, static_cast<double>(parts.b), slope};
-        block_sum(sums, shared_);
+        block_sum(sums, shared_.sums);
         loss_ = size() > 0 ? sums[0] : static_cast<double>(nanf(""));
         if (!p_.reverse && !is_mixed) {  // of the columns without entries, where m is 0
+            const double log_total = shared_.log_total;
             const double distance = log_total + ::log(static_cast<double>(p_.epsilon)) / unit;
-            loss_ += unit * ::exp(-log_total * unit) * (teacher_.entropy - teacher_.weighted * distance);
+            loss_ += unit * ::exp(-log_total * unit) * (shared_.empty_entropy - shared_.empty_weight * distance);
         }
-        b_ = sums[1] / d_;
+        b_ = sums[1] / shared_.d;
         later_slope_ = sums[2];
     }
 
     // e_s of rows s = i ... i + N - 1, whose logits are z.
     template <int N>
-    __device__ void masses_of(int i, const float (&z)[N], float (&x)[N]) const {
-        if (merged() > 1) {
-            load_lanes(mean_, i, x);
+    __device__ void masses_of(bool averaged, int i, const float (&z)[N], float (&x)[N]) const {
+        if (averaged) {
+            load_lanes(mean_distribution(), i, x);
         } else {
             student_.of(z, x);
         }
@@ -609,11 +639,11 @@ class Chunk {
         __syncthreads();  // gradients of W have been added
         for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
             const int32_t place[1] = {plan_.row_slot[s]};
-            const float x[1] = {mean_[s]};
+            const float x[1] = {mean_distribution()[s]};
             float y[1], h[1];
             y_.gather(place, y);
             row_values(place, x, y, 0.0, h);
-            mean_[s] = h[0];
+            mean_distribution()[s] = h[0];
         }
         __syncthreads();  // h is there
     }
@@ -623,15 +653,15 @@ class Chunk {
     __device__ double sum_teacher(int merged) {
         double log_totals = 0.0;
         for (int i = 0; i < merged; ++i) {
-            const AnyRow y(p_.teacher, teacher_row_ + i);
-            const Statistics q = statistics(y, chosen(), size(), p_.lowest, p_.temperature, shared_, Unweighted{});
+            const AnyRow y(p_.teacher, p_.teacher_rows.start[k_] + i);
+            const Statistics q = statistics(y, chosen(), size(), p_.lowest, p_.temperature, shared_.sums, Unweighted{});
             log_totals += q.log_total() / merged;
             each_column(y, chosen(), size(), [&](int j, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                 for (int k = 0; k < N; ++k) {
                     const float relative = at_least(x[k], p_.lowest) - q.exp.top;
-                    sums_[j + k] = i == 0 ? relative : sums_[j + k] + relative;
+                    teacher_sums()[j + k] = i == 0 ? relative : teacher_sums()[j + k] + relative;
                 }
             });
         }
@@ -645,7 +675,7 @@ class Chunk {
         double result = 0.0;
         for (int64_t r = start + 1; r < start + count; ++r) {
             const R z(logits, r);
-            const Statistics all = row_statistics(z, logits.width, p_.lowest, p_.temperature, shared_);
+            const Statistics all = row_statistics(z, logits.width, p_.lowest, p_.temperature, shared_.sums);
             result += all.log_share(z[static_cast<int>(rows.next[r])]);
         }
         return result;
@@ -654,8 +684,8 @@ class Chunk {
     // The gradient p_s share (h_s - mean) of row r.
     __device__ void token_gradient(int64_t r, const Row<S>& z, double mean, double share) {
         const Powers<precise>& one = student_;
-        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f,
-                                           one.statistics(p_.lowest, p_.temperature));
+        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_.sums,
+                                           p_.temperature == 1.0f, one.statistics(p_.lowest, p_.temperature));
         const auto factor = static_cast<float>(share / one.total);
         const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
         S* grad = row_of<S>(p_.grad, r);
@@ -687,7 +717,7 @@ class Chunk {
             written.put(i, g);
         };
         if (merged() > 1) {
-            each_pair(z, AnyRow(mean_), plan_.students, [&](int i, const auto& z, const auto& values) {
+            each_pair(z, AnyRow(mean_distribution()), plan_.students, [&](int i, const auto& z, const auto& values) {
                 constexpr int N = sizeof(z) / sizeof(float);
                 float x[N], h[N];
                 one.of(z, x);
@@ -717,16 +747,16 @@ class Chunk {
         written.fill(plan_.students, p_.grad.width);
         if (!peaked) return;
         double sums[1] = {static_cast<double>(others)};
-        block_sum(sums, shared_);
+        block_sum(sums, shared_.sums);
         if (peak >= 0) narrow(static_cast<float>(static_cast<double>(label(peak, peak_z)) - sums[0]), grad[peak]);
     }
 
     // A later row under merge="chain": factor * (onehot - softmax).
     __device__ void later_gradient(int64_t r, float factor) {
         const Row<S> z(p_.student, r);
-        const Statistics all = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_);
+        const Statistics all = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_.sums);
         const LabelTerm label =
-            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_, p_.temperature == 1.0f, all);
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_.sums, p_.temperature == 1.0f, all);
         const auto weight = static_cast<float>(-static_cast<double>(factor) / all.total);
         const auto next = static_cast<int>(p_.student_rows.next[r]);
         write_row(z, row_of<S>(p_.grad, r), plan_.students, p_.grad.width, [&](int i, const auto& x, auto& g) {
@@ -740,7 +770,8 @@ class Chunk {
     }
 
     // d loss / d W[s, t] = e_s gamma / D (u_t - B).
-    __device__ void add_weight_gradient(float* sums, float unit) {
+    __device__ void add_weight_gradient(float unit) {
+        float* sums = p_.weight_sums + blockIdx.x * plan_.entries;
         for (int64_t e = threadIdx.x; e < plan_.entries; e += blockDim.x) {
             sums[e] +=
                 mass(static_cast<int>(plan_.entry_row[e])) * unit * stored(static_cast<int>(plan_.entry_column[e]));
@@ -750,17 +781,14 @@ class Chunk {
     const PklParams& p_;
     const PklPlan& plan_;
     int columns_;
-    Sums& shared_;
-    int64_t k_, row_;
-    int count_;
-    int64_t teacher_row_;
-    int teacher_count_;
+    Shared& shared_;
+    const int64_t& k_;
     Row<S> z_;
     AnyRow y_;
-    float *stored_end_, *mean_, *sums_;
+    float *workspace_, *stored_end_;
     S* rest_;
     Powers<precise> student_, teacher_;
-    double total_ = 0.0, d_ = 0.0, loss_ = 0.0, b_ = 0.0;
+    double loss_ = 0.0, b_ = 0.0;
     double later_slope_ = 0.0;                            // of mixed divergences: dL / d log c_S, divided by c_S
     float to_mass_ = 0.0f, small_ = 0.0f, later_ = 0.0f;  // m = to_mass x, both as small (epsilon) times `lift`
 };
@@ -769,17 +797,12 @@ class Chunk {
 template <typename S, Merge merge, bool is_mixed>
 __global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params,
                                                              int32_t ring_bytes) {
-    XTOKEN_SHARED(shared, Sums);
+    XTOKEN_SHARED(shared, Shared);
     XTOKEN_DYNAMIC_SHARED(char, memory);
     float* workspace = params.workspace + blockIdx.x * Workspace(params.plan, merge, sizeof(S)).total();
     float* stored = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : workspace;
-    float* weight_sums =
-        params.weight_sums == nullptr ? nullptr : params.weight_sums + blockIdx.x * params.plan.entries;
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
-        Chunk<S, merge, is_mixed>(params, k, workspace, stored, shared).run(weight_sums);
-        __syncthreads();  // the workspace may be overwritten
-    }
+    each_chunk(params,
+               [&](const int64_t& k) { Chunk<S, merge, is_mixed>(params, k, workspace, stored, shared).run(); });
 }
 
 __global__ void sum_blocks_kernel(const float* sums, int32_t blocks, int64_t entries, float* out) {
@@ -809,8 +832,8 @@ void pkl(const PklParams& params, const Launch& launch) {
         auto* kernel = params.divergence.is_mixed() ? chosen(std::true_type{}) : chosen(std::false_type{});
         const size_t ring = Ring::bytes(3, launch.threads);  // a row, and a table of four bytes an element
         const size_t stored = sizeof(float) * Workspace(params.plan, params.merge, sizeof(S)).stored;
-        const bool fits = ring + stored + sizeof(Sums) <= shared_memory_of_a_block();
-        launch_shared("pkl", kernel, fits ? ring + stored : ring, launch, params.chunks, params,
+        const bool fits = ring + stored + sizeof(Shared) + queue_bytes <= shared_memory_of_a_block();
+        launch_chunks("pkl", kernel, fits ? ring + stored : ring, launch, params,
                       static_cast<int32_t>(fits ? ring : 0));
     });
 }

@@ -86,6 +86,7 @@ struct PklPlan {
 struct PklParams {
 #define XTOKEN_CUDA_PKL(FIELD)                                                                           \
     XTOKEN_PKL(FIELD);                                                                                   \
+    XTOKEN_QUEUE(FIELD);                                                                                 \
     FIELD(float*, weight_sums,                                                                           \
           "[blocks, entries] zeros, receives each block's part of the gradient of W; null: not wanted"); \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for");                                    \

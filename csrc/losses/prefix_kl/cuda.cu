@@ -22,8 +22,8 @@
 #include <algorithm>
 
 #include "core/boundary_walk.h"
+#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/prefix_kl/params.h"
 
@@ -899,12 +899,7 @@ template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
     if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
-    __syncthreads();  // the flags are there
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
-        Chunk<S>(params, k, shared).run();
-        __syncthreads();  // the workspace may be overwritten
-    }
+    each_chunk(params, [&](int64_t k) { Chunk<S>(params, k, shared).run(); });
 }
 
 int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }
@@ -916,7 +911,7 @@ void prefix(const PrefixParams& params, const Launch& launch) {
         // boundaries inside the teacher's tokens pass over rows of the student; each_partner has a table beside a row
         const int slots =
             std::max({AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type), 1 + Row<S>::vector / 4});
-        launch_items("prefix_kl", prefix_kernel<S>, slots, launch, params.chunks, params);
+        launch_chunks("prefix_kl", prefix_kernel<S>, Ring::bytes(slots, launch.threads), launch, params);
     });
 }
 

@@ -141,6 +141,7 @@ struct PrefixPlan {
 struct PrefixParams {
 #define XTOKEN_CUDA_PREFIX(FIELD)                                     \
     XTOKEN_PREFIX(FIELD);                                             \
+    XTOKEN_QUEUE(FIELD);                                              \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for"); \
     FIELD(PrefixPlan, plan, "a piece index")
     XTOKEN_FIELDS(XTOKEN_CUDA_PREFIX)

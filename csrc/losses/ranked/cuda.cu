@@ -3,8 +3,8 @@
 //
 // With lp, lq the chunk's mean log-probabilities, g_v = d loss / d lp_v is -q_t on a pair (reverse: p_s (lp_s - lq_t +
 // 1)) and slope * p_v outside. Each of the n student rows z_i gets d loss / d z_i = (g - softmax(z_i) sum g) / (n tau).
+#include "cuda/chunks.cuh"
 #include "cuda/divergence.cuh"
-#include "cuda/launch.cuh"
 #include "cuda/rows.cuh"
 #include "losses/ranked/params.h"
 #include "losses/ranked/steps.cuh"
@@ -74,8 +74,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
     int32_t* counts = counts_are_shared ? reinterpret_cast<int32_t*>(memory + Ring::bytes(1, threads))
                                         : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
 
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
+    each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k], teacher_row = params.teacher_rows.start[k];
         const Row<S> z(params.student, r);
         const AnyRow y(params.teacher, teacher_row);
@@ -123,7 +122,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
         if (thread == 0) params.losses[k] = static_cast<float>(sums[0] * temperature * temperature);
         const LabelTerm label =
             label_term(params.labels, r, z, students, params.lowest, shared.sums, params.temperature == 1.0f, student);
-        if (params.grad.data == nullptr) continue;
+        if (params.grad.data == nullptr) return;
 
         const double factor = (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature;
         for (int j = thread; j < p.count; j += threads) {  // the thread that has found the signs
@@ -162,8 +161,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
                 label.add(i, x, g);
             });
         }
-        __syncthreads();  // the counts may be overwritten
-    }
+    });
 }
 
 // Bins of both sides of a call, and where they are counted.
@@ -172,7 +170,8 @@ struct StepsLayout {
         : student_bins(bins_of(params.student.type, params)),
           teacher_bins(bins_of(params.teacher.type, params)),
           counted(student_bins > teacher_bins ? student_bins : teacher_bins) {
-        is_shared = Ring::bytes(1, max_threads) + counts_bytes() + sizeof(StepsShared) <= shared_memory_of_a_block();
+        is_shared = Ring::bytes(1, max_threads) + counts_bytes() + sizeof(StepsShared) + queue_bytes <=
+                    shared_memory_of_a_block();
     }
     size_t counts_bytes() const { return static_cast<size_t>(counted) * sizeof(int32_t); }
     int64_t words() const {
@@ -198,8 +197,8 @@ void ranked(const StepsParams& params, const Launch& launch) {
     const StepsLayout layout(params);
     const auto start = [&](auto kernel) {
         const size_t counts = layout.is_shared ? layout.counts_bytes() : 0;
-        launch_shared("ranked", kernel, Ring::bytes(1, launch.threads) + counts, launch, params.chunks, params,
-                      layout.student_bins, layout.teacher_bins, layout.words());
+        launch_chunks("ranked", kernel, Ring::bytes(1, launch.threads) + counts, launch, params, layout.student_bins,
+                      layout.teacher_bins, layout.words());
     };
     const auto start_typed = [&](auto* in_shared, auto* in_workspace) {
         if (layout.is_shared) {
@@ -276,8 +275,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     float* student_sums =
         params.workspace + blockIdx.x * (static_cast<int64_t>(params.student.width) + params.teacher.width);
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
+    each_chunk(params, [&](int64_t k) {
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + params.student.width,
                              shared);
@@ -298,7 +296,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
         block_sum(sums, shared);  // and everybody has read the workspace
         const double temperature = static_cast<double>(params.temperature);
         if (thread == 0) params.losses[k] = static_cast<float>(sums[0] * temperature * temperature);
-    }
+    });
 }
 
 template <typename S>
@@ -307,8 +305,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
     const PairsPlan& plan = params.plan;
     const int students = params.student.width;
     float* student_sums = params.workspace + blockIdx.x * (static_cast<int64_t>(students) + params.teacher.width);
-    for (int64_t k = blockIdx.x; k < params.chunks; k += gridDim.x) {
-        if (is_left_out(params, k)) continue;
+    each_chunk(params, [&](int64_t k) {
         const Side<Row<S>> p(params.student, params.student_rows, k, params, student_sums, shared);
         const Side<AnyRow> q(params.teacher, params.teacher_rows, k, params, student_sums + students, shared);
         const float* slope = params.slope + k * plan.student_rest;
@@ -349,8 +346,7 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
                 }
             });
         }
-        __syncthreads();  // the workspace may be overwritten
-    }
+    });
 }
 
 int64_t workspace_of(const RankedParams& params) {
@@ -361,8 +357,8 @@ int64_t workspace_of(const RankedParams& params) {
 void ranked_forward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("ranked_forward", ranked_forward_kernel<S>, AnyRow::slots(params.teacher.type), launch,
-                     params.chunks, params);
+        launch_chunks("ranked_forward", ranked_forward_kernel<S>,
+                      Ring::bytes(AnyRow::slots(params.teacher.type), launch.threads), launch, params);
     });
 }
 
@@ -370,8 +366,8 @@ void ranked_forward(const RankedParams& params, const Launch& launch) {
 void ranked_backward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_items("ranked_backward", ranked_backward_kernel<S>, AnyRow::slots(params.teacher.type), launch,
-                     params.chunks, params);
+        launch_chunks("ranked_backward", ranked_backward_kernel<S>,
+                      Ring::bytes(AnyRow::slots(params.teacher.type), launch.threads), launch, params);
     });
 }
 

@@ -63,6 +63,7 @@ struct PairsPlan {
 struct StepsParams {
 #define XTOKEN_CUDA_STEPS(FIELD)                                      \
     XTOKEN_CHUNKS(FIELD);                                             \
+    XTOKEN_QUEUE(FIELD);                                              \
     FIELD(Divergence, divergence, "of the pairs");                    \
     FIELD(Real*, losses, "[chunks] out");                             \
     FIELD(Labels, labels, "of the chunks' rows");                     \
@@ -77,6 +78,7 @@ struct StepsParams {
 struct RankedParams {
 #define XTOKEN_CUDA_RANKED(FIELD)                                                                            \
     XTOKEN_CHUNKS(FIELD);                                                                                    \
+    XTOKEN_QUEUE(FIELD);                                                                                     \
     FIELD(Divergence, divergence, "of the pairs");                                                           \
     FIELD(Real*, losses, "[chunks] out of ranked_forward: on the pairs; null: in ranked_backward");          \
     FIELD(Labels, labels, "of the chunks' rows, for ranked_backward");                                       \

@@ -267,7 +267,9 @@ def run(
             "workspace": None,
             "plan": _plan_fields(memory, plan, entries),
         }
-        losses = kernels.run_chunks(memory, "pkl", problem, student_grad, scale, labels, fields)
+        # the gradient of W depends on which block adds what
+        in_order = sums is not None
+        losses = kernels.run_chunks(memory, "pkl", problem, student_grad, scale, labels, fields, in_order)
         if sums is not None:
             total = torch.empty(sums.shape[1], dtype=torch.float32, device=problem.student.device)
             parts = {"sums": memory.input(sums), "blocks": grid, "entries": sums.shape[1]}

@@ -118,6 +118,7 @@ class _Call:
                 **{field: memory.input(value) if isinstance(value, Tensor) else value for field, value in more.items()},
                 **{field: memory.output(tensor, keep) for field, tensor in out.items()},
             }
+            given["queue"] = self.kernels.queue(memory)
             blocks = max(1, min(memory.blocks, len(part)))
             given["workspace"] = self.kernels.workspace(memory, name, given, blocks)
             self.kernels.launch(memory, name, given, blocks)
