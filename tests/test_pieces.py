@@ -303,7 +303,7 @@ def test_texts_that_nothing_can_read() -> None:
 
 
 # Text that the sample does not have.
-MODULES = "os shutil pathlib _pydecimal socket pickle"
+MODULES = "os shutil argparse _pydecimal socket pickle"
 PYTHON = "".join((Path(os.__file__).parent / f"{name}.py").read_text() for name in MODULES.split())
 
 
