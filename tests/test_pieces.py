@@ -1,9 +1,14 @@
 """The piece index: roots, pieces and their order, calibration, files, real vocabularies."""
 
+import _pydecimal
 import copy
 import hashlib
+import inspect
 import itertools
 import os
+import pickle
+import shutil
+import socket
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -303,8 +308,8 @@ def test_texts_that_nothing_can_read() -> None:
 
 
 # Text that the sample does not have.
-MODULES = "os shutil argparse _pydecimal socket pickle"
-PYTHON = "".join((Path(os.__file__).parent / f"{name}.py").read_text() for name in MODULES.split())
+SOURCES = (os, shutil, Path, _pydecimal, socket, pickle)
+PYTHON = "".join(Path(inspect.getsourcefile(one) or "").read_text() for one in SOURCES)
 
 
 @pytest.mark.parametrize(
