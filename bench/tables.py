@@ -389,7 +389,31 @@ def scale() -> str:
     return markdown(header, [(*one, *(given.get((*one, way), "") for way in ways)) for one in pairs], words=2)
 
 
+def plan() -> str:
+    """Memory, traffic and time a device of `bench_parallel.py`, a column for each way to share out the models."""
+    found = results("parallel")["plan"]
+    names = [name for name in found[0] if name not in ("devices", "tp", "teacher's logits", "groups")]
+    header = ("a device", *(f"{row['devices']}, tp {row['tp']}, {row[TEACHER]}" for row in found))
+    return markdown(header, [(name, *(f"{row[name]:.3g}" for row in found)) for name in names])
+
+
+TEACHER = "teacher's logits"
+
+
+def parallel() -> str:
+    """Milliseconds of a processor for forward and backward of a rank."""
+    found = results("parallel")["time"]
+    sizes = list(dict.fromkeys((row["rows"], row["vocabulary"]) for row in found))
+    kinds = dict.fromkeys((row["loss"], row["ranks"]) for row in found)
+    taken = {(row["loss"], row["ranks"], row["rows"], row["vocabulary"]): row["milliseconds"] for row in found}
+    header = ("loss", "ranks", *(f"{rows:,} x {size:,}" for rows, size in sizes))
+    rows = [(key[0], str(key[1]), *(f"{taken[key + size]:.0f}" for size in sizes)) for key in kinds]
+    return markdown(header, rows)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "plan": plan,
+    "parallel": parallel,
     "alignment": alignment,
     "losses": losses,
     "gpu": gpu,

@@ -161,6 +161,20 @@ def test_bench_corpus(main, tmp_path):
     assert row["share_of_tokenizing_throughput"] > 0
 
 
+@pytest.mark.slow
+def test_bench_parallel(main, tmp_path):
+    """What is counted is what the formulas say, or the script ends."""
+    output = tmp_path / "parallel.json"
+    sizes = ("--rows", 4, "--sizes", 100, "--worlds", 1, 2, "--repeat", 1)
+    main("bench_parallel", *sizes, "--output", output)
+    found = json.loads(output.read_text())
+    assert {row["teacher"] for row in found["traffic"]} == {"whole", "in parts", "cut elsewhere"}
+    assert all(row["bytes_a_chunk"] == row["by_formula"] > 0 for row in found["traffic"])
+    assert all(row["bytes"] == row["by_formula"] > 0 for row in found["training"])
+    assert {row["ranks"] for row in found["time"]} == {1, 2}
+    assert [row["devices"] for row in found["plan"]] == [64] * 4 + [512] * 4
+
+
 @pytest.mark.wide
 @pytest.mark.slow
 def test_bench_engines(main, tmp_path):

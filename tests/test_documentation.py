@@ -143,9 +143,10 @@ def options_in(text: str) -> set[str]:
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
 def test_options_exist(document: Path) -> None:
     everywhere = options_in("".join(map(help_of, ("", *COMMANDS))))
-    everywhere |= {option for script in (ROOT / "bench").glob("*.py") for option in options_in(script.read_text())}
+    scripts = [*(ROOT / "bench").glob("*.py"), *(ROOT / "examples").glob("*.py")]
+    everywhere |= {option for script in scripts for option in options_in(script.read_text())}
     for code in quoted(document):
-        if "vllm serve" in code:  # whose options are its own
+        if "vllm serve" in code or "torchrun" in code:  # whose options are their own
             continue
         command = re.search(r"xtoken (train|align|audit|cache-teacher|check|project|report|show|demo)\b", code)
         allowed = options_in(help_of(command[1])) if command else everywhere
