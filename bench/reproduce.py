@@ -533,7 +533,7 @@ def _curves(axes: Any, results: dict[str, Any], setting: str) -> None:
 
 
 def _dots(axes: Any, found: Values) -> None:
-    means = {arm: list(measured["probability"].values()) for arm, measured in found.items()}
+    means = {arm: list(measured["probability"].values()) for arm, measured in found.items() if arm not in OPTIONS}
     ordered = sorted(means, key=lambda arm: statistics.fmean(means[arm]))
     for place, arm in enumerate(ordered):
         error = statistics.stdev(means[arm]) / len(means[arm]) ** 0.5 if len(means[arm]) > 1 else 0.0
