@@ -59,14 +59,6 @@ struct Workspace {
     }
 };
 
-// Calls body with row r of `logits` as a Row of its own type; what goes over many of its elements has no choices then.
-template <typename Body>
-__device__ void typed_row(const Logits& logits, int64_t r, Body body) {
-    if (logits.type == Element::bfloat16) return body(Row<__nv_bfloat16>(logits, r));
-    if (logits.type == Element::float16) return body(Row<__half>(logits, r));
-    body(Row<float>(logits, r));
-}
-
 // Events begin ... end - 1 of a boundary. The student's sums become slopes: d loss / d log a_e over the sum.
 struct Events {
     Mass *student, *teacher;
@@ -135,16 +127,20 @@ __device__ inline int first_from(const int32_t* numbers, int count, int32_t x) {
 template <typename S>
 class Chunk {
   public:
-    __device__ Chunk(const PrefixParams& p, const int64_t& k, Shared& shared)
+    __device__ Chunk(const PrefixParams& p, int64_t k, Shared& shared)
         : p_(p),
           plan_(p.plan),
           shared_(shared),
           k_(k),
+          row_(p.student_rows.start[k]),
+          teacher_row_(p.teacher_rows.start[k]),
+          count_(static_cast<int>(p.student_rows.count[k])),
+          teacher_count_(static_cast<int>(p.teacher_rows.count[k])),
           inverse_temperature_(1.0f / p.temperature),
           tempered_(p.temperature != 1.0f),
           mixed_(p.divergence.mixture > 0.0 && p.divergence.mixture < 1.0),
           divergence_(p.divergence, sizeof(S) == 4),
-          y_(p.teacher, teacher_row()) {
+          y_(p.teacher, teacher_row_) {
         const Workspace parts(p.plan);
         float* at = p.workspace + blockIdx.x * parts.total();
         const auto take = [&](int64_t floats) {
@@ -168,8 +164,8 @@ class Chunk {
         for (int s = static_cast<int>(threadIdx.x); s < plan_.side[0].size; s += threads) left_flags_[s] = 0;
     }
 
-    __device__ __forceinline__ void run() {
-        const bool several = count() > 1 || teacher_count() > 1;
+    __device__ void run() {
+        const bool several = count_ > 1 || teacher_count_ > 1;
         if (threadIdx.x == 0) {
             const PrefixSide &student = plan_.side[0], &teacher = plan_.side[1];
             shared_.loss = 0.0;
@@ -178,7 +174,7 @@ class Chunk {
         }
         compare_start();
         if (threadIdx.x == 0) shared_.weight = p_.weighted && several ? start_probability() : 1.0;
-        for (int i = 0; i < count(); ++i) {
+        for (int i = 0; i < count_; ++i) {
             sparse_count_ = marked_ = 0;
             ends_ = {0.0f, 0.0f};
             if (several) compare_inside(i);
@@ -207,21 +203,15 @@ class Chunk {
         return tempered_ ? Mass{mass.top + logf(mass.sum), 1.0f} : mass;
     }
 
-    // Where the chunk's rows begin, and how many there are; asked for anew each time, since registers are scarce.
-    __device__ int64_t row() const { return p_.student_rows.start[k_]; }
-    __device__ int64_t teacher_row() const { return p_.teacher_rows.start[k_]; }
-    __device__ int count() const { return static_cast<int>(p_.student_rows.count[k_]); }
-    __device__ int teacher_count() const { return static_cast<int>(p_.teacher_rows.count[k_]); }
-
     // ---- the start of the chunk ----
 
     __device__ void compare_start() {
-        sum_lists(plan_.student_lists, Row<S>(p_.student, row()), start_.student);
-        typed_row(p_.teacher, teacher_row(), [&](const auto& y) { sum_lists(plan_.teacher_lists, y, start_.teacher); });
+        sum_lists(plan_.student_lists, AnyRow(p_.student, row_), start_.student);
+        sum_lists(plan_.teacher_lists, y_, start_.teacher);
         __syncthreads();  // the masses are there
         leave_out();
-        const bool usual = is_usual();
-        compare(start_, usual ? usual_pairs() : compare_pairs(), shared_.start, usual);
+        const PairSums pairs = left_out_ ? compare_pairs<true>() : compare_pairs<false>();
+        compare(start_, pairs, shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
@@ -273,60 +263,7 @@ class Chunk {
         left_out_ = __syncthreads_or(any) != 0;
     }
 
-    // Whether a chunk's start is one of those for which the pairs have a pass of their own, without choices: logits of
-    // 16 bits, the KL of the student from the teacher, no event left out, and none of the lowest logits with mass,
-    // which `compare` finds.
-    __device__ bool is_usual() const { return sizeof(S) == 2 && !y_.precise() && !p_.reverse && !left_out_; }
-    __device__ bool has_mass(float lowest, float top) const {
-        return (lowest - top) * inverse_temperature_ * log2_e > -150.0f;
-    }
-
-    // compare_pairs for these. Exponents are x scale - offset to the base 2, and so are the differences in `products`.
-    __device__ PairSums usual_pairs() const {
-        const float scale = inverse_temperature_ * log2_e, lowest = p_.lowest;
-        float z_top = lowest, y_top = lowest, z_offset = lowest * scale, y_offset = z_offset;
-        float z_least = 0.0f, y_least = 0.0f, p = 0.0f, q = 0.0f, products = 0.0f;
-        const auto add = [&](int, const auto& x, const auto& slot, const auto& y) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            float z[N], partner[N], z_max = z_top, y_max = y_top;
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                z[k] = slot[k] < 0 ? -INFINITY : x[k];
-                z_max = fmaxf(z_max, z[k]);
-                partner[k] = slot[k] < 0 ? -INFINITY : y[k];
-                y_max = fmaxf(y_max, partner[k]);
-            }
-            if (z_max > z_top || y_max > y_top) {
-                const float z_before = z_offset, y_before = y_offset;
-                z_top = z_max;
-                y_top = y_max;
-                z_offset = z_top * scale;
-                y_offset = y_top * scale;
-                z_least = fmaf(lowest, scale, -z_offset);
-                y_least = fmaf(lowest, scale, -y_offset);
-                const float z_step = z_offset - z_before, y_step = y_offset - y_before;
-                const float y_shrink = fast_exp2(-y_step);
-                products = y_shrink * fmaf(q, z_step - y_step, products);
-                p *= fast_exp2(-z_step);
-                q *= y_shrink;
-            }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float a = largest(fmaf(z[k], scale, -z_offset), z_least);
-                const float b = largest(fmaf(partner[k], scale, -y_offset), y_least), f = fast_exp2(b);
-                p += fast_exp2(a);
-                q += f;
-                products = fmaf(f, b - a, products);
-            }
-        };
-        each_partner(Row<S>(p_.student, row()), y_, plan_.slot, plan_.side[0].size, add);
-        // what the offsets are more than the tops
-        const float z_more = fmaf(-z_top, scale, z_offset), y_more = fmaf(-y_top, scale, y_offset);
-        const float y_factor = fast_exp2(y_more);
-        products = fmaf(q, y_more - z_more, products);
-        return {z_top, y_top, p * fast_exp2(z_more), q * y_factor, products * y_factor / scale};
-    }
-
+    template <bool left_out>
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
         const auto add = [&](int i, const auto& x, const auto& slot, const auto& partner) {
@@ -338,7 +275,7 @@ class Chunk {
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    const bool paired = slot[first + k] >= 0 && !(left_out_ && left_flags_[i + first + k] != 0);
+                    const bool paired = slot[first + k] >= 0 && !(left_out && left_flags_[i + first + k] != 0);
                     z[k] = paired ? clamped(x[first + k]) : nothing;
                     y[k] = paired ? clamped(partner[first + k]) : nothing;
                     z_top = fmaxf(z_top, z[k]);
@@ -367,7 +304,7 @@ class Chunk {
                 }
             }
         };
-        each_partner(Row<S>(p_.student, row()), y_, plan_.slot, plan_.side[0].size, add);
+        each_partner(Row<S>(p_.student, row_), y_, plan_.slot, plan_.side[0].size, add);
         return sums;
     }
 
@@ -423,8 +360,7 @@ class Chunk {
     }
 
     // The masses of lists of tokens, into out[event].
-    template <typename R>
-    __device__ void sum_lists(const TokenLists& lists, const R& row, Mass* out) const {
+    __device__ void sum_lists(const TokenLists& lists, const AnyRow& row, Mass* out) const {
         constexpr int together = 4;  // loads in flight
         const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
 #pragma unroll 1
@@ -440,10 +376,7 @@ class Chunk {
                 for (int k = 0; k < together; ++k) {
                     tokens[k] = i + k < end ? lists.tokens[(i + k) * warp_size + lane] : -1;
                 }
-                float x[together];
-#pragma unroll
-                for (int k = 0; k < together; ++k) x[k] = tokens[k] < 0 ? nothing : clamped(row[tokens[k]]);
-                add(x, row.precise(), mass);
+                add_tokens(row, tokens, mass);
             }
             if (is_shared) {
                 for (int step = warp_size / 2; step > 0; step /= 2) {
@@ -476,7 +409,7 @@ class Chunk {
 
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
     // halves, without boundaries inside.
-    template <int N>
+    template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
     __device__ void start_gradients(int i, const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
                                     float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
@@ -489,14 +422,14 @@ class Chunk {
                 const int32_t to = slot[first + k];
                 const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
                 e[k] = clamped(x[first + k]) - own.top;
-                if (to >= 0) e[k] *= inverse_temperature_;
+                if (!any || to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
                 y[k] = clamped(partner[first + k]) - term.y_centre;
             }
             exponentials(e, sizeof(S) == 4);
 #pragma unroll
             for (int k = 0; k < M; ++k) g[first + k] = e[k] * student[k];
-            if (mixed_) {
+            if (any && mixed_) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
@@ -516,7 +449,7 @@ class Chunk {
                     if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
                 }
             }
-            if (left_out_) {
+            if (any && left_out_) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
             }
@@ -530,9 +463,8 @@ class Chunk {
         return static_cast<double>(teacher_exp(mass.top - term.y_centre)) * static_cast<double>(mass.sum) / term.q;
     }
 
-    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes. `usual`: the pairs are
-    // those of usual_pairs.
-    __device__ void compare(const Events& events, PairSums pairs, Term& term, bool usual = false) {
+    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes.
+    __device__ void compare(const Events& events, const PairSums& pairs, Term& term) {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         float z_top = pairs.z_top, y_top = pairs.y_top;
         for (int n = events.begin + thread; n < events.end; n += threads) {
@@ -540,7 +472,6 @@ class Chunk {
             y_top = fmaxf(y_top, events.teacher[n].top);
         }
         const float z_centre = block_max(z_top, shared_.sums), y_centre = block_max(y_top, shared_.sums);
-        if (usual && (has_mass(p_.lowest, z_centre) || has_mass(p_.lowest, y_centre))) pairs = compare_pairs();
         PairSums sums = moved(pairs, z_centre, y_centre);
         for (int n = events.begin + thread; n < events.end; n += threads) {
             const Mass student = events.student[n], teacher = events.teacher[n];
@@ -598,7 +529,7 @@ class Chunk {
                 difference(student, teacher, term.z_centre, term.y_centre));
         }
         if (is_start) {
-            each_vector(Row<S>(p_.student, row()), plan_.side[0].size, [&](int i, const auto& x) {
+            each_vector(Row<S>(p_.student, row_), plan_.side[0].size, [&](int i, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
                 int32_t slot[N];
                 load_lanes(plan_.slot, i, slot);
@@ -652,26 +583,26 @@ class Chunk {
     // By one thread.
     __device__ void start_walks() {
         int length = 0;
-        for (int i = 0; i < count(); ++i) length += plan_.side[0].length[student_tokens()[i]];
-        for (int j = 0; j < teacher_count(); ++j) length -= plan_.side[1].length[teacher_tokens()[j]];
+        for (int i = 0; i < count_; ++i) length += plan_.side[0].length[student_tokens()[i]];
+        for (int j = 0; j < teacher_count_; ++j) length -= plan_.side[1].length[teacher_tokens()[j]];
 #pragma unroll 1
         for (int side = 0; side < 2; ++side) {
             shared_.walk[side].start();
             if (length == 0) {
                 advance(side);
             } else {  // there is no inner boundary
-                shared_.walk[side].whole = side == 0 ? count() : teacher_count();
+                shared_.walk[side].whole = side == 0 ? count_ : teacher_count_;
             }
         }
     }
     __device__ void advance(int side) {
         const bool student = side == 0;
         shared_.walk[side].advance(plan_.side[side], student ? student_tokens() : teacher_tokens(),
-                                   student ? count() : teacher_count(), plan_.side[1 - side],
-                                   student ? teacher_tokens() : student_tokens(), student ? teacher_count() : count());
+                                   student ? count_ : teacher_count_, plan_.side[1 - side],
+                                   student ? teacher_tokens() : student_tokens(), student ? teacher_count_ : count_);
     }
-    __device__ const int64_t* student_tokens() const { return p_.student_rows.next + row(); }
-    __device__ const int64_t* teacher_tokens() const { return p_.teacher_rows.next + teacher_row(); }
+    __device__ const int64_t* student_tokens() const { return p_.student_rows.next + row_; }
+    __device__ const int64_t* teacher_tokens() const { return p_.teacher_rows.next + teacher_row_; }
 
     // The boundaries that look at row i of the student: before its token, or inside it.
     __device__ void compare_inside(int i) {
@@ -679,10 +610,10 @@ class Chunk {
         for (int side = 0; side < 2; ++side) {
             for (;;) {
                 const Walk walk = shared_.walk[side];
-                if (side == 0 ? walk.whole != i : walk.whole == teacher_count() || walk.part != i) break;
+                if (side == 0 ? walk.whole != i : walk.whole == teacher_count_ || walk.part != i) break;
                 const Logits &whole = side == 0 ? p_.student : p_.teacher, &part = side == 0 ? p_.teacher : p_.student;
-                const int64_t whole_row = (side == 0 ? row() : teacher_row()) + walk.whole;
-                const int64_t part_row = (side == 0 ? teacher_row() : row()) + walk.part;
+                const int64_t whole_row = (side == 0 ? row_ : teacher_row_) + walk.whole;
+                const int64_t part_row = (side == 0 ? teacher_row_ : row_) + walk.part;
                 compare_boundary(side, AnyRow(whole, whole_row), AnyRow(part, part_row), walk);
                 if (threadIdx.x == 0) advance(side);
                 __syncthreads();  // the next one is there
@@ -855,7 +786,7 @@ class Chunk {
     // Row i of the student: the gradient, and the cross-entropy of its label.
     __device__ void write(int i) {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-        const int64_t r = row() + i;
+        const int64_t r = row_ + i;
         const Row<S> z(p_.student, r);
         const int size = plan_.side[0].size;
         const bool known = i == 0 && p_.temperature == 1.0f && !left_out_;
@@ -871,7 +802,7 @@ class Chunk {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients(token, x, slot, partner, g);
+                start_gradients<true>(token, x, slot, partner, g);
             }
             g[0] = x[0] < p_.lowest ? 0.0f : g[0] + values_[n];
             label.add(token, x, g);
@@ -880,16 +811,18 @@ class Chunk {
         if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
         if (i == 0) {
             const Written<S> written(z, grad);
-            if (is_usual() && !tempered_ && !mixed_ && !has_mass(p_.lowest, shared_.start.z_centre) &&
-                !has_mass(p_.lowest, shared_.start.y_centre)) {
-                write_usual(z, label, written);
-            } else {
+            const auto write = [&](auto any) {
                 each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
                     float g[sizeof(x) / sizeof(float)];
-                    start_gradients(s, x, slot, partner, g);
+                    start_gradients<decltype(any)::value>(s, x, slot, partner, g);
                     finish(label, s, x, g);
                     written.put(s, g);
                 });
+            };
+            if (tempered_ || mixed_ || left_out_) {
+                write(std::true_type{});
+            } else {
+                write(std::false_type{});
             }
             written.fill(size, p_.grad.width);
         } else {
@@ -919,33 +852,6 @@ class Chunk {
         for (int n = thread; n < sparse_count_; n += threads) narrow(values_[n], grad[sparse_ids_[n]]);
     }
 
-    // The first row of a usual chunk at temperature 1.
-    __device__ void write_usual(const Row<S>& z, const LabelTerm& label, const Written<S>& written) const {
-        const float centre = shared_.start.z_centre, student = shared_.start.student, lowest = p_.lowest;
-        const float offset = shared_.start.y_centre * log2_e;
-        const float teacher = -shared_.start.teacher * fast_exp2(fmaf(-shared_.start.y_centre, log2_e, offset));
-        const Mass* before_events = in_register(start_.student - 1);
-        each_partner(z, y_, plan_.slot, plan_.side[0].size, [&](int s, const auto& x, const auto& slot, const auto& y) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            float g[N], least = x[0];
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                Mass own{centre, student};
-                if (slot[k] < 0) own = *(before_events - slot[k]);
-                const float e = fast_exp2((x[k] - own.top) * log2_e);
-                const float partner = slot[k] < 0 ? -INFINITY : y[k];
-                g[k] = fmaf(fast_exp2(fmaf(partner, log2_e, -offset)), teacher, e * own.sum);
-                least = fminf(least, x[k]);
-            }
-            if (least < lowest) {
-#pragma unroll
-                for (int k = 0; k < N; ++k) g[k] = x[k] < lowest ? 0.0f : g[k];
-            }
-            label.add(s, x, g);
-            written.put(s, g);
-        });
-    }
-
     // Of a token that is an event inside a token, or one of several.
     __device__ float inner_gradient(int token, float x) const {
         const Mass own = inner_.student[first_from(event_, marked_, plan_.side[0].event[token])];
@@ -970,7 +876,8 @@ class Chunk {
     const PrefixParams& p_;
     const PrefixPlan& plan_;
     Shared& shared_;
-    const int64_t& k_;
+    int64_t k_, row_, teacher_row_;
+    int count_, teacher_count_;
     float inverse_temperature_;
     bool tempered_, mixed_;
     MixedDivergence divergence_;
@@ -992,7 +899,7 @@ template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
     if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
-    each_chunk(params, [&](const int64_t& k) { Chunk<S>(params, k, shared).run(); });
+    each_chunk(params, [&](int64_t k) { Chunk<S>(params, k, shared).run(); });
 }
 
 int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }
