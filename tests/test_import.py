@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pickle
+import pydoc
 import subprocess
 import sys
 
@@ -15,7 +17,8 @@ import xtoken
 def loaded_after(statement: str) -> set[str]:
     """The modules of a new process after a statement."""
     code = f"import sys; {statement}; print('\\nmodules', *sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
     return set(run.stdout.splitlines()[-1].split())
 
 
@@ -29,6 +32,29 @@ def test_all_losses_are_registered_with_the_first_name() -> None:
     known = list(xtoken.losses.registered())
     first = "import xtoken; xtoken.Vocabulary; from xtoken.losses import registered"
     assert "torch" in loaded_after(f"{first}; assert list(registered()) == {known}")
+
+
+def test_threads_that_come_at_once() -> None:
+    names = "Aligner", "losses", "train", "pkl_loss", "data"
+    threads = f"""
+import threading, xtoken
+together, found = threading.Barrier({len(names)}), []
+def use(name):
+    together.wait()
+    found.append(getattr(xtoken, name))
+threads = [threading.Thread(target=use, args=(name,)) for name in {names}]
+for one in threads: one.start()
+for one in threads: one.join()
+assert len(found) == {len(names)}
+"""
+    loaded_after(f"exec({threads!r})")
+
+
+def test_it_can_be_looked_at() -> None:
+    names = {name for name, _ in inspect.getmembers(xtoken)}
+    assert {"Aligner", "train"} <= names
+    assert "__main__" not in names
+    assert "xtoken" in pydoc.render_doc(xtoken)
 
 
 def test_names() -> None:

@@ -19,10 +19,13 @@ if TYPE_CHECKING:
     from ._public import __all__ as __all__
     from ._public import __version__ as __version__
 else:
-    _MODULES = frozenset(one.name for one in pkgutil.iter_modules(__path__))  # noqa: F405
+    _MODULES = frozenset(one.name for one in pkgutil.iter_modules(__path__)) - {"__main__"}  # noqa: F405
+    _FOR_USERS = frozenset({"data", "integrations", "losses", "report", "train"})
 
     def __getattr__(name: str) -> Any:
         if name in _MODULES:
+            if name in _FOR_USERS:  # in one order always, since threads may come at once
+                importlib.import_module(f"{__name__}._public")
             return importlib.import_module(f"{__name__}.{name}")
         if not name.startswith("__") or name in ("__all__", "__version__"):  # others are asked for by import itself
             public = importlib.import_module(f"{__name__}._public")
