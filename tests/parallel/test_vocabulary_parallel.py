@@ -224,6 +224,18 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], list[str]]] = {
         lambda rank: {"labels": LABELS + rank},
         ["ValueError: labels: expected the same on all ranks of tp_group, got torch.int64 [2, 14] of checksum"] * 2,
     ),
+    "two things, of which the first is told": (
+        lambda rank: {"temperature": 1.0 + rank, "reduction": ["mean", "sum"][rank]},
+        ["ValueError: temperature: expected the same on all ranks"] * 2,
+    ),
+    "the group of columns for positions too": (
+        lambda rank: {"cp_group": dist.group.WORLD},
+        ["ValueError: cp_group: expected no rank of tp_group but this one"] * 2,
+    ),
+    "another type, where the other group hears of it": (
+        lambda rank: {"tp_group": ["x", None][rank], "cp_group": dist.group.WORLD},
+        ["TypeError: tp_group: expected a torch", "RuntimeError: rank 0 of cp_group raised TypeError: tp_group"],
+    ),
     "labels out of range": (lambda rank: {"labels": LABELS + 9}, ["ValueError: labels: expected token ids in 0"] * 2),
     "inplace": (lambda rank: {"inplace": True}, ["ValueError: inplace: expected False for logits in parts"] * 2),
     "backend": (
@@ -235,6 +247,22 @@ REFUSED: dict[str, tuple[Callable[[int], dict[str, Any]], list[str]]] = {
         ["TypeError: tp_group: expected a torch.distributed.ProcessGroup, got int"] * 2,
     ),
 }  # fmt: skip
+
+
+def linear(size: int, rank: int | None = None, **options: Any) -> xtoken.LinearLogits:
+    """Logits of an output layer, or of a rank's half of it."""
+    layer = LAYER[:size] if rank is None else LAYER[:size].tensor_split(2)[rank]
+    return xtoken.LinearLogits(HIDDEN, layer, **options)
+
+
+def top_of(logits: Tensor) -> xtoken.TopKLogits:
+    values, ids = logits.log_softmax(-1).topk(5)
+    return xtoken.TopKLogits(ids, values)
+
+
+def positions_of(logits: Tensor) -> DTensor:
+    """A DTensor whose positions are sharded, which no loss takes."""
+    return DTensor.from_local(logits, init_device_mesh("cpu", (2,)), [Shard(1)], run_check=False)
 
 
 @on_two_ranks
@@ -250,6 +278,17 @@ def refused(rank: int) -> dict[str, str]:
     found["whole student"] = said(lambda: public(case, case.student, case.teacher, tp_group=group))
     found["too few"] = said(lambda: public(case, student[..., :3], teacher, tp_group=group))
     found["too few of the teacher"] = said(lambda: public(case, student, teacher[..., :3], tp_group=group))
+    for key, sides in {
+        "student in parts and whole": ([student, case.student.float()], [case.teacher.float()] * 2),
+        "teacher in parts and whole": ([student] * 2, [teacher, case.teacher.float()]),
+        "shared columns": ([case.student[..., :36], case.student[..., 31:]], [case.teacher] * 2),
+        "teacher's type": ([student] * 2, [case.teacher.float(), case.teacher.bfloat16()]),
+        "teacher's kind": ([student] * 2, [case.teacher.float(), top_of(case.teacher.float())]),
+        "teacher's softcap": ([student] * 2, [linear(59, softcap=9.0), linear(59)]),
+        "student's scale": ([linear(67, rank), linear(67, rank, logit_scale=2.0)], [case.teacher.float()] * 2),
+        "refused DTensor": ([student] * 2, [case.teacher.float(), positions_of(case.teacher)]),
+    }.items():
+        found[key] = said(lambda sides=sides: public(case, sides[0][rank], sides[1][rank], tp_group=group))
     for other in registered():
         one = case_of(other)
         own = part(one.student.float(), [0.5, 0.5], rank), part(one.teacher.float(), [0.5, 0.5], rank)
@@ -268,6 +307,30 @@ def test_columns_that_are_not_parts_are_refused(of_ranks: dict[int, list[dict[st
         assert "student_logits: expected of the 67 columns of the vocabulary parts" in found["refused"]["whole student"]
         assert "student_logits: expected at least 67 columns (the vocabulary) on all" in found["refused"]["too few"]
         assert "teacher_logits: expected at least 59 columns" in found["refused"]["too few of the teacher"]
+
+
+@pytest.mark.parametrize(
+    ("key", "want"),
+    [
+        ("student in parts and whole", "student_logits: expected of the 67 columns"),
+        ("teacher in parts and whole", "teacher_logits: expected of the 59 columns"),
+        ("shared columns", "student_logits: expected of the 67 columns"),
+        ("teacher's type", "teacher_logits: expected the same on all ranks"),
+        ("teacher's kind", "teacher_logits: expected the same on all ranks"),
+        ("teacher's softcap", "teacher_logits: expected the same on all ranks"),
+        ("student's scale", "student_logits: expected the same on all ranks"),
+        ("refused DTensor", "teacher_logits: expected columns sharded"),
+    ],
+)
+def test_logits_that_do_not_go_together(key: str, want: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in of_ranks[2]:
+        assert want in found["refused"][key]
+
+
+def test_padding_is_none_of_the_vocabulary() -> None:
+    """Widths of Qwen2.5 and of GPT-2 in Megatron on two and eight ranks, and of all on one."""
+    for parts, size in (([76032] * 2, 151665), ([6400] * 8, 50257), ([640] * 2, 1025), ([0, 67, 0], 67)):
+        call._check_shards("student_logits", parts, size)
 
 
 @pytest.mark.parametrize("name", registered())

@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from xtoken.alignment import Alignment
@@ -64,11 +65,17 @@ def compute(
 
     The parts that are told to be the same are compared first, and an error of one rank is raised on all.
     """
-    student_logits, teacher_logits, tp_group, is_sharded = _local(student_logits, teacher_logits, groups.tp_group)
-    tp, cp = Ranks(tp_group, "tp_group"), Ranks(groups.cp_group, "cp_group")
     labels = labels.labels if isinstance(labels, Expected) else labels
+    tp, cp, is_sharded = Ranks(), Ranks(), None
     error, told = None, _Told({}, {})
     try:
+        try:
+            tp = Ranks(groups.tp_group, "tp_group")
+        finally:  # whichever group there is hears of an error
+            cp = Ranks(groups.cp_group, "cp_group")
+        student_logits, teacher_logits, tp_group, is_sharded = _local(student_logits, teacher_logits, groups.tp_group)
+        tp = Ranks(tp_group, "tp_group")
+        _check_mesh(tp, cp)
         told = _checked(
             loss, student_logits, teacher_logits, alignment, groups, tp, labels, mask, reduction, inplace, backend
         )
@@ -144,6 +151,16 @@ def _local(
     return student, teacher, group if student_sharded else tp_group, teacher_sharded
 
 
+def _check_mesh(tp: Ranks, cp: Ranks) -> None:
+    if tp.size > 1 and cp.size > 1:
+        of_tp, of_cp = (dist.get_process_group_ranks(one.group) for one in (tp, cp))
+        if len(set(of_tp) & set(of_cp)) > 1:
+            raise ValueError(
+                f"cp_group: expected no rank of tp_group but this one (rows and columns of a mesh), got ranks {of_cp} "
+                f"and tp_group {of_tp}"
+            )
+
+
 def cross_entropy(
     student_logits: AnyLogits, labels: Tensor, size: int | None, groups: tuple[Any, Any, str], backend: str
 ) -> Tensor:
@@ -212,7 +229,8 @@ def _checked(
         "loss": loss.title,
         **{one.name: _shown(getattr(loss, one.name)) for one in fields(loss)},
         "alignment": None if host is None else [_shown(getattr(host, name)) for name in _OF_ALIGNMENT],
-        "student_logits": f"{given[0].rows.dtype} of {list(given[0].leading_shape[:-1])} samples, gradients {wanted}",
+        "student_logits": f"{_kind(given[0])}, gradients {wanted}",
+        "teacher_logits": _kind(given[1]),
         "labels": _shown(labels),
         "mask": _shown(mask),
         "reduction": reduction,
@@ -224,6 +242,17 @@ def _checked(
 
 
 _OF_ALIGNMENT = "spans", "offsets", "predicted", "student_ids", "teacher_ids"
+
+
+def _kind(logits: Parts) -> str:
+    """All that has to be the same but values and widths."""
+    name, more = "logits", ""
+    if logits.head is not None:
+        name, more = "LinearLogits", f", softcap {logits.softcap or None}, logit_scale {logits.scale}"
+    elif logits.top is not None:
+        name, more = "TopKLogits", f", tail {logits.tail!r}"
+    rows, samples = logits.rows, list(logits.leading_shape[:-1])
+    return f"{name} of {samples} samples, {rows.dtype} on {rows.device.type}{more}"
 
 
 def _shown(value: Any) -> Any:
@@ -280,8 +309,15 @@ def _columns(
 
 
 def _check_shards(name: str, widths: Sequence[int], size: int | None) -> None:
-    """Raises ValueError for widths that may as well be whole rows that lack columns."""
-    if size is not None and sum(widths) >= 1.5 * size + len(widths):
+    """Raises ValueError for widths that are no parts of so many columns and of their padding."""
+    if size is None:
+        return
+    total, ranks = sum(widths), len(widths)
+    is_whole = max(widths) >= size and total > max(widths)
+    # Layers have up to 3 % of columns without a token, and are padded so that the ranks divide them: by Megatron to a
+    # multiple of 128 on each.
+    is_padded = total < size + size // 32 + ranks or (total % (128 * ranks) == 0 and total < size + 128 * ranks)
+    if is_whole or not is_padded:
         allowed = "parts of them that follow each other" + (
             ", or all of them on every rank" if name == SIDES[1] else ""
         )

@@ -162,6 +162,7 @@ def agreed(report: Report, groups: list[Ranks]) -> list[list[dict[str, Any]]]:
                         f"{ranks.rank} and {same.get(name)} on rank {rank}"
                     )
                     error = ValueError(message)
+                    break
         found.append([own for _, own, _ in told])
     if error is not None:
         raise error
