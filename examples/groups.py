@@ -10,6 +10,7 @@ states and the rank's rows of the output layer, `tp_group` and `cp_group`; logit
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -75,6 +76,8 @@ def main() -> None:
     parser.add_argument("--cp", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        raise SystemExit("Start it with torchrun: torchrun --nproc-per-node 4 examples/groups.py --tp 2 --cp 2")
 
     dist.init_process_group("gloo")
     tp_group, cp_group, dp_group = make_groups(options.tp, options.cp)

@@ -9,6 +9,7 @@ shared out, which the loss takes as they are. No rank ever has a whole row. The 
 from __future__ import annotations
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -47,6 +48,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
+    if "RANK" not in os.environ:
+        raise SystemExit("Start it with torchrun: torchrun --nproc-per-node 4 examples/mesh.py --tp 2")
 
     dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     world = dist.get_world_size()

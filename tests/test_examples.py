@@ -55,3 +55,11 @@ def test_two_processes_do_what_one_does(name: str, alone: list[str], together: l
     assert len(want) == 2
     assert want[1][0] < want[0][0]
     assert got == [pytest.approx(one, abs=2e-3) for one in want]
+
+
+@pytest.mark.parametrize("name", ["mesh", "groups"])
+def test_one_process_without_torchrun_says_how_to_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match=rf"^Start it with torchrun: .*examples/{name}\.py"):
+        importlib.import_module(name).main()
