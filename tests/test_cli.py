@@ -162,6 +162,8 @@ def test_a_command_knows_its_words(capsys):
         assert error.count("\n") == 1
 
 
+UTF8 = {**os.environ, "PYTHONIOENCODING": "utf-8"}
+
 OUTPUTS = {
     "project": ["--student", "a.json", "--teacher", "b.json"],
     "align": ["--student", "a.json", "--teacher", "b.json", "--data", "c.txt"],
@@ -177,15 +179,22 @@ def test_an_output_that_cannot_be_written_is_found_before_the_work(command, tmp_
     is_file = command in ("project", "report")
     (tmp_path / "file").touch()
     (tmp_path / "closed").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     wrong = [tmp_path, tmp_path / "none" / "file"] if is_file else [tmp_path / "file", tmp_path / "file" / "out"]
-    for output in wrong:
+    for output in (*wrong, tmp_path / "pipe"):
         assert main([command, *OUTPUTS[command], "-o", str(output)]) == 1
         error = capsys.readouterr().err
-        assert re.match(rf"xtoken {command}: output: (expected a f|no such folder)[^\n]*{tmp_path}[^\n]*\n$", error)
+        said = "expected a f|expected a regular file|no such folder"
+        assert re.match(rf"xtoken {command}: output: ({said})[^\n]*{tmp_path}[^\n]*\n$", error)
+    if is_file:
+        assert main([command, *OUTPUTS[command], "-o", f"s3:/{tmp_path}/w"]) == 1
+        assert "output: expected a local file, got the URL s3://" in capsys.readouterr().err
+    assert main([command, *OUTPUTS[command], "-o", ""]) == 1
+    assert capsys.readouterr().err == f"xtoken {command}: output: expected a name\n"
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path / "closed")  # root may write anywhere
     assert main([command, *OUTPUTS[command], "-o", str(tmp_path / "closed" / "x")]) == 1
     assert capsys.readouterr().err == f"xtoken {command}: output: no permission to write to {tmp_path}/closed\n"
-    assert sorted(path.name for path in tmp_path.rglob("*")) == ["closed", "file"]
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["closed", "file", "pipe"]
 
 
 def test_inputs_are_looked_at_before_the_first_is_read(tmp_path, monkeypatch, capsys):
@@ -244,6 +253,58 @@ def test_progress_is_on_a_terminal_only(monkeypatch, capsys):
         assert out == "result\n"
         assert ("counting" in err) == is_terminal
         assert "\x1b[31m" not in err
+
+
+def test_closed_and_narrow_outputs(tmp_path):
+    """What cannot be written is left out or escaped; an error is no result."""
+    byte_level(300, ["é"]).save(str(tmp_path / "a.json"))
+    show = f"'{sys.executable}' -m xtoken show --student a.json --teacher"
+    for command, status, out, err in (
+        (f"{show} a.json a >&-", 0, b"", b""),
+        (f"{show} a.json a 2>&-", 0, b"a", b""),
+        (f"{show} none.json a 2>&-", 1, b"", b""),
+        (f"PYTHONIOENCODING=ascii {show} a.json ' a'", 0, rb"\xb7", b""),
+        (f"{show} a.json $'a\\xff'", 1, b"", rb"xtoken show: text: expected UTF-8, got 'a\udcff'"),
+    ):
+        run = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, env=UTF8)
+        assert run.returncode == status, run
+        assert (out in run.stdout and err in run.stderr) if out or err else not run.stdout, run
+        assert b"Traceback" not in run.stderr
+
+
+def test_several_values_of_an_option(tmp_path, capsys):
+    """Of ``--option=value`` too; a word right behind an option is its value, whatever it begins with."""
+    sides = []
+    for name in ("student", "teacher"):
+        byte_level(280, ["a 19"]).save(str(tmp_path / f"{name}.json"))
+        sides += [f"--{name}", str(tmp_path / f"{name}.json")]
+    files = [str(tmp_path / f"{k}.txt") for k in range(3)]
+    for file in files:
+        (tmp_path / file).write_text("19\n")
+    assert main(["align", *sides, f"--data={files[0]}", *files[1:], "-o", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["documents"] == 3
+    page = ["report", *sides, "-o", str(tmp_path / "page")]
+    assert main([*page, "--text", "-5", "a"]) == 0
+    assert "2 texts" in capsys.readouterr().out
+    assert main([*page, "run"]) == 1
+    assert "expected --student and --teacher or a RUN, got both, with 'run' as RUN" in capsys.readouterr().err
+
+
+def test_urls(tmp_path, capsys):
+    (tmp_path / "a.json").touch()
+    local, out = str(tmp_path / "a.json"), str(tmp_path / "out")
+    for given, said in (
+        (["audit", "--student", local, "--teacher", "s3://b/t.json"], "tokenizer: expected a local file or folder"),
+        (["align", "-o", "s3://"], "output: expected s3://BUCKET/PATH or its like, got s3://"),
+        (["align", "-o", "file://out"], "output: expected file:///PATH, with three slashes, got file://out"),
+        (["align", "-o", out, "--data", "file://a.json"], "input: expected file:///PATH"),
+        (["align", "-o", out, "--data", ""], "input: expected the name of a file"),
+        (["cache-teacher", "-o", "s3://b/out"], "output: expected a local folder, got the URL s3://b/out"),
+    ):
+        pair = ["--teacher", local, *(["--student", local] if given[0] == "align" else [])]
+        data = [] if given[0] == "audit" or "--data" in given else ["--data", local]
+        assert main([*given, *(pair if given[0] != "audit" else []), *data]) == 1
+        assert said in capsys.readouterr().err
 
 
 def test_completion():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import _core, outputs
-from .terminal import did_you_mean, one_line, printable, to_json, working
+from .terminal import did_you_mean, is_terminal, one_line, printable, to_json, working
 
 METHODS = tuple(method.name for method in _core.AlignMethod)
 FILES = "parquet, jsonl, txt, arrow; globs"
@@ -32,10 +33,11 @@ class Command(TyperCommand):
         spread: list[str] = []
         option = None
         for word in args:
-            if (command := (str(self.name), word)) in RENAMED:
-                raise typer.BadParameter(f"{word} is {RENAMED[command]} now", ctx)
-            if word.startswith("-"):
-                option = word if word in several else None
+            name = word.partition("=")[0]
+            if (command := (str(self.name), name)) in RENAMED:
+                raise typer.BadParameter(f"{name} is {RENAMED[command]} now", ctx)
+            if word.startswith("-") and (option is None or spread[-1] != option):
+                option = name if name in several else None
             elif option is not None and spread[-1] != option:
                 spread.append(option)
             spread.append(word)
@@ -136,6 +138,7 @@ def show(
     json: Json = False,
 ) -> None:
     """Print a text in both tokenizations, chunk above chunk."""
+    _check_utf8("text", text)
     _check_inputs(student, teacher)
     from .alignment import Aligner
 
@@ -148,7 +151,7 @@ def show(
     for name, side in sides.items():
         facts[f"{name}_tokens"] = [side[i].decode("utf-8", "backslashreplace") for i in ids[name]]
     width = shutil.get_terminal_size().columns
-    drawn = alignment.pretty(*sides.values(), color=sys.stdout.isatty(), width=width)
+    drawn = alignment.pretty(*sides.values(), color=is_terminal(sys.stdout), width=width)
     print(to_json({**facts, "spans": alignment.spans.tolist()}) if json else drawn)
 
 
@@ -219,7 +222,7 @@ def align(
     json: Json = False,
 ) -> None:
     """Align a corpus and write parquet shards."""
-    outputs.check_folder(output)
+    outputs.check_folder(output, urls=True)
     _check_inputs(student, teacher, data=data)
     from .corpus import align_corpus
 
@@ -331,11 +334,14 @@ def report(
     json: Json = False,
 ) -> None:
     """Write a page about a pair of tokenizers, or about a training run."""
-    if (run is None) == (student is None and teacher is None):
+    if run is not None and (student or teacher):
+        raise ValueError(f"report: expected --student and --teacher or a RUN, got both, with {run!r} as RUN")
+    if run is None and student is None and teacher is None:
         raise ValueError("report: expected --student and --teacher, or the folder of a training run")
     if run is not None and (text or data):
         raise ValueError("--text, --data: expected --student and --teacher with them")
     outputs.check_file(output)
+    _check_utf8("--text", *(text or ()))
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
     _check_inputs(*filter(None, (student, teacher)), data=data)
@@ -422,6 +428,13 @@ def _check_inputs(*sources: str, data: Sequence[str] | None = None) -> None:
         find_files(data)
 
 
+def _check_utf8(name: str, *texts: str) -> None:
+    """Raises ValueError for words of the command line that are no UTF-8, which Python has as surrogates."""
+    for text in texts:
+        if any("\ud800" <= c <= "\udfff" for c in text):
+            raise ValueError(f"{name}: expected UTF-8, got {text!r}")
+
+
 def _vocabularies(student: str, teacher: str) -> tuple[Any, Any]:
     from .vocabulary import Vocabulary
 
@@ -439,6 +452,11 @@ def _corpus(data: Sequence[str] | None) -> list[str] | None:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the command line; returns the exit status: 1 for an error, 2 for words that are no command or option."""
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # closed; print would write errors to the other
+            setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
+        if hasattr(getattr(sys, stream), "reconfigure"):  # not what a caller may have put there
+            getattr(sys, stream).reconfigure(errors="backslashreplace")
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_debugged = given[:1] == ["--debug"]
     command = given[is_debugged] if len(given) > is_debugged else ""

@@ -5,27 +5,47 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from .remote import is_url
+from .remote import Remote, is_url, located
 
 
-def check_file(path: str | os.PathLike[str], name: str = "output") -> None:
-    """Raises OSError, which says what to do, for a file that cannot be written: a folder, one in a folder that is not
-    there, or one without permission."""
-    file = Path(path).absolute()
+def target(path: str | os.PathLike[str], name: str = "path") -> Path:
+    """The file that is written for a path: absolute, symbolic links followed.
+
+    Raises OSError, which says what to do, for a folder, for what is there and no regular file, such as a device or a
+    pipe, and for a file in a folder that is not there or has no permission; ValueError for a URL, and without a name.
+    """
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a name")
+    if is_url(path):
+        raise ValueError(f"{name}: expected a local file, got the URL {path}")
+    file = Path(os.path.realpath(path))
     if file.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got a folder: {path}; such as {Path(path) / file.name}")
+    if (os.path.exists(path) or os.path.lexists(file)) and not os.path.isfile(path):
+        raise OSError(f"{name}: expected a regular file, which {path} is not")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{name}: no such folder: {file.parent}; make it first")
     _check_permission(file.parent, name)
+    return file
+
+
+def check_file(path: str | os.PathLike[str], name: str = "output") -> None:
+    """Raises what `target` does, and OSError for a file without permission."""
+    file = target(path, name)
     if file.exists():
         _check_permission(file, name)
 
 
-def check_folder(path: str | os.PathLike[str], name: str = "output") -> None:
-    """The same for a folder, which need not be there, nor those above it; of a URL the run itself asks, at once."""
-    if is_url(path):
+def check_folder(path: str | os.PathLike[str], name: str = "output", *, urls: bool = False) -> None:
+    """The same for a folder, which need not be there, nor those above it; with `urls` also at a URL, of which the run
+    itself asks, at once."""
+    if not os.fspath(path):
+        raise ValueError(f"{name}: expected a name")
+    if is_url(path) and not urls:
+        raise ValueError(f"{name}: expected a local folder, got the URL {path}")
+    folder = located(path, name)
+    if isinstance(folder, Remote):
         return
-    folder = Path(path).absolute()
     while not os.path.lexists(folder):
         folder = folder.parent
     if not folder.is_dir():

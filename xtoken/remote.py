@@ -91,6 +91,13 @@ class Remote:
             return bool(system.info(path)["type"] == "directory")
         return False
 
+    def is_file(self) -> bool:
+        """Whether it is a file."""
+        system, path = self._find()
+        with self._told(), suppress(FileNotFoundError):
+            return bool(system.info(path)["type"] == "file")
+        return False
+
     def root_is_missing(self) -> str:
         """The bucket, or first folder, of the URL if it does not exist; else an empty text."""
         system, path = self._find()
@@ -192,12 +199,22 @@ class _Reader:
 Place = Path | Remote
 
 
-def located(path: str | os.PathLike[str]) -> Place:
-    """The file or folder that a path or URL stands for; of paths, and of file:// URLs, the absolute path."""
+def located(path: str | os.PathLike[str], name: str = "path") -> Place:
+    """The file or folder that a path or URL stands for; of paths, and of file:// URLs, the absolute path.
+
+    ValueError, which names the argument, for a file:// URL of another machine, and for a URL of nothing.
+    """
     text = os.fspath(path)
-    if is_url(text) and not text.startswith("file://"):
-        return Remote(text)
-    return Path(text.removeprefix("file://")).absolute()
+    if not is_url(text):
+        return Path(text).absolute()
+    protocol, _, rest = text.partition("://")
+    if protocol.lower() == "file":
+        if not rest.startswith("/"):
+            raise ValueError(f"{name}: expected file:///PATH, with three slashes, got {text}")
+        return Path(rest)
+    if not rest.strip("/"):
+        raise ValueError(f"{name}: expected {protocol}://BUCKET/PATH or its like, got {text}")
+    return Remote(f"{protocol.lower()}://{rest}")
 
 
 def sizes(folder: Place) -> dict[str, int]:
@@ -216,11 +233,13 @@ def arrow_file(place: Place) -> Any:
 
 class LastRun(AbstractContextManager["LastRun"]):
     """What stands for a lock where the file system has none: a file `name` that says which run began last to write to
-    a folder. Making it says at once if the folder cannot be written to."""
+    a folder. Making it says at once if the folder cannot be written to, or is a file."""
 
     def __init__(self, folder: Remote, name: str) -> None:
         self._place, self._run = folder / name, uuid.uuid4().hex
         try:
+            if folder.is_file():
+                raise ValueError(f"output: expected a folder, but {folder} is a file")
             self._place.upload(self._run.encode())
         except OSError as error:
             raise type(error)(f"output: {folder} cannot be written to: {error.__cause__}") from error

@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .outputs import target
 from .remote import LastRun, Place, Remote, sizes
 from .vocabulary import TokenizerLike, Vocabulary
 
@@ -44,15 +45,16 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 @contextmanager
 def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
     """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
-    it appears complete or not at all. What killed writes of the same file have left is removed. A file of a `Remote` is
-    written to the folder for temporary files, and sent."""
+    it appears complete or not at all. A symbolic link stays, and what it points to is written; `outputs.target`
+    says what cannot be. What killed writes of the same file have left is removed. A file of a `Remote` is written to
+    the folder for temporary files, and sent."""
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
             yield temporary
             path.upload(temporary)
         return
-    path = Path(path)
+    path = target(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*{TEMPORARY}"):
         with suppress(OSError):
             if (held := _hold(leftover, os.O_RDWR)) is not None:

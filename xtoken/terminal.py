@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TextIO
 
 
 def printable(text: object) -> str:
@@ -41,6 +41,11 @@ def did_you_mean(word: object, known: Sequence[str]) -> str:
     return f"; did you mean {near[0]}?" if near else ""
 
 
+def is_terminal(stream: TextIO | None) -> bool:
+    """Whether what is written to a stream is seen at once; not if it is closed (None)."""
+    return stream is not None and stream.isatty()
+
+
 @contextmanager
 def working(what: str) -> Iterator[Callable[[str], None]]:
     """Shows on standard error, if that is a terminal, what is being done and for how long.
@@ -52,7 +57,11 @@ def working(what: str) -> Iterator[Callable[[str], None]]:
 
     columns = SpinnerColumn(), TextColumn("{task.description}", markup=False), TimeElapsedColumn()
     with Progress(
-        *columns, console=Console(stderr=True), transient=True, redirect_stdout=False, disable=not sys.stderr.isatty()
+        *columns,
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+        disable=not is_terminal(sys.stderr),
     ) as bar:
         task = bar.add_task(printable(what), total=None)
         yield lambda what: bar.update(task, description=printable(what))

@@ -110,8 +110,12 @@ def test_errors(s3, pair, corpus, tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError, match=r"output: s3://nowhere/out cannot be written to: .* does not exist"):
         align_corpus(*pair, corpus, "s3://nowhere/out")
     s3.pipe("bucket/folder/a.jsonl", b'{"text": "a"}\n{"text":\n')
-    with pytest.raises(ValueError, match="input: s3://bucket/folder is a folder; expected files, such as"):
-        align_corpus(*pair, "s3://bucket/folder", tmp_path / "out")
+    with pytest.raises(ValueError, match=r"output: expected a folder, but s3://bucket/folder/a\.jsonl is a file"):
+        align_corpus(*pair, "s3://bucket/folder/a.jsonl", "s3://bucket/folder/a.jsonl")
+    assert s3.ls("bucket/folder", detail=False) == ["bucket/folder/a.jsonl"]
+    for folder in ("s3://bucket/folder", "S3://bucket/folder/"):
+        with pytest.raises(ValueError, match=r"is a folder; expected files, such as '[sS]3://bucket/folder/\*"):
+            align_corpus(*pair, folder, tmp_path / "out")
     with pytest.raises(ValueError, match=r"s3://bucket/folder/a\.jsonl, line 2: "):
         align_corpus(*pair, "s3://bucket/folder/a.jsonl", tmp_path / "broken")
     with pytest.raises(ValueError, match="nonsense://a/b: Protocol not known: nonsense"):

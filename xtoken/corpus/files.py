@@ -78,9 +78,11 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     """
     paths: dict[str, None] = {}
     for given in (os.fspath(path) for path in inputs):
+        if not given:
+            raise ValueError("input: expected the name of a file, got an empty text")
         matches = _matches(given)
         if not matches:
-            missing = place.root_is_missing() if isinstance(place := located(given), Remote) else ""
+            missing = place.root_is_missing() if isinstance(place := located(given, "input"), Remote) else ""
             raise FileNotFoundError(f"input: no file matches {given}" + (f": there is no {missing}" if missing else ""))
         paths.update(dict.fromkeys(matches))
     if not paths:
@@ -100,7 +102,7 @@ def _look_at(path: str, name: str) -> InputFile:
     from .source import sniff
 
     if located(path).is_dir():
-        raise ValueError(f"input: {path} is a folder; expected files, such as '{path}/*.parquet'")
+        raise ValueError(f"input: {path} is a folder; expected files, such as '{path.rstrip('/')}/*.parquet'")
     plain, ending = os.path.splitext(path.lower())
     is_packed = ending in PACKED_ENDINGS
     kind = FORMATS.get(os.path.splitext(plain)[1] if is_packed else ending)
@@ -114,7 +116,7 @@ def _look_at(path: str, name: str) -> InputFile:
 def _matches(pattern: str) -> list[str]:
     """The file, if it exists, or the files of a glob pattern, of which folders at its beginning that exist as they are
     written count as that. Paths are absolute."""
-    place = located(pattern)
+    place = located(pattern, "input")
     if isinstance(place, Remote):
         return [pattern] if place.is_dir() else place.glob()
     if is_url(pattern):

@@ -13,6 +13,7 @@ from typing import Any
 from .. import _core
 from ..remote import THREADS, Place, located
 from ..storage import only_run
+from ..terminal import is_terminal
 from ..vocabulary import TokenizerLike
 from . import engine_local, engine_ray
 from .deaths import Deaths
@@ -36,7 +37,7 @@ def run(
     options: Options,
 ) -> Manifest:
     """`xtoken.align_corpus`, which documents the arguments."""
-    folder = located(output)
+    folder = located(output, "output")
     with only_run(folder) as alone:
         return _run(student_tok, teacher_tok, inputs, folder, options, alone.check)
 
@@ -51,7 +52,7 @@ def _run(
 ) -> Manifest:
     going_on = INDEX.prepare(folder, options.resume, "an output of this command")
     files = find_files(inputs)
-    progress = Progress(sys.stderr.isatty() if options.progress is None else options.progress)
+    progress = Progress(is_terminal(sys.stderr) if options.progress is None else options.progress)
     with progress.bar:
         job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)
         parameters: dict[str, Any] = {"xtoken": _core.version}

@@ -28,7 +28,7 @@ from xtoken.outputs import check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
-from xtoken.terminal import did_you_mean, one_line
+from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
 
 from . import adapters
@@ -151,7 +151,7 @@ def _parser() -> Parser:
     group = parser.add_argument_group(LOSSES, "each for the losses that have it; 0 columns are all")
     for name, said in loss_arguments().items():
         group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
-    parser.set_defaults(logging_steps=10, disable_tqdm=not sys.stderr.isatty())
+    parser.set_defaults(logging_steps=10, disable_tqdm=not is_terminal(sys.stderr))
     return parser
 
 

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from xtoken.remote import is_url
+
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _CASED = (
@@ -55,7 +57,9 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
 
 def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> None:
-    """Raises FileNotFoundError for what cannot be a Hub id, if no such file or folder is there."""
+    """Raises FileNotFoundError for what cannot be a Hub id, if no such file or folder is there; ValueError for URLs."""
+    if is_url(source):
+        raise ValueError(f"{name}: expected a local file or folder, or a Hub id, got the URL {source}")
     path = Path(source)
     if not path.exists() and (path.is_absolute() or str(source).startswith((".", "~")) or len(path.parts) > 2
                               or path.suffix in (".json", ".model", ".gguf", ".tiktoken")):  # fmt: skip
