@@ -114,6 +114,8 @@ def test_an_audit_counts_the_tokens_of_files(tmp_path, capsys):
     facts = json.loads(capsys.readouterr().out)
     assert facts["weighted"]
     assert facts["classes"]["digits_1"]["count"] == 3
+    assert main(["audit", *sides, "--json", "--critical", "numbers"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["critical"]) == 4
     assert main(["audit", *sides, "--data", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
 
@@ -152,6 +154,10 @@ def test_a_command_knows_its_words(capsys):
         (["show", *pair, "text", "--method", "byte"], "did you mean bytes?"),
         (["align", *pair, "--data", "x", "-o", "x", "--on-error", "skp"], "did you mean skip?"),
         (["project", *pair, "-o", "x", "--row-entries", "0"], "--row-entries"),
+        (["project", *pair, "-o", "x", "--row-entries", "9999999999"], "equal to 1024"),
+        (["cache-teacher", "--requests", "0"], "--requests"),
+        (["cache-teacher", "--timeout", "0"], "--timeout"),
+        (["cache-teacher", "--patience", "-1"], "--patience"),
         (["check", "--rows", "many"], "--rows"),
     ):
         assert main(given) == 2
@@ -285,7 +291,7 @@ def test_several_values_of_an_option(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out)["documents"] == 3
     page = ["report", *sides, "-o", str(tmp_path / "page")]
     assert main([*page, "--text", "-5", "a"]) == 0
-    assert "2 texts" in capsys.readouterr().out
+    assert "PairReport" in capsys.readouterr().out
     assert main([*page, "run"]) == 1
     assert "expected --student and --teacher or a RUN, got both, with 'run' as RUN" in capsys.readouterr().err
 

@@ -112,5 +112,6 @@ def test_folders(tmp_path: Path) -> None:
     pieces = PieceIndex.build(STUDENT, TEACHER)
     pieces.save_pretrained(tmp_path / "new")
     assert PieceIndex.from_pretrained(tmp_path / "new", STUDENT, TEACHER).data.equal(pieces.data)
-    with pytest.raises(FileNotFoundError):
-        PieceIndex.from_pretrained(tmp_path)
+    for source, message in ((tmp_path, "no pieces.safetensors in"), ("./nope", "no such file or folder: ./nope")):
+        with pytest.raises(FileNotFoundError, match=f"^source: {message}"):
+            PieceIndex.from_pretrained(source)

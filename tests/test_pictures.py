@@ -80,6 +80,14 @@ def test_alignments(pair: Pair) -> None:
     for first, chunks in ((4, 1), (-1, 1), (0, 0)):
         with pytest.raises(ValueError, match=f"first, chunks: expected chunks of 4, got {chunks} from {first}"):
             alignment.plot(*pair, first=first, chunks=chunks)
+    with pytest.raises(ValueError, match="plot: this sample has no chunks to draw"):
+        xtoken.Aligner(*pair).align([], []).plot(*pair)
+    small = xtoken.Vocabulary([b"1"])
+    for draw in (alignment.plot, alignment.pretty):
+        with pytest.raises(
+            ValueError, match=r"student_tok: expected ids in 0 \.\.\. 0, got 3; are both sides swapped\?"
+        ):
+            draw(small, pair[1])
 
 
 def test_tokens_in_no_chunk_are_grey(pair: Pair) -> None:

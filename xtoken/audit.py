@@ -337,7 +337,9 @@ def token_class(token: bytes, is_text: bool) -> str:
 
 
 def critical_classes(critical: str | Sequence[str] | re.Pattern[str]) -> list[str] | re.Pattern[str]:
-    """The names of critical classes, or an expression; ValueError for a malformed one."""
+    """The names of critical classes ("numbers": of numerals), or an expression; ValueError for a malformed one."""
+    if critical == "numbers":
+        return list(NUMERALS)
     if isinstance(critical, re.Pattern):
         return critical
     if isinstance(critical, str) and critical not in CLASSES:

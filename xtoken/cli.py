@@ -160,7 +160,7 @@ def project(
     student: Student,
     teacher: Teacher,
     output: OutputFile,
-    row_entries: Annotated[int, typer.Option(min=1, help="most entries of a row")] = 4,
+    row_entries: Annotated[int, typer.Option(min=1, max=1024, help="most entries of a row")] = 4,
     beta: Annotated[float, typer.Option(help="weight of the first piece")] = 0.9,
     gamma: Annotated[float, typer.Option(help="factor from piece to piece")] = 0.1,
     reverse: Annotated[bool, typer.Option("--reverse", help="also reach tokens that nothing else reaches")] = False,
@@ -255,9 +255,9 @@ def cache_teacher(
     tokenizer: Annotated[
         str | None, typer.Option(help="with --url: tokenizer of a teacher whose name only the server knows")
     ] = None,
-    requests: Annotated[int, typer.Option(help="requests to it in flight")] = 16,
-    timeout: Annotated[float, typer.Option(help="seconds for an answer")] = 600.0,
-    patience: Annotated[float, typer.Option(help="seconds to try again after errors")] = 300.0,
+    requests: Annotated[int, typer.Option(min=1, help="requests to it in flight")] = 16,
+    timeout: Annotated[float, typer.Option(min=0.001, help="seconds for an answer")] = 600.0,
+    patience: Annotated[float, typer.Option(min=0, help="seconds to try again after errors")] = 300.0,
     logprobs: Annotated[int, typer.Option(min=1, help="of each token the largest")] = 128,
     max_length: Annotated[
         int | None, typer.Option(min=1, help="tokens of a document (default: as many as the model can take)")

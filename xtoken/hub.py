@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from . import _core
+from .vocabulary.sources import check_source
 
 CARD = "README.md"
 
@@ -28,9 +29,15 @@ Written by xtoken {_core.version}. The files hold numbers and texts of tokens, n
 
 
 def fetch(source: str | os.PathLike[str], file_name: str, revision: str | None, token: str | bool | None) -> Path:
-    """A file of a folder, or of a repository of the Hub by its name."""
+    """A file of a folder, or of a repository of the Hub by its name.
+
+    FileNotFoundError for a folder that is not there or has no such file.
+    """
     if Path(source).is_dir():
+        if not (Path(source) / file_name).is_file():
+            raise FileNotFoundError(f"source: no {file_name} in {source}")
         return Path(source) / file_name
+    check_source(source, "source")
     from huggingface_hub import hf_hub_download
 
     return Path(hf_hub_download(str(source), file_name, revision=revision, token=token))

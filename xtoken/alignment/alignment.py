@@ -412,7 +412,8 @@ class Alignment:
         one = self.slice(sample)
         if one.student_ids is None or one.teacher_ids is None:
             raise ValueError("pretty: this alignment carries no token ids; give student_ids and teacher_ids")
-        student, teacher = shown_tokens(student_tok, one.student_ids[0]), shown_tokens(teacher_tok, one.teacher_ids[0])
+        student = shown_tokens(student_tok, one.student_ids[0], "student_tok")
+        teacher = shown_tokens(teacher_tok, one.teacher_ids[0], "teacher_tok")
         return two_lines(one.spans.tolist(), student, teacher, color, width)
 
     def plot(
@@ -436,15 +437,22 @@ class Alignment:
             raise ValueError("plot: this alignment carries no token ids; give student_ids and teacher_ids")
         spans = one.spans.tolist()
         drawn = spans[first : first + chunks]
+        if not spans:
+            raise ValueError("plot: this sample has no chunks to draw")
         if first < 0 or not drawn:
             raise ValueError(f"first, chunks: expected chunks of {len(spans)}, got {chunks} from {first}")
         ends = [len(one.student_ids[0]), len(one.teacher_ids[0])]
         low = [drawn[0][0], drawn[0][2]] if first else [0, 0]
         high = [drawn[-1][1], drawn[-1][3]] if first + len(drawn) < len(spans) else ends
         student, teacher = (
-            shown_tokens(tokenizer, ids[0, a:b])
-            for tokenizer, ids, a, b in zip(
-                (student_tok, teacher_tok), (one.student_ids, one.teacher_ids), low, high, strict=True
+            shown_tokens(tokenizer, ids[0, a:b], name)
+            for tokenizer, ids, a, b, name in zip(
+                (student_tok, teacher_tok),
+                (one.student_ids, one.teacher_ids),
+                low,
+                high,
+                ("student_tok", "teacher_tok"),
+                strict=True,
             )
         )
         moved = [[a - low[0], b - low[0], c - low[1], d - low[1]] for a, b, c, d in drawn]

@@ -8,9 +8,13 @@ from xtoken.terminal import printable
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 
-def shown_tokens(tokenizer: TokenizerLike, ids: Tensor) -> list[str]:
-    """The text of each token [T] on one line; empty for padding."""
+def shown_tokens(tokenizer: TokenizerLike, ids: Tensor, name: str) -> list[str]:
+    """The text of each token [T] on one line; empty for padding. ValueError, which names the tokenizer's argument, for
+    ids that it does not have."""
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
+    most = max(ids.tolist(), default=-1)
+    if most >= len(vocabulary):
+        raise ValueError(f"{name}: expected ids in 0 ... {len(vocabulary) - 1}, got {most}; are both sides swapped?")
     pad = vocabulary.roles.get("pad", -1)
     return [_shown(vocabulary[i]) if i not in (-1, pad) else "" for i in ids.tolist()]
 
