@@ -365,8 +365,7 @@ def test_nemo_files(tmp_path):
     (tmp_path / "target").write_bytes(b"mine")
     (tmp_path / "link.pt").symlink_to(tmp_path / "target")
     W.to_nemo(tmp_path / "link.pt")
-    assert (tmp_path / "link.pt").is_symlink()
-    assert rows(ProjectionMatrix.from_nemo(tmp_path / "target", W.shape[1])) == rows(W)
+    assert (tmp_path / "target").read_bytes() == b"mine"
     with pytest.raises(ValueError, match="expected a dict with 'indices' and 'likelihoods'"):
         ProjectionMatrix.from_nemo(tmp_path / "other.pt", 3)
 

@@ -9,7 +9,8 @@ from .remote import Remote, is_url, located
 
 
 def target(path: str | os.PathLike[str], name: str = "path") -> Path:
-    """The file that is written for a path: absolute, symbolic links followed.
+    """The file that is written for a path. Where it is a symbolic link to a file, the link makes way: others may share
+    what it points to, as in a cache.
 
     Raises OSError, which says what to do, for a folder, for what is there and no regular file, such as a device or a
     pipe, and for a file in a folder that is not there or has no permission; ValueError for a URL, and without a name.
@@ -18,10 +19,10 @@ def target(path: str | os.PathLike[str], name: str = "path") -> Path:
         raise ValueError(f"{name}: expected a name")
     if is_url(path):
         raise ValueError(f"{name}: expected a local file, got the URL {path}")
-    file = Path(os.path.realpath(path))
+    file = Path(path).absolute()
     if file.is_dir():
         raise IsADirectoryError(f"{name}: expected a file, got a folder: {path}; such as {Path(path) / file.name}")
-    if (os.path.exists(path) or os.path.lexists(file)) and not os.path.isfile(path):
+    if file.exists() and not file.is_file():
         raise OSError(f"{name}: expected a regular file, which {path} is not")
     if not file.parent.is_dir():
         raise FileNotFoundError(f"{name}: no such folder: {file.parent}; make it first")

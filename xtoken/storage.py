@@ -45,9 +45,8 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 @contextmanager
 def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
     """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
-    it appears complete or not at all. A symbolic link stays, and what it points to is written; `outputs.target`
-    says what cannot be. What killed writes of the same file have left is removed. A file of a `Remote` is written to
-    the folder for temporary files, and sent."""
+    it appears complete or not at all; `outputs.target` says what cannot be written. What killed writes of the same
+    file have left is removed. A file of a `Remote` is written to the folder for temporary files, and sent."""
     if isinstance(path, Remote):
         with tempfile.TemporaryDirectory() as folder:
             temporary = Path(folder) / path.name
