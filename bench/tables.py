@@ -434,6 +434,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "quantized": quantized,
     "scale": scale,
     "real_numbers": partial(real, "numbers"),
+    "real_numbers_gemma": partial(real, "numbers-gemma"),
     "real_code": partial(real, "code"),
     "real_policy": partial(real, "policy"),
 }
