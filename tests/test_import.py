@@ -35,7 +35,7 @@ def test_all_losses_are_registered_with_the_first_name() -> None:
 
 
 def test_threads_that_come_at_once() -> None:
-    names = "Aligner", "losses", "train", "pkl_loss", "data"
+    names = "Aligner", "losses", "train", "Teacher", "data"
     threads = f"""
 import threading, xtoken
 together, found = threading.Barrier({len(names)}), []
