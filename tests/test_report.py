@@ -192,7 +192,7 @@ def test_a_sample_that_was_cut_by_a_kill_is_left_out(run: Path) -> None:
     [
         ([], "expected --student and --teacher"),
         (["--student", "x"], "--teacher: expected one"),
-        (["somewhere", "--student", "x", "--teacher", "y"], "expected --student and --teacher, or"),
+        (["somewhere", "--student", "x", "--teacher", "y"], "expected --student and --teacher or a RUN, got both"),
         (["somewhere", "--data", "x"], "expected --student and --teacher with them"),
         (["nowhere"], "expected a training run"),
         (["nowhere", "-o", "not/there/report.html"], "output: no such folder: "),
