@@ -16,6 +16,7 @@ import typer
 from typer.core import TyperCommand
 
 from . import _core, outputs
+from .remote import is_url
 from .terminal import did_you_mean, is_terminal, one_line, printable, to_json, working
 
 METHODS = tuple(method.name for method in _core.AlignMethod)
@@ -417,15 +418,16 @@ def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:
 
 
 def _check_inputs(*sources: str, data: Sequence[str] | None = None) -> None:
-    """Raises OSError or ValueError for tokenizers and files that are not there, before anything else is imported."""
+    """Raises OSError or ValueError for tokenizers and files that are not there, before anything else is imported. Files
+    at URLs take their time, and are looked for by what reads them."""
     from .vocabulary.sources import check_source
 
     for source in sources:
         check_source(source)
-    if data:
+    if here := [one for one in data or () if not is_url(one)]:
         from .corpus.files import find_files
 
-        find_files(data)
+        find_files(here)
 
 
 def _check_utf8(name: str, *texts: str) -> None:

@@ -7,10 +7,13 @@ import re
 import tempfile
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 from . import _core
+from .vocabulary import TokenizerLike
 from .vocabulary.sources import check_source
+
+Kept = TypeVar("Kept", bound="OnHub")
 
 CARD = "README.md"
 
@@ -26,6 +29,75 @@ tags:
 
 Written by xtoken {_core.version}. The files hold numbers and texts of tokens, no code and no pickle.
 """
+
+
+class OnHub:
+    """What is kept in one file of a folder or of a repository of the Hub, and belongs to two tokenizers."""
+
+    FILE_NAME: ClassVar[str]
+    TITLE: ClassVar[str]
+    """What the card says that it is."""
+
+    metadata: dict[str, str]
+
+    def facts(self) -> list[str]:
+        """What the card says of it beside the tokenizers."""
+        raise NotImplementedError
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the file."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(
+        cls: type[Kept], path: str | os.PathLike[str], student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
+    ) -> Kept:  # fmt: skip
+        """Reads and checks a file."""
+        raise NotImplementedError
+
+    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
+        """Writes the file, under the name that the Hub has for it, into `folder`, which is made if need be."""
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        self.save(Path(folder) / self.FILE_NAME)
+
+    @classmethod
+    def from_pretrained(
+        cls: type[Kept],
+        source: str | os.PathLike[str],
+        student_tok: TokenizerLike = None,
+        teacher_tok: TokenizerLike = None,
+        *,
+        revision: str | None = None,
+        token: str | bool | None = None,
+    ) -> Kept:
+        """Reads that file from a folder or from a repository of the Hub; see `load`.
+
+        `revision` and `token` are those of `huggingface_hub.hf_hub_download`. Raises FileNotFoundError if a folder is
+        not there or has no such file.
+        """
+        return cls.load(fetch(source, cls.FILE_NAME, revision, token), student_tok, teacher_tok)
+
+    def push_to_hub(
+        self,
+        repo_id: str,
+        *,
+        student: str | None = None,
+        teacher: str | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+    ) -> str:
+        """Commits the file and its section of the card to a repository of the Hub, made if need be.
+
+        A section of before is replaced, and all else of the card stays. `student` and `teacher` are names of the
+        tokenizers for the card, which has their fingerprints in any case; `private`, `token` and `revision` are those
+        of `huggingface_hub.HfApi`. Returns the commit's URL.
+        """
+        names = {"student": student, "teacher": teacher}
+        kind = f"xtoken.{type(self).__name__}"
+        text = section(self.FILE_NAME, kind, self.TITLE, names, self.facts(), self.metadata)
+        return push(self.save, self.FILE_NAME, text, repo_id, private=private, token=token, revision=revision)
 
 
 def fetch(source: str | os.PathLike[str], file_name: str, revision: str | None, token: str | bool | None) -> Path:

@@ -6,7 +6,6 @@ import hashlib
 import itertools
 import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -16,7 +15,7 @@ from . import _core, plot
 from .alignment import Alignment
 from .alignment.alignment import int_tensor
 from .calibration import MergeReport, calibrate
-from .hub import fetch, push, section
+from .hub import OnHub
 from .notebook import html_list
 from .sample import sample_texts
 from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
@@ -27,7 +26,6 @@ HEAD = 7
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
 side."""
 
-FILE_NAME = "pieces.safetensors"
 _FILE = TensorFile(
     "a piece index of xtoken", {"format": "xtoken.pieces", "version": "4"}, {"data": ("I32", 1), "text": ("U8", 1)},
     rebuild="xtoken project --pieces (or PieceIndex.build and save)",
@@ -50,7 +48,7 @@ class Side(NamedTuple):
     joined: Tensor  # tokens of the same vocabulary that have a partner: t and one of them together are a token
 
 
-class PieceIndex:
+class PieceIndex(OnHub):
     """What a loss of `Needs.PIECES` knows about a pair of vocabularies. It has no weights and nothing to tune.
 
     Parameters
@@ -71,6 +69,9 @@ class PieceIndex:
         Events at the start of a chunk; if there are tokens without a root, they form the last one.
     student, teacher : Side
     """
+
+    FILE_NAME = "pieces.safetensors"
+    TITLE = "the events that both tokenizers begin text with"
 
     def __init__(self, data: Any, metadata: Mapping[str, str] | None = None, text: Tensor | None = None) -> None:
         self.data = lasting(int_tensor(data, "data", torch.int32).contiguous())
@@ -234,47 +235,8 @@ class PieceIndex:
         check_fingerprints(f"{path}: pieces", index, index.metadata, student_tok, teacher_tok)
         return index
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``pieces.safetensors`` into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.save(Path(folder) / FILE_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        student_tok: TokenizerLike = None,
-        teacher_tok: TokenizerLike = None,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> PieceIndex:
-        """Reads ``pieces.safetensors`` from a folder or from a repository of the Hub; see `load`.
-
-        `revision` and `token` are those of `huggingface_hub.hf_hub_download`.
-        """
-        return cls.load(fetch(source, FILE_NAME, revision, token), student_tok, teacher_tok)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        student: str | None = None,
-        teacher: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Commits ``pieces.safetensors`` and its section of the card to a repository of the Hub, made if need be.
-
-        A section of before is replaced, and all else of the card stays. `student` and `teacher` are names of the
-        tokenizers for the card, which has their fingerprints in any case; `private`, `token` and `revision` are those
-        of `huggingface_hub.HfApi`. Returns the commit's URL.
-        """
-        names, facts = {"student": student, "teacher": teacher}, [repr(self), self._merged.summary()]
-        title = "the events that both tokenizers begin text with"
-        text = section(FILE_NAME, "xtoken.PieceIndex", title, names, facts, self.metadata)
-        return push(self.save, FILE_NAME, text, repo_id, private=private, token=token, revision=revision)
+    def facts(self) -> list[str]:
+        return [repr(self), self._merged.summary()]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return PieceIndex, (self.data, self.metadata, self.text)  # without the views, each of which takes all data

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 import traceback
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
@@ -44,6 +46,15 @@ def on_ranks(count: int, function: Callable[[int], Any], folder: Path, seconds: 
     assert not failures, "\n".join(failures)
     assert not late, f"ranks {late} did not end in {seconds:g} s"
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(count)]
+
+
+def on_two_and_four(
+    function: Callable[[int, int], dict[str, Any]], folders: pytest.TempPathFactory
+) -> dict[int, list[dict[str, Any]]]:
+    """What each rank of two and of four found by ``function(world, rank)``; they are started once."""
+    return {
+        world: on_ranks(world, functools.partial(function, world), folders.mktemp(f"{world}ranks")) for world in (2, 4)
+    }
 
 
 def _rank(rank: int, count: int, function: Callable[[int], Any], folder: Path) -> None:

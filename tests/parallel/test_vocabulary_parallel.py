@@ -14,7 +14,7 @@ import torch.distributed as dist
 from comparer import assert_as_accurate, assert_close
 from harness import OPERATIONS, Case, few_variants, losses_and_grad, make_projection, variants
 from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, leaf, said
-from processes import on_ranks
+from processes import on_two_and_four
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -113,11 +113,7 @@ def run_all(world: int, rank: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def of_ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[str, Any]]]:
-    """What each rank of two and of four found; they are started once."""
-    return {
-        world: on_ranks(world, functools.partial(run_all, world), tmp_path_factory.mktemp(f"{world}ranks"))
-        for world in (2, 4)
-    }
+    return on_two_and_four(run_all, tmp_path_factory)
 
 
 def test_losses_that_have_a_formula_for_parts() -> None:

@@ -51,11 +51,13 @@ def align_corpus(
         Tokenizers, as for `Vocabulary.from_tokenizer`. Padding, truncation and special tokens that they would add are
         turned off.
     inputs : path or sequence of paths
-        Files, or glob patterns (``**`` too): parquet, JSON lines or one JSON array, text with a document a line, Arrow
-        IPC files and streams; see `xtoken.corpus.files.FORMATS` for the endings. JSON and text may be compressed by
-        gzip, bzip2, xz or zstd, which their content says, whatever the ending. Blank lines are no documents.
+        Files, glob patterns (``**`` too), or URLs of either (``s3://``, ``gs://``): parquet, JSON lines or one JSON
+        array, text with a document a line, Arrow IPC files and streams; see `xtoken.corpus.files.FORMATS` for the
+        endings. JSON and text may be compressed by gzip, bzip2, xz or zstd, which their content says, whatever the
+        ending. Blank lines are no documents.
     output : path
-        Folder to write to: ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if missing.
+        Folder, or URL of one, to write to: ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if
+        missing.
     text_column : str
         Column (parquet, Arrow) or field (JSON) with the text.
     max_length : int, optional
@@ -63,7 +65,7 @@ def align_corpus(
     method : str
         Method of `Aligner`.
     engine : "local" or "ray"
-        Where the shards are made: on this machine, or by Ray Data on the cluster that Ray finds (it starts a local one
+        Where the shards are made: on this machine, or by Ray on the cluster that it finds (it starts a local one
         if there is none). The output is the same.
     workers : int, optional
         Processes. Default: 1 with "local", whose tokenizers use all processors from that one process; all processors of
@@ -92,9 +94,10 @@ def align_corpus(
     FileNotFoundError
         If a path or pattern matches no file.
     OSError
-        If a shard cannot be written, such as on a full disk. What is complete stays, and can be resumed.
+        If a shard cannot be written, such as on a full disk, or workers die again and again. What is complete stays,
+        and can be resumed.
     ImportError
-        If pyarrow, or with ``engine="ray"`` Ray, is not installed.
+        If pyarrow, with ``engine="ray"`` Ray, or the library of a URL's file system is not installed.
 
     Notes
     -----

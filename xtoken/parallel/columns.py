@@ -156,7 +156,7 @@ def _places(count: int, chosen: Tensor) -> Tensor:
 
 
 def _first_rank(count: int, side: Parts) -> Tensor:
-    """int64 [count]: the lowest rank with a part; as many as there may be ranks where there is none."""
+    """int64 [count]: the lowest rank with a part; a number beyond all ranks where there is none."""
     none = torch.full((count,), torch.iinfo(torch.int64).max, dtype=torch.int64, device=side.category.device)
     return none.scatter_reduce(0, side.category, side.rank, "amin")
 

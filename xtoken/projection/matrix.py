@@ -7,7 +7,6 @@ import itertools
 import operator
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from xtoken import _core, plot
 from xtoken.alignment.alignment import int_tensor
-from xtoken.hub import fetch, push, section
+from xtoken.hub import OnHub
 from xtoken.notebook import html_table
 from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
 from xtoken.teacher_order import TeacherOrder
@@ -29,7 +28,6 @@ ROW_KINDS: tuple[str, ...] = _core.row_kinds
 the token's text re-tokenized by the teacher; given from outside; re-tokenized, but the pieces put together are not the
 token's bytes. `ProjectionMatrix.kind` holds indices."""
 
-FILE_NAME = "projection.safetensors"
 _SETTINGS = ("beta", "gamma", "top_k", "passes")
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
 _FILE = TensorFile(
@@ -41,7 +39,7 @@ SUM_TOLERANCE = 1e-3
 """By how much the weights of a built row in a file may miss a sum of 1."""
 
 
-class ProjectionMatrix:
+class ProjectionMatrix(OnHub):
     """A sparse matrix [V_student, V_teacher] in compressed sparse rows.
 
     Rows built by `build` sum to 1, or are empty where a student token has no image in the teacher's vocabulary.
@@ -62,6 +60,9 @@ class ProjectionMatrix:
     metadata : mapping of str to str, optional
         How it was built: fingerprints of both vocabularies, beta, gamma, top_k, passes.
     """
+
+    FILE_NAME = "projection.safetensors"
+    TITLE = "W, which projects the student's probabilities onto the teacher's tokens"
 
     def __init__(
         self,
@@ -262,49 +263,9 @@ class ProjectionMatrix:
         if is_built.any():
             check_present(self.metadata)
 
-    def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
-        """Writes ``projection.safetensors`` into `folder`, which is made if need be."""
-        Path(folder).mkdir(parents=True, exist_ok=True)
-        self.save(Path(folder) / FILE_NAME)
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        source: str | os.PathLike[str],
-        student_tok: TokenizerLike = None,
-        teacher_tok: TokenizerLike = None,
-        *,
-        revision: str | None = None,
-        token: str | bool | None = None,
-    ) -> ProjectionMatrix:
-        """Reads ``projection.safetensors`` from a folder or from a repository of the Hub; see `load`.
-
-        `revision` and `token` are those of `huggingface_hub.hf_hub_download`.
-        """
-        return cls.load(fetch(source, FILE_NAME, revision, token), student_tok, teacher_tok)
-
-    def push_to_hub(
-        self,
-        repo_id: str,
-        *,
-        student: str | None = None,
-        teacher: str | None = None,
-        private: bool | None = None,
-        token: str | bool | None = None,
-        revision: str | None = None,
-    ) -> str:
-        """Commits ``projection.safetensors`` and its section of the card to a repository of the Hub, made if need be.
-
-        A section of before is replaced, and all else of the card stays. `student` and `teacher` are names of the
-        tokenizers for the card, which has their fingerprints in any case; `private`, `token` and `revision` are those
-        of `huggingface_hub.HfApi`. Returns the commit's URL.
-        """
-        names = {"student": student, "teacher": teacher}
+    def facts(self) -> list[str]:
         settings = ", ".join(f"{name} {self.metadata[name]}" for name in _SETTINGS if name in self.metadata)
-        facts = [repr(self), *([f"built with {settings}"] if settings else [])]
-        title = "W, which projects the student's probabilities onto the teacher's tokens"
-        text = section(FILE_NAME, "xtoken.ProjectionMatrix", title, names, facts, self.metadata)
-        return push(self.save, FILE_NAME, text, repo_id, private=private, token=token, revision=revision)
+        return [repr(self), *([f"built with {settings}"] if settings else [])]
 
     @classmethod
     def from_nemo(
