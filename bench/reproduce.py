@@ -513,6 +513,8 @@ def _places(rows: Sequence[Sequence[str]], columns: int) -> list[str | None]:
 
 
 def _curves(axes: Any, results: dict[str, Any], setting: str) -> None:
+    from matplotlib import colormaps
+
     found = values(results, setting)
     for arm in sorted(set(found) & set(MAIN), key=lambda arm: -statistics.fmean(found[arm]["exact match"].values())):
         curves = [
@@ -522,7 +524,7 @@ def _curves(axes: Any, results: dict[str, Any], setting: str) -> None:
         ]
         at = list(zip(*curves, strict=True))
         steps = [SETTINGS[setting].shape.steps * share for share in SETTINGS[setting].checkpoints]
-        color = f"C{MAIN.index(arm)}"
+        color = colormaps["tab20"](MAIN.index(arm))
         axes.plot(steps, [100 * statistics.fmean(one) for one in at], label=arm, color=color)
         band = [[100 * edge(one) for one in at] for edge in (min, max)]
         axes.fill_between(steps, *band, color=color, alpha=0.12, linewidth=0)

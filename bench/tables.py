@@ -118,11 +118,13 @@ def cache() -> str:
     return markdown(header, rows, words=0)
 
 
-def accuracy() -> str:
-    """Exact match at the end of `reproduce.py`, percent: mean and range over seeds of what ran in every setting."""
+def accuracy(seeds: int) -> str:
+    """Exact match at the end of `reproduce.py`, percent: mean and range of what ran in every setting with so many seeds
+    or more."""
     settings = ("plenty", "little", "mirror")
     found = [values(results("reproduce"), setting) for setting in settings]
     whole = {arm: [one[arm]["exact match"] for one in found] for arm in found[0] if all(arm in one for one in found)}
+    whole = {arm: at for arm, at in whole.items() if min(map(len, at)) >= seeds}
 
     def cell(at: dict[int, float]) -> str:
         least, most = 100 * min(at.values()), 100 * max(at.values())
@@ -177,6 +179,21 @@ def _paper(setting: str, form: str, *others: str) -> str:
         rows.append((arm, *cells, str(len(found[arm]["probability"]))))
     titles = [f"over {'the start' if other == 'start' else other}" for other in others]
     return markdown(("beside cross-entropy", *measures.values(), *titles, "seeds"), rows)
+
+
+def paper_wrong() -> str:
+    """Of `reproduce.py` with wrong answers every loss with a fixed factor: the probability of the right answer, in
+    percent, and its lead over cross-entropy alone."""
+    found = [values(results("reproduce"), setting) for setting in ("scratch", "continued")]
+    shown = [arm for arm in found[0] if arm in found[1] and arm.endswith(FACTOR) and arm not in OPTIONS]
+    rows = []
+    for arm in ["CE", *sorted(shown, key=lambda arm: -statistics.fmean(found[1][arm]["probability"].values()))]:
+        leads = [Lead.of(one, arm, "CE", "probability") for one in found]
+        cells = []
+        for one, lead in zip(found, leads, strict=True):
+            cells += [_percent(one[arm], "probability"), lead.text(100) if lead else ""]
+        rows.append((arm, *cells, str(min(len(one[arm]["probability"]) for one in found))))
+    return markdown(("beside cross-entropy", "from scratch", "over CE", "continued", "over CE", "seeds"), rows)
 
 
 def paper_rare() -> str:
@@ -418,11 +435,13 @@ TABLES: dict[str, Callable[[], str]] = {
     "losses": losses,
     "gpu": gpu,
     "cache": cache,
-    "accuracy": accuracy,
+    "accuracy": partial(accuracy, seeds=3),
+    "accuracy_of_all": partial(accuracy, seeds=1),
     "weighting": weighting,
     "paper_rare": paper_rare,
     "paper_absent": paper_absent,
     "paper_code": paper_code,
+    "paper_wrong": paper_wrong,
     "options": options,
     "training": training,
     "training_memory": training_memory,
