@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import importlib.util
+import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -14,7 +16,7 @@ import pytest
 import torch
 from real_tokenizers import LOADERS
 
-from xtoken import Vocabulary
+from xtoken import Vocabulary, sample
 
 REPEATED = {"emulated", "on_gpu", "cpu:portable", "cpu:avx2", "reference", torch.float16}
 """Backends of the losses other than the CPU's fastest, and a type, that --quick leaves out."""
@@ -33,6 +35,7 @@ def why_no_gpu() -> str | None:
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="leave out what takes long: see tests/conftest.py")
     parser.addoption("--no-tokenizers", action="store_true", help="skip tests that read real tokenizers")
+    parser.addoption("--every-file", action="store_true", help="fail if a file of tests holds none")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,6 +44,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow`, those that
     read real tokenizers, and of those that are repeated for every backend and type the repetitions in `REPEATED`.
     """
+    if config.getoption("--every-file"):
+        empty = {*Path(__file__).parent.rglob("test_*.py")} - {item.path for item in items}
+        if empty:
+            raise pytest.UsageError(f"files that hold no tests: {', '.join(sorted(map(str, empty)))}")
     reason = why_no_gpu()
     kept: list[pytest.Item] = []
     left_out: list[pytest.Item] = []
@@ -79,6 +86,30 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     if why_no_gpu() == NOT_BUILT:
         terminalreporter.section("GPU", yellow=True)
         terminalreporter.line(NOT_BUILT)
+
+
+WHOLE_SAMPLE = {name: getattr(sample, name) for name in ("_MAKERS", "_vocabulary_words")}
+
+
+@pytest.fixture(scope="session", autouse=True)
+def short_sample() -> Iterator[None]:
+    """A tenth of the text that piece indices are calibrated on, since all of it takes seconds; see `whole_sample`."""
+
+    def tenth(maker: Any) -> Any:
+        return lambda source: itertools.islice(maker(source), 0, None, 10)
+
+    words = WHOLE_SAMPLE["_vocabulary_words"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sample, "_MAKERS", tuple(map(tenth, sample._MAKERS)))
+        patch.setattr(sample, "_vocabulary_words", lambda vocabularies: itertools.islice(words(vocabularies), 3))
+        yield
+
+
+@pytest.fixture
+def whole_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The text that users have."""
+    for name, value in WHOLE_SAMPLE.items():
+        monkeypatch.setattr(sample, name, value)
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
 import importlib
 import json
 import subprocess
@@ -87,9 +88,27 @@ def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, c
     assert "build" not in json.loads(output.read_text())
 
 
+@pytest.fixture
+def late(monkeypatch, tmp_path):
+    """A file; once it is there, however long that takes, the time of the process that is waited for is up."""
+    wait, over = subprocess.Popen.wait, tmp_path / "over"
+
+    def wait_for_it(process, timeout=None):
+        if process in waited_for:
+            return wait(process, timeout)
+        waited_for.append(process)
+        while not over.exists() and process.poll() is None:
+            time.sleep(0.01)
+        raise subprocess.TimeoutExpired(process.args, timeout)
+
+    waited_for: list[subprocess.Popen] = []
+    monkeypatch.setattr(subprocess.Popen, "wait", wait_for_it)
+    return over
+
+
 @pytest.mark.slow
-def test_a_stage_that_takes_too_long_is_ended(fake_device):
-    fake_device["speed"] += "; import time; time.sleep(60)"
+def test_a_stage_that_takes_too_long_is_ended(fake_device, late):
+    fake_device["speed"] += f"; import pathlib, time; pathlib.Path({str(late)!r}).touch(); time.sleep(600)"
     result = gpu.run_stage("speed", OPTIONS, "90", 5.0)
     assert gpu.run_stage("tests", OPTIONS, "90", 4.0)["status"] == "left out"
     assert (result["status"], result["reason"]) == ("failed", "not finished after 5 seconds")
@@ -97,14 +116,22 @@ def test_a_stage_that_takes_too_long_is_ended(fake_device):
 
 
 @pytest.mark.slow
-def test_processes_of_a_stage_end_with_it(tmp_path):
-    """One that holds what the stage prints to would keep a pipe open."""
-    child = f"import time, pathlib; time.sleep(4); pathlib.Path({str(tmp_path / 'late')!r}).touch()"
+def test_processes_of_a_stage_end_with_it(tmp_path, late):
+    """One that holds what the stage prints to would keep a pipe open. It has a lock until it ends."""
+    lock, lived_on = tmp_path / "lock", tmp_path / "lived on"
+    child = "\n".join([
+        "import fcntl, pathlib, time",
+        f"lock = open({str(lock)!r}, 'w')",
+        "fcntl.flock(lock, fcntl.LOCK_EX)",
+        f"pathlib.Path({str(late)!r}).touch()",
+        "time.sleep(60)",
+        f"pathlib.Path({str(lived_on)!r}).touch()",
+    ])  # fmt: skip
     parent = f"import subprocess, sys; print('begun'); subprocess.run([sys.executable, '-c', {child!r}])"
-    started = time.perf_counter()
     assert gpu.finished([sys.executable, "-c", parent], {}, 2.0) == (None, "begun\n", "")
-    time.sleep(max(0.0, started + 6.0 - time.perf_counter()))
-    assert not (tmp_path / "late").exists()
+    with lock.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+    assert not lived_on.exists()
 
 
 def test_after_a_build_that_fails_older_kernels_are_left_alone(fake_device, tmp_path):

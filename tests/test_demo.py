@@ -7,16 +7,15 @@ import math
 import pytest
 from default_losses import DEFAULT
 
-from xtoken import demo, pieces, sample_texts
+from xtoken import demo
 from xtoken.losses import Needs
 
 
 @pytest.mark.slow
 def test_demo_runs_and_learns(capsys, monkeypatch):
-    """On some short passages, and calibrated without words of the vocabularies."""
+    """On some short passages."""
     training, held_out = demo.manual_passages(160)
     monkeypatch.setattr(demo, "manual_passages", lambda: (training[:200], held_out))
-    monkeypatch.setattr(pieces, "sample_texts", lambda *_: sample_texts())
     distilled = f"{DEFAULT[Needs.PIECES]} + cross-entropy"
     results = demo.run(steps=6, batch_size=2, held_out_passages=2)
     printed = capsys.readouterr().out

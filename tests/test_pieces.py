@@ -312,6 +312,7 @@ SOURCES = (os, shutil, Path, _pydecimal, socket, pickle)
 PYTHON = "".join(Path(inspect.getsourcefile(one) or "").read_text() for one in SOURCES)
 
 
+@pytest.mark.usefixtures("whole_sample")
 @pytest.mark.parametrize(
     "pair", [("llama3", "gemma3", 0.1), pytest.param(("smollm2", "gemma3", 0.014), marks=pytest.mark.wide)]
 )

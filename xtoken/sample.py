@@ -114,8 +114,7 @@ def sample_texts(*tokenizers: TokenizerLike) -> list[str]:
     ['"word/word.word(word-word_word']
     """
     source = _Source()
-    makers = (_indents, _line_ends, _gaps, _marks, _rulers, _code, _data, _markdown, _prose, _scripts, _numbers, _chat)
-    texts = [text for maker in makers for text in maker(source)]
+    texts = [text for maker in _MAKERS for text in maker(source)]
     return [*texts, *_vocabulary_words([Vocabulary.from_tokenizer(one) for one in tokenizers])]
 
 
@@ -501,6 +500,9 @@ FORMS: tuple[Callable[[str, str, str], str], ...] = (
     lambda word, part, mark: f"{mark}{word[: len(part)]}{part}",
 )
 """What a text makes of a word, the end of another, and a mark."""
+
+
+_MAKERS = (_indents, _line_ends, _gaps, _marks, _rulers, _code, _data, _markdown, _prose, _scripts, _numbers, _chat)
 
 
 def _vocabulary_words(vocabularies: Sequence[Vocabulary]) -> Iterator[str]:

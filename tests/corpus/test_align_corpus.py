@@ -247,11 +247,11 @@ def test_one_run_at_a_time(pair, corpus, tmp_path, monkeypatch):
 
 
 def test_extreme_documents(pair, tmp_path):
-    rows = ["x", "", "<s></s><pad>", "a b" * 500_000]
+    rows = ["x", "", "<s></s><pad>", "a b" * 150_000]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in rows))
     total = align_corpus(*pair, tmp_path / "a.jsonl", tmp_path / "out").total
     table = read_shards(tmp_path / "out").to_pylist()
-    assert total.student_tokens > 1_000_000
+    assert total.student_tokens > 300_000
     assert [len(row["student_ids"]) for row in table[:3]] == [1, 0, 3]
     assert table[0]["spans"] == [[0, 1, 0, 1]]
     assert table[3]["spans"][-1][1] == len(table[3]["student_ids"])
@@ -406,7 +406,7 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     )
     tokenizer.decoder = tokenizers.decoders.ByteLevel()
     tokenizer.save(str(tmp_path / "tokenizer.json"))
-    lines = (json.dumps({"text": "".join(draw.choices(words, k=100)).replace("Ġ", " ")}) for _ in range(3000))
+    lines = (json.dumps({"text": "".join(draw.choices(words, k=100)).replace("Ġ", " ")}) for _ in range(1500))
     for name in ("small", "large"):
         (tmp_path / name).mkdir()
     (tmp_path / "small" / "0.jsonl").write_text("\n".join(lines))
@@ -415,12 +415,12 @@ def test_memory_does_not_grow_with_the_input(tmp_path):
     script = (
         "import sys, re, pathlib, xtoken\n"
         "for name in ('small', 'large'):\n"
-        "    xtoken.align_corpus(*2 * ['tokenizer.json'], name + '/*.jsonl', name + '.out', shard_bytes=20_000_000)\n"
+        "    xtoken.align_corpus(*2 * ['tokenizer.json'], name + '/*.jsonl', name + '.out', shard_bytes=4_000_000)\n"
         "    print(re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1])"
     )
     command = [sys.executable, "-c", script]
     output = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     peaks = [int(kilobytes) / 1000 for kilobytes in output.split()]
     more_input = 9 * (tmp_path / "small" / "0.jsonl").stat().st_size / 1e6
-    assert more_input > 80
+    assert more_input > 40
     assert peaks[1] - peaks[0] < more_input / 3, f"peaks of {peaks} MB, {more_input:.0f} MB more input"

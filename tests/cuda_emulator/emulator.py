@@ -66,39 +66,40 @@ def build(
 ) -> Path:
     """A shared library of the emulator, `kernels` (instrumented) and `host` sources; rebuilds what has changed.
 
-    `python` makes it an extension module, with pybind11's and Python's headers. `flags` go to every source. Of several
-    processes of the tests one builds, and the others wait for it.
+    `python` makes it an extension module, with pybind11's and Python's headers. `flags` go to these sources; the
+    emulator's own are compiled once for all libraries. Of several processes of the tests one builds, and the others
+    wait for it.
     """
-    folder = ROOT / "build" / "emulated" / name
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = ROOT / "build" / "emulated"
+    (folder / name).mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         return _build(folder, name, kernels, host, python, flags)
 
 
 def _build(folder: Path, name: str, kernels: Sequence[Path], host: Sequence[Path], python: bool, flags: str) -> Path:
-    includes = [FOLDER, ROOT / "csrc", cuda_headers()]
-    target = folder / f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if python else '.so'}"
+    target = folder / name / f"{name}{sysconfig.get_config_var('EXT_SUFFIX') if python else '.so'}"
+    common = f"{COMMON_FLAGS} -I{FOLDER} -I{ROOT / 'csrc'} -isystem {cuda_headers()}"
     if python:
         import pybind11
 
-        includes += [pybind11.get_include(), sysconfig.get_path("include")]
-    common = " ".join([COMMON_FLAGS, flags, *(f"-isystem {i}" if i is includes[2] else f"-I{i}" for i in includes)])
+        flags += f" -I{pybind11.get_include()} -I{sysconfig.get_path('include')}"
     lines = [NINJA.format(compiler="g++")]
     objects = []
-    for source in [*kernels, *host, *sorted(FOLDER.glob("*.cpp"))]:
-        objects.append(f"{source.parent.name}_{source.stem}.o")
-        if source in kernels:
-            own = f"{KERNEL_FLAGS} -fdump-tree-tsan={objects[-1]}.txt"
-        else:
-            own = "-O1" if source in host else "-O2"
-        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {own}"]
-    lines += [f"build {target.name}: link {' '.join(objects)}", "  libraries = -ldl", ""]
-    (folder / "build.ninja").write_text("\n".join(lines))
-    done = subprocess.run(["ninja", "-C", str(folder), target.name], capture_output=True, text=True)
+    for source in [*kernels, *host]:
+        objects.append(f"{name}/{source.parent.name}_{source.stem}.o")
+        own = f"{KERNEL_FLAGS} -fdump-tree-tsan={objects[-1]}.txt" if source in kernels else "-O1"
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} {flags} {own}"]
+    for source in sorted(FOLDER.glob("*.cpp")):
+        objects.append(f"{source.stem}.o")
+        lines += [f"build {objects[-1]}: compile {source}", f"  flags = {common} -O2"]
+    lines += [f"build {target.relative_to(folder)}: link {' '.join(objects)}", "  libraries = -ldl", ""]
+    (folder / f"{name}.ninja").write_text("\n".join(lines))
+    command = ["ninja", "-C", str(folder), "-f", f"{name}.ninja", str(target.relative_to(folder))]
+    done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode != 0:
         raise RuntimeError(f"building {name} for the emulator failed:\n{done.stdout}{done.stderr}")
-    for listing in sorted(folder.glob("*.o.txt")):
+    for listing in sorted((folder / name).glob("*.o.txt")):
         if unseen := UNCHECKED_STORE.findall(listing.read_text()):
             raise RuntimeError(f"{listing.name}: the emulator would not see these stores: {unseen}")
     return target

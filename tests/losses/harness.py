@@ -61,9 +61,9 @@ def backends_of(operation: str) -> tuple[str, ...]:
     return tuple(name for name in BACKENDS if name in backends_with(operation))
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Case:
-    """Inputs of a cross-tokenizer loss, logits in float64."""
+    """Inputs of a cross-tokenizer loss, logits in float64; equal to itself alone."""
 
     student: Tensor
     teacher: Tensor
@@ -218,7 +218,7 @@ def _padded(value: float) -> Case:
     return Case(student, teacher, case.alignment, case.projection)
 
 
-CASES: dict[str, Callable[[], Case]] = {
+_MAKERS: dict[str, Callable[[], Case]] = {
     "size_one": _size_one,
     "no_chunk": lambda: make_case(shapes=()),
     "all_masked": _masked,
@@ -232,6 +232,8 @@ CASES: dict[str, Callable[[], Case]] = {
     "padded_head_large": lambda: _padded(50.0),
     "one_chunk": lambda: make_case(samples=1, shapes=((1, 1), (4, 5))),
 }
+CASES = {name: functools.cache(make) for name, make in _MAKERS.items()}
+"""The hard inputs, each made once; nobody changes them."""
 
 
 def positions(case: Case) -> Alignment:
@@ -386,13 +388,20 @@ def _with_strides(logits: Tensor) -> Tensor:
     return outer[:, 1:-1, 2:-3]
 
 
+@functools.lru_cache(maxsize=512)
+def _by_formula(operation: str, case: Case, dtype: torch.dtype, options: tuple[tuple[str, Any], ...]) -> Any:
+    """The inputs rounded to a type, and losses and gradients of the plain formula in float64 and in that type: once for
+    all backends, if the case is the same."""
+    rounded = Case(case.student.to(dtype).double(), case.teacher.to(dtype).double(), case.alignment, case.projection)
+    formula = OPERATIONS[operation].formula
+    return rounded, *(losses_and_grad(formula, rounded, one, **dict(options)) for one in (torch.float64, dtype))
+
+
 def check(backend: str, operation: str, case: Case, dtype: torch.dtype, strided: bool = False, **options: Any) -> None:
     """Losses and gradients of a backend are as accurate as the plain formulas in the same type."""
-    op = OPERATIONS[operation]
-    rounded = Case(case.student.to(dtype).double(), case.teacher.to(dtype).double(), case.alignment, case.projection)
-    truth, true_grad = losses_and_grad(op.formula, rounded, torch.float64, **options)
-    plain, plain_grad = losses_and_grad(op.formula, rounded, dtype, **options)
-    got, grad = losses_and_grad(op.public, rounded, dtype, strided, reduction="none", backend=backend, **options)
+    rounded, (truth, true_grad), (plain, plain_grad) = _by_formula(operation, case, dtype, tuple(options.items()))
+    call = OPERATIONS[operation].public
+    got, grad = losses_and_grad(call, rounded, dtype, strided, reduction="none", backend=backend, **options)
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert grad.dtype == dtype
     single = torch.finfo(torch.float32).eps

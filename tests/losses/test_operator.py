@@ -368,9 +368,13 @@ def steps_of(name: str, case: Case, head: Tensor) -> dict[str, Callable[[Tensor,
     def with_options(options: dict[str, Any]) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         return lambda z, y, labels: public(z, y, **options)
 
-    tried = {**variants(name), **{f"few {key}": options for key, options in few_variants(name).items()}}
+    kinds: dict[Any, dict[str, Any]] = {}
+    for options in (*variants(name).values(), *few_variants(name).values()):
+        # a number is an argument of the operator, whatever it is
+        kind = {key: float if type(value) in (int, float) else value for key, value in options.items()}
+        kinds.setdefault(frozenset(kind.items()), options)
     return {
-        **{key: with_options(options) for key, options in tried.items()},
+        **{str(options): with_options(options) for options in kinds.values()},
         "sum": with_options({"reduction": "sum"}),
         "none": lambda z, y, labels: public(z, y, reduction="none").square().sum(),
         "labels": lambda z, y, labels: torch.stack(public(z, y, labels=labels)).sum(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -28,12 +29,21 @@ from torch import Tensor
 
 from xtoken.losses import Needs, registered
 
+OF_ANOTHER_SIZE = ("teacher_above", "teacher_equal", "vector_remainder", "padded_head_large")
 
-@pytest.mark.parametrize(("name", "backend"), distinct_pairs())
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES)
+
+@pytest.mark.parametrize(
+    ("case", "dtype", "name", "backend"),
+    [
+        (case, dtype, *pair)
+        for case, dtype, pair in itertools.product(CASES, DTYPES, distinct_pairs())
+        if case not in OF_ANOTHER_SIZE or pair[1] != "emulated" or dtype != torch.float16
+    ],
+    ids=str,
+)
 def test_hard_inputs(case: str, dtype: torch.dtype, name: str, backend: str) -> None:
-    """Types decide how rows are read, options what is computed from them: all types with the first options."""
+    """Types decide how rows are read, options what is computed from them: all types with the first options. On the
+    emulator rows of float16 are read as those of bfloat16, and cost as much as all others."""
     check(backend, name, CASES[case](), dtype, **next(iter(variants(name).values())))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import threading
 import time
 from collections import deque
@@ -45,7 +46,7 @@ class FakeServer(AbstractContextManager["FakeServer"]):
         self.keys: set[str] = set()
         self.moved = ""
         self.lock = threading.Lock()
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.daemon_threads = True
         vars(self._server)["fake"] = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
@@ -80,6 +81,13 @@ class FakeServer(AbstractContextManager["FakeServer"]):
 
 def _descending(pair: tuple[int, float]) -> tuple[bool, float]:
     return pair[1] == pair[1], -pair[1]  # what is not a number comes first
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """Of one that does not wait for its answer, nothing is printed."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -136,19 +137,37 @@ def test_the_loss_of_routers(tmp_path, student_tok, teacher_tok, examples):
         trainer.compute_loss(nameless, collate(examples[:2]))
 
 
+@pytest.fixture(scope="module")
+def trained(student_tok, teacher_tok, examples) -> Callable[..., torch.Tensor]:
+    """The student's weights after a training with some options; without any it is done once."""
+    known: list[torch.Tensor] = []
+
+    def train(folder: Path, **options: Any) -> torch.Tensor:
+        if not options and known:
+            return known[0]
+        trainer = make_trainer(folder, student_tok, [make_teacher(student_tok, teacher_tok)], examples, **options)
+        trainer.train()
+        found = torch.cat([one.detach().flatten() for one in trainer.model.parameters()])
+        known.extend([] if options else [found])
+        return found
+
+    return train
+
+
 @pytest.mark.parametrize(
     "options",
     [{"neftune_noise_alpha": 5.0}, {"weight_decay": 0.5}, {"max_grad_norm": 1e-3}, {"warmup_steps": 3},
      {"optim": "sgd"}, {"data_seed": 7}],
     ids=str,
 )  # fmt: skip
-def test_options_that_change_the_training(tmp_path, student_tok, teacher_tok, examples, options):
-    weights = []
-    for more in (dict[str, Any](), options):
-        trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], examples, **more)
-        trainer.train()
-        weights.append(torch.cat([one.detach().flatten() for one in trainer.model.parameters()]))
-    assert not torch.equal(*weights)
+def test_options_that_change_the_training(tmp_path, trained, options):
+    assert not torch.equal(trained(tmp_path, **options), trained(tmp_path))
+
+
+@pytest.fixture(scope="module")
+def plain_step(tmp_path_factory, student_tok, teacher_tok, examples) -> dict[str, torch.Tensor]:
+    teachers = [make_teacher(student_tok, teacher_tok)]
+    return run_one_step(tmp_path_factory.mktemp("plain"), student_tok, teachers, examples)
 
 
 @pytest.mark.parametrize(
@@ -158,10 +177,10 @@ def test_options_that_change_the_training(tmp_path, student_tok, teacher_tok, ex
      {"accelerator_config": {"split_batches": True}}, {"include_num_input_tokens_seen": "non_padding"}],
     ids=str,
 )  # fmt: skip
-def test_options_that_do_not_change_a_step(tmp_path, student_tok, teacher_tok, examples, options, threads):
-    found = [run_one_step(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], examples, **more)
-             for more in (dict[str, Any](), options)]  # fmt: skip
-    want, got = ({name.replace("_orig_mod.", ""): value for name, value in one.items()} for one in found)
+def test_options_that_do_not_change_a_step(tmp_path, student_tok, teacher_tok, examples, options, plain_step, threads):
+    teachers = [make_teacher(student_tok, teacher_tok)]
+    found = run_one_step(tmp_path, student_tok, teachers, examples, **options)
+    want, got = plain_step, {name.replace("_orig_mod.", ""): value for name, value in found.items()}
     assert want.keys() == got.keys()
     for name, value in want.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
