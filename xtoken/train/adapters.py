@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from xtoken.corpus import require
 from xtoken.losses.call import check_count
 
+from .option import option
 from .quantized import quantization_config
 
 CONFIG = "adapter_config.json"
@@ -42,25 +43,21 @@ class AdapterArguments:
         Weights of the student below them in 8 or 4 bits; see `xtoken.train.quantized.quantization_config`.
     """
 
-    lora_rank: int | None = field(
-        default=None, metadata={"help": "train adapters of this rank (LoRA, by peft) in place of the student's weights"}
+    lora_rank: int | None = option(
+        None, "train adapters of this rank (LoRA, by peft) in place of the student's weights"
     )
-    lora_alpha: float | None = field(
-        default=None, metadata={"help": "their factor is lora_alpha / lora_rank; default: twice the rank"}
+    lora_alpha: float | None = option(None, "their factor is lora_alpha / lora_rank; default: twice the rank")
+    lora_dropout: float = option(0.0, "share of their inputs that is dropped")
+    lora_target_modules: list[str] | None = option(
+        None,
+        "modules that have one, by the last parts of their names, such as q_proj v_proj; default: all "
+        "linear layers but the output layer",
     )
-    lora_dropout: float = field(default=0.0, metadata={"help": "share of their inputs that is dropped"})
-    lora_target_modules: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "modules that have one, by the last parts of their names, such as q_proj v_proj; default: all "
-            "linear layers but the output layer"
-        },
+    lora_modules_to_save: list[str] | None = option(
+        None, "modules that are trained whole beside them, such as embed_tokens lm_head"
     )
-    lora_modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "modules that are trained whole beside them, such as embed_tokens lm_head"}
-    )
-    student_quantization: str | None = field(
-        default=None, metadata={"help": "the student in 8 or 4 bits below adapters, as --teacher_quantization"}
+    student_quantization: str | None = option(
+        None, "the student in 8 or 4 bits below adapters, as --teacher_quantization"
     )
 
     def check_adapters(self) -> None:

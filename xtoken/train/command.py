@@ -15,7 +15,7 @@ import re
 import sys
 import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -41,6 +41,7 @@ from .config import XTokenConfig
 from .data import has_chats, is_path, load_examples, text_sample
 from .encode import ExampleEncoder
 from .limits import most_positions
+from .option import option
 from .plot import PlotCallback
 from .prepare import check_losses, one_each, option_kinds, weights_of
 from .table import open_data
@@ -51,11 +52,6 @@ EXAMPLE = (
     "Example: xtoken train --student meta-llama/Llama-3.2-1B --teacher Qwen/Qwen3-4B --data corpus.jsonl --output out"
 )
 LOSSES = "options of the losses"
-
-
-# ruff: noqa: RUF009, since this makes fields
-def _option(default: Any, help: str, **metadata: Any) -> Any:
-    return field(default=default, metadata={"help": help, **metadata})
 
 
 class Parser(HfArgumentParser):
@@ -77,39 +73,39 @@ class Parser(HfArgumentParser):
 class TrainArguments:
     """What to train on what; see ``--help``."""
 
-    student: str | None = _option(None, "the student: a folder, a Hub id or a GGUF file")
-    teacher: list[str] | None = _option(
+    student: str | None = option(None, "the student: a folder, a Hub id or a GGUF file")
+    teacher: list[str] | None = option(
         None, "a teacher, likewise, or self for the student itself; may be repeated", action="extend"
     )
-    data: list[str] | None = _option(
+    data: list[str] | None = option(
         None, "files to train on, a folder of `xtoken align`, or datasets of the Hub: org/set, org/set:split, "
         "org/set:configuration:split", action="extend",
     )  # fmt: skip
-    eval_data: list[str] | None = _option(None, "likewise, to evaluate on, before and after", action="extend")
-    streaming: bool = _option(False, "read a dataset of the Hub to train on as it is needed; needs --max_steps")
-    teacher_cache: list[str] | None = _option(
+    eval_data: list[str] | None = option(None, "likewise, to evaluate on, before and after", action="extend")
+    streaming: bool = option(False, "read a dataset of the Hub to train on as it is needed; needs --max_steps")
+    teacher_cache: list[str] | None = option(
         None, "folder of `xtoken cache-teacher` in place of running the teacher; one for each, or none for one that "
         "runs", action="extend",
     )  # fmt: skip
-    teacher_url: list[str] | None = _option(
+    teacher_url: list[str] | None = option(
         None, "server of vLLM or SGLang in place of running the teacher, http://host:port/v1, which knows it by the "
         "name that --teacher says; one for each, or none for one that runs; its key is $XTOKEN_TEACHER_KEY",
         action="extend",
     )  # fmt: skip
-    teacher_tokenizer: list[str] | None = _option(
+    teacher_tokenizer: list[str] | None = option(
         None, "tokenizer of a served teacher whose name only the server knows; one for each, or none", action="extend"
     )
-    teacher_logprobs: int = _option(20, "log-probabilities a token from a server; vLLM's --max-logprobs allows more")
-    teacher_requests: int = _option(16, "requests to a server in flight, of each process")
-    teacher_timeout: float = _option(600.0, "seconds in which a server must answer")
-    teacher_patience: float = _option(300.0, "seconds in which a request is sent again after errors")
-    lora_merge: bool = _option(
+    teacher_logprobs: int = option(20, "log-probabilities a token from a server; vLLM's --max-logprobs allows more")
+    teacher_requests: int = option(16, "requests to a server in flight, of each process")
+    teacher_timeout: float = option(600.0, "seconds in which a server must answer")
+    teacher_patience: float = option(300.0, "seconds in which a request is sent again after errors")
+    lora_merge: bool = option(
         False,
         "at the end merge the adapters (--lora_rank) into the student: the output folder holds it as a run without "
         "them does, and its folder adapter the adapter; default: the output folder holds the adapter alone",
     )
-    resume: bool = _option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
-    plot: bool = _option(False, "draw curves into the output folder (needs matplotlib)")
+    resume: bool = option(False, "continue from the newest complete checkpoint in the output folder, if there is one")
+    plot: bool = option(False, "draw curves into the output folder (needs matplotlib)")
 
 
 def loss_arguments() -> dict[str, dict[str, Any]]:

@@ -16,6 +16,7 @@ from xtoken.losses.criterion import DEFAULT_MAX_SCALE, SCALINGS
 from .adapters import AdapterArguments
 from .example import TRAIN_ON
 from .fused import CHOICES
+from .option import option
 from .prepare import check_device, check_dtype, check_loss_options
 from .quantized import quantization_config
 
@@ -147,115 +148,80 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     batches, unless ``accelerator_config`` says otherwise.
     """
 
-    output_dir: str | None = field(
-        default=None,
-        metadata={"aliases": ["--output", "-o"], "help": "folder for checkpoints, the student and the log"},
+    output_dir: str | None = option(None, "folder for checkpoints, the student and the log", aliases=["--output", "-o"])
+    scaling: str = option("dynamic", "factor of the distillation", choices=SCALINGS)
+    max_scale: float = option(DEFAULT_MAX_SCALE, "bound of the dynamic factor; inf: none")
+    ce_weight: float = option(1.0, "weight of the cross-entropy")
+    kd_weight: float = option(1.0, "weight of the distillation")
+    teacher_mode: str = option("sum", "several teachers", choices=TEACHER_MODES)
+    teacher_column: str | None = option(None, "field of the data with the names of the teachers that a row goes to")
+    trust_top_k: list[int] | None = option(
+        None,
+        "leave out chunks with a token that is not among a teacher's so many most probable; one for all "
+        "teachers or one each; 0 (default): none",
+        action="extend",
     )
-    scaling: str = field(default="dynamic", metadata={"help": "factor of the distillation", "choices": SCALINGS})
-    max_scale: float = field(default=DEFAULT_MAX_SCALE, metadata={"help": "bound of the dynamic factor; inf: none"})
-    ce_weight: float = field(default=1.0, metadata={"help": "weight of the cross-entropy"})
-    kd_weight: float = field(default=1.0, metadata={"help": "weight of the distillation"})
-    teacher_mode: str = field(default="sum", metadata={"help": "several teachers", "choices": TEACHER_MODES})
-    teacher_column: str | None = field(
-        default=None, metadata={"help": "field of the data with the names of the teachers that a row goes to"}
+    teacher_system: list[str] | None = option(
+        None,
+        "what a teacher alone is told, at the beginning of a chat's system message; one for all teachers "
+        "or one each, or none for one that is told nothing more",
+        action="extend",
     )
-    trust_top_k: list[int] | None = field(
-        default=None,
-        metadata={
-            "help": "leave out chunks with a token that is not among a teacher's so many most probable; one for all "
-            "teachers or one each; 0 (default): none", "action": "extend",
-        },
+    teacher_average: float | None = option(
+        None, "with --teacher self: a moving average of the student, such as 0.999; default: its beginning"
+    )
+    projection_learning_rate: float = option(1e-2, "learning rate of trainable weights of W")
+    loss_backend: str = option("auto", "backend of the losses")
+    self_test: str = option(
+        "auto", "compare the losses of this run with float64 first; auto: on a GPU", choices=CHOICES
+    )
+    fused: str = option("auto", "losses from hidden states and output layer", choices=CHOICES)
+    on_policy: str = option("0", "share of the prompts whose completions the student writes; or: teacher")
+    max_new_tokens: int = option(256, "most tokens of a completion written in training")
+    generation_temperature: float = option(1.0, "of these completions; 0: greedy")
+    generation_top_p: float = option(1.0, "they are drawn from the tokens of this probability", aliases=["--top_p"])
+    num_generations: int = option(1, "completions of each of these prompts")
+    generation_url: str | None = option(None, "vLLM server of the student that writes them, http://host:port/v1")
+    sync_every: int = option(1, "steps after which it is sent the student's weights again")
+    resume_weights_only: bool = option(
+        False, "also resume from a checkpoint without optimizer or scheduler, with new ones"
+    )
+    loss: list[str] | None = option(
+        None, "one for all teachers or one each; auto: what xtoken.choose_loss recommends (default)",
+        action="extend", choices=("auto", *registered()),
     )  # fmt: skip
-    teacher_system: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "what a teacher alone is told, at the beginning of a chat's system message; one for all teachers "
-            "or one each, or none for one that is told nothing more", "action": "extend",
-        },
-    )  # fmt: skip
-    teacher_average: float | None = field(
-        default=None,
-        metadata={
-            "help": "with --teacher self: a moving average of the student, such as 0.999; default: its beginning"
-        },
+    teacher_weight: list[float] | None = option(
+        None,
+        "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
+        "default 1 for one teacher, equal shares of 1 for several",
+        action="extend",
     )
-    projection_learning_rate: float = field(default=1e-2, metadata={"help": "learning rate of trainable weights of W"})
-    loss_backend: str = field(default="auto", metadata={"help": "backend of the losses"})
-    self_test: str = field(
-        default="auto",
-        metadata={"help": "compare the losses of this run with float64 first; auto: on a GPU", "choices": CHOICES},
+    loss_options: dict[str, Any] | str | None = option(None, "options of the losses, as JSON")
+    gamma: float = option(0.1, "factor of W from one piece of a token to the next")
+    learn_projection: bool = option(False, "train the weights of W too, with a loss that can")
+    student_dtype: str = option("float32", "type of the student's weights")
+    teacher_dtype: str = option("auto", "type of the teachers' weights; auto: as stored")
+    teacher_device: str | None = option(None, "device of the teachers; default: the student's; auto: spread")
+    teacher_quantization: list[str] | None = option(
+        None,
+        "teachers in 8 or 4 bits: int8, int4 (torchao), llm.int8, nf4, fp4 (bitsandbytes), none; JSON or "
+        "a file (.json, .yaml) with the fields of a quantization_config of transformers; one for all or one each",
+        action="extend",
     )
-    fused: str = field(
-        default="auto", metadata={"help": "losses from hidden states and output layer", "choices": CHOICES}
+    trust_remote_code: bool = option(False, "run code that comes with models")
+    chat_template: str | None = option(None, "for tokenizers that have none: a file with a chat template, or its text")
+    cache: str | None = option(None, "folder for W, audits and pieces; default: $XTOKEN_CACHE or ~/.cache/xtoken")
+    train_on: str = option("all", "turns that are trained on", choices=TRAIN_ON)
+    max_length: int | None = option(1024, "student tokens of an example; longer texts are cut into several")
+    max_teacher_length: int | None = option(None, "tokens of an example for each teacher; default: no limit")
+    text_column: str = option("text", "field with the text of a document")
+    dataset_num_proc: int | None = option(
+        None, "processes that encode a dataset of the Hub; default: this one, with threads"
     )
-    on_policy: str = field(
-        default="0", metadata={"help": "share of the prompts whose completions the student writes; or: teacher"}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "most tokens of a completion written in training"})
-    generation_temperature: float = field(default=1.0, metadata={"help": "of these completions; 0: greedy"})
-    generation_top_p: float = field(
-        default=1.0, metadata={"aliases": ["--top_p"], "help": "they are drawn from the tokens of this probability"}
-    )
-    num_generations: int = field(default=1, metadata={"help": "completions of each of these prompts"})
-    generation_url: str | None = field(
-        default=None, metadata={"help": "vLLM server of the student that writes them, http://host:port/v1"}
-    )
-    sync_every: int = field(default=1, metadata={"help": "steps after which it is sent the student's weights again"})
-    resume_weights_only: bool = field(
-        default=False, metadata={"help": "also resume from a checkpoint without optimizer or scheduler, with new ones"}
-    )
-    loss: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "one for all teachers or one each; auto: what xtoken.choose_loss recommends (default)",
-            "action": "extend", "choices": ("auto", *registered()),
-        },
-    )  # fmt: skip
-    teacher_weight: list[float] | None = field(
-        default=None,
-        metadata={
-            "help": "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
-            "default 1 for one teacher, equal shares of 1 for several", "action": "extend",
-        },
-    )  # fmt: skip
-    loss_options: dict[str, Any] | str | None = field(default=None, metadata={"help": "options of the losses, as JSON"})
-    gamma: float = field(default=0.1, metadata={"help": "factor of W from one piece of a token to the next"})
-    learn_projection: bool = field(default=False, metadata={"help": "train the weights of W too, with a loss that can"})
-    student_dtype: str = field(default="float32", metadata={"help": "type of the student's weights"})
-    teacher_dtype: str = field(default="auto", metadata={"help": "type of the teachers' weights; auto: as stored"})
-    teacher_device: str | None = field(
-        default=None, metadata={"help": "device of the teachers; default: the student's; auto: spread"}
-    )
-    teacher_quantization: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "teachers in 8 or 4 bits: int8, int4 (torchao), llm.int8, nf4, fp4 (bitsandbytes), none; JSON or "
-            "a file (.json, .yaml) with the fields of a quantization_config of transformers; one for all or one each",
-            "action": "extend",
-        },
-    )  # fmt: skip
-    trust_remote_code: bool = field(default=False, metadata={"help": "run code that comes with models"})
-    chat_template: str | None = field(
-        default=None, metadata={"help": "for tokenizers that have none: a file with a chat template, or its text"}
-    )
-    cache: str | None = field(
-        default=None, metadata={"help": "folder for W, audits and pieces; default: $XTOKEN_CACHE or ~/.cache/xtoken"}
-    )
-    train_on: str = field(default="all", metadata={"help": "turns that are trained on", "choices": TRAIN_ON})
-    max_length: int | None = field(
-        default=1024, metadata={"help": "student tokens of an example; longer texts are cut into several"}
-    )
-    max_teacher_length: int | None = field(
-        default=None, metadata={"help": "tokens of an example for each teacher; default: no limit"}
-    )
-    text_column: str = field(default="text", metadata={"help": "field with the text of a document"})
-    dataset_num_proc: int | None = field(
-        default=None, metadata={"help": "processes that encode a dataset of the Hub; default: this one, with threads"}
-    )
-    packed: bool = field(default=False, metadata={"help": "put several examples into one row of max_length tokens"})
+    packed: bool = option(False, "put several examples into one row of max_length tokens")
     label_names: list[str] | None = field(default_factory=lambda: ["labels"], metadata={"help": "leave as it is"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "leave out losses that are not finite"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "must be False: it would drop the teachers"})
+    logging_nan_inf_filter: bool = option(False, "leave out losses that are not finite")
+    remove_unused_columns: bool = option(False, "must be False: it would drop the teachers")
 
     _VALID_DICT_FIELDS = (*TrainingArguments._VALID_DICT_FIELDS, "loss_options")
 
