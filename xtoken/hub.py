@@ -5,11 +5,14 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from torch import Tensor
+
 from . import _core
+from .storage import TensorFile, check_fingerprints
 from .vocabulary import TokenizerLike
 from .vocabulary.sources import check_source
 
@@ -37,6 +40,9 @@ class OnHub:
     FILE_NAME: ClassVar[str]
     TITLE: ClassVar[str]
     """What the card says that it is."""
+    ARGUMENT: ClassVar[str]
+    """What functions that take it call it."""
+    FILE: ClassVar[TensorFile]
 
     metadata: dict[str, str]
 
@@ -49,12 +55,27 @@ class OnHub:
         raise NotImplementedError
 
     @classmethod
+    def _of_file(cls: type[Kept], tensors: dict[str, Tensor], metadata: dict[str, str]) -> Kept:
+        """What `save` has written; ValueError if it is damaged."""
+        raise NotImplementedError
+
+    @classmethod
     def load(
         cls: type[Kept], path: str | os.PathLike[str], student_tok: TokenizerLike = None,
         teacher_tok: TokenizerLike = None,
     ) -> Kept:  # fmt: skip
-        """Reads and checks a file."""
-        raise NotImplementedError
+        """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
+
+        Raises FileNotFoundError if there is no such file; ValueError if it holds something else, is truncated or
+        damaged, has another version, or was built for other tokenizers.
+        """
+        made = cls.FILE.load(path, cls._of_file)
+        check_fingerprints(f"{path}: {cls.ARGUMENT}", made, made.metadata, student_tok, teacher_tok)
+        return made
+
+    def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
+        """Raises ValueError if it was built for other tokenizers than these (those that are given)."""
+        check_fingerprints(self.ARGUMENT, self, self.metadata, student_tok, teacher_tok)
 
     def save_pretrained(self, folder: str | os.PathLike[str]) -> None:
         """Writes the file, under the name that the Hub has for it, into `folder`, which is made if need be."""
@@ -76,7 +97,15 @@ class OnHub:
         `revision` and `token` are those of `huggingface_hub.hf_hub_download`. Raises FileNotFoundError if a folder is
         not there or has no such file.
         """
-        return cls.load(fetch(source, cls.FILE_NAME, revision, token), student_tok, teacher_tok)
+        path = Path(source) / cls.FILE_NAME
+        if not Path(source).is_dir():
+            check_source(source, "source")
+            from huggingface_hub import hf_hub_download
+
+            path = Path(hf_hub_download(str(source), cls.FILE_NAME, revision=revision, token=token))
+        elif not path.is_file():
+            raise FileNotFoundError(f"source: no {cls.FILE_NAME} in {source}")
+        return cls.load(path, student_tok, teacher_tok)
 
     def push_to_hub(
         self,
@@ -94,59 +123,50 @@ class OnHub:
         tokenizers for the card, which has their fingerprints in any case; `private`, `token` and `revision` are those
         of `huggingface_hub.HfApi`. Returns the commit's URL.
         """
-        names = {"student": student, "teacher": teacher}
-        kind = f"xtoken.{type(self).__name__}"
-        text = section(self.FILE_NAME, kind, self.TITLE, names, self.facts(), self.metadata)
-        return push(self.save, self.FILE_NAME, text, repo_id, private=private, token=token, revision=revision)
+        text = self._section({"student": student, "teacher": teacher})
+        from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
+        from huggingface_hub.errors import EntryNotFoundError
 
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder)
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+            try:
+                card = hf_hub_download(repo_id, CARD, revision=revision, token=token)
+                known: str | None = Path(card).read_text("utf-8")
+            except EntryNotFoundError:
+                known = None
+            new = with_section(known, self.FILE_NAME, text.replace('"REPOSITORY"', f'"{repo_id}"'))
+            operations: list[Any] = [
+                CommitOperationAdd(self.FILE_NAME, str(Path(folder) / self.FILE_NAME)),
+                CommitOperationAdd(CARD, new.encode()),
+            ]
+            message = f"{self.FILE_NAME} by xtoken"
+            info = api.create_commit(repo_id, operations, commit_message=message, revision=revision)
+        return str(info.commit_url)
 
-def fetch(source: str | os.PathLike[str], file_name: str, revision: str | None, token: str | bool | None) -> Path:
-    """A file of a folder, or of a repository of the Hub by its name.
-
-    FileNotFoundError for a folder that is not there or has no such file.
-    """
-    if Path(source).is_dir():
-        if not (Path(source) / file_name).is_file():
-            raise FileNotFoundError(f"source: no {file_name} in {source}")
-        return Path(source) / file_name
-    check_source(source, "source")
-    from huggingface_hub import hf_hub_download
-
-    return Path(hf_hub_download(str(source), file_name, revision=revision, token=token))
-
-
-def section(
-    file_name: str,
-    kind: str,
-    title: str,
-    names: Mapping[str, str | None],
-    facts: Iterable[str],
-    metadata: Mapping[str, str],
-) -> str:
-    """What a card says of a file.
-
-    `kind` is the class that reads it, `names` those of the tokenizers by side, where they are known, `facts` what is in
-    it, line by line, and `metadata` the file's own, for the fingerprints.
-    """
-    sides = []
-    for side, name in names.items():
-        if name is not None and (not name.isprintable() or "`" in name or not name.strip()):
-            raise ValueError(f"{side}: expected a name of a tokenizer in one line, got {name!r}")
-        known = f"`{name}`, " if name is not None else ""
-        sides.append(f"* {side}: {known}fingerprint `{metadata.get(f'{side}_fingerprint', 'unknown')}`")
-    return "\n".join([
-        f"## `{file_name}`: {title}",
-        "",
-        *sides,
-        *(f"* {fact}" for fact in facts),
-        "",
-        "```python",
-        f'{kind}.from_pretrained("REPOSITORY", student_tok, teacher_tok)',
-        "```",
-        "",
-        "Loading checks the format and its version, the checksum of the content, and that both tokenizers are those of",
-        "the file, by fingerprints of all that they do; it raises a ValueError otherwise.",
-    ])  # fmt: skip
+    def _section(self, names: Mapping[str, str | None]) -> str:
+        """What a card says of the file; `names` are those of the tokenizers by side, where they are known."""
+        sides = []
+        for side, name in names.items():
+            if name is not None and (not name.isprintable() or "`" in name or not name.strip()):
+                raise ValueError(f"{side}: expected a name of a tokenizer in one line, got {name!r}")
+            known = f"`{name}`, " if name is not None else ""
+            sides.append(f"* {side}: {known}fingerprint `{self.metadata.get(f'{side}_fingerprint', 'unknown')}`")
+        return "\n".join([
+            f"## `{self.FILE_NAME}`: {self.TITLE}",
+            "",
+            *sides,
+            *(f"* {fact}" for fact in self.facts()),
+            "",
+            "```python",
+            f'xtoken.{type(self).__name__}.from_pretrained("REPOSITORY", student_tok, teacher_tok)',
+            "```",
+            "",
+            "Loading checks the format and its version, the checksum of the content, and that both tokenizers are "
+            "those of",
+            "the file, by fingerprints of all that they do; it raises a ValueError otherwise.",
+        ])  # fmt: skip
 
 
 def with_section(card: str | None, file_name: str, text: str) -> str:
@@ -159,28 +179,3 @@ def with_section(card: str | None, file_name: str, text: str) -> str:
     if old.search(card):
         return old.sub(lambda _: part, card, count=1)
     return f"{card.rstrip()}\n\n{part}\n"
-
-
-def push(
-    save: Callable[[Path], None], file_name: str, text: str, repo_id: str, *, private: bool | None,
-    token: str | bool | None, revision: str | None,
-) -> str:  # fmt: skip
-    """Commits what `save` writes, with its section of the card; the repository is made if need be. The commit's URL."""
-    from huggingface_hub import CommitOperationAdd, HfApi, hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
-
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / file_name
-        save(path)
-        api = HfApi(token=token)
-        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-        try:
-            card: str | None = Path(hf_hub_download(repo_id, CARD, revision=revision, token=token)).read_text("utf-8")
-        except EntryNotFoundError:
-            card = None
-        new = with_section(card, file_name, text.replace('"REPOSITORY"', f'"{repo_id}"'))
-        operations: list[Any] = [
-            CommitOperationAdd(file_name, str(path)), CommitOperationAdd(CARD, new.encode())
-        ]  # fmt: skip
-        info = api.create_commit(repo_id, operations, commit_message=f"{file_name} by xtoken", revision=revision)
-    return str(info.commit_url)

@@ -18,18 +18,13 @@ from .calibration import MergeReport, calibrate
 from .hub import OnHub
 from .notebook import html_list
 from .sample import sample_texts
-from .storage import TensorFile, check_fingerprints, check_present, fingerprints, lasting
+from .storage import TensorFile, check_present, fingerprints, lasting
 from .teacher_order import TeacherOrder
 from .vocabulary import TokenizerLike, Vocabulary
 
 HEAD = 7
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
 side."""
-
-_FILE = TensorFile(
-    "a piece index of xtoken", {"format": "xtoken.pieces", "version": "4"}, {"data": ("I32", 1), "text": ("U8", 1)},
-    rebuild="xtoken project --pieces (or PieceIndex.build and save)",
-)  # fmt: skip
 
 
 class Side(NamedTuple):
@@ -72,6 +67,11 @@ class PieceIndex(OnHub):
 
     FILE_NAME = "pieces.safetensors"
     TITLE = "the events that both tokenizers begin text with"
+    ARGUMENT = "pieces"
+    FILE = TensorFile(
+        "a piece index of xtoken", {"format": "xtoken.pieces", "version": "4"}, {"data": ("I32", 1), "text": ("U8", 1)},
+        rebuild="xtoken project --pieces (or PieceIndex.build and save)",
+    )  # fmt: skip
 
     def __init__(self, data: Any, metadata: Mapping[str, str] | None = None, text: Tensor | None = None) -> None:
         self.data = lasting(int_tensor(data, "data", torch.int32).contiguous())
@@ -202,10 +202,6 @@ class PieceIndex(OnHub):
         by_key = key.sort(stable=True).indices
         return TeacherOrder.beside(partner_of[student], by_key[~paired[by_key]])
 
-    def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
-        """Raises ValueError if the index was built for other tokenizers than these (those that are given)."""
-        check_fingerprints("pieces", self, self.metadata, student_tok, teacher_tok)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file with data, text, both fingerprints and what was merged: complete, or not at all.
 
@@ -213,27 +209,14 @@ class PieceIndex(OnHub):
         """
         if self.text is None:
             raise ValueError("text: expected the bytes of the tokens, to save them with the data, got None")
-        _FILE.save(path, {"data": self.data, "text": self.text}, **self.metadata, text_sha256=_sha256(self.text))
+        self.FILE.save(path, {"data": self.data, "text": self.text}, **self.metadata, text_sha256=_sha256(self.text))
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
-    ) -> PieceIndex:
-        """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
-
-        Raises FileNotFoundError if there is no such file; ValueError if it is not a piece index, is damaged, has
-        another version, or was built for other tokenizers.
-        """
-
-        def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> PieceIndex:
-            check_present(metadata)
-            if metadata.pop("text_sha256", None) != _sha256(tensors["text"]):
-                raise ValueError("text: not the bytes of the tokens")
-            return cls(tensors["data"], metadata, tensors["text"])
-
-        index = _FILE.load(path, make)
-        check_fingerprints(f"{path}: pieces", index, index.metadata, student_tok, teacher_tok)
-        return index
+    def _of_file(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> PieceIndex:
+        check_present(metadata)
+        if metadata.pop("text_sha256", None) != _sha256(tensors["text"]):
+            raise ValueError("text: not the bytes of the tokens")
+        return cls(tensors["data"], metadata, tensors["text"])
 
     def facts(self) -> list[str]:
         return [repr(self), self._merged.summary()]

@@ -17,7 +17,7 @@ from xtoken import _core, plot
 from xtoken.alignment.alignment import int_tensor
 from xtoken.hub import OnHub
 from xtoken.notebook import html_table
-from xtoken.storage import TensorFile, atomic, check_fingerprints, check_present, fingerprints, lasting
+from xtoken.storage import TensorFile, atomic, check_present, fingerprints, lasting
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import MOST_HOLES, TokenizerLike, Vocabulary
 
@@ -30,11 +30,6 @@ token's bytes. `ProjectionMatrix.kind` holds indices."""
 
 _SETTINGS = ("beta", "gamma", "top_k", "passes")
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
-_FILE = TensorFile(
-    "a projection matrix of xtoken", {"format": "xtoken.projection", "version": "2"}, _TENSORS,
-    rebuild="xtoken project (or ProjectionMatrix.build and save)",
-)  # fmt: skip
-
 SUM_TOLERANCE = 1e-3
 """By how much the weights of a built row in a file may miss a sum of 1."""
 
@@ -63,6 +58,11 @@ class ProjectionMatrix(OnHub):
 
     FILE_NAME = "projection.safetensors"
     TITLE = "W, which projects the student's probabilities onto the teacher's tokens"
+    ARGUMENT = "projection"
+    FILE = TensorFile(
+        "a projection matrix of xtoken", {"format": "xtoken.projection", "version": "2"}, _TENSORS,
+        rebuild="xtoken project (or ProjectionMatrix.build and save)",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -209,10 +209,6 @@ class ProjectionMatrix(OnHub):
         vars(placed).update({k: v.to(device) for k, v in vars(self).items() if isinstance(v, Tensor)})
         return placed
 
-    def check_tokenizers(self, student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None) -> None:
-        """Raises ValueError if W was built for other tokenizers than these (those that are given)."""
-        check_fingerprints("projection", self, self.metadata, student_tok, teacher_tok)
-
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes a safetensors file: complete, or not at all.
 
@@ -220,30 +216,17 @@ class ProjectionMatrix(OnHub):
         fingerprints and the parameters of `build`.
         """
         sizes = {"student_vocab_size": str(self.shape[0]), "teacher_vocab_size": str(self.shape[1])}
-        _FILE.save(path, {name: getattr(self, name) for name in _TENSORS}, **self.metadata, **sizes)
+        self.FILE.save(path, {name: getattr(self, name) for name in _TENSORS}, **self.metadata, **sizes)
 
     @classmethod
-    def load(
-        cls, path: str | os.PathLike[str], student_tok: TokenizerLike = None, teacher_tok: TokenizerLike = None
-    ) -> ProjectionMatrix:
-        """Reads a file written by `save`, and checks that it was built for the tokenizers that are given.
-
-        Raises FileNotFoundError if there is no such file; ValueError if it is not a projection, is truncated or
-        damaged, has another version, or was built for other tokenizers.
-        """
-
-        def make(tensors: dict[str, Tensor], metadata: dict[str, str]) -> ProjectionMatrix:
-            rows, columns = (int(metadata.pop(f"{side}_vocab_size")) for side in ("student", "teacher"))
-            matrix = cls(**tensors, teacher_vocab_size=columns, metadata=metadata)
-            if matrix.shape[0] != rows:
-                raise ValueError(f"row_ptr has {matrix.shape[0]} rows, the metadata says {rows}")
-            if not 0 <= columns <= MOST_HOLES + 64 * (rows + matrix.nnz):
-                raise ValueError(f"teacher_vocab_size: {columns}, for {rows} rows and {matrix.nnz} entries")
-            matrix._check_kinds()
-            return matrix
-
-        matrix = _FILE.load(path, make)
-        check_fingerprints(f"{path}: projection", matrix, matrix.metadata, student_tok, teacher_tok)
+    def _of_file(cls, tensors: dict[str, Tensor], metadata: dict[str, str]) -> ProjectionMatrix:
+        rows, columns = (int(metadata.pop(f"{side}_vocab_size")) for side in ("student", "teacher"))
+        matrix = cls(**tensors, teacher_vocab_size=columns, metadata=metadata)
+        if matrix.shape[0] != rows:
+            raise ValueError(f"row_ptr has {matrix.shape[0]} rows, the metadata says {rows}")
+        if not 0 <= columns <= MOST_HOLES + 64 * (rows + matrix.nnz):
+            raise ValueError(f"teacher_vocab_size: {columns}, for {rows} rows and {matrix.nnz} entries")
+        matrix._check_kinds()
         return matrix
 
     def _check_kinds(self) -> None:
