@@ -16,6 +16,7 @@ from torch import Tensor
 
 from xtoken.alignment.alignment import IGNORED as IGNORED
 from xtoken.alignment.chunks import Chunks
+from xtoken.losses.numerics import statistics_dtype
 from xtoken.terminal import did_you_mean
 
 
@@ -63,7 +64,7 @@ class Problem(Generic[T_co]):
     @property
     def dtype(self) -> torch.dtype:
         """Of the losses: the widest type of the logits, at least float32."""
-        return torch.promote_types(torch.promote_types(self.student.dtype, self.teacher.dtype), torch.float32)
+        return statistics_dtype(self.student, self.teacher)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,11 @@ class Labels:
     ids: Tensor
     losses: Tensor
     scale: Tensor
+
+
+def predicted_labels(labels: Tensor) -> Tensor:
+    """int64 [..., T]: of labels at the tokens' own positions the one that each row predicts, -100 for the last."""
+    return torch.nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
 
 
 class Run(Protocol):
@@ -134,11 +140,6 @@ class CrossEntropy(Protocol):
     ) -> None: ...
 
 
-def can_do_anything(problem: Problem[Any]) -> str | None:
-    """The reason of a backend that takes every problem."""
-    return None
-
-
 @dataclass(frozen=True)
 class Backend:
     """A named table of kernels.
@@ -165,7 +166,7 @@ class Backend:
     missing: Callable[[torch.device], str | None]
     cross_entropy: CrossEntropy
     column_set: Callable[[Tensor, int | None], Tensor]
-    unsupported: Callable[[Problem[Any]], str | None] = can_do_anything
+    unsupported: Callable[[Problem[Any]], str | None] = lambda problem: None
     scale: Callable[[Tensor, Tensor], object] = Tensor.mul_
 
     def run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtoken.alignment import Chunks
 from xtoken.losses.logits import Source
-from xtoken.losses.numerics import temporary_elements
+from xtoken.losses.numerics import statistics_dtype, temporary_elements
 
 
 class Predicting(NamedTuple):
@@ -49,6 +49,6 @@ def entropies(source: Source, rows: Tensor) -> Tensor:
     found = [torch.zeros(0, device=rows.device)]
     for some in rows.split(max(1, temporary_elements(rows.device) // source.size)):
         logits = source.at(some)
-        p = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(1)
+        p = logits.to(statistics_dtype(logits)).softmax(1)
         found.append(torch.special.entr(p).sum(1).float())
     return torch.cat(found)

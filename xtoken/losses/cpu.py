@@ -6,14 +6,14 @@ The kernels of a loss are called by the module `cpu` of its own folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xtoken import _core
-from xtoken.alignment import Rows
+from xtoken.alignment import Chunks, Rows
 from xtoken.losses import numerics, plain
 from xtoken.losses.backends import Backend, Kernel, Labels, Problem, kernels_of
 from xtoken.projection import column_set as plain_column_set
@@ -54,10 +54,23 @@ def unit_stride(logits: Tensor) -> Tensor:
     return logits if logits.stride(-1) == 1 or logits.shape[-1] == 1 else logits.contiguous()
 
 
-def rows_fields(rows: Rows) -> Fields:
-    """A `ChunkRows`."""
-    given = {"start": rows.start, "count": rows.count, "next": rows.next_ids, "before": rows.before}
-    return {name: array(None if values is None else values.contiguous()) for name, values in given.items()}
+def chunk_inputs(
+    problem: Problem[Any], chunks: Chunks, make: Callable[[Tensor | None], Array | None]
+) -> dict[str, Any]:
+    """What `XTOKEN_CHUNKS` reads of a problem, for (some of) its chunks; `make` makes fields of tensors."""
+
+    def rows_fields(rows: Rows) -> Fields:
+        given = {"start": rows.start, "count": rows.count, "next": rows.next_ids, "before": rows.before}
+        return {name: make(None if values is None else values.contiguous()) for name, values in given.items()}
+
+    return {
+        "student": make(unit_stride(problem.student)),
+        "teacher": make(unit_stride(problem.teacher)),
+        "student_rows": rows_fields(chunks.student),
+        "teacher_rows": rows_fields(chunks.teacher),
+        "chunks": len(chunks),
+        "lowest": numerics.LOWEST_LOGIT,
+    }
 
 
 def run_chunks(
@@ -65,18 +78,10 @@ def run_chunks(
 ) -> Tensor:
     """The losses of all chunks, float32 [K], by a launcher with `XTOKEN_CHUNKS` and `fields`."""
     losses = torch.empty(len(problem.chunks), dtype=torch.float64)
-    common = {
-        "student": array(unit_stride(problem.student)),
-        "teacher": array(unit_stride(problem.teacher)),
-        "grad": array(student_grad),
-        "student_rows": rows_fields(problem.chunks.student),
-        "teacher_rows": rows_fields(problem.chunks.teacher),
-        "chunks": len(problem.chunks),
-        "scale": array(None if scale is None else scale.detach().double().contiguous()),
-        "losses": array(losses),
-        "lowest": numerics.LOWEST_LOGIT,
-    }
-    _core.launch(name, {**common, **fields}, level, torch.get_num_threads())
+    scales = array(None if scale is None else scale.detach().double().contiguous())
+    common = {"grad": array(student_grad), "scale": scales, "losses": array(losses)}
+    given = {**chunk_inputs(problem, problem.chunks, array), **common, **fields}
+    _core.launch(name, given, level, torch.get_num_threads())
     return losses.float()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
-from xtoken.losses.backends import IGNORED
+from xtoken.losses.backends import IGNORED, predicted_labels
 from xtoken.losses.call import (
     check_alignment,
     check_choice,
@@ -27,6 +27,7 @@ from xtoken.losses.certainty import Predicting, certainties
 from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
+from xtoken.losses.numerics import statistics_dtype
 from xtoken.losses.operator import Expected, at_least_one
 from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.losses.trust import in_top, trusted
@@ -298,7 +299,7 @@ class XTokenLoss(nn.Module):
             if ce_labels is not None:
                 checked_labels(Parts.of(student_logits), ce_labels, "ce_labels")
         targets = labels if ce_labels is None else ce_labels
-        items = (_following(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
+        items = (predicted_labels(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
@@ -387,11 +388,11 @@ class XTokenLoss(nn.Module):
         if given.width is None:
             raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
         width = min(given.width, self.vocab_size or given.width)
-        targets = _following(labels).flatten()
+        targets = predicted_labels(labels).flatten()
 
         def block(start: int, stop: int) -> Tensor:
             logits = given.source(width).rows(start, stop)
-            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            logits = logits.to(statistics_dtype(logits))
             wanted = to_device(targets[start:stop], logits.device)
             return nn.functional.cross_entropy(logits, wanted, ignore_index=IGNORED, reduction="sum")
 
@@ -434,7 +435,7 @@ class XTokenLoss(nn.Module):
             before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
             number = _count(predictable(alignment if alignment.mask is not None else alignment.host))
         elif loss.needs is Needs.SAME_TOKENIZER:
-            mask = _following(labels) != IGNORED
+            mask = predicted_labels(labels) != IGNORED
             number = before = _count(mask)
         else:
             raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
@@ -585,7 +586,7 @@ def _ready_in_parts(
     if alignment is not None:
         before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
     elif loss.needs is Needs.SAME_TOKENIZER:
-        mask = _following(labels) != IGNORED
+        mask = predicted_labels(labels) != IGNORED
         before = _count(mask)
     else:
         raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
@@ -610,7 +611,7 @@ def _trusted(
         )
     if alignment is None:
         assert mask is not None
-        following = to_device(_following(labels), device)
+        following = to_device(predicted_labels(labels), device)
         return None, to_device(mask, device) & in_top(teacher, following.flatten(), top_k).view(following.shape)
     if alignment.teacher_ids is None:
         raise ValueError("trust_top_k: expected an alignment with teacher_ids, to look for, got None")
@@ -651,11 +652,6 @@ def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:
     if not any(isinstance(value, Tensor) for value in values):
         return torch.tensor(values, dtype=torch.int64)
     return torch.stack([v.to(device) if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
-
-
-def _following(labels: Tensor) -> Tensor:
-    """The label that each row predicts."""
-    return nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
 
 
 def _one_or_many(value: Any, count: int, name: str) -> list[Any]:

@@ -15,10 +15,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from xtoken.alignment import Chunks, Rows
+from xtoken.alignment import Chunks
 from xtoken.losses import numerics
 from xtoken.losses.backends import Backend, Kernel, Labels, Problem, kernels_of, register_backend
-from xtoken.losses.cpu import DTYPES, ELEMENTS, Array, Fields, array, unit_stride, unsupported
+from xtoken.losses.cpu import DTYPES, ELEMENTS, Array, Fields, array, chunk_inputs, unit_stride, unsupported
 from xtoken.projection import column_set
 
 
@@ -236,20 +236,10 @@ def chunk_fields(
 ) -> dict[str, Any]:
     """`XTOKEN_CHUNKS` for (some of) the chunks. `keep`: not all rows of the gradient are written."""
     return {
-        "student": memory.input(unit_stride(problem.student)),
-        "teacher": memory.input(unit_stride(problem.teacher)),
+        **chunk_inputs(problem, chunks, memory.input),
         "grad": memory.output(student_grad, keep),
-        "student_rows": rows_fields(memory, chunks.student),
-        "teacher_rows": rows_fields(memory, chunks.teacher),
-        "chunks": len(chunks),
         "scale": float_field(memory, scale),
-        "lowest": numerics.LOWEST_LOGIT,
     }
-
-
-def rows_fields(memory: Memory, rows: Rows) -> Fields:
-    given = {"start": rows.start, "count": rows.count, "next": rows.next_ids, "before": rows.before}
-    return {name: memory.input(None if values is None else values.contiguous()) for name, values in given.items()}
 
 
 def label_fields(memory: Memory, labels: Labels | None, keep: bool = False) -> Fields:
@@ -261,6 +251,12 @@ def label_fields(memory: Memory, labels: Labels | None, keep: bool = False) -> F
 
 def float_field(memory: Memory, values: Tensor | None) -> Array | None:
     return memory.input(None if values is None else values.detach().float().contiguous())
+
+
+def bits_of(flags: Tensor) -> Tensor:
+    """Flags, eight to a byte, the first in the lowest bit; and a byte more, so that any eight are in two bytes."""
+    padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8 + 8)).view(-1, 8)
+    return (padded << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
 
 
 def backend(name: str, kernels: Kernels, device_type: str) -> Backend:

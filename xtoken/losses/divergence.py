@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Divergence(NamedTuple):
         """Whether M is neither P nor Q."""
         return 0.0 < self.mixture < 1.0
 
+    def fields(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        return {"reverse": self.reverse, "divergence": self._asdict()}
+
     def __call__(self, q: Tensor, log_q: Tensor, p: Tensor, log_p: Tensor) -> Tensor:
         """The divergence of distributions [..., n], summed over the last dimension.
 
@@ -70,3 +74,16 @@ class Divergence(NamedTuple):
             return (first * (ahead - behind)).sum(-1)
         log_m = torch.logaddexp(log_q + math.log(self.mixture), log_p + math.log1p(-self.mixture))
         return (self.teacher * q * (log_q - log_m) + self.student * p * (log_p - log_m)).sum(-1)
+
+
+class HasDivergence:
+    """Something with the options of `Divergence.of`."""
+
+    reverse: bool
+    beta: float
+    skew: float
+
+    @property
+    def divergence(self) -> Divergence:
+        """Of the two distributions that are compared."""
+        return Divergence.of(self.reverse, self.beta, self.skew)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.losses.numerics import statistics_dtype
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import TokenizerLike
 
@@ -291,7 +292,7 @@ class TopKSource:
 
     def _dense(self, rows: slice | Tensor) -> Tensor:
         ids = self.ids[rows].long()
-        dtype = torch.promote_types(self.logprobs.dtype, torch.float32)
+        dtype = statistics_dtype(self.logprobs)
         logprobs = self.logprobs[rows].to(dtype).masked_fill(ids < 0, -torch.inf)
         if self.tail == "renormalize":
             logprobs = logprobs - logprobs.logsumexp(dim=1, keepdim=True)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
-from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, select
+from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, predicted_labels, select
 from xtoken.losses.logits import DenseSource, LinearSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
-from xtoken.losses.numerics import temporary_elements
+from xtoken.losses.numerics import statistics_dtype, temporary_elements
 
 
 class Call(NamedTuple):
@@ -312,7 +312,7 @@ class Gradients:
             self.student = leaves.student if empty is None else empty
         if self.head_wanted:
             self.head, self.bias = (
-                empty if of is None else torch.zeros_like(of, dtype=torch.promote_types(of.dtype, torch.float32))
+                empty if of is None else torch.zeros_like(of, dtype=statistics_dtype(of))
                 for of, empty in ((leaves.student_head, self.head), (leaves.student_bias, self.bias))
             )
         self.weight = None if weight is None else torch.zeros_like(weight)
@@ -390,7 +390,7 @@ def _labels(
 ) -> Labels | None:
     if labels is None:
         return None
-    following = torch.nn.functional.pad(labels[:, 1:].long(), (0, 1), value=IGNORED).flatten()
+    following = predicted_labels(labels).flatten()
     if following.device.type == "cpu":  # elsewhere this would wait for the device; a bad id there makes the loss nan
         bad = ((following < 0) | (following >= size)) & (following != IGNORED)
         if bool(bad.any()):
@@ -400,7 +400,7 @@ def _labels(
     scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
     if reduction == "mean":
         scale = scale / (following != IGNORED).sum().clamp_min(1)
-    dtype = torch.promote_types(student.dtype, torch.float32)
+    dtype = statistics_dtype(student)
     return Labels(following, torch.empty(len(following), dtype=dtype, device=student.device), scale)
 
 
@@ -426,7 +426,7 @@ def at_least_one(number: int | Tensor) -> int | Tensor:
 
 def _fake(call: Call, weight: Tensor | None, flags: Flags) -> tuple[Tensor, ...]:
     student = call.student
-    dtype = torch.promote_types(torch.promote_types(student.dtype, call.teacher.dtype), torch.float32)
+    dtype = statistics_dtype(student, call.teacher)
     shape: tuple[Any, ...] = ()
     if call.reduction == "none":
         shape = (call.spans.shape[0] if call.spans is not None else student.shape[0] * student.shape[1],)
@@ -434,7 +434,7 @@ def _fake(call: Call, weight: Tensor | None, flags: Flags) -> tuple[Tensor, ...]
     def like(value: Tensor | None, wanted: bool) -> Tensor:
         return student.new_empty(0) if value is None or not wanted else value.new_empty(value.shape)
 
-    labels_dtype = dtype if call.labels is None else torch.promote_types(student.dtype, torch.float32)
+    labels_dtype = dtype if call.labels is None else statistics_dtype(student)
     return (
         student.new_empty(shape, dtype=dtype),
         student.new_empty((), dtype=labels_dtype),

@@ -13,6 +13,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment, predictable, to_device
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts
+from xtoken.losses.numerics import statistics_dtype
 
 
 def mean_logits(
@@ -32,7 +33,7 @@ def mean_logits(
         raise ValueError(f"weights: expected one above 0 for the mean of the teachers, got {list(weights)}")
     size = min(one.shape[-1] for one in dense) if size is None else size
     weighted = (
-        one[..., :size].to(torch.promote_types(one.dtype, torch.float32)).log_softmax(-1) + math.log(weight / total)
+        one[..., :size].to(statistics_dtype(one)).log_softmax(-1) + math.log(weight / total)
         for one, weight in zip(dense, weights, strict=True)
         if weight
     )

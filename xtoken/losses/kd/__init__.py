@@ -13,7 +13,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import Losses, Options, check_count, check_logits, check_temperature, compute, documented
 from xtoken.losses.columns import teacher_columns
-from xtoken.losses.divergence import Divergence
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.kd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 @register("kd", "KD", Needs.SAME_TOKENIZER)
 @dataclass(frozen=True)
-class KD(Loss):
+class KD(HasDivergence, Loss):
     """See `kd_loss`; `columns` are chosen by the teacher's logits of a call, None: all."""
 
     is_default: ClassVar[bool] = True
@@ -42,11 +42,6 @@ class KD(Loss):
         check_temperature(self.temperature)
         check_count(self.top_k, "top_k", optional=True)
         Divergence.of(self.reverse, self.beta, self.skew)
-
-    @property
-    def divergence(self) -> Divergence:
-        """Of the two distributions."""
-        return Divergence.of(self.reverse, self.beta, self.skew)
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         chunks = call.chunks(self.realised)

@@ -28,8 +28,7 @@ def run(
     fields = {
         "labels": buffers.fields,
         "temperature": options.temperature,
-        "reverse": options.divergence.reverse,
-        "divergence": options.divergence._asdict(),
+        **options.divergence.fields(),
         "columns": array(None if options.columns is None else options.columns.to(torch.int32)),
     }
     losses = run_chunks("kd", problem, student_grad, scale, level, fields)

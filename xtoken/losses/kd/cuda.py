@@ -28,8 +28,7 @@ def run(
     with kernels.memory(device) as memory:
         fields = {
             "temperature": options.temperature,
-            "reverse": options.divergence.reverse,
-            "divergence": options.divergence._asdict(),
+            **options.divergence.fields(),
             "chosen": memory.input(None if columns is None else columns.to(torch.int32)),
             "place": memory.input(place),
             "columns": width if columns is None else len(columns),

@@ -17,7 +17,7 @@ from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import Losses, Options, check_choice, check_count, check_temperature, compute, documented
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
-from xtoken.losses.divergence import Divergence
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Matrix, Needs
@@ -102,7 +102,7 @@ class PKL(Loss):
 
 
 @dataclass(frozen=True)
-class PreparedPKL:
+class PreparedPKL(HasDivergence):
     """W, the teacher's columns, and the switches.
 
     The column set is the first `count` of `chosen` [N] (distinct teacher ids), or all of them: how many they are may be
@@ -117,11 +117,6 @@ class PreparedPKL:
     reverse: bool
     beta: float
     skew: float
-
-    @property
-    def divergence(self) -> Divergence:
-        """Of the two distributions."""
-        return Divergence.of(self.reverse, self.beta, self.skew)
 
     @cached_property
     def columns(self) -> Tensor:

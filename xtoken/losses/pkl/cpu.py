@@ -87,8 +87,7 @@ def run(
     fields = {
         "labels": buffers.fields,
         "temperature": options.temperature,
-        "reverse": options.divergence.reverse,
-        "divergence": options.divergence._asdict(),
+        **options.divergence.fields(),
         "merge": options.merge,
         "epsilon": numerics.EPSILON,
         "weight_grad": array(sums),

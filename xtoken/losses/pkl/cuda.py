@@ -18,7 +18,7 @@ from xtoken.alignment import synchronized
 from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
-from xtoken.losses.cuda import Kernels, Memory
+from xtoken.losses.cuda import Kernels, Memory, bits_of
 from xtoken.losses.loss import Matrix
 from xtoken.losses.pkl import PreparedPKL
 from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
@@ -161,21 +161,15 @@ def plan_of(structure: Structure, weight: Tensor, columns: Tensor, count: Tensor
         count,
         structure.column_code[stored.long()],
         -1 - slot if paired is None else torch.where(paired > 0, code, -1 - slot),
-        None if paired is None else _bits(paired),
+        None if paired is None else bits_of(paired),
         None if paired is None else structure.unpaired,
-        _bits((structure.column_code == students).to(torch.uint8)) if everything else None,
+        bits_of(structure.column_code == students) if everything else None,
         None if everything else (place[lists.owner.long()] >= 0).to(torch.uint8),
         lists.index if paired is None else structure.unpaired_place[lists.index.long()],
         padded[lists.entry],
         -1 - torch.where(row_place >= 0, row_place, size),
         torch.where(row_place >= 0, padded[rows.entry], 0.0),
     )
-
-
-def _bits(flags: Tensor) -> Tensor:
-    """Flags, eight to a byte, the first in the lowest bit; and a byte more, so that any eight are in two bytes."""
-    padded = torch.nn.functional.pad(flags, (0, -len(flags) % 8 + 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
 
 
 @dataclass(frozen=True)
@@ -259,8 +253,7 @@ def run(
         sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
         fields = {
             "temperature": options.temperature,
-            "reverse": options.divergence.reverse,
-            "divergence": options.divergence._asdict(),
+            **options.divergence.fields(),
             "merge": options.merge,
             "epsilon": numerics.EPSILON,
             "weight_sums": memory.output(sums),

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
-from xtoken.losses.divergence import Divergence
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
@@ -47,7 +47,7 @@ Weighting = Literal["none", "teacher"]
 
 @register("prefix", "prefix KL", Needs.PIECES)
 @dataclass(frozen=True)
-class PrefixKL(OnPieces):
+class PrefixKL(HasDivergence, OnPieces):
     """See `prefix_kl_loss`."""
 
     is_default: ClassVar[bool] = True
@@ -63,11 +63,6 @@ class PrefixKL(OnPieces):
         check_temperature(self.temperature)
         Divergence.of(self.reverse, self.beta, self.skew)
         check_choice(self.weighting, "weighting", get_args(Weighting))
-
-    @property
-    def divergence(self) -> Divergence:
-        """Of the two distributions at a boundary."""
-        return Divergence.of(self.reverse, self.beta, self.skew)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.prefix(

@@ -42,8 +42,7 @@ def run(
     fields = {
         "labels": buffers.fields,
         "temperature": options.temperature,
-        "reverse": options.divergence.reverse,
-        "divergence": options.divergence._asdict(),
+        **options.divergence.fields(),
         "weighted": options.weighting == "teacher",
         "plan": _PLANS.of((options.pieces,), partial(_plan_of, options.pieces)),
     }

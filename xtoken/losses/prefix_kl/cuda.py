@@ -180,8 +180,7 @@ def run(
     with kernels.memory(problem.student.device) as memory:
         fields = {
             "temperature": options.temperature,
-            "reverse": options.divergence.reverse,
-            "divergence": options.divergence._asdict(),
+            **options.divergence.fields(),
             "weighted": options.weighting == "teacher",
             "workspace": None,
             "plan": plan.fields(memory),

@@ -14,7 +14,7 @@ from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import Options, check_count, check_temperature
-from xtoken.losses.divergence import Divergence
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss, Matrix
 from xtoken.losses.operator import Call
@@ -99,8 +99,8 @@ def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor
 
 
 @dataclass(frozen=True)
-class PreparedRanked:
-    """The common pairs (student ids [P], teacher ids [P]), and the switches."""
+class PreparedRanked(HasDivergence):
+    """The common pairs (student ids [P], teacher ids [P]), and the switches, of which three are of the common part."""
 
     student_ids: Tensor
     teacher_ids: Tensor
@@ -109,11 +109,6 @@ class PreparedRanked:
     reverse: bool
     beta: float
     skew: float
-
-    @property
-    def divergence(self) -> Divergence:
-        """Of the common part."""
-        return Divergence.of(self.reverse, self.beta, self.skew)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """See `formula.ranked`."""

@@ -44,10 +44,8 @@ def run(
     assert labels is None
     options = problem.options
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    fields: dict[str, object] = {"temperature": options.temperature, "top_k": 0, "plan": None}
-    fields.update(reverse=False, divergence=Divergence.of()._asdict())
+    fields = {"temperature": options.temperature, "top_k": 0, "plan": None, **Divergence.of().fields()}
     if isinstance(options, PreparedRanked):
         plan = plan_for(options.student_ids, options.teacher_ids, shape)
-        fields.update(top_k=options.uncommon_top_k, plan=plan)
-        fields.update(reverse=options.divergence.reverse, divergence=options.divergence._asdict())
+        fields.update(top_k=options.uncommon_top_k, plan=plan, **options.divergence.fields())
     return run_chunks("ranked", problem, student_grad, scale, level, fields)

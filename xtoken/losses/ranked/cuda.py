@@ -12,7 +12,7 @@ from torch import Tensor
 from xtoken.alignment import Chunks, synchronized
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
-from xtoken.losses.cuda import Kernels, Memory, chunk_fields, label_fields
+from xtoken.losses.cuda import Kernels, Memory, bits_of, chunk_fields, label_fields
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import sorted_l1
 from xtoken.losses.ranked import PreparedRanked, Unpaired
@@ -60,7 +60,7 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
             outside = torch.ones(size, dtype=torch.bool, device=ids.device)
             outside[ids] = False
             others.append(outside.nonzero()[:, 0].to(torch.int32))
-            common.append(_packed(~outside))
+            common.append(bits_of(~outside))
         slot = torch.empty(shape[0], dtype=torch.int32, device=student_ids.device)
         slot[student_ids] = teacher_ids.to(torch.int32)
         slot[others[0].long()] = -1 - torch.arange(len(others[0]), dtype=torch.int32, device=slot.device)
@@ -68,13 +68,6 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
         return PairsPlan(student_pair, teacher_pair, others[0], others[1], synchronized(slot), common[0], common[1])
 
     return _PLANS.of((student_ids, teacher_ids), make, shape)
-
-
-def _packed(bits: Tensor) -> Tensor:
-    """uint8: eight to a byte, the first the lowest, and a byte of zeros behind the last."""
-    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, 8 + -len(bits) % 8)).view(-1, 8)
-    place = torch.arange(8, dtype=torch.uint8, device=bits.device)
-    return (padded << place).sum(1, dtype=torch.uint8)
 
 
 def unpaired_plan(shape: tuple[int, int], device: torch.device) -> PairsPlan:
@@ -112,8 +105,7 @@ class _Call:
                 **chunk_fields(memory, self.problem, part, grad, scale, keep=True),
                 "labels": label_fields(memory, labels, keep=True),
                 "temperature": options.temperature,
-                "reverse": divergence.reverse,
-                "divergence": divergence._asdict(),
+                **divergence.fields(),
                 "plan": self.plan.fields(memory),
                 **{field: memory.input(value) if isinstance(value, Tensor) else value for field, value in more.items()},
                 **{field: memory.output(tensor, keep) for field, tensor in out.items()},
