@@ -18,8 +18,7 @@ SOURCES = {".py", ".pyi", ".cpp", ".h", ".cu", ".cuh", ".cmake", ".txt", ".toml"
 """Of code; documents and recipes may name every loss."""
 
 PUBLIC = {
-    "xtoken/_public.py",
-    "xtoken/losses/__init__.py",
+    "xtoken/losses/functions.py",
     "xtoken/reference.py",
     "xtoken/train/help.txt",
     "xtoken/audit.py",

@@ -1,27 +1,12 @@
 """Distillation losses: one folder each; a register of them all; backends behind one table."""
 
-from xtoken.losses import cpu, cuda, plain
+from xtoken.losses import cpu, cuda, functions, plain
 from xtoken.losses.backends import Backend, register_backend, select_backend
 from xtoken.losses.criterion import Teacher, XTokenLoss
+from xtoken.losses.functions import *  # noqa: F403
 from xtoken.losses.logits import LinearLogits, OrderedLogits, TopKLogits
 from xtoken.losses.loss import Loss, Needs, registered
 from xtoken.losses.operator import register
-
-# isort: off
-# Importing a loss registers it, in the order in which they are listed to users.
-from xtoken.losses.pkl import linear_pkl_loss, pkl_loss
-from xtoken.losses.hkl import hkl_loss, linear_hkl_loss
-from xtoken.losses.gold import gold_loss, linear_gold_loss
-from xtoken.losses.uld import linear_uld_loss, uld_loss
-from xtoken.losses.kd import kd_loss, linear_kd_loss
-from xtoken.losses.prefix_kl import linear_prefix_kl_loss, prefix_kl_loss
-from xtoken.losses.alm import alm_loss, linear_alm_loss
-from xtoken.losses.bpm import bpm_loss, linear_bpm_loss
-from xtoken.losses.escd import escd_loss, linear_escd_loss
-from xtoken.losses.nemo_events import linear_nemo_events_loss, nemo_events_loss
-from xtoken.losses.one_to_one import linear_one_to_one_loss, one_to_one_loss
-from xtoken.losses.simct import linear_simct_loss, simct_loss
-# isort: on
 
 register_backend(plain.backend())
 register_backend(cpu.backend())
@@ -36,32 +21,9 @@ __all__ = [
     "Teacher",
     "TopKLogits",
     "XTokenLoss",
-    "alm_loss",
-    "bpm_loss",
-    "escd_loss",
-    "gold_loss",
-    "hkl_loss",
-    "kd_loss",
-    "linear_alm_loss",
-    "linear_bpm_loss",
-    "linear_escd_loss",
-    "linear_gold_loss",
-    "linear_hkl_loss",
-    "linear_kd_loss",
-    "linear_nemo_events_loss",
-    "linear_one_to_one_loss",
-    "linear_pkl_loss",
-    "linear_prefix_kl_loss",
-    "linear_simct_loss",
-    "linear_uld_loss",
-    "nemo_events_loss",
-    "one_to_one_loss",
-    "pkl_loss",
-    "prefix_kl_loss",
     "register",
     "register_backend",
     "registered",
     "select_backend",
-    "simct_loss",
-    "uld_loss",
 ]
+__all__ += functions.__all__
