@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import re
 import weakref
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from .client import Client, RefusedError
 from .losses import TopKLogits
-from .losses.served import served_entries
+from .losses.served import as_tables, served_entries
 from .vocabulary import TokenizerLike, Vocabulary
 
 KEY = "XTOKEN_TEACHER_KEY"
@@ -169,7 +168,7 @@ class ServedModel:
 
     def _answer(self, ids: NDArray[np.int64]) -> TopKLogits:
         if not len(ids):
-            return _top_k([], self.logprobs + 1)
+            return TopKLogits(*as_tables([], self.logprobs + 1))
         return self._scored(ids.tolist())[0]
 
     def _scored(self, ids: list[int], with_text: bool = False) -> tuple[TopKLogits, dict[int, str]]:
@@ -249,7 +248,7 @@ class ServedModel:
                 raise self._wrong(f"{len(entry)} log-probabilities at position {place}, expected {self.logprobs}")
             if realised not in entry:
                 raise self._wrong(f"no log-probability of token {realised}, which was sent, at position {place}")
-        found = _top_k([*following, {}], width)
+        found = TopKLogits(*as_tables([*following, {}], width))
         sums = found.logprobs.exp().sum(-1)
         for is_right, what in (
             ((found.logprobs <= ROUNDING).all(-1), "no logarithms of probabilities"),
@@ -296,19 +295,6 @@ class ServedModel:
                 f"tokenizer: expected the one of {self.client.url} ({self.model}), but {len(others)} of "
                 f"{len(compared)} tokens are others there: {i} is {theirs[i]!r}, here {texts[i]!r}"
             )
-
-
-def _top_k(entries: Sequence[Mapping[int, float]], width: int) -> TopKLogits:
-    """[T, width] of what is listed for T tokens."""
-    counts = torch.tensor([len(entry) for entry in entries], dtype=torch.int64)
-    total = int(counts.sum())
-    ids = torch.full((len(entries), width), -1)
-    logprobs = torch.full((len(entries), width), -torch.inf)
-    filled = torch.arange(width) < counts[:, None]
-    ids[filled] = torch.from_numpy(np.fromiter(itertools.chain.from_iterable(entries), np.int64, total))
-    values = itertools.chain.from_iterable(entry.values() for entry in entries)
-    logprobs[filled] = torch.from_numpy(np.fromiter(values, np.float32, total))
-    return TopKLogits(ids, logprobs)
 
 
 def _listed(served: Mapping[str, Any]) -> str:

@@ -6,7 +6,6 @@ import itertools
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -18,7 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xtoken.alignment import Aligner, Alignment, pad_rows
 from xtoken.losses import XTokenLoss
 from xtoken.losses.backends import IGNORED
-from xtoken.train.collator import OnHost
+from xtoken.train.collator import OnHost, row_alignment
 from xtoken.train.encode import ExampleEncoder
 from xtoken.train.limits import Limits
 from xtoken.train.reader import Reader
@@ -126,22 +125,14 @@ class DistilCollator:
     def _align(self, ours: Any, theirs: Any, rows: Sequence[Sequence[int]], input_ids: Tensor) -> Alignment:
         """Of the rows of a batch; no chunk begins at the first token of a document, which nothing predicts."""
         found = self.aligner.align(ours, [ids for ids, _ in theirs])
-        parts: list[Any] = []
+        parts: list[tuple[Any, int, int]] = []
         for k, (_, labels) in enumerate(theirs):
             spans = found.spans[found.offsets[k] : found.offsets[k + 1]].numpy().astype(np.int64)
             before = np.cumsum([0, *(labels == IGNORED)])
-            kept = (spans[:, 0] > 0) & (spans[:, 2] > 0) & (before[spans[:, 2]] == before[spans[:, 3]])
-            parts.append(spans[kept])
-        of_rows = []
-        for row in rows:
-            shift = np.zeros(4, np.int64)
-            for k in row:
-                parts[k] = parts[k] + shift
-                shift += np.repeat([len(ours[k]), len(theirs[k][0])], 2)
-            of_rows.append(np.concatenate([parts[k] for k in row]))
-        offsets = torch.tensor([0, *map(len, of_rows)]).cumsum(0)
+            kept = before[spans[:, 2]] == before[spans[:, 3]]
+            parts.append((spans[kept], len(ours[k]), len(theirs[k][0])))
         read = pad_rows([np.concatenate([theirs[k][0] for k in row]) for row in rows], 0)
-        return Alignment(torch.from_numpy(np.concatenate(of_rows)), offsets, input_ids, read)
+        return row_alignment([[parts[k] for k in row] for row in rows], input_ids, read)
 
     @staticmethod
     def _check(input_ids: Tensor, documents: Sequence[Sequence[tuple[Any, Any]]]) -> None:
@@ -312,10 +303,7 @@ def distil(
     limits = Limits.of(trainer.model, student, "student")
     one.check_student(student)
     one.place(args.device)
-    objective = one.objective
-    if objective.projection is not None:  # without the special tokens that a model has no row for
-        W = objective.projection.within(limits.rows, one.limits.rows).to(args.device)
-        objective = replace(objective, projection=W)
+    objective = one.objective_for(limits.rows, args.device)
     size = None if objective.shape is not None else min(len(student), limits.rows or len(student))
     criterion = XTokenLoss([objective], scaling, ce_weight, kd_weight, vocab_size=size, diagnostics=False)
     own_methods = _Distillation(trainer, criterion, one)

@@ -420,26 +420,20 @@ class XTokenLoss(nn.Module):
             unsupervised = _count(predictable(alignment))
             return _Ready(teacher, loss, projection, None, None, None, alignment, None, 0, unsupervised, 0)
         if in_parts:
-            return _ready_in_parts(teacher, loss, teacher_logits, alignment, labels)
+            alignment, mask, number, unsupervised = _supervised(loss, alignment, labels)
+            return _Ready(teacher, loss, None, teacher_logits, None, None, alignment, mask, number, unsupervised, 0)
         if isinstance(teacher_logits, OrderedLogits):
             if projection is not None:
                 projection = matrix_in(teacher_logits.order, Matrix.of(projection))
             loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
         check_logits(student_logits, teacher_logits)
         student, source = self._sources(teacher, loss, student_logits, teacher_logits)
-        mask: Tensor | None = None
         if alignment is not None:
             check_alignment(alignment, student.samples)
             for side, (name, rows) in enumerate((("student_logits", student), ("teacher_logits", source))):
                 alignment.host.check_reach(side, rows.length, name, "row")
-            before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
-            number = _count(predictable(alignment if alignment.mask is not None else alignment.host))
-        elif loss.needs is Needs.SAME_TOKENIZER:
-            mask = predicted_labels(labels) != IGNORED
-            number = before = _count(mask)
-        else:
-            raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
-        if not isinstance(number, Tensor) and number == 0 < before:
+        alignment, mask, number, unsupervised = _supervised(loss, alignment, labels)
+        if not isinstance(number, Tensor) and number == 0 < unsupervised:
             warnings.warn(
                 "labels: no chunk of the alignment has all of its tokens labelled, so this call distils nothing",
                 stacklevel=2,
@@ -450,7 +444,7 @@ class XTokenLoss(nn.Module):
             alignment, mask = _trusted(teacher.trust_top_k, source, alignment, mask, labels, device)
             distrusted = number - _count(_chosen(alignment, mask))
         return _Ready(
-            teacher, loss, projection, teacher_logits, student, source, alignment, mask, number, before - number,
+            teacher, loss, projection, teacher_logits, student, source, alignment, mask, number, unsupervised,
             distrusted,
         )  # fmt: skip
 
@@ -579,19 +573,19 @@ class _Ready(NamedTuple):
         return Chunks.of(self.alignment, self.student.length, self.source.length, device, realised)
 
 
-def _ready_in_parts(
-    teacher: Teacher, loss: Loss, logits: AnyLogits, alignment: Alignment | None, labels: Tensor
-) -> _Ready:
-    mask: Tensor | None = None
+def _supervised(
+    loss: Loss, alignment: Alignment | None, labels: Tensor
+) -> tuple[Alignment | None, Tensor | None, Count, Count]:
+    """The alignment by its labels, or the mask of positions; how many count, and how many chunks do not."""
     if alignment is not None:
         before, alignment = _count(predictable(alignment.host)), alignment.supervised(labels)
-    elif loss.needs is Needs.SAME_TOKENIZER:
-        mask = predicted_labels(labels) != IGNORED
-        before = _count(mask)
-    else:
-        raise ValueError(f"alignments: expected an Alignment for loss={teacher.loss!r}, got None")
-    number = _count(_chosen(alignment, mask))
-    return _Ready(teacher, loss, None, logits, None, None, alignment, mask, number, before - number, 0)
+        number = _count(_chosen(alignment, None))
+        return alignment, None, number, before - number
+    if loss.needs is not Needs.SAME_TOKENIZER:
+        raise ValueError(f"alignments: expected an Alignment for loss={loss.name!r}, got None")
+    mask = predicted_labels(labels) != IGNORED
+    number = _count(mask)
+    return None, mask, number, 0 * number
 
 
 class _Distilled(NamedTuple):

@@ -14,7 +14,7 @@ from xtoken.losses.numerics import statistics_dtype
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import TokenizerLike
 
-from .served import served_entries
+from .served import as_tables, served_entries
 
 TAILS = ("uniform", "renormalize")
 
@@ -106,18 +106,12 @@ class TopKLogits:
             If an entry other than the first is None; for texts without a tokenizer, or mostly not its tokens.
         """
         given = served_entries(prompt_logprobs, tokenizer)
-        entries = [*given[1:], {}][: len(given)]
-        for position, entry in enumerate(entries):
+        entries: list[dict[int, float]] = []
+        for position, entry in enumerate([*given[1:], {}][: len(given)]):
             if entry is None:
                 raise ValueError(f"prompt_logprobs: expected a mapping at position {position + 1}, got None")
-        width = max((len(entry) for entry in entries if entry is not None), default=0)
-        ids = torch.full((len(entries), width), -1)
-        logprobs = torch.full((len(entries), width), -torch.inf)
-        for row, entry in enumerate(entries):
-            if entry:
-                ids[row, : len(entry)] = torch.tensor(list(entry))
-                logprobs[row, : len(entry)] = torch.tensor(list(entry.values()))
-        return cls(ids, logprobs, tail)
+            entries.append(entry)
+        return cls(*as_tables(entries, max(map(len, entries), default=0)), tail)
 
     def __repr__(self) -> str:
         shape, dtype, device = list(self.ids.shape), self.logprobs.dtype, self.logprobs.device
@@ -312,6 +306,13 @@ def _check_distinct(ids: Tensor, start: int) -> None:
         raise ValueError(f"ids: expected distinct token ids in a row, got one twice in row {row}")
 
 
+def scaled_and_capped(logits: Tensor, scale: float, softcap: float | None) -> Tensor:
+    """``softcap tanh(scale logits / softcap)``; ``scale logits`` for no softcap, which is None or 0."""
+    if scale != 1.0:
+        logits = logits * scale
+    return (logits / softcap).tanh() * softcap if softcap else logits
+
+
 class LinearSource:
     """The rows of `LinearLogits`: hidden states [B, T, D] and an output layer, cut to the vocabulary."""
 
@@ -330,11 +331,7 @@ class LinearSource:
 
     def at(self, index: slice | Tensor) -> Tensor:
         logits = torch.nn.functional.linear(self.hidden[index], self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap:
-            logits = (logits / self.softcap).tanh() * self.softcap
-        return widened(logits, self.size)
+        return widened(scaled_and_capped(logits, self.scale, self.softcap), self.size)
 
     def of_product(self, grad: Tensor, logits: Tensor) -> Tensor:
         """The gradient of `hidden @ weight.T`, from that of rows of `logits`, in its place."""

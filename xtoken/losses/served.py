@@ -5,7 +5,12 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
 
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
@@ -42,6 +47,17 @@ def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[in
         listed = [(known.get(key) if key in texts else _as_id(key), value) for key, value in entry or ()]
         found.append(None if entry is None else {token: value for token, value in listed if token is not None})
     return found
+
+
+def as_tables(entries: Sequence[Mapping[int, float]], width: int) -> tuple[Tensor, Tensor]:
+    """Ids int64 and log-probabilities float32 [T, width] of what is listed for T tokens; -1 and -inf for no more."""
+    counts = torch.tensor([len(entry) for entry in entries], dtype=torch.int64)
+    ids, logprobs = torch.full((len(entries), width), -1), torch.full((len(entries), width), -torch.inf)
+    filled = torch.arange(width) < counts[:, None]
+    ids[filled] = torch.from_numpy(np.fromiter(chain.from_iterable(entries), np.int64))
+    values = chain.from_iterable(entry.values() for entry in entries)
+    logprobs[filled] = torch.from_numpy(np.fromiter(values, np.float32))
+    return ids, logprobs
 
 
 def _of_vllm(entries: Sequence[Any]) -> list[dict[int, float] | None] | None:

@@ -159,19 +159,31 @@ class XTokenCollator:
             return side
         if not any(direct):
             side.update(self._side([[entry["ids"] for entry in row] for row in entries], self.teacher_pad_ids[m]))
-        spans: list[Tensor] = []
-        for row in rows:
-            parts, shift = [], np.zeros(4, np.int64)
-            for example in row:
-                entry, own = example["teachers"][m], example["student_ids"]
-                given = label_spans(example["labels"]) if any(direct) else entry["spans"]
-                part = np.asarray(given if is_routed(example, m) else [], np.int64).reshape(-1, 4)
-                parts.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
-                shift += np.repeat([len(own), len(own if any(direct) else entry["ids"])], 2)
-            spans.append(torch.from_numpy(np.concatenate(parts)))
-        offsets = torch.tensor([0, *map(len, spans)]).cumsum(0)
-        alignment = Alignment(torch.cat(spans), offsets, student_ids, side.get("input_ids", student_ids))
-        return {**side, "alignment": alignment}
+
+        def part(example: Mapping[str, Any]) -> tuple[Any, int, int]:
+            entry, own = example["teachers"][m], example["student_ids"]
+            spans = label_spans(example["labels"]) if any(direct) else entry["spans"]
+            return spans if is_routed(example, m) else [], len(own), len(own if any(direct) else entry["ids"])
+
+        parts = [[part(example) for example in row] for row in rows]
+        return {**side, "alignment": row_alignment(parts, student_ids, side.get("input_ids", student_ids))}
+
+
+def row_alignment(
+    rows: Sequence[Sequence[tuple[Any, int, int]]], student_ids: Tensor, teacher_ids: Tensor
+) -> Alignment:
+    """Of rows of examples, one behind the other: of each its spans [K, 4], and its tokens on both sides. No chunk is at
+    the first token of an example, which nothing predicts."""
+    spans = []
+    for row in rows:
+        shift = np.zeros(4, np.int64)
+        for given, *sizes in row:
+            part = np.asarray(given, np.int64).reshape(-1, 4)
+            spans.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
+            shift += np.repeat(sizes, 2)
+    ends = np.cumsum([0, *map(len, rows)])
+    offsets = np.cumsum([0, *map(len, spans)])[ends]
+    return Alignment(np.concatenate(spans), offsets, student_ids, teacher_ids)
 
 
 def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:

@@ -167,19 +167,13 @@ class ExampleEncoder:
         names = [f"teacher {k}" for k in range(count)] if teacher_names is None else list(teacher_names)
         if teacher_column is not None and teacher_names is None:
             raise ValueError(f"teacher_names: expected the names that {teacher_column!r} has, got None")
-        for option, each in (("teacher_systems", systems), ("teacher_names", names)):
+        is_one = not isinstance(max_teacher_length, Sequence)
+        limits: list[Any] = [max_teacher_length] if is_one else list(max_teacher_length)  # type: ignore[arg-type]
+        theirs = limits * count if is_one else limits
+        for option, each in (("teacher_systems", systems), ("teacher_names", names), ("max_teacher_length", theirs)):
             if len(each) != count:
                 raise ValueError(f"{option}: expected one for each of {count} teachers, got {len(each)}")
-        theirs: list[int | None] = [None] * len(teacher_toks)
-        if isinstance(max_teacher_length, Sequence):
-            theirs = list(max_teacher_length)
-            if len(theirs) != len(teacher_toks):
-                raise ValueError(
-                    f"max_teacher_length: expected one for each of {len(teacher_toks)} teachers, got {len(theirs)}"
-                )
-        elif max_teacher_length is not None:
-            theirs = [max_teacher_length] * max(len(teacher_toks), 1)
-        for name, given in (("max_length", [max_length]), ("max_teacher_length", theirs)):
+        for name, given in (("max_length", [max_length]), ("max_teacher_length", limits)):
             if (least := min((limit for limit in given if limit is not None), default=2)) < 2:
                 raise ValueError(f"{name}: expected at least 2, got {least}")
         self.train_on = train_on
@@ -198,7 +192,7 @@ class ExampleEncoder:
         self.sides = [self.student, *(side for side in self.teachers if side is not None)]
         self._numbers = [m for m, side in enumerate(self.teachers) if side is not None]
         # A teacher that reads the student's ids has a limit for these.
-        shared = [limit for limit, side in zip(theirs, self.teachers, strict=False) if side is None]
+        shared = [limit for limit, side in zip(theirs, self.teachers, strict=True) if side is None]
         ours = min((limit for limit in [max_length, *shared] if limit is not None), default=None)
         self.limits = [ours, *(limit for limit, side in zip(theirs, self.teachers, strict=True) if side is not None)]
         """Most tokens of an example, for each of the sides."""

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Alignment, predictable, to_device
-from xtoken.losses.backends import IGNORED
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts
 from xtoken.losses.numerics import statistics_dtype
+
+from .routing import label_spans
 
 
 def mean_logits(
@@ -42,12 +43,8 @@ def mean_logits(
 
 def position_alignment(labels: Tensor) -> Alignment:
     """One chunk for each labelled token but the first, for a teacher that reads the student's ids [B, T]."""
-    wanted = labels != IGNORED
-    wanted[:, 0] = False
-    sample, position = wanted.nonzero(as_tuple=True)
-    spans = torch.stack([position, position + 1, position, position + 1], dim=1)
-    counts = torch.bincount(sample, minlength=len(labels))
-    return Alignment(spans, torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    spans = [torch.from_numpy(label_spans(row)) for row in labels]
+    return Alignment(torch.cat(spans), torch.tensor([0, *map(len, spans)]).cumsum(0))
 
 
 def keep(alignment: Alignment, chunks: Tensor) -> Alignment:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from .head import TOKENS, gather_head, head_fault, linear_outputs
-from .limits import head_rows
+from .limits import head_rows, output_layer
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def logit_bytes(batch: Mapping[str, Any], student: Any, teachers: Sequence[Any])
 
 def _place_fault(model: Any, device: torch.device) -> str | None:
     """Why the losses cannot reach a teacher's output layer, if it has one."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_layer(model)
     weights = [] if head is None else list(head.parameters())
     if weights and any(hasattr(one, "unshard") for one in model.modules()):
         return "expected an output layer of its own, got one that is shared out with the student's"

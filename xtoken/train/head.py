@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from xtoken.losses import LinearLogits, OrderedLogits
-from xtoken.losses.logits import Parts, autocasts
+from xtoken.losses.logits import Parts, autocasts, scaled_and_capped
 from xtoken.teacher_order import TeacherOrder
 
+from .limits import output_layer, text_config
 from .packing import in_evaluation
 
 TOKENS = 8
@@ -47,7 +48,7 @@ def head_fault(model: Any, input_ids: Tensor) -> str | None:
 
     Computes the logits of ``input_ids`` [B, T] in both ways, in evaluation mode.
     """
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_layer(model)
     if head is None:
         return f"expected an output layer, as models of transformers have one, got {type(model).__name__}"
     if (fault := _layer_fault(head)) is not None:
@@ -90,11 +91,7 @@ class OrderedLayer(nn.Module):
     def forward(self, hidden: Tensor) -> OrderedLogits:
         """The logits of hidden states [B, T, D] or [T, D]."""
         logits = nn.functional.linear(hidden, self.weight, self.bias)
-        if self.scale != 1.0:
-            logits = logits * self.scale
-        if self.softcap is not None:
-            logits = (logits / self.softcap).tanh() * self.softcap
-        return OrderedLogits(logits, self.order)
+        return OrderedLogits(scaled_and_capped(logits, self.scale, self.softcap), self.order)
 
     def linear(self, hidden: Tensor) -> OrderedLogits:
         """The same as `LinearLogits`."""
@@ -141,7 +138,7 @@ def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
 
 def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
     """What a model's configuration says about its logits."""
-    config = model.config.get_text_config()
+    config = text_config(model)
     scale = 1.0
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= float(getattr(config, name, None) or 1.0)

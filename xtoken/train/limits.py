@@ -13,9 +13,20 @@ from torch import Tensor, nn
 from xtoken.vocabulary import Vocabulary
 
 
+def output_layer(model: Any) -> Any:
+    """Of a model of transformers; None if it has none, or is another's."""
+    return getattr(model, "get_output_embeddings", lambda: None)()
+
+
+def text_config(model: Any) -> Any:
+    """A model's configuration, of one that also sees or hears that of its text model; None if it has none."""
+    config: Any = getattr(model, "config", None)
+    return config.get_text_config() if hasattr(config, "get_text_config") else config
+
+
 def head_rows(model: Any) -> int | None:
     """Rows of a model's output layer; None where there is none to look at."""
-    head: Any = getattr(model, "get_output_embeddings", lambda: None)()
+    head = output_layer(model)
     if head is None or not hasattr(head, "weight"):
         return None
     # A quantised layer's weight may be a method, or packed; a sharded one's is elsewhere. Else it is what counts: the
@@ -41,8 +52,7 @@ def check_head(model: Any, vocabulary: Vocabulary, name: str) -> None:
 
 def most_positions(model: Any) -> int | None:
     """Tokens of the longest row that a model can take, by its configuration; None: any."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    config = text_config(model)
     if getattr(config, "alibi", False):
         return None
     limit = getattr(config, "max_position_embeddings", None) or getattr(config, "max_seq_len", None)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import base_of
+from .limits import text_config
 
 LENGTHS = ((23, 9, 17, 15), (11, 25, 13, 15))
 """Tokens of the examples of two rows: kernels that take one packed row may not take two."""
@@ -58,7 +59,8 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
         return "it takes no position_ids, which say where an example begins"
     device = next((one.device for one in model.parameters()), ids.device)
     factor = 1
-    if (chunk := _attention_chunk(model)) is not None and chunk < longest:
+    chunk = getattr(text_config(model), "attention_chunk_size", None)  # beyond which attention does not reach
+    if chunk is not None and chunk < longest:
         factor = -(-min(longest, chunk + 64) // sum(LENGTHS[0]))
     sizes = [[factor * n for n in row] for row in LENGTHS]
     ids = ids.unique().cpu()
@@ -121,13 +123,6 @@ def _difference(some: Sequence[Tensor], others: Sequence[Tensor]) -> float:
 
 def _eps(dtype: torch.dtype) -> float:
     return torch.finfo(dtype).eps if dtype.is_floating_point else 0.0
-
-
-def _attention_chunk(model: Any) -> int | None:
-    """Tokens of a chunk beyond which attention does not reach, where positions in the row decide that."""
-    config: Any = getattr(model, "config", None)
-    config = config.get_text_config() if hasattr(config, "get_text_config") else config
-    return getattr(config, "attention_chunk_size", None)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits, OrderedLogits
+from xtoken.projection import ProjectionMatrix
 from xtoken.served import ServedModel
 from xtoken.storage import check_fingerprints
 from xtoken.vocabulary import TokenizerLike, Vocabulary
@@ -384,6 +386,14 @@ class TeacherModel:
         for name, made in (("projection", W), ("pieces", self.objective.pieces)):
             if made is not None:
                 check_fingerprints(f"{self.name}: {name}", made, made.metadata, student, self.vocabulary)
+
+    def objective_for(self, rows: int | None, device: torch.device) -> Teacher:
+        """Its objective for a student whose output layer has `rows` rows (None: enough): with W on the device, without
+        the special tokens that a model has no row for."""
+        W = self.objective.projection
+        if isinstance(W, ProjectionMatrix):
+            W = W.within(rows, self.limits.rows)
+        return self.objective if W is None else replace(self.objective, projection=W.to(device))
 
     def place(self, device: torch.device) -> None:
         """Moves the model to its device; by default to this one. What is loaded to its place stays there."""

@@ -26,7 +26,7 @@ from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import AnyLogits, materialised
-from xtoken.projection import LearnableProjection, ProjectionMatrix
+from xtoken.projection import LearnableProjection
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
@@ -304,8 +304,7 @@ class XTokenTrainer(Trainer):
 
     def _objectives(self) -> list[Teacher]:
         """The criterion's teachers, W on the student's device."""
-        objectives = [teacher.objective for teacher in self.teachers]
-        if self.args.teacher_mode == "average" and objectives:
+        if self.args.teacher_mode == "average" and self.teachers:
             first, *others = self.teachers
             for teacher in others:
                 if first.vocabulary and teacher.vocabulary and not same_tokens(first.vocabulary, teacher.vocabulary):
@@ -313,14 +312,8 @@ class XTokenTrainer(Trainer):
                         f"teacher_mode: expected teachers with one tokenizer for 'average', but {teacher.name} has "
                         f"another than {first.name}"
                     )
-            objectives = [replace(objectives[0], weight=1.0)]
-        made = []
-        for one, teacher in zip(objectives, self.teachers, strict=False):
-            W = one.projection
-            if isinstance(W, ProjectionMatrix):  # without the special tokens that a model has no row for
-                W = W.within(self._limits.rows, teacher.limits.rows)
-            made.append(one if W is None else replace(one, projection=W.to(self.args.device)))
-        return made
+            return [replace(first.objective_for(self._limits.rows, self.args.device), weight=1.0)]
+        return [teacher.objective_for(self._limits.rows, self.args.device) for teacher in self.teachers]
 
     def _choice_of_fused(self) -> Fused:
         made = Fused(self.args.fused, self.args.device, self.is_fsdp_enabled)
