@@ -9,6 +9,7 @@ from typing import Any, Literal, TypedDict, TypeVar, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack as Unpack
 
 from xtoken.alignment import Alignment
 from xtoken.losses.backends import check_backend

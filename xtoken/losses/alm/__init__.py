@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.alm import formula
 from xtoken.losses.backends import Prepared
-from xtoken.losses.call import Losses, Options, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, register
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("alm", "ALM", Needs.NOTHING)

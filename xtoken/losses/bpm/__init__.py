@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, get_args, overload
+from typing import Any, Literal, get_args, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.bpm import formula
-from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_choice, check_temperature, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, spelling
 from xtoken.pieces import PieceIndex
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Rows = Literal["agreeing", "all"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_temperature, compute, documented
 from xtoken.losses.escd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
@@ -16,9 +16,6 @@ from xtoken.losses.loss import Needs
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, groups, spelling
 from xtoken.pieces import PieceIndex
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("escd", "ESCD", Needs.PIECES)

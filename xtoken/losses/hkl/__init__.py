@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses.call import Losses, compute, documented
+from xtoken.losses.call import Losses, Unpack, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Matrix, Needs
 from xtoken.losses.operator import register
 from xtoken.losses.ranked import DEFAULT_UNCOMMON_TOP_K, PairedLoss, RankedOptions
 from xtoken.projection.entries import DOMINANT_WEIGHT
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("hkl", "H-KL", Needs.PROJECTION, kernels="xtoken.losses.ranked")

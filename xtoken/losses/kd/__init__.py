@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import Any, ClassVar, overload
 
 import torch
 from torch import Tensor
@@ -11,7 +11,16 @@ from torch import Tensor
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
-from xtoken.losses.call import Losses, Options, check_count, check_logits, check_temperature, compute, documented
+from xtoken.losses.call import (
+    Losses,
+    Options,
+    Unpack,
+    check_count,
+    check_logits,
+    check_temperature,
+    compute,
+    documented,
+)
 from xtoken.losses.columns import teacher_columns
 from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.kd import formula
@@ -19,9 +28,6 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, register
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("kd", "KD", Needs.SAME_TOKENIZER)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
@@ -16,9 +16,6 @@ from xtoken.losses.on_pieces import OnTokens, partners
 from xtoken.losses.one_to_one import formula
 from xtoken.losses.operator import register
 from xtoken.pieces import PieceIndex
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("one_to_one", "strict one-to-one", Needs.PIECES)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,16 @@ from xtoken.alignment import Alignment, Chunks
 from xtoken.losses import diagnostics
 from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
-from xtoken.losses.call import Losses, Options, check_choice, check_count, check_temperature, compute, documented
+from xtoken.losses.call import (
+    Losses,
+    Options,
+    Unpack,
+    check_choice,
+    check_count,
+    check_temperature,
+    compute,
+    documented,
+)
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
 from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.linear import linear
@@ -24,9 +33,6 @@ from xtoken.losses.loss import Loss, Matrix, Needs
 from xtoken.losses.operator import Call, register
 from xtoken.losses.pkl import formula
 from xtoken.projection.entries import Entries, restrict
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 Merge = Literal["first", "mean", "chain"]
 Support = Literal["all", "reachable"]

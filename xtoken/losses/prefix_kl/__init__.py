@@ -23,12 +23,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, check_choice, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_choice, check_temperature, compute, documented
 from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
@@ -37,10 +37,6 @@ from xtoken.losses.on_pieces import OnPieces
 from xtoken.losses.operator import register
 from xtoken.losses.prefix_kl import formula
 from xtoken.pieces import PieceIndex
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
 
 Weighting = Literal["none", "teacher"]
 
@@ -150,10 +146,11 @@ def prefix_kl_loss(
     >>> f"{xtoken.prefix_kl_loss(student, teacher, chunk, pieces).abs():.4f}"
     '0.0000'
     """
-    if not isinstance(pieces, PieceIndex):
-        raise TypeError(f"pieces: expected an xtoken.PieceIndex, got {type(pieces).__name__}")
+    loss = PrefixKL.of(
+        None, pieces, temperature=temperature, reverse=reverse, beta=beta, skew=skew, weighting=weighting
+    )
     return compute(
-        PrefixKL(pieces.data, temperature, reverse, beta, skew, weighting), student_logits, teacher_logits, alignment,
+        loss, student_logits, teacher_logits, alignment,
         labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
         groups=(tp_group, cp_group, cp_layout),
     )  # fmt: skip

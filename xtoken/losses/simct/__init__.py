@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_temperature, compute, documented
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
@@ -17,9 +17,6 @@ from xtoken.losses.on_pieces import OnTokens, partners
 from xtoken.losses.operator import register
 from xtoken.losses.simct import formula
 from xtoken.pieces import PieceIndex
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("simct", "SimCT", Needs.PIECES)

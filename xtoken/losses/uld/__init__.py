@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, overload
+from typing import Any, ClassVar, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import register
 from xtoken.losses.uld import formula
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
 
 
 @register("uld", "ULD", Needs.NOTHING, kernels="xtoken.losses.ranked")
