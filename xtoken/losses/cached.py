@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xtoken import _core
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 @dataclass(frozen=True)
@@ -78,3 +80,16 @@ class Cached(Generic[T]):
             made = made_to_last(make)  # first, so that an error leaves the cache as it is
             known = kept[keys] = _Kept(tuple(map(weakref.ref, tensors[1:])), _versions(tensors), made)
         return known.made
+
+
+def kept(function: Callable[P, T]) -> Callable[P, T]:
+    """A function whose results are `Cached` by the tensors among its arguments; the others are further keys."""
+    results = Cached[T]()
+
+    @functools.wraps(function)
+    def look_up(*args: P.args, **kwargs: P.kwargs) -> T:
+        tensors = tuple(one for one in args if isinstance(one, Tensor))
+        keys = (one for one in args if not isinstance(one, Tensor))
+        return results.of(tensors, functools.partial(function, *args, **kwargs), *keys, *kwargs.items())
+
+    return look_up

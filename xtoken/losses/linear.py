@@ -58,11 +58,9 @@ def linear(loss: Callable[..., Any]) -> LinearLoss:
     name = loss.__name__
     signature = inspect.signature(loss)
     others = [one for one in signature.parameters.values() if one.name not in ("student_logits", "inplace")]
-    first = [inspect.Parameter(one, inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=Tensor)
-             for one in ("student_hidden", "lm_head_weight")]  # fmt: skip
-    own = [inspect.Parameter(one, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
-           for one, default, kind in (("bias", None, Tensor | None), ("softcap", None, float | None),
-                                       ("logit_scale", 1.0, float))]  # fmt: skip
+    known = inspect.signature(LinearLoss.__call__, eval_str=True).parameters
+    first = [known[one] for one in ("student_hidden", "lm_head_weight")]
+    own = [known[one] for one in ("bias", "softcap", "logit_scale")]
 
     def from_hidden(
         student_hidden: Tensor,

@@ -11,7 +11,7 @@ from torch import Tensor
 from xtoken.alignment import Chunks, synchronized
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss
 from xtoken.losses.numerics import scaled, statistics_dtype
@@ -30,7 +30,7 @@ class OnPieces(Loss):
         return True
 
     def check(self) -> None:
-        if not _COMPARABLE.of((self.pieces,), lambda: _is_comparable(self.pieces)):
+        if not _is_comparable(self.pieces):
             raise ValueError(
                 "pieces: expected events that both sides have, got none to tell apart: no text is a token on both"
             )
@@ -74,25 +74,19 @@ class Partners(NamedTuple):
     of_teacher: Tensor  # int64 [V_teacher]
 
 
-_PARTNERS = Cached[Partners]()
-
-
+@kept
 def partners(pieces: Tensor, device: torch.device) -> Partners:
     """Those of a piece index, on a device."""
-
-    def find() -> Partners:
-        both = sides(pieces.cpu())
-        sizes = [len(side.event) for side in both]
-        to = [_single_pieces(side, size) for side, size in zip(both, reversed(sizes), strict=True)]
-        student = torch.arange(sizes[0])
-        padded = torch.cat([to[1], torch.tensor([-1])])
-        student = student[padded[to[0]] == student]  # of several with one text that which the tokenizer writes
-        teacher = to[0][student]
-        found = [torch.full((size,), other) for size, other in zip(sizes, reversed(sizes), strict=True)]
-        found[0][student], found[1][teacher] = teacher, student
-        return Partners(*(synchronized(one.to(device)) for one in (student, teacher, *found)))
-
-    return _PARTNERS.of((pieces,), find, device)
+    both = sides(pieces.cpu())
+    sizes = [len(side.event) for side in both]
+    to = [_single_pieces(side, size) for side, size in zip(both, reversed(sizes), strict=True)]
+    student = torch.arange(sizes[0])
+    padded = torch.cat([to[1], torch.tensor([-1])])
+    student = student[padded[to[0]] == student]  # of several with one text that which the tokenizer writes
+    teacher = to[0][student]
+    found = [torch.full((size,), other) for size, other in zip(sizes, reversed(sizes), strict=True)]
+    found[0][student], found[1][teacher] = teacher, student
+    return Partners(*(synchronized(one.to(device)) for one in (student, teacher, *found)))
 
 
 def are_partners(chunks: Chunks, known: Partners) -> Tensor:
@@ -114,9 +108,8 @@ def _single_pieces(side: Side, size: int) -> Tensor:
 
 # --- events
 
-_COMPARABLE = Cached[bool]()
 
-
+@kept
 def _is_comparable(pieces: Tensor) -> bool:
     """Whether both sides have several events, or tokens of several pieces; or one token, of which nothing is asked."""
     both = sides(pieces.cpu())
@@ -125,14 +118,10 @@ def _is_comparable(pieces: Tensor) -> bool:
     return int(shared.sum()) > 1 or (bool(shared.any()) and (several or max(len(side.event) for side in both) == 1))
 
 
-_EVENTS = Cached[tuple[Tensor, ...]]()
-
-
+@kept
 def _events(pieces: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
     """int64 [V_student], [V_teacher]: the event of each token at the start of a chunk, on a device."""
-    student, teacher = _EVENTS.of(
-        (pieces,), lambda: tuple(synchronized(side.event.to(device).long()) for side in sides(pieces.cpu())), device
-    )
+    student, teacher = (synchronized(side.event.to(device).long()) for side in sides(pieces.cpu()))
     return student, teacher
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtoken import pieces
 from xtoken.alignment import Alignment
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import Cached, kept
 from xtoken.losses.logits import LinearLogits, OrderedLogits
 from xtoken.losses.loss import Loss, Matrix, Needs
 from xtoken.teacher_order import TeacherOrder
@@ -86,12 +86,10 @@ def _text_in(order: TeacherOrder, text: Tensor, data: Tensor) -> Tensor:
     return _TEXTS.of((text, data, order.tokens), lambda: pieces.renumbered_text(text, data, order))
 
 
-_TEACHERS = Cached[int]()
-
-
+@kept
 def _teachers(data: Tensor) -> int:
     """How many teacher tokens a piece index has. Waits for a device only the first time."""
-    return _TEACHERS.of((data,), lambda: int(data[1]))
+    return int(data[1])
 
 
 def _check_size(order: TeacherOrder, size: int, what: str) -> None:

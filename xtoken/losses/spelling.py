@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks, synchronized
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.loss import Loss
 from xtoken.losses.on_pieces import OnTokens, Partners, partners
 from xtoken.pieces import PieceIndex, check_text, sides
@@ -37,10 +37,12 @@ class OnText(OnTokens):
 
     def check_tables(self) -> None:
         super().check_tables()
-        _CHECKED.of((self.text, self.pieces), lambda: check_text(self.text.cpu(), self.pieces.cpu()))
+        _check_text(self.text, self.pieces)
 
 
-_CHECKED = Cached[None]()
+@kept
+def _check_text(text: Tensor, pieces: Tensor) -> None:
+    check_text(text.cpu(), pieces.cpu())
 
 
 class Spelling(NamedTuple):
@@ -59,37 +61,31 @@ class Spelling(NamedTuple):
     """int64 [V_teacher]: the longest student token that a token begins with; its partner, if it has no text."""
 
 
-_SPELLING = Cached[Spelling]()
-
-
+@kept
 def spelling(pieces: Tensor, text: Tensor, device: torch.device) -> Spelling:
     """Of a piece index and its text, on a device. Some seconds for vocabularies of 150,000 tokens, once."""
-
-    def make() -> Spelling:
-        of_student, of_teacher = token_bytes(pieces, text)
-        exact = partners(pieces, torch.device("cpu"))
-        known, none = ids_by_text(of_student, exact), len(of_student)
-        most = max(map(len, known), default=0)
-        longest = []
-        for token in of_teacher:
-            for start in range(len(token)):
-                found = none
-                for end in range(min(len(token), start + most), start, -1):
-                    if token[start:end] in known:
-                        found = known[token[start:end]]
-                        break
-                longest.append(found)
-        lengths = [torch.tensor([len(token) for token in side]) for side in (of_student, of_teacher)]
-        ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[1].cumsum(0)])
-        places = torch.tensor(longest, dtype=torch.int64)
-        order, first, last = prefix_ranges(of_teacher, lengths[1], ptr)
-        beginning = exact.of_teacher.clone()
-        has_text = lengths[1] > 0
-        beginning[has_text] = places[ptr[:-1][has_text]]
-        tables = (*lengths, ptr, places, order, first, last, beginning)
-        return Spelling(*(synchronized(one.to(device)) for one in tables))
-
-    return _SPELLING.of((text, pieces), make, device)
+    of_student, of_teacher = token_bytes(pieces, text)
+    exact = partners(pieces, torch.device("cpu"))
+    known, none = ids_by_text(of_student, exact), len(of_student)
+    most = max(map(len, known), default=0)
+    longest = []
+    for token in of_teacher:
+        for start in range(len(token)):
+            found = none
+            for end in range(min(len(token), start + most), start, -1):
+                if token[start:end] in known:
+                    found = known[token[start:end]]
+                    break
+            longest.append(found)
+    lengths = [torch.tensor([len(token) for token in side]) for side in (of_student, of_teacher)]
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[1].cumsum(0)])
+    places = torch.tensor(longest, dtype=torch.int64)
+    order, first, last = prefix_ranges(of_teacher, lengths[1], ptr)
+    beginning = exact.of_teacher.clone()
+    has_text = lengths[1] > 0
+    beginning[has_text] = places[ptr[:-1][has_text]]
+    tables = (*lengths, ptr, places, order, first, last, beginning)
+    return Spelling(*(synchronized(one.to(device)) for one in tables))
 
 
 def token_bytes(pieces: Tensor, text: Tensor) -> tuple[list[bytes], list[bytes]]:
@@ -160,45 +156,39 @@ class Groups(NamedTuple):
     shortest: Tensor  # int64 [G], teacher ids
 
 
-_GROUPS = Cached[Groups]()
-
-
+@kept
 def groups(pieces: Tensor, text: Tensor, device: torch.device) -> Groups:
     """Of a piece index and its text, on a device."""
-
-    def make() -> Groups:
-        (of_student, of_teacher), host = token_bytes(pieces, text), torch.device("cpu")
-        none, no_partner = len(of_student), partners(pieces, host).of_teacher == len(of_student)
-        begins = spelling(pieces, text, host).beginning.tolist()
-        order = sorted(range(none), key=of_student.__getitem__)
-        ordered = [of_student[token] for token in order]
-        alone = [
-            (begins[token], of_teacher[token], token)
-            for token in no_partner.nonzero()[:, 0].tolist()
-            if begins[token] < none and len(of_student[begins[token]]) < len(of_teacher[token])
-        ]
-        found: list[tuple[int, ...]] = []  # student's token, range, shortest token
-        members: list[tuple[int, int]] = []
-        shortest: tuple[int, bytes] | None = None
-        for begin, whole, token in sorted(alone):
-            if shortest is None or shortest[0] != begin or not whole.startswith(shortest[1]):
-                shortest, rest = (begin, whole), whole[len(of_student[begin]) :]
-                ends = bisect.bisect_left(ordered, rest), bisect.bisect_left(ordered, _behind(rest))
-                is_kept = ends[0] < ends[1]
-                found += [(begin, *ends, token)] * is_kept
-            if is_kept:
-                members.append((token, len(found) - 1))
-        group = torch.full((len(of_teacher),), len(found))
-        if members:
-            tokens, numbers = torch.tensor(members).unbind(1)
-            group[tokens] = numbers
-        begin_of, *rest_of = torch.tensor(found, dtype=torch.int64).reshape(-1, 4).unbind(1)
-        counts = torch.bincount(begin_of, minlength=none)
-        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        made = group, ptr, torch.tensor(order, dtype=torch.int64), *rest_of
-        return Groups(*(synchronized(one.to(device)) for one in made))
-
-    return _GROUPS.of((text, pieces), make, device)
+    (of_student, of_teacher), host = token_bytes(pieces, text), torch.device("cpu")
+    none, no_partner = len(of_student), partners(pieces, host).of_teacher == len(of_student)
+    begins = spelling(pieces, text, host).beginning.tolist()
+    order = sorted(range(none), key=of_student.__getitem__)
+    ordered = [of_student[token] for token in order]
+    alone = [
+        (begins[token], of_teacher[token], token)
+        for token in no_partner.nonzero()[:, 0].tolist()
+        if begins[token] < none and len(of_student[begins[token]]) < len(of_teacher[token])
+    ]
+    found: list[tuple[int, ...]] = []  # student's token, range, shortest token
+    members: list[tuple[int, int]] = []
+    shortest: tuple[int, bytes] | None = None
+    for begin, whole, token in sorted(alone):
+        if shortest is None or shortest[0] != begin or not whole.startswith(shortest[1]):
+            shortest, rest = (begin, whole), whole[len(of_student[begin]) :]
+            ends = bisect.bisect_left(ordered, rest), bisect.bisect_left(ordered, _behind(rest))
+            is_kept = ends[0] < ends[1]
+            found += [(begin, *ends, token)] * is_kept
+        if is_kept:
+            members.append((token, len(found) - 1))
+    group = torch.full((len(of_teacher),), len(found))
+    if members:
+        tokens, numbers = torch.tensor(members).unbind(1)
+        group[tokens] = numbers
+    begin_of, *rest_of = torch.tensor(found, dtype=torch.int64).reshape(-1, 4).unbind(1)
+    counts = torch.bincount(begin_of, minlength=none)
+    ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    made = group, ptr, torch.tensor(order, dtype=torch.int64), *rest_of
+    return Groups(*(synchronized(one.to(device)) for one in made))
 
 
 def _behind(prefix: bytes) -> bytes:

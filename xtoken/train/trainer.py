@@ -550,25 +550,18 @@ class XTokenTrainer(Trainer):
                 return {"scale": self._last_scale.float()}
             return {"reduce": self._last_or_own}
         if self._rollout is not None:
-            return {"reduce": self._own_or_last}
+            return {"reduce": functools.partial(self._last_or_own, prefers_own=True)}
         return {"reduce": self._add_up if self.accelerator.num_processes > 1 else None}
 
-    def _last_or_own(self, ce_and_kd: Tensor) -> Tensor:
-        """Two numbers whose ratio is the factor of the last step, or else that of this micro-batch."""
-        last, own = self._last_and_own(ce_and_kd)
-        return torch.where(last[0] != 0, last, own)
-
-    def _own_or_last(self, ce_and_kd: Tensor) -> Tensor:
-        """Likewise, of this micro-batch, or else of the last step that had both CE and KD, as this one lacks CE."""
-        last, own = self._last_and_own(ce_and_kd)
-        return torch.where((own[0] == 0) & (last[0] != 0), last, own)
-
-    def _last_and_own(self, ce_and_kd: Tensor) -> tuple[Tensor, Tensor]:
+    def _last_or_own(self, ce_and_kd: Tensor, prefers_own: bool = False) -> Tensor:
+        """Two numbers whose ratio is the factor of the last step, or else that of this micro-batch; `prefers_own`: of
+        this micro-batch, or else of the last step that had both CE and KD, as this one lacks CE."""
         last = torch.stack([self._last_scale, torch.ones_like(self._last_scale)]).to(ce_and_kd)
         own = self._add_up(ce_and_kd)
         # Else no process had a chunk, or none had labels of CE, as of completions, and CE / |KD| says nothing.
         self._has_both = (own != 0).all()
-        return last, own
+        takes_last = (last[0] != 0) & (own[0] == 0) if prefers_own else last[0] != 0
+        return torch.where(takes_last, last, own)
 
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
         """Records the factor for the following micro-batches, and for those without labels of CE."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks, Rows, synchronized
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.numerics import log_complement, log_likelihood, log_sums, ranges, scaled, statistics_dtype
 from xtoken.losses.on_pieces import Partners
 from xtoken.losses.spelling import prefix_ranges
@@ -26,22 +26,16 @@ class Spelled(NamedTuple):
     last: Tensor
 
 
-_SPELLED = Cached[tuple[Spelled, Spelled]]()
-
-
+@kept
 def spelled(pieces: Tensor, device: torch.device) -> tuple[Spelled, Spelled]:
     """The student's tokens and the teacher's, on a device. A second or so for 150,000 tokens, once."""
-
-    def make() -> tuple[Spelled, Spelled]:
-        found = []
-        for side in sides(pieces.cpu()):
-            ptr, flat = side.ptr.long(), side.pieces.tolist()
-            tokens = [tuple(flat[a:b]) for a, b in zip(side.ptr[:-1].tolist(), side.ptr[1:].tolist(), strict=True)]
-            tables = ptr, side.pieces.long(), *prefix_ranges(tokens, ptr.diff(), ptr)
-            found.append(Spelled(*(synchronized(one.to(device)) for one in tables)))
-        return found[0], found[1]
-
-    return _SPELLED.of((pieces,), make, device)
+    found = []
+    for side in sides(pieces.cpu()):
+        ptr, flat = side.ptr.long(), side.pieces.tolist()
+        tokens = [tuple(flat[a:b]) for a, b in zip(side.ptr[:-1].tolist(), side.ptr[1:].tolist(), strict=True)]
+        tables = ptr, side.pieces.long(), *prefix_ranges(tokens, ptr.diff(), ptr)
+        found.append(Spelled(*(synchronized(one.to(device)) for one in tables)))
+    return found[0], found[1]
 
 
 def nemo_events(

@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
 
 from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.cpu import LabelBuffers, array, run_chunks
 from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.prefix_kl.formula import merged_events
 from xtoken.pieces import sides
 
-_PLANS = Cached[_core.Built]()
 
-
+@kept
 def _plan_of(pieces: Tensor) -> _core.Built:
     data = pieces.cpu()
     merged = merged_events(sides(data), int(data[2])).to(torch.uint8)
@@ -44,7 +41,7 @@ def run(
         "temperature": options.temperature,
         **options.divergence.fields(),
         "weighted": options.weighting == "teacher",
-        "plan": _PLANS.of((options.pieces,), partial(_plan_of, options.pieces)),
+        "plan": _plan_of(options.pieces),
     }
     losses = run_chunks("prefix_kl", problem, student_grad, scale, level, fields)
     buffers.finish()

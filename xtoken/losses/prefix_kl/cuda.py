@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken.alignment import synchronized
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.prefix_kl.formula import merged_events
@@ -117,8 +117,9 @@ def _known(side: Side, events: int, device: torch.device) -> Lists:
     return Lists(torch.from_numpy(ptr).int().to(device), torch.from_numpy(pairs % events).int().to(device))
 
 
-def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
-    """The plan of `PieceIndex.data`."""
+@kept
+def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
+    """The plan of `PieceIndex.data` on a device. The first call waits for it."""
     both = sides(pieces.cpu())
     student, teacher = (side.event.long().numpy() for side in both)
     events = int(pieces[2])
@@ -155,14 +156,6 @@ def prefix_plan_of(pieces: Tensor, device: torch.device) -> PrefixPlan:
         synchronized(torch.from_numpy(numbers.astype(np.int32)).to(device)),
         most,
     )
-
-
-_PLANS = Cached[PrefixPlan]()
-
-
-def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
-    """The plan on a device. The first call waits for it."""
-    return _PLANS.of((pieces,), lambda: prefix_plan_of(pieces, device), device)
 
 
 def run(

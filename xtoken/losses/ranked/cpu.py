@@ -6,25 +6,20 @@ from torch import Tensor
 
 from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.cpu import array, run_chunks
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.ranked import PreparedRanked, Unpaired
 
 FUSES_LABELS = False
 
-_PLANS = Cached[_core.Built]()
 
-
+@kept
 def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -> _core.Built:
     """The layouts of pairs."""
-
-    def make() -> _core.Built:
-        students, teachers = shape
-        ids = {"student_ids": array(student_ids), "teacher_ids": array(teacher_ids)}
-        return _core.build("pairs_plan", {**ids, "students": students, "teachers": teachers})
-
-    return _PLANS.of((student_ids, teacher_ids), make, shape)
+    students, teachers = shape
+    ids = {"student_ids": array(student_ids), "teacher_ids": array(teacher_ids)}
+    return _core.build("pairs_plan", {**ids, "students": students, "teachers": teachers})
 
 
 def run(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from xtoken.alignment import Chunks, synchronized
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cached import Cached
+from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory, bits_of, chunk_fields, label_fields
 from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import sorted_l1
@@ -48,26 +48,20 @@ class PairsPlan:
         return {**counts, **tensors}
 
 
-_PLANS = Cached[PairsPlan]()
-
-
+@kept
 def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -> PairsPlan:
     """The layout of pairs. The first call waits for the device."""
-
-    def make() -> PairsPlan:
-        others, common = [], []
-        for ids, size in zip((student_ids, teacher_ids), shape, strict=True):
-            outside = torch.ones(size, dtype=torch.bool, device=ids.device)
-            outside[ids] = False
-            others.append(outside.nonzero()[:, 0].to(torch.int32))
-            common.append(bits_of(~outside))
-        slot = torch.empty(shape[0], dtype=torch.int32, device=student_ids.device)
-        slot[student_ids] = teacher_ids.to(torch.int32)
-        slot[others[0].long()] = -1 - torch.arange(len(others[0]), dtype=torch.int32, device=slot.device)
-        student_pair, teacher_pair = student_ids.to(torch.int32), teacher_ids.to(torch.int32)
-        return PairsPlan(student_pair, teacher_pair, others[0], others[1], synchronized(slot), common[0], common[1])
-
-    return _PLANS.of((student_ids, teacher_ids), make, shape)
+    others, common = [], []
+    for ids, size in zip((student_ids, teacher_ids), shape, strict=True):
+        outside = torch.ones(size, dtype=torch.bool, device=ids.device)
+        outside[ids] = False
+        others.append(outside.nonzero()[:, 0].to(torch.int32))
+        common.append(bits_of(~outside))
+    slot = torch.empty(shape[0], dtype=torch.int32, device=student_ids.device)
+    slot[student_ids] = teacher_ids.to(torch.int32)
+    slot[others[0].long()] = -1 - torch.arange(len(others[0]), dtype=torch.int32, device=slot.device)
+    student_pair, teacher_pair = student_ids.to(torch.int32), teacher_ids.to(torch.int32)
+    return PairsPlan(student_pair, teacher_pair, others[0], others[1], synchronized(slot), common[0], common[1])
 
 
 def unpaired_plan(shape: tuple[int, int], device: torch.device) -> PairsPlan:
