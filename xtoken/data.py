@@ -17,6 +17,7 @@ from .corpus import Manifest, require
 from .remote import arrow_file, located, sizes
 from .storage import Numbering, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary
+from .vocabulary.roles import filler
 
 __all__ = ["AlignedCollator", "AlignedDataset"]
 
@@ -181,16 +182,11 @@ class AlignedCollator:
         student_pad_id: int | None = None,
         teacher_pad_id: int | None = None,
     ) -> None:
-        self.student_pad_id = self._pad_id(student_tok) if student_pad_id is None else student_pad_id
-        self.teacher_pad_id = self._pad_id(teacher_tok) if teacher_pad_id is None else teacher_pad_id
+        self.student_pad_id = _pad_id(student_tok) if student_pad_id is None else student_pad_id
+        self.teacher_pad_id = _pad_id(teacher_tok) if teacher_pad_id is None else teacher_pad_id
 
     def __repr__(self) -> str:
         return f"AlignedCollator(student_pad_id={self.student_pad_id}, teacher_pad_id={self.teacher_pad_id})"
-
-    @staticmethod
-    def _pad_id(tokenizer: TokenizerLike) -> int:
-        roles = Vocabulary.from_tokenizer(tokenizer).roles if tokenizer is not None else {}
-        return roles.get("pad", roles.get("eos", 0))
 
     def __call__(self, documents: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """A batch of B documents.
@@ -210,3 +206,7 @@ class AlignedCollator:
         offsets = np.cumsum([0, *map(len, spans)])
         batch["alignment"] = Alignment(torch.cat(spans), offsets, batch["student_ids"], batch["teacher_ids"])
         return batch
+
+
+def _pad_id(tokenizer: TokenizerLike) -> int:
+    return 0 if tokenizer is None else filler(Vocabulary.from_tokenizer(tokenizer).roles) or 0

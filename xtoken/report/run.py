@@ -159,12 +159,17 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
     )  # fmt: skip
 
 
+def checkpoints_in(folder: Path) -> list[Path]:
+    """The checkpoints of a run, the newest first."""
+    found = [one for one in folder.glob("checkpoint-*") if one.is_dir() and one.name.rpartition("-")[2].isdigit()]
+    return sorted(found, key=lambda one: -int(one.name.rpartition("-")[2]))
+
+
 def _state(folder: Path) -> Path:
     """The newest state of a run."""
     if (folder / STATE).exists():
         return folder / STATE
-    checkpoints = [one for one in folder.glob("checkpoint-*") if one.name.split("-")[-1].isdigit()]
-    for one in sorted(checkpoints, key=lambda path: -int(path.name.split("-")[-1])):
+    for one in checkpoints_in(folder):
         if (one / STATE).exists():
             return one / STATE
     raise FileNotFoundError(f"{folder}: expected a training run, with {STATE} in it or in a checkpoint")

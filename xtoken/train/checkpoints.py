@@ -11,9 +11,10 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-logger = logging.getLogger(__name__)
+from xtoken.report.run import STATE as STATE
+from xtoken.report.run import checkpoints_in
 
-STATE = "trainer_state.json"
+logger = logging.getLogger(__name__)
 
 
 def fault(folder: Path) -> str | None:
@@ -37,9 +38,7 @@ def fault(folder: Path) -> str | None:
 
 def newest(folder: str | os.PathLike[str]) -> Path | None:
     """The newest complete checkpoint of an output folder; says which later ones are not."""
-    numbered = [(int(one.name.rpartition("-")[2]), one) for one in Path(folder).glob("checkpoint-*")
-                if one.is_dir() and one.name.rpartition("-")[2].isdigit()]  # fmt: skip
-    for _, path in sorted(numbered, reverse=True):
+    for path in checkpoints_in(Path(folder)):
         why = fault(path)
         if why is None:
             return path

@@ -15,6 +15,7 @@ from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import TopKLogits
 from xtoken.losses.backends import IGNORED
 from xtoken.vocabulary import TokenizerLike, Vocabulary
+from xtoken.vocabulary.roles import filler
 
 from .routing import is_routed, label_spans
 
@@ -212,8 +213,7 @@ def keep_host(collator: Any, examples: Any, keeps_examples: bool = False) -> dic
 
 
 def _pad_id(tokenizer: TokenizerLike, name: str) -> int:
-    roles = Vocabulary.from_tokenizer(tokenizer).roles
-    pad = roles.get("pad", roles.get("eos"))
+    pad = filler(Vocabulary.from_tokenizer(tokenizer).roles)
     if pad is None:
         raise ValueError(f"{name}: expected a pad or an end token to fill rows with, got neither; set its pad_token")
     return pad

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
+from xtoken.vocabulary.roles import filler
+
 from .limits import Limits
 from .packing import in_evaluation
 from .reader import Reader
@@ -70,8 +72,7 @@ class ModelWriter:
         self.model, self.reader, self.limits, self.device = model, reader, limits, device
         self.sampling, self.batch_size, self.most = sampling, batch_size, most
         self.ends = end_ids(reader, model())
-        roles = reader.vocabulary.roles
-        self.pad = roles.get("pad", roles.get("eos", 0))
+        self.pad = filler(reader.vocabulary.roles) or 0
         self.size = len(reader.vocabulary) if limits.rows is None else min(limits.rows, len(reader.vocabulary))
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:

@@ -14,6 +14,7 @@ from transformers import TrainerCallback
 
 from xtoken.losses import TopKLogits
 from xtoken.served import ServedModel
+from xtoken.vocabulary.roles import filler
 
 
 class Asked:
@@ -45,7 +46,7 @@ class Asked:
 def _examples(side: Mapping[str, Any], roles: Mapping[str, int]) -> Iterator[tuple[int, int, int]]:
     """Row, first token and the one after the last of each example of a batch, without padding."""
     ids, mask, positions = side["input_ids"], side.get("attention_mask"), side.get("position_ids")
-    pad = roles.get("pad", roles.get("eos"))
+    pad = filler(roles)
     for row in range(len(ids)):
         kept = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
         if not len(kept):

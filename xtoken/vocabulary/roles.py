@@ -32,3 +32,8 @@ def find_roles(tokenizer: Any, special: Mapping[str, int]) -> dict[str, int]:
         if found:
             roles[role] = found[0]
     return roles
+
+
+def filler(roles: Mapping[str, int]) -> int | None:
+    """What fills rows: the token for padding, else the end token; None if there is neither."""
+    return roles.get("pad", roles.get("eos"))
