@@ -11,7 +11,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from xtoken.alignment.alignment import int_tensor
 from xtoken.alignment.chunks import synchronized, to_device
 from xtoken.losses.backends import select
-from xtoken.losses.cached import Cached, made_to_last
+from xtoken.losses.cached import Cached, kept, made_to_last
 from xtoken.losses.logits import BLOCK_ELEMENTS, DenseSource, Source
 from xtoken.projection.entries import Entries, restrict
 
@@ -95,16 +95,11 @@ class _Reached(NamedTuple):
     mask: Tensor  # bool [V_teacher]
 
 
-_REACHED = Cached[_Reached]()
-
-
-def _reached(projection: Any, device: torch.device) -> _Reached:
-    def look() -> _Reached:
-        mask = torch.zeros(projection.shape[1], dtype=torch.bool, device=device)
-        mask[projection.col.to(device).long()] = True
-        return _Reached(synchronized(mask.nonzero()[:, 0]), mask)
-
-    return _REACHED.of((projection.col,), look, device, projection.shape[1])
+@kept
+def _reached(col: Tensor, teachers: int, device: torch.device) -> _Reached:
+    mask = torch.zeros(teachers, dtype=torch.bool, device=device)
+    mask[col.to(device).long()] = True
+    return _Reached(synchronized(mask.nonzero()[:, 0]), mask)
 
 
 def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
@@ -113,7 +108,7 @@ def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
     On a device, where reading their number would wait: all columns, those that W reaches first, and the number
     (int32 []).
     """
-    known = _reached(projection, columns.device)
+    known = _reached(projection.col, projection.shape[1], columns.device)
     if len(columns) == projection.shape[1]:
         ids, count = known.ids, None
     else:
@@ -128,25 +123,26 @@ def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
     return ids, count
 
 
-_ON_DEVICE = Cached[tuple[Tensor, Tensor]]()
-_WEIGHTS = Cached[Tensor]()
+@kept
+def _on_device(col: Tensor, row_ptr: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Rows and columns of the entries of W."""
+    counts, place = row_ptr.to(device).diff(), col.to(device).long()
+    row = torch.repeat_interleave(torch.arange(len(counts), device=device), counts, output_size=len(col))
+    return row, place if col.device == device else synchronized(place)
+
+
+@kept
+def _weights_on(weight: Tensor, device: torch.device) -> Tensor:
+    return synchronized(weight.detach().to(device))
 
 
 def entries_in(projection: Any, columns: Tensor) -> Entries:
     """As `xtoken.reference.restrict`; on a device, which is not asked how many they are, all: weight 0 outside."""
-    device, total = columns.device, len(projection.col)
+    device, weight = columns.device, projection.weight
     if device.type == "cpu":
         return restrict(projection, columns)
-
-    def place() -> tuple[Tensor, Tensor]:
-        row_ptr, col = projection.row_ptr.to(device), projection.col.to(device).long()
-        row = torch.repeat_interleave(torch.arange(len(row_ptr) - 1, device=device), row_ptr.diff(), output_size=total)
-        return row, col if projection.col.device == device else synchronized(col)
-
-    row, col = _ON_DEVICE.of((projection.col, projection.row_ptr), place, device)
-    weight = projection.weight.detach()
-    if weight.device != device:
-        weight = _WEIGHTS.of((projection.weight,), lambda: synchronized(weight.to(device)), device)
+    row, col = _on_device(projection.col, projection.row_ptr, device)
+    weight = weight.detach() if weight.device == device else _weights_on(weight, device)
     position = torch.full((projection.shape[1],), -1, dtype=torch.int64, device=device)
     position[columns] = torch.arange(len(columns), device=device)
     position = position[col]
