@@ -20,8 +20,6 @@ from xtoken import PieceIndex, ProjectionMatrix, TeacherCache, Vocabulary, align
 from xtoken.corpus import shards
 from xtoken.corpus.manifest import INDEX as MANIFEST
 from xtoken.data import AlignedDataset
-from xtoken.pieces import _FILE as PIECES
-from xtoken.projection.matrix import _FILE as MATRIX
 from xtoken.storage import TensorFile
 from xtoken.teacher_cache import _OF_TOKENS, _SHARD, INDEX, _sums
 
@@ -148,7 +146,9 @@ def wrong(tensor: Tensor) -> list[Tensor]:
     return others
 
 
-@pytest.mark.parametrize(("name", "kind"), [(NAMES[0], MATRIX), (NAMES[1], PIECES), (NAMES[4], _SHARD)])
+@pytest.mark.parametrize(
+    ("name", "kind"), [(NAMES[0], ProjectionMatrix.FILE), (NAMES[1], PieceIndex.FILE), (NAMES[4], _SHARD)]
+)
 def test_wrong_tensors_are_seen(name: str, kind: TensorFile, tmp_path: Path) -> None:
     """Even with the checksum that goes with them."""
     path, read = make(name, tmp_path / "out")

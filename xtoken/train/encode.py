@@ -167,9 +167,11 @@ class ExampleEncoder:
         names = [f"teacher {k}" for k in range(count)] if teacher_names is None else list(teacher_names)
         if teacher_column is not None and teacher_names is None:
             raise ValueError(f"teacher_names: expected the names that {teacher_column!r} has, got None")
-        is_one = not isinstance(max_teacher_length, Sequence)
-        limits: list[Any] = [max_teacher_length] if is_one else list(max_teacher_length)  # type: ignore[arg-type]
-        theirs = limits * count if is_one else limits
+        limits: list[int | None]
+        if isinstance(max_teacher_length, Sequence):
+            limits = theirs = list(max_teacher_length)
+        else:
+            limits, theirs = [max_teacher_length], [max_teacher_length] * count
         for option, each in (("teacher_systems", systems), ("teacher_names", names), ("max_teacher_length", theirs)):
             if len(each) != count:
                 raise ValueError(f"{option}: expected one for each of {count} teachers, got {len(each)}")
