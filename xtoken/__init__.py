@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ._public import *  # noqa: F403
     from ._public import __all__ as __all__
     from ._public import __version__ as __version__
+    from .losses.functions import *  # noqa: F403
 else:
     _MODULES = frozenset(one.name for one in pkgutil.iter_modules(__path__)) - {"__main__"}  # noqa: F405
     _FOR_USERS = frozenset({"data", "integrations", "losses", "report", "train"})
