@@ -234,17 +234,20 @@ struct AnyRow {
         gather_bits(places, bits);
         gathered(bits, x);
     }
-    // The same in two steps: the loads may be long under way before their elements are used.
-    template <int N>
+    // The same in two steps: the loads may be long under way before their elements are used. `or_lowest`: -inf where a
+    // place is negative.
+    template <bool or_lowest = false, int N>
     __device__ void gather_bits(const int32_t* places, uint32_t (&bits)[N]) const {
         if (type == Element::float32) {
+            constexpr uint32_t none = or_lowest ? 0xff800000u : 0;
 #pragma unroll
             for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint32_t*>(data)[places[k]];
+                bits[k] = places[k] < 0 ? none : reinterpret_cast<const uint32_t*>(data)[places[k]];
         } else {
+            const uint32_t none = !or_lowest ? 0 : type == Element::bfloat16 ? 0xff80u : 0xfc00u;
 #pragma unroll
             for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? 0 : reinterpret_cast<const uint16_t*>(data)[places[k]];
+                bits[k] = places[k] < 0 ? none : reinterpret_cast<const uint16_t*>(data)[places[k]];
         }
     }
     template <int N>
@@ -296,6 +299,14 @@ struct AnyRow {
         }
     }
 };
+
+// Calls body with row r of `logits` as a Row of its own type; a pass over a long row has no choices then.
+template <typename Body>
+__device__ void typed_row(const Logits& logits, int64_t r, Body body) {
+    if (logits.type == Element::bfloat16) return body(Row<__nv_bfloat16>(logits, r));
+    if (logits.type == Element::float16) return body(Row<__half>(logits, r));
+    body(Row<float>(logits, r));
+}
 
 // Calls body with a null pointer to the type of the elements.
 template <typename Body>

@@ -102,9 +102,13 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
     each_chosen(row, chosen, columns, body);
 }
 
+// Where each_partner's body does not look at places.
+struct NoPlaces {};
+
 // The elements x of z from i on, and those of another row at `places` (negative: 0): body(i, x, place, y), elements
-// shared out as by each_pair. Gathers are a vector ahead of their use.
-template <typename R, typename Body>
+// shared out as by each_pair. Gathers are a vector ahead of their use. Without `with_places` the body must not look at
+// them, and y is -inf where a place is negative.
+template <bool with_places = true, typename R, typename Body>
 __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* places, int size, Body body) {
     constexpr int N = R::vector;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -113,8 +117,10 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         const int at = i < head ? i : i + whole;
         const float x[1] = {z[at]};
         const int32_t place[1] = {places[at]};
+        uint32_t bits[1];
+        other.template gather_bits<!with_places>(place, bits);
         float y[1];
-        other.gather(place, y);
+        other.gathered(bits, y);
         body(at, x, place, y);
     }
     const AnyRow table(reinterpret_cast<const float*>(places));
@@ -145,21 +151,21 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
     if (thread < count) {
         int32_t place[N];
         places_of(thread, place);
-        other.gather_bits(place, ahead);
+        other.template gather_bits<!with_places>(place, ahead);
     }
 #pragma unroll 1  // as in each_pair
     for (int v = thread; v < count; v += threads) {
         float x[N], y[N];
-        int32_t place[N];
+        [[maybe_unused]] std::conditional_t<with_places, int32_t[N], NoPlaces> place;
         z.take(ring, x);
-        places_of(v, place);
+        if constexpr (with_places) places_of(v, place);
         other.gathered(ahead, y);
         load(v + Ring::depth * threads);
         ring.wait();
         if (v + threads < count) {
             int32_t next[N];
             places_of(v + threads, next);
-            other.gather_bits(next, ahead);
+            other.template gather_bits<!with_places>(next, ahead);
         }
         body(start(v), x, place, y);
     }
@@ -219,6 +225,27 @@ __device__ void write_row(const Row<T>& z, const Other& other, T* out, int size,
 template <typename T, typename Prepare>
 __device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
     write_row(z, NoRow{}, out, size, width, [&](int i, const auto& x, const auto&, auto& g) { prepare(i, x, g); });
+}
+
+// Calls body(list, is_shared, begin, end) for a warp's slices of SELL-C-sigma lists (C = 32): entry i of a slice is at
+// 32 i + lane. Of a slice that its lanes share every lane has a part of list `list`, else each lane a list of its own,
+// or none (list >= lists).
+template <typename Lists, typename Body>
+__device__ void each_slice(const Lists& lists, Body body) {
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % warp_size;
+    const int warps = static_cast<int>(blockDim.x) / warp_size;
+#pragma unroll 1
+    for (int slice = thread / warp_size; slice < lists.slices; slice += warps) {
+        const bool is_shared = slice < lists.shared;
+        const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+        body(list, is_shared, lists.start[slice], lists.start[slice + 1]);
+    }
+}
+
+// Parts of a workspace are so many floats, so that all of them are aligned.
+__host__ __device__ inline int64_t whole(int64_t count) {
+    constexpr int64_t unit = 32;
+    return (count + unit - 1) / unit * unit;
 }
 
 // Shared memory of the sums over a block.
