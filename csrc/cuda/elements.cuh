@@ -109,6 +109,12 @@ struct Row {
     __device__ float operator[](int i) const { return widen(data[i]); }
     // Whether exponentials need more than one instruction.
     __device__ constexpr bool precise() const { return sizeof(T) == 4; }
+    // Elements at N places, -inf where a place is negative.
+    template <int N>
+    __device__ void gather_or_lowest(const int32_t* places, float (&x)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) x[k] = places[k] < 0 ? -INFINITY : widen(data[places[k]]);
+    }
     // Elements before the first at a 16-byte boundary.
     __device__ int head() const {
         return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
@@ -264,6 +270,13 @@ struct AnyRow {
 #pragma unroll
             for (int k = 0; k < N; ++k) x[k] = __uint_as_float(bits[k] << shift);
         }
+    }
+    // As that of Row.
+    template <int N>
+    __device__ void gather_or_lowest(const int32_t* places, float (&x)[N]) const {
+        uint32_t bits[N];
+        gather_bits<true>(places, bits);
+        gathered(bits, x);
     }
 
   private:

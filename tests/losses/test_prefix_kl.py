@@ -419,6 +419,16 @@ def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) ->
     check(backend, "prefix", wide_case(*sizes), dtype, strided=True, **options)
 
 
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_near_the_lowest_logit(dtype: torch.dtype, backend: str) -> None:
+    """Where the largest logit is hardly above the lowest one, logits below count as that, and have mass."""
+    case = make_case(samples=1, scale=60.0)
+    case.student.sub_(1e4)
+    case.teacher.sub_(1e4)
+    check(backend, "prefix", case, dtype)
+
+
 @cpu
 def test_threads_do_not_change_the_result(backend: str) -> None:
     case = make_case(1000, 1200)

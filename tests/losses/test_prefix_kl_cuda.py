@@ -30,7 +30,7 @@ def test_the_plan_of_a_piece_index(sizes: tuple[int, int]) -> None:
         for n, number in enumerate(lists.event.tolist()):
             piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
             block = lists.tokens[WARP * int(lists.start[piece]) : WARP * int(lists.start[piece + 1])]
-            tokens = block if n < lists.shared else block[(n - lists.shared) % WARP :: WARP]
+            tokens = block if n < lists.shared else block.view(-1, WARP, 4)[:, (n - lists.shared) % WARP].flatten()
             tokens = tokens[tokens >= 0].long()
             found.append(tokens)
             if number < plan.events:

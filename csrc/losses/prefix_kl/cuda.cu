@@ -30,8 +30,7 @@
 namespace xtoken::cuda {
 namespace {
 
-constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
-constexpr float nothing = -1e30f;   // a logit without mass that can be subtracted from another one
+constexpr float nothing = -1e30f;  // a logit without mass that can be subtracted from another one
 
 // The sum of exp((x - top) / temperature) over some logits x.
 struct alignas(8) Mass {
@@ -54,9 +53,6 @@ struct Workspace {
 
   private:
     __host__ __device__ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
-    __host__ __device__ static int64_t whole(int64_t count) {
-        return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
-    }
 };
 
 // Events begin ... end - 1 of a boundary. The student's sums become slopes: d loss / d log a_e over the sum.
@@ -70,6 +66,12 @@ struct PairSums {
     float z_top, y_top, p, q, products;
 };
 
+// The same of a whole boundary, over the block.
+struct BoundarySums {
+    float z_centre, y_centre;
+    double p, q, products;
+};
+
 // What makes a gradient of a boundary: student * e - teacher * f, or the reverse student * e * (tau D - mean), or with
 // a mixture student * e * (s - mean), with exponentials and logits relative to the centres.
 struct Term {
@@ -78,6 +80,15 @@ struct Term {
     float mean_high, mean_low;
     float shift;  // log A - log B
     double p, q;  // A and B, relative to the centres
+};
+
+// What the boundaries inside tokens leave for the gradient of a row.
+struct Inside {
+    // The tokens that continue; their parts of the gradient are in the workspace.
+    const int32_t* ids = nullptr;
+    int count = 0;
+    int marked = 0;         // events whose tokens have a bit in the workspace
+    Mass ends{0.0f, 0.0f};  // what the other tokens have: exp(z - top) * sum
 };
 
 using Walk = BoundaryWalk<int>;
@@ -127,20 +138,16 @@ __device__ inline int first_from(const int32_t* numbers, int count, int32_t x) {
 template <typename S>
 class Chunk {
   public:
-    __device__ Chunk(const PrefixParams& p, int64_t k, Shared& shared)
+    __device__ Chunk(const PrefixParams& p, const int64_t& k, Shared& shared)
         : p_(p),
           plan_(p.plan),
           shared_(shared),
           k_(k),
-          row_(p.student_rows.start[k]),
-          teacher_row_(p.teacher_rows.start[k]),
-          count_(static_cast<int>(p.student_rows.count[k])),
-          teacher_count_(static_cast<int>(p.teacher_rows.count[k])),
           inverse_temperature_(1.0f / p.temperature),
           tempered_(p.temperature != 1.0f),
-          mixed_(p.divergence.mixture > 0.0 && p.divergence.mixture < 1.0),
+          mixed_(is_mixed(p.divergence)),
           divergence_(p.divergence, sizeof(S) == 4),
-          y_(p.teacher, teacher_row_) {
+          y_(p.teacher, teacher_row()) {
         const Workspace parts(p.plan);
         float* at = p.workspace + blockIdx.x * parts.total();
         const auto take = [&](int64_t floats) {
@@ -165,7 +172,7 @@ class Chunk {
     }
 
     __device__ void run() {
-        const bool several = count_ > 1 || teacher_count_ > 1;
+        const bool several = count() > 1 || teacher_count() > 1;
         if (threadIdx.x == 0) {
             const PrefixSide &student = plan_.side[0], &teacher = plan_.side[1];
             shared_.loss = 0.0;
@@ -174,12 +181,7 @@ class Chunk {
         }
         compare_start();
         if (threadIdx.x == 0) shared_.weight = p_.weighted && several ? start_probability() : 1.0;
-        for (int i = 0; i < count_; ++i) {
-            sparse_count_ = marked_ = 0;
-            ends_ = {0.0f, 0.0f};
-            if (several) compare_inside(i);
-            write(i);
-        }
+        for (int i = 0; i < count(); ++i) write(i, several ? compare_inside(i) : Inside{});
         if (left_out_) {
             for (int side = 0; side < 2; ++side) {
                 __syncthreads();  // the flags are read; both sides may know of an event
@@ -203,15 +205,20 @@ class Chunk {
         return tempered_ ? Mass{mass.top + logf(mass.sum), 1.0f} : mass;
     }
 
+    // Where the chunk's rows begin, and how many there are; asked for anew each time, since registers are scarce.
+    __device__ int64_t row() const { return p_.student_rows.start[k_]; }
+    __device__ int64_t teacher_row() const { return p_.teacher_rows.start[k_]; }
+    __device__ int count() const { return static_cast<int>(p_.student_rows.count[k_]); }
+    __device__ int teacher_count() const { return static_cast<int>(p_.teacher_rows.count[k_]); }
+
     // ---- the start of the chunk ----
 
     __device__ void compare_start() {
-        sum_lists(plan_.student_lists, AnyRow(p_.student, row_), start_.student);
-        sum_lists(plan_.teacher_lists, y_, start_.teacher);
+        sum_lists(plan_.student_lists, Row<S>(p_.student, row()), start_.student);
+        typed_row(p_.teacher, teacher_row(), [&](const auto& y) { sum_lists(plan_.teacher_lists, y, start_.teacher); });
         __syncthreads();  // the masses are there
-        leave_out();
-        const PairSums pairs = left_out_ ? compare_pairs<true>() : compare_pairs<false>();
-        compare(start_, pairs, shared_.start);
+        left_out_ = leave_out();
+        set_term(sum_boundary(start_, is_usual() ? compare_pairs<true>() : compare_pairs<false>()), shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
@@ -239,8 +246,8 @@ class Chunk {
     }
 
     // Marks the events that only one side's tokenizer knows not to start the chunk, or that are merged and it knows it
-    // of a part: flags of pairs, and lists without mass.
-    __device__ void leave_out() {
+    // of a part: flags of pairs, and lists without mass. Returns whether there are any.
+    __device__ bool leave_out() {
         bool any = false;
         for (int side = 0; side < 2; ++side) {
             const int32_t *begin, *end;
@@ -260,51 +267,55 @@ class Chunk {
                 }
             });
         }
-        left_out_ = __syncthreads_or(any) != 0;
+        return __syncthreads_or(any) != 0;
     }
 
-    template <bool left_out>
+    // Whether the chunk's start is one of those whose pairs have a pass of their own, without choices for an element.
+    __device__ bool is_usual() const { return sizeof(S) == 2 && !y_.precise() && !p_.reverse && !left_out_; }
+
+    template <bool usual>
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
+        float z_least = 0.0f, y_least = 0.0f;  // the lowest logit, relative to the tops
+        const bool reverse = !usual && p_.reverse;
         const auto add = [&](int i, const auto& x, const auto& slot, const auto& partner) {
             constexpr int N = sizeof(x) / sizeof(float);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
 #pragma unroll
             for (int first = 0; first < N; first += M) {
-                float z[M], y[M];
+                const auto is_pair = [&](int k) {
+                    return slot[first + k] >= 0 && (usual || !left_out_ || left_flags_[i + first + k] == 0);
+                };
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    const bool paired = slot[first + k] >= 0 && !(left_out && left_flags_[i + first + k] != 0);
-                    z[k] = paired ? clamped(x[first + k]) : nothing;
-                    y[k] = paired ? clamped(partner[first + k]) : nothing;
-                    z_top = fmaxf(z_top, z[k]);
-                    y_top = fmaxf(y_top, y[k]);
+                    z_top = fmaxf(z_top, is_pair(k) ? x[first + k] : -INFINITY);
+                    y_top = fmaxf(y_top, is_pair(k) ? partner[first + k] : -INFINITY);
                 }
-                if (z_top > sums.z_top || y_top > sums.y_top) sums = moved(sums, z_top, y_top);
-                float e[M], f[M];
+                if (z_top > sums.z_top || y_top > sums.y_top) {
+                    sums = moved(sums, z_top, y_top);
+                    z_least = p_.lowest - z_top;
+                    y_least = p_.lowest - y_top;
+                }
+                float z[M], y[M], e[M], f[M];
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    z[k] -= z_top;
-                    y[k] -= y_top;
+                    z[k] = largest(x[first + k] - z_top, z_least);
+                    y[k] = largest(partner[first + k] - y_top, y_least);
                 }
-                scaled_exp(z, inverse_temperature_, sizeof(S) == 4, e);
-                scaled_exp(y, inverse_temperature_, y_.precise(), f);
+                scaled_exp(z, inverse_temperature_, !usual && sizeof(S) == 4, e);
+                scaled_exp(y, inverse_temperature_, !usual && y_.precise(), f);
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
+                    if (!is_pair(k)) continue;
                     sums.p += e[k];
                     sums.q += f[k];
-                }
-                if (p_.reverse) {
-#pragma unroll
-                    for (int k = 0; k < M; ++k) sums.products = fmaf(e[k], z[k] - y[k], sums.products);
-                } else {
-#pragma unroll
-                    for (int k = 0; k < M; ++k) sums.products = fmaf(f[k], y[k] - z[k], sums.products);
+                    sums.products =
+                        reverse ? fmaf(e[k], z[k] - y[k], sums.products) : fmaf(f[k], y[k] - z[k], sums.products);
                 }
             }
         };
-        each_partner(Row<S>(p_.student, row_), y_, plan_.slot, plan_.side[0].size, add);
+        each_partner(Row<S>(p_.student, row()), y_, plan_.slot, plan_.side[0].size, add);
         return sums;
     }
 
@@ -317,12 +328,9 @@ class Chunk {
         return {z_top, y_top, sums.p * z_shrink, sums.q * y_shrink, products};
     }
 
-    // Adds logits.
+    // Adds logits, -inf for none, of which the largest, or that before, is `top`.
     template <int N>
-    __device__ void add(const float (&x)[N], bool precise, Mass& mass) const {
-        float top = mass.top;
-#pragma unroll
-        for (int k = 0; k < N; ++k) top = fmaxf(top, x[k]);
+    __device__ void add(const float (&x)[N], float top, bool precise, Mass& mass) const {
         if (top > mass.top) {
             mass.sum *= exponential(mass.top - top, precise);
             mass.top = top;
@@ -336,14 +344,25 @@ class Chunk {
     }
 
     // Adds the logits of tokens, -1 for none.
-    template <int N>
-    __device__ void add_tokens(const AnyRow& row, const int32_t (&tokens)[N], Mass& mass) const {
+    template <typename R, int N>
+    __device__ void add_tokens(const R& row, const int32_t (&tokens)[N], Mass& mass) const {
         float x[N];
-        row.gather(tokens, x);
+        row.gather_or_lowest(tokens, x);
+        const float top = largest_of(x, mass.top);
+        if (!outweighs_lowest(top)) {
 #pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = tokens[k] < 0 ? nothing : clamped(x[k]);
-        add(x, row.precise(), mass);
+            for (int k = 0; k < N; ++k) x[k] = tokens[k] < 0 ? -INFINITY : clamped(x[k]);
+        }
+        add(x, top, row.precise(), mass);
     }
+    template <int N>
+    __device__ static float largest_of(const float (&x)[N], float other) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) other = fmaxf(other, x[k]);
+        return other;
+    }
+    // Whether the lowest logit has no mass beside this one, at temperature 1.
+    __device__ bool outweighs_lowest(float top) const { return top - p_.lowest > 104.0f; }
 
     // The mass of some tokens; by one thread.
     __device__ Mass sum_tokens(const AnyRow& row, const int32_t* tokens, int begin, int end) const {
@@ -360,43 +379,34 @@ class Chunk {
     }
 
     // The masses of lists of tokens, into out[event].
-    __device__ void sum_lists(const TokenLists& lists, const AnyRow& row, Mass* out) const {
-        constexpr int together = 4;  // loads in flight
-        const int lane = static_cast<int>(threadIdx.x) % warp_size, warps = static_cast<int>(blockDim.x) / warp_size;
-#pragma unroll 1
-        for (int slice = static_cast<int>(threadIdx.x) / warp_size; slice < lists.slices; slice += warps) {
-            const bool is_shared = slice < lists.shared;
-            const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
-            const int end = lists.start[slice + 1];
+    template <typename R>
+    __device__ void sum_lists(const TokenLists& lists, const R& row, Mass* out) const {
+        const int lane = static_cast<int>(threadIdx.x) % warp_size;
+        each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
             Mass mass{p_.lowest, 0.0f};
 #pragma unroll 1
-            for (int i = lists.start[slice]; i < end; i += together) {
-                int32_t tokens[together];
-#pragma unroll
-                for (int k = 0; k < together; ++k) {
-                    tokens[k] = i + k < end ? lists.tokens[(i + k) * warp_size + lane] : -1;
-                }
+            for (int i = begin; i < end; i += 4) {
+                int32_t tokens[4];
+                load_lanes(lists.tokens, i * warp_size + 4 * lane, tokens);
                 add_tokens(row, tokens, mass);
             }
-            if (is_shared) {
-                for (int step = warp_size / 2; step > 0; step /= 2) {
-                    const float top = __shfl_xor_sync(all_lanes, mass.top, step);
-                    const float sum = __shfl_xor_sync(all_lanes, mass.sum, step);
-                    mass = together_with(mass, {top, sum}, row.precise());
-                }
-            }
+            if (is_shared) mass = warp_mass(mass, row.precise());
             if (list < lists.count && (!is_shared || lane == 0)) {
                 mass = tempered(mass);
                 Mass* to = out + lists.event[list];
                 to->top = mass.top;
                 to->sum = mass.sum;
             }
-        }
+        });
     }
 
-    __device__ Mass together_with(const Mass& one, const Mass& other, bool precise) const {
-        const float top = fmaxf(one.top, other.top);
-        return {top, one.sum * exponential(one.top - top, precise) + other.sum * exponential(other.top - top, precise)};
+    // That of a warp's lanes together.
+    __device__ Mass warp_mass(const Mass& mass, bool precise) const {
+        float top = mass.top;
+        for (int step = warp_size / 2; step > 0; step /= 2) top = fmaxf(top, __shfl_xor_sync(all_lanes, top, step));
+        float sum = mass.sum * exponential(mass.top - top, precise);
+        for (int step = warp_size / 2; step > 0; step /= 2) sum += __shfl_xor_sync(all_lanes, sum, step);
+        return {top, sum};
     }
 
     // The teacher's probability of the event of its realised first token; by one thread.
@@ -408,52 +418,53 @@ class Chunk {
     }
 
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
-    // halves, without boundaries inside.
-    template <bool any, int N>  // of any temperature and divergence, or of 1 and a KL
-    __device__ void start_gradients(int i, const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
-                                    float (&g)[N]) const {
+    // halves, without boundaries inside. Where x is below the lowest logit it is none.
+    template <bool usual, int N>  // of a usual chunk at temperature 1, without a mixture and lowest logits, or of any
+    __device__ void start_gradients(const Term& term, const Mass* events, int i, const float (&x)[N],
+                                    const int32_t (&slot)[N], const float (&partner)[N], float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
-        const Term& term = shared_.start;
 #pragma unroll
         for (int first = 0; first < N; first += M) {
             float y[M], e[M], student[M];
 #pragma unroll
             for (int k = 0; k < M; ++k) {
                 const int32_t to = slot[first + k];
-                const Mass own = to < 0 ? start_.student[-1 - to] : Mass{term.z_centre, term.student};
-                e[k] = clamped(x[first + k]) - own.top;
-                if (!any || to >= 0) e[k] *= inverse_temperature_;
+                Mass own{term.z_centre, term.student};
+                if (to < 0) own = event_behind(events, to);
+                e[k] = x[first + k] - own.top;
+                if (!usual && to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
-                y[k] = clamped(partner[first + k]) - term.y_centre;
+                y[k] = (usual ? partner[first + k] : clamped(partner[first + k])) - term.y_centre;
             }
-            exponentials(e, sizeof(S) == 4);
+            exponentials(e, !usual && sizeof(S) == 4);
 #pragma unroll
             for (int k = 0; k < M; ++k) g[first + k] = e[k] * student[k];
-            if (any && mixed_) {
+            if (!usual && (mixed_ || p_.reverse)) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
-                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
-                    if (slot[first + k] >= 0) g[first + k] *= slope(difference, term) - term.mean_high;
-                }
-            } else if (p_.reverse) {
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    const float difference = (clamped(x[first + k]) - term.z_centre) - y[k];
-                    if (slot[first + k] >= 0) g[first + k] *= (difference - term.mean_high) - term.mean_low;
+                    const float d = (clamped(x[first + k]) - term.z_centre) - y[k];
+                    const float mine = mixed_ ? slope(d, term) - term.mean_high : (d - term.mean_high) - term.mean_low;
+                    if (slot[first + k] >= 0) g[first + k] *= mine;
                 }
             } else {
                 float f[M];
-                scaled_exp(y, inverse_temperature_, y_.precise(), f);
+                scaled_exp(y, usual ? 1.0f : inverse_temperature_, !usual && y_.precise(), f);
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
                 }
             }
-            if (any && left_out_) {
+            if (!usual && left_out_) {
 #pragma unroll
                 for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
             }
         }
+    }
+    // The event with the number -1 - slot: `events` are start_events(). One instruction finds it.
+    __device__ const Mass* start_events() const { return base(start_.student - 1); }
+    __device__ static const Mass& event_behind(const Mass* events, int32_t slot) {
+        constexpr auto step = -static_cast<int64_t>(sizeof(Mass));
+        return *reinterpret_cast<const Mass*>(reinterpret_cast<const char*>(events) + slot * step);
     }
 
     // ---- any boundary ----
@@ -463,8 +474,8 @@ class Chunk {
         return static_cast<double>(teacher_exp(mass.top - term.y_centre)) * static_cast<double>(mass.sum) / term.q;
     }
 
-    // Adds the term of a boundary to the loss, and leaves in `term` what its gradient takes.
-    __device__ void compare(const Events& events, const PairSums& pairs, Term& term) {
+    // The sums of a boundary, of its events and of pairs.
+    __device__ BoundarySums sum_boundary(const Events& events, const PairSums& pairs) {
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         float z_top = pairs.z_top, y_top = pairs.y_top;
         for (int n = events.begin + thread; n < events.end; n += threads) {
@@ -485,17 +496,22 @@ class Chunk {
         double totals[3] = {static_cast<double>(sums.p), static_cast<double>(sums.q),
                             static_cast<double>(sums.products)};
         block_sum(totals, shared_.sums);
-        if (thread == 0) {
-            const double p = totals[0], q = totals[1];
-            term = {z_centre, y_centre, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, p, q};
-            if (p != 0.0) {  // else no event has tokens on both sides
-                const double temperature = static_cast<double>(p_.temperature), mean = totals[2] / (p_.reverse ? p : q);
-                const double ratio = log(p) - log(q);
+        return {z_centre, y_centre, totals[0], totals[1], totals[2]};
+    }
+
+    // Adds the term of a boundary to the loss, and says in `term`, for all threads, what its gradient takes.
+    __device__ void set_term(const BoundarySums& sums, Term& term) {
+        if (threadIdx.x == 0) {
+            term = {sums.z_centre, sums.y_centre, 0.0f, 0.0f, 0.0f, 0.0f, 0.0f, sums.p, sums.q};
+            if (sums.p != 0.0) {  // else no event has tokens on both sides
+                const double temperature = static_cast<double>(p_.temperature);
+                const double mean = sums.products / (p_.reverse ? sums.p : sums.q);
+                const double ratio = log(sums.p) - log(sums.q);
                 if (!mixed_) shared_.loss += shared_.weight * (mean / temperature + (p_.reverse ? -ratio : ratio));
                 const double scale = p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_]);
                 const double factor = shared_.weight * (p_.reverse ? scale : scale * temperature);
-                term.student = static_cast<float>(factor / p);
-                term.teacher = static_cast<float>(factor / q);
+                term.student = static_cast<float>(factor / sums.p);
+                term.teacher = static_cast<float>(factor / sums.q);
                 term.mean_high = static_cast<float>(mean);
                 term.mean_low = static_cast<float>(mean - static_cast<double>(term.mean_high));
                 term.shift = static_cast<float>(ratio);
@@ -529,7 +545,7 @@ class Chunk {
                 difference(student, teacher, term.z_centre, term.y_centre));
         }
         if (is_start) {
-            each_vector(Row<S>(p_.student, row_), plan_.side[0].size, [&](int i, const auto& x) {
+            each_vector(Row<S>(p_.student, row()), plan_.side[0].size, [&](int i, const auto& x) {
                 constexpr int N = sizeof(x) / sizeof(float);
                 int32_t slot[N];
                 load_lanes(plan_.slot, i, slot);
@@ -555,7 +571,8 @@ class Chunk {
     // temperature (log a - log b), relative to the centres.
     __device__ float difference(const Mass& student, const Mass& teacher, float z_centre, float y_centre) const {
         const float tops = (student.top - z_centre) - (teacher.top - y_centre);
-        return fmaf(logf(student.sum) - logf(teacher.sum), p_.temperature, tops);
+        const float logs = logarithm(student.sum, sizeof(S) == 4) - logarithm(teacher.sum, sizeof(S) == 4);
+        return fmaf(logs, p_.temperature, tops);
     }
 
     __device__ void find_slopes(const Events& events, const Term& term) const {
@@ -571,7 +588,7 @@ class Chunk {
                 const float d = difference(student, teacher, term.z_centre, term.y_centre);
                 value = p * (mixed_ ? slope(d, term) - term.mean_high : (d - term.mean_high) - term.mean_low);
             } else {
-                const float share = teacher.sum / student.sum;
+                const float share = quotient(teacher.sum, student.sum, sizeof(S) == 4);
                 value = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
             }
             events.student[n].sum = value;
@@ -583,46 +600,48 @@ class Chunk {
     // By one thread.
     __device__ void start_walks() {
         int length = 0;
-        for (int i = 0; i < count_; ++i) length += plan_.side[0].length[student_tokens()[i]];
-        for (int j = 0; j < teacher_count_; ++j) length -= plan_.side[1].length[teacher_tokens()[j]];
+        for (int i = 0; i < count(); ++i) length += plan_.side[0].length[student_tokens()[i]];
+        for (int j = 0; j < teacher_count(); ++j) length -= plan_.side[1].length[teacher_tokens()[j]];
 #pragma unroll 1
         for (int side = 0; side < 2; ++side) {
             shared_.walk[side].start();
             if (length == 0) {
                 advance(side);
             } else {  // there is no inner boundary
-                shared_.walk[side].whole = side == 0 ? count_ : teacher_count_;
+                shared_.walk[side].whole = side == 0 ? count() : teacher_count();
             }
         }
     }
     __device__ void advance(int side) {
         const bool student = side == 0;
         shared_.walk[side].advance(plan_.side[side], student ? student_tokens() : teacher_tokens(),
-                                   student ? count_ : teacher_count_, plan_.side[1 - side],
-                                   student ? teacher_tokens() : student_tokens(), student ? teacher_count_ : count_);
+                                   student ? count() : teacher_count(), plan_.side[1 - side],
+                                   student ? teacher_tokens() : student_tokens(), student ? teacher_count() : count());
     }
-    __device__ const int64_t* student_tokens() const { return p_.student_rows.next + row_; }
-    __device__ const int64_t* teacher_tokens() const { return p_.teacher_rows.next + teacher_row_; }
+    __device__ const int64_t* student_tokens() const { return p_.student_rows.next + row(); }
+    __device__ const int64_t* teacher_tokens() const { return p_.teacher_rows.next + teacher_row(); }
 
     // The boundaries that look at row i of the student: before its token, or inside it.
-    __device__ void compare_inside(int i) {
+    __device__ Inside compare_inside(int i) {
+        Inside inside;
 #pragma unroll 1  // one copy of the code
         for (int side = 0; side < 2; ++side) {
             for (;;) {
                 const Walk walk = shared_.walk[side];
-                if (side == 0 ? walk.whole != i : walk.whole == teacher_count_ || walk.part != i) break;
+                if (side == 0 ? walk.whole != i : walk.whole == teacher_count() || walk.part != i) break;
                 const Logits &whole = side == 0 ? p_.student : p_.teacher, &part = side == 0 ? p_.teacher : p_.student;
-                const int64_t whole_row = (side == 0 ? row_ : teacher_row_) + walk.whole;
-                const int64_t part_row = (side == 0 ? teacher_row_ : row_) + walk.part;
-                compare_boundary(side, AnyRow(whole, whole_row), AnyRow(part, part_row), walk);
+                const int64_t whole_row = (side == 0 ? row() : teacher_row()) + walk.whole;
+                const int64_t part_row = (side == 0 ? teacher_row() : row()) + walk.part;
+                compare_boundary(side, AnyRow(whole, whole_row), AnyRow(part, part_row), walk, inside);
                 if (threadIdx.x == 0) advance(side);
                 __syncthreads();  // the next one is there
             }
         }
+        return inside;
     }
 
-    __device__ void compare_boundary(int side, const AnyRow& whole_row, const AnyRow& part_row, const Walk& walk) {
-        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    __device__ void compare_boundary(int side, const AnyRow& whole_row, const AnyRow& part_row, const Walk& walk,
+                                     Inside& inside) {
         const PrefixSide &whole = plan_.side[side], &part = plan_.side[1 - side];
         const int64_t* known = (side == 0 ? teacher_tokens() : student_tokens()) + walk.part - walk.depth;
         const auto order = [&](int place) {
@@ -630,17 +649,58 @@ class Chunk {
         };
         const int first = first_not(0, whole.size, [&](int place) { return order(place) < 0; });
         const int last = first_not(first, whole.size, [&](int place) { return order(place) == 0; });
+        const int32_t* tokens = whole.order + first;
         int count = find_events(whole, part, walk.depth, first, last - first);
         // What nobody can spell comes last.
         if (count > 0 && event_[count - 1] == INT32_MAX) --count;
         const bool has_ends = count > 0 && event_[0] < 0;
         // Where a merged event begins, one side ends for reasons of its own.
-        const bool is_merged = plan_.merged[part.event[known[0]]] != 0;
+        const bool compares_ends = has_ends && plan_.merged[part.event[known[0]]] == 0;
 
         Mass *whole_mass = side == 0 ? inner_.student : inner_.teacher,
              *part_mass = side == 0 ? inner_.teacher : inner_.student;
-        for (int e = thread; e < count; e += threads) {
-            const Mass mass = sum_tokens(whole_row, whole.order + first, begin_[e], begin_[e + 1]);
+        sum_events(whole_row, tokens, part_row, part, count, whole_mass, part_mass);
+        if (side == 1 || compares_ends) mark(part, has_ends, count);
+        if (compares_ends) {
+            const Mass rest = remaining(part_row, part.size);
+            if (threadIdx.x == 0) {
+                // without mass, if no token is left to end with
+                const Mass mass = rest.sum == 0.0f ? rest : tempered(rest);
+                part_mass[0].top = mass.top;
+                part_mass[0].sum = mass.sum;
+            }
+        }
+        __syncthreads();  // the masses are there
+        const int skipped = has_ends && (!compares_ends || part_mass[0].sum == 0.0f) ? 1 : 0;
+        const Events events{inner_.student, inner_.teacher, skipped, count};
+        set_term(sum_boundary(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}), shared_.inner);
+        if (mixed_) add_mixed_term(events, false, shared_.inner);
+        if (p_.weighted && threadIdx.x == 0) {
+            const int e = shared_.inner.q == 0.0 ? -1 : realised_event(side, walk, count);
+            shared_.weight *= e < 0 || e < skipped ? 0.0 : probability(inner_.teacher[e], shared_.inner);
+        }
+        if (p_.grad.data == nullptr) return;
+        find_slopes(events, shared_.inner);
+        __syncthreads();  // the slopes are there
+        if (side == 0) {
+            if (walk.depth == 1) {
+                inside.ids = tokens;
+                inside.count = begin_[count];
+            }
+            spread(whole_row, tokens, values_ + (tokens - inside.ids), walk.depth == 1, count, skipped);
+        } else {
+            inside.marked = count;
+            if (has_ends && skipped == 0) inside.ends = inner_.student[0];
+        }
+        __syncthreads();  // the values are there
+    }
+
+    // The masses of `count` events on both sides: of ranges of `tokens`, and of all tokens of the event; where tokens
+    // end, which is no event, that of the range.
+    __device__ void sum_events(const AnyRow& whole_row, const int32_t* tokens, const AnyRow& part_row,
+                               const PrefixSide& part, int count, Mass* whole_mass, Mass* part_mass) const {
+        for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x)) {
+            const Mass mass = sum_tokens(whole_row, tokens, begin_[e], begin_[e + 1]);
             whole_mass[e].top = mass.top;
             whole_mass[e].sum = mass.sum;
             if (event_[e] >= 0) {
@@ -650,36 +710,6 @@ class Chunk {
                 part_mass[e].sum = other.sum;
             }
         }
-        if (side == 1 || (has_ends && !is_merged)) mark(part, has_ends, count);
-        if (has_ends && !is_merged) {
-            const Mass rest = remaining(part_row, part.size);
-            if (thread == 0) {
-                // without mass, if no token is left to end with
-                const Mass mass = rest.sum == 0.0f ? rest : tempered(rest);
-                part_mass[0].top = mass.top;
-                part_mass[0].sum = mass.sum;
-            }
-        }
-        __syncthreads();  // the masses are there
-        const int skipped = has_ends && (is_merged || part_mass[0].sum == 0.0f) ? 1 : 0;
-        __syncthreads();  // the masses are there
-        const Events events{inner_.student, inner_.teacher, skipped, count};
-        compare(events, {p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f}, shared_.inner);
-        if (mixed_) add_mixed_term(events, false, shared_.inner);
-        if (p_.weighted && thread == 0) {
-            const int e = shared_.inner.q == 0.0 ? -1 : realised_event(side, walk, count);
-            shared_.weight *= e < 0 || e < skipped ? 0.0 : probability(inner_.teacher[e], shared_.inner);
-        }
-        if (p_.grad.data == nullptr) return;
-        find_slopes(events, shared_.inner);
-        __syncthreads();  // the slopes are there
-        if (side == 0) {
-            spread(whole_row, whole.order + first, walk.depth == 1, count, skipped);
-        } else {
-            marked_ = count;
-            if (has_ends && skipped == 0) ends_ = inner_.student[0];
-        }
-        __syncthreads();  // the values are there
     }
 
     // The place of the event of the teacher's realised token, -1 if it has none. By one thread.
@@ -753,8 +783,8 @@ class Chunk {
             constexpr int N = sizeof(x) / sizeof(float);
             float kept[N];
 #pragma unroll
-            for (int k = 0; k < N; ++k) kept[k] = is_marked(i + k) ? nothing : clamped(x[k]);
-            add(kept, row.precise(), mass);
+            for (int k = 0; k < N; ++k) kept[k] = is_marked(i + k) ? -INFINITY : clamped(x[k]);
+            add(kept, largest_of(kept, mass.top), row.precise(), mass);
         });
         const float top = block_max(mass.top, shared_.sums);
         const float shrink = exponential(mass.top - top, row.precise());
@@ -763,14 +793,10 @@ class Chunk {
         return {top, static_cast<float>(sums[0])};
     }
 
-    // The slopes of events of several tokens as gradients of these. Deeper boundaries inside the same token have some
-    // of the tokens of the first.
-    __device__ void spread(const AnyRow& row, const int32_t* tokens, bool is_first, int count, int skipped) {
-        if (is_first) {
-            sparse_ids_ = tokens;
-            sparse_count_ = begin_[count];
-        }
-        float* values = values_ + (tokens - sparse_ids_);
+    // The slopes of events of several tokens as gradients of these, into values, or added to them: deeper boundaries
+    // inside the same token have some of the tokens of the first.
+    __device__ void spread(const AnyRow& row, const int32_t* tokens, float* values, bool is_first, int count,
+                           int skipped) const {
         for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x)) {
             const Mass own = inner_.student[e];
             for (int i = begin_[e]; i < begin_[e + 1]; ++i) {
@@ -784,9 +810,8 @@ class Chunk {
     // ---- the gradient ----
 
     // Row i of the student: the gradient, and the cross-entropy of its label.
-    __device__ void write(int i) {
-        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-        const int64_t r = row_ + i;
+    __device__ void write(int i, const Inside& inside) const {
+        const int64_t r = row() + i;
         const Row<S> z(p_.student, r);
         const int size = plan_.side[0].size;
         const bool known = i == 0 && p_.temperature == 1.0f && !left_out_;
@@ -794,74 +819,97 @@ class Chunk {
             label_term(p_.labels, r, z, size, p_.lowest, shared_.sums, known, known ? all_tokens() : Statistics{});
         if (p_.grad.data == nullptr) return;
         S* grad = row_of<S>(p_.grad, r);
-        for (int n = thread; n < sparse_count_; n += threads) {
-            const int32_t token = sparse_ids_[n];
+        if (inside.count > 0) {
+            complete(i == 0, z, label, inside);
+            __syncthreads();  // the gradient may take the place of the logits
+        }
+        if (i > 0) {
+            write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
+                inner_gradients(s, x, inside, g);
+                finish(label, s, x, g);
+            });
+        } else if (is_usual() && !tempered_ && !mixed_ && outweighs_lowest(shared_.start.y_centre)) {
+            write_start<true>(z, grad, label);
+        } else {
+            write_start<false>(z, grad, label);
+        }
+        if (inside.count == 0) return;
+        __syncthreads();  // the row is there
+        for (int n = static_cast<int>(threadIdx.x); n < inside.count; n += static_cast<int>(blockDim.x)) {
+            narrow(values_[n], grad[inside.ids[n]]);
+        }
+    }
+
+    // Adds to the sparse part of a row's gradient what the tokens have otherwise.
+    __device__ void complete(bool is_start, const Row<S>& z, const LabelTerm& label, const Inside& inside) const {
+        for (int n = static_cast<int>(threadIdx.x); n < inside.count; n += static_cast<int>(blockDim.x)) {
+            const int32_t token = inside.ids[n];
             const float x[1] = {z[token]};
             float g[1] = {0.0f};
-            if (i == 0) {
+            if (is_start) {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients<true>(token, x, slot, partner, g);
+                start_gradients<false>(shared_.start, start_events(), token, x, slot, partner, g);
             }
-            g[0] = x[0] < p_.lowest ? 0.0f : g[0] + values_[n];
-            label.add(token, x, g);
+            g[0] += values_[n];
+            finish(label, token, x, g);
             values_[n] = g[0];
         }
-        if (sparse_count_ > 0) __syncthreads();  // the gradient may take the place of the logits
-        if (i == 0) {
-            const Written<S> written(z, grad);
-            const auto write = [&](auto any) {
-                each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
-                    float g[sizeof(x) / sizeof(float)];
-                    start_gradients<decltype(any)::value>(s, x, slot, partner, g);
-                    finish(label, s, x, g);
-                    written.put(s, g);
-                });
-            };
-            if (tempered_ || mixed_ || left_out_) {
-                write(std::true_type{});
-            } else {
-                write(std::false_type{});
-            }
-            written.fill(size, p_.grad.width);
-        } else {
-            const Mass ends = ends_;
-            write_row(z, grad, size, p_.grad.width, [&](int s, const auto& x, auto& g) {
-                constexpr int N = sizeof(x) / sizeof(float);
-#pragma unroll
-                for (int k = 0; k < N; ++k) g[k] = 0.0f;
-                if (ends.sum != 0.0f) {
-#pragma unroll
-                    for (int k = 0; k < N; ++k) g[k] = clamped(x[k]) - ends.top;
-                    exponentials(g, sizeof(S) == 4);
-#pragma unroll
-                    for (int k = 0; k < N; ++k) g[k] *= ends.sum;
-                }
-                if (marked_ != 0) {
-#pragma unroll
-                    for (int k = 0; k < N; ++k) {
-                        if (is_marked(s + k)) g[k] = inner_gradient(s + k, x[k]);
-                    }
-                }
-                finish(label, s, x, g);
-            });
-        }
-        if (sparse_count_ == 0) return;
-        __syncthreads();  // the row is there
-        for (int n = thread; n < sparse_count_; n += threads) narrow(values_[n], grad[sparse_ids_[n]]);
     }
 
-    // Of a token that is an event inside a token, or one of several.
-    __device__ float inner_gradient(int token, float x) const {
-        const Mass own = inner_.student[first_from(event_, marked_, plan_.side[0].event[token])];
+    // write_row of the first row, with the pairs' other halves.
+    template <bool usual>
+    __device__ void write_start(const Row<S>& z, S* grad, const LabelTerm& label) const {
+        const int size = plan_.side[0].size;
+        const Written<S> written(z, grad);
+        const Term& from = shared_.start;
+        const Term term{from.z_centre, from.y_centre, from.student, from.teacher, 0.0f, 0.0f, 0.0f, 0.0, 0.0};
+        const Mass* events = start_events();
+        each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
+            float g[sizeof(x) / sizeof(float)];
+            start_gradients<usual>(usual ? term : from, events, s, x, slot, partner, g);
+            finish(label, s, x, g);
+            written.put(s, g);
+        });
+        written.fill(size, p_.grad.width);
+    }
+
+    // The gradient of tokens of another row than the first, but for its sparse part.
+    template <int N>
+    __device__ void inner_gradients(int s, const float (&x)[N], const Inside& inside, float (&g)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) g[k] = 0.0f;
+        if (inside.ends.sum != 0.0f) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] = clamped(x[k]) - inside.ends.top;
+            exponentials(g, sizeof(S) == 4);
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] *= inside.ends.sum;
+        }
+        if (inside.marked != 0) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                if (is_marked(s + k)) g[k] = inner_gradient(s + k, x[k], inside.marked);
+            }
+        }
+    }
+
+    // Of a token that is an event inside a token, one of so many, or one of several.
+    __device__ float inner_gradient(int token, float x, int events) const {
+        const Mass own = inner_.student[first_from(event_, events, plan_.side[0].event[token])];
         return exponential(clamped(x) - own.top, sizeof(S) == 4) * own.sum;
     }
 
     template <int N>
     __device__ void finish(const LabelTerm& label, int s, const float (&x)[N], float (&g)[N]) const {
+        float least = x[0];
 #pragma unroll
-        for (int k = 0; k < N; ++k) g[k] = x[k] < p_.lowest ? 0.0f : g[k];
+        for (int k = 1; k < N; ++k) least = fminf(least, x[k]);
+        if (least < p_.lowest) {
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] = x[k] < p_.lowest ? 0.0f : g[k];
+        }
         label.add(s, x, g);
     }
 
@@ -876,30 +924,24 @@ class Chunk {
     const PrefixParams& p_;
     const PrefixPlan& plan_;
     Shared& shared_;
-    int64_t k_, row_, teacher_row_;
-    int count_, teacher_count_;
+    const int64_t& k_;
     float inverse_temperature_;
     bool tempered_, mixed_;
     MixedDivergence divergence_;
     AnyRow y_;  // the teacher's first row
     Events start_, inner_;
     int32_t *event_, *begin_;  // of the events inside a token: which it is, and the first token of the range
-    // The sparse part of a row's gradient, and what its other tokens have: exp(z - top) * sum.
-    float* values_;
-    uint8_t* left_flags_;  // of the student's tokens in pairs that are left out
+    float* values_;            // the sparse part of a row's gradient
+    uint8_t* left_flags_;      // of the student's tokens in pairs that are left out
     bool left_out_ = false;
     unsigned* bits_;  // of the tokens that are events inside a token of the other side
-    int marked_ = 0;  // events whose student tokens are marked in bits_
-    const int32_t* sparse_ids_ = nullptr;
-    int sparse_count_ = 0;
-    Mass ends_{0.0f, 0.0f};
 };
 
 template <typename S>
 __global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
     XTOKEN_SHARED(shared, Shared);
     if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
-    each_chunk(params, [&](int64_t k) { Chunk<S>(params, k, shared).run(); });
+    each_chunk(params, [&](const int64_t& k) { Chunk<S>(params, k, shared).run(); });
 }
 
 int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }

@@ -90,15 +90,16 @@ XTOKEN_KERNEL(void, prefix_chunk, (const PrefixChunks& params, int64_t k, char* 
 
 namespace cuda {
 
-// SELL-C-sigma lists of tokens (C = 32), one warp a slice: token i of lane l of slice k is tokens[32 * (start[k] + i) +
-// l], -1 where there is none. The first `shared` slices are one long list each, dealt out to the lanes; list n of the
-// others is in slice shared + (n - shared) / 32. Sorted by length.
+// SELL-C-sigma lists of tokens (C = 32), one warp a slice, by four: tokens i ... i + 3 of lane l of slice k, i a
+// multiple of 4, are those from tokens[32 * (start[k] + i) + 4 * l] on, -1 where there is none. The first `shared`
+// slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n - shared) / 32.
+// Sorted by length.
 struct TokenLists {
 #define XTOKEN_TOKEN_LISTS(FIELD)                                   \
     FIELD(int32_t, slices, "how many");                             \
     FIELD(int32_t, shared, "lists that have a slice of their own"); \
     FIELD(int32_t, count, "lists");                                 \
-    FIELD(const int32_t*, start, "[slices + 1]");                   \
+    FIELD(const int32_t*, start, "[slices + 1], multiples of 4");   \
     FIELD(const int32_t*, tokens, "[32 * start[slices]]");          \
     FIELD(const int32_t*, event, "[count] the number of each list's event")
     XTOKEN_FIELDS(XTOKEN_TOKEN_LISTS)

@@ -16,7 +16,7 @@ from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.prefix_kl.formula import merged_events
-from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
+from xtoken.losses.sliced import WARP, SlicedLists, list_fields, tensors_to
 from xtoken.pieces import Side, sides
 
 
@@ -26,7 +26,7 @@ class TokenLists:
 
     shared: int
     start: Tensor  # int32 [slices + 1]
-    tokens: Tensor  # int32 [32 * start[slices]]
+    tokens: Tensor  # int32 [32 * start[slices]], 16-byte aligned
     event: Tensor  # int32 [count]
 
     @property
@@ -99,7 +99,19 @@ def _token_lists(
         ordered = owner[owner != keys.max()]
         number = np.full(len(counts), len(ordered))
         number[ordered] = np.arange(len(ordered))
-    return TokenLists(made.shared, made.start, made.put(tokens, -1), torch.from_numpy(number[owner]).int()), number
+    start, put = _by_four(made.start, made.put(tokens, -1))
+    return TokenLists(made.shared, start, put, torch.from_numpy(number[owner]).int()), number
+
+
+def _by_four(start: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    """Slices whose lanes have four tokens side by side, -1 where there is none, and where each slice starts."""
+    lengths = start.diff()
+    ends = (-(-lengths // 4) * 4).cumsum(0)
+    padded = torch.cat([ends.new_zeros(1), ends]).int()
+    row = torch.arange(len(tokens) // WARP) + (padded[:-1] - start[:-1]).repeat_interleave(lengths)
+    put = tokens.new_full((int(padded[-1]), WARP), -1)
+    put[row] = tokens.view(-1, WARP)
+    return padded, put.view(-1, 4, WARP).transpose(1, 2).reshape(-1)
 
 
 def _by_event(side: Side, events: int, device: torch.device) -> Lists:
