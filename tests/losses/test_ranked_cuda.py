@@ -2,6 +2,7 @@
 
 import functools
 import math
+import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -12,8 +13,11 @@ import torch
 from comparer import assert_close
 from harness import OPERATIONS, Case, check, losses_and_grad, make_case
 from test_ranked import PAIRED, RANKED
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten
 
 from xtoken import ProjectionMatrix
+from xtoken.losses.numerics import sorted_l1
 from xtoken.losses.ranked import cuda as ranked_cuda
 
 pytestmark = [
@@ -101,22 +105,24 @@ def test_is_what_the_sort_finds(operation: str, monkeypatch: pytest.MonkeyPatch,
 
 
 @pytest.fixture
-def little_shared_memory() -> Iterator[Any]:
-    """Lets the emulated multiprocessors have so little that no bins fit."""
+def shared_limit() -> Iterator[Any]:
+    """Sets what shared memory a block of the emulated multiprocessors may have."""
     controls = emulated.load()[1]
-    yield lambda: controls.set_shared_limit(48 << 10)
+    yield controls.set_shared_limit
     controls.set_shared_limit()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_counts_in_the_workspace(dtype: torch.dtype, little_shared_memory: Any) -> None:
-    options = {"reduction": "none", "backend": "emulated"}
+@pytest.mark.parametrize("operation", [RANKED[-1], next(iter(PAIRED))])
+def test_little_shared_memory(operation: str, dtype: torch.dtype, shared_limit: Any) -> None:
+    """Of bfloat16 with pairs: the larger ring, the smaller one, the counts in the workspace."""
     results = []
-    for limit in (None, little_shared_memory):
-        if limit is not None:
-            limit()
-        results.append(losses_and_grad(OPERATIONS[RANKED[-1]].public, hard_rows(67, 59), dtype, **options))
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    for kilobytes in (227, 99, 48):
+        shared_limit(kilobytes << 10)
+        options = {"reduction": "none", "backend": "emulated"}
+        results.append(losses_and_grad(OPERATIONS[operation].public, hard_rows(67, 59), dtype, **options))
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
 @pytest.mark.parametrize("operation", RANKED)
@@ -135,11 +141,73 @@ def test_what_is_no_number_shows(bad: float, operation: str) -> None:
 
 @pytest.mark.parametrize("name", PAIRED)
 def test_groups_of_chunks_do_not_change_the_result(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = make_case()
-    results = []
-    for elements in (ranked_cuda.SORTED_ELEMENTS, 1):
-        monkeypatch.setattr(ranked_cuda, "SORTED_ELEMENTS", elements)
+    """Of two for each emulated block, and of one where memory is short."""
+    case, sizes, totals, results = make_case(samples=1), [], [], []
+    launch = ranked_cuda._Call.launch
+
+    def record(call: Any, name: str, part: Any, *arguments: Any, **more: Any) -> None:
+        sizes.append(len(part))
+        launch(call, name, part, *arguments, **more)
+
+    monkeypatch.setattr(ranked_cuda._Call, "launch", record)
+    for free, most in ((None, ranked_cuda.WAVES * emulated.BLOCKS), (0, 1)):
+        monkeypatch.setattr(ranked_cuda, "_free_bytes", lambda device, free=free: free)
+        sizes.clear()
         student = case.student.float().requires_grad_()
         loss = OPERATIONS[name].public(case, student, case.teacher.float(), backend="emulated")
         results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
+        assert max(sizes) == most
+        totals.append(sum(sizes))
+    assert totals[0] == totals[1] > 2 * ranked_cuda.WAVES * emulated.BLOCKS
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+CHUNK = ranked_cuda.SORTED_BYTES * (128256 + 151936)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "free", "chunks"),
+    [
+        (132, None, 264),
+        (132, 60 * 10**9, 264),  # an H100
+        (132, 4 * CHUNK * 263, 132),
+        (132, 4 * CHUNK * 131, 131),
+        (58, 20 * 10**9, 116),  # an L4
+        (58, 0, 1),
+    ],
+)
+def test_groups_fit_the_device(blocks: int, free: int | None, chunks: int) -> None:
+    assert ranked_cuda.group_size(blocks, CHUNK, free) == chunks
+
+
+class Allocated(TorchDispatchMode):
+    """Counts the bytes of tensors that are alive, and their peak."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = function(*args, **(kwargs or {}))
+        known = {one.untyped_storage().data_ptr() for one in tree_flatten(args)[0] if isinstance(one, torch.Tensor)}
+        for one in tree_flatten(made)[0]:
+            if isinstance(one, torch.Tensor) and one.untyped_storage().data_ptr() not in known:
+                self.now += one.nbytes
+                weakref.finalize(one.untyped_storage(), self.free, one.nbytes)
+        self.peak = max(self.peak, self.now)
+        return made
+
+    def free(self, size: int) -> None:
+        self.now -= size
+
+
+@pytest.mark.parametrize(("students", "teachers"), [(5000, 6000), (6000, 5000)])
+@pytest.mark.parametrize("ranks", [5000, 300])
+def test_what_a_sort_takes(students: int, teachers: int, ranks: int) -> None:
+    """With what a radix sort needs beside its input and output, as much as these: keys of 4 bytes, indices of 8."""
+    sides = [torch.rand(3, size).softmax(-1) for size in (students, teachers)]
+    with Allocated() as allocated:
+        sorted_l1(*sides, ranks)
+    tensors = allocated.peak / 3 + 4 * (students + teachers)
+    assert allocated.peak > 3 * 4 * ranks
+    assert tensors + 12 * max(students, teachers) <= ranked_cuda.SORTED_BYTES * (students + teachers)

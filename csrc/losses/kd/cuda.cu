@@ -13,14 +13,14 @@ namespace xtoken::cuda {
 namespace {
 
 // A row's probabilities and their logarithms.
-struct Side {
+struct RowShares {
     Exponential exp;
     float log_total, inverse_total;
 
-    __device__ explicit Side(const Statistics& s)
+    __device__ explicit RowShares(const Statistics& s)
         : exp(s.exp), log_total(static_cast<float>(s.log_total())), inverse_total(static_cast<float>(1.0 / s.total)) {}
     template <int N>
-    __device__ void shares(const float (&x)[N], float (&log_share)[N], float (&share)[N]) const {
+    __device__ void operator()(const float (&x)[N], float (&log_share)[N], float (&share)[N]) const {
         exp.log_shares(x, log_total, log_share);
         exp(x, share);
 #pragma unroll
@@ -33,38 +33,49 @@ template <int N>
 struct Shares {
     float difference[N], own[N], other[N];
 
-    __device__ Shares(const Side& p, const Side& q, const float (&x)[N], const float (&target)[N]) {
+    __device__ Shares(const RowShares& p, const RowShares& q, const float (&x)[N], const float (&target)[N]) {
         float log_p[N], log_q[N];
-        p.shares(x, log_p, own);
-        q.shares(target, log_q, other);
+        p(x, log_p, own);
+        q(target, log_q, other);
 #pragma unroll
         for (int n = 0; n < N; ++n) difference[n] = log_q[n] - log_p[n];
     }
 };
 
-// Calls add(shares) for the elements of both rows in the columns.
-template <typename S, typename Add>
-__device__ void each_shares(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
-                            Add add) {
-    const auto both = [&](int, const auto& x, const auto& target) {
-        add(Shares<sizeof(x) / sizeof(float)>(p, q, x, target));
-    };
-    if (params.chosen == nullptr) {
-        each_pair(z, y, params.columns, both);
-    } else {
-        each_chosen(z, params.chosen, params.columns, [&](int j, const auto& x) {
-            const float target[1] = {y[params.chosen[j]]};
-            both(j, x, target);
-        });
-    }
-}
-
-// The loss of a pair of rows by itself.
+// A pair of rows and their probabilities.
 template <typename S>
-__device__ double divergence(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
-                             Sums& shared) {
+struct RowPair {
+    const Row<S>& z;
+    const AnyRow& y;
+    RowShares p, q;
+
+    // body(shares) for the elements of both in the columns.
+    template <typename Body>
+    __device__ void each(const KdParams& params, Body body) const {
+        const auto both = [&](int, const auto& x, const auto& target) {
+            body(Shares<sizeof(x) / sizeof(float)>(p, q, x, target));
+        };
+        if (params.chosen == nullptr) {
+            each_pair(z, y, params.columns, both);
+        } else {
+            each_chosen(z, params.chosen, params.columns, [&](int j, const auto& x) {
+                const float target[1] = {y[params.chosen[j]]};
+                both(j, x, target);
+            });
+        }
+    }
+};
+
+// What the gradient needs of a pass before it: the loss, and the mean of the loss's derivative by p.
+struct Sum {
+    double loss, slope;
+};
+
+// Of a divergence that is no mixture: by itself, or for the reverse's gradient.
+template <typename S>
+__device__ Sum sum_divergence(const KdParams& params, const RowPair<S>& rows, Sums& shared) {
     float part = 0.0f;
-    each_shares(params, z, y, p, q, [&](const auto& shares) {
+    rows.each(params, [&](const auto& shares) {
         constexpr int N = sizeof(shares.own) / sizeof(float);
         if (params.reverse) {
 #pragma unroll
@@ -76,15 +87,13 @@ __device__ double divergence(const KdParams& params, const Row<S>& z, const AnyR
     });
     double sums[1] = {static_cast<double>(part)};
     block_sum(sums, shared);
-    return sums[0];
+    return {sums[0], sums[0]};
 }
 
-// A mixed divergence, and the mean of its derivative by p.
 template <typename S>
-__device__ void mixed_sums(const KdParams& params, const Row<S>& z, const AnyRow& y, const Side& p, const Side& q,
-                           const MixedDivergence& mixed, Sums& shared, double (&sums)[2]) {
+__device__ Sum sum_mixed(const KdParams& params, const RowPair<S>& rows, const MixedDivergence& mixed, Sums& shared) {
     float loss = 0.0f, slope = 0.0f;
-    each_shares(params, z, y, p, q, [&](const auto& shares) {
+    rows.each(params, [&](const auto& shares) {
         constexpr int N = sizeof(shares.own) / sizeof(float);
 #pragma unroll
         for (int n = 0; n < N; ++n) {
@@ -93,84 +102,89 @@ __device__ void mixed_sums(const KdParams& params, const Row<S>& z, const AnyRow
             slope = fmaf(shares.own[n], mixed.slope(terms), slope);
         }
     });
-    sums[0] = static_cast<double>(loss);
-    sums[1] = static_cast<double>(slope);
+    double sums[2] = {static_cast<double>(loss), static_cast<double>(slope)};
     block_sum(sums, shared);
+    return {sums[0], sums[1]};
+}
+
+// Writes the gradient of row r; returns this thread's part of the forward KL.
+template <bool is_mixed, typename S>
+__device__ float write_gradient(const KdParams& params, const RowPair<S>& rows, int64_t r, float factor, float mean,
+                                const MixedDivergence& mixed, const LabelTerm& label) {
+    float part = 0.0f;
+    const auto prepare = [&](int i, const auto& x, const auto& target, auto& g) {
+        constexpr int N = sizeof(x) / sizeof(float);
+        Shares<N> shares(rows.p, rows.q, x, target);
+        float shown[N];
+#pragma unroll
+        for (int n = 0; n < N; ++n) shown[n] = x[n];
+        if (params.place != nullptr) {
+            int32_t place[N];
+            load_lanes(params.place, i, place);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {  // what is not among the columns adds nothing
+                if (place[n] >= 0) continue;
+                shares.other[n] = shares.difference[n] = 0.0f;
+                shown[n] = -INFINITY;
+            }
+        }
+        if constexpr (is_mixed) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) g[n] = shares.own[n] * (mixed.slope(mixed(shares.difference[n])) - mean);
+        } else if (params.reverse) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) g[n] = shares.own[n] * (-shares.difference[n] - mean);
+        } else {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                g[n] = shares.own[n] - shares.other[n];
+                part = fmaf(shares.other[n], shares.difference[n], part);
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < N; ++n) g[n] = shown[n] < params.lowest ? 0.0f : g[n] * factor;
+        label.add(i, x, g);
+    };
+    write_row(rows.z, rows.y, row_of<S>(params.grad, r), params.student.width, params.grad.width, prepare);
+    return part;
 }
 
 template <typename S, bool is_mixed>
 __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
-    const double temperature = static_cast<double>(params.temperature), square = temperature * temperature;
+    const double temperature = static_cast<double>(params.temperature);
     each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k];
         const Row<S> z(params.student, r);
         const AnyRow y(params.teacher, params.teacher_rows.start[k]);
-        const Statistics own =
-            statistics(z, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{});
-        const Side p(own);
-        const Side q(
-            statistics(y, params.chosen, params.columns, params.lowest, params.temperature, shared, Unweighted{}));
+        const auto over_columns = [&](const auto& row) {
+            return statistics(row, params.chosen, params.columns, params.lowest, params.temperature, shared,
+                              Unweighted{});
+        };
+        const Statistics student = over_columns(z), teacher = over_columns(y);
+        const RowPair<S> rows{z, y, RowShares(student), RowShares(teacher)};
         const LabelTerm label = label_term(params.labels, r, z, params.student.width, params.lowest, shared,
-                                           params.chosen == nullptr && params.temperature == 1.0f, own);
+                                           params.chosen == nullptr && params.temperature == 1.0f, student);
         const MixedDivergence mixed(params.divergence, z.precise() || y.precise());
-        const bool alone = is_mixed || params.reverse || params.grad.data == nullptr;
-        double loss[1] = {0.0}, average = 0.0;
+        const bool has_gradient = params.grad.data != nullptr, summed_before = params.reverse || !has_gradient;
+        Sum sum{};
         if constexpr (is_mixed) {
-            double sums[2];
-            mixed_sums(params, z, y, p, q, mixed, shared, sums);
-            loss[0] = sums[0];
-            average = sums[1];
-        } else if (alone) {
-            average = loss[0] = divergence(params, z, y, p, q, shared);
+            sum = sum_mixed(params, rows, mixed, shared);
+        } else if (summed_before) {
+            sum = sum_divergence(params, rows, shared);
         }
-        if (params.grad.data != nullptr) {
-            const auto mean = static_cast<float>(average);
-            const auto factor = static_cast<float>(
-                (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature);
-            float part = 0.0f;
-            write_row(z, y, row_of<S>(params.grad, r), params.student.width, params.grad.width,
-                      [&](int i, const auto& x, const auto& target, auto& g) {
-                          constexpr int N = sizeof(x) / sizeof(float);
-                          Shares<N> shares(p, q, x, target);
-                          float shown[N];
-#pragma unroll
-                          for (int n = 0; n < N; ++n) shown[n] = x[n];
-                          if (params.place != nullptr) {
-                              int32_t place[N];
-                              load_lanes(params.place, i, place);
-#pragma unroll
-                              for (int n = 0; n < N; ++n) {  // what is not among the columns adds nothing
-                                  if (place[n] >= 0) continue;
-                                  shares.other[n] = shares.difference[n] = 0.0f;
-                                  shown[n] = -INFINITY;
-                              }
-                          }
-                          if constexpr (is_mixed) {
-#pragma unroll
-                              for (int n = 0; n < N; ++n) {
-                                  g[n] = shares.own[n] * (mixed.slope(mixed(shares.difference[n])) - mean);
-                              }
-                          } else if (params.reverse) {
-#pragma unroll
-                              for (int n = 0; n < N; ++n) g[n] = shares.own[n] * (-shares.difference[n] - mean);
-                          } else {
-#pragma unroll
-                              for (int n = 0; n < N; ++n) {
-                                  g[n] = shares.own[n] - shares.other[n];
-                                  part = fmaf(shares.other[n], shares.difference[n], part);
-                              }
-                          }
-#pragma unroll
-                          for (int n = 0; n < N; ++n) g[n] = shown[n] < params.lowest ? 0.0f : g[n] * factor;
-                          label.add(i, x, g);
-                      });
-            if (!alone) {
-                loss[0] = static_cast<double>(part);
-                block_sum(loss, shared);
+        if (has_gradient) {
+            const double scale = params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k]);
+            const float part =
+                write_gradient<is_mixed>(params, rows, r, static_cast<float>(scale * temperature),
+                                         static_cast<float>(sum.slope), mixed, label);
+            if (!is_mixed && !summed_before) {
+                double sums[1] = {static_cast<double>(part)};
+                block_sum(sums, shared);
+                sum.loss = sums[0];
             }
         }
-        if (threadIdx.x == 0) params.losses[k] = static_cast<float>(loss[0] * square);
+        if (threadIdx.x == 0) params.losses[k] = static_cast<float>(sum.loss * (temperature * temperature));
     });
 }
 

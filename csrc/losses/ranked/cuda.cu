@@ -22,16 +22,31 @@ class PairTerms {
           student_precise_(student_precise),
           teacher_precise_(teacher_precise) {}
 
-    __device__ float added_to(float loss, float lp, float lq) const {
+    // Of N pairs; which divergence it is is asked once.
+    template <int N>
+    __device__ void operator()(const float (&lp)[N], const float (&lq)[N], float (&loss)[N], float (&g)[N]) const {
         if (mixed_) {
-            const MixedDivergence::Terms terms = mixture_(lq - lp);
-            return fmaf(p(lp), terms.of_student, fmaf(q(lq), terms.of_teacher, loss));
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const MixedDivergence::Terms terms = mixture_(lq[n] - lp[n]);
+                loss[n] = fmaf(p(lp[n]), terms.of_student, q(lq[n]) * terms.of_teacher);
+                g[n] = p(lp[n]) * mixture_.slope(terms);
+            }
+        } else if (reverse_) {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float own = p(lp[n]);
+                loss[n] = own * (lp[n] - lq[n]);
+                g[n] = loss[n] + own;
+            }
+        } else {
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float other = q(lq[n]);
+                loss[n] = other * (lq[n] - lp[n]);
+                g[n] = -other;
+            }
         }
-        return reverse_ ? fmaf(p(lp), lp - lq, loss) : fmaf(q(lq), lq - lp, loss);
-    }
-    __device__ float g(float lp, float lq) const {
-        if (mixed_) return p(lp) * mixture_.slope(mixture_(lq - lp));
-        return reverse_ ? p(lp) * (lp - lq + 1.0f) : -q(lq);
     }
 
   private:
@@ -59,20 +74,169 @@ __device__ Statistics find_steps(const Row<T>& row, int size, const uint8_t* com
     return one;
 }
 
-// Three or four passes over a chunk's rows z and y: z, y, both at the pairs, z again.
-template <typename S, bool counts_are_shared>
-__global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_constant__ StepsParams params,
-                                                                int student_bins, int teacher_bins, int64_t words) {
-    XTOKEN_SHARED(shared, StepsShared);
-    XTOKEN_DYNAMIC_SHARED(unsigned char, memory);  // of the ring, and behind it the counts
-    const PairsPlan& plan = params.plan;
+// The teacher's row is of either type.
+template <bool counts_are_shared>
+__device__ Statistics find_teacher_steps(const StepsParams& params, int64_t row, int32_t* counts, Steps& steps,
+                                         StepsShared& shared) {
+    const auto find = [&](const auto& y, auto bins) {
+        return find_steps<counts_are_shared>(y, params.teacher.width, params.plan.teacher_common, params, bins, counts,
+                                             steps, shared);
+    };
+    if (params.teacher.type == Element::bfloat16) {
+        return find(Row<__nv_bfloat16>(params.teacher, row), Bins<__nv_bfloat16>(params.temperature, params.lowest));
+    }
+    return find(Row<__half>(params.teacher, row), Bins<__half>(params.temperature, params.lowest));
+}
+
+// Log-probabilities of a row, from its logits.
+struct LogShares {
+    Exponential exp;
+    float log_total;
+
+    __device__ explicit LogShares(const Statistics& s) : exp(s.exp), log_total(static_cast<float>(s.log_total())) {}
+    template <int N>
+    __device__ void operator()(const float (&x)[N], float (&log_share)[N]) const {
+        exp.log_shares(x, log_total, log_share);
+    }
+};
+
+// Both sides of a chunk where they are pairs.
+template <typename S>
+struct Pairs {
+    const Row<S>& z;
+    const AnyRow& y;
+    const int32_t* slot;  // [students] of the student's tokens: see PairsPlan
+    int students;
+    LogShares p, q;
+    PairTerms terms;
+
+    // body(i, x, slot, loss, g, lp) for the student's logits x from i on: what each adds to the loss, g, and its
+    // log-probability; the first two are of no use where a slot is negative. `ahead`: the copies and gathers of
+    // each_partner.
+    template <bool ahead, typename Body>
+    __device__ void each(Body body) const {
+        const auto both = [&](int i, const auto& x, const auto& places, const auto& partner) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            float lp[N], lq[N], loss[N], g[N];
+            p(x, lp);
+            q(partner, lq);
+            terms(lp, lq, loss, g);
+            body(i, x, places, loss, g, lp);
+        };
+        if constexpr (ahead) {
+            each_partner(z, y, slot, students, both);
+        } else {
+            each_vector(z, students, [&](int i, const auto& x) {
+                constexpr int N = sizeof(x) / sizeof(float);
+                int32_t places[N];
+                float partner[N];
+                load_lanes(slot, i, places);
+                y.gather(places, partner);
+                both(i, x, places, partner);
+            });
+        }
+    }
+};
+
+// A loss, and the sum of its g.
+struct LossAndMass {
+    float loss = 0.0f, mass = 0.0f;
+};
+
+// A thread's part of the pairs.
+template <bool ahead, typename S>
+__device__ LossAndMass sum_pairs(const Pairs<S>& pairs) {
+    LossAndMass sum;
+    pairs.template each<ahead>(
+        [&](int, const auto& x, const auto& slot, const auto& loss, const auto& g, const auto&) {
+            constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                sum.loss += slot[n] < 0 ? 0.0f : loss[n];
+                sum.mass += slot[n] < 0 ? 0.0f : g[n];
+            }
+        });
+    return sum;
+}
+
+// A thread's part of the L1 between the sorted probabilities, and of the sum of its g. Where each of the student's bins
+// was counted is now the sum of the signs of its ranks.
+__device__ inline void sum_steps(const Steps& p, const Steps& q, int ranks, int32_t* counts, double& loss,
+                                 double& mass) {
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int students = params.student.width, teachers = params.teacher.width;
+    for (int j = thread; j < p.count; j += threads) {
+        const int signs = sum_of_signs(p, j, q, ranks);
+        const double part = static_cast<double>(signs) * static_cast<double>(p.value[j]);
+        loss += part;
+        mass += part;
+        counts[p.bin[j]] = signs;
+    }
+    for (int j = thread; j < q.count; j += threads) {
+        loss += static_cast<double>(sum_of_signs(q, j, p, ranks)) * static_cast<double>(q.value[j]);
+    }
+}
+
+// Puts the gradient of each of the student's bins where the sum of its signs was, as the bits of a float.
+template <typename S>
+__device__ void find_gradients(const Steps& p, const Bins<S>& bins, double mass, double factor, int32_t* counts) {
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    for (int j = thread; j < p.count; j += threads) {  // the thread that has found the signs
+        const int bin = p.bin[j], ranks = p.start[j + 1] - p.start[j];
+        const double slope = static_cast<double>(counts[bin]) / ranks - mass;
+        const double g =
+            bin == bins.in_order(bins.count() - 1) ? 0.0 : factor * slope * static_cast<double>(p.value[j]);
+        counts[bin] = __float_as_int(static_cast<float>(g));
+    }
+    __syncthreads();  // the gradient of each bin is there
+}
+
+// The row's gradient: that of a logit's bin, and on the pairs factor * (g - p mass).
+template <bool ahead, typename S>
+__device__ void write_gradient(const Pairs<S>& pairs, bool has_pairs, const Bins<S>& bins, const int32_t* counts,
+                               float mass, float factor, float lowest, const LabelTerm& label, S* out, int width) {
+    const auto by_bin = [&](float x) { return __int_as_float(counts[bins(x)]); };
+    if (!has_pairs) {
+        write_row(pairs.z, out, pairs.students, width, [&](int i, const auto& x, auto& g) {
+            constexpr int N = sizeof(x) / sizeof(float);
+#pragma unroll
+            for (int n = 0; n < N; ++n) g[n] = by_bin(x[n]);
+            label.add(i, x, g);
+        });
+        return;
+    }
+    const Written<S> written(pairs.z, out);
+    pairs.template each<ahead>(
+        [&](int i, const auto& x, const auto& slot, const auto&, const auto& inside, const auto& lp) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            float g[N];
+#pragma unroll
+            for (int n = 0; n < N; ++n) {
+                const float of_pair = factor * fmaf(-exponential(lp[n], false), mass, inside[n]);
+                g[n] = slot[n] < 0 ? by_bin(x[n]) : x[n] < lowest ? 0.0f : of_pair;
+            }
+            label.add(i, x, g);
+            written.put(i, g);
+        });
+    written.fill(pairs.students, width);
+}
+
+// Three or four passes over a chunk's rows z and y: z, y, both at the pairs, z again. `ring_slots`: of the ring, behind
+// which the counts are if they are shared.
+template <typename S, bool counts_are_shared, bool ahead>
+__global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_constant__ StepsParams params,
+                                                                int student_bins, int teacher_bins, int64_t words,
+                                                                int ring_slots) {
+    XTOKEN_SHARED(shared, StepsShared);
+    XTOKEN_DYNAMIC_SHARED(unsigned char, memory);
+    const PairsPlan& plan = params.plan;
+    const int students = params.student.width;
     float* student_steps = params.workspace + blockIdx.x * words;
     float* teacher_steps = student_steps + Steps::words(student_bins);
-    // of the student's bins, then of the teacher's; at last the gradient of each of the student's, the bits of a float
-    int32_t* counts = counts_are_shared ? reinterpret_cast<int32_t*>(memory + Ring::bytes(1, threads))
-                                        : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
+    // of the student's bins, then of the teacher's; at last the gradient of each of the student's
+    int32_t* counts =
+        counts_are_shared
+            ? reinterpret_cast<int32_t*>(memory + Ring::bytes(ring_slots, static_cast<int>(blockDim.x)))
+            : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
 
     each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k], teacher_row = params.teacher_rows.start[k];
@@ -82,108 +246,61 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
         Bins<S> bins(params.temperature, params.lowest);
         const Statistics student =
             find_steps<counts_are_shared>(z, students, plan.student_common, params, bins, counts, p, shared);
-        Statistics teacher;
-        if (params.teacher.type == Element::bfloat16) {
-            Bins<__nv_bfloat16> own(params.temperature, params.lowest);
-            teacher = find_steps<counts_are_shared>(Row<__nv_bfloat16>(params.teacher, teacher_row), teachers,
-                                                    plan.teacher_common, params, own, counts, q, shared);
-        } else {
-            Bins<__half> own(params.temperature, params.lowest);
-            teacher = find_steps<counts_are_shared>(Row<__half>(params.teacher, teacher_row), teachers,
-                                                    plan.teacher_common, params, own, counts, q, shared);
-        }
+        const Statistics teacher = find_teacher_steps<counts_are_shared>(params, teacher_row, counts, q, shared);
 
-        const auto student_log = static_cast<float>(student.log_total());
-        const auto teacher_log = static_cast<float>(teacher.log_total());
-        const PairTerms terms(params.divergence, params.reverse, z.precise(), y.precise());
-        float loss = 0.0f, mass = 0.0f;  // of the pairs, and the sum of their g
-#pragma unroll 4
-        for (int i = thread; i < plan.pairs; i += threads) {
-            const float lp = student.exp.log_share(z[plan.student_pair[i]], student_log);
-            const float lq = teacher.exp.log_share(y[plan.teacher_pair[i]], teacher_log);
-            loss = terms.added_to(loss, lp, lq);
-            mass += terms.g(lp, lq);
-        }
-
+        const Pairs<S> pairs{z, y, plan.slot, students, LogShares(student), LogShares(teacher),
+                             PairTerms(params.divergence, params.reverse, false, false)};
+        LossAndMass sum;
+        if (plan.pairs != 0) sum = sum_pairs<ahead>(pairs);
         // a teacher that is not a number gives no gradient that is one
-        double sums[2] = {static_cast<double>(loss), static_cast<double>(mass) + 0.0 * teacher.total};
-        for (int j = thread; j < p.count; j += threads) {
-            const int signs = sum_of_signs(p, j, q, params.ranks);
-            const double part = static_cast<double>(signs) * static_cast<double>(p.value[j]);
-            sums[0] += part;
-            sums[1] += part;
-            counts[p.bin[j]] = signs;
-        }
-        for (int j = thread; j < q.count; j += threads) {
-            sums[0] += static_cast<double>(sum_of_signs(q, j, p, params.ranks)) * static_cast<double>(q.value[j]);
-        }
+        double sums[2] = {static_cast<double>(sum.loss), static_cast<double>(sum.mass) + 0.0 * teacher.total};
+        sum_steps(p, q, params.ranks, counts, sums[0], sums[1]);
         block_sum(sums, shared.sums);
         const auto temperature = static_cast<double>(params.temperature);
-        if (thread == 0) params.losses[k] = static_cast<float>(sums[0] * temperature * temperature);
+        if (threadIdx.x == 0) params.losses[k] = static_cast<float>(sums[0] * temperature * temperature);
         const LabelTerm label =
             label_term(params.labels, r, z, students, params.lowest, shared.sums, params.temperature == 1.0f, student);
         if (params.grad.data == nullptr) return;
 
         const double factor = (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature;
-        for (int j = thread; j < p.count; j += threads) {  // the thread that has found the signs
-            const int bin = p.bin[j], ranks = p.start[j + 1] - p.start[j];
-            const double slope = static_cast<double>(counts[bin]) / ranks - sums[1];
-            const double g =
-                bin == bins.in_order(bins.count() - 1) ? 0.0 : factor * slope * static_cast<double>(p.value[j]);
-            counts[bin] = __float_as_int(static_cast<float>(g));
-        }
-        __syncthreads();  // the gradient of each bin is there
-        S* out = row_of<S>(params.grad, r);
-        const auto by_bin = [&](float x) { return __int_as_float(counts[bins(x)]); };
-        if (plan.pairs == 0) {
-            write_row(z, out, students, params.grad.width, [&](int i, const auto& x, auto& g) {
-                constexpr int N = sizeof(x) / sizeof(float);
-#pragma unroll
-                for (int n = 0; n < N; ++n) g[n] = by_bin(x[n]);
-                label.add(i, x, g);
-            });
-        } else {
-            const auto value = static_cast<float>(factor), total = static_cast<float>(sums[1]);
-            write_row(z, out, students, params.grad.width, [&](int i, const auto& x, auto& g) {
-                constexpr int N = sizeof(x) / sizeof(float);
-                int slot[N];
-                float partner[N];
-                load_lanes(plan.slot, i, slot);
-                y.gather(slot, partner);
-#pragma unroll
-                for (int n = 0; n < N; ++n) {
-                    const float lp = student.exp.log_share(x[n], student_log);
-                    const float lq = teacher.exp.log_share(partner[n], teacher_log);
-                    const float inside = fmaf(-exponential(lp, z.precise()), total, terms.g(lp, lq));
-                    const float of_pair = x[n] < params.lowest ? 0.0f : value * inside;
-                    g[n] = slot[n] < 0 ? by_bin(x[n]) : of_pair;
-                }
-                label.add(i, x, g);
-            });
-        }
+        find_gradients(p, bins, sums[1], factor, counts);
+        write_gradient<ahead>(pairs, plan.pairs != 0, bins, counts, static_cast<float>(sums[1]),
+                              static_cast<float>(factor), params.lowest, label, row_of<S>(params.grad, r),
+                              params.grad.width);
     });
 }
 
-// Bins of both sides of a call, and where they are counted.
+// What a launch has in shared memory: the ring, that of each_partner if there are pairs and room for it beside the
+// counts, and the counts; a multiprocessor with too little memory for these has them in the workspace.
 struct StepsLayout {
     explicit StepsLayout(const StepsParams& params)
         : student_bins(bins_of(params.student.type, params)),
           teacher_bins(bins_of(params.teacher.type, params)),
           counted(student_bins > teacher_bins ? student_bins : teacher_bins) {
-        is_shared = Ring::bytes(1, max_threads) + counts_bytes() + sizeof(StepsShared) + queue_bytes <=
-                    shared_memory_of_a_block();
+        constexpr int with_table = 1 + AnyRow::slots(Element::float32);
+        counts_are_shared = fits(1);
+        // float16 has bins for which there is never so much room
+        ahead = params.plan.pairs != 0 && params.student.type == Element::bfloat16 && fits(with_table);
+        ring_slots = ahead ? with_table : 1;
     }
-    size_t counts_bytes() const { return static_cast<size_t>(counted) * sizeof(int32_t); }
+    size_t shared_bytes(int threads) const {
+        return Ring::bytes(ring_slots, threads) + (counts_are_shared ? counts_bytes() : 0);
+    }
     int64_t words() const {
-        return Steps::words(student_bins) + Steps::words(teacher_bins) + (is_shared ? 0 : counted);
+        return Steps::words(student_bins) + Steps::words(teacher_bins) + (counts_are_shared ? 0 : counted);
     }
-    int student_bins, teacher_bins, counted;
-    bool is_shared = false;  // or in the workspace, where a multiprocessor has too little shared memory
+    int student_bins, teacher_bins, counted, ring_slots;
+    bool counts_are_shared, ahead;
 
   private:
     static int bins_of(Element type, const StepsParams& params) {
         return type == Element::float16 ? Bins<__half>(params.temperature, params.lowest).size()
                                         : Bins<__nv_bfloat16>(params.temperature, params.lowest).size();
+    }
+    size_t counts_bytes() const { return static_cast<size_t>(counted) * sizeof(int32_t); }
+    bool fits(int slots) const {
+        return Ring::bytes(slots, max_threads) + counts_bytes() + sizeof(StepsShared) + queue_bytes <=
+               shared_memory_of_a_block();
     }
 };
 
@@ -196,21 +313,23 @@ void ranked(const StepsParams& params, const Launch& launch) {
     }
     const StepsLayout layout(params);
     const auto start = [&](auto kernel) {
-        const size_t counts = layout.is_shared ? layout.counts_bytes() : 0;
-        launch_chunks("ranked", kernel, Ring::bytes(1, launch.threads) + counts, launch, params, layout.student_bins,
-                      layout.teacher_bins, layout.words());
+        launch_chunks("ranked", kernel, layout.shared_bytes(launch.threads), launch, params, layout.student_bins,
+                      layout.teacher_bins, layout.words(), layout.ring_slots);
     };
-    const auto start_typed = [&](auto* in_shared, auto* in_workspace) {
-        if (layout.is_shared) {
-            start(in_shared);
+    const auto start_typed = [&]([[maybe_unused]] auto element) {
+        using S = decltype(element);
+        if (layout.counts_are_shared) {
+            start(ranked_kernel<S, true, false>);
         } else {
-            start(in_workspace);
+            start(ranked_kernel<S, false, false>);
         }
     };
-    if (params.student.type == Element::bfloat16) {
-        start_typed(ranked_kernel<__nv_bfloat16, true>, ranked_kernel<__nv_bfloat16, false>);
+    if (layout.ahead) {
+        start(ranked_kernel<__nv_bfloat16, true, true>);
+    } else if (params.student.type == Element::bfloat16) {
+        start_typed(__nv_bfloat16());
     } else {
-        start_typed(ranked_kernel<__half, true>, ranked_kernel<__half, false>);
+        start_typed(__half());
     }
 }
 
@@ -283,8 +402,10 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
         float part = 0.0f;
 #pragma unroll 4
         for (int i = thread; i < plan.pairs; i += threads) {
-            const float lp = p.log_share(plan.student_pair[i]), lq = q.log_share(plan.teacher_pair[i]);
-            part = terms.added_to(part, lp, lq);
+            const float lp[1] = {p.log_share(plan.student_pair[i])}, lq[1] = {q.log_share(plan.teacher_pair[i])};
+            float loss[1], g[1];
+            terms(lp, lq, loss, g);
+            part += loss[0];
         }
         float* student_values = params.student_values + k * plan.student_rest;
 #pragma unroll 4
@@ -314,15 +435,17 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const _
         float part = 0.0f;
         for (int v = static_cast<int>(threadIdx.x); v < students; v += static_cast<int>(blockDim.x)) {
             const int slot = plan.slot[v];
-            const float lp = p.log_share(v);
-            float g;
+            const float lp[1] = {p.log_share(v)};
+            float g[1];
             if (slot < 0) {
-                g = slope[-1 - slot] * p.exp(lp);
+                g[0] = slope[-1 - slot] * p.exp(lp[0]);
             } else {
-                g = terms.g(lp, q.log_share(slot));
+                const float lq[1] = {q.log_share(slot)};
+                float loss[1];
+                terms(lp, lq, loss, g);
             }
-            part += g;
-            student_sums[v] = g;
+            part += g[0];
+            student_sums[v] = g[0];
         }
         double sums[1] = {static_cast<double>(part)};
         block_sum(sums, shared);  // g is there, too

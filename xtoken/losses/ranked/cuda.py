@@ -17,10 +17,11 @@ from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import sorted_l1
 from xtoken.losses.ranked import PreparedRanked, Unpaired
 
-SORTED_ELEMENTS = 2**26
-"""Probabilities outside the pairs that are sorted at a time, at most."""
+WAVES = 2
+"""Chunks of a group for each block that runs beside others. Those of one have enough to sort (37 million probabilities
+on an H100); with two of them blocks need not end together."""
 SORTED_BYTES = 50
-"""What temporaries take for each, about."""
+"""Memory that a probability outside the pairs takes while it is sorted, at most; the sort's own workspace is in it."""
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,8 @@ def run(
     order = slice(None) if single in (0, total) else _order(chunks).argsort(stable=True)
     ordered = _chosen(chunks, order)
     scales = None if scale is None else scale[order]
-    step = max(1, _sorted_elements(device) // max(1, sum(plan.rest)))
+    with kernels.memory(device) as memory:
+        step = group_size(memory.blocks, SORTED_BYTES * sum(plan.rest), _free_bytes(device))
     bounds = [0, *range(single, total, step), total]
     parts = []
     for first, last in itertools.pairwise(bounds):
@@ -196,10 +198,21 @@ def _chosen(chunks: Chunks, index: Tensor | slice) -> Chunks:
     return Chunks(chunks.student.chosen(index), chunks.teacher.chosen(index), chunks.used[index])
 
 
-def _sorted_elements(device: torch.device) -> int:
-    """`SORTED_ELEMENTS`, or less where temporaries would take more than a quarter of the device's free memory."""
+def group_size(blocks: int, chunk_bytes: int, free_bytes: int | None) -> int:
+    """How many chunks are sorted together: `WAVES` for each of the blocks that run side by side.
+
+    In a quarter of the free memory (None: not known), and then of whole waves while one fits: in a part of one, blocks
+    are idle.
+    """
+    if free_bytes is None:
+        return WAVES * blocks
+    fitting = free_bytes // (4 * max(1, chunk_bytes))
+    return blocks * min(WAVES, fitting // blocks) or max(1, fitting)
+
+
+def _free_bytes(device: torch.device) -> int | None:
+    """Memory that torch can still take; None where that cannot be asked for."""
     if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
-        return SORTED_ELEMENTS
+        return None
     unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    free = torch.cuda.mem_get_info(device)[0] + unused
-    return min(SORTED_ELEMENTS, free // (4 * SORTED_BYTES))
+    return torch.cuda.mem_get_info(device)[0] + unused
