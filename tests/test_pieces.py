@@ -314,7 +314,12 @@ PYTHON = "".join(Path(inspect.getsourcefile(one) or "").read_text() for one in S
 
 @pytest.mark.usefixtures("whole_sample")
 @pytest.mark.parametrize(
-    "pair", [("llama3", "gemma3", 0.1), pytest.param(("smollm2", "gemma3", 0.014), marks=pytest.mark.wide)]
+    "pair",
+    [
+        ("smollm2", "mistral", 0.012),
+        pytest.param(("llama3", "gemma3", 0.1), marks=pytest.mark.wide),
+        pytest.param(("smollm2", "gemma3", 0.014), marks=pytest.mark.wide),
+    ],
 )
 def test_the_sample_calibrates_real_pairs(pair: tuple[str, str, float], tokenizer: Callable[[str], Any]) -> None:
     """At most 0.5 % of starts differ, and what is merged tells them apart by no more than 6 % of their information."""
