@@ -467,34 +467,30 @@ class XTokenLoss(nn.Module):
     ) -> _Distilled:
         teacher, loss, student, source = ready.teacher, ready.loss, ready.student, ready.source
         device = Parts.of(student_logits).rows.device
-        if ready.logits is not None and source is None:
-            return self._distil_in_parts(ready, student_logits, targets, divisor, device)
-        if student is None or source is None or ready.logits is None:
+        if ready.logits is None:
             zero = torch.zeros((), device=device)
             # Ranks add up the gradients of W: 0, not None.
             trained: Iterable[Tensor] = getattr(ready.projection, "parameters", tuple)()
             nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)
             return _Distilled(nowhere, None, zero, nothing(device))
-        is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
-        if is_diagnosed:
-            loss = loss.chosen(source, device, self.backend)
         divisor = at_least_one(ready.chunks) if divisor is None else divisor
-        targets = targets if weights is None else None
+        targets, is_diagnosed = targets if weights is None else None, False
         wanted: Tensor | Expected | None = targets
-        if factors is not None and weights is None:
-            of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
-            wanted = Expected(targets, of_loss, _scalar(factors[1], device))
+        sizes: tuple[int | None, int | None] = teacher.shape or (self.vocab_size, None)
+        if student is not None and source is not None:
+            sizes = student.size, source.size
+            is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
+            if is_diagnosed:
+                loss = loss.chosen(source, device, self.backend)
+            if factors is not None and weights is None:
+                of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
+                wanted = Expected(targets, of_loss, _scalar(factors[1], device))
+        elif loss.needs is Needs.SAME_TOKENIZER:
+            sizes = self.vocab_size, self.vocab_size
         result = compute(
-            loss,
-            student_logits,
-            ready.logits,
-            ready.alignment,
-            sizes=(student.size, source.size),
-            mask=ready.mask,
-            labels=wanted,
-            reduction="sum" if weights is None else "none",
-            backend=self.backend,
-        )
+            loss, student_logits, ready.logits, ready.alignment, labels=wanted, sizes=sizes, mask=ready.mask,
+            reduction="sum" if weights is None else "none", backend=self.backend, groups=self.groups,
+        )  # fmt: skip
         total, cross_entropy = result if isinstance(result, tuple) else (result, None)
         chunks = ready.used(device, loss.realised) if is_diagnosed or weights is not None else None
         if weights is None:
@@ -506,28 +502,10 @@ class XTokenLoss(nn.Module):
         diagnosis = nothing(device)
         if is_diagnosed:
             assert chunks is not None
+            assert student is not None
+            assert source is not None
             diagnosis = loss.diagnose(student, source, chunks, ready.projection, device, self.backend)
         return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
-
-    def _distil_in_parts(
-        self,
-        ready: _Ready,
-        student_logits: AnyLogits,
-        targets: Tensor | None,
-        divisor: Count | None,
-        device: torch.device,
-    ) -> _Distilled:
-        assert ready.logits is not None
-        sizes: tuple[int | None, int | None] = ready.teacher.shape or (self.vocab_size, None)
-        if ready.loss.needs is Needs.SAME_TOKENIZER:
-            sizes = self.vocab_size, self.vocab_size
-        result = compute(
-            ready.loss, student_logits, ready.logits, ready.alignment, labels=targets, sizes=sizes, mask=ready.mask,
-            reduction="sum", backend=self.backend, groups=self.groups,
-        )  # fmt: skip
-        total, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        divisor = at_least_one(ready.chunks) if divisor is None else divisor
-        return _Distilled(total / divisor, cross_entropy, _scalar(ready.chunks, device), nothing(device))
 
     def _sources(
         self, teacher: Teacher, loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits
