@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from cuda_emulator.emulator import ERRORS, FOLDER, Emulator, build, why_not
+from cuda_emulator.emulator import ERRORS, FOLDER, Emulator, Traffic, build, why_not
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(why_not() is not None, reason=f"the emulator {why_not()}")]
 
@@ -71,6 +71,16 @@ def test_vector_loads_and_stores(kernels):
 
 def test_asynchronous_copies(kernels):
     assert torch.equal(kernels.launch("reverse_by_copies", numbers(2500), grid=2, shared=2048), numbers(2500).flip(0))
+
+
+def test_traffic_is_counted(emulator):
+    with emulator.memory() as memory:
+        x, out, count = (memory.copy(t) for t in (numbers(500), numbers(500), torch.tensor([0])))
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out, count)]
+        assert emulator.functions.launch(b"reverse_by_four", 2, 64, 0, *pointers, 500) == 0
+        assert memory.traffic(x) == Traffic(read=2000, written=0, different=2016)
+        assert memory.traffic(out) == Traffic(read=0, written=2000, different=2016)
+        assert memory.traffic(count) == Traffic(read=0, written=0, different=0)
 
 
 def test_atomics_and_the_last_block(kernels):

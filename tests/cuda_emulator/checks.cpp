@@ -97,6 +97,8 @@ void check_access(const void* pointer, size_t size, Access access, bool aligned,
     if (aligned && reinterpret_cast<uintptr_t>(address) % size != 0) stop_at("misaligned", access, size, address, code);
 
     const bool reads = access != Access::write, writes = access == Access::write || access == Access::atomic;
+    region->bytes_read += reads && access != Access::read_only ? size : 0;  // which a plain read follows
+    region->bytes_written += writes ? size : 0;
     unsigned char* written = region->written.data() + offset;
     if (reads && std::memchr(written, 0, size) != nullptr) {
         const char* kind = "uninitialised";

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sysconfig
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
@@ -150,6 +151,15 @@ class Emulator:
         return Memory(self)
 
 
+@dataclass(frozen=True)
+class Traffic:
+    """What kernels have used of an allocation: bytes of all reads and of all writes, and of all sectors of 32 bytes."""
+
+    read: int
+    written: int
+    different: int
+
+
 class Memory:
     """Tensors in memory that kernels may use, with inaccessible surroundings. Valid inside the `with` block."""
 
@@ -206,6 +216,13 @@ class Memory:
         size = ctypes.c_size_t(tensor.numel() * tensor.itemsize)
         self.emulator.call("unwritten", ctypes.c_void_p(tensor.data_ptr()), size, ctypes.byref(count))
         return count.value
+
+    def traffic(self, tensor: torch.Tensor) -> Traffic:
+        """Of the whole allocation that the tensor is in."""
+        counts = [ctypes.c_uint64() for _ in range(3)]
+        self.emulator.call("traffic", ctypes.c_void_p(tensor.data_ptr()), *map(ctypes.byref, counts))
+        read, written, sectors = (count.value for count in counts)
+        return Traffic(read, written, 32 * sectors)
 
     def result(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of a contiguous tensor in ordinary memory; an error if a part of it was not written."""

@@ -219,4 +219,20 @@ XTOKEN_EXPORT int xtoken_emulator_unwritten(const void* memory, size_t size, siz
         *count = std::count(begin, begin + size, 0);
     });
 }
+// What kernels have read and written of an allocation, and in how many different sectors of 32 bytes.
+XTOKEN_EXPORT int xtoken_emulator_traffic(const void* memory, uint64_t* read, uint64_t* written, uint64_t* sectors) {
+    return guarded([&] {
+        const auto* region = machine.regions.find(memory);
+        if (region == nullptr) throw std::invalid_argument("emulator: no such memory");
+        *read = region->bytes_read;
+        *written = region->bytes_written;
+        *sectors = 0;
+        for (size_t begin = 0; begin < region->size; begin += 32) {
+            const auto first = region->history.begin() + begin;
+            *sectors += std::any_of(first, first + std::min<size_t>(32, region->size - begin), [](const auto& byte) {
+                return byte.read.stamp.bits != 0 || byte.write.stamp.bits != 0;
+            });
+        }
+    });
+}
 }
