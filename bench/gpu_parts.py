@@ -21,8 +21,11 @@ import functools
 import importlib
 import importlib.util
 import json
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from functools import partial
 from typing import Any
@@ -282,8 +285,10 @@ def speed(device: str, most_rows: int, vocabulary: tuple[int, int], seconds: flo
     copied = copy_bandwidth(device, 2**28 if device == "cuda" else 2**20)
     show({"copy_gigabytes_per_second": copied / 1e9})
     wanted = {"liger_kernel": "liger-kernel is not installed"}
-    wanted |= {"pynvml": "pynvml is not installed: no clocks"} if device == "cuda" else {}
-    show({"missing": [text for name, text in wanted.items() if importlib.util.find_spec(name) is None]})
+    missing = [text for name, text in wanted.items() if importlib.util.find_spec(name) is None]
+    if device == "cuda" and shutil.which("nvidia-smi") is None:
+        missing.append("nvidia-smi is not on the path: no clocks")
+    show({"missing": missing})
     fitted: dict[str, int] = {}
     for name, make in makers(device).items():
         if time.perf_counter() > end - STEP_SECONDS:
@@ -337,13 +342,26 @@ def tried(make: Maker, device: str, rows: int, vocabulary: tuple[int, int]) -> t
 
 
 def clocks(run: Callable[[], Any]) -> Row:
-    """Of the multiprocessors, and the power drawn, while a few steps run; nothing where pynvml is not installed."""
-    if importlib.util.find_spec("pynvml") is None:
+    """Of the multiprocessors, and the power drawn, while steps run; nothing where the driver's nvidia-smi is not."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
         return {}
-    for _ in range(3):
-        run()
-    found: Row = {"sm_clock_mhz": torch.cuda.clock_rate(), "power_watts": torch.cuda.power_draw() / 1e3}
-    torch.cuda.synchronize()
+    asked = "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits"
+    device = f"--id=GPU-{torch.cuda.get_device_properties(0).uuid}"
+    with subprocess.Popen([program, device, *asked], stdout=subprocess.PIPE, text=True) as query:
+        while query.poll() is None:
+            run()
+            torch.cuda.synchronize()
+        assert query.stdout is not None
+        return clocks_of(query.stdout.read())
+
+
+def clocks_of(printed: str) -> Row:
+    """What nvidia-smi says of a device: megahertz and watts, a part that it does not know left out."""
+    found: Row = {}
+    for name, value in zip(("sm_clock_mhz", "power_watts"), printed.strip().split(", "), strict=False):
+        with suppress(ValueError):
+            found[name] = float(value)
     return found
 
 

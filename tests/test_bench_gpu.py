@@ -320,6 +320,30 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
     assert result["missing"] == ["liger-kernel is not installed"]
 
 
+@pytest.mark.parametrize(
+    ("printed", "row"),
+    [
+        ("1980, 269.32\n", {"sm_clock_mhz": 1980.0, "power_watts": 269.32}),
+        ("1410, [N/A]\n", {"sm_clock_mhz": 1410.0}),
+        ("No devices were found\n", {}),
+    ],
+)
+def test_clocks_of_nvidia_smi(printed, row):
+    assert parts.clocks_of(printed) == row
+
+
+def test_clocks_are_asked_while_steps_run(monkeypatch, tmp_path):
+    program = tmp_path / "nvidia-smi"
+    program.write_text('#!/bin/sh\necho "1980, $1"\nsleep 0.2\n')
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    steps = []
+    assert parts.clocks(lambda: steps.append(time.sleep(0.01))) == {"sm_clock_mhz": 1980.0}
+    assert steps
+
+
 def test_speed_begins_no_step_when_time_is_short(capsys):
     rows = speed(capsys, seconds=parts.STEP_SECONDS - 1)["rows"]
     assert rows
