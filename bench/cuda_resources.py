@@ -3,11 +3,13 @@
 Registers of a thread, static shared memory of a block, bytes of stack and of registers spilled to it, the block size
 that the kernel is compiled for (`__launch_bounds__`), and which share of the multiprocessor's threads such blocks fill.
 `--loops` prints the machine code's loops over rows in its place: how many instructions each has, and how many copies
-from memory are in flight while it works on what came before; NVIDIA's disassembler is needed, nvdisasm.
+from memory are in flight while it works on what came before. `--rows` prints how many instructions of a warp the usual
+passes over a row take at least, beside what csrc/cuda/README.md says that they may. Both need NVIDIA's disassembler,
+nvdisasm.
 Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
 build/cuda_resources until a source changes. No GPU is needed.
 
-    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--loops]
+    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--loops | --rows]
 """
 
 from __future__ import annotations
@@ -23,7 +25,8 @@ import subprocess
 import sys
 import sysconfig
 import tempfile
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -97,8 +100,60 @@ class Loop:
     kernel: str
     arch: str
     instructions: int
+    least: int
+    """Instructions on the shortest way through it."""
+    copies: int
+    """Instructions that start an asynchronous copy."""
+    stores: int
+    """Instructions that write to global memory."""
     ahead: int
     """Asynchronous copies of a thread that stay in flight when it waits for the oldest; 0: it waits for all."""
+
+
+ROW_SIZES = {"z": 128256, "y": 151936}
+"""Elements of a row of the student's and of the teacher's logits: Llama 3 and Qwen3."""
+
+
+@dataclass(frozen=True)
+class UsualPasses:
+    """A kernel's passes over rows in a usual call, as csrc/cuda/README.md lists them."""
+
+    kernel: str
+    passes: str
+    """Of the loops in the code's order: ``z3w.2`` is over the student's row (y: the teacher's), has three instructions
+    that start a copy, writes, and is the second such after the pass before."""
+    ceiling: float
+    """Thousands of a warp's instructions a row, at most."""
+
+    def find(self, loops: Sequence[Loop]) -> list[tuple[str, Loop]]:
+        """The loop of each pass, with "z" or "y"."""
+        found, begin = [], 0
+        for name in self.passes.split():
+            parts = re.fullmatch(r"([zy])(\d+)(w?)(?:\.(\d+))?", name)
+            assert parts is not None, f"{self.kernel}: {name} is no pass"
+            fitting = [
+                n
+                for n, loop in enumerate(loops)
+                if n >= begin and (loop.copies, loop.stores > 0) == (int(parts[2]), parts[3] == "w")
+            ]
+            place = int(parts[4] or 1) - 1
+            if place >= len(fitting):
+                raise LookupError(f"{self.kernel}: no loop is the pass {name}:\n{loop_table(loops)}")
+            found.append((parts[1], loops[fitting[place]]))
+            begin = fitting[place] + 1
+        return found
+
+    def thousands(self, loops: Sequence[Loop]) -> float:
+        """Thousands of a warp's instructions for a row, on the shortest way through each pass."""
+        elements = 8 * 32  # of a warp, each time
+        return sum(loop.least * ROW_SIZES[side] / elements for side, loop in self.find(loops)) / 1000
+
+
+def usual_passes() -> list[UsualPasses]:
+    """The table of csrc/cuda/README.md."""
+    text = (ROOT / "csrc" / "cuda" / "README.md").read_text()
+    found = re.findall(r"^\| `(\w+<.*>)`.*? \| ((?:[zy]\d+w?(?:\.\d+)? ?)+) \| .*?([\d.]+) \|$", text, re.MULTILINE)
+    return [UsualPasses(kernel, passes.strip(), float(ceiling)) for kernel, passes, ceiling in found]
 
 
 def find_tool(name: str) -> str | None:
@@ -170,8 +225,8 @@ def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:
                 (cubin,) = Path(folder).glob(f"*.sm_{arch}.cubin" if len(archs) > 1 else "*.cubin")
                 listing = subprocess.run([nvdisasm, "-hex", "-c", cubin], capture_output=True, text=True, check=True)
                 text += "".join(
-                    f"loop of '{kernel}' for 'sm_{arch}': {instructions} instructions, {ahead} copies in flight\n"
-                    for kernel, instructions, ahead in copying_loops(listing.stdout)
+                    f"loop of '{kernel}' for 'sm_{arch}': {' '.join(map(str, counts))}\n"
+                    for kernel, *counts in copying_loops(listing.stdout)
                 )
         for old in REPORTS.glob(f"{name}.*.txt"):
             old.unlink()
@@ -188,8 +243,8 @@ LABEL = re.compile(r"^(\.L\w+):(?=\s*\n(?:\.L\w+:\s*\n)*\s*/\*([0-9a-f]{4,})\*/)
 """A label and the address of the instruction after it."""
 
 
-def copying_loops(listing: str) -> list[tuple[str, int, int]]:
-    """The innermost loops of nvdisasm's listing that start asynchronous copies: kernel, instructions, copies ahead."""
+def copying_loops(listing: str) -> list[tuple[str, int, int, int, int, int]]:
+    """The innermost loops of nvdisasm's listing that start asynchronous copies: kernel, and the counts of `Loop`."""
     found = []
     for function in listing.split("\n.text.")[1:]:
         code = [(int(m[1], 16), m[2], int(m[3], 16)) for m in INSTRUCTION.finditer(function)]
@@ -205,8 +260,34 @@ def copying_loops(listing: str) -> list[tuple[str, int, int]]:
             if first > ends[-1] and any(first <= n <= last for n in copies):
                 ends.append(last)
                 body = code[first : last + 1]
-                found.append((function[: function.index(":")], len(body), copies_ahead(body)))
+                least = shortest_way(code, labels, first, last)
+                started = sum("LDGSTS" in text for _, text, _ in body)
+                stores = sum(re.search(r"\bSTG\b", text) is not None for _, text, _ in body)
+                kernel = function[: function.index(":")]
+                found.append((kernel, len(body), least, started, stores, copies_ahead(body)))
     return found
+
+
+def shortest_way(code: Sequence[tuple[int, str, int]], labels: Mapping[str, int], first: int, last: int) -> int:
+    """Instructions on the shortest way from one to another, both with it."""
+    steps, reached = {first: 1}, deque([first])
+    while reached:
+        at = reached.popleft()
+        if at == last:
+            return steps[at]
+        text = code[at][1]
+        following = [at + 1]
+        if "BRA" in text:
+            target = labels.get(text.rpartition("`(")[2].rstrip(")"), at + 1)
+            is_conditional = text.startswith("@") or re.search(r"BRA(\.DIV|\S* .*\bU?P\d)", text) is not None
+            following = [at + 1, target] if is_conditional else [target]
+        elif re.match(r"(EXIT|RET)\b", text):
+            following = []
+        for one in following:
+            if first <= one <= last and one not in steps:
+                steps[one] = steps[at] + 1
+                reached.append(one)
+    raise ValueError(f"no way leads from {code[first][0]:#x} to {code[last][0]:#x}")
 
 
 def copies_ahead(body: Sequence[tuple[int, str, int]]) -> int:
@@ -240,8 +321,8 @@ def readable(mangled: str) -> str:
 
 def loops(source: str, report: str) -> list[Loop]:
     """The loops of one report."""
-    lines = re.findall(r"^loop of '(\S+)' for 'sm_(\d+)': (\d+) instructions, (\d+) copies", report, re.MULTILINE)
-    return [Loop(source, readable(name), arch, int(count), int(ahead)) for name, arch, count, ahead in lines]
+    lines = re.findall(r"^loop of '(\S+)' for 'sm_(\d+)': ([\d ]+)$", report, re.MULTILINE)
+    return [Loop(source, readable(name), arch, *map(int, counts.split())) for name, arch, counts in lines]
 
 
 def parse(source: str, report: str, bounds: dict[str, int]) -> list[Resources]:
@@ -309,13 +390,27 @@ def table(kernels: Sequence[Resources]) -> str:
 def loop_table(found: Sequence[Loop]) -> str:
     """The loops as a Markdown table, a line a kernel."""
     lines = [
-        "| source | kernel | arch | copies in flight | instructions of its loops |",
+        "| source | kernel | arch | copies in flight | its loops: instructions at least, in all; copies, stores |",
         "| --- | --- | --- | ---: | --- |",
     ]
     for (source, kernel, arch), group in itertools.groupby(found, lambda loop: (loop.source, loop.kernel, loop.arch)):
         own = list(group)
-        counts = ", ".join(str(loop.instructions) for loop in own)
+        counts = ", ".join(f"{one.least} of {one.instructions} ({one.copies}{'w' * (one.stores > 0)})" for one in own)
         lines.append(f"| {source} | {kernel} | {arch} | {min(loop.ahead for loop in own)} | {counts} |")
+    return "\n".join(lines)
+
+
+def instruction_table(found: Sequence[Loop]) -> str:
+    """`usual_passes` as a Markdown table, a line a kernel and architecture."""
+    lines = [
+        "| kernel | arch | instructions of 8 elements in its passes, at least (of) | thousands a row | at most |",
+        "| --- | --- | --- | ---: | ---: |",
+    ]
+    for usual in usual_passes():
+        for arch in sorted({loop.arch for loop in found if loop.kernel == usual.kernel}, key=int):
+            own = [loop for loop in found if (loop.kernel, loop.arch) == (usual.kernel, arch)]
+            passes = ", ".join(f"{side}: {one.least} ({one.instructions})" for side, one in usual.find(own))
+            lines.append(f"| {usual.kernel} | {arch} | {passes} | {usual.thousands(own):.0f} | {usual.ceiling:g} |")
     return "\n".join(lines)
 
 
@@ -323,11 +418,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--archs", nargs="+", choices=sorted(LIMITS), help="instead of those of cmake/Cuda.cmake")
     parser.add_argument("--files", nargs="+", help="names of sources as in the table; all unless given")
-    parser.add_argument("--loops", action="store_true", help="of the machine code, in place of the resources")
+    shown = parser.add_mutually_exclusive_group()
+    shown.add_argument("--loops", action="store_true", help="of the machine code, in place of the resources")
+    shown.add_argument("--rows", action="store_true", help="instructions of the passes over a row, in their place")
     options = parser.parse_args()
     try:
         if options.loops:
             print(loop_table(row_loops(options.archs, options.files)))
+        elif options.rows:
+            print(instruction_table(row_loops(options.archs, options.files)))
         else:
             print(table(resources(options.archs, options.files)))
     except RuntimeError as error:

@@ -36,6 +36,9 @@ needs_nvdisasm = pytest.mark.skipif(
 COMPILED = ["80", "120"]
 """The oldest and the newest architecture. .ci/run builds a wheel for another, bench/cuda_resources.py for all."""
 
+OTHERS = {"cross_entropy_kernel", "pkl_kernel", "ranked_forward_kernel", "ranked_backward_kernel"}
+"""Kernels whose passes have no ceiling."""
+
 REPORT = """\
 ptxas info    : 0 bytes gmem
 ptxas info    : Compiling entry function '_ZN6xtoken4cuda12_GLOBAL__N_19kd_kernelIffEEvi' for 'sm_90'
@@ -126,13 +129,43 @@ WAITS_FOR_ALL = LISTING.replace("0x000fc80000000000", "0x001fc80000000000", 1)
     ],
 )
 def test_copies_in_flight_are_read_from_the_machine_code(listing, ahead):
-    assert cuda_resources.copying_loops(listing) == [("_Z6streamPf", 6, ahead)]
+    assert cuda_resources.copying_loops(listing) == [("_Z6streamPf", 6, 6, 1, 0, ahead)]
+
+
+def test_the_shortest_way_through_a_loop():
+    branches = [
+        ("@P0 BRA", ".L_far"),
+        ("BRA.U !UP1,", ".L_near"),
+        ("FADD R0, R0, R1", ""),
+        ("BRA", ".L_far"),
+        (".L_near: FMUL R0, R0, R1", ""),
+        ("@P1 EXIT", ""),
+        (".L_far: FADD R0, R0, R2", ""),
+        ("@P2 BRA", ".L_begin"),
+    ]
+    code = [(16 * n, f"{text} `({label})" if label else text, 0) for n, (text, label) in enumerate(branches)]
+    labels = {".L_begin": 0, ".L_near": 4, ".L_far": 6}
+    assert cuda_resources.shortest_way(code, labels, 0, 7) == 3
+    assert cuda_resources.shortest_way(code[:1] + code[2:], {**labels, ".L_far": 5}, 1, 6) == 4
 
 
 def test_the_table_of_loops():
-    report = f"{REPORT}loop of '_Z6streamPf' for 'sm_90': 41 instructions, 3 copies in flight\n"
+    report = f"{REPORT}loop of '_Z6streamPf' for 'sm_90': 41 20 1 2 3\n"
     (loop,) = cuda_resources.loops("scale", report)
-    assert "| scale | stream | 90 | 3 | 41 |" in cuda_resources.loop_table([loop])
+    assert (loop.instructions, loop.least, loop.copies, loop.stores, loop.ahead) == (41, 20, 1, 2, 3)
+    assert "| scale | stream | 90 | 3 | 20 of 41 (1w) |" in cuda_resources.loop_table([loop])
+
+
+def test_the_usual_passes_are_found_among_the_loops():
+    def loop(least, copies, stores):
+        return cuda_resources.Loop("x", "kernel<T>", "90", 2 * least, least, copies, stores, 3)
+
+    loops = [loop(256, 1, 0), loop(1, 3, 0), loop(2, 1, 0), loop(512, 3, 0), loop(3, 1, 1)]
+    usual = cuda_resources.UsualPasses("kernel<T>", "z1 y3.2 z1w", 250.0)
+    assert [(side, one.least) for side, one in usual.find(loops)] == [("z", 256), ("y", 512), ("z", 3)]
+    assert usual.thousands(loops) == pytest.approx(128.256 + 2 * 151.936 + 128.256 * 3 / 256)
+    with pytest.raises(LookupError, match="no loop is the pass y3"):
+        cuda_resources.UsualPasses("kernel<T>", "z1w y3", 1.0).find(loops)
 
 
 @pytest.mark.parametrize(
@@ -185,6 +218,19 @@ def test_loops_over_rows_keep_copies_in_flight():
     assert seen == {(name, arch) for name in cuda_resources.launch_bounds() for arch in COMPILED}
     shallow = [loop for loop in loops if loop.ahead < 3]
     assert not shallow, f"loops that wait for memory:\n{cuda_resources.loop_table(shallow)}"
+
+
+@needs_nvdisasm
+@pytest.mark.slow
+def test_passes_over_rows_take_no_more_instructions_than_documented():
+    loops = cuda_resources.row_loops(COMPILED)
+    print(cuda_resources.instruction_table(loops))
+    usual = cuda_resources.usual_passes()
+    assert {one.kernel.split("<")[0] for one in usual} >= {loop.kernel.split("<")[0] for loop in loops} - OTHERS
+    for one in usual:
+        for arch in COMPILED:
+            own = [loop for loop in loops if (loop.kernel, loop.arch) == (one.kernel, arch)]
+            assert one.thousands(own) <= one.ceiling, f"{one.kernel} on {arch}:\n{cuda_resources.loop_table(own)}"
 
 
 @needs_nvdisasm

@@ -13,7 +13,7 @@ constexpr size_t queue_bytes = 16;  // of shared memory that each_chunk takes
 // count (its row is -1) has the loss 0.
 template <typename Params, typename Body>
 __device__ void each_chunk(const Params& params, Body body) {
-    XTOKEN_SHARED(next, int64_t);  // no register is kept for it while the body works
+    XTOKEN_SHARED(next, int64_t);
     if (threadIdx.x == 0) next = static_cast<int64_t>(blockIdx.x) - gridDim.x;
     for (;;) {
         if (threadIdx.x == 0) {

@@ -38,21 +38,21 @@ cudaError_t launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t 
 }
 
 #ifdef __CUDACC__
-// 2^x, one instruction: at most 2 units in the last place off (PTX ISA, ex2); results below 2^-126 are 0.
+// 2^x: at most 2 units in the last place off (PTX ISA, ex2); results below 2^-126 are 0.
 __device__ __forceinline__ float fast_exp2(float x) {
     float y;
     asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// Base-2 logarithm, one instruction: at most 2^-22 off for x in (0.5, 2), 2^-22 of itself elsewhere (PTX ISA, lg2).
+// Base-2 logarithm: at most 2^-22 off for x in (0.5, 2), 2^-22 of itself elsewhere (PTX ISA, lg2).
 __device__ __forceinline__ float fast_log2(float x) {
     float y;
     asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
     return y;
 }
 
-// x / y, two instructions: at most 2 units in the last place off for |y| in [2^-126, 2^126] (PTX ISA, div).
+// x / y: at most 2 units in the last place off for |y| in [2^-126, 2^126] (PTX ISA, div).
 __device__ __forceinline__ float fast_divide(float x, float y) {
     float z;
     asm("div.approx.ftz.f32 %0, %1, %2;" : "=f"(z) : "f"(x), "f"(y));
@@ -66,7 +66,7 @@ __device__ __forceinline__ float largest(float x, float y) {
     return z;
 }
 
-// A pointer to global memory as a value of its own: what is read from it is addressed from one pair of registers.
+// A pointer to global memory as a value of its own, from which the compiler addresses what is read.
 template <typename T>
 __device__ __forceinline__ T* base(T* pointer) {
     size_t address;
@@ -112,7 +112,7 @@ __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared_address(from)));
 }
 
-// ++*counter, atomically. (What the compiler makes of atomicAdd finds the address of shared memory anew each time.)
+// ++*counter, atomically.
 template <bool is_shared>
 __device__ __forceinline__ void increment(int* counter) {
     if constexpr (is_shared) {
