@@ -81,6 +81,8 @@ def case_of(loss: Any, rows: int, size: int) -> tuple[list[Tensor], list[Any], d
         tokens = [bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in range(size)]
         given.append(xtoken.PieceIndex.build(xtoken.Vocabulary(tokens), xtoken.Vocabulary(tokens)))
     options = {name: value for name, value in (("top_k", None), ("uncommon_top_k", 0)) if name in loss.options()}
+    if loss.needs is Needs.SAME_TOKENIZER:
+        options["vocab_size"] = size
     return logits, given, options
 
 

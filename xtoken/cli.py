@@ -227,10 +227,11 @@ def align(
     _check_inputs(student, teacher, data=data)
     from .corpus import align_corpus
 
-    manifest = align_corpus(
-        student, teacher, data, output, text_column=text_column, max_length=max_length, method=method, engine=engine,
-        workers=workers, resume=resume, on_error=on_error, shard_bytes=shard_bytes,
-    )  # fmt: skip
+    with contextlib.redirect_stdout(sys.stderr):  # Ray prints of workers that died
+        manifest = align_corpus(
+            student, teacher, data, output, text_column=text_column, max_length=max_length, method=method,
+            engine=engine, workers=workers, resume=resume, on_error=on_error, shard_bytes=shard_bytes,
+        )  # fmt: skip
     total, shards = manifest.total, len(manifest.shards)
     skipped = sum(total.skipped.values())
     said = (

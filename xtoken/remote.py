@@ -101,7 +101,8 @@ class Remote:
     def root_is_missing(self) -> str:
         """The bucket, or first folder, of the URL if it does not exist; else an empty text."""
         system, path = self._find()
-        root = path.lstrip("/").partition("/")[0]
+        rest = path.lstrip("/")
+        root = path[: len(path) - len(rest)] + rest.partition("/")[0]
         with self._told():
             return "" if system.exists(root) else root
 

@@ -8,12 +8,14 @@ import json
 import os
 import sys
 
+import fsspec
 import pyarrow as pa
 import pyarrow.feather
 import pyarrow.parquet as pq
 import pytest
 
 from xtoken import align_corpus
+from xtoken.cli import main
 from xtoken.corpus.files import find_files
 from xtoken.corpus.progress import Progress
 from xtoken.data import AlignedDataset
@@ -45,12 +47,13 @@ def files(texts, tmp_path_factory):
     return folder
 
 
-def test_every_format_gives_what_a_folder_gives(s3, files, pair, tmp_path):
-    """Ids too; and it is read back from there."""
+def test_every_format_gives_what_a_folder_gives(s3, files, pair, pair_files, tmp_path, capsys):
+    """Ids too, by the command line; and it is read back from there."""
     s3.put(str(files), "bucket/in", recursive=True)
     here = align_corpus(*pair, [f"{files}/a/*", f"{files}/b/*"], tmp_path / "out", shard_bytes=SHARD)
-    there = align_corpus(*pair, ["s3://bucket/in/a/*", "s3://bucket/in/b/*"], "s3://bucket/out", shard_bytes=SHARD)
-    assert there.total == here.total
+    command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--shard-bytes", str(SHARD), "--json"]
+    assert main([*command, "--data", "s3://bucket/in/a/*", "s3://bucket/in/b/*", "-o", "s3://bucket/out"]) == 0
+    assert json.loads(capsys.readouterr().out).items() >= vars(here.total).items()
     assert here.total.documents == 1400
     names = {name.rpartition("/")[2] for name in s3.ls("bucket/out")}
     assert names == set(os.listdir(tmp_path / "out"))
@@ -99,6 +102,37 @@ def test_resume(s3, pair, corpus, monkeypatch):
     with pytest.raises(ValueError, match=r"s3://bucket/manual\.jsonl: was changed while it is read"):
         again()
     s3.rm("bucket/again", recursive=True)
+
+
+@pytest.mark.parametrize("protocol", ["memory", "local"])
+def test_other_file_systems(protocol, pair, corpus, tmp_path):
+    """Two that have neither buckets nor ETags: the output of a folder, again where a shard is lost, and read back."""
+    system, root = fsspec.filesystem(protocol), str(tmp_path / "there")
+    lines = b"".join(corpus.read_bytes().splitlines(keepends=True)[:200])
+    system.makedirs(f"{root}/out")
+    system.pipe_file(f"{root}/manual.jsonl", lines)
+    (tmp_path / "manual.jsonl").write_bytes(lines)
+
+    def again():
+        inputs, output = f"{protocol}://{root}/*.jsonl", f"{protocol}://{root}/out"
+        return align_corpus(*pair, inputs, output, shard_bytes=SHARD // 2, resume=True)
+
+    here = align_corpus(*pair, tmp_path / "manual.jsonl", tmp_path / "out", shard_bytes=SHARD // 2)
+    assert again().total == here.total
+    lost = f"{root}/out/{here.shards[0].file_name}"
+    system.rm_file(lost)
+    again()
+    names = {name.rpartition("/")[2] for name in system.ls(f"{root}/out", detail=False)}
+    assert names == set(os.listdir(tmp_path / "out"))
+    for shard in here.shards:
+        assert system.cat_file(f"{root}/out/{shard.file_name}") == (tmp_path / "out" / shard.file_name).read_bytes()
+    dataset = AlignedDataset(f"{protocol}://{root}/out", *pair)
+    assert [dataset[k]["id"] for k in (0, 199)] == ["manual.jsonl:1", "manual.jsonl:200"]
+    with pytest.raises(FileNotFoundError, match=rf"no file matches {protocol}:///nowhere/a: there is no /nowhere"):
+        find_files([f"{protocol}:///nowhere/a"])
+    system.pipe_file(f"{root}/manual.jsonl", b"x")
+    with pytest.raises(ValueError, match=r"manual\.jsonl was changed"):
+        again()
 
 
 def test_errors(s3, pair, corpus, tmp_path, monkeypatch):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.distributed as dist
 from harness import OPERATIONS, Case, make_case
 from torch import Tensor
 
@@ -49,3 +52,35 @@ def said(call: Callable[[], Any]) -> str:
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return "nothing"
+
+
+@contextmanager
+def counted() -> Iterator[list[int]]:
+    """The bytes of the tensors that this rank gives to collectives."""
+    found: list[int] = []
+
+    def counting(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
+        def count(*arguments: Any, **options: Any) -> Any:
+            found.append(arguments[argument].numel() * arguments[argument].element_size())
+            return function(*arguments, **options)
+
+        return count
+
+    with ExitStack() as stack:
+        for name, argument in (("all_reduce", 0), ("all_gather", 1), ("all_to_all_single", 1)):
+            stack.enter_context(mock.patch.object(dist, name, counting(getattr(dist, name), argument)))
+        yield found
+
+
+@contextmanager
+def kept(module: Any, name: str) -> Iterator[list[Any]]:
+    """What a function of a module returns."""
+    found: list[Any] = []
+    function = getattr(module, name)
+
+    def keep(*arguments: Any) -> Any:
+        found.append(function(*arguments))
+        return found[-1]
+
+    with mock.patch.object(module, name, keep):
+        yield found

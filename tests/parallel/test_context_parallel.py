@@ -12,11 +12,12 @@ import torch
 import torch.distributed as dist
 from comparer import assert_as_accurate, assert_close
 from harness import OPERATIONS, Case, few_variants, losses_and_grad, variants
-from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, leaf, said
+from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, counted, kept, leaf, said
 from processes import on_two_and_four
 from torch import Tensor
 
 from xtoken.losses import Needs, registered
+from xtoken.parallel import call
 
 LENGTH = 16
 """Positions of both sides; those beyond the text belong to no chunk."""
@@ -47,6 +48,7 @@ def contiguous(*ends: int) -> list[list[int]]:
 
 LAYOUTS: dict[str, tuple[str, list[list[int]], list[list[int]]]] = {
     "contiguous": ("contiguous", contiguous(5), contiguous(6)),
+    "contiguous, a chunk cut on both sides": ("contiguous", contiguous(7), contiguous(5)),
     "an empty rank": ("contiguous", contiguous(0), contiguous(9)),
     "zigzag": ("zigzag", zigzag(2), zigzag(2)),
     "four, zigzag": ("zigzag", zigzag(4), zigzag(4)),
@@ -130,6 +132,12 @@ def run_all(world: int, rank: int) -> dict[str, Any]:
         made = [dist.new_group(ranks) for ranks in members]
         groups[name] = next(group for group, ranks in zip(made, members, strict=True) if rank in ranks)
     found: dict[str, Any] = {key: one.run(rank, groups) for key, one in TRIES.items() if one.world == world}
+    if world == 4:
+        one = next(one for one in TRIES.values() if one.columns)
+        own = one.own(rank)
+        own = Case(own.student[..., rank == 3 :], own.teacher, own.alignment, own.projection)
+        given = {"tp_group": groups["tp"], "cp_group": groups["cp"], "cp_layout": "zigzag"}
+        found["narrow"] = said(lambda: OPERATIONS[one.name].public(own, own.student, own.teacher, **given))
     if world == 2:
         for name, more in MORE.items():
             found[name] = more(rank)
@@ -148,17 +156,19 @@ def test_is_the_loss_of_one_process(key: str, of_ranks: dict[int, list[dict[str,
 
 
 def test_chunks_lie_on_several_ranks() -> None:
-    """In one of the layouts: on one side alone, on both, and with the sides on different ranks."""
-    _, *positions = LAYOUTS["contiguous"]
-    kinds = set()
-    for a, b, c, d in long_case(IN_PARTS[0]).alignment.spans.tolist():
-        if min(a, c) > 0:
-            ranks = [
-                frozenset(k for k, part in enumerate(parts) for row in range(start - 1, end - 1) if row in part)
-                for parts, start, end in zip(positions, (a, c), (b, d), strict=True)
-            ]
-            kinds.add((len(ranks[0]), len(ranks[1]), ranks[0] == ranks[1]))
-    assert {(1, 1, True), (1, 1, False), (2, 1, False)} <= kinds or {(1, 2, False)} <= kinds
+    """In every layout: on how many ranks their rows of student and teacher are, and whether on the same."""
+    kinds: dict[str, set[tuple[int, int, bool]]] = {}
+    for layout, (_, *positions) in LAYOUTS.items():
+        kinds[layout] = set()
+        for a, b, c, d in long_case(IN_PARTS[0]).alignment.spans.tolist():
+            if min(a, c) > 0:
+                ranks = [
+                    frozenset(k for k, part in enumerate(parts) for row in range(start - 1, end - 1) if row in part)
+                    for parts, start, end in zip(positions, (a, c), (b, d), strict=True)
+                ]
+                kinds[layout].add((len(ranks[0]), len(ranks[1]), ranks[0] == ranks[1]))
+    assert all((2, 1, False) in kinds[layout] for layout in ("contiguous", "zigzag", "four, zigzag"))
+    assert set().union(*kinds.values()) >= {(1, 1, True), (1, 1, False), (1, 2, False), (2, 2, True)}
 
 
 MORE: dict[str, Callable[[int], Any]] = {}
@@ -204,6 +214,40 @@ def test_output_layer_with_labels(name: str, of_ranks: dict[int, list[dict[str, 
         assert_close(got[2], want[2][:, part], rtol=1e-5, atol=2e-6)
     for k in (3, 4):
         assert_close(found[0][k] + found[1][k], want[k], rtol=1e-5, atol=3e-6)
+
+
+@on_two_ranks
+def traffic(rank: int) -> dict[tuple[str, str], list[tuple[int, int, int]]]:
+    """Bytes of calls and their backward, what the formula says of them, and how many chunks several ranks have."""
+    found: dict[tuple[str, str], list[tuple[int, int, int]]] = {}
+    for name in IN_PARTS:
+        for layout in ("contiguous", "zigzag"):
+            found[name, layout] = []
+            for options in (variants if layout == "contiguous" else few_variants)(name).values():
+                of_all = {"top_k": None} if "top_k" in registered()[name].options() else {}
+                one = Try(name, layout, common_alone(name, {**options, **of_all}))
+                own, given = one.own(rank), {"cp_group": dist.group.WORLD, "cp_layout": LAYOUTS[layout][0]}
+                student = leaf(own.student.float())
+                with counted() as sent, kept(call, "share") as shares, kept(call, "_formula") as formulas:
+                    loss = OPERATIONS[name].public(
+                        long_case(name), student, own.teacher.float(), **given, **one.options
+                    )
+                    loss.backward()
+                split = shares[-1].split  # none, where there is no formula
+                said = 8 + 4 * sum(one.across(split) for one in formulas)  # and the sum of all chunks, in float64
+                found[name, layout].append((sum(sent), said, len(split)))
+    return found
+
+
+@pytest.mark.parametrize("name", IN_PARTS)
+def test_what_is_reduced(name: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    for found in of_ranks[2]:
+        for layout in ("contiguous", "zigzag"):
+            for got, want, chunks in found["traffic"][name, layout]:
+                assert got == want
+                assert (want > 8) == (chunks > 0)
+            is_split = layout == "contiguous" or registered()[name].needs is not Needs.SAME_TOKENIZER
+            assert any(chunks for _, _, chunks in found["traffic"][name, layout]) == is_split
 
 
 MASK = torch.arange(2 * LENGTH).view(2, LENGTH) % 3 > 0
@@ -285,6 +329,15 @@ def test_every_loss_takes_chunks_that_lie_on_one_rank(name: str, of_ranks: dict[
             assert said_within.startswith("ValueError: uncommon_top_k: expected 0 (the common part alone)")
         else:
             assert said_within == "nothing"
+
+
+def test_an_error_of_one_rank_is_one_of_the_whole_mesh(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """Also of those that are in none of its groups."""
+    own = "ValueError: student_logits: expected each of the 67 columns of the vocabulary on one rank, got [22, 44]"
+    column = "ValueError: columns of student_logits: expected the same on all ranks of cp_group, got 4"
+    every = f"RuntimeError: rank 1 of cp_group raised {own}", column, own, column
+    for found, expected in zip(of_ranks[4], every, strict=True):
+        assert found["narrow"].startswith(expected)
 
 
 def test_zigzag_needs_equal_parts(of_ranks: dict[int, list[dict[str, Any]]]) -> None:

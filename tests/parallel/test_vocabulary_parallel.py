@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
-from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 from comparer import assert_as_accurate, assert_close
 from harness import OPERATIONS, Case, few_variants, losses_and_grad, make_projection, variants
-from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, leaf, said
+from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, counted, kept, leaf, said
 from processes import on_two_and_four
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -262,22 +262,29 @@ def positions_of(logits: Tensor) -> DTensor:
 
 
 @on_two_ranks
-def refused(rank: int) -> dict[str, str]:
-    name = IN_PARTS[0]
-    case, found = case_of(name), {}
+def refused(rank: int) -> dict[str, Any]:
+    name, found = IN_PARTS[0], dict[str, Any]()
+    case = case_of(name)
     student, teacher = (part(x.float(), [0.5, 0.5], rank) for x in (case.student, case.teacher))
     public = OPERATIONS[name].public
     for key, (options, _) in REFUSED.items():
         given = {"tp_group": dist.group.WORLD, **options(rank)}
         found[key] = said(lambda given=given: public(case, student, teacher, **given))
-    group = dist.group.WORLD
-    found["whole student"] = said(lambda: public(case, case.student, case.teacher, tp_group=group))
-    found["too few"] = said(lambda: public(case, student[..., :3], teacher, tp_group=group))
-    found["too few of the teacher"] = said(lambda: public(case, student, teacher[..., :3], tp_group=group))
+    group, mesh = dist.group.WORLD, init_device_mesh("cpu", (2,))
     for key, sides in {
         "student in parts and whole": ([student, case.student.float()], [case.teacher.float()] * 2),
         "teacher in parts and whole": ([student] * 2, [teacher, case.teacher.float()]),
-        "shared columns": ([case.student[..., :36], case.student[..., 31:]], [case.teacher] * 2),
+        "whole student": ([case.student] * 2, [case.teacher] * 2),
+        "too few": ([student[..., :3]] * 2, [teacher] * 2),
+        "too few of the teacher": ([student] * 2, [teacher[..., :3]] * 2),
+        "teacher whole, and padded on one rank": (
+            [student] * 2,
+            [torch.nn.functional.pad(case.teacher.float(), (0, more)) for more in (0, 5)],
+        ),
+        "a shared column": ([case.student[..., :34], case.student[..., 33:]], [case.teacher] * 2),
+        "a column that nobody has": ([case.student[..., :33], case.student[..., 34:]], [case.teacher] * 2),
+        "a DTensor and none": ([sharded(rank, case.student, mesh, 2), student], [case.teacher.float()] * 2),
+        "more positions": ([student, student[:, :-1]], [case.teacher.float()] * 2),
         "teacher's type": ([student] * 2, [case.teacher.float(), case.teacher.bfloat16()]),
         "teacher's kind": ([student] * 2, [case.teacher.float(), top_of(case.teacher.float())]),
         "teacher's softcap": ([student] * 2, [linear(59, softcap=9.0), linear(59)]),
@@ -289,6 +296,14 @@ def refused(rank: int) -> dict[str, str]:
         one = case_of(other)
         own = part(one.student.float(), [0.5, 0.5], rank), part(one.teacher.float(), [0.5, 0.5], rank)
         found[other] = said(lambda other=other, own=own: OPERATIONS[other].public(case_of(other), *own, tp_group=group))
+        if registered()[other].needs is Needs.SAME_TOKENIZER and other in IN_PARTS:
+            function, both = OPERATIONS[other].function(), (one.student.float(), one.student.float().flip(0))
+            found["no size"] = [
+                said(lambda given=given, function=function: function(*given, tp_group=group))
+                for given in (both, (own[0], both[1]), (own[0], own[0].flip(0)))
+            ]
+            logits = sharded(rank, both[0], mesh, 2), sharded(rank, both[1], mesh, None)
+            found["sizes of DTensors"] = function(*logits), function(*both)
     return found
 
 
@@ -298,19 +313,25 @@ def test_an_error_of_one_rank_is_one_of_all(key: str, of_ranks: dict[int, list[d
         assert got["refused"][key].startswith(want)
 
 
-def test_columns_that_are_not_parts_are_refused(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
-    for found in of_ranks[2]:
-        assert "student_logits: expected of the 67 columns of the vocabulary parts" in found["refused"]["whole student"]
-        assert "student_logits: expected at least 67 columns (the vocabulary) on all" in found["refused"]["too few"]
-        assert "teacher_logits: expected at least 59 columns" in found["refused"]["too few of the teacher"]
-
-
 @pytest.mark.parametrize(
     ("key", "want"),
     [
-        ("student in parts and whole", "student_logits: expected of the 67 columns"),
-        ("teacher in parts and whole", "teacher_logits: expected of the 59 columns"),
-        ("shared columns", "student_logits: expected of the 67 columns"),
+        (
+            "whole student",
+            "student_logits: expected each of the 67 columns of the vocabulary on one rank, got [67, 67] on",
+        ),
+        ("too few", "student_logits: expected each of the 67 columns of the vocabulary on one rank, got [3, 3] on"),
+        (
+            "too few of the teacher",
+            "one rank, or rows of all of them on every rank, got [3, 3] on the ranks of tp_group;",
+        ),
+        ("student in parts and whole", "student_logits: expected each of the 67 columns"),
+        ("teacher in parts and whole", "teacher_logits: expected each of the 59 columns"),
+        ("teacher whole, and padded on one rank", "teacher_logits: expected each of the 59 columns"),
+        ("a shared column", "got [34, 34] on the ranks of tp_group (of padding at the end leave [34, 33]); a DTensor"),
+        ("a column that nobody has", "student_logits: expected each of the 67 columns"),
+        ("a DTensor and none", "student_logits: expected the same on all ranks of tp_group"),
+        ("more positions", "positions of student_logits: expected the same on all ranks of tp_group, got 1"),
         ("teacher's type", "teacher_logits: expected the same on all ranks"),
         ("teacher's kind", "teacher_logits: expected the same on all ranks"),
         ("teacher's softcap", "teacher_logits: expected the same on all ranks"),
@@ -323,10 +344,23 @@ def test_logits_that_do_not_go_together(key: str, want: str, of_ranks: dict[int,
         assert want in found["refused"][key]
 
 
-def test_padding_is_none_of_the_vocabulary() -> None:
-    """Widths of Qwen2.5 and of GPT-2 in Megatron on two and eight ranks, and of all on one."""
-    for parts, size in (([76032] * 2, 151665), ([6400] * 8, 50257), ([640] * 2, 1025), ([0, 67, 0], 67)):
-        call._check_shards("student_logits", parts, size)
+def test_one_tokenizer_needs_its_size(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+    """Since whole rows on every rank look like parts of a larger vocabulary; but DTensors say what they are."""
+    for found in of_ranks[2]:
+        for got in found["refused"]["no size"]:
+            assert got.startswith("ValueError: vocab_size: expected the number of tokens with tp_group")
+        assert_close(*found["refused"]["sizes of DTensors"], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "own"),
+    [([76032] * 2, 151665, [76032, 75633]), ([6400] * 8, 50257, [6400] * 7 + [5457]), ([40, 40, 40], 67, [40, 27, 0])],
+    ids=["Qwen2.5", "GPT-2 in Megatron", "a rank of padding"],
+)
+def test_padding_is_cut_off_by_who_knows_it(parts: list[int], size: int, own: list[int]) -> None:
+    with pytest.raises(ValueError, match=re.escape(f"(of padding at the end leave {own})")):
+        call._are_parts(0, parts, size)
+    assert call._are_parts(0, own, size)
 
 
 @pytest.mark.parametrize("name", registered())
@@ -373,21 +407,7 @@ Traffic = tuple[int, int]
 @on_two_ranks
 def traffic(rank: int) -> dict[tuple[str, int, bool, bool], Traffic]:
     """By loss, size of the vocabularies, whether the teacher is whole, and whether much crosses."""
-    counted: list[int] = []
-    formulas: list[Any] = []
-
-    def counting(function: Callable[..., Any], argument: int) -> Callable[..., Any]:
-        def count(*arguments: Any, **options: Any) -> Any:
-            counted.append(arguments[argument].numel() * arguments[argument].element_size())
-            return function(*arguments, **options)
-
-        return count
-
-    def keeping(*arguments: Any) -> Any:
-        formulas.append(made(*arguments))
-        return formulas[-1]
-
-    found, made = {}, call._formula
+    found = {}
     for name in IN_PARTS:
         function, needs = OPERATIONS[name].function(), OPERATIONS[name].needs
         for size, random in ((512, False), (1024, False), (512, True)):
@@ -395,18 +415,14 @@ def traffic(rank: int) -> dict[tuple[str, int, bool, bool], Traffic]:
             index = pieces_of(size, 3 if random else 1)
             pair = {Needs.PROJECTION: [case.projection], Needs.PIECES: [index]}.get(needs, [])
             options = common_alone(name, OPERATIONS[name].few(None))
+            if needs is Needs.SAME_TOKENIZER:
+                options["vocab_size"] = size
             for shares in (None, [0.6, 0.4] if random else [0.5, 0.5]):
                 student, teacher = leaf(part(case.student, [0.5, 0.5], rank)), part(case.teacher, shares, rank)
-                counted.clear()
-                with (
-                    mock.patch.object(dist, "all_reduce", counting(dist.all_reduce, 0)),
-                    mock.patch.object(dist, "all_gather", counting(dist.all_gather, 1)),
-                    mock.patch.object(dist, "all_to_all_single", counting(dist.all_to_all_single, 1)),
-                    mock.patch.object(call, "_formula", keeping),
-                ):
+                with counted() as sent, kept(call, "_formula") as formulas:
                     function(student, teacher, case.alignment, *pair, tp_group=dist.group.WORLD, **options).backward()
                 said = 6 * 4 * formulas[-1].exchanged  # chunks with a predictor, float32
-                found[name, size, shares is None, random] = sum(counted), said
+                found[name, size, shares is None, random] = sum(sent), said
     return found
 
 
@@ -506,20 +522,25 @@ def other_widths(rank: int) -> dict[str, Any]:
     name, group, found = IN_PARTS[0], dist.group.WORLD, dict[str, Any]()
     case = case_of(name)
     teacher = case.teacher.float()
+    mesh = init_device_mesh("cpu", (2,))
+
+    def result(case: Case, student: DTensor) -> tuple[Tensor, Tensor]:
+        loss = OPERATIONS[name].public(case, student.requires_grad_(), teacher)
+        (grad,) = torch.autograd.grad(loss, student)
+        assert isinstance(grad, DTensor)
+        return loss.detach(), grad.to_local()
+
     wide = torch.nn.functional.pad(case.student.float(), (0, 3), value=torch.nan)
-    student = leaf(wide.split(35, -1)[rank])
-    loss = OPERATIONS[name].public(case, student, teacher, tp_group=group)
-    found["padded"] = loss.detach(), *torch.autograd.grad(loss, student)
+    found["padded"] = result(case, sharded(rank, wide, mesh, 2))
     fewer = without_last(case)
-    student = leaf(part(fewer.student.float(), [0.5, 0.5], rank))
+    student = sharded(rank, fewer.student.float(), mesh, 2)
     own = case.student.float(), teacher, case.alignment, fewer.projection
-    found["realised"] = said(lambda: OPERATIONS[name].public(Case(*own), student, teacher, tp_group=group))
-    loss = OPERATIONS[name].public(fewer, student, teacher, tp_group=group)
-    found["lacking"] = loss.detach(), *torch.autograd.grad(loss, student, retain_graph=True)
-    found["again"] = torch.autograd.grad(loss, student)[0]
-    student = leaf(part(fewer.student.float(), [0.5, 0.5], rank))
+    found["realised"] = said(lambda: OPERATIONS[name].public(Case(*own), student, teacher))
+    found["lacking"] = result(fewer, student)
+    student = leaf(part(case.student.float(), [0.5, 0.5], rank))
     logits = student * 1.0
-    loss = OPERATIONS[name].public(fewer, logits, teacher, tp_group=group)
+    loss = OPERATIONS[name].public(case, logits, teacher, tp_group=group)
+    found["again"] = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
     logits.mul_(2.0)
     found["overwritten"] = said(loss.backward)
     return found
@@ -543,7 +564,7 @@ def test_output_layers_wider_and_narrower_than_the_vocabulary(of_ranks: dict[int
 
 def test_backward_works_again_unless_the_logits_were_overwritten(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
     for found in of_ranks[2]:
-        assert torch.equal(found["other_widths"]["again"], found["other_widths"]["lacking"][1])
+        assert torch.equal(*found["other_widths"]["again"])
         assert "modified by an inplace operation" in found["other_widths"]["overwritten"]
 
 

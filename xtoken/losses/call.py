@@ -77,9 +77,10 @@ PARAMETERS = """\
         See `select_backend`.
     tp_group : torch.distributed.ProcessGroup, optional
         Vocabulary parallel: each rank has consecutive columns of ``student_logits`` (or of the output layer), in the
-        order of the ranks; of ``teacher_logits`` likewise, or all of them. Everything else is the same on all ranks,
-        and so are the results. Each gets the gradient of its own columns; that of hidden states and weights of W is
-        whole. Every rank must make the call, and backward. A `DTensor` that is sharded so says it by itself.
+        order of the ranks; of ``teacher_logits`` likewise, or all of them. Parts have no padding (a `DTensor` may).
+        Everything else is the same on all ranks, and so are the results. Each gets the gradient of its own columns;
+        that of hidden states and weights of W is whole. Every rank must make the call, and backward. A `DTensor` that
+        is sharded so says it by itself.
     cp_group : torch.distributed.ProcessGroup, optional
         Context parallel: each rank has some positions of ``student_logits`` and ``teacher_logits``. Everything else
         (alignment, labels, mask, ``reduction="none"``) is that of the whole sequences and the same on all ranks, and so

@@ -155,7 +155,7 @@ class XTokenLoss(nn.Module):
         teacher lets go to zero would outweigh the text. ``inf`` is the paper's rule, and has s = 0 where KD is 0.
     vocab_size : int, optional
         Columns of the student's logits that belong to tokens. Default: as the projections and
-        pieces say, or all columns if there is neither.
+        pieces say, or all columns if there is neither (with ``tp_group`` then needed).
     teacher_weighting : "fixed" or "entropy"
         "entropy" also multiplies each chunk's loss by how sure its teacher is beside the others that have a chunk which
         begins at the same student token: ``n exp(-h_m) / sum_j exp(-h_j)`` for n of them, with

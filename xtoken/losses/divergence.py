@@ -75,6 +75,12 @@ class Divergence(NamedTuple):
         log_m = torch.logaddexp(log_q + math.log(self.mixture), log_p + math.log1p(-self.mixture))
         return (self.teacher * q * (log_q - log_m) + self.student * p * (log_p - log_m)).sum(-1)
 
+    def of_logarithms(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """The same by the logarithms alone, of which only what it needs is exponentiated."""
+        none = log_p.new_zeros(())
+        q, p = (log.exp() if weight else none for log, weight in ((log_q, self.teacher), (log_p, self.student)))
+        return self(q, log_q, p, log_p)
+
 
 class HasDivergence:
     """Something with the options of `Divergence.of`."""

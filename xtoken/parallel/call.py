@@ -32,7 +32,7 @@ from xtoken.losses.operator import (
     problems,
 )
 from xtoken.parallel.columns import Columns
-from xtoken.parallel.ranks import Ranks, Report, agreed
+from xtoken.parallel.ranks import Ranks, Report
 from xtoken.parallel.sequence import LAYOUTS, Positions, Share, share
 from xtoken.parallel.side import Side
 from xtoken.projection import column_set
@@ -66,7 +66,7 @@ def compute(
     The parts that are told to be the same are compared first, and an error of one rank is raised on all.
     """
     labels = labels.labels if isinstance(labels, Expected) else labels
-    tp, cp, is_sharded = Ranks(), Ranks(), None
+    tp, cp, is_sharded = Ranks(), Ranks(), Sharded(None, None)
     error, told = None, _Told({}, {})
     try:
         try:
@@ -77,20 +77,17 @@ def compute(
         tp = Ranks(tp_group, "tp_group")
         _check_mesh(tp, cp)
         told = _checked(
-            loss, student_logits, teacher_logits, alignment, groups, tp, labels, mask, reduction, inplace, backend
-        )
+            loss, student_logits, teacher_logits, alignment, groups, tp, is_sharded, labels, mask, reduction, inplace,
+            backend,
+        )  # fmt: skip
     except Exception as raised:  # that of any rank is raised on all
         error = raised
-    of_tp, of_cp = agreed(Report(told.same, told.own, error), [tp, cp])
+    columns, lengths = _agreed(Report(told.same, told.own, error), loss, sizes, tp, cp, is_sharded)
 
     student, teacher = (Parts.of(logits).batched() for logits in (student_logits, teacher_logits))
-    columns, totals = _columns(
-        loss, sizes, [[one[side] for one in of_tp] for side in ("student", "teacher")], tp, is_sharded
-    )
-    for side, total in enumerate(totals):
-        if total is not None and total < columns[side].size:
-            check_known(side, total, labels, alignment)
-    lengths = [[one[f"{side} rows"] for one in of_cp] for side in ("student", "teacher")]
+    for side, of in enumerate(columns):
+        if of.held is not None and of.held < of.size:
+            check_known(side, of.held, labels, alignment)
     positions = Positions.of(lengths[0], groups.cp_layout), Positions.of(lengths[1], groups.cp_layout)
     samples, device = student.rows.shape[0], student.rows.device
     whole = torch.Size([*Parts.of(student_logits).leading_shape[:-1], len(positions[0].rank)])
@@ -126,13 +123,19 @@ def compute(
     return result if labels is None else (result, cross_entropy)
 
 
+class Sharded(NamedTuple):
+    """Whether the columns of a side are parts, as a DTensor says; None: it is none, and widths have to tell."""
+
+    student: bool | None
+    teacher: bool | None
+
+
 def _local(
     student_logits: AnyLogits, teacher_logits: AnyLogits, tp_group: Any
-) -> tuple[AnyLogits, AnyLogits, Any, bool | None]:
-    """The logits of this rank, the group over which their columns are sharded, and whether the teacher's are (None: not
-    known)."""
+) -> tuple[AnyLogits, AnyLogits, Any, Sharded]:
+    """The logits of this rank, the group over which their columns are sharded, and which are."""
     if not has_dtensor(student_logits, teacher_logits):
-        return student_logits, teacher_logits, tp_group, None
+        return student_logits, teacher_logits, tp_group, Sharded(None, None)
     from xtoken.parallel.dtensor import local_part
 
     student, group, student_sharded = local_part(student_logits, SIDES[0], tp_group)
@@ -147,8 +150,8 @@ def _local(
             raise ValueError(
                 "student_logits: expected sharded columns beside tp_group or a sharded teacher, got whole rows"
             )
-        return student, teacher, None, False
-    return student, teacher, group if student_sharded else tp_group, teacher_sharded
+        return student, teacher, None, Sharded(False, False)
+    return student, teacher, group if student_sharded else tp_group, Sharded(student_sharded, teacher_sharded)
 
 
 def _check_mesh(tp: Ranks, cp: Ranks) -> None:
@@ -188,6 +191,7 @@ def _checked(
     alignment: Alignment | None,
     groups: Groups,
     tp: Ranks,
+    is_sharded: Sharded,
     labels: Tensor | None,
     mask: Any,
     reduction: str,
@@ -229,28 +233,30 @@ def _checked(
         "loss": loss.title,
         **{one.name: _shown(getattr(loss, one.name)) for one in fields(loss)},
         "alignment": None if host is None else [_shown(getattr(host, name)) for name in _OF_ALIGNMENT],
-        "student_logits": f"{_kind(given[0])}, gradients {wanted}",
-        "teacher_logits": _kind(given[1]),
+        "student_logits": f"{_kind(given[0], is_sharded.student)}, gradients {wanted}",
+        "teacher_logits": _kind(given[1], is_sharded.teacher),
         "labels": _shown(labels),
         "mask": _shown(mask),
         "reduction": reduction,
         "cp_layout": groups.cp_layout,
     }
-    own = {"student": given[0].width, "teacher": given[1].width}
-    own.update({"student rows": given[0].leading_shape[-1], "teacher rows": given[1].leading_shape[-1]})
+    own: dict[str, Any] = {}
+    for k in (0, 1):
+        own[_COLUMNS[k]], own[_POSITIONS[k]] = given[k].width, given[k].leading_shape[-1]
     return _Told(same, own)
 
 
+_COLUMNS, _POSITIONS = ([f"{what} of {name}" for name in SIDES] for what in ("columns", "positions"))
 _OF_ALIGNMENT = "spans", "offsets", "predicted", "student_ids", "teacher_ids"
 
 
-def _kind(logits: Parts) -> str:
+def _kind(logits: Parts, is_sharded: bool | None) -> str:
     """All that has to be the same but values and widths."""
-    name, more = "logits", ""
+    name, more = "logits", "" if is_sharded is None else f", a DTensor {'in parts' if is_sharded else 'that is whole'}"
     if logits.head is not None:
-        name, more = "LinearLogits", f", softcap {logits.softcap or None}, logit_scale {logits.scale}"
+        name, more = "LinearLogits", f"{more}, softcap {logits.softcap or None}, logit_scale {logits.scale}"
     elif logits.top is not None:
-        name, more = "TopKLogits", f", tail {logits.tail!r}"
+        name, more = "TopKLogits", f"{more}, tail {logits.tail!r}"
     rows, samples = logits.rows, list(logits.leading_shape[:-1])
     return f"{name} of {samples} samples, {rows.dtype} on {rows.device.type}{more}"
 
@@ -267,64 +273,83 @@ def _shown(value: Any) -> Any:
     return shown
 
 
+def _agreed(
+    report: Report, loss: Loss, sizes: tuple[int | None, int | None], tp: Ranks, cp: Ranks, is_sharded: Sharded
+) -> tuple[tuple[Columns, Columns], list[list[int]]]:
+    """The columns of both sides, and how many positions of each the ranks have; or an error, on all ranks."""
+    of_tp, of_cp = report.told(tp, *_POSITIONS), report.told(cp, *_COLUMNS)
+    columns = None
+    if report.message is None:
+        try:
+            columns = _columns(loss, sizes, [[one[name] for one in of_tp] for name in _COLUMNS], tp, is_sharded)
+        except ValueError as raised:
+            report.fail(raised)
+    if tp.size > 1 and cp.size > 1:  # what a row or column of the mesh has found, others do not know yet
+        report.told(cp)
+        report.told(tp)
+    report.check()
+    assert columns is not None
+    return columns, [[one[name] for one in of_cp] for name in _POSITIONS]
+
+
 def _columns(
     loss: Loss,
     sizes: tuple[int | None, int | None],
     widths: list[list[int | None]],
     tp: Ranks,
-    is_sharded: bool | None,
-) -> tuple[tuple[Columns, Columns], list[int | None]]:
-    """The columns of both sides, and how many there are of each, by how many the ranks have.
-
-    `is_sharded`: whether the teacher's are parts, where that is known.
-    """
+    is_sharded: Sharded,
+) -> tuple[Columns, Columns]:
+    """The columns of both sides, by how many the ranks have."""
     of_student, of_teacher = ([width or 0 for width in one] for one in widths)
-    totals: list[int | None] = [sum(of_student), sum(of_teacher)]
-    if tp.size > 1:
-        _check_shards(SIDES[0], of_student, sizes[0])
-    is_whole = None in widths[1] or tp.size == 1 or is_sharded is False
-    if not is_whole and is_sharded is None:
-        expected = totals[0] if sizes[1] is None else sizes[1]
-        is_whole = min(of_teacher) >= (expected or 0)
-        if not is_whole:
-            _check_shards(SIDES[1], of_teacher, expected)
-    if is_whole:
-        totals[1] = None if None in widths[1] else min(of_teacher)
-    if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):
-        sizes = (min(total for total in totals if total is not None),) * 2
-    found = []
-    for side, total in enumerate(totals):
-        wanted = total if sizes[side] is None else sizes[side]
-        if wanted is None:
-            raise ValueError(f"{SIDES[side]}: expected the size of the vocabulary to be given too, for TopKLogits")
-        if total is not None and total < wanted and not loss.may_lack(side, total):
+    has_parts = [tp.size > 1, tp.size > 1 and is_sharded.teacher is not False and None not in widths[1]]
+    if sizes == (None, None) and loss.needs is Needs.SAME_TOKENIZER:
+        if has_parts[0] and None in is_sharded:
             raise ValueError(
-                f"{SIDES[side]}: expected at least {wanted} columns (the vocabulary) on all ranks together, got {total}"
+                "vocab_size: expected the number of tokens with tp_group, since widths alone do not tell whole rows "
+                f"from parts, got None and columns {of_student} and {of_teacher} on the ranks; a DTensor says it itself"
             )
-        is_divided = side == 0 or not is_whole
-        found.append(
-            Columns.of((of_student, of_teacher)[side], wanted, tp) if is_divided else Columns((0, wanted), Ranks())
-        )
-    return (found[0], found[1]), totals
+        known = [sum(of) if parts else min(of) for of, parts in zip((of_student, of_teacher), has_parts, strict=True)]
+        sizes = (min(known[: 2 - (None in widths[1])]),) * 2
+    found = []
+    for side, own in enumerate((of_student, of_teacher)):
+        size, told = sizes[side], is_sharded[side]
+        if size is None and None not in widths[side]:
+            size = sum(own) if has_parts[side] else min(own)
+        if size is None:
+            raise ValueError(f"{SIDES[side]}: expected the size of the vocabulary to be given too, for TopKLogits")
+        if has_parts[side] and told is None:
+            has_parts[side] = _are_parts(side, own, size)
+        held = None if None in widths[side] else sum(own) if has_parts[side] else min(own)
+        if held is not None and held < size and not loss.may_lack(side, held):
+            raise ValueError(
+                f"{SIDES[side]}: expected at least {size} columns (the vocabulary) on all ranks together, got {held}"
+            )
+        columns = Columns.of(own, size, tp) if has_parts[side] else Columns((0, size), Ranks())
+        found.append(columns._replace(held=held))
+    return found[0], found[1]
 
 
-def _check_shards(name: str, widths: Sequence[int], size: int | None) -> None:
-    """Raises ValueError for widths that are no parts of so many columns and of their padding."""
-    if size is None:
-        return
-    total, ranks = sum(widths), len(widths)
-    is_whole = max(widths) >= size and total > max(widths)
-    # Layers have up to 3 % of columns without a token, and are padded so that the ranks divide them: by Megatron to a
-    # multiple of 128 on each.
-    is_padded = total < size + size // 32 + ranks or (total % (128 * ranks) == 0 and total < size + 128 * ranks)
-    if is_whole or not is_padded:
-        allowed = "parts of them that follow each other" + (
-            ", or all of them on every rank" if name == SIDES[1] else ""
-        )
-        raise ValueError(
-            f"{name}: expected of the {size} columns of the vocabulary {allowed}, got {list(widths)} on the ranks of "
-            "tp_group; a DTensor says by itself what it is"
-        )
+def _are_parts(side: int, widths: Sequence[int], size: int) -> bool:
+    """Whether these widths, of tensors that do not say it themselves, are those of parts, and not of whole rows.
+
+    ValueError if they are neither: parts have each column of the vocabulary once. With more columns some are padding,
+    or two ranks have the same; with fewer some are missing at the end, or in between.
+    """
+    total = sum(widths)
+    if total == size:
+        return True
+    if side == 1 and min(widths) == max(widths) >= size:
+        return False
+    expected = f"each of the {size} columns of the vocabulary on one rank" + (
+        ", or rows of all of them on every rank" if side == 1 else ""
+    )
+    ends = [min(size, end) for end in itertools.accumulate(widths)]
+    own = [end - start for start, end in zip([0, *ends], ends, strict=False)]
+    hint = f" (of padding at the end leave {own})" if total > size > max(widths) else ""
+    raise ValueError(
+        f"{SIDES[side]}: expected {expected}, got {list(widths)} on the ranks of tp_group{hint}; a DTensor says itself "
+        "which columns it has"
+    )
 
 
 def call_of(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ class Columns(NamedTuple):
 
     bounds: tuple[int, ...]  # rank r has the columns bounds[r] ... bounds[r + 1] - 1
     ranks: Ranks  # of a group; or this rank alone, which has all
+    held: int | None = None  # how many there are of all ranks together, perhaps less than the size; None: not known
 
     @classmethod
     def of(cls, widths: Sequence[int], size: int, ranks: Ranks) -> Columns:
@@ -55,6 +56,36 @@ class Columns(NamedTuple):
             0, is_here.nonzero()[:, 0], values[is_here].gather(1, ids[is_here, None] - self.first)[:, 0]
         )
         return self.ranks.summed(found)
+
+
+def as_slice(index: Tensor) -> Tensor | slice:
+    """Numbers int64 [n]; if each follows the one before, as a range, which takes no copy to choose."""
+    if len(index) and bool((index.diff() == 1).all()):
+        return slice(int(index[0]), int(index[-1]) + 1)
+    return index
+
+
+def chosen(values: Tensor, index: Tensor | slice) -> Tensor:
+    """Columns of values [n, m] by their numbers, which are distinct."""
+    if isinstance(index, slice):
+        return values if index == slice(0, values.shape[1]) else values[:, index]
+    found: Tensor = _Chosen.apply(values, index)
+    return found
+
+
+class _Chosen(torch.autograd.Function):
+    """index_select, whose backward adds column by column, as if they were not distinct."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, index: Tensor) -> Tensor:
+        ctx.size = values.shape[1]
+        ctx.save_for_backward(index)
+        return values.index_select(1, index)
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        (index,) = ctx.saved_tensors
+        return upstream.new_zeros(len(upstream), ctx.size).index_copy_(1, index, upstream), None
 
 
 class Parts(NamedTuple):
@@ -133,8 +164,10 @@ class Meeting:
     def _met(self, side: int, values: Tensor, none: float) -> tuple[Tensor, Tensor | None]:
         """Of `mine` what this rank has [K, n], and what others send [K, r], None if nothing crosses on any rank."""
         way = self._ways[side]
+        if not way.crossing and len(way.own[0]) == len(way.held) == len(self.mine):  # the same ones
+            return values, None
         own = values.new_full((len(values), len(self.mine)), none)
-        own = own.index_copy(1, way.own[1], values.index_select(1, way.own[0]))
+        own = own.index_copy(1, way.own[1], chosen(values, way.own[0]))
         if not way.crossing:
             return own, None
         return own, way.ranks.exchanged(values.index_select(1, way.sent).t(), way.sends, way.receives).t()

@@ -69,10 +69,8 @@ class Ranks:
         """log_softmax of rows [n, m], of which each rank has some columns, perhaps none; -inf has no probability."""
         if self.size == 1:
             return values.log_softmax(-1)
-        top = self.largest(_row_maxima(values))
-        top = top.masked_fill(top.isinf(), 0)[:, None]
-        mass = self.shared(self.summed((values - top).exp().sum(-1, keepdim=True)))
-        return values - top - mass.masked_fill(mass == 0, 1).log()
+        found: Tensor = _LogSoftmax.apply(values, self)
+        return found
 
     def of_log_softmax(self, has_gradient: bool) -> int:
         """How many numbers `log_softmax` reduces for a row: twice forward, once backward."""
@@ -103,6 +101,27 @@ class _Summed(torch.autograd.Function):
         return upstream, None
 
 
+class _LogSoftmax(torch.autograd.Function):
+    """With as few passes as there can be: backward has the exponentials of forward."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
+        top = ranks.largest(_row_maxima(values))
+        found = values - top.masked_fill(top.isinf(), 0)[:, None]
+        powers = found.exp()
+        mass = ranks.total(powers.sum(-1, keepdim=True))
+        mass.masked_fill_(mass == 0, 1)
+        ctx.ranks = ranks
+        ctx.save_for_backward(powers, mass)
+        return found.sub_(mass.log())
+
+    @staticmethod
+    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None]:
+        powers, mass = ctx.saved_tensors
+        total = ctx.ranks.total(upstream.sum(-1, keepdim=True))
+        return torch.addcmul(upstream, powers, total / mass, value=-1), None
+
+
 class _Shared(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, values: Tensor, ranks: Ranks) -> Tensor:
@@ -128,44 +147,54 @@ class _Exchanged(torch.autograd.Function):
 
 
 class Report:
-    """What a rank tells the others before they compute together."""
+    """What a rank tells the others before they compute together, group by group.
+
+    Parameters
+    ----------
+    same : dict
+        What has to be the same on all ranks.
+    own : dict
+        What is each rank's own.
+    error : Exception, optional
+        What this rank has raised.
+    """
 
     def __init__(self, same: dict[str, Any], own: dict[str, Any], error: Exception | None) -> None:
-        self.same, self.own, self.error = same, own, error
+        self.same, self.own = same, own
+        self.error: Exception | None = None
+        self.message: str | None = None
+        if error is not None:
+            self.fail(error)
 
+    def fail(self, error: Exception) -> None:
+        """Notes an error of this rank, unless there is one already."""
+        if self.message is None:
+            self.error, self.message = error, f"{type(error).__name__}: {error}"
 
-def agreed(report: Report, groups: list[Ranks]) -> list[list[dict[str, Any]]]:
-    """What the ranks of each group have of their own (`Report.own`); a collective of a few hundred bytes for each.
-
-    Raises
-    ------
-    Exception
-        The rank's own error; RuntimeError on all others, with its message.
-    ValueError
-        On all ranks, if they do not agree in what is to be the same.
-    """
-    error = report.error
-    message = None if error is None else f"{type(error).__name__}: {error}"
-    found = []
-    for ranks in groups:
-        told: list[Any] = [(report.same, report.own, message)]
+    def told(self, ranks: Ranks, *same: str) -> list[dict[str, Any]]:
+        """What the ranks of a group have of their own, in a collective of a few hundred bytes; their errors, and what
+        they do not agree in, are noted. `same`: what of their own has to be the same in this group."""
+        mine = {**self.same, **{name: self.own[name] for name in same if name in self.own}}
+        told: list[Any] = [(mine, self.own, self.message)]
         if ranks.size > 1:
             told = [None] * ranks.size
-            dist.all_gather_object(told, (report.same, report.own, message), group=ranks.group)
-        for rank, (same, _, said) in enumerate(told):
-            if message is None and said is not None:
-                message = said if " of " in said.split(":")[0] else f"rank {rank} of {ranks.name} raised {said}"
-            for name in report.same if said is None and message is None else ():
-                if same.get(name) != report.same[name]:
-                    message = (
-                        f"{name}: expected the same on all ranks of {ranks.name}, got {report.same[name]} on rank "
-                        f"{ranks.rank} and {same.get(name)} on rank {rank}"
+            dist.all_gather_object(told, (mine, self.own, self.message), group=ranks.group)
+        for rank, (theirs, _, said) in enumerate(told):
+            if said is not None and self.message is None:
+                self.message = said if " of " in said.split(":")[0] else f"rank {rank} of {ranks.name} raised {said}"
+            for name in mine if said is None else ():
+                if theirs.get(name) != mine[name]:
+                    self.fail(
+                        ValueError(
+                            f"{name}: expected the same on all ranks of {ranks.name}, got {mine[name]} on rank "
+                            f"{ranks.rank} and {theirs.get(name)} on rank {rank}"
+                        )
                     )
-                    error = ValueError(message)
-                    break
-        found.append([own for _, own, _ in told])
-    if error is not None:
-        raise error
-    if message is not None:
-        raise RuntimeError(message)
-    return found
+        return [own for _, own, _ in told]
+
+    def check(self) -> None:
+        """Raises this rank's own error, or of another's RuntimeError with its message."""
+        if self.error is not None:
+            raise self.error
+        if self.message is not None:
+            raise RuntimeError(self.message)

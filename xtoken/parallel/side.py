@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from xtoken.alignment.chunks import Rows
-from xtoken.parallel.columns import Columns
+from xtoken.parallel.columns import Columns, as_slice
 from xtoken.parallel.ranks import Ranks
 
 
@@ -22,21 +22,28 @@ class Side:
     place: Tensor | None = None
     """int64: for each number of a row its place in `logits`, -1 where another rank has it. None: all are here."""
 
+    def _rows(self, index: Tensor) -> Tensor:
+        """Rows of the logits; no copy where they follow each other, if that is known without waiting for a device."""
+        found = as_slice(index) if index.device.type == "cpu" else index
+        if isinstance(found, slice):
+            return self.logits if found == slice(0, len(self.logits)) else self.logits[found]
+        return self.logits.index_select(0, found)
+
     def each(self, rows: Tensor, values: Callable[[Tensor, Tensor | slice], Tensor]) -> Tensor:
         """[n, ...]: ``values(logits of r rows, their places among the n)`` [r, ...] of the rows with these numbers
         int64 [n], on every rank of the sequence."""
         if self.place is None:
-            return values(self.logits[rows], slice(None))
+            return values(self._rows(rows), slice(None))
         place = self.place[rows]
         here = (place >= 0).nonzero()[:, 0]
-        found = values(self.logits[place[here]], here)
+        found = values(self._rows(place[here]), here)
         return self.sequence.summed(found.new_zeros(len(rows), *found.shape[1:]).index_copy(0, here, found))
 
     def mean(self, rows: Rows, values: Callable[[Tensor], Tensor]) -> Tensor:
         """[K, ...]: the mean of ``values(logits)`` [r, ...] over the rows of each chunk, wherever they are."""
         if self.place is None:
-            return rows.mean(values(self.logits[rows.index()]))
+            return rows.mean(values(self._rows(rows.index())))
         place = self.place[rows.index()]
         here = (place >= 0).nonzero()[:, 0]
-        total = self.sequence.summed(rows.total(values(self.logits[place[here]]), rows.owner()[here]))
+        total = self.sequence.summed(rows.total(values(self._rows(place[here])), rows.owner()[here]))
         return total / rows.count.view(-1, *[1] * (total.dim() - 1))

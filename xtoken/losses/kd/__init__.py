@@ -147,8 +147,8 @@ def kd_loss(
         Without an alignment [B, T] (or [T]), 0 at rows not used.
     vocab_size : int, optional
         Columns that belong to tokens. Default: the smaller of the two widths (models of one family often pad
-        their output layers differently). Give it with ``tp_group``: without it nothing tells whole rows on every rank,
-        which are no parts, from parts of a larger vocabulary.
+        their output layers differently). Needed with ``tp_group``, but for DTensors: widths alone do not tell whole
+        rows on every rank from parts of a larger vocabulary.
     {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}

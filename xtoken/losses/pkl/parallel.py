@@ -10,9 +10,9 @@ from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
 from xtoken.losses.numerics import EPSILON, scaled, statistics_dtype
-from xtoken.parallel.columns import Columns, Meeting, Parts
+from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
 from xtoken.parallel.side import Side
-from xtoken.projection.entries import project
+from xtoken.projection.entries import Entries, project
 
 if TYPE_CHECKING:
     from xtoken.losses.pkl import PreparedPKL
@@ -25,7 +25,7 @@ class InParts:
         self.options = options
         self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
         columns, entries = options.columns, options.entries
-        self.teacher_local = columns[teacher.here(columns)] - teacher.first
+        self.teacher_local = as_slice(columns[teacher.here(columns)] - teacher.first)
         place = torch.arange(len(columns), device=device)
         self.meeting = Meeting(
             len(columns),
@@ -34,11 +34,14 @@ class InParts:
         )
         own = student.here(entries.student)
         self.entry_index = options.entry_index[own]
-        self.entries = replace(
-            entries,
-            student=entries.student[own] - student.first,
-            column=self.meeting.numbered(0, entries.column[own]),
-            weight=entries.weight[own],
+        self.image = _Image(
+            replace(
+                entries,
+                student=entries.student[own] - student.first,
+                column=self.meeting.numbered(0, entries.column[own]),
+                weight=entries.weight[own],
+            ),
+            len(self.meeting.held(0)),
         )
 
     @property
@@ -46,19 +49,27 @@ class InParts:
         """How many numbers this rank gives for a chunk of one token, forward and backward together."""
         return self.rows + self.meeting.exchanged + 3 + 2
 
+    def across(self, chunks: Chunks) -> int:
+        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
+        backward together: what the formula takes of their rows, twice forward."""
+        later = 0
+        if self.options.merge == "chain":
+            later = sum(int(rows.count.sum()) - len(chunks) for rows in (chunks.student, chunks.teacher))
+        return 2 * (len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1))) + later)
+
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
         options, meeting, ranks = self.options, self.meeting, self.meeting.ranks
         temperature, dtype = options.temperature, statistics_dtype(student.logits, teacher.logits)
         merged = chunks if options.merge == "mean" else chunks.first()
-        entries = self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index])
+        own = None if weight is None else weight[self.entry_index]
 
         def masses(z: Tensor) -> Tensor:
             p = student.columns.ranks.log_softmax(scaled(z, temperature, dtype)).exp()
-            return project(p, entries, len(meeting.held(0)))
+            return self.image.masses(p, own)
 
         def log_probabilities(y: Tensor) -> Tensor:
-            return teacher.columns.ranks.log_softmax(scaled(y[:, self.teacher_local], temperature, dtype))
+            return teacher.columns.ranks.log_softmax(scaled(chosen(y, self.teacher_local), temperature, dtype))
 
         x = meeting.totals(0, student.mean(merged.student, masses))
         m = x / (ranks.shared(ranks.summed(x.sum(-1, keepdim=True))) + EPSILON)
@@ -77,6 +88,32 @@ class InParts:
             factor = log_c_student if divergence.reverse else log_c_teacher
             loss = factor.exp() * (loss + sign * (log_c_teacher - log_c_student))
         return loss * temperature**2
+
+
+class _Image:
+    """Entries of W, of which each of `count` columns has one. Where a column has no other, and its token neither, which
+    is nearly everywhere, there is nothing to add up."""
+
+    def __init__(self, entries: Entries, count: int) -> None:
+        self.weight = entries.weight
+        of_column, of_student = (of.bincount(minlength=1) for of in (entries.column, entries.student))
+        is_alone = (of_column[entries.column] == 1) & (of_student[entries.student] == 1)
+        self._alone, self._others = (one.nonzero()[:, 0] for one in (is_alone, ~is_alone))
+        self._students = as_slice(entries.student[self._alone])
+        columns, numbers = entries.column[self._others].unique(return_inverse=True)
+        self._count, self._entries = len(columns), Entries(entries.student[self._others], numbers, self.weight[:0])
+        order = torch.empty(count, dtype=torch.int64, device=columns.device)
+        order[torch.cat([entries.column[self._alone], columns])] = torch.arange(count, device=columns.device)
+        self._order = as_slice(order)
+
+    def masses(self, p: Tensor, weight: Tensor | None) -> Tensor:
+        """[n, count]: the mass p [n, V] in each column; `weight` takes the place of W's."""
+        weight = self.weight if weight is None else weight
+        alone = chosen(p, self._students) * weight[self._alone].to(p.dtype)
+        if not self._count:
+            return chosen(alone, self._order)
+        entries = replace(self._entries, weight=weight[self._others])
+        return chosen(torch.cat([alone, project(p, entries, self._count)], 1), self._order)
 
 
 def _later_log_probability(side: Side, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:

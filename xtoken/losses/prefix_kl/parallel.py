@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from xtoken.alignment.chunks import Chunks
 from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.losses.on_pieces import event_log_mass
 from xtoken.losses.prefix_kl import formula
-from xtoken.parallel.columns import Columns, Meeting, Parts
+from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
 from xtoken.parallel.ranks import Ranks
 from xtoken.parallel.side import Side
 from xtoken.pieces import sides as piece_sides
@@ -38,7 +39,7 @@ class InParts:
             found.append(Parts(root[: columns.size], columns.rank_of(tokens), columns.ranks))
         self.meeting = Meeting(self.count, *found)
         self.events = [
-            self.meeting.numbered(k, self.roots[k][columns.first : columns.last])
+            _Events(self.meeting.numbered(k, self.roots[k][columns.first : columns.last]), len(self.meeting.held(k)))
             for k, columns in enumerate((student, teacher))
         ]
 
@@ -49,39 +50,54 @@ class InParts:
         both = ranks.of_log_softmax(True) + ranks.of_log_softmax(False)
         return both + self.meeting.exchanged + 2 + 2
 
+    def across(self, chunks: Chunks) -> int:
+        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
+        backward together: what the formula takes of their rows, twice forward."""
+        starts = len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1)))
+        inside = self._inside(chunks, formula.inner_boundaries(chunks, self.pieces).to(chunks.used.device))
+        return 2 * (starts + sum(2 * len(one.place) * one.number for one in inside))
+
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
         options, both, device = self.options, (student, teacher), student.logits.device
         dtype = statistics_dtype(student.logits, teacher.logits)
-        student_ids, teacher_ids = chunks.student.next_ids, chunks.teacher.next_ids
-        assert student_ids is not None
+        teacher_ids = chunks.teacher.next_ids
         assert teacher_ids is not None
-        next_ids = student_ids, teacher_ids
         loss, probability = self._starts(both, chunks, dtype)
 
         boundaries = formula.inner_boundaries(chunks, self.pieces).to(device)
         chunk, _, whole_row, part_row = boundaries[:, :4].unbind(1)
         inner, inner_probability = loss.new_zeros(len(chunk)), probability.new_zeros(len(chunk))
-        for whole in (0, 1):
-            index = (boundaries[:, 1] == whole).nonzero()[:, 0]
-            if len(index) == 0:
-                continue
-            rows, depth, *tokens = [whole_row[index], part_row[index]], *boundaries[index, 4:].unbind(1)
-            *events, count = formula.next_pieces(self.sides[whole], self.sides[1 - whole], depth, *tokens)
-            left_out = torch.zeros(len(index), count, dtype=torch.bool, device=device)
-            left_out[:, 0] = self.merged[self.roots[1 - whole][next_ids[1 - whole][part_row[index] - depth]]]
-            if whole == 1:
-                rows, events = rows[::-1], events[::-1]
+        for one in self._inside(chunks, boundaries):
             log_p, log_q = (
-                _log_masses(side, row, event, count, dtype) for side, row, event in zip(both, rows, events, strict=True)
+                _log_masses(side, row, event, one.number, dtype)
+                for side, row, event in zip(both, one.rows, one.events, strict=True)
             )
+            left_out = torch.zeros(len(one.place), one.number, dtype=torch.bool, device=device)
+            left_out[:, 0] = one.ends_are_left_out
             terms, q = self._compared(log_p, log_q, left_out, Ranks())
-            inner = inner.index_copy(0, index, terms)
-            inner_probability[index] = q.gather(1, events[1].gather(1, teacher_ids[rows[1], None]))[:, 0]
+            inner = inner.index_copy(0, one.place, terms)
+            inner_probability[one.place] = q.gather(1, one.events[1].gather(1, teacher_ids[one.rows[1], None]))[:, 0]
         if options.weighting == "teacher":
             student_row = torch.where(boundaries[:, 1] == 0, whole_row, part_row)
             inner = inner * formula.of_prefixes(probability, inner_probability, chunk, student_row)
         return loss.index_add(0, chunk, inner) * options.temperature**2
+
+    def _inside(self, chunks: Chunks, boundaries: Tensor) -> Iterator[_Inside]:
+        """The boundaries inside the chunks, by the side whose token goes on there."""
+        next_ids = chunks.student.next_ids, chunks.teacher.next_ids
+        for whole in (0, 1):
+            index = (boundaries[:, 1] == whole).nonzero()[:, 0]
+            if len(index) == 0:
+                continue
+            part_ids = next_ids[1 - whole]
+            assert part_ids is not None
+            _, _, whole_row, part_row, depth, *tokens = boundaries[index].unbind(1)
+            rows = [whole_row, part_row]
+            *events, count = formula.next_pieces(self.sides[whole], self.sides[1 - whole], depth, *tokens)
+            ends_are_left_out = self.merged[self.roots[1 - whole][part_ids[part_row - depth]]]
+            order = slice(None, None, -1 if whole else 1)
+            yield _Inside(index, rows[order], events[order], count, ends_are_left_out)
 
     def _starts(self, both: tuple[Side, Side], chunks: Chunks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The terms [K] of the starts, and the teacher's probabilities of what it realises there."""
@@ -89,7 +105,7 @@ class InParts:
 
         def log_masses(k: int, rows: Tensor) -> Tensor:
             def of(z: Tensor, here: Tensor | slice) -> Tensor:
-                return event_log_mass(scaled(z, 1.0, dtype), self.events[k].expand(len(z), -1), len(meeting.held(k)))
+                return self.events[k].log_masses(scaled(z, 1.0, dtype))
 
             return meeting.log_totals(k, both[k].each(rows, of))
 
@@ -102,13 +118,45 @@ class InParts:
 
     def _compared(self, log_p: Tensor, log_q: Tensor, left_out: Tensor, ranks: Ranks) -> tuple[Tensor, Tensor]:
         """The divergence [n] of events [n, m], of which each of the ranks has some, and the teacher's probabilities."""
-        missing = log_p.isinf() | log_q.isinf() | left_out
-        log_p, log_q = (
-            ranks.log_softmax(x.masked_fill(missing, -torch.inf) / self.options.temperature).masked_fill(missing, 0)
-            for x in (log_p, log_q)
-        )
-        p, q = (x.exp().masked_fill(missing, 0) for x in (log_p, log_q))
-        return self.options.divergence(q, log_q, p, log_p), q.detach()
+        missing, temperature = log_p.isinf() | log_q.isinf() | left_out, self.options.temperature
+        log_p, log_q = (x.masked_fill(missing, -torch.inf) for x in (log_p, log_q))
+        if temperature != 1.0:
+            log_p, log_q = log_p / temperature, log_q / temperature
+        log_p, log_q = (ranks.log_softmax(x).masked_fill(missing, 0) for x in (log_p, log_q))
+        q, divergence = log_q.exp().masked_fill(missing, 0), self.options.divergence
+        p = log_p.exp().masked_fill(missing, 0) if divergence.student else log_p.new_zeros(())
+        return divergence(q, log_q, p, log_p), q.detach()
+
+
+class _Events:
+    """The events of columns int64 [m], each below `count` of at least one; most of them have no other."""
+
+    def __init__(self, events: Tensor, count: int) -> None:
+        columns = torch.arange(len(events), device=events.device)
+        first = columns.new_empty(count).scatter_reduce(0, events, columns, "amin", include_self=False)
+        self._first = as_slice(first)
+        has_several = events.bincount(minlength=count) > 1
+        self._several = has_several.nonzero()[:, 0]
+        self._columns = has_several[events].nonzero()[:, 0]
+        self._numbers = torch.searchsorted(self._several, events[self._columns])
+
+    def log_masses(self, z: Tensor) -> Tensor:
+        """[n, count]: logsumexp of rows [n, m] over the columns of each event."""
+        found = chosen(z, self._first)
+        if not len(self._several):
+            return found
+        numbers = self._numbers.expand(len(z), -1)
+        return found.index_copy(1, self._several, event_log_mass(chosen(z, self._columns), numbers, len(self._several)))
+
+
+class _Inside(NamedTuple):
+    """Boundaries inside chunks; rows and events of the student first."""
+
+    place: Tensor  # int64 [n]: among all of them
+    rows: Sequence[Tensor]  # int64 [n] twice
+    events: Sequence[Tensor]  # int64 [n, V_student] and [n, V_teacher]
+    number: int  # of events
+    ends_are_left_out: Tensor  # bool [n]: that none follows is no event here
 
 
 def _log_masses(side: Side, rows: Tensor, events: Tensor, count: int, dtype: torch.dtype) -> Tensor:

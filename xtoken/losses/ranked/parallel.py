@@ -9,7 +9,7 @@ from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks, Rows
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.parallel.columns import Columns, Meeting, Parts
+from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
 from xtoken.parallel.side import Side
 
 if TYPE_CHECKING:
@@ -39,12 +39,17 @@ class InParts:
         self.meeting = Meeting(
             len(place), *(Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
         )
-        self.local = [one[self.meeting.held(k)] - sides[k].first for k, one in enumerate(ids)]
+        self.local = [as_slice(one[self.meeting.held(k)] - sides[k].first) for k, one in enumerate(ids)]
 
     @property
     def exchanged(self) -> int:
         """How many numbers this rank gives for a chunk of one token, forward and backward together."""
         return self.rows + self.meeting.exchanged + 2
+
+    def across(self, chunks: Chunks) -> int:
+        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
+        backward together: what the formula takes of their rows, twice forward."""
+        return 2 * len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1)))
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
@@ -52,11 +57,10 @@ class InParts:
 
         def log_probabilities(k: int, side: Side, rows: Rows) -> Tensor:
             def of(z: Tensor) -> Tensor:
-                return side.columns.ranks.log_softmax(scaled(z, temperature, dtype)).index_select(1, self.local[k])
+                return chosen(side.columns.ranks.log_softmax(scaled(z, temperature, dtype)), self.local[k])
 
             return self.meeting.totals(k, side.mean(rows, of))
 
         log_p = log_probabilities(0, student, chunks.student)
         log_q = log_probabilities(1, teacher, chunks.teacher)
-        terms = self.options.divergence(log_q.exp(), log_q, log_p.exp(), log_p)
-        return self.meeting.ranks.summed(terms) * temperature**2
+        return self.meeting.ranks.summed(self.options.divergence.of_logarithms(log_q, log_p)) * temperature**2
