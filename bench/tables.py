@@ -398,7 +398,7 @@ PAIRS = {
 
 def scale() -> str:
     """What a rank of a vocabulary-parallel loss gives for a chunk."""
-    found = results("scale")["rows"]
+    found = results("scale")["sent"]
     ways = list(dict.fromkeys(row["teacher"] for row in found))
     pairs = dict.fromkeys((row["pair"], row["loss"]) for row in found)
     given = {(row["pair"], row["loss"], row["teacher"]): f"{row['numbers_a_chunk']:,}" for row in found}
@@ -407,8 +407,8 @@ def scale() -> str:
 
 
 def plan() -> str:
-    """Memory, traffic and time a device of `bench_parallel.py`, a column for each way to share out the models."""
-    found = results("parallel")["plan"]
+    """Memory, traffic and time a device of `bench_scale.py`, a column for each way to share out the models."""
+    found = results("scale")["plan"]
     names = [name for name in found[0] if name not in ("devices", "tp", "teacher's logits", "groups")]
     header = ("a device", *(f"{row['devices']}, tp {row['tp']}, {row[TEACHER]}" for row in found))
     return markdown(header, [(name, *(f"{row[name]:.3g}" for row in found)) for name in names])
@@ -418,19 +418,49 @@ TEACHER = "teacher's logits"
 
 
 def parallel() -> str:
-    """Milliseconds of a processor for forward and backward of a rank."""
-    found = results("parallel")["time"]
-    sizes = list(dict.fromkeys((row["rows"], row["vocabulary"]) for row in found))
+    """Milliseconds of a processor for forward and backward of a rank; of the largest case also with longer chunks."""
+    found = results("scale")["time"]
+    names = ("rows", "vocabulary", "chunks")
+    most = max((row["rows"], row["vocabulary"]) for row in found)
+    sizes = sorted({
+        tuple(row[name] for name in names)
+        for row in found
+        if row["chunks"] == row["rows"] or (row["rows"], row["vocabulary"]) == most
+    })  # fmt: skip
     kinds = dict.fromkeys((row["loss"], row["ranks"]) for row in found)
-    taken = {(row["loss"], row["ranks"], row["rows"], row["vocabulary"]): row["milliseconds"] for row in found}
-    header = ("loss", "ranks", *(f"{rows:,} x {size:,}" for rows, size in sizes))
-    rows = [(key[0], str(key[1]), *(f"{taken[key + size]:.0f}" for size in sizes)) for key in kinds]
+    taken = {(row["loss"], row["ranks"], *(row[name] for name in names)): row["milliseconds"] for row in found}
+    few = {size: f", {size[2]:,} chunks" * (size[2] < size[0]) for size in sizes}
+    header = ("loss", "ranks", *(f"{size[0]:,} x {size[1]:,}{few[size]}" for size in sizes))
+    cells = {key: [taken.get((*key, *size)) for size in sizes] for key in kinds}
+    rows = [(key[0], str(key[1]), *("" if ms is None else f"{ms:.0f}" for ms in of)) for key, of in cells.items()]
     return markdown(header, rows)
+
+
+def scale_alignment() -> str:
+    """Nanoseconds of a processor for a token of the student, by the length of a document."""
+    found = results("scale")["alignment"]
+    lengths = list(dict.fromkeys(row["student_tokens"] for row in found))
+    taken = {(row["method"], row["student_tokens"]): row["nanoseconds_a_token"] for row in found}
+    methods = dict.fromkeys(row["method"] for row in found)
+    rows = [(f"`{one}`", *(f"{taken[one, length]:.1f}" for length in lengths)) for one in methods]
+    return markdown(("method", *(f"{length:,} tokens" for length in lengths)), rows)
+
+
+def scale_tables() -> str:
+    """Seconds of a processor to build W and the piece index, by the sizes of the vocabularies."""
+    names = ("student_tokens", "teacher_tokens", "entries", "W_seconds", "pieces_seconds")
+    rows = [
+        [f"{row[name]:,}" if isinstance(row[name], int) else f"{row[name]:.2f}" for name in names]
+        for row in results("scale")["tables"]
+    ]
+    return markdown(("student's tokens", "teacher's tokens", "entries of W", "W, s", "piece index, s"), rows, words=0)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "plan": plan,
     "parallel": parallel,
+    "scale_alignment": scale_alignment,
+    "scale_tables": scale_tables,
     "alignment": alignment,
     "losses": losses,
     "gpu": gpu,

@@ -162,12 +162,15 @@ def test_bench_corpus(main, tmp_path):
 
 
 @pytest.mark.slow
-def test_bench_parallel(main, tmp_path):
+def test_bench_scale(main, tmp_path):
     """What is counted is what the formulas say, or the script ends."""
-    output = tmp_path / "parallel.json"
-    sizes = ("--rows", 4, "--sizes", 100, "--worlds", 1, 2, "--repeat", 1)
-    main("bench_parallel", *sizes, "--output", output)
+    output = tmp_path / "scale.json"
+    sizes = ("--rows", 4, "--sizes", 100, "--worlds", 1, 2, "--repeat", 1, "--lengths", 500, 1000, "--tokens", 300, 600)
+    main("bench_scale", *sizes, "--pairs", "llama3/qwen3", "--output", output)
     found = json.loads(output.read_text())
+    assert all(row["nanoseconds_a_token"] > 0 and row["chunks"] > 100 for row in found["alignment"])
+    assert [row["entries"] > 200 and row["pieces_seconds"] > 0 for row in found["tables"]] == [True] * 2
+    assert all(row["bytes"] == row["by_formula"] > 8 and row["chunks_on_several"] for row in found["sequences"])
     assert {row["teacher"] for row in found["traffic"]} == {"whole", "in parts", "cut elsewhere"}
     assert all(row["bytes_a_chunk"] == row["by_formula"] > 0 for row in found["traffic"])
     assert all(row["bytes"] == row["by_formula"] > 0 for row in found["training"])

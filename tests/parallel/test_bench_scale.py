@@ -1,4 +1,4 @@
-"""The benchmark of what vocabulary-parallel losses send, at its smallest."""
+"""What vocabulary-parallel losses send, by `bench_scale.py`, at its smallest."""
 
 from __future__ import annotations
 

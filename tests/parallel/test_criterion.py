@@ -79,7 +79,8 @@ def on_rank(rank: int) -> dict[str, Any]:
     found["trust"] = said(lambda: distrusting(logits, LABELS, teachers[0], CASE.alignment))
     plain = criterion(CASE, [], tp_group=group)
     compiled = torch.compile(plain, backend="eager")
-    found["compiled"] = [call(logits, LABELS, [], [])[0].detach() for call in (plain, compiled)]
+    # One rank is enough, since it sends what the others do.
+    found["compiled"] = [call(logits, LABELS, [], [])[0].detach() for call in (plain, plain if rank else compiled)]
     return found
 
 

@@ -1,17 +1,14 @@
-"""What distillation costs on many devices: traffic against its closed form, time against size, and a plan.
+"""The parts of `bench_scale.py` that start processes, and its plan.
 
 Traffic: the bytes that processes of this machine hand to collectives in a step, counted below torch's API, beside the
-closed forms; one that is off by a byte ends the run. Time: processor seconds of a rank's forward and backward by number
-of rows (and chunks), vocabulary and ranks. Plan: memory, traffic and time a device of a 70B-class teacher and an 8B
-student, from formulas, what bench_scale.py says of a real pair, and one measured time. Results go to
-bench/results/parallel.json.
-
-    python bench/bench_parallel.py [--rows 128 512] [--sizes 4000 16000] [--worlds 1 2 4] [--only plan]
+closed forms. Time: processor seconds of a rank's forward and backward by number of rows and of chunks, vocabulary and
+ranks. Plan: memory, traffic and time a device of a 70B-class teacher and an 8B student, from formulas, what a real pair
+sends, and one measured time.
 """
 
 from __future__ import annotations
 
-import json
+import itertools
 import sys
 import tempfile
 import time
@@ -24,11 +21,10 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from measure import RESULTS, ROOT, Row, machine, parser, table, write
+from measure import ROOT, Row
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PARTS = ("traffic", "training", "time", "plan")
 CUTS = {"whole": None, "in parts": 0.5, "cut elsewhere": 0.7}
 """The first rank's share of the teacher's columns; the student's are shared out evenly."""
 
@@ -63,23 +59,23 @@ def losses_in_parts() -> dict[str, Any]:
     return {name: one for name, one in registered().items() if not one.whole_rows and kernels_of(name, "parallel")}
 
 
-def case_of(loss: Any, rows: int, size: int) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
-    """Logits [1, rows + 1, size] of both sides, one chunk a row, and what else the loss is given: two vocabularies of
-    the same tokens."""
+def case_of(loss: Any, rows: int, size: int, tokens: int = 1) -> tuple[list[Tensor], list[Any], dict[str, Any]]:
+    """Logits [1, rows + 1, size] of both sides, chunks of so many tokens, and what else the loss is given: two
+    vocabularies of the same tokens."""
     import xtoken
     from xtoken.losses.loss import Needs
 
     generator = torch.Generator().manual_seed(0)
     logits = list(torch.randn(2, 1, rows + 1, size, generator=generator))
     ids = torch.arange(rows + 1)[None] % size
-    spans = [[k, k + 1, k, k + 1] for k in range(rows + 1)]
-    given: list[Any] = [xtoken.Alignment(spans, [0, rows + 1], ids, ids)]
+    spans = [[k, k + tokens] * 2 for k in range(1, rows + 1, tokens)]
+    given: list[Any] = [xtoken.Alignment(spans, [0, len(spans)], ids, ids)]
     if loss.needs is Needs.PROJECTION:
         ones = [[1.0]] * size
         given.append(xtoken.ProjectionMatrix.from_topk([[k] for k in range(size)], ones, teacher_vocab_size=size))
     if loss.needs is Needs.PIECES:
-        tokens = [bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in range(size)]
-        given.append(xtoken.PieceIndex.build(xtoken.Vocabulary(tokens), xtoken.Vocabulary(tokens)))
+        texts = [bytes([97 + k // 676, 97 + k // 26 % 26, 97 + k % 26]) for k in range(size)]
+        given.append(xtoken.PieceIndex.build(xtoken.Vocabulary(texts), xtoken.Vocabulary(texts)))
     options = {name: value for name, value in (("top_k", None), ("uncommon_top_k", 0)) if name in loss.options()}
     if loss.needs is Needs.SAME_TOKENIZER:
         options["vocab_size"] = size
@@ -96,25 +92,23 @@ def part_of(logits: Tensor, share: float | None, rank: int, world: int) -> Tenso
 
 
 @contextmanager
-def meetings(name: str) -> Iterator[list[Any]]:
-    """Keeps what the formula in parts of a loss is made of."""
-    from xtoken.losses.backends import kernels_of
-
-    module, kept = kernels_of(name, "parallel"), list[Any]()
-    assert module is not None
-    made = module.InParts
+def keeping(module: Any, name: str) -> Iterator[list[Any]]:
+    """Keeps what a function or class of a module returns."""
+    made, kept = getattr(module, name), list[Any]()
 
     def keep(*arguments: Any) -> Any:
         kept.append(made(*arguments))
         return kept[-1]
 
-    with mock.patch.object(module, "InParts", keep):
+    with mock.patch.object(module, name, keep):
         yield kept
 
 
-def step(loss: Any, rows: int, size: int, rank: int, world: int, share: float | None) -> Callable[[], None]:
+def step(
+    loss: Any, rows: int, size: int, rank: int, world: int, share: float | None, tokens: int = 1
+) -> Callable[[], None]:
     """Forward and backward of a rank's part; of one rank by the kernels."""
-    (student, teacher), given, options = case_of(loss, rows, size)
+    (student, teacher), given, options = case_of(loss, rows, size, tokens)
     group = dist.group.WORLD if world > 1 else None
     leaf = part_of(student, 0.5, rank, world).requires_grad_()
     other = part_of(teacher, share, rank, world)
@@ -127,15 +121,45 @@ def step(loss: Any, rows: int, size: int, rank: int, world: int, share: float | 
 
 def traffic_of_losses(rank: int, world: int, rows: int, sizes: list[int]) -> list[Row]:
     """What a rank gives for a chunk, and what the closed form says."""
+    from xtoken.losses.backends import kernels_of
+
     found: list[Row] = []
     for name, loss in losses_in_parts().items():
         for size in sizes:
             for cut, share in CUTS.items():
                 run = step(loss, rows, size, rank, world, share)
-                with meetings(name) as kept, Traffic() as traffic:
+                with keeping(kernels_of(name, "parallel"), "InParts") as kept, Traffic() as traffic:
                     run()
                 row = {"loss": loss.title, "ranks": world, "vocabulary": size, "teacher": cut}
                 found.append({**row, "bytes_a_chunk": traffic.total / rows, "by_formula": 4.0 * kept[-1].exchanged})
+    return found
+
+
+def traffic_of_sequences(rank: int, world: int, rows: int, sizes: list[int]) -> list[Row]:
+    """What a rank gives for a chunk that several have a row of: the last rank begins later in the student's sequence
+    than in the teacher's."""
+    from xtoken.losses.backends import kernels_of
+    from xtoken.parallel import call
+
+    found: list[Row] = []
+    for name, loss in losses_in_parts().items():
+        for size in sizes:
+            logits, given, options = case_of(loss, rows, size)
+            parts = []
+            for k, one in enumerate(logits):
+                cuts = [(rows + 1) * (end + 1) // world for end in range(world - 1)]
+                cuts[-1] -= k * (rows // (2 * world))
+                parts.append(one[:, slice(*[0, *cuts, rows + 1][rank : rank + 2])].contiguous())
+            formula = kernels_of(name, "parallel")
+            with keeping(formula, "InParts") as kept, keeping(call, "share") as shares, Traffic() as traffic:
+                loss.function()(
+                    parts[0].requires_grad_(), parts[1], *given, **options, cp_group=dist.group.WORLD
+                ).backward()
+            split = shares[-1].split
+            found.append({
+                "loss": loss.title, "ranks": world, "vocabulary": size, "chunks_on_several": len(split),
+                "bytes": traffic.total, "by_formula": 8 + 4 * kept[-1].across(split),
+            })  # fmt: skip
     return found
 
 
@@ -182,26 +206,29 @@ def training_traffic(rank: int, world: int) -> list[Row]:
 
 def time_of_losses(rank: int, world: int, rows: list[int], sizes: list[int], repeat: int) -> list[Row]:
     """Processor seconds of a rank."""
+    from xtoken.losses.loss import Needs
+
     found = []
     for loss in losses_in_parts().values():
-        for size in sizes:
-            for count in rows:
-                run = step(loss, count, size, rank, world, 0.5 if world > 1 else None)
+        is_same = loss.needs is Needs.SAME_TOKENIZER
+        for size, count, tokens in itertools.product(sizes, rows, (1,) if is_same else (1, 4)):
+            run = step(loss, count, size, rank, world, 0.5 if world > 1 else None, tokens)
+            run()
+            seconds = []
+            for _ in range(repeat):
+                started = time.process_time()
                 run()
-                seconds = []
-                for _ in range(repeat):
-                    started = time.process_time()
-                    run()
-                    seconds.append(time.process_time() - started)
-                best = min(seconds)
-                row = {
-                    "loss": loss.title,
-                    "ranks": world,
-                    "rows": count,
-                    "vocabulary": size,
-                    "milliseconds": best * 1e3,
-                }
-                found.append({**row, "nanoseconds_a_logit": best * 1e9 / (count * size)})
+                seconds.append(time.process_time() - started)
+            best = min(seconds)
+            row = {
+                "loss": loss.title,
+                "ranks": world,
+                "rows": count,
+                "chunks": count // tokens,
+                "vocabulary": size,
+                "milliseconds": best * 1e3,
+            }
+            found.append({**row, "nanoseconds_a_logit": best * 1e9 / (count * size)})
     return found
 
 
@@ -275,12 +302,12 @@ def plan(world: int, tp: int, teacher: str = "whole", numbers: float = 0.0) -> R
     }
 
 
-def plans() -> list[Row]:
-    """Plans of 64 and 512 devices, with what a loss by a projection sends on 8, of Llama 3's and Qwen3's columns."""
+def plans(rows: list[Row]) -> list[Row]:
+    """Plans of 64 and 512 devices, with what a loss by a projection sends on 8, of Llama 3's and Qwen3's columns, by
+    the rows of `bench_scale.sent`."""
     from xtoken.losses.loss import Needs
 
     title = next(loss.title for loss in losses_in_parts().values() if loss.needs is Needs.PROJECTION)
-    rows = json.loads((RESULTS / "scale.json").read_text())["rows"]
     sent = {
         row["teacher"]: row["numbers_a_chunk"]
         for row in rows
@@ -292,43 +319,3 @@ def plans() -> list[Row]:
 def crossover(share: float) -> float:
     """How many parameters a student has with a teacher as large, where the loss takes this share of their time."""
     return LOSS_SECONDS * FLOPS * (1 - share) / share / 8
-
-
-def main() -> None:
-    arguments = parser(__doc__, "parallel.json")
-    arguments.add_argument("--rows", type=int, nargs="+", default=[128, 512])
-    arguments.add_argument("--sizes", type=int, nargs="+", default=[4000, 16000])
-    arguments.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
-    arguments.add_argument("--repeat", type=int, default=3)
-    arguments.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
-    options = arguments.parse_args()
-    torch.set_num_threads(1)
-    result: Row = {"machine": machine("torch", rows=options.rows, sizes=options.sizes)}
-    several = [world for world in options.worlds if world > 1]
-    runs: dict[str, list[tuple[int, Callable[[int], list[Row]]]]] = {
-        "traffic": [
-            (world, lambda rank, world=world: traffic_of_losses(rank, world, options.rows[0], options.sizes))
-            for world in several
-        ],
-        "training": [(world, lambda rank, world=world: training_traffic(rank, world)) for world in several],
-        "time": [
-            (world, lambda rank, world=world: time_of_losses(rank, world, options.rows, options.sizes, options.repeat))
-            for world in options.worlds
-        ],
-    }
-    for name in (name for name in PARTS if name in options.only and name in runs):
-        result[name] = [row for world, run in runs[name] for row in on_processes(world, run)]
-        print(f"\n{name}\n{table(result[name])}")
-    for row in [*result.get("traffic", []), *result.get("training", [])]:
-        counted = row.get("bytes_a_chunk", row.get("bytes"))
-        if counted != row["by_formula"]:
-            raise AssertionError(f"counted {counted} bytes, but the formula says {row['by_formula']}: {row}")
-    if "plan" in options.only:
-        result["plan"] = plans()
-        result["crossover"] = [{"loss_share": share, "parameters": crossover(share)} for share in (0.01, 0.05, 0.2)]
-        print(f"\nplan\n{table(result['plan'])}\n\n{table(result['crossover'])}")
-    write(options.output, result)
-
-
-if __name__ == "__main__":
-    main()
