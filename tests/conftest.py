@@ -12,11 +12,15 @@ from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import hypothesis
 import pytest
 import torch
 from real_tokenizers import LOADERS
 
 from xtoken import Vocabulary, sample
+
+hypothesis.settings.register_profile("xtoken", deadline=None)  # times depend on what else the machine does
+hypothesis.settings.load_profile("xtoken")
 
 REPEATED = {"emulated", "on_gpu", "cpu:portable", "cpu:avx2", "reference", torch.float16}
 """Backends of the losses other than the CPU's fastest, and a type, that --quick leaves out."""
