@@ -281,7 +281,7 @@ def refused(rank: int) -> dict[str, Any]:
             [student] * 2,
             [torch.nn.functional.pad(case.teacher.float(), (0, more)) for more in (0, 5)],
         ),
-        "a shared column": ([case.student[..., :34], case.student[..., 33:]], [case.teacher] * 2),
+        "two shared columns": ([case.student[..., :34], case.student[..., 32:]], [case.teacher] * 2),
         "a column that nobody has": ([case.student[..., :33], case.student[..., 34:]], [case.teacher] * 2),
         "a DTensor and none": ([sharded(rank, case.student, mesh, 2), student], [case.teacher.float()] * 2),
         "more positions": ([student, student[:, :-1]], [case.teacher.float()] * 2),
@@ -328,7 +328,10 @@ def test_an_error_of_one_rank_is_one_of_all(key: str, of_ranks: dict[int, list[d
         ("student in parts and whole", "student_logits: expected each of the 67 columns"),
         ("teacher in parts and whole", "teacher_logits: expected each of the 59 columns"),
         ("teacher whole, and padded on one rank", "teacher_logits: expected each of the 59 columns"),
-        ("a shared column", "got [34, 34] on the ranks of tp_group (of padding at the end leave [34, 33]); a DTensor"),
+        (
+            "two shared columns",
+            "got [34, 35] on the ranks of tp_group (of padding at the end leave [34, 33]);",
+        ),
         ("a column that nobody has", "student_logits: expected each of the 67 columns"),
         ("a DTensor and none", "student_logits: expected the same on all ranks of tp_group"),
         ("more positions", "positions of student_logits: expected the same on all ranks of tp_group, got 1"),
@@ -353,11 +356,25 @@ def test_one_tokenizer_needs_its_size(of_ranks: dict[int, list[dict[str, Any]]])
 
 
 @pytest.mark.parametrize(
-    ("parts", "size", "own"),
-    [([76032] * 2, 151665, [76032, 75633]), ([6400] * 8, 50257, [6400] * 7 + [5457]), ([40, 40, 40], 67, [40, 27, 0])],
-    ids=["Qwen2.5", "GPT-2 in Megatron", "a rank of padding"],
+    ("parts", "size"),
+    [([76032] * 2, 151665), ([6400] * 8, 50257), ([23, 23, 21], 66)],
+    ids=["Qwen2.5", "GPT-2 in Megatron", "as torch cuts 67"],
 )
-def test_padding_is_cut_off_by_who_knows_it(parts: list[int], size: int, own: list[int]) -> None:
+def test_columns_at_the_end_are_padding(parts: list[int], size: int) -> None:
+    assert call._are_parts(0, parts, size)
+    assert call._are_parts(1, parts, size)
+
+
+@pytest.mark.parametrize(
+    ("parts", "size", "own"),
+    [
+        ([76032, 76000], 151665, [76032, 75633]),
+        ([75968] * 2, 128256, [75968, 52288]),
+        ([400, 400, 400], 700, [400, 300, 0]),
+    ],
+    ids=["uneven", "another vocabulary", "a rank of padding"],
+)
+def test_more_columns_than_padding_are_refused(parts: list[int], size: int, own: list[int]) -> None:
     with pytest.raises(ValueError, match=re.escape(f"(of padding at the end leave {own})")):
         call._are_parts(0, parts, size)
     assert call._are_parts(0, own, size)
@@ -524,14 +541,14 @@ def other_widths(rank: int) -> dict[str, Any]:
     teacher = case.teacher.float()
     mesh = init_device_mesh("cpu", (2,))
 
-    def result(case: Case, student: DTensor) -> tuple[Tensor, Tensor]:
-        loss = OPERATIONS[name].public(case, student.requires_grad_(), teacher)
+    def result(case: Case, student: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+        loss = OPERATIONS[name].public(case, student.requires_grad_(), teacher, **options)
         (grad,) = torch.autograd.grad(loss, student)
-        assert isinstance(grad, DTensor)
-        return loss.detach(), grad.to_local()
+        return loss.detach(), grad.to_local() if isinstance(grad, DTensor) else grad
 
     wide = torch.nn.functional.pad(case.student.float(), (0, 3), value=torch.nan)
     found["padded"] = result(case, sharded(rank, wide, mesh, 2))
+    found["padded parts"] = result(case, leaf(wide.chunk(2, -1)[rank]), tp_group=group)
     fewer = without_last(case)
     student = sharded(rank, fewer.student.float(), mesh, 2)
     own = case.student.float(), teacher, case.alignment, fewer.projection
@@ -548,7 +565,10 @@ def other_widths(rank: int) -> dict[str, Any]:
 
 def test_output_layers_wider_and_narrower_than_the_vocabulary(of_ranks: dict[int, list[dict[str, Any]]]) -> None:
     name = IN_PARTS[0]
-    for key, case, size in (("padded", case_of(name), 67), ("lacking", without_last(case_of(name)), LESS)):
+    whole = case_of(name)
+    for key, case, size in (
+        ("padded", whole, 67), ("padded parts", whole, 67), ("lacking", without_last(whole), LESS)
+    ):  # fmt: skip
         student = leaf(case.student.float())
         want = OPERATIONS[name].public(case, student, case.teacher.float(), backend="reference")
         want.backward()
