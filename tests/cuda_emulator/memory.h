@@ -39,8 +39,8 @@ struct Region {
     char* begin;
     size_t size;
     bool shared;
-    std::vector<unsigned char> written;  // [size] 0, 1, or `in_flight`
-    std::vector<History> history;        // [size]
+    std::vector<unsigned char> written;          // [size] 0, 1, or `in_flight`
+    std::vector<History> history;                // [size]
     uint64_t bytes_read = 0, bytes_written = 0;  // by all accesses of kernels
 
     void forget();  // as new: unwritten, unused, filled with NaN

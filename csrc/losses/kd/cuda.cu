@@ -175,9 +175,8 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
         }
         if (has_gradient) {
             const double scale = params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k]);
-            const float part =
-                write_gradient<is_mixed>(params, rows, r, static_cast<float>(scale * temperature),
-                                         static_cast<float>(sum.slope), mixed, label);
+            const float part = write_gradient<is_mixed>(params, rows, r, static_cast<float>(scale * temperature),
+                                                        static_cast<float>(sum.slope), mixed, label);
             if (!is_mixed && !summed_before) {
                 double sums[1] = {static_cast<double>(part)};
                 block_sum(sums, shared);

@@ -147,15 +147,14 @@ struct LossAndMass {
 template <bool ahead, typename S>
 __device__ LossAndMass sum_pairs(const Pairs<S>& pairs) {
     LossAndMass sum;
-    pairs.template each<ahead>(
-        [&](int, const auto& x, const auto& slot, const auto& loss, const auto& g, const auto&) {
-            constexpr int N = sizeof(x) / sizeof(float);
+    pairs.template each<ahead>([&](int, const auto& x, const auto& slot, const auto& loss, const auto& g, const auto&) {
+        constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
-            for (int n = 0; n < N; ++n) {
-                sum.loss += slot[n] < 0 ? 0.0f : loss[n];
-                sum.mass += slot[n] < 0 ? 0.0f : g[n];
-            }
-        });
+        for (int n = 0; n < N; ++n) {
+            sum.loss += slot[n] < 0 ? 0.0f : loss[n];
+            sum.mass += slot[n] < 0 ? 0.0f : g[n];
+        }
+    });
     return sum;
 }
 
@@ -233,10 +232,9 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
     float* student_steps = params.workspace + blockIdx.x * words;
     float* teacher_steps = student_steps + Steps::words(student_bins);
     // of the student's bins, then of the teacher's; at last the gradient of each of the student's
-    int32_t* counts =
-        counts_are_shared
-            ? reinterpret_cast<int32_t*>(memory + Ring::bytes(ring_slots, static_cast<int>(blockDim.x)))
-            : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
+    int32_t* counts = counts_are_shared
+                          ? reinterpret_cast<int32_t*>(memory + Ring::bytes(ring_slots, static_cast<int>(blockDim.x)))
+                          : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
 
     each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k], teacher_row = params.teacher_rows.start[k];
@@ -248,7 +246,12 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
             find_steps<counts_are_shared>(z, students, plan.student_common, params, bins, counts, p, shared);
         const Statistics teacher = find_teacher_steps<counts_are_shared>(params, teacher_row, counts, q, shared);
 
-        const Pairs<S> pairs{z, y, plan.slot, students, LogShares(student), LogShares(teacher),
+        const Pairs<S> pairs{z,
+                             y,
+                             plan.slot,
+                             students,
+                             LogShares(student),
+                             LogShares(teacher),
                              PairTerms(params.divergence, params.reverse, false, false)};
         LossAndMass sum;
         if (plan.pairs != 0) sum = sum_pairs<ahead>(pairs);
