@@ -339,8 +339,13 @@ def test_clocks_are_asked_while_steps_run(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="0-1"))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    steps = []
-    assert parts.clocks(lambda: steps.append(time.sleep(0.01))) == {"sm_clock_mhz": 1980.0}
+    steps: list[float] = []
+
+    def step() -> None:
+        time.sleep(0.01)
+        steps.append(time.perf_counter())
+
+    assert parts.clocks(step) == {"sm_clock_mhz": 1980.0}
     assert steps
 
 
