@@ -22,12 +22,6 @@
 namespace xtoken::cuda {
 namespace {
 
-constexpr int workspace_unit = 32;  // floats; keeps every part of the workspace aligned
-
-__host__ __device__ int64_t whole(int64_t count) {
-    return (count + workspace_unit - 1) / workspace_unit * workspace_unit;
-}
-
 // Floats of a block's workspace.
 struct Workspace {
     // u, a zero, and the sums of the columns with several entries and z of the rows without a pair; then, in the place
@@ -55,12 +49,8 @@ struct Powers {
 
     float scale, top, floor, shift;  // exponent(x) = max(x - top, floor) scale - shift
     bool clamped;                    // whether the lowest logits have mass, so that the maximum is needed
-    // sums of powers, of weight * power, and of weight * power * exponent; all without shift
-    double total, weighted, entropy;
-    int place;  // of the vector with the largest element; -1: another thread's
 
-    __device__ Powers(float lowest, float temperature)
-        : scale((precise ? 1.0f : log2_e) / temperature), shift(0.0f), place(-1) {
+    __device__ Powers(float lowest, float temperature) : scale((precise ? 1.0f : log2_e) / temperature), shift(0.0f) {
         set_top(lowest, lowest);
     }
     Powers() = default;
@@ -71,24 +61,44 @@ struct Powers {
     }
     __device__ float exponent(float x) const { return fmaf(largest(x - top, floor), scale, -shift); }
     __device__ float power(float x) const { return power_of(exponent(x)); }
-    template <int N>
+    template <bool may_be_clamped, int N>
     __device__ void of(const float (&x)[N], float (&e)[N]) const {
 #pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = x[k] - top;
-        if (__builtin_expect(static_cast<long>(clamped), 0L)) {
-#pragma unroll
-            for (int k = 0; k < N; ++k) e[k] = largest(e[k], floor);
-        }
-#pragma unroll
-        for (int k = 0; k < N; ++k) e[k] = power_of(fmaf(e[k], scale, -shift));
-    }
-    // As rows.cuh has it.
-    __device__ Statistics statistics(float lowest, float temperature) const {
-        return {{precise, top, lowest, 1.0f / temperature}, total, weighted};
+        for (int k = 0; k < N; ++k) e[k] = power_of(may_be_clamped ? exponent(x[k]) : fmaf(x[k] - top, scale, -shift));
     }
 };
 
-// One pass over (the chosen elements of) a row, see `statistics`: what a thread adds up, then the sums over the block.
+// Sums of powers, of weight * power, and of power * exponent, all without shift.
+template <bool precise>
+struct PowerSums {
+    Powers<precise> powers;
+    double total, weighted, entropy;
+    int place;  // of the largest element; -1: another thread's
+};
+
+// The powers of a row whose lowest logits have no mass, an instruction less each: all are divided by one `factor` near
+// 1, the rounding of `offset`, so that that of the largest element is not exactly a power of the shift.
+template <bool precise>
+struct QuickPowers {
+    float scale, offset;
+    double factor;
+
+    explicit __device__ QuickPowers(const Powers<precise>& p) : scale(p.scale) {
+        const double exact = static_cast<double>(p.top) * static_cast<double>(scale) + static_cast<double>(p.shift);
+        offset = static_cast<float>(exact);
+        factor = ::exp((static_cast<double>(offset) - exact) * Powers<precise>::unit);
+    }
+    __device__ float power(float x) const { return Powers<precise>::power_of(fmaf(x, scale, -offset)); }
+    template <int N>
+    __device__ void of(const float (&x)[N], float (&e)[N]) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) e[k] = power(x[k]);
+    }
+};
+
+// One pass over (the chosen elements of) a row: what a thread adds up, relative to the largest element of one of its
+// vectors, then the sums over the block. The student's row (not `with_entropy`) is scanned for its largest element too,
+// and its lowest logits are left out, since that is seldom wrong: `clamped_sums`.
 template <bool precise, bool with_entropy>
 class PowersOf {
   public:
@@ -98,58 +108,117 @@ class PowersOf {
     __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
         each_column(row, chosen, size, [&](int i, const auto& x) {
             constexpr int N = sizeof(x) / sizeof(float);
-            const auto weight = weights.template of<N>(i);
-            float e[N];
-            float top = x[0];
+            float e[N], exponent[N];
+            float sum = powers<with_entropy>(x, exponent, e);
+            if (sum > most) {
+                float top = x[0];
 #pragma unroll
-            for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
-            if (top > p_.top) {
-                p_.place = i;
-                rescale(top);
+                for (int k = 1; k < N; ++k) top = fmaxf(top, x[k]);
+                rescale(fmaxf(top, p_.top));
+                sum = powers<with_entropy>(x, exponent, e);
             }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float exponent = largest(x[k] - p_.top, p_.floor) * p_.scale;
-                e[k] = p_.power_of(exponent);
-                if constexpr (with_entropy) entropy_ = weight.add(k, e[k] * exponent, entropy_);
+            if constexpr (!with_entropy) {  // where one token has more than half of the mass, its vector has
+                if (sum > largest_) place_ = N == 1 ? -2 - i : i;
+                largest_ = fmaxf(largest_, sum);
             }
-#pragma unroll
-            for (int k = 0; k < N; ++k) {
-                total_ += e[k];
-                weighted_ = weight.add(k, e[k], weighted_);
-            }
+            add_powers(i, exponent, e, sum, weights);
         });
     }
 
-    __device__ Powers<precise> sums(Sums& shared) {
-        const float top = block_max(p_.top, shared);
-        if (p_.top < top) p_.place = -1;
-        rescale(top);
-        double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_), static_cast<double>(entropy_)};
-        block_sum(sums, shared);
-        p_.total = sums[0];
-        p_.weighted = sums[1];
-        p_.entropy = sums[2];
-        return p_;
+    // `row`: that of `add`, without a choice.
+    template <typename R>
+    __device__ PowerSums<precise> sums(const R& row, Sums& shared) {
+        float top = p_.top;
+        const bool alone = place_ < -1;
+        const int first = alone ? -2 - place_ : place_, behind = first < 0 ? first : first + (alone ? 1 : R::vector);
+        place_ = -1;
+        for (int i = first; i < behind; ++i) {
+            if (row[i] < top) continue;
+            top = row[i];
+            place_ = i;
+        }
+        const float top_of_block = block_max(top, shared);
+        if (top < top_of_block) place_ = -1;
+        rescale(top_of_block);
+        return over_block(shared);
+    }
+    __device__ PowerSums<precise> sums(Sums& shared) {
+        rescale(block_max(p_.top, shared));
+        return over_block(shared);
+    }
+
+    // The sums of a row whose lowest logits have mass, after `sums`.
+    template <typename R, typename Weights>
+    __device__ PowerSums<precise> clamped_sums(const R& row, int size, const Weights& weights, Sums& shared) {
+        total_ = weighted_ = 0.0f;
+        each_vector(row, size, [&](int i, const auto& x) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            float e[N], exponent[N];
+            const float sum = powers<true>(x, exponent, e);
+            add_powers(i, exponent, e, sum, weights);
+        });
+        return over_block(shared);
     }
 
   private:
+    static constexpr float most = 0x1p10f;  // sum of a vector that another top has to be taken for
+
+    // Exponents and powers of some elements; returns the sum of these.
+    template <bool may_be_clamped, int N>
+    __device__ float powers(const float (&x)[N], float (&exponent)[N], float (&e)[N]) const {
+        float sum = 0.0f;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            exponent[k] = (may_be_clamped ? largest(x[k] - p_.top, p_.floor) : x[k] - p_.top) * p_.scale;
+            e[k] = p_.power_of(exponent[k]);
+            sum = k == 0 ? e[k] : sum + e[k];
+        }
+        return sum;
+    }
+    template <int N, typename Weights>
+    __device__ void add_powers(int i, const float (&exponent)[N], const float (&e)[N], float sum,
+                               const Weights& weights) {
+        const auto weight = weights.template of<N>(i);
+        total_ += sum;
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            weighted_ = weight.add(k, e[k], weighted_);
+            if constexpr (with_entropy) entropy_ = fmaf(e[k], exponent[k], entropy_);
+        }
+    }
     __device__ void rescale(float top) {
         const float fall = (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
-        if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, weighted_, entropy_);
+        if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, total_, entropy_);
         total_ *= shrink;
         weighted_ *= shrink;
+        largest_ *= shrink;
         p_.set_top(top, lowest_);
+    }
+    __device__ PowerSums<precise> over_block(Sums& shared) const {
+        double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_), static_cast<double>(entropy_)};
+        block_sum(sums, shared);
+        return {p_, sums[0], sums[1], sums[2], place_};
     }
 
     float lowest_;
     Powers<precise> p_;
     float total_ = 0.0f, weighted_ = 0.0f, entropy_ = 0.0f;
+    float largest_ = -1.0f;  // sum of a vector, without weights
+    int place_ = -1;         // of that vector, -2 - place of an element outside of vectors; then of the largest element
 };
 
-// Weights 0 and 1, eight flags a byte.
+// Weights 0, and 0 and 1: eight flags a byte.
+struct Zeros {
+    struct All {
+        __device__ float add(int, float, float sum) const { return sum; }
+    };
+    template <int N>
+    __device__ All of(int) const {
+        return {};
+    }
+};
 struct Flags {
-    const uint8_t* bytes;  // null: zeros
+    const uint8_t* bytes;
 
     struct Bits {
         unsigned bits;
@@ -160,7 +229,8 @@ struct Flags {
     template <int N>
     __device__ Bits of(int i) const {
         static_assert(N <= 8, "of two bytes");
-        return {bytes == nullptr ? 0 : (bytes[i / 8] | unsigned{bytes[i / 8 + 1]} << 8) >> (i % 8)};
+        const uint8_t* at = bytes + static_cast<unsigned>(i) / 8;
+        return {(at[0] | unsigned{at[1]} << 8) >> static_cast<unsigned>(i) % 8};
     }
 };
 
@@ -181,33 +251,31 @@ struct Numbers {
     }
 };
 
-// Sums of value(index) over lists, into end[-1 - list]. Returns the sum of those that this thread writes. `together`:
-// short lists of a thread at a time.
-template <int together, typename Value>
-__device__ float sum_lists(const SumLists& lists, float* end, Value value) {
+// `factor` times sums of value(index) over lists, into sums[-1 - list]. Returns the sum of those that this thread
+// writes. `together`: short lists of a thread at a time.
+template <int together, bool all_wanted, typename Value>
+__device__ float sum_lists(const SumLists& lists, float* sums, float factor, Value value) {
     float written = 0.0f;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     const int lane = thread % warp_size, long_lists = lists.count - lists.few;
-    const auto is_wanted = [&](int list) { return lists.wanted == nullptr || lists.wanted[list] != 0; };
-    for (int slice = thread / warp_size; slice < lists.slices; slice += threads / warp_size) {
-        const bool is_shared = slice < lists.shared;
-        const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+    const auto is_wanted = [&](int list) { return all_wanted || lists.wanted[list] != 0; };
+    const auto write = [&](int list, float sum) {
+        sums[-1 - list] = sum * factor;
+        written += sum * factor;
+    };
+    each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
         const bool wanted = list < long_lists && is_wanted(list);
-        const int begin = lists.start[slice], behind = wanted ? lists.start[slice + 1] : begin;
         float total = 0.0f;
 #pragma unroll 4
-        for (int i = begin; i < behind; ++i) {
+        for (int i = begin; i < (wanted ? end : begin); ++i) {
             const int at = i * warp_size + lane;
             total = fmaf(lists.weight[at], value(lists.index[at]), total);
         }
         if (is_shared) {
             for (int step = warp_size / 2; step > 0; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
         }
-        if (wanted && (!is_shared || lane == 0)) {
-            end[-1 - list] = total;
-            written += total;
-        }
-    }
+        if (wanted && (!is_shared || lane == 0)) write(list, total);
+    });
     constexpr int lanes = 4;
     const int behind = lists.start[lists.slices] * warp_size;
     for (int first = thread; first < lists.few; first += together * threads) {
@@ -231,9 +299,7 @@ __device__ float sum_lists(const SumLists& lists, float* end, Value value) {
         }
 #pragma unroll
         for (int n = 0; n < together; ++n) {
-            if (!wanted[n]) continue;
-            end[-1 - (long_lists + first + n * threads)] = total[n];
-            written += total[n];
+            if (wanted[n]) write(long_lists + first + n * threads, total[n]);
         }
     }
     return written;
@@ -242,9 +308,10 @@ __device__ float sum_lists(const SumLists& lists, float* end, Value value) {
 // Of a block. What all threads know of a chunk and seldom use is here, and not in their registers.
 struct Shared {
     Sums sums;
-    double total, d;                     // Z (1 for a mean), D
-    double lift, log_total;              // of q and m, of the teacher's powers; see `columns`
-    double empty_weight, empty_entropy;  // the teacher's powers of columns without entries
+    double total, d;    // Z (1 for a mean, then that of each of its rows), D
+    double lift;        // of q and m, see `Both`
+    double of_teacher;  // the loss's part that the teacher alone makes, see `take_total`
+    int peak;           // where more than half of a row's mass is on one token, that token, or -1
 };
 
 template <typename S, Merge merge, bool is_mixed>
@@ -258,31 +325,25 @@ class Chunk {
           shared_(shared),
           k_(k),
           z_(p.student, row()),
-          y_(p.teacher, p.teacher_rows.start[k]),
           workspace_(workspace),
-          stored_end_(in_register(stored + Workspace(p.plan, merge, sizeof(S)).stored)) {
-        rest_ = reinterpret_cast<S*>(stored);
-    }
+          stored_end_(in_register(stored + Workspace(p.plan, merge, sizeof(S)).stored)),
+          rest_(reinterpret_cast<S*>(stored)) {}
 
-    __device__ void run() {
+    __device__ void run() const {
         const int thread = static_cast<int>(threadIdx.x);
         if (thread == 0) stored(plan_.columns) = 0.0f;
-        masses();
-        double student = 0.0, teacher = 0.0;
-        if constexpr (merge == Merge::chain) {
-            student = later_log_probability<Row<S>>(p_.student, p_.student_rows, row(), count(p_.student_rows));
-            teacher = later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, p_.teacher_rows.start[k_],
-                                                    count(p_.teacher_rows));
-        }
-        columns(student, teacher);
+        Both both = masses();
+        const Later later = later_tokens();
+        both.later = static_cast<float>(later.teacher - later.student);
+        const Columns found = columns(both, later);
 
-        double loss = loss_, factor = 1.0, later_factor = 0.0;
+        double loss = found.loss, factor = 1.0, later_factor = 0.0;
         if constexpr (is_mixed) {
-            factor = ::exp(student);
-            later_factor = factor * later_slope_;
+            factor = ::exp(later.student);
+            later_factor = factor * found.slope;
         } else if constexpr (merge == Merge::chain) {
-            const double c = ::exp(p_.reverse ? student : teacher);
-            loss = c * (loss + (p_.reverse ? student - teacher : teacher - student));
+            const double c = ::exp(p_.reverse ? later.student : later.teacher);
+            loss = c * (loss + (p_.reverse ? later.student - later.teacher : later.teacher - later.student));
             factor = c;
             later_factor = p_.reverse ? loss + c : -c;
         }
@@ -290,42 +351,73 @@ class Chunk {
         if (thread == 0) p_.losses[k_] = static_cast<float>(loss * square);
         const double scale = (p_.scale == nullptr ? 1.0 : static_cast<double>(p_.scale[k_])) * square;
         const double unit = scale * factor * (p_.reverse || is_mixed ? 1.0 : -1.0) / shared_.d;
-        const auto b = static_cast<float>(b_), b_rest = static_cast<float>(b_ - static_cast<double>(b));
-        for (int n = thread; n < columns_; n += static_cast<int>(blockDim.x)) stored(n) = (stored(n) - b) - b_rest;
         // For one row sum p h is B eps, which is lost in the rounding of all but 0.
-        const double mean = b_ * static_cast<double>(p_.epsilon);
-        if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean);
+        const double b = found.b, mean = b * static_cast<double>(p_.epsilon);
+        // Of one row what is stored gets the gradient's factor at once, for the powers that its pass takes.
+        double quick = 1.0;
+        by_kind(both, [&](auto usual) {
+            if constexpr (decltype(usual)::value) quick = QuickPowers<precise>(both.student).factor;
+        });
+        const double row_factor = merged() == 1 ? unit / temperature : 1.0;
+        subtract(b, static_cast<float>(row_factor * quick));
+        if (thread == 0 && merged() == 1) stored(plan_.columns) = static_cast<float>(-mean * row_factor * quick);
         __syncthreads();  // u is relative to B now
-        if (p_.weight_sums != nullptr) add_weight_gradient(static_cast<float>(unit));
+        if (p_.weight_sums != nullptr) {
+            add_weight_gradient(both.student, static_cast<float>(merged() == 1 ? temperature / quick : unit));
+        }
         if (p_.grad.data == nullptr) {
             for (int64_t r = row(); r < row() + count(p_.student_rows); ++r) {
                 label_term(p_.labels, r, Row<S>(p_.student, r), plan_.students, p_.lowest, shared_.sums);
             }
             return;
         }
-        sum_lists<lists_together>(plan_.row_lists, end_of_sums(), [&](int n) { return stored_end_[n]; });
+        sum_lists<lists_together, true>(plan_.row_lists, end_of_sums(), 1.0f, [&](int n) { return stored_end_[n]; });
         __syncthreads();  // the rows' sums are there
-        const double share = unit * shared_.total / (temperature * merged());
-        if (merged() == 1) {
-            token_gradient(row(), z_, mean, share);
-        } else {
-            mean_values();
-            for (int64_t r = row(); r < row() + merged(); ++r) {
-                const Row<S> z(p_.student, r);
-                student_ = student_powers(z, Numbers{mean_distribution()});
-                token_gradient(r, z, student_.weighted / student_.total, share);
+        double row_mean = (b + mean) * row_factor, share = row_factor;
+        if (merged() > 1) share = unit * shared_.total / (temperature * merged());
+        if (merged() > 1) mean_values(both, b);
+        for (int64_t r = row(); r < row() + merged(); ++r) {
+            const Row<S> z(p_.student, r);
+            if (merged() > 1) {
+                const PowerSums<precise> found = student_powers(z, Numbers{mean_distribution()}, [] {});
+                if (thread == 0) shared_.total = found.total;
+                __syncthreads();  // it is there, and the peak
+                both.student = found.powers;
+                row_mean = found.weighted / found.total;
             }
+            token_gradient(r, z, both, row_mean, merged() == 1 ? share : share / shared_.total);
         }
         if constexpr (merge == Merge::chain) {
-            const auto later = static_cast<float>(scale * later_factor / temperature);
-            for (int64_t r = row() + 1; r < row() + count(p_.student_rows); ++r) later_gradient(r, later);
+            const auto factor_of_later = static_cast<float>(scale * later_factor / temperature);
+            for (int64_t r = row() + 1; r < row() + count(p_.student_rows); ++r) later_gradient(r, factor_of_later);
         }
     }
 
   private:
     static constexpr bool precise = sizeof(S) == 4;
     static constexpr double unit = Powers<precise>::unit;
-    static constexpr int lists_together = is_mixed ? 1 : 2;  // as many as the registers allow
+    // Whether there are passes for usual chunks, and two short lists of a thread at a time: as the registers allow.
+    static constexpr bool has_usual = merge == Merge::first && !is_mixed;
+    static constexpr int lists_together = has_usual ? 2 : 1;
+
+    // What the passes from the fourth on know of the two distributions. Exponents of q: the whole part of the logarithm
+    // of the teacher's total is taken off (its powers' shift), the rest, `lift`, multiplies q and m.
+    struct Both {
+        Powers<precise> student, teacher;
+        AnyRow y;
+        float to_mass, small;  // m = to_mass x, both as small (epsilon) times `lift`
+        float later;           // of mixed divergences: log c_T - log c_S
+    };
+
+    // Log probabilities of the later tokens, log c, under merge="chain".
+    struct Later {
+        double student, teacher;
+    };
+
+    struct Columns {
+        double loss, b;
+        double slope;  // of mixed divergences: dL / d log c_S, divided by c_S
+    };
 
     // What a thread adds up over columns; some lack a factor that all terms share.
     struct Parts {
@@ -352,57 +444,51 @@ class Chunk {
     __device__ int merged() const { return merge == Merge::mean ? count(p_.student_rows) : 1; }
 
     // e_s
-    __device__ float mass(int s) const { return merged() > 1 ? mean_distribution()[s] : student_.power(z_[s]); }
+    __device__ float mass(const Powers<precise>& student, int s) const {
+        return merged() > 1 ? mean_distribution()[s] : student.power(z_[s]);
+    }
 
-    template <typename Weights>
-    __device__ Powers<precise> student_powers(const Row<S>& z, const Weights& weights) {
+    // Calls pass(usual): passes have a copy of their own for usual chunks, without choices.
+    template <typename Pass>
+    __device__ void by_kind(const Both& both, Pass pass) const {
+        if constexpr (has_usual) {
+            if (!p_.reverse && !both.student.clamped && !both.teacher.clamped) return pass(std::true_type{});
+        }
+        pass(std::false_type{});
+    }
+
+    // The student's powers, and the peak; `beside` is done before the threads wait for each other.
+    template <typename Weights, typename Beside>
+    __device__ PowerSums<precise> student_powers(const Row<S>& z, const Weights& weights, Beside beside) const {
+        if (threadIdx.x == 0) shared_.peak = -1;
         PowersOf<precise, false> powers(p_.lowest, p_.temperature);
         powers.add(z, nullptr, plan_.students, weights);
-        return powers.sums(shared_.sums);
+        beside();
+        PowerSums<precise> found = powers.sums(z, shared_.sums);
+        if (found.powers.clamped) found = powers.clamped_sums(z, plan_.students, weights, shared_.sums);
+        if (is_peaked(found.total) && found.place >= 0) shared_.peak = found.place;
+        return found;
     }
+    __device__ static bool is_peaked(double total) { return total < 2.0; }
 
     // Rows of the teacher whose distributions are averaged.
     __device__ int teacher_merged() const { return merge == Merge::mean ? count(p_.teacher_rows) : 1; }
 
-    // e, Z, the sums of columns, S and D; and the teacher's powers, unless there are several rows to average.
-    __device__ void masses() {
-        const Flags paired{plan_.paired};
+    // Passes 1 to 3: both distributions, the sums of columns, and D.
+    __device__ Both masses() const {
+        Both both{{}, {}, AnyRow(p_.teacher, p_.teacher_rows.start[k_]), 0.0f, 0.0f, 0.0f};
         double total = 1.0, own;  // S without the columns that are stored
-        if (merged() == 1) {
-            PowersOf<precise, false> powers(p_.lowest, p_.temperature);
-            powers.add(z_, nullptr, plan_.students, paired);
-            copy_rest();
-            student_ = powers.sums(shared_.sums);  // the copies are there, too
-            total = student_.total;
-            own = student_.weighted;
+        if (merged() > 1) {
+            own = average_student();
         } else {
-            for (int i = 0; i < merged(); ++i) {
-                const Row<S> z(p_.student, row() + i);
-                // its barriers also separate the additions to `mean` of one row from those of the next
-                const Statistics one = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_.sums);
-                const auto share = static_cast<float>(1.0 / (one.total * merged()));
-                each_vector(z, plan_.students, [&](int s, const auto& x) {
-                    constexpr int N = sizeof(x) / sizeof(float);
-#pragma unroll
-                    for (int k = 0; k < N; ++k) {
-                        const float p = one.exp(x[k]) * share;
-                        mean_distribution()[s + k] = i == 0 ? p : mean_distribution()[s + k] + p;
-                    }
-                });
-            }
-            __syncthreads();  // the mean is there
-            float sum = 0.0f;
-            for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-                sum = paired.template of<1>(s).add(0, mean_distribution()[s], sum);
-            }
-            double sums[1] = {static_cast<double>(sum)};
-            block_sum(sums, shared_.sums);
-            own = sums[0];
+            const PowerSums<precise> found = plan_.paired == nullptr ? student_powers(z_, Zeros{}, [] {})
+                                                                     : student_powers(z_, Flags{plan_.paired}, [&] {
+                                                                           copy_rest();
+                                                                       });  // its barriers are the copies' too
+            both.student = found.powers;
+            total = found.total;
+            own = found.weighted;
         }
-        const auto value = [&](int i) {
-            if (plan_.unpaired == nullptr) return mass(i);
-            return merged() > 1 ? mean_distribution()[plan_.unpaired[i]] : student_.power(widen(rest_[i]));
-        };
         // Sums wait for memory, the pass over the teacher's row does not: half of the warps begin with each.
         float sum = 0.0f;
         PowersOf<precise, true> teacher(p_.lowest, p_.temperature);
@@ -410,14 +496,14 @@ class Chunk {
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) {
             if ((warp + turn) % 2 == 0) {
-                sum = sum_lists<lists_together>(plan_.column_lists, end_of_sums(), value);
-            } else if (teacher_merged() == 1) {
-                teacher.add(y_, chosen(), size(), Flags{plan_.empty});
-            }
-        }
-        if (plan_.empty == nullptr) {
-            for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
-                if (plan_.column_slot[n] < plan_.students) sum += mass(plan_.column_slot[n]);
+                sum = sum_columns(both.student);
+            } else if (teacher_merged() > 1) {
+                continue;
+            } else if (plan_.empty == nullptr) {
+                teacher.add(both.y, plan_.stored, columns_, Zeros{});
+            } else {
+                typed_row(p_.teacher, p_.teacher_rows.start[k_],
+                          [&](const auto& y) { teacher.add(y, nullptr, plan_.teachers, Flags{plan_.empty}); });
             }
         }
         double sums[1] = {static_cast<double>(sum)};
@@ -426,71 +512,156 @@ class Chunk {
             shared_.total = total;
             shared_.d = own + sums[0] + static_cast<double>(p_.epsilon) * total;
         }
-        if (teacher_merged() == 1) finish_teacher(teacher);
-    }
-
-    __device__ void finish_teacher(PowersOf<precise, true>& powers) {
-        teacher_ = powers.sums(shared_.sums);
-        if (threadIdx.x == 0) {
-            shared_.empty_weight = teacher_.weighted;
-            shared_.empty_entropy = teacher_.entropy;
+        if (teacher_merged() == 1) {
+            const PowerSums<precise> found = teacher.sums(shared_.sums);
+            both.teacher = found.powers;
+            take_total(both, found, ::log(found.total) / unit);
+        } else {
+            const double log_total = sum_teacher(teacher_merged()) / unit;
+            both.y = AnyRow(teacher_sums());
+            PowersOf<precise, true> powers(-1e30f, p_.temperature * teacher_merged());  // sums of logits are finite
+            if (plan_.empty == nullptr) {
+                powers.add(both.y, nullptr, size(), Zeros{});
+            } else {
+                powers.add(both.y, nullptr, size(), Flags{plan_.empty});
+            }
+            const PowerSums<precise> found = powers.sums(shared_.sums);
+            both.teacher = found.powers;
+            take_total(both, found,
+                       log_total - static_cast<double>(both.teacher.top) * static_cast<double>(both.teacher.scale));
         }
+        return both;
     }
 
-    // z of the rows without a pair, close together for the sums of columns.
-    __device__ void copy_rest() {
-        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-        constexpr int N = 8;  // loads in flight
-        for (int first = thread; first < plan_.rest; first += N * threads) {
-            int32_t from[N];
-            S z[N];
+    // The mean distribution; returns its sum over the rows of pairs.
+    __device__ double average_student() const {
+        for (int i = 0; i < merged(); ++i) {
+            const Row<S> z(p_.student, row() + i);
+            // its barriers also separate the additions to `mean` of one row from those of the next
+            const Statistics one = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_.sums);
+            const auto share = static_cast<float>(1.0 / (one.total * merged()));
+            each_vector(z, plan_.students, [&](int s, const auto& x) {
+                constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
-            for (int k = 0; k < N; ++k)
-                from[k] = first + k * threads < plan_.rest ? plan_.unpaired[first + k * threads] : 0;
-#pragma unroll
-            for (int k = 0; k < N; ++k) z[k] = z_.data[from[k]];
+                for (int k = 0; k < N; ++k) {
+                    const float p = one.exp(x[k]) * share;
+                    mean_distribution()[s + k] = i == 0 ? p : mean_distribution()[s + k] + p;
+                }
+            });
+        }
+        __syncthreads();  // the mean is there
+        const Flags paired{plan_.paired};
+        float sum = 0.0f;
+        for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
+            if (plan_.paired != nullptr) sum = paired.template of<1>(s).add(0, mean_distribution()[s], sum);
+        }
+        double sums[1] = {static_cast<double>(sum)};
+        block_sum(sums, shared_.sums);
+        return sums[0];
+    }
+
+    // Sums of the columns with several entries; returns those of this thread, and its share of x of the other columns
+    // that are stored, unless they are all that have no pair.
+    __device__ float sum_columns(const Powers<precise>& student) const {
+        const SumLists& lists = plan_.column_lists;
+        if (plan_.paired != nullptr) {
+            if (!has_usual || student.clamped) {
+                return sum_lists<1, true>(lists, end_of_sums(), 1.0f, [&](int i) {
+                    return merged() > 1 ? mean_distribution()[plan_.unpaired[i]] : student.power(widen(rest_[i]));
+                });
+            }
+            const QuickPowers<precise> quick(student);
+            const S* rest = in_register(rest_);
+            return sum_lists<lists_together, true>(lists, end_of_sums(), static_cast<float>(quick.factor), [&](int i) {
+                return quick.power(widen(rest[static_cast<unsigned>(i)]));
+            });
+        }
+        const auto value = [&](int i) { return mass(student, i); };
+        float sum = lists.wanted == nullptr ? sum_lists<1, true>(lists, end_of_sums(), 1.0f, value)
+                                            : sum_lists<1, false>(lists, end_of_sums(), 1.0f, value);
+        if (plan_.empty != nullptr) return sum;
+        for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
+            if (plan_.column_slot[n] < plan_.students) sum += value(plan_.column_slot[n]);
+        }
+        return sum;
+    }
+
+    // Given the logarithm of the total of the teacher's powers: their shift and the scale of m. In a loss KL(q || m)
+    // what q says of itself is known with it, and m of the columns without entries, which is 0.
+    __device__ void take_total(Both& both, const PowerSums<precise>& f, double log_total) const {
+        const double whole_part = ::rint(log_total), rest = log_total - whole_part, lift = ::exp(rest * unit);
+        both.teacher.shift = static_cast<float>(whole_part);
+        if (threadIdx.x == 0) {
+            const double distance = rest + ::log(static_cast<double>(p_.epsilon)) / unit;
+            shared_.lift = lift;
+            shared_.of_teacher = ::exp(-log_total * unit) * (f.entropy - whole_part * f.total - f.weighted * distance);
+        }
+        __syncthreads();  // these and D are there
+        both.to_mass = static_cast<float>(lift / shared_.d);
+        both.small = static_cast<float>(lift * static_cast<double>(p_.epsilon));
+    }
+
+    // z of the rows without a pair, close together for the sums of columns; a thread copies two at a time.
+    __device__ void copy_rest() const {
+        using Two = std::conditional_t<sizeof(S) == 2, uint32_t, uint2>;
+        static_assert(sizeof(Two) == 2 * sizeof(S), "two elements");
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x), twos = plan_.rest / 2;
+        const auto* places = reinterpret_cast<const int2*>(plan_.unpaired);
+        auto* to = reinterpret_cast<Two*>(rest_);
+        constexpr int N = 4;  // times two loads in flight
+#pragma unroll 1              // the registers do not allow more of them
+        for (int first = thread; first < twos; first += N * threads) {
+            int2 from[N];
+            S z[N][2];
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                if (first + k * threads < plan_.rest) rest_[first + k * threads] = z[k];
+                from[k] = make_int2(0, 0);
+                if (first + k * threads < twos) from[k] = places[first + k * threads];
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                z[k][0] = z_.data[from[k].x];
+                z[k][1] = z_.data[from[k].y];
+            }
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                Two both;
+                memcpy(&both, z[k], sizeof both);
+                if (first + k * threads < twos) to[first + k * threads] = both;
             }
         }
+        if (thread == 0 && plan_.rest % 2 != 0) rest_[plan_.rest - 1] = z_.data[plan_.unpaired[plan_.rest - 1]];
     }
 
     // C: all columns, or those that are stored.
     __device__ const int32_t* chosen() const { return plan_.empty != nullptr ? nullptr : plan_.stored; }
     __device__ int size() const { return plan_.empty != nullptr ? plan_.teachers : columns_; }
 
-    // u of the columns that are stored, the loss and B. Mixed divergences are those of c_T q and c_S m, given log c_S
-    // and log c_T.
-    __device__ void columns(double student, double teacher) {
-        const int merged = teacher_merged();
-        const bool all = plan_.empty != nullptr;
-        const Flags empty{plan_.empty};
-        double log_total;  // of the teacher's powers, to their base
-        if (merged == 1) {
-            log_total = ::log(teacher_.total) / unit;
-        } else {
-            log_total = sum_teacher(merged) / unit;
-            y_ = AnyRow(teacher_sums());
-            PowersOf<precise, true> powers(-1e30f, p_.temperature * merged);  // sums of logits are finite
-            powers.add(y_, nullptr, size(), empty);
-            finish_teacher(powers);
-            log_total -= static_cast<double>(teacher_.top) * static_cast<double>(teacher_.scale);
-        }
-        // Exponents of q: the whole part of log_total is taken off, the rest multiplies q and m.
-        const double whole_part = ::rint(log_total), lift = ::exp((log_total - whole_part) * unit);
-        teacher_.shift = static_cast<float>(whole_part);
-        if (threadIdx.x == 0) {
-            shared_.lift = lift;
-            shared_.log_total = log_total;
-        }
-        __syncthreads();  // these and D are there
-        to_mass_ = static_cast<float>(lift / shared_.d);
-        small_ = static_cast<float>(lift * static_cast<double>(p_.epsilon));
-
-        later_ = static_cast<float>(teacher - student);
+    // Passes 4 and 5: u of the columns that are stored, the loss and B. Mixed divergences are those of c_T q and c_S m.
+    __device__ Columns columns(const Both& both, const Later& later) const {
         Parts parts;
+        stored_columns(both, parts);
+        if (plan_.paired != nullptr) {
+            by_kind(both, [&](auto usual) { pairs(usual, both, parts); });
+        }
+        if (is_mixed && plan_.empty != nullptr) columns_without_entries(both, parts);
+        double loss = static_cast<double>(parts.loss) / (p_.reverse ? shared_.d : shared_.lift), slope = 0.0;
+        if constexpr (is_mixed) {
+            const double pulled = p_.divergence.teacher * (1.0 - p_.divergence.mixture);
+            loss = ::exp(later.teacher) * loss + ::exp(later.student) * static_cast<double>(parts.student) / shared_.d;
+            slope = static_cast<double>(parts.slopes) / shared_.d -
+                    pulled * static_cast<double>(p_.epsilon) * static_cast<double>(parts.shares);
+        }
+        double sums[3] = {loss, static_cast<double>(parts.b), slope};
+        block_sum(sums, shared_.sums);
+        loss = size() > 0 ? sums[0] : static_cast<double>(nanf(""));
+        if constexpr (!is_mixed) loss = unit * (loss + (p_.reverse ? 0.0 : shared_.of_teacher));
+        return {loss, sums[1] / shared_.d, sums[2]};
+    }
+
+    __device__ void stored_columns(const Both& both, Parts& parts) const {
         constexpr int N = 4;  // loads in flight
+        const bool by_id = plan_.empty != nullptr || teacher_merged() == 1;
         const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
         for (int first = thread; first < columns_; first += N * threads) {
             int32_t place[N], slot[N];
@@ -498,113 +669,117 @@ class Chunk {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 const int n = first + k * threads;
-                place[k] = n >= columns_ ? -1 : all || merged == 1 ? plan_.stored[n] : n;
+                place[k] = n >= columns_ ? -1 : by_id ? plan_.stored[n] : n;
                 slot[k] = n >= columns_ ? plan_.students : plan_.column_slot[n];
             }
-            y_.gather(place, y);
+            both.y.gather(place, y);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                x[k] = slot[k] < plan_.students ? mass(slot[k]) : stored(plan_.columns + slot[k] - plan_.students);
+                x[k] = slot[k] < plan_.students ? mass(both.student, slot[k])
+                                                : stored(plan_.columns + slot[k] - plan_.students);
             }
-            slopes(place, x, y, u, parts);
+            slopes(both, place, x, y, u, parts);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 if (first + k * threads < columns_) stored(first + k * threads) = u[k];
             }
         }
-        if (plan_.paired != nullptr) {
-            const bool averaged = this->merged() > 1;
-            each_partner(z_, y_, plan_.row_slot, plan_.students,
-                         [&](int i, const auto& z, const auto& place, const auto& y) {
-                             float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
-                             masses_of(averaged, i, z, x);
-                             slopes(place, x, y, u, parts);
-                         });
-        }
-        if (is_mixed && all) {  // the columns without entries
-            each_vector(y_, size(), [&](int i, const auto& y) {
-                constexpr int M = sizeof(y) / sizeof(float);
-                int32_t place[M];
-                float x[M], u[M];
-                const Flags::Bits is_empty = empty.template of<M>(i);
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    place[k] = is_empty[k] ? 0 : -1;
-                    x[k] = 0.0f;
-                }
-                slopes(place, x, y, u, parts);
-            });
-        }
-        double loss = static_cast<double>(parts.loss) / (p_.reverse ? shared_.d : shared_.lift), slope = 0.0;
-        if constexpr (is_mixed) {
-            const double pulled = p_.divergence.teacher * (1.0 - p_.divergence.mixture);
-            loss = ::exp(teacher) * loss + ::exp(student) * static_cast<double>(parts.student) / shared_.d;
-            slope = static_cast<double>(parts.slopes) / shared_.d -
-                    pulled * static_cast<double>(p_.epsilon) * static_cast<double>(parts.shares);
-        } else {
-            loss *= unit;
-        }
-        double sums[3] = {loss, static_cast<double>(parts.b), slope};
-        block_sum(sums, shared_.sums);
-        loss_ = size() > 0 ? sums[0] : static_cast<double>(nanf(""));
-        if (!p_.reverse && !is_mixed) {  // of the columns without entries, where m is 0
-            const double log_total = shared_.log_total;
-            const double distance = log_total + ::log(static_cast<double>(p_.epsilon)) / unit;
-            loss_ += unit * ::exp(-log_total * unit) * (shared_.empty_entropy - shared_.empty_weight * distance);
-        }
-        b_ = sums[1] / shared_.d;
-        later_slope_ = sums[2];
     }
 
-    // e_s of rows s = i ... i + N - 1, whose logits are z.
-    template <int N>
-    __device__ void masses_of(bool averaged, int i, const float (&z)[N], float (&x)[N]) const {
-        if (averaged) {
-            load_lanes(mean_distribution(), i, x);
-        } else {
-            student_.of(z, x);
-        }
+    // Those of usual chunks.
+    __device__ void pairs(std::true_type, const Both& both, Parts& parts) const {
+        const QuickPowers<precise> teacher(both.teacher);
+        Parts quick;
+        each_partner<false>(z_, both.y, plan_.row_slot, plan_.students,
+                            [&](int, const auto& z, const auto&, const auto& y) {
+                                constexpr int N = sizeof(z) / sizeof(float);
+                                float x[N], f[N], u[N];
+                                both.student.template of<false>(z, x);
+                                teacher.of(y, f);
+                                forward_slopes(both, f, x, u, quick);
+                            });
+        parts.loss = fmaf(quick.loss, static_cast<float>(teacher.factor), parts.loss);
+        parts.b = fmaf(quick.b, static_cast<float>(teacher.factor), parts.b);
+    }
+
+    __device__ void pairs(std::false_type, const Both& both, Parts& parts) const {
+        const bool averaged = merged() > 1;
+        each_partner(z_, both.y, plan_.row_slot, plan_.students,
+                     [&](int i, const auto& z, const auto& place, const auto& y) {
+                         float x[sizeof(z) / sizeof(float)], u[sizeof(z) / sizeof(float)];
+                         if (averaged) {
+                             load_lanes(mean_distribution(), i, x);
+                         } else {
+                             both.student.template of<true>(z, x);
+                         }
+                         slopes(both, place, x, y, u, parts);
+                     });
+    }
+
+    __device__ void columns_without_entries(const Both& both, Parts& parts) const {
+        const Flags empty{plan_.empty};
+        each_vector(both.y, size(), [&](int i, const auto& y) {
+            constexpr int N = sizeof(y) / sizeof(float);
+            int32_t place[N];
+            float x[N], u[N];
+            const Flags::Bits is_empty = empty.template of<N>(i);
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                place[k] = is_empty[k] ? 0 : -1;
+                x[k] = 0.0f;
+            }
+            slopes(both, place, x, y, u, parts);
+        });
     }
 
     // u of columns with these x and logits y of the teacher, at `place` (negative: no column).
     template <int N>
-    __device__ void slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
-                           Parts& parts) const {
-        if constexpr (is_mixed) return mixed_slopes(place, x, y, u, parts);
+    __device__ void slopes(const Both& both, const int32_t (&place)[N], const float (&x)[N], const float (&y)[N],
+                           float (&u)[N], Parts& parts) const {
+        if constexpr (is_mixed) return mixed_slopes(both, place, x, y, u, parts);
         if (p_.reverse) {
 #pragma unroll
             for (int k = 0; k < N; ++k) {
-                const float e = place[k] < 0 ? 0.0f : x[k], m = e * to_mass_, added = m + small_;
-                const float difference = teacher_.log(added) - teacher_.exponent(y[k]);
+                const float e = place[k] < 0 ? 0.0f : x[k], m = e * both.to_mass, added = m + both.small;
+                const float difference = both.teacher.log(added) - both.teacher.exponent(y[k]);
                 u[k] = fmaf(difference, static_cast<float>(unit), quotient(m, added, precise));
                 parts.loss = fmaf(e, difference, parts.loss);
                 parts.b = fmaf(e, u[k], parts.b);
             }
         } else {
+            float f[N];
 #pragma unroll
-            for (int k = 0; k < N; ++k) {
-                const float exponent = teacher_.exponent(y[k]);
-                const float q = place[k] < 0 ? 0.0f : teacher_.power_of(exponent), added = fmaf(x[k], to_mass_, small_);
-                u[k] = quotient(q, added, precise);
-                parts.loss = fmaf(q, exponent - teacher_.log(added), parts.loss);
-                parts.b = fmaf(x[k], u[k], parts.b);
-            }
+            for (int k = 0; k < N; ++k) f[k] = place[k] < 0 ? 0.0f : both.teacher.power(y[k]);
+            forward_slopes(both, f, x, u, parts);
+        }
+    }
+
+    // Those of KL(q || m), of the teacher's powers; the loss lacks what is `of_teacher`.
+    template <int N>
+    __device__ void forward_slopes(const Both& both, const float (&f)[N], const float (&x)[N], float (&u)[N],
+                                   Parts& parts) const {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const float added = fmaf(x[k], both.to_mass, both.small);
+            u[k] = quotient(f[k], added, precise);
+            parts.loss = fmaf(-f[k], Powers<precise>::log(added), parts.loss);
+            parts.b = fmaf(x[k], u[k], parts.b);
         }
     }
 
     template <int N>
-    __device__ void mixed_slopes(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], float (&u)[N],
-                                 Parts& parts) const {
+    __device__ void mixed_slopes(const Both& both, const int32_t (&place)[N], const float (&x)[N], const float (&y)[N],
+                                 float (&u)[N], Parts& parts) const {
         const MixedDivergence divergence(p_.divergence, precise);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             const bool inside = place[k] >= 0;
-            const float exponent = teacher_.exponent(y[k]), e = inside ? x[k] : 0.0f;
-            const float m = e * to_mass_, added = m + small_;
-            const float difference = (exponent - teacher_.log(added)) * static_cast<float>(unit);
-            const MixedDivergence::Terms terms = divergence(difference + later_);
+            const float exponent = both.teacher.exponent(y[k]), e = inside ? x[k] : 0.0f;
+            const float m = e * both.to_mass, added = m + both.small;
+            const float difference = (exponent - both.teacher.log(added)) * static_cast<float>(unit);
+            const MixedDivergence::Terms terms = divergence(difference + both.later);
             u[k] = divergence.slope(terms, quotient(m, added, precise));
-            parts.loss = fmaf(inside ? teacher_.power_of(exponent) : 0.0f, terms.of_teacher, parts.loss);
+            parts.loss = fmaf(inside ? both.teacher.power_of(exponent) : 0.0f, terms.of_teacher, parts.loss);
             parts.student = fmaf(e, terms.of_student, parts.student);
             parts.b = fmaf(e, u[k], parts.b);
             if constexpr (merge == Merge::chain) {
@@ -614,35 +789,39 @@ class Chunk {
         }
     }
 
-    // h - mean of rows of which `place` is the slot, or the column of a pair with these x and y.
-    template <int N>
-    __device__ void row_values(const int32_t (&place)[N], const float (&x)[N], const float (&y)[N], double mean,
-                               float (&h)[N]) const {
-        const auto all = static_cast<float>(b_ + mean), rest = static_cast<float>(b_ + mean - static_cast<double>(all));
-        float u[N];
-        if (p_.reverse || is_mixed) {
-            Parts unused;
-            slopes(place, x, y, u, unused);
-        } else {  // the same without what is not needed
-            teacher_.of(y, u);
-#pragma unroll
-            for (int k = 0; k < N; ++k) u[k] = quotient(u[k], fmaf(x[k], to_mass_, small_), precise);
+    // What is stored becomes `factor` (u - B).
+    __device__ void subtract(double b, float factor) const {
+        const auto high = static_cast<float>(b), low = static_cast<float>(b - static_cast<double>(high));
+        for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
+            stored(n) = ((stored(n) - high) - low) * factor;
         }
+    }
+
+    // `factor` u - `mean` of rows that are pairs, and of the others (`place` is negative) what is stored, which is so
+    // already.
+    template <int N>
+    __device__ void row_values(const int32_t (&place)[N], const float (&u)[N], float factor, double mean,
+                               float (&h)[N]) const {
+        const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            h[k] = place[k] < 0 ? stored_end_[place[k]] : (u[k] - all) - rest;
+            float own = fmaf(u[k], factor, -high);
+            if constexpr (precise) own -= low;
+            h[k] = place[k] < 0 ? stored_end_[place[k]] : own;
         }
     }
 
     // h in the place of the mean distribution.
-    __device__ void mean_values() {
+    __device__ void mean_values(const Both& both, double b) const {
         __syncthreads();  // gradients of W have been added
         for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
             const int32_t place[1] = {plan_.row_slot[s]};
             const float x[1] = {mean_distribution()[s]};
-            float y[1], h[1];
-            y_.gather(place, y);
-            row_values(place, x, y, 0.0, h);
+            float y[1], u[1], h[1];
+            both.y.gather(place, y);
+            Parts unused;
+            slopes(both, place, x, y, u, unused);
+            row_values(place, u, 1.0f, b, h);
             mean_distribution()[s] = h[0];
         }
         __syncthreads();  // h is there
@@ -650,7 +829,7 @@ class Chunk {
 
     // Sums of the teacher's logits, relative to the rows' maxima; returns the mean of the logarithms of their totals,
     // to the base 2.
-    __device__ double sum_teacher(int merged) {
+    __device__ double sum_teacher(int merged) const {
         double log_totals = 0.0;
         for (int i = 0; i < merged; ++i) {
             const AnyRow y(p_.teacher, p_.teacher_rows.start[k_] + i);
@@ -669,9 +848,20 @@ class Chunk {
         return log_totals;
     }
 
+    __device__ Later later_tokens() const {
+        if constexpr (merge == Merge::chain) {
+            return {later_log_probability<Row<S>>(p_.student, p_.student_rows, row(), count(p_.student_rows)),
+                    later_log_probability<AnyRow>(p_.teacher, p_.teacher_rows, p_.teacher_rows.start[k_],
+                                                  count(p_.teacher_rows))};
+        } else {
+            return {0.0, 0.0};
+        }
+    }
+
     // Sum over the rows but the first of log p(the token that follows).
     template <typename R>
-    __device__ double later_log_probability(const Logits& logits, const ChunkRows& rows, int64_t start, int count) {
+    __device__ double later_log_probability(const Logits& logits, const ChunkRows& rows, int64_t start,
+                                            int count) const {
         double result = 0.0;
         for (int64_t r = start + 1; r < start + count; ++r) {
             const R z(logits, r);
@@ -681,78 +871,114 @@ class Chunk {
         return result;
     }
 
-    // The gradient p_s share (h_s - mean) of row r.
-    __device__ void token_gradient(int64_t r, const Row<S>& z, double mean, double share) {
-        const Powers<precise>& one = student_;
-        const LabelTerm label = label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_.sums,
-                                           p_.temperature == 1.0f, one.statistics(p_.lowest, p_.temperature));
-        const auto factor = static_cast<float>(share / one.total);
-        const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
+    // The gradient of row r, of which `both` has the student's powers: e_s factor (h_s - mean) if several rows are
+    // averaged, else e_s (factor h_s - mean).
+    __device__ void token_gradient(int64_t r, const Row<S>& z, const Both& both, double mean, double factor) const {
+        const Statistics known{{precise, both.student.top, p_.lowest, 1.0f / p_.temperature}, shared_.total, 0.0};
+        const LabelTerm label =
+            label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_.sums, p_.temperature == 1.0f, known);
         S* grad = row_of<S>(p_.grad, r);
         const Written<S> written(z, grad);
-        // That of the token that has more than half of the mass is computed last, by the thread that has met it.
-        int peak = -1;
-        float peak_z = 0.0f;
-        const bool peaked = one.total < 2.0;
-        if (peaked && one.place >= 0) {
-            for (peak = one.place; z[peak] != one.top;) ++peak;
-            peak_z = z[peak];
-        }
+        const int peak = is_peaked(shared_.total) ? shared_.peak : -1;  // whose gradient is computed last
         float others = 0.0f;
-        // x: exponentials, h: h_s - mean
-        const auto write = [&](int i, const auto& z, const auto& x, auto& h) {
-            constexpr int N = sizeof(x) / sizeof(float);
-            if (__builtin_expect(static_cast<long>(one.clamped), 0L)) {
+        const QuickPowers<precise> student(both.student), teacher(both.teacher);  // of usual chunks
+        // g: without the label's term
+        const auto write = [&](int i, const auto& z, auto& g) {
+            constexpr int N = sizeof(g) / sizeof(float);
+            if (peak >= 0) {
+                if (peak < i || peak >= i + N) {
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = z[k] < p_.lowest ? 0.0f : h[k];
-            }
-            float g[N];
+                    for (int k = 0; k < N; ++k) others += g[k];
+                } else {
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] = (x[k] * h[k]) * factor;
-            if (peaked) {
-#pragma unroll
-                for (int k = 0; k < N; ++k) others += i + k == peak ? 0.0f : g[k];
+                    for (int k = 0; k < N; ++k) others += i + k == peak ? 0.0f : g[k];
+                }
             }
             label.add(i, z, g);
             written.put(i, g);
         };
+        // h: with the factor
+        const auto multiply = [&](const auto& z, const auto& h, auto& g) {
+            constexpr int N = sizeof(g) / sizeof(float);
+            both.student.template of<true>(z, g);
+#pragma unroll
+            for (int k = 0; k < N; ++k) g[k] = z[k] < p_.lowest ? 0.0f : g[k] * h[k];
+        };
         if (merged() > 1) {
+            const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
+            const auto share = static_cast<float>(factor);
             each_pair(z, AnyRow(mean_distribution()), plan_.students, [&](int i, const auto& z, const auto& values) {
                 constexpr int N = sizeof(z) / sizeof(float);
-                float x[N], h[N];
-                one.of(z, x);
+                float g[N], h[N];
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = (values[k] - high) - low;
-                write(i, z, x, h);
+                for (int k = 0; k < N; ++k) h[k] = ((values[k] - high) - low) * share;
+                multiply(z, h, g);
+                write(i, z, g);
             });
         } else if (plan_.paired == nullptr) {
             const AnyRow slots(reinterpret_cast<const float*>(plan_.row_slot));
-            each_pair(z, slots, plan_.students, [&](int i, const auto& z, const auto& slot) {
-                constexpr int N = sizeof(z) / sizeof(float);
-                float x[N], h[N];
+            by_kind(both, [&](auto usual) {
+                each_pair(z, slots, plan_.students, [&](int i, const auto& z, const auto& slot) {
+                    constexpr int N = sizeof(z) / sizeof(float);
+                    float g[N], h[N];
 #pragma unroll
-                for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
-                one.of(z, x);
-                write(i, z, x, h);
+                    for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
+                    if constexpr (decltype(usual)::value) {
+                        student.of(z, g);
+#pragma unroll
+                        for (int k = 0; k < N; ++k) g[k] *= h[k];
+                    } else {
+                        multiply(z, h, g);
+                    }
+                    write(i, z, g);
+                });
             });
         } else {
-            each_partner(z, y_, plan_.row_slot, plan_.students,
-                         [&](int i, const auto& z, const auto& place, const auto& y) {
-                             float x[sizeof(z) / sizeof(float)], h[sizeof(z) / sizeof(float)];
-                             one.of(z, x);
-                             row_values(place, x, y, mean, h);
-                             write(i, z, x, h);
-                         });
+            by_kind(both, [&](auto usual) {
+                if constexpr (decltype(usual)::value) {
+                    const auto to_mass = static_cast<float>(static_cast<double>(both.to_mass) * student.factor);
+                    const auto scale = static_cast<float>(factor * student.factor * teacher.factor);
+                    each_partner(z, both.y, plan_.row_slot, plan_.students,
+                                 [&](int i, const auto& z, const auto& place, const auto& y) {
+                                     constexpr int N = sizeof(z) / sizeof(float);
+                                     float g[N], h[N], u[N];
+                                     student.of(z, g);
+                                     teacher.of(y, u);
+#pragma unroll
+                                     for (int k = 0; k < N; ++k) {
+                                         u[k] = quotient(u[k], fmaf(g[k], to_mass, both.small), precise);
+                                     }
+                                     row_values(place, u, scale, mean * student.factor, h);
+#pragma unroll
+                                     for (int k = 0; k < N; ++k) g[k] *= h[k];
+                                     write(i, z, g);
+                                 });
+                } else {
+                    each_partner(z, both.y, plan_.row_slot, plan_.students,
+                                 [&](int i, const auto& z, const auto& place, const auto& y) {
+                                     constexpr int N = sizeof(z) / sizeof(float);
+                                     float g[N], h[N], u[N];
+                                     Parts unused;
+                                     both.student.template of<true>(z, g);
+                                     slopes(both, place, g, y, u, unused);
+                                     row_values(place, u, static_cast<float>(factor), mean, h);
+                                     multiply(z, h, g);
+                                     write(i, z, g);
+                                 });
+                }
+            });
         }
         written.fill(plan_.students, p_.grad.width);
-        if (!peaked) return;
+        if (peak < 0) return;
         double sums[1] = {static_cast<double>(others)};
         block_sum(sums, shared_.sums);
-        if (peak >= 0) narrow(static_cast<float>(static_cast<double>(label(peak, peak_z)) - sums[0]), grad[peak]);
+        if (threadIdx.x == 0) {
+            narrow(static_cast<float>(static_cast<double>(label(peak, both.student.top)) - sums[0]), grad[peak]);
+        }
     }
 
     // A later row under merge="chain": factor * (onehot - softmax).
-    __device__ void later_gradient(int64_t r, float factor) {
+    __device__ void later_gradient(int64_t r, float factor) const {
         const Row<S> z(p_.student, r);
         const Statistics all = row_statistics(z, plan_.students, p_.lowest, p_.temperature, shared_.sums);
         const LabelTerm label =
@@ -770,11 +996,11 @@ class Chunk {
     }
 
     // d loss / d W[s, t] = e_s gamma / D (u_t - B).
-    __device__ void add_weight_gradient(float unit) {
+    __device__ void add_weight_gradient(const Powers<precise>& student, float unit) const {
         float* sums = p_.weight_sums + blockIdx.x * plan_.entries;
         for (int64_t e = threadIdx.x; e < plan_.entries; e += blockDim.x) {
-            sums[e] +=
-                mass(static_cast<int>(plan_.entry_row[e])) * unit * stored(static_cast<int>(plan_.entry_column[e]));
+            const float x = mass(student, static_cast<int>(plan_.entry_row[e]));
+            sums[e] += x * unit * stored(static_cast<int>(plan_.entry_column[e]));
         }
     }
 
@@ -784,13 +1010,8 @@ class Chunk {
     Shared& shared_;
     const int64_t& k_;
     Row<S> z_;
-    AnyRow y_;
     float *workspace_, *stored_end_;
     S* rest_;
-    Powers<precise> student_, teacher_;
-    double loss_ = 0.0, b_ = 0.0;
-    double later_slope_ = 0.0;                            // of mixed divergences: dL / d log c_S, divided by c_S
-    float to_mass_ = 0.0f, small_ = 0.0f, later_ = 0.0f;  // m = to_mass x, both as small (epsilon) times `lift`
 };
 
 // `ring_bytes` of dynamic shared memory are followed by room for what is stored; 0: the workspace has it.
