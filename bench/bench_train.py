@@ -124,7 +124,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options.add_argument("--threads", type=int, default=2)
     given: Namespace = options.parse_args(arguments)
     torch.set_num_threads(given.threads)
-    logging.getLogger(Fused.__module__).setLevel(logging.ERROR)  # it would tell its choice in every step
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(given.hidden, Path(folder))
         check(bench, bench.batch(1, 64))
@@ -146,4 +145,5 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    logging.getLogger(Fused.__module__).setLevel(logging.ERROR)  # it would tell its choice in every step
     main()

@@ -36,7 +36,7 @@ needs_nvdisasm = pytest.mark.skipif(
 COMPILED = ["80", "120"]
 """The oldest and the newest architecture. .ci/run builds a wheel for another, bench/cuda_resources.py for all."""
 
-OTHERS = {"cross_entropy_kernel", "pkl_kernel", "ranked_forward_kernel", "ranked_backward_kernel"}
+OTHERS = {"cross_entropy_kernel", "pkl_kernel", "ranked_forward_kernel", "ranked_backward_kernel", "scale_kernel"}
 """Kernels whose passes have no ceiling."""
 
 REPORT = """\
