@@ -1,14 +1,15 @@
 """Everything that needs a GPU, in one command of a few minutes: build, tests, sanitizer, speed.
 
 Stages: the CUDA kernels are built for this GPU; every loss is compared with float64 at the real size, and timed; ncu
-reads its counters; tests marked `cuda` run; compute-sanitizer looks for bad accesses, races, barriers that not all
-threads reach and memory that nobody wrote, in a small set of calls. What they run is in bench/gpu_parts.py.
+reads its counters, and where its warps wait; tests marked `cuda` run; compute-sanitizer looks for bad accesses, races,
+barriers that not all threads reach and memory that nobody wrote, side by side, in a small set of calls. What they run
+is in bench/gpu_parts.py.
 
 A stage whose tool is missing is left out, and says so; nothing is downloaded. Each stage has a limit of its own, after
 which all of its processes are ended, and what was measured before it is kept. Where the build fails, older kernels are
-not measured in place of these. Results go to gpu-NAME.json in the output folder after every stage, beside all that each
-stage printed; the exit status is 0 if no stage failed, 1 if one did, 2 where there is no GPU. Docs quote the copy in
-bench/results.
+not measured in place of these. Results go to gpu-NAME.json in the output folder after every stage, beside logs.txt with
+all that the stages printed, and tests.xml; the exit status is 0 if no stage failed, 1 if one did, 2 where there is no
+GPU. Docs quote the copy in bench/results.
 
     python bench/gpu.py [--output build/gpu] [--rows 4096] [--minutes 8] [--skip build racecheck | --only speed]
 """
@@ -17,7 +18,9 @@ from __future__ import annotations
 
 import argparse
 import csv
+import heapq
 import importlib.util
+import itertools
 import json
 import os
 import re
@@ -27,6 +30,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -35,8 +39,9 @@ import torch
 from measure import ROOT, Row, commit, table, write
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-STAGES = {"build": 100, "compare": 40, "speed": 90, "counters": 60, "tests": 80, **dict.fromkeys(SANITIZERS, 27)}
-"""Seconds that a stage may take of the usual eight minutes; what one leaves over goes to those after it."""
+STAGES = {"build": 210, "compare": 38, "speed": 60, "counters": 92, "tests": 35, **dict.fromkeys(SANITIZERS, 11)}
+"""Seconds that a stage may take unless ``--minutes`` says otherwise; what one leaves over goes to those after it. The
+sanitizers, which run side by side, have theirs together."""
 
 COLUMNS = ("name", "rows", "ms", "replay_ms", "us_per_row", "of_copy", "peak_megabytes", "failed")
 """Of the table of times."""
@@ -44,10 +49,14 @@ COLUMNS = ("name", "rows", "ms", "replay_ms", "us_per_row", "of_copy", "peak_meg
 COUNTERS = {
     "gpu__time_duration.sum": "nanoseconds",
     "dram__bytes.sum.per_second": "bytes_per_second",
+    "dram__bytes_read.sum": "bytes_read",
+    "dram__bytes_write.sum": "bytes_written",
     "gpu__dram_throughput.avg.pct_of_peak_sustained_elapsed": "memory_percent",
-    "inst_executed": "warp_instructions",
+    "smsp__inst_executed.sum": "warp_instructions",
+    "smsp__issue_active.avg.pct_of_peak_sustained_active": "issue_active_percent",
     "sm__inst_executed.avg.pct_of_peak_sustained_elapsed": "issue_percent",
     "sm__inst_executed_pipe_xu.avg.pct_of_peak_sustained_active": "special_functions_percent",
+    "l1tex__data_pipe_lsu_wavefronts.avg.pct_of_peak_sustained_elapsed": "l1_wavefronts_percent",
     "lts__t_sector_hit_rate.pct": "l2_hit_percent",
     "l1tex__t_sector_hit_rate.pct": "l1_hit_percent",
     "launch__registers_per_thread": "registers",
@@ -55,10 +64,21 @@ COUNTERS = {
 }
 """Of ncu, by their name in the results; and of the reasons why warps wait all that it names."""
 STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
-SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "WarpStateStats", "LaunchStats", "ComputeWorkloadAnalysis")
+SECTIONS = ("WarpStateStats", "LaunchStats", "SourceCounters")
+"""Of ncu, for what is no counter of its own."""
+PAGES = (("raw", "--print-units", "base"), ("source", "--print-source", "sass"))
+"""What ncu prints of a report: the counters; the samples of each instruction."""
+
+PAGE_SECONDS = 15
+"""For ncu to print one; as many are kept for those of the last loss."""
+
+PLACES = 10
+"""Instructions of a kernel that are kept, those where most samples were taken."""
 
 LOWEST = "80"
 """The lowest of ``XTOKEN_CUDA_ARCHS`` in cmake/Cuda.cmake."""
+
+LOGS = "logs.txt"
 
 LEAST_SECONDS = 5
 """With less left, a stage does not begin."""
@@ -87,10 +107,10 @@ def tool(name: str) -> str:
     return found
 
 
-def command(
+def commands(
     stage: str, options: argparse.Namespace, architecture: str, seconds: float
-) -> tuple[list[str], dict[str, str]]:
-    """What a stage runs, and what it adds to the environment; MissingTool if it cannot."""
+) -> tuple[dict[str, list[str]], dict[str, str]]:
+    """What a stage runs, in turn and by name, and what it adds to the environment; MissingTool if it cannot."""
     parts = [sys.executable, str(Path(__file__).resolve().with_name("gpu_parts.py"))]
     if stage != "build" and not any((ROOT / "xtoken").glob("_cuda.*.so")):
         raise MissingTool("xtoken._cuda is not built")
@@ -99,7 +119,7 @@ def command(
         # As in wheels: PTX of the lowest architecture, from which code for this GPU is assembled.
         targets = ";".join(sorted({LOWEST, architecture}, key=int))
         environment = {"XTOKEN_CUDA": "1", "XTOKEN_CUDA_ARCHS": targets, "XTOKEN_BUILD_DIR": "build/gpu"}
-        return [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"], environment
+        return {stage: [sys.executable, "setup.py", "--quiet", "build_ext", "--inplace"]}, environment
     if stage == "tests":
         if importlib.util.find_spec("pytest") is None:
             raise MissingTool("pytest is not installed")
@@ -108,46 +128,72 @@ def command(
         pytest += ["-n", "6"] if importlib.util.find_spec("xdist") is not None else []
         pytest += ["--no-tokenizers"] if importlib.util.find_spec("llama_models") is None else []
         pytest += [f"--junitxml={Path(options.output).resolve() / 'tests.xml'}"]
-        return [sys.executable, *pytest, "-m", "cuda", "tests/losses"], {}
+        return {stage: [sys.executable, *pytest, "-m", "cuda", "tests/losses"]}, {}
     if stage in SANITIZERS:
         run = [tool("compute-sanitizer"), "--tool", stage, "--error-exitcode", "9", "--kernel-regex", "kns=xtoken"]
         run += ["--report-api-errors", "no"] if stage == "memcheck" else []  # calls that torch only tries
         # One allocation a tensor: otherwise an access past one tensor hits the next in torch's pool.
-        return [*run, *parts, "small"], {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        return {stage: [*run, *parts, "small"]}, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     if stage == "compare":
-        return [*parts, "compare"], {}
+        return {stage: [*parts, "compare"]}, {}
     if stage == "counters":
-        run = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+        from gpu_parts import with_kernels  # not before xtoken is built
+
+        run = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--force-overwrite"]
         run += ["--kernel-name-base", "demangled", "--kernel-name", "regex:xtoken"]
-        return [*run, *(word for name in SECTIONS for word in ("--section", name)), *parts, "counters"], {}
+        run += [word for name in SECTIONS for word in ("--section", name)]
+        run += ["--metrics", ",".join(name for name in COUNTERS if "." in name)]
+        report = {loss: str(report_of(options, loss).with_suffix("")) for loss in with_kernels()}  # which ncu adds
+        return {loss: [*run, "--export", report[loss], *parts, "counters", "--loss", loss] for loss in report}, {}
     sizes = ["--rows", str(options.rows), "--vocabulary", *map(str, options.vocabulary)]
-    return [*parts, "speed", *sizes, "--seconds", f"{seconds - 10:.0f}"], {}  # its start takes a few
+    return {stage: [*parts, "speed", *sizes, "--seconds", f"{seconds - 10:.0f}"]}, {}  # its start takes a few
 
 
 def run_stage(stage: str, options: argparse.Namespace, architecture: str, seconds: float) -> Row:
-    """Runs a stage in a process of its own, for so many seconds at most; its outcome, with what it printed last."""
+    """Runs a stage in processes of its own, for so many seconds at most; its outcome, with what it printed last."""
     try:
-        arguments, environment = command(stage, options, architecture, seconds)
+        runs, environment = commands(stage, options, architecture, seconds)
     except MissingTool as missing:
         return {"status": "left out", "reason": str(missing)}
     if seconds < LEAST_SECONDS:
         return {"status": "left out", "reason": "no time is left; see --minutes"}
     started = time.perf_counter()
-    status, printed, errors = finished(arguments, environment, seconds)
-    result: Row = {"seconds": round(time.perf_counter() - started, 1)}
-    (Path(options.output) / f"{stage}.log").write_text(printed + errors)
-    if stage in {"speed", "compare", "counters"}:
-        result.update(collected(printed))
+    end = started + seconds - (PAGE_SECONDS if stage == "counters" else 0)
+    result: Row = {}
+    kernels: list[Future[list[Row]]] = []
+    reasons: list[str] = []
+    last: list[str] = []
+    with ThreadPoolExecutor() as pool:
+        for name, arguments in runs.items():
+            # one that hangs leaves time to the others
+            limit = max(0.0, min(end - time.perf_counter(), 2 * seconds / len(runs)))
+            status, printed, errors = finished(arguments, environment, limit)
+            log(options, stage if name == stage else f"{stage} of {name}", printed + errors)
+            if stage in {"speed", "compare"}:
+                result = collected(printed)
+            if stage == "counters":  # read on another core, while the next loss is measured
+                kernels.append(pool.submit(profiled, report_of(options, name), collected(printed)["rows"]))
+            if status != 0:
+                reason = f"not finished after {limit:.0f} seconds" if status is None else f"exit status {status}"
+                reasons.append(reason if name == stage else f"{name}: {reason}")
+            if status != 0 or not reasons:
+                last = (printed + errors).strip().splitlines()[-15:]
     if stage == "counters":
-        result["kernels"] = counted(printed, result.pop("rows"))
-    last = (printed + errors).strip().splitlines()[-15:]
-    if status == 0:
-        return {"status": "passed", **result, **({"output": last[-3:]} if "rows" not in result else {})}
+        result["kernels"] = [row for one in kernels for row in one.result()]
+    shown = {} if result else {"output": last[-3:]}
+    result["seconds"] = round(time.perf_counter() - started, 1)
+    if not reasons:
+        return {"status": "passed", **result, **shown}
     unsupported = [line for line in last if "Device not supported" in line]
     if unsupported:  # the sanitizer's word for a machine on which it cannot work
         return {"status": "left out", "reason": unsupported[0].strip("= ")}
-    reason = f"not finished after {seconds:.0f} seconds" if status is None else f"exit status {status}"
-    return {"status": "failed", "reason": reason, **result, "output": last}
+    return {"status": "failed", "reason": "; ".join(reasons), **result, "output": last}
+
+
+def log(options: argparse.Namespace, title: str, printed: str) -> None:
+    """Adds to the log of all stages."""
+    with (Path(options.output) / LOGS).open("a") as file:
+        file.write(f"==== {title}\n{printed}\n")
 
 
 def finished(arguments: list[str], environment: dict[str, str], seconds: float) -> tuple[int | None, str, str]:
@@ -194,6 +240,27 @@ def collected(printed: str) -> Row:
     return result
 
 
+def report_of(options: argparse.Namespace, loss: str) -> Path:
+    """Where ncu leaves what it measured, until it is read."""
+    return Path(options.output) / f"{loss}.ncu-rep"
+
+
+def profiled(report: Path, steps: list[Row]) -> list[Row]:
+    """The kernels of a report, which is deleted: counters, and where most samples were taken; [] if there is none."""
+    if not report.exists():
+        return []
+    pages = []
+    for page in PAGES:
+        words = [tool("ncu"), "--import", str(report), "--csv", "--page", *page]
+        status, printed, _ = finished(words, {}, PAGE_SECONDS)
+        pages.append(printed if status == 0 else "")
+    report.unlink()
+    kernels, places = counted(pages[0], steps), sampled(pages[1])
+    if len(kernels) != len(places):
+        return kernels
+    return [{**kernel, "samples": found} for kernel, found in zip(kernels, places, strict=True)]
+
+
 def counted(printed: str, steps: list[Row]) -> list[Row]:
     """What ncu has printed as CSV, a row a kernel; named by the launches that steps have printed, if all are there."""
     lines = printed.splitlines()
@@ -204,9 +271,45 @@ def counted(printed: str, steps: list[Row]) -> list[Row]:
     names = [(step["name"], step["rows"], launched) for step in steps for launched in step["launched"]]
     if len(names) != len(kernels):
         names = [("", 0, one["Kernel Name"]) for one in kernels]
-    return [
+    found = [
         {"name": name, "rows": rows, "kernel": launched, **values_of(one)}
         for (name, rows, launched), one in zip(names, kernels, strict=True)
+    ]
+    for row in found:
+        if row["rows"] and {"bytes_read", "bytes_written"} <= row.keys():
+            row["bytes_per_row"] = (row["bytes_read"] + row["bytes_written"]) / row["rows"]
+    return found
+
+
+def sampled(printed: str) -> list[list[Row]]:
+    """Of ncu's page of sources, for each kernel: where most samples of its warps were taken, and why they waited."""
+    blocks: list[list[list[str]]] = []
+    for line in csv.reader(printed.splitlines()):
+        if line[:1] == ["Kernel Name"]:
+            blocks.append([])
+        elif blocks and line:
+            blocks[-1].append(line)
+    return [places(*block) for block, _ in itertools.groupby(blocks)]  # some kernels are printed twice
+
+
+def places(header: list[str], *lines: list[str]) -> list[Row]:
+    """The instructions with most samples, by their distance from the first."""
+    rows = [dict(zip(header, line, strict=False)) for line in lines]
+    reasons = [name for name in header if re.fullmatch(r"stall_\w+", name)]
+
+    def samples(row: dict[str, str], name: str = "# Samples") -> int:
+        return int(row.get(name, "0").replace(",", ""))
+
+    total = sum(map(samples, rows))
+    return [
+        {
+            "offset": int(row["Address"], 16) - int(rows[0]["Address"], 16),
+            "instruction": row["Source"].strip(),
+            "percent": round(100 * samples(row) / total, 1),
+            "waits": max(reasons, key=lambda name: samples(row, name)).removeprefix("stall_"),
+        }
+        for row in heapq.nlargest(PLACES, rows, key=samples)
+        if samples(row)
     ]
 
 
@@ -226,7 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=4096, help="rows of logits that are timed")
     parser.add_argument("--vocabulary", type=int, nargs=2, default=[128256, 151936], help="of student and teacher")
-    parser.add_argument("--minutes", type=float, default=8, help="no stage goes on after this")
+    parser.add_argument("--minutes", type=float, help="no stage goes on after this; default: 8, less without a stage")
     parser.add_argument("--skip", nargs="+", default=[], choices=STAGES)
     parser.add_argument("--only", nargs="+", default=list(STAGES), choices=STAGES)
     parser.add_argument("--output", default=str(ROOT / "build" / "gpu"), help="folder for results and logs")
@@ -235,31 +338,45 @@ def main(arguments: list[str] | None = None) -> int:
     if reason is not None:
         print(f"gpu: no GPU to measure on: {reason}", file=sys.stderr)
         return 2
-    end = time.perf_counter() + 60 * options.minutes
     properties = torch.cuda.get_device_properties(0)
     architecture = f"{properties.major}{properties.minor}"
     slug = re.sub(r"[^a-z0-9]+", "-", properties.name.lower()).strip("-")
     Path(options.output).mkdir(parents=True, exist_ok=True)
     output = Path(options.output) / f"gpu-{slug}.json"
+    (Path(options.output) / LOGS).unlink(missing_ok=True)
     results: Row = {"machine": machine(properties)}
     stages = [stage for stage in STAGES if stage in options.only and stage not in options.skip]
-    for k, stage in enumerate(stages):
-        share = (end - time.perf_counter()) * STAGES[stage] / sum(STAGES[one] for one in stages[k:])
+    minutes = sum(STAGES[stage] for stage in stages) / 60 if options.minutes is None else options.minutes
+    end = time.perf_counter() + 60 * minutes
+    together = [stage for stage in stages if stage in SANITIZERS]
+    turns = [one for one in (*([stage] for stage in stages if stage not in together), together) if one]
+    for k, turn in enumerate(turns):
+        later = [STAGES[stage] for one in turns[k:] for stage in one]
+        share = (end - time.perf_counter()) * sum(STAGES[stage] for stage in turn) / sum(later)
         if results.get("build", {}).get("status") == "failed":
-            results[stage] = {"status": "left out", "reason": "the build failed"}
+            outcomes = [{"status": "left out", "reason": "the build failed"} for _ in turn]
         else:
-            results[stage] = run_stage(stage, options, architecture, share)
-        outcome: Row = results[stage]
+            with ThreadPoolExecutor() as pool:
+                mapped = pool.map if len(turn) > 1 else map  # an interrupt reaches only this thread
+                given = map(itertools.repeat, (options, architecture, share))
+                outcomes = list(mapped(run_stage, turn, *given))
+        results.update(zip(turn, outcomes, strict=True))
         write(output, results)
-        print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
-        if outcome["status"] == "failed":
-            print("\n".join(outcome.get("output", [])), flush=True)
-        if "copy_gigabytes_per_second" in outcome:
-            print(f"copy: {outcome['copy_gigabytes_per_second']:.0f} GB/s", flush=True)
-        if stage == "speed" and outcome.get("rows"):
-            print(table(outcome["rows"], COLUMNS), flush=True)
+        for stage in turn:
+            tell(stage, results[stage])
     print(f"written: {output}")
     return int(any(results[stage]["status"] == "failed" for stage in stages))
+
+
+def tell(stage: str, outcome: Row) -> None:
+    """Prints the outcome of a stage."""
+    print(f"{stage}: {outcome['status']}{': ' + outcome['reason'] if 'reason' in outcome else ''}", flush=True)
+    if outcome["status"] == "failed":
+        print("\n".join(outcome.get("output", [])), flush=True)
+    if "copy_gigabytes_per_second" in outcome:
+        print(f"copy: {outcome['copy_gigabytes_per_second']:.0f} GB/s", flush=True)
+    if stage == "speed" and outcome.get("rows"):
+        print(table(outcome["rows"], COLUMNS), flush=True)
 
 
 def machine(properties: Any) -> Row:

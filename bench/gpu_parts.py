@@ -3,15 +3,16 @@
     python bench/gpu_parts.py small [--device cpu]
     python bench/gpu_parts.py compare [--device cpu] [--rows 48]
     python bench/gpu_parts.py speed [--device cpu] [--rows 4096] [--seconds 120]
-    python bench/gpu_parts.py counters [--device cpu] [--rows 1024]
+    python bench/gpu_parts.py counters [--device cpu] [--rows 1024] [--loss pkl]
 
-``small`` and ``compare`` are the comparison of `xtoken check`, on vocabularies of a few hundred tokens and on those of
-Llama 3 and Qwen3, with their W and pieces and a text full of numbers. ``speed`` prints JSON, a line a step: the losses
-in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which do not wait for Python; their plain
-formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is installed, Liger's JSD of one
-vocabulary as an orientation; and what the clock is while a step runs. Bandwidth is that of traffic that cannot be
-avoided (each logit read once, each gradient written once), next to the one measured for a copy. ``counters`` runs each
-loss once between two marks for a profiler, and prints which kernels it launched, as JSON.
+``small`` calls every loss that has kernels two or three times, for a sanitizer. ``compare`` is the comparison of
+`xtoken check` on the vocabularies of Llama 3 and Qwen3, with their W and pieces and a text full of numbers. ``speed``
+prints JSON, a line a step: the losses in bfloat16, forward and backward, as steps and as replays of a CUDA graph, which
+do not wait for Python; their plain formulas (`Loss.losses`) and torch.compile of these; cross-entropy; and, where it is
+installed, Liger's JSD of one vocabulary as an orientation; and what the clock is while a step runs. Bandwidth is that
+of traffic that cannot be avoided (each logit read once, each gradient written once), next to the one measured for a
+copy. ``counters`` runs a loss once with its kernels between two marks for a profiler, and prints which those were, as
+JSON.
 """
 
 from __future__ import annotations
@@ -26,9 +27,10 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from functools import partial
 from typing import Any
+from unittest import mock
 
 import real_pair
 import torch
@@ -37,17 +39,20 @@ from measure import Row, median_seconds, peak_growth, timed
 from torch import Tensor
 
 import xtoken
-from xtoken.check import DTYPES, Inputs, calls_of, finding
+from xtoken.check import DTYPES, LABELS, LEAST_ROWS, TRAINED, Call, Inputs, Run, calls_of, finding
 from xtoken.losses.backends import backends_with, kernels_of
-from xtoken.losses.cases import made_up_pair
+from xtoken.losses.cases import forms, made_up_pair
 from xtoken.losses.cuda import Kernels
 from xtoken.losses.loss import Needs, registered
 
-STEP_SECONDS = 20
-"""What must be left of ``--seconds`` for a step to begin: so long may its compilation take."""
-
 PLAIN = ", plain formula"
 COMPILED = ", torch.compile of the plain formula"
+
+STEP_SECONDS = {COMPILED: 20, PLAIN: 4, "": 3}
+"""What must be left of ``--seconds`` for a step to begin, by how its name ends: so long it may take."""
+
+LONG_SECONDS = 0.02
+"""A step that takes longer is not repeated as often."""
 
 # ---- a pair of vocabularies
 
@@ -78,22 +83,50 @@ def check_kernels(device: str) -> None:
         xtoken.select_backend("cuda", device)
 
 
+def with_kernels() -> list[str]:
+    """The names of the losses that have kernels for CUDA, in a build that has them or not."""
+    return [name for name in registered() if kernels_of(name, "cuda") is not None]
+
+
 # ---- small
+
+SMALL = (17001, 17389)
+"""Vocabularies with rows longer than what a block of the kernels has in flight, even of 16 bits."""
+
+BLOCKS = 2
+"""Of every launch, so that a block has several chunks and rows in turn."""
 
 
 def small(device: str) -> None:
-    """Every loss, as `xtoken check` calls it, on vocabularies of a few hundred tokens."""
+    """Every kernel in two types, forward and backward, as often as a sanitizer has time for; nothing is compared."""
     check_kernels(device)
-    report = xtoken.self_test(device, rows=8, sizes=(333, 401))
-    print(report)
-    if not report.passed:
-        raise SystemExit(1)
+    launch, launched = Kernels.launch, 0
+
+    def narrow(self: Kernels, memory: Any, name: str, fields: Any, blocks: int | None = None) -> None:
+        nonlocal launched
+        launched += 1
+        launch(self, memory, name, fields, BLOCKS if blocks is None else min(blocks, BLOCKS))
+
+    inputs = Inputs.random(made_up_pair(*SMALL), SMALL, LEAST_ROWS, torch.device(device), SMALL)
+    with mock.patch.object(Kernels, "launch", narrow):
+        for call, dtype in small_calls():
+            print(f"{call.name}, {call.case.name or 'as usual'}, {call.extra}, {dtype}", flush=True)
+            Run(call, inputs, dtype, "auto").step()
+    if device == "cuda":
+        torch.cuda.synchronize()
+    print(f"{launched} launches")
 
 
-def with_labels(call: Callable[..., tuple[Tensor, Tensor]], student: Tensor, **arguments: Any) -> Tensor:
-    """Loss and cross-entropy."""
-    loss, cross_entropy = call(student, **arguments)
-    return loss + cross_entropy
+def small_calls() -> list[tuple[Call, torch.dtype]]:
+    """Each loss with labels, as usual in bfloat16, and with another merge in float32; with a trained W."""
+    found = []
+    for name in with_kernels():
+        usual, *others = forms(registered()[name])
+        other = next((case for case in others if "merge" in case.options), usual)
+        found += [(Call(name, usual, LABELS), torch.bfloat16), (Call(name, other, LABELS), torch.float32)]
+        if registered()[name].trains_projection:
+            found.append((Call(name, usual, TRAINED), torch.bfloat16))
+    return found
 
 
 # ---- compare
@@ -127,44 +160,44 @@ def compare(device: str, rows: int, names: Sequence[str] | None = None) -> None:
 # ---- counters
 
 
-def counters(device: str, rows: int) -> None:
-    """Forward and backward of each loss, where a profiler sees the first launch of each kernel, of shared ones once.
+SHARED = {"mark_rows", "cross_entropy", "scale"}
+"""Kernels that all losses have in common."""
 
-    Prints, as JSON, a line a loss, which those were, in their order.
+
+def counters(device: str, rows: int, losses: Sequence[str]) -> None:
+    """Forward and backward of these losses, where a profiler sees the first launch of each of their own kernels.
+
+    Prints, as JSON, a line a case, which those were, in their order.
     """
     check_kernels(device)
-    launch, shared = Kernels.launch, {"mark_rows", "cross_entropy", "scale"}
-    done: set[tuple[str, str]] = set()
+    launch = Kernels.launch
     for case in single_cases():
-        if kernels_of(case.loss.name, "cuda") is None:  # a formula; the stored pair lacks what some of these need
+        if case.loss.name not in losses:
             continue
-        case_name, seen = case.name, []
+        seen: list[str] = []
 
-        def watched(self: Kernels, memory: Any, name: str, *rest: Any) -> None:
-            key = ("" if name in shared else case_name, name)  # noqa: B023 - used in this turn only
-            if key in done:
+        def watched(self: Kernels, memory: Any, name: str, *rest: Any, seen: list[str] = seen) -> None:
+            if name in SHARED or name in seen:
                 return launch(self, memory, name, *rest)
-            done.add(key)
-            seen.append(name)  # noqa: B023
+            seen.append(name)
             torch.cuda.profiler.start()
             launch(self, memory, name, *rest)
             return torch.cuda.profiler.stop()
 
         run, _ = kernel_step(case, *logits(device, rows, REAL))
         run()
-        Kernels.launch = watched  # type: ignore[method-assign,assignment]
-        run()
-        Kernels.launch = launch  # type: ignore[method-assign]
-        print(json.dumps({"name": case_name, "rows": rows, "launched": seen}), flush=True)
+        with mock.patch.object(Kernels, "launch", watched):
+            run()
+        print(json.dumps({"name": case.name, "rows": rows, "launched": seen}), flush=True)
 
 
 # ---- speed
 
 
-def seconds_of(run: Callable[[], Any], device: str, together: int = 5) -> float:
-    """Median seconds of a run that is warm; on a GPU of a few in a row, so that it does not wait for Python."""
+def seconds_of(run: Callable[[], Any], device: str) -> float:
+    """Median seconds of a run that is warm; on a GPU of a few in a row, so that short ones do not wait for Python."""
 
-    def by_events(run: Callable[[], Any]) -> float:
+    def by_events(run: Callable[[], Any], together: int = 1) -> float:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         begin.record()
         for _ in range(together):
@@ -173,7 +206,11 @@ def seconds_of(run: Callable[[], Any], device: str, together: int = 5) -> float:
         end.synchronize()
         return float(begin.elapsed_time(end)) / 1e3 / together
 
-    return median_seconds(run, repeat=7, timer=timed if device == "cpu" else by_events, warm=2)
+    timer = timed if device == "cpu" else by_events
+    run()
+    if timer(run) > LONG_SECONDS:
+        return median_seconds(run, repeat=3, timer=timer, warm=0)
+    return median_seconds(run, repeat=7, timer=timed if device == "cpu" else partial(by_events, together=5))
 
 
 def copy_bandwidth(device: str, elements: int) -> float:
@@ -195,26 +232,37 @@ def single_cases() -> list[Case]:
     return [case for case in cases() if not case.name.endswith(NUMBERS)]
 
 
-def kernel_makers() -> dict[str, Maker]:
-    return {case.name: partial(kernel_step, case) for case in single_cases()}
+def lacking(pair: Pair) -> set[str]:
+    """The titles of losses that look at the text of tokens, where the pair's pieces have none."""
+    has_text = pair.pieces is not None and pair.pieces.text is not None
+    found = {loss.title for loss in registered().values() if any(field.name == "text" for field in fields(loss))}
+    return set() if has_text else found
 
 
-def makers(device: str) -> dict[str, Maker]:
-    """What is timed, by name; compiled formulas last, since they take longest and may fail."""
-    found = kernel_makers()
-    singles = single_cases()
-    first = list({case.loss: case for case in reversed(singles)}.values())[::-1]
+def makers(device: str, left_out: set[str]) -> dict[str, Maker]:
+    """What is timed, by name, but for the losses with these titles.
+
+    Kernels first, and what they are compared with; then losses that are formulas alone; compiled formulas last, since
+    they take longest and may fail.
+    """
+    timed_cases = [case for case in single_cases() if case.loss.title not in left_out]
+    fast = [case for case in timed_cases if case.loss.name in with_kernels()]
+    first, formulas = (
+        list({case.loss: case for case in reversed(some)}.values())[::-1]
+        for some in (fast, [case for case in timed_cases if case not in fast])
+    )
+    found: dict[str, Maker] = {case.name: partial(kernel_step, case) for case in fast}
     found["torch cross_entropy"] = cross_entropy_step
-    for case in first:
-        found[f"{case.loss.title} with labels"] = partial(kernel_step, case, labelled=True)
+    found.update({f"{case.loss.title} with labels": partial(kernel_step, case, labelled=True) for case in first})
     found["XTokenLoss with one projection"] = criterion_step
     for case in first:
         if case.loss.is_default and not case.same_tokenizer:
             found[f"{case.name}, teacher's order"] = partial(ordered_step, case)
     if importlib.util.find_spec("liger_kernel") is not None and device == "cuda":
         found["Liger JSD, one vocabulary"] = liger_step
-    for ending in (PLAIN, COMPILED):
-        found.update({case.name + ending: partial(formula_step, case, compiled=ending == COMPILED) for case in first})
+    found.update({case.name + PLAIN: partial(formula_step, case, compiled=False) for case in first})
+    found.update({case.name: partial(kernel_step, case) for case in formulas})
+    found.update({case.name + COMPILED: partial(formula_step, case, compiled=True) for case in [*first, *formulas]})
     return found
 
 
@@ -230,6 +278,12 @@ def kernel_step(case: Case, z: Tensor, y: Tensor, labelled: bool = False) -> Ste
     if labelled:
         call = partial(with_labels, call, labels=torch.zeros(len(z), dtype=torch.int64, device=z.device))
     return forward_backward(call, z), 2 * z.nbytes + teacher.nbytes
+
+
+def with_labels(call: Callable[..., tuple[Tensor, Tensor]], student: Tensor, **arguments: Any) -> Tensor:
+    """Loss and cross-entropy."""
+    loss, cross_entropy = call(student, **arguments)
+    return loss + cross_entropy
 
 
 def ordered_step(case: Case, z: Tensor, y: Tensor) -> Step:
@@ -288,10 +342,14 @@ def speed(device: str, most_rows: int, vocabulary: tuple[int, int], seconds: flo
     missing = [text for name, text in wanted.items() if importlib.util.find_spec(name) is None]
     if device == "cuda" and shutil.which("nvidia-smi") is None:
         missing.append("nvidia-smi is not on the path: no clocks")
+    left_out = lacking(pair_of(*vocabulary))
+    if left_out:
+        missing.append(f"the stored pair has not the text of tokens: no {', '.join(sorted(left_out))}")
     show({"missing": missing})
     fitted: dict[str, int] = {}
-    for name, make in makers(device).items():
-        if time.perf_counter() > end - STEP_SECONDS:
+    for name, make in makers(device, left_out).items():
+        needed = next(seconds for ending, seconds in STEP_SECONDS.items() if name.endswith(ending))
+        if time.perf_counter() > end - needed:
             show({"name": name, "failed": "left out: no time is left"})
             continue
         # compiled for as many rows as the formula fitted in: each number of them is a compilation
@@ -384,6 +442,7 @@ def main() -> None:
     arguments.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     arguments.add_argument("--rows", type=int, help="default: 4096, to compare 48, for counters 1024")
     arguments.add_argument("--vocabulary", type=int, nargs=2, default=[128256, 151936], help="of student and teacher")
+    arguments.add_argument("--loss", nargs="+", default=with_kernels(), help="of counters; default: all with kernels")
     arguments.add_argument("--seconds", type=float, default=600, help="no step begins when most of them are over")
     options = arguments.parse_args()
     if options.part == "small":
@@ -391,7 +450,7 @@ def main() -> None:
     elif options.part == "compare":
         compare(options.device, options.rows or 48)
     elif options.part == "counters":
-        counters(options.device, options.rows or 1024)
+        counters(options.device, options.rows or 1024, options.loss)
     else:
         speed(options.device, options.rows or 4096, tuple(options.vocabulary), options.seconds)
 

@@ -6,6 +6,7 @@ import argparse
 import fcntl
 import importlib
 import json
+import re
 import subprocess
 import sys
 import time
@@ -16,7 +17,7 @@ import pytest
 import torch
 
 from xtoken import PieceIndex, ProjectionMatrix
-from xtoken.check import CheckFinding, CheckReport, calls_of
+from xtoken.check import CheckFinding, calls_of
 from xtoken.losses.backends import backends_with
 from xtoken.losses.loss import registered
 
@@ -53,7 +54,7 @@ def fake_device(monkeypatch):
     rows = [{**row, "peak_megabytes": 1.0}, {"name": "other", "failed": "OutOfMemoryError"}]
     printed = "\n".join(map(json.dumps, [{"copy_gigabytes_per_second": 3000.0}, *rows]))
     lines["speed"] = f"print({printed!r}, flush=True)"
-    monkeypatch.setattr(gpu, "command", lambda stage, *_: ([sys.executable, "-c", lines[stage]], {}))
+    monkeypatch.setattr(gpu, "commands", lambda stage, *_: ({stage: [sys.executable, "-c", lines[stage]]}, {}))
     return lines
 
 
@@ -76,7 +77,9 @@ def test_results_of_a_fake_device_are_written(fake_device, tmp_path, capsys):
     results = json.loads(output.read_text())
     assert results["machine"]["gpu"] == "Fake GPU 9000"
     assert [results[stage]["status"] for stage in gpu.STAGES] == ["passed"] * len(gpu.STAGES)
-    assert (tmp_path / "memcheck.log").read_text() == "fine\n"
+    logs = (tmp_path / gpu.LOGS).read_text()
+    assert logs.startswith("==== build\nfine\n\n==== compare\nfine\n")
+    assert sorted(re.findall("==== (.+)", logs)) == sorted(gpu.STAGES)
 
 
 def test_a_stage_that_fails_is_shown_and_the_others_run(fake_device, tmp_path, capsys):
@@ -152,11 +155,14 @@ def test_a_sanitizer_that_cannot_work_here_is_left_out(fake_device):
 def test_time_that_is_left_over_goes_to_later_stages(fake_device, tmp_path, monkeypatch):
     given = {}
     monkeypatch.setattr(gpu, "run_stage", lambda stage, *rest: given.update({stage: rest[-1]}) or {"status": "passed"})
-    gpu.main(["--output", str(tmp_path), "--skip", "racecheck"])
     shares = gpu.STAGES
+    gpu.main(["--output", str(tmp_path), "--minutes", "8", "--skip", "racecheck"])
     assert given["build"] == pytest.approx(480 * shares["build"] / (sum(shares.values()) - shares["racecheck"]), abs=1)
-    assert given["initcheck"] == pytest.approx(480, abs=2)
+    assert given["initcheck"] == given["memcheck"] == pytest.approx(480, abs=2)  # side by side
     assert sum(shares.values()) == pytest.approx(480, abs=5)
+    gpu.main(["--output", str(tmp_path), "--skip", "build"])
+    assert given["compare"] == pytest.approx(shares["compare"], abs=1)
+    assert sum(shares.values()) - shares["build"] <= 270
     given.clear()
     gpu.main(["--output", str(tmp_path), "--only", "speed", "tests"])
     assert list(given) == ["speed", "tests"]
@@ -206,42 +212,97 @@ def test_a_missing_tool_leaves_the_stage_out(monkeypatch, built, stage, name):
 
 def test_commands_of_the_stages(monkeypatch, built):
     monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
-    build, environment = gpu.command("build", OPTIONS, "90", 60.0)
+
+    def command(stage, architecture="90"):
+        runs, environment = gpu.commands(stage, OPTIONS, architecture, 60.0)
+        assert list(runs) == [stage]
+        return runs[stage], environment
+
+    build, environment = command("build")
     assert build[1:] == ["setup.py", "--quiet", "build_ext", "--inplace"]
     assert (environment["XTOKEN_CUDA"], environment["XTOKEN_CUDA_ARCHS"]) == ("1", "80;90")
-    assert gpu.command("build", OPTIONS, "80", 60.0)[1]["XTOKEN_CUDA_ARCHS"] == "80"
+    assert command("build", "80")[1]["XTOKEN_CUDA_ARCHS"] == "80"
     assert f'set(XTOKEN_CUDA_ARCHS "{gpu.LOWEST};' in (SCRIPT.parents[1] / "cmake" / "Cuda.cmake").read_text()
-    memcheck, _ = gpu.command("memcheck", OPTIONS, "90", 60.0)
+    memcheck, _ = command("memcheck")
     assert memcheck[:3] == ["/cuda/bin/compute-sanitizer", "--tool", "memcheck"]
     assert memcheck[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "small"]
-    speed, _ = gpu.command("speed", OPTIONS, "90", 60.0)
+    speed, _ = command("speed")
     assert speed[2:] == ["speed", "--rows", "6", "--vocabulary", "300", "350", "--seconds", "50"]
-    tests, _ = gpu.command("tests", OPTIONS, "90", 60.0)
+    tests, _ = command("tests")
     assert tests[-3:] == ["-m", "cuda", "tests/losses"]
     assert f"--junitxml={Path(OPTIONS.output) / 'tests.xml'}" in tests
-    counters, _ = gpu.command("counters", OPTIONS, "90", 60.0)
-    assert counters[:3] == ["/cuda/bin/ncu", "--clock-control", "none"]
-    assert counters[-2:] == [str(SCRIPT.with_name("gpu_parts.py")), "counters"]
+
+
+def test_each_loss_with_kernels_is_profiled_by_itself(monkeypatch, built):
+    monkeypatch.setattr(gpu, "tool", lambda name: f"/cuda/bin/{name}")
+    runs, _ = gpu.commands("counters", OPTIONS, "90", 60.0)
+    assert list(runs) == [name for name in registered() if "cpu" in backends_with(name)]
+    for name, counters in runs.items():
+        assert counters[:3] == ["/cuda/bin/ncu", "--clock-control", "none"]
+        assert counters[-4:] == [str(SCRIPT.with_name("gpu_parts.py")), "counters", "--loss", name]
+
+
+STALLED = "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"
+RAW = f"""==PROF== Disconnected
+"ID","Kernel Name","dram__bytes_read.sum","dram__bytes_write.sum","{STALLED}","other"
+"","","byte","byte","inst","%"
+"0","void first_kernel<float>","1,234","6","0.5","7"
+"1","second_kernel","10","no data","1","7"
+"""
+SOURCE = """"Kernel Name","first_kernel"
+"Address","Source","# Samples","stall_barrier","stall_wait","stall_wait (Not Issued)"
+"0x7f10","   LDC R1","1","0","1","9"
+"0x7f20","   BAR.SYNC","3","3","0","0"
+"0x7f30","   NOP","0","0","0","0"
+"""
+STEP = {"name": "one", "rows": 8, "launched": ["first", "second"]}
 
 
 def test_counters_of_a_profile():
-    """As ncu prints them: a line of units below the names, and what the program prints before."""
-    stalled = "smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio"
-    lines = [
-        '{"name": "one", "rows": 8, "launched": ["first", "second"]}',
-        "==PROF== Disconnected",
-        f'"ID","Kernel Name","gpu__time_duration.sum","{stalled}","other"',
-        '"","","ns","inst","%"',
-        '"0","void first_kernel<float>","1,234","0.5","7"',
-        '"1","second_kernel","10","no data","7"',
+    """As ncu prints them: a line of units below the names, and what it says before."""
+    first, second = gpu.counted(RAW, [STEP])
+    assert first == {
+        "name": "one", "rows": 8, "kernel": "first", "bytes_read": 1234.0, "bytes_written": 6.0, "bytes_per_row": 155.0,
+        "stalled_barrier": 0.5,
+    }  # fmt: skip
+    assert second == {"name": "one", "rows": 8, "kernel": "second", "bytes_read": 10.0, "stalled_barrier": 1.0}
+    assert [row["kernel"] for row in gpu.counted(RAW, [])] == ["void first_kernel<float>", "second_kernel"]
+
+
+def test_samples_of_a_profile():
+    """Instructions in the order of their samples; a kernel that is printed twice is one."""
+    first, second = gpu.sampled(2 * SOURCE + SOURCE.replace('"3"', '"9"'))
+    assert first == [
+        {"offset": 16, "instruction": "BAR.SYNC", "percent": 75.0, "waits": "barrier"},
+        {"offset": 0, "instruction": "LDC R1", "percent": 25.0, "waits": "wait"},
     ]
-    steps = gpu.collected("\n".join(lines))["rows"]
-    assert gpu.counted("\n".join(lines), steps) == [
-        {"name": "one", "rows": 8, "kernel": "first", "nanoseconds": 1234.0, "stalled_barrier": 0.5},
-        {"name": "one", "rows": 8, "kernel": "second", "nanoseconds": 10.0},
-    ]
-    others = gpu.counted("\n".join(lines), [])
-    assert [row["kernel"] for row in others] == ["void first_kernel<float>", "second_kernel"]
+    assert second[0]["percent"] == 90.0
+
+
+def test_a_loss_that_is_not_profiled_costs_only_itself(monkeypatch, tmp_path):
+    """By a program in ncu's place, which writes a report, or not, and prints the pages of one that is there."""
+    program = tmp_path / "ncu"
+    program.write_text(f"""#!{sys.executable}
+import json, sys
+given = sys.argv[1:]
+if "--import" in given:
+    print({RAW!r} if "raw" in given else {SOURCE!r} + {SOURCE.replace('"3"', '"9"')!r})
+elif given[1] == "bad":
+    sys.exit("no kernels")
+else:
+    print(json.dumps({STEP!r}))
+    open(given[0], "w").close()
+""")
+    program.chmod(0o755)
+    monkeypatch.setattr(gpu, "tool", lambda name: str(program))
+    runs = {loss: [str(program), str(gpu.report_of(OPTIONS, loss)), loss] for loss in ("a", "bad", "c")}
+    monkeypatch.setattr(gpu, "commands", lambda *_: (runs, {}))
+    result = gpu.run_stage("counters", OPTIONS, "90", 60.0)
+    assert (result["status"], result["reason"], result["output"]) == ("failed", "bad: exit status 1", ["no kernels"])
+    assert [row["kernel"] for row in result["kernels"]] == ["first", "second"] * 2
+    assert [row["samples"][0]["percent"] for row in result["kernels"]] == [75.0, 90.0] * 2
+    assert not list(tmp_path.glob("*.ncu-rep"))
+    assert "==== counters of bad\nno kernels\n" in (tmp_path / gpu.LOGS).read_text()
 
 
 @pytest.mark.slow
@@ -280,23 +341,15 @@ def test_the_stored_pair_is_the_real_one(vocabulary):
     assert torch.equal(aligned.spans, numbers_alignment(student, teacher, real_pair.ALIGNED_TOKENS).spans)
 
 
-def test_the_small_set_is_that_of_the_check(monkeypatch, capsys):
-    """Which tests/losses/test_check.py runs."""
-    asked = []
-
-    def self_test(device, **given):
-        asked.append((device, given["sizes"]))
-        return CheckReport(
-            device, findings=[CheckFinding("a", "", "float32", "cpu", 0.0, 1.0, "", 1.0, True)][: len(asked) - 1]
-        )
-
-    monkeypatch.setattr(parts.xtoken, "self_test", self_test)
-    monkeypatch.setattr(CheckReport, "__str__", lambda report: "compared")
-    with pytest.raises(SystemExit):
-        parts.small("cpu")
+def test_the_small_set_has_every_loss_with_kernels_in_two_types(capsys):
     parts.small("cpu")
-    assert asked == [("cpu", (333, 401))] * 2
-    assert capsys.readouterr().out == "compared\n" * 2
+    *lines, launches = capsys.readouterr().out.splitlines()
+    assert launches == "0 launches"
+    for name in parts.with_kernels():
+        assert f"{name}, as usual, labels, torch.bfloat16" in lines
+        assert any(line.startswith(f"{name}, ") and line.endswith("torch.float32") for line in lines)
+    assert "pkl, merge=mean, labels, torch.float32" in lines
+    assert "pkl, as usual, trained W, torch.bfloat16" in lines
 
 
 def speed(capsys, rows=6, seconds=600.0):
@@ -310,9 +363,12 @@ def test_speed_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
     result = speed(capsys)
     names = [row["name"] for row in result["rows"]]
+    fast = [registered()[name].title for name in parts.with_kernels()]
     for loss in registered().values():
-        assert any(name.startswith(loss.title) and name.endswith(parts.PLAIN) for name in names)
-        assert f"{loss.title} with labels" in names
+        assert any(name.startswith(loss.title) and not name.endswith(parts.COMPILED) for name in names)
+        assert (f"{loss.title} with labels" in names) == (loss.title in fast)
+    places = [names.index(one) for one in ("ULD", "torch cross_entropy", "ULD with labels", f"ULD{parts.PLAIN}", "ALM")]
+    assert places == sorted(places)
     assert names[-1].endswith(parts.COMPILED)
     assert sum(name.endswith("teacher's order") for name in names) == 2
     assert all(row["ms"] > 0 and row["rows"] == 6 and row["replay_ms"] is None for row in result["rows"])
@@ -349,8 +405,17 @@ def test_clocks_are_asked_while_steps_run(monkeypatch, tmp_path):
     assert steps
 
 
+def test_losses_that_the_stored_pair_has_too_little_for_are_named_once(monkeypatch, capsys):
+    made_up = parts.pair_of(300, 350)
+    data = made_up._replace(pieces=PieceIndex(made_up.pieces.data))
+    monkeypatch.setattr(parts, "pair_of", lambda *_: data)
+    result = speed(capsys, seconds=0.0)
+    assert result["missing"][-1] == "the stored pair has not the text of tokens: no BPM, ESCD"
+    assert not any("BPM" in row["name"] or "ESCD" in row["name"] for row in result["rows"])
+
+
 def test_speed_begins_no_step_when_time_is_short(capsys):
-    rows = speed(capsys, seconds=parts.STEP_SECONDS - 1)["rows"]
+    rows = speed(capsys, seconds=min(parts.STEP_SECONDS.values()) - 1)["rows"]
     assert rows
     assert all(row["failed"] == "left out: no time is left" for row in rows)
 
@@ -371,7 +436,7 @@ def test_speed_takes_fewer_rows_where_memory_is_short(monkeypatch, capsys):
         raise ValueError("no")
 
     makers = {"broken": broken, f"a{parts.PLAIN}": make, f"a{parts.COMPILED}": make}
-    monkeypatch.setattr(parts, "makers", lambda device: makers)
+    monkeypatch.setattr(parts, "makers", lambda *_: makers)
     failed, *rows = speed(capsys)["rows"]
     assert failed == {"name": "broken", "failed": "ValueError: no"}
     assert [row["rows"] for row in rows] == [1, 1]
