@@ -24,7 +24,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import tempfile
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -201,34 +200,40 @@ def name_of(source: Path) -> str:
     return name.removeprefix("losses/").removesuffix("/cuda")
 
 
-def compiler_report(nvcc: str, source: Path, archs: Sequence[str]) -> str:
-    """What ptxas says of the source's kernels on each architecture, and, where there is nvdisasm, a line for each of
-    their `copying_loops`; compiled only if a source or a flag has changed."""
+def compiled(command: Sequence[str], source: Path, arch: str, target: Path) -> str:
+    """What the compiler says; its result is there whole or not at all."""
+    unfinished = target.with_name(f"unfinished.{target.name}")
+    done = subprocess.run([*command, "-o", str(unfinished)], capture_output=True, text=True)
+    if done.returncode != 0:
+        raise RuntimeError(f"{source.name} does not compile for sm_{arch}:\n{done.stdout}{done.stderr}")
+    unfinished.replace(target)
+    return done.stderr
+
+
+def compiler_report(nvcc: str, source: Path, arch: str) -> str:
+    """What ptxas says of the source's kernels on an architecture, and, where there is nvdisasm, a line for each of
+    their `copying_loops`; compiled only if a source or a flag has changed, and to PTX once for all architectures."""
     nvdisasm = find_tool("nvdisasm")
-    code = ",".join(f"sm_{arch}" for arch in archs)
-    command = [nvcc, "-std=c++17", *build_settings()[1], "-Werror=all-warnings", f"-I{ROOT / 'csrc'}", "-fatbin"]
-    command += [f"-gencode=arch=compute_{ptx_arch()},code=[{code}]", "-Xptxas=-v", str(source)]
+    flags = [*build_settings()[1], "-Werror=all-warnings"]
+    command = [nvcc, "-std=c++17", *flags, f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{ptx_arch()}", str(source)]
     digest = hashlib.sha256(" ".join([*command, str(nvdisasm)]).encode())
     for path in [source, Path(__file__), *sorted(SOURCES.rglob("*.cuh")), *sorted(SOURCES.rglob("*.h"))]:
         digest.update(path.read_bytes())
-    name = f"{name_of(source).replace('/', '_')}.{'_'.join(archs)}"
-    report = REPORTS / f"{name}.{digest.hexdigest()[:16]}.txt"
+    name, end = name_of(source).replace("/", "_"), digest.hexdigest()[:16]
+    report, ptx, cubin = (REPORTS / f"{name}.{part}" for part in (f"{arch}.{end}.txt", f"{end}.ptx", f"{arch}.cubin"))
     if not report.exists():
         REPORTS.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory() as folder:
-            command += ["--keep", "--keep-dir", folder, "-o", str(Path(folder) / "compiled.fatbin")]
-            done = subprocess.run(command, capture_output=True, text=True)
-            if done.returncode != 0:
-                raise RuntimeError(f"{source.name} does not compile for {code}:\n{done.stdout}{done.stderr}")
-            text = done.stderr
-            for arch in archs if nvdisasm else []:
-                (cubin,) = Path(folder).glob(f"*.sm_{arch}.cubin" if len(archs) > 1 else "*.cubin")
-                listing = subprocess.run([nvdisasm, "-hex", "-c", cubin], capture_output=True, text=True, check=True)
-                text += "".join(
-                    f"loop of '{kernel}' for 'sm_{arch}': {' '.join(map(str, counts))}\n"
-                    for kernel, *counts in copying_loops(listing.stdout)
-                )
-        for old in REPORTS.glob(f"{name}.*.txt"):
+        if not ptx.exists():
+            compiled(command, source, arch, ptx)
+        text = compiled([nvcc, *flags, "-cubin", f"-arch=sm_{arch}", "-Xptxas=-v", str(ptx)], source, arch, cubin)
+        if nvdisasm:
+            listing = subprocess.run([nvdisasm, "-hex", "-c", cubin], capture_output=True, text=True, check=True)
+            text += "".join(
+                f"loop of '{kernel}' for 'sm_{arch}': {' '.join(map(str, counts))}\n"
+                for kernel, *counts in copying_loops(listing.stdout)
+            )
+        cubin.unlink()
+        for old in {*REPORTS.glob(f"{name}.{arch}.*.txt"), *REPORTS.glob(f"{name}.*.ptx")} - {ptx}:
             old.unlink()
         report.write_text(text)
     return report.read_text()
@@ -360,7 +365,7 @@ def reports(archs: Sequence[str] | None = None, files: Sequence[str] | None = No
     sources = [path for path in sorted(SOURCES.rglob("*.cu")) if files is None or name_of(path) in files]
     wanted = archs or build_settings()[0]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = pool.map(lambda source: compiler_report(nvcc, source, wanted), sources)
+        texts = pool.map(lambda source: "".join(compiler_report(nvcc, source, arch) for arch in wanted), sources)
         return dict(zip(map(name_of, sources), texts, strict=True))
 
 

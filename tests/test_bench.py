@@ -10,8 +10,10 @@ import random
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +95,12 @@ def main(monkeypatch, capsys, tokenizer):
     torch.set_num_threads(threads)
 
 
+def small_pair() -> Callable[[str], Any]:
+    """What loads a small tokenizer by its name, in place of a real one; the student's has more tokens."""
+    text = "Some words, 12 or 345 of them, and the spaces   between.\n    return them\n"
+    return lambda name: byte_level(400 if name == "llama3" else 300, [text])
+
+
 @pytest.mark.slow
 def test_bench_align(main, tmp_path, monkeypatch):
     bench_align = importlib.import_module("bench_align")
@@ -154,8 +162,9 @@ def test_bench_train(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_bench_corpus(main, tmp_path):
+    """With small vocabularies, as in what follows; those of Llama 3 and Qwen3 take long to load."""
     output = tmp_path / "corpus.json"
-    main("bench_corpus", "--megabytes", 0.1, "--repeat", 1, "--output", output)
+    main("bench_corpus", "--megabytes", 0.1, "--repeat", 1, "--output", output, load=small_pair())
     (row,) = json.loads(output.read_text())["rows"]
     assert row["megabytes"] == pytest.approx(0.1, abs=0.01)
     assert row["share_of_tokenizing_throughput"] > 0
@@ -166,7 +175,7 @@ def test_bench_scale(main, tmp_path):
     """What is counted is what the formulas say, or the script ends."""
     output = tmp_path / "scale.json"
     sizes = ("--rows", 4, "--sizes", 100, "--worlds", 1, 2, "--repeat", 1, "--lengths", 500, 1000, "--tokens", 300, 600)
-    main("bench_scale", *sizes, "--pairs", "llama3/qwen3", "--output", output)
+    main("bench_scale", *sizes, "--pairs", "llama3/qwen3", "--output", output, load=small_pair())
     found = json.loads(output.read_text())
     assert all(row["nanoseconds_a_token"] > 0 and row["chunks"] > 100 for row in found["alignment"])
     assert [row["entries"] > 200 and row["pieces_seconds"] > 0 for row in found["tables"]] == [True] * 2
@@ -231,8 +240,6 @@ def test_bench_quantized(main, tmp_path):
 @pytest.mark.slow
 def test_events(main, tmp_path):
     """With small vocabularies; those of the pair take long to calibrate."""
-    text = "Some words, 12 or 345 of them, and the spaces   between.\n    return them\n"
-    made = iter([byte_level(size, [text]) for size in (400, 300)])
     printed = main(
         "events",
         "--pairs",
@@ -241,7 +248,7 @@ def test_events(main, tmp_path):
         4000,
         "--output",
         tmp_path / "events.json",
-        load=lambda name: next(made),
+        load=small_pair(),
     )
     results = json.loads((tmp_path / "events.json").read_text())
     assert [row["text"] for row in results["rows"]] == ["Python", "READMEs", "C++", "JavaScript, CSS, JSON", "manual"]
@@ -487,7 +494,7 @@ def test_truth(main, tmp_path):
     output = tmp_path / "truth.json"
     names = [case.name for case in truth.forms()][:2]
     some = ("--kinds", "numbers", "--losses", *names, "--processes", 1)
-    main("truth", "--pairs", "llama3/qwen3", *some, "--output", output)
+    main("truth", "--pairs", "llama3/qwen3", *some, "--output", output, load=small_pair())
     rows = json.loads(output.read_text())["rows"]
     assert [row["loss"] for row in rows if row["sort"] == "start"] == names
     assert all(0 <= row["bias"] <= row["worst"] <= 1 for row in rows)

@@ -15,6 +15,7 @@ import sys
 import time
 from itertools import count
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import pyarrow.parquet as pq
 import pytest
@@ -128,10 +129,11 @@ def test_a_shard_that_kills_workers_ends_the_run(caplog):
 
 
 def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, tmp_path):
-    """A process that kills itself at some write, fsync or rename, of a shard or of the manifest."""
+    """A process that kills itself at some write, fsync or rename, of a shard or of the manifest. It forks off one for
+    each such place, so that only the first has to import everything."""
     script = (
-        "import os, signal, sys; import pyarrow.parquet as pq; from xtoken.cli import main\n"
-        "left = int(sys.argv.pop(1))\n"
+        "import os, signal, sys; import pyarrow.parquet as pq; import xtoken.corpus.run; from xtoken.cli import main\n"
+        "places, arguments = [int(word) for word in sys.argv[1].split()], sys.argv[2:]\n"
         "def mortal(function):\n"
         "    def call(*args, **options):\n"
         "        global left\n"
@@ -141,16 +143,25 @@ def test_kill_and_resume_gives_the_same_bytes(undisturbed, pair_files, corpus, t
         "    return call\n"
         "pq.ParquetWriter.write_table = mortal(pq.ParquetWriter.write_table)\n"
         "os.fsync, os.replace = mortal(os.fsync), mortal(os.replace)\n"
-        "sys.exit(main(sys.argv[1:]))"
+        "for left in places:\n"
+        "    child = os.fork()\n"
+        "    if child == 0: os.dup2(2, 1); os._exit(main(arguments))\n"
+        "    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)\n"
+        "    input()\n"  # until the test has looked
     )
     command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus)]
     command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD), "--resume"]
-    for calls in (3, 12, 13, 18):
-        died = subprocess.run([sys.executable, "-c", script, str(calls), *command], capture_output=True)
-        assert died.returncode == -signal.SIGKILL
-        files = os.listdir(tmp_path / "out")
-        if "manifest.json" in files:
-            assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+    places = (3, 12, 13, 18)
+    with subprocess.Popen(
+        [sys.executable, "-c", script, " ".join(map(str, places)), *command], stdin=PIPE, stdout=PIPE, stderr=DEVNULL
+    ) as process:
+        for _ in places:
+            assert int(process.stdout.readline()) == -signal.SIGKILL
+            files = os.listdir(tmp_path / "out")
+            if "manifest.json" in files:
+                assert not json.loads((tmp_path / "out" / "manifest.json").read_text())["complete"]
+            process.stdin.write(b"\n")
+            process.stdin.flush()
     assert 3 < len([name for name in files if name.startswith("shard-")]) < len(contents(undisturbed)) - 3
     assert main(command) == 0
     assert contents(tmp_path / "out") == contents(undisturbed)

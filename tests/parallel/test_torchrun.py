@@ -18,7 +18,7 @@ HERE = Path(__file__).parent
     ("world", "place", "message"),
     [
         (2, "formula", "MemoryError: no memory for a batch"),
-        (4, "between", "KeyError: 'a batch without a text'"),
+        (3, "between", "KeyError: 'a batch without a text'"),
     ],
 )
 def test_a_rank_that_raises_ends_the_others(world: int, place: str, message: str, tmp_path: Path) -> None:
