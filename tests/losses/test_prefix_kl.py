@@ -711,7 +711,7 @@ def test_logits_far_apart(options: dict[str, Any], side: int, backend: str) -> N
 def real_pair(tokenizer: Any, vocabulary: Any) -> tuple[Alignment, PieceIndex]:
     """Llama 3 and Qwen3: numbers go on in a token of the student, other words in one of the teacher."""
     names = "llama3", "qwen3"
-    ids = [encode(tokenizer(name), "Since 2024 it costs 12.50 学习新中国") for name in names]
+    ids = [encode(tokenizer(name), "12.50 学习新中国") for name in names]
     student, teacher = map(vocabulary, names)
     return Aligner(student, teacher).align(*ids), PieceIndex.build(student, teacher, texts=())
 
