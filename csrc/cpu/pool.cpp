@@ -11,6 +11,8 @@
 #include <thread>
 #include <vector>
 
+#include "cpu/huge_pages.h"
+
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #define XTOKEN_HAS_FORK 1
@@ -158,10 +160,13 @@ void* Scratch::take_bytes(size_t bytes) {
     Block& block = blocks_[used_++];
     if (block.size < bytes) {
         block = Block{};
-        block.memory.reset(new char[bytes + alignment]);
+        const size_t unit = bytes < huge_page / 2 ? alignment : huge_page;
+        const size_t size = (bytes + unit - 1) / unit * unit;
+        block.memory.reset(new char[size + unit]);
         const auto address = reinterpret_cast<uintptr_t>(block.memory.get());
-        block.begin = block.memory.get() + (alignment - address % alignment) % alignment;
-        block.size = bytes;
+        block.begin = block.memory.get() + (unit - address % unit) % unit;
+        block.size = size;
+        prefer_huge_pages(block.begin, size);
     }
     return block.begin;
 }

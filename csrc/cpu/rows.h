@@ -9,7 +9,7 @@ namespace xtoken::cpu::XTOKEN_LEVEL {
 // Floats are added in lanes for this many elements, then in double.
 constexpr int64_t flush = 128 * lanes;
 // How far ahead a row is fetched, in elements; the processor's own prefetching ends at each page.
-constexpr int64_t ahead = 1024;
+constexpr int64_t ahead = 4096;
 
 // Calls body(static_cast<const T*>(p)) with the type of the elements.
 template <typename Body>

@@ -134,6 +134,7 @@ inline __m256 expand_half(const float* p, uint32_t mask) {
     const __m128i place = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(expand_table.place[mask]));
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(p), _mm256_cvtepu8_epi32(place));
 }
+constexpr bool expand_is_quick = false;
 inline Floats expand(const float* p, Mask m) {
     const uint32_t low = bits(m) & 0xFFu, high = bits(m) >> 8;
     return {_mm256_and_ps(m.a, expand_half(p, low)),

@@ -160,6 +160,7 @@ inline int64_t compress(float* p, Mask m, Floats x) {
     }
     return count;
 }
+constexpr bool expand_is_quick = false;
 inline Floats expand(const float* p, Mask m) {
     return each([&](int i) { return m.v[i] ? *p++ : 0.0f; });
 }

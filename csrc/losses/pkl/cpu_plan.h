@@ -12,8 +12,8 @@
 
 namespace xtoken::cpu {
 
-// Weighted sums as SELL-C-sigma (C = 16): entry i of lane l of slice k is at 16 * (start[k] + i) + l. Sorted by length,
-// padded with entries of weight 0 that name a zero slot.
+// Weighted sums as SELL-C-sigma (C = 16): entry i of lane l of slice k is at 16 * (start[k] + i) + l. Sorted by length
+// (rows: among so many neighbours), padded with entries of weight 0 that name a zero slot.
 struct SumsView {
     int64_t slices;
     const int64_t* start;    // [slices + 1]

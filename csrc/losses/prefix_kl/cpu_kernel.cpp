@@ -10,13 +10,13 @@
 // probabilities of what is realised before. Events of which one tokenizer alone knows, from the token before, that they
 // do not start the chunk, are left out there like those that one side lacks; they are few.
 //
-// At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e, and with them
-// x, which is f of a pair's partner: the pair's gradient is e / A - x / B. All are in order, and relative to one logit
-// of each side, near the largest that counts. Events of several tokens are lists: their a and b are gathered sums of e
-// and f, and the gradient of their tokens is e h, h = 1 / A - b / (a B). Where a is so small that this is not exact,
-// the list is read again, relative to its own largest logit ("top"). For the reverse f and x are logarithms: x = tau D.
-// With a temperature or a mixture every list is read so, at temperature 1, and e becomes the share of a token in its
-// list. With a mixture x is tau log b, and then P s.
+// At the start of a chunk the teacher's exponentials f are put into memory, then those of the student, e. With x, f of
+// a pair's partner, the pair's gradient is e / A - x / B; x is stored only where it is gathered, else f is loaded
+// again. All are in order, and relative to one logit of each side, near the largest that counts. Events of several
+// tokens are lists: their a and b are gathered sums of e and f, and the gradient of their tokens is e h, h = 1 / A - b
+// / (a B). Where a is so small that this is not exact, the list is read again, relative to its own largest logit
+// ("top"). For the reverse f and x are logarithms: x = tau D. With a temperature or a mixture every list is read so, at
+// temperature 1, and e becomes the share of a token in its list. With a mixture x is tau log b, and then P s.
 //
 // Inside of tokens every event has its own top and the sum of the exponentials relative to it.
 #include "cpu/divergence.h"
@@ -215,11 +215,12 @@ class Chunk {
             slope = mixed_ ? add_mixed_term(z, p, q, tops) : add_term(p.total, q.total, product);
             if (tempered_ && !mixed_) find_slopes(tops, slope, p.total, q.total);
         }
-        if (!exact_lists_ && wanted_) {  // the label's part needs e: x makes up for it
-            each_left_pair([&](int32_t s, int32_t) {
+        if (!exact_lists_ && wanted_) {  // the label's part needs e: x makes up for it, wherever it is read
+            each_left_pair([&](int32_t s, int32_t t) {
                 x_[s] = p_.reverse              ? slope.mean_high
                         : slope.teacher == 0.0f ? 0.0f
                                                 : e_[s] * slope.student / slope.teacher;
+                f_[t] = x_[s];
             });
         }
         weight_ = p_.weighted ? probability(token, event, q.total) : 1.0;
@@ -230,15 +231,18 @@ class Chunk {
         const Floats student = broadcast(slope.student), teacher = broadcast(slope.teacher);
         const Floats high = broadcast(slope.mean_high), mean_low = broadcast(slope.mean_low);
         const bool same = label.present && all.total > 0 && !exact_lists_, plain = !low && !additions_.any(),
-                   reverse = p_.reverse;
-        const float *others = others_, *es = e_, *xs = x_;
+                   reverse = p_.reverse, logarithms = logarithms_;
+        const float *others = others_, *es = e_, *xs = x_, *fs = f_;
+        const int32_t* partner_run = plan_.partner_run;
         const uint16_t* paired_bits = plan_.student.paired_bits;
         // otherwise it becomes a call for each vector; so do the bodies below
         write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) __attribute__((always_inline)) {
-            const Floats e = load(es + i), x = load(xs + i);
+            const int64_t run = partner_run[i / lanes], in_x = logarithms ? -1 : run >> 63;
+            // a choice without a branch, which would be mispredicted
+            const Floats e = load(es + i), x = load(fs + ((run & ~in_x) | ((xs - fs + i) & in_x)));
             Floats g = reverse ? e * student * ((x - high) - mean_low) : fnma(x, teacher, e * student);
             const uint32_t paired = paired_bits[i / lanes], rest = ~paired & 0xFFFFu;
-            if (rest != 0) {
+            if (expand_is_quick || rest != 0) {
                 g = select(from_bits(paired), g, e * expand(others, from_bits(rest)));
                 others += __builtin_popcount(rest);
             }
@@ -295,8 +299,13 @@ class Chunk {
                                          }
                                          const int32_t run = plan_.partner_run[i / lanes];
                                          const Mask paired = from_bits(plan_.student.paired_bits[i / lanes]);
-                                         Floats x = run < 0 ? gather(f_, plan_.partner + i)
-                                                            : select(paired, load(f_ + run), broadcast(0.0f));
+                                         Floats x;
+                                         if (run < 0) {
+                                             x = gather(f_, plan_.partner + i);
+                                             store(x_ + i, x);
+                                         } else {
+                                             x = select(paired, load(f_ + run), broadcast(0.0f));
+                                         }
                                          if (p_.reverse) {
                                              x = relative - x;
                                              part = fma(select(paired, e, broadcast(0.0f)), x, part);
@@ -304,7 +313,7 @@ class Chunk {
                                              part = fnma(x, relative, part);
                                          }
                                          store(e_ + i, e);
-                                         store(x_ + i, x);
+                                         if (logarithms_) store(x_ + i, x);
                                          bottom = min(relative, bottom);
                                          if (i % flush == flush - lanes) {
                                              products.add(part);
@@ -968,7 +977,7 @@ class Chunk {
     bool wanted_, tempered_, mixed_;
     bool logarithms_;     // f is tau log b
     bool exact_lists_;    // every list is read relative to its own largest logit, and e is a token's share of it
-    float *e_, *x_;       // by student id
+    float *e_, *x_;       // by student id; x only of blocks whose partners do not follow, but of all if logarithms_
     float* f_;            // by teacher id
     float* slice_;        // of the lists of one slice
     float* teacher_sum_;  // by the teacher's list: the sums of f, or the reverse's logarithms times temperature
