@@ -29,11 +29,11 @@ PYBIND11_MODULE(_core, m) {
     bind_built(m);
     m.def(
         "sliced_lists",
-        [](const Array<int64_t>& begin, const Array<int32_t>& counts, int64_t lanes) {
-            if (lanes < 1 || begin.ndim() != 1 || begin.size() != counts.size()) {
-                value_error("begin: expected one for each list, and lanes");
+        [](const Array<int64_t>& begin, const Array<int32_t>& counts, int64_t lanes, int64_t longest) {
+            if (lanes < 1 || longest < 0 || begin.ndim() != 1 || begin.size() != counts.size()) {
+                value_error("begin: expected one for each list, lanes, and a length");
             }
-            SlicedLists made(to_vector(counts, "counts"), lanes, true);
+            SlicedLists made(to_vector(counts, "counts"), lanes, longest);
             std::vector<int64_t> source(made.size(), -1);
             for (int64_t n = 0; n < made.lists(); ++n) {
                 made.each_entry(n, counts.at(n), [&](int64_t at, int64_t i) { source[at] = begin.at(n) + i; });
@@ -41,7 +41,7 @@ PYBIND11_MODULE(_core, m) {
             return py::make_tuple(made.shared, to_array<int64_t>(std::move(made.start)),
                                   to_array<int64_t>(std::move(source)), to_array<int32_t>(std::move(made.place)));
         },
-        py::arg("begin"), py::arg("counts"), py::arg("lanes"),
+        py::arg("begin"), py::arg("counts"), py::arg("lanes"), py::arg("longest"),
         "See core/sliced.h; `source` is -1 where a slice has none.");
     m.def(
         "digest", [](const Array<uint8_t>& bytes) { return digest(bytes.data(), static_cast<size_t>(bytes.size())); },

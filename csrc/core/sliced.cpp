@@ -5,7 +5,7 @@
 
 namespace xtoken {
 
-SlicedLists::SlicedLists(const std::vector<int32_t>& counts, int64_t given_lanes, bool share)
+SlicedLists::SlicedLists(const std::vector<int32_t>& counts, int64_t given_lanes, int64_t own_slice_above)
     : lanes(given_lanes), shared(0), start{0}, place(counts.size()) {
     int32_t longest = 0;
     for (const int32_t count : counts) longest = std::max(longest, count);
@@ -13,7 +13,7 @@ SlicedLists::SlicedLists(const std::vector<int32_t>& counts, int64_t given_lanes
     std::vector<int32_t> before(static_cast<size_t>(longest) + 2, 0);
     for (const int32_t count : counts) ++before[longest - count + 1];
     for (size_t n = 1; n < before.size(); ++n) before[n] += before[n - 1];
-    if (share && longest > lanes) shared = before[longest - lanes];
+    if (longest > own_slice_above) shared = before[longest - own_slice_above];
     for (size_t i = 0; i < counts.size(); ++i) place[i] = before[longest - counts[i]]++;
 
     const int64_t slices = shared + (lists() - shared + lanes - 1) / lanes;

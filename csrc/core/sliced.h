@@ -7,15 +7,14 @@
 namespace xtoken {
 
 // Lists are sorted by length, longest first, equals in their order; `lanes` of them are a slice, which is as long as
-// its first. Entry i of lane l of slice k is at lanes * (start[k] + i) + l. Optionally the lists that are longer than
-// `lanes` come first, each with a slice of its own (`shared`), dealt out to its lanes: entry i is at lanes * start[k] +
-// i.
+// its first. Entry i of lane l of slice k is at lanes * (start[k] + i) + l. The lists that are longer than `longest`
+// come first, each with a slice of its own (`shared`), dealt out to its lanes: entry i is at lanes * start[k] + i.
 struct SlicedLists {
     int64_t lanes, shared;
     std::vector<int64_t> start;  // [slices + 1]
     std::vector<int32_t> place;  // [lists] by the given number: where the list is in the order
 
-    SlicedLists(const std::vector<int32_t>& counts, int64_t lanes, bool share);
+    SlicedLists(const std::vector<int32_t>& counts, int64_t lanes, int64_t longest = INT32_MAX);
 
     int64_t lists() const { return static_cast<int64_t>(place.size()); }
     int64_t slices() const { return static_cast<int64_t>(start.size()) - 1; }

@@ -43,6 +43,10 @@ __global__ __launch_bounds__(max_threads,
         const LabelTerm label = label_term(labels, r, z, size, params.lowest, shared);
         if (params.grad.data == nullptr || (params.add && label.label < 0 && factor == 1.0f)) continue;
         T* grad = row_of<T>(params.grad, r);
+        if (!params.add && label.label < 0) {
+            Written<T>(z, grad).fill(0, params.grad.width);
+            continue;
+        }
         // a row without a label is only scaled: its logits are not read
         write_row(params.add && label.label < 0 ? Row<T>(grad) : z, grad, size, params.add ? size : params.grad.width,
                   [&](int i, const auto& x, auto& g) {

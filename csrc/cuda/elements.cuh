@@ -97,11 +97,42 @@ class Ring {
     int place_ = 0;
 };
 
+// Whether each_pair copies a second row ahead.
+enum class Copied { never, if_aligned, always };
+
+// 16 bytes; `keep` is known where this is compiled.
+__device__ inline void copy_kept(Keep keep, void* to, const void* from) {
+    switch (keep) {
+        case Keep::usual:
+            return copy_async<16>(to, from);
+        case Keep::briefly:
+            return copy_async<16, false, Keep::briefly>(to, from);
+        case Keep::partly:
+            return copy_async<16, false, Keep::partly>(to, from);
+    }
+}
+
+__device__ inline uint16_t load_kept(Keep keep, const uint16_t* from) {
+    switch (keep) {
+        case Keep::usual:
+            return load_kept<Keep::usual>(from);
+        case Keep::briefly:
+            return load_kept<Keep::briefly>(from);
+        case Keep::partly:
+            return load_kept<Keep::partly>(from);
+    }
+    return 0;
+}
+
 // A row of elements of a type that the kernel is compiled for.
 template <typename T>
 struct Row {
     static constexpr int vector = 16 / sizeof(T);  // elements that are loaded together
+    template <int N>
+    using Elements = float[N];
+    using Element = T;
     const T* data;
+    Keep keep = Keep::usual;  // in L2, what is copied
 
     __device__ explicit Row(const T* row) : data(base(row)) {}
     __device__ Row(const Logits& logits, int64_t r) : Row(row_of<T>(logits, r)) {}
@@ -111,16 +142,23 @@ struct Row {
     __device__ constexpr bool precise() const { return sizeof(T) == 4; }
     // Elements at N places, -inf where a place is negative.
     template <int N>
-    __device__ void gather_or_lowest(const int32_t* places, float (&x)[N]) const {
+    __device__ void gather_or_lowest(const int32_t (&places)[N], T (&x)[N]) const {
+        T lowest;
+        narrow(-INFINITY, lowest);
 #pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = places[k] < 0 ? -INFINITY : widen(data[places[k]]);
+        for (int k = 0; k < N; ++k) x[k] = places[k] < 0 ? lowest : data[places[k]];
     }
     // Elements before the first at a 16-byte boundary.
     __device__ int head() const {
         return static_cast<int>((uintptr_t{0} - reinterpret_cast<uintptr_t>(data)) % 16 / sizeof(T));
     }
     // Starts to copy the vector from i on into a slot, and takes it from there.
-    __device__ void load(const Ring& ring, int i) const { copy_async<16>(ring.slot(0), data + i); }
+    __device__ void load(const Ring& ring, int i) const { copy_kept(keep, ring.slot(0), data + i); }
+    __device__ Row kept(Keep how) const {
+        Row row = *this;
+        row.keep = how;
+        return row;
+    }
     __device__ void take(const Ring& ring, float (&x)[vector]) const {
         uint32_t words[4];
         read_copied(ring.slot(0), words);
@@ -160,8 +198,12 @@ struct Row {
 // The type is the same for all threads; it is asked for once per eight elements.
 struct AnyRow {
     static constexpr int vector = 8;
+    static constexpr Copied copied = Copied::if_aligned;
+    template <int N>
+    using Elements = float[N];
     const char* data;
     Element type;
+    Keep keep = Keep::usual;  // in L2, what is copied or gathered of 16 bits
 
     __device__ AnyRow(const Logits& logits, int64_t r) : type(logits.type) {
         const int64_t offset = r / logits.length * logits.sample_stride + r % logits.length * logits.row_stride;
@@ -196,7 +238,11 @@ struct AnyRow {
 #pragma unroll
             for (int k = 0; k < N / 4; ++k) copy_async<16, (N > 4)>(ring.slot(first + k), at(i + 4 * k));
         } else {
-            copy_async<2 * N>(ring.slot(first), at(i));
+            if constexpr (N == 8) {
+                copy_kept(keep, ring.slot(first), at(i));
+            } else {
+                copy_async<2 * N>(ring.slot(first), at(i));
+            }
         }
     }
     template <int N>
@@ -215,6 +261,16 @@ struct AnyRow {
             memcpy(words, part, sizeof part);
         }
         widened<N>(words, x);
+    }
+    // As the second row of each_pair.
+    template <int N>
+    __device__ void take_beside(const Ring& ring, int, float (&x)[N]) const {
+        take(ring, x, 1);
+    }
+    __device__ AnyRow kept(Keep how) const {
+        AnyRow row = *this;
+        row.keep = how;
+        return row;
     }
     // Whether the vectors of N elements from i on, and all that follow, can be copied.
     template <int N>
@@ -253,7 +309,7 @@ struct AnyRow {
             const uint32_t none = !or_lowest ? 0 : type == Element::bfloat16 ? 0xff80u : 0xfc00u;
 #pragma unroll
             for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? none : reinterpret_cast<const uint16_t*>(data)[places[k]];
+                bits[k] = places[k] < 0 ? none : load_kept(keep, reinterpret_cast<const uint16_t*>(data) + places[k]);
         }
     }
     template <int N>
@@ -311,6 +367,38 @@ struct AnyRow {
             }
         }
     }
+};
+
+// A bit for each element of a row: bits 8 v ... 8 v + 31 are word v, so that those of a vector are in one word. Beside
+// a row of each_pair.
+template <bool ahead = true>  // whether they are copied, as a slot has room for them
+struct BitRow {
+    static constexpr Copied copied = ahead ? Copied::always : Copied::never;
+    const int32_t* words;
+
+    template <int N>
+    struct Elements {
+        static_assert(N <= 8, "in a word");
+        unsigned bits;
+        __device__ bool operator[](int k) const { return (bits >> k & 1u) != 0; }
+        // sum + x where bit k is set
+        __device__ float add(int k, float x, float sum) const { return (*this)[k] ? sum + x : sum; }
+    };
+    template <int N>
+    __device__ void load(const Ring& ring, int i, int first) const {
+        copy_async<4>(ring.slot(first), words + i / 8);
+    }
+    template <int N>
+    __device__ void take_beside(const Ring& ring, int i, Elements<N>& x) const {
+        uint32_t word[1];
+        read_copied(ring.slot(1), word);
+        x.bits = word[0] >> i % 8;
+    }
+    template <int N>
+    __device__ void elements(int i, Elements<N>& x) const {
+        x.bits = static_cast<unsigned>(words[i / 8]) >> i % 8;
+    }
+    __device__ bool operator[](int i) const { return (static_cast<unsigned>(words[i / 8]) >> i % 8 & 1u) != 0; }
 };
 
 // Calls body with row r of `logits` as a Row of its own type; a pass over a long row has no choices then.

@@ -14,6 +14,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <tuple>
 #include <utility>
 
@@ -88,11 +89,43 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
     return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
-// `bytes` (8 or 16) from global to shared memory, both aligned to as many. `in_parts`: the lanes of a warp leave out
+// What is copied stays in L2 as usual, gives way to all else, or a quarter of it stays and the rest gives way.
+enum class Keep { usual, briefly, partly };
+
+template <Keep keep>
+__device__ __forceinline__ uint64_t policy_of() {
+    static_assert(keep != Keep::usual, "which has none");
+    uint64_t policy;
+    if constexpr (keep == Keep::briefly) {
+        asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
+    } else {
+        asm("createpolicy.fractional.L2::evict_last.L2::evict_first.b64 %0, 0.25;" : "=l"(policy));
+    }
+    return policy;
+}
+
+// An element of 16 bits of global memory that no kernel writes while this one runs.
+template <Keep keep>
+__device__ __forceinline__ uint16_t load_kept(const uint16_t* from) {
+    if constexpr (keep == Keep::usual) {
+        return *from;
+    } else {
+        uint16_t x;
+        asm("ld.global.L2::cache_hint.u16 %0, [%1], %2;" : "=h"(x) : "l"(from), "l"(policy_of<keep>()));
+        return x;
+    }
+}
+
+// `bytes` (4, 8 or 16) from global to shared memory, both aligned to as many. `in_parts`: the lanes of a warp leave out
 // what its next copy takes.
-template <int bytes, bool in_parts = false>
+template <int bytes, bool in_parts = false, Keep keep = Keep::usual>
 __device__ __forceinline__ void copy_async(void* to, const void* from) {
-    if constexpr (bytes == 16 && !in_parts) {  // past L1
+    if constexpr (keep != Keep::usual) {
+        static_assert(bytes == 16 && !in_parts, "of a row");
+        const uint64_t policy = policy_of<keep>();
+        asm volatile("cp.async.cg.shared.global.L2::cache_hint [%0], [%1], 16, %2;" ::"r"(shared_address(to)),
+                     "l"(from), "l"(policy));
+    } else if constexpr (bytes == 16 && !in_parts) {  // past L1
         asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(to)), "l"(from));
     } else {
         asm volatile("cp.async.ca.shared.global [%0], [%1], %2;" ::"r"(shared_address(to)), "l"(from), "n"(bytes));
@@ -111,6 +144,27 @@ __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[
 __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[2]) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(shared_address(from)));
 }
+__device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[1]) {
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(words[0]) : "r"(shared_address(from)));
+}
+
+// Values of 8 bytes that are known to be in shared memory.
+template <typename T>
+class InShared {
+  public:
+    __device__ __forceinline__ explicit InShared(const T* values) : address_(shared_address(values)) {}
+    __device__ __forceinline__ T operator[](int i) const {
+        static_assert(sizeof(T) == 8, "two words");
+        uint32_t words[2];
+        asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(words[0]), "=r"(words[1]) : "r"(address_ + i * 8));
+        T value;
+        memcpy(&value, words, sizeof value);
+        return value;
+    }
+
+  private:
+    uint32_t address_;
+};
 
 // ++*counter, atomically.
 template <bool is_shared>

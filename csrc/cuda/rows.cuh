@@ -31,52 +31,55 @@ __device__ void each_pair(const R& row, const Other& other, int size, Body body)
     for (int i = thread; i < size - whole; i += threads) {
         const int at = i < head ? i : i + whole;
         const float x[1] = {row[at]};
-        float y[1];
+        typename Other::template Elements<1> y;
         other.elements(at, y);
         body(at, x, y);
     }
-    const bool alike = other.template aligned<N>(head);
     const auto place = [&](int v) { return head + v * N; };
-    Ring ring;
-    const auto load = [&](int v) {
-        if (v < count) {
-            row.load(ring, place(v));
-            if (alike) other.template load<N>(ring, place(v), 1);
-        }
-        ring.push();
-    };
+    // A loop of its own for each, since one with a load in place of the copy waits for it either way.
+    const auto vectors = [&](auto alike) {
+        Ring ring;
+        const auto load = [&](int v) {
+            if (v < count) {
+                row.load(ring, place(v));
+                if constexpr (decltype(alike)::value) other.template load<N>(ring, place(v), 1);
+            }
+            ring.push();
+        };
 #pragma unroll
-    for (int k = 0; k < Ring::depth; ++k) load(thread + k * threads);
+        for (int k = 0; k < Ring::depth; ++k) load(thread + k * threads);
 #pragma unroll 1  // code that fits the instruction cache, and compiles in time
-    for (int v = thread; v < count; v += threads) {
-        float x[N], y[N];
-        ring.wait();
-        row.take(ring, x);
-        if (alike) {
-            other.take(ring, y, 1);
-        } else {
-            other.elements(place(v), y);
+        for (int v = thread; v < count; v += threads) {
+            float x[N];
+            typename Other::template Elements<N> y;
+            ring.wait();
+            row.take(ring, x);
+            if constexpr (decltype(alike)::value) {
+                other.take_beside(ring, place(v), y);
+            } else {
+                other.elements(place(v), y);
+            }
+            load(v + Ring::depth * threads);
+            body(place(v), x, y);
         }
-        load(v + Ring::depth * threads);
-        body(place(v), x, y);
+    };
+    if constexpr (Other::copied == Copied::if_aligned) {
+        if (other.template aligned<N>(head)) return vectors(std::true_type{});
     }
+    vectors(std::bool_constant<Other::copied == Copied::always>{});
 }
 
 // In the place of a second row.
 struct NoRow {
+    static constexpr Copied copied = Copied::never;
     template <int N>
-    __device__ constexpr bool aligned(int) const {
-        return false;
-    }
+    struct Elements {};
     template <int N>
     __device__ void load(const Ring&, int, int) const {}
     template <int N>
-    __device__ void take(const Ring&, float (&)[N], int) const {}
+    __device__ void take_beside(const Ring&, int, Elements<N>&) const {}
     template <int N>
-    __device__ void elements(int, float (&x)[N]) const {
-#pragma unroll
-        for (int k = 0; k < N; ++k) x[k] = 0.0f;
-    }
+    __device__ void elements(int, Elements<N>&) const {}
 };
 
 // The same for one row: body(i, x).
@@ -105,6 +108,18 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
 // Where each_partner's body does not look at places.
 struct NoPlaces {};
 
+// Copies the places of a vector into the slots behind the row's: one by one where they are not aligned to 16 bytes.
+template <int N>
+__device__ void copy_places(const Ring& ring, const int32_t* from, bool by_four) {
+    if (by_four) {
+#pragma unroll
+        for (int k = 0; k < N; k += 4) copy_async<16, (N > 4)>(ring.slot(1 + k / 4), from + k);
+        return;
+    }
+#pragma unroll 1  // not by predicates, which the usual case would pay for
+    for (int k = 0; k < N; ++k) copy_async<4>(reinterpret_cast<int32_t*>(ring.slot(1 + k / 4)) + k % 4, from + k);
+}
+
 // The elements x of z from i on, and those of another row at `places` (negative: 0): body(i, x, place, y), elements
 // shared out as by each_pair. Gathers are a vector ahead of their use. Without `with_places` the body must not look at
 // them, and y is -inf where a place is negative.
@@ -123,26 +138,23 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         other.gathered(bits, y);
         body(at, x, place, y);
     }
-    const AnyRow table(reinterpret_cast<const float*>(places));
-    const bool alike = table.template aligned<N>(head);
+    const bool by_four = reinterpret_cast<uintptr_t>(places + head) % 16 == 0;
     const auto start = [&](int v) { return head + v * N; };
     Ring ring;
     const auto load = [&](int v) {
         if (v < count) {
             z.load(ring, start(v));
-            if (alike) table.template load<N>(ring, start(v), 1);
+            copy_places<N>(ring, places + start(v), by_four);
         }
         ring.push();
     };
-    const auto places_of = [&](int v, int32_t (&place)[N]) {
-        float bits[N];
-        if (alike) {
-            table.take(ring, bits, 1);
-        } else {
-            table.elements(start(v), bits);
-        }
+    const auto places_of = [&](int32_t (&place)[N]) {
 #pragma unroll
-        for (int k = 0; k < N; ++k) place[k] = __float_as_int(bits[k]);
+        for (int k = 0; k < N; k += 4) {
+            uint32_t four[4];
+            read_copied(ring.slot(1 + k / 4), four);
+            memcpy(place + k, four, sizeof four);
+        }
     };
 #pragma unroll
     for (int k = 0; k < Ring::depth; ++k) load(thread + k * threads);
@@ -150,7 +162,7 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
     ring.wait();
     if (thread < count) {
         int32_t place[N];
-        places_of(thread, place);
+        places_of(place);
         other.template gather_bits<!with_places>(place, ahead);
     }
 #pragma unroll 1  // as in each_pair
@@ -158,13 +170,13 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         float x[N], y[N];
         [[maybe_unused]] std::conditional_t<with_places, int32_t[N], NoPlaces> place;
         z.take(ring, x);
-        if constexpr (with_places) places_of(v, place);
+        if constexpr (with_places) places_of(place);
         other.gathered(ahead, y);
         load(v + Ring::depth * threads);
         ring.wait();
         if (v + threads < count) {
             int32_t next[N];
-            places_of(v + threads, next);
+            places_of(next);
             other.template gather_bits<!with_places>(next, ahead);
         }
         body(start(v), x, place, y);
@@ -196,11 +208,19 @@ class Written {
 #pragma unroll
         for (int k = 0; k < N; ++k) out_[i + k] = result[k];
     }
-    // Zeros from `size` up to `width`.
-    __device__ void fill(int size, int width) const {
+    // Zeros from `begin` up to `end`.
+    __device__ void fill(int begin, int end) const {
+        constexpr int N = 16 / sizeof(T);
         T zero;
         narrow(0.0f, zero);
-        for (int i = size + static_cast<int>(threadIdx.x); i < width; i += static_cast<int>(blockDim.x)) out_[i] = zero;
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        const auto past = static_cast<int>(reinterpret_cast<uintptr_t>(out_ + begin) % 16 / sizeof(T));
+        const int first = min(begin + (N - past) % N, end), behind = first + (end - first) / N * N;
+        for (int i = begin + thread; i < first; i += threads) out_[i] = zero;
+        for (int i = first + N * thread; i < behind; i += N * threads) {
+            __stcs(reinterpret_cast<uint4*>(out_ + i), make_uint4(0, 0, 0, 0));
+        }
+        for (int i = behind + thread; i < end; i += threads) out_[i] = zero;
     }
 
   private:
@@ -208,14 +228,14 @@ class Written {
     bool together_;
 };
 
-// prepare(i, x, y, g) turns the elements x and y of two rows from i on into as many g, which are written to out + i;
-// zeros follow up to `width`. `out` may be the first row itself.
-template <typename T, typename Other, typename Prepare>
-__device__ void write_row(const Row<T>& z, const Other& other, T* out, int size, int width, Prepare prepare) {
+// Writes a row: each(body) calls body(i, x, ...) as each_pair and its like do for the elements x of `z` from i on, and
+// prepare(i, x, ..., g) finds as many g, which go to out + i; zeros follow up to `width`. `out` may be the first row.
+template <typename T, typename Each, typename Prepare>
+__device__ void write_row(const Row<T>& z, T* out, int size, int width, Each each, Prepare prepare) {
     const Written<T> written(z, out);
-    each_pair(z, other, size, [&](int i, const auto& x, const auto& y) {
+    each([&](int i, const auto& x, const auto&... beside) {
         float g[sizeof(x) / sizeof(float)];
-        prepare(i, x, y, g);
+        prepare(i, x, beside..., g);
         written.put(i, g);
     });
     written.fill(size, width);
@@ -224,21 +244,76 @@ __device__ void write_row(const Row<T>& z, const Other& other, T* out, int size,
 // The same of one row: prepare(i, x, g).
 template <typename T, typename Prepare>
 __device__ void write_row(const Row<T>& z, T* out, int size, int width, Prepare prepare) {
-    write_row(z, NoRow{}, out, size, width, [&](int i, const auto& x, const auto&, auto& g) { prepare(i, x, g); });
+    write_row(z, out, size, width, [&](auto body) { each_vector(z, size, body); }, prepare);
 }
 
-// Calls body(list, is_shared, begin, end) for a warp's slices of SELL-C-sigma lists (C = 32): entry i of a slice is at
-// 32 i + lane. Of a slice that its lanes share every lane has a part of list `list`, else each lane a list of its own,
-// or none (list >= lists).
+// Calls body(list, of_all, begin, end) for a warp's slices of SELL-C-sigma lists (C = 32), whose lane l has four
+// entries at a time, those from 32 i + 4 l on, i a multiple of 4. Of the first `shared` slices all lanes have a part of
+// one list, else each lane has a list of its own, or none (list >= lists).
 template <typename Lists, typename Body>
 __device__ void each_slice(const Lists& lists, Body body) {
     const int thread = static_cast<int>(threadIdx.x), lane = thread % warp_size;
     const int warps = static_cast<int>(blockDim.x) / warp_size;
 #pragma unroll 1
     for (int slice = thread / warp_size; slice < lists.slices; slice += warps) {
-        const bool is_shared = slice < lists.shared;
-        const int list = is_shared ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
-        body(list, is_shared, lists.start[slice], lists.start[slice + 1]);
+        const bool of_all = slice < lists.shared;
+        const int list = of_all ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+        body(list, of_all, lists.start[slice], lists.start[slice + 1]);
+    }
+}
+
+// Goes over a warp's slices of SELL-C-sigma lists (C = 32): lane l of slice k has four entries at a time, those from 32
+// (start[k] + i) + 4 l on, i a multiple of 4. Of the first `shared` slices all lanes have a part of one list, else each
+// lane has a list of its own, or none (list >= lists).
+//   load(ring, at)        starts to copy four entries
+//   fetch(ring, ahead)    starts to load what they name, into an Ahead
+//   add(ahead, next)      adds what has been fetched; calls next() when it has taken it out of `ahead`
+//   end(list, of_all)     behind a list, of all lanes if `of_all`
+// Copies are as far ahead as those of a row, what is fetched one step.
+template <typename Ahead, typename Lists, typename Load, typename Fetch, typename Add, typename End>
+__device__ __forceinline__ void each_slice(const Lists& lists, Load load, Fetch fetch, Add add, End end) {
+    constexpr int step = 4;
+    const int thread = static_cast<int>(threadIdx.x), lane = thread % warp_size;
+    const int warps = static_cast<int>(blockDim.x) / warp_size;
+#pragma unroll 1
+    for (int part = thread / warp_size; part < list_parts; part += warps) {
+        int slice = lists.part[part];
+        const int behind = lists.part[part + 1];
+        if (slice >= behind) continue;
+        const int last = lists.start[behind];
+        int i = lists.start[slice];
+        Ring ring;
+        const auto copy = [&](int i) {
+            if (i < last) load(ring, i * warp_size + step * lane);
+            ring.push();
+        };
+#pragma unroll
+        for (int k = 0; k < Ring::depth; ++k) copy(i + k * step);
+        Ahead ahead;
+        ring.wait();
+        fetch(ring, ahead);
+#pragma unroll 1
+        while (slice < behind) {
+            // Where 32 slices end, one in each lane. The first shuffle waits for them, so that those of the loop do not
+            // wait for what has been fetched: the machine counts loads in flight in few counters.
+            const int ends = __shfl_sync(all_lanes, lists.start[min(slice + 1 + lane, behind)], lane);
+            const int many = min(behind - slice, warp_size);
+#pragma unroll 1
+            for (int n = 0; n < many; ++n, ++slice) {
+                const bool of_all = slice < lists.shared;
+                const int list = of_all ? slice : lists.shared + (slice - lists.shared) * warp_size + lane;
+                const int end_of_slice = __shfl_sync(all_lanes, ends, n);
+#pragma unroll 1
+                for (; i < end_of_slice; i += step) {
+                    add(ahead, [&] {
+                        copy(i + Ring::depth * step);
+                        ring.wait();
+                        if (i + step < last) fetch(ring, ahead);
+                    });
+                }
+                end(list, of_all);
+            }
+        }
     }
 }
 

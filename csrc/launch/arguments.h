@@ -87,6 +87,18 @@ using Labels = LabelsOf<Real>;
     FIELD(int64_t*, queue,  \
           "[] room for the number of the next chunk, of this call alone; null: a block takes every blocks-th")
 
+// SELL-C-sigma lists (C = 32), which the lanes of a warp read side by side, by four: entries i ... i + 3 of lane l of
+// slice k, i a multiple of 4, are those from 32 * (start[k] + i) + 4 * l on. The first `shared` slices are one long
+// list each, dealt out to the lanes; list n of the others is in slice shared + (n - shared) / 32. Sorted by length. A
+// warp takes a part of the slices, so that those of all parts have about as many entries.
+constexpr int32_t list_parts = 16;
+#define XTOKEN_LISTS(FIELD)                                         \
+    FIELD(int32_t, slices, "how many");                             \
+    FIELD(int32_t, shared, "lists that have a slice of their own"); \
+    FIELD(int32_t, count, "lists");                                 \
+    FIELD(const int32_t*, start, "[slices + 1], multiples of 4");   \
+    FIELD(const int32_t*, part, "[list_parts + 1] where the slices of each begin, and those of the last end")
+
 // A grid of blocks that share out some items, and the stream that they run on.
 struct Launch {
     int32_t blocks, threads;  // threads: a multiple of 32, at most max_threads

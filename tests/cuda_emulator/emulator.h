@@ -158,7 +158,12 @@ T* base(T* pointer) {
 }
 
 // PTX ISA, cp.async.
-template <int bytes, bool in_parts = false>
+enum class Keep { usual, briefly, partly };
+template <Keep keep>
+__attribute__((always_inline)) inline uint16_t load_kept(const uint16_t* from) {
+    return *from;
+}
+template <int bytes, bool in_parts = false, Keep keep = Keep::usual>
 __attribute__((always_inline)) inline void copy_async(void* to, const void* from) {
     static_assert(bytes == 4 || bytes == 8 || bytes == 16);
     emulator::start_copy(to, from, bytes);
@@ -170,11 +175,18 @@ void wait_copies() {
 }
 template <int N>
 __attribute__((always_inline)) inline void read_copied(const void* from, uint32_t (&words)[N]) {
-    using Vector = std::conditional_t<N == 4, uint4, uint2>;
+    using Vector = std::conditional_t<N == 4, uint4, std::conditional_t<N == 2, uint2, uint32_t>>;
     static_assert(sizeof(Vector) == sizeof words);
     const Vector raw = *static_cast<const Vector*>(from);
     __builtin_memcpy(words, &raw, sizeof raw);
 }
+
+template <typename T>
+struct InShared {
+    const T* values;
+    explicit InShared(const T* values) : values(values) {}
+    T operator[](int i) const { return values[i]; }
+};
 
 }  // namespace xtoken::cuda
 

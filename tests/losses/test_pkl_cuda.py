@@ -27,23 +27,23 @@ needs_emulator = pytest.mark.skipif(emulated.why_not() is not None, reason=str(e
 
 
 def long_case() -> Case:
-    """More entries in a column than a warp has lanes, and rows longer than a warp."""
-    case = make_case(151, 41, samples=1, shapes=((1, 1), (1, 1), (2, 2)))
-    dense = torch.rand(40, 41, generator=torch.Generator().manual_seed(0))
-    index = torch.arange(41).repeat(151, 1)
-    weight = torch.zeros(151, 41)
-    weight[:40] = dense / dense.sum(1, keepdim=True)
-    weight[40:, 3] = 1.0
-    return Case(case.student, case.teacher, case.alignment, ProjectionMatrix.from_topk(index, weight, 41))
+    """More entries in a column, and in a row, than one lane of a warp reads."""
+    case = make_case(151, 71, samples=1, shapes=((1, 1), (1, 1), (2, 2)))
+    dense = torch.rand(66, 71, generator=torch.Generator().manual_seed(0))
+    index = torch.arange(71).repeat(151, 1)
+    weight = torch.zeros(151, 71)
+    weight[:66] = dense / dense.sum(1, keepdim=True)
+    weight[66:, 3] = 1.0
+    return Case(case.student, case.teacher, case.alignment, ProjectionMatrix.from_topk(index, weight, 71))
 
 
 @needs_emulator
 @pytest.mark.parametrize("top_k", [None, 17])
 def test_long_rows_and_columns(top_k: int | None) -> None:
     case = long_case()
-    plan = plan_for(case.projection, torch.arange(41), False)
-    assert plan.structure.column_lists.shared == 41
-    assert plan.structure.row_lists.shared == 40
+    plan = plan_for(case.projection, torch.arange(71), False)
+    assert plan.structure.column_lists.shared == 71
+    assert plan.structure.row_lists.shared == 66
     for merge in ("first", "mean"):
         check("emulated", "pkl", case, torch.float32, merge=merge, top_k=top_k)
 
@@ -51,19 +51,21 @@ def test_long_rows_and_columns(top_k: int | None) -> None:
 def test_the_layout_of_lists() -> None:
     """Every entry is in its list once, and what fills them up has no weight."""
     case = long_case()
-    structure = plan_for(case.projection, torch.arange(41), False).structure
+    structure = plan_for(case.projection, torch.arange(71), False).structure
     weight = torch.cat([case.projection.weight, torch.zeros(1)])
-    for lists, side, size in ((structure.column_lists, 0, 151), (structure.row_lists, 1, 41)):
+    for lists, side, size in ((structure.column_lists, 0, 151), (structure.row_lists, 1, 71)):
         dense = torch.zeros(len(lists.owner), size)
-        behind = WARP * int(lists.start[-1])
-        few = slice(len(lists.owner) - lists.few, None)
-        dense[few].scatter_add_(1, lists.index[behind:].view(-1, 4).long(), weight[lists.entry[behind:]].view(-1, 4))
-        for n in range(len(lists.owner) - lists.few):
+        assert lists.part[0] == 0
+        assert lists.part[-1] == len(lists.start) - 1
+        assert bool((lists.part.diff() >= 0).all())
+        behind, longs = WARP * int(lists.start[-1]), len(lists.owner) - lists.few
+        for n in range(longs):
             piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
             block = slice(WARP * int(lists.start[piece]), WARP * int(lists.start[piece + 1]))
             lane = slice(None) if n < lists.shared else slice((n - lists.shared) % WARP, None, WARP)
-            index, entry = lists.index[block][lane].long(), lists.entry[block][lane]
-            dense[n].index_add_(0, index, weight[entry])
+            index, entry = (x[block].view(-1, WARP, 4)[:, lane].flatten() for x in (lists.index, lists.entry))
+            dense[n].index_add_(0, index.long(), weight[entry])
+        dense[longs:].scatter_add_(1, lists.index[behind:].view(-1, 4).long(), weight[lists.entry[behind:]].view(-1, 4))
         whole = _dense(case.projection)
         want = whole.T if side == 0 else whole
         assert torch.equal(dense, want[lists.owner.long()])

@@ -27,7 +27,13 @@ def test_the_plan_of_a_piece_index(sizes: tuple[int, int]) -> None:
     for lists, side, pairs in sides:
         found = []
         of_number = torch.full((plan.events + 1,), -1)
-        for n, number in enumerate(lists.event.tolist()):
+        numbers = list(range(plan.events))
+        if side is pieces.student:
+            numbers.insert(plan.unmatched, plan.events)
+        else:
+            numbers = plan.teacher_list.argsort().tolist()
+        assert len(numbers) == len(lists.owner)
+        for n, number in enumerate(numbers):
             piece = n if n < lists.shared else lists.shared + (n - lists.shared) // WARP
             block = lists.tokens[WARP * int(lists.start[piece]) : WARP * int(lists.start[piece + 1])]
             tokens = block if n < lists.shared else block.view(-1, WARP, 4)[:, (n - lists.shared) % WARP].flatten()

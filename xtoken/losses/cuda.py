@@ -254,9 +254,9 @@ def float_field(memory: Memory, values: Tensor | None) -> Array | None:
 
 
 def bits_of(flags: Tensor) -> Tensor:
-    """Flags, eight to a byte, the first in the lowest bit; and a byte more, so that any eight are in two bytes."""
-    padded = torch.nn.functional.pad(flags.to(torch.uint8), (0, -len(flags) % 8 + 8)).view(-1, 8)
-    return (padded << torch.arange(8, dtype=torch.uint8, device=flags.device)).sum(1, dtype=torch.uint8)
+    """Flags as a `BitRow` of csrc: for every eighth the int32 of the 32 from there on, the first in the lowest bit."""
+    words = torch.nn.functional.pad(flags.to(torch.int64), (0, -len(flags) % 8 + 24)).unfold(0, 32, 8)
+    return (words << torch.arange(32, device=flags.device)).sum(1).to(torch.int32)
 
 
 def backend(name: str, kernels: Kernels, device_type: str) -> Backend:

@@ -13,7 +13,13 @@ from torch import Tensor
 from xtoken import _core
 
 WARP = 32
-"""Lists that are read side by side, and entries of a longer list that are."""
+"""Lists that are read side by side, or entries of one long list."""
+LONGEST = 64
+"""Entries that one lane of a warp reads; a longer list is read by all of them."""
+FOUR = 4
+"""Entries of a list that are read together."""
+PARTS = 16
+"""Of the slices: `list_parts` of csrc/launch/arguments.h."""
 
 T = TypeVar("T")
 
@@ -23,30 +29,45 @@ class SlicedLists:
     """The places of lists and of their entries."""
 
     shared: int
-    start: Tensor  # int32 [slices + 1]
+    start: Tensor  # int32 [slices + 1], multiples of four
+    part: Tensor  # int32 [PARTS + 1]: the first slice of each part, which have about as many entries
     source: Tensor  # int64 [32 * start[slices]]: which entry is there, -1: none
     owner: Tensor  # int32 [count]: whose each list is
 
     @staticmethod
     def of(owners: NDArray[np.int64], begin: NDArray[np.int64], counts: NDArray[np.int64]) -> SlicedLists:
         """Lists of the entries begin[n] ... begin[n] + counts[n] - 1."""
-        shared, start, source, place = _core.sliced_lists(begin, counts.astype(np.int32), WARP)
+        shared, start, source, place = _core.sliced_lists(begin, counts.astype(np.int32), WARP, LONGEST)
         ordered = np.empty(len(owners), np.int32)
         ordered[place] = owners
-        return SlicedLists(shared, torch.from_numpy(start).int(), torch.from_numpy(source), torch.from_numpy(ordered))
+        by_four, put = _by_four(torch.from_numpy(start), torch.from_numpy(source))
+        share = by_four[-1] * torch.arange(PARTS + 1) / PARTS
+        part = torch.searchsorted(by_four, share.ceil().long()).int()
+        return SlicedLists(shared, by_four.int(), part, put, torch.from_numpy(ordered))
 
     def put(self, values: Tensor, none: int) -> Tensor:
         """The values of the entries in their places, `none` where there is no entry."""
         return torch.cat([values, values.new_tensor([none])])[self.source]
 
 
+def _by_four(start: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Where each slice starts if its lanes have four entries side by side, and the entries; no slice is empty."""
+    lengths = start.diff()
+    padded = torch.cat([start[:1], (lengths.clamp_min(1) / FOUR).ceil().long().cumsum(0) * FOUR])
+    row = torch.arange(len(source) // WARP) + (padded[:-1] - start[:-1]).repeat_interleave(lengths)
+    put = source.new_full((int(padded[-1]), WARP), -1)
+    put[row] = source.view(-1, WARP)
+    return padded, put.view(-1, FOUR, WARP).transpose(1, 2).reshape(-1)
+
+
 def list_fields(lists: Any, memory: Any) -> dict[str, Any]:
-    """What the structs of lists in csrc begin with, of something with `shared`, `start` and `owner`."""
+    """What the structs of lists in csrc begin with, of something with `shared`, `start`, `part` and `owner`."""
     return {
         "slices": len(lists.start) - 1,
         "shared": lists.shared,
         "count": len(lists.owner),
         "start": memory.input(lists.start),
+        "part": memory.input(lists.part),
     }
 
 

@@ -145,7 +145,9 @@ __device__ float write_gradient(const KdParams& params, const RowPair<S>& rows, 
         for (int n = 0; n < N; ++n) g[n] = shown[n] < params.lowest ? 0.0f : g[n] * factor;
         label.add(i, x, g);
     };
-    write_row(rows.z, rows.y, row_of<S>(params.grad, r), params.student.width, params.grad.width, prepare);
+    const int size = params.student.width;
+    const auto both = [&](auto body) { each_pair(rows.z, rows.y, size, body); };
+    write_row(rows.z, row_of<S>(params.grad, r), size, params.grad.width, both, prepare);
     return part;
 }
 
@@ -161,8 +163,11 @@ __global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constan
             return statistics(row, params.chosen, params.columns, params.lowest, params.temperature, shared,
                               Unweighted{});
         };
-        const Statistics student = over_columns(z), teacher = over_columns(y);
-        const RowPair<S> rows{z, y, RowShares(student), RowShares(teacher)};
+        // Both rows do not stay in L2 until they are read again; the teacher's does, alone.
+        const Row<S> brief = z.kept(Keep::briefly);
+        const AnyRow last = y.kept(Keep::briefly);
+        const Statistics student = over_columns(brief), teacher = over_columns(y);
+        const RowPair<S> rows{brief, last, RowShares(student), RowShares(teacher)};
         const LabelTerm label = label_term(params.labels, r, z, params.student.width, params.lowest, shared,
                                            params.chosen == nullptr && params.temperature == 1.0f, student);
         const MixedDivergence mixed(params.divergence, z.precise() || y.precise());

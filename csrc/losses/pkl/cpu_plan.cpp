@@ -124,7 +124,7 @@ PklPlan::SumsLayout PklPlan::make_sums(const Lists& lists, int64_t window, int32
     int64_t begin = 0;
     for (int64_t from = 0; from < count; from += window) {
         const auto first = lists.count.begin() + from;
-        const SlicedLists sliced({first, first + std::min(window, count - from)}, lanes, false);
+        const SlicedLists sliced({first, first + std::min(window, count - from)}, lanes);
         const int64_t base = lanes * sums.start.back();
         sums.index.resize(base + sliced.size(), zero_slot);
         sums.entry.resize(base + sliced.size(), -1);

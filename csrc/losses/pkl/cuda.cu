@@ -96,6 +96,12 @@ struct QuickPowers {
     }
 };
 
+// Whether weights are 0 and 1, in a BitRow.
+template <typename Weights>
+constexpr bool is_bits = false;
+template <bool ahead>
+constexpr bool is_bits<BitRow<ahead>> = true;
+
 // One pass over (the chosen elements of) a row: what a thread adds up, relative to the largest element of one of its
 // vectors, then the sums over the block. The student's row (not `with_entropy`) is scanned for its largest element too,
 // and its lowest logits are left out, since that is seldom wrong: `clamped_sums`.
@@ -106,7 +112,7 @@ class PowersOf {
 
     template <typename R, typename Weights>
     __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
-        each_column(row, chosen, size, [&](int i, const auto& x) {
+        each_weighted(row, chosen, size, weights, [&](int i, const auto& x, const auto& weight) {
             constexpr int N = sizeof(x) / sizeof(float);
             float e[N], exponent[N];
             float sum = powers<with_entropy>(x, exponent, e);
@@ -121,7 +127,7 @@ class PowersOf {
                 if (sum > largest_) place_ = N == 1 ? -2 - i : i;
                 largest_ = fmaxf(largest_, sum);
             }
-            add_powers(i, exponent, e, sum, weights);
+            add_powers(exponent, e, sum, weight);
         });
     }
 
@@ -151,11 +157,11 @@ class PowersOf {
     template <typename R, typename Weights>
     __device__ PowerSums<precise> clamped_sums(const R& row, int size, const Weights& weights, Sums& shared) {
         total_ = weighted_ = 0.0f;
-        each_vector(row, size, [&](int i, const auto& x) {
+        each_weighted(row, nullptr, size, weights, [&](int, const auto& x, const auto& weight) {
             constexpr int N = sizeof(x) / sizeof(float);
             float e[N], exponent[N];
             const float sum = powers<true>(x, exponent, e);
-            add_powers(i, exponent, e, sum, weights);
+            add_powers(exponent, e, sum, weight);
         });
         return over_block(shared);
     }
@@ -175,10 +181,19 @@ class PowersOf {
         }
         return sum;
     }
-    template <int N, typename Weights>
-    __device__ void add_powers(int i, const float (&exponent)[N], const float (&e)[N], float sum,
-                               const Weights& weights) {
-        const auto weight = weights.template of<N>(i);
+    // body(i, x, weight); bits are copied beside the row, which is all of it.
+    template <typename R, typename Weights, typename Body>
+    __device__ static void each_weighted(const R& row, const int32_t* chosen, int size, const Weights& weights,
+                                         Body body) {
+        if constexpr (is_bits<Weights>) {
+            each_pair(row, weights, size, body);
+        } else {
+            each_column(row, chosen, size,
+                        [&](int i, const auto& x) { body(i, x, weights.template of<sizeof(x) / sizeof(float)>(i)); });
+        }
+    }
+    template <int N, typename Weight>
+    __device__ void add_powers(const float (&exponent)[N], const float (&e)[N], float sum, const Weight& weight) {
         total_ += sum;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
@@ -207,7 +222,7 @@ class PowersOf {
     int place_ = -1;         // of that vector, -2 - place of an element outside of vectors; then of the largest element
 };
 
-// Weights 0, and 0 and 1: eight flags a byte.
+// Weights 0.
 struct Zeros {
     struct All {
         __device__ float add(int, float, float sum) const { return sum; }
@@ -215,22 +230,6 @@ struct Zeros {
     template <int N>
     __device__ All of(int) const {
         return {};
-    }
-};
-struct Flags {
-    const uint8_t* bytes;
-
-    struct Bits {
-        unsigned bits;
-        __device__ bool operator[](int k) const { return (bits & 1u << k) != 0; }
-        __device__ float add(int k, float x, float sum) const { return (*this)[k] ? sum + x : sum; }
-    };
-    // Of elements i ... i + N - 1.
-    template <int N>
-    __device__ Bits of(int i) const {
-        static_assert(N <= 8, "of two bytes");
-        const uint8_t* at = bytes + static_cast<unsigned>(i) / 8;
-        return {(at[0] | unsigned{at[1]} << 8) >> static_cast<unsigned>(i) % 8};
     }
 };
 
@@ -251,56 +250,102 @@ struct Numbers {
     }
 };
 
-// `factor` times sums of value(index) over lists, into sums[-1 - list]. Returns the sum of those that this thread
-// writes. `together`: short lists of a thread at a time.
-template <int together, bool all_wanted, typename Value>
-__device__ float sum_lists(const SumLists& lists, float* sums, float factor, Value value) {
-    float written = 0.0f;
-    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
-    const int lane = thread % warp_size, long_lists = lists.count - lists.few;
-    const auto is_wanted = [&](int list) { return all_wanted || lists.wanted[list] != 0; };
+// Four entries of a list: what they name, and their weights.
+template <typename T>
+struct Entries {
+    T value[4];
+    float weight[4];
+};
+
+// `factor` times sums of value(get(index)) over lists, into sums[-1 - list]. Returns the sum of those that this thread
+// writes. `ahead`: all are wanted, and what they name is near.
+template <bool ahead, typename Get, typename Value>
+__device__ __forceinline__ float sum_lists(const SumLists& lists, float* sums, float factor, Get get, Value value) {
+    using Four = Entries<decltype(get(0))>;
+    float total = 0.0f, written = 0.0f;
+    const int lane = static_cast<int>(threadIdx.x) % warp_size, long_lists = lists.count - lists.few;
+    const auto is_wanted = [&](int list) { return ahead || lists.wanted == nullptr || lists.wanted[list] != 0; };
     const auto write = [&](int list, float sum) {
         sums[-1 - list] = sum * factor;
         written += sum * factor;
     };
-    each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
-        const bool wanted = list < long_lists && is_wanted(list);
-        float total = 0.0f;
-#pragma unroll 4
-        for (int i = begin; i < (wanted ? end : begin); ++i) {
-            const int at = i * warp_size + lane;
-            total = fmaf(lists.weight[at], value(lists.index[at]), total);
-        }
-        if (is_shared) {
+    const auto end = [&](int list, bool of_all, bool wanted) {
+        if (of_all) {
             for (int step = warp_size / 2; step > 0; step /= 2) total += __shfl_xor_sync(all_lanes, total, step);
         }
-        if (wanted && (!is_shared || lane == 0)) write(list, total);
-    });
-    constexpr int lanes = 4;
+        if (wanted && (!of_all || lane == 0)) write(list, total);
+        total = 0.0f;
+    };
+    if constexpr (ahead) {
+        each_slice<Four>(
+            lists,
+            [&](const Ring& ring, int at) {
+                copy_async<16>(ring.slot(0), lists.index + at);
+                copy_async<16>(ring.slot(1), lists.weight + at);
+            },
+            [&](const Ring& ring, Four& four) {
+                uint32_t index[4], weight[4];
+                read_copied(ring.slot(0), index);
+                read_copied(ring.slot(1), weight);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    four.value[k] = get(static_cast<int>(index[k]));
+                    four.weight[k] = __uint_as_float(weight[k]);
+                }
+            },
+            [&](const Four& four, auto fetch_next) {
+                float x[4], weight[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    x[k] = value(four.value[k]);
+                    weight[k] = four.weight[k];
+                }
+                fetch_next();
+#pragma unroll
+                for (int k = 0; k < 4; ++k) total = fmaf(weight[k], x[k], total);
+            },
+            [&](int list, bool of_all) { end(list, of_all, list < long_lists); });
+    } else {
+        each_slice(lists, [&](int list, bool of_all, int begin, int behind) {
+            const bool wanted = list < long_lists && is_wanted(list);
+            if (!__any_sync(all_lanes, wanted)) return;
+            for (int i = begin; i < (wanted ? behind : begin); i += 4) {
+                int32_t index[4];
+                float weight[4];
+                load_lanes(lists.index, i * warp_size + 4 * lane, index);
+                load_lanes(lists.weight, i * warp_size + 4 * lane, weight);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) total = fmaf(weight[k], value(get(index[k])), total);
+            }
+            end(list, of_all, wanted);
+        });
+    }
     const int behind = lists.start[lists.slices] * warp_size;
-    for (int first = thread; first < lists.few; first += together * threads) {
-        int32_t index[together][lanes];
-        float weight[together][lanes], total[together];
-        bool wanted[together];
-#pragma unroll
-        for (int n = 0; n < together; ++n) {
-            const int list = first + n * threads;
-            wanted[n] = list < lists.few && is_wanted(long_lists + list);
-            if (!wanted[n]) continue;
-            load_lanes(lists.index, behind + lanes * list, index[n]);
-            load_lanes(lists.weight, behind + lanes * list, weight[n]);
+    const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+    Ring ring;
+    const auto copy = [&](int list) {
+        if (list < lists.few) {
+            copy_async<16>(ring.slot(0), lists.index + behind + 4 * list);
+            copy_async<16>(ring.slot(1), lists.weight + behind + 4 * list);
         }
+        ring.push();
+    };
 #pragma unroll
-        for (int n = 0; n < together; ++n) {
-            if (!wanted[n]) continue;
-            total[n] = 0.0f;
+    for (int k = 0; k < Ring::depth; ++k) copy(thread + k * threads);
+#pragma unroll 1
+    for (int list = thread; list < lists.few; list += threads) {
+        uint32_t index[4], weight[4];
+        ring.wait();
+        read_copied(ring.slot(0), index);
+        read_copied(ring.slot(1), weight);
+        copy(list + Ring::depth * threads);
+        if (!is_wanted(long_lists + list)) continue;
+        float sum = 0.0f;
 #pragma unroll
-            for (int i = 0; i < lanes; ++i) total[n] = fmaf(weight[n][i], value(index[n][i]), total[n]);
+        for (int k = 0; k < 4; ++k) {
+            sum = fmaf(__uint_as_float(weight[k]), value(get(static_cast<int>(index[k]))), sum);
         }
-#pragma unroll
-        for (int n = 0; n < together; ++n) {
-            if (wanted[n]) write(long_lists + first + n * threads, total[n]);
-        }
+        write(long_lists + list, sum);
     }
     return written;
 }
@@ -371,7 +416,8 @@ class Chunk {
             }
             return;
         }
-        sum_lists<lists_together, true>(plan_.row_lists, end_of_sums(), 1.0f, [&](int n) { return stored_end_[n]; });
+        sum_lists<true>(
+            plan_.row_lists, end_of_sums(), 1.0f, [&](int n) { return stored_end_[n]; }, [](float x) { return x; });
         __syncthreads();  // the rows' sums are there
         double row_mean = (b + mean) * row_factor, share = row_factor;
         if (merged() > 1) share = unit * shared_.total / (temperature * merged());
@@ -396,9 +442,8 @@ class Chunk {
   private:
     static constexpr bool precise = sizeof(S) == 4;
     static constexpr double unit = Powers<precise>::unit;
-    // Whether there are passes for usual chunks, and two short lists of a thread at a time: as the registers allow.
+    // Whether there are passes for usual chunks: as the registers allow.
     static constexpr bool has_usual = merge == Merge::first && !is_mixed;
-    static constexpr int lists_together = has_usual ? 2 : 1;
 
     // What the passes from the fourth on know of the two distributions. Exponents of q: the whole part of the logarithm
     // of the teacher's total is taken off (its powers' shift), the rest, `lift`, multiplies q and m.
@@ -482,7 +527,7 @@ class Chunk {
             own = average_student();
         } else {
             const PowerSums<precise> found = plan_.paired == nullptr ? student_powers(z_, Zeros{}, [] {})
-                                                                     : student_powers(z_, Flags{plan_.paired}, [&] {
+                                                                     : student_powers(z_, BitRow<>{plan_.paired}, [&] {
                                                                            copy_rest();
                                                                        });  // its barriers are the copies' too
             both.student = found.powers;
@@ -503,7 +548,7 @@ class Chunk {
                 teacher.add(both.y, plan_.stored, columns_, Zeros{});
             } else {
                 typed_row(p_.teacher, p_.teacher_rows.start[k_],
-                          [&](const auto& y) { teacher.add(y, nullptr, plan_.teachers, Flags{plan_.empty}); });
+                          [&](const auto& y) { teacher.add(y, nullptr, plan_.teachers, BitRow<>{plan_.empty}); });
             }
         }
         double sums[1] = {static_cast<double>(sum)};
@@ -523,7 +568,7 @@ class Chunk {
             if (plan_.empty == nullptr) {
                 powers.add(both.y, nullptr, size(), Zeros{});
             } else {
-                powers.add(both.y, nullptr, size(), Flags{plan_.empty});
+                powers.add(both.y, nullptr, size(), BitRow<false>{plan_.empty});
             }
             const PowerSums<precise> found = powers.sums(shared_.sums);
             both.teacher = found.powers;
@@ -550,10 +595,10 @@ class Chunk {
             });
         }
         __syncthreads();  // the mean is there
-        const Flags paired{plan_.paired};
+        const BitRow<> paired{plan_.paired};
         float sum = 0.0f;
         for (int s = static_cast<int>(threadIdx.x); s < plan_.students; s += static_cast<int>(blockDim.x)) {
-            if (plan_.paired != nullptr) sum = paired.template of<1>(s).add(0, mean_distribution()[s], sum);
+            if (plan_.paired != nullptr && paired[s]) sum += mean_distribution()[s];
         }
         double sums[1] = {static_cast<double>(sum)};
         block_sum(sums, shared_.sums);
@@ -564,24 +609,26 @@ class Chunk {
     // that are stored, unless they are all that have no pair.
     __device__ float sum_columns(const Powers<precise>& student) const {
         const SumLists& lists = plan_.column_lists;
+        const bool averaged = merged() > 1;
+        const auto power = [&](float x) { return averaged ? x : student.power(x); };
         if (plan_.paired != nullptr) {
             if (!has_usual || student.clamped) {
-                return sum_lists<1, true>(lists, end_of_sums(), 1.0f, [&](int i) {
-                    return merged() > 1 ? mean_distribution()[plan_.unpaired[i]] : student.power(widen(rest_[i]));
-                });
+                const auto get = [&](int i) {
+                    return averaged ? mean_distribution()[plan_.unpaired[i]] : widen(rest_[i]);
+                };
+                return sum_lists<true>(lists, end_of_sums(), 1.0f, get, power);
             }
             const QuickPowers<precise> quick(student);
             const S* rest = in_register(rest_);
-            return sum_lists<lists_together, true>(lists, end_of_sums(), static_cast<float>(quick.factor), [&](int i) {
-                return quick.power(widen(rest[static_cast<unsigned>(i)]));
-            });
+            return sum_lists<true>(
+                lists, end_of_sums(), static_cast<float>(quick.factor),
+                [&](int i) { return rest[static_cast<unsigned>(i)]; }, [&](S x) { return quick.power(widen(x)); });
         }
-        const auto value = [&](int i) { return mass(student, i); };
-        float sum = lists.wanted == nullptr ? sum_lists<1, true>(lists, end_of_sums(), 1.0f, value)
-                                            : sum_lists<1, false>(lists, end_of_sums(), 1.0f, value);
+        const auto get = [&](int i) { return averaged ? mean_distribution()[i] : z_[i]; };
+        float sum = sum_lists<false>(lists, end_of_sums(), 1.0f, get, power);
         if (plan_.empty != nullptr) return sum;
         for (int n = static_cast<int>(threadIdx.x); n < columns_; n += static_cast<int>(blockDim.x)) {
-            if (plan_.column_slot[n] < plan_.students) sum += value(plan_.column_slot[n]);
+            if (plan_.column_slot[n] < plan_.students) sum += power(get(plan_.column_slot[n]));
         }
         return sum;
     }
@@ -717,12 +764,10 @@ class Chunk {
     }
 
     __device__ void columns_without_entries(const Both& both, Parts& parts) const {
-        const Flags empty{plan_.empty};
-        each_vector(both.y, size(), [&](int i, const auto& y) {
+        each_pair(both.y, BitRow<false>{plan_.empty}, size(), [&](int, const auto& y, const auto& is_empty) {
             constexpr int N = sizeof(y) / sizeof(float);
             int32_t place[N];
             float x[N], u[N];
-            const Flags::Bits is_empty = empty.template of<N>(i);
 #pragma unroll
             for (int k = 0; k < N; ++k) {
                 place[k] = is_empty[k] ? 0 : -1;
@@ -878,12 +923,11 @@ class Chunk {
         const LabelTerm label =
             label_term(p_.labels, r, z, plan_.students, p_.lowest, shared_.sums, p_.temperature == 1.0f, known);
         S* grad = row_of<S>(p_.grad, r);
-        const Written<S> written(z, grad);
         const int peak = is_peaked(shared_.total) ? shared_.peak : -1;  // whose gradient is computed last
         float others = 0.0f;
         const QuickPowers<precise> student(both.student), teacher(both.teacher);  // of usual chunks
         // g: without the label's term
-        const auto write = [&](int i, const auto& z, auto& g) {
+        const auto finish = [&](int i, const auto& z, auto& g) {
             constexpr int N = sizeof(g) / sizeof(float);
             if (peak >= 0) {
                 if (peak < i || peak >= i + N) {
@@ -895,7 +939,6 @@ class Chunk {
                 }
             }
             label.add(i, z, g);
-            written.put(i, g);
         };
         // h: with the factor
         const auto multiply = [&](const auto& z, const auto& h, auto& g) {
@@ -904,71 +947,75 @@ class Chunk {
 #pragma unroll
             for (int k = 0; k < N; ++k) g[k] = z[k] < p_.lowest ? 0.0f : g[k] * h[k];
         };
+        const auto write = [&](auto each, auto prepare) {
+            write_row(z, grad, plan_.students, p_.grad.width, each, prepare);
+        };
+        const auto beside = [&](const float* row) {
+            return [this, row, &z](auto body) { each_pair(z, AnyRow(row), plan_.students, body); };
+        };
+        const auto partners = [&](auto body) { each_partner(z, both.y, plan_.row_slot, plan_.students, body); };
         if (merged() > 1) {
             const auto high = static_cast<float>(mean), low = static_cast<float>(mean - static_cast<double>(high));
             const auto share = static_cast<float>(factor);
-            each_pair(z, AnyRow(mean_distribution()), plan_.students, [&](int i, const auto& z, const auto& values) {
+            write(beside(mean_distribution()), [&](int i, const auto& z, const auto& values, auto& g) {
                 constexpr int N = sizeof(z) / sizeof(float);
-                float g[N], h[N];
+                float h[N];
 #pragma unroll
                 for (int k = 0; k < N; ++k) h[k] = ((values[k] - high) - low) * share;
                 multiply(z, h, g);
-                write(i, z, g);
+                finish(i, z, g);
             });
         } else if (plan_.paired == nullptr) {
-            const AnyRow slots(reinterpret_cast<const float*>(plan_.row_slot));
             by_kind(both, [&](auto usual) {
-                each_pair(z, slots, plan_.students, [&](int i, const auto& z, const auto& slot) {
-                    constexpr int N = sizeof(z) / sizeof(float);
-                    float g[N], h[N];
+                write(beside(reinterpret_cast<const float*>(plan_.row_slot)),
+                      [&](int i, const auto& z, const auto& slot, auto& g) {
+                          constexpr int N = sizeof(z) / sizeof(float);
+                          float h[N];
 #pragma unroll
-                    for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
-                    if constexpr (decltype(usual)::value) {
-                        student.of(z, g);
+                          for (int k = 0; k < N; ++k) h[k] = stored_end_[__float_as_int(slot[k])];
+                          if constexpr (decltype(usual)::value) {
+                              student.of(z, g);
 #pragma unroll
-                        for (int k = 0; k < N; ++k) g[k] *= h[k];
-                    } else {
-                        multiply(z, h, g);
-                    }
-                    write(i, z, g);
-                });
+                              for (int k = 0; k < N; ++k) g[k] *= h[k];
+                          } else {
+                              multiply(z, h, g);
+                          }
+                          finish(i, z, g);
+                      });
             });
         } else {
             by_kind(both, [&](auto usual) {
                 if constexpr (decltype(usual)::value) {
                     const auto to_mass = static_cast<float>(static_cast<double>(both.to_mass) * student.factor);
                     const auto scale = static_cast<float>(factor * student.factor * teacher.factor);
-                    each_partner(z, both.y, plan_.row_slot, plan_.students,
-                                 [&](int i, const auto& z, const auto& place, const auto& y) {
-                                     constexpr int N = sizeof(z) / sizeof(float);
-                                     float g[N], h[N], u[N];
-                                     student.of(z, g);
-                                     teacher.of(y, u);
+                    write(partners, [&](int i, const auto& z, const auto& place, const auto& y, auto& g) {
+                        constexpr int N = sizeof(z) / sizeof(float);
+                        float h[N], u[N];
+                        student.of(z, g);
+                        teacher.of(y, u);
 #pragma unroll
-                                     for (int k = 0; k < N; ++k) {
-                                         u[k] = quotient(u[k], fmaf(g[k], to_mass, both.small), precise);
-                                     }
-                                     row_values(place, u, scale, mean * student.factor, h);
+                        for (int k = 0; k < N; ++k) {
+                            u[k] = quotient(u[k], fmaf(g[k], to_mass, both.small), precise);
+                        }
+                        row_values(place, u, scale, mean * student.factor, h);
 #pragma unroll
-                                     for (int k = 0; k < N; ++k) g[k] *= h[k];
-                                     write(i, z, g);
-                                 });
+                        for (int k = 0; k < N; ++k) g[k] *= h[k];
+                        finish(i, z, g);
+                    });
                 } else {
-                    each_partner(z, both.y, plan_.row_slot, plan_.students,
-                                 [&](int i, const auto& z, const auto& place, const auto& y) {
-                                     constexpr int N = sizeof(z) / sizeof(float);
-                                     float g[N], h[N], u[N];
-                                     Parts unused;
-                                     both.student.template of<true>(z, g);
-                                     slopes(both, place, g, y, u, unused);
-                                     row_values(place, u, static_cast<float>(factor), mean, h);
-                                     multiply(z, h, g);
-                                     write(i, z, g);
-                                 });
+                    write(partners, [&](int i, const auto& z, const auto& place, const auto& y, auto& g) {
+                        constexpr int N = sizeof(z) / sizeof(float);
+                        float h[N], u[N];
+                        Parts unused;
+                        both.student.template of<true>(z, g);
+                        slopes(both, place, g, y, u, unused);
+                        row_values(place, u, static_cast<float>(factor), mean, h);
+                        multiply(z, h, g);
+                        finish(i, z, g);
+                    });
                 }
             });
         }
-        written.fill(plan_.students, p_.grad.width);
         if (peak < 0) return;
         double sums[1] = {static_cast<double>(others)};
         block_sum(sums, shared_.sums);

@@ -40,17 +40,12 @@ XTOKEN_KERNEL(void, pkl_chunk, (const PklParams& params, int64_t k, float* works
 
 namespace cuda {
 
-// Weighted sums, a warp to a slice of 32 side by side: entry i of lane l of slice k is at 32 * (start[k] + i) + l. The
-// first `shared` slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n -
-// shared) / 32. Sorted by length. The last `few` lists have up to four entries each, one after the other behind the
-// slices. All are filled up with entries of weight 0 that name some element.
+// Weighted sums. The last `few` lists have up to four entries each, one list after the other behind the slices. All are
+// filled up with entries of weight 0 that name some element.
 struct SumLists {
 #define XTOKEN_SUM_LISTS(FIELD)                                     \
-    FIELD(int32_t, slices, "how many");                             \
-    FIELD(int32_t, shared, "lists that have a slice of their own"); \
+    XTOKEN_LISTS(FIELD);                                            \
     FIELD(int32_t, few, "lists of up to four entries");             \
-    FIELD(int32_t, count, "lists");                                 \
-    FIELD(const int32_t*, start, "[slices + 1]");                   \
     FIELD(const int32_t*, index, "[32 * start[slices] + 4 * few]"); \
     FIELD(const float*, weight, "as index");                        \
     FIELD(const uint8_t*, wanted, "[count] sums that are needed; null: all")
@@ -62,23 +57,23 @@ struct SumLists {
 // of a chosen C those of all its columns. Sums of several entries are computed first, and put behind e and u, with a
 // zero for what has no entries.
 struct PklPlan {
-#define XTOKEN_PKL_PLAN(FIELD)                                                                                    \
-    FIELD(int32_t, students, "rows of W");                                                                        \
-    FIELD(int32_t, teachers, "columns of W");                                                                     \
-    FIELD(int32_t, columns, "stored ones");                                                                       \
-    FIELD(const int32_t*, stored, "[columns] their teacher ids, distinct");                                       \
-    FIELD(const int32_t*, count, "[] how many of them, from the first on, are the set; null: all");               \
-    FIELD(const int32_t*, column_slot, "[columns] in (e [students], 0, sums of column_lists)");                   \
-    FIELD(const int32_t*, row_slot,                                                                               \
-          "[students] the column of a pair, or -1 - the slot in (u [columns], 0, sums of row_lists)");            \
-    FIELD(const uint8_t*, paired, "[students / 8 + 2] a bit a row of a pair; null: there are none");              \
-    FIELD(int32_t, rest, "rows of no pair, 0 without pairs");                                                     \
-    FIELD(const int32_t*, unpaired, "[rest] they; null: no pairs");                                               \
-    FIELD(const uint8_t*, empty, "[teachers / 8 + 2] a bit a column without entries; null: C is what is stored"); \
-    FIELD(SumLists, column_lists, "of student ids, or with pairs of places in `unpaired`");                       \
-    FIELD(SumLists, row_lists, "of -1 - stored columns, or the zero behind them");                                \
-    FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");              \
-    FIELD(const int64_t*, entry_column, "[entries] stored columns, or the zero behind them; null: not wanted");   \
+#define XTOKEN_PKL_PLAN(FIELD)                                                                                  \
+    FIELD(int32_t, students, "rows of W");                                                                      \
+    FIELD(int32_t, teachers, "columns of W");                                                                   \
+    FIELD(int32_t, columns, "stored ones");                                                                     \
+    FIELD(const int32_t*, stored, "[columns] their teacher ids, distinct");                                     \
+    FIELD(const int32_t*, count, "[] how many of them, from the first on, are the set; null: all");             \
+    FIELD(const int32_t*, column_slot, "[columns] in (e [students], 0, sums of column_lists)");                 \
+    FIELD(const int32_t*, row_slot,                                                                             \
+          "[students] the column of a pair, or -1 - the slot in (u [columns], 0, sums of row_lists)");          \
+    FIELD(const int32_t*, paired, "BitRow [students]: rows of pairs; null: there are none");                    \
+    FIELD(int32_t, rest, "rows of no pair, 0 without pairs");                                                   \
+    FIELD(const int32_t*, unpaired, "[rest] they; null: no pairs");                                             \
+    FIELD(const int32_t*, empty, "BitRow [teachers]: columns without entries; null: C is what is stored");      \
+    FIELD(SumLists, column_lists, "of student ids, or with pairs of places in `unpaired`");                     \
+    FIELD(SumLists, row_lists, "of -1 - stored columns, or the zero behind them");                              \
+    FIELD(const int64_t*, entry_row, "[entries] student ids of the entries in C; null: not wanted");            \
+    FIELD(const int64_t*, entry_column, "[entries] stored columns, or the zero behind them; null: not wanted"); \
     FIELD(int64_t, entries, "how many")
     XTOKEN_FIELDS(XTOKEN_PKL_PLAN)
 };

@@ -61,7 +61,7 @@ struct Start {
 
         std::vector<int32_t> counts;
         for (const int32_t event : order) counts.push_back(static_cast<int32_t>(lists[event].size()));
-        SlicedLists sliced(counts, lanes, false);
+        SlicedLists sliced(counts, lanes);
         tokens.assign(sliced.size(), 0);
         lanes_with.assign(sliced.start.back(), 0);
         number.assign(kinds.size(), 0);

@@ -49,7 +49,7 @@ struct Workspace {
           inner(whole(int64_t{1} + plan.most)),
           flags(whole((int64_t{plan.side[0].size} + 3) / 4)),
           bits(whole((larger(plan.side[0].size, plan.side[1].size) + 31) / 32)) {}
-    __host__ __device__ int64_t total() const { return 2 * masses + 7 * inner + flags + bits; }
+    __host__ __device__ int64_t total() const { return 3 * masses + 7 * inner + flags + bits; }
 
   private:
     __host__ __device__ static int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
@@ -138,7 +138,8 @@ __device__ inline int first_from(const int32_t* numbers, int count, int32_t x) {
 template <typename S>
 class Chunk {
   public:
-    __device__ Chunk(const PrefixParams& p, const int64_t& k, Shared& shared)
+    // `masses`: in shared memory, of the student's events at the start; null: the workspace has them.
+    __device__ Chunk(const PrefixParams& p, const int64_t& k, Shared& shared, float* masses)
         : p_(p),
           plan_(p.plan),
           shared_(shared),
@@ -155,7 +156,10 @@ class Chunk {
             at += floats;
             return part;
         };
-        start_ = {reinterpret_cast<Mass*>(take(parts.masses)), reinterpret_cast<Mass*>(take(parts.masses)), 0,
+        float *student = take(parts.masses), *teacher = take(parts.masses);
+        listed_ = reinterpret_cast<Mass*>(take(parts.masses));
+        are_shared_ = masses != nullptr;
+        start_ = {reinterpret_cast<Mass*>(are_shared_ ? masses : student), reinterpret_cast<Mass*>(teacher), 0,
                   plan_.events};
         inner_ = {reinterpret_cast<Mass*>(take(2 * parts.inner)), reinterpret_cast<Mass*>(take(2 * parts.inner)), 0, 0};
         event_ = reinterpret_cast<int32_t*>(take(parts.inner));
@@ -214,9 +218,20 @@ class Chunk {
     // ---- the start of the chunk ----
 
     __device__ void compare_start() {
-        sum_lists(plan_.student_lists, Row<S>(p_.student, row()), start_.student);
-        typed_row(p_.teacher, teacher_row(), [&](const auto& y) { sum_lists(plan_.teacher_lists, y, start_.teacher); });
+        sum_lists(plan_.student_lists, Row<S>(p_.student, row()), [&](int list, const Mass& mass) {
+            const int event = list == plan_.unmatched ? plan_.events : list - (list > plan_.unmatched);
+            start_.student[event].top = mass.top;
+            start_.student[event].sum = mass.sum;
+        });
+        typed_row(p_.teacher, teacher_row(), [&](const auto& y) {
+            sum_lists(plan_.teacher_lists, y, [&](int list, const Mass& mass) {
+                listed_[list].top = mass.top;
+                listed_[list].sum = mass.sum;
+            });
+        });
         __syncthreads();  // the masses are there
+        number_teacher();
+        __syncthreads();  // and the teacher's in the order of the events
         left_out_ = leave_out();
         set_term(sum_boundary(start_, is_usual() ? compare_pairs<true>() : compare_pairs<false>()), shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
@@ -226,6 +241,24 @@ class Chunk {
             start_.student[plan_.events] = {-nothing, 0.0f};  // which makes any gradient 0
         }
         __syncthreads();  // the slopes are there
+    }
+
+    // The masses of the teacher's lists, by event.
+    __device__ void number_teacher() const {
+        constexpr int N = 4;  // loads in flight
+        const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
+        for (int first = thread; first < plan_.events; first += N * threads) {
+            int list[N];
+            Mass mass[N];
+#pragma unroll
+            for (int k = 0; k < N; ++k) list[k] = plan_.teacher_list[min(first + k * threads, plan_.events - 1)];
+#pragma unroll
+            for (int k = 0; k < N; ++k) mass[k] = listed_[list[k]];
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                if (first + k * threads < plan_.events) start_.teacher[first + k * threads] = mass[k];
+            }
+        }
     }
 
     // Calls body(event), by one thread each, with the events of which a side's tokenizer knows that they do not start
@@ -343,17 +376,15 @@ class Chunk {
         for (int k = 0; k < N; ++k) mass.sum += e[k];
     }
 
-    // Adds the logits of tokens, -1 for none.
-    template <typename R, int N>
-    __device__ void add_tokens(const R& row, const int32_t (&tokens)[N], Mass& mass) const {
-        float x[N];
-        row.gather_or_lowest(tokens, x);
+    // Adds the logits of tokens, -inf where there is none.
+    template <int N>
+    __device__ void add_tokens(float (&x)[N], const bool (&is_token)[N], bool precise, Mass& mass) const {
         const float top = largest_of(x, mass.top);
         if (!outweighs_lowest(top)) {
 #pragma unroll
-            for (int k = 0; k < N; ++k) x[k] = tokens[k] < 0 ? -INFINITY : clamped(x[k]);
+            for (int k = 0; k < N; ++k) x[k] = is_token[k] ? clamped(x[k]) : -INFINITY;
         }
-        add(x, top, row.precise(), mass);
+        add(x, top, precise, mass);
     }
     template <int N>
     __device__ static float largest_of(const float (&x)[N], float other) {
@@ -371,33 +402,52 @@ class Chunk {
 #pragma unroll 1
         for (int i = begin; i < end; i += together) {
             int32_t some[together];
+            float x[together];
+            bool is_token[together];
 #pragma unroll
-            for (int k = 0; k < together; ++k) some[k] = i + k < end ? tokens[i + k] : -1;
-            add_tokens(row, some, mass);
+            for (int k = 0; k < together; ++k) {
+                is_token[k] = i + k < end;
+                some[k] = is_token[k] ? tokens[i + k] : -1;
+            }
+            row.gather_or_lowest(some, x);
+            add_tokens(x, is_token, row.precise(), mass);
         }
         return tempered(mass);
     }
 
-    // The masses of lists of tokens, into out[event].
-    template <typename R>
-    __device__ void sum_lists(const TokenLists& lists, const R& row, Mass* out) const {
-        const int lane = static_cast<int>(threadIdx.x) % warp_size;
-        each_slice(lists, [&](int list, bool is_shared, int begin, int end) {
-            Mass mass{p_.lowest, 0.0f};
-#pragma unroll 1
-            for (int i = begin; i < end; i += 4) {
-                int32_t tokens[4];
-                load_lanes(lists.tokens, i * warp_size + 4 * lane, tokens);
-                add_tokens(row, tokens, mass);
-            }
-            if (is_shared) mass = warp_mass(mass, row.precise());
-            if (list < lists.count && (!is_shared || lane == 0)) {
-                mass = tempered(mass);
-                Mass* to = out + lists.event[list];
-                to->top = mass.top;
-                to->sum = mass.sum;
-            }
-        });
+    // Calls write(list, mass) with the masses of lists of tokens.
+    template <typename R, typename Write>
+    __device__ void sum_lists(const TokenLists& lists, const R& row, Write write) const {
+        struct Tokens {
+            int32_t ids[4];
+            typename R::Element logits[4];
+        };
+        Mass mass{p_.lowest, 0.0f};
+        each_slice<Tokens>(
+            lists, [&](const Ring& ring, int at) { copy_async<16>(ring.slot(0), lists.tokens + at); },
+            [&](const Ring& ring, Tokens& ahead) {
+                uint32_t words[4];
+                read_copied(ring.slot(0), words);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) ahead.ids[k] = static_cast<int32_t>(words[k]);
+                row.gather_or_lowest(ahead.ids, ahead.logits);
+            },
+            [&](const Tokens& ahead, auto next) {
+                float x[4];
+                bool is_token[4];
+#pragma unroll
+                for (int k = 0; k < 4; ++k) {
+                    x[k] = widen(ahead.logits[k]);
+                    is_token[k] = ahead.ids[k] >= 0;
+                }
+                next();
+                add_tokens(x, is_token, row.precise(), mass);
+            },
+            [&](int list, bool of_all) {
+                if (of_all) mass = warp_mass(mass, row.precise());
+                if (list < lists.count && (!of_all || threadIdx.x % warp_size == 0)) write(list, tempered(mass));
+                mass = {p_.lowest, 0.0f};
+            });
     }
 
     // That of a warp's lanes together.
@@ -419,8 +469,9 @@ class Chunk {
 
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
     // halves, without boundaries inside. Where x is below the lowest logit it is none.
-    template <bool usual, int N>  // of a usual chunk at temperature 1, without a mixture and lowest logits, or of any
-    __device__ void start_gradients(const Term& term, const Mass* events, int i, const float (&x)[N],
+    // `usual`: of a usual chunk at temperature 1, without a mixture and lowest logits, or of any.
+    template <bool usual, typename Masses, int N>
+    __device__ void start_gradients(const Term& term, const Masses& events, int i, const float (&x)[N],
                                     const int32_t (&slot)[N], const float (&partner)[N], float (&g)[N]) const {
         constexpr int M = N < 4 ? N : 4;
 #pragma unroll
@@ -430,7 +481,7 @@ class Chunk {
             for (int k = 0; k < M; ++k) {
                 const int32_t to = slot[first + k];
                 Mass own{term.z_centre, term.student};
-                if (to < 0) own = event_behind(events, to);
+                if (to < 0) own = events[-1 - to];
                 e[k] = x[first + k] - own.top;
                 if (!usual && to >= 0) e[k] *= inverse_temperature_;
                 student[k] = own.sum;
@@ -459,12 +510,6 @@ class Chunk {
                 for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
             }
         }
-    }
-    // The event with the number -1 - slot: `events` are start_events(). One instruction finds it.
-    __device__ const Mass* start_events() const { return base(start_.student - 1); }
-    __device__ static const Mass& event_behind(const Mass* events, int32_t slot) {
-        constexpr auto step = -static_cast<int64_t>(sizeof(Mass));
-        return *reinterpret_cast<const Mass*>(reinterpret_cast<const char*>(events) + slot * step);
     }
 
     // ---- any boundary ----
@@ -829,9 +874,13 @@ class Chunk {
                 finish(label, s, x, g);
             });
         } else if (is_usual() && !tempered_ && !mixed_ && outweighs_lowest(shared_.start.y_centre)) {
-            write_start<true>(z, grad, label);
+            if (are_shared_) {
+                write_start<true>(z, grad, label, InShared<Mass>(start_.student));
+            } else {
+                write_start<true>(z, grad, label, start_.student);
+            }
         } else {
-            write_start<false>(z, grad, label);
+            write_start<false>(z, grad, label, start_.student);
         }
         if (inside.count == 0) return;
         __syncthreads();  // the row is there
@@ -850,7 +899,7 @@ class Chunk {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients<false>(shared_.start, start_events(), token, x, slot, partner, g);
+                start_gradients<false>(shared_.start, start_.student, token, x, slot, partner, g);
             }
             g[0] += values_[n];
             finish(label, token, x, g);
@@ -858,21 +907,18 @@ class Chunk {
         }
     }
 
-    // write_row of the first row, with the pairs' other halves.
-    template <bool usual>
-    __device__ void write_start(const Row<S>& z, S* grad, const LabelTerm& label) const {
+    // The first row, with the pairs' other halves.
+    template <bool usual, typename Masses>
+    __device__ void write_start(const Row<S>& z, S* grad, const LabelTerm& label, const Masses& events) const {
         const int size = plan_.side[0].size;
-        const Written<S> written(z, grad);
         const Term& from = shared_.start;
         const Term term{from.z_centre, from.y_centre, from.student, from.teacher, 0.0f, 0.0f, 0.0f, 0.0, 0.0};
-        const Mass* events = start_events();
-        each_partner(z, y_, plan_.slot, size, [&](int s, const auto& x, const auto& slot, const auto& partner) {
-            float g[sizeof(x) / sizeof(float)];
-            start_gradients<usual>(usual ? term : from, events, s, x, slot, partner, g);
-            finish(label, s, x, g);
-            written.put(s, g);
-        });
-        written.fill(size, p_.grad.width);
+        write_row(
+            z, grad, size, p_.grad.width, [&](auto body) { each_partner(z, y_, plan_.slot, size, body); },
+            [&](int s, const auto& x, const auto& slot, const auto& partner, auto& g) {
+                start_gradients<usual>(usual ? term : from, events, s, x, slot, partner, g);
+                finish(label, s, x, g);
+            });
     }
 
     // The gradient of tokens of another row than the first, but for its sparse part.
@@ -930,6 +976,8 @@ class Chunk {
     MixedDivergence divergence_;
     AnyRow y_;  // the teacher's first row
     Events start_, inner_;
+    Mass* listed_;             // those of the teacher's lists
+    bool are_shared_;          // the student's of the start, in shared memory
     int32_t *event_, *begin_;  // of the events inside a token: which it is, and the first token of the range
     float* values_;            // the sparse part of a row's gradient
     uint8_t* left_flags_;      // of the student's tokens in pairs that are left out
@@ -937,11 +985,15 @@ class Chunk {
     unsigned* bits_;  // of the tokens that are events inside a token of the other side
 };
 
+// `ring_bytes` of dynamic shared memory are followed by room for the masses of the student's events; 0: there is none.
 template <typename S>
-__global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params) {
+__global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params,
+                                                                int32_t ring_bytes) {
     XTOKEN_SHARED(shared, Shared);
-    if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared).clear_flags();
-    each_chunk(params, [&](const int64_t& k) { Chunk<S>(params, k, shared).run(); });
+    XTOKEN_DYNAMIC_SHARED(char, memory);
+    float* masses = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : nullptr;
+    if (blockIdx.x < params.chunks) Chunk<S>(params, blockIdx.x, shared, masses).clear_flags();
+    each_chunk(params, [&](const int64_t& k) { Chunk<S>(params, k, shared, masses).run(); });
 }
 
 int64_t workspace_of(const PrefixParams& params) { return Workspace(params.plan).total(); }
@@ -953,7 +1005,11 @@ void prefix(const PrefixParams& params, const Launch& launch) {
         // boundaries inside the teacher's tokens pass over rows of the student; each_partner has a table beside a row
         const int slots =
             std::max({AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type), 1 + Row<S>::vector / 4});
-        launch_chunks("prefix_kl", prefix_kernel<S>, Ring::bytes(slots, launch.threads), launch, params);
+        const size_t ring = Ring::bytes(slots, launch.threads);
+        const size_t masses = sizeof(float) * static_cast<size_t>(Workspace(params.plan).masses);
+        const bool fits = ring + masses + sizeof(Shared) + queue_bytes <= shared_memory_of_a_block();
+        launch_chunks("prefix_kl", prefix_kernel<S>, fits ? ring + masses : ring, launch, params,
+                      static_cast<int32_t>(fits ? ring : 0));
     });
 }
 

@@ -90,18 +90,11 @@ XTOKEN_KERNEL(void, prefix_chunk, (const PrefixChunks& params, int64_t k, char* 
 
 namespace cuda {
 
-// SELL-C-sigma lists of tokens (C = 32), one warp a slice, by four: tokens i ... i + 3 of lane l of slice k, i a
-// multiple of 4, are those from tokens[32 * (start[k] + i) + 4 * l] on, -1 where there is none. The first `shared`
-// slices are one long list each, dealt out to the lanes; list n of the others is in slice shared + (n - shared) / 32.
-// Sorted by length.
+// Tokens, -1 where there is none.
 struct TokenLists {
-#define XTOKEN_TOKEN_LISTS(FIELD)                                   \
-    FIELD(int32_t, slices, "how many");                             \
-    FIELD(int32_t, shared, "lists that have a slice of their own"); \
-    FIELD(int32_t, count, "lists");                                 \
-    FIELD(const int32_t*, start, "[slices + 1], multiples of 4");   \
-    FIELD(const int32_t*, tokens, "[32 * start[slices]]");          \
-    FIELD(const int32_t*, event, "[count] the number of each list's event")
+#define XTOKEN_TOKEN_LISTS(FIELD) \
+    XTOKEN_LISTS(FIELD);          \
+    FIELD(const int32_t*, tokens, "[32 * start[slices]]")
     XTOKEN_FIELDS(XTOKEN_TOKEN_LISTS)
 };
 
@@ -123,7 +116,8 @@ struct PrefixSide {
 using PrefixSides = PrefixSide[2];
 
 // The events at the start of a chunk. Most are pairs: one token on each side. The others that both sides have are
-// numbered; student tokens in events that the teacher lacks count as one more, which has no teacher's list.
+// numbered as their student's lists; student tokens in events that the teacher lacks count as one more, the last, which
+// has no teacher's list.
 struct PrefixPlan {
 #define XTOKEN_PREFIX_PLAN(FIELD)                                                                                   \
     FIELD(PrefixSides, side, "student, teacher");                                                                   \
@@ -131,6 +125,8 @@ struct PrefixPlan {
     FIELD(int32_t, events, "without the one more");                                                                 \
     FIELD(TokenLists, student_lists, "the student's tokens of events");                                             \
     FIELD(TokenLists, teacher_lists, "the teacher's tokens of events");                                             \
+    FIELD(int32_t, unmatched, "the student's list of what the teacher lacks");                                      \
+    FIELD(const int32_t*, teacher_list, "[events] the number of the teacher's list");                               \
     FIELD(const int32_t*, place, "[all events] the student's token of a pair, -1 - the number, or `absent_event`"); \
     FIELD(const int32_t*, number, "[teachers] of the event; -1: a pair, `events`: the student lacks it");           \
     FIELD(const uint8_t*, merged, "[all events] whether calibration has merged it from several");                   \

@@ -65,27 +65,28 @@ struct StepsShared {
 };
 
 // Statistics of a row, and the steps of what is outside the pairs.
-template <bool counts_are_shared, typename T>
-__device__ Statistics find_steps(const Row<T>& row, int size, const uint8_t* common, const StepsParams& params,
+template <bool counts_are_shared, bool ahead, typename T>
+__device__ Statistics find_steps(const Row<T>& row, int size, const int32_t* common, const StepsParams& params,
                                  Bins<T>& bins, int32_t* counts, Steps& steps, StepsShared& shared) {
-    const Statistics one = count_elements<counts_are_shared>(row, size, common, params.lowest, params.temperature, bins,
-                                                             counts, shared.sums);
+    const Statistics one = count_elements<counts_are_shared, ahead>(row, size, common, params.lowest,
+                                                                    params.temperature, bins, counts, shared.sums);
     list_steps(bins, counts, one, steps, shared.bins);
     return one;
 }
 
 // The teacher's row is of either type.
-template <bool counts_are_shared>
+template <bool counts_are_shared, bool ahead>
 __device__ Statistics find_teacher_steps(const StepsParams& params, int64_t row, int32_t* counts, Steps& steps,
                                          StepsShared& shared) {
     const auto find = [&](const auto& y, auto bins) {
-        return find_steps<counts_are_shared>(y, params.teacher.width, params.plan.teacher_common, params, bins, counts,
-                                             steps, shared);
+        return find_steps<counts_are_shared, ahead>(y, params.teacher.width, params.plan.teacher_common, params, bins,
+                                                    counts, steps, shared);
     };
     if (params.teacher.type == Element::bfloat16) {
-        return find(Row<__nv_bfloat16>(params.teacher, row), Bins<__nv_bfloat16>(params.temperature, params.lowest));
+        return find(Row<__nv_bfloat16>(params.teacher, row).kept(Keep::partly),
+                    Bins<__nv_bfloat16>(params.temperature, params.lowest));
     }
-    return find(Row<__half>(params.teacher, row), Bins<__half>(params.temperature, params.lowest));
+    return find(Row<__half>(params.teacher, row).kept(Keep::partly), Bins<__half>(params.temperature, params.lowest));
 }
 
 // Log-probabilities of a row, from its logits.
@@ -103,8 +104,8 @@ struct LogShares {
 // Both sides of a chunk where they are pairs.
 template <typename S>
 struct Pairs {
-    const Row<S>& z;
-    const AnyRow& y;
+    Row<S> z;
+    AnyRow y;
     const int32_t* slot;  // [students] of the student's tokens: see PairsPlan
     int students;
     LogShares p, q;
@@ -203,20 +204,17 @@ __device__ void write_gradient(const Pairs<S>& pairs, bool has_pairs, const Bins
         });
         return;
     }
-    const Written<S> written(pairs.z, out);
-    pairs.template each<ahead>(
-        [&](int i, const auto& x, const auto& slot, const auto&, const auto& inside, const auto& lp) {
+    write_row(
+        pairs.z, out, pairs.students, width, [&](auto body) { pairs.template each<ahead>(body); },
+        [&](int i, const auto& x, const auto& slot, const auto&, const auto& inside, const auto& lp, auto& g) {
             constexpr int N = sizeof(x) / sizeof(float);
-            float g[N];
 #pragma unroll
             for (int n = 0; n < N; ++n) {
                 const float of_pair = factor * fmaf(-exponential(lp[n], false), mass, inside[n]);
                 g[n] = slot[n] < 0 ? by_bin(x[n]) : x[n] < lowest ? 0.0f : of_pair;
             }
             label.add(i, x, g);
-            written.put(i, g);
         });
-    written.fill(pairs.students, width);
 }
 
 // Three or four passes over a chunk's rows z and y: z, y, both at the pairs, z again. `ring_slots`: of the ring, behind
@@ -238,21 +236,21 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
 
     each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k], teacher_row = params.teacher_rows.start[k];
-        const Row<S> z(params.student, r);
-        const AnyRow y(params.teacher, teacher_row);
+        // read three times each, of which L2 holds a part
+        const Row<S> z = Row<S>(params.student, r).kept(Keep::partly);
         Steps p(student_steps, student_bins), q(teacher_steps, teacher_bins);
         Bins<S> bins(params.temperature, params.lowest);
         const Statistics student =
-            find_steps<counts_are_shared>(z, students, plan.student_common, params, bins, counts, p, shared);
-        const Statistics teacher = find_teacher_steps<counts_are_shared>(params, teacher_row, counts, q, shared);
+            find_steps<counts_are_shared, ahead>(z, students, plan.student_common, params, bins, counts, p, shared);
+        const Statistics teacher = find_teacher_steps<counts_are_shared, ahead>(params, teacher_row, counts, q, shared);
 
-        const Pairs<S> pairs{z,
-                             y,
-                             plan.slot,
-                             students,
-                             LogShares(student),
-                             LogShares(teacher),
-                             PairTerms(params.divergence, params.reverse, false, false)};
+        Pairs<S> pairs{z,
+                       AnyRow(params.teacher, teacher_row).kept(Keep::partly),
+                       plan.slot,
+                       students,
+                       LogShares(student),
+                       LogShares(teacher),
+                       PairTerms(params.divergence, params.reverse, false, false)};
         LossAndMass sum;
         if (plan.pairs != 0) sum = sum_pairs<ahead>(pairs);
         // a teacher that is not a number gives no gradient that is one
@@ -267,6 +265,8 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_con
 
         const double factor = (params.scale == nullptr ? 1.0 : static_cast<double>(params.scale[k])) * temperature;
         find_gradients(p, bins, sums[1], factor, counts);
+        pairs.z = z.kept(Keep::briefly);
+        pairs.y = pairs.y.kept(Keep::briefly);
         write_gradient<ahead>(pairs, plan.pairs != 0, bins, counts, static_cast<float>(sums[1]),
                               static_cast<float>(factor), params.lowest, label, row_of<S>(params.grad, r),
                               params.grad.width);

@@ -45,17 +45,17 @@ namespace cuda {
 
 // Pairs (student, teacher), and the ids outside, ascending.
 struct PairsPlan {
-#define XTOKEN_CUDA_PAIRS(FIELD)                                                                         \
-    FIELD(int32_t, pairs, "how many");                                                                   \
-    FIELD(int32_t, student_rest, "student ids outside");                                                 \
-    FIELD(int32_t, teacher_rest, "teacher ids outside");                                                 \
-    FIELD(const int32_t*, student_pair, "[pairs]");                                                      \
-    FIELD(const int32_t*, teacher_pair, "[pairs]");                                                      \
-    FIELD(const int32_t*, student_others, "[student_rest]");                                             \
-    FIELD(const int32_t*, teacher_others, "[teacher_rest]");                                             \
-    FIELD(const int32_t*, slot, "[students] teacher id of the pair, or -1 - place in student_others");   \
-    FIELD(const uint8_t*, student_common, "[students / 8 + 2] a bit for each id in a pair; null: none"); \
-    FIELD(const uint8_t*, teacher_common, "[teachers / 8 + 2] likewise; null: none")
+#define XTOKEN_CUDA_PAIRS(FIELD)                                                                       \
+    FIELD(int32_t, pairs, "how many");                                                                 \
+    FIELD(int32_t, student_rest, "student ids outside");                                               \
+    FIELD(int32_t, teacher_rest, "teacher ids outside");                                               \
+    FIELD(const int32_t*, student_pair, "[pairs]");                                                    \
+    FIELD(const int32_t*, teacher_pair, "[pairs]");                                                    \
+    FIELD(const int32_t*, student_others, "[student_rest]");                                           \
+    FIELD(const int32_t*, teacher_others, "[teacher_rest]");                                           \
+    FIELD(const int32_t*, slot, "[students] teacher id of the pair, or -1 - place in student_others"); \
+    FIELD(const int32_t*, student_common, "BitRow [students]: ids in a pair; null: none");             \
+    FIELD(const int32_t*, teacher_common, "BitRow [teachers]: likewise; null: none")
     XTOKEN_FIELDS(XTOKEN_CUDA_PAIRS)
 };
 

@@ -144,40 +144,39 @@ struct BinSums {
     int32_t kinds[max_threads / warp_size], tokens[max_threads / warp_size];
 };
 
-// The eight bits from bit i on; a byte follows the last of them.
-__device__ inline unsigned bits_from(const uint8_t* bits, int i) {
-    return (bits[i / 8] | static_cast<unsigned>(bits[i / 8 + 1]) << 8) >> i % 8;
-}
-
 __device__ inline void clear(int32_t* counts, int size) {
     for (int i = static_cast<int>(threadIdx.x); i < size; i += static_cast<int>(blockDim.x)) counts[i] = 0;
     __syncthreads();  // before somebody counts
 }
 
 // Counts a row's elements in bins, but those with a bit in `skipped` (null: none), and finds the statistics of all: of
-// the bins if they have all, else in the same pass.
-template <bool counts_are_shared, typename T>
-__device__ Statistics count_elements(const Row<T>& row, int size, const uint8_t* skipped, float lowest,
+// the bins if they have all, else in the same pass. `ahead`: the ring has room for the bits.
+template <bool counts_are_shared, bool ahead, typename T>
+__device__ Statistics count_elements(const Row<T>& row, int size, const int32_t* skipped, float lowest,
                                      float temperature, Bins<T>& bins, int32_t* counts, Sums& shared) {
-    const auto count = [&](int i, const auto& x) {
+    const auto count = [&](const auto& x, unsigned skip) {
         constexpr int N = sizeof(x) / sizeof(float);
         int bin[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) bin[k] = bins(x[k]);
-        const unsigned skip = skipped == nullptr ? 0 : bits_from(skipped, i);
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             if ((skip >> k & 1) == 0) increment<counts_are_shared>(counts + bin[k]);
         }
     };
+    // body(x, bits)
+    const auto each = [&](auto body) {
+        if (skipped == nullptr) {
+            each_vector(row, size, [&](int, const auto& x) { body(x, 0); });
+        } else {
+            each_pair(row, BitRow<ahead>{skipped}, size,
+                      [&](int, const auto& x, const auto& skip) { body(x, skip.bits); });
+        }
+    };
     bins.be_usual();
     clear(counts, bins.count());
     if (skipped == nullptr) {
-        each_vector(row, size, [&](int, const auto& x) {
-            constexpr int N = sizeof(x) / sizeof(float);
-#pragma unroll
-            for (int k = 0; k < N; ++k) increment<counts_are_shared>(counts + bins(x[k]));
-        });
+        each(count);
         __syncthreads();  // the counts are there
         RunningSum sum(row.precise(), lowest, temperature);
         for (int bin = static_cast<int>(threadIdx.x); bin < bins.count(); bin += static_cast<int>(blockDim.x)) {
@@ -188,15 +187,15 @@ __device__ Statistics count_elements(const Row<T>& row, int size, const uint8_t*
         clear(counts, bins.count());
     }
     RunningSum sum(row.precise(), lowest, temperature);
-    each_vector(row, size, [&](int i, const auto& x) {
+    each([&](const auto& x, unsigned skip) {
         sum.add(x);
-        count(i, x);
+        count(x, skip);
     });
     const Statistics one = sum.over_block(shared);  // its barriers are behind the counts, too
     if (!bins.fit(one.exp)) {
         bins.begin_at(one.exp.top);
         clear(counts, bins.count());
-        each_vector(row, size, count);
+        each(count);
         __syncthreads();  // the counts are there
     }
     return one;

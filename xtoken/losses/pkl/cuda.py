@@ -21,13 +21,9 @@ from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory, bits_of
 from xtoken.losses.loss import Matrix
 from xtoken.losses.pkl import PreparedPKL
-from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
+from xtoken.losses.sliced import FOUR, SlicedLists, list_fields, tensors_to
 
 _Ints = NDArray[np.int64]
-
-
-FEW = 4
-"""Entries of a list that one thread sums."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +33,7 @@ class Lists:
     shared: int
     few: int
     start: Tensor  # int32 [slices + 1]
+    part: Tensor  # int32
     index: Tensor  # int32 [32 * start[slices] + 4 * few]
     entry: Tensor  # int64, as index: entries of W; their number where there is none
     owner: Tensor  # int32 [count]
@@ -44,14 +41,14 @@ class Lists:
     @staticmethod
     def of(keys: _Ints, counts: _Ints, begin: _Ints, other: _Ints, entry: _Ints) -> Lists:
         """Lists of the owners `keys`: entries begin ... begin + count - 1 of `other` and `entry`."""
-        few = counts <= FEW
+        few = counts <= FOUR
         lists = SlicedLists.of(keys[~few], begin[~few], counts[~few])
-        source = np.where(np.arange(FEW) < counts[few, None], begin[few, None] + np.arange(FEW), -1)
+        source = np.where(np.arange(FOUR) < counts[few, None], begin[few, None] + np.arange(FOUR), -1)
         places = torch.cat([lists.source, torch.from_numpy(source).flatten()])
         owner = torch.cat([lists.owner, torch.from_numpy(keys[few].astype(np.int32))])
         index = torch.from_numpy(np.append(other, 0).astype(np.int32))[places]
         entries = torch.from_numpy(np.append(entry, len(entry)))[places]
-        return Lists(lists.shared, int(few.sum()), lists.start, index, entries, owner)
+        return Lists(lists.shared, int(few.sum()), lists.start, lists.part, index, entries, owner)
 
     def fields(self, memory: Memory, index: Tensor, weight: Tensor, wanted: Tensor | None) -> dict[str, Any]:
         """A `SumLists` of csrc."""
@@ -126,9 +123,9 @@ class Plan:
     count: Tensor | None  # int32 []: how many of them, from the first on, are the set; None: all, or C has all columns
     column_slot: Tensor  # int32 [N]
     row_slot: Tensor  # int32 [V_student]
-    paired: Tensor | None  # uint8, a bit a student
+    paired: Tensor | None  # int32: bits of the students
     unpaired: Tensor | None  # int32: the other students
-    empty: Tensor | None  # uint8, a bit a teacher's column; None: C is what is stored
+    empty: Tensor | None  # int32: bits of the teacher's columns; None: C is what is stored
     column_wanted: Tensor | None  # uint8 [column lists]
     column_index: Tensor
     column_weight: Tensor

@@ -16,7 +16,7 @@ from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory
 from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.prefix_kl.formula import merged_events
-from xtoken.losses.sliced import WARP, SlicedLists, list_fields, tensors_to
+from xtoken.losses.sliced import SlicedLists, list_fields, tensors_to
 from xtoken.pieces import Side, sides
 
 
@@ -26,16 +26,13 @@ class TokenLists:
 
     shared: int
     start: Tensor  # int32 [slices + 1]
+    part: Tensor  # int32
     tokens: Tensor  # int32 [32 * start[slices]], 16-byte aligned
-    event: Tensor  # int32 [count]
-
-    @property
-    def owner(self) -> Tensor:
-        return self.event
+    owner: Tensor  # int32 [count]: the event of each
 
     def fields(self, memory: Memory) -> dict[str, Any]:
         """A `TokenLists` of csrc."""
-        return {**list_fields(self, memory), "tokens": memory.input(self.tokens), "event": memory.input(self.event)}
+        return {**list_fields(self, memory), "tokens": memory.input(self.tokens)}
 
 
 class Lists(NamedTuple):
@@ -60,6 +57,8 @@ class PrefixPlan:
     events: int
     student_lists: TokenLists
     teacher_lists: TokenLists
+    unmatched: int
+    teacher_list: Tensor  # int32 [events]
     place: Tensor  # int32 [all events]
     merged: Tensor  # uint8 [all events]
     number: Tensor  # int32 [V_teacher]
@@ -80,6 +79,8 @@ class PrefixPlan:
             "events": self.events,
             "student_lists": self.student_lists.fields(memory),
             "teacher_lists": self.teacher_lists.fields(memory),
+            "unmatched": self.unmatched,
+            "teacher_list": memory.input(self.teacher_list),
             "place": memory.input(self.place),
             "number": memory.input(self.number),
             "merged": memory.input(self.merged),
@@ -87,31 +88,12 @@ class PrefixPlan:
         }
 
 
-def _token_lists(
-    keys: NDArray[np.int64], event: NDArray[np.int64], number: NDArray[np.int64] | None
-) -> tuple[TokenLists, NDArray[np.int64]]:
-    """The lists of the tokens of each event in `keys`, and the numbers [events] that they have: given, or in order."""
+def _token_lists(keys: NDArray[np.int64], event: NDArray[np.int64]) -> TokenLists:
+    """The lists of the tokens of each event in `keys`."""
     counts = np.bincount(event, minlength=int(keys.max(initial=-1)) + 1)
     tokens = torch.from_numpy(np.argsort(event, kind="stable").astype(np.int32))
     made = SlicedLists.of(keys, (counts.cumsum() - counts)[keys], counts[keys])
-    owner = made.owner.long().numpy()
-    if number is None:
-        ordered = owner[owner != keys.max()]
-        number = np.full(len(counts), len(ordered))
-        number[ordered] = np.arange(len(ordered))
-    start, put = _by_four(made.start, made.put(tokens, -1))
-    return TokenLists(made.shared, start, put, torch.from_numpy(number[owner]).int()), number
-
-
-def _by_four(start: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
-    """Slices whose lanes have four tokens side by side, -1 where there is none, and where each slice starts."""
-    lengths = start.diff()
-    ends = (-(-lengths // 4) * 4).cumsum(0)
-    padded = torch.cat([ends.new_zeros(1), ends]).int()
-    row = torch.arange(len(tokens) // WARP) + (padded[:-1] - start[:-1]).repeat_interleave(lengths)
-    put = tokens.new_full((int(padded[-1]), WARP), -1)
-    put[row] = tokens.view(-1, WARP)
-    return padded, put.view(-1, 4, WARP).transpose(1, 2).reshape(-1)
+    return TokenLists(made.shared, made.start, made.part, made.put(tokens, -1), made.owner)
 
 
 def _by_event(side: Side, events: int, device: torch.device) -> Lists:
@@ -141,8 +123,13 @@ def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
     listed = (is_both & ~is_pair).nonzero()[0]
     # Student tokens that the teacher has nothing for are one list more, perhaps an empty one.
     matched = np.where(is_both[student], student, events)
-    student_lists, number = _token_lists(np.append(listed, events), matched, None)
-    teacher_lists, _ = _token_lists(listed, teacher, number)
+    student_lists, teacher_lists = _token_lists(np.append(listed, events), matched), _token_lists(listed, teacher)
+    owner = student_lists.owner.long().numpy()
+    unmatched = int((owner == events).nonzero()[0][0])
+    number = np.full(events + 1, len(listed))
+    number[np.delete(owner, unmatched)] = np.arange(len(listed))
+    teacher_list = np.empty(len(listed), np.int32)
+    teacher_list[number[teacher_lists.owner.long().numpy()]] = np.arange(len(listed))
     partner = np.zeros(events, np.int64)
     partner[teacher] = np.arange(len(teacher))
     slot = np.where(is_pair[student], partner[student], -1 - number[matched])
@@ -163,6 +150,8 @@ def prefix_plan_for(pieces: Tensor, device: torch.device) -> PrefixPlan:
         len(listed),
         tensors_to(student_lists, device),
         tensors_to(teacher_lists, device),
+        unmatched,
+        torch.from_numpy(teacher_list).to(device),
         torch.from_numpy(place.astype(np.int32)).to(device),
         merged_events(both, events).to(device, torch.uint8),
         synchronized(torch.from_numpy(numbers.astype(np.int32)).to(device)),
