@@ -257,7 +257,8 @@ LINK, NETWORK = 450e9, 50e9
 """Bytes a second and direction that are assumed within a node of 8, and between nodes."""
 
 LOSS_SECONDS = 6.23e-3 / 4096
-"""Of a row, forward and backward, by a projection: one H200, bfloat16, Llama 3 and Qwen3 (docs/speed.md)."""
+"""Of a row, forward and backward, by a projection, bfloat16, Llama 3 and Qwen3: once on an H200, with Python around it;
+the kernels alone take less now (docs/speed.md)."""
 
 PLAIN = 10
 """Times as long as kernels the plain formula takes there, which is what computes logits in parts."""
