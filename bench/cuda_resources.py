@@ -249,24 +249,31 @@ LABEL = re.compile(r"^(\.L\w+):(?=\s*\n(?:\.L\w+:\s*\n)*\s*/\*([0-9a-f]{4,})\*/)
 
 
 def copying_loops(listing: str) -> list[tuple[str, int, int, int, int, int]]:
-    """The innermost loops of nvdisasm's listing that start asynchronous copies: kernel, and the counts of `Loop`."""
+    """The innermost loops of nvdisasm's listing that start groups of copies: kernel, and the counts of `Loop`.
+
+    Loops inside of them that start copies one by one, where tables are not aligned, count in `instructions` alone.
+    """
     found = []
     for function in listing.split("\n.text.")[1:]:
         code = [(int(m[1], 16), m[2], int(m[3], 16)) for m in INSTRUCTION.finditer(function)]
         place = {address: n for n, (address, _, _) in enumerate(code)}
         labels = {m[1]: place[int(m[2], 16)] for m in LABEL.finditer(function)}
-        copies = [n for n, (_, text, _) in enumerate(code) if "LDGSTS" in text]
+        groups = [n for n, (_, text, _) in enumerate(code) if "LDGDEPBAR" in text]
+        jumps = {
+            n: labels.get(text.rpartition("`(")[2].rstrip(")"), n + 1)
+            for n, (_, text, _) in enumerate(code)
+            if "BRA" in text
+        }
         ends = [-1]
-        for last, (_, text, _) in enumerate(code):
-            if "BRA" not in text:
-                continue
-            first = labels.get(text.rpartition("`(")[2].rstrip(")"), last + 1)
+        for last, first in jumps.items():
             # what reaches back into or over a loop is one around it, or its rare code that stands elsewhere
-            if first > ends[-1] and any(first <= n <= last for n in copies):
+            if first > ends[-1] and any(first <= n <= last for n in groups):
                 ends.append(last)
                 body = code[first : last + 1]
                 least = shortest_way(code, labels, first, last)
-                started = sum("LDGSTS" in text for _, text, _ in body)
+                inner = [range(to, n + 1) for n, to in jumps.items() if first < to <= n < last]
+                single = {n for one in inner if not any(group in one for group in groups) for n in one}
+                started = sum("LDGSTS" in text and first + n not in single for n, (_, text, _) in enumerate(body))
                 stores = sum(re.search(r"\bSTG\b", text) is not None for _, text, _ in body)
                 kernel = function[: function.index(":")]
                 found.append((kernel, len(body), least, started, stores, copies_ahead(body)))
