@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import heapq
 import importlib.util
 import itertools
 import json
@@ -30,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ import torch
 from measure import ROOT, Row, commit, table, write
 
 SANITIZERS = ("memcheck", "racecheck", "synccheck", "initcheck")
-STAGES = {"build": 210, "compare": 38, "speed": 60, "counters": 92, "tests": 35, **dict.fromkeys(SANITIZERS, 11)}
+STAGES = {"build": 190, "compare": 43, "speed": 55, "counters": 90, "tests": 40, **dict.fromkeys(SANITIZERS, 12)}
 """Seconds that a stage may take unless ``--minutes`` says otherwise; what one leaves over goes to those after it. The
 sanitizers, which run side by side, have theirs together."""
 
@@ -64,17 +63,8 @@ COUNTERS = {
 }
 """Of ncu, by their name in the results; and of the reasons why warps wait all that it names."""
 STALLED = re.compile(r"smsp__average_warps_issue_stalled_(\w+)_per_issue_active\.ratio")
-SECTIONS = ("WarpStateStats", "LaunchStats", "SourceCounters")
+SECTIONS = ("WarpStateStats", "LaunchStats")
 """Of ncu, for what is no counter of its own."""
-PAGES = (("raw", "--print-units", "base"), ("source", "--print-source", "sass"))
-"""What ncu prints of a report: the counters; the samples of each instruction."""
-
-PAGE_SECONDS = 15
-"""For ncu to print one; as many are kept for those of the last loss."""
-
-PLACES = 10
-"""Instructions of a kernel that are kept, those where most samples were taken."""
-
 LOWEST = "80"
 """The lowest of ``XTOKEN_CUDA_ARCHS`` in cmake/Cuda.cmake."""
 
@@ -139,12 +129,11 @@ def commands(
     if stage == "counters":
         from gpu_parts import with_kernels  # not before xtoken is built
 
-        run = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--force-overwrite"]
-        run += ["--kernel-name-base", "demangled", "--kernel-name", "regex:xtoken"]
+        run = [tool("ncu"), "--clock-control", "none", "--profile-from-start", "off", "--csv", "--page", "raw"]
+        run += ["--print-units", "base", "--kernel-name-base", "demangled", "--kernel-name", "regex:xtoken"]
         run += [word for name in SECTIONS for word in ("--section", name)]
         run += ["--metrics", ",".join(name for name in COUNTERS if "." in name)]
-        report = {loss: str(report_of(options, loss).with_suffix("")) for loss in with_kernels()}  # which ncu adds
-        return {loss: [*run, "--export", report[loss], *parts, "counters", "--loss", loss] for loss in report}, {}
+        return {loss: [*run, *parts, "counters", "--loss", loss] for loss in with_kernels()}, {}
     sizes = ["--rows", str(options.rows), "--vocabulary", *map(str, options.vocabulary)]
     return {stage: [*parts, "speed", *sizes, "--seconds", f"{seconds - 10:.0f}"]}, {}  # its start takes a few
 
@@ -158,28 +147,23 @@ def run_stage(stage: str, options: argparse.Namespace, architecture: str, second
     if seconds < LEAST_SECONDS:
         return {"status": "left out", "reason": "no time is left; see --minutes"}
     started = time.perf_counter()
-    end = started + seconds - (PAGE_SECONDS if stage == "counters" else 0)
-    result: Row = {}
-    kernels: list[Future[list[Row]]] = []
+    result: Row = {"kernels": []} if stage == "counters" else {}
     reasons: list[str] = []
     last: list[str] = []
-    with ThreadPoolExecutor() as pool:
-        for name, arguments in runs.items():
-            # one that hangs leaves time to the others
-            limit = max(0.0, min(end - time.perf_counter(), 2 * seconds / len(runs)))
-            status, printed, errors = finished(arguments, environment, limit)
-            log(options, stage if name == stage else f"{stage} of {name}", printed + errors)
-            if stage in {"speed", "compare"}:
-                result = collected(printed)
-            if stage == "counters":  # read on another core, while the next loss is measured
-                kernels.append(pool.submit(profiled, report_of(options, name), collected(printed)["rows"]))
-            if status != 0:
-                reason = f"not finished after {limit:.0f} seconds" if status is None else f"exit status {status}"
-                reasons.append(reason if name == stage else f"{name}: {reason}")
-            if status != 0 or not reasons:
-                last = (printed + errors).strip().splitlines()[-15:]
-    if stage == "counters":
-        result["kernels"] = [row for one in kernels for row in one.result()]
+    for name, arguments in runs.items():
+        # one that hangs leaves time to the others
+        limit = max(0.0, min(started + seconds - time.perf_counter(), 2 * seconds / len(runs)))
+        status, printed, errors = finished(arguments, environment, limit)
+        log(options, stage if name == stage else f"{stage} of {name}", printed + errors)
+        if stage in {"speed", "compare"}:
+            result = collected(printed)
+        if stage == "counters":
+            result["kernels"] += counted(printed, collected(printed)["rows"])
+        if status != 0:
+            reason = f"not finished after {limit:.0f} seconds" if status is None else f"exit status {status}"
+            reasons.append(reason if name == stage else f"{name}: {reason}")
+        if status != 0 or not reasons:
+            last = (printed + errors).strip().splitlines()[-15:]
     shown = {} if result else {"output": last[-3:]}
     result["seconds"] = round(time.perf_counter() - started, 1)
     if not reasons:
@@ -240,27 +224,6 @@ def collected(printed: str) -> Row:
     return result
 
 
-def report_of(options: argparse.Namespace, loss: str) -> Path:
-    """Where ncu leaves what it measured, until it is read."""
-    return Path(options.output) / f"{loss}.ncu-rep"
-
-
-def profiled(report: Path, steps: list[Row]) -> list[Row]:
-    """The kernels of a report, which is deleted: counters, and where most samples were taken; [] if there is none."""
-    if not report.exists():
-        return []
-    pages = []
-    for page in PAGES:
-        words = [tool("ncu"), "--import", str(report), "--csv", "--page", *page]
-        status, printed, _ = finished(words, {}, PAGE_SECONDS)
-        pages.append(printed if status == 0 else "")
-    report.unlink()
-    kernels, places = counted(pages[0], steps), sampled(pages[1])
-    if len(kernels) != len(places):
-        return kernels
-    return [{**kernel, "samples": found} for kernel, found in zip(kernels, places, strict=True)]
-
-
 def counted(printed: str, steps: list[Row]) -> list[Row]:
     """What ncu has printed as CSV, a row a kernel; named by the launches that steps have printed, if all are there."""
     lines = printed.splitlines()
@@ -279,38 +242,6 @@ def counted(printed: str, steps: list[Row]) -> list[Row]:
         if row["rows"] and {"bytes_read", "bytes_written"} <= row.keys():
             row["bytes_per_row"] = (row["bytes_read"] + row["bytes_written"]) / row["rows"]
     return found
-
-
-def sampled(printed: str) -> list[list[Row]]:
-    """Of ncu's page of sources, for each kernel: where most samples of its warps were taken, and why they waited."""
-    blocks: list[list[list[str]]] = []
-    for line in csv.reader(printed.splitlines()):
-        if line[:1] == ["Kernel Name"]:
-            blocks.append([])
-        elif blocks and line:
-            blocks[-1].append(line)
-    return [places(*block) for block, _ in itertools.groupby(blocks)]  # some kernels are printed twice
-
-
-def places(header: list[str], *lines: list[str]) -> list[Row]:
-    """The instructions with most samples, by their distance from the first."""
-    rows = [dict(zip(header, line, strict=False)) for line in lines]
-    reasons = [name for name in header if re.fullmatch(r"stall_\w+", name)]
-
-    def samples(row: dict[str, str], name: str = "# Samples") -> int:
-        return int(row.get(name, "0").replace(",", ""))
-
-    total = sum(map(samples, rows))
-    return [
-        {
-            "offset": int(row["Address"], 16) - int(rows[0]["Address"], 16),
-            "instruction": row["Source"].strip(),
-            "percent": round(100 * samples(row) / total, 1),
-            "waits": max(reasons, key=lambda name: samples(row, name)).removeprefix("stall_"),
-        }
-        for row in heapq.nlargest(PLACES, rows, key=samples)
-        if samples(row)
-    ]
 
 
 def values_of(kernel: dict[str, str]) -> Row:

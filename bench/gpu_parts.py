@@ -48,7 +48,7 @@ from xtoken.losses.loss import Needs, registered
 PLAIN = ", plain formula"
 COMPILED = ", torch.compile of the plain formula"
 
-STEP_SECONDS = {COMPILED: 20, PLAIN: 4, "": 3}
+STEP_SECONDS = {COMPILED: 60, PLAIN: 4, "": 3}
 """What must be left of ``--seconds`` for a step to begin, by how its name ends: so long it may take."""
 
 LONG_SECONDS = 0.02
@@ -303,8 +303,8 @@ def formula_step(case: Case, z: Tensor, y: Tensor, compiled: bool) -> Step:
     teacher, pair = teacher_of(case, z, y), pair_of(z.shape[1], y.shape[1])
     problem = problem_of(case, z, teacher, one_to_one(len(z) - 1).to(z.device), pair)
 
-    def formula(leaf: Tensor) -> Tensor:
-        losses: Tensor = problem.options.losses(leaf, teacher, problem.chunks)
+    def formula(leaf: Tensor) -> Tensor:  # of columns that stand for tokens, as the call takes them
+        losses: Tensor = problem.options.losses(leaf[:, : problem.student.shape[2]], problem.teacher[0], problem.chunks)
         return losses.mean()
 
     return forward_backward(torch.compile(formula) if compiled else formula, z), 2 * z.nbytes + teacher.nbytes

@@ -43,12 +43,19 @@ def load_tokenizers(*names: str) -> list[Any]:
 
 
 def commit() -> str | None:
-    """The commit that is checked out; None on a machine without git or the history."""
+    """The commit that is checked out, ending in -dirty where files differ that could matter; None on a machine without
+    git or the history."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True)
+
     try:
-        asked = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        head = git("rev-parse", "HEAD").stdout.strip()
+        # not results and their tables, which benchmarks write: the next of them runs the same code
+        changed = git("diff", "--quiet", "HEAD", "--", ":!bench/results", ":!*.md").returncode
     except OSError:
         return None
-    return asked.stdout.strip() or None
+    return head + "-dirty" * bool(changed) if head else None
 
 
 def processor() -> str:

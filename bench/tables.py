@@ -240,7 +240,7 @@ def training() -> str:
     return markdown(header, rows)
 
 
-GPU = "gpu-nvidia-h200"
+GPU = "gpu-nvidia-h100-80gb-hbm3"
 PLAIN = ", plain formula"
 
 

@@ -30,10 +30,30 @@ cases, measure, reproduce, toy = map(importlib.import_module, ("cases", "measure
 
 
 def test_machine_without_git(monkeypatch, tmp_path):
-    assert measure.commit() is None or len(measure.commit()) == 40
+    assert measure.commit() is None or len(measure.commit().removesuffix("-dirty")) == 40
     monkeypatch.setenv("PATH", str(tmp_path))
     assert measure.machine("torch", rows=3).keys() == {"commit", "xtoken", "torch", "processor", "rows"}
     assert measure.commit() is None
+
+
+def test_a_commit_says_where_files_differ_from_it(monkeypatch, tmp_path):
+    def git(*words: str) -> None:
+        given = ["-c", "user.name=a", "-c", "user.email=a", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *given, *words], cwd=tmp_path, check=True)
+
+    monkeypatch.setattr(measure, "ROOT", tmp_path)
+    files = [tmp_path / name for name in ("bench/results/a.json", "README.md", "code.py")]
+    files[0].parent.mkdir(parents=True)
+    for file in files:
+        file.write_text("before")
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "-m", "first")
+    dirty = []
+    for file in files:
+        file.write_text("after")
+        dirty.append(measure.commit().endswith("-dirty"))
+    assert dirty == [False, False, True]
 
 
 def test_peak_growth_sees_memory_that_is_free_again():

@@ -19,6 +19,7 @@ import torch
 from xtoken import PieceIndex, ProjectionMatrix
 from xtoken.check import CheckFinding, calls_of
 from xtoken.losses.backends import backends_with
+from xtoken.losses.cases import made_up_pair
 from xtoken.losses.loss import registered
 
 SCRIPT = Path(__file__).parents[1] / "bench" / "gpu.py"
@@ -159,10 +160,10 @@ def test_time_that_is_left_over_goes_to_later_stages(fake_device, tmp_path, monk
     gpu.main(["--output", str(tmp_path), "--minutes", "8", "--skip", "racecheck"])
     assert given["build"] == pytest.approx(480 * shares["build"] / (sum(shares.values()) - shares["racecheck"]), abs=1)
     assert given["initcheck"] == given["memcheck"] == pytest.approx(480, abs=2)  # side by side
-    assert sum(shares.values()) == pytest.approx(480, abs=5)
+    assert sum(shares.values()) <= 480
     gpu.main(["--output", str(tmp_path), "--skip", "build"])
     assert given["compare"] == pytest.approx(shares["compare"], abs=1)
-    assert sum(shares.values()) - shares["build"] <= 270
+    assert sum(shares.values()) - shares["build"] <= 276
     given.clear()
     gpu.main(["--output", str(tmp_path), "--only", "speed", "tests"])
     assert list(given) == ["speed", "tests"]
@@ -239,6 +240,7 @@ def test_each_loss_with_kernels_is_profiled_by_itself(monkeypatch, built):
     assert list(runs) == [name for name in registered() if "cpu" in backends_with(name)]
     for name, counters in runs.items():
         assert counters[:3] == ["/cuda/bin/ncu", "--clock-control", "none"]
+        assert "--csv" in counters
         assert counters[-4:] == [str(SCRIPT.with_name("gpu_parts.py")), "counters", "--loss", name]
 
 
@@ -248,12 +250,6 @@ RAW = f"""==PROF== Disconnected
 "","","byte","byte","inst","%"
 "0","void first_kernel<float>","1,234","6","0.5","7"
 "1","second_kernel","10","no data","1","7"
-"""
-SOURCE = """"Kernel Name","first_kernel"
-"Address","Source","# Samples","stall_barrier","stall_wait","stall_wait (Not Issued)"
-"0x7f10","   LDC R1","1","0","1","9"
-"0x7f20","   BAR.SYNC","3","3","0","0"
-"0x7f30","   NOP","0","0","0","0"
 """
 STEP = {"name": "one", "rows": 8, "launched": ["first", "second"]}
 
@@ -269,39 +265,16 @@ def test_counters_of_a_profile():
     assert [row["kernel"] for row in gpu.counted(RAW, [])] == ["void first_kernel<float>", "second_kernel"]
 
 
-def test_samples_of_a_profile():
-    """Instructions in the order of their samples; a kernel that is printed twice is one."""
-    first, second = gpu.sampled(2 * SOURCE + SOURCE.replace('"3"', '"9"'))
-    assert first == [
-        {"offset": 16, "instruction": "BAR.SYNC", "percent": 75.0, "waits": "barrier"},
-        {"offset": 0, "instruction": "LDC R1", "percent": 25.0, "waits": "wait"},
-    ]
-    assert second[0]["percent"] == 90.0
-
-
 def test_a_loss_that_is_not_profiled_costs_only_itself(monkeypatch, tmp_path):
-    """By a program in ncu's place, which writes a report, or not, and prints the pages of one that is there."""
-    program = tmp_path / "ncu"
-    program.write_text(f"""#!{sys.executable}
-import json, sys
-given = sys.argv[1:]
-if "--import" in given:
-    print({RAW!r} if "raw" in given else {SOURCE!r} + {SOURCE.replace('"3"', '"9"')!r})
-elif given[1] == "bad":
-    sys.exit("no kernels")
-else:
-    print(json.dumps({STEP!r}))
-    open(given[0], "w").close()
-""")
-    program.chmod(0o755)
-    monkeypatch.setattr(gpu, "tool", lambda name: str(program))
-    runs = {loss: [str(program), str(gpu.report_of(OPTIONS, loss)), loss] for loss in ("a", "bad", "c")}
-    monkeypatch.setattr(gpu, "commands", lambda *_: (runs, {}))
+    """Of one that does not end, and of one that fails, nothing is kept."""
+    good = (0, f"{json.dumps(STEP)}\n{RAW}", "")
+    ends = {"slow": (None, "", ""), "a": good, "bad": (1, "", "no kernels\n"), "c": good}
+    monkeypatch.setattr(gpu, "commands", lambda *_: ({loss: [loss] for loss in ends}, {}))
+    monkeypatch.setattr(gpu, "finished", lambda arguments, *_: ends[arguments[0]])
     result = gpu.run_stage("counters", OPTIONS, "90", 60.0)
-    assert (result["status"], result["reason"], result["output"]) == ("failed", "bad: exit status 1", ["no kernels"])
+    assert (result["status"], result["output"]) == ("failed", ["no kernels"])
+    assert result["reason"] == "slow: not finished after 30 seconds; bad: exit status 1"
     assert [row["kernel"] for row in result["kernels"]] == ["first", "second"] * 2
-    assert [row["samples"][0]["percent"] for row in result["kernels"]] == [75.0, 90.0] * 2
-    assert not list(tmp_path.glob("*.ncu-rep"))
     assert "==== counters of bad\nno kernels\n" in (tmp_path / gpu.LOGS).read_text()
 
 
@@ -361,6 +334,7 @@ def speed(capsys, rows=6, seconds=600.0):
 @pytest.mark.slow
 def test_speed_on_the_cpu(monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda function: function)  # the compiler's time is not this test's
+    monkeypatch.setattr(parts, "pair_of", lambda *widths: made_up_pair(*(size - 7 for size in widths)))  # padded logits
     result = speed(capsys)
     names = [row["name"] for row in result["rows"]]
     fast = [registered()[name].title for name in parts.with_kernels()]
