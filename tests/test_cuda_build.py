@@ -34,8 +34,8 @@ needs_nvdisasm = pytest.mark.skipif(
 )
 
 COMPILED = ["120", pytest.param("80", marks=pytest.mark.wide)]
-"""The newest architecture, and for .ci/run the oldest, from the same PTX: P-KL alone takes the assembler 45 s. .ci/run
-builds a wheel for another, bench/cuda_resources.py for all."""
+"""The newest architecture, and for .ci/run the oldest, from the same PTX: one kernel alone takes the assembler 45 s.
+.ci/run builds a wheel for another, bench/cuda_resources.py for all."""
 
 OTHERS = {"cross_entropy_kernel", "ranked_forward_kernel", "ranked_backward_kernel", "scale_kernel"}
 """Kernels whose passes have no ceiling."""
