@@ -241,9 +241,10 @@ def test_bench_cache(main, tmp_path, monkeypatch):
 def test_bench_quantized(main, tmp_path):
     """With a small random teacher; what is not installed is left out."""
     words = PreTrainedTokenizerFast(tokenizer_object=toy.world("split").student, eos_token="</s>")
-    config = LlamaConfig(
-        vocab_size=len(words), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2
-    )
+    # logits that differ, so that those of 8 bits do too
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = LlamaConfig(vocab_size=len(words), initializer_range=0.3, **sizes)
+    torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(tmp_path / "teacher")
     words.save_pretrained(tmp_path / "teacher")
     output = tmp_path / "quantized.json"
