@@ -1,9 +1,11 @@
-"""Keeps torch from starting threads for tiny tensors; a backend for calls that must fail before they reach one."""
+"""Keeps torch from starting threads for tiny tensors; a backend for calls that must fail before they reach one, and
+little shared memory for the CUDA kernels."""
 
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import emulated
 import pytest
 import torch
 
@@ -11,6 +13,14 @@ from xtoken.losses import plain
 from xtoken.losses.backends import Kernel, register_backend, unregister_backend
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture
+def shared_limit() -> Iterator[Any]:
+    """Sets what shared memory a block of the emulated multiprocessors may have."""
+    controls = emulated.load()[1]
+    yield controls.set_shared_limit
+    controls.set_shared_limit()
 
 
 @pytest.fixture

@@ -44,6 +44,19 @@ def order() -> Iterator[Any]:
 
 @needs_emulator
 @pytest.mark.parametrize("name", OPTIONS)
+def test_shared_memory_or_the_workspace(name: str, shared_limit: Any) -> None:
+    """Where a block has no shared memory but the ring, the rest is in the workspace, and results are the same."""
+    operation, options = OPTIONS[name]
+    results = []
+    for size in (227 << 10, 0):
+        shared_limit(size)
+        given = {"reduction": "none", "backend": "emulated", **options}
+        results.append(losses_and_grad(OPERATIONS[operation].public, make_case(samples=1), torch.bfloat16, **given))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_emulator
+@pytest.mark.parametrize("name", OPTIONS)
 def test_the_order_of_threads_does_not_matter(name: str, order: Any) -> None:
     operation, options = OPTIONS[name]
     case = make_case(samples=1, scale=9.0)

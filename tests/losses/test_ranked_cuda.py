@@ -3,7 +3,6 @@
 import functools
 import math
 import weakref
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -102,14 +101,6 @@ def test_is_what_the_sort_finds(operation: str, monkeypatch: pytest.MonkeyPatch,
     (losses, grad), (sorted_losses, sorted_grad) = results
     assert_close(losses, sorted_losses, rtol=1e-5)
     assert_close(grad.float(), sorted_grad.float(), rtol=2**-7, atol=1e-6)
-
-
-@pytest.fixture
-def shared_limit() -> Iterator[Any]:
-    """Sets what shared memory a block of the emulated multiprocessors may have."""
-    controls = emulated.load()[1]
-    yield controls.set_shared_limit
-    controls.set_shared_limit()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
