@@ -40,24 +40,23 @@ class SlicedLists:
         shared, start, source, place = _core.sliced_lists(begin, counts.astype(np.int32), WARP, LONGEST)
         ordered = np.empty(len(owners), np.int32)
         ordered[place] = owners
-        by_four, put = _by_four(torch.from_numpy(start), torch.from_numpy(source))
-        share = by_four[-1] * torch.arange(PARTS + 1) / PARTS
-        part = torch.searchsorted(by_four, share.ceil().long()).int()
-        return SlicedLists(shared, by_four.int(), part, put, torch.from_numpy(ordered))
+        by_four, put = _by_four(start, source)
+        part = np.searchsorted(by_four, -(-by_four[-1] * np.arange(PARTS + 1) // PARTS)).astype(np.int32)
+        return SlicedLists(shared, *map(torch.from_numpy, (by_four.astype(np.int32), part, put, ordered)))
 
     def put(self, values: Tensor, none: int) -> Tensor:
         """The values of the entries in their places, `none` where there is no entry."""
         return torch.cat([values, values.new_tensor([none])])[self.source]
 
 
-def _by_four(start: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+def _by_four(start: NDArray[np.int64], source: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
     """Where each slice starts if its lanes have four entries side by side, and the entries; no slice is empty."""
-    lengths = start.diff()
-    padded = torch.cat([start[:1], (lengths.clamp_min(1) / FOUR).ceil().long().cumsum(0) * FOUR])
-    row = torch.arange(len(source) // WARP) + (padded[:-1] - start[:-1]).repeat_interleave(lengths)
-    put = source.new_full((int(padded[-1]), WARP), -1)
-    put[row] = source.view(-1, WARP)
-    return padded, put.view(-1, FOUR, WARP).transpose(1, 2).reshape(-1)
+    lengths = np.diff(start)
+    padded = np.concatenate([start[:1], (-(-np.maximum(lengths, 1) // FOUR) * FOUR).cumsum()])
+    row = np.arange(len(source) // WARP) + np.repeat(padded[:-1] - start[:-1], lengths)
+    put = np.full((padded[-1], WARP), -1)
+    put[row] = source.reshape(-1, WARP)
+    return padded, put.reshape(-1, FOUR, WARP).swapaxes(1, 2).reshape(-1)
 
 
 def list_fields(lists: Any, memory: Any) -> dict[str, Any]:
