@@ -327,7 +327,7 @@ def test_reproduce(main, tmp_path, capsys, finding):
     results = json.loads(output.read_text())
     advised = reproduce.arms()[finding.split].case.loss.name
     assert f"coverage_audit recommends {advised}" in capsys.readouterr().out
-    assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", 0)]
+    assert [(run["setting"], run["seed"]) for run in results["runs"]] == [("plenty", seed) for seed in range(3)]
     arms = results["runs"][0]["arms"]
     assert set(arms) == {"CE", *finding}
     assert all(len(arm[measure]) == 6 for arm in arms.values() for measure in toy.MEASURES)
