@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 from chats import pieces_of, trained_text
+from hypothesis import example as also
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -67,9 +68,13 @@ def chunks(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> li
 
 
 def read(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> bytes:
+    return b"".join(tokens_of(encoder, example, name))
+
+
+def tokens_of(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> list[bytes]:
     side = encoder.encoder.teachers[OTHERS.index(name)]
     assert side is not None
-    return b"".join(side.tokens[i] for i in example["teachers"][OTHERS.index(name)]["ids"])
+    return [side.tokens[i] for i in example["teachers"][OTHERS.index(name)]["ids"]]
 
 
 @pytest.mark.parametrize("row", [CHAT, TEXT], ids=["chat", "text"])
@@ -80,6 +85,7 @@ def test_random_tokens(encoder, row, name):
     is_text = (~encoder.student.is_special).nonzero()[0].tolist()
 
     @settings(max_examples=30, deadline=None)
+    @also(ids=[291], ended=False)  # "an", which the teacher has with the space before it
     @given(
         ids=st.lists(st.one_of(st.sampled_from(is_text), st.integers(0, len(encoder.student.tokens) - 1)), max_size=12),
         ended=st.booleans(),
@@ -93,7 +99,10 @@ def test_random_tokens(encoder, row, name):
         assert content in raw or encoder.student.is_special[ids[: len(ids) - ended]].any() or not _is_text(raw)
         special = [encoder.student.tokens[i] for i in ids if encoder.student.is_special[i]]
         if _is_text(raw) and raw == raw.decode().strip().encode() and len(special) == ended and b"<" not in raw:
-            assert content == raw if row is CHAT else raw.endswith(content)
+            # a token of the teacher's that begins in the prompt, with its last space
+            several = [token for token in tokens_of(encoder, example, name) if len(token) > 1]
+            straddles = any(token[:1] == b" " and raw.startswith(token[1:]) for token in several)
+            assert content == raw or (raw.endswith(content) and (row is TEXT or straddles))
 
     check()
 
