@@ -382,7 +382,7 @@ class Inputs:
         assert chunks.teacher_ids is not None
         generator = torch.Generator().manual_seed(0)
         student, teacher = (
-            3 * torch.randn(len(ids), width, generator=generator, dtype=torch.float64)
+            3 * torch.randn(len(ids), width, generator=generator, dtype=torch.float64, device="cpu")
             for ids, width in zip((chunks.student_ids, chunks.teacher_ids), widths, strict=True)
         )
         labels = chunks.student_ids.clone()
@@ -398,7 +398,7 @@ class Inputs:
         assert one.student_ids is not None
         assert one.teacher_ids is not None
         chunks = Alignment(
-            one.spans.repeat(copies, 1), torch.arange(copies + 1) * len(one.spans),
+            one.spans.repeat(copies, 1), torch.arange(copies + 1, device="cpu") * len(one.spans),
             one.student_ids.repeat(copies, 1), one.teacher_ids.repeat(copies, 1),
         )  # fmt: skip
         return chunks.to(self.student.device), self.labels.repeat(copies, 1)

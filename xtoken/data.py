@@ -13,6 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from .alignment import Alignment, pad_rows
+from .alignment.alignment import as_tensor
 from .corpus import Manifest, require
 from .remote import arrow_file, located, sizes
 from .storage import Numbering, other_tokenizers
@@ -199,10 +200,10 @@ class AlignedCollator:
             raise ValueError("documents: expected at least one")
         batch: dict[str, Any] = {"ids": [document["id"] for document in documents]}
         for side, pad_id in (("student", self.student_pad_id), ("teacher", self.teacher_pad_id)):
-            rows = [torch.as_tensor(document[f"{side}_ids"], dtype=torch.int64) for document in documents]
+            rows = [as_tensor(document[f"{side}_ids"], torch.int64) for document in documents]
             batch[f"{side}_ids"] = pad_rows(rows, pad_id)
             batch[f"{side}_mask"] = pad_rows([torch.ones_like(row) for row in rows], 0)
-        spans = [torch.as_tensor(document["spans"], dtype=torch.int32).reshape(-1, 4) for document in documents]
+        spans = [as_tensor(document["spans"], torch.int32).reshape(-1, 4) for document in documents]
         offsets = np.cumsum([0, *map(len, spans)])
         batch["alignment"] = Alignment(torch.cat(spans), offsets, batch["student_ids"], batch["teacher_ids"])
         return batch

@@ -131,7 +131,8 @@ class PieceIndex(OnHub):
         pieces = (*student.pieces(partners[0] < 0, teacher), *teacher.pieces(partners[1] < 0, student))
         data = _core.build_piece_index(student._core, teacher._core, *pieces)
         text = b"".join(one[int(i)] for one in (student, teacher) for i in one.is_text.nonzero()[0])
-        index = cls(data, fingerprints(student, teacher), torch.tensor(bytearray(text), dtype=torch.uint8))
+        characters = torch.tensor(bytearray(text), dtype=torch.uint8, device="cpu")
+        index = cls(data, fingerprints(student, teacher), characters)
         without = [name for name, one in (("student", student), ("teacher", teacher)) if one.tokenizer is None]
         if texts is None:
             return index if without else index._calibrated(student, teacher, sample_texts(student, teacher))
@@ -195,7 +196,7 @@ class PieceIndex(OnHub):
         students, teachers = (torch.bincount(event, minlength=self.events) for event in (student, teacher))
         is_text = self.teacher.length.cpu() > 0
         paired = (students[teacher] == 1) & (teachers[teacher] == 1) & is_text
-        partner_of = torch.full((self.events,), -1)
+        partner_of = torch.full((self.events,), -1, device="cpu")
         partner_of[teacher[paired]] = paired.nonzero()[:, 0]
         lacking = (students[teacher] == 0).long()
         key = torch.where(is_text, teacher + self.events * lacking, 2 * self.events)
@@ -258,7 +259,7 @@ def renumbered(data: Tensor, order: TeacherOrder) -> Tensor:
     Takes about half a second for two real vocabularies.
     """
     student, teacher = sides(data.cpu())
-    places = torch.cat([order.places, torch.tensor([len(order)])])  # a rest that cannot be spelled stays one
+    places = torch.nn.functional.pad(order.places, (0, 1), value=len(order))  # a rest that cannot be spelled stays one
     ptr, pieces = _rows(teacher.ptr, teacher.pieces, order.tokens)
     joined_ptr, joined = _rows(teacher.joined_ptr, places[teacher.joined.long()], order.tokens)
     owner = torch.repeat_interleave(joined_ptr.diff(), output_size=len(joined))
@@ -286,16 +287,16 @@ def _rows(ptr: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     counts = ptr.diff().long()[rows]
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
     first = torch.repeat_interleave(ptr[:-1].long()[rows] - ends[:-1], counts, output_size=int(ends[-1]))
-    return ends, values[first + torch.arange(int(ends[-1]))]
+    return ends, values[first + torch.arange(int(ends[-1]), device="cpu")]
 
 
 def _by_pieces(side: Side, other: Side) -> Tensor:
     """`Side.order` of a side whose other parts are there."""
     size = len(other.event)
-    events = torch.cat([other.event.long(), torch.tensor([2 * size + len(side.event)])])  # a rest comes last
+    events = torch.nn.functional.pad(other.event.long(), (0, 1), value=2 * size + len(side.event))  # a rest comes last
     keys = (events[side.pieces.long()] * (size + 1) + side.pieces).tolist()
     sequences = [keys[first:last] for first, last in itertools.pairwise(side.ptr.tolist())]
-    return torch.tensor(sorted(range(len(sequences)), key=sequences.__getitem__), dtype=torch.int32)
+    return torch.tensor(sorted(range(len(sequences)), key=sequences.__getitem__), dtype=torch.int32, device="cpu")
 
 
 def _sha256(text: Tensor) -> str:

@@ -189,7 +189,9 @@ class TensorReader(AbstractContextManager["TensorReader"]):
             size = math.prod(shape[1:]) * dtype.itemsize
             shape, begin = [(stop or 0) - start, *shape[1:]], begin + start * size
         data = self._bytes(begin, begin + math.prod(shape) * dtype.itemsize)
-        return torch.frombuffer(data, dtype=dtype).reshape(shape) if data else torch.empty(shape, dtype=dtype)
+        if not data:
+            return torch.empty(shape, dtype=dtype, device="cpu")
+        return torch.frombuffer(data, dtype=dtype).reshape(shape)
 
     def _bytes(self, first: int, last: int) -> bytearray:
         data = bytearray(last - first)

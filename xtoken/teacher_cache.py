@@ -260,10 +260,10 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
             "ids": torch.cat([one.ids for one in logits]),
             "logprobs": torch.cat([one.logprobs for one in logits]),
             "tail": torch.cat(tails),
-            "offsets": torch.tensor([0, *itertools.accumulate(map(len, documents))]),
+            "offsets": torch.tensor([0, *itertools.accumulate(map(len, documents))], device="cpu"),
             "digests": torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(-1, 32),
         }
-        content["sums"] = torch.tensor(_sums(content, content["offsets"].tolist()))
+        content["sums"] = torch.tensor(_sums(content, content["offsets"].tolist()), device="cpu")
         name = _file_name(len(self._shards))
         _SHARD.save(self.folder / name, content)
         self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
@@ -607,10 +607,10 @@ def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[
 def _run(model: Any, documents: Sequence[Sequence[int]]) -> Tensor:
     """Logits [B, T, V] of documents, padded on the right."""
     device = getattr(model, "device", None)
-    ids = torch.zeros(len(documents), max(1, *map(len, documents)), dtype=torch.int64)
+    ids = torch.zeros(len(documents), max(1, *map(len, documents)), dtype=torch.int64, device="cpu")
     mask = torch.zeros_like(ids)
     for row, document in enumerate(documents):
-        ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64)
+        ids[row, : len(document)] = torch.tensor(document, dtype=torch.int64, device="cpu")
         mask[row, : len(document)] = 1
     logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits
     if not isinstance(logits, Tensor):

@@ -40,7 +40,8 @@ class TeacherOrder:
     def __init__(self, tokens: Any) -> None:
         self.tokens = lasting(int_tensor(tokens, "tokens", torch.int64).cpu())
         size = self.tokens.numel()
-        if self.tokens.shape != (size,) or size == 0 or not torch.equal(self.tokens.sort().values, torch.arange(size)):
+        all_of_them = torch.arange(size, device="cpu")
+        if self.tokens.shape != (size,) or size == 0 or not torch.equal(self.tokens.sort().values, all_of_them):
             raise ValueError(f"tokens: expected every teacher id once [V_teacher], got {list(self.tokens.shape)}")
         self.places = lasting(self.tokens.argsort())
         self._placed = {self.places.device: self.places}
@@ -80,5 +81,5 @@ class TeacherOrder:
         return TeacherOrder, (self.tokens,)
 
     def __repr__(self) -> str:
-        at_home = int((self.tokens == torch.arange(len(self))).sum())
+        at_home = int((self.tokens == torch.arange(len(self), device="cpu")).sum())
         return f"TeacherOrder({len(self)} tokens, {at_home} of them at home)"

@@ -155,10 +155,10 @@ class Aligner:
         if min(limits) < 0:
             raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
         whole, *batches = self._align(student_ids, teacher_ids, student_mask, teacher_mask)
-        lengths = torch.tensor([[len(row) for row in side.rows] for side in batches], dtype=torch.int64).T
-        fits = (lengths <= torch.tensor(limits)).all(dim=1)
+        lengths = torch.tensor([[len(row) for row in side.rows] for side in batches], dtype=torch.int64, device="cpu").T
+        fits = (lengths <= torch.tensor(limits, device="cpu")).all(dim=1)
         sample, ends = whole.sample_index, whole.spans[:, 1::2].long()
-        kept = fits[sample] | (ends <= torch.tensor(limits)).all(dim=1)
+        kept = fits[sample] | (ends <= torch.tensor(limits, device="cpu")).all(dim=1)
         cuts = torch.zeros_like(lengths).scatter_reduce(0, sample[kept, None].expand(-1, 2), ends[kept], "amax")
         cuts = torch.where(fits[:, None], lengths, cuts)
         ids: dict[str, Any] = {}

@@ -22,10 +22,17 @@ IGNORED = -100
 """Label of a token that no loss looks at, as in PyTorch and transformers."""
 
 
+def as_tensor(value: Any, dtype: torch.dtype | None = None) -> Tensor:
+    """As `torch.as_tensor`: a tensor where it is, anything else on the CPU, whatever the default device."""
+    if isinstance(value, Tensor):
+        return value if dtype is None else value.to(dtype)
+    return torch.as_tensor(value, dtype=dtype, device="cpu")
+
+
 def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = False) -> Tensor:
     """The value as a tensor of `dtype`; TypeError if it does not hold integers, ValueError if one does not fit."""
     try:
-        tensor = torch.as_tensor(value)
+        tensor = as_tensor(value)
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         # torch says "Overflow" as a RuntimeError.
         is_value = isinstance(error, (ValueError, OverflowError)) or "verflow" in str(error)
@@ -110,7 +117,7 @@ class Alignment:
             for side, ids in (("student", student_ids), ("teacher", teacher_ids))
         }
         self.optimal = self._flags(
-            torch.ones(len(self), dtype=torch.bool) if optimal is None else optimal, "optimal", len(self)
+            torch.ones(len(self), dtype=torch.bool, device="cpu") if optimal is None else optimal, "optimal", len(self)
         )
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
@@ -512,7 +519,7 @@ class Ragged(NamedTuple):
 def pad_rows(rows: Iterable[Tensor | NDArray[np.int64]], value: int = -1) -> Tensor:
     """Rows of different lengths as one matrix, padded on the right; int64 [0, 0] if there are none."""
     rows = list(rows)
-    padded = torch.full((len(rows), max(map(len, rows), default=0)), value)
+    padded = torch.full((len(rows), max(map(len, rows), default=0)), value, device="cpu")
     for padded_row, row in zip(padded, rows, strict=True):
-        padded_row[: len(row)] = torch.as_tensor(row)
+        padded_row[: len(row)] = as_tensor(row)
     return padded

@@ -161,7 +161,7 @@ class Chunks:
         With a mask on a device all positions are chunks, masked by it, so that nothing waits.
         """
         device = torch.device(device)
-        chunks, used = _rows_as_chunks(torch.arange(rows)), torch.arange(rows, device=device)
+        chunks, used = _rows_as_chunks(torch.arange(rows, device="cpu")), torch.arange(rows, device=device)
         if mask is not None and mask.device.type != "cpu":
             return replace(_rows_as_chunks(used).masked(mask.to(device).flatten()), copy=chunks)
         if mask is not None:

@@ -21,9 +21,10 @@ def agrees(chunks: Chunks, projection: Matrix) -> Tensor:
     device = chunks.used.device
 
     def entries() -> Tensor:
-        row = torch.repeat_interleave(torch.arange(students), projection.row_ptr.detach().cpu().diff())
+        row = torch.repeat_interleave(torch.arange(students, device="cpu"), projection.row_ptr.detach().cpu().diff())
         numbers = (row * teachers + projection.col.detach().cpu()).sort().values
-        return synchronized(torch.cat([numbers, torch.tensor([students * teachers])]).to(device))  # never without one
+        none = torch.tensor([students * teachers], device="cpu")  # never without one
+        return synchronized(torch.cat([numbers, none]).to(device))
 
     numbers = _ENTRIES.of((projection.col, projection.row_ptr), entries, device)
     first = []

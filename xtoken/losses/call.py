@@ -12,6 +12,7 @@ from torch import Tensor
 from typing_extensions import Unpack as Unpack
 
 from xtoken.alignment import Alignment
+from xtoken.alignment.alignment import as_tensor
 from xtoken.losses.backends import check_backend
 from xtoken.losses.logits import AnyLogits, LinearLogits, OrderedLogits, Parts, TopKLogits, widened
 from xtoken.losses.loss import Loss, Needs
@@ -297,7 +298,7 @@ def _checked_mask(student: Parts, teacher: Parts, mask: Any) -> Tensor | None:
         )
     if mask is None:
         return None
-    given: Tensor = torch.as_tensor(mask)
+    given = as_tensor(mask)
     if given.dtype != torch.bool or given.shape != shape:
         raise ValueError(f"mask: expected bool {list(shape)}, got {given.dtype} {list(given.shape)}")
     return given

@@ -54,7 +54,7 @@ CHANGED: dict[str, tuple[Any, ...]] = {
     "min_weight": (0.7,),
     "top_k": (None, 100),
     "uncommon_top_k": (100,),
-    "columns": (torch.arange(3, 300, 2).flip(0),),
+    "columns": (torch.arange(3, 300, 2, device="cpu").flip(0),),
 }
 """Other values of options that are no words or switches."""
 
@@ -113,13 +113,15 @@ def _projection(index: PieceIndex, row_entries: int = 4, gamma: float = 0.1) -> 
     """W by the rule of `ProjectionMatrix.build`, from the pieces of the student's tokens."""
     (students, teachers), ptr = index.shape, index.student.ptr.long()
     counts = ptr.diff().clamp_max(row_entries)
-    row = torch.arange(students).repeat_interleave(counts)
-    position = torch.arange(len(row)) - (counts.cumsum(0) - counts)[row]
+    row = torch.arange(students, device="cpu").repeat_interleave(counts)
+    position = torch.arange(len(row), device="cpu") - (counts.cumsum(0) - counts)[row]
     key, place = (row * teachers + index.student.pieces[ptr[row] + position]).unique(return_inverse=True)
-    weight = torch.zeros(len(key)).index_add_(0, place, gamma**position)  # a token may repeat a piece
+    weight = torch.zeros(len(key), dtype=torch.float32, device="cpu").index_add_(
+        0, place, gamma**position
+    )  # a token may repeat a piece
     row = key // teachers
-    total = torch.zeros(students).index_add_(0, row, weight)
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64), row.bincount(minlength=students).cumsum(0)])
+    total = torch.zeros(students, dtype=torch.float32, device="cpu").index_add_(0, row, weight)
+    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), row.bincount(minlength=students).cumsum(0)])
     return ProjectionMatrix(row_ptr, (key % teachers).int(), weight / total[row], teachers)
 
 
@@ -128,8 +130,8 @@ def _projection(index: PieceIndex, row_entries: int = 4, gamma: float = 0.1) -> 
 
 def one_to_one(rows: int) -> Alignment:
     """Chunks of one token on each side, so many."""
-    start = torch.arange(1, rows + 1, dtype=torch.int32)
-    nothing = torch.zeros(rows + 1, dtype=torch.int64)  # whatever token it is
+    start = torch.arange(1, rows + 1, dtype=torch.int32, device="cpu")
+    nothing = torch.zeros(rows + 1, dtype=torch.int64, device="cpu")  # whatever token it is
     return Alignment(torch.stack([start, start + 1, start, start + 1], 1), None, nothing, nothing)
 
 
@@ -143,7 +145,7 @@ def text_of(pair: Pair, sizes: tuple[int, int], rows: int, seed: int = 0) -> Ali
 
     def draw(candidates: Tensor | int) -> int:
         size = candidates if isinstance(candidates, int) else len(candidates)
-        place = int(torch.randint(size, (), generator=generator))
+        place = int(torch.randint(size, (), generator=generator, device="cpu"))
         return place if isinstance(candidates, int) else int(candidates[place])
 
     spellings = [one for one in _spellings(pair) if len(one.single) and len(one.several)]
@@ -170,7 +172,7 @@ def text_of(pair: Pair, sizes: tuple[int, int], rows: int, seed: int = 0) -> Ali
         if gap:
             for own, size in zip(ids, sizes, strict=True):
                 own.append(draw(size))
-    return Alignment(torch.tensor(spans, dtype=torch.int32).reshape(-1, 4), None, *map(torch.tensor, ids))
+    return Alignment(torch.tensor(spans, dtype=torch.int32, device="cpu").reshape(-1, 4), None, *ids)
 
 
 class _Spelling(NamedTuple):
@@ -200,8 +202,8 @@ def _spellings(pair: Pair) -> list[_Spelling]:
     found = []
     for ptr, pieces, size in tables:
         counts = ptr.diff()
-        token = torch.arange(len(counts)).repeat_interleave(counts)
-        whole = torch.ones(len(counts), dtype=torch.bool)
+        token = torch.arange(len(counts), device="cpu").repeat_interleave(counts)
+        whole = torch.ones(len(counts), dtype=torch.bool, device="cpu")
         whole[token[pieces >= size]] = False  # with a rest that the other side cannot spell
         single, several = (counts == 1) & whole, (counts > 1) & (counts <= 4) & whole
         found.append(_Spelling(ptr, pieces, single.nonzero()[:, 0], several.nonzero()[:, 0]))

@@ -32,7 +32,7 @@ def certainties(teachers: Sequence[Predicting | None], rows: int, size: int) -> 
     """
     given = [one for one in teachers if one is not None]
     if not given:
-        return [torch.zeros(0)] * len(teachers)
+        return [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(teachers)
     sure = torch.full((len(given), rows + 1), -torch.inf, device=given[0].chunks.used.device)  # the last for row -1
     for m, (source, chunks) in enumerate(given):
         scale = math.log(max(size, 2)) / math.log(max(source.size, 2))
@@ -40,7 +40,10 @@ def certainties(teachers: Sequence[Predicting | None], rows: int, size: int) -> 
     sure[:, -1] = -torch.inf
     weights = (sure.softmax(0) * (sure > -torch.inf).sum(0)).nan_to_num_(0.0)
     each = iter(weights)
-    return [torch.zeros(0) if one is None else next(each)[one.chunks.student.start] for one in teachers]
+    return [
+        torch.zeros(0, dtype=torch.float32, device="cpu") if one is None else next(each)[one.chunks.student.start]
+        for one in teachers
+    ]
 
 
 @torch.no_grad()

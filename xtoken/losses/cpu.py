@@ -77,7 +77,7 @@ def run_chunks(
     name: str, problem: Problem[Any], student_grad: Tensor | None, scale: Tensor | None, level: str, fields: Fields
 ) -> Tensor:
     """The losses of all chunks, float32 [K], by a launcher with `XTOKEN_CHUNKS` and `fields`."""
-    losses = torch.empty(len(problem.chunks), dtype=torch.float64)
+    losses = torch.empty(len(problem.chunks), dtype=torch.float64, device="cpu")
     scales = array(None if scale is None else scale.detach().double().contiguous())
     common = {"grad": array(student_grad), "scale": scales, "losses": array(losses)}
     given = {**chunk_inputs(problem, problem.chunks, array), **common, **fields}
@@ -93,7 +93,7 @@ class LabelBuffers:
         self.fields: Fields = {"ids": None, "scale": None, "losses": None}
         if labels is not None:
             ids = labels.ids.contiguous()
-            self._losses = torch.empty(ids.shape, dtype=torch.float64)
+            self._losses = torch.empty(ids.shape, dtype=torch.float64, device="cpu")
             self.fields = {"ids": array(ids), "scale": array(labels.scale.double()), "losses": array(self._losses)}
 
     def finish(self) -> None:
@@ -141,7 +141,7 @@ def column_set(logits: Tensor, top_k: int | None, *, level: str = "") -> Tensor:
     width = logits.shape[-1]
     if top_k is None or top_k >= width or logits.numel() == 0 or logits.dtype not in ELEMENTS:
         return plain_column_set(logits, top_k)
-    ids = torch.empty(top_k, dtype=torch.int64)
+    ids = torch.empty(top_k, dtype=torch.int64, device="cpu")
     fields = {"logits": array(unit_stride(logits.detach())), "count": top_k, "ids": array(ids)}
     _core.launch("largest_columns", fields, level, torch.get_num_threads())
     return ids

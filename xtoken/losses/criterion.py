@@ -622,7 +622,7 @@ def _count(chosen: Tensor) -> Count:
 def _numbers(values: Sequence[int | Tensor], device: torch.device) -> Tensor:
     """int64 [M]; on the device if one of them is."""
     if not any(isinstance(value, Tensor) for value in values):
-        return torch.tensor(values, dtype=torch.int64)
+        return torch.tensor(values, dtype=torch.int64, device="cpu")
     return torch.stack([v.to(device) if isinstance(v, Tensor) else torch.full((), v, device=device) for v in values])
 
 

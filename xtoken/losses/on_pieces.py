@@ -80,11 +80,11 @@ def partners(pieces: Tensor, device: torch.device) -> Partners:
     both = sides(pieces.cpu())
     sizes = [len(side.event) for side in both]
     to = [_single_pieces(side, size) for side, size in zip(both, reversed(sizes), strict=True)]
-    student = torch.arange(sizes[0])
-    padded = torch.cat([to[1], torch.tensor([-1])])
+    student = torch.arange(sizes[0], device="cpu")
+    padded = torch.cat([to[1], torch.tensor([-1], device="cpu")])
     student = student[padded[to[0]] == student]  # of several with one text that which the tokenizer writes
     teacher = to[0][student]
-    found = [torch.full((size,), other) for size, other in zip(sizes, reversed(sizes), strict=True)]
+    found = [torch.full((size,), other, device="cpu") for size, other in zip(sizes, reversed(sizes), strict=True)]
     found[0][student], found[1][teacher] = teacher, student
     return Partners(*(synchronized(one.to(device)) for one in (student, teacher, *found)))
 
@@ -101,7 +101,7 @@ def are_partners(chunks: Chunks, known: Partners) -> Tensor:
 def _single_pieces(side: Side, size: int) -> Tensor:
     """int64 [V]: the only piece of each token, `size` where it has more or none."""
     if not len(side.pieces):
-        return torch.full((len(side.event),), size)
+        return torch.full((len(side.event),), size, device="cpu")
     first = side.pieces[side.ptr[:-1].long().clamp_max(len(side.pieces) - 1)].long()
     return torch.where(side.ptr.diff() == 1, first, size)
 

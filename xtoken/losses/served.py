@@ -51,9 +51,10 @@ def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[in
 
 def as_tables(entries: Sequence[Mapping[int, float]], width: int) -> tuple[Tensor, Tensor]:
     """Ids int64 and log-probabilities float32 [T, width] of what is listed for T tokens; -1 and -inf for no more."""
-    counts = torch.tensor([len(entry) for entry in entries], dtype=torch.int64)
-    ids, logprobs = torch.full((len(entries), width), -1), torch.full((len(entries), width), -torch.inf)
-    filled = torch.arange(width) < counts[:, None]
+    counts = torch.tensor([len(entry) for entry in entries], dtype=torch.int64, device="cpu")
+    ids = torch.full((len(entries), width), -1, device="cpu")
+    logprobs = torch.full(ids.shape, -torch.inf, dtype=torch.float32, device="cpu")
+    filled = torch.arange(width, device="cpu") < counts[:, None]
     ids[filled] = torch.from_numpy(np.fromiter(chain.from_iterable(entries), np.int64))
     values = chain.from_iterable(entry.values() for entry in entries)
     logprobs[filled] = torch.from_numpy(np.fromiter(values, np.float32))

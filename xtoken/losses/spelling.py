@@ -77,9 +77,9 @@ def spelling(pieces: Tensor, text: Tensor, device: torch.device) -> Spelling:
                     found = known[token[start:end]]
                     break
             longest.append(found)
-    lengths = [torch.tensor([len(token) for token in side]) for side in (of_student, of_teacher)]
-    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), lengths[1].cumsum(0)])
-    places = torch.tensor(longest, dtype=torch.int64)
+    lengths = [torch.tensor([len(token) for token in side], device="cpu") for side in (of_student, of_teacher)]
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), lengths[1].cumsum(0)])
+    places = torch.tensor(longest, dtype=torch.int64, device="cpu")
     order, first, last = prefix_ranges(of_teacher, lengths[1], ptr)
     beginning = exact.of_teacher.clone()
     has_text = lengths[1] > 0
@@ -116,16 +116,16 @@ def prefix_ranges(
     ``ptr[t + 1] - 1``, and each the first and the last (exclusive) of those that begin with what is before it."""
     order = sorted(range(len(tokens)), key=tokens.__getitem__)
     common = [0, *(_common(tokens[a], tokens[b]) for a, b in itertools.pairwise(order))]
-    shared, ordered = torch.tensor(common), torch.tensor(order, dtype=torch.int64)
-    first, last = torch.zeros(2, int(ptr[-1]), dtype=torch.int64)
+    shared, ordered = torch.tensor(common, device="cpu"), torch.tensor(order, dtype=torch.int64, device="cpu")
+    first, last = torch.zeros(2, int(ptr[-1]), dtype=torch.int64, device="cpu")
     last[ptr[:-1][length > 0]] = len(tokens)
-    ranks = torch.arange(len(tokens))
+    ranks = torch.arange(len(tokens), device="cpu")
     for depth in range(1, int(length.max()) if len(tokens) else 0):
         ranks = ranks[length[ordered[ranks]] >= depth]  # the others do not begin with so many bytes
         is_new = shared[ranks] < depth
         starts = is_new.nonzero()[:, 0]
         group = is_new.cumsum(0) - 1
-        ends = torch.cat([starts[1:], torch.tensor([len(ranks)])]) - 1
+        ends = torch.cat([starts[1:], torch.tensor([len(ranks)], device="cpu")]) - 1
         is_longer = length[ordered[ranks]] > depth
         place = ptr[ordered[ranks[is_longer]]] + depth
         first[place] = ranks[starts[group[is_longer]]]
@@ -180,14 +180,14 @@ def groups(pieces: Tensor, text: Tensor, device: torch.device) -> Groups:
             found += [(begin, *ends, token)] * is_kept
         if is_kept:
             members.append((token, len(found) - 1))
-    group = torch.full((len(of_teacher),), len(found))
+    group = torch.full((len(of_teacher),), len(found), device="cpu")
     if members:
-        tokens, numbers = torch.tensor(members).unbind(1)
+        tokens, numbers = torch.tensor(members, device="cpu").unbind(1)
         group[tokens] = numbers
-    begin_of, *rest_of = torch.tensor(found, dtype=torch.int64).reshape(-1, 4).unbind(1)
+    begin_of, *rest_of = torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 4).unbind(1)
     counts = torch.bincount(begin_of, minlength=none)
     ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    made = group, ptr, torch.tensor(order, dtype=torch.int64), *rest_of
+    made = group, ptr, torch.tensor(order, dtype=torch.int64, device="cpu"), *rest_of
     return Groups(*(synchronized(one.to(device)) for one in made))
 
 

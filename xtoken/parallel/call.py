@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xtoken.alignment import Alignment
+from xtoken.alignment.alignment import as_tensor
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, backend_of, check_backend, kernels_of
 from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_known, check_logits, has_dtensor
@@ -92,7 +93,7 @@ def compute(
     samples, device = student.rows.shape[0], student.rows.device
     whole = torch.Size([*Parts.of(student_logits).leading_shape[:-1], len(positions[0].rank)])
     if mask is not None:
-        mask = torch.as_tensor(mask)
+        mask = as_tensor(mask)
         if mask.dtype != torch.bool or mask.shape != whole:
             raise ValueError(f"mask: expected bool {list(whole)} (all positions), got {mask.dtype} {list(mask.shape)}")
     call = call_of(
@@ -171,8 +172,8 @@ def cross_entropy(
     kind = next(one for one in registered().values() if one.needs is Needs.SAME_TOKENIZER and one.is_default)
     result: tuple[Tensor, Tensor] = compute(
         kind.of(None, None, **kind.options()), student_logits, student_logits, None, Groups(*groups), labels=labels,
-        sizes=(size, size), mask=torch.zeros(labels.shape, dtype=torch.bool), reduction="sum", inplace=False,
-        backend=backend,
+        sizes=(size, size), mask=torch.zeros(labels.shape, dtype=torch.bool, device="cpu"), reduction="sum",
+        inplace=False, backend=backend,
     )  # fmt: skip
     return result[1]
 

@@ -31,17 +31,17 @@ class Positions(NamedTuple):
         """
         count = len(lengths)
         if layout == "contiguous" or count == 1:
-            sizes = torch.tensor(lengths)
-            rank = torch.repeat_interleave(torch.arange(count), sizes)
-            return cls(rank, torch.arange(len(rank)) - (sizes.cumsum(0) - sizes)[rank])
+            sizes = torch.tensor(lengths, device="cpu")
+            rank = torch.repeat_interleave(torch.arange(count, device="cpu"), sizes)
+            return cls(rank, torch.arange(len(rank), device="cpu") - (sizes.cumsum(0) - sizes)[rank])
         if len(set(lengths)) > 1 or lengths[0] % 2:
             raise ValueError(
                 "cp_layout: expected the same even number of positions on every rank with 'zigzag', got "
                 f"{list(lengths)}"
             )
         half = lengths[0] // 2
-        part = torch.arange(2 * count).repeat_interleave(half)
-        within = torch.arange(half).repeat(2 * count)
+        part = torch.arange(2 * count, device="cpu").repeat_interleave(half)
+        within = torch.arange(half, device="cpu").repeat(2 * count)
         is_first = part < count
         return cls(torch.where(is_first, part, 2 * count - 1 - part), torch.where(is_first, within, half + within))
 
@@ -49,7 +49,7 @@ class Positions(NamedTuple):
         """int64 [N]: of each row of all samples, one after the other, the place among those of a rank; -1 elsewhere."""
         own = int((self.rank == rank).sum())
         place = torch.where(self.rank == rank, self.place, -1)
-        shift = own * torch.arange(samples)[:, None]
+        shift = own * torch.arange(samples, device="cpu")[:, None]
         return torch.where(place >= 0, place + shift, -1).flatten()
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from xtoken import _core, plot
-from xtoken.alignment.alignment import int_tensor
+from xtoken.alignment.alignment import as_tensor, int_tensor
 from xtoken.hub import OnHub
 from xtoken.notebook import html_table
 from xtoken.storage import TensorFile, atomic, check_present, fingerprints, lasting
@@ -75,13 +75,15 @@ class ProjectionMatrix(OnHub):
     ) -> None:
         self.row_ptr = lasting(int_tensor(row_ptr, "row_ptr", torch.int64).contiguous())
         self.col = lasting(int_tensor(col, "col", torch.int32).contiguous())
-        self.weight = lasting(torch.as_tensor(weight, dtype=torch.float32))
+        self.weight = lasting(as_tensor(weight, torch.float32))
         if self.row_ptr.dim() != 1 or self.row_ptr.numel() == 0:
             raise ValueError(f"row_ptr: expected shape [V_student + 1], got {list(self.row_ptr.shape)}")
+        if not hasattr(teacher_vocab_size, "__index__"):
+            raise TypeError(f"teacher_vocab_size: expected an int, got {type(teacher_vocab_size).__name__}")
         self.shape = (self.row_ptr.numel() - 1, operator.index(teacher_vocab_size))
         if not 0 <= self.shape[1] < 2**31:
             raise ValueError(f"teacher_vocab_size: expected a size that int32 can number, got {teacher_vocab_size}")
-        given = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8)
+        given = torch.full((self.shape[0],), ROW_KINDS.index("given"), dtype=torch.uint8, device="cpu")
         self.kind = given if kind is None else int_tensor(kind, "kind", torch.uint8)
         self.metadata = dict(metadata or {})
         (rows, columns), nnz = self.shape, self.nnz
@@ -176,7 +178,7 @@ class ProjectionMatrix(OnHub):
         is out of range or repeated in a row, or a weight is negative or not finite.
         """
         indices = int_tensor(indices, "indices", torch.int64)
-        weights = torch.as_tensor(weights, dtype=torch.float32)
+        weights = as_tensor(weights, torch.float32)
         if indices.dim() != 2 or indices.shape != weights.shape:
             got = f"{list(indices.shape)}, got {list(weights.shape)}"
             raise ValueError(f"weights: expected the shape [V_student, k] of indices, {got}")
@@ -231,7 +233,8 @@ class ProjectionMatrix(OnHub):
 
     def _check_kinds(self) -> None:
         """Raises ValueError if a row is not what its kind says, or if nothing tells the tokenizers of built rows."""
-        counts, sums = self.row_ptr.diff(), torch.zeros(self.shape[0]).index_add(0, self.row_index, self.weight)
+        counts = self.row_ptr.diff()
+        sums = self.weight.new_zeros(self.shape[0]).index_add(0, self.row_index, self.weight)
         kinds = {name: self.kind == k for k, name in enumerate(ROW_KINDS)}
         is_built = ~(kinds["given"] | kinds["none"])
         is_one = kinds["exact"] | kinds["role"]
@@ -318,7 +321,7 @@ class ProjectionMatrix(OnHub):
         row, col = self.row_index.cpu(), self.col.cpu().long()
         rows, columns = torch.bincount(row, minlength=self.shape[0]), torch.bincount(col, minlength=self.shape[1])
         is_pair = (rows[row] == 1) & (columns[col] == 1) & (self.weight.detach().cpu() == 1.0)
-        partner = torch.full((self.shape[0],), -1)
+        partner = torch.full((self.shape[0],), -1, device="cpu")
         partner[row[is_pair]] = col[is_pair]
         has_entries = columns > 0
         others = has_entries.clone()

@@ -40,8 +40,8 @@ def read(path: str | os.PathLike[str]) -> tuple[Tensor, Tensor] | tuple[Tensor, 
     if isinstance(content, dict) and {"indices", "likelihoods"} <= content.keys():
         return _table(path, content, unpacked)
     if isinstance(content, dict) and content and all(map(_is_entry, content.items())):
-        entries = torch.tensor(list(content), dtype=torch.int64)
-        return entries[:, 0], entries[:, 1], torch.tensor(list(content.values()), dtype=torch.float32)
+        entries = torch.tensor(list(content), dtype=torch.int64, device="cpu")
+        return entries[:, 0], entries[:, 1], torch.tensor(list(content.values()), dtype=torch.float32, device="cpu")
     expected = "'indices' and 'likelihoods', or of (student id, teacher id) to weight"
     raise ValueError(f"{path}: expected a dict with {expected}")
 
@@ -65,10 +65,10 @@ def _is_entry(item: tuple[Any, Any]) -> bool:
 
 def table(row_ptr: Tensor, row: Tensor, col: Tensor, weight: Tensor) -> dict[str, Tensor]:
     """The first form of a matrix in compressed rows: entries of each row by falling weight."""
-    place = torch.arange(len(col)) - row_ptr[row]
+    place = torch.arange(len(col), device="cpu") - row_ptr[row]
     width = max(int(place.max()) + 1 if len(col) else 0, LEAST_WIDTH)
-    indices = torch.full((len(row_ptr) - 1, width), -1, dtype=torch.int64)
-    likelihoods = torch.zeros(len(row_ptr) - 1, width)
+    indices = torch.full((len(row_ptr) - 1, width), -1, dtype=torch.int64, device="cpu")
+    likelihoods = torch.zeros(indices.shape, dtype=torch.float32, device="cpu")
     indices[row, place] = col.long()
     likelihoods[row, place] = weight
     likelihoods, order = likelihoods.sort(dim=1, descending=True, stable=True)

@@ -110,7 +110,7 @@ class PairReport:
     def _facts(self) -> dict[str, Any]:
         matrix = self.projection
         sizes = matrix.row_ptr.diff()
-        reached = torch.zeros(matrix.shape[1], dtype=torch.bool)
+        reached = torch.zeros(matrix.shape[1], dtype=torch.bool, device="cpu")
         reached[matrix.col.long()] = True
         is_text = torch.from_numpy(self.teacher.is_text)
         histogram = torch.bincount(sizes, minlength=2).tolist()

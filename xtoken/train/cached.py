@@ -66,7 +66,8 @@ class CachedExamples(Dataset[dict[str, Any]]):
                 found.append(self._with_logits(entry, cache, example, index))
             else:
                 size = len(example["student_ids"] if entry["ids"] is None else entry["ids"]), cache.top_k
-                none = TopKLogits(torch.full(size, -1, dtype=torch.int32), torch.full(size, -torch.inf))
+                ids = torch.full(size, -1, dtype=torch.int32, device="cpu")
+                none = TopKLogits(ids, torch.full(size, -torch.inf, dtype=torch.float32, device="cpu"))
                 found.append({**entry, "logits": none})
         return {**example, "teachers": found}
 

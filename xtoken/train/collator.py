@@ -140,7 +140,8 @@ class XTokenCollator:
             return side
         width = side["input_ids"].shape[1]
         sizes = [[*map(len, row), width - len(flat)] for row, flat in zip(rows, ids, strict=True)]
-        side["position_ids"] = torch.stack([torch.cat([torch.arange(size) for size in row]) for row in sizes])
+        positions = [[torch.arange(size, device="cpu") for size in row] for row in sizes]
+        side["position_ids"] = torch.stack([torch.cat(row) for row in positions])
         return side
 
     def _labels(self, rows: Sequence[Sequence[Any]], batch: Mapping[str, Tensor]) -> Tensor:

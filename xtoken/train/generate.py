@@ -97,7 +97,7 @@ class ModelWriter:
         width = max(map(len, prompts))
         rows = [[self.pad] * (width - len(one)) + list(one) for one in prompts]
         mask = [[0] * (width - len(one)) + [1] * len(one) for one in prompts]
-        given = {"input_ids": torch.tensor(rows), "attention_mask": torch.tensor(mask)}
+        given = {"input_ids": torch.tensor(rows, device="cpu"), "attention_mask": torch.tensor(mask, device="cpu")}
         self.limits.check(given, self.reader.name)
         given["input_ids"] = self.limits.fit(given)
         is_drawn = self.sampling.temperature > 0

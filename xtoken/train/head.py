@@ -131,7 +131,7 @@ def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
     if (beyond := order.tokens[:rows] >= rows).any():
         token = int(order.tokens[:rows][beyond][0])
         raise ValueError(f"model: expected a row for every token that the order needs, got {rows} rows for {token}")
-    index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows))]).to(layer.weight.device)
+    index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows), device="cpu")]).to(layer.weight.device)
     bias = None if layer.bias is None else layer.bias.detach()[index]
     return OrderedLayer(layer.weight.detach()[index], bias, order, *_scale_and_softcap(model))
 

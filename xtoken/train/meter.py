@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import to_device
+from xtoken.alignment.alignment import as_tensor
 from xtoken.losses.diagnostics import NAMES as DIAGNOSES
 from xtoken.losses.logits import LinearLogits, Parts
 
@@ -43,7 +44,7 @@ class Meter:
     def __init__(self, names: Sequence[str], weights: Sequence[float], shares: Sequence[str] = ()) -> None:
         self.names = list(names)
         self.shares = tuple(shares)
-        self.weights = torch.tensor(list(weights), dtype=torch.float64)
+        self.weights = torch.tensor(list(weights), dtype=torch.float64, device="cpu")
         self.steps = 0
         self.calls = 0
         self.tokens = 0
@@ -52,7 +53,7 @@ class Meter:
         # ce, calls, those with the largest factor; and for each teacher kd, counts, and of those calls that have
         # diagnoses the chunks and the sums over them.
         self._sizes = [3, count, len(COUNTS) * count, count, len(DIAGNOSES) * count]
-        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64)
+        self._sums = torch.zeros(sum(self._sizes), dtype=torch.float64, device="cpu")
 
     def add(self, parts: dict[str, Tensor], tokens: int) -> None:
         """The parts of one call, and the student tokens that it read. Nothing waits for the device that has them."""
@@ -87,10 +88,10 @@ class Meter:
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's
         KD are divided by `divisors`, by default the steps, for parts that are already means over their step.
         """
-        sums = add_up(torch.cat([self._sums.cpu().double(), torch.tensor([float(self.tokens)], dtype=torch.float64)]))
+        sums = add_up(torch.nn.functional.pad(self._sums.cpu().double(), (0, 1), value=float(self.tokens)))
         (ce, calls, bounded), kd, counted, diagnosed, diagnoses, tokens = sums.cpu().double().split([*self._sizes, 1])
         steps, count = max(self.steps, 1), len(self.names)
-        by = torch.full((1 + count,), steps) if divisors is None else torch.as_tensor(divisors).cpu()
+        by = torch.full((1 + count,), steps, device="cpu") if divisors is None else as_tensor(divisors).cpu()
         means = torch.cat([ce[None], kd]) / by.clamp_min(1)
         results = {"ce": float(means[0]), "kd": float(self.weights @ means[1:])}
         results["bounded"] = float(bounded / calls) if calls else 0.0

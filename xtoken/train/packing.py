@@ -66,7 +66,7 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
     ids = ids.unique().cpu()
 
     def tokens(seed: int, length: int) -> Tensor:
-        place = torch.arange(length) + 1000 * seed + 1
+        place = torch.arange(length, device="cpu") + 1000 * seed + 1
         return ids[(place * place * 7919 + place * 104729) % 2147483647 % len(ids)]
 
     widest = [_eps(one.dtype) for one in model.parameters()]
@@ -86,7 +86,7 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
         """Of the second and the fourth example of each row, behind one that says something else in each variant."""
         rows = [torch.cat([tokens(10 * r + k + (0 if k % 2 else 100 * variant), n) for k, n in enumerate(row)])
                 for r, row in enumerate(sizes)]  # fmt: skip
-        found = logits(rows, [torch.cat([torch.arange(n) for n in row]) for row in sizes])
+        found = logits(rows, [torch.cat([torch.arange(n, device="cpu") for n in row]) for row in sizes])
         return [found[r].split(row)[k] for r, row in enumerate(sizes) for k in (1, 3)]
 
     half = sum(sizes[0]) // 2

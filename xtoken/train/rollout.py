@@ -310,7 +310,7 @@ class Rollout:
         came to an end; and if there are any, ``on_policy_unmatched``, the share without a chunk for a teacher, and
         ``on_policy_cut``, the share that a teacher's limit has cut.
         """
-        total = add_up(torch.tensor(astuple(self._counts), dtype=torch.float64))
+        total = add_up(torch.tensor(astuple(self._counts), dtype=torch.float64, device="cpu"))
         self._counts = _Counts()
         counts = _Counts(*total.tolist())
         found = {

@@ -64,8 +64,8 @@ def logits_where_needed(
         return None
     if entry.get("logits") is not None or entry.get("asked") is not None or len(rows) == len(labels):
         return run(entry, inputs)
-    place = torch.zeros(len(labels), dtype=torch.int64)
-    place[rows] = torch.arange(len(rows))
+    place = torch.zeros(len(labels), dtype=torch.int64, device="cpu")
+    place[rows] = torch.arange(len(rows), device="cpu")
     return _rows_of(run(_part(entry, rows), _part(inputs, rows)), place)
 
 

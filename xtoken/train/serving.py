@@ -33,8 +33,8 @@ class Asked:
 
     def logits(self) -> TopKLogits:
         """[B, T, k] on the host, ids of -1 at padding; waits until all are there, and raises what one of them does."""
-        ids = torch.full(self._shape, -1)
-        logprobs = torch.full(self._shape, -torch.inf)
+        ids = torch.full(self._shape, -1, device="cpu")
+        logprobs = torch.full(self._shape, -torch.inf, dtype=torch.float32, device="cpu")
         for future in wait(self._futures, return_when=FIRST_EXCEPTION).done:
             future.result()  # an error stops the run at once, whatever is still waited for
         for (row, first, last), future in zip(self._places, self._futures, strict=True):
@@ -48,7 +48,7 @@ def _examples(side: Mapping[str, Any], roles: Mapping[str, int]) -> Iterator[tup
     ids, mask, positions = side["input_ids"], side.get("attention_mask"), side.get("position_ids")
     pad = filler(roles)
     for row in range(len(ids)):
-        kept = torch.arange(ids.shape[1]) if mask is None else mask[row].nonzero()[:, 0]
+        kept = torch.arange(ids.shape[1], device="cpu") if mask is None else mask[row].nonzero()[:, 0]
         if not len(kept):
             continue
         begin, end = int(kept[0]), int(kept[-1]) + 1

@@ -371,14 +371,14 @@ class XTokenTrainer(Trainer):
                 teacher.ask(entry, host, needed_rows(alignment, host["labels"]))
 
     def _no_counts(self) -> Tensor:
-        return torch.zeros(1 + len(self.criterion.teachers), dtype=torch.float64)
+        return torch.zeros(1 + len(self.criterion.teachers), dtype=torch.float64, device="cpu")
 
     def _counts(self, batch: Mapping[str, Any]) -> Tensor:
         """float64 [1 + M]: labels, and for each teacher of the criterion chunks, of one batch."""
         host = _on_host(batch)
         alignments = self._alignments(host)[: len(self.criterion.teachers)]
         items, chunks = self.criterion.counts(host["labels"], alignments, host.get("ce_labels"))
-        counts = torch.tensor([items, *chunks], dtype=torch.float64)
+        counts = torch.tensor([items, *chunks], dtype=torch.float64, device="cpu")
         if self.args.teacher_mode == "select" and len(chunks) > 1:
             # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
             counts[1:] = chunks_of_one(alignments, host["labels"])

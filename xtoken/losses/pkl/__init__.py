@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
+from xtoken.alignment.alignment import as_tensor
 from xtoken.losses import diagnostics
 from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
@@ -65,7 +66,7 @@ class PKL(Loss):
 
     def __post_init__(self) -> None:
         if self.columns is not None:
-            object.__setattr__(self, "columns", torch.as_tensor(self.columns))
+            object.__setattr__(self, "columns", as_tensor(self.columns))
         check_temperature(self.temperature)
         check_count(self.top_k, "top_k", optional=True)
         check_choice(self.merge, "merge", MERGES)

@@ -82,7 +82,7 @@ def run(
     The scratch memory is a few megabytes per thread, whatever the number of rows.
     """
     options = problem.options
-    sums = None if weight_grad is None else torch.empty(len(options.entry_index), dtype=torch.float64)
+    sums = None if weight_grad is None else torch.empty(len(options.entry_index), dtype=torch.float64, device="cpu")
     buffers = LabelBuffers(labels)
     fields = {
         "labels": buffers.fields,

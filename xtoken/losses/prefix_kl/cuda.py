@@ -98,7 +98,7 @@ def _token_lists(keys: NDArray[np.int64], event: NDArray[np.int64]) -> TokenList
 
 def _by_event(side: Side, events: int, device: torch.device) -> Lists:
     """The tokens of each event."""
-    ptr = torch.cat([torch.zeros(1, dtype=torch.int64), side.event.bincount(minlength=events).cumsum(0)])
+    ptr = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), side.event.bincount(minlength=events).cumsum(0)])
     return Lists(ptr.int().to(device), side.event.sort(stable=True).indices.int().to(device))
 
 

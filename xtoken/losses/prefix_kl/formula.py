@@ -222,7 +222,7 @@ def inner_boundaries(chunks: Chunks, pieces: Tensor) -> Tensor:
                 known = tokens[part][first:j]
                 ranks = _ranks(sides[whole], sides[part], known)
                 found.append([chunk, whole, rows[whole][i], rows[part][j], j - first, *ranks])
-    return torch.tensor(found, dtype=torch.int64).reshape(-1, 7)
+    return torch.tensor(found, dtype=torch.int64, device="cpu").reshape(-1, 7)
 
 
 def _tokens(rows: range, next_ids: list[int], size: int, side: int) -> list[int]:
