@@ -6,6 +6,7 @@ from typing import Any
 architectures: str
 cuda_version: int
 max_threads: int
+resident_blocks: int
 
 def driver_version() -> int: ...
 def compute_capability(device: int) -> int: ...

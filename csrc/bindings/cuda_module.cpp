@@ -48,6 +48,7 @@ PYBIND11_MODULE(XTOKEN_CUDA_MODULE, m) {
     register_error_translator();
     bind_built(m);
     m.attr("max_threads") = cuda::max_threads;
+    m.attr("resident_blocks") = cuda::resident_blocks;
     m.attr("cuda_version") = CUDART_VERSION;
 #ifdef XTOKEN_CUDA_ARCHITECTURES
     m.attr("architectures") = XTOKEN_CUDA_ARCHITECTURES;

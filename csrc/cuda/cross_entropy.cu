@@ -28,8 +28,8 @@ struct MarkRowsParams {
 };
 
 template <typename T>
-__global__ __launch_bounds__(max_threads,
-                             1) void cross_entropy_kernel(const __grid_constant__ CrossEntropyParams params) {
+__global__ __launch_bounds__(max_threads, resident_blocks) void cross_entropy_kernel(
+    const __grid_constant__ CrossEntropyParams params) {
     XTOKEN_SHARED(shared, Sums);
     // The factors are known only here: nobody waits for the device.
     const float factor = params.factor == nullptr ? 1.0f : *params.factor;

@@ -7,13 +7,15 @@
 
 namespace xtoken::cuda {
 
-// What a block of this device may have, static and dynamic.
+// What a block of this device may have, static and dynamic, beside as many others as it is to share a multiprocessor
+// with.
 inline size_t shared_memory_of_a_block() {
+    constexpr size_t reserved = 1 << 10;  // of a block, by CUDA
     int device = 0, bytes = 48 << 10;
     if (cudaGetDevice(&device) == cudaSuccess) {
         cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
     }
-    return static_cast<size_t>(bytes);
+    return (static_cast<size_t>(bytes) + reserved) / resident_blocks - reserved;
 }
 
 inline void check(const char* what, cudaError_t status) {

@@ -8,7 +8,8 @@ namespace {
 constexpr int segment = 1 << 16;  // elements that a block takes at a time
 
 template <typename T>
-__global__ __launch_bounds__(max_threads, 1) void scale_kernel(T* data, int64_t size, const float* factor) {
+__global__ __launch_bounds__(max_threads, resident_blocks) void scale_kernel(T* data, int64_t size,
+                                                                             const float* factor) {
     const float f = *factor;
     if (f == 1.0f) return;
     for (int64_t begin = int64_t{segment} * blockIdx.x; begin < size; begin += int64_t{segment} * gridDim.x) {

@@ -95,10 +95,9 @@ class Memory(Protocol):
 class DeviceMemory:
     """The device's own: tensors are used where they are, and live as long as the fields that name them."""
 
-    threads = 512
-
-    def __init__(self, device: torch.device) -> None:
-        self.blocks = torch.cuda.get_device_properties(device).multi_processor_count
+    def __init__(self, module: Any, device: torch.device) -> None:
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+        self.blocks, self.threads = module.resident_blocks * multiprocessors, module.max_threads
         self.stream = torch.cuda.current_stream(device).cuda_stream
         self.device, self.place = number_of(device), device
 
@@ -114,10 +113,10 @@ class DeviceMemory:
 
 
 @contextmanager
-def device_memory(device: torch.device) -> Iterator[Memory]:
-    """The memory of a CUDA device, which is made the current one."""
+def device_memory(module: Any, device: torch.device) -> Iterator[Memory]:
+    """The memory of a CUDA device, which is made the current one, for the launchers of a module."""
     with torch.cuda.device(device):
-        yield DeviceMemory(device)
+        yield DeviceMemory(module, device)
 
 
 class Kernels:
@@ -280,4 +279,4 @@ def register() -> None:
     """Adds the backend, if this build has kernels."""
     module = _built()
     if module is not None:
-        register_backend(backend("cuda", Kernels(module, device_memory), "cuda"))
+        register_backend(backend("cuda", Kernels(module, functools.partial(device_memory, module)), "cuda"))

@@ -152,7 +152,7 @@ __device__ float write_gradient(const KdParams& params, const RowPair<S>& rows, 
 }
 
 template <typename S, bool is_mixed>
-__global__ __launch_bounds__(max_threads, 1) void kd_kernel(const __grid_constant__ KdParams params) {
+__global__ __launch_bounds__(max_threads, resident_blocks) void kd_kernel(const __grid_constant__ KdParams params) {
     XTOKEN_SHARED(shared, Sums);
     const double temperature = static_cast<double>(params.temperature);
     each_chunk(params, [&](int64_t k) {

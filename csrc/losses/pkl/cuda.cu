@@ -1063,8 +1063,8 @@ class Chunk {
 
 // `ring_bytes` of dynamic shared memory are followed by room for what is stored; 0: the workspace has it.
 template <typename S, Merge merge, bool is_mixed>
-__global__ __launch_bounds__(max_threads, 1) void pkl_kernel(const __grid_constant__ PklParams params,
-                                                             int32_t ring_bytes) {
+__global__ __launch_bounds__(max_threads, resident_blocks) void pkl_kernel(const __grid_constant__ PklParams params,
+                                                                           int32_t ring_bytes) {
     XTOKEN_SHARED(shared, Shared);
     XTOKEN_DYNAMIC_SHARED(char, memory);
     float* workspace = params.workspace + blockIdx.x * Workspace(params.plan, merge, sizeof(S)).total();

@@ -987,8 +987,9 @@ class Chunk {
 
 // `ring_bytes` of dynamic shared memory are followed by room for the masses of the student's events; 0: there is none.
 template <typename S>
-__global__ __launch_bounds__(max_threads, 1) void prefix_kernel(const __grid_constant__ PrefixParams params,
-                                                                int32_t ring_bytes) {
+__global__ __launch_bounds__(max_threads,
+                             resident_blocks) void prefix_kernel(const __grid_constant__ PrefixParams params,
+                                                                 int32_t ring_bytes) {
     XTOKEN_SHARED(shared, Shared);
     XTOKEN_DYNAMIC_SHARED(char, memory);
     float* masses = ring_bytes > 0 ? reinterpret_cast<float*>(memory + ring_bytes) : nullptr;

@@ -220,9 +220,10 @@ __device__ void write_gradient(const Pairs<S>& pairs, bool has_pairs, const Bins
 // Three or four passes over a chunk's rows z and y: z, y, both at the pairs, z again. `ring_slots`: of the ring, behind
 // which the counts are if they are shared.
 template <typename S, bool counts_are_shared, bool ahead>
-__global__ __launch_bounds__(max_threads, 1) void ranked_kernel(const __grid_constant__ StepsParams params,
-                                                                int student_bins, int teacher_bins, int64_t words,
-                                                                int ring_slots) {
+__global__ __launch_bounds__(max_threads,
+                             resident_blocks) void ranked_kernel(const __grid_constant__ StepsParams params,
+                                                                 int student_bins, int teacher_bins, int64_t words,
+                                                                 int ring_slots) {
     XTOKEN_SHARED(shared, StepsShared);
     XTOKEN_DYNAMIC_SHARED(unsigned char, memory);
     const PairsPlan& plan = params.plan;
@@ -391,7 +392,8 @@ class Side {
 };
 
 template <typename S>
-__global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __grid_constant__ RankedParams params) {
+__global__ __launch_bounds__(max_threads,
+                             resident_blocks) void ranked_forward_kernel(const __grid_constant__ RankedParams params) {
     XTOKEN_SHARED(shared, Sums);
     const PairsPlan& plan = params.plan;
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
@@ -424,7 +426,8 @@ __global__ __launch_bounds__(max_threads, 1) void ranked_forward_kernel(const __
 }
 
 template <typename S>
-__global__ __launch_bounds__(max_threads, 1) void ranked_backward_kernel(const __grid_constant__ RankedParams params) {
+__global__ __launch_bounds__(max_threads,
+                             resident_blocks) void ranked_backward_kernel(const __grid_constant__ RankedParams params) {
     XTOKEN_SHARED(shared, Sums);
     const PairsPlan& plan = params.plan;
     const int students = params.student.width;
