@@ -11,6 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -95,45 +96,13 @@ def _gemma3(folder: Path) -> Any:
     return tokenizer
 
 
-def _trained(model: Any, trainer: Any, **parts: Any) -> Any:
-    """A small tokenizer of another family, trained on the Python manual."""
-    from pydoc_data.topics import topics
-
+def _small(folder: Path, name: str) -> Any:
+    """A small tokenizer of another family, of 3,000 tokens: WordPiece with BERT's normalizer and words, or Unigram with
+    NFKC and Metaspace. Trained on the Python manual by the package tokenizers, which never makes the same again.
+    """
     from tokenizers import Tokenizer
 
-    tokenizer = Tokenizer(model)
-    for name, part in parts.items():
-        setattr(tokenizer, name, part)
-    tokenizer.train_from_iterator(sorted(topics.values()), trainer)
-    return tokenizer
-
-
-def _wordpiece(folder: Path) -> Any:
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    return _trained(
-        models.WordPiece(unk_token="[UNK]"),
-        trainers.WordPieceTrainer(
-            vocab_size=3000, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
-        ),
-        normalizer=normalizers.BertNormalizer(lowercase=True),
-        pre_tokenizer=pre_tokenizers.BertPreTokenizer(),
-        decoder=decoders.WordPiece(),
-    )
-
-
-def _unigram(folder: Path) -> Any:
-    from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-
-    return _trained(
-        models.Unigram(),
-        trainers.UnigramTrainer(
-            vocab_size=3000, special_tokens=["<unk>", "</s>"], unk_token="<unk>", show_progress=False
-        ),
-        normalizer=normalizers.NFKC(),
-        pre_tokenizer=pre_tokenizers.Metaspace(prepend_scheme="always"),
-        decoder=decoders.Metaspace(),
-    )
+    return Tokenizer.from_file(str(Path(__file__).parent / "data" / "tokenizers" / f"{name}.json"))
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
@@ -144,8 +113,8 @@ LOADERS: dict[str, Callable[[Path], Any]] = {
     "mistral": _mistral_sentencepiece,
     "smollm2": _smollm2,
     "gemma3": _gemma3,
-    "wordpiece": _wordpiece,
-    "unigram": _unigram,
+    "wordpiece": partial(_small, name="wordpiece"),
+    "unigram": partial(_small, name="unigram"),
 }
 
 
