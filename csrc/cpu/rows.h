@@ -34,6 +34,10 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // The one clamp of logits.
 inline Floats at_least(Floats x, float lowest) { return max(broadcast(lowest), x); }
 inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
+// Its derivative times g. Where `Normaliser::raises` is false, g is zero there anyway if it is a multiple of e.
+inline Floats unless_raised(Floats x, float lowest, Floats g) {
+    return select(greater(broadcast(lowest), x), broadcast(0.0f), g);
+}
 
 // A row of logits, all of it in order. Of elements of 16 bits rough exponentials are good enough.
 template <typename T>
@@ -75,6 +79,8 @@ struct Normaliser {
     float top = 0.0f;  // the largest logit, or the centre if that is larger
 
     double log_sum() const { return ::log(total) + exp.log_unit(); }
+    // Whether logits below the lowest, which count as that, may have exponentials that are not zero.
+    bool raises() const { return exp.low() <= lowest; }
 };
 
 // Calls body(i, e, relative, cut) with the exponentials of each 16 elements (zero beyond n) and max(row, lowest) -
@@ -218,19 +224,6 @@ inline LabelTerm label_term_if_any(const Labels& labels, int64_t r, const T* z, 
     }
     if (known != nullptr) return label_term(labels, r, z, *known);
     return label_term(labels, r, z, exponentials(WholeRow<T>{z}, n, lowest, 1.0, [](int64_t, Floats) {}));
-}
-
-// A row's gradient weight * exp(z / temperature) - onehot, plus the label's: for rows that only have softmax terms.
-template <typename T>
-inline void write_softmax_row(const Target& target, const T* z, const Exponential& exp, float weight,
-                              const LabelTerm& onehot, const LabelTerm& label) {
-    const auto value = [&](int64_t i) {
-        const Floats x = load(z + i, target.n - i, broadcast(0.0f));
-        Floats y = onehot.without_label(i, exp(x) * broadcast(weight));
-        if (label.present) y = label.without_label(i, fma(label.exp(x), broadcast(label.weight), y));
-        return y;
-    };
-    write_row(target, z, value);
 }
 
 }  // namespace xtoken::cpu::XTOKEN_LEVEL

@@ -154,6 +154,9 @@ class Exponential {
 #endif
     }
 
+    // What smaller x are raised to.
+    float low() const { return low_; }
+
     // exp(x / temperature) = result * exp(log_unit()).
     double log_unit() const { return log_unit_; }
 

@@ -211,6 +211,21 @@ def _infinite() -> Case:
     return case
 
 
+def _none_finite() -> Case:
+    """Rows without a finite logit."""
+    case = make_case()
+    case.student[:, ::2], case.teacher[:, ::3] = -math.inf, -math.inf
+    return case
+
+
+def _near_lowest() -> Case:
+    """Rows of which some logits are below the lowest that counts, and have mass."""
+    case = make_case()
+    case.student[:, ::2] -= 1e4
+    case.teacher[:, 1::3] -= 1e4
+    return case
+
+
 def _padded(value: float) -> Case:
     case = make_case(61, 71)
     student = torch.nn.functional.pad(case.student, (0, 7), value=value)
@@ -228,6 +243,8 @@ _MAKERS: dict[str, Callable[[], Case]] = {
     "vector_remainder": lambda: make_case(131, 83),
     "peaky": lambda: make_case(scale=60.0),
     "infinite": _infinite,
+    "none_finite": _none_finite,
+    "near_lowest": _near_lowest,
     "padded_head_nan": lambda: _padded(math.nan),
     "padded_head_large": lambda: _padded(50.0),
     "one_chunk": lambda: make_case(samples=1, shapes=((1, 1), (4, 5))),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close, assert_within
-from harness import CASES, Case, agreeing_alignments, backends_of, check, check_slopes, make_case
+from harness import CASES, Case, agreeing_alignments, backends_of, check, check_labels, check_slopes, make_case
 from steps import Step, loss_of
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -88,6 +88,26 @@ def test_options(variant: str, merge: str, backend: str) -> None:
 @pytest.mark.parametrize("reverse", [False, True])
 def test_infinite_logits_both_ways(merge: str, reverse: bool, backend: str) -> None:
     check(backend, "pkl", CASES["infinite"](), torch.float32, merge=merge, reverse=reverse, top_k=None)
+
+
+@backends
+@merges
+@pytest.mark.parametrize(("top_k", "temperature"), [(None, 1.0), (31, 2.0)])
+@pytest.mark.parametrize("name", ["none_finite", "near_lowest"])
+def test_labels_where_the_lowest_logits_have_mass(
+    name: str, top_k: int | None, temperature: float, merge: str, backend: str
+) -> None:
+    case = CASES[name]()
+    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    options: dict[str, Any] = {"merge": merge, "top_k": top_k, "temperature": temperature, "labels": labels}
+    check_labels(
+        lambda student, backend: pkl_loss(
+            student, case.teacher.to(student.dtype), case.alignment, case.projection, backend=backend, **options
+        ),
+        case.student.float(),
+        backend,
+        f"{name}, {merge}",
+    )
 
 
 @backends

@@ -48,7 +48,7 @@ def test_hard_inputs(case: str, dtype: torch.dtype, name: str, backend: str) -> 
 
 
 @pytest.mark.parametrize(("name", "backend"), PAIRS)
-@pytest.mark.parametrize("case", ["teacher_below", "infinite"])
+@pytest.mark.parametrize("case", ["teacher_below", "infinite", "none_finite"])
 def test_options(case: str, name: str, backend: str) -> None:
     for variant, options in list(variants(name).items())[1:]:
         try:

@@ -115,8 +115,7 @@ struct Slope {
         } else {
             g = fma(e, broadcast(student), broadcast(0.0f) - q(y) * broadcast(teacher));
         }
-        // the derivative of max(z, lowest)
-        return select(greater(broadcast(lowest), z), broadcast(0.0f), g);
+        return unless_raised(z, lowest, g);
     }
 
     Exponential p, q;
@@ -151,7 +150,7 @@ struct MixedSlope {
     Floats operator()(Floats z, Floats y, Floats e) const {
         const Floats slope = divergence.slope(terms(z, y));
         const Floats g = e * broadcast(factor) * ((slope - broadcast(mean_high)) - broadcast(mean_low));
-        return select(greater(broadcast(lowest), z), broadcast(0.0f), g);
+        return unless_raised(z, lowest, g);
     }
 
     Exponential p, q;

@@ -136,12 +136,12 @@ class Chunk {
         unit_ = scale * factor * gamma_ / d_;
         if (weight_sum != nullptr) add_weight_gradient(weight_sum);
         if (p_.grad.data == nullptr) return;
-        constant_ = -b_ * (merged_ == 1 ? 1 + eps_ : 1.0);
+        constant_ = -b_ * (is_single_ ? 1 + eps_ : 1.0);
         row_sums();
-        if (merged_ > 1) {
-            token_gradients();
-        } else {
+        if (is_single_) {
             single_gradient();
+        } else {
+            token_gradients();
         }
         for (int64_t i = 1; p_.merge == Merge::chain && i < count_; ++i) {
             later_gradient(row_ + i, scale * later_factor / p_.temperature);
@@ -169,28 +169,33 @@ class Chunk {
     }
 
     void student() {
-        const int64_t rows = padded(plan_.rows);
         if (merged_ == 1) {
             normaliser_ = compact_exponentials(row_, e_);
             z_total_ = normaliser_.total;
-        } else {
-            z_total_ = 1;
-            for (int64_t i = 0; i < merged_; ++i) {
-                const Normaliser one = compact_exponentials(row_ + i, h_);
-                const Floats share = broadcast(static_cast<float>(1 / (one.total * static_cast<double>(merged_))));
-                for (int64_t s = 0; s < rows; s += lanes) {
-                    const Floats p = load(h_ + s) * share;
-                    store(e_ + s, i == 0 ? p : load(e_ + s) + p);
-                }
-            }
-            for (int64_t i = 0; i < lanes; ++i) e_[rows + i] = 0.0f;
+            is_single_ = !normaliser_.raises();
         }
+        if (!is_single_) average();
+    }
+
+    // The mean distribution.
+    void average() {
+        const int64_t rows = padded(plan_.rows);
+        z_total_ = 1;
+        for (int64_t i = 0; i < merged_; ++i) {
+            const Normaliser one = compact_exponentials(row_ + i, h_);
+            const Floats share = broadcast(static_cast<float>(1 / (one.total * static_cast<double>(merged_))));
+            for (int64_t s = 0; s < rows; s += lanes) {
+                const Floats p = load(h_ + s) * share;
+                store(e_ + s, i == 0 ? p : load(e_ + s) + p);
+            }
+        }
+        for (int64_t i = 0; i < lanes; ++i) e_[rows + i] = 0.0f;
     }
 
     // S and D.
     void masses() {
         double s = z_total_;
-        bool known = plan_.active_bits == nullptr && merged_ == 1;
+        bool known = plan_.active_bits == nullptr && is_single_;
         if (known) {
             double missing = 0;
             for (int64_t i = 0; i < plan_.num_deficient; ++i) {
@@ -480,7 +485,7 @@ class Chunk {
     // h, with the constant.
     Floats centred(int64_t i, const Pair& constant) const { return constant.add_to(load(h_ + i)); }
 
-    // One token: gradient of its row.
+    // A single token: gradient of its row.
     void single_gradient() {
         const Floats factor = broadcast(static_cast<float>(unit_ / p_.temperature));
         const Pair constant(constant_);
@@ -532,34 +537,59 @@ class Chunk {
             const bool tiny = d_ < tiny_share * z_total_;
             if (peak.found() && !tiny) e_[peak.index()] = peak.corrected();
             const float rest = tiny ? static_cast<float>(-unit_ / p_.temperature * b_ * eps_) : 0.0f;
-            write_expanded(row_, z, rest, normaliser_.exp, label, e_);
+            write_expanded(row_, z, rest, normaliser_, label, e_);
         });
     }
 
     // The row of a subset: compact gradients in their places, rest * exp(z) in the others, and the label.
     template <typename T>
-    void write_expanded(int64_t r, const T* z, float rest, const Exponential& exp, const LabelTerm& label,
+    void write_expanded(int64_t r, const T* z, float rest, const Normaliser& one, const LabelTerm& label,
                         const float* compact) {
+        if (one.raises()) return write_raised(r, z, rest, one, label, compact);
         const bool same = label.present && p_.temperature == 1.0;
         const Floats active = broadcast(same ? label.weight : 0.0f);
         const Floats inactive = active + broadcast(rest);
         const bool plain = rest == 0.0f && !label.present;
-        write_row(target(r), z, [&](int64_t i) {
+        // otherwise it becomes a call for each vector
+        write_row(target(r), z, [&](int64_t i) __attribute__((always_inline)) {
             const uint32_t kept = plan_.active_bits[i / lanes];
-            Floats g = broadcast(0.0f);
-            if (kept != 0) {
-                g = expand(compact, from_bits(kept));
-                for (uint32_t m = kept; m != 0; m &= m - 1) ++compact;
-            }
+            const Floats g = expanded(kept, compact);
             if (plain) return g;
             const Floats x = tail_load(z, i);
-            g = fma(exp(x), select(from_bits(kept), active, inactive), g);
-            if (label.present && !same) g = fma(label.exp(x), broadcast(label.weight), g);
-            return label.present ? label.without_label(i, g) : g;
+            Floats y = fma(one.exp(x), select(from_bits(kept), active, inactive), g);
+            if (label.present && !same) y = fma(label.exp(x), broadcast(label.weight), y);
+            return label.present ? label.without_label(i, y) : y;
         });
     }
 
-    // Several tokens: v once, then each token's row with its own inner product.
+    // The same where the lowest logits have mass.
+    template <typename T>
+    void write_raised(int64_t r, const T* z, float rest, const Normaliser& one, const LabelTerm& label,
+                      const float* compact) {
+        const Floats zero = broadcast(0.0f), inactive = broadcast(rest);
+        write_row(target(r), z, [&](int64_t i) {
+            const uint32_t kept = plan_.active_bits[i / lanes];
+            const Floats x = tail_load(z, i), own = select(from_bits(kept), zero, inactive);
+            const Floats g = unless_raised(x, lowest_, fma(one.exp(x), own, expanded(kept, compact)));
+            return with_label(label, i, x, g);
+        });
+    }
+
+    // The next of compact values, in these lanes.
+    static Floats expanded(uint32_t kept, const float*& compact) {
+        if (kept == 0) return broadcast(0.0f);
+        const Floats values = expand(compact, from_bits(kept));
+        for (uint32_t m = kept; m != 0; m &= m - 1) ++compact;
+        return values;
+    }
+
+    // g with the label's part, of logits x.
+    static Floats with_label(const LabelTerm& label, int64_t i, Floats x, Floats g) {
+        if (!label.present) return g;
+        return label.without_label(i, fma(label.exp(x), broadcast(label.weight), g));
+    }
+
+    // Any others: v once, then each token's row with its own inner product.
     void token_gradients() {
         const Pair constant(constant_);
         float *v = e_, *token = h_;  // nobody reads the mean distribution any more, nor h once v is there
@@ -583,13 +613,12 @@ class Chunk {
                 const LabelTerm label = label_of(r, z, &one);
                 if (plan_.active_bits != nullptr) {
                     const double rest = share * static_cast<double>(mean.high);
-                    return write_expanded(r, z, static_cast<float>(rest), one.exp, label, token);
+                    return write_expanded(r, z, static_cast<float>(rest), one, label, token);
                 }
                 if (peak.found()) token[peak.index()] = peak.corrected();
                 write_row(target(r), z, [&](int64_t i) {
-                    const Floats g = load(token + i);
-                    if (!label.present) return g;
-                    return label.without_label(i, fma(label.exp(tail_load(z, i)), broadcast(label.weight), g));
+                    const Floats x = tail_load(z, i);
+                    return with_label(label, i, x, unless_raised(x, lowest_, load(token + i)));
                 });
             });
         }
@@ -603,10 +632,13 @@ class Chunk {
                 exponentials(WholeRow<T>{z}, plan_.student_size, lowest_, p_.temperature, [](int64_t, Floats) {});
             LabelTerm onehot;
             onehot.label = p_.student_rows.next[r];
-            // the derivative of max(z, lowest)
-            onehot.scale = widened(z[onehot.label]) < lowest_ ? 0.0f : static_cast<float>(-factor);
+            onehot.scale = static_cast<float>(-factor);
+            const Floats weight = broadcast(static_cast<float>(-factor / all.total));
             const LabelTerm label = label_of(r, z, &all);
-            write_softmax_row(target(r), z, all.exp, static_cast<float>(-factor / all.total), onehot, label);
+            write_row(target(r), z, [&](int64_t i) {
+                const Floats x = tail_load(z, i);
+                return with_label(label, i, x, unless_raised(x, lowest_, onehot.without_label(i, all.exp(x) * weight)));
+            });
         });
     }
 
@@ -639,6 +671,7 @@ class Chunk {
     float* h_;  // [padded rows, 16 zeros, column sums] u of the pairs in their rows' places, then h; u of the other
                 // columns
     int64_t row_, count_, teacher_row_, teacher_count_, merged_ = 1;
+    bool is_single_ = false;  // one token, whose row has no mass on logits below the lowest
     Normaliser normaliser_{Exponential::around(0.0f, 0.0f, 1.0), 0.0f, 0.0};
     double z_total_ = 0, d_ = 0, gamma_ = 0, b_ = 0, unit_ = 0, constant_ = 0, loss_ = 0;
     double later_student_ = 0, later_teacher_ = 0;  // log c

@@ -926,8 +926,8 @@ class Chunk {
         const int peak = is_peaked(shared_.total) ? shared_.peak : -1;  // whose gradient is computed last
         float others = 0.0f;
         const QuickPowers<precise> student(both.student), teacher(both.teacher);  // of usual chunks
-        // g: without the label's term
-        const auto finish = [&](int i, const auto& z, auto& g) {
+        // g: without the label's term, and without the derivative of max(z, lowest), which the peak's is not a sum with
+        const auto finish = [&](auto usual, int i, const auto& z, auto& g) {
             constexpr int N = sizeof(g) / sizeof(float);
             if (peak >= 0) {
                 if (peak < i || peak >= i + N) {
@@ -938,6 +938,10 @@ class Chunk {
                     for (int k = 0; k < N; ++k) others += i + k == peak ? 0.0f : g[k];
                 }
             }
+            if constexpr (!decltype(usual)::value) {
+#pragma unroll
+                for (int k = 0; k < N; ++k) g[k] = z[k] < p_.lowest ? 0.0f : g[k];
+            }
             label.add(i, z, g);
         };
         // h: with the factor
@@ -945,7 +949,7 @@ class Chunk {
             constexpr int N = sizeof(g) / sizeof(float);
             both.student.template of<true>(z, g);
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] = z[k] < p_.lowest ? 0.0f : g[k] * h[k];
+            for (int k = 0; k < N; ++k) g[k] *= h[k];
         };
         const auto write = [&](auto each, auto prepare) {
             write_row(z, grad, plan_.students, p_.grad.width, each, prepare);
@@ -963,7 +967,7 @@ class Chunk {
 #pragma unroll
                 for (int k = 0; k < N; ++k) h[k] = ((values[k] - high) - low) * share;
                 multiply(z, h, g);
-                finish(i, z, g);
+                finish(std::false_type{}, i, z, g);
             });
         } else if (plan_.paired == nullptr) {
             by_kind(both, [&](auto usual) {
@@ -980,7 +984,7 @@ class Chunk {
                           } else {
                               multiply(z, h, g);
                           }
-                          finish(i, z, g);
+                          finish(usual, i, z, g);
                       });
             });
         } else {
@@ -1000,7 +1004,7 @@ class Chunk {
                         row_values(place, u, scale, mean * student.factor, h);
 #pragma unroll
                         for (int k = 0; k < N; ++k) g[k] *= h[k];
-                        finish(i, z, g);
+                        finish(usual, i, z, g);
                     });
                 } else {
                     write(partners, [&](int i, const auto& z, const auto& place, const auto& y, auto& g) {
@@ -1011,7 +1015,7 @@ class Chunk {
                         slopes(both, place, g, y, u, unused);
                         row_values(place, u, static_cast<float>(factor), mean, h);
                         multiply(z, h, g);
-                        finish(i, z, g);
+                        finish(usual, i, z, g);
                     });
                 }
             });

@@ -246,7 +246,7 @@ class Chunk {
                 g = select(from_bits(paired), g, e * expand(others, from_bits(rest)));
                 others += __builtin_popcount(rest);
             }
-            if (!plain) g = above_lowest(i, z, additions_.to(i, g));
+            if (!plain) g = unless_raised(tail_load(z, i), p_.lowest, additions_.to(i, g));
             return label.present ? with_label(label, i, same ? e : label.exp(tail_load(z, i)), g) : g;
         });
     }
@@ -657,12 +657,6 @@ class Chunk {
         return load(z + i, size_ - i, broadcast(0.0f));
     }
 
-    // The derivative of max(z, lowest).
-    template <typename T>
-    Floats above_lowest(int64_t i, const T* z, Floats g) const {
-        return select(greater(broadcast(p_.lowest), tail_load(z, i)), broadcast(0.0f), g);
-    }
-
     // A later row: a boundary before its token, if there is one, or boundaries inside it.
     template <typename S>
     void later_row(int64_t r, const S* z) {
@@ -674,7 +668,7 @@ class Chunk {
         write_row(Target{p_.grad.row(r), size_, p_.grad.width}, z, [&](int64_t i) {
             const Floats zi = tail_load(z, i);
             const Floats g = ends == 0.0f ? broadcast(0.0f) : remaining_(row.remaining(i, zi)) * factor;
-            const Floats h = above_lowest(i, z, additions_.to(i, g));
+            const Floats h = unless_raised(zi, p_.lowest, additions_.to(i, g));
             return label.present ? with_label(label, i, label.exp(zi), h) : h;
         });
     }

@@ -20,23 +20,29 @@ T* take(char*& at, int64_t count) {
     return result;
 }
 
-// One side of a chunk. Its mean logits are kept as the sum over its rows, at `count` times the temperature.
+constexpr float nothing = -3e38f;  // below every logit
+
+// One side of a chunk. The mean logits of several rows are kept as a sum, at `count` times the temperature, each row
+// relative to a logit near its largest, so that floats are exact enough.
 struct Side {
     const float* logits;
     int64_t size, count;
     double temperature;
-    float lowest;
+    float lowest, centre;
     Exponential exp;        // of `logits`
-    double log_normaliser;  // mean over the rows
+    double log_normaliser;  // of logits relative to the centre, mean over the rows
 
+    Floats relative(Floats x) const { return at_least(x, lowest) - broadcast(centre); }
     // Probability in units of exp's results.
-    double inverse() const { return ::exp(exp.log_unit() - log_normaliser); }
+    double inverse() const {
+        return ::exp((exp.log_unit() - static_cast<double>(centre) / temperature) - log_normaliser);
+    }
 };
 
 template <typename T>
-void add_row(const T* z, int64_t size, float lowest, bool begin, float* total) {
+void add_row(const T* z, int64_t size, float lowest, float centre, bool begin, float* total) {
     for (int64_t i = 0; i < size; i += lanes) {
-        const Floats x = at_least(load(z + i, size - i, broadcast(0.0f)), lowest);
+        const Floats x = at_least(load(z + i, size - i, broadcast(0.0f)), lowest) - broadcast(centre);
         store(total + i, begin ? x : load(total + i) + x);
     }
 }
@@ -50,7 +56,8 @@ Side read_side(const Logits& logits, const ChunkRows& rows, int64_t k, const Ran
               size,
               count,
               params.temperature * static_cast<double>(count),
-              params.lowest * static_cast<float>(count),
+              single ? params.lowest : nothing,
+              0.0f,
               Exponential::around(0.0f, params.lowest, 1.0),
               0.0};
     for (int64_t i = 0; i < count; ++i) {
@@ -61,15 +68,15 @@ Side read_side(const Logits& logits, const ChunkRows& rows, int64_t k, const Ran
             const Normaliser one = single && values != nullptr
                                        ? exponentials(row, size, params.lowest, params.temperature, keep)
                                        : exponentials(row, size, params.lowest, params.temperature, drop);
-            side.log_normaliser += one.log_sum() / static_cast<double>(count);
+            side.log_normaliser += ::log(one.total) / static_cast<double>(count);
             side.exp = one.exp;
+            if (single) side.centre = one.centre;
             if (normalisers != nullptr) normalisers[i] = one;
-            if (!single || logits.type != Element::float32) add_row(z, size, params.lowest, i == 0, total);
+            if (single && logits.type == Element::float32) return;
+            add_row(z, size, params.lowest, single ? 0.0f : one.centre, i == 0, total);
         });
     }
     if (single && logits.type == Element::float32) side.logits = reinterpret_cast<const float*>(logits.row(start));
-    // The only token's probability is one, not one up to rounding.
-    if (size == 1) side.log_normaliser = static_cast<double>(fmaxf(side.logits[0], side.lowest)) / side.temperature;
     if (!single) {
         const double centre = side.log_normaliser * side.temperature;
         side.exp = Exponential::around(static_cast<float>(centre), side.lowest, side.temperature);
@@ -103,10 +110,10 @@ PairSums over_pairs(const PairsView& plan, const Side& student, const Side& teac
             const uint32_t word = plan.common[i / lanes];
             if (word == 0) continue;
             const Mask common = from_bits(word);
-            const Floats y = max(broadcast(teacher.lowest), load(teacher.logits + i, teacher.size - i, zero));
-            const Floats z = at_least(gather(student.logits, plan.partner + i), student.lowest);
-            const Floats lq = fma(y, teacher_inverse, broadcast(-log_q));
-            const Floats lp = fma(z, student_inverse, broadcast(-log_p));
+            const Floats y = load(teacher.logits + i, teacher.size - i, zero);
+            const Floats z = gather(student.logits, plan.partner + i);
+            const Floats lq = fma(teacher.relative(y), teacher_inverse, broadcast(-log_q));
+            const Floats lp = fma(student.relative(z), student_inverse, broadcast(-log_p));
             const Floats difference = lq - lp;
             if (mixed) {
                 const Floats e = select(common, student.exp(z), zero), f = select(common, load(values + i), zero);
@@ -203,12 +210,12 @@ bool unpaired_by_steps(const RankedParams& params, int64_t k, const S* z, const 
     }
     const double factor = (params.scale == nullptr ? 1.0 : params.scale[k]) * params.temperature;
     const Floats scale = broadcast(static_cast<float>(factor));
-    const Floats mean = broadcast(static_cast<float>(total.total())), lowest = broadcast(params.lowest);
+    const Floats mean = broadcast(static_cast<float>(total.total()));
     S* table = take<S>(at, value_counts);
     for (int64_t i = 0; i < p.count; i += lanes) {
         const Floats g = load(p.value + i) * scale * (load(slope + i) - mean);
         alignas(64) S part[lanes];
-        store(part, select(greater(lowest, load(p.logit + i)), broadcast(0.0f), g));
+        store(part, unless_raised(load(p.logit + i), params.lowest, g));
         for (int64_t lane = 0; lane < smaller(lanes, p.count - i); ++lane) table[p.logit[i + lane].bits] = part[lane];
     }
     const int64_t r = params.student_rows.start[k];
@@ -282,13 +289,12 @@ void ranked_chunk(const RankedParams& params, int64_t k, int32_t* counts, char* 
         const Exponential exp = normalisers[i].exp;
         const double softmax = -factor * (pairs.total + others.total) / normalisers[i].total;
         const Floats softmax_scale = broadcast(static_cast<float>(softmax));
-        const Floats lowest = broadcast(params.lowest), zero = broadcast(0.0f);
+        const Floats zero = broadcast(0.0f);
         typed(params.student.type, params.student.row(r), [&](const auto* z) {
             write_row(Target{params.grad.row(r), students, params.grad.width}, z, [&](int64_t j) {
                 const Floats x = load(z + j, students - j, zero);
                 const Floats g = slot == nullptr ? load(by_student + j) : gather(by_student, slot + j);
-                const Floats result = fma(g, value_scale, exp(x) * softmax_scale);
-                return select(greater(lowest, x), zero, result);
+                return unless_raised(x, params.lowest, fma(g, value_scale, exp(x) * softmax_scale));
             });
         });
     }

@@ -342,7 +342,7 @@ const Launcher steps_launcher("ranked", &ranked, &words_of);
 // ---- all other chunks ----
 
 // The mean log-probabilities of a chunk's rows on one side. Logits are summed by themselves, so that equal sums stay
-// equal, and taken relative to the sum of the rows' maxima, so that floats are exact enough.
+// equal, each relative to its row's maximum, so that floats are exact enough.
 template <typename R>
 class Side {
   public:
@@ -351,19 +351,19 @@ class Side {
                     Sums& shared)
         : row_(logits, rows.start[k]), count_(static_cast<int>(rows.count[k])), sums_(sums) {
         const int64_t start = rows.start[k];
-        double top = 0.0, log_total = 0.0;
+        double log_total = 0.0;
         for (int i = 0; i < count_; ++i) {
             const R z(logits, start + i);
             // its barriers also separate the additions of one row from those of the next
             const Statistics one = row_statistics(z, logits.width, params.lowest, params.temperature, shared);
-            top += static_cast<double>(one.exp.top);
+            top_ = count_ > 1 ? 0.0f : one.exp.top;
             log_total += one.log_total() / count_;
             if (count_ > 1) {
                 each_vector(z, logits.width, [&](int v, const auto& x) {
                     constexpr int N = sizeof(x) / sizeof(float);
 #pragma unroll
                     for (int n = 0; n < N; ++n) {
-                        const float own = at_least(x[n], params.lowest);
+                        const float own = at_least(x[n], params.lowest) - one.exp.top;
                         sums_[v + n] = i == 0 ? own : sums_[v + n] + own;
                     }
                 });
@@ -371,7 +371,6 @@ class Side {
         }
         __syncthreads();  // the sums are there
         lowest_ = params.lowest;
-        top_ = static_cast<float>(top);
         inverse_ = 1.0f / (params.temperature * static_cast<float>(count_));
         log_total_ = static_cast<float>(log_total);
     }
