@@ -88,6 +88,19 @@ def test_a_mark_that_a_normalizer_writes():
     assert Vocabulary.from_tokenizer(made).decode(made.encode("the end").ids) == b"the end"
 
 
+def test_a_mark_is_no_character_that_a_normalizer_takes_for_a_space():
+    made = trained(models.BPE(), trainers.BpeTrainer(show_progress=False), WORDS,
+                   normalizer=normalizers.Replace("\u00a0", " "), pre_tokenizer=pre_tokenizers.Whitespace())  # fmt: skip
+    with pytest.raises(ValueError, match="unknown family"):  # its tokens do not hold the spaces
+        Vocabulary.from_tokenizer(made)
+
+
+def test_wordpiece_with_a_mark_for_spaces():
+    made = trained(models.WordPiece(unk_token="[UNK]"), trainers.WordPieceTrainer(vocab_size=60, show_progress=False),
+                   WORDS, pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.Metaspace())  # fmt: skip
+    assert Vocabulary.from_tokenizer(made).decode(made.encode("the end of it").ids) == b" the end of it"
+
+
 CUTS = {
     "XLM-RoBERTa": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
     "ALBERT": pre_tokenizers.Metaspace(),
@@ -115,6 +128,21 @@ def test_what_stands_alone_in_wordpiece_is_asked_of_the_tokenizer():
     made.normalizer, made.pre_tokenizer = None, pre_tokenizers.WhitespaceSplit()  # which cuts at white space only
     v = Vocabulary.from_tokenizer(made)
     assert [v[i].decode() for i in range(1, 9)] == [" word", "ing", " ##", " ,", " ，", " 《", " 你", " €"]
+
+
+def test_a_piece_within_a_word_goes_on_with_it():
+    """What the image of a token is in W: as the tokenizer cuts it behind other letters, not at the start of a word."""
+    words = ["[UNK]", "w", "o", "##o", "##u", "##ld", "a", "##b", ",", "ou"]
+    made = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    made.normalizer, made.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    made.add_tokens(["oo"])
+    v = Vocabulary.from_tokenizer(made)
+    within = made.encode("would").tokens[1:]
+    assert [made.id_to_token(i) for i in v.encode("OULD")] == within == ["##o", "##u", "##ld"]
+    for text in (b"ould a", b" ou", b"b,ou", b",ou", b"oo a", b"x"):
+        assert v.decode(v.encode(text)) == {b",ou": b", ou", b"b,ou": b"b, ou", b"x": b""}.get(text, text)
+    image, _ = ProjectionMatrix.build(Vocabulary([b"ould"]), v).row(0)
+    assert [words[i] for i in image] == within
 
 
 def test_wordpiece_on_bytes():

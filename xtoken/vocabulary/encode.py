@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .families import recognise
+from .families import recognise, words_of
 
 _OFF = re.compile(rb'"[a-z_]+":(null|false|""),?')
 
@@ -52,10 +52,11 @@ class Encoder:
     """`Vocabulary.encode_pieces` for a `tokenizers.Tokenizer`; `is_text` [V] says which tokens stand for text."""
 
     def __init__(self, tokenizer: Any, is_text: NDArray[np.bool_]) -> None:
-        family, _ = recognise(tokenizer)
+        family, parts = recognise(tokenizer)
         self.encode_bytes = family.encode_bytes
         self.tokenizer = _plain_copy(tokenizer, family.plain)
         self.is_text = is_text.tolist()
+        self.mark = tokenizer.model.continuing_subword_prefix if parts.model == "WordPiece" else ""
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
         """Ids of each text."""
@@ -76,9 +77,20 @@ class Encoder:
                     places.append(row[-1])
                     batch.append(run)
         encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-        for ids, encoding in zip(places, encoded, strict=True):
-            ids += encoding.ids
+        for ids, run, encoding in zip(places, batch, encoded, strict=True):
+            ids += self._going_on(run, encoding.ids) if self.mark else encoding.ids
         return [[i for ids in row for i in ids if self.is_text[i]] for row in parts]
+
+    def _going_on(self, text: str, ids: list[int]) -> list[int]:
+        """The ids of a text in words, of which the first goes on with a word before it, unless it stands alone, is an
+        added token, or would be unknown."""
+        words = words_of(self.tokenizer, text)
+        if text[:1].isspace() or len(words_of(self.tokenizer, "a" + text)) > len(words):
+            return ids
+        model = self.tokenizer.model
+        begun, goes_on = ([one.id for one in model.tokenize(mark + words[0])] for mark in ("", self.mark))
+        is_word = ids[: len(begun)] == begun and all(self.is_text[i] for i in goes_on)
+        return goes_on + ids[len(begun) :] if is_word else ids
 
 
 def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None]) -> Any:

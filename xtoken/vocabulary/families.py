@@ -41,9 +41,10 @@ class Parts:
                 found.add(state["type"])
                 if state["type"] == "Metaspace":
                     spaces.append(state["replacement"])
-                elif state["type"] == "Replace":
-                    before, after = state["pattern"].get("String"), state["content"]
-                    spaces += [one for one, other in ((before, after), (after, before)) if other == " " and one]
+                elif state["type"] == "Replace":  # a normalizer writes the mark, a decoder takes it off
+                    ends = state["pattern"].get("String"), state["content"]
+                    mark, space = ends if name == "decoder" else ends[::-1]
+                    spaces += [mark] if space == " " and mark else []
         both = types["decoder"] | types["pre_tokenizer"]
         return cls(type(tokenizer.model).__name__, both, types["pre_tokenizer"], spaces[0] if spaces else None)
 
@@ -72,6 +73,14 @@ def _with_spaces(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bo
     return [piece.replace(parts.space, " ").encode() for piece in pieces]
 
 
+def words_of(tokenizer: Any, text: str) -> list[str]:
+    """What a tokenizer cuts a text into; its model reads each by itself."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    cut = tokenizer.pre_tokenizer
+    return [text] if cut is None else [word for word, _ in cut.pre_tokenize_str(text)]
+
+
 def _words(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -> list[bytes]:
     """Words after a space, unless the tokenizer begins a word with that character wherever it stands.
 
@@ -80,11 +89,7 @@ def _words(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -
 
     @functools.cache
     def stands_alone(character: str) -> bool:
-        text = "a" + character
-        if tokenizer.normalizer is not None:
-            text = tokenizer.normalizer.normalize_str(text)
-        words = tokenizer.pre_tokenizer.pre_tokenize_str(text) if tokenizer.pre_tokenizer is not None else []
-        return len(words) > 1
+        return len(words_of(tokenizer, "a" + character)) > 1
 
     glued = (goes or stands_alone(piece[:1]) for piece, goes in zip(pieces, go_on, strict=True))
     return [(piece if is_glued else f" {piece}").encode() for piece, is_glued in zip(pieces, glued, strict=True)]
@@ -99,7 +104,7 @@ FAMILIES: tuple[Family, ...] = (
         plain={"ByteLevel": {"add_prefix_space": False}, "Strip": None},
         encode_bytes=lambda tokenizer, text: [t.id for t in tokenizer.model.tokenize(_core.byte_level_piece(text))],
     ),
-    Family("WordPiece", lambda parts: parts.model == "WordPiece", _words),
+    Family("WordPiece", lambda parts: parts.model == "WordPiece" and "Metaspace" not in parts.before, _words),
     Family(
         "Metaspace / SentencePiece",
         lambda parts: parts.space is not None,
