@@ -89,8 +89,8 @@ def test_a_mark_that_a_normalizer_writes():
 
 
 def test_a_mark_is_no_character_that_a_normalizer_takes_for_a_space():
-    made = trained(models.BPE(), trainers.BpeTrainer(show_progress=False), WORDS,
-                   normalizer=normalizers.Replace("\u00a0", " "), pre_tokenizer=pre_tokenizers.Whitespace())  # fmt: skip
+    parts = {"normalizer": normalizers.Replace("\u00a0", " "), "pre_tokenizer": pre_tokenizers.Whitespace()}
+    made = trained(models.BPE(), trainers.BpeTrainer(show_progress=False), WORDS, **parts)
     with pytest.raises(ValueError, match="unknown family"):  # its tokens do not hold the spaces
         Vocabulary.from_tokenizer(made)
 
