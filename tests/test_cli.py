@@ -69,6 +69,9 @@ def test_project_pieces(files, tmp_path, capsys):
     assert seen == [sample, sample + 2]
     assert main([*command, "--texts", str(own)]) == 1
     assert "--texts: expected --pieces with it" in capsys.readouterr().err
+    for option in (["--gamma", "0.5"], ["--beta", "1"], ["--row-entries", "2"], ["--reverse"]):
+        assert main([*command, "--pieces", *option]) == 1
+        assert f"{option[0]}: expected no --pieces with it" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
@@ -118,6 +121,9 @@ def test_an_audit_counts_the_tokens_of_files(tmp_path, capsys):
     assert len(json.loads(capsys.readouterr().out)["critical"]) == 4
     assert main(["audit", *sides, "--data", str(tmp_path / "none.txt")]) == 1
     assert "none.txt" in capsys.readouterr().err
+    (tmp_path / "own.jsonl").write_text('{"body": "7 7"}\n{"text": null}\n')  # nothing that could be counted
+    assert main(["audit", *sides, "--data", str(tmp_path / "own.jsonl")]) == 1
+    assert "--data: expected rows with text, messages or a prompt, got none" in capsys.readouterr().err
 
 
 def test_the_version_is_printed(capsys):

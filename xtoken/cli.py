@@ -178,6 +178,9 @@ def project(
     """Build the projection matrix W, or the piece index, and write it."""
     if data and not pieces:
         raise ValueError("--texts: expected --pieces with it, since W learns from no text")
+    of_w = {"--row-entries": row_entries != 4, "--beta": beta != 0.9, "--gamma": gamma != 0.1, "--reverse": reverse}
+    if pieces and (given := [name for name, is_given in of_w.items() if is_given]):
+        raise ValueError(f"{given[0]}: expected no --pieces with it, since a piece index has no weights")
     outputs.check_file(output)
     _check_inputs(student, teacher, data=data)
     from .pieces import PieceIndex
@@ -450,7 +453,10 @@ def _corpus(data: Sequence[str] | None) -> list[str] | None:
         return None
     from .train.data import text_sample
 
-    return text_sample(data)
+    found = text_sample(data)
+    if not found:
+        raise ValueError(f"--data: expected rows with text, messages or a prompt, got none in {', '.join(data)}")
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
