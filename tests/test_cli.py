@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import typer
@@ -72,6 +73,17 @@ def test_project_pieces(files, tmp_path, capsys):
     for option in (["--gamma", "0.5"], ["--beta", "1"], ["--row-entries", "2"], ["--reverse"]):
         assert main([*command, "--pieces", *option]) == 1
         assert f"{option[0]}: expected no --pieces with it" in capsys.readouterr().err
+
+
+def test_what_is_read_is_not_overwritten(files, tmp_path, capsys):
+    own = tmp_path / "own.txt"
+    own.write_text("one line\n")
+    sides = ["--student", files[0], "--teacher", files[1]]
+    before = [Path(one).read_bytes() for one in (*files, own)]
+    for command in (["project", *sides], ["report", *sides], ["project", "--pieces", *sides, "--data", str(own)]):
+        assert main([*command, "--output", str(own) if "--data" in command else files[1]]) == 1
+        assert "output: expected another place than /" in capsys.readouterr().err
+    assert before == [Path(one).read_bytes() for one in (*files, own)]
 
 
 def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):

@@ -182,7 +182,7 @@ def project(
     if pieces and (given := [name for name, is_given in of_w.items() if is_given]):
         raise ValueError(f"{given[0]}: expected no --pieces with it, since a piece index has no weights")
     outputs.check_file(output)
-    _check_inputs(student, teacher, data=data)
+    _check_inputs(student, teacher, data=data, output=output)
     from .pieces import PieceIndex
     from .projection import ProjectionMatrix
     from .sample import sample_texts
@@ -349,7 +349,7 @@ def report(
     _check_utf8("--text", *(text or ()))
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
-    _check_inputs(*filter(None, (student, teacher)), data=data)
+    _check_inputs(*filter(None, (student, teacher)), data=data, output=output)
     from .report import pair_report, run_report
 
     page: Any
@@ -421,9 +421,9 @@ def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:
     print(to_json(facts) if as_json else text)
 
 
-def _check_inputs(*sources: str, data: Sequence[str] | None = None) -> None:
-    """Raises OSError or ValueError for tokenizers and files that are not there, before anything else is imported. Files
-    at URLs take their time, and are looked for by what reads them."""
+def _check_inputs(*sources: str, data: Sequence[str] | None = None, output: str = "") -> None:
+    """Raises OSError or ValueError for tokenizers and files that are not there, or are the output, before anything else
+    is imported. Files at URLs take their time, and are looked for by what reads them."""
     from .vocabulary.sources import check_source
 
     for source in sources:
@@ -431,7 +431,8 @@ def _check_inputs(*sources: str, data: Sequence[str] | None = None) -> None:
     if here := [one for one in data or () if not is_url(one)]:
         from .corpus.files import find_files
 
-        find_files(here)
+        sources = (*sources, *(one.path for one in find_files(here)))
+    outputs.check_apart(output, sources)
 
 
 def _check_utf8(name: str, *texts: str) -> None:

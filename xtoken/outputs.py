@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 from .remote import Remote, is_url, located
@@ -52,6 +53,13 @@ def check_folder(path: str | os.PathLike[str], name: str = "output", *, urls: bo
     if not folder.is_dir():
         raise NotADirectoryError(f"{name}: expected a folder, but {folder} is a file")
     _check_permission(folder, name)
+
+
+def check_apart(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]], name: str = "output") -> None:
+    """Raises ValueError if one of the files or folders that are read is the output itself."""
+    for source in sources:
+        if os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
+            raise ValueError(f"{name}: expected another place than {source}, which is read and would be overwritten")
 
 
 def _check_permission(path: Path, name: str) -> None:

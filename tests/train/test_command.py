@@ -13,6 +13,7 @@ from small import command, history
 from xtoken.cli import main
 from xtoken.losses import Needs, registered
 from xtoken.losses.criterion import SCALINGS
+from xtoken.train.chat import use_template
 from xtoken.train.command import check, loss_arguments, open_all, own_help, parse
 from xtoken.train.example import TRAIN_ON
 from xtoken.train.prepare import one_each, weights_of
@@ -40,6 +41,17 @@ def test_auto(folders, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
     assert len(AutoTokenizer.from_pretrained(output)) > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_a_chat_template_that_is_not_there(folders, tmp_path, student_tok):
+    """Is missed also by a tokenizer that has its own."""
+    for template in (None, "{{ messages }}"):
+        student_tok = type(student_tok)(tokenizer_object=student_tok.backend_tokenizer)
+        student_tok.chat_template = template
+        with pytest.raises(FileNotFoundError, match="--chat_template: expected a file, or a template with its braces"):
+            use_template(student_tok, "none.jinja")
+        use_template(student_tok, "{{ 1 }}")
+        assert student_tok.chat_template == (template or "{{ 1 }}")
 
 
 def test_chat_template(folders, tmp_path, capsys):
@@ -196,6 +208,11 @@ def test_no_loss_has_the_option(folders, tmp_path, capsys):
     """Which is known when the audit has chosen."""
     assert main(command(folders, tmp_path / "out", "--merge", "mean")) == 1
     assert f"xtoken train: merge: none of the chosen losses has it: {PIECES}\n" in capsys.readouterr().err
+    assert main(command(folders, tmp_path / "out", "--gamma", "0.5")) == 1
+    assert f"xtoken train: gamma: none of the chosen losses has a W: {PIECES}\n" in capsys.readouterr().err
+    for name in ("student", "teacher"):
+        assert main(command(folders, Path(folders[name]))) == 1
+        assert f"output: expected another place than {folders[name]}, which is read" in capsys.readouterr().err
 
 
 def test_errors_are_one_line(folders, tmp_path, capsys):

@@ -342,6 +342,8 @@ def test_every_option_was_looked_at():
         ({"loss_options": {"reverse": 1}}, "loss_options: expected True or False for 'reverse', got 1"),
         ({"loss_options": {"top_k": 2.5}}, "loss_options: expected an integer for 'top_k', got 2.5"),
         ({"teacher_quantization": "{'a'"}, "quantization: expected JSON, got "),
+        ({"loss_options": "{bad"}, "loss_options: expected JSON, got '{bad': Expecting property name"),
+        ({"lr_scheduler_kwargs": "{'a': 1}"}, "lr_scheduler_kwargs: expected JSON, got "),
         ({"loss_backend": "x"}, "loss_backend: expected one of 'auto', .* got 'x'"),
     ],
     ids=str,
@@ -362,12 +364,24 @@ def test_options_of_teachers_that_are_built(tmp_path, student_tok, teacher_tok, 
     given = {
         "loss": "auto", "loss_options": {"temperature": 2.0}, "teacher_weight": 0.5, "trust_top_k": 1,
         "teacher_system": "x", "teacher_quantization": "none", "learn_projection": True, "teacher_average": 0.0,
+        "gamma": 0.5,
     }  # fmt: skip
     teacher = make_teacher(student_tok, teacher_tok)
     assert given.keys() == set(OF_BUILT)
     for name, value in given.items():
         with pytest.raises(ValueError, match=f"{name}: expected teachers by name with it"):
             make_trainer(tmp_path, student_tok, [teacher], examples, **{name: value})
+
+
+def test_a_model_is_not_overwritten(tmp_path, folders, student_tok):
+    """By a student in the folder that it, or a teacher, is read from."""
+    config = make_config(tmp_path)
+    for output in ("student", "twin"):
+        config.output_dir = f"{folders[output]}/."
+        before = {path: path.read_bytes() for path in Path(folders[output]).iterdir()}
+        with pytest.raises(ValueError, match=f"output_dir: expected another place than .*{output}, which is read and"):
+            XTokenTrainer(folders["student"], config, folders["twin"], train_dataset=ROWS[:8])
+        assert before == {path: path.read_bytes() for path in Path(folders[output]).iterdir()}
 
 
 def rows_of() -> Iterator[dict[str, str]]:

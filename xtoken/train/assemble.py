@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
+from xtoken.outputs import check_apart
 from xtoken.terminal import printable
 from xtoken.vocabulary import Vocabulary
 
@@ -26,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 OF_BUILT = (
     "loss", "loss_options", "teacher_weight", "trust_top_k", "teacher_system", "teacher_quantization",
-    "learn_projection", "teacher_average",
+    "learn_projection", "teacher_average", "gamma",
 )  # fmt: skip
 """Options for teachers that are given by name."""
 
@@ -37,8 +38,9 @@ SELF = "self"
 def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[Any, Any]:
     """The student and its tokenizer, in 8 or 4 bits if `args` say so.
 
-    Raises ValueError for a folder with an adapter; and what `load_model` raises.
+    Raises ValueError for a folder with an adapter, or that of the output; and what `load_model` raises.
     """
+    check_apart(str(args.output_dir), [source], "output_dir")
     if adapters.is_adapter(source):
         raise ValueError(
             f"student: expected a model, got the adapter in {source}; one that has been merged (lora_merge) can be "
@@ -91,8 +93,8 @@ def build_teachers(
         Is told for each teacher that is built which loss it has and why, on the first process.
 
     Raises ValueError for more or fewer losses, weights or systems than teachers to build, for options that none of the
-    losses has, for an average without "self", and for options of `OF_BUILT` where none is built; and what
-    `TeacherModel.build` raises.
+    losses has, for an average without "self", for options of `OF_BUILT` where none is built, and for a teacher in the
+    folder of the output; and what `TeacherModel.build` raises.
     """
     is_one = isinstance(teachers, (str, os.PathLike, TeacherModel)) or not isinstance(teachers, Iterable)
     given = [teachers] if is_one else list(teachers)
@@ -109,6 +111,7 @@ def build_teachers(
         return given
     if student_tok is None:
         raise ValueError("processing_class: expected the student's tokenizer, to build teachers by name, got None")
+    check_apart(str(args.output_dir), [given[k] for k in named if is_path(given[k])], "output_dir")
     options: Any = args.loss_options
     losses, weights = one_each(args.loss, "auto", len(named), "loss"), weights_of(args.teacher_weight, len(named))
     tops, systems = (
@@ -141,6 +144,10 @@ def build_teachers(
             given[k].built_by = args
             given[k].system = None if system == "none" or not system.strip() else system
     check_losses([given[k].objective.loss for k in named], options, args.learn_projection)
+    if args.gamma != XTokenConfig.gamma and all(given[k].objective.projection is None for k in named):
+        raise ValueError(
+            f"gamma: none of the chosen losses has a W: {', '.join(given[k].objective.loss for k in named)}"
+        )
     names = [one.name for one in given]
     for k in named:
         if given[k].name in names[:k]:

@@ -218,9 +218,9 @@ def _put_together(layout: Any, pieces: Sequence[str]) -> Any:
 def use_template(tokenizer: Any, template: str | None) -> None:
     """Gives a tokenizer without a chat template one: a file, or the text itself.
 
-    Raises FileNotFoundError if it is neither.
+    Raises FileNotFoundError if it is neither, also where the tokenizer has its own.
     """
-    if template is None or getattr(tokenizer, "chat_template", None):
+    if template is None:
         return
     if "{" not in template:
         if not os.path.isfile(template):
@@ -228,7 +228,8 @@ def use_template(tokenizer: Any, template: str | None) -> None:
                 f"--chat_template: expected a file, or a template with its braces, got {template!r}"
             )
         template = Path(template).read_text()
-    tokenizer.chat_template = template
+    if not getattr(tokenizer, "chat_template", None):
+        tokenizer.chat_template = template
 
 
 def with_system(conversation: Conversation, system: str) -> Conversation:

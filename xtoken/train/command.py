@@ -24,7 +24,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
 
 from xtoken.losses import registered
-from xtoken.outputs import check_folder
+from xtoken.outputs import check_apart, check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
@@ -216,6 +216,7 @@ def check(options: TrainArguments, config: XTokenConfig) -> None:
     check_source(str(options.student), "--student")
     for source in tokenizers_of(options):
         check_source(source, "--teacher")
+    check_apart(str(config.output_dir), [str(options.student), *(options.teacher or [])])
     count = len(options.teacher or [])
     given: Any = config.loss_options
     if config.on_policy and any(folder != "none" for folder in options.teacher_cache or ()):

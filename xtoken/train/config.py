@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -249,6 +250,12 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         for name, (expected, reason) in REFUSED.items():
             if name in defaults and (value := getattr(self, name)) not in (expected, defaults[name], None):
                 raise ValueError(f"{name}: expected {expected}, {reason}; got {value!r}")
+        for name in self._VALID_DICT_FIELDS:
+            if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
+                try:
+                    json.loads(value)
+                except json.JSONDecodeError as error:
+                    raise ValueError(f"{name}: expected JSON, got {value!r}: {error}") from error
         given = self.accelerator_config
         super().__post_init__()
         if isinstance(self.loss_options, str):
