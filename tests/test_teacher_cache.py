@@ -17,7 +17,7 @@ from torch import Tensor
 import xtoken
 from xtoken import OrderedLogits, TeacherCache, TeacherCacheWriter, TeacherOrder, TopKLogits, cache_teacher
 from xtoken.losses import Needs
-from xtoken.teacher_cache import INDEX
+from xtoken.teacher_cache import INDEX, document_digest
 
 TEXTS = ["one fish", "", "a", "Grüße, 漢字!", "a much longer document of many bytes, twice over " * 2, "a"]
 
@@ -103,6 +103,17 @@ def test_tiny_tails_stay_finite(tmp_path: Path) -> None:
     document = cache_teacher(Model(scale=40.0), TOKENIZER, TEXTS[4:5], tmp_path, top_k=64)[0]
     assert float(document.logits.logprobs[:, 0].max()) > -1e-5
     assert bool(torch.isfinite(dense(document.logits)).all())
+
+
+@pytest.mark.parametrize("token", [0, 1])
+def test_what_float16_cannot_hold_stays_listed(tmp_path: Path, token: int) -> None:
+    logits = TopKLogits(torch.tensor([[7, token], [-1, -1]]), torch.tensor([[0.0, -1e6], [-torch.inf, -torch.inf]]))
+    with TeacherCacheWriter(tmp_path, TOKENIZER, top_k=2) as writer:
+        writer.add([1, 2], logits)
+    found = TeacherCache(tmp_path)[0].logits
+    assert found.ids.tolist() == logits.ids.tolist()
+    assert -1e5 < float(found.logprobs[0, 1]) < -6e4
+    assert found.logprobs[1].tolist() == [-torch.inf, -torch.inf]
 
 
 def test_whole_vocabulary_gives_the_loss_of_the_full_teacher(tmp_path: Path) -> None:
@@ -314,6 +325,13 @@ def test_tokens_that_come_as_text(caplog: pytest.LogCaptureFixture) -> None:
         TopKLogits.from_vllm([None, {"a": -1.0, "漢": -2.0, "字": -2.0}], tokenizer=TOKENIZER)
     with pytest.raises(ValueError, match="prompt_logprobs: expected a list with an entry for each token, got str"):
         TopKLogits.from_vllm("abc")
+
+
+def test_a_document_is_known_by_all_of_its_tokens_but_the_end() -> None:
+    digests = [document_digest(ids, end_id=9) for ids in ([], [1], [2], [1, 2], [1, 9, 2], [2, 1])]
+    assert len(set(digests)) == len(digests)
+    assert [document_digest(ids, end_id=9) for ids in ([9], [1, 9], [1, 2, 9, 9])] == [digests[k] for k in (0, 1, 3)]
+    assert document_digest([1, 9]) != document_digest([1])
 
 
 @pytest.mark.parametrize("in_cache", [True, False])
