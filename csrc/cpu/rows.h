@@ -34,7 +34,7 @@ inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 // The one clamp of logits.
 inline Floats at_least(Floats x, float lowest) { return max(broadcast(lowest), x); }
 inline float at_least(float x, float lowest) { return x < lowest ? lowest : x; }
-// Its derivative times g. Where `Normaliser::raises` is false, g is zero there anyway if it is a multiple of e.
+// Its derivative times g. Where `Exponential::raises` is false, g is zero there anyway if it is a multiple of e.
 inline Floats unless_raised(Floats x, float lowest, Floats g) {
     return select(greater(broadcast(lowest), x), broadcast(0.0f), g);
 }
@@ -79,8 +79,6 @@ struct Normaliser {
     float top = 0.0f;  // the largest logit, or the centre if that is larger
 
     double log_sum() const { return ::log(total) + exp.log_unit(); }
-    // Whether logits below the lowest, which count as that, may have exponentials that are not zero.
-    bool raises() const { return exp.low() <= lowest; }
 };
 
 // Calls body(i, e, relative, cut) with the exponentials of each 16 elements (zero beyond n) and max(row, lowest) -

@@ -106,7 +106,7 @@ inline float largest(Floats x) {
     return top;
 }
 
-// exp((x - centre) / temperature), for x of at least `low`; smaller ones are raised to it.
+// exp((x - centre) / temperature), for x of at least `lowest`; smaller ones are raised to it.
 //
 // With n = round((x - centre) log2(e) / temperature), exp = 2^n polynomial(r), r = n - (x - centre) log2(e) /
 // temperature in [-0.5, 0.5]. log2(e) / temperature is two floats, so r is exact to a float's rounding. n comes from
@@ -117,8 +117,9 @@ class Exponential {
     // `centre` is near the largest x: results stay finite up to 60 temperatures above it; 200 below it they are zero.
     static Exponential around(float centre, float lowest, double temperature) {
         Exponential e;
-        const double cut = static_cast<double>(centre) - 200 * temperature;
-        e.low_ = cut > static_cast<double>(lowest) ? static_cast<float>(cut) : lowest;
+        e.floor_ = static_cast<float>(-200 * temperature);
+        e.raises_ = lowest - centre > e.floor_;
+        if (e.raises_) e.floor_ = lowest - centre;
         e.centre_ = centre;
         e.slope_ = static_cast<float>(1.4426950408889634 / temperature);
         e.slope_low_ = static_cast<float>(1.4426950408889634 / temperature - static_cast<double>(e.slope_));
@@ -126,8 +127,9 @@ class Exponential {
         return e;
     }
 
-    // max(x, low) - centre
-    Floats relative(Floats x) const { return max(broadcast(low_), x) - broadcast(centre_); }
+    // max(x, lowest) - centre, but not below what makes the exponential zero. The difference is compared, not x: that
+    // and the centre may be floats too large to differ by so little.
+    Floats relative(Floats x) const { return max(broadcast(floor_), x - broadcast(centre_)); }
 
     Floats operator()(Floats x) const { return of_relative(relative(x)); }
 
@@ -154,14 +156,15 @@ class Exponential {
 #endif
     }
 
-    // What smaller x are raised to.
-    float low() const { return low_; }
+    // Whether the exponential of the lowest is not zero.
+    bool raises() const { return raises_; }
 
     // exp(x / temperature) = result * exp(log_unit()).
     double log_unit() const { return log_unit_; }
 
   private:
-    float low_, centre_, slope_, slope_low_;
+    float floor_, centre_, slope_, slope_low_;
+    bool raises_;
     double log_unit_;
 };
 

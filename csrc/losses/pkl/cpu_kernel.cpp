@@ -172,7 +172,7 @@ class Chunk {
         if (merged_ == 1) {
             normaliser_ = compact_exponentials(row_, e_);
             z_total_ = normaliser_.total;
-            is_single_ = !normaliser_.raises();
+            is_single_ = !normaliser_.exp.raises();
         }
         if (!is_single_) average();
     }
@@ -537,15 +537,15 @@ class Chunk {
             const bool tiny = d_ < tiny_share * z_total_;
             if (peak.found() && !tiny) e_[peak.index()] = peak.corrected();
             const float rest = tiny ? static_cast<float>(-unit_ / p_.temperature * b_ * eps_) : 0.0f;
-            write_expanded(row_, z, rest, normaliser_, label, e_);
+            write_expanded(row_, z, rest, normaliser_.exp, label, e_);
         });
     }
 
     // The row of a subset: compact gradients in their places, rest * exp(z) in the others, and the label.
     template <typename T>
-    void write_expanded(int64_t r, const T* z, float rest, const Normaliser& one, const LabelTerm& label,
+    void write_expanded(int64_t r, const T* z, float rest, const Exponential& exp, const LabelTerm& label,
                         const float* compact) {
-        if (one.raises()) return write_raised(r, z, rest, one, label, compact);
+        if (exp.raises()) return write_raised(r, z, rest, exp, label, compact);
         const bool same = label.present && p_.temperature == 1.0;
         const Floats active = broadcast(same ? label.weight : 0.0f);
         const Floats inactive = active + broadcast(rest);
@@ -556,7 +556,7 @@ class Chunk {
             const Floats g = expanded(kept, compact);
             if (plain) return g;
             const Floats x = tail_load(z, i);
-            Floats y = fma(one.exp(x), select(from_bits(kept), active, inactive), g);
+            Floats y = fma(exp(x), select(from_bits(kept), active, inactive), g);
             if (label.present && !same) y = fma(label.exp(x), broadcast(label.weight), y);
             return label.present ? label.without_label(i, y) : y;
         });
@@ -564,13 +564,13 @@ class Chunk {
 
     // The same where the lowest logits have mass.
     template <typename T>
-    void write_raised(int64_t r, const T* z, float rest, const Normaliser& one, const LabelTerm& label,
+    void write_raised(int64_t r, const T* z, float rest, const Exponential& exp, const LabelTerm& label,
                       const float* compact) {
         const Floats zero = broadcast(0.0f), inactive = broadcast(rest);
         write_row(target(r), z, [&](int64_t i) {
             const uint32_t kept = plan_.active_bits[i / lanes];
             const Floats x = tail_load(z, i), own = select(from_bits(kept), zero, inactive);
-            const Floats g = unless_raised(x, lowest_, fma(one.exp(x), own, expanded(kept, compact)));
+            const Floats g = unless_raised(x, lowest_, fma(exp(x), own, expanded(kept, compact)));
             return with_label(label, i, x, g);
         });
     }
@@ -613,7 +613,7 @@ class Chunk {
                 const LabelTerm label = label_of(r, z, &one);
                 if (plan_.active_bits != nullptr) {
                     const double rest = share * static_cast<double>(mean.high);
-                    return write_expanded(r, z, static_cast<float>(rest), one, label, token);
+                    return write_expanded(r, z, static_cast<float>(rest), one.exp, label, token);
                 }
                 if (peak.found()) token[peak.index()] = peak.corrected();
                 write_row(target(r), z, [&](int64_t i) {
