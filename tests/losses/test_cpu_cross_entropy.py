@@ -89,7 +89,7 @@ def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
     ("count", "options"), [(None, {}), (13, {}), (None, {"temperature": 2.0, "reverse": True})], ids=str
 )
 def test_labels_in_the_same_pass(options: dict[str, Any], count: int | None, name: str, backend: str) -> None:
-    """As two losses of the reference, also at a logit of -inf, in rows with no other or no chunk, without a gradient."""
+    """As two losses of the reference, also in rows with no finite logit or no chunk, and without a gradient."""
     case = make_case(67, 67)
     case.student[..., 1::3] = -math.inf
     case.student[:, ::4] = -math.inf

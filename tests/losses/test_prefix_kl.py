@@ -682,6 +682,21 @@ def test_no_common_event(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @kernels
+@pytest.mark.parametrize("options", VARIANTS)
+@pytest.mark.parametrize(("students", "teachers"), [(67, 15), (55, 5)])
+def test_chunks_whose_events_are_all_left_out(students: int, teachers: int, options: str, backend: str) -> None:
+    """Only small vocabularies have them: their start says nothing, and has no gradient."""
+    case = make_case(students, teachers)
+    rows = rows_by_hand(case.alignment, case.student.shape[1], case.teacher.shape[1])
+    sides = formula.piece_sides(case.pieces.data)
+    merged = formula.merged_events(sides, int(case.pieces.data[2]))
+    assert bool(formula.cannot_follow(rows, sides, merged).all(1).any())
+    check(backend, "prefix", case, torch.float32, **VARIANTS[options])
+    labels = torch.randint(students, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    compare(backend, case.student, case.teacher, case.alignment, case.pieces, labels, **VARIANTS[options])
+
+
+@kernels
 @pytest.mark.parametrize("side", [0, 1], ids=["student", "teacher"])
 @pytest.mark.parametrize(
     "options", [{}, {"reverse": True}, {"temperature": 0.05}, {"temperature": 20.0}, {"beta": 0.4}], ids=str

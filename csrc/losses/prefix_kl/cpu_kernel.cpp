@@ -203,6 +203,7 @@ class Chunk {
         Side q = teacher_start(y, &product);
         if (!exact_lists_ && !p_.reverse) sum_teacher_lists();
         Side p = student_start(z, &product, &all, &low);
+        const bool counts = p.total != 0;  // else there is no event that both sides have and that is not left out
         if (exact_lists_) leave_out(0.0f, mixed_ ? none_left : 0.0f, logarithms_ ? none_left : 0.0f);
         ListTops tops{};
         if (exact_lists_) {
@@ -211,9 +212,11 @@ class Chunk {
             product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
         }
         Slope slope;
-        if (plan_.student.absent_count < size_) {  // else there is no event that both sides have
+        if (counts) {
             slope = mixed_ ? add_mixed_term(z, p, q, tops) : add_term(p.total, q.total, product);
             if (tempered_ && !mixed_) find_slopes(tops, slope, p.total, q.total);
+        } else {
+            for (int64_t e = 0; e < plan_.events; e += lanes) store(h_ + e, broadcast(0.0f));
         }
         if (!exact_lists_ && wanted_) {  // the label's part needs e: x makes up for it, wherever it is read
             each_left_pair([&](int32_t s, int32_t t) {
@@ -354,7 +357,8 @@ class Chunk {
         each_left(start, [&](int32_t token) { without_[token / lanes] |= static_cast<uint16_t>(1u << token % lanes); });
         const RemainingRow<T> rest{row, without_, p_.lowest};
         const Normaliser counted = each_exponential(rest, size, nothing, tau, body);
-        return {counted.exp, counted.centre, counted.total, 0.0};
+        const bool none = counted.centre == nothing && counted.total == static_cast<double>(size);  // all are `nothing`
+        return {counted.exp, counted.centre, none ? 0.0 : counted.total, 0.0};
     }
 
     // The events that are left out at the start: of which one tokenizer knows that they do not follow, and the other
