@@ -249,6 +249,25 @@ def test_bad_messages(small_chat_tok):
             encode(student, teacher, {"messages": messages})
 
 
+def test_contents_that_are_no_text(small_chat_tok, caplog):
+    """A template that takes texts writes a list as Python does; what no model is shown is told."""
+    text, picture = {"type": "text", "text": "so"}, {"type": "image_url", "image_url": {"url": "x.png"}}
+    parts = CONFORMING.replace("m.content", "m.content | map(attribute='text', default='') | join")
+    takes_parts, takes_text = (with_text(small_chat_tok(name), parts) for name in ("qwen3", "qwen3x"))
+    takes_text.chat_template = CONFORMING
+    row = {"messages": [{"role": "user", "content": [text]}, {"role": "assistant", "content": [text]}]}
+    for student, teacher, name in ((takes_text, takes_parts, "student"), (takes_parts, takes_text, "teacher 0")):
+        with pytest.raises(ValueError, match=f"row 0: {name}: its chat template takes a text as content, and writes "):
+            ExampleEncoder(student, [teacher]).encode([row])
+    row["messages"][0]["content"] = [picture, text]
+    encoder = ExampleEncoder(takes_parts, [with_text(small_chat_tok("qwen3x"), parts)], train_on="assistant")
+    assert trained_text(encoder.encode([row])[0][0], encoder.student.vocabulary) == "so<|im_end|>"
+    assert caplog.messages[0].startswith("row 0, turn 0: a part of type 'image_url', which no model is shown")
+    for options in ("{}", [1]):
+        with pytest.raises(ValueError, match="row 0: chat_template_kwargs: expected a mapping from names, got "):
+            encoder.encode([{**row, "chat_template_kwargs": options}])
+
+
 def test_parts_of_a_content_and_repeated_contents():
     parts = [{"type": "text", "text": " x "}, {"type": "text", "text": "y"}]
     messages = [{"role": "user", "name": "Ann", "content": parts}]

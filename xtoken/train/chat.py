@@ -192,6 +192,13 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
     return Conversation(plain, tools, dict(options or {}), layout, pieces, owners, is_own, reasoning, arguments)
 
 
+def unseen(message: Mapping[str, Any]) -> list[str]:
+    """The types of what is no text in a content: pictures, films and sounds."""
+    content = message.get("content")
+    types = [str(one.get("type")) for one in content if isinstance(one, Mapping)] if isinstance(content, list) else []
+    return [one for one in types if any(kind in one for kind in ("image", "video", "audio"))]
+
+
 def _given(message: Any) -> Any:
     """The message without fields that are None, which templates take for given; a ``content`` stays, as do nulls within
     calls and tools, which may mean something.
@@ -298,6 +305,9 @@ class ChatTemplate:
             conversation = with_system(conversation, self.system)
         pieces = conversation.pieces
         text = self._apply(conversation.messages, conversation)
+        for content in (one.get("content") for one in conversation.messages):
+            if content and isinstance(content, (list, tuple, Mapping)) and str(content) in text:
+                raise ValueError(f"{self.name}: its chat template takes a text as content, and writes {content!r:.80}")
         if self.system is not None and self.system.strip() not in text:
             shown = f"{self.system!r:.60}"
             raise ValueError(f"{self.name}: its chat template leaves the system message out, so it is not told {shown}")

@@ -21,10 +21,10 @@ from xtoken.losses.call import check_choice
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
-from .chat import AMBIGUOUS, REPEATED
+from .chat import AMBIGUOUS, REPEATED, unseen
 from .example import TRAIN_ON, Example, Ints, Table, normal_form, parse_example, parse_prompt, prompt_of
 from .reader import Reader, Tokens
-from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, Report, no_chunk, no_system
+from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, UNSEEN, Report, no_chunk, no_system
 from .routing import route_of
 
 _NO_END = (
@@ -109,8 +109,8 @@ class ExampleEncoder:
     ----------
     report : Report
         What of the rows cannot be trained on though it should be: turns without a label or a trained end, contents that
-        cannot be told from other text, turns without a chunk, rows that are cut. Counted by kind; the first of each
-        is logged with row, turn and reason.
+        cannot be told from other text, turns without a chunk, rows that are cut; and pictures and sounds, which no
+        model is shown. Counted by kind; the first of each is logged with row, turn and reason.
 
     Raises ValueError for unknown choices, lengths below 2, a `Vocabulary` that cannot encode text, and more or fewer
     names or systems than teachers.
@@ -327,6 +327,9 @@ class ExampleEncoder:
                         self.report.add(no_system(side.name), reason, first_row + b, may_be_all=False)
                 continue
             row, (first, last) = first_row + b, table.first_turn[b : b + 2].tolist()
+            for turn, message in enumerate(example.conversation.messages):
+                if kinds := unseen(message):
+                    self.report.add(UNSEEN, f"a part of type {kinds[0]!r}, which no model is shown", row, turn)
             lost = answers = 0
             for t in range(first, last):
                 if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant":

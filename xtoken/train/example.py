@@ -59,10 +59,13 @@ def parse_example(row: Mapping[str, Any], train_on: str, text_column: str) -> Ex
 def normal_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
     """The row, with ``messages`` for ``conversations`` of ShareGPT, and ``tools`` that are written as JSON as a list.
 
-    Raises ValueError if they, or the row, are something else.
+    Raises ValueError if they, ``chat_template_kwargs`` or the row are something else.
     """
     if not isinstance(row, Mapping):
         raise ValueError(f"expected a mapping from columns to values, got {type(row).__name__}")
+    options = row.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, Mapping):
+        raise ValueError(f"chat_template_kwargs: expected a mapping from names, got {options!r:.80}")
     tools = row.get("tools")
     if isinstance(tools, str):  # as tables keep what differs from row to row
         try:

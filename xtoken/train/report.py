@@ -15,6 +15,7 @@ NO_END = "turns whose end nothing supervises"
 ADDED_END = "last turns that get the end token, since the chat template writes none"
 AMBIGUOUS_TURNS = "turns with a content that cannot be told from other text"
 CUT = "rows that lose what is beyond a length limit"
+UNSEEN = "turns with pictures or sounds, which no model is shown"
 NO_ROUTE = "rows that name no teacher and go to all"
 
 
