@@ -95,6 +95,14 @@ def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
     assert main(["nonsense"]) == 2
 
 
+@pytest.mark.parametrize("option", ["requests", "timeout", "patience"])
+def test_options_of_a_server_without_one(option, tmp_path, capsys):
+    (tmp_path / "own.txt").write_text("one line\n")
+    command = ["cache-teacher", "--teacher", "./none", "--data", str(tmp_path / "own.txt"), "--output", f"{tmp_path}/c"]
+    assert main([*command, f"--{option}", "5"]) == 1
+    assert capsys.readouterr().err == f"xtoken cache-teacher: --{option}: expected --url with it, got none\n"
+
+
 @pytest.mark.parametrize(("command", "name"), [("project", "--row-entries"), ("cache-teacher", "--logprobs")])
 def test_an_option_that_has_another_name(command, name, capsys):
     """``--top-k`` is the columns of a loss, in ``xtoken train``."""

@@ -158,7 +158,11 @@ def test_resume_gives_the_same_files(tmp_path: Path) -> None:
         cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path / "twice", resume=True, **options)
     with pytest.raises(ValueError, match="was made with top_k=4, now 3"):
         cache_teacher(Model(), TOKENIZER, texts, tmp_path / "twice", resume=True, **{**options, "top_k": 3})
-    cache_teacher(Model(), TOKENIZER, texts, tmp_path / "twice", resume=True, **options)
+    for wanted in ("once", "twice"):
+        cache_teacher(Model(), TOKENIZER, texts, tmp_path / wanted, resume=True, **options)
+        with pytest.raises(ValueError, match="documents: number 0 is not"):
+            cache_teacher(Model(), TOKENIZER, ["other"], tmp_path / wanted, resume=True, **options)
+        assert len(TeacherCache(tmp_path / wanted)) == len(texts)  # what is complete stays so
     files = [{path.name: path.read_bytes() for path in (tmp_path / name).iterdir()} for name in ("once", "twice")]
     assert files[0] == files[1]
 

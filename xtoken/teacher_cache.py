@@ -193,7 +193,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
                 if index[name] != value:
                     raise ValueError(f"resume: {self.folder} was made with {name}={index[name]!r}, now {value!r}")
             self._shards = index["shards"]
-        self._save_index(complete=False)
+        else:
+            self._save_index(complete=False)
 
     def __len__(self) -> int:
         """Documents of complete shards; after ``resume=True``, those that need not be added again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -165,6 +166,10 @@ def main(
     """Runs ``xtoken cache-teacher``, which documents the options."""
     if tokenizer is not None and url is None:
         raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
+    usual = inspect.signature(ServedModel).parameters
+    for name, value in (("requests", requests), ("timeout", timeout), ("patience", patience)):
+        if url is None and value != usual[name].default:
+            raise ValueError(f"--{name}: expected --url with it, got none")
     INDEX.check(Path(output), resume, "a teacher cache")
     if url is None:
         check_source(teacher)
