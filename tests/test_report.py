@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from real_tokenizers import LOADERS
 from small_tokenizers import byte_level
 
 import xtoken
@@ -331,8 +330,8 @@ def test_a_run_in_a_browser(page: Any, run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_real_pair_fits_in_five_megabytes(tmp_path: Path) -> None:
-    student, teacher = (LOADERS[name](tmp_path) for name in ("llama3", "qwen3"))
+def test_a_real_pair_fits_in_five_megabytes(vocabulary: Any) -> None:
+    student, teacher = map(vocabulary, ("llama3", "qwen3"))
     pieces = xtoken.PieceIndex.build(student, teacher, texts=())
     report = pair_report(student, teacher, pieces=pieces)
     html = report.html

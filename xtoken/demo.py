@@ -138,24 +138,24 @@ def run(
                   f"{student_tok.get_vocab_size():,} tokens")  # fmt: skip
 
     console.rule("projection matrix, audit and choice of the loss")
+    aligner = Aligner(student_tok, teacher_tok)
+    vocabularies = aligner.student, aligner.teacher  # read once: a tokenizer takes as long each time
     clock = time.perf_counter()
-    projection = ProjectionMatrix.build(student_tok, teacher_tok)
+    projection = ProjectionMatrix.build(*vocabularies)
     console.print(f"{projection!r}, built in {time.perf_counter() - clock:.1f} s", markup=False)
-    choice = choose_loss(student_tok, teacher_tok, projection)
+    choice = choose_loss(*vocabularies, projection)
     print(choice)
     needs_pieces = registered()[choice.loss].needs is Needs.PIECES
     needed: dict[str, Any] = {"projection": projection}
     if needs_pieces:
-        pieces = PieceIndex.build(student_tok, teacher_tok)
+        pieces = PieceIndex.build(*vocabularies)
         print(f"{pieces!r}: {str(pieces.merged()).splitlines()[0]}")
         needed = {"pieces": pieces}
     teacher = TeacherModel(Teacher(loss=choice.loss, **needed), model, teacher_tok)
 
     console.rule("one sentence, two tokenizers (a bar separates the tokens of a chunk)")
-    aligner = Aligner(student_tok, teacher_tok)
-    ids = [side.tokenizer.encode(SENTENCE, add_special_tokens=False).ids for side in (aligner.student, aligner.teacher)]
-    sample = aligner.align(*ids)
-    print(sample.pretty(aligner.student, aligner.teacher, color=console.is_terminal, width=console.width))
+    sample = aligner.align(*(side.tokenizer.encode(SENTENCE, add_special_tokens=False).ids for side in vocabularies))
+    print(sample.pretty(*vocabularies, color=console.is_terminal, width=console.width))
 
     passages, others = manual_passages()
     others = others[:: max(1, len(others) // held_out_passages)][:held_out_passages]
@@ -177,7 +177,7 @@ def run(
         )  # fmt: skip
 
         def trainer(student: Any, teachers: list[TeacherModel], examples: Any = None) -> XTokenTrainer:
-            collator = XTokenCollator(student_tok, [teacher_tok for _ in teachers])
+            collator = XTokenCollator(aligner.student, [aligner.teacher for _ in teachers])
             made = XTokenTrainer(student, config, teachers, collator, examples, held_out)
             made.remove_callback(PrinterCallback)
             return made

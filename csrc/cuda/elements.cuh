@@ -409,9 +409,13 @@ __device__ void typed_row(const Logits& logits, int64_t r, Body body) {
     body(Row<float>(logits, r));
 }
 
-// Calls body with a null pointer to the type of the elements.
+// Calls body with a null pointer to the type of the elements. XTOKEN_BFLOAT16_ALONE leaves the others out, where what
+// the compiler makes of kernels is looked at: they are two thirds of its time.
 template <typename Body>
-void typed(Element element, Body body) {
+void typed([[maybe_unused]] Element element, Body body) {
+#ifdef XTOKEN_BFLOAT16_ALONE
+    body(static_cast<const __nv_bfloat16*>(nullptr));
+#else
     switch (element) {
         case Element::float32:
             return body(static_cast<const float*>(nullptr));
@@ -420,6 +424,7 @@ void typed(Element element, Body body) {
         case Element::float16:
             return body(static_cast<const __half*>(nullptr));
     }
+#endif
 }
 
 }  // namespace xtoken::cuda

@@ -16,8 +16,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 
-def on_ranks(count: int, function: Callable[[int], Any], folder: Path, seconds: float = 300.0) -> list[Any]:
-    """What `function` of the rank returns on each of so many ranks.
+def on_ranks(
+    count: int, function: Callable[[int], Any], folder: Path, seconds: float = 300.0, *, as_torchrun: bool = False
+) -> list[Any]:
+    """What `function` of the rank returns on each of so many ranks, which are a group; or have what torchrun gives a
+    process, to make their own.
 
     Raises
     ------
@@ -26,8 +29,10 @@ def on_ranks(count: int, function: Callable[[int], Any], folder: Path, seconds: 
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     context = mp.get_context("fork")
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) if as_torchrun else None
+    port = None if store is None else store.port
     processes = [
-        context.Process(target=_rank, args=(rank, count, function, folder), daemon=True) for rank in range(count)
+        context.Process(target=_rank, args=(rank, count, function, folder, port), daemon=True) for rank in range(count)
     ]
     for process in processes:
         process.start()
@@ -57,13 +62,19 @@ def on_two_and_four(
     }
 
 
-def _rank(rank: int, count: int, function: Callable[[int], Any], folder: Path) -> None:
+def _rank(rank: int, count: int, function: Callable[[int], Any], folder: Path, port: int | None) -> None:
     torch.set_num_threads(1)
     try:
-        dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        if port is None:
+            dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=count)
+        else:
+            given = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+            given |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
+            os.environ.update({name: str(value) for name, value in given.items()})
         torch.save(function(rank), folder / f"{rank}.pt")
-        dist.barrier()
-        dist.destroy_process_group()
+        if port is None:
+            dist.barrier()
+            dist.destroy_process_group()
     except BaseException:
         (folder / f"{rank}.txt").write_text(f"rank {rank}:\n{traceback.format_exc()}")
         os._exit(1)

@@ -56,10 +56,9 @@ LOGGED = ("loss", "ce", "kd", "learning_rate")
 def launch(folder: Path, **work: Any) -> dict[str, Any]:
     """What two processes on gloo came to."""
     here = Path(__file__).parent
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
-    command += ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0"]
-    command += [str(here / "two_processes.py"), str(folder), json.dumps(work)]
-    path = os.pathsep.join([str(here), str(here.parent), str(here.parents[1]), os.environ.get("PYTHONPATH", "")])
+    command = [sys.executable, str(here / "two_processes.py"), str(folder), json.dumps(work)]
+    folders = [here, here.parent, here.parent / "parallel", here.parents[1], os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, folders))
     cpu = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
     fsdp = {"FSDP_VERSION": "2", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT"}  # as transformers 5 has them anyway
     environment = {**os.environ, **cpu, **fsdp, "PYTHONPATH": path}

@@ -1,4 +1,4 @@
-"""The recipes, as their files are, for a step: small random models with the real tokenizers of the ones they name."""
+"""The recipes, as their files are, for a step: small random models with parts of the tokenizers of those they name."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from real_tokenizers import shortened
 from small import SMALL_TEXTS, history, make_model
 from transformers import PreTrainedTokenizerFast
 
@@ -37,12 +38,11 @@ LOSSES = {
 
 
 @pytest.fixture(scope="module")
-def models(tokenizer: Any, tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
+def models(tmp_path_factory: Any) -> tuple[Path, dict[str, Any]]:
     """A folder in which every model is found by its name, and the tokenizers by these names."""
     root, kinds = tmp_path_factory.mktemp("models"), {}
     for kind, special in SPECIAL.items():
-        loaded = tokenizer(kind)
-        backend = getattr(loaded, "backend_tokenizer", loaded)
+        backend = shortened(kind, root, 10000)  # more than `top_k`
         kinds[kind] = PreTrainedTokenizerFast(tokenizer_object=backend, **special)
     tokenizers = {name: kinds[kind] for name, kind in TOKENIZERS.items()}
     for seed, (name, one) in enumerate(tokenizers.items()):

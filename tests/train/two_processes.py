@@ -1,10 +1,10 @@
-"""Run by torchrun in two processes: what `test_processes` compares with one process, written by the first of them."""
+"""What `test_processes` compares with one process: what the first of two has come to, written to a file."""
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
+from processes import on_ranks
 from small import (
     CHANGED,
     SMALL_TEXTS,
@@ -60,10 +61,8 @@ def loaded_whole(folder: Path, tokenizer: Any, options: dict[str, Any]) -> list[
     return [all(weight.numel() for weight in model.parameters()) for model in models]
 
 
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    gc.freeze()  # each run of a trainer looks for garbage, and need not among what is imported
-    folder, work = Path(sys.argv[1]), json.loads(sys.argv[2])
+def run(folder: Path, work: dict[str, Any], rank: int) -> dict[str, Any]:
+    """What one of the processes comes to."""
     student_tok, teacher_tok = make_tokenizer(700, "{1,3}", "<s>"), make_tokenizer(500, "", "<|begin|>")
     examples = encode(SMALL_TEXTS[:8], student_tok, teacher_tok, None)
     results: dict[str, Any] = {"gradients": [], "resumed": {}}
@@ -94,9 +93,10 @@ if __name__ == "__main__":
         assert AcceleratorState().num_processes == 2
     if "zero3" in work["resumed"]:
         results["is_whole"] = loaded_whole(folder, teacher_tok, work["resumed"]["zero3"])
-    if torch.distributed.get_rank() == 0:
-        torch.save(results, folder / "results.pt")
-    torch.distributed.barrier()
-    # Without what ends threads of torch: some of them are now and then destroyed while they run, which aborts a process
-    # that has done its work.
-    os._exit(0)
+    return results
+
+
+if __name__ == "__main__":
+    gc.freeze()  # each run of a trainer looks for garbage, and need not among what is imported
+    folder, work = Path(sys.argv[1]), json.loads(sys.argv[2])
+    torch.save(on_ranks(2, functools.partial(run, folder, work), folder, as_torchrun=True)[0], folder / "results.pt")

@@ -320,21 +320,13 @@ void ranked(const StepsParams& params, const Launch& launch) {
         launch_chunks("ranked", kernel, layout.shared_bytes(launch.threads), launch, params, layout.student_bins,
                       layout.teacher_bins, layout.words(), layout.ring_slots);
     };
-    const auto start_typed = [&]([[maybe_unused]] auto element) {
-        using S = decltype(element);
-        if (layout.counts_are_shared) {
-            start(ranked_kernel<S, true, false>);
-        } else {
-            start(ranked_kernel<S, false, false>);
+    if (layout.ahead) return start(ranked_kernel<__nv_bfloat16, true, true>);
+    typed(params.student.type, [&](const auto* s) {
+        using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
+        if constexpr (sizeof(S) == 2) {
+            start(layout.counts_are_shared ? ranked_kernel<S, true, false> : ranked_kernel<S, false, false>);
         }
-    };
-    if (layout.ahead) {
-        start(ranked_kernel<__nv_bfloat16, true, true>);
-    } else if (params.student.type == Element::bfloat16) {
-        start_typed(__nv_bfloat16());
-    } else {
-        start_typed(__half());
-    }
+    });
 }
 
 const Launcher steps_launcher("ranked", &ranked, &words_of);
