@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import os
 import time
 import traceback
@@ -29,6 +30,7 @@ def on_ranks(
     """
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
     context = mp.get_context("fork")
+    importlib.import_module("torch._dynamo")  # which each would import, as soon as it makes a group
     store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False) if as_torchrun else None
     port = None if store is None else store.port
     processes = [
