@@ -490,6 +490,7 @@ def test_bad_teachers(options: dict[str, Any], message: str) -> None:
         ({"scaling": "static"}, "scaling: expected one of 'dynamic', 'fixed', got 'static'"),
         ({"ce_weight": -1.0}, "ce_weight: expected a finite number >= 0, got -1.0"),
         ({"kd_weight": math.inf}, "kd_weight: expected a finite number >= 0, got inf"),
+        ({"ce_weight": 0.0, "kd_weight": 0}, "ce_weight, kd_weight: expected one above 0, got 0 for both, which"),
         ({"max_scale": 0.0}, "max_scale: expected a number above 0, got 0.0"),
         ({"max_scale": math.nan}, "max_scale: expected a number above 0, got nan"),
         ({"vocab_size": 60}, r"teachers: expected one student vocabulary size, got \[60, 67\]"),

@@ -91,6 +91,24 @@ def test_which_turns_are_trained_on(small_chat_tok):
     assert trained("completion", {"prompt": TALK[:4], "completion": TALK[4:]})[0] == contents[4] + close
 
 
+def test_a_message_says_that_it_is_not_trained_on(small_chat_tok):
+    student, teacher = small_chat_tok("qwen3"), small_chat_tok("gemma3")
+
+    def trained(flags, train_on="assistant"):
+        messages = [{**message, **flags.get(k, {})} for k, message in enumerate(TALK)]
+        example, _, vocabulary = encode(student, teacher, {"messages": messages}, train_on)
+        return trained_text(example, vocabulary)
+
+    close, contents = CLOSE["qwen3"], [message["content"] for message in TALK]
+    for no, yes in (({"weight": 0}, {"weight": 1}), ({"train": False}, {"train": True}), ({"weight": 0.0}, {})):
+        assert trained({2: no, 4: yes}) == contents[4] + close
+        assert trained({2: yes, 4: no}) == contents[2] + close
+        assert trained({1: yes, 2: {"weight": None}}) == contents[2] + close + contents[4] + close
+        assert trained({k: no for k in (0, 1, 3)}, "all") == contents[2] + close + contents[4] + close
+    with pytest.raises(ValueError, match=r"row 0: messages: expected 0 or 1, or false or true, as weight, got 0\.5"):
+        trained({2: {"weight": 0.5}})
+
+
 def test_end_tokens_of_different_roles_are_labels_but_no_chunk(small_chat_tok):
     student, teacher = (
         small_chat_tok("mistral"),

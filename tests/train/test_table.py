@@ -13,6 +13,7 @@ import torch
 from accelerate.data_loader import IterableDatasetShard
 from small import SMALL_TEXTS
 
+from xtoken.losses.backends import IGNORED
 from xtoken.train import EncodedDataset, EncodedStream, EncodedTable, ExampleEncoder
 from xtoken.train.data import BATCH_ROWS, has_chats, lengths, read_rows, text_sample
 from xtoken.train.table import open_data
@@ -204,6 +205,8 @@ def test_conversations_of_sharegpt(toks):
         {"messages": messages},
         {"conversations": [{"from": "system", "value": "Be brief."}, *shared]},
         {"conversations": shared, "system": "Be brief."},
+        {"conversations": [{**one, "from": other} for one, other in zip(shared, ("Human", "ChatGPT"), strict=True)],
+         "system": "Be brief."},
         {"conversations": messages, "system": ""},
         {"messages": ASKED, "tools": tools},
         {"messages": ASKED, "tools": '[{"type": "function", "function": {"name": "look", "description": "Looks.", '
@@ -212,9 +215,11 @@ def test_conversations_of_sharegpt(toks):
     encoder.with_prompts = True
     found = [plain(one) for (one,) in encoder.encode(rows)]
     assert found[1]["prompt"]["messages"] == messages[:2]
-    assert found[5]["prompt"].pop("tools") == found[4]["prompt"].pop("tools") == tools
-    assert found[0] == found[1] == found[2] == found[3]
-    assert found[4] == found[5] != found[0]
+    assert found[6]["prompt"].pop("tools") == found[5]["prompt"].pop("tools") == tools
+    assert found[0] == found[1] == found[2] == found[3] == found[4]
+    assert found[5] == found[6] != found[0]
+    left = encoder.encode([{"conversations": [*shared, {**shared[1], "weight": 0}]}])[0][0]["labels"]
+    assert (left != IGNORED).sum() == (found[5]["labels"] != IGNORED).sum()
     for turn in ({"from": "human"}, "who?", {"value": "a"}):
         with pytest.raises(ValueError, match="row 0: conversations: expected turns with from and value, got "):
             encoder.encode([{"conversations": [turn]}])

@@ -197,6 +197,8 @@ class XTokenLoss(nn.Module):
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):
             if not 0.0 <= value < float("inf"):
                 raise ValueError(f"{name}: expected a finite number >= 0, got {value!r}")
+        if ce_weight == kd_weight == 0.0:
+            raise ValueError("ce_weight, kd_weight: expected one above 0, got 0 for both, which trains nothing")
         if not max_scale > 0.0:
             raise ValueError(f"max_scale: expected a number above 0, got {max_scale!r}")
         sizes = {teacher.shape[0] for teacher in teachers if teacher.shape is not None}

@@ -129,7 +129,8 @@ class ExampleEncoder:
     with these exceptions in turns that are trained on: the token that ends the turn, or marks the next one where
     nothing else ends it, is a label, and a chunk with the teacher's, where both have the same role in their
     vocabularies; and the tags around a reasoning count as content, since the student must write them itself. Special
-    tokens inside a content are left out.
+    tokens inside a content are left out. A message with ``weight`` 0, as in OpenAI's files, or ``train`` false is not
+    trained on.
 
     Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
     numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its

@@ -13,8 +13,8 @@ from .chat import BLANK, Conversation, take_apart
 
 TRAIN_ON = ("all", "completion", "assistant")
 
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-"""Names of ShareGPT for roles; others are as they are in messages."""
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
+"""Names of ShareGPT for roles, in lower case; others are as they are in messages."""
 
 Ints = NDArray[np.int64]
 
@@ -90,7 +90,9 @@ def _from_sharegpt(turns: Sequence[Any], system: Any) -> list[dict[str, Any]]:
                 "conversations: expected tool calls as messages have them (messages, with tool_calls), got a turn from "
                 "'function_call'"
             )
-        own = {"role": ROLES.get(speaker, speaker), "content": turn["value"]} if "role" not in turn else dict(turn)
+        role = ROLES.get(speaker.lower(), speaker) if isinstance(speaker, str) else speaker
+        flags = {key: turn[key] for key in ("weight", "train") if key in turn}
+        own = {"role": role, "content": turn["value"], **flags} if "role" not in turn else dict(turn)
         messages.append(own)
     return messages
 
@@ -147,10 +149,19 @@ def _role(message: Any) -> Any:
     return message.get("role") if isinstance(message, Mapping) else None
 
 
+def _is_left_out(message: Mapping[str, Any]) -> bool:
+    """Whether a message says that it is not trained on: by ``weight``, as in OpenAI's files, or ``train``."""
+    for name in ("weight", "train"):
+        if message.get(name) not in (None, 0, 1):
+            raise ValueError(f"messages: expected 0 or 1, or false or true, as {name}, got {message[name]!r:.80}")
+    return message.get("weight") == 0 or message.get("train") == 0
+
+
 def _chat(row: Mapping[str, Any], messages: list[Any], completion: int, train_on: str) -> Example:
     conversation = take_apart(messages, row.get("tools"), row.get("chat_template_kwargs"))
     trained = [
-        train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion))
+        (train_on == "all" or (_role(one) == "assistant" and (train_on == "assistant" or k >= completion)))
+        and not _is_left_out(one)
         for k, one in enumerate(messages)
     ]
     sizes = [len(piece.encode()) for piece in conversation.pieces]
