@@ -104,7 +104,7 @@ def test_a_message_says_that_it_is_not_trained_on(small_chat_tok):
         assert trained({2: no, 4: yes}) == contents[4] + close
         assert trained({2: yes, 4: no}) == contents[2] + close
         assert trained({1: yes, 2: {"weight": None}}) == contents[2] + close + contents[4] + close
-        assert trained({k: no for k in (0, 1, 3)}, "all") == contents[2] + close + contents[4] + close
+        assert trained(dict.fromkeys((0, 1, 3), no), "all") == contents[2] + close + contents[4] + close
     with pytest.raises(ValueError, match=r"row 0: messages: expected 0 or 1, or false or true, as weight, got 0\.5"):
         trained({2: {"weight": 0.5}})
 
