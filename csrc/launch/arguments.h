@@ -106,9 +106,9 @@ struct Launch {
 };
 using Launcher = xtoken::Launcher<Launch>;
 
-// What every kernel is compiled for: threads of a block, and blocks that a multiprocessor has registers and shared
-// memory for at once.
-constexpr int32_t max_threads = 512, resident_blocks = 1;
+// What every kernel is compiled for: threads of a block, and blocks that a multiprocessor has room for at once.
+constexpr int32_t max_threads = 512;
+constexpr int32_t resident_blocks = 1;
 }  // namespace cuda
 
 }  // namespace xtoken

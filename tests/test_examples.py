@@ -1,0 +1,59 @@
+"""The examples run for some steps, and several processes come to what one comes to."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from subprocess import PIPE, STDOUT
+
+import pytest
+import torch.distributed as dist
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+
+def run(name: str, world: int, *arguments: str) -> list[tuple[float, float]]:
+    """Cross-entropy and distillation of the steps, which the first of so many processes prints. They have the
+    environment that torchrun gives them."""
+    store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+    given = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    given |= {"WORLD_SIZE": str(world), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments, "--steps", "2"]
+    processes = [
+        subprocess.Popen(command, env={**os.environ, **given, "RANK": str(rank)}, stdout=PIPE, stderr=STDOUT, text=True)
+        for rank in range(world)
+    ]
+    try:
+        printed = [process.communicate(timeout=300)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0] * world, "\n".join(printed)
+    found = re.findall(r"step \d: cross-entropy (\S+), distillation (\S+)", printed[0])
+    return [(float(ce), float(kd)) for ce, kd in found]
+
+
+@pytest.mark.parametrize(
+    ("name", "alone", "together"),
+    [("mesh", ["--tp", "1"], ["--tp", "2"]), ("groups", ["--tp", "1", "--cp", "1"], ["--tp", "1", "--cp", "2"])],
+)
+def test_two_processes_do_what_one_does(name: str, alone: list[str], together: list[str]) -> None:
+    want, got = run(name, 1, *alone), run(name, 2, *together)
+    assert len(want) == 2
+    assert want[1][0] < want[0][0]
+    assert got == [pytest.approx(one, abs=2e-3) for one in want]
+
+
+@pytest.mark.parametrize("name", ["mesh", "groups"])
+def test_one_process_without_torchrun_says_how_to_start(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    monkeypatch.setattr(sys, "argv", [name])
+    with pytest.raises(SystemExit, match=rf"^Start it with torchrun: .*examples/{name}\.py"):
+        importlib.import_module(name).main()
