@@ -41,6 +41,14 @@ def test_projection_is_built_once(pair, tmp_path, monkeypatch):
     assert len(path.read_bytes()) > 100
 
 
+def test_a_cache_that_is_no_folder_is_found_before_anything_is_made(pair, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("")
+    monkeypatch.setattr(ProjectionMatrix, "build", None)
+    for folder in (tmp_path / "cache", tmp_path / "cache" / "below"):
+        with pytest.raises(NotADirectoryError, match=r"cache: expected a folder, but .*/cache is a file"):
+            cached_projection(*pair, folder)
+
+
 def test_audit_is_made_once(pair, tmp_path, monkeypatch):
     projection = ProjectionMatrix.build(*pair)
     first = cached_audit(*pair, projection, tmp_path)

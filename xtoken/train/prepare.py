@@ -17,6 +17,7 @@ from xtoken import _core
 from xtoken.audit import ClassCoverage, CoverageReport, LossChoice, choose_loss, coverage_audit, same_tokens
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.call import check_choice
+from xtoken.outputs import check_folder
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ProjectionMatrix
 from xtoken.sample import sample_texts
@@ -241,6 +242,7 @@ def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], writ
             return read()
         except (ValueError, TypeError, KeyError):
             pass  # damaged, or of another version: made again
+    check_folder(path.parent, "cache")
     made = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write(made)
