@@ -7,8 +7,8 @@ from memory are in flight while it works on what came before. `--rows` prints ho
 passes over a row take at least, beside what csrc/cuda/README.md says that they may. Both need NVIDIA's disassembler,
 nvdisasm.
 Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
-build/cuda_resources until a source changes. `--bfloat16` leaves out kernels of other types, which takes a third of the
-time. No GPU is needed.
+build/cuda_resources until a source changes. `--bfloat16` leaves out kernels of other types, which takes less than half
+the time. No GPU is needed.
 
     python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--bfloat16] [--loops | --rows]
 """

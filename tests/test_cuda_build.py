@@ -38,7 +38,7 @@ COMPILED = pytest.mark.parametrize(
     [("120", "bfloat16"), pytest.param("80", "all", marks=pytest.mark.wide)],
 )
 """Kernels of the type that is counted, on the newest architecture; for .ci/run those of all types, which take nvcc
-three times as long, on the oldest. It builds a wheel for another, bench/cuda_resources.py for all."""
+more than twice as long, on the oldest. It builds a wheel for another, bench/cuda_resources.py for all."""
 
 OTHERS = {"cross_entropy_kernel", "ranked_forward_kernel", "ranked_backward_kernel", "scale_kernel"}
 """Kernels whose passes have no ceiling."""

@@ -27,6 +27,7 @@ FACTORIES = (
     "arange", "as_tensor", "asarray", "empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randint",
     "randn", "randperm", "scalar_tensor", "tensor", "zeros",
 )  # fmt: skip
+FLOATS = "empty", "linspace", "ones", "rand", "randn", "zeros"
 STUDENT = Vocabulary([b"<s>", b" ", b"a", b"b", b"ab", b"abb", b","], roles={"bos": 0})
 TEACHER = Vocabulary([b" ", b"a", b"b", b"ba", b","])
 IDS = [0, 4, 3, 5, 6], [1, 2, 2, 1, 2, 2, 4]
@@ -48,7 +49,9 @@ def defaults(dtype: torch.dtype, device: str = "meta") -> Iterator[None]:
 
 def same(one: Any, other: Any) -> bool:
     if isinstance(one, Tensor):
-        return one.dtype == other.dtype and one.device == other.device and torch.equal(one, other)
+        if (one.dtype, one.device, one.shape) != (other.dtype, other.device, other.shape):
+            return False
+        return bool(((one == other) | (one.isnan() & other.isnan())).all())
     if isinstance(one, (tuple, list)):
         return len(one) == len(other) and all(map(same, one, other))
     if isinstance(one, dict):
@@ -56,14 +59,17 @@ def same(one: Any, other: Any) -> bool:
     return bool(one == other)
 
 
-def test_tensors_are_made_on_a_device_that_is_named() -> None:
-    """By every call of torch that would take the default one."""
+def test_tensors_are_made_on_a_device_and_in_a_type_that_are_named() -> None:
+    """By every call of torch that would take the default ones; "full" and others go by the values."""
     package = Path(xtoken.__file__).parent
     for path in package.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) in {f"torch.{name}" for name in FACTORIES}:
                 named = {keyword.arg for keyword in node.keywords}
-                assert named & {"device", None}, f"{path.relative_to(package)}:{node.lineno}: {ast.unparse(node)}"
+                place = f"{path.relative_to(package)}:{node.lineno}: {ast.unparse(node)}"
+                assert named & {"device", None}, place
+                if ast.unparse(node.func) in {f"torch.{name}" for name in FLOATS}:
+                    assert named & {"dtype", None}, place
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -103,6 +109,22 @@ def saved(folder: Path) -> list[Any]:
     return [*map(parts_of, read)]
 
 
+def several_teachers(_: Path) -> list[Any]:
+    """Weighted by how sure they are, one without logits."""
+    teacher = xtoken.Teacher(ProjectionMatrix.build(STUDENT, TEACHER))
+    criterion = xtoken.XTokenLoss([teacher] * 3, teacher_weighting="entropy")
+    generator = torch.Generator().manual_seed(0)
+    student, *teachers = (
+        torch.randn(1, n, v, generator=generator, dtype=torch.float32, device="cpu")
+        for n, v in ((5, len(STUDENT)), (7, len(TEACHER)), (7, len(TEACHER)))
+    )
+    batch = Aligner(STUDENT, TEACHER).align([IDS[0]], [IDS[1]])
+    without = batch.supervised(torch.full_like(LABELS, -100)[None])
+    total, parts = criterion(student.requires_grad_(), LABELS[None], [*teachers, None], [batch, batch, without])
+    total.backward()
+    return [total, student.grad, *(value for value in parts.values() if isinstance(value, Tensor))]
+
+
 MADE: dict[str, Callable[[Path], Any]] = {
     "alignment": lambda _: parts_of(Aligner(STUDENT, TEACHER).align(*IDS)),
     "batch": lambda _: parts_of(Aligner(STUDENT, TEACHER).align([IDS[0]] * 2, [IDS[1]] * 2)),
@@ -117,6 +139,7 @@ MADE: dict[str, Callable[[Path], Any]] = {
     "audit": lambda _: str(xtoken.coverage_audit(STUDENT, TEACHER, ProjectionMatrix.build(STUDENT, TEACHER))),
     "choice": lambda _: str(xtoken.choose_loss(STUDENT, TEACHER)),
     "served": lambda _: parts_of(TopKLogits.from_vllm(SERVED)),
+    "several teachers": several_teachers,
     "cached": of_corpus,
     "nemo": of_nemo,
     "saved": saved,

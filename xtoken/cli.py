@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 import os
 import shutil
 import sys
@@ -178,9 +179,11 @@ def project(
     """Build the projection matrix W, or the piece index, and write it."""
     if data and not pieces:
         raise ValueError("--texts: expected --pieces with it, since W learns from no text")
-    of_w = {"--row-entries": row_entries != 4, "--beta": beta != 0.9, "--gamma": gamma != 0.1, "--reverse": reverse}
-    if pieces and (given := [name for name, is_given in of_w.items() if is_given]):
-        raise ValueError(f"{given[0]}: expected no --pieces with it, since a piece index has no weights")
+    usual = inspect.signature(project).parameters
+    for name, value in {"row_entries": row_entries, "beta": beta, "gamma": gamma, "reverse": reverse}.items():
+        if pieces and value != usual[name].default:
+            option = f"--{name.replace('_', '-')}"
+            raise ValueError(f"{option}: expected no --pieces with it, since a piece index has no weights")
     outputs.check_file(output)
     _check_inputs(student, teacher, data=data, output=output)
     from .pieces import PieceIndex

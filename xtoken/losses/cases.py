@@ -116,9 +116,8 @@ def _projection(index: PieceIndex, row_entries: int = 4, gamma: float = 0.1) -> 
     row = torch.arange(students, device="cpu").repeat_interleave(counts)
     position = torch.arange(len(row), device="cpu") - (counts.cumsum(0) - counts)[row]
     key, place = (row * teachers + index.student.pieces[ptr[row] + position]).unique(return_inverse=True)
-    weight = torch.zeros(len(key), dtype=torch.float32, device="cpu").index_add_(
-        0, place, gamma**position
-    )  # a token may repeat a piece
+    weight = torch.zeros(len(key), dtype=torch.float32, device="cpu")
+    weight.index_add_(0, place, gamma**position)  # a token may repeat a piece
     row = key // teachers
     total = torch.zeros(students, dtype=torch.float32, device="cpu").index_add_(0, row, weight)
     row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), row.bincount(minlength=students).cumsum(0)])

@@ -30,26 +30,24 @@ def certainties(teachers: Sequence[Predicting | None], rows: int, size: int) -> 
     same share of the largest possible one would be in the student's vocabulary of `size` tokens. The weights of a
     teacher that is None, or of chunks that do not count, are 0.
     """
-    given = [one for one in teachers if one is not None]
+    given, nothing = [one for one in teachers if one is not None], torch.zeros(0, dtype=torch.float32, device="cpu")
     if not given:
-        return [torch.zeros(0, dtype=torch.float32, device="cpu")] * len(teachers)
-    sure = torch.full((len(given), rows + 1), -torch.inf, device=given[0].chunks.used.device)  # the last for row -1
+        return [nothing] * len(teachers)
+    # the last for row -1
+    sure = torch.full((len(given), rows + 1), -torch.inf, dtype=torch.float32, device=given[0].chunks.used.device)
     for m, (source, chunks) in enumerate(given):
         scale = math.log(max(size, 2)) / math.log(max(source.size, 2))
         sure[m, chunks.student.start] = -scale * entropies(source, chunks.teacher.start.clamp_min(0))
     sure[:, -1] = -torch.inf
     weights = (sure.softmax(0) * (sure > -torch.inf).sum(0)).nan_to_num_(0.0)
     each = iter(weights)
-    return [
-        torch.zeros(0, dtype=torch.float32, device="cpu") if one is None else next(each)[one.chunks.student.start]
-        for one in teachers
-    ]
+    return [nothing if one is None else next(each)[one.chunks.student.start] for one in teachers]
 
 
 @torch.no_grad()
 def entropies(source: Source, rows: Tensor) -> Tensor:
     """float32 [n]: entropies of some rows, in nats."""
-    found = [torch.zeros(0, device=rows.device)]
+    found = [torch.zeros(0, dtype=torch.float32, device=rows.device)]
     for some in rows.split(max(1, temporary_elements(rows.device) // source.size)):
         logits = source.at(some)
         p = logits.to(statistics_dtype(logits)).softmax(1)

@@ -470,7 +470,7 @@ class XTokenLoss(nn.Module):
         teacher, loss, student, source = ready.teacher, ready.loss, ready.student, ready.source
         device = Parts.of(student_logits).rows.device
         if ready.logits is None:
-            zero = torch.zeros((), device=device)
+            zero = torch.zeros((), dtype=torch.float32, device=device)
             # Ranks add up the gradients of W: 0, not None.
             trained: Iterable[Tensor] = getattr(ready.projection, "parameters", tuple)()
             nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)

@@ -27,7 +27,7 @@ NAMES = ("agreement", "mass", "outside", "left_out")
 
 def nothing(device: torch.device) -> Tensor:
     """float32 [4]: the values of `NAMES` where there is nothing to look at."""
-    return torch.full((len(NAMES),), math.nan, device=device)
+    return torch.full((len(NAMES),), math.nan, dtype=torch.float32, device=device)
 
 
 def by_projection(

@@ -354,7 +354,9 @@ class XTokenTrainer(Trainer):
         self.criterion.zero_grad()
         for batch in [*batches, *(self._ahead.peek(num_batches) if self._asks_ahead() else ())]:
             self._ask(batch)
-        return batches, items if isinstance(items, Tensor) else torch.full((), items, device=self.args.device)
+        if not isinstance(items, Tensor):
+            items = torch.full((), items, dtype=torch.float32, device=self.args.device)
+        return batches, items
 
     def _asks_ahead(self) -> bool:
         """Whether servers are asked for the next step now, so that they work while the student does."""
