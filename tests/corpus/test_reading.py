@@ -110,6 +110,8 @@ MEMBERS = gzip.compress(JSONL[:100]) + gzip.compress(b"") + gzip.compress(JSONL[
         ("g.ndjson.zst", b"\x50\x2a\x4d\x18\x03\0\0\0abc" + zstandard.compress(JSONL)),
         ("h.jsonl.BZ2", bz2.compress(JSONL[:9]) + bz2.compress(JSONL[9:])),
         ("i.jsonl.xz", lzma.compress(JSONL)),
+        ("o.jsonl.xz", lzma.compress(JSONL[:9]) + bytes(4) + lzma.compress(JSONL[9:]) + bytes(100_000)),
+        ("p.jsonl.bz2", bz2.compress(JSONL[:9]) + bytes(512) + bz2.compress(JSONL[9:]) + bytes(1)),
         ("j.jsonl.gz", JSONL),
         ("k.json", ARRAY),
         ("l.json", b"\xef\xbb\xbf" + ARRAY + b"\n\n"),
@@ -125,6 +127,17 @@ def test_the_content_says_what_a_file_is(name, content, tmp_path, monkeypatch):
         assert list(read_rows([tmp_path / name])) == LINES
         for target in (40, 1 << 20):
             assert [text for _, text in documents(tmp_path / name, target)[0]] == [row["text"] for row in LINES]
+
+
+@pytest.mark.parametrize("packing", [gzip, bz2, lzma, zstandard])
+def test_what_is_no_member_is_not_passed_over(packing, tmp_path):
+    """As where a file of many members is damaged at the beginning of one: the rest is not there."""
+    first, second = (packing.compress(part) for part in (JSONL[:100], JSONL[100:]))
+    for behind in (b"junk", b"\xff" + second[1:], b"\0" * 9 + b"\xff" + second[1:], second[:3], second[:-3]):
+        (tmp_path / "a.jsonl.gz").write_bytes(first + behind)
+        for read in (documents, lambda path: list(read_rows([path]))):
+            with pytest.raises(ValueError, match=r"a\.jsonl\.gz: cannot read it"):
+                read(tmp_path / "a.jsonl.gz")
 
 
 @pytest.mark.parametrize("name", ["a.jsonl.gz", "a.txt.bz2", "a.jsonl.xz", "a.txt.zst", "a.json", "a.JSONL"])

@@ -8,11 +8,12 @@ from __future__ import annotations
 import bz2
 import codecs
 import gzip
+import io
 import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -33,7 +34,11 @@ _MAGIC = {
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
 }
 _STARTS = (b"\x1f\x8b\x08", b"BZh91AY&SY", b"\xfd7zXZ\0", b"\x28\xb5\x2f\xfd")
-_UNPACK: dict[str, Any] = {"gzip": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+_UNPACK: dict[str, Callable[[Any], Any]] = {
+    "gzip": lambda packed: gzip.GzipFile(fileobj=packed),
+    "bz2": lambda packed: io.BufferedReader(_Members(packed, bz2.BZ2Decompressor)),
+    "xz": lambda packed: io.BufferedReader(_Members(packed, lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ))),
+}
 _MARK = b"\xef\xbb\xbf"
 _UTF16 = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
 _CONTROL = re.compile(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]")
@@ -229,6 +234,39 @@ def elements(file: InputFile) -> Iterator[tuple[int, Any]]:
         raise ValueError(f"{file.path}, line {line} or later: {error}") from error
 
 
+class _Members(io.RawIOBase):
+    """The unpacked members of a file, one behind the other, with zeros between and behind them.
+
+    Python's own readers of bz2 and xz end without an error at what begins like no member, and at zeros.
+    """
+
+    def __init__(self, packed: Any, unpacker: Callable[[], Any]) -> None:
+        self._packed, self._unpacker = packed, unpacker
+        self._member = unpacker()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while True:
+            data = b""
+            if self._member.eof:
+                data = self._member.unused_data.lstrip(b"\0")
+                while not data and (block := self._packed.read(SNIFFED_BYTES)):
+                    data = block.lstrip(b"\0")
+                if not data:
+                    return 0
+                self._member = self._unpacker()
+            elif self._member.needs_input:
+                data = self._packed.read(SNIFFED_BYTES)
+                if not data:
+                    raise EOFError("it ends within what is packed")
+            found = self._member.decompress(data, len(buffer))
+            if found:
+                buffer[: len(found)] = found
+                return len(found)
+
+
 @contextmanager
 def _open(file: InputFile) -> Iterator[Any]:
     """A stream of the unpacked bytes."""
@@ -241,7 +279,7 @@ def _open(file: InputFile) -> Iterator[Any]:
 
             stream = require("pyarrow", "corpus").input_stream(packed, compression="zstd")
         else:
-            stream = _UNPACK[file.packing](packed, "rb")
+            stream = _UNPACK[file.packing](packed)
         with stream:
             yield stream
 
