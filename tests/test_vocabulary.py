@@ -104,6 +104,7 @@ def test_wordpiece_with_a_mark_for_spaces():
 CUTS = {
     "XLM-RoBERTa": pre_tokenizers.Sequence([pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Metaspace()]),
     "ALBERT": pre_tokenizers.Metaspace(),
+    "words and punctuation": pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()]),
 }
 
 
@@ -117,6 +118,21 @@ def test_a_piece_of_text_keeps_its_leading_space(pre_tokenizer):
         assert v.decode(v.encode(text)) == text
     within = [made.id_to_token(i) for i in made.encode("the handler").ids]
     assert within[-len(v.encode(" handler")) :] == [made.id_to_token(i) for i in v.encode(" handler")]
+
+
+@pytest.mark.parametrize("before", ["WhitespaceSplit", "Whitespace", "UnicodeScripts"])
+def test_a_piece_of_text_on_bytes_keeps_its_leading_space(before):
+    """Whatever cuts before the bytes, or writes a space before the text."""
+    cut = pre_tokenizers.Sequence([getattr(pre_tokenizers, before)(), pre_tokenizers.ByteLevel()])
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=cut[1].alphabet(), show_progress=False)
+    made = trained(models.BPE(), trainer, WORDS, pre_tokenizer=cut, decoder=decoders.ByteLevel())
+    v = Vocabulary.from_tokenizer(made)
+    within = [made.token_to_id(token) for token in made.encode("of handler").tokens[1:]]
+    assert v.decode(within) == b" handler"
+    assert v.encode(" handler") == within
+    made.normalizer = normalizers.Prepend(" ")
+    for text in (b" handler", b"handler", b"er", b" (of", b"!"):
+        assert Vocabulary.from_tokenizer(made).decode(Vocabulary.from_tokenizer(made).encode(text)) == text
 
 
 def test_what_stands_alone_in_wordpiece_is_asked_of_the_tokenizer():

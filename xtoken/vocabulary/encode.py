@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .families import recognise, words_of
+from .families import WITH_SPACES, recognise, words_of
 
 _OFF = re.compile(rb'"[a-z_]+":(null|false|""),?')
 
@@ -54,7 +54,8 @@ class Encoder:
     def __init__(self, tokenizer: Any, is_text: NDArray[np.bool_]) -> None:
         family, parts = recognise(tokenizer)
         self.encode_bytes = family.encode_bytes
-        self.tokenizer = _plain_copy(tokenizer, family.plain)
+        spaces = WITH_SPACES if family.plain and parts.adds_spaces else {}
+        self.tokenizer = _plain_copy(tokenizer, {**family.plain, **spaces})
         self.is_text = is_text.tolist()
         self.mark = tokenizer.model.continuing_subword_prefix if parts.model == "WordPiece" else ""
 
@@ -94,7 +95,7 @@ class Encoder:
 
 
 def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None]) -> Any:
-    """A copy that encodes a text as it stands: parts changed as in `Family.plain`, special tokens read as text."""
+    """A copy that encodes a text as it stands: parts changed as in `AS_IT_STANDS`, special tokens read as text."""
     from tokenizers import Tokenizer, models
 
     def plain(part: Any) -> Any:

@@ -25,11 +25,14 @@ class Parts:
     """Of its pre-tokenizer."""
     space: str | None
     """What stands in tokens for a space, by its own decoder, pre-tokenizer or normalizer."""
+    adds_spaces: bool
+    """Whether its pre-tokenizer puts a space before each word that it cuts out."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> Parts:
         types: dict[str, set[str]] = {"decoder": set(), "pre_tokenizer": set(), "normalizer": set()}
         spaces: list[str] = []
+        adds_spaces = False
         for name, found in types.items():
             part = getattr(tokenizer, name)
             states = [json.loads(part.__getstate__())] if part is not None else []
@@ -39,6 +42,8 @@ class Parts:
                     states += nested  # the loop comes to them
                     continue
                 found.add(state["type"])
+                if name == "pre_tokenizer":
+                    adds_spaces |= state.get("add_prefix_space", False) or state.get("prepend_scheme") == "always"
                 if state["type"] == "Metaspace":
                     spaces.append(state["replacement"])
                 elif state["type"] == "Replace":  # a normalizer writes the mark, a decoder takes it off
@@ -46,7 +51,27 @@ class Parts:
                     mark, space = ends if name == "decoder" else ends[::-1]
                     spaces += [mark] if space == " " and mark else []
         both = types["decoder"] | types["pre_tokenizer"]
-        return cls(type(tokenizer.model).__name__, both, types["pre_tokenizer"], spaces[0] if spaces else None)
+        space = spaces[0] if spaces else None
+        return cls(type(tokenizer.model).__name__, both, types["pre_tokenizer"], space, adds_spaces)
+
+
+AS_IT_STANDS: Mapping[str, Mapping[str, Any] | None] = {
+    "ByteLevel": {"add_prefix_space": False},
+    "Metaspace": {"prepend_scheme": "never"},
+    **dict.fromkeys(("Prepend", "Strip", "UnicodeScripts")),  # the last loses the space that a text begins with
+}
+"""Parts by type, with the options that leave the spaces of a text as they are; None: parts to take out."""
+
+WITH_SPACES: Mapping[str, Mapping[str, Any] | None] = {
+    "WhitespaceSplit": None,
+    "Whitespace": {
+        "type": "Split",
+        "pattern": {"Regex": r"\s*(?:\w+|[^\w\s]+)"},
+        "behavior": "Isolated",
+        "invert": False,
+    },
+}
+"""The same of parts that drop spaces, where another puts one before each word."""
 
 
 @dataclass(frozen=True)
@@ -63,7 +88,7 @@ class Family:
     lists_special: bool = True
     """Whether the vocabulary itself lists ``<s>``, ``<unk>`` and the like, besides the added tokens."""
     plain: Mapping[str, Mapping[str, Any] | None] = field(default_factory=dict)
-    """Parts by type, with the options that leave a text as it stands; None: parts to take out."""
+    """As `AS_IT_STANDS`."""
     encode_bytes: Callable[[Any, bytes], list[int]] | None = None
     """Ids of a text that is not UTF-8; None: its stray bytes are tokens ``<0xHH>``, if there are any."""
 
@@ -101,7 +126,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda parts: "ByteLevel" in (parts.before if parts.model == "WordPiece" else parts.types),
         lambda tokenizer, parts, pieces, go_on: _core.byte_level_bytes(pieces),
         lists_special=False,
-        plain={"ByteLevel": {"add_prefix_space": False}, "Strip": None},
+        plain=AS_IT_STANDS,
         encode_bytes=lambda tokenizer, text: [t.id for t in tokenizer.model.tokenize(_core.byte_level_piece(text))],
     ),
     Family("WordPiece", lambda parts: parts.model == "WordPiece" and "Metaspace" not in parts.before, _words),
@@ -110,8 +135,7 @@ FAMILIES: tuple[Family, ...] = (
         lambda parts: parts.space is not None,
         _with_spaces,
         byte_fallback=True,
-        # Where words are cut out before their spaces are marked, a text would lose the space that it begins with.
-        plain={"Metaspace": {"prepend_scheme": "never"}, "Prepend": None, "Strip": None, "WhitespaceSplit": None},
+        plain=AS_IT_STANDS,
     ),
     Family("unknown", lambda parts: True, None),
 )
