@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from pathlib import Path
 from types import SimpleNamespace
@@ -312,6 +313,36 @@ def test_what_other_servers_return() -> None:
         assert (found.ids.tolist(), found.logprobs.tolist()) == (expected.ids.tolist(), expected.logprobs.tolist())
     only = TopKLogits.from_vllm({"input_token_logprobs": [[None, a, "a"], [-0.5, b, "b"]]})
     assert (only.ids.tolist(), only.logprobs.tolist()) == ([[b], [-1]], [[-0.5], [-torch.inf]])
+
+
+def test_the_token_that_stands_there_counts_too() -> None:
+    """Though it is none of the likeliest, and in whole answers; bytes that are no text have a form of their own."""
+    a, b = (TOKENIZER.encode(text).ids[1] for text in "ab")
+    chat = [{"token": "b", "bytes": [98], "logprob": -3.0, "top_logprobs": [{"token": "a", "logprob": -1.0}]}] * 2
+    sglang = {"input_top_logprobs": [None, [[-1.0, a, None]]], "input_token_logprobs": [[None, a, ""], [-3.0, b, ""]]}
+    tokens = {"tokens": ["a", "b"], "token_logprobs": [None, -3.0]}
+    for answer in (
+        {"choices": [{"logprobs": {"content": chat, "refusal": None}}]},
+        SimpleNamespace(choices=[SimpleNamespace(logprobs=SimpleNamespace(content=chat))]),
+        {"text": "", "meta_info": sglang},
+        {**tokens, "top_logprobs": [None, {"a": -1.0}]},
+        {"choices": [{"prompt_logprobs": [None, {a: {"logprob": -1.0}, b: {"logprob": -3.0}}], "logprobs": None}]},
+    ):
+        found = TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
+        assert (found.ids[0].tolist(), found.logprobs[0].tolist()) == ([a, b], [-1.0, -3.0])
+    for answer in ({**tokens, "top_logprobs": None}, {"top_logprobs": [None, {"bytes:\\x62": -3.0}]}):
+        found = TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
+        assert (found.ids[0].tolist(), found.logprobs[0].tolist()) == ([b], [-3.0])
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [1, -0.5, [[-0.5]], [[-0.5, 1.5, ""]], {3: None}, {3: "x"}, {3: math.nan}, {3: 2.0}, {-3: -0.5}, {1 << 40: -0.5}],
+    ids=str,
+)
+def test_answers_that_are_none(entry: Any) -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs: expected token"):
+        TopKLogits.from_vllm([None, entry])
 
 
 def test_tokens_that_come_as_text(caplog: pytest.LogCaptureFixture) -> None:

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from .client import Client, RefusedError
 from .losses import TopKLogits
-from .losses.served import as_tables, served_entries
+from .losses.served import ROUNDING, as_tables, served_entries
 from .vocabulary import TokenizerLike, Vocabulary
 
 KEY = "XTOKEN_TEACHER_KEY"
@@ -27,9 +27,6 @@ PROBED = 64
 
 SAME_TEXT_SHARE = 0.9
 """Of these at least this share must be spelled alike: servers decode some tokens in a way of their own."""
-
-ROUNDING = 1e-2
-"""What log-probabilities, and a sum of probabilities, may be above 0 and 1: bfloat16 rounds."""
 
 logger = logging.getLogger(__name__)
 

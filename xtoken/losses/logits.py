@@ -14,7 +14,7 @@ from xtoken.losses.numerics import statistics_dtype
 from xtoken.teacher_order import TeacherOrder
 from xtoken.vocabulary import TokenizerLike
 
-from .served import as_tables, served_entries
+from .served import ROUNDING, as_tables, served_entries
 
 TAILS = ("uniform", "renormalize")
 
@@ -89,6 +89,9 @@ class TopKLogits:
             * OpenAI, completions (``choice.logprobs`` with ``top_logprobs``): mappings of a token's text, or
               ``"token_id:7"``, to log-probability; chats (``content``): tokens with ``logprob``, ``bytes`` and
               ``top_logprobs``.
+
+            The token that stands there counts too where the answer says its log-probability, if it is none of the
+            likeliest. Of a whole answer the first of ``choices`` counts.
         tail : "uniform" or "renormalize"
         tokenizer : optional
             The teacher's, for tokens that come as text. Texts that are none of its tokens count to the rest, which is
@@ -103,13 +106,20 @@ class TopKLogits:
         Raises
         ------
         ValueError
-            If an entry other than the first is None; for texts without a tokenizer, or mostly not its tokens.
+            For other forms, and what is no logarithm of a probability; if an entry other than the first is None; for
+            texts without a tokenizer, or mostly not its tokens.
         """
         given = served_entries(prompt_logprobs, tokenizer)
         entries: list[dict[int, float]] = []
         for position, entry in enumerate([*given[1:], {}][: len(given)]):
             if entry is None:
                 raise ValueError(f"prompt_logprobs: expected a mapping at position {position + 1}, got None")
+            for token, value in entry.items():
+                if not (0 <= token < 2**31 and value <= ROUNDING):  # which NaN is not
+                    raise ValueError(
+                        "prompt_logprobs: expected token ids and logarithms of probabilities, got "
+                        f"{value} for token {token} at position {position + 1}"
+                    )
             entries.append(entry)
         return cls(*as_tables(entries, max(map(len, entries), default=0)), tail)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
+import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any
 
@@ -16,9 +17,18 @@ from xtoken.vocabulary import TokenizerLike, Vocabulary
 
 logger = logging.getLogger(__name__)
 
-_LISTS = ("prompt_logprobs", "input_top_logprobs", "top_logprobs", "content", "input_token_logprobs")
-_OF_TEXT = ("top_logprobs", "content")
+ROUNDING = 1e-2
+"""What log-probabilities, and a sum of probabilities, may be above 0 and 1: bfloat16 rounds."""
+
+_LISTS = ("prompt_logprobs", "input_top_logprobs", "top_logprobs", "content", "input_token_logprobs", "token_logprobs")
+_HOLDERS = ("choices", "logprobs", "meta_info")
+"""What of a whole answer holds one of the lists."""
+_OF_TEXT = ("top_logprobs", "content", "token_logprobs")
 _ID = re.compile(r"(?:token_id:)?(\d+)")
+_BYTES = re.compile(r"bytes:((?:\\x[0-9a-f]{2})+)")  # of a token that is no text by itself
+
+Pair = tuple[Any, float]
+"""A token, as id, text or bytes, and its log-probability."""
 
 
 def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[int, float] | None]:
@@ -28,15 +38,24 @@ def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[in
     `answer` is a list of entries, or what holds one: the forms are those of `TopKLogits.from_vllm`. Raises ValueError
     for anything else, and for tokens given as text without a `tokenizer`, or mostly unknown to it.
     """
-    name = next((name for name in _LISTS if _field(answer, name) is not None), "")
-    entries = _field(answer, name) if name else answer
+    holder, name = _holder(answer)
+    entries = _field(holder, name) if name else answer
     if isinstance(entries, (str, bytes, Mapping)) or not isinstance(entries, Sequence):
         raise ValueError(f"prompt_logprobs: expected a list with an entry for each token, got {type(answer).__name__}")
-    if name not in _OF_TEXT and (quickly := _of_vllm(entries)) is not None:
+    if name not in _OF_TEXT and name != "input_top_logprobs" and (quickly := _of_vllm(entries)) is not None:
         return quickly
-    if name == "input_token_logprobs":
-        entries = [[entry] if entry and entry[0] is not None else None for entry in entries]
-    pairs = [None if entry is None else list(_pairs(entry)) for entry in entries]
+    if name in ("input_token_logprobs", "token_logprobs"):
+        entries = [None] * len(entries)
+    try:
+        realised = _realised(holder, name, len(entries))
+        pairs = [
+            None if entry is None and one is None else [*_pairs(entry), *([] if one is None else [one])]
+            for entry, one in zip(entries, realised, strict=True)
+        ]
+    except (TypeError, ValueError, IndexError, AttributeError) as error:
+        raise ValueError(
+            f"prompt_logprobs: expected tokens with log-probabilities, got another form: {error}"
+        ) from error
     keys = {key for entry in pairs for key, _ in entry or () if not isinstance(key, int)}
     texts = {key for key in keys if not (isinstance(key, str) and _ID.fullmatch(key))}
     if name in _OF_TEXT or texts:
@@ -44,9 +63,38 @@ def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[in
     known = _ids_of(texts, tokenizer) if texts else {}
     found: list[dict[int, float] | None] = []
     for entry in pairs:
-        listed = [(known.get(key) if key in texts else _as_id(key), value) for key, value in entry or ()]
-        found.append(None if entry is None else {token: value for token, value in listed if token is not None})
+        own: dict[int, float] = {}
+        for key, value in entry or ():
+            token = known.get(key) if key in texts else _as_id(key)
+            if token is not None:
+                own.setdefault(token, value)
+        found.append(None if entry is None else own)
     return found
+
+
+def _holder(answer: Any) -> tuple[Any, str]:
+    """What holds the list of entries, and the list's name; "" if the answer itself is all there is."""
+    if (name := next((name for name in _LISTS if _field(answer, name) is not None), "")) != "":
+        return answer, name
+    held = next((held for name in _HOLDERS if (held := _field(answer, name)) is not None), None)
+    if held is None:
+        return answer, ""
+    return _holder(held[0] if isinstance(held, Sequence) and len(held) else held)
+
+
+def _realised(holder: Any, name: str, count: int) -> list[Pair | None]:
+    """For each of `count` entries the token that stands there, which need not be among the likeliest; None where its
+    log-probability is not said."""
+    pairs: list[Any] = []
+    if name == "content":
+        pairs = [(_spelled(one), _field(one, "logprob")) for one in _field(holder, name)]
+    elif name in ("input_top_logprobs", "input_token_logprobs"):
+        pairs = [(one[1], one[0]) for one in _field(holder, "input_token_logprobs") or ()]
+    elif name in ("top_logprobs", "token_logprobs"):
+        pairs = list(zip(*(_field(holder, one) or () for one in ("tokens", "token_logprobs")), strict=False))
+    if len(pairs) != count:
+        return [None] * count
+    return [None if value is None else (_token(token), float(value)) for token, value in pairs]
 
 
 def as_tables(entries: Sequence[Mapping[int, float]], width: int) -> tuple[Tensor, Tensor]:
@@ -68,7 +116,7 @@ def _of_vllm(entries: Sequence[Any]) -> list[dict[int, float] | None] | None:
             None if entry is None else {int(key): float(one["logprob"]) for key, one in entry.items()}
             for entry in entries
         ]
-    except (AttributeError, TypeError, KeyError, ValueError):
+    except (AttributeError, TypeError, KeyError, ValueError, IndexError):
         return None
 
 
@@ -76,16 +124,29 @@ def _field(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, Mapping) else getattr(value, name, None)
 
 
-def _pairs(entry: Any) -> Any:
-    """Token, as id, text or bytes, and log-probability of everything that an entry lists."""
+def _pairs(entry: Any) -> Iterator[Pair]:
+    """Everything that an entry lists."""
+    if entry is None:
+        return
     if isinstance(entry, Mapping) and "logprob" not in entry:
-        yield from ((key, _logprob(value)) for key, value in entry.items())
+        yield from ((_token(key), _logprob(value)) for key, value in entry.items())
     elif _field(entry, "logprob") is not None:  # OpenAI's chat: a token with its alternatives
-        for one in _field(entry, "top_logprobs") or [entry]:
-            spelled = _field(one, "bytes")
-            yield bytes(spelled) if spelled is not None else _field(one, "token"), _logprob(one)
+        yield from ((_spelled(one), _logprob(one)) for one in _field(entry, "top_logprobs") or ())
     else:  # SGLang: log-probability, id, text
-        yield from ((int(one[1]), float(one[0])) for one in entry)
+        yield from ((operator.index(one[1]), float(one[0])) for one in entry)
+
+
+def _spelled(token: Any) -> Any:
+    spelled = _field(token, "bytes")
+    return bytes(list(spelled)) if spelled is not None else _field(token, "token")
+
+
+def _token(key: Any) -> Any:
+    """A token as id, text or bytes."""
+    if isinstance(key, (str, bytes)):
+        escaped = _BYTES.fullmatch(key) if isinstance(key, str) else None
+        return bytes.fromhex(escaped[1].replace("\\x", "")) if escaped else key
+    return operator.index(key)
 
 
 def _logprob(value: Any) -> float:
