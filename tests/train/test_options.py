@@ -97,6 +97,19 @@ def test_grouping_by_length(tmp_path, student_tok, teacher_tok, examples, strate
     trainer.train()
 
 
+def test_options_that_the_trainer_passes_over(tmp_path, student_tok, teacher_tok):
+    """What it would leave out without a word: an order of a stream's rows, and half precision on the CPU."""
+    option: dict[str, Any] = {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" not in NAMES:
+        option = {"group_by_length": True}
+    for options, rows, message in (
+        (option, iter(ROWS), "train_sampling_strategy: expected 'random' or 'sequential' for a stream"),
+        ({"fp16": True}, ROWS, "fp16: expected False on the CPU"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], rows, **options)
+
+
 def experts(coefficient: float, size: int) -> Any:
     torch.manual_seed(0)
     config = transformers.MixtralConfig(

@@ -156,6 +156,8 @@ class XTokenTrainer(Trainer):
                 f"args: expected one device a process, got {args.n_gpu} for DataParallel; launch with torchrun or "
                 "accelerate launch"
             )
+        if args.fp16 and args.device.type == "cpu" and args.deepspeed is None:
+            raise ValueError("fp16: expected False on the CPU, where the Trainer computes without it; use bf16")
         if kwargs.get("compute_loss_func") is not None:
             raise ValueError("compute_loss_func: expected None, since the loss is that of args and teachers")
         if data_collator is None or isinstance(data_collator, XTokenCollator):
@@ -165,6 +167,11 @@ class XTokenTrainer(Trainer):
         model, processing_class = student_of(model, processing_class, args, needs_tokenizer=data_collator is None)
         model = adapters.prepare(model, args, args.gradient_checkpointing)
         train_dataset = training_split(train_dataset)
+        if _groups_by_length(args) and train_dataset is not None and not hasattr(train_dataset, "__len__"):
+            raise ValueError(
+                "train_sampling_strategy: expected 'random' or 'sequential' for a stream, whose rows come as they are, "
+                "got a grouping by length"
+            )
         given = [] if train_dataset is None else [train_dataset]
         texts = functools.partial(text_sample, given, args.text_column, processing_class)
         self.teachers = build_teachers(teachers, processing_class, args, texts=texts)
@@ -668,10 +675,7 @@ class XTokenTrainer(Trainer):
 
     def _by_length(self, data: Any) -> Any:
         """What the Trainer's samplers take for a data set, where they ask for the lengths of its inputs."""
-        by_length = getattr(self.args, "group_by_length", False) or getattr(
-            self.args, "train_sampling_strategy", None
-        ) in ("group_by_length", "batch_rebalance")
-        if not by_length or not hasattr(data, "__len__"):
+        if not _groups_by_length(self.args) or not hasattr(data, "__len__"):
             return data
         name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
         return [{name: range(length)} for length in lengths(data)]
@@ -863,6 +867,11 @@ class XTokenTrainer(Trainer):
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:
             self._projection_steps.load_state_dict(moments)
+
+
+def _groups_by_length(args: XTokenConfig) -> bool:
+    strategy = getattr(args, "train_sampling_strategy", None)
+    return getattr(args, "group_by_length", False) or strategy in ("group_by_length", "batch_rebalance")
 
 
 def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
