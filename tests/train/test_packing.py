@@ -66,6 +66,15 @@ def test_a_leak_is_found(name, dtype, threads):
     assert "with the example before it, by 0.0" in fault or "by 0." in fault
 
 
+@pytest.mark.parametrize("positions", [9, 32, 50])
+def test_models_with_few_positions(positions, threads):
+    """Are tried with rows that they can take."""
+    gpt2 = transformers.GPT2Config(vocab_size=100, n_embd=32, n_layer=2, n_head=2, n_positions=positions)
+    assert packing_fault(from_config(gpt2, torch.float32), IDS) is None
+    opt = type(LEAKING["opt"])(**{**LEAKING["opt"].to_dict(), "max_position_embeddings": positions})
+    assert "with the example before it" in str(packing_fault(from_config(opt, torch.float32), IDS))
+
+
 class Positions(torch.nn.Module):
     """Says what the position in the row is, whatever position_ids say."""
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import base_of
-from .limits import text_config
+from .limits import most_positions, text_config
 
 LENGTHS = ((23, 9, 17, 15), (11, 25, 13, 15))
 """Tokens of the examples of two rows: kernels that take one packed row may not take two."""
@@ -62,7 +62,10 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
     chunk = getattr(text_config(model), "attention_chunk_size", None)  # beyond which attention does not reach
     if chunk is not None and chunk < longest:
         factor = -(-min(longest, chunk + 64) // sum(LENGTHS[0]))
-    sizes = [[factor * n for n in row] for row in LENGTHS]
+    whole = factor * sum(LENGTHS[0])
+    whole = min(whole, most_positions(model) or whole)
+    before = [[max(1, n * whole // sum(row)) for n in row[:-1]] for row in LENGTHS]
+    sizes = [[*row, whole - sum(row)] for row in before]
     ids = ids.unique().cpu()
 
     def tokens(seed: int, length: int) -> Tensor:
@@ -89,7 +92,7 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
         found = logits(rows, [torch.cat([torch.arange(n, device="cpu") for n in row]) for row in sizes])
         return [found[r].split(row)[k] for r, row in enumerate(sizes) for k in (1, 3)]
 
-    half = sum(sizes[0]) // 2
+    half = whole // 4 * 2
 
     def plain(variant: int, length: int = half) -> list[Tensor]:
         """Of the first half of two rows of one example each, in two parts."""
