@@ -81,6 +81,22 @@ def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err.startswith("xtoken audit: tokenizer: no such file or folder: ")
 
 
+@pytest.mark.parametrize("files", [(), ("vocab.json", "merges.txt"), ("vocab.txt",)], ids=len)
+def test_a_folder_without_a_tokenizer_is_named(files, tmp_path):
+    for name in files:
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=f"tokenizer: {tmp_path}: expected a tokenizer that transformers reads"):
+        Vocabulary.from_tokenizer(tmp_path)
+
+
+def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
+    source = package_folder("mistral_common") / "data" / "tekken_240718.json"
+    (tmp_path / "tekken.json").symlink_to(source)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="tokenizer: expected a path or a Hub id, got an empty text"):
+        load_tokenizer("")
+
+
 def test_errors_are_one_line_unless_asked(monkeypatch, capsys):
     def broken(*_: Any) -> None:
         raise KeyError("inner")

@@ -41,6 +41,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     Raises FileNotFoundError if a path does not exist, ValueError if a file holds none of these; OSError if there is no
     such id.
     """
+    if not os.fspath(source):
+        raise ValueError("tokenizer: expected a path or a Hub id, got an empty text")
     path = Path(source)
     if path.is_dir() and not (path / "tokenizer_config.json").exists():
         known = ("tokenizer.json", "tekken.json", "tokenizer.model")
@@ -54,6 +56,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         return AutoTokenizer.from_pretrained(str(source))
     except OSError as error:
         raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:  # as transformers says it, without a name
+        said = " ".join(str(error).split())
+        raise ValueError(
+            f"tokenizer: {source}: expected a tokenizer that transformers reads, but it says: {said}"
+        ) from error
 
 
 def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> None:
