@@ -25,6 +25,9 @@ CONFIGS = {
     "gemma2": transformers.Gemma2Config(**SMALL, head_dim=8, num_key_value_heads=1, final_logit_softcapping=0.5),
     "cohere": transformers.CohereConfig(**SMALL, logit_scale=0.25),
     "granite": transformers.GraniteConfig(**SMALL, logits_scaling=6.0),
+    "recurrent gemma": transformers.RecurrentGemmaConfig(
+        **SMALL, num_key_value_heads=1, logits_soft_cap=0.5, block_types=["attention"], attention_window_size=16
+    ),
     "phi": transformers.PhiConfig(**SMALL),  # a bias
 }
 

@@ -26,10 +26,10 @@ _SEEN: WeakSet[nn.Module] = WeakSet()
 def linear_logits(model: Any, input_ids: Tensor, **inputs: Any) -> LinearLogits:
     """``model(input_ids, **inputs).logits`` as hidden states and output layer, for a teacher or a ``linear_*`` loss.
 
-    Softcap and scale are read from the configuration: ``final_logit_softcapping`` (Gemma), ``logit_scale`` (Cohere),
-    ``logits_scaling`` (Granite), ``lm_head_multiplier`` and ``output_multiplier``. The first call of a model also
-    computes its logits of a few tokens, in evaluation mode. Gradients go through all of it, also those of peft's LoRA
-    on the output layer.
+    Softcap and scale are read from the configuration: ``final_logit_softcapping`` (Gemma), ``logits_soft_cap``
+    (RecurrentGemma), ``output_logit_soft_cap`` (xLSTM), ``logit_scale`` (Cohere), ``logits_scaling`` (Granite),
+    ``lm_head_multiplier`` and ``output_multiplier``. The first call of a model also computes its logits of a few tokens,
+    in evaluation mode. Gradients go through all of it, also those of peft's LoRA on the output layer.
 
     Raises ValueError if these logits are others, since the model does something else to them; or if its output layer is
     not linear, or quantised, or there is none.
@@ -143,7 +143,8 @@ def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
     for name in ("logit_scale", "lm_head_multiplier", "output_multiplier"):
         scale *= float(getattr(config, name, None) or 1.0)
     scale /= float(getattr(config, "logits_scaling", None) or 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
+    names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+    return scale, next((cap for name in names if (cap := getattr(config, name, None)) is not None), None)
 
 
 def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
