@@ -186,6 +186,19 @@ def test_a_token_of_text_keeps_its_text_whatever_its_role():
     assert image.tolist() == [1]
 
 
+@pytest.mark.parametrize("added", ["  ", "\n\n", "value", "<end>"])
+def test_an_added_token_of_text_keeps_its_text_whatever_its_role(added):
+    """Unless it is named as a mark, such as an end token that is not flagged as special."""
+    backend = byte_level(300, WORDS)
+    backend.add_tokens([added])
+    made = PreTrainedTokenizerFast(tokenizer_object=backend)
+    made.eos_token = made.pad_token = added
+    v = Vocabulary.from_tokenizer(made)
+    text = f"of{added}it"
+    assert v.decode(backend.encode(text).ids).decode() == ("ofit" if added == "<end>" else text)
+    assert v.roles.get("eos") == (backend.token_to_id(added) if added == "<end>" else None)
+
+
 @given(st.binary(max_size=30))
 def test_byte_level_piece_is_the_inverse(data):
     piece = _core.byte_level_piece(data)

@@ -28,8 +28,8 @@ def linear_logits(model: Any, input_ids: Tensor, **inputs: Any) -> LinearLogits:
 
     Softcap and scale are read from the configuration: ``final_logit_softcapping`` (Gemma), ``logits_soft_cap``
     (RecurrentGemma), ``output_logit_soft_cap`` (xLSTM), ``logit_scale`` (Cohere), ``logits_scaling`` (Granite),
-    ``lm_head_multiplier`` and ``output_multiplier``. The first call of a model also computes its logits of a few tokens,
-    in evaluation mode. Gradients go through all of it, also those of peft's LoRA on the output layer.
+    ``lm_head_multiplier`` and ``output_multiplier``. The first call of a model also computes its logits of a few
+    tokens, in evaluation mode. Gradients go through all of it, also those of peft's LoRA on the output layer.
 
     Raises ValueError if these logits are others, since the model does something else to them; or if its output layer is
     not linear, or quantised, or there is none.

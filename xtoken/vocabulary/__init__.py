@@ -18,7 +18,7 @@ from xtoken import _core
 
 from . import families
 from .encode import Encoder, behaviour, unpadded
-from .roles import RESERVED, ROLES, find_roles
+from .roles import MARK, RESERVED, ROLES, find_roles
 from .sources import load_tokenizer
 
 __all__ = ["MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "load_tokenizer", "unpadded"]
@@ -134,7 +134,8 @@ class Vocabulary:
                 kinds[i] = "unused" if RESERVED.search(added.content) else "special"
                 special[added.content] = i
         # A token of text that a tokenizer is told to pad with, say, stays text.
-        of_text = set(base.values()).difference(special.values())
+        words = {i for i, added in added_tokens.items() if not added.special and not MARK.fullmatch(added.content)}
+        of_text = words.union(base.values()).difference(special.values())
         roles = {role: i for role, i in find_roles(tokenizer, special).items() if i not in of_text}
         for i in roles.values():
             kinds[i] = "special"

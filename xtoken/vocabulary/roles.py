@@ -23,6 +23,10 @@ RESERVED = re.compile(r"(unused|reserved)[a-z_ ]*\d+", re.IGNORECASE)
 """In the names of special tokens that no text ever holds."""
 
 
+MARK = re.compile(r"<.+>|\[.+\]")
+"""Names of tokens that stand for no text, where nothing else says so."""
+
+
 def find_roles(tokenizer: Any, special: Mapping[str, int]) -> dict[str, int]:
     """Roles from the tokenizer's attributes, then from well-known names among `special`."""
     roles: dict[str, int] = {}
