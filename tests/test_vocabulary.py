@@ -312,6 +312,8 @@ def test_a_fingerprint_sees_how_the_tokenizer_encodes():
         make(merges=(("b", "c"), ("a", "b"))),
         make(options={"ignore_merges": True}),
         make(normalizer=normalizers.Lowercase()),
+        make(normalizer=normalizers.BertNormalizer(strip_accents=None)),  # as it puts letters in lower case
+        make(normalizer=normalizers.BertNormalizer(strip_accents=False)),
         make(before=pre_tokenizers.Sequence([pre_tokenizers.Digits(), pre_tokenizers.ByteLevel(False)])),
         make(before=pre_tokenizers.ByteLevel(add_prefix_space=True)),
         make(behind=bos),

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from .families import WITH_SPACES, recognise, words_of
 
-_OFF = re.compile(rb'"[a-z_]+":(null|false|""),?')
+_OFF = re.compile(rb'"(?!strip_accents":false)[a-z_]+":(null|false|""),?')  # accents: null is what lowercase says
 
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
 
