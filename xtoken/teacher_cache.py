@@ -465,7 +465,8 @@ class TeacherCache:
                 number += 1
         same, nearest = best[0], -best[1]
         if not same:
-            return f"none of the first {number} documents begins with that token"
+            told = f"none of the first {number} documents begins with that token: asked is {self._shown(wanted[:4])}"
+            return told + (f", document 0 is {self._shown(self[0].token_ids.numpy()[:4])}" if number else "")
         has, asked = self[nearest].token_ids.numpy(), wanted
         shown = [
             f"{self._shown(ids[max(0, same - 4) : same])} {self._shown(ids[same : same + 4])}" for ids in (has, asked)

@@ -72,11 +72,14 @@ def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
     assert seen[1:] == [("true", True)]
 
 
-def test_missing_file():
+def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"source: no such file: none\.gguf"):
         load_model("none.gguf")
     with pytest.raises(OSError, match=r"^no/such-model: "):
         load_model("no/such-model")
+    make_model(30, 0).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"^{tmp_path}: expected a tokenizer that transformers reads: "):
+        load_model(tmp_path)
 
 
 def test_pad_token(tmp_path):

@@ -146,6 +146,8 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
     except OSError as error:  # which does not always say of what
         raise OSError(f"{source}: {error}") from error
+    except ValueError as error:  # nor does it there
+        raise ValueError(f"{source}: expected a tokenizer that transformers reads: {error}") from error
     ensure_pad_token(tokenizer)
     return tokenizer
 
