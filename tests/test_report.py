@@ -149,6 +149,8 @@ def test_a_run_has_curves_settings_and_samples(run: Path) -> None:
     assert "1 values are not finite" in html
     assert "<script>document" not in html
     assert "four&lt;/pre&gt;" in html
+    assert all(c.isprintable() or c in "\n" for c in html)
+    assert r"{{ 7 * 7 }} \u202e\u001b[31m</span>" in html
     assert r"[&#34;\u003cb\u003e&#34;]" in html or r'["\u003cb\u003e"]' in html
 
 
@@ -170,9 +172,18 @@ def test_a_run_that_was_stopped_is_read_from_its_newest_checkpoint(run: Path) ->
     assert (of_checkpoint.steps, of_checkpoint.settings["learning_rate"]) == (9, 1e-3)
 
 
-@pytest.mark.parametrize("name", ["trainer_state.json", "settings.json", "samples.jsonl"])
-def test_a_damaged_file_is_named(run: Path, name: str) -> None:
-    (run / name).write_text("[1, 2\n")
+DAMAGED = [("trainer_state.json", "{}"), ("trainer_state.json", '{"global_step": [], "log_history": []}'),
+           ("trainer_state.json", '{"global_step": 1e999, "log_history": []}'),
+           ("trainer_state.json", '{"global_step": 1, "log_history": [{"step": "x", "loss": 1}]}'),
+           ("trainer_state.json", '{"global_step": 1, "log_history": [{"step": 1, "loss": 1%s}]}' % ("0" * 400)),
+           *((name, text) for name in ("trainer_state.json", "settings.json", "samples.jsonl")
+             for text in ("[1, 2\n", "[" * 100_000 + "\n", "1" * 5000 + "\n"))]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "text"), DAMAGED)
+def test_a_damaged_file_is_named(run: Path, name: str, text: str) -> None:
+    (run / name).write_text(text)
+    (run / "checkpoint-²").mkdir()  # no number that int() reads
     with pytest.raises(ValueError, match=re.escape(name)):
         run_report(run)
 

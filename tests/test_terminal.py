@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -42,6 +44,7 @@ COMMANDS: dict[str, list[str]] = {
     "align": ["align", "--input", "FOLDER/corpus.jsonl", "--output", "FOLDER/out"],
     "align what is not there": ["align", "--input", "FOLDER/none.jsonl", "--output", "FOLDER/out2"],
     "align what is broken": ["align", "--input", "FOLDER/broken.jsonl", "--output", "FOLDER/out3"],
+    "report": ["report", "--text", TEXT, "--output", "FOLDER/r.html"],
     "train on what is not there": ["train", "--data", "FOLDER/none.jsonl", "--output_dir", "FOLDER/o"],
 }
 
@@ -67,3 +70,20 @@ def test_a_drawing_steers_by_its_own_colours_alone() -> None:
     assert all(c.isprintable() or c == "\n" for c in plain)
     coloured = drawn.pretty(tokens, tokens, color=True, width=10_000)
     assert coloured.count("\x1b") == 2 * 3 * len(ids)  # in two lines, two before a cell and one behind it
+
+
+def test_the_log_and_what_debug_shows(folder: Path) -> None:
+    """Of the command itself, whose last handlers are the interpreter's: what a path, or a server, may say."""
+    script = (
+        "import logging, sys; from xtoken import cli; cli.main(['config']);"
+        "logging.getLogger('xtoken').warning('%s\\n%s', *sys.argv[1:]);"
+        "sys.exit(cli.main(['--debug', 'audit', '--student', sys.argv[1], '--teacher', 'x']))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", script, str(folder / "none"), HOSTILE[0]], capture_output=True, text=True
+    )
+    assert run.returncode == 1
+    lines = run.stderr.split("\n")
+    assert any(line.startswith("FileNotFoundError: tokenizer: no such file or folder: ") for line in lines)
+    assert r"\u001b[31m" in lines
+    assert all(c.isprintable() or c == "\n" for c in run.stderr), run.stderr

@@ -78,7 +78,7 @@ class MergeReport:
                 for group in facts.pop("groups")
             ]
             return cls(**facts, groups=tuple(groups))
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+        except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as error:
             raise ValueError(f"calibration: not what calibration has found: {error!r}") from error
 
     def summary(self) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import logging
 import os
 import shutil
 import sys
@@ -18,7 +19,7 @@ from typer.core import TyperCommand
 
 from . import _core, outputs
 from .remote import is_url
-from .terminal import did_you_mean, is_terminal, one_line, printable, to_json, working
+from .terminal import PrintableLog, did_you_mean, is_terminal, one_line, print_traceback, printable, to_json, working
 
 METHODS = tuple(method.name for method in _core.AlignMethod)
 FILES = "parquet, jsonl, txt, arrow; globs"
@@ -470,6 +471,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             setattr(sys, stream, open(os.devnull, "w"))  # noqa: SIM115
         if hasattr(getattr(sys, stream), "reconfigure"):  # not what a caller may have put there
             getattr(sys, stream).reconfigure(errors="backslashreplace")
+    if logging.lastResort is not None:  # which writes what no other handler takes
+        logging.lastResort.setFormatter(PrintableLog())
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_debugged = given[:1] == ["--debug"]
     command = given[is_debugged] if len(given) > is_debugged else ""
@@ -486,6 +489,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 print(f"{name}: {said} ({name} --help)", file=sys.stderr)
             return 2
         if is_debugged:
+            sys.excepthook = print_traceback
             raise
         is_ours = isinstance(error, (ValueError, TypeError, OSError, ImportError))
         said = str(error) if is_ours else f"{type(error).__name__}: {error} (xtoken --debug {command} says where)"

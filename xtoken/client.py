@@ -162,7 +162,7 @@ class Client:
             raise _Fault(_kind(error), str(error)) from error
         try:
             return json.loads(body)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if not is_json:
                 return body.decode("utf-8", "replace")
             raise _Fault("answers that are no JSON", self._shown(body)) from error
@@ -218,7 +218,7 @@ def _message(body: bytes) -> bytes:
     """What an error says in words, by OpenAI's form or the common ones."""
     try:
         said = json.loads(body)
-    except ValueError:
+    except (ValueError, RecursionError):
         return body
     for name in ("error", "message", "detail"):
         said = said.get(name, said) if isinstance(said, dict) else said

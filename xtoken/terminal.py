@@ -4,22 +4,40 @@ from __future__ import annotations
 
 import difflib
 import json
+import logging
 import math
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import TracebackType
 from typing import Any, TextIO
 
+LINES = "\n\t"
+"""What `printable` keeps of a text of several lines."""
 
-def printable(text: object) -> str:
+
+def printable(text: object, kept: str = "") -> str:
     """A text on one line for a terminal: what could steer it, such as escape sequences and marks that turn the
-    direction of writing, escaped as JSON and Python do."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in str(text))
+    direction of writing, escaped as JSON and Python do; but for the characters that are `kept`."""
+    return "".join(c if c.isprintable() or c in kept else json.dumps(c)[1:-1] for c in str(text))
 
 
 def one_line(text: object) -> str:
     """The same of a text of several lines, which are joined: none looks like another text."""
     return printable(" ".join(line.strip() for line in str(text).split("\n")))
+
+
+class PrintableLog(logging.Formatter):
+    """Lines of a log, in which there may be paths, and texts of others."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return printable(super().format(record), LINES)
+
+
+def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """As `sys.excepthook`."""
+    print(printable("".join(traceback.format_exception(kind, error, trace)), LINES), end="", file=sys.stderr)
 
 
 def to_json(facts: Any) -> str:

@@ -164,6 +164,7 @@ def test_empty_files_hold_nothing(name, tmp_path):
         (b'[{"text": "a"}', "line 1: expected a comma or the end of a JSON array, got ''"),
         (b'[{"text": "a"}, 1]', "row 2: expected a JSON object, got int"),
         (b'[{"text": "\xff"}]', "line 1 or later: .*utf-8"),
+        (b'[{"text": "a", "id": ' + b"1" * 5000 + b"}]", "line 1 or later: .*integer string"),
         (b'{"text":\n "a"}', "line 1: .*expected JSON lines .an object a line. or one array"),
         (b'\xff\xfe{\0"\0', "expected UTF-8, got UTF-16"),
     ],

@@ -140,6 +140,9 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
         (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
         (["--config", "odd.yaml"], "--config: odd.yaml has an unknown option: colour"),
         (["--config", "null.yaml"], "--config: teacher_system: expected a value, got null"),
+        (["--config", "cut.yaml"], "--config: cut.yaml: not YAML: "),
+        (["--config", "bytes.yaml"], "--config: bytes.yaml: not YAML: "),
+        ([*ALL, "--data", ".", "--teacher_quantization", "cut.yaml"], "quantization: cut.yaml: not YAML: "),
         ([*ALL, "--data", ".", "--on_policy", "1", "--teacher_cache", "c"], "on_policy: expected teachers that run"),
         ([*ALL, "--data", ".", "--teacher_logprobs", "5"], "--teacher_logprobs: expected --teacher_url with it"),
         ([*ALL, "--data", ".", "--teacher_requests", "5"], "--teacher_requests: expected --teacher_url with it"),
@@ -152,6 +155,8 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
     Path("list.yaml").write_text("[1, 2]")
     Path("odd.yaml").write_text("colour: red")
     Path("null.yaml").write_text("teacher_system: [null]")
+    Path("cut.yaml").write_text("- colour: {red")
+    Path("bytes.yaml").write_bytes(b"\xff: 1")
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         looked_at(arguments)
 

@@ -209,6 +209,8 @@ def elements(file: InputFile) -> Iterator[tuple[int, Any]]:
                     continue
                 lines = line + text.count("\n", at, error.pos)
                 raise ValueError(f"{file.path}, line {lines}: {error.msg}, in a JSON array") from error
+            except ValueError as error:  # a number of thousands of digits
+                raise ValueError(f"{file.path}, line {line} or later: {error}") from error
             size, line, at = end - at, line + text.count("\n", at, end), end
             return size, found
 

@@ -229,7 +229,7 @@ def _compression(folder: Path, config: Mapping[str, Any] | None) -> Compression:
             config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(f"{name}: no such file; give its content as config=") from None
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
             raise ValueError(f"{name}: not YAML: {error}") from error
     try:
         return Compression.read(config)

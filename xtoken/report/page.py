@@ -12,11 +12,17 @@ import jinja2
 
 from xtoken import _core
 from xtoken.storage import write_atomically
-from xtoken.terminal import printable
+from xtoken.terminal import LINES, printable
+
+
+def _steady(value: Any) -> Any:
+    """What could steer who reads the page, in any text that goes into it, escaped."""
+    return printable(value, LINES) if type(value) is str else value
+
 
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("xtoken.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-    trim_blocks=True, lstrip_blocks=True,
+    finalize=_steady, trim_blocks=True, lstrip_blocks=True,
 )  # fmt: skip
 _PAGES.filters["percent"] = lambda share: "" if share is None else f"{100 * share:.1f} %"
 _PAGES.filters["printable"] = printable

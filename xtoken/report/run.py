@@ -145,23 +145,22 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
     folder = Path(folder)
     path = _state(folder)
     state = _json(path)
-    history = state.get("log_history") if isinstance(state, dict) else None
-    if not isinstance(history, list) or not all(isinstance(entry, dict) for entry in history):
-        raise ValueError(f"{path}: expected the state of a Trainer, with a log_history")
-    curves, not_finite = _curves(history)
+    try:
+        steps, (curves, not_finite) = int(state["global_step"]), _curves(state["log_history"])
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: expected the state of a Trainer, with a log_history: {error!r}") from None
     root = folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
     settings = _json(root / SETTINGS) if (root / SETTINGS).exists() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{root / SETTINGS}: expected options and their values")
     return RunReport(
-        folder.resolve().name, int(state.get("global_step", 0)), curves, not_finite, settings, _samples(root / SAMPLES),
-        str(path),
+        folder.resolve().name, steps, curves, not_finite, settings, _samples(root / SAMPLES), str(path),
     )  # fmt: skip
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
-    found = [one for one in folder.glob("checkpoint-*") if one.is_dir() and one.name.rpartition("-")[2].isdigit()]
+    found = [one for one in folder.glob("checkpoint-*") if one.is_dir() and one.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda one: -int(one.name.rpartition("-")[2]))
 
 
@@ -178,7 +177,7 @@ def _state(folder: Path) -> Path:
 def _json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
 
 
@@ -192,7 +191,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
         try:
             sample = json.loads(line)
             samples.append({name: sample[name] for name in ("step", "prompt", "completion", "tokens", "ended")})
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}:{number}: damaged: {error!r}") from None
     return samples
 
@@ -209,7 +208,7 @@ def _curves(history: Sequence[dict[str, Any]]) -> tuple[dict[str, list[Curve]], 
             for entry in history
             if "step" in entry and isinstance(entry.get(key), (int, float))
         ]
-        finite = [(step, value) for step, value in known if math.isfinite(value)]
+        finite = [(step, value) for step, value in known if math.isfinite(step) and math.isfinite(value)]
         not_finite += len(known) - len(finite)
         if finite:
             steps, values = zip(*finite, strict=True)

@@ -299,7 +299,10 @@ def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str])
 
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
-    values = yaml.safe_load(Path(path).read_text())
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(f"--config: {path}: not YAML: {error}") from None
     if not isinstance(values, dict):
         raise ValueError(f"--config: expected options and their values in {path}, got {type(values).__name__}")
     actions = [action for action in parser._actions if action.nargs != 0]

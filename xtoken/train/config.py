@@ -254,7 +254,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
             if isinstance(value := getattr(self, name, None), str) and value.startswith("{"):
                 try:
                     json.loads(value)
-                except json.JSONDecodeError as error:
+                except (ValueError, RecursionError) as error:
                     raise ValueError(f"{name}: expected JSON, got {value!r}: {error}") from error
         given = self.accelerator_config
         super().__post_init__()

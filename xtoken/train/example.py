@@ -70,7 +70,7 @@ def normal_form(row: Mapping[str, Any]) -> Mapping[str, Any]:
     if isinstance(tools, str):  # as tables keep what differs from row to row
         try:
             row = {**row, "tools": json.loads(tools) if tools else None}
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"tools: expected a list, or one as JSON, got {tools!r:.80}") from error
     if row.get("messages") is None and row.get("conversations") is not None:
         others = {key: value for key, value in row.items() if key not in ("conversations", "system")}

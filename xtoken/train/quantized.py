@@ -78,10 +78,13 @@ def _fields(text: str) -> dict[str, Any]:
     if text.lstrip().startswith("{"):
         try:
             found = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"quantization: expected JSON, got {text!r:.200}: {error}") from error
     elif text.endswith((".json", ".yaml", ".yml")):
-        found = yaml.safe_load(Path(text).read_text())
+        try:
+            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+            raise ValueError(f"quantization: {text}: not YAML: {error}") from None
     else:
         raise ValueError(
             f"quantization: expected {', '.join(PACKAGES)}, none, JSON or a file (.json, .yaml) with the fields of a "
