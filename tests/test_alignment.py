@@ -515,6 +515,9 @@ def test_truncate(toy):
     assert len(toy.truncate(torch.zeros(0, 2, dtype=torch.long), torch.zeros(0, 2, dtype=torch.long), 1, 1)) == 0
     with pytest.raises(ValueError, match="max_student_length, max_teacher_length: expected at least 0"):
         toy.truncate(student, teacher, -1, 3)
+    for limits in ((2.5, 3), (3, float("nan")), (True, True)):
+        with pytest.raises(TypeError, match="max_student_length, max_teacher_length: expected integers"):
+            toy.truncate(student, teacher, *limits)
 
 
 @pytest.mark.parametrize("limit", [1, 7, 20, 33])
@@ -537,6 +540,9 @@ def test_bad_options(toy):
         Aligner(toy.student, toy.teacher, cell_budget=-1)
     with pytest.raises(ValueError, match="num_threads: expected at least 1"):
         Aligner(toy.student, toy.teacher, num_threads=0)
+    for name in ("cell_budget", "num_threads"):
+        with pytest.raises(TypeError, match=f"{name}: expected integers"):
+            Aligner(toy.student, toy.teacher, **{name: 2.5})
 
 
 def test_fold_space_punctuation():

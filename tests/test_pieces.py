@@ -159,7 +159,7 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
 def test_damaged_data() -> None:
     data, text = index().data, index().text
     assert text is not None
-    for wrong in (text[1:], text.int()):
+    for wrong in (text[1:], text.int(), text.tolist(), text.numpy()):
         with pytest.raises(ValueError, match=r"text: expected uint8 .16., as many bytes as the tokens have, got"):
             PieceIndex(data, text=wrong)
     with pytest.raises(ValueError, match="text: expected the bytes of the tokens, to save them"):

@@ -80,9 +80,9 @@ class PieceIndex(OnHub):
         students, teachers, self.events = self.data[:3].tolist()
         self.shape = (students, teachers)
         self.student, self.teacher = sides(self.data)
-        self.text = None if text is None else lasting(text)
         if text is not None:
             check_text(text, self.data)
+        self.text = None if text is None else lasting(text)
         calibration = self.metadata.get("calibration")
         self._merged = MergeReport() if calibration is None else MergeReport.from_json(calibration)
 
@@ -172,10 +172,14 @@ class PieceIndex(OnHub):
         host = alignment.host
         if host.student_ids is None or host.teacher_ids is None:
             raise ValueError("alignment: expected its token ids, but student_ids or teacher_ids is None")
-        events = [
-            side.event[ids.reshape(len(host), -1)[host.sample_index, host.spans[:, column].long()]]
-            for side, ids, column in ((self.student, host.student_ids, 0), (self.teacher, host.teacher_ids, 2))
-        ]
+        host.check()
+        events, sides = [], (("student", self.student, host.student_ids), ("teacher", self.teacher, host.teacher_ids))
+        for number, (name, side, ids) in enumerate(sides):
+            host.check_reach(number, ids.shape[-1], f"{name}_ids", "token")
+            first = ids.reshape(len(host), -1)[host.sample_index, host.spans[:, 2 * number].long()]
+            if bool(((first < 0) | (first >= len(side.event))).any()):
+                raise ValueError(f"alignment: expected {name}_ids in 0 ... {len(side.event) - 1} within chunks")
+            events.append(side.event[first])
         return events[0] != events[1]
 
     def teacher_order(self) -> TeacherOrder:
@@ -306,7 +310,6 @@ def _sha256(text: Tensor) -> str:
 def check_text(text: Tensor, data: Tensor) -> None:
     """Raises ValueError if `PieceIndex.text` does not go with `PieceIndex.data`."""
     total = sum(int(side.length.sum()) for side in sides(data))
-    if text.dtype != torch.uint8 or list(text.shape) != [total]:
-        raise ValueError(
-            f"text: expected uint8 [{total}], as many bytes as the tokens have, got {text.dtype} {list(text.shape)}"
-        )
+    if not isinstance(text, Tensor) or text.dtype != torch.uint8 or list(text.shape) != [total]:
+        got = f"{text.dtype} {list(text.shape)}" if isinstance(text, Tensor) else type(text).__name__
+        raise ValueError(f"text: expected uint8 [{total}], as many bytes as the tokens have, got {got}")

@@ -126,6 +126,20 @@ def test_a_matrix_that_was_changed(loss: str, way: str) -> None:
             run(loss, case, None)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("loss", [name for name in CROSS if registered()[name].needs is Needs.PROJECTION])
+def test_weights_that_are_none(loss: str, way: str, value: float) -> None:
+    """Compared with a threshold, such a weight would be left out without a word."""
+    for is_used in (False, True):
+        case = fresh()
+        if is_used:
+            run(loss, case, None)
+        WAYS[way](case.projection.weight, 3, value)
+        with pytest.raises(ValueError, match="projection: expected finite weights >= 0"):
+            run(loss, case, None)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("backend", [name for name in backends_of(TRAINED) if name != "emulated"])
 def test_weights_that_were_changed_count(backend: str, way: str) -> None:
@@ -198,6 +212,88 @@ def test_pieces_that_were_changed(loss: str, way: str) -> None:
         except ValueError:
             refused += 1
     assert refused > 5 * len(spelled.data)  # but a length in bytes may be anything
+
+
+@pytest.mark.parametrize("loss", registered())
+def test_tensors_without_values(loss: str) -> None:
+    """One tensor on the meta device would make torch leave out the kernel, and return what is in memory."""
+    operation = Operation(loss)
+    changes: list[tuple[Any, str]] = [("alignment", "offsets"), ("alignment", "predicted")]
+    changes += [("projection", name) for name in ("row_ptr", "col", "weight")] * (operation.needs is Needs.PROJECTION)
+    changes += [("pieces", "data")] * (operation.needs is Needs.PIECES)
+    for argument, name in changes:
+        case = fresh()
+        owner: Any = case.alignment if argument == "alignment" else case.projection
+        if argument == "pieces":
+            owner = PieceIndex(operation.arguments(case)[-1].data.clone(), text=operation.arguments(case)[-1].text)
+        setattr(owner, name, getattr(owner, name).to("meta"))
+        if operation.needs is Needs.SAME_TOKENIZER:
+            size = case.student.shape[-1]
+            with pytest.raises(ValueError, match=f"{name}: expected a tensor with values"):
+                operation.function()(case.student, case.student.detach(), case.alignment, vocab_size=size)
+            continue
+        with pytest.raises(ValueError, match=r": expected a tensor with values, got one on the meta device"):
+            run(loss, case, owner if argument == "pieces" else None)
+
+
+FORMS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "sparse": torch.Tensor.to_sparse,
+    "mkldnn": lambda values: values.to_mkldnn(),
+    "float8": lambda values: values.to(torch.float8_e4m3fn),
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_logits_of_another_form(form: str) -> None:
+    case = fresh()
+    odd = FORMS[form](case.student.float())
+    function, arguments = Operation(TRAINED).function(), Operation(TRAINED).arguments(case)
+    with pytest.raises(TypeError, match="student_logits: expected a floating-point tensor"):
+        function(odd, case.teacher.float(), *arguments)
+    with pytest.raises(TypeError, match="teacher_logits: expected a floating-point tensor"):
+        function(case.student.float(), odd, *arguments)
+    for place, name in enumerate(("hidden", "weight", "bias")):
+        given = [torch.zeros(2, 3), torch.zeros(4, 3), torch.zeros(4)]
+        given[place] = FORMS[form](torch.zeros(2, 3))
+        with pytest.raises(TypeError, match=f"{name}: expected a floating-point tensor"):
+            xtoken.LinearLogits(*given)
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [
+        torch.ones(1, 2, dtype=torch.int64).to_sparse(),
+        torch.ones(1, 2, dtype=torch.int64, device="meta"),
+    ],
+    ids=["sparse", "meta"],
+)
+def test_ids_of_another_form(ids: torch.Tensor) -> None:
+    aligner = xtoken.Aligner(xtoken.Vocabulary([b"a", b"b"]), xtoken.Vocabulary([b"a", b"b"]))
+    with pytest.raises(TypeError, match="student_ids: expected integers in memory"):
+        aligner.align(ids, [[0, 0]])
+    with pytest.raises(TypeError, match="student_mask: expected integers in memory"):
+        aligner.align([[0, 0]], [[0, 0]], ids)
+
+
+def test_what_reads_an_alignment_that_was_changed() -> None:
+    """Where Python counts a negative index from the end, it would be read as another place."""
+    pieces = Operation(ON_PIECES[0]).arguments(fresh())[-1]
+    for at, value in (*SPANS, ((0, 0), -1), ((3, 2), -2)):
+        alignment = fresh().alignment
+        alignment.spans[at] = value
+        labels = torch.zeros(len(alignment), 99, dtype=torch.int64)
+        calls: list[Callable[[], Any]] = [
+            alignment.chunk_ids, lambda one=alignment, labels=labels: one.supervised(labels),
+            lambda one=alignment: pieces.differing(one),
+        ]  # fmt: skip
+        for call in calls:
+            with pytest.raises(ValueError, match=r"spans|length|labels|_ids"):
+                call()
+    alignment = fresh().alignment
+    assert alignment.student_ids is not None
+    alignment.student_ids[0, int(alignment.spans[0, 0])] = -1
+    with pytest.raises(ValueError, match="alignment: expected student_ids in 0 "):
+        pieces.differing(alignment)
 
 
 NUMBERS = {

@@ -211,6 +211,10 @@ def test_top_k_logits_that_do_not_fit() -> None:
     case = small_case()
     shape = (*case.teacher.shape[:2], 2)
     arguments = case.alignment, case.projection
+    logits = torch.arange(2).expand(shape), torch.tensor([3.0, -2.0]).expand(shape)  # of no softmax
+    with pytest.raises(ValueError, match="logprobs: expected logarithms of probabilities, none above 0, got 3"):
+        projected_loss(case.student, TopKLogits(*logits), *arguments)
+    assert projected_loss(case.student, TopKLogits(*logits, "renormalize"), *arguments).isfinite()
     with pytest.raises(ValueError, match=r"ids: expected token ids in 0 ... 58, or -1, got 59"):
         projected_loss(case.student, TopKLogits(torch.full(shape, 59), torch.zeros(shape)), *arguments)
     with pytest.raises(ValueError, match="ids: expected distinct token ids in a row, got one twice in row 0"):

@@ -63,14 +63,13 @@ class Aligner:
     ) -> None:
         if method not in METHODS:
             raise ValueError(f"method: expected one of {METHODS}, got {method!r}")
-        if num_threads is not None and num_threads < 1:
-            raise ValueError(f"num_threads: expected at least 1, got {num_threads}")
+        for name, number, least in (("num_threads", num_threads, 1), ("cell_budget", cell_budget, 0)):
+            if number is not None and int_tensor(number, name, torch.int64).item() < least:
+                raise ValueError(f"{name}: expected at least {least}, got {number}")
         self.student = Vocabulary.from_tokenizer(student_tok)
         self.teacher = Vocabulary.from_tokenizer(teacher_tok)
         self.method = method
         self.cell_budget = _core.default_cell_budget if cell_budget is None else cell_budget
-        if self.cell_budget < 0:
-            raise ValueError(f"cell_budget: expected at least 0, got {cell_budget}")
         self.num_threads = num_threads or _core.available_processors()
         self.fold_space_punctuation = fold_space_punctuation
         self._core = _core.Aligner(self.student._core, self.teacher._core, fold_space_punctuation)
@@ -151,14 +150,15 @@ class Aligner:
             Its `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample that is left. A
             sample without a chunk within the limits is left empty.
         """
-        limits = (max_student_length, max_teacher_length)
-        if min(limits) < 0:
-            raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {limits}")
+        given = (max_student_length, max_teacher_length)
+        limits = int_tensor(given, "max_student_length, max_teacher_length", torch.int64)
+        if int(limits.min()) < 0:
+            raise ValueError(f"max_student_length, max_teacher_length: expected at least 0, got {given}")
         whole, *batches = self._align(student_ids, teacher_ids, student_mask, teacher_mask)
         lengths = torch.tensor([[len(row) for row in side.rows] for side in batches], dtype=torch.int64, device="cpu").T
-        fits = (lengths <= torch.tensor(limits, device="cpu")).all(dim=1)
+        fits = (lengths <= limits).all(dim=1)
         sample, ends = whole.sample_index, whole.spans[:, 1::2].long()
-        kept = fits[sample] | (ends <= torch.tensor(limits, device="cpu")).all(dim=1)
+        kept = fits[sample] | (ends <= limits).all(dim=1)
         cuts = torch.zeros_like(lengths).scatter_reduce(0, sample[kept, None].expand(-1, 2), ends[kept], "amax")
         cuts = torch.where(fits[:, None], lengths, cuts)
         ids: dict[str, Any] = {}

@@ -38,6 +38,8 @@ def int_tensor(value: Any, name: str, dtype: torch.dtype, allow_bool: bool = Fal
         is_value = isinstance(error, (ValueError, OverflowError)) or "verflow" in str(error)
         kind = ValueError if is_value else TypeError
         raise kind(f"{name}: expected integers of up to 64 bits: {error}") from error
+    if tensor.layout != torch.strided or tensor.is_nested or tensor.is_quantized or tensor.is_meta:
+        raise TypeError(f"{name}: expected integers in memory, got a tensor of another form")
     if tensor.is_floating_point() or tensor.is_complex() or (tensor.dtype == torch.bool and not allow_bool):
         if tensor.numel():
             raise TypeError(f"{name}: expected integers, got {tensor.dtype}")
@@ -299,6 +301,8 @@ class Alignment:
         if rows.dim() != 2 or len(rows) != len(self):
             expected = f"[{len(self)}, T]" if len(self) > 1 else "[T] or [1, T]"
             raise ValueError(f"{name}: expected shape {expected}, got {list(labels.shape)}")
+        if not torch.compiler.is_compiling():
+            self.host.check()
         self.host.check_reach(side, rows.shape[1], name, "label")
         before = torch.nn.functional.pad((rows == IGNORED).cumsum(1), (1, 0)).flatten()
         first, last = self.spans[:, 2 * side : 2 * side + 2].long().T + self.sample_index * (rows.shape[1] + 1)
@@ -358,6 +362,7 @@ class Alignment:
         """
         if side not in ("student", "teacher"):
             raise ValueError(f"side: expected 'student' or 'teacher', got {side!r}")
+        self.host.check()
         starts, ends = self.spans.long().T[:2] if side == "student" else self.spans.long().T[2:]
         ids = self._padded_ids(side)
         needed = int(ends.max()) if len(ends) else 0

@@ -14,7 +14,7 @@ from typing_extensions import Unpack as Unpack
 from xtoken.alignment import Alignment
 from xtoken.alignment.alignment import as_tensor
 from xtoken.losses.backends import check_backend
-from xtoken.losses.logits import AnyLogits, LinearLogits, OrderedLogits, Parts, TopKLogits, widened
+from xtoken.losses.logits import AnyLogits, LinearLogits, OrderedLogits, Parts, TopKLogits, check_floating, widened
 from xtoken.losses.loss import Loss, Needs
 from xtoken.losses.operator import Call, Expected, run
 from xtoken.losses.ordered import in_order
@@ -263,9 +263,7 @@ def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
             continue
         if isinstance(logits, OrderedLogits):
             raise TypeError(f"{name}: expected columns in the tokenizer's order, got OrderedLogits")
-        if not isinstance(logits, Tensor) or not logits.is_floating_point():
-            got = logits.dtype if isinstance(logits, Tensor) else type(logits).__name__
-            raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        check_floating(name, logits)
         if logits.dim() not in (2, 3):
             raise ValueError(f"{name}: expected shape [B, T, V] or [T, V], got {list(logits.shape)}")
     student, teacher = Parts.of(student_logits), Parts.of(teacher_logits)

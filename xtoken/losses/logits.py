@@ -16,6 +16,12 @@ from xtoken.vocabulary import TokenizerLike
 
 from .served import ROUNDING, as_tables, served_entries
 
+FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""Types that logits may have."""
+
+ROUNDING = 1e-2
+"""By how much a logarithm of a probability may be above 0."""
+
 TAILS = ("uniform", "renormalize")
 
 BLOCK_ELEMENTS = 2**25
@@ -37,7 +43,8 @@ class TopKLogits:
         Token ids, distinct within a row; -1 where a row has fewer than k. Losses check them on the CPU only, because
         they would have to wait for another device.
     logprobs : floating [B, T, k] or [T, k]
-        Natural logarithms of their probabilities (temperature 1), as vLLM and others return them.
+        Natural logarithms of their probabilities (temperature 1), as vLLM and others return them. Checked as the ids
+        are: with a uniform tail none is above 0.
     tail : "uniform" or "renormalize"
         Where the rest of the mass goes: evenly to all other tokens, or to the listed ones in proportion.
 
@@ -55,9 +62,7 @@ class TopKLogits:
         if not isinstance(self.ids, Tensor) or self.ids.dtype not in (torch.int32, torch.int64):
             got = self.ids.dtype if isinstance(self.ids, Tensor) else type(self.ids).__name__
             raise TypeError(f"ids: expected an int64 or int32 tensor, got {got}")
-        if not isinstance(self.logprobs, Tensor) or not self.logprobs.is_floating_point():
-            got = self.logprobs.dtype if isinstance(self.logprobs, Tensor) else type(self.logprobs).__name__
-            raise TypeError(f"logprobs: expected a floating-point tensor, got {got}")
+        check_floating("logprobs", self.logprobs)
         if self.ids.dim() not in (2, 3) or self.ids.shape != self.logprobs.shape:
             raise ValueError(
                 f"logprobs: expected the shape [B, T, k] or [T, k] of ids {list(self.ids.shape)}, "
@@ -128,6 +133,16 @@ class TopKLogits:
         return f"TopKLogits({shape}, {dtype}, device={device}, tail={self.tail!r})"
 
 
+def check_floating(name: str, value: Any) -> None:
+    """Raises TypeError for anything but a tensor in memory of a type that losses know."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a floating-point tensor, got {type(value).__name__}")
+    if value.dtype not in FLOATING:
+        raise TypeError(f"{name}: expected a floating-point tensor, got {value.dtype}")
+    if value.layout != torch.strided or value.is_nested:
+        raise TypeError(f"{name}: expected a floating-point tensor in memory, got a sparse, packed or nested one")
+
+
 @dataclass(frozen=True)
 class LinearLogits:
     """Logits ``hidden @ weight.T + bias``, computed a block of rows at a time and never materialised.
@@ -159,11 +174,8 @@ class LinearLogits:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "weight"):
-            value = getattr(self, name)
-            if not isinstance(value, Tensor) or not value.is_floating_point():
-                got = value.dtype if isinstance(value, Tensor) else type(value).__name__
-                raise TypeError(f"{name}: expected a floating-point tensor, got {got}")
+        for name in ("hidden", "weight", "bias") if self.bias is not None else ("hidden", "weight"):
+            check_floating(name, getattr(self, name))
         kind = self.hidden.device.type
         if autocasts(kind):
             for name in ("hidden", "weight", "bias"):
@@ -285,6 +297,10 @@ class TopKSource:
         low, high = (int(ids.min()), int(ids.max())) if self.checked and ids.numel() else (0, 0)
         if low < -1 or high >= size:
             raise ValueError(f"ids: expected token ids in 0 ... {size - 1}, or -1, got {low if low < -1 else high}")
+        if self.checked and tail == "uniform" and ids.numel():  # the other one makes probabilities of any logits
+            largest = float(logprobs.detach().masked_fill(ids < 0, -torch.inf).max())
+            if largest > ROUNDING:
+                raise ValueError(f"logprobs: expected logarithms of probabilities, none above 0, got {largest:g}")
 
     def rows(self, start: int, stop: int) -> Tensor:
         if self.checked:

@@ -74,8 +74,16 @@ class Matrix(NamedTuple):
         return cls(row_ptr, col, weight, (students, teachers))
 
     def check(self) -> None:
-        """Raises ValueError for entries that are in no row or column. Waits for a device only the first time."""
+        """Raises ValueError for entries that are in no row or column, and on the CPU for fixed weights that are none.
+        Waits for a device only the first time."""
         _FITS.of((self.col, self.row_ptr), self._check, self.shape)
+        if self.weight.device.type == "cpu" and not self.weight.requires_grad:
+            _FITS.of((self.weight,), self._check_weight)
+
+    def _check_weight(self) -> bool:
+        if not bool(((self.weight >= 0) & self.weight.isfinite()).all()):
+            raise ValueError("projection: expected finite weights >= 0")
+        return True
 
     def _check(self) -> bool:
         row_ptr, col = self.row_ptr.detach().cpu(), self.col.detach().cpu()

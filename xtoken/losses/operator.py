@@ -637,6 +637,10 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
     if inplace and student_wanted:
         return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
     arguments = [*call, *_LAYOUTS[loss.name].flat(loss)]
+    for name, value in zip(_LAYOUTS[loss.name].names, arguments, strict=True):
+        if isinstance(value, Tensor) and value.is_meta and not call.student.is_meta:
+            # For one such tensor torch would call no kernel, and return what happens to be in memory.
+            raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
     trained = loss.trained
     weight_wanted = torch.is_grad_enabled() and trained is not None and trained.requires_grad
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of

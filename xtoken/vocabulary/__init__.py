@@ -161,7 +161,7 @@ class Vocabulary:
     def decode(self, ids: Any) -> bytes:
         """The bytes of a sequence of ids, put together; tokens that stand for no text add nothing."""
         given = np.asarray(ids)
-        if given.size and not np.can_cast(given.dtype, np.int64):
+        if given.size and (given.dtype.kind not in "iu" or not np.can_cast(given.dtype, np.int64)):
             raise TypeError(f"ids: expected integers, got {given.dtype}")
         return self._core.join(np.ascontiguousarray(given, dtype=np.int64))
 
