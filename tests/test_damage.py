@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -130,6 +131,17 @@ def test_damage_is_seen(name: str, tmp_path: Path) -> None:
     for other in (content + b"\0", b"\0" * len(content), b"[" * 100_000, b"{}", b"null"):
         path.write_bytes(other)
         assert refused(read, path, expected) or other == content + b"\0"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_file(name: str, tmp_path: Path) -> None:
+    """A pipe would be waited for, and a device may have no end."""
+    path, read = make(name, tmp_path / "out")
+    path.unlink()
+    path.symlink_to("/dev/null")
+    with pytest.raises((ValueError, FileNotFoundError), match=re.escape(str(path))) as caught:
+        read(path)
+    assert "expected a regular file" in str(caught.value) or "no such file" in str(caught.value)
 
 
 def wrong(tensor: Tensor) -> list[Tensor]:

@@ -188,6 +188,14 @@ def test_a_damaged_file_is_named(run: Path, name: str, text: str) -> None:
         run_report(run)
 
 
+@pytest.mark.parametrize("name", ["trainer_state.json", "settings.json", "samples.jsonl"])
+def test_no_file(run: Path, name: str) -> None:
+    (run / name).unlink()
+    (run / name).symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=re.escape(f"{name}: cannot read it: expected a regular file")):
+        run_report(run)
+
+
 def test_a_sample_that_was_cut_by_a_kill_is_left_out(run: Path) -> None:
     with open(run / "samples.jsonl", "a") as file:
         file.write('{"step": 3, "pro')

@@ -97,6 +97,16 @@ def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
         load_tokenizer("")
 
 
+@pytest.mark.parametrize("files", [{}, {"tokenizer_config.json": "{}"},
+                                   {"tokenizer_config.json": "{", "tokenizer.json": "{}"},
+                                   {"tokenizer_config.json": "{}", "tokenizer.json": '{"model": 3}'}])  # fmt: skip
+def test_folders_without_a_tokenizer(files, tmp_path):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=f"tokenizer: {tmp_path}: expected a tokenizer that transformers reads, but it says: "):
+        load_tokenizer(tmp_path)
+
+
 def test_errors_are_one_line_unless_asked(monkeypatch, capsys):
     def broken(*_: Any) -> None:
         raise KeyError("inner")

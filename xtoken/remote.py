@@ -225,10 +225,17 @@ def sizes(folder: Place) -> dict[str, int]:
     return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
 
 
+def check_regular(place: Place) -> None:
+    """Raises ValueError for a pipe, a device or a folder: reading it may never end."""
+    if isinstance(place, Path) and place.exists() and not place.is_file():
+        raise ValueError(f"{place}: cannot read it: expected a regular file")
+
+
 def arrow_file(place: Place) -> Any:
     """The file as one of pyarrow, to read from; not mapped, since a file may shrink."""
     import pyarrow as pa
 
+    check_regular(place)
     return pa.OSFile(str(place)) if isinstance(place, Path) else pa.PythonFile(place.open(), "r")
 
 

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .outputs import target
-from .remote import LastRun, Place, Remote, sizes
+from .remote import LastRun, Place, Remote, check_regular, sizes
 from .vocabulary import TokenizerLike, Vocabulary
 
 Made = TypeVar("Made")
@@ -152,6 +152,7 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
     def __init__(self, path: str | os.PathLike[str], title: str) -> None:
         self.path = path
+        check_regular(Path(path))
         try:
             self._file = open(path, "rb", buffering=0)  # noqa: SIM115, closed by who opened it
         except FileNotFoundError:
@@ -308,6 +309,7 @@ class Index:
     def read(self, folder: Place) -> Iterator[Any]:
         """The content of a folder's index; what the block misses in it becomes a ValueError that names the file."""
         path = folder / self.name
+        check_regular(path)
         try:
             try:
                 content = json.loads(path.read_text(encoding="utf-8"))

@@ -177,6 +177,14 @@ def test_broken_arrays(content, message, tmp_path, monkeypatch):
             read(tmp_path / "a.json")
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt.gz", "a.parquet", "a.arrow"])
+def test_a_device_is_no_file(name, tmp_path):
+    (tmp_path / name).symlink_to("/dev/null")
+    for read in (documents, lambda path: list(read_rows([path]))):
+        with pytest.raises(ValueError, match=f"{name}: cannot read it: expected a regular file"):
+            read(tmp_path / name)
+
+
 def test_a_null_text_is_named(tmp_path):
     (tmp_path / "a.json").write_text('[{"text": "a"}, {"text": null}]')
     with pytest.raises(ValueError, match=r"a\.json, row 2: expected text in field 'text', got null"):

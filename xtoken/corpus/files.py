@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..remote import THREADS, Remote, is_url, located
+from ..remote import THREADS, Remote, check_regular, is_url, located
 
 FORMATS: dict[str, str] = {
     **{f".{name}": "json" for name in ("jsonl", "json", "ndjson")},
@@ -109,6 +109,7 @@ def _look_at(path: str, name: str) -> InputFile:
     if kind is None or (is_packed and kind not in LINES):
         known = f"{', '.join(FORMATS)}, the first four also with {', '.join(PACKED_ENDINGS)}"
         raise ValueError(f"input: {path} has an unknown ending; expected one of {known}")
+    check_regular(located(path))
     file = InputFile(path, name, kind, "", *_stamp(path))
     return sniff(file, is_packed) if kind in LINES else file
 

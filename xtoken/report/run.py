@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from xtoken.remote import check_regular
 from xtoken.storage import write_atomically
 
 from .page import render, save
@@ -175,6 +176,7 @@ def _state(folder: Path) -> Path:
 
 
 def _json(path: Path) -> Any:
+    check_regular(path)
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
@@ -185,6 +187,7 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     """Completions that the run has shown; a last line that is cut, as by a run that was killed, does not count."""
     if not path.exists():
         return []
+    check_regular(path)
     lines = path.read_bytes().split(b"\n")
     samples = []
     for number, line in enumerate(lines[:-1], 1):

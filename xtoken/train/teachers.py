@@ -144,9 +144,11 @@ def load_tokenizer(
     name, options = _place(source, trust_remote_code, revision)
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, **options)
+    except ImportError:
+        raise
     except OSError as error:  # which does not always say of what
         raise OSError(f"{source}: {error}") from error
-    except ValueError as error:  # nor does it there
+    except Exception as error:  # nor does any other
         raise ValueError(f"{source}: expected a tokenizer that transformers reads: {error}") from error
     ensure_pad_token(tokenizer)
     return tokenizer

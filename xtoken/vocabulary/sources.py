@@ -38,8 +38,8 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     """A tokenizer from a Hub id, a folder, or a file: a tokenizer.json, a tekken.json, tiktoken ranks, a SentencePiece
     model (BPE), or GGUF.
 
-    Raises FileNotFoundError if a path does not exist, ValueError if a file holds none of these; OSError if there is no
-    such id.
+    Raises FileNotFoundError if a path does not exist, ValueError if a file or folder holds none of these; OSError if
+    there is no such id.
     """
     if not os.fspath(source):
         raise ValueError("tokenizer: expected a path or a Hub id, got an empty text")
@@ -54,9 +54,11 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
 
     try:
         return AutoTokenizer.from_pretrained(str(source))
-    except OSError as error:
-        raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:  # as transformers says it, without a name
+    except ImportError:
+        raise
+    except Exception as error:  # as in `_from_file`
+        if isinstance(error, OSError) and not path.exists():
+            raise OSError(f"tokenizer: {source}: no such file or folder, and no such id on the Hub: {error}") from error
         said = " ".join(str(error).split())
         raise ValueError(
             f"tokenizer: {source}: expected a tokenizer that transformers reads, but it says: {said}"
