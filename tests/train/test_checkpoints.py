@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from small import SMALL_TEXTS, command, encode, history, make_teacher, make_trainer
 
 from xtoken.cli import main
@@ -37,7 +39,8 @@ def cut_short(path: Path) -> None:
 @pytest.mark.parametrize("change", [
     lambda folder: (folder / "trainer_state.json").unlink(), lambda folder: cut_short(folder / "trainer_state.json"),
     lambda folder: cut_short(folder / "model.safetensors"), lambda folder: cut_short(folder / "optimizer.pt"),
-    lambda folder: [shutil.rmtree(folder), folder.mkdir()],
+    lambda folder: [shutil.rmtree(folder), folder.mkdir()], lambda folder: (folder / "model.safetensors").unlink(),
+    lambda folder: cut_short(folder / "rng_state.pth"),
 ])  # fmt: skip
 def test_a_checkpoint_that_was_not_written_to_its_end(
     whole, tmp_path, student_tok, teacher_tok, change, caplog, threads
@@ -60,7 +63,25 @@ def test_a_checkpoint_that_was_not_written_to_its_end(
     assert not (folder / "checkpoint-4" / "leftover").exists()
 
 
-@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt"])
+def test_what_is_complete(tmp_path):
+    state, weights = tmp_path / "trainer_state.json", tmp_path / "model-00002-of-00002.safetensors"
+    assert checkpoints.fault(tmp_path) == "no trainer_state.json"
+    for text in ("[" * 100_000, '{"global_step": []}', "\xff"):
+        state.write_text(text, encoding="latin-1")
+        assert checkpoints.fault(tmp_path) == "trainer_state.json is damaged"
+    state.write_text('{"global_step": 2}')
+    assert checkpoints.fault(tmp_path) == "no weights of the model"
+    save_file({"weight": torch.zeros(1)}, weights)
+    assert checkpoints.fault(tmp_path) is None
+    index = tmp_path / "model.safetensors.index.json"
+    first = "model-00001-of-00002.safetensors"
+    index.write_text(json.dumps({"weight_map": {"weight": weights.name, "bias": first}}))
+    assert checkpoints.fault(tmp_path) == f"no {first}"
+    index.write_text("[]")
+    assert checkpoints.fault(tmp_path) == "model.safetensors.index.json is damaged"
+
+
+@pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_optimizer_or_scheduler(whole, tmp_path, student_tok, teacher_tok, missing):
     folder = tmp_path / "checkpoint-2"
     shutil.copytree(whole / "checkpoint-2", folder)
@@ -72,7 +93,8 @@ def test_a_checkpoint_without_optimizer_or_scheduler(whole, tmp_path, student_to
     trainer = made(tmp_path, student_tok, teacher_tok, resume_weights_only=True)
     trainer.train(resume_from_checkpoint=True)
     assert trainer.state.global_step == 4
-    (folder / "global_step2").mkdir()  # as DeepSpeed keeps both
+    shutil.copy(whole / "checkpoint-2" / "rng_state.pth", folder)
+    (folder / "global_step2").mkdir()  # as DeepSpeed keeps the others
     assert checkpoints.check(folder, weights_only=False)["global_step"] == 2
 
 

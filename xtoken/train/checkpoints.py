@@ -16,6 +16,9 @@ from xtoken.report.run import checkpoints_in
 
 logger = logging.getLogger(__name__)
 
+WEIGHTS = ("*model*.safetensors", "*model*.bin", "*.distcp", "*model_fsdp*")
+"""Files with the weights of a model, or of its adapters; one of DeepSpeed has a folder ``global_step*``."""
+
 
 def fault(folder: Path) -> str | None:
     """What a checkpoint lacks that was killed while it was written; None if it is complete.
@@ -23,16 +26,26 @@ def fault(folder: Path) -> str | None:
     The Trainer writes its state last. Files that end early are found by what stands at their beginning or end.
     """
     try:
-        json.loads((folder / STATE).read_text())["global_step"]
-    except (OSError, ValueError, KeyError, TypeError):
+        int(json.loads((folder / STATE).read_text())["global_step"])
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return f"no {STATE}" if not (folder / STATE).exists() else f"{STATE} is damaged"
+    if not any(folder.glob("global_step*")) and not any(any(folder.rglob(name)) for name in WEIGHTS):
+        return "no weights of the model"
+    for path in folder.glob("*.index.json"):  # weights in several files
+        try:
+            lacking = {*json.loads(path.read_text())["weight_map"].values()} - {one.name for one in folder.iterdir()}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            return f"{path.name} is damaged"
+        if lacking:
+            return f"no {min(lacking)}"
     for path in sorted(folder.rglob("*.safetensors")):  # adapters may have folders of their own
         try:
             with safe_open(path, "pt"):
                 pass
         except (SafetensorError, OSError):
             return f"{path.relative_to(folder)} is damaged"
-    damaged = [one.name for one in sorted(folder.glob("*.pt")) if not zipfile.is_zipfile(one)]
+    pickled = sorted(one for ending in ("pt", "pth", "bin") for one in folder.glob(f"*.{ending}"))
+    damaged = [one.name for one in pickled if not zipfile.is_zipfile(one)]
     return f"{damaged[0]} is damaged" if damaged else None
 
 
@@ -49,8 +62,8 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
 def check(folder: Path, weights_only: bool) -> dict[str, Any]:
     """The state of a checkpoint.
 
-    Raises ValueError if it is not complete, or has no optimizer or scheduler, unless `weights_only` wants neither;
-    FileNotFoundError if there is none.
+    Raises ValueError if it is not complete, or has no optimizer, scheduler or state of random numbers, unless
+    `weights_only` wants none of these; FileNotFoundError if there is no checkpoint.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"resume_from_checkpoint: no such folder: {folder}")
@@ -61,6 +74,7 @@ def check(folder: Path, weights_only: bool) -> dict[str, Any]:
                                          *folder.glob("optimizer_*")))  # fmt: skip
     missing = [] if has_optimizer else ["optimizer.pt"]
     missing += [] if is_deepspeed or (folder / "scheduler.pt").exists() else ["scheduler.pt"]
+    missing += [] if any(folder.glob("rng_state*.pth")) else ["rng_state.pth"]
     if missing and not weights_only:
         raise ValueError(
             f"resume_from_checkpoint: {folder} has no {' and no '.join(missing)}, so that the run would not go on as "
