@@ -103,7 +103,9 @@ def test_no_name_is_not_this_folder(tmp_path, monkeypatch):
 def test_folders_without_a_tokenizer(files, tmp_path):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    with pytest.raises(ValueError, match=f"tokenizer: {tmp_path}: expected a tokenizer that transformers reads, but it says: "):
+    with pytest.raises(
+        ValueError, match=f"tokenizer: {tmp_path}: expected a tokenizer that transformers reads, but it says: "
+    ):
         load_tokenizer(tmp_path)
 
 

@@ -330,8 +330,9 @@ def test_the_token_that_stands_there_counts_too() -> None:
     ):
         found = TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
         assert (found.ids[0].tolist(), found.logprobs[0].tolist()) == ([a, b], [-1.0, -3.0])
-    for answer in ({**tokens, "top_logprobs": None}, {"top_logprobs": [None, {"bytes:\\x62": -3.0}]}):
-        found = TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
+    alone: list[Any] = [{**tokens, "top_logprobs": None}, {"top_logprobs": [None, {"bytes:\\x62": -3.0}]}]
+    for one in alone:
+        found = TopKLogits.from_vllm(one, tokenizer=TOKENIZER)
         assert (found.ids[0].tolist(), found.logprobs[0].tolist()) == ([b], [-3.0])
 
 

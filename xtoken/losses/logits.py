@@ -19,9 +19,6 @@ from .served import ROUNDING, as_tables, served_entries
 FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 """Types that logits may have."""
 
-ROUNDING = 1e-2
-"""By how much a logarithm of a probability may be above 0."""
-
 TAILS = ("uniform", "renormalize")
 
 BLOCK_ELEMENTS = 2**25
