@@ -120,10 +120,21 @@ def test_a_piece_of_text_keeps_its_leading_space(pre_tokenizer):
     assert within[-len(v.encode(" handler")) :] == [made.id_to_token(i) for i in v.encode(" handler")]
 
 
-@pytest.mark.parametrize("before", ["WhitespaceSplit", "Whitespace", "UnicodeScripts"])
+@pytest.mark.parametrize(
+    "before",
+    [
+        pre_tokenizers.WhitespaceSplit(),
+        pre_tokenizers.Whitespace(),
+        pre_tokenizers.BertPreTokenizer(),
+        pre_tokenizers.CharDelimiterSplit(" "),
+        pre_tokenizers.Split(" ", "removed"),
+        pre_tokenizers.UnicodeScripts(),
+    ],
+    ids=lambda one: type(one).__name__,
+)
 def test_a_piece_of_text_on_bytes_keeps_its_leading_space(before):
     """Whatever cuts before the bytes, or writes a space before the text."""
-    cut = pre_tokenizers.Sequence([getattr(pre_tokenizers, before)(), pre_tokenizers.ByteLevel()])
+    cut = pre_tokenizers.Sequence([before, pre_tokenizers.ByteLevel()])
     trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=cut[1].alphabet(), show_progress=False)
     made = trained(models.BPE(), trainer, WORDS, pre_tokenizer=cut, decoder=decoders.ByteLevel())
     v = Vocabulary.from_tokenizer(made)

@@ -99,7 +99,10 @@ def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None])
     from tokenizers import Tokenizer, models
 
     def plain(part: Any) -> Any:
-        changes = changed.get(part["type"], {}) if part else None
+        if part is None:
+            return None
+        name = f"Split {part['behavior']}" if part["type"] == "Split" else part["type"]
+        changes = changed.get(name, {})
         if changes is None:
             return None
         part = {**part, **changes}

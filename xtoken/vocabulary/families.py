@@ -62,14 +62,19 @@ AS_IT_STANDS: Mapping[str, Mapping[str, Any] | None] = {
 }
 """Parts by type, with the options that leave the spaces of a text as they are; None: parts to take out."""
 
+_PUNCTUATION = r"\p{P}$+<=>^`|~"
+
+
+def _cut(pattern: str) -> Mapping[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": rf"\s*(?:{pattern})"}, "behavior": "Isolated", "invert": False}
+
+
 WITH_SPACES: Mapping[str, Mapping[str, Any] | None] = {
     "WhitespaceSplit": None,
-    "Whitespace": {
-        "type": "Split",
-        "pattern": {"Regex": r"\s*(?:\w+|[^\w\s]+)"},
-        "behavior": "Isolated",
-        "invert": False,
-    },
+    "Whitespace": _cut(r"\w+|[^\w\s]+"),
+    "BertPreTokenizer": _cut(rf"[^\s{_PUNCTUATION}]+|[{_PUNCTUATION}]"),
+    "CharDelimiterSplit": _cut(r"\S+"),
+    "Split Removed": {"behavior": "MergedWithNext"},
 }
 """The same of parts that drop spaces, where another puts one before each word."""
 
