@@ -445,6 +445,23 @@ def test_time_stands_still(small_chat_tok):
     assert student.decode(encoder.encode([row])[0][0]["student_ids"]).startswith(written)
 
 
+@pytest.mark.parametrize("format", ["%_d|%-H|%^b", "100%%d %d", "%%%Y%%", "%e %p %T"])
+def test_formats_of_time_are_those_of_python(format, small_chat_tok):
+    now = datetime(2031, 2, 3, 4, 5, 6)
+    row = {"messages": conversation(["Why", "so"])}
+    for template, options in (
+        ("{{ strftime_now('" + format + "') }}", {}),
+        ("{{ strftime_now(how) }}", {"how": format}),
+    ):
+        student = with_text(small_chat_tok("qwen3"), template + CONFORMING)
+        encoder = ExampleEncoder(student, [small_chat_tok("qwen3x")], now=now)
+        ((example,),) = encoder.encode([{**row, "chat_template_kwargs": options}])
+        assert student.decode(example["student_ids"]).startswith(now.strftime(format) + "<|im_start|>")
+    student = with_text(small_chat_tok("qwen3"), "{{ strftime_now('%5Y') }}" + CONFORMING)
+    with pytest.raises(ValueError, match=r"row 0: student: .*expected a known format of time, got %5Y"):
+        ExampleEncoder(student, [small_chat_tok("qwen3x")], now=now).encode([row])
+
+
 def test_turns_that_the_next_one_ends(small_chat_tok, caplog):
     """The mark of the next turn is what a student must write to stop; the last turn gets the end token."""
     toks = [small_chat_tok(name) for name in ("qwen3", "llama3")]

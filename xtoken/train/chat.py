@@ -61,8 +61,10 @@ _MARKINGS = (
 
 # Formats of time come to templates as data, since they are given no functions.
 _CLOCK = (
-    "{% macro strftime_now(format) %}{% set time = namespace(text=format) %}{% for name, value in xtoken_time %}"
-    "{% set time.text = time.text.replace(name, value) %}{% endfor %}{{ time.text }}{% endmacro %}{{ '' }}"
+    "{% macro strftime_now(format) %}{% for part in format.split('%%') %}{% set time = namespace(text=part) %}"
+    "{% for name, value in xtoken_time %}{% set time.text = time.text.replace(name, value) %}{% endfor %}"
+    "{% if '%' in time.text %}{{ raise_exception('expected a known format of time, got ' ~ format) }}{% endif %}"
+    "{{ time.text }}{{ '' if loop.last else '%' }}{% endfor %}{% endmacro %}{{ '' }}"
 )
 
 
@@ -280,7 +282,7 @@ class ChatTemplate:
         self.name = name
         self.system = system
         now = now or datetime.now()
-        formats = [f"%{flag}{letter}" for flag in ("", "-") for letter in string.ascii_letters]
+        formats = [f"%{flag}{letter}" for flag in ("", *"-_0^#EO") for letter in string.ascii_letters]
         self._time = [(one, now.strftime(one)) for one in formats]
         self._order = list(range(len(_MARKINGS)))
 
@@ -428,7 +430,9 @@ class ChatTemplate:
         try:
             if "strftime_now" in str(self.tokenizer.chat_template):
                 template = self.tokenizer.get_chat_template(options.pop("chat_template", None), conversation.tools)
-                options.update(chat_template=_CLOCK + template, xtoken_time=self._time)
+                said = f"{template} {conversation.options}"
+                time = [one for one in self._time if one[0] in said]
+                options.update(chat_template=_CLOCK + template, xtoken_time=time)
             rendered: str = self.tokenizer.apply_chat_template(
                 messages, tools=conversation.tools, tokenize=False, **options
             )
