@@ -63,7 +63,7 @@ sanitize: $(VENV)/ready
 	$(BIN)/pytest $(WORKERS) $(SANITIZED_TESTS)
 
 # Memory is not limited there: the sanitizer reserves terabytes.
-FUZZ ?= 10600
+FUZZ ?= 6100
 fuzz: $(VENV)/ready
 	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \

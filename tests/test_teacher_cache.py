@@ -228,6 +228,9 @@ def test_bad_documents(tmp_path: Path) -> None:
         writer.add([1], good)
     with pytest.raises(ValueError, match=r"logits: expected \[<= 3, >= 2\] as token_ids, .*, got \[4, 2\]"):
         writer.add([1] * 5, TopKLogits(good.ids.repeat(2, 1), good.logprobs.repeat(2, 1)))
+    for form in (torch.ones(2, dtype=torch.int64).to_sparse(), torch.ones(2, dtype=torch.int64, device="meta")):
+        with pytest.raises(ValueError, match="token_ids: expected token ids in memory"):
+            writer.add(form, good)
     with pytest.raises(ValueError, match=f"token_ids: expected 0 ... {SIZE - 1}, got 1 to {SIZE}"):
         writer.add([1, SIZE], good)
     with pytest.raises(ValueError, match=f"logits.ids: expected -1 ... {SIZE - 1}, got 0 to {SIZE}"):
@@ -344,6 +347,24 @@ def test_the_token_that_stands_there_counts_too() -> None:
 def test_answers_that_are_none(entry: Any) -> None:
     with pytest.raises(ValueError, match="prompt_logprobs: expected token"):
         TopKLogits.from_vllm([None, entry])
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        [None, [[-0.5]]],
+        [None, [""]],
+        [None, {"1": {"rank": 1}}],
+        [None, {str(2**70): {"logprob": -0.5}}],
+        [None, 5],
+        {"input_token_logprobs": [5]},
+        {"top_logprobs": [None, {"token_id:-1": -0.5}]},
+        {"content": [{"token": "a", "logprob": -0.5, "top_logprobs": [{}]}]},
+    ],
+)
+def test_what_no_server_returns(answer: Any) -> None:
+    with pytest.raises(ValueError, match="prompt_logprobs: "):
+        TopKLogits.from_vllm(answer, tokenizer=TOKENIZER)
 
 
 def test_tokens_that_come_as_text(caplog: pytest.LogCaptureFixture) -> None:

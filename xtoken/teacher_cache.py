@@ -104,6 +104,8 @@ def document_digest(token_ids: Sequence[int] | Tensor | NDArray[Any], end_id: in
 
 def _int32(name: str, values: Any) -> NDArray[np.int32]:
     """Token ids [T]; ValueError if they are not integers that fit."""
+    if isinstance(values, Tensor) and (values.is_meta or values.layout != torch.strided):
+        raise ValueError(f"{name}: expected token ids in memory, got a tensor of another form")
     ids = np.asarray(values.detach().cpu() if isinstance(values, Tensor) else values)
     if ids.ndim != 1 or (ids.size and (ids.dtype.kind not in "iu" or not 0 <= ids.min() <= ids.max() < 1 << 31)):
         raise ValueError(f"{name}: expected a list of token ids, got {str(values)[:60]}")

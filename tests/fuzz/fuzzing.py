@@ -7,12 +7,15 @@ COUNT inputs of each target; an input is known by its target and its number, so 
 from __future__ import annotations
 
 import base64
+import bz2
 import contextlib
 import faulthandler
+import functools
 import gzip
 import io
 import itertools
 import json
+import lzma
 import os
 import random
 import resource
@@ -27,17 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import test_damage
+import test_distillkit
 from small_tokenizers import byte_level
 
 import xtoken
 from xtoken import cli
+from xtoken.corpus import tables
 from xtoken.corpus.files import find_files
 from xtoken.corpus.source import rows
+from xtoken.integrations.distillkit import import_logits
+from xtoken.report import run_report
+from xtoken.train import command as training
+from xtoken.vocabulary import sources
 
 SECONDS, BYTES = 20, 4 << 30
 """What one input may take, of a processor's time and of memory: more is a hang, or a giant allocation."""
@@ -84,6 +95,7 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
     texts = ["In 1995, some text to learn from, for as many words as there are."] * 9
     byte_level(300, texts).save(str(folder / "tokenizer.json"))
     yield folder / "tokenizer.json"
+    sources.PATTERNS[256] = sources.PATTERNS[50256]  # else a file of so few ranks is refused before it is looked at
     ranks = [base64.b64encode(bytes([k])).decode() for k in range(256)]
     (folder / "few.tiktoken").write_text("".join(f"{token} {k}\n" for k, token in enumerate(ranks)))
     yield folder / "few.tiktoken"
@@ -115,6 +127,30 @@ def read_lines(path: Path) -> list[Any]:
     return [row for file in find_files([path]) for row in rows(file, "text")]
 
 
+def read_table(path: Path) -> list[Any]:
+    return [row for file in find_files([path]) for row in tables.rows(file)]
+
+
+def read_capture(path: Path) -> Any:
+    with tempfile.TemporaryDirectory() as folder:
+        cache = import_logits(path.parent, Path(folder) / "cache", test_distillkit.TEACHER)
+        return [cache[k].logits.logprobs for k in range(len(cache))]
+
+
+def read_recipe(path: Path) -> Any:
+    """As options of a run; argparse ends the process."""
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        try:
+            return training.parse(["--config", str(path)])
+        except SystemExit as end:
+            raise ValueError(f"status {end.code}") from None
+
+
+def calibrated(path: Path) -> Any:
+    index = xtoken.PieceIndex.load(path)
+    return [index.data, index.text], index.metadata, index.merged().summary()
+
+
 def fingerprint(path: Path) -> str:
     return xtoken.Vocabulary.from_tokenizer(path).fingerprint()
 
@@ -126,10 +162,39 @@ def files(folder: Path) -> Iterator[tuple[str, Path, Callable[[Path], Any], bool
         yield name, path, load, name != "nemo.pt"
     for path in tokenizer_files(folder / "tokenizers"):
         yield path.name, path, fingerprint, False
-    lines = "".join(json.dumps({"text": f"text {k}", "id": str(k)}) + "\n" for k in range(9)).encode()
-    for name, content in {"lines.jsonl": lines, "lines.jsonl.gz": gzip.compress(lines), "lines.txt": lines}.items():
+    of_rows = [{"text": f"text {k}", "id": str(k)} for k in range(9)]
+    lines = "".join(json.dumps(row) + "\n" for row in of_rows).encode()
+    packed = {"gz": gzip.compress(lines), "bz2": bz2.compress(lines), "xz": lzma.compress(lines)}
+    of_lines = {f"lines.jsonl.{ending}": content for ending, content in packed.items()}
+    of_lines |= {"lines.jsonl": lines, "lines.txt": lines, "array.json": json.dumps(of_rows).encode()}
+    for name, content in of_lines.items():
         (folder / name).write_bytes(content)
         yield name, folder / name, read_lines, False
+    table = pa.Table.from_pylist(of_rows)
+    pq.write_table(table, folder / "rows.parquet")
+    with pa.ipc.new_file(folder / "rows.arrow", table.schema) as file:
+        file.write(table)
+    for name in ("rows.parquet", "rows.arrow"):
+        yield name, folder / name, read_table, False
+    half = test_distillkit.HALF
+    capture = test_distillkit.write(folder / "capture", [([0, 1, 2], test_distillkit.IDS[:2], [half, half])])
+    for name in ("data_0.parquet", "compression_config.yaml"):
+        yield name, capture / name, read_capture, False
+    (folder / "recipe.yaml").write_text("student: S\nteacher: [T]\ndata: [D]\noutput: out\nlearning_rate: 1.0e-3\n")
+    yield "recipe.yaml", folder / "recipe.yaml", read_recipe, False
+    texts = ["In 1995, some text to learn from,  for as many words as there are."] * 9
+    index = xtoken.PieceIndex.build(byte_level(300, texts), byte_level(280, texts), texts=texts)
+    index.save(folder / "calibrated.safetensors")
+    yield "calibrated.safetensors", folder / "calibrated.safetensors", calibrated, True
+    run = folder / "run"
+    run.mkdir()
+    history = [{"step": k, "loss": 1.0 / k, "eval_ce": 2.0} for k in (1, 2, 3)]
+    (run / "trainer_state.json").write_text(json.dumps({"global_step": 3, "log_history": history}))
+    (run / "settings.json").write_text(json.dumps({"learning_rate": 1e-3, "data": ["a"]}))
+    sample = {"step": 1, "prompt": "a", "completion": "b", "tokens": 1, "ended": True}
+    (run / "samples.jsonl").write_text(json.dumps(sample) + "\n")
+    for path in sorted(run.iterdir()):
+        yield path.name, path, lambda path: run_report(path.parent).html, False
 
 
 def of_file(path: Path, load: Callable[[Path], Any], is_checked: bool, draw: random.Random) -> None:
@@ -155,7 +220,8 @@ def some_ints(draw: random.Random, largest: int, count: int) -> Any:
     """A row of ids, most often good ones, as a list, an array or a tensor of some type."""
     good = draw.random() > 0.1
     values = [draw.randrange(largest) if good else draw.choice(INTS) for _ in range(count if good else count + 1)]
-    kind = draw.choice(["list", "numpy", "torch"] if good else ["list", "float", "uint64", "bool"])
+    kinds = ["list", "numpy", "torch"] if good else ["list", "float", "uint64", "bool", "sparse", "meta"]
+    kind = draw.choice(kinds)
     if kind == "list":
         return values
     if kind == "uint64":
@@ -163,6 +229,8 @@ def some_ints(draw: random.Random, largest: int, count: int) -> Any:
     made = torch.tensor(values, dtype=torch.int64)
     if kind == "numpy":
         return made.numpy()
+    if kind in ("sparse", "meta"):
+        return made.to_sparse() if kind == "sparse" else made.to("meta")
     return made if kind == "torch" else made.to(torch.float32 if kind == "float" else torch.bool)
 
 
@@ -199,7 +267,54 @@ def loss(draw: random.Random) -> None:
     z = z.to(draw.choice([torch.float32, torch.bfloat16, torch.float64])).requires_grad_()
     kind = draw.choice([one for one in xtoken.losses.registered().values() if one.needs.name != "SAME_TOKENIZER"])
     needed = {"PROJECTION": [W], "PIECES": [pieces]}.get(kind.needs.name, [])
-    kind.function()(z, y, alignment, *needed).backward()
+    given: Any = xtoken.LinearLogits(z, torch.eye(len(STUDENT), dtype=z.dtype)) if draw.random() < 0.2 else z
+    kind.function()(given, y, alignment, *needed).backward()
+
+
+def spoiled(value: Any, draw: random.Random) -> Any:
+    """JSON with something else in one of its places."""
+    if not isinstance(value, (list, dict)) or not value or draw.random() < 0.1:
+        return draw.choice(
+            [None, -1, 2**70, "", "x", "token_id:-1", [], {}, float("nan"), 5.5, True, [[]], {"1": None}]
+        )
+    at = draw.choice(list(value)) if isinstance(value, dict) else draw.randrange(len(value))
+    value[at] = spoiled(value[at], draw)
+    return value
+
+
+def served(draw: random.Random) -> None:
+    """What a server lists, in one of three forms, of which something has been spoiled: rows as many as tokens."""
+    forms: list[Any] = [
+        [None, {"1": {"logprob": -0.5}, "2": {"logprob": -1.5}}, {"0": {"logprob": -0.1}}],
+        {"meta_info": {"input_top_logprobs": [None, [[-0.5, 1, "b"], [-1.5, 2, "c"]], [[-0.1, 0, "a"]]]}},
+        {"top_logprobs": [None, {"9": -0.5, "token_id:1": -1.5}, {"99": -0.1}]},
+        {"content": [{"token": "9", "logprob": -0.5, "bytes": [57], "top_logprobs": [
+            {"token": "9", "logprob": -0.5, "bytes": [57]}, {"token": "5", "logprob": -1.5, "bytes": None}]}]},
+    ]  # fmt: skip
+    found = xtoken.TopKLogits.from_vllm(spoiled(draw.choice(forms), draw), tokenizer=TEACHER)
+    assert found.ids.shape == found.logprobs.shape
+
+
+def cached(folder: Path, draw: random.Random) -> None:
+    """Documents for a teacher cache, of which something may be odd: they come back, or are refused."""
+    count = draw.randrange(1, 5)
+    tokens = some_ints(draw, len(TEACHER), count)
+    ids = torch.tensor([draw.sample(range(len(TEACHER)), 3) for _ in range(count)])
+    logprobs = torch.randn(count, len(TEACHER), generator=torch.Generator().manual_seed(draw.randrange(99)))
+    logprobs = logprobs.log_softmax(1).gather(1, ids)
+    for one in (ids, logprobs):
+        if draw.random() < 0.3:
+            one[draw.randrange(count), draw.randrange(3)] = draw.choice(INTS)
+    if draw.random() < 0.1:
+        logprobs[0, 0] = draw.choice([float("nan"), float("inf"), 1e-4, -1e9])
+    tail = torch.full((count,), draw.choice([0.0, 0.5, -1.0, float("nan"), 7.0])) if draw.random() < 0.3 else None
+    place = folder / "made-cache"
+    shutil.rmtree(place, ignore_errors=True)
+    with xtoken.TeacherCacheWriter(place, TEACHER, draw.choice([1, 2, 3])) as writer:
+        writer.add(tokens, xtoken.TopKLogits(ids, logprobs), tail)
+    found = xtoken.TeacherCache(place, TEACHER)[0]
+    assert found.token_ids.tolist() == [int(token) for token in tokens][:count]
+    assert bool((found.logits.logprobs <= 0).all()), f"{ids} {logprobs}: {found.logits.logprobs}"
 
 
 def build(draw: random.Random) -> None:
@@ -211,7 +326,7 @@ def build(draw: random.Random) -> None:
         W = xtoken.ProjectionMatrix.build(*pair, top_k=draw.choice([1, 2, 4]))
         sums = torch.zeros(len(pair[0])).index_add_(0, W.row_index.long(), W.weight)
         assert bool((((sums - 1).abs() < 1e-5) | (sums == 0)).all()), f"{tokens}: {sums}"
-        xtoken.PieceIndex.build(*pair)
+        xtoken.choose_loss(*pair, W, pieces=xtoken.PieceIndex.build(*pair))
 
 
 def command(folder: Path, draw: random.Random) -> None:
@@ -233,11 +348,13 @@ def command(folder: Path, draw: random.Random) -> None:
 
 def targets(folder: Path) -> dict[str, Callable[[random.Random], None]]:
     """What is tried, by name."""
-    made: dict[str, Callable[[random.Random], None]] = {
-        name: lambda draw, path=path, load=load, is_checked=is_checked: of_file(path, load, is_checked, draw)
-        for name, path, load, is_checked in files(folder)
-    }
-    return {**made, "align": align, "loss": loss, "build": build, "command": lambda draw: command(folder, draw)}
+    made: dict[str, Callable[[random.Random], None]] = {}
+    for name, path, load, is_checked in files(folder):
+        load(path)  # a whole one is read, or none of its changes would be looked at
+        made[name] = functools.partial(of_file, path, load, is_checked)
+    made |= {"align": align, "loss": loss, "build": build, "served": served}
+    in_folder = {"command": command, "cached": cached}
+    return {**made, **{name: lambda draw, call=call: call(folder, draw) for name, call in in_folder.items()}}
 
 
 def hang(*_: Any) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TARGETS = 19
+TARGETS = 33
 
 
 @pytest.mark.slow

@@ -52,7 +52,7 @@ def served_entries(answer: Any, tokenizer: TokenizerLike = None) -> list[dict[in
             None if entry is None and one is None else [*_pairs(entry), *([] if one is None else [one])]
             for entry, one in zip(entries, realised, strict=True)
         ]
-    except (TypeError, ValueError, IndexError, AttributeError) as error:
+    except (TypeError, ValueError, LookupError, OverflowError, AttributeError) as error:
         raise ValueError(
             f"prompt_logprobs: expected tokens with log-probabilities, got another form: {error}"
         ) from error
@@ -103,7 +103,10 @@ def as_tables(entries: Sequence[Mapping[int, float]], width: int) -> tuple[Tenso
     ids = torch.full((len(entries), width), -1, device="cpu")
     logprobs = torch.full(ids.shape, -torch.inf, dtype=torch.float32, device="cpu")
     filled = torch.arange(width, device="cpu") < counts[:, None]
-    ids[filled] = torch.from_numpy(np.fromiter(chain.from_iterable(entries), np.int64))
+    try:
+        ids[filled] = torch.from_numpy(np.fromiter(chain.from_iterable(entries), np.int64))
+    except OverflowError as error:
+        raise ValueError(f"prompt_logprobs: expected token ids of up to 64 bits: {error}") from error
     values = chain.from_iterable(entry.values() for entry in entries)
     logprobs[filled] = torch.from_numpy(np.fromiter(values, np.float32))
     return ids, logprobs
@@ -157,7 +160,8 @@ def _as_id(key: Any) -> int:
     if isinstance(key, int):
         return key
     found = _ID.fullmatch(key)
-    assert found is not None
+    if found is None:
+        raise ValueError(f"prompt_logprobs: expected a token id, got {key!r:.40}")
     return int(found[1])
 
 
