@@ -342,7 +342,7 @@ def test_reproduce(main, tmp_path, capsys, finding):
         main("reproduce", *fixed, *few, "--resume", "--steps", 13)
 
 
-@pytest.mark.slow
+@pytest.mark.wide
 def test_reproduce_continues_a_student(main, tmp_path):
     """Every loss from the same start, in processes of their own; averaged weights too."""
     output = tmp_path / "reproduce.json"

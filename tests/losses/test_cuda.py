@@ -85,7 +85,7 @@ def test_the_queue_of_chunks_changes_nothing(name: str, order: Any, monkeypatch:
     assert all(torch.equal(a, b) for a, b in zip(got, call(backend="emulated", **options), strict=True))
 
 
-@pytest.fixture(params=["above", "below", "mixed"])
+@pytest.fixture(params=["mixed", *(pytest.param(one, marks=pytest.mark.wide) for one in ("above", "below"))])
 def errors(request: pytest.FixtureRequest) -> Iterator[str]:
     """Approximate functions are off by as much as CUDA says that they may be."""
     emulated.set_errors(request.param)

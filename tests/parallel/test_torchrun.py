@@ -17,7 +17,7 @@ HERE = Path(__file__).parent
 @pytest.mark.parametrize(
     ("world", "place", "message"),
     [
-        (2, "formula", "MemoryError: no memory for a batch"),
+        pytest.param(2, "formula", "MemoryError: no memory for a batch", marks=pytest.mark.wide),
         (3, "between", "KeyError: 'a batch without a text'"),
     ],
 )
