@@ -46,8 +46,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks what runs on a GPU, and skips it where none can be used; with --quick leaves out what takes long.
 
-    Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow`, those that
-    read real tokenizers, and of those that are repeated for every backend and type the repetitions in `REPEATED`.
+    Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow` or `wide`, those
+    that read real tokenizers, and of those that are repeated for every backend and type the repetitions in `REPEATED`.
     """
     if config.getoption("--every-file"):
         empty = {*Path(__file__).parent.rglob("test_*.py")} - {item.path for item in items}
@@ -63,7 +63,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.cuda)
         if reason is not None and item.get_closest_marker("cuda"):
             item.add_marker(pytest.mark.skip(reason=reason))
-        is_long = item.get_closest_marker("slow") or not names.isdisjoint(REPEATED)
+        is_long = any(map(item.get_closest_marker, ("slow", "wide"))) or not names.isdisjoint(REPEATED)
         is_long = is_long or "tokenizer" in getattr(item, "fixturenames", ())
         (left_out if is_long and config.getoption("quick") else kept).append(item)
     if left_out:
