@@ -46,8 +46,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Marks what runs on a GPU, and skips it where none can be used; with --quick leaves out what takes long.
 
-    Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow` or `wide`, those
-    that read real tokenizers, and of those that are repeated for every backend and type the repetitions in `REPEATED`.
+    Tests of the losses' backend "on_gpu" are marked `cuda` here. --quick leaves out tests marked `slow` or `wide`,
+    those that read real tokenizers, and of those that are repeated for every backend and type the repetitions in
+    `REPEATED`.
     """
     if config.getoption("--every-file"):
         empty = {*Path(__file__).parent.rglob("test_*.py")} - {item.path for item in items}
