@@ -90,6 +90,18 @@ def test_what_cannot_be_written_stays_and_is_named(tmp_path: Path) -> None:
     assert sorted(os.listdir(tmp_path)) == ["link", "pipe"]
 
 
+def test_a_full_disk_is_told_with_the_file(tmp_path: Path) -> None:
+    """What the system says of a write has no name in it."""
+    script = (
+        "import resource, sys; from xtoken.storage import write_atomically;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10)); write_atomically(sys.argv[1], b'x' * 99)"
+    )
+    path = tmp_path / "file"
+    run = subprocess.run([sys.executable, "-c", script, str(path)], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1].endswith(f"File too large: '{path}'")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_file_of_tensors_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "t"
     KIND.save(path, {"cells": torch.arange(6.0).view(2, 3).T}, rows="3")

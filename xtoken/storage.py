@@ -66,6 +66,10 @@ def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
         _sync(temporary)
         os.replace(temporary, path)
         _sync(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # of a write, which knows no name
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
         temporary.unlink(missing_ok=True)
         if held is not None:

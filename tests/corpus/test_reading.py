@@ -8,7 +8,9 @@ import json
 import lzma
 import os
 import random
+import sys
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -183,6 +185,14 @@ def test_a_device_is_no_file(name, tmp_path):
     for read in (documents, lambda path: list(read_rows([path]))):
         with pytest.raises(ValueError, match=f"{name}: cannot read it: expected a regular file"):
             read(tmp_path / name)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere names are UTF-8")
+def test_a_name_that_is_no_utf8(tmp_path):
+    path = os.fsencode(tmp_path / "a") + b"\xff.jsonl"
+    Path(os.fsdecode(path)).write_text('{"text": "a"}\n')
+    with pytest.raises(ValueError, match=r"input: expected a name in UTF-8, got '.*a\\udcff\.jsonl'"):
+        find_files([tmp_path / "*.jsonl"])
 
 
 def test_a_null_text_is_named(tmp_path):

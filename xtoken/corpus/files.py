@@ -101,6 +101,8 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
 def _look_at(path: str, name: str) -> InputFile:
     from .source import sniff
 
+    if any("\ud800" <= c <= "\udfff" for c in path):  # which Python has for other bytes
+        raise ValueError(f"input: expected a name in UTF-8, got {path!r}")
     if located(path).is_dir():
         raise ValueError(f"input: {path} is a folder; expected files, such as '{path.rstrip('/')}/*.parquet'")
     plain, ending = os.path.splitext(path.lower())
