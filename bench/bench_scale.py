@@ -29,8 +29,8 @@ from xtoken.losses import Needs, registered
 from xtoken.losses.backends import kernels_of
 from xtoken.losses.logits import OrderedLogits, Parts
 from xtoken.losses.loss import Loss
+from xtoken.losses.operator import Call
 from xtoken.losses.ordered import in_order
-from xtoken.parallel.call import call_of
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks
 
@@ -62,9 +62,9 @@ def formula(loss: Loss, student: Columns, teacher: Columns) -> Any:
     """What the loss computes of logits with these columns, on one of the ranks."""
     chunk = Alignment([[1, 2, 1, 2]], student_ids=[0, 0], teacher_ids=[0, 0])
     nothing = Parts(torch.empty(1, 2, 0))
-    call = call_of(
-        loss, nothing, nothing, None if loss.needs is Needs.SAME_TOKENIZER else chunk, (2, 2),
-        sizes=(student.size, teacher.size), mask=None, reduction="mean", backend="auto",
+    call = Call.of(
+        loss, nothing, nothing, None if loss.needs is Needs.SAME_TOKENIZER else chunk,
+        sizes=(student.size, teacher.size), mask=None, labels=None, reduction="mean", backend="auto",
     )  # fmt: skip
     every: Any = SimpleNamespace(size=teacher.size, largest_columns=lambda top_k: torch.arange(teacher.size))
     prepared = loss.prepare(call, every, every)

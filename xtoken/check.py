@@ -504,10 +504,7 @@ def finding(call: Call, inputs: Inputs, dtype: torch.dtype, backend: str = "auto
         raise
     except Exception as error:  # of a kernel that does not run; it is what there is to report
         return CheckFinding(*known, math.inf, 0.0, f"{type(error).__name__}: {error}", None, False)
-    if name != "reference":
-        plain = deviations(Run(call, inputs, dtype, "reference").outcome(), truth)
-    else:
-        plain = found
+    plain = found if name == "reference" else deviations(Run(call, inputs, dtype, "reference").outcome(), truth)
     floors = {"loss": FLOORS.loss, "sum": FLOORS.loss, "W": FLOORS.row, "column": FLOORS.column}
     floors["row"] = FLOORS.ranked_row if call.case.loss.by_rank else FLOORS.row
     tolerance = {kind: 2 * plain[kind].error + floors[kind] for kind in found}
@@ -536,20 +533,16 @@ def _worse(one: dict[str, Deviation], other: dict[str, Deviation]) -> dict[str, 
 
 def deviations(got: Outcome, truth: Outcome) -> dict[str, Deviation]:
     """The largest relative errors by their kind, see `Floors`; infinite for what is not finite."""
-    found = {"sum": _largest(got.sums, truth.sums, "loss" if len(truth.sums) == 1 else "loss or cross-entropy")}
+    of_sums = _largest(got.sums, truth.sums, "loss" if len(truth.sums) == 1 else "loss or cross-entropy")
+    found = {**dict.fromkeys(("loss", "row", "column"), Deviation(0.0, "")), "sum": of_sums}
     if truth.weight_gradient is not None and got.weight_gradient is not None:
         found["W"] = _of_weights(got.weight_gradient, truth.weight_gradient)
     want, norms = truth.gradient[0], truth.gradient[0].norm(dim=1)
     for sample, (losses, gradient) in enumerate(zip(got.losses, got.gradient, strict=True)):
         of = f" of sample {sample}" if len(got.losses) > 1 else ""
-        found = _worse(
-            {"loss": Deviation(0.0, ""), "row": Deviation(0.0, ""), "column": Deviation(0.0, ""), **found},
-            {
-                **found,
-                "loss": _largest(losses, truth.losses[0], f"loss{of}, chunk"),
-                **_of_gradient(gradient, want, norms, of),
-            },
-        )
+        of_sample = _of_gradient(gradient, want, norms, of)
+        of_sample["loss"] = _largest(losses, truth.losses[0], f"loss{of}, chunk")
+        found = _worse(found, {**found, **of_sample})
     return found
 
 

@@ -20,6 +20,11 @@ class RowsByHand:
     before: Tensor | None = None  # of each chunk
 
     @property
+    def realised(self) -> Tensor:
+        assert self.next_ids is not None
+        return self.next_ids
+
+    @property
     def start(self) -> Tensor:
         return torch.tensor([rows[0] for rows in self.rows], dtype=torch.int64)
 

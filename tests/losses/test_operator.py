@@ -311,7 +311,7 @@ def test_linear_with_factors_that_are_known(name: str, is_frozen: bool, monkeypa
 
     def found(factors: tuple[float, float], expected: tuple[float, float] | None) -> list[Tensor]:
         def run(loss: Any, given: Any, inplace: bool, _: None) -> Any:
-            wanted = None if expected is None else operator.Expected(labels, *map(torch.tensor, expected))
+            wanted = None if expected is None else operator.Expected(*map(torch.tensor, expected))
             results.append(made(loss, given, inplace, wanted))
             return results[-1]
 

@@ -21,6 +21,12 @@ class Rows:
     before: Tensor | None = None
     """int64 [K]: the last token of the chunk that ends where each begins, -1 if none does; with `next_ids`."""
 
+    @property
+    def realised(self) -> Tensor:
+        """`next_ids`, of rows that were made with them."""
+        assert self.next_ids is not None
+        return self.next_ids
+
     def index(self) -> Tensor:
         """int64 [R]: the rows of all chunks, chunk by chunk."""
         before = self.count.cumsum(0) - self.count

@@ -104,9 +104,7 @@ class Compression:
     @property
     def sizes(self) -> tuple[int, int]:
         """Bytes of a position in ``bytepacked_indices`` and in ``compressed_logprobs``."""
-        bins = sum(_BYTES[b["scale_dtype"]] + _packed(b["num_elements"], b["element_bits"]) for b in self.residual_bins)
-        terms = len(self.polynomial_terms) * _BYTES[self.term_dtype]
-        return _packed(self.k, self.id_bits), self.exact_k * _BYTES[self.exact_dtype] + terms + bins
+        return _packed(self.k, self.id_bits), sum(self._parts())
 
     def ids(self, packed: NDArray[np.uint8]) -> NDArray[np.int64]:
         """[R, bytes] to token ids [R, k]."""
@@ -132,6 +130,7 @@ class Compression:
         return both.cumsum(1) if self.delta_encoding else both
 
     def _parts(self) -> list[int]:
+        """Bytes of the parts of ``compressed_logprobs``."""
         parts = [self.exact_k * _BYTES[self.exact_dtype], len(self.polynomial_terms) * _BYTES[self.term_dtype]]
         for one in self.residual_bins:
             parts += [_BYTES[one["scale_dtype"]], _packed(one["num_elements"], one["element_bits"])]

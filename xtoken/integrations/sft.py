@@ -287,16 +287,14 @@ def distil(
         )
     if teacher is None or isinstance(teacher, (list, tuple)):
         raise TypeError(f"teacher: expected one, as a name, model or TeacherModel, got {type(teacher).__name__}")
+    student_tok = trainer.processing_class
     if isinstance(teacher, TeacherModel):
         own = {"tokenizer": tokenizer is not None, "loss": loss != "auto", **dict.fromkeys(options, True)}
         if found := [name for name, is_given in own.items() if is_given]:
             raise ValueError(f"{found[0]}: expected none for a TeacherModel, which is built with its own")
-    student_tok = trainer.processing_class
-    one: TeacherModel = (
-        teacher
-        if isinstance(teacher, TeacherModel)
-        else TeacherModel.build(teacher, student_tok, tokenizer=tokenizer, loss=loss, loss_options=options)
-    )
+        one = teacher
+    else:
+        one = TeacherModel.build(teacher, student_tok, tokenizer=tokenizer, loss=loss, loss_options=options)
     if one.model is None:
         raise ValueError(f"teacher: expected a model that runs here, got {one.name} without")
     student = Vocabulary.from_tokenizer(student_tok)

@@ -8,6 +8,7 @@ from torch import Tensor
 from xtoken.alignment.chunks import Chunks, synchronized
 from xtoken.losses.cached import Cached
 from xtoken.losses.loss import Matrix
+from xtoken.losses.operator import Call
 
 _ENTRIES = Cached[Tensor]()
 
@@ -27,20 +28,19 @@ def agrees(chunks: Chunks, projection: Matrix) -> Tensor:
         return synchronized(torch.cat([numbers, none]).to(device))
 
     numbers = _ENTRIES.of((projection.col, projection.row_ptr), entries, device)
-    first = []
-    for side in (chunks.student, chunks.teacher):
-        assert side.next_ids is not None
-        first.append(side.next_ids[side.start.clamp_min(0)])
+    first = [side.realised[side.start.clamp_min(0)] for side in (chunks.student, chunks.teacher)]
     wanted = first[0] * teachers + first[1]
     found = numbers[torch.searchsorted(numbers, wanted)] == wanted
     return found if chunks.mask is None else found & chunks.mask
 
 
-def agreeing(chunks: Chunks, projection: Matrix, total: int) -> Chunks:
-    """The chunks of an alignment of `total` chunks, of which only those count that `agrees` names.
+def agreeing(call: Call, projection: Matrix) -> Chunks:
+    """The chunks of a call with an alignment, of which only those count that `agrees` names.
 
     Raises ValueError if a first realised token is outside its vocabulary.
     """
+    assert call.spans is not None
+    chunks = call.chunks(realised=True)
     chunks.check_ids(projection.shape, several=False)
     kept = agrees(chunks, projection)
-    return chunks.masked(kept.new_zeros(total).index_copy(0, chunks.used, kept))
+    return chunks.masked(kept.new_zeros(len(call.spans)).index_copy(0, chunks.used, kept))

@@ -85,10 +85,27 @@ class Labels:
     losses: Tensor
     scale: Tensor
 
+    def part(self, rows: slice) -> Labels:
+        """Those of some rows."""
+        return Labels(self.ids[rows], self.losses[rows], self.scale)
+
 
 def predicted_labels(labels: Tensor) -> Tensor:
     """int64 [..., T]: of labels at the tokens' own positions the one that each row predicts, -100 for the last."""
     return torch.nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
+
+
+def checked_ids(labels: Tensor, size: int) -> Tensor:
+    """int64 [rows]: `predicted_labels`; raises ValueError for an id beyond a vocabulary of so many tokens.
+
+    Only on the CPU: elsewhere that would wait for the device, and a bad id there makes the loss nan.
+    """
+    following = predicted_labels(labels).flatten()
+    if following.device.type == "cpu":
+        bad = following[((following < 0) | (following >= size)) & (following != IGNORED)]
+        if len(bad):
+            raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {int(bad[0])}")
+    return following
 
 
 class Run(Protocol):
@@ -276,38 +293,22 @@ def select_backend(requested: str, device: torch.device | str, loss: str | None 
     return select(requested, torch.device(device), loss).name
 
 
-def backend_of(requested: str, problem: Problem[Any]) -> Backend:
-    """The selected backend for a problem.
-
-    Raises
-    ------
-    ValueError, RuntimeError
-        As `select_backend`; RuntimeError also if the requested backend does not take this problem.
-    """
-    return select(requested, problem.student.device, problem.loss, problem)
-
-
 def select(
     requested: str, device: torch.device, loss: str | None = None, problem: Problem[Any] | None = None
 ) -> Backend:
-    """The backend of `select_backend`, or of `backend_of` with a problem."""
+    """The backend of `select_backend`; RuntimeError also if the requested one does not take this problem."""
     if requested == "auto":
         for name in reversed(_BACKENDS):
-            if _reason(name, device, loss, problem) is None:
+            if why_not(name, device, loss, problem) is None:
                 if name == "reference" and device.type in _NOT_BUILT:
                     _tell(device, loss)
                 return _BACKENDS[name]
         raise RuntimeError(f"backend: none has the operation {loss!r}")
     check_backend(requested)
-    reason = _reason(requested, device, loss, problem)
+    reason = why_not(requested, device, loss, problem)
     if reason is not None:
         raise RuntimeError(f"backend: {requested!r} is not available: {reason}")
     return _BACKENDS[requested]
-
-
-def why_not(name: str, device: torch.device) -> str | None:
-    """Why the backend of that name cannot work on a device, None if it can."""
-    return _reason(name, device, None, None)
 
 
 def _tell(device: torch.device, loss: str | None) -> None:
@@ -322,7 +323,10 @@ def _warn_once(message: str) -> None:
     warnings.warn(message, stacklevel=2)
 
 
-def _reason(name: str, device: torch.device, loss: str | None, problem: Problem[Any] | None) -> str | None:
+def why_not(
+    name: str, device: torch.device, loss: str | None = None, problem: Problem[Any] | None = None
+) -> str | None:
+    """Why the backend of that name cannot work on a device (for a loss, for a problem), None if it can."""
     if name not in _BACKENDS:
         return _NOT_BUILT[name]
     backend = _BACKENDS[name]

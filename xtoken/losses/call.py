@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, TypedDict, TypeVar, overload
+from typing import Any, Literal, TypedDict, TypeVar
 
 import torch
 from torch import Tensor
@@ -40,6 +42,14 @@ class Options(TypedDict, total=False):
     cp_layout: str
 
 
+class DivergenceOptions(Options, total=False):
+    """Those of a loss with other divergences than KL(teacher || student)."""
+
+    reverse: bool
+    beta: float
+    skew: float
+
+
 PARAMETERS = """\
     student_logits : float16, bfloat16, float32 or float64 [B, T_s, >= V_student], or [T_s, >= V_student]
         Row ``t`` predicts token ``t + 1``. Columns beyond the vocabulary take no part and get zero gradient. Or
@@ -52,12 +62,20 @@ PARAMETERS = """\
         supervised, give ``alignment.supervised(labels)``.
     projection : ProjectionMatrix
         W [V_student, V_teacher]; or any object with ``row_ptr``, ``col``, ``weight`` and ``shape``.
+    pieces : PieceIndex
+        Of the student's and the teacher's tokenizer.
     labels : int64 [B, T_s] or [T_s], optional
         Token ids at their own positions, -100 where ignored. Also returns the student's next-token
         cross-entropy, from the same pass over the logits. They do not choose chunks. Ids that do not fit raise
         ValueError on the CPU; elsewhere a check would wait for the device, and they make the cross-entropy nan.
     temperature : float
         Divides all logits; the loss is multiplied by its square.
+    uncommon_top_k : int
+        At most so many of the largest probabilities of uncommon tokens are compared; 0: the common part alone, as
+        logits in parts (``tp_group``) need it.
+    agree : bool
+        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
+        token of both (needs the alignment's ids). By default they count.
     reverse : bool
         Exchanges the two distributions of the KL: KL(student || teacher).
     beta : float in [0, 1]
@@ -115,76 +133,80 @@ RESULTS = """\
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 
-def documented(function: _F) -> _F:
-    """Completes the docstring of a public loss: ``{a, b}`` on a line of its own stands for these parameters, and
-    ``{results}`` for what is returned and raised."""
-    parameters = re.findall(r"^    (\w+) : .*\n(?:        .*\n)+", PARAMETERS, re.MULTILINE)
-    texts = {"results": RESULTS, **dict(zip(parameters, re.split(r"(?m)^(?=    \w+ : )", PARAMETERS)[1:], strict=True))}
+def public_loss(function: _F) -> _F:
+    """Completes a public loss: its ``**call`` are the parameters that every loss has, with the defaults of `compute`,
+    and ``{a, b}`` on a line of its own in its docstring stands for their texts, ``{results}`` for what is returned and
+    raised."""
+    own, shared = (inspect.signature(one).parameters for one in (function, compute))
+    others = [one for name, one in shared.items() if name in Options.__annotations__]
+    positional = [one for one in own.values() if one.kind is one.POSITIONAL_OR_KEYWORD]
+    named = [one for one in own.values() if one.kind is one.KEYWORD_ONLY]
+    parameters = [*positional, shared["labels"], *named, *others]
+    known = tuple(one.name for one in parameters)
+
+    @functools.wraps(function)
+    def loss(*arguments: Any, **options: Any) -> Any:
+        for name in options:
+            if name not in known:
+                raise TypeError(f"{function.__name__}() got an unexpected keyword argument {name!r}")
+        return function(*arguments, **options)
+
+    loss.__signature__ = inspect.signature(function).replace(parameters=parameters)  # type: ignore[attr-defined]
+    loss.__doc__ = _documented(function.__doc__ or "")
+    return loss  # type: ignore[return-value]
+
+
+def _documented(doc: str) -> str:
+    names = re.findall(r"^    (\w+) : .*\n(?:        .*\n)+", PARAMETERS, re.MULTILINE)
+    texts = {"results": RESULTS, **dict(zip(names, re.split(r"(?m)^(?=    \w+ : )", PARAMETERS)[1:], strict=True))}
     lines = []
-    for line in (function.__doc__ or "").splitlines(keepends=True):
-        names = line.strip()
-        is_given = names.startswith("{") and names.endswith("}")
-        lines.append("".join(texts[name.strip()] for name in names[1:-1].split(",")) if is_given else line)
-    function.__doc__ = "".join(lines)
-    return function
+    for line in doc.splitlines(keepends=True):
+        given = line.strip()
+        is_given = given.startswith("{") and given.endswith("}")
+        lines.append("".join(texts[name.strip()] for name in given[1:-1].split(",")) if is_given else line)
+    return "".join(lines)
 
 
-@overload
-def compute(
-    loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *, labels: None,
-    sizes: tuple[int | None, int | None], mask: Any = None, reduction: str, inplace: bool = False, backend: str,
-    groups: tuple[Any, Any, str] | None = None,
-) -> Tensor: ...  # fmt: skip
-@overload
-def compute(
-    loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None, *,
-    labels: Tensor | Expected | None, sizes: tuple[int | None, int | None], mask: Any = None, reduction: str,
-    inplace: bool = False, backend: str, groups: tuple[Any, Any, str] | None = None,
-) -> Losses: ...  # fmt: skip
 def compute(
     loss: Loss,
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment | None,
     *,
-    labels: Tensor | Expected | None,
     sizes: tuple[int | None, int | None],
     mask: Any = None,
-    reduction: str,
+    expected: Expected | None = None,
+    labels: Tensor | None = None,
+    reduction: str = "mean",
     inplace: bool = False,
-    backend: str,
-    groups: tuple[Any, Any, str] | None = None,
+    backend: str = "auto",
+    tp_group: Any = None,
+    cp_group: Any = None,
+    cp_layout: str = "contiguous",
 ) -> Losses:
     """Checks what every loss has, and calls the operator.
 
     Parameters
     ----------
-    labels : Tensor or Expected, optional
     sizes : (int or None, int or None)
         Of the two vocabularies; None: all columns.
     mask : bool [B, T] or [T], optional
         Without an alignment, which means that both models read the same tokens: the rows to use. Default: all.
-    groups : (tp_group, cp_group, cp_layout), optional
+    expected : Expected, optional
+        What the results will be multiplied by.
     """
     if isinstance(teacher_logits, OrderedLogits):
         loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
-    if (groups is not None and groups[:2] != (None, None)) or has_dtensor(student_logits, teacher_logits):
+    if (tp_group, cp_group) != (None, None) or has_dtensor(student_logits, teacher_logits):
         from xtoken.parallel.call import Groups
         from xtoken.parallel.call import compute as compute_in_parts
 
         found: Losses = compute_in_parts(
-            loss, student_logits, teacher_logits, alignment, Groups(*groups or ()), labels=labels, sizes=sizes,
-            mask=mask, reduction=reduction, inplace=inplace, backend=backend,
+            loss, student_logits, teacher_logits, alignment, Groups(tp_group, cp_group, cp_layout), labels=labels,
+            sizes=sizes, mask=mask, reduction=reduction, inplace=inplace, backend=backend,
         )  # fmt: skip
         return found
-    expected = None
-    if isinstance(labels, Expected):
-        expected, labels = labels, labels.labels
-    check_logits(student_logits, teacher_logits)
-    check_choice(reduction, "reduction", REDUCTIONS)
-    check_backend(backend)
-    if isinstance(student_logits, TopKLogits):
-        raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
+    check_call(student_logits, teacher_logits, reduction, backend)
     given = Parts.of(student_logits), Parts.of(teacher_logits)
     if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):
         widths = [one.width for one in given if one.width is not None]
@@ -196,46 +218,23 @@ def compute(
     if alignment is not None:
         check_alignment(alignment, student.rows.shape[0])
     elif loss.needs is Needs.SAME_TOKENIZER:
-        mask = _checked_mask(*given, mask)
+        check_positions(*given)
+        mask = None if mask is None else checked_mask(given[0].leading_shape, mask)
     else:
         raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
     for side, one in enumerate(given):
         if one.width is not None and one.width < (student_size, teacher_size)[side]:
             check_known(side, one.width, labels, alignment)
     if labels is not None:
-        labels = checked_labels(given[0], labels)
+        labels = checked_labels(given[0].leading_shape, labels)
         if reduction == "none":
             raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
         _check_inplace(student_logits, labels, loss)
-    host = None if alignment is None else alignment.host
-    ids = (host.student_ids, host.teacher_ids) if host is not None and loss.realised else (None, None)
-    call = Call(
-        student=student.rows,
-        student_head=student.head,
-        student_bias=student.bias,
-        teacher=teacher.rows,
-        teacher_head=teacher.head,
-        teacher_bias=teacher.bias,
-        teacher_top=teacher.top,
-        spans=None if host is None else host.spans,
-        offsets=None if host is None else host.offsets,
-        predicted=mask if host is None else host.predicted,
-        student_ids=_batched(ids[0]),
-        teacher_ids=_batched(ids[1]),
-        flat=None if alignment is None else alignment._flat,
-        mask=None if alignment is None else alignment.mask,
-        labels=labels,
-        student_size=student_size,
-        teacher_size=teacher_size,
-        tail=teacher.tail,
-        student_scale=student.scale,
-        student_softcap=student.softcap,
-        teacher_scale=teacher.scale,
-        teacher_softcap=teacher.softcap,
-        reduction=reduction,
-        backend=backend,
-    )
+    call = Call.of(
+        loss, student, teacher, alignment,
+        sizes=(student_size, teacher_size), mask=mask, labels=labels, reduction=reduction, backend=backend,
+    )  # fmt: skip
     result, cross_entropy = run(loss, call, inplace, expected)
     if alignment is None and reduction == "none":
         result = result.view(given[0].leading_shape)
@@ -252,8 +251,13 @@ def has_dtensor(*logits: AnyLogits) -> bool:
     return any(isinstance(part, module.DTensor) for part in parts)
 
 
-def _batched(ids: Tensor | None) -> Tensor | None:
-    return ids if ids is None or ids.dim() == 2 else ids[None]
+def check_call(student_logits: AnyLogits, teacher_logits: AnyLogits, reduction: str, backend: str) -> None:
+    """`check_logits`, that the student's have a gradient, and the choices of a call."""
+    check_logits(student_logits, teacher_logits)
+    check_choice(reduction, "reduction", REDUCTIONS)
+    check_backend(backend)
+    if isinstance(student_logits, TopKLogits):
+        raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
 
 
 def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
@@ -287,29 +291,32 @@ def check_alignment(alignment: Alignment, samples: int) -> None:
         raise ValueError(f"alignment: expected {samples} samples (the batch of the logits), got {len(alignment)}")
 
 
-def _checked_mask(student: Parts, teacher: Parts, mask: Any) -> Tensor | None:
-    shape = student.leading_shape
-    if teacher.leading_shape != shape:
+def check_positions(student: Parts, teacher: Parts) -> None:
+    """The same ones on both sides."""
+    if teacher.leading_shape != student.leading_shape:
         raise ValueError(
-            f"teacher_logits: expected the positions of student_logits {list(shape)}, got "
+            f"teacher_logits: expected the positions of student_logits {list(student.leading_shape)}, got "
             f"{list(teacher.leading_shape)}; pass an alignment if they differ"
         )
-    if mask is None:
-        return None
+
+
+def checked_mask(shape: torch.Size, mask: Any, note: str = "") -> Tensor:
+    """A mask of positions of this shape."""
     given = as_tensor(mask)
     if given.dtype != torch.bool or given.shape != shape:
-        raise ValueError(f"mask: expected bool {list(shape)}, got {given.dtype} {list(given.shape)}")
+        raise ValueError(f"mask: expected bool {list(shape)}{note}, got {given.dtype} {list(given.shape)}")
     return given
 
 
-def checked_labels(student: Parts, labels: Tensor, name: str = "labels") -> Tensor:
-    """Labels [B, T], one for each row of the logits."""
+def checked_labels(
+    shape: torch.Size, labels: Tensor, name: str = "labels", note: str = "that of the logits' rows"
+) -> Tensor:
+    """Labels [B, T] for positions of this shape."""
     if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
         got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
         raise TypeError(f"{name}: expected an integer tensor, got {got}")
-    if labels.shape != student.leading_shape:
-        expected = list(student.leading_shape)
-        raise ValueError(f"{name}: expected shape {expected} (that of the logits' rows), got {list(labels.shape)}")
+    if labels.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)} ({note}), got {list(labels.shape)}")
     return labels if labels.dim() == 2 else labels[None]
 
 
@@ -363,12 +370,6 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
         raise ValueError(
             f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}{did_you_mean(value, choices)}"
         )
-
-
-def check_temperature(value: float) -> None:
-    """Positive and finite."""
-    if not 0.0 < value < float("inf"):
-        raise ValueError(f"temperature: expected a positive finite number, got {value!r}")
 
 
 def check_count(value: int | None, name: str, optional: bool = False, least: int = 1) -> None:

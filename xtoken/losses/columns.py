@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,15 +17,6 @@ from xtoken.projection.entries import Entries, restrict
 
 DEFAULT_TOP_K = 8192
 """Of column sets, where nothing else is said."""
-
-
-@runtime_checkable
-class InParts(Protocol):
-    """A teacher's logits that several ranks hold."""
-
-    def largest_columns(self, top_k: int | None) -> Tensor:
-        """`xtoken.reference.column_set` of all of them."""
-        ...
 
 
 def select_columns(
@@ -47,8 +38,9 @@ def select_columns(
 
 def teacher_columns(teacher: Source, top_k: int | None, device: torch.device | str, backend: str = "auto") -> Tensor:
     """`xtoken.reference.column_set` for logits of any kind, by a backend."""
-    if isinstance(teacher, InParts):
-        return teacher.largest_columns(top_k)
+    in_parts: Any = getattr(teacher, "largest_columns", None)  # of logits that several ranks hold
+    if in_parts is not None:
+        return in_parts(top_k)  # type: ignore[no-any-return]
     column_set = select(backend, torch.device(device)).column_set
     if isinstance(teacher, DenseSource):
         return column_set(teacher.logits, top_k)

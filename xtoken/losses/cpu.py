@@ -6,7 +6,8 @@ The kernels of a loss are called by the module `cpu` of its own folder.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -85,21 +86,16 @@ def run_chunks(
     return losses.float()
 
 
-class LabelBuffers:
-    """Labels as fields, if there are any, with room for their losses in double precision."""
-
-    def __init__(self, labels: Labels | None = None) -> None:
-        self._labels = labels
-        self.fields: Fields = {"ids": None, "scale": None, "losses": None}
-        if labels is not None:
-            ids = labels.ids.contiguous()
-            self._losses = torch.empty(ids.shape, dtype=torch.float64, device="cpu")
-            self.fields = {"ids": array(ids), "scale": array(labels.scale.double()), "losses": array(self._losses)}
-
-    def finish(self) -> None:
-        """Hands the losses over."""
-        if self._labels is not None:
-            self._labels.losses.copy_(self._losses)
+@contextmanager
+def label_fields(labels: Labels | None) -> Iterator[Fields]:
+    """Labels as fields, if there are any; their losses, in double precision until then, are handed over at the end."""
+    if labels is None:
+        yield {"ids": None, "scale": None, "losses": None}
+        return
+    ids = labels.ids.contiguous()
+    losses = torch.empty(ids.shape, dtype=torch.float64, device="cpu")
+    yield {"ids": array(ids), "scale": array(labels.scale.double()), "losses": array(losses)}
+    labels.losses.copy_(losses)
 
 
 def unsupported(problem: Problem[Any]) -> str | None:
@@ -121,19 +117,13 @@ def run_cross_entropy(
 ) -> None:
     """See `CrossEntropy`; logits of types that the kernels do not take are left to plain PyTorch."""
     if student.dtype not in ELEMENTS:
-        return plain.cross_entropy(student, labels, student_grad, factor)
+        plain.cross_entropy(student, labels, student_grad, factor)
+        return
     if student_grad is not None and factor is not None and float(factor) != 1.0:
         student_grad.mul_(factor)
-    buffers = LabelBuffers(labels)
-    fields = {
-        "student": array(unit_stride(student)),
-        "grad": array(student_grad),
-        "labels": buffers.fields,
-        "lowest": numerics.LOWEST_LOGIT,
-        "add": True,
-    }
-    _core.launch("cross_entropy", fields, level, torch.get_num_threads())
-    return buffers.finish()
+    logits = {"student": array(unit_stride(student)), "grad": array(student_grad), "lowest": numerics.LOWEST_LOGIT}
+    with label_fields(labels) as given:
+        _core.launch("cross_entropy", {**logits, "labels": given, "add": True}, level, torch.get_num_threads())
 
 
 def column_set(logits: Tensor, top_k: int | None, *, level: str = "") -> Tensor:

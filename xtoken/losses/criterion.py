@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
 from xtoken.losses.backends import IGNORED, predicted_labels
 from xtoken.losses.call import (
+    SIDES,
     check_alignment,
     check_choice,
     check_count,
@@ -114,10 +115,8 @@ class Teacher:
             raise TypeError(
                 f"{', '.join(sorted(unknown))}: expected options of loss={loss!r}, which are {', '.join(known)}"
             )
-        made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces, "options": options}
-        made["trust_top_k"] = trust_top_k
-        for name, value in {**made, "_all_options": {**known, **options}}.items():
-            object.__setattr__(self, name, value)
+        made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces, "trust_top_k": trust_top_k}
+        vars(self).update(made, options=options, _all_options={**known, **options})
         self.make_loss().check()
 
     def make_loss(self) -> Loss:
@@ -214,7 +213,7 @@ class XTokenLoss(nn.Module):
         self.teacher_weighting = teacher_weighting
         self.diagnostics = diagnostics
         self.backend = backend
-        self.groups = (tp_group, cp_group, cp_layout)
+        self.groups = {"tp_group": tp_group, "cp_group": cp_group, "cp_layout": cp_layout}
         projections = [teacher.projection for teacher in teachers]
         self.projections = nn.ModuleList(W for W in projections if isinstance(W, nn.Module))
 
@@ -297,16 +296,16 @@ class XTokenLoss(nn.Module):
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
         in_parts = self._is_in_parts(student_logits, logits)
         if not in_parts:  # else their shape is that of the whole sequences
-            checked_labels(Parts.of(student_logits), labels)
+            shape = Parts.of(student_logits).leading_shape
+            checked_labels(shape, labels)
             if ce_labels is not None:
-                checked_labels(Parts.of(student_logits), ce_labels, "ce_labels")
+                checked_labels(shape, ce_labels, "ce_labels")
         targets = labels if ce_labels is None else ce_labels
         items = (predicted_labels(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
         ce_sum: Tensor | None = None
-        kd: Tensor | None = None
         done = []
         ready = [
             self._ready(teacher, student_logits, one, alignment, labels, in_parts)
@@ -316,16 +315,15 @@ class XTokenLoss(nn.Module):
         if self.teacher_weighting == "entropy":
             weights[:] = self._certainties(ready, student_logits)
         for one, divisor, weight in zip(ready, divisors, weights, strict=True):
-            teacher = one.teacher
             # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
             wanted = targets if ce_sum is None else None
             part = self._distil(one, student_logits, wanted, divisor, factors, weight)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
-            kd = teacher.weight * part.loss if kd is None else kd + teacher.weight * part.loss
             done.append(part)
         if ce_sum is None:
-            ce_sum = (self._cross_entropy_in_parts if in_parts else self._cross_entropy)(student_logits, targets)
-        kd = ce_sum.new_zeros(()) if kd is None else kd
+            ce_sum = self._cross_entropy(student_logits, targets, in_parts)
+        weighted = [one.teacher.weight * part.loss for one, part in zip(ready, done, strict=True)]
+        kd = sum(weighted[1:], weighted[0]) if weighted else ce_sum.new_zeros(())
         ce = ce_sum / items
         if scale is None:
             scale = self._ratio(ce.detach(), kd.detach(), reduce)
@@ -363,7 +361,7 @@ class XTokenLoss(nn.Module):
     def _is_in_parts(self, student_logits: AnyLogits, teachers: Sequence[AnyLogits | None]) -> bool:
         """Whether logits lie on several ranks; raises ValueError where that does not go with an option."""
         given = [one for one in (student_logits, *teachers) if one is not None]
-        if self.groups[:2] == (None, None) and not has_dtensor(*given):
+        if self.groups["tp_group"] is self.groups["cp_group"] is None and not has_dtensor(*given):
             return False
         if self.teacher_weighting == "entropy":
             raise ValueError("teacher_weighting: expected 'fixed' for logits in parts, got 'entropy'")
@@ -372,11 +370,6 @@ class XTokenLoss(nn.Module):
                 raise ValueError(f"trust_top_k: expected None for logits in parts, got {teacher.trust_top_k}")
         return True
 
-    def _cross_entropy_in_parts(self, student_logits: AnyLogits, labels: Tensor) -> Tensor:
-        from xtoken.parallel.call import cross_entropy
-
-        return cross_entropy(student_logits, labels, self.vocab_size, self.groups, self.backend)
-
     def _ratio(self, ce: Tensor, kd: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> Tensor | float:
         if self.scaling == "fixed":
             return 1.0
@@ -384,8 +377,12 @@ class XTokenLoss(nn.Module):
             ce, kd = reduce(torch.stack([ce, kd.to(ce.dtype)]))
         return ratio(ce, kd, self.max_scale)
 
-    def _cross_entropy(self, student_logits: AnyLogits, labels: Tensor) -> Tensor:
+    def _cross_entropy(self, student_logits: AnyLogits, labels: Tensor, in_parts: bool) -> Tensor:
         """The sum; hidden states in blocks, whose logits backward computes again."""
+        if in_parts:
+            from xtoken.parallel.call import cross_entropy
+
+            return cross_entropy(student_logits, labels, self.vocab_size, self.groups, self.backend)
         given = Parts.of(student_logits).batched()
         if given.width is None:
             raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
@@ -420,20 +417,20 @@ class XTokenLoss(nn.Module):
             if alignment is None or _count(predictable(alignment.supervised(labels))):
                 raise TypeError("teacher_logits: expected a floating-point tensor, got None, for labelled chunks")
             unsupervised = _count(predictable(alignment))
-            return _Ready(teacher, loss, projection, None, None, None, alignment, None, 0, unsupervised, 0)
+            return _Ready(teacher, loss, projection, None, None, alignment, None, 0, unsupervised, 0)
         if in_parts:
             alignment, mask, number, unsupervised = _supervised(loss, alignment, labels)
-            return _Ready(teacher, loss, None, teacher_logits, None, None, alignment, mask, number, unsupervised, 0)
+            return _Ready(teacher, loss, None, teacher_logits, None, alignment, mask, number, unsupervised, 0)
         if isinstance(teacher_logits, OrderedLogits):
             if projection is not None:
                 projection = matrix_in(teacher_logits.order, Matrix.of(projection))
             loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
         check_logits(student_logits, teacher_logits)
-        student, source = self._sources(teacher, loss, student_logits, teacher_logits)
+        sources = self._sources(teacher, loss, student_logits, teacher_logits)
         if alignment is not None:
-            check_alignment(alignment, student.samples)
-            for side, (name, rows) in enumerate((("student_logits", student), ("teacher_logits", source))):
-                alignment.host.check_reach(side, rows.length, name, "row")
+            check_alignment(alignment, sources[0].samples)
+            for side in (0, 1):
+                alignment.host.check_reach(side, sources[side].length, SIDES[side], "row")
         alignment, mask, number, unsupervised = _supervised(loss, alignment, labels)
         if not isinstance(number, Tensor) and number == 0 < unsupervised:
             warnings.warn(
@@ -443,19 +440,18 @@ class XTokenLoss(nn.Module):
         distrusted: Count = 0
         if teacher.trust_top_k is not None:
             device = Parts.of(student_logits).rows.device
-            alignment, mask = _trusted(teacher.trust_top_k, source, alignment, mask, labels, device)
+            alignment, mask = _trusted(teacher.trust_top_k, sources[1], alignment, mask, labels, device)
             distrusted = number - _count(_chosen(alignment, mask))
         return _Ready(
-            teacher, loss, projection, teacher_logits, student, source, alignment, mask, number, unsupervised,
-            distrusted,
-        )  # fmt: skip
+            teacher, loss, projection, teacher_logits, sources, alignment, mask, number, unsupervised, distrusted
+        )
 
     def _certainties(self, ready: Sequence[_Ready], student_logits: AnyLogits) -> list[Tensor]:
         """The weights of each teacher's chunks, in the order of its chunks."""
         device = Parts.of(student_logits).rows.device
-        known = [None if one.source is None else Predicting(one.source, one.used(device)) for one in ready]
-        student = next((one.student for one in ready if one.student is not None), None)
-        rows, size = (0, 0) if student is None else (student.samples * student.length, student.size)
+        known = [None if one.sources is None else Predicting(one.sources[1], one.used(device)) for one in ready]
+        students = [one.sources[0] for one in ready if one.sources is not None]
+        rows, size = (students[0].samples * students[0].length, students[0].size) if students else (0, 0)
         return certainties(known, rows, size)
 
     def _distil(
@@ -467,7 +463,7 @@ class XTokenLoss(nn.Module):
         factors: tuple[float | Tensor, float | Tensor] | None,
         weights: Tensor | None,
     ) -> _Distilled:
-        teacher, loss, student, source = ready.teacher, ready.loss, ready.student, ready.source
+        teacher, loss = ready.teacher, ready.loss
         device = Parts.of(student_logits).rows.device
         if ready.logits is None:
             zero = torch.zeros((), dtype=torch.float32, device=device)
@@ -476,37 +472,31 @@ class XTokenLoss(nn.Module):
             nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)
             return _Distilled(nowhere, None, zero, nothing(device))
         divisor = at_least_one(ready.chunks) if divisor is None else divisor
-        targets, is_diagnosed = targets if weights is None else None, False
-        wanted: Tensor | Expected | None = targets
+        expected: Expected | None = None
+        diagnosed: tuple[Source, Source] | None = None
         sizes: tuple[int | None, int | None] = teacher.shape or (self.vocab_size, None)
-        if student is not None and source is not None:
-            sizes = student.size, source.size
-            is_diagnosed = self.diagnostics and not torch.compiler.is_compiling()
-            if is_diagnosed:
-                loss = loss.chosen(source, device, self.backend)
+        if ready.sources is not None:
+            sizes = ready.sources[0].size, ready.sources[1].size
+            if self.diagnostics and not torch.compiler.is_compiling():
+                diagnosed, loss = ready.sources, loss.chosen(ready.sources[1], device, self.backend)
             if factors is not None and weights is None:
                 of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
-                wanted = Expected(targets, of_loss, _scalar(factors[1], device))
+                expected = Expected(of_loss, _scalar(factors[1], device))
         elif loss.needs is Needs.SAME_TOKENIZER:
             sizes = self.vocab_size, self.vocab_size
         result = compute(
-            loss, student_logits, ready.logits, ready.alignment, labels=wanted, sizes=sizes, mask=ready.mask,
-            reduction="sum" if weights is None else "none", backend=self.backend, groups=self.groups,
+            loss, student_logits, ready.logits, ready.alignment, labels=targets if weights is None else None,
+            sizes=sizes, mask=ready.mask, expected=expected, reduction="sum" if weights is None else "none",
+            backend=self.backend, **self.groups,
         )  # fmt: skip
         total, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        chunks = ready.used(device, loss.realised) if is_diagnosed or weights is not None else None
-        if weights is None:
-            weighted = _scalar(ready.chunks, device) - _scalar(ready.distrusted, device)
-        else:
-            assert chunks is not None
-            total = (total.flatten()[chunks.used] * weights).sum()
-            weighted = weights.sum()
-        diagnosis = nothing(device)
-        if is_diagnosed:
-            assert chunks is not None
-            assert student is not None
-            assert source is not None
-            diagnosis = loss.diagnose(student, source, chunks, ready.projection, device, self.backend)
+        weighted, diagnosis = _scalar(ready.chunks, device) - _scalar(ready.distrusted, device), nothing(device)
+        if weights is not None or diagnosed is not None:
+            chunks = ready.used(device, loss.realised)
+            if weights is not None:
+                total, weighted = (total.flatten()[chunks.used] * weights).sum(), weights.sum()
+            if diagnosed is not None:
+                diagnosis = loss.diagnose(*diagnosed, chunks, ready.projection, device, self.backend)
         return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
 
     def _sources(
@@ -525,8 +515,8 @@ class XTokenLoss(nn.Module):
         sizes = teacher.shape or (common(given[0]), given[1].width)
         if loss.needs is Needs.SAME_TOKENIZER:
             sizes = (common(*given),) * 2
-        student, other = (one.source(vocabulary_size(loss, k, one, sizes[k])) for k, one in enumerate(given))
-        return student, other
+        student, source = (one.source(vocabulary_size(loss, k, one, sizes[k])) for k, one in enumerate(given))
+        return student, source
 
 
 class _Ready(NamedTuple):
@@ -536,8 +526,7 @@ class _Ready(NamedTuple):
     loss: Loss
     projection: Any
     logits: AnyLogits | None
-    student: Source | None
-    source: Source | None
+    sources: tuple[Source, Source] | None  # of the student and the teacher
     alignment: Alignment | None
     mask: Tensor | None  # bool [B, T], without an alignment
     chunks: Count
@@ -546,11 +535,11 @@ class _Ready(NamedTuple):
 
     def used(self, device: torch.device, realised: bool = False) -> Chunks:
         """The rows of the chunks that count, or of the positions."""
-        assert self.student is not None
-        assert self.source is not None
+        assert self.sources is not None
+        student, teacher = self.sources
         if self.alignment is None:
-            return Chunks.of_positions(self.student.samples * self.student.length, self.mask, device)
-        return Chunks.of(self.alignment, self.student.length, self.source.length, device, realised)
+            return Chunks.of_positions(student.samples * student.length, self.mask, device)
+        return Chunks.of(self.alignment, student.length, teacher.length, device, realised)
 
 
 def _supervised(

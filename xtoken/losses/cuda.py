@@ -10,7 +10,7 @@ import functools
 import importlib
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,16 +31,10 @@ def _built() -> Any:
 
 
 def why_not(capability: int, driver: int, architectures: str, toolkit: int) -> str | None:
-    """Why kernels cannot run on a device, or None if they can.
+    """Why kernels cannot run on a device of this compute capability (80 for 8.0), or None if they can.
 
-    Parameters
-    ----------
-    capability : int
-        The device's compute capability, 80 for 8.0.
-    driver, toolkit : int
-        The newest CUDA that the driver supports, and the one that the kernels were built with: 12040 for 12.4.
-    architectures : str
-        What they are built for, such as "80,90"; with PTX of the first, which a driver translates for other devices.
+    `architectures` is what they are built for, such as "80,90", with PTX of the first, which a driver translates for
+    other devices; `driver` the newest CUDA that the driver supports, and `toolkit` that of the build: 12040 for 12.4.
     """
     built = [int(one) for one in architectures.split(",")]
     if capability < built[0]:
@@ -68,46 +62,29 @@ def number_of(device: torch.device) -> int:
     return torch.cuda.current_device() if device.type == "cuda" and torch.cuda.is_available() else 0
 
 
-class Memory(Protocol):
-    """Where the kernels of one call find their tensors, and how they are launched."""
+class Memory:
+    """Where the kernels of one call find their tensors, and how they are launched.
 
-    blocks: int
-    """Of the grid of a large kernel."""
-    threads: int
-    """Of a block."""
-    device: int
-    """Its number."""
-    stream: int
-
-    def input(self, tensor: Tensor | None) -> Array | None:
-        """A tensor's values for the kernels."""
-        ...
-
-    def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
-        """A contiguous tensor that kernels fill, or (`keep`) change."""
-        ...
-
-    def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
-        """Memory for kernels only; uninitialised or zero."""
-        ...
-
-
-class DeviceMemory:
-    """The device's own: tensors are used where they are, and live as long as the fields that name them."""
+    Here the device's own: tensors are used where they are, and live as long as the fields that name them.
+    """
 
     def __init__(self, module: Any, device: torch.device) -> None:
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-        self.blocks, self.threads = module.resident_blocks * multiprocessors, module.max_threads
+        self.blocks: int = module.resident_blocks * multiprocessors  # of the grid of a large kernel
+        self.threads = module.max_threads  # of a block
         self.stream = torch.cuda.current_stream(device).cuda_stream
         self.device, self.place = number_of(device), device
 
     def input(self, tensor: Tensor | None) -> Array | None:
+        """A tensor's values for the kernels."""
         return array(tensor)
 
     def output(self, tensor: Tensor | None, keep: bool = False) -> Array | None:
+        """A contiguous tensor that kernels fill, or (`keep`) change."""
         return array(tensor)
 
     def scratch(self, shape: tuple[int, ...], dtype: torch.dtype = torch.float32, zero: bool = False) -> Tensor:
+        """Memory for kernels only; uninitialised or zero."""
         make = torch.zeros if zero else torch.empty
         return make(shape, dtype=dtype, device=self.place)
 
@@ -116,18 +93,11 @@ class DeviceMemory:
 def device_memory(module: Any, device: torch.device) -> Iterator[Memory]:
     """The memory of a CUDA device, which is made the current one, for the launchers of a module."""
     with torch.cuda.device(device):
-        yield DeviceMemory(module, device)
+        yield Memory(module, device)
 
 
 class Kernels:
-    """The operations, on a module of launchers and the memory that it works on.
-
-    Parameters
-    ----------
-    module : xtoken._cuda, or a module with the same functions
-    memory : callable
-        Opens the memory of a device for one call.
-    """
+    """The operations, on a module of launchers (`xtoken._cuda`) and the memory of a device, opened for one call."""
 
     def __init__(self, module: Any, memory: Callable[[torch.device], AbstractContextManager[Memory]]) -> None:
         self.module, self.memory = module, memory

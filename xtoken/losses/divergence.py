@@ -8,6 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from xtoken.losses.numerics import check_temperature
+
 
 class Divergence(NamedTuple):
     """``teacher sum Q log(Q / M) + student sum P log(P / M)`` with ``M = mixture Q + (1 - mixture) P``.
@@ -21,24 +23,11 @@ class Divergence(NamedTuple):
 
     @classmethod
     def of(cls, reverse: bool = False, beta: float = 0.0, skew: float = 0.0) -> Divergence:
-        """What the options of a loss mean; the kernels' parameters.
+        """What the options of a loss mean, as `xtoken.losses.call.PARAMETERS` has them; the kernels' parameters.
 
-        Parameters
-        ----------
-        reverse : bool
-            The KL of the student from the teacher in place of the teacher from the student; the same as ``beta=1``.
-        beta : float in [0, 1]
-            Generalised Jensen-Shannon: ``beta KL(Q || M) + (1 - beta) KL(P || M)`` with ``M = beta Q + (1 - beta) P``
-            (0.5 is Jensen-Shannon's own). At the ends it would be 0: 0 is the forward KL, 1 the reverse, which are its
-            limits, divided by beta and by 1 - beta.
-        skew : float in [0, 1)
-            So much of the first distribution of a KL is mixed into the second: ``KL(Q || skew Q + (1 - skew) P)``,
-            ``reverse`` with the two exchanged.
-
-        Raises
-        ------
-        ValueError
-            If one is out of its range, or ``beta`` inside its range goes with another option.
+        At the ends of its range ``beta`` would give 0: 0 is the forward KL, 1 the reverse, which are the limits of the
+        mixture, divided by beta and by 1 - beta. Raises ValueError if an option is out of its range, or ``beta`` inside
+        its range goes with another option.
         """
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
@@ -83,13 +72,26 @@ class Divergence(NamedTuple):
 
 
 class HasDivergence:
-    """Something with the options of `Divergence.of`."""
+    """Something with a temperature and the options of `Divergence.of`."""
 
+    temperature: float
     reverse: bool
     beta: float
     skew: float
+
+    def __post_init__(self) -> None:
+        check_temperature(self.temperature)
+        Divergence.of(self.reverse, self.beta, self.skew)
 
     @property
     def divergence(self) -> Divergence:
         """Of the two distributions that are compared."""
         return Divergence.of(self.reverse, self.beta, self.skew)
+
+    def arguments(self) -> dict[str, Any]:
+        """What formulas are told of it."""
+        return {"temperature": self.temperature, "reverse": self.reverse, "beta": self.beta, "skew": self.skew}
+
+    def fields(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        return {"temperature": self.temperature, **self.divergence.fields()}

@@ -51,12 +51,7 @@ class Matrix(NamedTuple):
     def of(cls, projection: Any) -> Matrix:
         """From a `ProjectionMatrix`, or anything with its attributes, such as a module with trainable weights.
 
-        Raises
-        ------
-        TypeError
-            If it has not these attributes.
-        ValueError
-            If the shape is another than that of the rows.
+        Raises TypeError if it has not these attributes, ValueError if the shape is another than that of the rows.
         """
         if not all(hasattr(projection, name) for name in cls._fields):
             raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
@@ -139,6 +134,8 @@ class Loss:
     """Whether the weights of W get a gradient."""
     by_rank: ClassVar[bool] = False
     """Whether it compares sorted probabilities: where two exchange their ranks, the gradient jumps."""
+    reads_tokens: ClassVar[bool] = False
+    """Whether it looks at the realised tokens of every chunk, whose ids are then checked first."""
     whole_rows: ClassVar[str] = ""
     """Why it takes no logits in parts, if it needs whole rows."""
     is_default: ClassVar[bool] = False
@@ -150,7 +147,7 @@ class Loss:
     @property
     def realised(self) -> bool:
         """Whether it needs the realised token ids of the alignment."""
-        return False
+        return self.reads_tokens
 
     @property
     def trained(self) -> Tensor | None:
@@ -192,7 +189,10 @@ class Loss:
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         """The chunks, and what kernels and formula get to see of this loss (default: all of them, and itself)."""
-        return Prepared(call.chunks(self.realised), self)
+        chunks = call.chunks(self.realised)
+        if self.reads_tokens:
+            chunks.check_ids((call.student_size, call.teacher_size), several=False)
+        return Prepared(chunks, self)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The formula in plain, differentiable PyTorch: the loss of each chunk.

@@ -34,6 +34,12 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def check_temperature(value: float) -> None:
+    """Positive and finite."""
+    if not 0.0 < value < float("inf"):
+        raise ValueError(f"temperature: expected a positive finite number, got {value!r}")
+
+
 def scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """Logits as losses read them: none below `LOWEST_LOGIT`, divided by the temperature."""
     logits = logits.to(dtype).clamp_min(LOWEST_LOGIT)
@@ -57,10 +63,9 @@ def log_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
 
 def log_likelihood(logits: Tensor, rows: Rows, dtype: torch.dtype, temperature: float = 1.0) -> Tensor:
     """[K]: the sum of the log-probabilities of the tokens that the rows predict."""
-    assert rows.next_ids is not None
     index = rows.index()
     log_p = scaled(logits[index], temperature, dtype).log_softmax(-1)
-    return rows.total(log_p.gather(1, rows.next_ids[index, None])[:, 0], rows.owner())
+    return rows.total(log_p.gather(1, rows.realised[index, None])[:, 0], rows.owner())
 
 
 def log_complement(log_p: Tensor) -> Tensor:
@@ -75,10 +80,9 @@ def log_complement(log_p: Tensor) -> Tensor:
 def sorted_l1(p: Tensor, q: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Sum of |P_i - Q_i| over the `count` first ranks, descending, padded with zeros [K]; and its slope in p [K, V].
 
-    The slope of a probability is ``sign(P_i - Q_i)`` at its rank ``i``. Equal probabilities have no order among
-    themselves: each gets the mean of the signs at the ranks that they share, which is the mean over all their orders.
-    (An order by id would raise low ids and lower high ones; in bfloat16 most of a vocabulary is tied.) Signs are whole
-    numbers, so their sums do not depend on the order in which a device adds them.
+    The slope of a probability is ``sign(P_i - Q_i)`` at its rank ``i``, of equal ones the mean over all their orders,
+    which is that of the signs at the ranks that they share. Signs are whole numbers, so their sums do not depend on the
+    order of the additions.
     """
     if count == 0:
         return p.new_zeros(len(p)), torch.zeros_like(p)

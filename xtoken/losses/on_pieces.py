@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks, synchronized
 from xtoken.losses import diagnostics
-from xtoken.losses.backends import Prepared
 from xtoken.losses.cached import kept
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.operator import Call
 from xtoken.pieces import Side, sides
 
 
@@ -56,10 +54,7 @@ class OnPieces(Loss):
 class OnTokens(OnPieces):
     """One whose formula is its only kernel, and that looks at the realised tokens of every chunk."""
 
-    def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
-        prepared = super().prepare(call, student, teacher)
-        prepared.chunks.check_ids((call.student_size, call.teacher_size), several=False)
-        return prepared
+    reads_tokens: ClassVar[bool] = True
 
 
 # --- exact partners
@@ -92,9 +87,7 @@ def partners(pieces: Tensor, device: torch.device) -> Partners:
 def are_partners(chunks: Chunks, known: Partners) -> Tensor:
     """bool [K]: the chunk is one token on both sides, and these are partners."""
     student, teacher = chunks.student, chunks.teacher
-    assert student.next_ids is not None
-    assert teacher.next_ids is not None
-    is_exact = known.of_student[student.next_ids[student.start]] == teacher.next_ids[teacher.start]
+    is_exact = known.of_student[student.realised[student.start]] == teacher.realised[teacher.start]
     return (student.count == 1) & (teacher.count == 1) & is_exact
 
 

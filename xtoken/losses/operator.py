@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
-from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, backend_of, predicted_labels, select
+from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, checked_ids, select
 from xtoken.losses.logits import DenseSource, LinearSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
 from xtoken.losses.numerics import statistics_dtype, temporary_elements
@@ -55,6 +56,39 @@ class Call(NamedTuple):
     reduction: str
     backend: str
 
+    @classmethod
+    def of(
+        cls,
+        loss: Loss,
+        student: Parts,
+        teacher: Parts,
+        alignment: Alignment | None,
+        *,
+        sizes: tuple[int, int],
+        mask: Tensor | None,
+        labels: Tensor | None,
+        reduction: str,
+        backend: str,
+    ) -> Call:
+        """Of logits [B, T, ...] and what a loss needs of an alignment, or the mask of positions."""
+        host = None if alignment is None else alignment.host
+        ids = (host.student_ids, host.teacher_ids) if host is not None and loss.realised else (None, None)
+        student_ids, teacher_ids = (one if one is None or one.dim() == 2 else one[None] for one in ids)
+        return cls(
+            student=student.rows, student_head=student.head, student_bias=student.bias,
+            teacher=teacher.rows, teacher_head=teacher.head, teacher_bias=teacher.bias, teacher_top=teacher.top,
+            spans=None if host is None else host.spans,
+            offsets=None if host is None else host.offsets,
+            predicted=mask if host is None else host.predicted,
+            student_ids=student_ids, teacher_ids=teacher_ids,
+            flat=None if alignment is None else alignment._flat,
+            mask=None if alignment is None else alignment.mask,
+            labels=labels, student_size=sizes[0], teacher_size=sizes[1], tail=teacher.tail,
+            student_scale=student.scale, student_softcap=student.softcap,
+            teacher_scale=teacher.scale, teacher_softcap=teacher.softcap,
+            reduction=reduction, backend=backend,
+        )  # fmt: skip
+
     def chunks(self, realised: bool) -> Chunks:
         """The chunks of the alignment, or without one the positions."""
         if self.spans is None:
@@ -72,16 +106,12 @@ class Call(NamedTuple):
         chunks = Chunks.of(alignment, *lengths, self.student.device, realised)
         return chunks if self.mask is None else chunks.masked(self.mask)
 
-    def sources(self) -> tuple[Source, Source]:
-        """The rows of both sides."""
-        student = Parts(
-            self.student, self.student_head, self.student_bias, scale=self.student_scale, softcap=self.student_softcap
-        )
-        teacher = Parts(
-            self.teacher, self.teacher_head, self.teacher_bias, self.teacher_top, self.tail, self.teacher_scale,
-            self.teacher_softcap,
-        )  # fmt: skip
-        return student.source(self.student_size), teacher.source(self.teacher_size)
+    def parts(self) -> tuple[Parts, Parts]:
+        """The logits of both sides."""
+        head, bias, scale, softcap = self.student_head, self.student_bias, self.student_scale, self.student_softcap
+        student = Parts(self.student, head, bias, scale=scale, softcap=softcap)
+        head, bias, scale, softcap = self.teacher_head, self.teacher_bias, self.teacher_scale, self.teacher_softcap
+        return student, Parts(self.teacher, head, bias, self.teacher_top, self.tail, scale, softcap)
 
 
 class Result(NamedTuple):
@@ -224,13 +254,14 @@ def _define(name: str, layout: _Layout) -> None:
     schema = f"({layout.schema}) -> ({', '.join(['Tensor'] * len(Result._fields))})"
     operator = torch.library.custom_op(f"xtoken::{name}", kernel, mutates_args=(), schema=schema)
     operator.register_fake(fake)
-    operator.register_autograd(_Backward(name, layout), setup_context=_setup_context)
+    operator.register_autograd(partial(_backward, name, layout), setup_context=_setup_context)
     OPERATORS[name], _LAYOUTS[name] = operator, layout
 
 
 def _compute(loss: Loss, call: Call, flags: Flags, inplace: bool = False) -> Result:
     """The loss of a call, and the gradients that are wanted."""
-    student, teacher = call.sources()
+    leaves, others = call.parts()
+    student, teacher = leaves.source(call.student_size), others.source(call.teacher_size)
     loss.check_tables()
     loss.check()
     prepared = loss.prepare(call, student, teacher)
@@ -243,16 +274,8 @@ def _compute(loss: Loss, call: Call, flags: Flags, inplace: bool = False) -> Res
         upstream = label_upstream = lifted = _power_of_two(chunks.number, call.student.device)
     scale = chunk_scale(chunks, call.reduction, upstream, call.student)
     labels = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
-    grads = Gradients(Leaves(call.student, call.student_head, call.student_bias), weight, flags, inplace)
-    parts = []
-    for problem, span, rows in problems(loss.name, student, teacher, prepared, weight):
-        backend = backend_of(call.backend, problem)
-        part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
-        logits_grad = grads.logits(problem, rows)
-        parts.append(backend.run(problem, logits_grad, grads.weight, None if scale is None else scale[span], part))
-        if logits_grad is not None and isinstance(student, LinearSource):
-            grads.add(student.of_product(logits_grad[0], problem.student[0]), rows)
-    losses = torch.cat(parts) if len(parts) != 1 else parts[0]
+    grads = Gradients(leaves, weight, flags, inplace)
+    losses = computed(loss.name, (student, teacher), prepared, weight, call.backend, grads, scale, labels)
     head_grad, bias_grad = grads.in_types()
     count = call.predicted.numel() if call.predicted is not None else call.student.shape[:2].numel()
     return Result(
@@ -280,7 +303,31 @@ def _power_of_two(number: int | Tensor, device: torch.device) -> Tensor:
     return count.clamp_min(1).float().log2().floor().exp2()
 
 
-def problems(
+def computed(
+    name: str,
+    sources: tuple[Source, Source],
+    prepared: Prepared,
+    weight: Tensor | None,
+    backend: str,
+    grads: Gradients | None,
+    scale: Tensor | None,
+    labels: Labels | None,
+) -> Tensor:
+    """The losses [K], by a backend; `grads`, if there are any, and `labels` get what comes with them."""
+    student, parts = sources[0], []
+    for problem, span, rows in _problems(name, *sources, prepared, weight):
+        part = None if labels is None else labels.part(rows)
+        logits_grad = None if grads is None else grads.logits(problem, rows)
+        weight_grad = None if grads is None else grads.weight
+        own_scale = None if scale is None else scale[span]
+        chosen = select(backend, problem.student.device, name, problem)
+        parts.append(chosen.run(problem, logits_grad, weight_grad, own_scale, part))
+        if grads is not None and logits_grad is not None and isinstance(student, LinearSource):
+            grads.add(student, logits_grad[0], problem.student[0], rows)
+    return torch.cat(parts) if len(parts) != 1 else parts[0]
+
+
+def _problems(
     name: str, student: Source, teacher: Source, prepared: Prepared, weight: Tensor | None
 ) -> Iterator[tuple[Problem[Any], slice, slice]]:
     """One problem if all logits are in memory, else one for each block of rows: (problem, chunks, student rows)."""
@@ -293,27 +340,19 @@ def problems(
         yield Problem(name, *dense, block.chunks, prepared.options, weight), block.span, block.student
 
 
-class Leaves(NamedTuple):
-    """What of a call gets a gradient, beside the weights of W."""
-
-    student: Tensor
-    student_head: Tensor | None
-    student_bias: Tensor | None
-
-
 class Gradients:
     """Buffers of the gradients that are wanted; an operator's results must not share memory."""
 
-    def __init__(self, leaves: Leaves, weight: Tensor | None, flags: Flags, inplace: bool) -> None:
+    def __init__(self, leaves: Parts, weight: Tensor | None, flags: Flags, inplace: bool) -> None:
         self.leaves, self.wanted, self.head_wanted = leaves, flags.student_wanted, flags.head_wanted
-        self.student, self.head, self.bias = (leaves.student.new_empty(0) for _ in range(3))
+        self.student, self.head, self.bias = (leaves.rows.new_empty(0) for _ in range(3))
         if self.wanted:
-            empty = torch.empty_like(leaves.student, memory_format=torch.contiguous_format) if not inplace else None
-            self.student = leaves.student if empty is None else empty
+            contiguous = torch.contiguous_format
+            self.student = leaves.rows if inplace else torch.empty_like(leaves.rows, memory_format=contiguous)
         if self.head_wanted:
             self.head, self.bias = (
                 empty if of is None else torch.zeros_like(of, dtype=statistics_dtype(of))
-                for of, empty in ((leaves.student_head, self.head), (leaves.student_bias, self.bias))
+                for of, empty in ((leaves.head, self.head), (leaves.bias, self.bias))
             )
         self.weight = None if weight is None else torch.zeros_like(weight)
 
@@ -321,40 +360,33 @@ class Gradients:
         """Where the gradient of the logits of these rows goes: [B, T, >= V]."""
         if not self.wanted:
             return None
-        if self.leaves.student_head is not None:
+        if self.leaves.head is not None:
             return torch.empty_like(problem.student)
         if rows == slice(None):
             return self.student
         return self.student.flatten(0, 1)[rows][None]
 
-    def add(self, grad: Tensor, rows: slice) -> None:
-        """Takes a block's gradient [R, V] on to the hidden states and the output layer."""
-        head, size = self.leaves.student_head, grad.shape[1]
+    def add(self, source: Source, grad: Tensor, logits: Tensor, rows: slice | Tensor) -> None:
+        """Takes the gradient [R, V] of logits to what they are made of: all there is of a range of rows, or more of
+        single ones int64 [R], onto what they have already."""
+        into, size = self.student.flatten(0, 1), grad.shape[1]
+        if not isinstance(source, LinearSource):
+            if isinstance(rows, slice):
+                into[rows, :size], into[rows, size:] = grad[:, : into.shape[1]], 0
+            else:
+                into[:, :size].index_add_(0, rows, grad[:, : into.shape[1]])
+            return
+        grad, head = source.of_product(grad, logits), self.leaves.head
         assert head is not None
-        torch.mm(grad, head[:size], out=self.student.flatten(0, 1)[rows])
-        self._add_head(grad, self.leaves.student.flatten(0, 1)[rows])
-
-    def add_at(self, grad: Tensor, index: Tensor) -> None:
-        """As `add` for single rows int64 [R], onto what the hidden states have already."""
-        head = self.leaves.student_head
-        assert head is not None
-        self.student.flatten(0, 1).index_add_(0, index, grad @ head[: grad.shape[1]])
-        self._add_head(grad, self.leaves.student.flatten(0, 1)[index])
-
-    def put(self, grad: Tensor, rows: slice) -> None:
-        """Writes a block's gradient [R, V] of logits in memory, and zeros beyond the vocabulary."""
-        into = self.student.flatten(0, 1)[rows]
-        into[:, : grad.shape[1]] = grad[:, : into.shape[1]]
-        into[:, grad.shape[1] :] = 0
-
-    def put_at(self, grad: Tensor, index: Tensor) -> None:
-        """Adds the gradient of single rows int64 [R] of logits in memory."""
-        into = self.student.flatten(0, 1)
-        into[:, : grad.shape[1]].index_add_(0, index, grad[:, : into.shape[1]])
+        size = grad.shape[1]
+        if isinstance(rows, slice):
+            torch.mm(grad, head[:size], out=into[rows])
+        else:
+            into.index_add_(0, rows, grad @ head[:size])
+        if self.head_wanted:
+            self._add_head(grad, self.leaves.rows.flatten(0, 1)[rows])
 
     def _add_head(self, grad: Tensor, hidden: Tensor) -> None:
-        if not self.head_wanted:
-            return
         size = grad.shape[1]
         if self.head.dtype == grad.dtype:
             self.head[:size].addmm_(grad.t(), hidden)
@@ -363,12 +395,12 @@ class Gradients:
             for start in range(0, size, step):
                 part = slice(start, min(start + step, size))
                 self.head[part] += grad[:, part].t() @ hidden
-        if self.leaves.student_bias is not None:
+        if self.leaves.bias is not None:
             self.bias[:size] += grad.sum(0, dtype=self.bias.dtype)
 
     def in_types(self) -> tuple[Tensor, Tensor]:
         """Those of output layer and bias, in the types of these."""
-        head, bias = self.leaves.student_head, self.leaves.student_bias
+        head, bias = self.leaves.head, self.leaves.bias
         return (
             self.head if head is None else self.head.to(head.dtype),
             self.bias if bias is None else self.bias.to(bias.dtype),
@@ -390,13 +422,7 @@ def _labels(
 ) -> Labels | None:
     if labels is None:
         return None
-    following = predicted_labels(labels).flatten()
-    if following.device.type == "cpu":  # elsewhere this would wait for the device; a bad id there makes the loss nan
-        bad = ((following < 0) | (following >= size)) & (following != IGNORED)
-        if bool(bad.any()):
-            got = int(following[bad][0])
-            raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {got}")
-    following = to_device(following, student.device)
+    following = to_device(checked_ids(labels, size), student.device)
     scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
     if reduction == "mean":
         scale = scale / (following != IGNORED).sum().clamp_min(1)
@@ -540,54 +566,47 @@ def _remaining(
     return factor, torch.where(lacking.abs() <= rounding * label_upstream.abs(), 0.0, lacking)
 
 
-class _Backward:
+def _backward(
+    name: str, layout: _Layout, ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
+) -> tuple[Tensor | None, ...]:
     """The gradients of an operator's arguments."""
-
-    def __init__(self, name: str, layout: _Layout) -> None:
-        self.name, self.layout = name, layout
-
-    def __call__(
-        self, ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        upstream = ctx.zeros[0] if upstream is None else upstream
-        label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
-        arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
-        count = len(self.layout.names)
-        call, expected = Call(*arguments[: len(Call._fields)]), Flags(*arguments[count:])
-        needed = dict(zip(self.layout.names, ctx.needs_input_grad, strict=False))
-        head_wanted = bool(needed["student_head"] or needed["student_bias"])
-        student_wanted = bool(needed["student"] or head_wanted)
-        prepared, ctx.prepared = ctx.prepared, None
-        with torch.no_grad():
-            if prepared is None:
-                weight_wanted = self.layout.loss.trains_projection and bool(needed[_WEIGHT])
-                flags = Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
-                prepared = getattr(torch.ops.xtoken, self.name)(*arguments[:count], *flags)[2:-1]
+    upstream = ctx.zeros[0] if upstream is None else upstream
+    label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
+    arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
+    count = len(layout.names)
+    call, expected = Call(*arguments[: len(Call._fields)]), Flags(*arguments[count:])
+    needed = dict(zip(layout.names, ctx.needs_input_grad, strict=False))
+    head_wanted = bool(needed["student_head"] or needed["student_bias"])
+    student_wanted = bool(needed["student"] or head_wanted)
+    prepared, ctx.prepared = ctx.prepared, None
+    with torch.no_grad():
+        if prepared is None:
+            weight_wanted = layout.loss.trains_projection and bool(needed[_WEIGHT])
+            flags = Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
+            prepared = getattr(torch.ops.xtoken, name)(*arguments[:count], *flags)[2:-1]
+        else:
+            factors = (expected.upstream, expected.label_upstream) if ctx.lifted is None else (ctx.lifted,) * 2
+            if _is_mixed(call):
+                factor, lacking = _common_factor(upstream, label_upstream, *factors), None
             else:
-                factors = (expected.upstream, expected.label_upstream) if ctx.lifted is None else (ctx.lifted,) * 2
-                if _is_mixed(call):
-                    factor, lacking = _common_factor(upstream, label_upstream, *factors), None
-                else:
-                    factor, lacking = _remaining(upstream, label_upstream, *factors)
-                if lacking is not None and call.labels is not None and student_wanted:
-                    add_cross_entropy_(
-                        prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
-                        call.backend,
-                    )  # fmt: skip
-                    prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
-                else:
-                    prepared = tuple(_scaled(grad, factor) for grad in prepared)
-        grads: dict[str, Tensor] = dict(
-            zip(("student", "student_head", "student_bias", _WEIGHT), prepared, strict=True)
-        )
-        if torch.is_grad_enabled():
-            grads = {name: _OnceOnly.apply(grad.requires_grad_()) for name, grad in grads.items()}
-        given: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-        for k, (name, is_needed) in enumerate(needed.items()):
-            grad = grads.get(name) if is_needed else None
-            if grad is not None and arguments[k] is not None and grad.shape == arguments[k].shape:
-                given[k] = grad
-        return tuple(given)
+                factor, lacking = _remaining(upstream, label_upstream, *factors)
+            if lacking is not None and call.labels is not None and student_wanted:
+                add_cross_entropy_(
+                    prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
+                    call.backend,
+                )  # fmt: skip
+                prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
+            else:
+                prepared = tuple(_scaled(grad, factor) for grad in prepared)
+    grads: dict[str, Tensor] = dict(zip(("student", "student_head", "student_bias", _WEIGHT), prepared, strict=True))
+    if torch.is_grad_enabled():
+        grads = {argument: _OnceOnly.apply(grad.requires_grad_()) for argument, grad in grads.items()}
+    given: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
+    for k, (argument, is_needed) in enumerate(needed.items()):
+        grad = grads.get(argument) if is_needed else None
+        if grad is not None and arguments[k] is not None and grad.shape == arguments[k].shape:
+            given[k] = grad
+    return tuple(given)
 
 
 class InplaceLoss(torch.autograd.Function):
@@ -614,13 +633,12 @@ class InplaceLoss(torch.autograd.Function):
 
 
 class Expected(NamedTuple):
-    """Labels of a call, or none, with what its results will be multiplied by: float32 [].
+    """What the results of a call will be multiplied by: float32 [].
 
     Forward prepares the gradient with these factors (not in float16); where they come true, backward has nothing left
     to do. With labels and an output layer it can only multiply both by the same, and anything else makes it nan.
     """
 
-    labels: Tensor | None
     loss: Tensor
     cross_entropy: Tensor
 
@@ -646,10 +664,10 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
     # its own, and not if gradients of the loss and of the cross-entropy are mixed with factors that are not known.
     # float16 would lose small gradients: a scaler's factor, which is to prevent that, comes in backward only.
-    factors = expected[1:] if expected is not None and call.student.dtype != torch.float16 else None
+    factors = expected if call.student.dtype != torch.float16 else None
     prepare = call.reduction != "none" and (factors is not None or not _is_mixed(call))
     if factors is not None and not _is_mixed(call):
-        factors = torch.where(factors[0] == 0, 1.0, factors[0]), factors[1]  # it is divided by
+        factors = Expected(torch.where(factors.loss == 0, 1.0, factors.loss), factors.cross_entropy)  # it is divided by
     head_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves[1:])
     flags = Flags(
         student_wanted and prepare, head_wanted and prepare, weight_wanted and prepare,

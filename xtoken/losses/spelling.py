@@ -211,9 +211,8 @@ def places(chunks: Chunks, known: Spelling) -> Places:
     for rows, length in zip(
         (chunks.student, chunks.teacher), (known.student_length, known.teacher_length), strict=True
     ):
-        assert rows.next_ids is not None
         index, owner = rows.index(), rows.owner()
-        bytes_of = length[rows.next_ids[index]]
+        bytes_of = length[rows.realised[index]]
         before = bytes_of.cumsum(0) - bytes_of
         is_first = index == rows.start[owner]
         begin = before - before[is_first][owner]

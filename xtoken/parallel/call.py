@@ -14,23 +14,30 @@ import torch.distributed as dist
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.alignment.alignment import as_tensor
 from xtoken.alignment.chunks import Chunks, to_device
-from xtoken.losses.backends import IGNORED, Labels, Prepared, backend_of, check_backend, kernels_of
-from xtoken.losses.call import REDUCTIONS, SIDES, check_alignment, check_choice, check_known, check_logits, has_dtensor
-from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, LinearSource, Parts, Source, TopKLogits, row_blocks
+from xtoken.losses.backends import IGNORED, Labels, Prepared, checked_ids, kernels_of
+from xtoken.losses.call import (
+    SIDES,
+    check_alignment,
+    check_call,
+    check_choice,
+    check_known,
+    check_positions,
+    checked_labels,
+    checked_mask,
+    has_dtensor,
+)
+from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled
 from xtoken.losses.operator import (
     Call,
-    Expected,
     Flags,
     Gradients,
-    Leaves,
     at_least_one,
     autocasts,
     chunk_scale,
-    problems,
+    computed,
 )
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
@@ -55,7 +62,7 @@ def compute(
     alignment: Alignment | None,
     groups: Groups,
     *,
-    labels: Tensor | Expected | None,
+    labels: Tensor | None,
     sizes: tuple[int | None, int | None],
     mask: Any,
     reduction: str,
@@ -66,9 +73,9 @@ def compute(
 
     The parts that are told to be the same are compared first, and an error of one rank is raised on all.
     """
-    labels = labels.labels if isinstance(labels, Expected) else labels
     tp, cp, is_sharded = Ranks(), Ranks(), Sharded(None, None)
-    error, told = None, _Told({}, {})
+    facts: tuple[dict[str, Any], dict[str, Any]] = {}, {}
+    error = None
     try:
         try:
             tp = Ranks(groups.tp_group, "tp_group")
@@ -77,13 +84,13 @@ def compute(
         student_logits, teacher_logits, tp_group, is_sharded = _local(student_logits, teacher_logits, groups.tp_group)
         tp = Ranks(tp_group, "tp_group")
         _check_mesh(tp, cp)
-        told = _checked(
+        facts = _checked(
             loss, student_logits, teacher_logits, alignment, groups, tp, is_sharded, labels, mask, reduction, inplace,
             backend,
         )  # fmt: skip
     except Exception as raised:  # that of any rank is raised on all
         error = raised
-    columns, lengths = _agreed(Report(told.same, told.own, error), loss, sizes, tp, cp, is_sharded)
+    columns, lengths = _agreed(Report(*facts, error), loss, sizes, tp, cp, is_sharded)
 
     student, teacher = (Parts.of(logits).batched() for logits in (student_logits, teacher_logits))
     for side, of in enumerate(columns):
@@ -93,18 +100,14 @@ def compute(
     samples, device = student.rows.shape[0], student.rows.device
     whole = torch.Size([*Parts.of(student_logits).leading_shape[:-1], len(positions[0].rank)])
     if mask is not None:
-        mask = as_tensor(mask)
-        if mask.dtype != torch.bool or mask.shape != whole:
-            raise ValueError(f"mask: expected bool {list(whole)} (all positions), got {mask.dtype} {list(mask.shape)}")
-    call = call_of(
-        loss, student, teacher, alignment, tuple(len(one.rank) for one in positions),
-        sizes=(columns[0].size, columns[1].size), mask=mask, reduction=reduction, backend=backend,
+        mask = checked_mask(whole, mask, " (all positions)")
+    call = Call.of(  # of whole sequences, without their logits
+        loss, Parts(student.rows.new_empty(samples, sum(lengths[0]), 0)),
+        Parts(teacher.rows.new_empty(samples, sum(lengths[1]), 0)), alignment,
+        sizes=(columns[0].size, columns[1].size), mask=mask, labels=None, reduction=reduction, backend=backend,
     )  # fmt: skip
-    sources = (
-        student.source(columns[0].last - columns[0].first),
-        teacher.detached().source(columns[1].last - columns[1].first),
-    )
-    prepared = loss.prepare(call, sources[0], _Teacher(sources[1], columns[1], cp))
+    source = _Teacher(teacher.detached().source(columns[1].width), columns[1], cp)
+    prepared = loss.prepare(call, student.source(columns[0].width), source)
     chunks = prepared.chunks.kept()[0]
     own = share(chunks, positions, samples, cp)
     in_parts = None
@@ -112,13 +115,12 @@ def compute(
         in_parts = _formula(loss, prepared, columns, device, len(own.split))
     following = None
     if labels is not None:
-        following = _following(labels, whole, columns[0].size)
+        following = checked_ids(checked_labels(whole, labels, note="all positions"), columns[0].size)
     run = _Run(
         loss.name, prepared, in_parts, student.detached(), teacher.detached(), columns, tp, cp, chunks, own, positions,
         following, call.predicted.numel() if call.predicted is not None else whole.numel(), reduction, backend,
     )  # fmt: skip
-    trained = loss.trained
-    result, cross_entropy = _Loss.apply(run, student.rows, student.head, student.bias, trained)
+    result, cross_entropy = _Loss.apply(run, student.rows, student.head, student.bias, loss.trained)
     if alignment is None and reduction == "none":
         result = result.view(whole)
     return result if labels is None else (result, cross_entropy)
@@ -166,23 +168,16 @@ def _check_mesh(tp: Ranks, cp: Ranks) -> None:
 
 
 def cross_entropy(
-    student_logits: AnyLogits, labels: Tensor, size: int | None, groups: tuple[Any, Any, str], backend: str
+    student_logits: AnyLogits, labels: Tensor, size: int | None, groups: dict[str, Any], backend: str
 ) -> Tensor:
     """The student's next-token cross-entropy alone, summed over the labels: beside a loss that has no position."""
     kind = next(one for one in registered().values() if one.needs is Needs.SAME_TOKENIZER and one.is_default)
     result: tuple[Tensor, Tensor] = compute(
-        kind.of(None, None, **kind.options()), student_logits, student_logits, None, Groups(*groups), labels=labels,
+        kind.of(None, None, **kind.options()), student_logits, student_logits, None, Groups(**groups), labels=labels,
         sizes=(size, size), mask=torch.zeros(labels.shape, dtype=torch.bool, device="cpu"), reduction="sum",
         inplace=False, backend=backend,
     )  # fmt: skip
     return result[1]
-
-
-class _Told(NamedTuple):
-    """What is to be the same on all ranks, and what is each rank's own."""
-
-    same: dict[str, Any]
-    own: dict[str, Any]
 
 
 def _checked(
@@ -198,14 +193,10 @@ def _checked(
     reduction: str,
     inplace: bool,
     backend: str,
-) -> _Told:
-    """What a rank can see to by itself."""
-    check_logits(student_logits, teacher_logits)
-    check_choice(reduction, "reduction", REDUCTIONS)
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What a rank can see to by itself. What is to be the same on all ranks, and what is each rank's own."""
+    check_call(student_logits, teacher_logits, reduction, backend)
     check_choice(groups.cp_layout, "cp_layout", LAYOUTS)
-    check_backend(backend)
-    if isinstance(student_logits, TopKLogits):
-        raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
     if inplace:
         raise ValueError("inplace: expected False for logits in parts")
     if tp.size > 1 and backend not in ("auto", "reference"):
@@ -221,11 +212,8 @@ def _checked(
         check_alignment(alignment, given[0].batched().rows.shape[0])
     elif loss.needs is not Needs.SAME_TOKENIZER:
         raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
-    elif given[0].leading_shape != given[1].leading_shape:
-        raise ValueError(
-            f"teacher_logits: expected the positions of student_logits {list(given[0].leading_shape)}, got "
-            f"{list(given[1].leading_shape)}; pass an alignment if they differ"
-        )
+    else:
+        check_positions(*given)
     wanted = [
         one is not None and one.requires_grad for one in (given[0].rows, given[0].head, given[0].bias, loss.trained)
     ]
@@ -244,7 +232,7 @@ def _checked(
     own: dict[str, Any] = {}
     for k in (0, 1):
         own[_COLUMNS[k]], own[_POSITIONS[k]] = given[k].width, given[k].leading_shape[-1]
-    return _Told(same, own)
+    return same, own
 
 
 _COLUMNS, _POSITIONS = ([f"{what} of {name}" for name in SIDES] for what in ("columns", "positions"))
@@ -359,56 +347,6 @@ def _are_parts(side: int, widths: Sequence[int], size: int) -> bool:
     )
 
 
-def call_of(
-    loss: Loss,
-    student: Parts,
-    teacher: Parts,
-    alignment: Alignment | None,
-    lengths: tuple[int, ...],
-    *,
-    sizes: tuple[int, int],
-    mask: Tensor | None,
-    reduction: str,
-    backend: str,
-) -> Call:
-    """What `Loss.prepare` reads of a call: whole sequences, without their logits."""
-    host = None if alignment is None else alignment.host
-    ids = (host.student_ids, host.teacher_ids) if host is not None and loss.realised else (None, None)
-    samples = student.rows.shape[0]
-    empty = [one.rows.new_empty(samples, length, 0) for one, length in zip((student, teacher), lengths, strict=True)]
-    return Call(
-        student=empty[0], student_head=None, student_bias=None,
-        teacher=empty[1], teacher_head=None, teacher_bias=None, teacher_top=None,
-        spans=None if host is None else host.spans,
-        offsets=None if host is None else host.offsets,
-        predicted=mask if host is None else host.predicted,
-        student_ids=_batched(ids[0]), teacher_ids=_batched(ids[1]),
-        flat=None, mask=None if alignment is None else alignment.mask,
-        labels=None, student_size=sizes[0], teacher_size=sizes[1], tail="",
-        student_scale=1.0, student_softcap=0.0, teacher_scale=1.0, teacher_softcap=0.0,
-        reduction=reduction, backend=backend,
-    )  # fmt: skip
-
-
-def _batched(ids: Tensor | None) -> Tensor | None:
-    return ids if ids is None or ids.dim() == 2 else ids[None]
-
-
-def _following(labels: Tensor, whole: torch.Size, size: int) -> Tensor:
-    """int64 [rows]: the label that each row of the whole sequences predicts."""
-    if not isinstance(labels, Tensor) or labels.is_floating_point() or labels.dtype == torch.bool:
-        got = labels.dtype if isinstance(labels, Tensor) else type(labels).__name__
-        raise TypeError(f"labels: expected an integer tensor, got {got}")
-    if labels.shape != whole:
-        raise ValueError(f"labels: expected shape {list(whole)} (all positions), got {list(labels.shape)}")
-    following = torch.nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED).flatten()
-    if following.device.type == "cpu":
-        bad = following[((following < 0) | (following >= size)) & (following != IGNORED)]
-        if len(bad):
-            raise ValueError(f"labels: expected token ids in 0 ... {size - 1}, or {IGNORED}, got {int(bad[0])}")
-    return following
-
-
 def _module(loss: Loss) -> Any:
     """With the formula of logits in parts, None if there is none."""
     return None if loss.whole_rows else kernels_of(loss.name, "parallel")
@@ -444,7 +382,7 @@ class _Teacher:
     def largest_columns(self, top_k: int | None) -> Tensor:
         """`xtoken.reference.column_set` of the rows of all ranks; the ranks exchange their candidates."""
         source, ranks = self.source, self.columns.ranks
-        total, width = source.samples * source.length, self.columns.last - self.columns.first
+        total, width = source.samples * source.length, self.columns.width
         none = source.rows(0, 0)
         if top_k is None or top_k >= self.size:
             return torch.arange(self.size, device=none.device)
@@ -471,10 +409,6 @@ class _Extent(NamedTuple):
     samples: int
     length: int
     size: int
-
-    @classmethod
-    def of(cls, source: Source, columns: Columns) -> _Extent:
-        return cls(source.samples, source.length, -(-columns.size // columns.ranks.size))
 
 
 @dataclass
@@ -516,8 +450,7 @@ class _Run:
     def gradients(self, upstream: Tensor, label_upstream: Tensor, flags: Flags, weight: Tensor | None) -> Gradients:
         """Of what is wanted, on this rank's part of it."""
         rows = self.student.rows
-        leaves = Leaves(rows, self.student.head, self.student.bias)
-        grads = Gradients(leaves, None if weight is None else weight.to(rows.device), flags, False)
+        grads = Gradients(self.student, None if weight is None else weight.to(rows.device), flags, False)
         scale = chunk_scale(self.chunks, self.reduction, upstream, rows)
         self._computed(grads, scale, label_upstream, weight)
         if self.columns[0].ranks.size > 1:
@@ -550,51 +483,36 @@ class _Run:
         """The losses of this rank's own chunks, those of chunks on several ranks, and the cross-entropy of its rows."""
         kind = self.student.rows.device.type
         labels, own = self._labels(label_upstream), self.share
-        sizes = [one.last - one.first for one in self.columns]
-        student, teacher = self.student.source(sizes[0]), self.teacher.source(sizes[1])
+        student, teacher = self.student.source(self.columns[0].width), self.teacher.source(self.columns[1].width)
         is_whole = max(one.ranks.size for one in self.columns) == 1
         with torch.autocast(kind, enabled=False) if autocasts(kind) else nullcontext():
             part = None if scale is None else scale[own.own_places]
-            losses = (self._own_whole if is_whole else self._own_in_parts)(
-                student, teacher, grads, part, labels, weight
-            )
+            if is_whole:
+                prepared = Prepared(own.own, self.prepared.options)
+                sources = student, teacher
+                losses = computed(self.name, sources, prepared, weight, self.backend, grads, part, labels)
+            else:
+                losses = self._own_in_parts(student, teacher, grads, part, labels, weight)
             split = losses.new_zeros(0)
             if len(own.split):
                 part = None if scale is None else scale[own.split_places]
                 split = self._split(student, teacher, grads, part, weight)
         return losses, split, labels
 
-    def _own_whole(
-        self, student: Any, teacher: Any, grads: Gradients | None, scale: Tensor | None, labels: Labels | None,
-        weight: Tensor | None,
-    ) -> Tensor:  # fmt: skip
-        parts = []
-        prepared = Prepared(self.share.own, self.prepared.options)
-        for problem, span, rows in problems(self.name, student, teacher, prepared, weight):
-            part = None if labels is None else Labels(labels.ids[rows], labels.losses[rows], labels.scale)
-            logits_grad = None if grads is None else grads.logits(problem, rows)
-            weight_grad = None if grads is None else grads.weight
-            backend = backend_of(self.backend, problem)
-            parts.append(backend.run(problem, logits_grad, weight_grad, None if scale is None else scale[span], part))
-            if grads is not None and logits_grad is not None and isinstance(student, LinearSource):
-                grads.add(student.of_product(logits_grad[0], problem.student[0]), rows)
-        return torch.cat(parts)
-
     def _own_in_parts(
         self, student: Any, teacher: Any, grads: Gradients | None, scale: Tensor | None, labels: Labels | None,
         weight: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        extents: Any = [_Extent.of(*one) for one in zip((student, teacher), self.columns, strict=True)]
+        extents: Any = [
+            _Extent(source.samples, source.length, -(-columns.size // columns.ranks.size))
+            for source, columns in zip((student, teacher), self.columns, strict=True)
+        ]
         parts = []
         for block in row_blocks(extents[0], extents[1], self.share.own):
             z, y = (
                 side.rows(rows.start, rows.stop) for side, rows in ((student, block.student), (teacher, block.teacher))
             )
-            part = (
-                None
-                if labels is None
-                else Labels(labels.ids[block.student], labels.losses[block.student], labels.scale)
-            )
+            part = None if labels is None else labels.part(block.student)
             sides = Side(z, self.columns[0], self.cp), Side(y, self.columns[1], self.cp)
             losses, grad = self._formula(
                 sides, block.chunks, None if scale is None else scale[block.span], part, grads, weight
@@ -602,10 +520,7 @@ class _Run:
             parts.append(losses)
             if grads is not None and grads.wanted:
                 grad = z.new_zeros(z.shape) if grad is None else grad.to(z.dtype)
-                if isinstance(student, LinearSource):
-                    grads.add(student.of_product(grad, z), block.student)
-                else:
-                    grads.put(grad, block.student)
+                grads.add(student, grad, z, block.student)
         return torch.cat(parts)
 
     def _split(
@@ -625,11 +540,8 @@ class _Run:
             sides.append(Side(source.at(place[index]), columns, self.cp, number))
         losses, grad = self._formula((sides[0], sides[1]), chunks, scale, None, grads, weight)
         if grads is not None and grad is not None:
-            grad = grad.to(sides[0].logits.dtype)
-            if isinstance(student, LinearSource):
-                grads.add_at(student.of_product(grad, sides[0].logits), rows[0])
-            else:
-                grads.put_at(grad, rows[0])
+            z = sides[0].logits
+            grads.add(student, grad.to(z.dtype), z, rows[0])
         return losses
 
     def _formula(

@@ -41,6 +41,11 @@ class Columns(NamedTuple):
         """That after the last column here."""
         return self.bounds[self.ranks.rank + 1]
 
+    @property
+    def width(self) -> int:
+        """How many columns are here."""
+        return self.last - self.first
+
     def rank_of(self, ids: Tensor) -> Tensor:
         """int64, like ids: the rank that has each."""
         return torch.searchsorted(torch.tensor(self.bounds[1:], device=ids.device), ids, right=True)

@@ -14,11 +14,7 @@ def local_part(logits: AnyLogits, name: str, tp_group: Any) -> tuple[AnyLogits, 
     """The logits of this rank, the group over which their columns are sharded, and whether they are.
 
     None for both where the logits do not say it, since they are no DTensors. Sharded samples are this rank's own ones.
-
-    Raises
-    ------
-    ValueError
-        For placements that no loss can take.
+    Raises ValueError for placements that no loss can take.
     """
     if isinstance(logits, LinearLogits):
         return _local_layer(logits, name, tp_group)

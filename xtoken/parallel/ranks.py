@@ -10,15 +10,8 @@ from torch import Tensor
 
 
 class Ranks:
-    """The processes that hold the parts of something; of no group: this one alone, which has it all.
-
-    Parameters
-    ----------
-    group : torch.distributed.ProcessGroup, optional
-        One that this process belongs to, else ValueError.
-    name : str
-        How messages call it.
-    """
+    """The processes that hold the parts of something, a ProcessGroup that messages call by `name`; of no group: this
+    one alone, which has it all. Raises ValueError for a group that this process does not belong to."""
 
     def __init__(self, group: Any = None, name: str = "group") -> None:
         if group is not None and not isinstance(group, dist.ProcessGroup):
@@ -147,17 +140,8 @@ class _Exchanged(torch.autograd.Function):
 
 
 class Report:
-    """What a rank tells the others before they compute together, group by group.
-
-    Parameters
-    ----------
-    same : dict
-        What has to be the same on all ranks.
-    own : dict
-        What is each rank's own.
-    error : Exception, optional
-        What this rank has raised.
-    """
+    """What a rank tells the others before they compute together, group by group: what has to be the `same` on all
+    ranks, what is each rank's `own`, and the `error` that it has raised."""
 
     def __init__(self, same: dict[str, Any], own: dict[str, Any], error: Exception | None) -> None:
         self.same, self.own = same, own

@@ -1,14 +1,15 @@
-"""Rows of one side as a formula sees them: by their numbers, wherever they are."""
+"""What a formula sees of logits in parts: rows of a side by their numbers, wherever they are; and what all share."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from xtoken.alignment.chunks import Rows
-from xtoken.parallel.columns import Columns, as_slice
+from xtoken.alignment.chunks import Chunks, Rows
+from xtoken.parallel.columns import Columns, Meeting, as_slice
 from xtoken.parallel.ranks import Ranks
 
 
@@ -47,3 +48,24 @@ class Side:
         here = (place >= 0).nonzero()[:, 0]
         total = self.sequence.summed(rows.total(values(self._rows(place[here])), rows.owner()[here]))
         return total / rows.count.view(-1, *[1] * (total.dim() - 1))
+
+
+class Formula:
+    """What is alike in the classes ``InParts``: how much a loss exchanges for the columns that the ranks have."""
+
+    added_up = 2
+    """Numbers of a chunk that the formula itself sums over the ranks, forward and backward together."""
+
+    def __init__(self, options: Any, meeting: Meeting, student: Ranks, teacher: Ranks) -> None:
+        self.options, self.meeting = options, meeting
+        self.rows = student.of_log_softmax(True) + teacher.of_log_softmax(False)
+
+    @property
+    def exchanged(self) -> int:
+        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
+        return self.rows + self.meeting.exchanged + self.added_up
+
+    def across(self, chunks: Chunks) -> int:
+        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
+        backward together: what the formula takes of their rows, twice forward."""
+        return 2 * len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1)))

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, ClassVar, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.alm import formula
-from xtoken.losses.backends import Prepared
-from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
 from xtoken.losses.linear import linear
-from xtoken.losses.logits import AnyLogits, Source
+from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
-from xtoken.losses.operator import Call, register
+from xtoken.losses.numerics import check_temperature
+from xtoken.losses.operator import register
 
 
 @register("alm", "ALM", Needs.NOTHING)
@@ -22,20 +22,13 @@ from xtoken.losses.operator import Call, register
 class ALM(Loss):
     """See `alm_loss`."""
 
+    reads_tokens: ClassVar[bool] = True
+
     temperature: float
     reverse: bool
 
     def __post_init__(self) -> None:
         check_temperature(self.temperature)
-
-    @property
-    def realised(self) -> bool:
-        return True
-
-    def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
-        prepared = super().prepare(call, student, teacher)
-        prepared.chunks.check_ids((call.student_size, call.teacher_size), several=False)
-        return prepared
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.alm(student, teacher, chunks, temperature=self.temperature, reverse=self.reverse)
@@ -59,23 +52,17 @@ def alm_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, *,
     labels: Tensor, **options: Unpack[ALMOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def alm_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
-    reduction: str = "mean",
     student_vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Approximate likelihood matching: the KL of "this text or another", teacher against student, for each chunk.
 
@@ -100,14 +87,10 @@ def alm_loss(
 
     Source: tokenkit; Universal Cross-Tokenizer Distillation via Approximate Likelihood Matching (arXiv 2503.20083).
     """
+    check_count(student_vocab_size, "student_vocab_size", optional=True)
+    check_count(teacher_vocab_size, "teacher_vocab_size", optional=True)
     sizes = student_vocab_size, teacher_vocab_size
-    for size, name in zip(sizes, ("student_vocab_size", "teacher_vocab_size"), strict=True):
-        check_count(size, name, optional=True)
-    return compute(
-        ALM(temperature, reverse), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=sizes, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(ALM(temperature, reverse), student_logits, teacher_logits, alignment, sizes=sizes, **call)
 
 
 linear_alm_loss = linear(alm_loss)

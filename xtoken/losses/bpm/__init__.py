@@ -9,10 +9,11 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.bpm import formula
-from xtoken.losses.call import Losses, Options, Unpack, check_choice, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_choice, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
+from xtoken.losses.numerics import check_temperature
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, spelling
 from xtoken.pieces import PieceIndex
@@ -53,22 +54,16 @@ def bpm_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
     labels: Tensor, **options: Unpack[BPMOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def bpm_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     pieces: PieceIndex,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     rows: Rows = "agreeing",
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Byte-prefix mapping: KL(teacher || student) at every row of the student, on the student's own tokens.
 
@@ -90,11 +85,8 @@ def bpm_loss(
 
     Source: BPM (arXiv 2607.22334).
     """
-    return compute(
-        BPM.of(None, pieces, temperature=temperature, rows=rows), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    loss = BPM.of(None, pieces, temperature=temperature, rows=rows)
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=pieces.shape, **call)
 
 
 linear_bpm_loss = linear(bpm_loss)

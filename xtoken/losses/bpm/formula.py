@@ -53,12 +53,10 @@ def bpm(
     """
     dtype, none = statistics_dtype(student_logits, teacher_logits), student_logits.shape[1]
     at, index, owner = places(chunks, known), chunks.student.index(), chunks.student.owner()
-    assert chunks.student.next_ids is not None
-    assert chunks.teacher.next_ids is not None
-    token = chunks.teacher.next_ids[at.teacher_row]
+    token = chunks.teacher.realised[at.teacher_row]
     is_used = at.is_known
     if rows == "agreeing":
-        is_used = is_used & (_following(known, token, at.offset) == chunks.student.next_ids[index])
+        is_used = is_used & (_following(known, token, at.offset) == chunks.student.realised[index])
     chosen = is_used.nonzero()[:, 0]
     target = torch.zeros(len(chosen), none, dtype=dtype, device=index.device)
     teacher_row, token, offset = (one[chosen] for one in (at.teacher_row, token, at.offset))

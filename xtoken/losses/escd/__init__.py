@@ -8,11 +8,12 @@ from typing import Any, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, Unpack, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, compute, public_loss
 from xtoken.losses.escd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
+from xtoken.losses.numerics import check_temperature
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, groups, spelling
 from xtoken.pieces import PieceIndex
@@ -44,21 +45,15 @@ def escd_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
     labels: Tensor, **options: Unpack[Options],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def escd_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     pieces: PieceIndex,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Byte-prefix mapping with a rest at the start of a chunk, and the teacher's longer tokens behind the first one.
 
@@ -78,11 +73,8 @@ def escd_loss(
 
     Source: ESCD (arXiv 2609.34738).
     """
-    return compute(
-        ESCD.of(None, pieces, temperature=temperature), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    loss = ESCD.of(None, pieces, temperature=temperature)
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=pieces.shape, **call)
 
 
 linear_escd_loss = linear(escd_loss)

@@ -67,9 +67,8 @@ def escd(
         others = log_p.masked_fill(is_image[:none], -torch.inf).logsumexp(-1)
         loss = loss + torch.xlogy(rest, rest) - rest * others
 
-    assert chunks.student.next_ids is not None
     longer = (chunks.student.count > 1).nonzero()[:, 0]
-    token = chunks.student.next_ids[start[longer]]
+    token = chunks.student.realised[start[longer]]
     counts = grouped.ptr[token + 1] - grouped.ptr[token]
     chunk = torch.repeat_interleave(torch.arange(len(longer), device=counts.device), counts)
     group = ranges(grouped.ptr[token], counts)

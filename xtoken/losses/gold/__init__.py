@@ -8,7 +8,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses.call import Losses, Unpack, compute, documented
+from xtoken.losses.call import Losses, Unpack, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Matrix, Needs
@@ -35,26 +35,20 @@ def gold_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, projection: Any, *,
     labels: Tensor, **options: Unpack[RankedOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def gold_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     uncommon_top_k: int = DEFAULT_UNCOMMON_TOP_K,
     reverse: bool = False,
     beta: float = 0.0,
     skew: float = 0.0,
     agree: bool = False,
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """GOLD: KL(teacher || student) on the tokens that both vocabularies have, L1 between the sorted others.
 
@@ -62,28 +56,18 @@ def gold_loss(
 
     Parameters
     ----------
-    {student_logits, teacher_logits, alignment, projection, labels, temperature}
-    uncommon_top_k : int
-        At most so many of the largest probabilities of uncommon tokens are compared; 0: the common part alone, as
-        logits in parts (``tp_group``) need it.
+    {student_logits, teacher_logits, alignment, projection, labels, temperature, uncommon_top_k}
     reverse : bool
         Reverses the KL of the common part, to which the next two apply as well.
-    {beta, skew}
-    agree : bool
-        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
-        token of both (needs the alignment's ids). By default they count.
-    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
+    {beta, skew, agree, reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
     Source: Hugging Face TRL, ``trl.experimental.gold``.
     """
     W = Matrix.of(projection)
-    return compute(
-        GOLD(W, temperature, uncommon_top_k, reverse, beta, skew, agree), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    loss = GOLD(W, temperature, uncommon_top_k, reverse, beta, skew, agree)
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=W.shape, **call)
 
 
 linear_gold_loss = linear(gold_loss)

@@ -8,7 +8,7 @@ from typing import Any, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment
-from xtoken.losses.call import Losses, Unpack, compute, documented
+from xtoken.losses.call import Losses, Unpack, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Matrix, Needs
@@ -39,14 +39,13 @@ def hkl_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, projection: Any, *,
     labels: Tensor, **options: Unpack[HKLOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def hkl_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     uncommon_top_k: int = DEFAULT_UNCOMMON_TOP_K,
     min_weight: float = DOMINANT_WEIGHT,
@@ -54,12 +53,7 @@ def hkl_loss(
     beta: float = 0.0,
     skew: float = 0.0,
     agree: bool = False,
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """H-KL: KL(teacher || student) on the tokens with a dominant partner in W, L1 between the sorted others.
 
@@ -68,31 +62,20 @@ def hkl_loss(
 
     Parameters
     ----------
-    {student_logits, teacher_logits, alignment, projection, labels, temperature}
-    uncommon_top_k : int
-        At most so many of the largest probabilities of uncommon tokens are compared; 0: the common part alone, as
-        logits in parts (``tp_group``) need it.
+    {student_logits, teacher_logits, alignment, projection, labels, temperature, uncommon_top_k}
     min_weight : float
         A row with at least this weight is common with the teacher token of that weight, in (0, 1].
     reverse : bool
         Reverses the KL of the common part, to which the next two apply as well.
-    {beta, skew}
-    agree : bool
-        Leaves out the chunks that the two tokenizers begin with other text: those where W has no entry for the first
-        token of both (needs the alignment's ids). By default they count.
-    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
+    {beta, skew, agree, reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
     Source: X-Token (arXiv 2605.21699).
     """
     W = Matrix.of(projection)
-    return compute(
-        HKL(W, temperature, uncommon_top_k, reverse, beta, skew, agree, min_weight),
-        student_logits, teacher_logits, alignment,
-        labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    loss = HKL(W, temperature, uncommon_top_k, reverse, beta, skew, agree, min_weight)
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=W.shape, **call)
 
 
 linear_hkl_loss = linear(hkl_loss)

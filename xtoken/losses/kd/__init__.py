@@ -12,17 +12,16 @@ from xtoken.alignment import Alignment, Chunks
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import (
+    DivergenceOptions,
     Losses,
-    Options,
     Unpack,
     check_count,
     check_logits,
-    check_temperature,
     compute,
-    documented,
+    public_loss,
 )
 from xtoken.losses.columns import teacher_columns
-from xtoken.losses.divergence import Divergence, HasDivergence
+from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.kd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
@@ -45,9 +44,8 @@ class KD(HasDivergence, Loss):
     columns: Tensor | None = None
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         check_count(self.top_k, "top_k", optional=True)
-        Divergence.of(self.reverse, self.beta, self.skew)
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         chunks = call.chunks(self.realised)
@@ -61,10 +59,7 @@ class KD(HasDivergence, Loss):
         return replace(self, columns=teacher_columns(teacher, self.top_k, device, backend))
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.kd(
-            student, teacher, chunks, self.columns,
-            temperature=self.temperature, reverse=self.reverse, beta=self.beta, skew=self.skew,
-        )  # fmt: skip
+        return formula.kd(student, teacher, chunks, self.columns, **self.arguments())
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -85,14 +80,11 @@ def _check_single(chunks: Chunks) -> None:
         )
 
 
-class KDOptions(Options, total=False):
+class KDOptions(DivergenceOptions, total=False):
     """Keyword arguments of `kd_loss`, beside ``labels``."""
 
     mask: Any
     top_k: int | None
-    reverse: bool
-    beta: float
-    skew: float
     vocab_size: int | None
 
 
@@ -106,26 +98,20 @@ def kd_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment | None = None, *,
     labels: Tensor, **options: Unpack[KDOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def kd_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment | None = None,
     *,
-    labels: Tensor | None = None,
     mask: Any = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     reverse: bool = False,
     beta: float = 0.0,
     skew: float = 0.0,
-    reduction: str = "mean",
     vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """KL(teacher || student) at each position, for one shared tokenizer.
 
@@ -159,11 +145,8 @@ def kd_loss(
     check_count(vocab_size, "vocab_size", optional=True)
     if alignment is not None and mask is not None:
         raise ValueError("mask: expected None together with an alignment, which already names the positions")
-    return compute(
-        KD(temperature, top_k, reverse, beta, skew), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=(vocab_size, vocab_size), mask=mask, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    loss = KD(temperature, top_k, reverse, beta, skew)
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=(vocab_size, vocab_size), mask=mask, **call)
 
 
 linear_kd_loss = linear(kd_loss)

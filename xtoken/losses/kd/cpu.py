@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from xtoken.losses.backends import Labels, Problem
-from xtoken.losses.cpu import LabelBuffers, array, run_chunks
+from xtoken.losses.cpu import array, label_fields, run_chunks
 from xtoken.losses.kd import KD
 
 
@@ -24,13 +24,9 @@ def run(
     Needs no scratch memory for all columns, and 8 bytes a column and thread for a subset.
     """
     options = problem.options
-    buffers = LabelBuffers(labels)
     fields = {
-        "labels": buffers.fields,
-        "temperature": options.temperature,
-        **options.divergence.fields(),
+        **options.fields(),
         "columns": array(None if options.columns is None else options.columns.to(torch.int32)),
     }
-    losses = run_chunks("kd", problem, student_grad, scale, level, fields)
-    buffers.finish()
-    return losses
+    with label_fields(labels) as given:
+        return run_chunks("kd", problem, student_grad, scale, level, {**fields, "labels": given})

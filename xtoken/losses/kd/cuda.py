@@ -27,8 +27,7 @@ def run(
         place[columns] = torch.arange(len(columns), dtype=torch.int32, device=device)
     with kernels.memory(device) as memory:
         fields = {
-            "temperature": options.temperature,
-            **options.divergence.fields(),
+            **options.fields(),
             "chosen": memory.input(None if columns is None else columns.to(torch.int32)),
             "place": memory.input(place),
             "columns": width if columns is None else len(columns),

@@ -8,11 +8,12 @@ from typing import Any, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, Unpack, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
 from xtoken.losses.nemo_events import formula
+from xtoken.losses.numerics import check_temperature
 from xtoken.losses.on_pieces import OnTokens, partners
 from xtoken.losses.operator import register
 from xtoken.pieces import PieceIndex
@@ -53,22 +54,16 @@ def nemo_events_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
     labels: Tensor, **options: Unpack[NeMoEventsOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def nemo_events_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     pieces: PieceIndex,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """KL over events that both sides can write, and all the rest as one more event, nothing renormalised.
 
@@ -78,9 +73,7 @@ def nemo_events_loss(
     ----------
     {student_logits, teacher_logits, alignment}
         With its token ids.
-    pieces : PieceIndex
-        Of the student's and the teacher's tokenizer.
-    {labels, temperature}
+    {pieces, labels, temperature}
     {reverse, reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
@@ -88,11 +81,7 @@ def nemo_events_loss(
     Source: draft of NVIDIA NeMo-RL, pull request 4177.
     """
     loss = NeMoEvents.of(None, pieces, temperature=temperature, reverse=reverse)
-    return compute(
-        loss, student_logits, teacher_logits, alignment,
-        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=pieces.shape, **call)
 
 
 linear_nemo_events_loss = linear(nemo_events_loss)

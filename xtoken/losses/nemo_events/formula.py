@@ -129,13 +129,11 @@ def nemo_events(
 def _events(whole: Rows, part: Rows, known: Spelled, size: int) -> tuple[Tensor, Tensor, Tensor]:
     """The tokens of `whole` spelled as the realised tokens of `part` but the last and any last one; of each event the
     token, the chunk, and the last piece, below `size`. int64 [n] three times."""
-    assert whole.next_ids is not None
-    assert part.next_ids is not None
-    realised, count = whole.next_ids[whole.start], part.count
+    realised, count = whole.realised[whole.start], part.count
     length, index, owner = known.ptr[realised + 1] - known.ptr[realised], part.index(), part.owner()
     depth = index - part.start[owner]
     piece = known.pieces[(known.ptr[realised[owner]] + depth).clamp_max(len(known.pieces) - 1)]
-    is_other = (depth < count[owner] - 1) & ((depth >= length[owner]) | (piece != part.next_ids[index]))
+    is_other = (depth < count[owner] - 1) & ((depth >= length[owner]) | (piece != part.realised[index]))
     fits = (torch.zeros_like(count).index_add(0, owner, is_other.long()) == 0) & (length >= count)
     place = (known.ptr[realised] + count - 1).clamp_max(len(known.pieces) - 1)
     counts = (known.last[place] - known.first[place]) * fits
@@ -153,10 +151,9 @@ def _spelled_log_mass(
     log_softmax: Callable[[int, Tensor], Tensor], side: int, rows: Rows, owner: Tensor, piece: Tensor
 ) -> Tensor:
     """[n]: the log-probability of the realised tokens but the last, and of a last one."""
-    assert rows.next_ids is not None
     index, of = rows.index(), rows.owner()
     is_last = index == (rows.start + rows.count - 1)[of]
     known, chunk = index[~is_last], of[~is_last]
-    realised = log_softmax(side, known).gather(1, rows.next_ids[known, None])[:, 0]
+    realised = log_softmax(side, known).gather(1, rows.realised[known, None])[:, 0]
     last = log_softmax(side, index[is_last])
     return last.new_zeros(len(rows.start)).index_add(0, chunk, realised)[owner] + last[owner, piece]

@@ -8,10 +8,11 @@ from typing import Any, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
+from xtoken.losses.numerics import check_temperature
 from xtoken.losses.on_pieces import OnTokens, partners
 from xtoken.losses.one_to_one import formula
 from xtoken.losses.operator import register
@@ -55,23 +56,17 @@ def one_to_one_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
     labels: Tensor, **options: Unpack[OneToOneOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def one_to_one_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     pieces: PieceIndex,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = None,
     reverse: bool = True,
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """KL(student || teacher) where one token stands for the same one, on the tokens that both vocabularies have.
 
@@ -82,9 +77,7 @@ def one_to_one_loss(
     ----------
     {student_logits, teacher_logits, alignment}
         With its token ids.
-    pieces : PieceIndex
-        Of the student's and the teacher's tokenizer.
-    {labels, temperature}
+    {pieces, labels, temperature}
     top_k : int, optional
         Only so many of the shared tokens, those that the student finds most probable. Default: all.
     reverse : bool
@@ -96,11 +89,7 @@ def one_to_one_loss(
     Source: arXiv 2610.08448.
     """
     loss = OneToOne.of(None, pieces, temperature=temperature, top_k=top_k, reverse=reverse)
-    return compute(
-        loss, student_logits, teacher_logits, alignment,
-        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=pieces.shape, **call)
 
 
 linear_one_to_one_loss = linear(one_to_one_loss)

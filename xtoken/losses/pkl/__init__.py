@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from types import MappingProxyType
-from typing import Any, ClassVar, Literal, overload
+from typing import Any, ClassVar, Literal, get_args, overload
 
 import torch
 from torch import Tensor
@@ -17,17 +17,16 @@ from xtoken.losses import diagnostics
 from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import (
+    DivergenceOptions,
     Losses,
-    Options,
     Unpack,
     check_choice,
     check_count,
-    check_temperature,
     compute,
-    documented,
+    public_loss,
 )
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
-from xtoken.losses.divergence import Divergence, HasDivergence
+from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Loss, Matrix, Needs
@@ -37,13 +36,11 @@ from xtoken.projection.entries import Entries, restrict
 
 Merge = Literal["first", "mean", "chain"]
 Support = Literal["all", "reachable"]
-MERGES = ("first", "mean", "chain")
-SUPPORTS = ("all", "reachable")
 
 
 @register("pkl", "P-KL", Needs.PROJECTION)
 @dataclass(frozen=True)
-class PKL(Loss):
+class PKL(HasDivergence, Loss):
     """See `pkl_loss`."""
 
     teacher_ids: ClassVar[tuple[str, ...]] = ("columns",)
@@ -67,29 +64,24 @@ class PKL(Loss):
     def __post_init__(self) -> None:
         if self.columns is not None:
             object.__setattr__(self, "columns", as_tensor(self.columns))
-        check_temperature(self.temperature)
+        super().__post_init__()
         check_count(self.top_k, "top_k", optional=True)
-        check_choice(self.merge, "merge", MERGES)
-        check_choice(self.support, "support", SUPPORTS)
-        Divergence.of(self.reverse, self.beta, self.skew)
+        check_choice(self.merge, "merge", get_args(Merge))
+        check_choice(self.support, "support", get_args(Support))
 
     @property
     def realised(self) -> bool:
         return self.merge == "chain" or self.agree
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
-        chunks = call.chunks(self.realised)
-        if self.agree:
-            assert call.spans is not None
-            chunks = agreeing(chunks, self.W, len(call.spans))
-        elif self.realised:
+        chunks = agreeing(call, self.W) if self.agree else call.chunks(self.realised)
+        if self.realised and not self.agree:
             chunks.check_ids(self.W.shape)
         if self.merge == "first":
             chunks = chunks.first()
         columns = self._columns(teacher, call.student.device, call.backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
-        kind = self.reverse, self.beta, self.skew
-        return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.temperature, self.merge, *kind))
+        return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.merge, **self.arguments()))
 
     def _columns(self, teacher: Source, device: torch.device, backend: str) -> Tensor:
         return select_columns(
@@ -119,8 +111,8 @@ class PreparedPKL(HasDivergence):
     projection: Matrix
     chosen: Tensor
     count: Tensor | None  # int32 []
-    temperature: float
     merge: str
+    temperature: float
     reverse: bool
     beta: float
     skew: float
@@ -145,20 +137,14 @@ class PreparedPKL(HasDivergence):
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """See `formula.pkl`; `weight` replaces the weights of W."""
         entries = self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index])
-        return formula.pkl(
-            student, teacher, chunks, entries, self.columns,
-            temperature=self.temperature, merge=self.merge, reverse=self.reverse, beta=self.beta, skew=self.skew,
-        )  # fmt: skip
+        return formula.pkl(student, teacher, chunks, entries, self.columns, merge=self.merge, **self.arguments())
 
 
-class PKLOptions(Options, total=False):
+class PKLOptions(DivergenceOptions, total=False):
     """Keyword arguments of `pkl_loss`, beside ``labels``."""
 
     top_k: int | None
     merge: Merge
-    reverse: bool
-    beta: float
-    skew: float
     support: Support
     agree: bool
     columns: Tensor | None
@@ -174,29 +160,23 @@ def pkl_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, projection: Any, *,
     labels: Tensor, **options: Unpack[PKLOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def pkl_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     projection: Any,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     top_k: int | None = DEFAULT_TOP_K,
     merge: Merge = "first",
     reverse: bool = False,
     beta: float = 0.0,
     skew: float = 0.0,
-    reduction: str = "mean",
     support: Support = "all",
     agree: bool = False,
     columns: Tensor | None = None,
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Projected KL: KL(teacher || W^T student) on the teacher's columns C, for each chunk of aligned text.
 
@@ -247,11 +227,7 @@ def pkl_loss(
     """
     W = Matrix.of(projection)
     loss = PKL(W, columns, temperature, top_k, merge, reverse, beta, skew, support, agree)
-    return compute(
-        loss, student_logits, teacher_logits, alignment,
-        labels=labels, sizes=W.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=W.shape, **call)
 
 
 linear_pkl_loss = linear(pkl_loss)

@@ -11,7 +11,7 @@ from xtoken import _core
 from xtoken.losses import numerics
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
-from xtoken.losses.cpu import LabelBuffers, array, run_chunks
+from xtoken.losses.cpu import array, label_fields, run_chunks
 from xtoken.losses.loss import Matrix
 from xtoken.losses.pkl import PreparedPKL
 
@@ -83,18 +83,15 @@ def run(
     """
     options = problem.options
     sums = None if weight_grad is None else torch.empty(len(options.entry_index), dtype=torch.float64, device="cpu")
-    buffers = LabelBuffers(labels)
     fields = {
-        "labels": buffers.fields,
-        "temperature": options.temperature,
-        **options.divergence.fields(),
+        **options.fields(),
         "merge": options.merge,
         "epsilon": numerics.EPSILON,
         "weight_grad": array(sums),
         "plan": plan_for(options.projection, options.columns),
     }
-    losses = run_chunks("pkl", problem, student_grad, scale, level, fields)
+    with label_fields(labels) as given:
+        losses = run_chunks("pkl", problem, student_grad, scale, level, {**fields, "labels": given})
     if weight_grad is not None and sums is not None:
         weight_grad.index_add_(0, options.entry_index, sums.to(weight_grad.dtype))
-    buffers.finish()
     return losses

@@ -249,8 +249,7 @@ def run(
         grid = kernels.grid(memory, problem)
         sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None
         fields = {
-            "temperature": options.temperature,
-            **options.divergence.fields(),
+            **options.fields(),
             "merge": options.merge,
             "epsilon": numerics.EPSILON,
             "weight_sums": memory.output(sums),

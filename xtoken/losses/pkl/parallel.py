@@ -11,27 +11,29 @@ from torch import Tensor
 from xtoken.alignment.chunks import Chunks, Rows
 from xtoken.losses.numerics import EPSILON, scaled, statistics_dtype
 from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
-from xtoken.parallel.side import Side
+from xtoken.parallel.side import Formula, Side
 from xtoken.projection.entries import Entries, project
 
 if TYPE_CHECKING:
     from xtoken.losses.pkl import PreparedPKL
 
 
-class InParts:
+class InParts(Formula):
     """For the columns that the ranks have."""
 
+    options: PreparedPKL
+    added_up = 3 + 2
+
     def __init__(self, options: PreparedPKL, student: Columns, teacher: Columns, device: torch.device) -> None:
-        self.options = options
-        self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
         columns, entries = options.columns, options.entries
         self.teacher_local = as_slice(columns[teacher.here(columns)] - teacher.first)
         place = torch.arange(len(columns), device=device)
-        self.meeting = Meeting(
+        meeting = Meeting(
             len(columns),
             Parts(entries.column, student.rank_of(entries.student), student.ranks),
             Parts(place, teacher.rank_of(columns), teacher.ranks),
         )
+        super().__init__(options, meeting, student.ranks, teacher.ranks)
         own = student.here(entries.student)
         self.entry_index = options.entry_index[own]
         self.image = _Image(
@@ -44,18 +46,11 @@ class InParts:
             len(self.meeting.held(0)),
         )
 
-    @property
-    def exchanged(self) -> int:
-        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
-        return self.rows + self.meeting.exchanged + 3 + 2
-
     def across(self, chunks: Chunks) -> int:
-        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
-        backward together: what the formula takes of their rows, twice forward."""
         later = 0
         if self.options.merge == "chain":
             later = sum(int(rows.count.sum()) - len(chunks) for rows in (chunks.student, chunks.teacher))
-        return 2 * (len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1))) + later)
+        return super().across(chunks) + 2 * later
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
@@ -117,9 +112,8 @@ class _Image:
 
 
 def _later_log_probability(side: Side, rows: Rows, temperature: float, dtype: torch.dtype) -> Tensor:
-    assert rows.next_ids is not None
     index, owner = rows.later()
-    following = rows.next_ids[index]
+    following = rows.realised[index]
 
     def of(z: Tensor, here: Tensor | slice) -> Tensor:
         log_p = side.columns.ranks.log_softmax(scaled(z, temperature, dtype))

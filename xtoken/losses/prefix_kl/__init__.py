@@ -28,8 +28,8 @@ from typing import Any, ClassVar, Literal, get_args, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, Unpack, check_choice, check_temperature, compute, documented
-from xtoken.losses.divergence import Divergence, HasDivergence
+from xtoken.losses.call import DivergenceOptions, Losses, Unpack, check_choice, compute, public_loss
+from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
@@ -56,27 +56,20 @@ class PrefixKL(HasDivergence, OnPieces):
     weighting: str
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
-        Divergence.of(self.reverse, self.beta, self.skew)
+        super().__post_init__()
         check_choice(self.weighting, "weighting", get_args(Weighting))
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.prefix(
-            student, teacher, chunks, self.pieces,
-            temperature=self.temperature, reverse=self.reverse, beta=self.beta, skew=self.skew,
-            weighting=self.weighting,
-        )  # fmt: skip
+        return formula.prefix(student, teacher, chunks, self.pieces, weighting=self.weighting, **self.arguments())
 
     def left_out(self, chunks: Chunks, events: tuple[Tensor, Tensor]) -> Tensor:
-        return formula.start_differs(chunks, events)
+        student, teacher = formula.first_events(chunks, events)
+        return student != teacher
 
 
-class PrefixOptions(Options, total=False):
+class PrefixOptions(DivergenceOptions, total=False):
     """Keyword arguments of `prefix_kl_loss`, beside ``labels``."""
 
-    reverse: bool
-    beta: float
-    skew: float
     weighting: Weighting
 
 
@@ -90,25 +83,19 @@ def prefix_kl_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, pieces: PieceIndex, *,
     labels: Tensor, **options: Unpack[PrefixOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def prefix_kl_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     pieces: PieceIndex,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
     reverse: bool = False,
     beta: float = 0.0,
     skew: float = 0.0,
     weighting: Weighting = "none",
-    reduction: str = "mean",
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Prefix KL: KL(teacher || student) at every boundary of a chunk, on events that both vocabularies know.
 
@@ -118,9 +105,7 @@ def prefix_kl_loss(
     ----------
     {student_logits, teacher_logits, alignment}
         With its token ids: which terms a chunk has follows from them.
-    pieces : PieceIndex
-        Of the student's and the teacher's tokenizer.
-    {labels}
+    {pieces, labels}
     temperature : float
         At every boundary the events' probabilities are raised to 1 / temperature and normalised (not the tokens', of
         which some events have more than others); the loss is multiplied by its square.
@@ -149,11 +134,7 @@ def prefix_kl_loss(
     loss = PrefixKL.of(
         None, pieces, temperature=temperature, reverse=reverse, beta=beta, skew=skew, weighting=weighting
     )
-    return compute(
-        loss, student_logits, teacher_logits, alignment,
-        labels=labels, sizes=pieces.shape, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(loss, student_logits, teacher_logits, alignment, sizes=pieces.shape, **call)
 
 
 linear_prefix_kl_loss = linear(prefix_kl_loss)

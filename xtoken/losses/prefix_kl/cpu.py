@@ -8,7 +8,7 @@ from torch import Tensor
 from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
-from xtoken.losses.cpu import LabelBuffers, array, run_chunks
+from xtoken.losses.cpu import array, label_fields, run_chunks
 from xtoken.losses.prefix_kl import PrefixKL
 from xtoken.losses.prefix_kl.formula import merged_events
 from xtoken.pieces import sides
@@ -35,14 +35,10 @@ def run(
     Scratch memory is about 2.4 MB per thread for vocabularies of 150,000, whatever the number of rows.
     """
     options = problem.options
-    buffers = LabelBuffers(labels)
     fields = {
-        "labels": buffers.fields,
-        "temperature": options.temperature,
-        **options.divergence.fields(),
+        **options.fields(),
         "weighted": options.weighting == "teacher",
         "plan": _plan_of(options.pieces),
     }
-    losses = run_chunks("prefix_kl", problem, student_grad, scale, level, fields)
-    buffers.finish()
-    return losses
+    with label_fields(labels) as given:
+        return run_chunks("prefix_kl", problem, student_grad, scale, level, {**fields, "labels": given})

@@ -173,8 +173,7 @@ def run(
     plan = prefix_plan_for(options.pieces, problem.student.device)
     with kernels.memory(problem.student.device) as memory:
         fields = {
-            "temperature": options.temperature,
-            **options.divergence.fields(),
+            **options.fields(),
             "weighted": options.weighting == "teacher",
             "workspace": None,
             "plan": plan.fields(memory),

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from xtoken.alignment.chunks import Chunks
 from xtoken.losses.divergence import Divergence
-from xtoken.losses.numerics import scaled, statistics_dtype
+from xtoken.losses.numerics import ranges, scaled, statistics_dtype
 from xtoken.losses.on_pieces import event_log_mass
 from xtoken.pieces import Side
 from xtoken.pieces import sides as piece_sides
@@ -82,10 +82,7 @@ def prefix(
     dtype, divergence = statistics_dtype(student_logits, teacher_logits), Divergence.of(reverse, beta, skew)
     logits, sides, device = (student_logits, teacher_logits), piece_sides(pieces), student_logits.device
     boundaries = inner_boundaries(chunks, pieces).to(device)
-    student_ids, teacher_ids = chunks.student.next_ids, chunks.teacher.next_ids
-    assert student_ids is not None
-    assert teacher_ids is not None
-    next_ids = student_ids, teacher_ids
+    next_ids = chunks.student.realised, chunks.teacher.realised
 
     def compare(
         rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int, left_out: Tensor | None = None
@@ -103,7 +100,7 @@ def prefix(
             for x in (log_p, log_q)
         )
         p, q = (x.exp().masked_fill(missing, 0) for x in (log_p, log_q))
-        realised = events[1].gather(1, teacher_ids[rows[1], None])
+        realised = events[1].gather(1, next_ids[1][rows[1], None])
         return divergence(q, log_q, p, log_p), q.detach().gather(1, realised)[:, 0]
 
     roots = sides[0].event.to(device).long(), sides[1].event.to(device).long()
@@ -146,20 +143,13 @@ def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
     return torch.bincount(pairs // size, minlength=count) > 1
 
 
-def start_differs(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> Tensor:
-    """bool [K]: the realised first tokens of the two sides have different events [V_student], [V_teacher]."""
-    student, teacher = first_events(chunks, roots)
-    return student != teacher
-
-
 def first_events(chunks: Chunks, roots: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """int64 [K] twice: the events of the realised first tokens."""
-    events = []
-    for rows, root in zip((chunks.student, chunks.teacher), roots, strict=True):
-        assert rows.next_ids is not None
-        # In range wherever a chunk counts.
-        events.append(root[rows.next_ids[rows.start.clamp_min(0)].clamp(0, len(root) - 1)])
-    return events[0], events[1]
+    """int64 [K] twice: the events of the realised first tokens, by those of all tokens [V_student], [V_teacher]."""
+    student, teacher = (
+        root[rows.realised[rows.start.clamp_min(0)].clamp(0, len(root) - 1)]  # in range wherever a chunk counts
+        for rows, root in zip((chunks.student, chunks.teacher), roots, strict=True)
+    )
+    return student, teacher
 
 
 def cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> Tensor:
@@ -171,11 +161,10 @@ def cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> T
         event, ptr, joined = (x.to(device).long() for x in (side.event, side.joined_ptr, side.joined))
         is_token = (rows.before >= 0) & (rows.before < len(event))
         token = rows.before.where(is_token, 0)
-        first, counts = ptr[token], (ptr[token + 1] - ptr[token]) * is_token
+        counts = (ptr[token + 1] - ptr[token]) * is_token
         owner = torch.repeat_interleave(torch.arange(len(token), device=device), counts)
-        place = torch.arange(len(owner), device=device) - (counts.cumsum(0) - counts - first)[owner]
         known.append(torch.zeros(len(token), len(merged), dtype=torch.bool, device=device))
-        known[-1][owner, event[joined[place]]] = True
+        known[-1][owner, event[joined[ranges(ptr[token], counts)]]] = True
     return (known[0] ^ known[1]) | (known[0] & known[1] & merged)
 
 
@@ -283,8 +272,7 @@ def next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Ten
     part_count = int(part_event.max()) + 1
     sizes = last - first
     boundary = torch.repeat_interleave(torch.arange(len(sizes), device=device), sizes)
-    rank = torch.arange(len(boundary), device=device) - (sizes.cumsum(0) - sizes - first)[boundary]
-    token = order[rank]
+    token = order[ranges(first, sizes)]
     at = ptr[token] + depth[boundary]
     piece = pieces[at.clamp_max(len(pieces) - 1)]
     following = torch.cat([part_event, part_event.new_tensor([part_count])])[piece]

@@ -14,22 +14,25 @@ from xtoken.losses.on_pieces import event_log_mass
 from xtoken.losses.prefix_kl import formula
 from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
 from xtoken.parallel.ranks import Ranks
-from xtoken.parallel.side import Side
+from xtoken.parallel.side import Formula, Side
 from xtoken.pieces import sides as piece_sides
 
 if TYPE_CHECKING:
     from xtoken.losses.prefix_kl import PrefixKL
 
 
-class InParts:
+class InParts(Formula):
     """For the columns that the ranks have.
 
     The events at the starts of chunks are compared where their tokens are, and only those whose tokens several ranks
     have cross. Inside chunks events are few, and all of them are added up.
     """
 
+    options: PrefixKL
+    added_up = 2 + 2
+
     def __init__(self, options: PrefixKL, student: Columns, teacher: Columns, device: torch.device) -> None:
-        self.options, self.pieces, self.count = options, options.pieces, int(options.pieces[2])
+        self.pieces, self.count = options.pieces, int(options.pieces[2])
         self.sides = piece_sides(options.pieces)
         self.roots = [side.event.to(device).long() for side in self.sides]
         self.merged = formula.merged_events(self.sides, self.count).to(device)
@@ -37,32 +40,20 @@ class InParts:
         for root, columns in zip(self.roots, (student, teacher), strict=True):
             tokens = torch.arange(columns.size, device=device)
             found.append(Parts(root[: columns.size], columns.rank_of(tokens), columns.ranks))
-        self.meeting = Meeting(self.count, *found)
+        super().__init__(options, Meeting(self.count, *found), student.ranks, student.ranks)
         self.events = [
             _Events(self.meeting.numbered(k, self.roots[k][columns.first : columns.last]), len(self.meeting.held(k)))
             for k, columns in enumerate((student, teacher))
         ]
 
-    @property
-    def exchanged(self) -> int:
-        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
-        ranks = self.meeting.ranks
-        both = ranks.of_log_softmax(True) + ranks.of_log_softmax(False)
-        return both + self.meeting.exchanged + 2 + 2
-
     def across(self, chunks: Chunks) -> int:
-        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
-        backward together: what the formula takes of their rows, twice forward."""
-        starts = len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1)))
         inside = self._inside(chunks, formula.inner_boundaries(chunks, self.pieces).to(chunks.used.device))
-        return 2 * (starts + sum(2 * len(one.place) * one.number for one in inside))
+        return super().across(chunks) + sum(4 * len(one.place) * one.number for one in inside)
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""
         options, both, device = self.options, (student, teacher), student.logits.device
         dtype = statistics_dtype(student.logits, teacher.logits)
-        teacher_ids = chunks.teacher.next_ids
-        assert teacher_ids is not None
         loss, probability = self._starts(both, chunks, dtype)
 
         boundaries = formula.inner_boundaries(chunks, self.pieces).to(device)
@@ -77,7 +68,8 @@ class InParts:
             left_out[:, 0] = one.ends_are_left_out
             terms, q = self._compared(log_p, log_q, left_out, Ranks())
             inner = inner.index_copy(0, one.place, terms)
-            inner_probability[one.place] = q.gather(1, one.events[1].gather(1, teacher_ids[one.rows[1], None]))[:, 0]
+            realised = one.events[1].gather(1, chunks.teacher.realised[one.rows[1], None])
+            inner_probability[one.place] = q.gather(1, realised)[:, 0]
         if options.weighting == "teacher":
             student_row = torch.where(boundaries[:, 1] == 0, whole_row, part_row)
             inner = inner * formula.of_prefixes(probability, inner_probability, chunk, student_row)
@@ -85,17 +77,15 @@ class InParts:
 
     def _inside(self, chunks: Chunks, boundaries: Tensor) -> Iterator[_Inside]:
         """The boundaries inside the chunks, by the side whose token goes on there."""
-        next_ids = chunks.student.next_ids, chunks.teacher.next_ids
+        next_ids = chunks.student.realised, chunks.teacher.realised
         for whole in (0, 1):
             index = (boundaries[:, 1] == whole).nonzero()[:, 0]
             if len(index) == 0:
                 continue
-            part_ids = next_ids[1 - whole]
-            assert part_ids is not None
             _, _, whole_row, part_row, depth, *tokens = boundaries[index].unbind(1)
             rows = [whole_row, part_row]
             *events, count = formula.next_pieces(self.sides[whole], self.sides[1 - whole], depth, *tokens)
-            ends_are_left_out = self.merged[self.roots[1 - whole][part_ids[part_row - depth]]]
+            ends_are_left_out = self.merged[self.roots[1 - whole][next_ids[1 - whole][part_row - depth]]]
             order = slice(None, None, -1 if whole else 1)
             yield _Inside(index, rows[order], events[order], count, ends_are_left_out)
 

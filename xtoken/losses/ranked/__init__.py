@@ -13,7 +13,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
-from xtoken.losses.call import Options, check_count, check_temperature
+from xtoken.losses.call import DivergenceOptions, check_count
 from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss, Matrix
@@ -24,18 +24,15 @@ from xtoken.projection.entries import common_pairs
 DEFAULT_UNCOMMON_TOP_K = 8192
 
 
-class RankedOptions(Options, total=False):
+class RankedOptions(DivergenceOptions, total=False):
     """Keyword arguments of a loss on pairs and ranks, beside ``labels``."""
 
     uncommon_top_k: int
-    reverse: bool
-    beta: float
-    skew: float
     agree: bool
 
 
 @dataclass(frozen=True)
-class PairedLoss(Loss):
+class PairedLoss(HasDivergence, Loss):
     """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others."""
 
     by_rank: ClassVar[bool] = True
@@ -50,11 +47,10 @@ class PairedLoss(Loss):
     min_weight: float
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         check_count(self.uncommon_top_k, "uncommon_top_k", least=0)
         if not 0.0 < self.min_weight <= 1.0:
             raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
-        Divergence.of(self.reverse, self.beta, self.skew)
 
     @property
     def realised(self) -> bool:
@@ -66,12 +62,8 @@ class PairedLoss(Loss):
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
         pairs = pairs_of(self.W, self.min_weight, call.student.device)
-        chunks = call.chunks(self.realised)
-        if self.agree:
-            assert call.spans is not None
-            chunks = agreeing(chunks, self.W, len(call.spans))
-        options = PreparedRanked(*pairs, self.uncommon_top_k, self.temperature, self.reverse, self.beta, self.skew)
-        return Prepared(chunks, options)
+        chunks = agreeing(call, self.W) if self.agree else call.chunks(self.realised)
+        return Prepared(chunks, PreparedRanked(*pairs, self.uncommon_top_k, **self.arguments()))
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -112,11 +104,10 @@ class PreparedRanked(HasDivergence):
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """See `formula.ranked`."""
+        pairs = self.student_ids, self.teacher_ids
         common, uncommon = formula.ranked(
-            student, teacher, chunks, (self.student_ids, self.teacher_ids),
-            uncommon_top_k=self.uncommon_top_k, temperature=self.temperature, reverse=self.reverse, beta=self.beta,
-            skew=self.skew,
-        )  # fmt: skip
+            student, teacher, chunks, pairs, uncommon_top_k=self.uncommon_top_k, **self.arguments()
+        )
         return common + uncommon
 
 
@@ -125,3 +116,10 @@ class Unpaired(Formula, Protocol):
 
     @property
     def temperature(self) -> float: ...
+
+
+def kernel_fields(options: PreparedRanked | Unpaired) -> dict[str, Any]:
+    """What kernels of both are told beside the pairs."""
+    if isinstance(options, PreparedRanked):
+        return options.fields()
+    return {"temperature": options.temperature, **Divergence.of().fields()}

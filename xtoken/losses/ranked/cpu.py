@@ -8,8 +8,7 @@ from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cpu import array, run_chunks
-from xtoken.losses.divergence import Divergence
-from xtoken.losses.ranked import PreparedRanked, Unpaired
+from xtoken.losses.ranked import PreparedRanked, Unpaired, kernel_fields
 
 FUSES_LABELS = False
 
@@ -39,8 +38,8 @@ def run(
     assert labels is None
     options = problem.options
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    fields = {"temperature": options.temperature, "top_k": 0, "plan": None, **Divergence.of().fields()}
+    fields = {**kernel_fields(options), "top_k": 0, "plan": None}
     if isinstance(options, PreparedRanked):
         plan = plan_for(options.student_ids, options.teacher_ids, shape)
-        fields.update(top_k=options.uncommon_top_k, plan=plan, **options.divergence.fields())
+        fields.update(top_k=options.uncommon_top_k, plan=plan)
     return run_chunks("ranked", problem, student_grad, scale, level, fields)

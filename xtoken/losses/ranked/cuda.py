@@ -13,9 +13,8 @@ from xtoken.alignment import Chunks, synchronized
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory, bits_of, chunk_fields, label_fields
-from xtoken.losses.divergence import Divergence
 from xtoken.losses.numerics import sorted_l1
-from xtoken.losses.ranked import PreparedRanked, Unpaired
+from xtoken.losses.ranked import PreparedRanked, Unpaired, kernel_fields
 
 WAVES = 2
 """Chunks of a group for each block that runs beside others. Those of one have enough to sort (37 million probabilities
@@ -91,16 +90,13 @@ class _Call:
         self, name: str, part: Chunks, scale: Tensor | None, backward: bool, out: dict[str, Tensor], **more: Any
     ) -> None:
         """Starts a kernel for some chunks: `more` are fields and inputs, `out` what it fills."""
-        options = self.problem.options
-        divergence = options.divergence if isinstance(options, PreparedRanked) else Divergence.of()
         with self.kernels.memory(self.device) as memory:
             grad, labels = (self.student_grad, self.labels) if backward else (None, None)
             keep = self.problem.chunks.mask is not None  # what is there of chunks that do not count
             given = {
                 **chunk_fields(memory, self.problem, part, grad, scale, keep=True),
                 "labels": label_fields(memory, labels, keep=True),
-                "temperature": options.temperature,
-                **divergence.fields(),
+                **kernel_fields(self.problem.options),
                 "plan": self.plan.fields(memory),
                 **{field: memory.input(value) if isinstance(value, Tensor) else value for field, value in more.items()},
                 **{field: memory.output(tensor, keep) for field, tensor in out.items()},

@@ -10,13 +10,13 @@ from torch import Tensor
 from xtoken.alignment.chunks import Chunks, Rows
 from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
-from xtoken.parallel.side import Side
+from xtoken.parallel.side import Formula, Side
 
 if TYPE_CHECKING:
     from xtoken.losses.ranked import PreparedRanked
 
 
-class InParts:
+class InParts(Formula):
     """For the columns that the ranks have.
 
     Raises
@@ -25,31 +25,19 @@ class InParts:
         If there is an uncommon part too: it sorts whole rows.
     """
 
+    options: PreparedRanked
+
     def __init__(self, options: PreparedRanked, student: Columns, teacher: Columns, device: torch.device) -> None:
         if options.uncommon_top_k:
             raise ValueError(
                 "uncommon_top_k: expected 0 (the common part alone) for logits in parts, since the others are sorted, "
                 f"which needs whole rows; got {options.uncommon_top_k}"
             )
-        self.options = options
-        self.rows = student.ranks.of_log_softmax(True) + teacher.ranks.of_log_softmax(False)
-        ids = options.student_ids, options.teacher_ids
+        sides, ids = (student, teacher), (options.student_ids, options.teacher_ids)
         place = torch.arange(len(ids[0]), device=device)
-        sides = student, teacher
-        self.meeting = Meeting(
-            len(place), *(Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
-        )
+        parts = (Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
+        super().__init__(options, Meeting(len(place), *parts), student.ranks, teacher.ranks)
         self.local = [as_slice(one[self.meeting.held(k)] - sides[k].first) for k, one in enumerate(ids)]
-
-    @property
-    def exchanged(self) -> int:
-        """How many numbers this rank gives for a chunk of one token, forward and backward together."""
-        return self.rows + self.meeting.exchanged + 2
-
-    def across(self, chunks: Chunks) -> int:
-        """How many numbers this rank gives for chunks whose rows lie on several ranks of a sequence, forward and
-        backward together: what the formula takes of their rows, twice forward."""
-        return 2 * len(chunks) * (len(self.meeting.held(0)) + len(self.meeting.held(1)))
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         """The loss of each chunk [K], on every rank."""

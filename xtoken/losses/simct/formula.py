@@ -66,9 +66,8 @@ def simct(
 
 def _scores(logits: Tensor, rows: Rows, columns: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """[K, C + 1]: of the columns in the first rows, and of the realised tokens."""
-    assert rows.next_ids is not None
     index, owner = rows.index(), rows.owner()
     log_p = scaled(logits[index], temperature, dtype).log_softmax(-1)
-    realised = rows.total(log_p.gather(1, rows.next_ids[index, None])[:, 0], owner) / rows.count
+    realised = rows.total(log_p.gather(1, rows.realised[index, None])[:, 0], owner) / rows.count
     first = (index == rows.start[owner]).nonzero()[:, 0]
     return torch.cat([log_p[first].index_select(1, columns), realised[:, None]], 1)

@@ -8,10 +8,11 @@ from typing import Any, ClassVar, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.call import Losses, Options, Unpack, check_count, check_temperature, compute, documented
+from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.numerics import check_temperature
 from xtoken.losses.operator import register
 from xtoken.losses.uld import formula
 
@@ -50,22 +51,16 @@ def uld_loss(
     student_logits: AnyLogits, teacher_logits: AnyLogits, alignment: Alignment, *,
     labels: Tensor, **options: Unpack[ULDOptions],
 ) -> tuple[Tensor, Tensor]: ...  # fmt: skip
-@documented
+@public_loss
 def uld_loss(
     student_logits: AnyLogits,
     teacher_logits: AnyLogits,
     alignment: Alignment,
     *,
-    labels: Tensor | None = None,
     temperature: float = 1.0,
-    reduction: str = "mean",
     student_vocab_size: int | None = None,
     teacher_vocab_size: int | None = None,
-    inplace: bool = False,
-    backend: str = "auto",
-    tp_group: Any = None,
-    cp_group: Any = None,
-    cp_layout: str = "contiguous",
+    **call: Any,
 ) -> Losses:
     """Universal logit distillation: L1 between the two descending-sorted distributions of each chunk.
 
@@ -82,14 +77,10 @@ def uld_loss(
 
     Source: Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss (arXiv 2402.12030).
     """
+    check_count(student_vocab_size, "student_vocab_size", optional=True)
+    check_count(teacher_vocab_size, "teacher_vocab_size", optional=True)
     sizes = student_vocab_size, teacher_vocab_size
-    for size, name in zip(sizes, ("student_vocab_size", "teacher_vocab_size"), strict=True):
-        check_count(size, name, optional=True)
-    return compute(
-        ULD(temperature), student_logits, teacher_logits, alignment,
-        labels=labels, sizes=sizes, reduction=reduction, inplace=inplace, backend=backend,
-        groups=(tp_group, cp_group, cp_layout),
-    )  # fmt: skip
+    return compute(ULD(temperature), student_logits, teacher_logits, alignment, sizes=sizes, **call)
 
 
 linear_uld_loss = linear(uld_loss)
