@@ -50,13 +50,11 @@ def main() -> None:
 
     import xtoken
     from xtoken.config import config
-    from xtoken.corpus import SHARD_BYTES
+    from xtoken.corpus import SHARD_BYTES, Options
     from xtoken.corpus.documents import BATCH_BYTES
     from xtoken.corpus.files import find_files
-    from xtoken.corpus.options import Options
     from xtoken.corpus.partition import into_shards
-    from xtoken.corpus.reading import scan_file
-    from xtoken.corpus.shards import Job, ShardMaker, encoder
+    from xtoken.corpus.shards import Job, ShardMaker, encoder, scan_file
     from xtoken.data import AlignedDataset
 
     with tempfile.TemporaryDirectory() as name:

@@ -39,7 +39,7 @@ def main() -> None:
 
     import xtoken
     from xtoken.corpus import run as corpus_run
-    from xtoken.corpus.progress import Progress
+    from xtoken.corpus.run import Progress
 
     runs: dict[str, list[tuple[float, float, float]]] = {"local": [], "ray": []}
     with tempfile.TemporaryDirectory() as name:

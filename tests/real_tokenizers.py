@@ -15,15 +15,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xtoken.demo import (
-    LLAMA3_PATTERN,
-    LLAMA3_SPECIAL,
-    TEACHER_FILE,
-    llama3_tokenizer,
-    package_folder,
-    tokenizer_from_ranks,
-)
+from xtoken.demo import LLAMA3_SPECIAL, TEACHER_FILE, llama3_tokenizer, package_folder
 
+LLAMA3_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
+    r"|\s+(?!\S)|\s+"
+)
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
@@ -42,6 +39,16 @@ O200K_PATTERN = "|".join(
 
 Ranks = tuple[Path, str, Sequence[str]]
 """What `tokenizer_from_ranks` takes."""
+
+
+def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> Any:
+    """A `tokenizers.Tokenizer` from a file of tiktoken ranks; special tokens take the ids after them, in order."""
+    from tokenizers import AddedToken
+    from transformers.convert_slow_tokenizer import TikTokenConverter
+
+    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern, additional_special_tokens=()).converted()
+    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
+    return tokenizer
 
 
 def _llama3(folder: Path) -> Ranks:

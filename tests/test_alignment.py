@@ -696,3 +696,9 @@ def test_pretty():
     colored = alignment.pretty(student, teacher)
     assert "\x1b[" in colored
     assert len(alignment.pretty(student, teacher, color=False, width=12).splitlines()) > 2
+
+
+def test_pretty_shows_brackets_of_tokens_in_no_chunk():
+    vocabulary = Vocabulary([b"f", b"()", b"g("])
+    drawn = Alignment([[0, 1, 0, 1]], None, [0, 1, 2], [0]).pretty(vocabulary, vocabulary, color=False)
+    assert drawn.splitlines() == ["f (()|g()", "f        "]

@@ -16,7 +16,7 @@ from small_tokenizers import byte_level
 from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, _core, sample_texts
 from xtoken.alignment import METHODS
 from xtoken.cli import app, main
-from xtoken.corpus.options import KNOWN
+from xtoken.corpus import KNOWN
 from xtoken.terminal import working
 
 

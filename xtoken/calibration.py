@@ -174,7 +174,10 @@ def calibrate(
             left += met[s, t]
     merged = []
     for pairs in groups.values():
-        begins = [_shown(side, [pair[k] for pair in pairs]) for k, side in enumerate((student, teacher))]
+        begins = [
+            tuple(side[i].decode("utf-8", "replace") for i in dict.fromkeys(pair[k] for pair in pairs))
+            for k, side in enumerate((student, teacher))
+        ]
         merged.append(MergedEvents(begins[0], begins[1], sum(met[pair] for pair in pairs), examples[pairs[0]]))
     merged.sort(key=lambda group: -group.count)
     report = MergeReport(number, size, chunks, met.total(), left, tuple(merged))
@@ -232,8 +235,3 @@ def _roots(met: Counter[tuple[int, int]], mass: list[float], spaces: set[int]) -
             if low != high:
                 now[low, high] += times
     return [find(event) for event in root]
-
-
-def _shown(vocabulary: Vocabulary, ids: list[int]) -> tuple[str, ...]:
-    """The texts of different tokens."""
-    return tuple(vocabulary[i].decode("utf-8", "replace") for i in dict.fromkeys(ids))

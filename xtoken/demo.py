@@ -12,7 +12,7 @@ import math
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,10 @@ from .audit import choose_loss
 from .losses import Needs, Teacher, registered
 from .pieces import PieceIndex
 from .projection import ProjectionMatrix
+from .vocabulary.sources import PATTERNS, from_ranks, tiktoken_ranks
 
 SENTENCE = "In 1995, 1,024 readers paid $12.50 for release 3.141."
 TEACHER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
-LLAMA3_PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
-    r"|\s+(?!\S)|\s+"
-)
 LLAMA3_SPECIAL = [f"<|{name}|>" for name in (
     "begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1", "finetune_right_pad_id",
     "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag",
@@ -51,20 +48,10 @@ def package_folder(package: str) -> Path:
     return Path(spec.origin).parent
 
 
-def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> Any:
-    """A `tokenizers.Tokenizer` from a file of tiktoken ranks; special tokens take the ids after them, in order."""
-    from tokenizers import AddedToken
-    from transformers.convert_slow_tokenizer import TikTokenConverter
-
-    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern, additional_special_tokens=()).converted()
-    tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
-    return tokenizer
-
-
 def llama3_tokenizer() -> Any:
     """The tokenizer of Llama 3 (128,256 tokens) from the package llama-models."""
-    ranks = package_folder("llama_models") / "llama3" / "tokenizer.model"
-    return tokenizer_from_ranks(ranks, LLAMA3_PATTERN, LLAMA3_SPECIAL)
+    ranks = tiktoken_ranks(package_folder("llama_models") / "llama3" / "tokenizer.model")
+    return from_ranks(ranks, PATTERNS[len(ranks)], LLAMA3_SPECIAL)
 
 
 def load_teacher() -> tuple[Any, Any]:
@@ -145,9 +132,8 @@ def run(
     console.print(f"{projection!r}, built in {time.perf_counter() - clock:.1f} s", markup=False)
     choice = choose_loss(*vocabularies, projection)
     print(choice)
-    needs_pieces = registered()[choice.loss].needs is Needs.PIECES
     needed: dict[str, Any] = {"projection": projection}
-    if needs_pieces:
+    if registered()[choice.loss].needs is Needs.PIECES:
         pieces = PieceIndex.build(*vocabularies)
         print(f"{pieces!r}: {str(pieces.merged()).splitlines()[0]}")
         needed = {"pieces": pieces}

@@ -4,8 +4,11 @@ audits draws. Each draws into the given axes, or into a new figure of pyplot, an
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
+
+import numpy as np
 
 MOST_CHUNKS = 24
 """Of an alignment, by default: more cannot be read."""
@@ -82,26 +85,18 @@ def stacked_counts(axes: Any, counts: Mapping[str, Sequence[int]], xlabel: str, 
 
 def counted(numbers: Iterable[int]) -> list[int]:
     """How often each number from 0 occurs; those from `MOST_ENTRIES` on together."""
-    counts = [0] * (MOST_ENTRIES + 1)
-    for number in numbers:
-        counts[min(number, MOST_ENTRIES)] += 1
-    while len(counts) > 1 and not counts[-1]:
-        counts.pop()
-    return counts
+    found: list[int] = np.bincount(np.minimum(np.fromiter(numbers, np.int64), MOST_ENTRIES), minlength=1).tolist()
+    return found
 
 
-def two_rows(axes: Any, spans: Sequence[Sequence[int]], student: Sequence[str], teacher: Sequence[str]) -> Any:
+def two_rows(axes: Any, cells: Iterable[tuple[Sequence[str], Sequence[str], bool]]) -> Any:
     """The tokens of both sides above each other, as wide as their chunks; a chunk is a colour, grey is in no chunk."""
-    chunks: list[tuple[Sequence[str], Sequence[str], str]] = []
-    i = j = 0
-    end = [len(student), len(student), len(teacher), len(teacher)]
-    for k, (a, b, c, d) in enumerate([*spans, end]):
-        alone = (list(filter(None, student[i:a])), list(filter(None, teacher[j:c])))
-        if any(alone):
-            chunks.append((*alone, GREY))
-        if b > a or d > c:
-            chunks.append((student[a:b], teacher[c:d], COLORS[k % len(COLORS)]))
-        i, j = b, d
+    colors = itertools.cycle(COLORS)
+    drawn = (
+        [[one for one in side if one] for side in sides] + [next(colors) if aligned else GREY]
+        for *sides, aligned in cells
+    )
+    chunks: list[Any] = [one for one in drawn if one[0] or one[1]]
     width = [max(sum(len(one) + 1 for one in side) for side in chunk[:2]) for chunk in chunks]
     axes = axes_or_new(axes, max(4.0, 0.11 * sum(width)), 1.6)
     begin = 0.0

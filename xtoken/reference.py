@@ -13,24 +13,17 @@ a logit of -inf is a probability of exactly zero, and everything stays finite (0
 returns one loss per chunk, multiplied by ``tau ** 2``.
 """
 
-from xtoken.alignment import Chunks as Chunks
-from xtoken.alignment import Rows as Rows
-from xtoken.alignment import predictable as predictable
-from xtoken.losses.diagnostics import diagnosis as diagnosis
-from xtoken.losses.kd.formula import kd as kd
-from xtoken.losses.numerics import EPSILON as EPSILON
-from xtoken.losses.numerics import LOWEST_LOGIT as LOWEST_LOGIT
-from xtoken.losses.on_pieces import event_agreement as event_agreement
-from xtoken.losses.pkl.formula import pkl as pkl
-from xtoken.losses.prefix_kl.formula import prefix as prefix
+from xtoken.alignment import Chunks, Rows, predictable
+from xtoken.losses.diagnostics import diagnosis
+from xtoken.losses.kd.formula import kd
+from xtoken.losses.numerics import EPSILON, LOWEST_LOGIT
+from xtoken.losses.on_pieces import event_agreement
+from xtoken.losses.pkl.formula import pkl
+from xtoken.losses.prefix_kl.formula import prefix
+from xtoken.losses.ranked.formula import ranked
 from xtoken.losses.ranked.formula import ranked as gold
-from xtoken.losses.ranked.formula import ranked as ranked
-from xtoken.losses.uld.formula import uld as uld
-from xtoken.projection import Entries as Entries
-from xtoken.projection import column_set as column_set
-from xtoken.projection import common_pairs as common_pairs
-from xtoken.projection import project as project
-from xtoken.projection import restrict as restrict
+from xtoken.losses.uld.formula import uld
+from xtoken.projection import Entries, column_set, common_pairs, project, restrict
 
 __all__ = [
     "EPSILON", "LOWEST_LOGIT", "Chunks", "Entries", "Rows", "column_set", "common_pairs", "diagnosis",

@@ -56,67 +56,59 @@ class Remote:
 
     def open(self, mode: str = "rb") -> _Reader:
         """The file, to read bytes from; it can seek."""
-        system, path = self._find()
         options = {"block_size": BLOCK_BYTES, "cache_type": "blockcache", "cache_options": {"maxblocks": BLOCKS}}
-        with self._told():
+        with self._at() as (system, path):
             return _Reader(self, system.open(path, mode, **options))
 
     def read_text(self, encoding: str = "utf-8") -> str:
         """The content of the file."""
-        system, path = self._find()
-        with self._told():
+        with self._at() as (system, path):
             return bytes(system.cat_file(path)).decode(encoding)
 
     def stamp(self) -> tuple[int, str]:
         """Size in bytes, and what changes when the file does: the ETag, or its like."""
-        system, path = self._find()
-        with self._told():
+        with self._at() as (system, path):
             info = system.info(path)
         version = next((str(info[name]) for name in _VERSIONS if info.get(name) is not None), "")
         return int(info["size"]), version.strip('"')
 
     def sizes(self) -> dict[str, int]:
         """The names in the folder, with sizes in bytes; none if it does not exist."""
-        system, path = self._find()
         found = []
-        with self._told(), suppress(FileNotFoundError):
+        with self._at() as (system, path), suppress(FileNotFoundError):
             found = system.ls(path, detail=True)
         entries = {entry["name"].rstrip("/").rpartition("/")[2]: int(entry["size"] or 0) for entry in found}
         return {name: size for name, size in entries.items() if name and name != self.name}
 
     def is_dir(self) -> bool:
         """Whether it is a folder, or what an object store has in its place."""
-        system, path = self._find()
-        with self._told(), suppress(FileNotFoundError):
-            return bool(system.info(path)["type"] == "directory")
-        return False
+        return self._type() == "directory"
 
     def is_file(self) -> bool:
         """Whether it is a file."""
-        system, path = self._find()
-        with self._told(), suppress(FileNotFoundError):
-            return bool(system.info(path)["type"] == "file")
-        return False
+        return self._type() == "file"
+
+    def _type(self) -> str | None:
+        with self._at() as (system, path), suppress(FileNotFoundError):
+            return str(system.info(path)["type"])
+        return None
 
     def root_is_missing(self) -> str:
         """The bucket, or first folder, of the URL if it does not exist; else an empty text."""
-        system, path = self._find()
-        rest = path.lstrip("/")
-        root = path[: len(path) - len(rest)] + rest.partition("/")[0]
-        with self._told():
+        with self._at() as (system, path):
+            rest = path.lstrip("/")
+            root = path[: len(path) - len(rest)] + rest.partition("/")[0]
             return "" if system.exists(root) else root
 
     def glob(self) -> list[str]:
         """The URLs of the files that the URL stands for as a pattern, sorted."""
-        system, path = self._find()
-        with self._told():
+        with self._at() as (system, path):
             found = system.glob(path, detail=True)
         return sorted(system.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
 
     def upload(self, data: Path | bytes) -> None:
         """Writes the file, which object stores show complete or not at all."""
-        system, path = self._find()
-        with self._told():
+        with self._at() as (system, path):
             if isinstance(data, bytes):
                 system.pipe_file(path, data)
             else:
@@ -124,8 +116,7 @@ class Remote:
 
     def unlink(self) -> None:
         """Removes the file."""
-        system, path = self._find()
-        with self._told():
+        with self._at() as (system, path):
             system.rm_file(path)
 
     def _find(self) -> tuple[Any, str]:
@@ -145,7 +136,14 @@ class Remote:
         return system, path
 
     @contextmanager
-    def _told(self) -> Iterator[None]:
+    def _at(self) -> Iterator[tuple[Any, str]]:
+        """File system and path, with `told` errors."""
+        found = self._find()
+        with self.told():
+            yield found
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
         """Errors of the file system's library, each of which has its own kinds, as OSError that names the URL."""
         try:
             yield
@@ -155,15 +153,17 @@ class Remote:
             raise OSError(f"{self.url}: {error or type(error).__name__}") from error
 
 
-class _Reader:
+class _Reader(io.RawIOBase):
     """A file that is read, with the errors of `Remote`."""
 
     def __init__(self, remote: Remote, file: Any) -> None:
         self._remote, self._file = remote, file
 
-    def read(self, size: int = -1) -> bytes:
-        with self._remote._told():
-            return bytes(self._file.read(size))
+    def readinto(self, buffer: Any) -> int:
+        with self._remote.told():
+            data = self._file.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
 
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         return int(self._file.seek(offset, whence))
@@ -174,27 +174,12 @@ class _Reader:
     def readable(self) -> bool:
         return True
 
-    def writable(self) -> bool:
-        return False
-
     def seekable(self) -> bool:
         return True
 
-    def flush(self) -> None:
-        """Nothing is written."""
-
-    @property
-    def closed(self) -> bool:
-        return bool(self._file.closed)
-
     def close(self) -> None:
         self._file.close()
-
-    def __enter__(self) -> _Reader:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+        super().close()
 
 
 Place = Path | Remote

@@ -10,8 +10,10 @@ make such words.
 from __future__ import annotations
 
 import itertools
+import json
 import random
 import re
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
@@ -146,26 +148,18 @@ class _Source:
 
     def value(self) -> str:
         quote = self.one("\"'")
-        return self.one(
-            (
-                self.name(),
-                str(self.upto(10 ** (1 + self.upto(5)))),
-                f"{self.upto(100)}.{self.upto(1000)}",
-                f"{quote}{self.one((self.name(), self.words(2), '', '%s', '/', ', '))}{quote}",
-                f"{self.name()}[{self.upto(10)}]",
-                f"{self.name()}.{self.name()}",
-                self.one(("None", "True", "null", "false", "-1", "0x1F", "1e-5", "[]", "{}", "()")),
-            )
-        )
+        values = [self.name(), str(self.upto(10 ** (1 + self.upto(5)))), f"{self.upto(100)}.{self.upto(1000)}"]
+        values += [f"{quote}{self.one((self.name(), self.words(2), '', '%s', '/', ', '))}{quote}"]
+        values += [f"{self.name()}[{self.upto(10)}]", f"{self.name()}.{self.name()}"]
+        return self.one([*values, self.one("None True null false -1 0x1F 1e-5 [] {} ()".split())])
 
     def expression(self, depth: int = 2) -> str:
         if depth == 0 or self.upto(3) == 0:
             return self.value()
         a, b = self.expression(depth - 1), self.expression(depth - 1)
         operator = self.one("+ - * / % == != < > <= >= && || and or in | & << ** ->".split())
-        return self.one(
-            (f"{self.name()}({a}, {b})", f"{self.name()}({a})", f"{a} {operator} {b}", f"({a}){operator}{b}")
-        )
+        calls = f"{self.name()}({a}, {b})", f"{self.name()}({a})"
+        return self.one((*calls, f"{a} {operator} {b}", f"({a}){operator}{b}"))
 
 
 def _texts(lines: Iterator[str], size: int = 2000) -> Iterator[str]:
@@ -182,23 +176,10 @@ def _texts(lines: Iterator[str], size: int = 2000) -> Iterator[str]:
 
 def _indents(source: _Source) -> Iterator[str]:
     """Every width of indentation, by spaces and by tabs, before everything that lines start with."""
-    widths = [" " * n for n in range(49)] + ["\t" * n for n in range(1, 13)]
-    widths += [" " * n for n in range(52, 84, 4)] + [
-        "\t ",
-        "\t  ",
-        " \t",
-        "\t    ",
-        "    \t",
-        "        \t",
-        " \t ",
-        "\t\t  ",
-    ]
-    starts = itertools.cycle(STARTS)
-    return _texts(
-        f"{source.one((':', ' {', ';', ',', '', '.', '('))}\n{indent}{next(starts)}"
-        for indent in widths
-        for _ in range(24)
-    )
+    widths = [" " * n for n in range(49)] + ["\t" * n for n in range(1, 13)] + [" " * n for n in range(52, 84, 4)]
+    widths += ["\t ", "\t  ", " \t", "\t    ", "    \t", "        \t", " \t ", "\t\t  "]
+    starts, ends = itertools.cycle(STARTS), (":", " {", ";", ",", "", ".", "(")
+    return _texts(f"{source.one(ends)}\n{indent}{next(starts)}" for indent in widths for _ in range(24))
 
 
 def _line_ends(source: _Source) -> Iterator[str]:
@@ -206,22 +187,15 @@ def _line_ends(source: _Source) -> Iterator[str]:
     starts = itertools.cycle(STARTS)
     return _texts(
         source.one((source.name(), source.one(WORDS), "1"))
-        + gap
-        + end
-        + line_end
-        + " " * (4 * source.upto(3))
-        + next(starts)
+        + f"{gap}{end}{line_end}{' ' * (4 * source.upto(3))}{next(starts)}"
         for end, line_end, gap in itertools.product(ENDS, LINE_ENDS, ("", " "))
     )
 
 
 def _gaps(source: _Source) -> Iterator[str]:
     """White space of every width within lines."""
-    gaps = (
-        [" " * n for n in range(1, 41)]
-        + ["\t" * n for n in range(1, 7)]
-        + [" \t", "\t ", "\u00a0", "\u3000", " \u00a0"]
-    )
+    gaps = [" " * n for n in range(1, 41)] + ["\t" * n for n in range(1, 7)]
+    gaps += [" \t", "\t ", "\u00a0", "\u3000", " \u00a0"]
     starts = itertools.cycle(STARTS)
     return _texts(source.one(WORDS) + gap + next(starts) + "\n" for gap in gaps for _ in range(16))
 
@@ -315,15 +289,9 @@ def _block(source: _Source, language: tuple[list[str], list[str], str], indent: 
 
 
 def _code(source: _Source) -> Iterator[str]:
+    layouts = [("    ", "\n"), ("  ", "\n"), ("\t", "\n"), ("    ", "\r\n"), ("        ", "\n"), ("   ", "\n")]
     for language in (PYTHON, BRACES, OTHERS):
-        for indent, end in (
-            ("    ", "\n"),
-            ("  ", "\n"),
-            ("\t", "\n"),
-            ("    ", "\r\n"),
-            ("        ", "\n"),
-            ("   ", "\n"),
-        ):
+        for indent, end in layouts:
             for _ in range(5):
                 lines = itertools.chain.from_iterable(_block(source, language, indent, 0) for _ in range(3))
                 yield end.join(lines) + end
@@ -334,9 +302,8 @@ def _data(source: _Source) -> Iterator[str]:
 
     def nested(depth: int) -> object:
         if depth == 0 or source.upto(3) == 0:
-            return source.one(
-                (source.upto(1000), source.words(2), True, None, 0.5, [], {}, source.name(), "", "http://a.b/c")
-            )
+            plain: tuple[object, ...] = (True, None, 0.5, [], {})
+            return source.one((source.upto(1000), source.words(2), *plain, source.name(), "", "http://a.b/c"))
         if source.upto(3) == 0:
             return [nested(depth - 1) for _ in range(1 + source.upto(4))]
         return {source.name(): nested(depth - 1) for _ in range(1 + source.upto(4))}
@@ -360,8 +327,6 @@ def _data(source: _Source) -> Iterator[str]:
         else:
             yield f"{indent}<{name}>{value}</{name}>" if value else f"{indent}<{name}/>"
 
-    import json
-
     for indent in (None, 1, 2, 4, "\t"):
         for _ in range(5):
             value = {source.name(): nested(4) for _ in range(3)}
@@ -369,10 +334,10 @@ def _data(source: _Source) -> Iterator[str]:
             yield "\n".join(yaml(value, ""))
             yield "\n".join(xml(value, ""))
     for separator in (",", ";", "\t", ", ", "|", " | "):
-        rows = (
-            [source.value(), source.words(2), str(source.upto(9999)), f"{source.random() - 0.3:.3f}"] for _ in range(25)
+        yield "\n".join(
+            separator.join((source.value(), source.words(2), str(source.upto(9999)), f"{source.random() - 0.3:.3f}"))
+            for _ in range(25)
         )
-        yield "\n".join(separator.join(row) for row in rows)
     for _ in range(12):
         widths = [3 + source.upto(24) for _ in range(3)]
         yield "\n".join(
@@ -386,34 +351,24 @@ def _data(source: _Source) -> Iterator[str]:
 
 def _markdown(source: _Source) -> Iterator[str]:
     for _ in range(24):
-        parts = [f"{'#' * (1 + source.upto(4))} {source.words(3).title()}", source.sentence() + " " + source.sentence()]
+        parts = [f"{'#' * (1 + source.upto(4))} {source.words(3).title()}", f"{source.sentence()} {source.sentence()}"]
         bullet = source.one("*-+")
-        parts += [
-            "\n".join(f"{'  ' * source.upto(4)}{bullet} **{source.words(2)}**: {source.sentence()}" for _ in range(6))
-        ]
-        parts += [
-            "\n".join(f"{k}. {source.sentence()}\n   - `{source.name()}`: {source.words(4)}" for k in range(1, 6))
-        ]
+        items = [f"{'  ' * source.upto(4)}{bullet} **{source.words(2)}**: {source.sentence()}" for _ in range(6)]
+        steps = [f"{k}. {source.sentence()}\n   - `{source.name()}`: {source.words(4)}" for k in range(1, 6)]
         rows = [f"| {source.words(2)} | {source.value()} | {source.upto(100)}% |" for _ in range(5)]
-        parts += ["\n".join([rows[0], "|---|:---:|---:|", *rows[1:]])]
-        parts += [
-            f"```{source.one(('python', 'json', 'bash', 'c++', ''))}\n{source.name()}({source.expression()})\n```"
-        ]
+        parts += map("\n".join, (items, steps, [rows[0], "|---|:---:|---:|", *rows[1:]]))
+        language, name = source.one(("python", "json", "bash", "c++", "")), source.name()
+        parts += [f"```{language}\n{name}({source.expression()})\n```"]
         parts += [f"> {source.sentence()}\n> {source.sentence()}", source.one(("---", "***", "===", "<br>", "* * *"))]
-        parts += [
-            f"See [{source.words(2)}](https://{source.one(WORDS)}.org/{source.name()}?q={source.upto(99)}#{source.name()})"
-        ]
+        title, host, path = source.words(2), source.one(WORDS), source.name()
+        parts += [f"See [{title}](https://{host}.org/{path}?q={source.upto(99)}#{source.name()})"]
         parts += [f"- [ ] {source.words(3)}\n- [x] *{source.words(3)}*", f"![{source.words(2)}](./{source.name()}.png)"]
-        parts += [
-            f".. {source.name()}:: {source.words(2)}\n\n   :{source.name()}: ``{source.name()}``\n",
-            "$$x_{i}^2 = \\frac{a}{b}$$",
-        ]
+        name, title = source.name(), source.words(2)
+        parts += [f".. {name}:: {title}\n\n   :{source.name()}: ``{source.name()}``\n", "$$x_{i}^2 = \\frac{a}{b}$$"]
         yield source.one(("\n\n", "\n", "\n\n\n")).join(parts)
 
 
 def _prose(source: _Source) -> Iterator[str]:
-    import textwrap
-
     for k in range(24):
         text = " ".join(source.sentence() for _ in range(14))
         indent = " " * source.one((0, 0, 0, 1, 2, 3, 4, 8))
@@ -433,32 +388,9 @@ def _scripts(source: _Source) -> Iterator[str]:
 
 def _numbers(source: _Source) -> Iterator[str]:
     forms = (
-        *(
-            "{0}",
-            "{0}",
-            "{0}",
-            "{0:,}",
-            "{0}.5",
-            "{0:x}",
-            "-{0}",
-            "{0}%",
-            "${0:,}.00",
-            "{0:08d}",
-            "{0:e}",
-            "({0})",
-            "[{0}]",
-        ),
-        *(
-            "{1}:{2:02d}",
-            "20{1:02d}-0{3}-1{3}",
-            "v{3}.{1}.{3}",
-            "{1}.{2}.0.{3}",
-            "{0}px",
-            "{0}th",
-            "#{0}",
-            "{3}/{1}/{2}",
-        ),
-    )
+        "{0} {0} {0} {0:,} {0}.5 {0:x} -{0} {0}% ${0:,}.00 {0:08d} {0:e} ({0}) [{0}] {1}:{2:02d} 20{1:02d}-0{3}-1{3} "
+        "v{3}.{1}.{3} {1}.{2}.0.{3} {0}px {0}th #{0} {3}/{1}/{2}"
+    ).split()
 
     def number() -> str:
         n = source.upto(10 ** (1 + source.upto(9)))
@@ -472,16 +404,9 @@ def _chat(source: _Source) -> Iterator[str]:
     for _ in range(12):
         turns = []
         for who in (("User", "Assistant") if source.upto(2) else ("Q", "A")) * 3:
-            answer = source.one(
-                (
-                    source.sentence(),
-                    f"{source.sentence()}\n\n1. {source.sentence()}\n2. {source.sentence()}",
-                    source.value(),
-                    f"Sure! {source.one(EMOJI)} {source.sentence()}",
-                    "I don't know, it's fine.",
-                )
-            )
-            turns.append(f"{who}: {answer}")
+            answers = [source.sentence(), f"{source.sentence()}\n\n1. {source.sentence()}\n2. {source.sentence()}"]
+            answers += [source.value(), f"Sure! {source.one(EMOJI)} {source.sentence()}", "I don't know, it's fine."]
+            turns.append(f"{who}: {source.one(answers)}")
         yield source.one(("\n", "\n\n")).join(turns)
 
 

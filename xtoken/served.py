@@ -255,17 +255,13 @@ class ServedModel:
             if not bool(is_right.all()):
                 raise self._wrong(f"{what} at position {int((~is_right).nonzero()[0]) + 1}")
         unknown = found.ids >= size
-        if bool(unknown.any()):
-            self._tell_unknown(int(found.ids.max()))
+        if bool(unknown.any()) and not self._unknown_is_told:
+            self._unknown_is_told = True
+            message = "%s lists token %d, but the tokenizer has %d; such tokens count to the rest"
+            logger.warning(message, self.client.url, int(found.ids.max()), size)
         return TopKLogits(
             found.ids.masked_fill(unknown, -1), found.logprobs.clamp_max(0.0).masked_fill(unknown, -torch.inf)
         )
-
-    def _tell_unknown(self, token: int) -> None:
-        if not self._unknown_is_told:
-            self._unknown_is_told = True
-            message = "%s lists token %d, but the tokenizer has %d; such tokens count to the rest"
-            logger.warning(message, self.client.url, token, len(self.vocabulary))
 
     def _check_tokenizer(self) -> None:
         """Raises ValueError if the server decodes tokens otherwise than the tokenizer."""

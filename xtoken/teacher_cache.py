@@ -535,6 +535,7 @@ def cache_teacher(
         As for `TeacherCacheWriter`.
     """
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
+    advance = advance or (lambda documents, tokens: None)
     if batch_tokens < 1:
         raise ValueError(f"batch_tokens: expected at least 1, got {batch_tokens}")
     if isinstance(model, ServedModel):
@@ -557,8 +558,7 @@ def cache_teacher(
             sent, kept = itertools.tee(remaining)
             for ids, found in zip(kept, model.each(ids[:max_length] for ids in sent), strict=True):
                 writer.add(ids, found)
-                if advance is not None:
-                    advance(1, len(found.ids))
+                advance(1, len(found.ids))
             model.tell_faults()
         while window := list(itertools.islice(remaining, WINDOW)):
             read = [ids[:max_length] for ids in window]
@@ -575,8 +575,7 @@ def cache_teacher(
             for k, ids in enumerate(window):
                 writer.add(ids, *results[k])
             done += len(window)
-            if advance is not None:
-                advance(len(window), sum(map(len, read)))
+            advance(len(window), sum(map(len, read)))
     return TeacherCache(output)
 
 

@@ -24,11 +24,10 @@ import tokenizers
 import xtoken
 from xtoken import Aligner, Vocabulary, align_corpus, cli
 from xtoken.cli import main
-from xtoken.corpus import require
+from xtoken.corpus import Options, require
 from xtoken.corpus.deaths import Deaths
-from xtoken.corpus.options import Options
 from xtoken.corpus.partition import Shard
-from xtoken.corpus.progress import Progress
+from xtoken.corpus.run import Progress
 
 pytestmark = pytest.mark.slow
 
@@ -343,7 +342,7 @@ def test_interrupt(workers, undisturbed, pair_files, corpus, tmp_path):
     command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus)]
     command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
     script = (
-        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.progress import Progress\n"
+        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.run import Progress\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a shell starts background jobs without it
         "Progress.shard_done = lambda *_: os.kill(os.getpid(), signal.SIGINT)\n"
         "sys.exit(main(sys.argv[1:]))"
@@ -367,7 +366,7 @@ def test_workers_end_with_the_first_process(pair_files, corpus, tmp_path):
     command = ["align", "--student", pair_files[0], "--teacher", pair_files[1], "--input", str(corpus), "--workers=2"]
     command += ["--output", str(tmp_path / "out"), "--shard-bytes", str(SHARD)]
     script = (
-        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.progress import Progress\n"
+        "import os, signal, sys; from xtoken.cli import main; from xtoken.corpus.run import Progress\n"
         "Progress.shard_done = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         "main(sys.argv[1:])"
     )

@@ -11,7 +11,7 @@ import pytest
 
 from xtoken import align_corpus
 from xtoken.cli import main
-from xtoken.corpus.progress import Progress
+from xtoken.corpus.run import Progress
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from xtoken.corpus import source
 from xtoken.corpus.documents import Broken
 from xtoken.corpus.files import find_files
 from xtoken.corpus.partition import MOST_SLICES, FileSlice, into_shards
-from xtoken.corpus.reading import read_shard, scan_file
+from xtoken.corpus.shards import read_shard, scan_file
 from xtoken.train.data import read_rows
 
 TEXTS = [f"document {k} " + "äöü€😀 " * (k % 40) for k in range(400)]

@@ -17,7 +17,7 @@ import pytest
 from xtoken import align_corpus
 from xtoken.cli import main
 from xtoken.corpus.files import find_files
-from xtoken.corpus.progress import Progress
+from xtoken.corpus.run import Progress
 from xtoken.data import AlignedDataset
 from xtoken.remote import Remote
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtoken.train import ExampleEncoder
-from xtoken.train.completion import Completion, CompletionEncoder, read_prompt
+from xtoken.train.completion import Completion, of_sampled, of_text, read_prompt
 from xtoken.train.example import prompt_of
 
 CHAT = {
@@ -29,12 +29,12 @@ OTHERS = ("qwen3", "gemma3", "mistral")
 
 
 @pytest.fixture(scope="module")
-def encoder(small_chat_tok) -> CompletionEncoder:
+def encoder(small_chat_tok) -> ExampleEncoder:
     """A student with the template of Llama 3, teachers with others."""
-    return CompletionEncoder(ExampleEncoder(small_chat_tok("llama3"), [small_chat_tok(name) for name in OTHERS]))
+    return ExampleEncoder(small_chat_tok("llama3"), [small_chat_tok(name) for name in OTHERS])
 
 
-def byte_ids(encoder: CompletionEncoder, *parts: bytes | str) -> list[int]:
+def byte_ids(encoder: ExampleEncoder, *parts: bytes | str) -> list[int]:
     """Bytes a token each, as the tokenizer would never write them; parts that are strings are tokens."""
     tokens = encoder.student.tokens
     found = []
@@ -43,9 +43,9 @@ def byte_ids(encoder: CompletionEncoder, *parts: bytes | str) -> list[int]:
     return found
 
 
-def sampled(encoder: CompletionEncoder, row: Any, ids: list[int], ended: bool) -> dict[str, Any]:
+def sampled(encoder: ExampleEncoder, row: Any, ids: list[int], ended: bool) -> dict[str, Any]:
     prompt = read_prompt(prompt_of(row) or {}, encoder.student)
-    (example,) = encoder.of_sampled([Completion(prompt, ids, ended)])
+    (example,) = of_sampled(encoder, [Completion(prompt, ids, ended)])
     assert example["student_ids"].tolist() == [*prompt.ids, *ids]
     assert example["labels"].tolist() == [-100] * len(prompt.ids) + ids
     assert (example["ce_labels"] == -100).all()
@@ -55,10 +55,10 @@ def sampled(encoder: CompletionEncoder, row: Any, ids: list[int], ended: bool) -
     return example
 
 
-def chunks(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> list[bytes]:
+def chunks(encoder: ExampleEncoder, example: dict[str, Any], name: str) -> list[bytes]:
     """What the chunks of a teacher spell, on both sides; its end as END."""
     k = OTHERS.index(name)
-    side = encoder.encoder.teachers[k]
+    side = encoder.teachers[k]
     assert side is not None
     found = []
     for ours, theirs in pieces_of(example, encoder.student.vocabulary, side.vocabulary, k):
@@ -68,12 +68,12 @@ def chunks(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> li
     return found
 
 
-def read(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> bytes:
+def read(encoder: ExampleEncoder, example: dict[str, Any], name: str) -> bytes:
     return b"".join(tokens_of(encoder, example, name))
 
 
-def tokens_of(encoder: CompletionEncoder, example: dict[str, Any], name: str) -> list[bytes]:
-    side = encoder.encoder.teachers[OTHERS.index(name)]
+def tokens_of(encoder: ExampleEncoder, example: dict[str, Any], name: str) -> list[bytes]:
+    side = encoder.teachers[OTHERS.index(name)]
     assert side is not None
     return [side.tokens[i] for i in example["teachers"][OTHERS.index(name)]["ids"]]
 
@@ -181,7 +181,7 @@ def test_a_reasoning_that_the_prompt_has_opened(small_chat_tok):
         '"<|start_header_id|>assistant<|end_header_id|>\\n\\n<think>\\n" }}{% endif %}',
     )
     try:
-        encoder = CompletionEncoder(ExampleEncoder(opened, [small_chat_tok(name) for name in OTHERS]))
+        encoder = ExampleEncoder(opened, [small_chat_tok(name) for name in OTHERS])
         example = sampled(encoder, CHAT, byte_ids(encoder, b"Two.\n</think>\n\n4", "<|eot_id|>"), True)
         assert opened.decode(example["student_ids"].tolist()).count("<think>") == 1
     finally:
@@ -231,10 +231,10 @@ def test_prompts_of_examples(small_chat_tok):
 def test_lengths(encoder, small_chat_tok):
     """A teacher that reads more tokens than it has positions for loses the end."""
     toks = small_chat_tok("llama3"), [small_chat_tok("qwen3")]
-    whole = CompletionEncoder(ExampleEncoder(*toks))
+    whole = ExampleEncoder(*toks)
     ids = byte_ids(whole, b"one book or two books", "<|eot_id|>")
     full = sampled(whole, TEXT, ids, True)["teachers"][0]
-    short = CompletionEncoder(ExampleEncoder(*toks, max_teacher_length=len(full["ids"]) - 4))
+    short = ExampleEncoder(*toks, max_teacher_length=len(full["ids"]) - 4)
     cut = sampled(short, TEXT, ids, True)["teachers"][0]
     assert np.array_equal(cut["ids"], full["ids"][:-4])
     assert 0 < len(cut["spans"]) < len(full["spans"])
@@ -244,28 +244,26 @@ def test_lengths(encoder, small_chat_tok):
 def test_routes_and_systems(small_chat_tok):
     """A teacher that a row does not go to reads nothing of its completion; one that is told more reads that too."""
     student, teachers = small_chat_tok("llama3"), [small_chat_tok(name) for name in OTHERS[:2]]
-    encoder = CompletionEncoder(
-        ExampleEncoder(
-            student,
-            teachers,
-            teacher_systems=["Be brief.", None],
-            teacher_column="to",
-            teacher_names=OTHERS[:2],
-            with_prompts=True,
-        )
+    encoder = ExampleEncoder(
+        student,
+        teachers,
+        teacher_systems=["Be brief.", None],
+        teacher_column="to",
+        teacher_names=OTHERS[:2],
+        with_prompts=True,
     )
     prompt = read_prompt(prompt_of(CHAT) or {}, encoder.student)
     completion = Completion(prompt, byte_ids(encoder, b"12", "<|eot_id|>"), True, [True, False])
-    (example,) = encoder.of_sampled([completion])
+    (example,) = of_sampled(encoder, [completion])
     assert example["route"] == [True, False]
     assert b"Be brief." in read(encoder, example, "qwen3")
     assert chunks(encoder, example, "qwen3")[-1] == b"END"
     assert len(example["teachers"][1]["spans"]) == 0
-    teacher = encoder.encoder.teachers[0]
+    teacher = encoder.teachers[0]
     assert teacher is not None
     prompt = read_prompt(prompt_of(CHAT) or {}, teacher)
     assert b"Be brief." in b"".join(teacher.tokens[i] for i in prompt.ids)
-    written = encoder.of_text(completion._replace(prompt=prompt, ids=prompt.ids[:4], ended=False), teacher)
+    written = of_text(encoder, completion._replace(prompt=prompt, ids=prompt.ids[:4], ended=False), teacher)
     assert written is not None
     assert written["route"] == [True, False]
 
@@ -273,16 +271,17 @@ def test_routes_and_systems(small_chat_tok):
 def test_what_a_teacher_writes_is_data(encoder, small_chat_tok):
     """Encoded like any other row; a text without an end does not teach to end."""
     for row in (CHAT, TEXT):
-        teacher = encoder.encoder.teachers[0]
+        teacher = encoder.teachers[0]
         prompt = read_prompt(prompt_of(row), teacher)
         ids = teacher.backend.encode("two books", add_special_tokens=False).ids
         end = [teacher.tokens.index(b"<|im_end|>" if row is CHAT else b"<|endoftext|>")]
         for ended in (True, False):
-            example = encoder.of_text(Completion(prompt, [*ids, *(end if ended else [])], ended), teacher)
+            example = of_text(encoder, Completion(prompt, [*ids, *(end if ended else [])], ended), teacher)
             text = trained_text(example, encoder.student.vocabulary)
             assert ("two books" + "<|eot_id|>" * ended) in text
             assert text.endswith("<|eot_id|>") == ended
+            assert example is not None
             assert "ce_labels" not in example
-    student, teachers = encoder.student.tokenizer, [one.tokenizer for one in encoder.encoder.teachers]
-    strict = CompletionEncoder(ExampleEncoder(student, teachers, train_on="completion", with_prompts=True))
-    assert strict.of_text(Completion(read_prompt(prompt_of(TEXT), teacher), end, True), teacher) is None
+    student, teachers = encoder.student.tokenizer, [one.tokenizer for one in encoder.teachers]
+    strict = ExampleEncoder(student, teachers, train_on="completion", with_prompts=True)
+    assert of_text(strict, Completion(read_prompt(prompt_of(TEXT), teacher), end, True), teacher) is None

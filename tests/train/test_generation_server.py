@@ -12,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 from small import SMALL_TEXTS, make_config, make_model, make_teacher
 
 from xtoken.train import XTokenTrainer
-from xtoken.train.generation_server import Weights
+from xtoken.train.generate import Weights
 
 pytestmark = pytest.mark.slow
 
@@ -77,7 +77,7 @@ def test_a_run_that_goes_on_sends_at_the_same_steps(monkeypatch, tmp_path, start
         unwrap_model=lambda *_, **__: None, get_state_dict=lambda _: {}, wait_for_everyone=lambda: done.append(step)
     )
     args = SimpleNamespace(should_save=False)
-    monkeypatch.setattr("xtoken.train.generation_server.broadcast_object_list", lambda names: names)
+    monkeypatch.setattr("xtoken.train.generate.broadcast_object_list", lambda names: names)
     weights = Weights(SimpleNamespace(accelerator=accelerator, model_wrapped=None, args=args), None, tmp_path, 3)
     for step in range(start, 8):
         weights.send(step)

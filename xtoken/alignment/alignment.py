@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from xtoken import plot
-from xtoken.alignment.pretty import shown_tokens, two_lines
+from xtoken.alignment.pretty import in_chunks, shown_tokens, two_lines
 from xtoken.notebook import MOST, html_table
 from xtoken.vocabulary import TokenizerLike
 
@@ -109,18 +109,16 @@ class Alignment:
             raise ValueError(f"spans: expected shape [K, 4], got {list(self.spans.shape)}")
         count = self.num_chunks
         self.batched = offsets is not None
-        self.offsets = int_tensor([0, count] if offsets is None else offsets, "offsets", torch.int64).to(
-            self.spans.device
-        )
+        offsets = [0, count] if offsets is None else offsets
+        self.offsets = int_tensor(offsets, "offsets", torch.int64).to(self.spans.device)
         if self.offsets.dim() != 1 or self.offsets.numel() == 0:
             raise ValueError(f"offsets: expected shape [B + 1], got {list(self.offsets.shape)}")
         self._ids: dict[str, Tensor | list[NDArray[np.int64]] | None] = {
             side: None if ids is None else self._check_ids(ids, f"{side}_ids")
             for side, ids in (("student", student_ids), ("teacher", teacher_ids))
         }
-        self.optimal = self._flags(
-            torch.ones(len(self), dtype=torch.bool, device="cpu") if optimal is None else optimal, "optimal", len(self)
-        )
+        all_of_them = torch.ones(len(self), dtype=torch.bool, device="cpu")
+        self.optimal = self._flags(all_of_them if optimal is None else optimal, "optimal", len(self))
         if predicted is None:
             predicted = (self.spans[:, 0] > 0) & (self.spans[:, 2] > 0)
         self.predicted = self._flags(predicted, "predicted", count)
@@ -456,19 +454,10 @@ class Alignment:
         ends = [len(one.student_ids[0]), len(one.teacher_ids[0])]
         low = [drawn[0][0], drawn[0][2]] if first else [0, 0]
         high = [drawn[-1][1], drawn[-1][3]] if first + len(drawn) < len(spans) else ends
-        student, teacher = (
-            shown_tokens(tokenizer, ids[0, a:b], name)
-            for tokenizer, ids, a, b, name in zip(
-                (student_tok, teacher_tok),
-                (one.student_ids, one.teacher_ids),
-                low,
-                high,
-                ("student_tok", "teacher_tok"),
-                strict=True,
-            )
-        )
+        student = shown_tokens(student_tok, one.student_ids[0, low[0] : high[0]], "student_tok")
+        teacher = shown_tokens(teacher_tok, one.teacher_ids[0, low[1] : high[1]], "teacher_tok")
         moved = [[a - low[0], b - low[0], c - low[1], d - low[1]] for a, b, c, d in drawn]
-        axes = plot.two_rows(axes, moved, student, teacher)
+        axes = plot.two_rows(axes, in_chunks(moved, student, teacher))
         axes.set_title(f"chunks {first} to {first + len(drawn) - 1} of {len(spans)}", fontsize="medium")
         return axes
 

@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TypeVar
+
 from torch import Tensor
 
 from xtoken.terminal import printable
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 
+T = TypeVar("T")
+
 
 def shown_tokens(tokenizer: TokenizerLike, ids: Tensor, name: str) -> list[str]:
-    """The text of each token [T] on one line; empty for padding. ValueError, which names the tokenizer's argument, for
-    ids that it does not have."""
+    """The text of each token [T] on one line, with spaces visible, control characters and bytes that are not UTF-8
+    escaped; empty for padding. ValueError, which names the tokenizer's argument, for ids that it does not have."""
     vocabulary = Vocabulary.from_tokenizer(tokenizer)
     most = max(ids.tolist(), default=-1)
     if most >= len(vocabulary):
         raise ValueError(f"{name}: expected ids in 0 ... {len(vocabulary) - 1}, got {most}; are both sides swapped?")
     pad = vocabulary.roles.get("pad", -1)
-    return [_shown(vocabulary[i]) if i not in (-1, pad) else "" for i in ids.tolist()]
+    texts = {i: vocabulary[i].decode("utf-8", "backslashreplace") for i in {*ids.tolist()} - {-1, pad}}
+    return [printable(texts[i].replace(" ", "·")) or "∅" if i in texts else "" for i in ids.tolist()]
 
 
-def _shown(token: bytes) -> str:
-    """A token on one line: control characters and bytes that are not UTF-8 escaped, spaces visible."""
-    return printable(token.decode("utf-8", "backslashreplace").replace(" ", "·")) or "∅"
+def in_chunks(
+    spans: Sequence[Sequence[int]], student: Sequence[T], teacher: Sequence[T]
+) -> Iterator[tuple[Sequence[T], Sequence[T], bool]]:
+    """The tokens of both sides, chunk by chunk, and (False) those between chunks."""
+    i = j = 0
+    for a, b, c, d in [*spans, [len(student), len(student), len(teacher), len(teacher)]]:
+        if i < a or j < c:
+            yield student[i:a], teacher[j:c], False
+        if a < b:
+            yield student[a:b], teacher[c:d], True
+        i, j = b, d
 
 
 def two_lines(spans: list[list[int]], student: list[str], teacher: list[str], color: bool, width: int) -> str:
     """Cells of equal width, one a chunk; tokens between chunks in cells of their own; padding (empty) left out."""
     cells: list[tuple[str, str, bool]] = []
-    i = j = 0
-    for a, b, c, d in [*spans, [len(student), len(student), len(teacher), len(teacher)]]:
-        alone = ["(" + "|".join(filter(None, side)) + ")" for side in (student[i:a], teacher[j:c])]
-        if alone != ["()", "()"]:
-            cells.append((alone[0].replace("()", ""), alone[1].replace("()", ""), False))
-        if b > a:
-            cells.append(("|".join(student[a:b]), "|".join(teacher[c:d]), True))
-        i, j = b, d
+    for *sides, aligned in in_chunks(spans, student, teacher):
+        above, below = ("|".join(filter(None, side)) for side in sides)
+        if above or below:
+            cells.append((above, below, True) if aligned else (above and f"({above})", below and f"({below})", False))
     lines, used = ["", ""], 0
     for k, (above, below, aligned) in enumerate(cells):
         size = max(len(above), len(below))

@@ -2,7 +2,6 @@
 
 One file, one job, in the order in which a run passes through them:
 
-* `options`: what may be chosen
 * `files`: which input files there are, and of which format
 * `source`: the content of JSON and text files, unpacked, as lines or elements; training reads by it too
 * `lines`, `tables`: where a file may be cut, and reading a slice of it (JSON and text; parquet and Arrow)
@@ -17,14 +16,46 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
+from ..alignment import METHODS
 from ..vocabulary import TokenizerLike
 from .manifest import Counts, Manifest
-from .options import SHARD_BYTES, Options
 
 __all__ = ["Counts", "Manifest", "align_corpus"]
+
+SHARD_BYTES = 64 << 20
+"""Default size of a shard in bytes of input: half a minute of work for one core."""
+
+
+KNOWN: dict[str, tuple[str, ...]] = {"method": METHODS, "engine": ("local", "ray"), "on_error": ("raise", "skip")}
+"""What an option may be."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """The options of `xtoken.align_corpus`, which documents them. Raises ValueError for values that are not known."""
+
+    text_column: str = "text"
+    max_length: int | None = None
+    method: str = "auto"
+    engine: str = "local"
+    workers: int | None = None
+    resume: bool = False
+    on_error: str = "raise"
+    shard_bytes: int = SHARD_BYTES
+    progress: bool | None = None
+
+    def __post_init__(self) -> None:
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}: expected one of {known}, got {getattr(self, name)!r}")
+        for name in ("max_length", "workers", "shard_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}: expected at least 1, got {value}")
 
 
 def align_corpus(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -50,35 +51,17 @@ def read(file_slice: FileSlice, text_column: str, broken: Broken) -> Iterator[pa
 
 def rows(file: InputFile) -> Iterator[Row]:
     """The rows of a file with all their columns; ValueError if it cannot be read."""
-    with _readable(file):
-        if file.format == "parquet":
-            with _parquet_reader(file) as reader:
-                yield from _plain_rows(file, reader.iter_batches(BATCH_ROWS))
-        else:
-            with _arrow_reader(file) as batches:
-                yield from _plain_rows(file, batches)
-
-
-def _plain_rows(file: InputFile, batches: Iterator[pa.RecordBatch]) -> Iterator[Row]:
     number = 1
-    for batch in batches:
-        for start in range(0, batch.num_rows, BATCH_ROWS):
-            try:
-                plain = batch.slice(start, BATCH_ROWS).to_pylist()
-            except UnicodeDecodeError as error:
-                raise ValueError(f"{file.path}, row {number} or later: not UTF-8: {error}") from error
-            for row in plain:
-                yield Row({name: without_nulls(value) for name, value in row.items()}, file, number)
-                number += 1
-
-
-@contextmanager
-def _readable(file: InputFile) -> Iterator[None]:
-    """Errors of pyarrow as errors that name the file."""
-    try:
-        yield
-    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error
+    with _opened(file) as reader:
+        for batch in reader.iter_batches(BATCH_ROWS) if file.format == "parquet" else reader:
+            for start in range(0, batch.num_rows, BATCH_ROWS):
+                try:
+                    plain = batch.slice(start, BATCH_ROWS).to_pylist()
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{file.path}, row {number} or later: not UTF-8: {error}") from error
+                for row in plain:
+                    yield Row({name: without_nulls(value) for name, value in row.items()}, file, number)
+                    number += 1
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -101,31 +84,34 @@ def _columns(schema: pa.Schema, file: InputFile, text_column: str) -> list[str]:
 
 
 @contextmanager
-def _parquet_reader(file: InputFile, buffer_size: int = 0) -> Iterator[pq.ParquetFile]:
-    with (
-        arrow_file(located(file.path)) as source,
-        pq.ParquetFile(source, pre_buffer=False, buffer_size=buffer_size) as reader,
-    ):
-        yield reader
+def _opened(file: InputFile, text_column: str | None = None, buffer_size: int = 0) -> Iterator[Any]:
+    """A `ParquetFile`; or of Arrow the batches, of the columns that are read, all by default. Errors of pyarrow become
+    such that name the file."""
+    try:
+        with arrow_file(located(file.path)) as source:
+            if file.format == "parquet":
+                with pq.ParquetFile(source, pre_buffer=False, buffer_size=buffer_size) as reader:
+                    yield reader
+            else:
+                yield _arrow_batches(file, source, text_column)
+    except (pa.ArrowException, OSError, OverflowError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file.path}: cannot read it as {file.format}: {error}") from error
 
 
-@contextmanager
-def _arrow_reader(file: InputFile, text_column: str | None = None) -> Iterator[Iterator[pa.RecordBatch]]:
-    """Batches of the columns that are read, all by default."""
-    with arrow_file(located(file.path)) as source:
-        is_file = source.read(6) == b"ARROW1"
-        open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
-        if not is_file:  # a stream that was cut between two batches only lacks its end
-            source.seek(max(0, source.size() - len(_STREAM_END)))
-            if source.read() != _STREAM_END:
-                raise ValueError(f"{file.path}: cannot read it as arrow: the end of the stream is missing")
-        source.seek(0)
-        schema = open_reader(source).schema
-        names = [] if text_column is None else _columns(schema, file, text_column)
-        columns = [schema.get_field_index(name) for name in names] or None
-        source.seek(0)
-        reader = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=columns))
-        yield map(_sound, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
+def _arrow_batches(file: InputFile, source: Any, text_column: str | None) -> Iterator[pa.RecordBatch]:
+    is_file = source.read(6) == b"ARROW1"
+    open_reader = pa.ipc.open_file if is_file else pa.ipc.open_stream
+    if not is_file:  # a stream that was cut between two batches only lacks its end
+        source.seek(max(0, source.size() - len(_STREAM_END)))
+        if source.read() != _STREAM_END:
+            raise ValueError(f"{file.path}: cannot read it as arrow: the end of the stream is missing")
+    source.seek(0)
+    schema = open_reader(source).schema
+    names = [] if text_column is None else _columns(schema, file, text_column)
+    columns = [schema.get_field_index(name) for name in names] or None
+    source.seek(0)
+    reader = open_reader(source, options=pa.ipc.IpcReadOptions(included_fields=columns))
+    return map(_sound, map(reader.get_batch, range(reader.num_record_batches)) if is_file else reader)
 
 
 def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
@@ -138,38 +124,33 @@ def _sound(batch: pa.RecordBatch) -> pa.RecordBatch:
 
 def _parts(file: InputFile, text_column: str) -> Iterator[tuple[int, int]]:
     """Rows and bytes of text of every row group or record batch."""
-    with _readable(file):
-        if file.format == "parquet":
-            with _parquet_reader(file) as reader:
-                _columns(reader.schema_arrow, file, text_column)
-                metadata = reader.metadata
-                leaf = [metadata.schema.column(k).path for k in range(metadata.num_columns)].index(text_column)
-                for k in range(metadata.num_row_groups):
-                    group = metadata.row_group(k)
-                    yield group.num_rows, group.column(leaf).total_uncompressed_size
-        else:
-            with _arrow_reader(file, text_column) as batches:
-                for batch in batches:
-                    yield batch.num_rows, batch[text_column].nbytes
+    with _opened(file, text_column) as reader:
+        if file.format != "parquet":
+            yield from ((batch.num_rows, batch[text_column].nbytes) for batch in reader)
+            return
+        _columns(reader.schema_arrow, file, text_column)
+        metadata = reader.metadata
+        leaf = [metadata.schema.column(k).path for k in range(metadata.num_columns)].index(text_column)
+        for k in range(metadata.num_row_groups):
+            group = metadata.row_group(k)
+            yield group.num_rows, group.column(leaf).total_uncompressed_size
 
 
 def _rows(file_slice: FileSlice, text_column: str) -> Iterator[pa.RecordBatch]:
     """The rows of a slice."""
     file, start, stop = file_slice.file, file_slice.start, file_slice.stop
-    with _readable(file):
-        if file.format == "parquet":
-            with _parquet_reader(file, 1 << 20) as reader:
-                counts = [reader.metadata.row_group(k).num_rows for k in range(reader.metadata.num_row_groups)]
-                ends = np.cumsum(counts)
-                groups = [k for k, end in enumerate(ends) if end > start and end - counts[k] < stop]
-                before = int(ends[groups[0]] - counts[groups[0]])
-                rows = max(1, min(BATCH_ROWS, BATCH_BYTES * (stop - start) // max(1, file_slice.size)))
-                columns = _columns(reader.schema_arrow, file, text_column)
-                batches = reader.iter_batches(rows, groups, columns, use_threads=False)
-                yield from _between(batches, start - before, stop - before)
-        else:
-            with _arrow_reader(file, text_column) as batches:
-                yield from _between(batches, start, stop)
+    with _opened(file, text_column, 1 << 20) as reader:
+        if file.format != "parquet":
+            yield from _between(reader, start, stop)
+            return
+        counts = [reader.metadata.row_group(k).num_rows for k in range(reader.metadata.num_row_groups)]
+        ends = np.cumsum(counts)
+        groups = [k for k, end in enumerate(ends) if end > start and end - counts[k] < stop]
+        before = int(ends[groups[0]] - counts[groups[0]])
+        rows = max(1, min(BATCH_ROWS, BATCH_BYTES * (stop - start) // max(1, file_slice.size)))
+        columns = _columns(reader.schema_arrow, file, text_column)
+        batches = reader.iter_batches(rows, groups, columns, use_threads=False)
+        yield from _between(batches, start - before, stop - before)
 
 
 def _between(batches: Iterator[pa.RecordBatch], start: int, stop: int) -> Iterator[pa.RecordBatch]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from xtoken.alignment import Aligner
+from xtoken.alignment.pretty import in_chunks
 from xtoken.audit import LossChoice, choose_loss, coverage_audit
 from xtoken.losses import registered
 from xtoken.notebook import html_list
@@ -215,15 +216,9 @@ def aligned(aligner: Aligner, title: str, text: str) -> AlignedText:
     ]  # fmt: skip
     alignment = aligner.align(*ids)
     student, teacher = ([visible(side[i]) for i in tokens] for side, tokens in zip(sides, ids, strict=True))
-    chunks, i, j = [], 0, 0
-    ends = [len(student), len(student), len(teacher), len(teacher)]
-    for a, b, c, d in [*alignment.spans.tolist(), ends]:
-        if i < a or j < c:
-            chunks.append(Chunk(tuple(student[i:a]), tuple(teacher[j:c]), is_aligned=False))
-        if a < b:
-            chunks.append(Chunk(tuple(student[a:b]), tuple(teacher[c:d])))
-        i, j = b, d
-    return AlignedText(title, tuple(chunks), max(0, len(text) - LONGEST))
+    cells = in_chunks(alignment.spans.tolist(), student, teacher)
+    chunks = tuple(Chunk(tuple(ours), tuple(theirs), is_aligned) for ours, theirs, is_aligned in cells)
+    return AlignedText(title, chunks, max(0, len(text) - LONGEST))
 
 
 def visible(token: bytes) -> str:

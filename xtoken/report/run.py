@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,33 +94,20 @@ class Plot:
     def __init__(self, curves: Sequence[Curve]) -> None:
         steps = [step for curve in curves for step in curve.steps]
         values = [value for curve in curves for value in curve.values]
-        self._x = _Scale(min(steps), max(steps), LEFT, WIDTH - 8)
-        self._y = _Scale(min(values), max(values), HEIGHT - BOTTOM, TOP)
+        x, y = _scale(steps, LEFT, WIDTH - 8), _scale(values, HEIGHT - BOTTOM, TOP)
         self.width, self.height = WIDTH, HEIGHT
         self.frame = LEFT, TOP, WIDTH - 8, HEIGHT - BOTTOM
-        self.lines = [
-            (
-                curve,
-                " ".join(f"{self._x(x):.1f},{self._y(y):.1f}" for x, y in zip(curve.steps, curve.values, strict=True)),
-            )
-            for curve in curves
-        ]
-        self.x_ticks = [(self._x(value), f"{value:g}") for value in dict.fromkeys((self._x.low, self._x.high))]
-        middle = (self._y.low + self._y.high) / 2
-        self.y_ticks = [
-            (self._y(value), f"{value:.4g}") for value in dict.fromkeys((self._y.low, middle, self._y.high))
-        ]
+        places = ((curve, zip(curve.steps, curve.values, strict=True)) for curve in curves)
+        self.lines = [(curve, " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in pairs)) for curve, pairs in places]
+        self.x_ticks = [(x(value), f"{value:g}") for value in dict.fromkeys((min(steps), max(steps)))]
+        low, high = min(values), max(values)
+        self.y_ticks = [(y(value), f"{value:.4g}") for value in dict.fromkeys((low, (low + high) / 2, high))]
 
 
-class _Scale:
+def _scale(values: Sequence[float], first: float, last: float) -> Callable[[float], float]:
     """From the values of an axis to pixels; a single value lies in the middle."""
-
-    def __init__(self, low: float, high: float, first: float, last: float) -> None:
-        self.low, self.high, self._first, self._last = low, high, first, last
-
-    def __call__(self, value: float) -> float:
-        share = (value - self.low) / (self.high - self.low) if self.high > self.low else 0.5
-        return self._first + share * (self._last - self._first)
+    low, high = min(values), max(values)
+    return lambda value: first + ((value - low) / (high - low) if high > low else 0.5) * (last - first)
 
 
 def run_report(folder: str | os.PathLike[str]) -> RunReport:

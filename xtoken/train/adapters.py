@@ -92,7 +92,8 @@ def add_lora(model: Any, options: AdapterArguments) -> Any:
     _check_names(model, "lora_target_modules", [one for one in targets if one != "all-linear"])
     _check_names(model, "lora_modules_to_save", whole)
     is_tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
-    shared = set(_embeddings(model)) if is_tied else set()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()] if is_tied else []
+    shared = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in ends)}
     if found := sorted(shared.intersection(targets)):
         raise ValueError(
             f"lora_target_modules: expected no embeddings that share their weight with the output layer, got "
@@ -120,12 +121,6 @@ def _check_names(model: Any, option: str, wanted: Iterable[str]) -> None:
                 f"{option}: expected the name of a module, got {one!r}, which the student does not have; its linear "
                 f"layers are {', '.join(sorted(linear))}"
             )
-
-
-def _embeddings(model: Any) -> list[str]:
-    """The last parts of the names of input embeddings and output layer."""
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    return [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is one for one in ends)]
 
 
 def base_of(model: Any) -> Any:

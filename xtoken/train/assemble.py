@@ -31,6 +31,9 @@ OF_BUILT = (
 )  # fmt: skip
 """Options for teachers that are given by name."""
 
+OF_EACH = {"loss": "auto", "trust_top_k": 0, "teacher_system": "none", "teacher_quantization": "none"}
+"""Those of which one is given for all, or one for each, and what they are by default."""
+
 SELF = "self"
 """The name of a teacher that is the student; a folder of that name is ./self."""
 
@@ -113,14 +116,12 @@ def build_teachers(
         raise ValueError("processing_class: expected the student's tokenizer, to build teachers by name, got None")
     check_apart(str(args.output_dir), [given[k] for k in named if is_path(given[k])], "output_dir")
     options: Any = args.loss_options
-    losses, weights = one_each(args.loss, "auto", len(named), "loss"), weights_of(args.teacher_weight, len(named))
-    tops, systems = (
-        one_each(getattr(args, name), none, len(named), name)
-        for name, none in (("trust_top_k", 0), ("teacher_system", "none"))
+    losses, tops, systems, quantized = (
+        one_each(getattr(args, name), default, len(named), name) for name, default in OF_EACH.items()
     )
+    weights = weights_of(args.teacher_weight, len(named))
     if args.teacher_average is not None and SELF not in [given[k] for k in named]:
         raise ValueError(f"teacher_average: expected a teacher {SELF!r} with it, got none")
-    quantized = one_each(args.teacher_quantization, "none", len(named), "teacher_quantization")
     if any(given[k] == SELF and one != "none" for k, one in zip(named, quantized, strict=True)):
         raise ValueError(f"teacher_quantization: expected none for {SELF!r}, which is as the student is")
     student = Vocabulary.from_tokenizer(student_tok)
@@ -134,7 +135,10 @@ def build_teachers(
                 "trust_top_k": top or None,
             }  # fmt: skip
             if given[k] == SELF:
-                given[k] = _of_student(student_tok, args.teacher_average, **how)
+                objective, reasons = build_objective(student, student, **how)
+                given[k] = TeacherModel.of_student(objective, average=args.teacher_average)
+                given[k].read_as(student_tok)
+                given[k].reasons = reasons
             else:
                 given[k] = TeacherModel.build(
                     given[k], student, model="load" if models is None else models[k], dtype=args.teacher_dtype,
@@ -155,15 +159,6 @@ def build_teachers(
         if args.process_index == 0:
             tell("\n".join(printable(line) for line in given[k].summary().splitlines()))
     return given
-
-
-def _of_student(student_tok: Any, average: float | None, **how: Any) -> StudentTeacher:
-    vocabulary = Vocabulary.from_tokenizer(student_tok)
-    objective, reasons = build_objective(vocabulary, vocabulary, **how)
-    made = StudentTeacher(objective, average, SELF, None)
-    made.read_as(student_tok)
-    made.reasons = reasons
-    return made
 
 
 def check_data(data: Any, name: str) -> None:
@@ -217,10 +212,14 @@ def training_split(data: Any) -> Any:
     return data[name]
 
 
-def limits_of(args: XTokenConfig, student: int | None, teachers: Sequence[TeacherModel]) -> list[int | None]:
-    """The most tokens of an example, for the student and for each teacher: as `args` have it, or what all models that
-    read it have positions for; `student` are the student's."""
+def encoding_of(args: XTokenConfig, student: int | None, teachers: Sequence[TeacherModel]) -> dict[str, Any]:
+    """Options of `ExampleEncoder`. Its limits are those of `args`, or what all models that read an example have
+    positions for; `student` are the student's."""
     theirs = [student if isinstance(one, StudentTeacher) else one.limits.positions for one in teachers]
     ours = [student, *(one.limits.positions for one in teachers if one.reads_student_ids)]
-    sides = (args.max_length, *ours), (args.max_teacher_length, *theirs)
-    return [min((one for one in side if one is not None), default=None) for side in sides]
+    sides = {"max_length": (args.max_length, *ours), "max_teacher_length": (args.max_teacher_length, *theirs)}
+    return {
+        **{name: min((one for one in side if one is not None), default=None) for name, side in sides.items()},
+        "text_column": args.text_column, "train_on": args.train_on, "teacher_column": args.teacher_column,
+        "teacher_systems": [one.system for one in teachers], "teacher_names": [one.name for one in teachers],
+    }  # fmt: skip

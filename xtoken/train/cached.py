@@ -148,9 +148,6 @@ def main(
     *,
     url: str | None,
     tokenizer: str | None,
-    requests: int,
-    timeout: float,
-    patience: float,
     logprobs: int,
     max_length: int | None,
     batch_tokens: int,
@@ -162,12 +159,13 @@ def main(
     device: str | None,
     resume: bool,
     trust_remote_code: bool,
+    **of_server: Any,
 ) -> TeacherCache:
-    """Runs ``xtoken cache-teacher``, which documents the options."""
+    """Runs ``xtoken cache-teacher``, which documents the options; `of_server` are requests, timeout and patience."""
     if tokenizer is not None and url is None:
         raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
     usual = inspect.signature(ServedModel).parameters
-    for name, value in (("requests", requests), ("timeout", timeout), ("patience", patience)):
+    for name, value in of_server.items():
         if url is None and value != usual[name].default:
             raise ValueError(f"--{name}: expected --url with it, got none")
     INDEX.check(Path(output), resume, "a teacher cache")
@@ -183,10 +181,7 @@ def main(
         if has_chats(opened, text_column):
             ChatTemplate(tok, "teacher")
         if url is not None:
-            model: Any = ServedModel(
-                url, tok, teacher, logprobs=logprobs, requests=requests, timeout=timeout, patience=patience,
-                key=os.environ.get(KEY),
-            )  # fmt: skip
+            model: Any = ServedModel(url, tok, teacher, logprobs=logprobs, key=os.environ.get(KEY), **of_server)
         else:
             model, tok = load_model(
                 teacher, dtype=dtype, device=place, trust_remote_code=trust_remote_code,
@@ -200,18 +195,17 @@ def main(
         rows = read_rows(opened, text_column)
         return cache_teacher(
             model, tok, teacher_documents(tok, rows, text_column, now, teacher_system), output, top_k=logprobs,
-            max_length=max_length, batch_tokens=batch_tokens, resume=resume, now=now, advance=_Counted(say),
+            max_length=max_length, batch_tokens=batch_tokens, resume=resume, now=now, advance=_counted(say),
         )  # fmt: skip
 
 
-class _Counted:
+def _counted(say: Callable[[str], None]) -> Callable[[int, int], None]:
     """Tells how many documents and tokens are done, and how fast."""
+    started, done = time.monotonic(), np.zeros(2, np.int64)
 
-    def __init__(self, say: Callable[[str], None]) -> None:
-        self.say, self.documents, self.tokens, self.started = say, 0, 0, time.monotonic()
+    def advance(*more: int) -> None:
+        done[:] += more
+        speed = done[1] / max(time.monotonic() - started, 1e-9)
+        say(f"{done[0]:,} documents, {done[1]:,} tokens, {speed:,.0f} tokens/s")
 
-    def __call__(self, documents: int, tokens: int) -> None:
-        self.documents += documents
-        self.tokens += tokens
-        speed = self.tokens / max(time.monotonic() - self.started, 1e-9)
-        self.say(f"{self.documents:,} documents, {self.tokens:,} tokens, {speed:,.0f} tokens/s")
+    return advance

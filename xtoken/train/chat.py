@@ -120,7 +120,14 @@ class Place(NamedTuple):
 
 def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options: Any = None) -> Conversation:
     """Finds the contents of messages; ValueError if one is not a mapping with a ``role``."""
-    plain = [_given(message) for message in messages]
+    # Without fields that are None, which templates take for given. A ``content`` stays, as do nulls within calls and
+    # tools, which may mean something.
+    plain: list[Any] = [
+        {key: value for key, value in message.items() if value is not None or key == "content"}
+        if isinstance(message, Mapping)
+        else message
+        for message in messages
+    ]
     pieces: list[str] = []
     owners: list[int] = []
     is_own: list[bool] = []
@@ -199,15 +206,6 @@ def unseen(message: Mapping[str, Any]) -> list[str]:
     content = message.get("content")
     types = [str(one.get("type")) for one in content if isinstance(one, Mapping)] if isinstance(content, list) else []
     return [one for one in types if any(kind in one for kind in ("image", "video", "audio"))]
-
-
-def _given(message: Any) -> Any:
-    """The message without fields that are None, which templates take for given; a ``content`` stays, as do nulls within
-    calls and tools, which may mean something.
-    """
-    if not isinstance(message, Mapping):
-        return message
-    return {key: value for key, value in message.items() if value is not None or key == "content"}
 
 
 def _json(value: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -195,15 +196,13 @@ def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:
     return TopKLogits(ids, logprobs, rows[0][0].tail)
 
 
+@dataclass
 class OnHost:
-    """A batch as its collator made it. Nothing moves it to a device, so what reads it there waits for nothing.
+    """A batch as its collator made it. Nothing moves it to a device, so what reads it there waits for nothing."""
 
-    Also the examples that it was made of, where they are kept.
-    """
-
-    def __init__(self, batch: Mapping[str, Any], examples: Sequence[Mapping[str, Any]] | None = None) -> None:
-        self.batch = batch
-        self.examples = examples
+    batch: Mapping[str, Any]
+    examples: Sequence[Mapping[str, Any]] | None = None
+    """Those that it was made of, where they are kept."""
 
 
 def keep_host(collator: Any, examples: Any, keeps_examples: bool = False) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
 
 from . import adapters
-from .assemble import SELF, build_teachers, examples_of, limits_of, load_student
+from .assemble import SELF, build_teachers, encoding_of, examples_of, load_student
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import newest
@@ -156,31 +156,18 @@ def own_help() -> str:
     since it takes seconds to make."""
     parser, own = _parser(), vars(XTokenConfig)["__annotations__"]
     left_out = {"help", "help_all", *({one.name for one in fields(TrainingArguments)} - own.keys())}
-    lines = [
-        parser.format_usage().strip(),
-        "",
-        *str(parser.description).strip().replace("``", "").splitlines(),
-        "",
-        EXAMPLE,
-        "",
-    ]
-    lines += ["Underscores may be hyphens. Options of transformers.TrainingArguments: xtoken train --help-all", ""]
+    others = "Underscores may be hyphens. Options of transformers.TrainingArguments: xtoken train --help-all"
+    description = str(parser.description).strip().replace("``", "")
+    lines = [parser.format_usage().strip(), "", *description.splitlines(), "", EXAMPLE, "", others, ""]
     for action in parser._actions:
         if action.dest in left_out:
             continue
         names = [one for one in action.option_strings if "-" not in one[2:]]
-        value = (
-            ""
-            if action.nargs in (0, "?")
-            else f" {{{','.join(map(str, action.choices))}}}"
-            if action.choices
-            else " VALUE"
-        )
-        default = (
-            "" if action.default in (None, False) or isinstance(action.default, list) else f"; default {action.default}"
-        )
-        said = f"{action.help}" + ("" if "default" in str(action.help) else default)
-        lines += [f"  {', '.join(names)}{value}{' ...' if action.nargs in ('+', '*') else ''}"]
+        words = f" {{{','.join(map(str, action.choices))}}}" if action.choices else " VALUE"
+        words = "" if action.nargs in (0, "?") else f"{words} ..." if action.nargs in ("+", "*") else words
+        is_said = action.default in (None, False) or isinstance(action.default, list) or "default" in str(action.help)
+        said = f"{action.help}" + ("" if is_said else f"; default {action.default}")
+        lines += [f"  {', '.join(names)}{words}"]
         lines += textwrap.wrap(said.replace("%%", "%"), 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines) + "\n"
 
@@ -356,21 +343,16 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
         None if folder == "none" else TeacherCache(folder, one.tokenizer)
         for folder, one in zip(folders, teachers, strict=True)
     ]
-    max_length, max_teacher_length = limits_of(config, most_positions(student), teachers)
-    for name, limit in (("max_length", max_length), ("max_teacher_length", max_teacher_length)):
-        if limit != getattr(config, name) and config.process_index == 0:
-            print(f"--{name} {limit}: longer rows have no position in a model")
+    encoding = encoding_of(config, most_positions(student), teachers)
+    for name in ("max_length", "max_teacher_length"):
+        if encoding[name] != getattr(config, name) and config.process_index == 0:
+            print(f"--{name} {encoding[name]}: longer rows have no position in a model")
     is_cached = any(cache is not None for cache in caches)
     times = {cache.now for cache in caches if cache is not None and cache.now is not None}
     if len(times) > 1:
         raise ValueError(f"--teacher_cache: chat templates have written different times into them: {sorted(times)}")
 
-    encoding: dict[str, Any] = {
-        "text_column": config.text_column, "max_length": max_length, "max_teacher_length": max_teacher_length,
-        "train_on": config.train_on, "name_documents": is_cached, "now": next(iter(times), None),
-        "teacher_systems": [one.system for one in teachers], "teacher_column": config.teacher_column,
-        "teacher_names": [one.name for one in teachers],
-    }  # fmt: skip
+    encoding.update(name_documents=is_cached, now=next(iter(times), None))
 
     def examples(data: Sequence[Any], with_prompts: bool = False) -> Any:
         files = [one for one in data if is_path(one)]

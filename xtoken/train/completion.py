@@ -76,142 +76,132 @@ def text_of(completion: Completion, reader: Reader) -> str:
     return completion.prompt.head + _decoded(reader.vocabulary.decode(completion.content))[0]
 
 
-class CompletionEncoder:
-    """Makes examples of completions.
+def of_text(encoder: ExampleEncoder, completion: Completion, reader: Reader) -> dict[str, Any] | None:
+    """What another model has written, as the row of data that it makes; None if nothing of it is trained on.
 
-    Parameters
-    ----------
-    encoder : ExampleEncoder
-        How rows are read.
+    A text without an end does not teach to end there.
     """
+    row = dict(completion.prompt.row)
+    if completion.route is not None and encoder.teacher_column is not None:
+        names = zip(encoder.teacher_names, completion.route, strict=True)
+        row[encoder.teacher_column] = [name for name, is_read in names if is_read]
+    text = text_of(completion, reader)
+    if "messages" in row:
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
+    else:
+        row["completion"] = text
+    ((example, *_),) = encoder.encode([row])
+    (trained,) = (example["labels"] != IGNORED).nonzero()
+    if len(trained) and not completion.ended and encoder.student.is_mark[example["labels"][trained[-1]]]:
+        example["labels"][trained[-1]] = IGNORED
+        trained = trained[:-1]
+    return example if len(trained) else None
 
-    def __init__(self, encoder: ExampleEncoder) -> None:
-        self.encoder = encoder
-        self.student = encoder.student
 
-    def of_text(self, completion: Completion, reader: Reader) -> dict[str, Any] | None:
-        """What another model has written, as the row of data that it makes; None if nothing of it is trained on.
+def of_sampled(encoder: ExampleEncoder, completions: Sequence[Completion]) -> list[dict[str, Any]]:
+    """What the student has sampled, as examples whose labels are exactly its tokens.
 
-        A text without an end does not teach to end there.
-        """
-        row, encoder = dict(completion.prompt.row), self.encoder
-        if completion.route is not None and encoder.teacher_column is not None:
-            names = zip(encoder.teacher_names, completion.route, strict=True)
-            row[encoder.teacher_column] = [name for name, is_read in names if is_read]
-        text = text_of(completion, reader)
-        if "messages" in row:
-            row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
-        else:
-            row["completion"] = text
-        ((example, *_),) = encoder.encode([row])
-        (trained,) = (example["labels"] != IGNORED).nonzero()
-        if len(trained) and not completion.ended and self.student.is_mark[example["labels"][trained[-1]]]:
-            example["labels"][trained[-1]] = IGNORED
-            trained = trained[:-1]
-        return example if len(trained) else None
+    They are labels of the distillation alone: ``ce_labels`` are all -100. Each teacher reads prompt and completion
+    as text, by its own template and tokenizer. Chunks have the same bytes on both sides, wherever the student has
+    cut the text. The end token is a chunk with the teacher's, if both have the same role, and if the student has
+    nothing between the content and its end that the teacher does not have. Of a teacher ``is_cut`` says whether
+    its limit has taken chunks.
+    """
+    written = [_written(encoder.student, one) for one in completions]
+    examples = [one.example for one in written]
+    table = Table.of(examples)
+    student = _tokens(encoder.student, written, table)
+    wanted = np.zeros(len(student.ids), bool)
+    for one, last in zip(completions, student.ptr[1:].tolist(), strict=True):
+        wanted[last - len(one.ids) : last] = True
+    labels = np.where(wanted, student.ids, IGNORED)
+    rows = [slice(*bounds) for bounds in itertools.pairwise(student.ptr.tolist())]
+    entries: list[list[dict[str, Any]]] = [[] for _ in written]
+    known = zip(encoder.aligners, encoder.limits[1:], strict=True)
+    for m, side in enumerate(encoder.teachers):
+        if side is None:
+            for entry in entries:
+                entry.append({"ids": None, "spans": None, "is_cut": False})
+            continue
+        aligner, limit = next(known)
+        teacher = side.encode(examples, True, 0, [one.route is None or one.route[m] for one in completions])
+        ours = student._replace(turn_end=_common_ends(written, table, student, teacher))
+        chunks = find_chunks(table, wanted, ours, teacher, aligner)
+        for k, (entry, row) in enumerate(zip(entries, rows, strict=True)):
+            ids = teacher.ids[teacher.ptr[k] : teacher.ptr[k + 1]][:limit]
+            spans = chunks.of(k).between(0, row.stop - row.start, np.zeros(2, np.int64))
+            is_read = spans[:, 3] <= len(ids)
+            entry.append({"ids": ids, "spans": spans[is_read], "is_cut": not is_read.all()})
+    return [
+        {
+            "student_ids": student.ids[row],
+            "labels": labels[row],
+            "ce_labels": np.full(row.stop - row.start, IGNORED),
+            "teachers": entry,
+            **({} if one.route is None else {"route": one.route}),
+        }
+        for one, row, entry in zip(completions, rows, entries, strict=True)
+    ]
 
-    def of_sampled(self, completions: Sequence[Completion]) -> list[dict[str, Any]]:
-        """What the student has sampled, as examples whose labels are exactly its tokens.
 
-        They are labels of the distillation alone: ``ce_labels`` are all -100. Each teacher reads prompt and completion
-        as text, by its own template and tokenizer. Chunks have the same bytes on both sides, wherever the student has
-        cut the text. The end token is a chunk with the teacher's, if both have the same role, and if the student has
-        nothing between the content and its end that the teacher does not have. Of a teacher ``is_cut`` says whether
-        its limit has taken chunks.
-        """
-        written = [self._written(one) for one in completions]
-        examples = [one.example for one in written]
-        table = Table.of(examples)
-        student = self._tokens(written, table)
-        wanted = np.zeros(len(student.ids), bool)
-        for one, last in zip(completions, student.ptr[1:].tolist(), strict=True):
-            wanted[last - len(one.ids) : last] = True
-        labels = np.where(wanted, student.ids, IGNORED)
-        rows = [slice(*bounds) for bounds in itertools.pairwise(student.ptr.tolist())]
-        entries: list[list[dict[str, Any]]] = [[] for _ in written]
-        known = zip(self.encoder.aligners, self.encoder.limits[1:], strict=True)
-        for m, side in enumerate(self.encoder.teachers):
-            if side is None:
-                for entry in entries:
-                    entry.append({"ids": None, "spans": None, "is_cut": False})
-                continue
-            aligner, limit = next(known)
-            teacher = side.encode(examples, True, 0, [one.route is None or one.route[m] for one in completions])
-            ours = student._replace(turn_end=_common_ends(written, table, student, teacher))
-            chunks = find_chunks(table, wanted, ours, teacher, aligner)
-            for k, (entry, row) in enumerate(zip(entries, rows, strict=True)):
-                ids = teacher.ids[teacher.ptr[k] : teacher.ptr[k + 1]][:limit]
-                spans = chunks.of(k).between(0, row.stop - row.start, np.zeros(2, np.int64))
-                is_read = spans[:, 3] <= len(ids)
-                entry.append({"ids": ids, "spans": spans[is_read], "is_cut": not is_read.all()})
-        return [
-            {
-                "student_ids": student.ids[row],
-                "labels": labels[row],
-                "ce_labels": np.full(row.stop - row.start, IGNORED),
-                "teachers": entry,
-                **({} if one.route is None else {"route": one.route}),
-            }
-            for one, row, entry in zip(completions, rows, entries, strict=True)
-        ]
+def _written(reader: Reader, completion: Completion) -> _Written:
+    prompt = completion.prompt
+    ids = np.asarray(completion.content, np.int64)
+    raw, is_special = reader.vocabulary.decode(ids), reader.is_special[ids]
+    text, at = _decoded(raw)
+    at += 1 + len(prompt.head.encode())
+    end = at[np.cumsum(np.where(is_special, 0, reader.lengths[ids]))]
+    start = np.concatenate([at[:1], end])[:-1]
+    text = prompt.head + text
+    example = parse_completed(prompt.row, text)
+    places, last, byte = {}, -1, 0
+    if example.conversation is None:
+        last = len(example.pieces) - 1
+        places = {last: 1} if text else {}
+        byte = 1 + len(text.encode())
+    elif not text.strip():
+        last, byte = len(example.pieces) - 1, 1
+    else:
+        bytes_of = 1 + byte_of(text)
+        for place in places_within(example.conversation, len(example.trained) - 1):
+            places[place.piece] = int(bytes_of[place.start])
+            last, byte = place.piece, int(bytes_of[place.end])
+    tail = None
+    if completion.ended and last >= 0 and not (is_special & (start >= byte)).any():
+        tail = raw[np.searchsorted(at, byte) :]
+    before, behind = np.zeros(len(prompt.ids), np.int64), at[-1:][: completion.ended] + 1
+    start, end = (np.concatenate([before, one, behind]) for one in (start, end))
+    tokens = np.concatenate([np.asarray(prompt.ids, np.int64), np.asarray(completion.ids, np.int64)])
+    return _Written(example, tokens, start, end, b"\0" + text.encode(), places, last, tail)
 
-    def _written(self, completion: Completion) -> _Written:
-        reader, prompt = self.student, completion.prompt
-        ids = np.asarray(completion.content, np.int64)
-        raw, is_special = reader.vocabulary.decode(ids), reader.is_special[ids]
-        text, at = _decoded(raw)
-        at += 1 + len(prompt.head.encode())
-        end = at[np.cumsum(np.where(is_special, 0, reader.lengths[ids]))]
-        start = np.concatenate([at[:1], end])[:-1]
-        text = prompt.head + text
-        example = parse_completed(prompt.row, text)
-        places, last, byte = {}, -1, 0
-        if example.conversation is None:
-            last = len(example.pieces) - 1
-            places = {last: 1} if text else {}
-            byte = 1 + len(text.encode())
-        elif not text.strip():
-            last, byte = len(example.pieces) - 1, 1
-        else:
-            bytes_of = 1 + byte_of(text)
-            for place in places_within(example.conversation, len(example.trained) - 1):
-                places[place.piece] = int(bytes_of[place.start])
-                last, byte = place.piece, int(bytes_of[place.end])
-        tail = None
-        if completion.ended and last >= 0 and not (is_special & (start >= byte)).any():
-            tail = raw[np.searchsorted(at, byte) :]
-        before, behind = np.zeros(len(prompt.ids), np.int64), at[-1:][: completion.ended] + 1
-        start, end = (np.concatenate([before, one, behind]) for one in (start, end))
-        tokens = np.concatenate([np.asarray(prompt.ids, np.int64), np.asarray(completion.ids, np.int64)])
-        return _Written(example, tokens, start, end, b"\0" + text.encode(), places, last, tail)
 
-    def _tokens(self, written: Sequence[_Written], table: Table) -> Tokens:
-        """The student's side of the examples."""
-        base = 2 + np.cumsum([0, *(len(one.raw) + 3 for one in written)])
-        ptr = np.cumsum([0, *(len(one.ids) for one in written)])
-        piece_start = np.full(len(table.length), -1)
-        for one, at, first in zip(written, base.tolist(), _first_pieces(written), strict=False):
-            for piece, byte in one.piece_start.items():
-                piece_start[first + piece] = at + byte
-        turn_end = np.full(len(table.trained_turn), -1)
-        for k, one in enumerate(written):
-            if one.tail is not None:
-                turn_end[table.first_turn[k + 1] - 1] = ptr[k + 1] - 1
-        ids = np.concatenate([one.ids for one in written])
-        return Tokens(
-            ids,
-            np.concatenate([one.start + at for one, at in zip(written, base.tolist(), strict=False)]),
-            np.concatenate([one.end + at for one, at in zip(written, base.tolist(), strict=False)]),
-            self.student.is_special[ids],
-            ptr,
-            base[:-1],
-            [one.raw for one in written],
-            np.array(["\ufffd".encode() not in one.raw for one in written]),
-            piece_start,
-            turn_end,
-            np.zeros(len(written), bool),
-            {},
-        )
+def _tokens(student: Reader, written: Sequence[_Written], table: Table) -> Tokens:
+    """The student's side of the examples."""
+    base = 2 + np.cumsum([0, *(len(one.raw) + 3 for one in written)])
+    ptr = np.cumsum([0, *(len(one.ids) for one in written)])
+    piece_start = np.full(len(table.length), -1)
+    for one, at, first in zip(written, base.tolist(), _first_pieces(written), strict=False):
+        for piece, byte in one.piece_start.items():
+            piece_start[first + piece] = at + byte
+    turn_end = np.full(len(table.trained_turn), -1)
+    for k, one in enumerate(written):
+        if one.tail is not None:
+            turn_end[table.first_turn[k + 1] - 1] = ptr[k + 1] - 1
+    ids = np.concatenate([one.ids for one in written])
+    return Tokens(
+        ids,
+        np.concatenate([one.start + at for one, at in zip(written, base.tolist(), strict=False)]),
+        np.concatenate([one.end + at for one, at in zip(written, base.tolist(), strict=False)]),
+        student.is_special[ids],
+        ptr,
+        base[:-1],
+        [one.raw for one in written],
+        np.array(["\ufffd".encode() not in one.raw for one in written]),
+        piece_start,
+        turn_end,
+        np.zeros(len(written), bool),
+        {},
+    )
 
 
 def _first_pieces(written: Sequence[_Written]) -> list[int]:

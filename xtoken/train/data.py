@@ -272,29 +272,23 @@ def load_examples(
     FileNotFoundError
         If a path matches no file.
     """
-    shared: dict[str, Any] = {
-        "max_length": max_length, "max_teacher_length": max_teacher_length, "name_documents": name_documents,
-    }  # fmt: skip
+    options = {name: value for name, value in locals().items() if name != "files"}
     folders = [path for path in files if os.path.isdir(path)]
-    if folders:
-        if len(files) > 1 or len(teacher_toks) != 1:
-            raise ValueError(
-                f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
-                f"{len(teacher_toks)} teachers"
-            )
-        if teacher_column is not None or any(one is not None for one in teacher_systems or ()):
-            raise ValueError(
-                f"files: expected rows for teacher_column and teacher_systems, got the aligned corpus {folders[0]}"
-            )
-        if with_prompts:
-            raise ValueError(f"files: expected rows with prompts, got the aligned corpus {folders[0]}")
-        return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
-    encoder = ExampleEncoder(
-        student_tok, teacher_toks, train_on=train_on, text_column=text_column, now=now, **shared,
-        with_prompts=with_prompts, teacher_systems=teacher_systems, teacher_column=teacher_column,
-        teacher_names=teacher_names,
-    )  # fmt: skip
-    return EncodedDataset(read_rows(files, text_column), encoder)
+    if not folders:
+        return EncodedDataset(read_rows(files, text_column), ExampleEncoder(**options))
+    if len(files) > 1 or len(teacher_toks) != 1:
+        raise ValueError(
+            f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
+            f"{len(teacher_toks)} teachers"
+        )
+    if teacher_column is not None or any(one is not None for one in teacher_systems or ()):
+        raise ValueError(
+            f"files: expected rows for teacher_column and teacher_systems, got the aligned corpus {folders[0]}"
+        )
+    if with_prompts:
+        raise ValueError(f"files: expected rows with prompts, got the aligned corpus {folders[0]}")
+    shared = {name: options[name] for name in ("max_length", "max_teacher_length", "name_documents")}
+    return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
 
 
 def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: TokenizerLike = None) -> list[str]:

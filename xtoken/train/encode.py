@@ -236,10 +236,10 @@ class ExampleEncoder:
                 is_answered = row.get("messages") is not None or row.get("completion") is not None
                 is_text = not is_answered and isinstance(row.get(self.text_column), str)
                 prompt = prompt_of(row) if self.with_prompts and not is_text else None
-                is_prompt = prompt is not None and not is_answered
-                examples.append(
-                    parse_prompt(prompt or {}) if is_prompt else parse_example(row, self.train_on, self.text_column)
-                )
+                if prompt is not None and not is_answered:
+                    examples.append(parse_prompt(prompt))
+                else:
+                    examples.append(parse_example(row, self.train_on, self.text_column))
                 routes.append(self._route(row, number))
                 prompts.append(prompt)
             except ValueError as error:
@@ -339,10 +339,8 @@ class ExampleEncoder:
                         self.report.add(NO_END, _NO_END, row, t - first)
                 elif table.trained_turn[t] and not has_label[t]:
                     reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
-                    reason = (
-                        " and ".join(sorted(reasons)) or "its tokens are special, or reach into the template's text"
-                    )
-                    reason = f"for the student {reason}" if has_content[t] else "it has no content"
+                    said = sorted(reasons) or ["its tokens are special, or reach into the template's text"]
+                    reason = f"for the student {' and '.join(said)}" if has_content[t] else "it has no content"
                     self.report.add(NO_LABEL, f"no label, since {reason}", row, t - first)
                     lost += has_content[t]
             if lost and not has_label[first:last].any():

@@ -42,9 +42,11 @@ class Fused:
         self._told: set[str] = set()
         self._bytes = 0
 
-    def refuse(self, reason: str, teacher: str | None = None) -> None:
-        """A teacher, or the student, has logits."""
-        self._keep(teacher, reason)
+    def refuse(self, reason: str | None, teacher: str | None = None) -> None:
+        """A teacher, or the student, has logits for this reason; None: it can do without."""
+        if reason is not None and teacher is None and self.choice == "on":
+            raise ValueError(f"fused: expected 'auto' or 'off' for this student, got 'on': {reason}")
+        self._faults[teacher] = reason
 
     def look(self, size: int) -> None:
         """Takes up a micro-batch whose logits would take so many bytes."""
@@ -66,7 +68,7 @@ class Fused:
         if self.choice == "off" or not (self.wanted or self.is_shared):
             return call(**inputs)
         if None not in self._faults:
-            self._keep(None, head_fault(model, _few(inputs)))
+            self.refuse(head_fault(model, _few(inputs)))
         if self._is_dense(None):
             return call(**inputs)
         if self.wanted:
@@ -80,7 +82,7 @@ class Fused:
         if not self.wanted:
             return model(**inputs)
         if name not in self._faults:
-            self._keep(name, _place_fault(model, self.device) or head_fault(model, _few(inputs)))
+            self.refuse(_place_fault(model, self.device) or head_fault(model, _few(inputs)), name)
         return model(**inputs) if self._is_dense(name) else linear_outputs(model, model, **inputs)
 
     def _is_dense(self, teacher: str | None) -> bool:
@@ -94,11 +96,6 @@ class Fused:
         else:
             self._tell(f"logits of {name}: {fault}", name)
         return fault is not None
-
-    def _keep(self, teacher: str | None, fault: str | None) -> None:
-        if fault is not None and teacher is None and self.choice == "on":
-            raise ValueError(f"fused: expected 'auto' or 'off' for this student, got 'on': {fault}")
-        self._faults[teacher] = fault
 
     def _tell(self, message: str, what: str) -> None:
         if what not in self._told:

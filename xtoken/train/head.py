@@ -121,19 +121,18 @@ def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
     """
     device = next(model.parameters()).device
     fault = head_fault(model, torch.arange(TOKENS, device=device)[None])
-    if fault is None and _adapters(_active(model.get_output_embeddings())):
+    layer, base = _active(output_layer(model))
+    if fault is None and _adapters(layer):
         fault = "expected an output layer without adapters, which can be merged, got one with LoRA"
     if fault is not None:
         raise ValueError(f"model: {fault}; its logits stay in the tokenizer's order")
-    layer = _active(model.get_output_embeddings())
-    layer = layer.base_layer if hasattr(layer, "lora_A") else layer
-    rows, size = len(layer.weight), len(order)
+    rows, size = len(base.weight), len(order)
     if (beyond := order.tokens[:rows] >= rows).any():
         token = int(order.tokens[:rows][beyond][0])
         raise ValueError(f"model: expected a row for every token that the order needs, got {rows} rows for {token}")
-    index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows), device="cpu")]).to(layer.weight.device)
-    bias = None if layer.bias is None else layer.bias.detach()[index]
-    return OrderedLayer(layer.weight.detach()[index], bias, order, *_scale_and_softcap(model))
+    index = torch.cat([order.tokens[:rows], torch.arange(size, max(size, rows), device="cpu")]).to(base.weight.device)
+    bias = None if base.bias is None else base.bias.detach()[index]
+    return OrderedLayer(base.weight.detach()[index], bias, order, *_scale_and_softcap(model))
 
 
 def _scale_and_softcap(model: Any) -> tuple[float, float | None]:
@@ -199,13 +198,13 @@ def gather_head(model: Any) -> None:
             unit.unshard()
 
 
-def _active(head: Any) -> Any:
-    """Of an output layer that peft trains a copy of (``modules_to_save``) the one that computes."""
-    copies = getattr(head, "modules_to_save", None)
-    if copies is None:
-        return head
-    is_off = head.disable_adapters or not head.active_adapters
-    return head.original_module if is_off else copies[head.active_adapters[0]]
+def _active(head: Any) -> tuple[Any, Any]:
+    """Of an output layer that peft trains a copy of (``modules_to_save``) the one that computes; and that without its
+    LoRA."""
+    if (copies := getattr(head, "modules_to_save", None)) is not None:
+        is_off = head.disable_adapters or not head.active_adapters
+        head = head.original_module if is_off else copies[head.active_adapters[0]]
+    return head, head.base_layer if hasattr(head, "lora_A") else head
 
 
 def _adapters(layer: Any) -> list[str]:
@@ -217,11 +216,10 @@ def _adapters(layer: Any) -> list[str]:
 
 def _layer_fault(head: Any) -> str | None:
     """Why an output layer is not ``hidden @ weight.T + bias``, or that with LoRA."""
-    layer = _active(head)
+    layer, base = _active(head)
     for name in _adapters(layer):
         if name in layer.lora_variant or layer.lora_B[name].bias is not None:
             return f"expected plain LoRA on the output layer, got {layer}"
-    base = layer.base_layer if hasattr(layer, "lora_A") else layer
     if getattr(type(base), "forward", None) is not nn.Linear.forward:
         return f"expected a linear output layer, got {type(base).__name__}"
     weight = base.weight
@@ -237,9 +235,8 @@ def _layer(head: Any, hidden: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
 
     LoRA makes both wider: ``h W^T + s (h A^T) B^T`` is ``[h, s h A^T] [W, B]^T``.
     """
-    layer = _active(head)
+    layer, base = _active(head)
     adapters = _adapters(layer)
-    base = layer.base_layer if hasattr(layer, "lora_A") else layer
     weight, bias = base.weight, base.bias
     if hasattr(weight, "full_tensor"):
         raise ValueError("model: expected an output layer that FSDP2 can gather, got one that is shared out otherwise")

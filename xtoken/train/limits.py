@@ -89,7 +89,14 @@ class Limits:
     def check(self, side: Mapping[str, Any], name: str) -> None:
         """Raises ValueError if rows of a batch, on the host, have an id beyond the output layer, or are too long."""
         ids, mask = side["input_ids"], side.get("attention_mask")
-        self._check_length(ids.shape[1], side.get("position_ids"), name)
+        length, positions = ids.shape[1], side.get("position_ids")
+        if self.positions is not None and length > self.positions and positions is not None:
+            length = int(positions.max()) + 1  # of packed rows the longest example counts
+        if self.positions is not None and length > self.positions:
+            raise ValueError(
+                f"{name}: expected rows of at most {self.positions} tokens, the positions that it has by its "
+                f"configuration, got {length}; give the encoder a lower max_length or max_teacher_length"
+            )
         if self.rows is None:
             return
         bad = (ids >= self.rows) & (ids != self.pad)
@@ -101,17 +108,6 @@ class Limits:
                 f"{int(ids[sample, position])} in sample {sample} at position {position}: a special token of its "
                 "tokenizer that the model does not know; leave it out of the data, or call "
                 "model.resize_token_embeddings"
-            )
-
-    def _check_length(self, length: int, positions: Tensor | None, name: str) -> None:
-        if self.positions is None or length <= self.positions:
-            return
-        if positions is not None:  # of packed rows the longest example counts
-            length = int(positions.max()) + 1
-        if length > self.positions:
-            raise ValueError(
-                f"{name}: expected rows of at most {self.positions} tokens, the positions that it has by its "
-                f"configuration, got {length}; give the encoder a lower max_length or max_teacher_length"
             )
 
     def fit(self, side: Mapping[str, Any]) -> Tensor:

@@ -30,6 +30,7 @@ KINDS: dict[Any, tuple[str, Any]] = {
 """Types of options of losses: how they are called, and what is one."""
 
 Made = TypeVar("Made")
+Built = TypeVar("Built", ProjectionMatrix, PieceIndex)
 Folder: TypeAlias = "str | os.PathLike[str] | None"
 
 
@@ -63,13 +64,7 @@ def cached_projection(
     Files are named by the fingerprints of both vocabularies, the options and the version of this library; damaged ones
     are built again.
     """
-    path = _path(folder, "projection.safetensors", student, teacher, options)
-    return _cached(
-        path,
-        lambda: ProjectionMatrix.load(path, student, teacher),
-        lambda: ProjectionMatrix.build(student, teacher, **options),
-        lambda made: made.save(path),
-    )
+    return _built(ProjectionMatrix, student, teacher, folder, **options)
 
 
 def cached_audit(
@@ -78,9 +73,16 @@ def cached_audit(
     """`coverage_audit` of the pair, likewise."""
     path = _path(folder, "audit.json", student, teacher, projection.metadata)
     index = Index(path.name, 1, "an audit")
+
+    def read() -> CoverageReport:
+        with index.read(path.parent) as content:
+            facts = content["report"]
+            classes = {name: ClassCoverage(**counts) for name, counts in facts.pop("classes").items()}
+            return CoverageReport(classes, **facts)
+
     return _cached(
         path,
-        lambda: _report(index, path.parent),
+        read,
         lambda: coverage_audit(student, teacher, projection),
         lambda made: index.write(path.parent, {"report": json.loads(made.to_json())}),
     )
@@ -88,13 +90,7 @@ def cached_audit(
 
 def cached_pieces(student: Vocabulary, teacher: Vocabulary, folder: Folder = None) -> PieceIndex:
     """`PieceIndex.build` of the pair, calibrated on `sample_texts` alone, likewise."""
-    path = _path(folder, "pieces.safetensors", student, teacher, {})
-    return _cached(
-        path,
-        lambda: PieceIndex.load(path, student, teacher),
-        lambda: PieceIndex.build(student, teacher),
-        lambda made: made.save(path),
-    )
+    return _built(PieceIndex, student, teacher, folder)
 
 
 def cached_choice(
@@ -236,6 +232,16 @@ def _path(folder: Folder, name: str, student: Vocabulary, teacher: Vocabulary, o
     return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}.{ending}"
 
 
+def _built(kind: type[Built], student: Vocabulary, teacher: Vocabulary, folder: Folder, **options: Any) -> Built:
+    path = _path(folder, kind.FILE_NAME, student, teacher, options)
+    return _cached(
+        path,
+        lambda: kind.load(path, student, teacher),
+        lambda: kind.build(student, teacher, **options),
+        lambda made: made.save(path),
+    )
+
+
 def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], write: Callable[[Made], None]) -> Made:
     if path.exists():
         try:
@@ -247,10 +253,3 @@ def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], writ
     path.parent.mkdir(parents=True, exist_ok=True)
     write(made)
     return made
-
-
-def _report(index: Index, folder: Path) -> CoverageReport:
-    with index.read(folder) as content:
-        facts = content["report"]
-        classes = {name: ClassCoverage(**counts) for name, counts in facts.pop("classes").items()}
-        return CoverageReport(classes, **facts)

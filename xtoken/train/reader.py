@@ -206,15 +206,11 @@ class Reader:
         for place in places:
             if place.is_verbatim:
                 starts[place.piece] = int(byte[place.start])
-            turn, behind = (
-                example.owners[place.piece],
-                begins[np.searchsorted(begins[:-1], max(place.end, place.start + 1))],
-            )
+            turn = example.owners[place.piece]
+            behind = begins[np.searchsorted(begins[:-1], max(place.end, place.start + 1))]
             ends[turn] = max(ends[turn], (int(byte[place.end]), int(byte[behind])))
-        after = ends[-1][0] if ends else -1
-        is_open = (
-            after >= 0 and not raw[after - base :].strip() and example.conversation.messages[-1]["role"] == "assistant"
-        )
+        after, role = ends[-1][0] if ends else -1, example.conversation.messages[-1]["role"]
+        is_open = after >= 0 and not raw[after - base :].strip() and role == "assistant"
         if is_open:
             ends[-1] = after, base + len(raw) + 2
         return _Layout(text, raw, base, starts, ends, is_open, why)

@@ -20,10 +20,9 @@ from xtoken.report.run import add_sample
 from xtoken.served import ServedModel
 from xtoken.terminal import printable
 
-from .completion import Completion, CompletionEncoder, Prompt, read_prompt, text_of
+from .completion import Completion, Prompt, of_sampled, of_text, read_prompt, text_of
 from .encode import ExampleEncoder
-from .generate import ModelWriter, Sampling, end_ids
-from .generation_server import KEY, ServerWriter, Weights
+from .generate import KEY, ModelWriter, Sampling, ServerWriter, Weights, end_ids
 from .itself import StudentTeacher
 from .limits import head_rows
 from .reader import Reader
@@ -77,8 +76,8 @@ class Rollout:
 
     def __init__(self, trainer: Any, encoder: ExampleEncoder) -> None:
         self.trainer, self.args = trainer, trainer.args
-        self.collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]] | None = None
-        self.encoder = CompletionEncoder(encoder)
+        self.collate: Callable[[Sequence[Mapping[str, Any]]], dict[str, Any]]
+        self.encoder = encoder
         self.by_teacher = self.args.on_policy == "teacher"
         self.sampling = Sampling(self.args.max_new_tokens, self.args.generation_temperature, self.args.generation_top_p)
         self.share = 1.0 if self.by_teacher else float(self.args.on_policy)
@@ -125,17 +124,16 @@ class Rollout:
         return reader, own, trainer._limits.positions
 
     def _of_teacher(self) -> tuple[Reader, ModelWriter | ServerWriter, int | None]:
-        readers = [one or self.encoder.student for one in self.encoder.encoder.teachers]
-        pairs = zip(self.trainer.teachers, readers, strict=True)
-        others = (pair for pair in pairs if not isinstance(pair[0], StudentTeacher))
-        can = (pair for pair in others if pair[0].served is not None or hasattr(pair[0].model, "generate"))
-        teacher, reader = next(can, (None, None))
-        if teacher is None or reader is None:
-            raise ValueError("on_policy: expected a teacher whose model can generate for 'teacher', got none")
-        if teacher.served is not None:
-            return reader, ServerWriter(teacher.served, self.sampling, end_ids(reader)), teacher.limits.positions
-        device = teacher.device or teacher.model.device
-        return reader, self._writer(lambda: teacher.model, reader, teacher.limits, device), teacher.limits.positions
+        for teacher, side in zip(self.trainer.teachers, self.encoder.teachers, strict=True):
+            reader, model, limits = side or self.encoder.student, teacher.model, teacher.limits
+            if isinstance(teacher, StudentTeacher):
+                continue
+            if teacher.served is not None:
+                return reader, ServerWriter(teacher.served, self.sampling, end_ids(reader)), limits.positions
+            if hasattr(model, "generate"):
+                writer = self._writer(lambda model=model: model, reader, limits, teacher.device or model.device)
+                return reader, writer, limits.positions
+        raise ValueError("on_policy: expected a teacher whose model can generate for 'teacher', got none")
 
     def _writer(self, model: Any, reader: Reader, limits: Any, device: torch.device, most: Any = None) -> ModelWriter:
         size = self.args.per_device_train_batch_size * self.args.num_generations
@@ -181,7 +179,9 @@ class Rollout:
         step, process = self.trainer.state.global_step, self.args.process_index
         seeds = np.random.SeedSequence([self.args.seed, step, process])
         draws = np.random.default_rng(seeds)
-        groups = [self._examples(batch) for batch in batches]
+        groups: list[Any] = [getattr(batch.get("host"), "examples", None) for batch in batches]
+        if None in groups:
+            raise ValueError("on_policy: expected batches of the Trainer's own DataLoader, which keep their examples")
         chosen: list[tuple[int, int, Prompt]] = []
         for b, examples in enumerate(groups):
             for k, (example, draw) in enumerate(zip(examples, draws.random(len(examples)), strict=True)):
@@ -201,25 +201,18 @@ class Rollout:
         for (b, k, _), one in zip(repeated, made, strict=True):
             if one is not None:
                 new.setdefault((b, k), []).append(one)
-        self._count(completions, len(new))
+        self._counts.replaced += len(new)
+        self._counts.completions += len(completions)
+        self._counts.tokens += sum(len(one.ids) for one in completions)
+        self._counts.ended += sum(one.ended for one in completions)
         if completions and self.trainer.is_world_process_zero() and self.trainer._is_logged(step + 1):
             self._show(completions[0], step + 1)
         return [
-            self._collated([known for k, example in enumerate(examples) for known in new.get((b, k), [example])])
+            self.collate([known for k, example in enumerate(examples) for known in new.get((b, k), [example])])
             if any((b, k) in new for k in range(len(examples)))
             else batch
             for b, (batch, examples) in enumerate(zip(batches, groups, strict=True))
         ]
-
-    def _collated(self, examples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        assert self.collate is not None
-        return self.collate(examples)
-
-    def _examples(self, batch: Mapping[str, Any]) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] | None = getattr(batch.get("host"), "examples", None)
-        if found is None:
-            raise ValueError("on_policy: expected batches of the Trainer's own DataLoader, which keep their examples")
-        return found
 
     def _prompt(self, example: Mapping[str, Any], draw: float) -> Prompt | None:
         """The prompt of an example that is to be replaced; one that is nothing but a prompt always is."""
@@ -252,7 +245,7 @@ class Rollout:
 
     def _made(self, completions: Sequence[Completion]) -> list[dict[str, Any] | None]:
         if not self.by_teacher:
-            made: list[Any] = self.encoder.of_sampled(completions) if completions else []
+            made: list[Any] = of_sampled(self.encoder, completions) if completions else []
             self._counts.cut += sum(any(entry["is_cut"] for entry in one["teachers"]) for one in made)
             for one in made:
                 for m, (teacher, entry) in enumerate(zip(self.trainer.teachers, one["teachers"], strict=True)):
@@ -270,19 +263,13 @@ class Rollout:
                             "teaches nothing behind that; on_policy_cut is the share of such completions",
                         )
             return made
-        made = [self.encoder.of_text(one, self.reader) for one in completions]
+        made = [of_text(self.encoder, one, self.reader) for one in completions]
         if lost := sum(one is None for one in made):
             self._counts.skipped += lost
             self._tell(
                 "nothing", "nothing of a completion is trained on, so its row is left as it is (on_policy_skipped)"
             )
         return made
-
-    def _count(self, completions: Sequence[Completion], replaced: int) -> None:
-        self._counts.replaced += replaced
-        self._counts.completions += len(completions)
-        self._counts.tokens += sum(len(one.ids) for one in completions)
-        self._counts.ended += sum(one.ended for one in completions)
 
     def _tell(self, kind: str, message: str) -> None:
         """Says something of a kind once."""

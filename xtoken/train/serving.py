@@ -1,4 +1,4 @@
-"""Teachers behind servers in training: batches are known a step ahead, failed requests are told at the end."""
+"""Teachers behind servers in training: batches are known a step ahead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from xtoken.losses import TopKLogits
 from xtoken.served import ServedModel
@@ -81,15 +80,3 @@ class Ahead:
         """What `take` will give next."""
         self._waiting.extend(itertools.islice(self._iterator, max(0, count - len(self._waiting))))
         return list(itertools.islice(self._waiting, count))
-
-
-class TellFaults(TrainerCallback):
-    """Says at the end of training which requests to servers were sent again."""
-
-    def __init__(self, models: Sequence[ServedModel]) -> None:
-        self.models = models
-
-    def on_train_end(self, *_: Any, **__: Any) -> None:
-        """Logs it."""
-        for model in self.models:
-            model.tell_faults()

@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from xtoken.corpus import require
 from xtoken.corpus.files import FORMATS, PACKED_ENDINGS, find_files
 from xtoken.corpus.source import without_nulls
+from xtoken.storage import Numbering
 
 from .data import BATCH_ROWS
 from .encode import ExampleEncoder
@@ -114,8 +115,9 @@ class EncodedTable(Dataset[dict[str, Any]]):
         )  # fmt: skip
         self._table = made.with_format("arrow")
         found = made.data.column("examples").chunks
-        self._ends = np.cumsum(np.concatenate([one.value_lengths().to_numpy() for one in found]))
-        self.dropped = int((np.diff(self._ends, prepend=0) == 0).sum())
+        counts = np.concatenate([one.value_lengths().to_numpy() for one in found])
+        self._numbering = Numbering(counts)
+        self.dropped = int((counts == 0).sum())
         """Rows of which nothing is trained on."""
         self.encoder = encoder
         encoder.report = Report()
@@ -124,14 +126,12 @@ class EncodedTable(Dataset[dict[str, Any]]):
         encoder.report.conclude(len(self), self.dropped)
 
     def __len__(self) -> int:
-        return int(self._ends[-1])
+        return len(self._numbering)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """One of the examples of `ExampleEncoder.encode`."""
-        index = range(len(self))[index]
-        row = int(np.searchsorted(self._ends, index, "right"))
+        row, k = self._numbering.find(index)
         examples = self._table[row]["examples"].chunk(0).flatten()
-        k = index - int(self._ends[row]) + len(examples)
         teachers = examples.field("teachers")[k].values
         return {
             "student_ids": _numbers(examples.field("student_ids")[k]),

@@ -31,7 +31,7 @@ from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
 
 from . import adapters, checkpoints
-from .assemble import build_teachers, check_data, examples_of, limits_of, student_of, training_split
+from .assemble import build_teachers, check_data, encoding_of, examples_of, student_of, training_split
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig
 from .data import EncodedStream, lengths, text_sample
@@ -46,7 +46,7 @@ from .plot import draw_curves
 from .projections import ProjectionSteps
 from .rollout import Rollout
 from .routing import logits_where_needed, needed_rows
-from .serving import Ahead, TellFaults
+from .serving import Ahead
 from .teachers import check_same_bytes
 
 logger = logging.getLogger(__name__)
@@ -225,8 +225,6 @@ class XTokenTrainer(Trainer):
                 )
             self.add_callback(self._projection_steps)
         self._served = [teacher.served for teacher in self.teachers if teacher.served is not None]
-        if self._served:
-            self.add_callback(TellFaults(self._served))
         for teacher in self.teachers if args.on_policy and train_dataset is not None else ():
             if teacher.model is None and teacher.served is None:
                 raise ValueError(
@@ -286,13 +284,9 @@ class XTokenTrainer(Trainer):
                 f"{name}: expected examples, as EncodedDataset(rows, ExampleEncoder(...)) has them, got a row with "
                 f"{keys}; with processing_class, and teachers that have a model and a tokenizer, rows are encoded here"
             )
-        longest = limits_of(self.args, self._limits.positions, self.teachers)
-        return ExampleEncoder(
-            known[0], known[1:], max_length=longest[0], max_teacher_length=longest[1], train_on=self.args.train_on,
-            text_column=self.args.text_column, teacher_systems=[one.system for one in self.teachers],
-            teacher_column=self.args.teacher_column, teacher_names=[one.name for one in self.teachers],
-            with_prompts=bool(self.args.on_policy) and name == "train_dataset",
-        )  # fmt: skip
+        options = encoding_of(self.args, self._limits.positions, self.teachers)
+        options["with_prompts"] = bool(self.args.on_policy) and name == "train_dataset"
+        return ExampleEncoder(known[0], known[1:], **options)
 
     def _rollout_encoder(self) -> ExampleEncoder:
         """What reads completions: as the data were read, where they tell."""
@@ -352,23 +346,21 @@ class XTokenTrainer(Trainer):
             with self._watch.section("generation"):
                 batches = self._rollout.replace(batches)
         counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
-        divisors = self._divisors(counts)
+        divisors = self._add_up(counts).clamp_min(1)
         # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
         items, *chunks = divisors.tolist() if divisors.device.type == "cpu" else divisors.float().unbind()
         self._step = _Step(items, chunks, len(batches))
         self._meter.steps += 1
         self.criterion.diagnostics = self._is_logged(self.state.global_step + 1)
         self.criterion.zero_grad()
-        for batch in [*batches, *(self._ahead.peek(num_batches) if self._asks_ahead() else ())]:
+        is_last = self.state.global_step + 1 >= self.state.max_steps
+        # Servers are asked for the next step too, so that they work while the student does.
+        asks_ahead = bool(self._served) and not is_last and self._rollout is None
+        for batch in [*batches, *(self._ahead.peek(num_batches) if asks_ahead else ())]:
             self._ask(batch)
         if not isinstance(items, Tensor):
             items = torch.full((), items, dtype=torch.float32, device=self.args.device)
         return batches, items
-
-    def _asks_ahead(self) -> bool:
-        """Whether servers are asked for the next step now, so that they work while the student does."""
-        is_last = self.state.global_step + 1 >= self.state.max_steps
-        return bool(self._served) and not is_last and self._rollout is None
 
     def _ask(self, batch: Mapping[str, Any]) -> None:
         """Begins to ask the teachers behind a server for a batch."""
@@ -403,10 +395,6 @@ class XTokenTrainer(Trainer):
             for teacher, alignment in zip(self.teachers, alignments, strict=True)
         ]
 
-    def _divisors(self, counts: Tensor) -> Tensor:
-        """What to divide the sums of CE and of each teacher's KD by: the counts of all processes, at least 1."""
-        return self._add_up(counts).clamp_min(1)
-
     def _add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
         if self.accelerator.num_processes == 1:
@@ -439,8 +427,11 @@ class XTokenTrainer(Trainer):
         inputs = {name: value for name, value in inputs.items() if name not in ("host", "labels", "ce_labels")}
         entries = inputs.pop("teachers")
         self._check_entries(host)
-        if "position_ids" in inputs and self._faults.get("student", "not known") is not None:
-            self._check_packing(model, host)
+        if "position_ids" in inputs and self._faults.get("student", "not known") is not None:  # packed by somebody else
+            ids = host["input_ids"]
+            fault = self._faults["student"] = packing_fault(model, ids, ids.shape[1], "attention_mask" in host)
+            if fault is not None:
+                raise ValueError(f"student: {PACKED}, since {fault}")
         inputs["input_ids"] = self._limits.fit(inputs)
         self._fused.look(logit_bytes(host, self.model, [teacher.model for teacher in self.teachers]))
         with self._watch.section("teacher"):
@@ -483,13 +474,6 @@ class XTokenTrainer(Trainer):
         self._router_loss = self._router_loss + found[0] * loss.detach().to(self.args.device)
         weighted: Tensor = found[0] * loss.to(self.args.device)
         return weighted
-
-    def _check_packing(self, model: Any, host: Mapping[str, Any]) -> None:
-        """Raises ValueError if the student does not keep apart the examples of rows that somebody else has packed."""
-        ids = host["input_ids"]
-        fault = self._faults["student"] = packing_fault(model, ids, ids.shape[1], "attention_mask" in host)
-        if fault is not None:
-            raise ValueError(f"student: {PACKED}, since {fault}")
 
     def _packs(self, longest: int) -> bool:
         """Whether all models keep the examples of a packed row apart; says so once if one does not.
@@ -666,9 +650,8 @@ class XTokenTrainer(Trainer):
         return self._collated(super().get_test_dataloader, data, a_row_each=True)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        return super()._get_train_sampler(
-            self._by_length(self.train_dataset if train_dataset is None else train_dataset)
-        )
+        data = self.train_dataset if train_dataset is None else train_dataset
+        return super()._get_train_sampler(self._by_length(data))
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return super()._get_eval_sampler(self._by_length(eval_dataset))
@@ -740,7 +723,7 @@ class XTokenTrainer(Trainer):
         try:
             output = super().evaluation_loop(*args, **kwargs)
             self._finite.check()
-            measured = self._meter.summary(self._add_up, self._divisors(self._held_out))
+            measured = self._meter.summary(self._add_up, self._add_up(self._held_out).clamp_min(1))
         finally:
             training[1].skip(self._watch)
             self._meter, self._watch, self.criterion.diagnostics = training
@@ -761,24 +744,31 @@ class XTokenTrainer(Trainer):
         """
         if self.args.self_test == "on" or (self.args.self_test == "auto" and self.args.device.type == "cuda"):
             self._check_losses()
-        if not resume_from_checkpoint:
-            return super().train(None, *args, **kwargs)
-        path = resume_from_checkpoint
+        path = resume_from_checkpoint or None
         if path is True and (path := checkpoints.newest(str(self.args.output_dir))) is None:
             raise ValueError(
                 f"resume_from_checkpoint: expected a complete checkpoint in {self.args.output_dir}, got none"
             )
-        state = checkpoints.check(Path(path), self.args.resume_weights_only)
-        adapters.check_checkpoint(Path(path), self.model)
-        if not checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
-            return super().train(str(path), *args, **kwargs)
-        logger.warning("%s is the end of the run, step %d: nothing is trained", path, state["global_step"])
+        if path is not None:
+            state = checkpoints.check(Path(path), self.args.resume_weights_only)
+            adapters.check_checkpoint(Path(path), self.model)
+            if checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
+                return self._finished(Path(path))
+        output = super().train(path and str(path), *args, **kwargs)
+        for served in self._served:
+            served.tell_faults()
+        return output
+
+    def _finished(self, path: Path) -> TrainOutput:
+        """The result of a run from its last checkpoint."""
+        state = TrainerState.load_from_json(str(path / checkpoints.STATE))
+        logger.warning("%s is the end of the run, step %d: nothing is trained", path, state.global_step)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"resume_from_checkpoint: {path} is the end of the run; there is nothing left to train")
         self._load_from_checkpoint(str(path))
-        self._load_distillation(Path(path))
-        self.state = TrainerState.load_from_json(str(Path(path) / checkpoints.STATE))
-        return TrainOutput(self.state.global_step, 0.0, {})
+        self._load_distillation(path)
+        self.state = state
+        return TrainOutput(state.global_step, 0.0, {})
 
     def _check_losses(self) -> None:
         """Compares the losses of this run with float64; raises RuntimeError with what is wrong, if something is."""
@@ -799,8 +789,11 @@ class XTokenTrainer(Trainer):
             logger.info("self_test: %s", report.summary())
 
     def _lessons(self) -> list[Lesson]:
-        """What losses get in this run: logits in the type of a model's weights, or of mixed precision."""
+        """What losses get in this run: logits in the type of a model's weights; with mixed precision in float32, as
+        accelerate hands them out, and in what fused losses make themselves."""
         found = []
+        mixed = [torch.bfloat16] * self.args.bf16 + [torch.float16] * self.args.fp16
+        types = [torch.float32, *mixed] if mixed else [self.model.dtype]
         for objective, teacher in zip(self.criterion.teachers, self.teachers, strict=False):
             mine, theirs = (head_rows(one) for one in (self.model, teacher.model))
             own = self.criterion.vocab_size or mine
@@ -808,14 +801,8 @@ class XTokenTrainer(Trainer):
                 continue
             widths = max(own, mine or 0), theirs or (objective.shape or (own, own))[1]
             of_teacher = getattr(teacher.model, "dtype", torch.float32)
-            found += [Lesson(objective, widths, (dtype, of_teacher)) for dtype in self._types()]
+            found += [Lesson(objective, widths, (dtype, of_teacher)) for dtype in types]
         return found
-
-    def _types(self) -> list[torch.dtype]:
-        """Of the student's logits: with mixed precision both float32, as accelerate hands them out, and what fused
-        losses make themselves."""
-        mixed = [torch.bfloat16] * self.args.bf16 + [torch.float16] * self.args.fp16
-        return [torch.float32, *mixed] if mixed else [self.model.dtype]
 
     def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         folder = Path(str(self.args.output_dir)) / f"checkpoint-{self.state.global_step}"

@@ -98,11 +98,6 @@ class Family:
     """Ids of a text that is not UTF-8; None: its stray bytes are tokens ``<0xHH>``, if there are any."""
 
 
-def _with_spaces(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -> list[bytes]:
-    assert parts.space is not None
-    return [piece.replace(parts.space, " ").encode() for piece in pieces]
-
-
 def words_of(tokenizer: Any, text: str) -> list[str]:
     """What a tokenizer cuts a text into; its model reads each by itself."""
     if tokenizer.normalizer is not None:
@@ -138,7 +133,7 @@ FAMILIES: tuple[Family, ...] = (
     Family(
         "Metaspace / SentencePiece",
         lambda parts: parts.space is not None,
-        _with_spaces,
+        lambda tokenizer, parts, pieces, go_on: [piece.replace(str(parts.space), " ").encode() for piece in pieces],
         byte_fallback=True,
         plain=AS_IT_STANDS,
     ),

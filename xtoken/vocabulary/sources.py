@@ -127,11 +127,14 @@ def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Sequence[str] 
     return tokenizer
 
 
+def tiktoken_ranks(path: Path) -> dict[bytes, int]:
+    """The tokens of a file of tiktoken ranks."""
+    lines = (line.partition(b" ") for line in path.read_bytes().splitlines())
+    return {base64.b64decode(token): int(rank) for token, _, rank in lines}
+
+
 def _from_tiktoken(path: Path) -> Any:
-    ranks = {}
-    for line in path.read_bytes().splitlines():
-        token, _, rank = line.partition(b" ")
-        ranks[base64.b64decode(token)] = int(rank)
+    ranks = tiktoken_ranks(path)
     if len(ranks) not in PATTERNS:
         raise ValueError(
             f"tokenizer: {path}: holds {len(ranks)} tiktoken ranks, of which it is not known how they cut words; known "
