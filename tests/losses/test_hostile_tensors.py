@@ -6,6 +6,7 @@ followed it would leave its memory, which ends the process, or under `make sanit
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from harness import Case, Operation, backends_of, make_case
+from harness import OPERATIONS, Case, Operation, backends_of, make_case
 
 import xtoken
 from xtoken import Alignment, PieceIndex, ProjectionMatrix
@@ -348,3 +349,24 @@ def test_masks_are_true_where_they_are_not_zero() -> None:
         aligner.align([0, 1], [0, 1], [0.5, 1.0])
     with pytest.raises(ValueError, match="predicted: expected true or false"):
         Alignment([[1, 2, 1, 2]], predicted=[2])
+
+
+@pytest.mark.parametrize(
+    "value", [torch.tensor(1.0), torch.ones(2), None, "1", [1]], ids=["0-d", "1-d", "None", "text", "list"]
+)
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_options_that_are_no_numbers_and_no_switches(name: str, value: Any) -> None:
+    """A tensor as a temperature, too, which would get no gradient."""
+    case = make_case()
+    for option in inspect.signature(OPERATIONS[name].function()).parameters.values():
+        expected = {float: "a number", bool: "True or False"}.get(type(option.default))
+        if expected is not None and option.name != "inplace":
+            with pytest.raises(TypeError, match=f"^{option.name}: expected {expected}, got {type(value).__name__}$"):
+                OPERATIONS[name].public(case, case.student, case.teacher, **{option.name: value})
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_layout_is_looked_at_on_one_rank_too(name: str) -> None:
+    case = make_case()
+    with pytest.raises(ValueError, match=r"^cp_layout: expected one of 'contiguous', 'zigzag', got 'zigzak'"):
+        OPERATIONS[name].public(case, case.student, case.teacher, cp_layout="zigzak")

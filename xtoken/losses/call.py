@@ -24,6 +24,7 @@ from xtoken.terminal import did_you_mean
 
 Reduction = Literal["mean", "sum", "none"]
 REDUCTIONS = ("mean", "sum", "none")
+CP_LAYOUTS = ("contiguous", "zigzag")
 SIDES = "student_logits", "teacher_logits"
 
 Losses = Tensor | tuple[Tensor, Tensor]
@@ -195,6 +196,8 @@ def compute(
     expected : Expected, optional
         What the results will be multiplied by.
     """
+    loss.check_switches()
+    check_choice(cp_layout, "cp_layout", CP_LAYOUTS)
     if isinstance(teacher_logits, OrderedLogits):
         loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
     if (tp_group, cp_group) != (None, None) or has_dtensor(student_logits, teacher_logits):

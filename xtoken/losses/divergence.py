@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken.losses.numerics import check_temperature
+from xtoken.losses.numerics import check_number, check_switch, check_temperature
 
 
 class Divergence(NamedTuple):
@@ -29,6 +29,9 @@ class Divergence(NamedTuple):
         mixture, divided by beta and by 1 - beta. Raises ValueError if an option is out of its range, or ``beta`` inside
         its range goes with another option.
         """
+        check_switch(reverse, "reverse")
+        check_number(beta, "beta")
+        check_number(skew, "skew")
         if not 0.0 <= beta <= 1.0:
             raise ValueError(f"beta: expected a number from 0 to 1, got {beta!r}")
         if not 0.0 <= skew < 1.0:

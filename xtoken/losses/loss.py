@@ -23,6 +23,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.cached import Cached, notice_changes
 from xtoken.losses.logits import Source
+from xtoken.losses.numerics import check_switch
 from xtoken.pieces import PieceIndex, sides
 
 if TYPE_CHECKING:
@@ -128,6 +129,8 @@ class Loss:
     needs: ClassVar[Needs]
     kernels: ClassVar[str]
     """Package with the modules of its kernels; default: its own."""
+    switches: ClassVar[tuple[str, ...]] = ()
+    """Its fields that are a bool; `register` finds them."""
     teacher_ids: ClassVar[tuple[str, ...]] = ()
     """Fields that hold ids of the teacher's tokens, beside W and pieces."""
     trains_projection: ClassVar[bool] = False
@@ -163,6 +166,11 @@ class Loss:
             raise ValueError(
                 "projection: expected a matrix with entries, got none: no token of the student has an image to compare"
             )
+
+    def check_switches(self) -> None:
+        """Raises TypeError for a switch that is neither True nor False."""
+        for name in self.switches:
+            check_switch(getattr(self, name), name)
 
     def may_lack(self, side: int, width: int) -> bool:
         """Whether a side (0: the student) may have only so many columns: no token beyond takes part in the loss."""

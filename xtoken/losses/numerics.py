@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,8 +35,21 @@ def statistics_dtype(*tensors: Tensor) -> torch.dtype:
     return dtype
 
 
+def check_number(value: float, name: str) -> None:
+    """Raises TypeError for a tensor too, which would get no gradient."""
+    if not isinstance(value, (int, float, np.number)):
+        raise TypeError(f"{name}: expected a number, got {type(value).__name__}")
+
+
+def check_switch(value: bool, name: str) -> None:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: expected True or False, got {type(value).__name__}")
+
+
 def check_temperature(value: float) -> None:
     """Positive and finite."""
+    check_number(value, "temperature")
     if not 0.0 < value < float("inf"):
         raise ValueError(f"temperature: expected a positive finite number, got {value!r}")
 

@@ -159,6 +159,7 @@ class _Layout:
         if taken := kinds.keys() & {*Call._fields, *Flags._fields}:
             raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is every operator's")
         self.fields = [(name, kind == "Matrix") for name, kind in kinds.items()]
+        self.switches = tuple(name for name, kind in kinds.items() if kind == "bool")
         own: dict[str, str] = {}
         for name, kind in kinds.items():
             if kind == "Matrix":
@@ -232,6 +233,7 @@ def register(name: str, title: str, needs: Needs, kernels: str | None = None) ->
         if field is not None and field not in dict(layout.fields):
             raise TypeError(f"{loss.__name__}: expected a field {field!r}, since it needs {needs.value}")
         loss.name, loss.title, loss.needs, loss.kernels = name, title, needs, kernels or loss.__module__
+        loss.switches = layout.switches
         _define(name, layout)
         REGISTER[name] = loss
         return loss

@@ -17,6 +17,7 @@ from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, checked_ids, kernels_of
 from xtoken.losses.call import (
+    CP_LAYOUTS,
     SIDES,
     check_alignment,
     check_call,
@@ -41,7 +42,7 @@ from xtoken.losses.operator import (
 )
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
-from xtoken.parallel.sequence import LAYOUTS, Positions, Share, share
+from xtoken.parallel.sequence import Positions, Share, share
 from xtoken.parallel.side import Side
 from xtoken.projection import column_set
 
@@ -196,7 +197,7 @@ def _checked(
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a rank can see to by itself. What is to be the same on all ranks, and what is each rank's own."""
     check_call(student_logits, teacher_logits, reduction, backend)
-    check_choice(groups.cp_layout, "cp_layout", LAYOUTS)
+    check_choice(groups.cp_layout, "cp_layout", CP_LAYOUTS)
     if inplace:
         raise ValueError("inplace: expected False for logits in parts")
     if tp.size > 1 and backend not in ("auto", "reference"):

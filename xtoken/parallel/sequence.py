@@ -11,8 +11,6 @@ from torch import Tensor
 from xtoken.alignment.chunks import Chunks, Rows
 from xtoken.parallel.ranks import Ranks
 
-LAYOUTS = ("contiguous", "zigzag")
-
 
 class Positions(NamedTuple):
     """Of the positions of one side's sequences, each on one rank."""

@@ -17,6 +17,7 @@ from xtoken.losses.call import DivergenceOptions, check_count
 from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss, Matrix
+from xtoken.losses.numerics import check_number
 from xtoken.losses.operator import Call
 from xtoken.losses.ranked import formula
 from xtoken.projection.entries import common_pairs
@@ -49,6 +50,7 @@ class PairedLoss(HasDivergence, Loss):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_count(self.uncommon_top_k, "uncommon_top_k", least=0)
+        check_number(self.min_weight, "min_weight")
         if not 0.0 < self.min_weight <= 1.0:
             raise ValueError(f"min_weight: expected a number in (0, 1], got {self.min_weight!r}")
 
