@@ -116,6 +116,16 @@ def test_broken_files_are_named(tmp_path, student_tok):
             load_examples([tmp_path / "a.jsonl", tmp_path / name], student_tok, [])
 
 
+def test_files_of_no_rows_are_named(tmp_path, student_tok):
+    """All of them; one among others may be empty."""
+    for name, text in (("a.jsonl", ""), ("b.jsonl", '{"text": "a b c"}\n'), ("c.jsonl", "\n")):
+        (tmp_path / name).write_text(text)
+    a, b, c = (tmp_path / f"{name}.jsonl" for name in "abc")
+    assert len(load_examples([a, b, c], student_tok, [])) == 1
+    with pytest.raises(ValueError, match=f"^files: expected rows, got none in {a}, {c}$"):
+        load_examples([a, c], student_tok, [])
+
+
 @pytest.fixture(scope="module")
 def corpus(student_tok, teacher_tok, tmp_path_factory):
     folder = tmp_path_factory.mktemp("corpus")

@@ -22,7 +22,7 @@ from xtoken.vocabulary import TokenizerLike
 from xtoken.vocabulary.sources import check_source
 
 from .chat import ChatTemplate, use_template
-from .data import encoded, has_chats, read_rows
+from .data import encoded, has_chats, some_rows
 from .encode import ExampleEncoder
 from .prepare import check_device, check_dtype
 from .routing import is_routed
@@ -192,7 +192,7 @@ def main(
         now = None
         if "strftime_now" in str(getattr(tok, "chat_template", None)):
             now = (cached_time(output) if resume else None) or datetime.now()
-        rows = read_rows(opened, text_column)
+        rows = some_rows(opened, text_column)
         return cache_teacher(
             model, tok, teacher_documents(tok, rows, text_column, now, teacher_system), output, top_k=logprobs,
             max_length=max_length, batch_tokens=batch_tokens, resume=resume, now=now, advance=_counted(say),

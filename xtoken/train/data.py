@@ -275,7 +275,7 @@ def load_examples(
     options = {name: value for name, value in locals().items() if name != "files"}
     folders = [path for path in files if os.path.isdir(path)]
     if not folders:
-        return EncodedDataset(read_rows(files, text_column), ExampleEncoder(**options))
+        return EncodedDataset(some_rows(files, text_column), ExampleEncoder(**options))
     if len(files) > 1 or len(teacher_toks) != 1:
         raise ValueError(
             f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
@@ -341,6 +341,15 @@ def has_chats(data: Sequence[Any], text_column: str = "text") -> bool:
 
 def is_path(one: Any) -> bool:
     return isinstance(one, (str, os.PathLike))
+
+
+def some_rows(data: Sequence[Any], text_column: str = "text") -> Iterator[dict[str, Any]]:
+    """`read_rows`; ValueError also if there are none."""
+    rows = read_rows(data, text_column)
+    first = next(rows, None)
+    if first is None:
+        raise ValueError(f"files: expected rows, got none in {', '.join(map(str, data))}")
+    yield from itertools.chain([first], rows)
 
 
 def read_rows(data: Sequence[Any], text_column: str = "text") -> Iterator[dict[str, Any]]:
