@@ -15,6 +15,7 @@ import gzip
 import io
 import itertools
 import json
+import logging
 import lzma
 import os
 import random
@@ -386,6 +387,7 @@ def run(count: int, only: str | None = None, number: int | None = None) -> Count
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
+    logging.disable()
     found = run(int(sys.argv[1]), *sys.argv[2:3], *map(int, sys.argv[3:4]))
     print("\n".join(f"{count:8} {' '.join(what)}" for what, count in sorted(found.items())))
     sys.exit(any(what == "FAULT" for _, what in found))
