@@ -14,7 +14,7 @@ import pytest
 import torch
 from comparer import assert_close
 
-from xtoken import TeacherCache, Vocabulary
+from xtoken import TeacherCache, TeacherCacheWriter, Vocabulary
 from xtoken.integrations.distillkit import Compression, import_logits
 
 pa = pytest.importorskip("pyarrow")
@@ -125,11 +125,47 @@ def test_documents_that_do_not_fit(document: Any, match: str, tmp_path: Path) ->
         import_logits(write(tmp_path / "capture", [document]), tmp_path / "cache", TEACHER)
 
 
+MANY = "- &0 [x]\n" + "".join(f"- &{k + 1} [{', '.join([f'*{k}'] * 9)}]\n" for k in range(12))
+"""YAML of a few lines that nobody can write down."""
+
+
+@pytest.mark.parametrize("name", ["data_0.parquet", "compression_config.yaml"])
+def test_what_is_no_file(name: str, tmp_path: Path) -> None:
+    source = write(tmp_path / "capture", [([0, 1], IDS[:1], [HALF])])
+    (source / name).unlink()
+    (source / name).symlink_to("/dev/null")
+    with pytest.raises(ValueError, match=rf"{name}: cannot read it: expected a regular file"):
+        import_logits(source, tmp_path / "cache", TEACHER)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = write(tmp_path / "capture", [([0, 1], IDS[:1], [HALF])])
+    add, path = TeacherCacheWriter.add, source / "data_0.parquet"
+
+    def change(*given: Any) -> None:
+        add(*given)
+        path.write_bytes(path.read_bytes() + b"more")
+
+    monkeypatch.setattr(TeacherCacheWriter, "add", change)
+    with pytest.raises(ValueError, match=r"data_0\.parquet: was changed while it is read"):
+        import_logits(source, tmp_path / "cache", TEACHER)
+
+
+def test_a_document_without_rows_takes_no_memory(tmp_path: Path) -> None:
+    source = write(tmp_path / "capture", [([4], [], [])])
+    config = {**PLAIN, "d": 1 << 24, "k": 1 << 24, "exact_k": 0, "polynomial_terms": list(range(100))}
+    assert len(import_logits(source, tmp_path / "cache", TEACHER, config=config)) == 1
+    with pytest.raises(ValueError, match="d: expected a number from 1 to 16777216"):
+        import_logits(source, tmp_path / "other", TEACHER, config={**PLAIN, "d": (1 << 24) + 1})
+
+
 def test_files_that_are_something_else(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"source: no data_\*\.parquet in "):
         import_logits(tmp_path, tmp_path / "cache", TEACHER)
     source = write(tmp_path / "capture", [([0, 1], IDS[:1], [HALF])])
-    for content, match in (("[", "not YAML"), ("3", "expected a mapping"), ("{d: 7, k: 3}", "exact_k: missing")):
+    for content, match in (("[", "not YAML"), ("3", "expected a mapping"), ("{d: 7, k: 3}", "exact_k: missing"),
+                           ("!!bool x", "not YAML"), ("!!timestamp x", "not YAML"), ("{1: 2}", "1: unknown here"),
+                           (MANY, "expected a mapping of d, k, exact_k ..., got ")):  # fmt: skip
         (source / "compression_config.yaml").write_text(content)
         with pytest.raises(ValueError, match=rf"compression_config\.yaml: {match}"):
             import_logits(source, tmp_path / "cache", TEACHER)
@@ -171,6 +207,11 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         ({"residual_bins": [{"element_bits": 1}]}, "expected scale_dtype, element_bits and num_elements"),
         ({"residual_bins": [{"scale_dtype": "float16", "element_bits": 2, "num_elements": 1}]}, "at most k - exact_k"),
         ({"new": 1}, "new: unknown here"),
+        ({"exact_dtype": ["float32"]}, "expected one of float16, bfloat16, float32, float64, got .'float32'."),
+        ({"polynomial_terms": [[1]]}, "expected powers, 'sqrt' or 'exp', got .1."),
+        ({"polynomial_terms": [10**400]}, "expected powers, 'sqrt' or 'exp', got 1000"),
+        ({"polynomial_terms": [1, 1]}, "polynomial_terms: expected each once"),
+        ({"residual_bins": 5}, "residual_bins: expected a list, got 5"),
     ],
 )  # fmt: skip
 def test_configs_that_cannot_be(change: dict[str, Any], match: str) -> None:

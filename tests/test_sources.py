@@ -123,3 +123,12 @@ def test_errors_are_one_line_unless_asked(monkeypatch, capsys):
     options = ["--debug", "underflow_overflow", "--bf16", "--data", "a", "b", "-o", "out", "--x=-1", "-2"]
     assert cli.main(["--debug", "train", *options]) == 0
     assert seen == [options]
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tekken.json", "tokenizer.model"])
+def test_what_is_no_file(name, tmp_path):
+    """Reading it might never end."""
+    (tmp_path / name).symlink_to("/dev/zero")
+    for source in (tmp_path / name, tmp_path):
+        with pytest.raises(ValueError, match=f"{name}: cannot read it: expected a regular file"):
+            load_tokenizer(source)

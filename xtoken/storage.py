@@ -213,7 +213,8 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
 def _data(tensor: Tensor) -> Any:
     """The bytes of a tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy()
+    flat = tensor.reshape(-1) if tensor.numel() else torch.empty(0, device="cpu")  # NumPy's have a stride of 0
+    return flat.view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)
@@ -292,6 +293,19 @@ class TensorFile:
             return make(tensors, {name: value for name, value in file.metadata.items() if name not in own})
         except (KeyError, ValueError, TypeError, OverflowError) as error:
             raise ValueError(f"{path}: damaged: {error}") from error
+
+
+def read_yaml(path: Path, name: str | None = None) -> Any:
+    """The content of a file. Raises FileNotFoundError; ValueError that names it, as `name`, for what is no YAML."""
+    import yaml
+
+    check_regular(path)
+    try:
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError:
+        raise
+    except Exception as error:  # of whatever a value of YAML is made with
+        raise ValueError(f"{name or path}: not YAML: {error}") from error
 
 
 @dataclass(frozen=True)

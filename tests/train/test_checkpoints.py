@@ -66,7 +66,9 @@ def test_a_checkpoint_that_was_not_written_to_its_end(
 def test_what_is_complete(tmp_path):
     state, weights = tmp_path / "trainer_state.json", tmp_path / "model-00002-of-00002.safetensors"
     assert checkpoints.fault(tmp_path) == "no trainer_state.json"
-    for text in ("[" * 100_000, '{"global_step": []}', "\xff"):
+    for text in ("[" * 100_000, '{"global_step": []}', "\xff", '{"global_step": 1e999}', '{"global_step": "2"}',
+                 '{"global_step": -2}', '{"global_step": 2, "max_steps": null}', '{"global_step": 9, "max_steps": 4}',
+                 '{"global_step": 2, "num_train_epochs": "3"}'):  # fmt: skip
         state.write_text(text, encoding="latin-1")
         assert checkpoints.fault(tmp_path) == "trainer_state.json is damaged"
     state.write_text('{"global_step": 2}')
@@ -79,6 +81,19 @@ def test_what_is_complete(tmp_path):
     assert checkpoints.fault(tmp_path) == f"no {first}"
     index.write_text("[]")
     assert checkpoints.fault(tmp_path) == "model.safetensors.index.json is damaged"
+
+
+@pytest.mark.parametrize(
+    "name", ["trainer_state.json", "model.safetensors", "rng_state.pth", "x.index.json", "adapter/model.safetensors"]
+)
+def test_what_is_no_file(name, tmp_path):
+    """Reading it would never end."""
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / name).unlink(missing_ok=True)
+    (tmp_path / name).symlink_to("/dev/null")
+    assert checkpoints.fault(tmp_path) == f"{name} is no regular file"
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -12,6 +12,7 @@ compressed_logprobs   for the same, bytes of k falling log-probabilities: `Compr
 from __future__ import annotations
 
 import os
+import reprlib
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -22,7 +23,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from xtoken.corpus.files import find_files
 from xtoken.losses import TopKLogits
+from xtoken.remote import arrow_file
+from xtoken.storage import read_yaml
 from xtoken.teacher_cache import TeacherCache, TeacherCacheWriter
 from xtoken.vocabulary import TokenizerLike
 
@@ -34,6 +38,8 @@ _BYTES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}
 _CURVES = {"sqrt": np.sqrt, "exp": np.exp}
 _MOST_BITS = 56
 """Of a number that is read: what float64 and shifts of int64 hold with room."""
+_MOST_TOKENS = 1 << 24
+_MOST_TERMS = 100
 
 OVERFULL = 1.01
 """Listed probabilities of a row that sum to more are told: the approximation was coarse."""
@@ -65,36 +71,41 @@ class Compression:
     normalize_t: bool = False
 
     def __post_init__(self) -> None:
-        counts = {"d": (self.d, 1, 1 << 31), "k": (self.k, 1, self.d), "exact_k": (self.exact_k, 0, self.k)}
+        counts = {"d": (self.d, 1, _MOST_TOKENS), "k": (self.k, 1, self.d), "exact_k": (self.exact_k, 0, self.k)}
         for k, one in enumerate(self.residual_bins):
             if not isinstance(one, Mapping) or one.keys() != {"scale_dtype", "element_bits", "num_elements"}:
-                raise ValueError(f"residual_bins: expected scale_dtype, element_bits and num_elements, got {one}")
+                raise ValueError(f"residual_bins: expected scale_dtype, element_bits and num_elements, got {reprlib.repr(one)}")
             counts[f"residual_bins[{k}].element_bits"] = (one["element_bits"], 1, _MOST_BITS)
             counts[f"residual_bins[{k}].num_elements"] = (one["num_elements"], 1, self.k)
         for name, (value, low, high) in counts.items():
             if type(value) is not int or not low <= value <= high:
-                raise ValueError(f"{name}: expected a number from {low} to {high}, got {value!r}")
+                raise ValueError(f"{name}: expected a number from {low} to {high}, got {reprlib.repr(value)}")
         if sum(one["num_elements"] for one in self.residual_bins) > self.k - self.exact_k:
             raise ValueError("residual_bins: expected at most k - exact_k elements in all")
         for dtype in (self.exact_dtype, self.term_dtype, *(one["scale_dtype"] for one in self.residual_bins)):
-            if dtype not in _BYTES:
+            if type(dtype) is not str or dtype not in _BYTES:
                 names = "exact_dtype, term_dtype, scale_dtype"
-                raise ValueError(f"{names}: expected one of {', '.join(_BYTES)}, got {dtype!r}")
+                raise ValueError(f"{names}: expected one of {', '.join(_BYTES)}, got {reprlib.repr(dtype)}")
         for term in self.polynomial_terms:
-            if term not in _CURVES and (type(term) is not int or term < 0):
-                raise ValueError(f"polynomial_terms: expected powers, 'sqrt' or 'exp', got {term!r}")
+            if type(term) not in (int, str) or (term not in _CURVES and term not in range(_MOST_TERMS)):
+                raise ValueError(f"polynomial_terms: expected powers, 'sqrt' or 'exp', got {reprlib.repr(term)}")
+        if len(set(self.polynomial_terms)) < len(self.polynomial_terms):
+            raise ValueError("polynomial_terms: expected each once")
 
     @classmethod
     def read(cls, content: Any) -> Compression:
         """From DistillKit's ``compression_config.yaml`` or ``logprob_compressor``. Raises ValueError, by the field."""
         if not isinstance(content, Mapping):
-            raise ValueError(f"expected a mapping of d, k, exact_k ..., got {str(content)[:60]}")
-        unknown = sorted(content.keys() - cls.__dataclass_fields__.keys())
+            raise ValueError(f"expected a mapping of d, k, exact_k ..., got {reprlib.repr(content)}")
+        unknown = sorted(map(str, content.keys() - cls.__dataclass_fields__.keys()))
         lacking = sorted({"d", "k", "exact_k"} - content.keys())
         if unknown or lacking:
             raise ValueError(f"{', '.join(unknown or lacking)}: {'unknown here' if unknown else 'missing'}")
-        lists = {name: tuple(content.get(name) or ()) for name in ("polynomial_terms", "residual_bins")}
-        return cls(**{**content, **lists})
+        lists = {name: content.get(name) or () for name in ("polynomial_terms", "residual_bins")}
+        for name, value in lists.items():
+            if not isinstance(value, (list, tuple)):
+                raise ValueError(f"{name}: expected a list, got {reprlib.repr(value)}")
+        return cls(**{**content, **{name: tuple(value) for name, value in lists.items()}})
 
     @property
     def id_bits(self) -> int:
@@ -191,7 +202,7 @@ def import_logits(
     FileNotFoundError
         If there are no files.
     ValueError
-        If a file holds something else, naming it and the row.
+        If a file holds something else, naming it and the row, or changes while it is read.
     """
     folder = Path(source)
     files = sorted(folder.glob("data_*.parquet"), key=lambda path: (len(path.name), path.name))
@@ -221,15 +232,11 @@ def import_logits(
 def _compression(folder: Path, config: Mapping[str, Any] | None) -> Compression:
     name = "config"
     if config is None:
-        import yaml
-
         name = str(folder / CONFIG)
         try:
-            config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+            config = read_yaml(folder / CONFIG)
         except FileNotFoundError:
             raise FileNotFoundError(f"{name}: no such file; give its content as config=") from None
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"{name}: not YAML: {error}") from error
     try:
         return Compression.read(config)
     except ValueError as error:
@@ -241,9 +248,10 @@ def _documents(files: list[Path]) -> Iterator[tuple[str, NDArray[np.int64], tupl
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    for path in files:
+    for found in find_files(files):
+        path = found.path
         try:
-            with pq.ParquetFile(path) as file:
+            with arrow_file(Path(path)) as source, pq.ParquetFile(source) as file:
                 _check_columns(file.schema_arrow)
                 number = 0
                 for batch in file.iter_batches(ROWS, columns=list(COLUMNS)):
@@ -256,6 +264,7 @@ def _documents(files: list[Path]) -> Iterator[tuple[str, NDArray[np.int64], tupl
                         number += 1
         except (pa.ArrowException, OSError, ValueError) as error:
             raise ValueError(f"{path}: not a capture of DistillKit: {error}") from error
+        found.check_unchanged()
 
 
 def _check_columns(schema: Any) -> None:
@@ -283,6 +292,8 @@ def _unpacked(
             raise ValueError(f"{name}: expected {size} bytes for each of {len(tokens)} tokens but the first, got {got}")
         values = column.flatten().to_numpy(zero_copy_only=False).astype(np.uint8)
         tables.append(values.reshape(len(column), size))
+    if len(tokens) < 2:
+        return np.zeros((0, compression.k), np.int64), np.zeros((0, compression.k))
     ids, logprobs = compression.ids(tables[0]), compression.logprobs(tables[1])
     if len(ids) and (np.diff(np.sort(ids, axis=1), axis=1) == 0).any():
         raise ValueError("bytepacked_indices: a token is listed twice; is the compression config that of the capture?")

@@ -25,9 +25,15 @@ def fault(folder: Path) -> str | None:
 
     The Trainer writes its state last. Files that end early are found by what stands at their beginning or end.
     """
+    for path in folder.rglob("*"):  # reading a pipe or a device may never end
+        if path.exists() and not path.is_file() and not path.is_dir():
+            return f"{path.relative_to(folder)} is no regular file"
     try:
-        int(json.loads((folder / STATE).read_text())["global_step"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        state = json.loads((folder / STATE).read_text())
+        steps, most, epochs = state["global_step"], state.get("max_steps", 0), state.get("num_train_epochs", 0)
+        if not all(type(one) is int and one >= 0 for one in (steps, most, epochs)) or steps > most > 0:
+            return f"{STATE} is damaged"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"no {STATE}" if not (folder / STATE).exists() else f"{STATE} is damaged"
     if not any(folder.glob("global_step*")) and not any(any(folder.rglob(name)) for name in WEIGHTS):
         return "no weights of the model"

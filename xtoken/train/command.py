@@ -28,6 +28,7 @@ from xtoken.outputs import check_apart, check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
 from xtoken.teacher_cache import TeacherCache
+from xtoken.storage import read_yaml
 from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
 
@@ -282,14 +283,9 @@ def teacher_models(options: TrainArguments, config: XTokenConfig, folders: Seque
 
 def _from_yaml(path: str, parser: argparse.ArgumentParser, given: Sequence[str]) -> list[str]:
     """The options of a file that are not given already, as on a command line."""
-    import yaml
-
     if not Path(path).is_file():
         raise FileNotFoundError(f"--config: no such file: {path}")
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"--config: {path}: not YAML: {error}") from None
+    values = read_yaml(Path(path), f"--config: {path}")
     if not isinstance(values, dict):
         raise ValueError(f"--config: expected options and their values in {path}, got {type(values).__name__}")
     actions = [action for action in parser._actions if action.nargs != 0]

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from xtoken.corpus import require
+from xtoken.storage import read_yaml
 
 logger = logging.getLogger(__name__)
 
@@ -73,18 +74,13 @@ def quantization_config(given: Any, dtype: torch.dtype | str = "auto") -> Any:
 
 def _fields(text: str) -> dict[str, Any]:
     """A configuration's fields, from JSON or a file."""
-    import yaml
-
     if text.lstrip().startswith("{"):
         try:
             found = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise ValueError(f"quantization: expected JSON, got {text!r:.200}: {error}") from error
     elif text.endswith((".json", ".yaml", ".yml")):
-        try:
-            found = yaml.safe_load(Path(text).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-            raise ValueError(f"quantization: {text}: not YAML: {error}") from None
+        found = read_yaml(Path(text), f"quantization: {text}")
     else:
         raise ValueError(
             f"quantization: expected {', '.join(PACKAGES)}, none, JSON or a file (.json, .yaml) with the fields of a "

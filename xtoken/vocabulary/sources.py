@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from xtoken.remote import is_url
+from xtoken.remote import check_regular, is_url
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 _WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -47,7 +47,7 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
     if path.is_dir() and not (path / "tokenizer_config.json").exists():
         known = ("tokenizer.json", "tekken.json", "tokenizer.model")
         path = next((path / name for name in known if (path / name).exists()), path)
-    if path.is_file():
+    if path.exists() and not path.is_dir():
         return _from_file(path)
     check_source(source)
     from transformers import AutoTokenizer
@@ -76,6 +76,7 @@ def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> Non
 
 
 def _from_file(path: Path) -> Any:
+    check_regular(path)
     with open(path, "rb") as stream:
         head = stream.read(1 << 12)
     try:
