@@ -31,6 +31,7 @@ import hashlib
 import itertools
 import os
 import zlib
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -526,7 +527,7 @@ def cache_teacher(
     batch_tokens : int
         Most tokens of a batch, padding included (at least one document).
     resume : bool
-        Go on with a run that was stopped: complete shards are kept.
+        Go on with a run that was stopped: complete shards are kept, and the others become what they would have been.
     shard_tokens : int
         Tokens of a file, about.
     advance : callable, optional
@@ -550,20 +551,26 @@ def cache_teacher(
         output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens, now=now
     ) as writer:
         remaining = _token_ids(documents, vocabulary)
+        begun: deque[Sequence[int]] = deque(maxlen=WINDOW)
         for number, digest in enumerate(writer.digests()):
-            if document_digest(next(remaining, []), writer.end_id) != digest:
+            begun.append(next(remaining, []))
+            if document_digest(begun[-1], writer.end_id) != digest:
                 raise ValueError(f"documents: number {number} is not the one that {writer.folder} was begun with")
-        done = len(writer)
+        done, known = len(writer) // WINDOW * WINDOW, len(writer) % WINDOW
         if isinstance(model, ServedModel):
             sent, kept = itertools.tee(remaining)
             for ids, found in zip(kept, model.each(ids[:max_length] for ids in sent), strict=True):
                 writer.add(ids, found)
                 advance(1, len(found.ids))
             model.tell_faults()
+        else:  # what else is in a batch changes the last bits of logits: it is made of the same documents again
+            remaining = itertools.chain(itertools.islice(begun, len(begun) - known, None), remaining)
         while window := list(itertools.islice(remaining, WINDOW)):
             read = [ids[:max_length] for ids in window]
             results: dict[int, tuple[TopKLogits, Tensor]] = {}
             for batch in _batches(read, batch_tokens):
+                if max(batch) < known:
+                    continue
                 logits = _run(model, [read[k] for k in batch])
                 size, width = len(vocabulary), logits.shape[-1]
                 if width < size:
@@ -572,10 +579,10 @@ def cache_teacher(
                     results[k] = _top_k(rows[: len(read[k]), :size], writer.top_k)
                     if not bool(torch.isfinite(results[k][1]).all()):
                         raise ValueError(f"model: NaN or infinite logits in document {done + k}")
-            for k, ids in enumerate(window):
-                writer.add(ids, *results[k])
-            done += len(window)
-            advance(len(window), sum(map(len, read)))
+            for k in range(known, len(window)):
+                writer.add(window[k], *results[k])
+            advance(len(window) - known, sum(map(len, read[known:])))
+            done, known = done + len(window), 0
     return TeacherCache(output)
 
 

@@ -74,7 +74,9 @@ class Compression:
         counts = {"d": (self.d, 1, _MOST_TOKENS), "k": (self.k, 1, self.d), "exact_k": (self.exact_k, 0, self.k)}
         for k, one in enumerate(self.residual_bins):
             if not isinstance(one, Mapping) or one.keys() != {"scale_dtype", "element_bits", "num_elements"}:
-                raise ValueError(f"residual_bins: expected scale_dtype, element_bits and num_elements, got {reprlib.repr(one)}")
+                raise ValueError(
+                    f"residual_bins: expected scale_dtype, element_bits and num_elements, got {reprlib.repr(one)}"
+                )
             counts[f"residual_bins[{k}].element_bits"] = (one["element_bits"], 1, _MOST_BITS)
             counts[f"residual_bins[{k}].num_elements"] = (one["num_elements"], 1, self.k)
         for name, (value, low, high) in counts.items():
