@@ -150,11 +150,11 @@ class Rounding(Model):
 
 
 def test_resume_gives_the_same_files(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"top_k": 4, "batch_tokens": 48, "shard_tokens": 30}
-    texts = TEXTS * 80  # two windows
+    options: dict[str, Any] = {"top_k": 4, "batch_tokens": 400, "shard_tokens": 400}
+    texts = [TEXTS[4][: 1 + 7 * k % 90] for k in range(480)]  # two windows
     cache_teacher(Rounding(), TOKENIZER, texts, tmp_path / "once", **options)
     with pytest.raises(KeyboardInterrupt):
-        cache_teacher(Rounding(fails_at=80), TOKENIZER, texts, tmp_path / "twice", **options)
+        cache_teacher(Rounding(fails_at=40), TOKENIZER, texts, tmp_path / "twice", **options)
     with pytest.raises(ValueError, match="is not complete"):
         TeacherCache(tmp_path / "twice")
     assert list((tmp_path / "twice").glob("shard-*"))
@@ -163,7 +163,7 @@ def test_resume_gives_the_same_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="documents: number 0 is not"):
         cache_teacher(Rounding(), TOKENIZER, ["other"], tmp_path / "twice", resume=True, **options)
     with pytest.raises(ValueError, match="documents: number 6 is not"):
-        cache_teacher(Rounding(), TOKENIZER, TEXTS, tmp_path / "twice", resume=True, **options)
+        cache_teacher(Rounding(), TOKENIZER, texts[:6], tmp_path / "twice", resume=True, **options)
     with pytest.raises(ValueError, match="was made with top_k=4, now 3"):
         cache_teacher(Rounding(), TOKENIZER, texts, tmp_path / "twice", resume=True, **{**options, "top_k": 3})
     for wanted in ("once", "twice"):

@@ -27,8 +27,8 @@ from xtoken.losses import registered
 from xtoken.outputs import check_apart, check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
-from xtoken.teacher_cache import TeacherCache
 from xtoken.storage import read_yaml
+from xtoken.teacher_cache import TeacherCache
 from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
 
