@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from xtoken import Vocabulary
+from xtoken.client import _Threads
+from xtoken.remote import in_threads
 from xtoken.storage import (
     LOCK,
     TEMPORARY,
@@ -297,3 +300,35 @@ def test_other_tokenizers() -> None:
     assert not list(other_tokenizers(recorded))
     found = ("student", mine.fingerprint()[:12], other.fingerprint()[:12])
     assert list(other_tokenizers(recorded, other, other)) == [found]
+
+
+@pytest.mark.parametrize("given", [0, 1, 3])
+def test_threads_that_the_system_refuses(given: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What they were to do is done once, in order, by those that there are."""
+    start, started, done = threading.Thread.start, [], []
+
+    def limited(thread: threading.Thread) -> None:
+        if len(started) == given:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    def work(number: int) -> int:
+        done.append(number)
+        if number == 30:
+            raise KeyError(number)
+        return 2 * number
+
+    monkeypatch.setattr(threading.Thread, "start", limited)
+    assert list(in_threads(work, range(20), 4)) == [2 * number for number in range(20)]
+    assert sorted(done) == list(range(20))
+    assert len(started) <= given
+    with pytest.raises(KeyError, match="30"):
+        list(in_threads(work, range(20, 40), 4))
+    started.clear()
+    threads = _Threads(4)
+    if not given:
+        with pytest.raises(RuntimeError, match="can't start new thread"):
+            threads.submit(work, 1)
+    else:
+        assert [threads.submit(work, k).result(5) for k in range(10)] == [2 * k for k in range(10)]

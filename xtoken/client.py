@@ -252,8 +252,12 @@ class _Threads:
         future: Future[Any] = Future()
         self._queue.put((future, function, arguments))
         if self._started < self.count:
-            self._started += 1
-            threading.Thread(target=_work, args=(self._queue,), name="xtoken-client", daemon=True).start()
+            try:
+                threading.Thread(target=_work, args=(self._queue,), name="xtoken-client", daemon=True).start()
+                self._started += 1
+            except RuntimeError:  # the system refuses it
+                if not self._started:
+                    raise
         return future
 
 

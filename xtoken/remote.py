@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import uuid
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -208,6 +210,34 @@ def sizes(folder: Place) -> dict[str, int]:
     if isinstance(folder, Remote):
         return folder.sizes()
     return {path.name: path.stat().st_size for path in folder.iterdir()} if folder.is_dir() else {}
+
+
+def in_threads(work: Callable[[Any], Any], items: Iterable[Any], at_once: int = THREADS) -> Iterator[Any]:
+    """``map(work, items)`` on threads, or on as many as the system gives, if need be this one alone; reads no further
+    ahead than they need."""
+    with ThreadPoolExecutor(at_once) as threads:
+        waiting: deque[Future[Any]] = deque()
+        are_there = False
+        for item in items:
+            waiting.append(Future())
+            try:
+                threads.submit(_do, waiting[-1], work, item)
+                are_there = True
+            except RuntimeError:  # of a thread that the system refuses; what it was to do waits for the others
+                if not are_there:
+                    _do(waiting[-1], work, item)
+            if len(waiting) > at_once:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+
+
+def _do(future: Future[Any], work: Callable[[Any], Any], item: Any) -> None:
+    if not future.done():
+        try:
+            future.set_result(work(item))
+        except BaseException as error:
+            future.set_exception(error)
 
 
 def check_regular(place: Place) -> None:

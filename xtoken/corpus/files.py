@@ -5,12 +5,11 @@ from __future__ import annotations
 import glob
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 
-from ..remote import THREADS, Remote, check_regular, is_url, located
+from ..remote import Remote, check_regular, in_threads, is_url, located
 
 FORMATS: dict[str, str] = {
     **{f".{name}": "json" for name in ("jsonl", "json", "ndjson")},
@@ -94,13 +93,13 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
         path: "/".join(found[root:]) if is_url(path) else Path(*found[root:]).as_posix()
         for path, found in parts.items()
     }
-    with ThreadPoolExecutor(THREADS) as threads:
-        return list(threads.map(_look_at, names, names.values()))
+    return list(in_threads(_look_at, names.items()))
 
 
-def _look_at(path: str, name: str) -> InputFile:
+def _look_at(named: tuple[str, str]) -> InputFile:
     from .source import sniff
 
+    path, name = named
     if any("\ud800" <= c <= "\udfff" for c in path):  # which Python has for other bytes
         raise ValueError(f"input: expected a name in UTF-8, got {path!r}")
     if located(path).is_dir():

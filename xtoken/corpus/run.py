@@ -6,7 +6,6 @@ import os
 import sys
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from itertools import chain
 from typing import Any
@@ -16,7 +15,7 @@ from rich.progress import BarColumn, TaskProgressColumn, TextColumn, TimeRemaini
 from rich.progress import Progress as RichProgress
 
 from .. import _core
-from ..remote import THREADS, Place, located
+from ..remote import Place, in_threads, located
 from ..storage import only_run
 from ..terminal import is_terminal
 from ..vocabulary import TokenizerLike
@@ -100,8 +99,7 @@ def run(
                 for shard, counts in made:
                     done[shard.index] = counts
                     progress.shard_done(shard.size, counts.text_bytes)
-            with ThreadPoolExecutor(THREADS) as threads:
-                list(threads.map(InputFile.check_unchanged, manifest.inputs))
+            list(in_threads(InputFile.check_unchanged, manifest.inputs))
             alone.check()
             manifest.counts = [done[shard.index] for shard in manifest.shards]
             manifest.save(folder)
@@ -118,9 +116,8 @@ def _begin(folder: Place, wanted: Manifest, going_on: bool, options: Options) ->
             raise ValueError(f"resume: {folder} was made otherwise, so its shards cannot be kept: {'; '.join(changes)}")
         return Manifest(before.parameters, before.inputs, before.shards)
     scan = partial(scan_file, text_column=options.text_column, target=options.shard_bytes)
-    with ThreadPoolExecutor(_core.available_processors()) as threads:
-        slices = chain.from_iterable(threads.map(scan, wanted.inputs))
-        wanted.shards = list(into_shards(slices, options.shard_bytes))
+    slices = chain.from_iterable(in_threads(scan, wanted.inputs, _core.available_processors()))
+    wanted.shards = list(into_shards(slices, options.shard_bytes))
     if wanted.shards:  # an output without shards is complete as it is
         wanted.save(folder)
     return wanted

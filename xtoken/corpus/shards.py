@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import chain
@@ -20,7 +18,7 @@ from numpy.typing import NDArray
 
 from .. import _core
 from ..alignment import Aligner, Ragged
-from ..remote import THREADS, Place, arrow_file, located, sizes
+from ..remote import Place, arrow_file, in_threads, located, sizes
 from ..storage import atomic
 from ..vocabulary import TokenizerLike, Vocabulary, unpadded
 from ..vocabulary.long_texts import encode_texts
@@ -152,7 +150,7 @@ class ShardMaker:
                 pa.OSFile(str(temporary), "wb") as file,
                 pq.ParquetWriter(file, self.schema, **_WRITER) as writer,
             ):
-                for table, part in _in_order(self._align, batches, BATCHES_AT_ONCE):
+                for table, part in in_threads(self._align, batches, BATCHES_AT_ONCE):
                     ends = table["student_ids"].chunk(0).offsets.to_numpy()[1:]
                     for start, stop, _ in ranges(ends, ROW_GROUP_TOKENS):
                         group = table.slice(start, stop - start)
@@ -221,9 +219,8 @@ def complete_shards(shards: Iterable[Shard], folder: Place) -> dict[int, Counts]
         return None
 
     there = [shard for shard in shards if shard.file_name in held]
-    with ThreadPoolExecutor(THREADS) as threads:
-        found = zip(there, threads.map(counts, there), strict=True)
-        return {shard.index: one for shard, one in found if one is not None}
+    found = zip(there, in_threads(counts, there), strict=True)
+    return {shard.index: one for shard, one in found if one is not None}
 
 
 def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
@@ -237,15 +234,3 @@ def _encode(tokenizer: Any, texts: list[str]) -> Ragged:
 
 def _lists(values: Any, offsets: NDArray[np.int64], kind: pa.DataType) -> pa.ListArray:
     return pa.ListArray.from_arrays(pa.array(offsets.astype(np.int32)), pa.array(values), type=kind)
-
-
-def _in_order(work: Callable[[Any], Any], items: Iterable[Any], at_once: int) -> Iterator[Any]:
-    """``map(work, items)`` on threads; reads no further ahead than the threads need."""
-    with ThreadPoolExecutor(at_once) as threads:
-        waiting: deque[Future[Any]] = deque()
-        for item in items:
-            waiting.append(threads.submit(work, item))
-            if len(waiting) > at_once:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
