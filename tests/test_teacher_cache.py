@@ -209,9 +209,11 @@ def test_bad_models(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="model: NaN or infinite logits in document 3"):
         cache_teacher(Broken(), TOKENIZER, TEXTS, tmp_path / "nan")
     with pytest.raises(
-        ValueError, match=f"model: expected logits at least {SIZE} wide, as teacher_tok, got {SIZE - 1}"
+        ValueError, match=f"model: expected logits at least {SIZE} wide, as teacher_tok, got {SIZE - 2}"
     ):
-        cache_teacher(Model(SIZE - 1), TOKENIZER, TEXTS, tmp_path / "narrow")
+        cache_teacher(Model(SIZE - 2), TOKENIZER, TEXTS, tmp_path / "narrow")
+    with pytest.raises(ValueError, match=f"documents: number 0 has token {SIZE - 1}, the model has {SIZE - 1} of them"):
+        cache_teacher(Model(SIZE - 1), TOKENIZER, TEXTS, tmp_path / "without")
 
     def ordered(**read: Tensor) -> Any:
         return SimpleNamespace(logits=OrderedLogits(Model()(**read).logits, TeacherOrder(range(SIZE))))
@@ -445,3 +447,19 @@ def test_token_ids_and_texts_are_the_same_documents(tmp_path: Path) -> None:
         cache_teacher(Model(), TOKENIZER, documents, tmp_path / name, top_k=2)
     files = [(tmp_path / name / "shard-00000.safetensors").read_bytes() for name in ("texts", "ids", "mixed")]
     assert files[0] == files[1] == files[2]
+
+
+def test_a_head_without_a_special_token(tmp_path: Path) -> None:
+    """As of Gemma 3: the logits are those with a column of -inf. A document with that token is refused."""
+    tokenizer = make_tokenizer()
+    tokenizer.add_special_tokens(["<image>"])
+    narrow = Model(SIZE)
+    narrow.config.get_text_config = lambda: SimpleNamespace(vocab_size=SIZE)
+    cache = cache_teacher(narrow, tokenizer, TEXTS, tmp_path / "cache", top_k=SIZE + 1)
+    for text, document in zip(TEXTS, (cache[k] for k in range(len(cache))), strict=True):
+        dense = torch.full((len(document.token_ids), SIZE + 1), torch.nan)
+        dense.scatter_(1, document.logits.ids.long(), document.logits.logprobs.float())
+        torch.testing.assert_close(dense[:, :SIZE], narrow.log_softmax(text), rtol=1e-3, atol=1e-3)
+        assert float(dense[:, SIZE].max()) < -6e4
+    with pytest.raises(ValueError, match=f"documents: number 1 has token {SIZE}, the model has {SIZE} of them"):
+        cache_teacher(narrow, tokenizer, ["a", "a<image>b"], tmp_path / "other", top_k=2)

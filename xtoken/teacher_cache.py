@@ -503,8 +503,9 @@ def cache_teacher(
 ) -> TeacherCache:
     """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 48 a document, about.
 
-    Raises ValueError if logits are NaN, naming the document; if they are narrower than the vocabulary; if `resume`
-    meets other documents; and as `TeacherCacheWriter`. TypeError if they are no tensor, as `OrderedLogits`.
+    Raises ValueError if logits are NaN, naming the document; if they lack a token of text, or the model one of a
+    document; if `resume` meets other documents; and as `TeacherCacheWriter`. TypeError if they are no tensor, as
+    `OrderedLogits`.
 
     Parameters
     ----------
@@ -565,18 +566,25 @@ def cache_teacher(
             model.tell_faults()
         else:  # what else is in a batch changes the last bits of logits: it is made of the same documents again
             remaining = itertools.chain(itertools.islice(begun, len(begun) - known, None), remaining)
+        text_config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
+        rows = getattr(text_config, "vocab_size", None)
         while window := list(itertools.islice(remaining, WINDOW)):
             read = [ids[:max_length] for ids in window]
+            if rows is not None:
+                _check_known(read, rows, done)
             results: dict[int, tuple[TopKLogits, Tensor]] = {}
             for batch in _batches(read, batch_tokens):
                 if max(batch) < known:
                     continue
                 logits = _run(model, [read[k] for k in batch])
                 size, width = len(vocabulary), logits.shape[-1]
-                if width < size:
+                if bool(vocabulary.is_text[width:].any()):
                     raise ValueError(f"model: expected logits at least {size} wide, as teacher_tok, got {width}")
-                for k, rows in zip(batch, logits, strict=True):
-                    results[k] = _top_k(rows[: len(read[k]), :size], writer.top_k)
+                if width < size:
+                    _check_known(read, width, done)
+                    logits = torch.nn.functional.pad(logits, (0, size - width), value=-torch.inf)
+                for k, row in zip(batch, logits, strict=True):
+                    results[k] = _top_k(row[: len(read[k]), :size], writer.top_k)
                     if not bool(torch.isfinite(results[k][1]).all()):
                         raise ValueError(f"model: NaN or infinite logits in document {done + k}")
             for k in range(known, len(window)):
@@ -611,6 +619,12 @@ def _batches(documents: Sequence[Sequence[int]], batch_tokens: int) -> Iterator[
         batch.append(k)
     if batch:
         yield batch
+
+
+def _check_known(documents: Sequence[Sequence[int]], rows: int, first: int) -> None:
+    for number, ids in enumerate(documents, first):
+        if len(ids) and max(ids) >= rows:
+            raise ValueError(f"documents: number {number} has token {max(ids)}, the model has {rows} of them")
 
 
 @torch.inference_mode()
