@@ -305,7 +305,9 @@ def test_other_tokenizers() -> None:
 @pytest.mark.parametrize("given", [0, 1, 3])
 def test_threads_that_the_system_refuses(given: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """What they were to do is done once, in order, by those that there are."""
-    start, started, done = threading.Thread.start, [], []
+    start = threading.Thread.start
+    started: list[threading.Thread] = []
+    done: list[int] = []
 
     def limited(thread: threading.Thread) -> None:
         if len(started) == given:

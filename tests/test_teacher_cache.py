@@ -454,7 +454,7 @@ def test_a_head_without_a_special_token(tmp_path: Path) -> None:
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens(["<image>"])
     narrow = Model(SIZE)
-    narrow.config.get_text_config = lambda: SimpleNamespace(vocab_size=SIZE)
+    narrow.get_input_embeddings = lambda: SimpleNamespace(num_embeddings=SIZE)  # type: ignore[attr-defined]
     cache = cache_teacher(narrow, tokenizer, TEXTS, tmp_path / "cache", top_k=SIZE + 1)
     for text, document in zip(TEXTS, (cache[k] for k in range(len(cache))), strict=True):
         dense = torch.full((len(document.token_ids), SIZE + 1), torch.nan)

@@ -566,8 +566,7 @@ def cache_teacher(
             model.tell_faults()
         else:  # what else is in a batch changes the last bits of logits: it is made of the same documents again
             remaining = itertools.chain(itertools.islice(begun, len(begun) - known, None), remaining)
-        text_config = getattr(getattr(model, "config", None), "get_text_config", lambda: None)()
-        rows = getattr(text_config, "vocab_size", None)
+        rows = getattr(getattr(model, "get_input_embeddings", lambda: None)(), "num_embeddings", None)
         while window := list(itertools.islice(remaining, WINDOW)):
             read = [ids[:max_length] for ids in window]
             if rows is not None:
