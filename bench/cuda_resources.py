@@ -7,10 +7,10 @@ from memory are in flight while it works on what came before. `--rows` prints ho
 passes over a row take at least, beside what csrc/cuda/README.md says that they may. Both need NVIDIA's disassembler,
 nvdisasm.
 Compiles the .cu files of csrc with the flags and for the architectures of cmake/Cuda.cmake; reports are kept in
-build/cuda_resources until a source changes. `--bfloat16` leaves out kernels of other types, which takes less than half
-the time. No GPU is needed.
+build/cuda_resources until a source changes. `--usual` leaves out kernels of other types than bfloat16 and of options
+that are seldom used, which takes a third of the time. No GPU is needed.
 
-    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--bfloat16] [--loops | --rows]
+    python bench/cuda_resources.py [--archs 90 120] [--files ranked cuda/scale] [--usual] [--loops | --rows]
 """
 
 from __future__ import annotations
@@ -211,17 +211,17 @@ def compiled(command: Sequence[str], source: Path, arch: str, target: Path) -> s
     return done.stderr
 
 
-def compiler_report(nvcc: str, source: Path, arch: str, types: str) -> str:
+def compiler_report(nvcc: str, source: Path, arch: str, which: str) -> str:
     """What ptxas says of the source's kernels on an architecture, and, where there is nvdisasm, a line for each of
     their `copying_loops`; compiled only if a source or a flag has changed, and to PTX once for all architectures."""
     nvdisasm = find_tool("nvdisasm")
     flags = [*build_settings()[1], "-Werror=all-warnings"]
     command = [nvcc, "-std=c++17", *flags, f"-I{ROOT / 'csrc'}", "-ptx", f"-arch=compute_{ptx_arch()}", str(source)]
-    command += ["-DXTOKEN_BFLOAT16_ALONE"] if types == "bfloat16" else []
+    command += ["-DXTOKEN_USUAL_ALONE"] if which == "usual" else []
     digest = hashlib.sha256(" ".join([*command, str(nvdisasm)]).encode())
     for path in [source, Path(__file__), *sorted(SOURCES.rglob("*.cuh")), *sorted(SOURCES.rglob("*.h"))]:
         digest.update(path.read_bytes())
-    name, end = f"{name_of(source).replace('/', '_')}-{types}", digest.hexdigest()[:16]
+    name, end = f"{name_of(source).replace('/', '_')}-{which}", digest.hexdigest()[:16]
     report, ptx, cubin = (REPORTS / f"{name}.{part}" for part in (f"{arch}.{end}.txt", f"{end}.ptx", f"{arch}.cubin"))
     if not report.exists():
         REPORTS.mkdir(parents=True, exist_ok=True)
@@ -367,33 +367,33 @@ def parse(source: str, report: str, bounds: dict[str, int]) -> list[Resources]:
 
 
 def reports(
-    archs: Sequence[str] | None = None, files: Sequence[str] | None = None, types: str = "all"
+    archs: Sequence[str] | None = None, files: Sequence[str] | None = None, which: str = "all"
 ) -> dict[str, str]:
-    """`compiler_report` of each source, for the architectures of cmake/Cuda.cmake unless given; `types`: "all", or
-    "bfloat16" alone."""
+    """`compiler_report` of each source, for the architectures of cmake/Cuda.cmake unless given; `which`: "all" kernels,
+    or the "usual" alone."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise RuntimeError("nvcc is not on the path, nor in $CUDA_HOME/bin or /usr/local/cuda/bin")
     sources = [path for path in sorted(SOURCES.rglob("*.cu")) if files is None or name_of(path) in files]
     wanted = archs or build_settings()[0]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        texts = pool.map(lambda source: "".join(compiler_report(nvcc, source, arch, types) for arch in wanted), sources)
+        texts = pool.map(lambda source: "".join(compiler_report(nvcc, source, arch, which) for arch in wanted), sources)
         return dict(zip(map(name_of, sources), texts, strict=True))
 
 
 def resources(
-    archs: Sequence[str] | None = None, files: Sequence[str] | None = None, types: str = "all"
+    archs: Sequence[str] | None = None, files: Sequence[str] | None = None, which: str = "all"
 ) -> list[Resources]:
     """All kernels on all architectures, sources compiled side by side."""
     bounds = launch_bounds()
-    return [kernel for name, report in reports(archs, files, types).items() for kernel in parse(name, report, bounds)]
+    return [kernel for name, report in reports(archs, files, which).items() for kernel in parse(name, report, bounds)]
 
 
-def row_loops(archs: Sequence[str] | None = None, files: Sequence[str] | None = None, types: str = "all") -> list[Loop]:
+def row_loops(archs: Sequence[str] | None = None, files: Sequence[str] | None = None, which: str = "all") -> list[Loop]:
     """The loops over rows of all kernels on all architectures."""
     if find_tool("nvdisasm") is None:
         raise RuntimeError("there is no nvdisasm: it comes with CUDA's toolkit, or from pip as nvidia-cuda-nvdisasm")
-    return [loop for name, report in reports(archs, files, types).items() for loop in loops(name, report)]
+    return [loop for name, report in reports(archs, files, which).items() for loop in loops(name, report)]
 
 
 def table(kernels: Sequence[Resources]) -> str:
@@ -438,13 +438,13 @@ def main() -> int:
     parser.add_argument("--archs", nargs="+", choices=sorted(LIMITS), help="instead of those of cmake/Cuda.cmake")
     parser.add_argument("--files", nargs="+", help="names of sources as in the table; all unless given")
     parser.add_argument(
-        "--bfloat16", dest="types", action="store_const", const="bfloat16", default="all", help="no other type"
+        "--usual", dest="which", action="store_const", const="usual", default="all", help="no other type or option"
     )
     shown = parser.add_mutually_exclusive_group()
     shown.add_argument("--loops", action="store_true", help="of the machine code, in place of the resources")
     shown.add_argument("--rows", action="store_true", help="instructions of the passes over a row, in their place")
     options = parser.parse_args()
-    chosen = options.archs, options.files, options.types
+    chosen = options.archs, options.files, options.which
     try:
         if options.loops:
             print(loop_table(row_loops(*chosen)))

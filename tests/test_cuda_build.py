@@ -34,11 +34,11 @@ needs_nvdisasm = pytest.mark.skipif(
 )
 
 COMPILED = pytest.mark.parametrize(
-    ("arch", "types"),
-    [("120", "bfloat16"), pytest.param("80", "all", marks=pytest.mark.wide)],
+    ("arch", "which"),
+    [("120", "usual"), pytest.param("80", "all", marks=pytest.mark.wide)],
 )
-"""Kernels of the type that is counted, on the newest architecture; for .ci/run those of all types, which take nvcc
-more than twice as long, on the oldest. It builds a wheel for another, bench/cuda_resources.py for all."""
+"""Kernels of the type and the options that are counted, on the newest architecture; for .ci/run all of them, which take
+nvcc three times as long, on the oldest. It builds a wheel for another, bench/cuda_resources.py for all."""
 
 OTHERS = {"cross_entropy_kernel", "ranked_forward_kernel", "ranked_backward_kernel", "scale_kernel"}
 """Kernels whose passes have no ceiling."""
@@ -204,8 +204,8 @@ def test_kernels_are_built_for_a_torch_with_cuda(
 @needs_nvcc
 @pytest.mark.slow
 @COMPILED
-def test_kernels_compile_without_warnings_and_stay_in_registers(arch, types):
-    kernels = cuda_resources.resources([arch], types=types)
+def test_kernels_compile_without_warnings_and_stay_in_registers(arch, which):
+    kernels = cuda_resources.resources([arch], which=which)
     sources = {cuda_resources.name_of(path) for path in (ROOT / "csrc").rglob("*.cu")}
     assert {(k.source, k.arch) for k in kernels} == {(source, arch) for source in sources}
     print(cuda_resources.table(kernels))
@@ -216,9 +216,9 @@ def test_kernels_compile_without_warnings_and_stay_in_registers(arch, types):
 @needs_nvdisasm
 @pytest.mark.slow
 @COMPILED
-def test_loops_over_rows_keep_copies_in_flight(arch, types):
+def test_loops_over_rows_keep_copies_in_flight(arch, which):
     """In the machine code of every kernel that works on rows, which are those with launch bounds."""
-    loops = cuda_resources.row_loops([arch], types=types)
+    loops = cuda_resources.row_loops([arch], which=which)
     print(cuda_resources.loop_table(loops))
     assert {(loop.kernel.split("<")[0], loop.arch) for loop in loops} == {
         (name, arch) for name in cuda_resources.launch_bounds()
@@ -230,8 +230,8 @@ def test_loops_over_rows_keep_copies_in_flight(arch, types):
 @needs_nvdisasm
 @pytest.mark.slow
 @COMPILED
-def test_passes_over_rows_take_no_more_instructions_than_documented(arch, types):
-    loops = cuda_resources.row_loops([arch], types=types)
+def test_passes_over_rows_take_no_more_instructions_than_documented(arch, which):
+    loops = cuda_resources.row_loops([arch], which=which)
     print(cuda_resources.instruction_table(loops))
     usual = cuda_resources.usual_passes()
     assert {one.kernel.split("<")[0] for one in usual} >= {loop.kernel.split("<")[0] for loop in loops} - OTHERS

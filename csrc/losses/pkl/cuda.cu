@@ -1097,8 +1097,10 @@ void pkl(const PklParams& params, const Launch& launch) {
         const auto chosen = [&](auto mixed) {
             constexpr bool is_mixed = decltype(mixed)::value;
             auto* kernel = pkl_kernel<S, Merge::first, is_mixed>;
+#ifndef XTOKEN_USUAL_ALONE
             if (params.merge == Merge::mean) kernel = pkl_kernel<S, Merge::mean, is_mixed>;
             if (params.merge == Merge::chain) kernel = pkl_kernel<S, Merge::chain, is_mixed>;
+#endif
             return kernel;
         };
         auto* kernel = params.divergence.is_mixed() ? chosen(std::true_type{}) : chosen(std::false_type{});
