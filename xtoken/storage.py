@@ -213,8 +213,9 @@ class TensorReader(AbstractContextManager["TensorReader"]):
 
 def _data(tensor: Tensor) -> Any:
     """The bytes of a tensor."""
-    flat = tensor.reshape(-1) if tensor.numel() else torch.empty(0, device="cpu")  # NumPy's have a stride of 0
-    return flat.view(torch.uint8).numpy()
+    if not tensor.numel():  # those of NumPy have a stride of 0
+        tensor = torch.empty(0, dtype=tensor.dtype, device="cpu")
+    return tensor.reshape(-1).view(torch.uint8).numpy()
 
 
 @dataclass(frozen=True)
