@@ -196,8 +196,6 @@ def compute(
     expected : Expected, optional
         What the results will be multiplied by.
     """
-    loss.check_switches()
-    check_choice(cp_layout, "cp_layout", CP_LAYOUTS)
     if isinstance(teacher_logits, OrderedLogits):
         loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
     if (tp_group, cp_group) != (None, None) or has_dtensor(student_logits, teacher_logits):
@@ -209,6 +207,8 @@ def compute(
             sizes=sizes, mask=mask, reduction=reduction, inplace=inplace, backend=backend,
         )  # fmt: skip
         return found
+    loss.check_switches()
+    check_choice(cp_layout, "cp_layout", CP_LAYOUTS)
     check_call(student_logits, teacher_logits, reduction, backend)
     given = Parts.of(student_logits), Parts.of(teacher_logits)
     if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):

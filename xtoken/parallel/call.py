@@ -196,6 +196,7 @@ def _checked(
     backend: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a rank can see to by itself. What is to be the same on all ranks, and what is each rank's own."""
+    loss.check_switches()
     check_call(student_logits, teacher_logits, reduction, backend)
     check_choice(groups.cp_layout, "cp_layout", CP_LAYOUTS)
     if inplace:
