@@ -1,4 +1,4 @@
-"""Mutated files and hostile calls in short, and for .ci/run three times as many; `make fuzz` is the long form."""
+"""Mutated files and hostile calls in short; `make fuzz` is the long form, on a build with sanitizers."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TARGETS = 33
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the memory as Linux does")
-@pytest.mark.parametrize("count", [60, pytest.param(200, marks=pytest.mark.wide)])
-def test_some_thousand_inputs(count: int) -> None:
+def test_some_thousand_inputs() -> None:
     """In a process of its own, which a crash, a hang or a giant allocation would end."""
+    count = 60
     script = Path(__file__).parent / "fuzzing.py"
     run = subprocess.run([sys.executable, str(script), str(count)], capture_output=True, text=True, timeout=1800)
     assert run.returncode == 0, run.stdout + run.stderr
