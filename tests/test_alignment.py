@@ -211,6 +211,32 @@ def spans_of(student: list[str], teacher: list[str], method: str = "bytes") -> l
     return alignment.spans.tolist()
 
 
+@given(st.sampled_from(["a", "ab", "é", "=", "\n", " ", "a "]), st.integers(1, 40), st.data())
+def test_a_dummy_space_before_text_that_repeats_itself(unit, count, data):
+    """Every stretch of such text looks like the one a character further on."""
+    text = unit * count + data.draw(st.sampled_from(["", "!", " end"]))
+    sides = []
+    for whole in (f" {text}" if text[0] != " " else text, text):
+        cuts = data.draw(st.sets(st.integers(1, len(whole))))
+        sides.append([whole[a:b] for a, b in itertools.pairwise(sorted({0, len(whole), *cuts}))])
+    expected = finest_cut(*([token.encode() for token in side] for side in sides), (-(text[0] != " "), 0))
+    assert spans_of(*sides) == spans_of(*sides, "auto") == expected
+
+
+@pytest.mark.parametrize("unit", ["a", "=", "é", "\n", " ", "ab"])
+@pytest.mark.parametrize("name", ["llama3", "gemma3"])
+def test_real_runs_of_a_character(name, unit, tokenizer, vocabulary):
+    pair = ("mistral", name)
+    texts = [unit * count + end for count in (10, 37, 1000) for end in ("", ". The end.")]
+    ids = [[encode(tokenizer(side), text) for text in texts] for side in pair]
+    alignment = Aligner(*map(vocabulary, pair)).align(*ids)
+    for k, text in enumerate(texts):
+        tokens = [[vocabulary(side)[i] for i in row[k]] for side, row in zip(pair, ids, strict=True)]
+        starts = [len(text.encode()) - len(b"".join(side)) for side in tokens]
+        assert starts == [-1, 0] or unit == " "
+        assert alignment.slice(k).spans.tolist() == finest_cut(*tokens, tuple(starts))
+
+
 @given(st.lists(st.text("ab", max_size=2), max_size=12), st.lists(st.text("ab", max_size=2), max_size=12))
 def test_any_two_sequences_give_valid_symmetric_chunks(student, teacher):
     merged = spans_of(student, teacher)

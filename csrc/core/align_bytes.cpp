@@ -34,6 +34,7 @@ class Side {
     bool is_atomic(int32_t i) const { return pair_.is_atomic(symbols_[i]); }
     std::string_view text(int32_t i) const { return pair_.text(symbols_[i]); }
     bool is_empty(int32_t i) const { return !is_atomic(i) && text(i).empty(); }
+    bool begins_with_space(int32_t i) const { return !is_atomic(i) && text(i).front() == ' '; }
 
     // A hash of what follows boundary i: kMostEvidence bytes, or less before the end or an atomic token.
     uint64_t key(int32_t i) const {
@@ -61,6 +62,8 @@ struct Cursor {
     int32_t next;           // first token not yet taken
     std::string_view rest;  // what is left of the tokens taken
 
+    // Takes the first token but for its first byte.
+    void skip_byte() { rest = side.text(next++).substr(1); }
     // Makes `rest` non-empty if text follows before the end or an atomic token.
     bool fill() {
         while (rest.empty()) {
@@ -137,31 +140,45 @@ enum class Merge { closed, truncated, student_first, teacher_first };
 
 struct Attempt {
     Merge outcome;
-    int32_t student_end, teacher_end;  // of the chunk, if it closed
+    int32_t student_end = 0, teacher_end = 0;  // of the chunk, if it closed
 };
 
-// Tries to close the finest chunk that begins at (i, j). Otherwise tells whether one side's text simply ends within the
-// other's, or else which side comes first in an order of what they spell. The order makes the search that follows
-// independent of which side is called the student.
-Attempt close_chunk(const Side& student, const Side& teacher, int32_t i, int32_t j, SideOrder order) {
-    Cursor a{student, i, {}}, b{teacher, j, {}};
+// Tries to close the finest chunk that begins at two cursors. Otherwise tells whether one side's text simply ends
+// within the other's, or else which side comes first in an order of what they spell. The order makes the search that
+// follows independent of which side is called the student.
+Attempt close_chunk(Cursor a, Cursor b, SideOrder order) {
     for (;;) {
         const bool more_a = a.fill(), more_b = b.fill();
         if (more_a && more_b) {
             size_t taken = 0;
-            if (!take_common(a, b, taken)) {
-                return {a.rest < b.rest ? Merge::student_first : Merge::teacher_first, i, j};
-            }
+            if (!take_common(a, b, taken)) return {a.rest < b.rest ? Merge::student_first : Merge::teacher_first};
             if (a.rest.empty() && b.rest.empty()) return {Merge::closed, a.next, b.next};
             continue;
         }
-        const bool end_a = !more_a && a.next == student.size(), end_b = !more_b && b.next == teacher.size();
-        if (end_a || end_b) return {Merge::truncated, i, j};
-        if (more_a != more_b) return {more_b ? Merge::student_first : Merge::teacher_first, i, j};
-        const bool student_first = order == SideOrder::by_symbol ? student.symbol(a.next) < teacher.symbol(b.next)
-                                                                 : order == SideOrder::student;
-        return {student_first ? Merge::student_first : Merge::teacher_first, i, j};
+        if ((!more_a && a.next == a.side.size()) || (!more_b && b.next == b.side.size())) return {Merge::truncated};
+        if (more_a != more_b) return {more_b ? Merge::student_first : Merge::teacher_first};
+        const bool student_first =
+            order == SideOrder::by_symbol ? a.side.symbol(a.next) < b.side.symbol(b.next) : order == SideOrder::student;
+        return {student_first ? Merge::student_first : Merge::teacher_first};
     }
+}
+
+// Where one side alone begins with a space (a dummy space): the first boundary that both share behind it. In text that
+// repeats itself, the search for the nearest agreement would find one that is a character off.
+Attempt pass_space(const Side& student, const Side& teacher, int32_t i, int32_t j, SideOrder order) {
+    Cursor a{student, i, {}}, b{teacher, j, {}};
+    const bool is_student = student.begins_with_space(i);
+    if (is_student == teacher.begins_with_space(j)) return {Merge::student_first};
+    Cursor& first = is_student ? a : b;
+    first.skip_byte();
+    const bool is_alone = first.rest.empty();
+    const Attempt attempt = close_chunk(a, b, order);
+    if (attempt.outcome != Merge::closed) return attempt;
+    const int32_t x = attempt.student_end, y = attempt.teacher_end;
+    const bool is_sure =
+        x == student.size() || y == teacher.size() || agrees(student, teacher, x, y, evidence(x - i + y - j));
+    if (!is_sure) return {Merge::student_first};
+    return is_alone ? Attempt{Merge::closed, a.next, b.next} : attempt;
 }
 
 }  // namespace
@@ -192,11 +209,16 @@ void align_bytes(const TokenPair& pair, const int32_t* student_symbols, int32_t 
             student.is_empty(i) ? ++i : ++j;
             continue;
         }
-        const Attempt attempt = close_chunk(student, teacher, i, j, order);
+        const Attempt attempt = close_chunk({student, i, {}}, {teacher, j, {}}, order);
         if (attempt.outcome == Merge::truncated) return;
         Span step{i, attempt.student_end, j, attempt.teacher_end};
         if (attempt.outcome == Merge::closed) {
             chunks.push_back(step);
+        } else if (const Attempt behind = pass_space(student, teacher, i, j, order);
+                   behind.outcome == Merge::truncated) {
+            return;
+        } else if (behind.outcome == Merge::closed) {
+            step.student_end = behind.student_end, step.teacher_end = behind.teacher_end;
         } else {
             if (attempt.outcome == Merge::student_first) {
                 const Boundary end = find_agreement(student, teacher, i, j);
