@@ -142,6 +142,16 @@ def test_a_row_that_does_not_spell_its_token_is_marked():
     assert report.reasons[-1] == "1 of 3 tokens are projected onto teacher tokens that do not spell them"
 
 
+def test_a_row_of_a_token_that_the_student_does_not_spell_is_marked():
+    """The student has no "x": what is left of "axc" does not spell it."""
+    student, teacher = Vocabulary([b"a", b"b", b"c"]), Vocabulary([b"a", b"b", b"axc", b"bb"])
+    W = ProjectionMatrix.build(student, teacher, reverse=True)
+    assert [list(row) for row in rows(W)] == [[0, 2], [1, 3], [2]]
+    assert kinds(W) == ["partial", "exact", "partial"]
+    assert kinds(ProjectionMatrix.build(student, teacher, reverse=True, top_k=1)) == ["exact", "exact", "partial"]
+    assert kinds(ProjectionMatrix.build(student, teacher)) == ["exact", "exact", "none"]
+
+
 @pytest.mark.parametrize("names", REAL_PAIRS + WITHOUT_BYTES)
 def test_real_pairs(names, vocabulary):
     student, teacher = map(vocabulary, names.split("-"))

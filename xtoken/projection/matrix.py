@@ -6,7 +6,7 @@ import copy
 import itertools
 import operator
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,8 @@ from . import nemo
 ROW_KINDS: tuple[str, ...] = _core.row_kinds
 """How a row came about: no image; a teacher token with the same bytes; a special token of the same role or literal;
 the token's text re-tokenized by the teacher; given from outside; re-tokenized, but the pieces put together are not the
-token's bytes. `ProjectionMatrix.kind` holds indices."""
+token's bytes, or it has an entry of the third pass for a token that the student spells otherwise.
+`ProjectionMatrix.kind` holds indices."""
 
 _SETTINGS = ("beta", "gamma", "top_k", "passes")
 _TENSORS = {"row_ptr": ("I64", 1), "col": ("I32", 1), "weight": ("F32", 1), "kind": ("U8", 1)}
@@ -155,14 +156,15 @@ class ProjectionMatrix(OnHub):
         image, kind = _core.exact_images(student._core, teacher._core, fold_space_punctuation)
         cut = student.pieces(image < 0, teacher)
         rows = _core.build_rows(image, *cut, len(teacher), beta, gamma, top_k)
+        partial = [token for token, _ in _spelled_otherwise(student, cut, teacher)]
         if reverse:
             unreached = np.ones(len(teacher), dtype=bool)
             unreached[rows[1]] = False
-            rows = _core.add_reverse(*rows, *teacher.pieces(unreached, student), beta, gamma, top_k)
+            cut = teacher.pieces(unreached, student)
+            rows = _core.add_reverse(*rows, *cut, beta, gamma, top_k)
+            for token, pieces in _spelled_otherwise(teacher, cut, student):
+                partial += [i for i in pieces if token in rows[1][rows[0][i] : rows[0][i + 1]]]
         kind[(kind == ROW_KINDS.index("none")) & (np.diff(rows[0]) > 0)] = ROW_KINDS.index("pieces")
-        tokens, ptr, pieces = cut
-        spelled = (teacher.decode(pieces[first:last]) for first, last in itertools.pairwise(ptr.tolist()))
-        partial = [i for i, text in zip(tokens.tolist(), spelled, strict=True) if text not in (b"", student[i])]
         kind[partial] = ROW_KINDS.index("partial")
         settings = {"beta": repr(beta), "gamma": repr(gamma), "top_k": repr(top_k)}
         passes = "exact, pieces, reverse" if reverse else "exact, pieces"
@@ -361,6 +363,14 @@ class ProjectionMatrix(OnHub):
         rare = ("partial", "given")
         kinds = ", ".join(f"{name}={counts[name]}" for name in names if counts[name] or name not in rare)
         return f"ProjectionMatrix({list(self.shape)}, nnz={self.nnz}, {kinds})"
+
+
+def _spelled_otherwise(vocabulary: Vocabulary, cut: Any, other: Vocabulary) -> Iterator[tuple[int, list[int]]]:
+    """The tokens whose pieces in the other vocabulary, put together, are not their bytes, and these pieces."""
+    tokens, ptr, ids = (part.tolist() for part in cut)
+    for token, (first, last) in zip(tokens, itertools.pairwise(ptr), strict=True):
+        if other.decode(ids[first:last]) not in (b"", vocabulary[token]):
+            yield token, ids[first:last]
 
 
 class LearnableProjection(nn.Module):
