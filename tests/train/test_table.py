@@ -146,8 +146,10 @@ def test_what_a_cache_is_named_by(small_chat_tok, student_tok):
     dated = small_chat_tok("qwen3x")
     dated.chat_template, before = "{{ strftime_now('%d %b %Y') }}" + dated.chat_template, dated.chat_template
     days = [name(toks[0], [dated], now=datetime(2001, 2, day, hour)) for day, hour in ((3, 4), (3, 5), (4, 4))]
+    dated.chat_template = "{{ strftime_now(how) }}" + before  # a row says how
+    hours = [name(toks[0], [dated], now=datetime(2001, 2, 3, hour)) for hour in (4, 5)]
     dated.chat_template = before
-    others += [days[0], days[2], name(toks[0], [dated])]
+    others += [days[0], days[2], *hours, name(toks[0], [dated])]
     assert days[0] == days[1]
     assert len({name(), *others}) == 1 + len(others)
 

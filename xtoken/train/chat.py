@@ -291,8 +291,9 @@ class ChatTemplate:
         return self._apply(conversation.messages, conversation, add_generation_prompt=True)
 
     def time_in(self, text: str) -> list[str]:
-        """The time in each format that a text has."""
-        return [value for name, value in self._time if name in text]
+        """The time in each format that a template's text has; in all if it asks for one by a variable, as of a row."""
+        is_open = re.search(r"strftime_now\s*\(\s*[^'\"\s]", text)
+        return [value for name, value in self._time if is_open or name in text]
 
     def render(self, conversation: Conversation) -> tuple[str, list[Place], dict[int, str]]:
         """The conversation as text, where its pieces stand in it, and why others do not; ValueError if it is refused.
