@@ -228,6 +228,12 @@ def test_conversations_of_sharegpt(toks):
     for turn in ({"from": "human"}, "who?", {"value": "a"}):
         with pytest.raises(ValueError, match="row 0: conversations: expected turns with from and value, got "):
             encoder.encode([{"conversations": [turn]}])
+    for speaker in ("bing", "Mod", None, 5):
+        turn = {"from": speaker, "value": "Why"}
+        with pytest.raises(
+            ValueError, match=f"row 0: .* turns from one of human, gpt, .*, tool, got one from {speaker!r}"
+        ):
+            encoder.encode([{"conversations": [*shared, turn]}])
     with pytest.raises(ValueError, match="row 0: conversations: expected tool calls as messages have them"):
         encoder.encode([{"conversations": [{"from": "function_call", "value": "{}"}]}])
     with pytest.raises(ValueError, match="row 0: tools: expected a list, or one as JSON, got 'look'"):

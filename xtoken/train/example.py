@@ -14,7 +14,8 @@ from .chat import BLANK, Conversation, take_apart
 TRAIN_ON = ("all", "completion", "assistant")
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "observation": "tool"}
-"""Names of ShareGPT for roles, in lower case; others are as they are in messages."""
+ROLES |= {role: role for role in ("system", "developer", "user", "assistant", "tool")}
+"""Roles of the speakers of ShareGPT, by their names in lower case."""
 
 Ints = NDArray[np.int64]
 
@@ -90,7 +91,11 @@ def _from_sharegpt(turns: Sequence[Any], system: Any) -> list[dict[str, Any]]:
                 "conversations: expected tool calls as messages have them (messages, with tool_calls), got a turn from "
                 "'function_call'"
             )
-        role = ROLES.get(speaker.lower(), speaker) if isinstance(speaker, str) else speaker
+        role = ROLES.get(str(speaker).lower())
+        if "role" not in turn and role is None:
+            raise ValueError(
+                f"conversations: expected turns from one of {', '.join(ROLES)}, got one from {speaker!r:.80}"
+            )
         flags = {key: turn[key] for key in ("weight", "train") if key in turn}
         own = {"role": role, "content": turn["value"], **flags} if "role" not in turn else dict(turn)
         messages.append(own)
