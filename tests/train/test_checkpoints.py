@@ -113,6 +113,30 @@ def test_a_checkpoint_without_optimizer_or_scheduler(whole, tmp_path, student_to
     assert checkpoints.check(folder, weights_only=False)["global_step"] == 2
 
 
+@pytest.mark.parametrize(
+    "held", ["checkpoint-2", "model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"]
+)
+def test_an_output_with_another_model_is_refused(folders, tmp_path, capsys, held):
+    """Nothing is loaded, and nothing of it changes. What holds no model is written to."""
+    output = tmp_path / "out"
+    output.mkdir()
+    (output / "settings.json").write_text("of a run that failed")
+    checkpoints.check_output(output, False, None)
+    (output / held).mkdir() if held == "checkpoint-2" else (output / held).write_text("somebody's")
+    assert main(command({**folders, "train": "none.txt"}, output)) == 1
+    said = f"output: {output} holds {held}; give another folder, or resume (--resume) what is in it"
+    assert said in capsys.readouterr().err
+    if held == "checkpoint-2":  # killed while it was written
+        checkpoints.check_output(output, True, None)
+    else:
+        assert main(command({**folders, "train": "none.txt"}, output, "--resume")) == 1
+        assert f"output: {output} holds {held} but no complete checkpoint; give another" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="output: "):
+        checkpoints.check_output(output, False, str(tmp_path / "other" / "checkpoint-2"))
+    checkpoints.check_output(output, False, str(output / "checkpoint-2"))
+    assert {one.name for one in output.iterdir()} == {held, "settings.json"}
+
+
 def test_a_run_at_its_end(whole, tmp_path, student_tok, teacher_tok):
     """Makes no step and changes nothing; with more steps to do it goes on."""
     folder = tmp_path / "run"

@@ -86,12 +86,12 @@ def test_chat_template(folders, tmp_path, capsys):
         "--chat_template: expected a file, or a template with its braces, got 'none.jinja'" in capsys.readouterr().err
     )
     assert main([*caching, "--chat-template", text, "--teacher", folders["teacher"]]) == 0
-    for given in (str(template), text):
-        arguments = command(folders, tmp_path / "out", "--chat_template", given, "--train_on", "assistant")
+    for output, given in ((tmp_path / "file", str(template)), (tmp_path / "text", text)):
+        arguments = command(folders, output, "--chat_template", given, "--train_on", "assistant")
         for option in ("--data", "--eval_data"):
             arguments[arguments.index(option) + 1] = str(data)
         assert main([*arguments, "--max_steps", "1", "--teacher_cache", f"{tmp_path}/cache"]) == 0
-        assert (tmp_path / "out" / "chat_template.jinja").read_text() == text
+        assert (output / "chat_template.jinja").read_text() == text
 
 
 def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):

@@ -225,7 +225,9 @@ def test_the_command_reads_datasets(folders, tmp_path, splits, monkeypatch, caps
     arguments[to + 1] = "org/set:test"
     assert main([*arguments, "--data", str(file)]) == 0
     assert history(tmp_path / "out")[-1]["eval_ce"] > 0
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "streamed")
     assert main([*arguments, "--streaming"]) == 0
+    arguments[arguments.index("--output") + 1] = str(tmp_path / "of_cache")
     for more in (["--data", str(file)], ["--teacher_cache", "cache"]):
         assert main([*arguments, "--streaming", *more]) == 1
         assert "--streaming: expected one dataset of the Hub in --data, and no --teacher_cache" in (

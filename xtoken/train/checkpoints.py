@@ -65,6 +65,19 @@ def newest(folder: str | os.PathLike[str]) -> Path | None:
     return None
 
 
+def check_output(folder: Path, resume: bool, resumed: str | os.PathLike[str] | None) -> None:
+    """Raises ValueError if an output folder holds a model or checkpoints, which the run would write over, and the
+    checkpoint that is `resumed` is none of them."""
+    if resumed is not None and Path(resumed).resolve().parent == folder.resolve():
+        return
+    held = sorted(one.name for name in WEIGHTS for one in folder.glob(name))
+    held += [] if resume else [one.name for one in checkpoints_in(folder)]
+    if held:
+        what = f"{folder} holds {held[0]}" + (" but no complete checkpoint" if resume else "")
+        how = "" if resume else ", or resume (--resume) what is in it"
+        raise ValueError(f"output: {what}; give another folder{how}")
+
+
 def check(folder: Path, weights_only: bool) -> dict[str, Any]:
     """The state of a checkpoint.
 

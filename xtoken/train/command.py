@@ -36,7 +36,7 @@ from . import adapters
 from .assemble import SELF, build_teachers, encoding_of, examples_of, load_student
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
-from .checkpoints import newest
+from .checkpoints import check_output, newest
 from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import has_chats, is_path, load_examples, text_sample
@@ -325,6 +325,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Runs ``xtoken train``; returns what became of it, in the first process alone."""
     options, config = parse(arguments)
     check(options, config)
+    folder = str(config.output_dir)
+    last = newest(folder) if options.resume else None
+    begun = last or config.resume_from_checkpoint
+    check_output(Path(folder), options.resume, begun)
     data, eval_data = open_all(options, config)
     folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
     models = teacher_models(options, config, folders)
@@ -360,15 +364,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
         return CachedExamples(loaded, caches) if is_cached and loaded is not None else loaded
 
     train, held_out = examples(data, bool(config.on_policy)), examples(eval_data)
-    folder = str(config.output_dir)
-    last = newest(folder) if options.resume else None
     config.eval_on_start = held_out is not None and last is None
     collator = XTokenCollator(student_tok, teacher_toks, packed=config.packed, max_length=config.max_length)
     callbacks = [PlotCallback()] if options.plot else []
     if config.process_index == 0:
-        begin_run(folder, settings_of(options, config), last or config.resume_from_checkpoint)
+        begin_run(folder, settings_of(options, config), begun)
     trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
-    trainer.train(resume_from_checkpoint=last or config.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=begun)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
     if held_out is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
