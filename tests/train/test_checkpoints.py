@@ -96,6 +96,24 @@ def test_what_is_no_file(name, tmp_path):
     assert checkpoints.fault(tmp_path) == f"{name} is no regular file"
 
 
+@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])
+def test_bits_that_are_flipped(name, tmp_path):
+    """Whatever torch.load takes, above all other values of a tensor."""
+    (tmp_path / "trainer_state.json").write_text('{"global_step": 2}')
+    save_file({"weight": torch.zeros(1)}, tmp_path / "model.safetensors")
+    torch.save({"moment": torch.full((64,), 0.5)}, tmp_path / name)
+    assert checkpoints.fault(tmp_path) is None
+    whole = (tmp_path / name).read_bytes()
+    middle = whole.index(torch.full((64,), 0.5).numpy().tobytes()) + 130
+    for at in (middle, *range(0, len(whole), 37)):
+        (tmp_path / name).write_bytes(whole[:at] + bytes([whole[at] ^ 16]) + whole[at + 1 :])
+        try:
+            moment = torch.load(tmp_path / name)["moment"]
+        except Exception:
+            continue
+        assert bool((moment == 0.5).all()) or checkpoints.fault(tmp_path) == f"{name} is damaged"
+
+
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])
 def test_a_checkpoint_without_optimizer_or_scheduler(whole, tmp_path, student_tok, teacher_tok, missing):
     folder = tmp_path / "checkpoint-2"

@@ -23,7 +23,8 @@ WEIGHTS = ("*model*.safetensors", "*model*.bin", "*.distcp", "*model_fsdp*")
 def fault(folder: Path) -> str | None:
     """What a checkpoint lacks that was killed while it was written; None if it is complete.
 
-    The Trainer writes its state last. Files that end early are found by what stands at their beginning or end.
+    The Trainer writes its state last. Files that end early are found by what stands at their beginning or end; those of
+    `torch.save`, which have checksums that `torch.load` does not look at, are read.
     """
     for path in folder.rglob("*"):  # reading a pipe or a device may never end
         if path.exists() and not path.is_file() and not path.is_dir():
@@ -51,8 +52,17 @@ def fault(folder: Path) -> str | None:
         except (SafetensorError, OSError):
             return f"{path.relative_to(folder)} is damaged"
     pickled = sorted(one for ending in ("pt", "pth", "bin") for one in folder.glob(f"*.{ending}"))
-    damaged = [one.name for one in pickled if not zipfile.is_zipfile(one)]
-    return f"{damaged[0]} is damaged" if damaged else None
+    damaged = (one.name for one in pickled if not _is_whole(one))
+    return next((f"{name} is damaged" for name in damaged), None)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a zip file's contents have their checksums."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return file.testzip() is None
+    except Exception:  # of many kinds, by what is damaged
+        return False
 
 
 def newest(folder: str | os.PathLike[str]) -> Path | None:
