@@ -61,7 +61,7 @@ def most_positions(model: Any) -> int | None:
     # RoBERTa and its kin begin to count behind the padding's position, which their configuration counts too.
     tables = [one for path, one in model.named_modules() if path.endswith("position_embeddings")]
     taken = [one.padding_idx + 1 for one in tables if getattr(one, "padding_idx", None) is not None]
-    return limit - max(taken, default=0)
+    return limit - max(taken, default=0) - hasattr(config, "ngram")  # ProphetNet asks for the next position too
 
 
 @dataclass(frozen=True)
