@@ -272,10 +272,14 @@ def load_examples(
     FileNotFoundError
         If a path matches no file.
     """
-    options = {name: value for name, value in locals().items() if name != "files"}
     folders = [path for path in files if os.path.isdir(path)]
     if not folders:
-        return EncodedDataset(some_rows(files, text_column), ExampleEncoder(**options))
+        encoder = ExampleEncoder(
+            student_tok, teacher_toks, train_on=train_on, max_length=max_length, max_teacher_length=max_teacher_length,
+            text_column=text_column, name_documents=name_documents, with_prompts=with_prompts, now=now,
+            teacher_systems=teacher_systems, teacher_column=teacher_column, teacher_names=teacher_names,
+        )  # fmt: skip
+        return EncodedDataset(some_rows(files, text_column), encoder)
     if len(files) > 1 or len(teacher_toks) != 1:
         raise ValueError(
             f"files: an aligned corpus is for one teacher and goes alone, got {len(files)} paths and "
@@ -287,8 +291,10 @@ def load_examples(
         )
     if with_prompts:
         raise ValueError(f"files: expected rows with prompts, got the aligned corpus {folders[0]}")
-    shared = {name: options[name] for name in ("max_length", "max_teacher_length", "name_documents")}
-    return AlignedExamples(folders[0], student_tok, teacher_toks[0], **shared)
+    return AlignedExamples(
+        folders[0], student_tok, teacher_toks[0], max_length=max_length, max_teacher_length=max_teacher_length,
+        name_documents=name_documents,
+    )  # fmt: skip
 
 
 def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: TokenizerLike = None) -> list[str]:
