@@ -141,13 +141,13 @@ def test_an_output_with_another_model_is_refused(folders, tmp_path, capsys, held
     (output / "settings.json").write_text("of a run that failed")
     checkpoints.check_output(output, False, None)
     (output / held).mkdir() if held == "checkpoint-2" else (output / held).write_text("somebody's")
-    assert main(command({**folders, "train": "none.txt"}, output)) == 1
+    assert main(command(folders, output)) == 1
     said = f"output: {output} holds {held}; give another folder, or resume (--resume) what is in it"
     assert said in capsys.readouterr().err
     if held == "checkpoint-2":  # killed while it was written
         checkpoints.check_output(output, True, None)
     else:
-        assert main(command({**folders, "train": "none.txt"}, output, "--resume")) == 1
+        assert main(command(folders, output, "--resume")) == 1
         assert f"output: {output} holds {held} but no complete checkpoint; give another" in capsys.readouterr().err
     with pytest.raises(ValueError, match="output: "):
         checkpoints.check_output(output, False, str(tmp_path / "other" / "checkpoint-2"))

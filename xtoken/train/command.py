@@ -325,13 +325,13 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     """Runs ``xtoken train``; returns what became of it, in the first process alone."""
     options, config = parse(arguments)
     check(options, config)
+    data, eval_data = open_all(options, config)
+    folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
+    models = teacher_models(options, config, folders)
     folder = str(config.output_dir)
     last = newest(folder) if options.resume else None
     begun = last or config.resume_from_checkpoint
     check_output(Path(folder), options.resume, begun)
-    data, eval_data = open_all(options, config)
-    folders = one_each(options.teacher_cache, "none", len(options.teacher or []), "teacher_cache")
-    models = teacher_models(options, config, folders)
     student, student_tok = load_student(str(options.student), config)
     use_template(student_tok, config.chat_template)
     teachers = build_teachers(
