@@ -48,7 +48,7 @@ struct Powers {
     __device__ static float log(float x) { return precise ? logf(x) : fast_log2(x); }
 
     float scale, top, floor, shift;  // exponent(x) = max(x - top, floor) scale - shift
-    bool clamped;                    // whether the lowest logits have mass, so that the maximum is needed
+    bool clamped;                    // whether the lowest logits have mass, or `QuickPowers` would overflow
 
     __device__ Powers(float lowest, float temperature) : scale((precise ? 1.0f : log2_e) / temperature), shift(0.0f) {
         set_top(lowest, lowest);
@@ -57,7 +57,7 @@ struct Powers {
     __device__ void set_top(float x, float lowest) {
         top = x;
         floor = lowest - x;
-        clamped = floor * scale > -150.0f;
+        clamped = floor * scale > -150.0f || fabsf(x * scale) > 0x1p29f;
     }
     __device__ float exponent(float x) const { return fmaf(largest(x - top, floor), scale, -shift); }
     __device__ float power(float x) const { return power_of(exponent(x)); }
