@@ -61,6 +61,7 @@ def linear(loss: Callable[..., Any]) -> LinearLoss:
     known = inspect.signature(LinearLoss.__call__, eval_str=True).parameters
     first = [known[one] for one in ("student_hidden", "lm_head_weight")]
     own = [known[one] for one in ("bias", "softcap", "logit_scale")]
+    taken = {one.name for one in others}
 
     def from_hidden(
         student_hidden: Tensor,
@@ -72,6 +73,9 @@ def linear(loss: Callable[..., Any]) -> LinearLoss:
         logit_scale: float = 1.0,
         **options: Any,
     ) -> Any:
+        for one in options:
+            if one not in taken:
+                raise TypeError(f"linear_{name}() got an unexpected keyword argument {one!r}")
         student = LinearLogits(student_hidden, lm_head_weight, bias, softcap, logit_scale)
         return loss(student, teacher_logits, *arguments, **options)
 
