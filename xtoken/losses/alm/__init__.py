@@ -78,10 +78,9 @@ def alm_loss(
         Likelihoods are raised to the power of its inverse; the loss is multiplied by its square.
     reverse : bool
         KL(student || teacher).
-    {reduction}
     student_vocab_size, teacher_vocab_size : int, optional
         Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
-    {inplace, backend, tp_group, cp_group, cp_layout}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 

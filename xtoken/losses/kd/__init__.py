@@ -129,12 +129,13 @@ def kd_loss(
     top_k : int or None
         So many columns with the teacher's largest logits in any row (lower ids first among equals); both sides are
         normalised over them. None: all columns.
-    {reverse, beta, skew, reduction}
-        Without an alignment [B, T] (or [T]), 0 at rows not used.
+    {reverse, beta, skew}
     vocab_size : int, optional
         Columns that belong to tokens. Default: the smaller of the two widths (models of one family often pad
         their output layers differently). Needed with ``tp_group``, but for DTensors: widths alone do not tell whole
         rows on every rank from parts of a larger vocabulary.
+    {reduction}
+        Without an alignment [B, T] (or [T]), 0 at rows not used.
     {inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}

@@ -197,7 +197,7 @@ def pkl_loss(
         Chunks of several tokens: first predictor rows; mean over the rows; or "first" multiplied by the
         probabilities of the realised later tokens (needs the alignment's ids). The default was the best of the three in
         ``bench/reproduce.py``, where support made no difference.
-    {reverse, beta, skew, reduction}
+    {reverse, beta, skew}
     support : "all" or "reachable"
         "reachable" removes from C the columns that no student token reaches under W. If none is left, that is a
         ValueError on the CPU; elsewhere, with ``top_k`` or ``columns``, a check would wait for the device, and the loss
@@ -207,7 +207,7 @@ def pkl_loss(
         token of both (needs the alignment's ids). By default they count, as in NeMo-RL.
     columns : int64 [C], optional
         Teacher ids, distinct; replaces ``top_k``. A tensor is checked when it is first used.
-    {inplace, backend, tp_group, cp_group, cp_layout}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 

@@ -68,10 +68,10 @@ def uld_loss(
 
     Parameters
     ----------
-    {student_logits, teacher_logits, alignment, labels, temperature, reduction}
+    {student_logits, teacher_logits, alignment, labels, temperature}
     student_vocab_size, teacher_vocab_size : int, optional
         Columns of the logits that belong to tokens. Default: all. Needed for `TopKLogits`.
-    {inplace, backend, tp_group, cp_group, cp_layout}
+    {reduction, inplace, backend, tp_group, cp_group, cp_layout}
 
     {results}
 
