@@ -220,3 +220,23 @@ def test_an_aligned_corpus_finds_its_texts(small_chat_tok, tmp_path):
         assert len(expected["ids"]) == len(found["ids"]) + 1
     cut = cached(tmp_path / "aligned", max_length=8)[0]["teachers"][0]
     assert len(cut["logits"].ids) == len(cut["ids"]) < len(aligned[0]["teachers"][0]["ids"])
+
+
+@pytest.mark.parametrize("system", [None, "Be brief."])
+def test_a_template_that_refuses_a_chat_is_the_teachers(small_chat_tok, system, caplog):
+    teacher_tok = small_chat_tok("qwen3")
+    chats = [
+        {"messages": [{"role": "user", "content": "Why"}, {"role": "assistant", "content": content}]}
+        for content in ("a", " ")
+    ]
+    template = teacher_tok.chat_template
+    try:
+        teacher_tok.chat_template = "{{ raise_exception('not this') }}"
+        with pytest.raises(ValueError, match=r"row 0: teacher: its chat template refuses the messages: not this"):
+            next(teacher_documents(teacher_tok, chats, system=system))
+        teacher_tok.chat_template = "{% for m in messages %}{{ m.role }}</s>{% endfor %}"
+        list(teacher_documents(teacher_tok, chats))
+    finally:
+        teacher_tok.chat_template = template
+    assert "row 0, turn 0: no label, since for the teacher its chat template leaves the content out" in caplog.text
+    assert "student" not in caplog.text

@@ -135,6 +135,7 @@ def teacher_documents(
     """
     told = [] if system is None else [tokenizer]
     encoder = ExampleEncoder(tokenizer, told, text_column=text_column, now=now, teacher_systems=[system] * len(told))
+    encoder.student.name = "teacher"
     for examples in encoded(rows, encoder):
         for example in examples:
             ids = example["student_ids"] if system is None else example["teachers"][0]["ids"]

@@ -28,7 +28,7 @@ from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE,
 from .routing import route_of
 
 _NO_END = (
-    "nothing supervises its end, since the student's chat template writes no special token there; use one that ends "
+    "nothing supervises its end, since the {}'s chat template writes no special token there; use one that ends "
     "turns, or the student does not learn to stop"
 )
 
@@ -336,11 +336,13 @@ class ExampleEncoder:
                 if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant":
                     answers += 1
                     if student.turn_end[t] < 0:
-                        self.report.add(NO_END, _NO_END, row, t - first)
+                        self.report.add(NO_END, _NO_END.format(self.student.name), row, t - first)
                 elif table.trained_turn[t] and not has_label[t]:
                     reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
                     said = sorted(reasons) or ["its tokens are special, or reach into the template's text"]
-                    reason = f"for the student {' and '.join(said)}" if has_content[t] else "it has no content"
+                    reason = (
+                        f"for the {self.student.name} {' and '.join(said)}" if has_content[t] else "it has no content"
+                    )
                     self.report.add(NO_LABEL, f"no label, since {reason}", row, t - first)
                     lost += has_content[t]
             if lost and not has_label[first:last].any():
