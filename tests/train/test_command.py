@@ -161,6 +161,13 @@ def test_bad_options(tmp_path, monkeypatch, arguments, message):
         looked_at(arguments)
 
 
+def test_a_run_that_cannot_begin_writes_nothing(folders, tmp_path, capsys):
+    more = ["--teacher", folders["twin"], "--teacher_mode", "average"]
+    assert main(command(folders, tmp_path / "out", *more)) == 1
+    assert "teacher_mode: expected teachers with one tokenizer for 'average'" in capsys.readouterr().err
+    assert not any((tmp_path / "out").glob("*"))
+
+
 def test_words_of_yaml(tmp_path, monkeypatch):
     """Null is as if absent, on and no are words where they are choices, and an option has all its names."""
     monkeypatch.chdir(tmp_path)
