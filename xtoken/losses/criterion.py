@@ -426,7 +426,7 @@ class XTokenLoss(nn.Module):
                 projection = matrix_in(teacher_logits.order, Matrix.of(projection))
             loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
         check_logits(student_logits, teacher_logits)
-        sources = self._sources(teacher, loss, student_logits, teacher_logits)
+        sources = self._sources(teacher, loss, projection, student_logits, teacher_logits)
         if alignment is not None:
             check_alignment(alignment, sources[0].samples)
             for side in (0, 1):
@@ -500,7 +500,7 @@ class XTokenLoss(nn.Module):
         return _Distilled(total / divisor, cross_entropy, weighted, diagnosis)
 
     def _sources(
-        self, teacher: Teacher, loss: Loss, student_logits: AnyLogits, teacher_logits: AnyLogits
+        self, teacher: Teacher, loss: Loss, projection: Any, student_logits: AnyLogits, teacher_logits: AnyLogits
     ) -> tuple[Source, Source]:
         """Both logits without the columns that belong to no token."""
         given = Parts.of(student_logits).batched().detached(), Parts.of(teacher_logits).batched().detached()
@@ -515,6 +515,14 @@ class XTokenLoss(nn.Module):
         sizes = teacher.shape or (common(given[0]), given[1].width)
         if loss.needs is Needs.SAME_TOKENIZER:
             sizes = (common(*given),) * 2
+        if loss.needs is Needs.NOTHING and projection is not None:  # a W that only diagnoses
+            W = Matrix.of(projection)
+
+            def known_to(side: int) -> int:
+                width, size = given[side].width, W.shape[side]
+                return width if width is not None and width < size and W.may_lack(side, width) else size
+
+            sizes = known_to(0), known_to(1)
         student, source = (one.source(vocabulary_size(loss, k, one, sizes[k])) for k, one in enumerate(given))
         return student, source
 

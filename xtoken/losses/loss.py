@@ -69,6 +69,11 @@ class Matrix(NamedTuple):
             raise ValueError(f"projection: expected {expected}, got {shapes}")
         return cls(row_ptr, col, weight, (students, teachers))
 
+    def may_lack(self, side: int, width: int) -> bool:
+        """Whether no entry is of a token (of the student's: side 0) behind the first so many."""
+        used = (lambda: self.row_ptr[width:].diff() > 0, lambda: self.col >= width)[side]
+        return _LACKING.of((self.row_ptr, self.col), lambda: not used().any(), side, width)
+
     def check(self) -> None:
         """Raises ValueError for entries that are in no row or column, and on the CPU for fixed weights that are none.
         Waits for a device only the first time."""
@@ -178,10 +183,7 @@ class Loss:
         W, pieces = getattr(self, "W", None), getattr(self, "pieces", None)
         if pieces is not None:
             return _LACKING.of((pieces,), lambda: not sides(pieces.cpu())[side].length[width:].any(), side, width)
-        if W is None:
-            return False
-        used = (lambda: W.row_ptr[width:].diff() > 0, lambda: W.col >= width)[side]
-        return _LACKING.of((W.row_ptr, W.col), lambda: not used().any(), side, width)
+        return W is not None and W.may_lack(side, width)
 
     def check_tables(self) -> None:
         """Raises ValueError if W or the piece index is not what it was made as, since kernels go where it points."""
@@ -263,7 +265,7 @@ class Loss:
 
 
 _LACKING = Cached[bool]()
-"""Of W or pieces, a side and a width: what `Loss.may_lack` found."""
+"""Of W or pieces, a side and a width: what `may_lack` found."""
 
 REGISTER: dict[str, type[Loss]] = {}
 
