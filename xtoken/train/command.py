@@ -367,9 +367,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     config.eval_on_start = held_out is not None and last is None
     collator = XTokenCollator(student_tok, teacher_toks, packed=config.packed, max_length=config.max_length)
     callbacks = [PlotCallback()] if options.plot else []
+    settings = settings_of(options, config)  # before the Trainer: other arguments reset what it takes from accelerate
     trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
     if config.process_index == 0:
-        begin_run(folder, settings_of(options, config), begun)
+        begin_run(folder, settings, begun)
     trainer.train(resume_from_checkpoint=begun)
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
     if held_out is not None and trainer.state.global_step not in evaluated:
