@@ -422,6 +422,27 @@ def test_turns_without_a_label_and_teachers_without_a_chunk_are_told(reason, sma
     assert all("row 0" in one or one.startswith("of 5 rows") for one in caplog.messages)
 
 
+@pytest.mark.parametrize("spaced", ["student", "teacher"])
+def test_a_space_that_one_template_writes_before_contents_is_told(spaced, small_chat_tok, caplog):
+    """Nothing of " they" is "they": a label, but no chunk."""
+    tok, row = small_chat_tok("qwen3"), {"messages": conversation(["Why", "they read it", "So", "they read on"])}
+    plain, told = (with_text(tok, CONFORMING.replace("\n{{", mark)) for mark in (":{{", ": {{"))
+    student, teacher = (told, plain) if spaced == "student" else (plain, told)
+    encoder = ExampleEncoder(student, [teacher], train_on="assistant")
+    for (example,) in encoder.encode([row] * 2):
+        first = " they" if spaced == "student" else "they"
+        text = f"{first} read it<|im_end|>{first} read on<|im_end|>"
+        assert trained_text(example, encoder.student.vocabulary) == text
+        chunks = pieces_of(example, *[encoder.student.vocabulary] * 2)
+        assert joined(chunks) == joined(chunks, 1) == text.replace(first, "")
+    assert encoder.report.counts == {"turns whose first token is in no chunk for teacher 0": 4}
+    (message,) = caplog.messages
+    assert message.startswith("row 0, turn 1: its first token is in no chunk for teacher 0, whose tokens begin otherwi")
+    encoder = ExampleEncoder(told, [with_text(tok, told.chat_template + " ")], train_on="assistant")
+    encoder.encode([row])
+    assert not encoder.report.counts
+
+
 def test_empty_turns_are_told(small_chat_tok, caplog):
     encoder = ExampleEncoder(small_chat_tok("qwen3"), [small_chat_tok("qwen3x")], train_on="assistant")
     ((example,),) = encoder.encode([{"messages": conversation(["Why", " \n", "So", "so"])}])

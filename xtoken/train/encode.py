@@ -24,12 +24,29 @@ from xtoken.vocabulary import TokenizerLike
 from .chat import AMBIGUOUS, REPEATED, unseen
 from .example import TRAIN_ON, Example, Ints, Table, normal_form, parse_example, parse_prompt, prompt_of
 from .reader import Reader, Tokens
-from .report import ADDED_END, AMBIGUOUS_TURNS, CUT, NO_END, NO_LABEL, NO_ROUTE, UNSEEN, Report, no_chunk, no_system
+from .report import (
+    ADDED_END,
+    AMBIGUOUS_TURNS,
+    CUT,
+    NO_END,
+    NO_LABEL,
+    NO_ROUTE,
+    UNSEEN,
+    Report,
+    no_chunk,
+    no_first_chunk,
+    no_system,
+)
 from .routing import route_of
 
 _NO_END = (
     "nothing supervises its end, since the {}'s chat template writes no special token there; use one that ends "
     "turns, or the student does not learn to stop"
+)
+
+_NO_FIRST = (
+    "its first token is in no chunk for {}, whose tokens begin otherwise, as where one chat template writes a space "
+    "before the content; it is learned from its label alone"
 )
 
 
@@ -109,8 +126,9 @@ class ExampleEncoder:
     ----------
     report : Report
         What of the rows cannot be trained on though it should be: turns without a label or a trained end, contents that
-        cannot be told from other text, turns without a chunk, rows that are cut; and pictures and sounds, which no
-        model is shown. Counted by kind; the first of each is logged with row, turn and reason.
+        cannot be told from other text, turns without a chunk or whose first token is in none, rows that are cut; and
+        pictures and sounds, which no model is shown. Counted by kind; the first of each is logged with row, turn and
+        reason.
 
     Raises ValueError for unknown choices, lengths below 2, a `Vocabulary` that cannot encode text, and more or fewer
     names or systems than teachers.
@@ -319,7 +337,15 @@ class ExampleEncoder:
 
         has_content = np.bincount(table.owner[own], minlength=len(table.trained_turn)) > 0
         has_label = touched(labels != IGNORED)
-        has_chunk = [touched(one.trained_tokens(student.ptr)) for one in chunks]
+        in_chunk = [one.trained_tokens(student.ptr) for one in chunks]
+        has_chunk = [touched(one) for one in in_chunk]
+        turns, k = np.unique(table.owner[own[at >= 0]], return_index=True)
+        head = own[at >= 0][k]  # the first content of each turn
+        begin, end = student.within(student.piece_start[head], table.length[head]).T
+        turns, begin = turns[begin < end], begin[begin < end]
+        lacks_first = np.zeros((len(chunks), len(table.trained_turn)), bool)
+        for lacks, one in zip(lacks_first, in_chunk, strict=True):
+            lacks[turns] = (labels[begin] != IGNORED) & ~one[begin]
         for b, example in enumerate(examples):
             if example.conversation is None:
                 for side, of in zip(self.sides[1:], is_read[1:], strict=True):
@@ -347,7 +373,9 @@ class ExampleEncoder:
                     lost += has_content[t]
             if lost and not has_label[first:last].any():
                 self.report.lose(NO_LABEL)
-            for side, tokens, has, of in zip(self.sides[1:], sides[1:], has_chunk, is_read[1:], strict=True):
+            for side, tokens, has, lacks, of in zip(
+                self.sides[1:], sides[1:], has_chunk, lacks_first, is_read[1:], strict=True
+            ):
                 if not of[b]:
                     continue
                 without = [t for t in range(first, last) if has_label[t] and not has[t]]
@@ -356,6 +384,8 @@ class ExampleEncoder:
                     self._tell_no_chunk(side, why, row, t - first)
                 if without and not has[first:last].any():
                     self.report.lose(no_chunk(side.name))
+                for t in [t for t in range(first, last) if has[t] and lacks[t]]:
+                    self.report.add(no_first_chunk(side.name), _NO_FIRST.format(side.name), row, t - first)
             if self.add_end and answers and (student.turn_end[first:last][has_label[first:last]] < 0).all():
                 self.report.lose(NO_END)
             for side, tokens in zip(self.sides, sides, strict=True):

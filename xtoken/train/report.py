@@ -27,6 +27,10 @@ def no_chunk(teacher: str) -> str:
     return f"turns or texts without a chunk for {teacher}"
 
 
+def no_first_chunk(teacher: str) -> str:
+    return f"turns whose first token is in no chunk for {teacher}"
+
+
 class Report:
     """Counts by kind, of turns or examples, and of rows of which a kind leaves nothing; the first of each is told."""
 
