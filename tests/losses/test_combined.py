@@ -13,7 +13,7 @@ from default_losses import DEFAULT, OTHER, default_loss
 from harness import OPERATIONS, Case, make_case, piece_index, variants
 from torch import Tensor, nn
 
-from xtoken import PieceIndex, ProjectionMatrix, Teacher, Vocabulary, XTokenLoss
+from xtoken import LinearLogits, PieceIndex, ProjectionMatrix, Teacher, Vocabulary, XTokenLoss
 from xtoken.alignment import Alignment
 from xtoken.losses import Needs, diagnostics, operator, registered
 from xtoken.losses.columns import select_columns
@@ -260,6 +260,45 @@ def test_shared_tokenizer_with_an_alignment_and_padded_heads() -> None:
     counted = supervised(alignment, labels)
     assert_close(parts["kd"], shared_loss(case.student, case.teacher, counted, top_k=8192), rtol=1e-12)
     assert (parts["chunks"].tolist(), parts["unsupervised"].tolist()) == ([1], [1])
+
+
+@pytest.mark.parametrize("weighting", ["fixed", "entropy"])
+def test_a_narrower_teacher_leaves_cross_entropy_all_columns(weighting: str) -> None:
+    """Whichever teacher comes first."""
+    case = make_case(59, 59)
+    labels = make_labels(case)
+    student = nn.functional.pad(case.student, (0, 5), value=1.5).requires_grad_()
+    narrow, wide = (Teacher(), case.student.roll(1, 0)), (Teacher(), student.detach())
+    for pairs in ([narrow], [narrow, wide], [wide, narrow]):
+        teachers, logits = zip(*pairs, strict=True)
+        criterion = XTokenLoss(teachers, "fixed", kd_weight=0.0, teacher_weighting=weighting)
+        total, parts = criterion(student, labels, list(logits))
+        want = cross_entropy(student, labels)
+        assert_close(parts["ce"], want, rtol=1e-12)
+        got, true = (torch.autograd.grad(one, student)[0] for one in (total, want))
+        assert_close(got, true, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_factors_are_known_to_the_last_bit_of_float64(dtype: torch.dtype) -> None:
+    """Of an output layer, whose gradients of both parts nothing can tell apart; the teacher is in float64."""
+    generator = torch.Generator().manual_seed(0)
+    hidden, head, teacher = (
+        torch.randn(*shape, generator=generator, dtype=torch.float64) for shape in ((2, 7, 5), (11, 5), (2, 7, 11))
+    )
+    labels = torch.randint(11, (2, 7), generator=generator)
+    leaves = [one.to(dtype).requires_grad_() for one in (hidden, head)]
+    criterion = XTokenLoss([Teacher(weight=0.3)], "dynamic", 0.7, 0.9)
+    for scale, items in ((1 / 3, None), (torch.tensor(1 / 3), torch.tensor(13))):
+        total, _ = criterion(LinearLogits(*leaves), labels, teacher, scale=scale, num_items=items, num_chunks=[17])
+        got = torch.autograd.grad(total / 3, leaves)
+        logits = (leaves[0] @ leaves[1].T).double()[:, :-1].log_softmax(-1)
+        kd = nn.functional.kl_div(logits, teacher[:, :-1].log_softmax(-1), reduction="sum", log_target=True) / 17
+        ce = nn.functional.nll_loss(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum") / (items or 12)
+        want = torch.autograd.grad((0.7 * ce + 0.9 * 0.3 * scale * kd) / 3, leaves)
+        eps = torch.finfo(dtype).eps
+        for one, true in zip(got, want, strict=True):
+            assert_close(one, true, rtol=64 * eps, atol=64 * eps * float(true.abs().max()))
 
 
 def test_agreement_and_mass_by_hand() -> None:

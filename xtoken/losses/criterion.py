@@ -304,7 +304,8 @@ class XTokenLoss(nn.Module):
         items = (predicted_labels(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
-        factors = None if known is None else (self.kd_weight * known, self.ce_weight / items)
+        exact_items = items.double() if isinstance(items, Tensor) else items
+        factors = None if known is None else (self.kd_weight * known, self.ce_weight / exact_items)
         ce_sum: Tensor | None = None
         done = []
         ready = [
@@ -315,8 +316,8 @@ class XTokenLoss(nn.Module):
         if self.teacher_weighting == "entropy":
             weights[:] = self._certainties(ready, student_logits)
         for one, divisor, weight in zip(ready, divisors, weights, strict=True):
-            # The first teacher's loss brings the cross-entropy along, from the same pass over the student's logits.
-            wanted = targets if ce_sum is None else None
+            # The first loss on all of its columns brings the cross-entropy along, from the same pass over the logits.
+            wanted = targets if ce_sum is None and self._is_on_all_columns(one, student_logits) else None
             part = self._distil(one, student_logits, wanted, divisor, factors, weight)
             ce_sum = part.cross_entropy if ce_sum is None else ce_sum
             done.append(part)
@@ -376,6 +377,11 @@ class XTokenLoss(nn.Module):
         if reduce is not None:
             ce, kd = reduce(torch.stack([ce, kd.to(ce.dtype)]))
         return ratio(ce, kd, self.max_scale)
+
+    def _is_on_all_columns(self, ready: _Ready, student_logits: AnyLogits) -> bool:
+        """Whether a loss takes as many of the student's columns as cross-entropy does: not beside a narrower teacher."""
+        width = Parts.of(student_logits).width
+        return ready.sources is None or width is None or ready.sources[0].size >= min(width, self.vocab_size or width)
 
     def _cross_entropy(self, student_logits: AnyLogits, labels: Tensor, in_parts: bool) -> Tensor:
         """The sum; hidden states in blocks, whose logits backward computes again."""
@@ -480,8 +486,8 @@ class XTokenLoss(nn.Module):
             if self.diagnostics and not torch.compiler.is_compiling():
                 diagnosed, loss = ready.sources, loss.chosen(ready.sources[1], device, self.backend)
             if factors is not None and weights is None:
-                of_loss = _scalar(factors[0] * teacher.weight / divisor, device)
-                expected = Expected(of_loss, _scalar(factors[1], device))
+                of_loss, of_labels, divided = (_scalar(one, device, torch.float64) for one in (*factors, divisor))
+                expected = Expected(of_loss * teacher.weight / divided, of_labels)
         elif loss.needs is Needs.SAME_TOKENIZER:
             sizes = self.vocab_size, self.vocab_size
         result = compute(
@@ -605,11 +611,11 @@ def ratio(ce: Tensor, kd: Tensor, most: float) -> Tensor:
     return torch.where(ce == 0, min(most, 1.0), bounded)
 
 
-def _scalar(value: float | Tensor, device: torch.device) -> Tensor:
-    """float32 [] on the device, without waiting for it."""
+def _scalar(value: float | Tensor, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """[] on the device, without waiting for it."""
     if isinstance(value, Tensor):
-        return to_device(value.detach().float(), device)
-    return torch.full((), value, dtype=torch.float32, device=device)
+        return to_device(value.detach().to(dtype), device)
+    return torch.full((), value, dtype=dtype, device=device)
 
 
 def _count(chosen: Tensor) -> Count:

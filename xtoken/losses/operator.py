@@ -540,14 +540,19 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.lifted = output[-1].detach() if output[-1].numel() else None
 
 
+def _rounding(label_upstream: Tensor) -> float:
+    """How far a factor may be from what was expected: both came here by a few operations, in different orders. The
+    cross-entropy's type is the student's, and so never wider than the loss's."""
+    return 8 * torch.finfo(label_upstream.dtype).eps
+
+
 def _common_factor(upstream: Tensor, label_upstream: Tensor, expected: Tensor, label_expected: Tensor) -> Tensor:
     """The factor of a prepared gradient that is the sum of the loss's and the cross-entropy's; nan if these come with
     different ones."""
-    dtype = upstream.dtype
+    dtype, rounding = upstream.dtype, _rounding(label_upstream)
     expected, label_expected = expected.to(dtype), label_expected.to(dtype)
     is_first = expected.abs() >= label_expected.abs()
     factor = torch.where(is_first, upstream / expected, label_upstream / label_expected)
-    rounding = 8 * torch.finfo(dtype).eps  # see `_remaining`
     factor = torch.where((factor - 1).abs() <= rounding, 1.0, factor)
     factor = torch.where((expected == 0) & (label_expected == 0), 0.0, factor)
     off = (upstream - factor * expected).abs(), (label_upstream - factor * label_expected).abs()
@@ -561,7 +566,7 @@ def _remaining(
     """What backward has left to do: the factor of the prepared gradient, and that of the cross-entropy it lacks."""
     if expected is None or label_expected is None:
         return upstream, label_upstream - upstream
-    rounding = 8 * torch.finfo(upstream.dtype).eps  # both came here by a few operations, in different orders
+    rounding = _rounding(label_upstream)
     factor = upstream / expected.to(upstream.dtype)
     factor = torch.where((factor - 1).abs() <= rounding, 1.0, factor)
     lacking = label_upstream - label_expected * factor
@@ -635,7 +640,7 @@ class InplaceLoss(torch.autograd.Function):
 
 
 class Expected(NamedTuple):
-    """What the results of a call will be multiplied by: float32 [].
+    """What the results of a call will be multiplied by: float64 [].
 
     Forward prepares the gradient with these factors (not in float16); where they come true, backward has nothing left
     to do. With labels and an output layer it can only multiply both by the same, and anything else makes it nan.
