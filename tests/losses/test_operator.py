@@ -166,6 +166,14 @@ def test_inplace_refuses_what_it_would_break() -> None:
         projected_loss(computed, *arguments, inplace=True, labels=make_labels(case))
 
 
+def test_inplace_is_noticed_by_what_needs_the_values() -> None:
+    case = small_case()
+    logits = case.student.requires_grad_().exp()  # whose backward reads its result
+    loss = projected_loss(logits, case.teacher, case.alignment, case.projection, inplace=True)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def top_k_of(logits: Tensor, k: int, size: int) -> tuple[Tensor, Tensor]:
     logprobs = logits[..., :size].log_softmax(-1)
     top = logprobs.topk(k, dim=-1)
@@ -491,8 +499,29 @@ def test_a_second_derivative_is_an_error(name: str, backend: str) -> None:
     student = case.student.requires_grad_()
     loss = call_loss(name, case, student, case.teacher, backend=backend)
     (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):  # which goes only where the student is
+        torch.autograd.grad(loss + grad.square().sum(), student, retain_graph=True)
     with pytest.raises(RuntimeError, match="no second derivative"):
         grad.square().sum().backward()
+
+
+def test_a_second_derivative_of_logits_given_up_is_an_error() -> None:
+    case = small_case()
+    leaf = case.student.requires_grad_()
+    loss = projected_loss(leaf * 1.0, case.teacher, case.alignment, case.projection, inplace=True)
+    (grad,) = torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(loss + grad.square().sum(), leaf)
+
+
+def test_a_derivative_in_forward_mode_is_an_error() -> None:
+    case = small_case()
+
+    def loss(student: Tensor) -> Tensor:
+        return projected_loss(student, case.teacher, case.alignment, case.projection)
+
+    with pytest.raises(RuntimeError, match="student: xtoken losses have no derivative in forward mode"):
+        torch.func.jvp(loss, (case.student,), (torch.ones_like(case.student),))
 
 
 class Allocations(TorchDispatchMode):

@@ -558,6 +558,8 @@ def other_widths(rank: int) -> dict[str, Any]:
     logits = student * 1.0
     loss = OPERATIONS[name].public(case, logits, teacher, tp_group=group)
     found["again"] = [torch.autograd.grad(loss, student, retain_graph=True)[0] for _ in range(2)]
+    (grad,) = torch.autograd.grad(loss, student, create_graph=True)
+    found["second"] = said(lambda: torch.autograd.grad(loss + grad.square().sum(), student, retain_graph=True))
     logits.mul_(2.0)
     found["overwritten"] = said(loss.backward)
     return found
@@ -586,6 +588,7 @@ def test_backward_works_again_unless_the_logits_were_overwritten(of_ranks: dict[
     for found in of_ranks[2]:
         assert torch.equal(*found["other_widths"]["again"])
         assert "modified by an inplace operation" in found["other_widths"]["overwritten"]
+        assert "no second derivative" in found["other_widths"]["second"]
 
 
 def ordered(name: str) -> xtoken.OrderedLogits:

@@ -379,7 +379,7 @@ class XTokenLoss(nn.Module):
         return ratio(ce, kd, self.max_scale)
 
     def _is_on_all_columns(self, ready: _Ready, student_logits: AnyLogits) -> bool:
-        """Whether a loss takes as many of the student's columns as cross-entropy does: not beside a narrower teacher."""
+        """Whether a loss takes as many columns as cross-entropy does: not beside a narrower teacher."""
         width = Parts.of(student_logits).width
         return ready.sources is None or width is None or ready.sources[0].size >= min(width, self.vocab_size or width)
 

@@ -512,11 +512,15 @@ def add_cross_entropy_(
 
 
 class _OnceOnly(torch.autograd.Function):
-    """Identity that cannot be differentiated, so that a second derivative is an error, not a zero."""
+    """The first argument, as a function of all of them that has no derivative: an error, where torch would take 0."""
 
     @staticmethod
-    def forward(ctx: Any, grad: Tensor) -> Tensor:
+    def forward(grad: Tensor, *origins: Tensor) -> Tensor:
         return grad.view_as(grad)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> Tensor:
@@ -524,6 +528,12 @@ class _OnceOnly(torch.autograd.Function):
             "xtoken losses have no second derivative: the gradient is computed in forward; "
             "differentiate the formulas in xtoken.reference instead"
         )
+
+
+def once_only(grad: Tensor, *origins: Any) -> Tensor:
+    """A gradient that raises an error where it is differentiated by what it came from."""
+    found: Tensor = _OnceOnly.apply(grad, *(x for x in origins if isinstance(x, Tensor) and x.requires_grad))
+    return found
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -607,7 +617,7 @@ def _backward(
                 prepared = tuple(_scaled(grad, factor) for grad in prepared)
     grads: dict[str, Tensor] = dict(zip(("student", "student_head", "student_bias", _WEIGHT), prepared, strict=True))
     if torch.is_grad_enabled():
-        grads = {argument: _OnceOnly.apply(grad.requires_grad_()) for argument, grad in grads.items()}
+        grads = {argument: once_only(grad, *arguments, upstream, label_upstream) for argument, grad in grads.items()}
     given: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
     for k, (argument, is_needed) in enumerate(needed.items()):
         grad = grads.get(argument) if is_needed else None
@@ -621,9 +631,10 @@ class InplaceLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, loss: Loss, call: Call) -> Tensor:
-        ctx.grad = student.detach()
+        ctx.student, ctx.grad = student, student.detach()
         flags = Flags(True, False, False, None, None)
         result = _compute(loss, call._replace(student=ctx.grad), flags, inplace=True)
+        torch.autograd.graph.increment_version(student)  # so that what needs the values in backward notices
         ctx.lifted = result.lifted if result.lifted.numel() else None
         return result.loss
 
@@ -635,7 +646,7 @@ class InplaceLoss(torch.autograd.Function):
         if ctx.lifted is not None:
             upstream = upstream / ctx.lifted
         if torch.is_grad_enabled():
-            return _OnceOnly.apply(grad.mul_(upstream.detach()).requires_grad_()), None, None
+            return once_only(grad.mul_(upstream.detach()), ctx.student, upstream), None, None
         return _scaled(grad, upstream), None, None
 
 
@@ -663,9 +674,13 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
         return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
     arguments = [*call, *_LAYOUTS[loss.name].flat(loss)]
     for name, value in zip(_LAYOUTS[loss.name].names, arguments, strict=True):
-        if isinstance(value, Tensor) and value.is_meta and not call.student.is_meta:
+        if not isinstance(value, Tensor):
+            continue
+        if value.is_meta and not call.student.is_meta:
             # For one such tensor torch would call no kernel, and return what happens to be in memory.
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
+        if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+            raise RuntimeError(f"{name}: xtoken losses have no derivative in forward mode, got a tensor with a tangent")
     trained = loss.trained
     weight_wanted = torch.is_grad_enabled() and trained is not None and trained.requires_grad
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of

@@ -39,6 +39,7 @@ from xtoken.losses.operator import (
     autocasts,
     chunk_scale,
     computed,
+    once_only,
 )
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
@@ -600,13 +601,15 @@ class _Loss(torch.autograd.Function):
         return run.results()
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, upstream: Tensor, label_upstream: Tensor) -> tuple[Tensor | None, ...]:
-        run, (_, *needed), _ = ctx.run, ctx.needs_input_grad, ctx.saved_tensors
+        run, (_, *needed), origins = ctx.run, ctx.needs_input_grad, (*ctx.saved_tensors, upstream, label_upstream)
         head_wanted = needed[1] or needed[2]
         flags = Flags(needed[0] or head_wanted, head_wanted, needed[3], None, None)
-        grads = run.gradients(upstream, label_upstream, flags, ctx.weight if needed[3] else None)
-        head, bias = grads.in_types()
-        weight = None if grads.weight is None else grads.weight.to(ctx.weight.device)
-        given = grads.student, head, bias, weight
+        with torch.no_grad():
+            grads = run.gradients(upstream, label_upstream, flags, ctx.weight if needed[3] else None)
+            head, bias = grads.in_types()
+            weight = None if grads.weight is None else grads.weight.to(ctx.weight.device)
+        given: list[Tensor | None] = [grads.student, head, bias, weight]
+        if torch.is_grad_enabled():
+            given = [None if grad is None else once_only(grad, *origins) for grad in given]
         return None, *(grad if is_needed else None for grad, is_needed in zip(given, needed, strict=True))
