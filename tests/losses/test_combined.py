@@ -182,6 +182,19 @@ def test_everything_ignored_is_finite() -> None:
     assert bool((student.grad == 0).all())
 
 
+@pytest.mark.parametrize("teachers", [0, 1])
+@pytest.mark.parametrize("layer", [False, True])
+def test_without_positions(layer: bool, teachers: int) -> None:
+    hidden, head = torch.zeros(1, 0, 3), torch.ones(5, 3, requires_grad=True)
+    logits = LinearLogits(hidden, head) if layer else hidden @ head.T
+    criterion = XTokenLoss([Teacher()] * teachers, "fixed")
+    total, parts = criterion(logits, torch.zeros(1, 0, dtype=torch.int64), [torch.zeros(1, 0, 5)] * teachers)
+    total.backward()
+    assert (total.item(), parts["ce"].item()) == (0.0, 0.0)
+    assert head.grad is not None
+    assert not bool(head.grad.any())
+
+
 def test_no_teacher_is_cross_entropy() -> None:
     case = make_case()
     labels = make_labels(case)

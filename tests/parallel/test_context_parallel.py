@@ -181,6 +181,7 @@ def on_two_ranks(function: Callable[[int], Any]) -> Callable[[int], Any]:
 
 
 ZIGZAG = zigzag(2)
+WITH_LAYER = ("zigzag", "an empty rank")
 LONG_HIDDEN = torch.cat([HIDDEN, HIDDEN[:, : LENGTH - HIDDEN.shape[1]]], 1)
 LONG_LABELS = torch.cat([LABELS, LABELS[:, : LENGTH - LABELS.shape[1]]], 1)
 
@@ -198,17 +199,24 @@ def layer_loss(name: str, part: list[int], teacher: Tensor, **options: Any) -> l
 
 
 @on_two_ranks
-def output_layers(rank: int) -> dict[str, list[Tensor]]:
-    part, options = ZIGZAG[rank], {"cp_group": dist.group.WORLD, "cp_layout": "zigzag"}
-    return {name: layer_loss(name, part, long_case(name).teacher[:, part].float(), **options) for name in IN_PARTS}
+def output_layers(rank: int) -> dict[tuple[str, str], list[Tensor]]:
+    found = {}
+    for layout in WITH_LAYER:
+        argument, own, theirs = LAYOUTS[layout]
+        options = {"cp_group": dist.group.WORLD, "cp_layout": argument}
+        for name in IN_PARTS:
+            teacher = long_case(name).teacher[:, theirs[rank]].float()
+            found[name, layout] = layer_loss(name, own[rank], teacher, **options)
+    return found
 
 
+@pytest.mark.parametrize("layout", WITH_LAYER)
 @pytest.mark.parametrize("name", IN_PARTS)
-def test_output_layer_with_labels(name: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
+def test_output_layer_with_labels(name: str, layout: str, of_ranks: dict[int, list[dict[str, Any]]]) -> None:
     """Normalisers are those of the whole sequences; gradients of the output layer add up."""
     want = layer_loss(name, list(range(LENGTH)), long_case(name).teacher.float(), backend="reference")
-    found = [one["output_layers"][name] for one in of_ranks[2]]
-    for got, part in zip(found, ZIGZAG, strict=True):
+    found = [one["output_layers"][name, layout] for one in of_ranks[2]]
+    for got, part in zip(found, LAYOUTS[layout][1], strict=True):
         for k in range(2):
             assert_close(got[k], want[k], rtol=1e-5)
         assert_close(got[2], want[2][:, part], rtol=1e-5, atol=2e-6)

@@ -92,7 +92,7 @@ class Labels:
 
 def predicted_labels(labels: Tensor) -> Tensor:
     """int64 [..., T]: of labels at the tokens' own positions the one that each row predicts, -100 for the last."""
-    return torch.nn.functional.pad(labels[..., 1:].long(), (0, 1), value=IGNORED)
+    return torch.nn.functional.pad(labels.long(), (0, 1), value=IGNORED)[..., 1:]
 
 
 def checked_ids(labels: Tensor, size: int) -> Tensor:

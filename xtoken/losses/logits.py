@@ -449,7 +449,8 @@ def materialised(logits: AnyLogits) -> Tensor:
 def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[RowBlock]:
     """Cuts the chunks so that neither side has many more than `BLOCK_ELEMENTS` logits in a block.
 
-    The student's ranges follow each other from the first row to the last; chunks come in the order of their rows.
+    The student's ranges follow each other from the first row to the last; chunks come in the order of their rows. There
+    is a block where there are no rows, too.
     """
     limits = [max(1, BLOCK_ELEMENTS // max(1, side.size)) for side in (student, teacher)]
     host = chunks.host
@@ -457,7 +458,7 @@ def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[Row
     (student_starts, student_ends), (teacher_starts, teacher_ends) = sides
     total = student.samples * student.length
     row, first, count = 0, 0, len(chunks)
-    while row < total or first < count:
+    while True:
         last, stop = first, min(total, row + limits[0])
         while last < count and (
             (last == first and student_starts[last] < stop)
@@ -472,6 +473,8 @@ def row_blocks(student: Source, teacher: Source, chunks: Chunks) -> Iterator[Row
         part = slice(first, last), slice(row, stop), slice(begin, end)
         yield RowBlock(part[0], _part(chunks, *part), *part[1:])
         row, first = stop, last
+        if row >= total and first >= count:
+            return
 
 
 def _part(chunks: Chunks, span: slice, student: slice, teacher: slice) -> Chunks:
