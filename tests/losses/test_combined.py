@@ -184,10 +184,11 @@ def test_everything_ignored_is_finite() -> None:
 
 @pytest.mark.parametrize("teachers", [0, 1])
 @pytest.mark.parametrize("layer", [False, True])
-def test_without_positions(layer: bool, teachers: int) -> None:
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_without_positions(backend: str, layer: bool, teachers: int) -> None:
     hidden, head = torch.zeros(1, 0, 3), torch.ones(5, 3, requires_grad=True)
     logits = LinearLogits(hidden, head) if layer else hidden @ head.T
-    criterion = XTokenLoss([Teacher()] * teachers, "fixed")
+    criterion = XTokenLoss([Teacher()] * teachers, "fixed", backend=backend)
     total, parts = criterion(logits, torch.zeros(1, 0, dtype=torch.int64), [torch.zeros(1, 0, 5)] * teachers)
     total.backward()
     assert (total.item(), parts["ce"].item()) == (0.0, 0.0)

@@ -164,6 +164,8 @@ def test_inplace_refuses_what_it_would_break() -> None:
         projected_loss(computed.transpose(0, 1).contiguous().transpose(0, 1), *arguments, inplace=True)
     with pytest.raises(ValueError, match="inplace: expected False with labels"):
         projected_loss(computed, *arguments, inplace=True, labels=make_labels(case))
+    with pytest.raises(ValueError, match="inplace: expected False with reduction='none'"):
+        projected_loss(computed, *arguments, inplace=True, reduction="none")
 
 
 def test_inplace_is_noticed_by_what_needs_the_values() -> None:

@@ -92,7 +92,7 @@ PARAMETERS = """\
         alignment [K], 0 where a chunk has no predictor.
     inplace : bool
         The gradient overwrites ``student_logits``, whose values are lost. Only for contiguous logits that a
-        model computed, without labels, outside ``torch.compile``.
+        model computed, with one loss for all chunks, without labels, outside ``torch.compile``.
     backend : "auto", "reference", ...
         See `select_backend`.
     tp_group : torch.distributed.ProcessGroup, optional
@@ -233,7 +233,7 @@ def compute(
         if reduction == "none":
             raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
-        _check_inplace(student_logits, labels, loss)
+        _check_inplace(student_logits, labels, reduction, loss)
     call = Call.of(
         loss, student, teacher, alignment,
         sizes=(student_size, teacher_size), mask=mask, labels=labels, reduction=reduction, backend=backend,
@@ -323,9 +323,11 @@ def checked_labels(
     return labels if labels.dim() == 2 else labels[None]
 
 
-def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, loss: Loss) -> None:
+def _check_inplace(student_logits: AnyLogits, labels: Tensor | None, reduction: str, loss: Loss) -> None:
     if labels is not None:
         raise ValueError("inplace: expected False with labels, whose gradient needs the logits again")
+    if reduction == "none":
+        raise ValueError("inplace: expected False with reduction='none', whose gradient needs the logits again")
     if loss.trained is not None and loss.trained.requires_grad:
         raise ValueError("inplace: expected False for a projection whose weights need a gradient")
     if not isinstance(student_logits, Tensor) or not student_logits.is_contiguous():

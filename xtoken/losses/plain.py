@@ -120,7 +120,7 @@ def cross_entropy(
     labelled = (labels.ids != IGNORED).nonzero()[:, 0]
     length = student.shape[1]
     step = max(1, temporary_elements(student.device) // max(1, student.shape[2]))
-    flat = None if student_grad is None else student_grad.view(rows, -1)[:, : student.shape[2]]
+    flat = None if student_grad is None else student_grad.view(rows, student_grad.shape[2])[:, : student.shape[2]]
     for index in labelled.split(step):
         logits = scaled(student[index // length, index % length], 1.0, labels.losses.dtype)
         label = labels.ids[index, None]
