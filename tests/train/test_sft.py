@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,6 +104,37 @@ def test_text_is_what_the_ids_spell(pair):
     assert b"".join(ours for ours, _ in chunks_of(batch, student, teacher)).endswith(b" read it in 1995.")
 
 
+@pytest.mark.parametrize("changed", ["nothing", "the beginning is cut", "the end is cut", "a token is another"])
+def test_equal_answers_of_several_turns(small_chat_tok, changed, caplog):
+    """Each is compared with the teacher's of the same turn, though the same words stand in other turns."""
+    student, teacher = small_chat_tok("llama3"), small_chat_tok("mistral")
+    contents = ["Is 0 even?", "yes", "Is 1 even?", "no", "Is 2 even?", "yes", "Who asks?", "user"]
+    chat = [{"role": ("user", "assistant")[k % 2], "content": one} for k, one in enumerate(contents)]
+    whole = student.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    eot = student.convert_tokens_to_ids("<|eot_id|>")
+    ends = [k for k, token in enumerate(whole) if token == eot]
+    first, last = {"the beginning is cut": (ends[1], None), "the end is cut": (0, ends[4])}.get(changed, (0, None))
+    ids = whole[first:last]
+    if changed == "a token is another":
+        ids[ends[2] - 1] = student.encode("!", add_special_tokens=False)[0]
+    model = TeacherModel.build(make_model(len(teacher), 1), student, tokenizer=teacher)
+    host = DistilCollator(padded, student, model)([{"input_ids": ids, "labels": ids, "messages": chat}])["host"].batch
+    alignment, read = host["alignment"], Vocabulary.from_tokenizer(teacher)
+    texts = [b""] * len(chat)
+    for a, b, c, d in alignment.spans.tolist():
+        before = read.decode(alignment.teacher_ids[0, :c])
+        turn = whole[: first + a].count(eot)
+        assert turn == before.count(b"[INST]") + before.count(b"[/INST]") - 1
+        assert whole[first + a : first + b] == ids[a:b]
+        texts[turn] += read.decode(alignment.teacher_ids[0, c:d])
+    known = slice(2 if "beginning" in changed else 0, 4 if "end is" in changed else None)
+    want = [one.encode() for one in contents[known]]
+    if changed == "a token is another":
+        want[2] = b"Is 1 even"
+    assert texts[known] == want
+    assert ("what differs is compared with nothing" in caplog.text) == (changed == "a token is another")
+
+
 def test_rows_that_the_teacher_cannot_read(pair):
     student, _, model = pair
     chat = chat_example(student, {})
@@ -196,3 +228,18 @@ def test_sft_trainer_with_chats(pair, tmp_path):
     logged, change = trained(tmp_path, student, teacher, [{"prompt": CHAT[:1], "completion": CHAT[1:]}] * 4)
     assert logged["kd"] > 0
     assert float(change.abs().max()) > 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_sft_trainer_with_a_template_of_its_own(small_chat_tok, tmp_path, caplog):
+    """For ``assistant_only_loss`` TRL may write chats otherwise than the tokenizer's template does."""
+    utils = pytest.importorskip("trl.chat_template_utils", exc_type=(ImportError, RuntimeError))
+    student = copy.copy(small_chat_tok("qwen3x"))
+    student.chat_template = utils.qwen3_chat_template
+    assert utils.get_training_chat_template(student) != student.chat_template
+    logged, _ = trained(
+        tmp_path, student, small_chat_tok("llama3"), [{"messages": CHAT * 2}] * 4, assistant_only_loss=True
+    )
+    assert logged["kd"] > 0
+    assert "compared with nothing" not in caplog.text

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
@@ -16,11 +16,12 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xtoken.alignment import Aligner, Alignment, pad_rows
 from xtoken.losses import XTokenLoss
-from xtoken.losses.backends import IGNORED
 from xtoken.train.collator import OnHost, row_alignment
 from xtoken.train.encode import ExampleEncoder
+from xtoken.train.example import Ints
 from xtoken.train.limits import Limits
 from xtoken.train.reader import Reader
+from xtoken.train.routing import label_spans
 from xtoken.train.teachers import TeacherModel
 from xtoken.vocabulary import Vocabulary
 
@@ -49,9 +50,10 @@ class DistilCollator:
         self.student = Vocabulary.from_tokenizer(student_tok)
         self.is_text = self.student.is_text
         self.reader = Reader(teacher.tokenizer, teacher.name)
-        self.limit, self.cut_is_told = teacher.limits.positions, False
+        self.limit = teacher.limits.positions
+        self._told: set[str] = set()
         self.reads_student_ids = teacher.reads_student_ids
-        self.encoder = ExampleEncoder(teacher.tokenizer, [], max_length=self.limit)
+        self.encoder = ExampleEncoder(student_tok, [teacher.tokenizer], teacher_names=[teacher.name])
         self.aligner = Aligner(self.student, self.reader.vocabulary)
         roles = self.reader.vocabulary.roles
         self._same: dict[int, int | None] = {}
@@ -75,7 +77,7 @@ class DistilCollator:
         numbers = itertools.count()
         rows = [[next(numbers) for _ in row] for row in documents]
         ours = [ids for row in documents for ids, _ in row]
-        theirs = [self._read(ids, example) for row in documents for ids, example in row]
+        theirs = [self._read(np.asarray(ids, np.int64), example) for row in documents for ids, example in row]
         self._check(batch["input_ids"], documents)
         ids = [tokens for tokens, _ in theirs]
         entry = {"input_ids": pad_rows(ids, 0), "attention_mask": pad_rows([np.ones_like(one) for one in ids], 0)}
@@ -85,28 +87,53 @@ class DistilCollator:
         }  # fmt: skip
         return {**batch, "teacher": entry, "host": OnHost(host)}
 
-    def _read(self, ids: Sequence[int], example: Mapping[str, Any]) -> tuple[Any, Any]:
-        """The teacher's ids of a document, and its labels; -100 where the template is."""
+    def _read(self, ids: Ints, example: Mapping[str, Any]) -> tuple[Ints, Ints]:
+        """The teacher's ids of a document, and the chunks [K, 4] of both."""
         if self.reads_student_ids:
-            return np.asarray(ids, np.int64), np.asarray(ids, np.int64)
+            return ids, np.zeros((0, 4), np.int64)
         row = {name: example[name] for name in COLUMNS if example.get(name) is not None}
-        if "messages" not in row and not isinstance(row.get("completion"), list):
+        if "messages" in row or isinstance(row.get("completion"), list):
+            read, spans = self._as_chat(ids, row)
+        else:
             read = np.asarray(self._as_text(ids), np.int64)
-            if self.limit is not None and len(read) > self.limit and not self.cut_is_told:
-                self.cut_is_told = True
-                logger.warning("texts of more than %d tokens are cut for %s", self.limit, self.reader.name)
-            return read[: self.limit], read[: self.limit]
-        if isinstance(row.get("tools"), str):
-            row["tools"] = json.loads(row["tools"])
-        for made in self.encoder.encode([row])[0]:
-            return made["student_ids"], made["labels"]
-        return np.zeros(1, np.int64), np.full(1, IGNORED)
+            spans = self.aligner.align(ids, read).spans.numpy()
+        if self.limit is not None and len(read) > self.limit:
+            self._tell(f"texts of more than {self.limit} tokens are cut for {self.reader.name}")
+            read, spans = read[: self.limit], spans[spans[:, 3] <= self.limit]
+        return read, spans
 
-    def _as_text(self, ids: Sequence[int]) -> list[int]:
+    def _as_chat(self, ids: Ints, row: Mapping[str, Any]) -> tuple[Ints, Ints]:
+        """What the teacher's template writes of the messages, and the chunks of contents and ends of turns.
+
+        They are those of what the student's template writes, from which the ids may be cut.
+        """
+        made = next(iter(self.encoder.encode([row])[0]), None)
+        if made is None:
+            return np.zeros(1, np.int64), np.zeros((0, 4), np.int64)
+        written, entry = made["student_ids"], made["teachers"][0]
+        is_same = entry["ids"] is None
+        read, spans = (written, label_spans(made["labels"])) if is_same else (entry["ids"], entry["spans"])
+        shortest, shift = min(len(ids), len(written)), len(ids) - len(written)
+        head = _agreeing(ids[:shortest], written[:shortest])
+        tail = _agreeing(ids[::-1][: shortest - head], written[::-1][: shortest - head])
+        if head + tail < len(ids):
+            self._tell(
+                "some rows are not what the student's chat template writes of their messages: what differs is compared "
+                "with nothing"
+            )
+        at_head, at_tail = spans[:, 1] <= head, spans[:, 0] >= len(written) - tail
+        return read, np.concatenate([spans[at_head], spans[at_tail & ~at_head] + [shift, shift, 0, 0]])
+
+    def _tell(self, message: str) -> None:
+        """Says something once."""
+        if message not in self._told:
+            self._told.add(message)
+            logger.warning(message)
+
+    def _as_text(self, ids: Ints) -> list[int]:
         """The teacher's ids of the text that the student's spell."""
-        read, tokens = list(self.reader.prefix), np.asarray(ids, np.int64)
-        is_text = self.is_text[tokens]
-        for stretch in np.split(tokens, np.flatnonzero(np.diff(is_text)) + 1) if len(tokens) else ():
+        read, is_text = list(self.reader.prefix), self.is_text[ids]
+        for stretch in np.split(ids, np.flatnonzero(np.diff(is_text)) + 1) if len(ids) else ():
             if self.is_text[stretch[0]]:
                 text = self.student.decode(stretch).decode("utf-8", "ignore")  # documents may be cut in a character
                 read += self.reader.backend.encode(text, add_special_tokens=False).ids
@@ -124,13 +151,7 @@ class DistilCollator:
 
     def _align(self, ours: Any, theirs: Any, rows: Sequence[Sequence[int]], input_ids: Tensor) -> Alignment:
         """Of the rows of a batch; no chunk begins at the first token of a document, which nothing predicts."""
-        found = self.aligner.align(ours, [ids for ids, _ in theirs])
-        parts: list[tuple[Any, int, int]] = []
-        for k, (_, labels) in enumerate(theirs):
-            spans = found.spans[found.offsets[k] : found.offsets[k + 1]].numpy().astype(np.int64)
-            before = np.cumsum([0, *(labels == IGNORED)])
-            kept = before[spans[:, 2]] == before[spans[:, 3]]
-            parts.append((spans[kept], len(ours[k]), len(theirs[k][0])))
+        parts = [(spans, len(ids), len(read)) for ids, (read, spans) in zip(ours, theirs, strict=True)]
         read = pad_rows([np.concatenate([theirs[k][0] for k in row]) for row in rows], 0)
         return row_alignment([[parts[k] for k in row] for row in rows], input_ids, read)
 
@@ -144,6 +165,12 @@ class DistilCollator:
                 "data_collator: expected the examples' input_ids as rows, padded on the right, or all in one row with "
                 "padding_free"
             )
+
+
+def _agreeing(some: Ints, others: Ints) -> int:
+    """How many elements at the beginning are the same."""
+    differ = np.flatnonzero(some != others)
+    return int(differ[0]) if len(differ) else len(some)
 
 
 def _documents(example: Mapping[str, Any]) -> Iterator[tuple[list[int], Mapping[str, Any]]]:
@@ -305,7 +332,10 @@ def distil(
     size = None if objective.shape is not None else min(len(student), limits.rows or len(student))
     criterion = XTokenLoss([objective], scaling, ce_weight, kd_weight, vocab_size=size, diagnostics=False)
     own_methods = _Distillation(trainer, criterion, one)
-    trainer.data_collator = DistilCollator(trainer.data_collator, student_tok, one)
+    writer = copy.copy(student_tok)
+    if getattr(trainer, "chat_template", None) is not None:  # one of TRL's own, that says what the assistant writes
+        writer.chat_template = trainer.chat_template
+    trainer.data_collator = DistilCollator(trainer.data_collator, writer, one)
     trainer._signature_columns = ["input_ids", "labels", "seq_lengths", *COLUMNS]
     trainer.get_batch_samples = MethodType(own_methods.count, trainer)
     trainer.compute_loss = MethodType(own_methods.compute_loss, trainer)
