@@ -12,7 +12,7 @@ import torch
 from comparer import assert_close
 from default_losses import DEFAULT, default_loss
 from fake_server import FakeServer
-from small import SMALL_TEXTS, collate, command, history, make_config, make_model
+from small import SMALL_TEXTS, collate, command, history, make_config, make_model, with_adapters
 from transformers import GenerationConfig
 
 from xtoken import ProjectionMatrix, ServedModel, Teacher
@@ -192,6 +192,16 @@ def test_the_tokens_are_those_of_the_model(toks):
     drawn = writer_of(toks[0])
     assert drawn.write(prompts, 0) == drawn.write(prompts, 0) != drawn.write(prompts, 1)
     assert writer_of(toks[0], top_p=1e-6).write(prompts, 0) == greedy.write(prompts, 0)
+
+
+def test_a_model_within_adapters_keeps_its_configuration_of_generation(toks):
+    """It is what the merged student is saved with."""
+    pytest.importorskip("peft")
+    model = make_model(len(toks[0]), 0)
+    own = model.generation_config = GenerationConfig(eos_token_id=[1, 3], repetition_penalty=1.5)
+    adapted = with_adapters(model, 2)
+    writer_of(toks[0], adapted).write([[5]], 0)
+    assert adapted.merge_and_unload().generation_config is own
 
 
 def test_no_token_beyond_the_tokenizer(toks):

@@ -21,6 +21,7 @@ from xtoken.client import RefusedError
 from xtoken.served import ServedModel
 from xtoken.vocabulary.roles import filler
 
+from .adapters import base_of
 from .limits import Limits
 from .packing import in_evaluation
 from .reader import Reader
@@ -152,13 +153,16 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 @contextmanager
 def _ready(model: Any) -> Iterator[None]:
     """The model without dropout, and without its own ideas of generation (penalties, columns left out)."""
-    own = model.generation_config
-    model.generation_config = GenerationConfig()
+    places = [model, base_of(model)]  # peft copies its own to the model within
+    own = [one.generation_config for one in places]
+    for one in places:
+        one.generation_config = GenerationConfig()
     try:
         with in_evaluation(model):
             yield
     finally:
-        model.generation_config = own
+        for one, config in zip(places, own, strict=True):
+            one.generation_config = config
 
 
 class ServerWriter:
