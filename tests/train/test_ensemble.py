@@ -67,6 +67,21 @@ def test_how_many_chunks_one_teacher_has():
     assert chunks_of_one([None, second], labels) == 3 + 2 + 1
 
 
+def test_packed_rows_have_several_samples():
+    """Each with the teacher that predicts it best, and its own share of the chunks."""
+    first = Alignment([[1, 2, 1, 2], [4, 6, 4, 5]], [0, 2])
+    second = Alignment([[1, 2, 1, 2], [4, 5, 3, 4], [5, 6, 4, 5]], [0, 3])
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 0]])
+    ids, logits, better = torch.zeros(1, 7, dtype=torch.int64), torch.zeros(1, 7, 4), torch.zeros(1, 7, 4)
+    better[0, 0, 0] = 10.0  # the second teacher on the first sample; on the other the first has half of the nats
+    best = select_best([first, second], [logits, better], [ids, ids], [4, 4], positions)
+    assert best[0].predicted.tolist() == [False, True]
+    assert best[1].predicted.tolist() == [True, False, False]
+    labels = torch.tensor([[-100, 1, 1, -100, 1, 1, -100]])
+    assert chunks_of_one([first, second], labels, positions) == 1 + 1.5
+    assert chunks_of_one([None, second], labels, positions) == 1.5 + 2
+
+
 def test_keeps_chunks():
     alignment = Alignment([[1, 2, 1, 2], [2, 4, 2, 3], [4, 5, 3, 4]], [0, 3], predicted=[True, True, False])
     assert keep(alignment, alignment.exact).predicted.tolist() == [True, False, False]

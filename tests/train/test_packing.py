@@ -163,3 +163,24 @@ def test_rows_that_somebody_else_has_packed_are_refused(tmp_path, student_tok, e
     teacher.logits({}, batch)
     with pytest.raises(ValueError, match="T: expected rows of one example each"):  # which a mask switches off
         TeacherModel(teacher.objective, teacher.model, student_tok, "T").logits({}, masked)
+
+
+def test_packed_samples_choose_their_teachers(tmp_path, student_tok, threads):
+    """As they do alone in a row."""
+    examples = [one for row in ExampleEncoder(student_tok, [student_tok] * 2).encode(
+        [{"text": text[: 60 + 5 * k]} for k, text in enumerate(SMALL_TEXTS[:8])]) for one in row]  # fmt: skip
+    teachers = [make_teacher(student_tok, None, seed, name=str(seed)) for seed in (1, 2)]
+    with torch.no_grad():  # so sure that they differ
+        for teacher in teachers:
+            for weight in teacher.model.parameters():
+                weight.mul_(1.5)
+    found = []
+    for packed in (True, False):
+        trainer = make_trainer(tmp_path, student_tok, teachers, examples, teacher_mode="select", max_steps=1,
+                               per_device_train_batch_size=8, scaling="fixed")  # fmt: skip
+        trainer.data_collator = XTokenCollator(student_tok, [student_tok] * 2, packed=packed, max_length=250)
+        trainer.train()
+        found.append(next(one for one in trainer.state.log_history if "kd" in one))
+    assert min(found[1][f"chunks/{seed}"] for seed in (1, 2)) > 0
+    for name in ("chunks/1", "chunks/2", "kd/1", "kd/2", "loss"):
+        assert found[0][name] == pytest.approx(found[1][name], rel=1e-4), name

@@ -382,7 +382,7 @@ class XTokenTrainer(Trainer):
         counts = torch.tensor([items, *chunks], dtype=torch.float64, device="cpu")
         if self.args.teacher_mode == "select" and len(chunks) > 1:
             # Which teacher a sample will have is not known, so all share one divisor, and their sums make one mean.
-            counts[1:] = chunks_of_one(alignments, host["labels"])
+            counts[1:] = chunks_of_one(alignments, host["labels"], host.get("position_ids"))
         return counts
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
@@ -527,7 +527,8 @@ class XTokenTrainer(Trainer):
         ]
         if self.args.teacher_mode == "select" and len(logits) > 1:
             known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
-            return logits, list(select_best(known, logits, _ids(entries, inputs), sizes))
+            chosen = select_best(known, logits, _ids(entries, inputs), sizes, host.get("position_ids"))
+            return logits, list(chosen)
         return logits, alignments
 
     def _scale_of(self, step: _Step | None) -> dict[str, Any]:
