@@ -7,7 +7,9 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from default_losses import DEFAULT, OTHER
+from safetensors.torch import load_file
 from small import command, history
 
 from xtoken.cli import main
@@ -41,6 +43,15 @@ def test_auto(folders, tmp_path, capsys):
     assert AutoModelForCausalLM.from_pretrained(output).num_parameters() > 0
     assert len(AutoTokenizer.from_pretrained(output)) > 0
     assert len(list((tmp_path / "cache").iterdir())) == 2
+
+
+def test_the_student_is_saved_as_it_was_trained(folders, tmp_path):
+    """The evaluation at the end rounds the model's own weights, if it is to be in another type."""
+    output = tmp_path / "out"
+    more = ["--max_steps", "1", "--bf16_full_eval", "true", "--loss", UNAIDED]
+    assert main(command(folders, output, *more)) == 0
+    assert {one["step"] for one in history(output) if "eval_ce" in one} == {0, 1}
+    assert {one.dtype for one in load_file(output / "model.safetensors").values()} == {torch.float32}
 
 
 def test_a_chat_template_that_is_not_there(folders, tmp_path, student_tok):

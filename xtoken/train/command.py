@@ -372,10 +372,10 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     if config.process_index == 0:
         begin_run(folder, settings, begun)
     trainer.train(resume_from_checkpoint=begun)
+    trainer.save_model()  # before an evaluation in another type (bf16_full_eval), which rounds the weights themselves
     evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
     if held_out is not None and trainer.state.global_step not in evaluated:
         trainer.evaluate()
-    trainer.save_model()
     trainer.save_state()
     if options.lora_merge and config.should_save:
         stored, _ = load_model(
