@@ -105,6 +105,7 @@ def test_options_that_the_trainer_passes_over(tmp_path, student_tok, teacher_tok
     for options, rows, message in (
         (option, iter(ROWS), "train_sampling_strategy: expected 'random' or 'sequential' for a stream"),
         ({"fp16": True}, ROWS, "fp16: expected False on the CPU"),
+        ({"projection_learning_rate": 0.5}, ROWS, "projection_learning_rate: expected learn_projection with it"),
     ):
         with pytest.raises(ValueError, match=message):
             make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], rows, **options)
@@ -358,6 +359,7 @@ def test_every_option_was_looked_at():
         ({"loss_options": "{bad"}, "loss_options: expected JSON, got '{bad': Expecting property name"),
         ({"lr_scheduler_kwargs": "{'a': 1}"}, "lr_scheduler_kwargs: expected JSON, got "),
         ({"loss_backend": "x"}, "loss_backend: expected one of 'auto', .* got 'x'"),
+        ({"scaling": "fixed", "max_scale": 2.0}, "max_scale: expected scaling='dynamic' with it, .* got 2.0"),
     ],
     ids=str,
 )

@@ -215,6 +215,12 @@ def check(options: TrainArguments, config: XTokenConfig) -> None:
         for name in ("teacher_logprobs", "teacher_requests", "teacher_timeout", "teacher_patience"):
             if getattr(options, name) != getattr(TrainArguments, name):
                 raise ValueError(f"--{name}: expected --teacher_url with it, got none")
+    evaluates = {"eval_strategy": config.eval_strategy != "no", "do_eval": config.do_eval,
+                 "eval_on_start": config.eval_on_start}  # fmt: skip
+    for name in (name for name, is_given in evaluates.items() if is_given and not options.eval_data):
+        raise ValueError(f"--{name}: expected --eval_data with it, got none")
+    if config.do_predict:
+        raise ValueError("--do_predict: expected it left out, since nothing is predicted; --eval_data is evaluated on")
     if options.lora_merge and config.lora_rank is None:
         raise ValueError("--lora_merge: expected --lora_rank with it, got none")
     weights_of(config.teacher_weight, count)
@@ -234,6 +240,10 @@ def open_all(options: TrainArguments, config: XTokenConfig) -> tuple[list[Any], 
     held_out = [open_data(one, "eval_data") for one in options.eval_data or []]
     if options.streaming and (len(train) > 1 or is_path(train[0]) or options.teacher_cache):
         raise ValueError("--streaming: expected one dataset of the Hub in --data, and no --teacher_cache")
+    if config.dataset_num_proc is not None and all(map(is_path, [*train, *held_out])):
+        raise ValueError(
+            "--dataset_num_proc: expected a dataset of the Hub with it, since files are read by one process"
+        )
     if has_chats([*train, *held_out], config.text_column):
         for source in dict.fromkeys([str(options.student), *tokenizers_of(options)]):
             if source == SELF:

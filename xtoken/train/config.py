@@ -239,6 +239,10 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         for quantization in self.teacher_quantization or []:
             quantization_config(quantization)
         check_choice(self.scaling, "scaling", SCALINGS)
+        if self.scaling == "fixed" and self.max_scale not in (DEFAULT_MAX_SCALE, float("inf")):
+            raise ValueError(
+                f"max_scale: expected scaling='dynamic' with it, whose factor it bounds, got {self.max_scale}"
+            )
         check_choice(self.teacher_mode, "teacher_mode", TEACHER_MODES)
         if self.teacher_column is not None and self.teacher_mode == "average":
             raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")

@@ -217,6 +217,10 @@ class XTokenTrainer(Trainer):
             teacher_weighting="entropy" if args.teacher_mode == "entropy" else "fixed",
         )  # fmt: skip
         self._projection_steps = ProjectionSteps(self) if list(self.criterion.parameters()) else None
+        if self._projection_steps is None and args.projection_learning_rate != XTokenConfig.projection_learning_rate:
+            raise ValueError(
+                "projection_learning_rate: expected learn_projection with it, got no weights of W to train"
+            )
         if self._projection_steps is not None:
             if self._scales_gradients():
                 raise ValueError(
