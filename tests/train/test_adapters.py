@@ -14,7 +14,7 @@ from comparer import assert_close
 from small import SMALL_TEXTS, collate, command, encode, history, make_config, make_model, make_teacher, with_adapters
 
 from xtoken.cli import main
-from xtoken.train import XTokenTrainer, adapters, checkpoints, load_model
+from xtoken.train import XTokenTrainer, adapters, checkpoints, load_model, load_tokenizer
 from xtoken.train.adapters import AdapterArguments, add_lora, check_checkpoint, prepare
 from xtoken.train.limits import head_rows, most_positions
 from xtoken.train.packing import packing_fault
@@ -60,6 +60,11 @@ def test_the_command_trains_and_merges(whole, folders):
         assert_close(logits(made), want, rtol=1e-4, atol=1e-5)
     changed = {name for name, one in merged.state_dict().items() if not torch.equal(one, own[name])}
     assert {name for name in own if "proj" in name} == changed
+    tokenizer = load_tokenizer(whole)  # the student as it was stored knew of no such tokens
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        own_id, generated = getattr(merged.config, name), getattr(merged.generation_config, name)
+        assert own_id == getattr(tokenizer, name)
+        assert generated in (own_id, [own_id])
 
 
 @pytest.mark.slow
@@ -157,7 +162,7 @@ def test_embeddings_that_are_trained_whole(student_tok, teacher_tok, tmp_path, i
     trained.save_pretrained(tmp_path)
     want = logits(trained)
     student().save_pretrained(tmp_path / "base")
-    adapters.save_merged(student(), tmp_path)
+    adapters.save_merged(student(), tmp_path, trained)
     merged = type(student()).from_pretrained(tmp_path)
     before = student()
     assert_close(logits(merged), want, rtol=1e-4, atol=1e-5)

@@ -211,11 +211,20 @@ def merged(model: Any, folder: Any) -> Any:
     return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
 
 
-def save_merged(model: Any, folder: Path) -> None:
-    """Saves the model with the adapter that lies in a folder added to its weights, and the adapter in ``adapter``."""
+def save_merged(model: Any, folder: Path, trained: Any) -> None:
+    """Saves the model with the adapter that lies in a folder added to its weights, and the adapter in ``adapter``.
+
+    Tokens that begin and end a text, and how it is generated, are those of `trained`, which a Trainer has aligned with
+    its tokenizer.
+    """
     aside = folder / ASIDE
     aside.mkdir(exist_ok=True)
     for name in FILES:
         if (folder / name).exists():
             (folder / name).replace(aside / name)
-    merged(model, aside).save_pretrained(folder)
+    made = merged(model, aside)
+    made.generation_config = trained.generation_config
+    ours, theirs = (one.config.get_text_config() for one in (made, trained))
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(ours, name, getattr(theirs, name))
+    made.save_pretrained(folder)

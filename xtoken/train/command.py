@@ -391,7 +391,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
         stored, _ = load_model(
             str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code
         )
-        adapters.save_merged(stored, Path(folder))
+        adapters.save_merged(stored, Path(folder), trainer.model)
     if config.process_index:
         return None
     return {"output": folder, "steps": trainer.state.global_step, "log": trainer.state.log_history}
