@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,11 @@ import torch
 import transformers
 from comparer import assert_close
 from default_losses import DEFAULT
-from small import SMALL_TEXTS, collate, encode, make_model, make_tokenizer, make_trainer
+from small import SMALL_TEXTS, collate, encode, make_config, make_model, make_tokenizer, make_trainer
 
 from xtoken import Aligner, LinearLogits, PieceIndex, ProjectionMatrix, Teacher, Vocabulary, XTokenLoss
 from xtoken.losses import Needs, registered
-from xtoken.train import TeacherModel, XTokenCollator
+from xtoken.train import TeacherModel, XTokenCollator, XTokenTrainer
 from xtoken.train.limits import Limits, check_head, most_positions
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -195,3 +196,22 @@ def test_training_with_heads_that_lack_special_tokens(tmp_path, toks):
                 "labels": [*examples[0]["labels"], -100]}]  # fmt: skip
     with pytest.raises(ValueError, match=rf"student: expected token ids below {len(student_tok) - 1}, the rows of it"):
         trainer.evaluate(spoiled)
+
+
+@pytest.mark.parametrize("own", [None, 5])
+def test_a_pad_token_beyond_the_rows_stays_out_of_the_configuration(tmp_path, toks, own):
+    """The Trainer takes it over from the tokenizer, and the student could not be loaded again."""
+    student_tok, _ = (copy.copy(one) for one in toks)
+    student_tok.pad_token = "<image_soft_token>"
+    teacher = TeacherModel(Teacher(), make_model(len(student_tok), 1), student_tok)
+    examples = encode(SMALL_TEXTS[:4], student_tok, None)
+    model = make_model(student_tok.pad_token_id, 0)
+    model.config.pad_token_id = model.generation_config.pad_token_id = own
+    trainer = XTokenTrainer(
+        model, make_config(tmp_path, max_steps=1), [teacher], collate, examples, processing_class=student_tok
+    )
+    trainer.train()
+    trainer.save_model()
+    loaded = transformers.LlamaForCausalLM.from_pretrained(tmp_path)
+    assert loaded.config.pad_token_id == loaded.generation_config.pad_token_id == own
+    assert loaded.config.eos_token_id == student_tok.eos_token_id

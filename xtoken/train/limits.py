@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from xtoken.vocabulary import Vocabulary
 
@@ -119,3 +120,22 @@ class Limits:
         if side.get("attention_mask") is not None:
             is_padding |= side["attention_mask"] == 0
         return torch.where(is_padding, ids.clamp_max(self.rows - 1), ids)
+
+
+class KnownPad(TrainerCallback):
+    """Gives a model its own pad token back where the Trainer has taken over one from the tokenizer that is beyond its
+    rows: with that in its configuration it could not be loaded."""
+
+    def __init__(self, model: Any, rows: int) -> None:
+        self.rows = rows
+        self.own = [getattr(one, "pad_token_id", None) for one in self._configs(model)]
+
+    @staticmethod
+    def _configs(model: Any) -> tuple[Any, Any]:
+        return text_config(model), getattr(model, "generation_config", None)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """The Trainer has done so by then."""
+        for config, own in zip(self._configs(kwargs["model"]), self.own, strict=True):
+            if (getattr(config, "pad_token_id", None) or 0) >= self.rows:
+                config.pad_token_id = own

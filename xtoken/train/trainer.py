@@ -39,7 +39,7 @@ from .encode import ExampleEncoder
 from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
 from .itself import Averages, StudentTeacher
-from .limits import Limits, head_rows
+from .limits import KnownPad, Limits, head_rows
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .plot import draw_curves
@@ -205,6 +205,8 @@ class XTokenTrainer(Trainer):
         for teacher in self.teachers:
             teacher.place(args.device)
         self._limits = Limits.of(self.model, self.vocabulary, "student")
+        if self._limits.rows is not None:
+            self.add_callback(KnownPad(self.model, self._limits.rows))
         objectives = self._objectives()
         size = None
         if self.vocabulary is not None and not any(one.shape is not None for one in objectives):
