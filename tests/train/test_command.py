@@ -269,6 +269,7 @@ def test_teachers_of_the_same_name(folders, tmp_path, capsys):
 def test_weights_and_losses():
     assert weights_of(None, 1) == [1.0]
     assert weights_of(None, 2) == [0.5, 0.5]
+    assert weights_of(None, 2, selects=True) == [1.0, 1.0]
     assert weights_of([0.2], 2) == [0.8, 0.2]
     assert weights_of([0.3], 1) == [0.3]
     with pytest.raises(ValueError, match="teacher_weight: expected one for each of the 3 teachers, got 1"):

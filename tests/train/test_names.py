@@ -79,6 +79,15 @@ def test_teachers_of_all_kinds(folders, tmp_path, student_tok, teacher_tok):
     assert {f"kd/{one.name}" for one in trainer.teachers} <= trainer.state.log_history[0].keys()
 
 
+def test_the_selected_teacher_counts_as_it_would_alone(folders, tmp_path):
+    found = []
+    for teachers, options in (([folders["twin"]], {}), ([folders["twin"]] * 2, {"teacher_mode": "select"})):
+        args = make_config(tmp_path, **options)
+        trainer = XTokenTrainer(folders["student"], args, teachers, eval_dataset=ROWS[:4])
+        found.append(trainer.evaluate()["eval_kd"])
+    assert found[1] == pytest.approx(found[0], rel=1e-6)
+
+
 def test_a_teacher_by_name(folders, student_tok, teacher_tok, tmp_path):
     """`TeacherModel.build` is strict with options, learns from texts, and says what it lacks."""
     template = tmp_path / "t.jinja"

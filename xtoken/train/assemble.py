@@ -119,7 +119,7 @@ def build_teachers(
     losses, tops, systems, quantized = (
         one_each(getattr(args, name), default, len(named), name) for name, default in OF_EACH.items()
     )
-    weights = weights_of(args.teacher_weight, len(named))
+    weights = weights_of(args.teacher_weight, len(named), args.teacher_mode == "select")
     if args.teacher_average is not None and SELF not in [given[k] for k in named]:
         raise ValueError(f"teacher_average: expected a teacher {SELF!r} with it, got none")
     if any(given[k] == SELF and one != "none" for k, one in zip(named, quantized, strict=True)):

@@ -194,7 +194,7 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     teacher_weight: list[float] | None = option(
         None,
         "weight of each teacher's loss; one fewer than teachers: the first has what is missing to 1; "
-        "default 1 for one teacher, equal shares of 1 for several",
+        "default 1 for one teacher, or each with --teacher_mode select; else equal shares of 1",
         action="extend",
     )
     loss_options: dict[str, Any] | str | None = option(None, "options of the losses, as JSON")

@@ -212,11 +212,11 @@ def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) 
     return values * count if len(values) == 1 else values
 
 
-def weights_of(given: Sequence[float] | None, count: int) -> list[float]:
-    """The teachers' weights: equal shares of 1 if none are given, and of one fewer than teachers the first is what is
-    missing to 1."""
+def weights_of(given: Sequence[float] | None, count: int, selects: bool = False) -> list[float]:
+    """The teachers' weights: equal shares of 1 if none are given, or 1 where one of them is selected; and of one fewer
+    than teachers the first is what is missing to 1."""
     if given is None:
-        return [1.0 / count] * count
+        return [1.0 if selects else 1.0 / count] * count
     if len(given) == count - 1:
         given = [1.0 - sum(given), *given]
     if len(given) != count:
