@@ -26,7 +26,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,7 +101,7 @@ class Loop:
     arch: str
     instructions: int
     least: int
-    """Instructions on the shortest way through it."""
+    """Instructions on the shortest way through it that copies a vector ahead, and gathers if there are gathers."""
     copies: int
     """Instructions that start an asynchronous copy."""
     stores: int
@@ -272,23 +272,32 @@ def copying_loops(listing: str) -> list[tuple[str, int, int, int, int, int]]:
             if first > ends[-1] and any(first <= n <= last for n in groups):
                 ends.append(last)
                 body = code[first : last + 1]
-                least = shortest_way(code, labels, first, last)
                 inner = [range(to, n + 1) for n, to in jumps.items() if first < to <= n < last]
                 single = {n for one in inner if not any(group in one for group in groups) for n in one}
-                started = sum("LDGSTS" in text and first + n not in single for n, (_, text, _) in enumerate(body))
+                copies = {n for n in range(first, last + 1) if "LDGSTS" in code[n][1] and n not in single}
+                gathers = {n for n in range(first, last + 1) if "LDG.E.U16" in code[n][1]}
+                least = shortest_way(code, labels, first, last, [some for some in (copies, gathers) if some])
                 stores = sum(re.search(r"\bSTG\b", text) is not None for _, text, _ in body)
                 kernel = function[: function.index(":")]
-                found.append((kernel, len(body), least, started, stores, copies_ahead(body)))
+                found.append((kernel, len(body), least, len(copies), stores, copies_ahead(body)))
     return found
 
 
-def shortest_way(code: Sequence[tuple[int, str, int]], labels: Mapping[str, int], first: int, last: int) -> int:
-    """Instructions on the shortest way from one to another, both with it."""
-    steps, reached = {first: 1}, deque([first])
+def shortest_way(
+    code: Sequence[tuple[int, str, int]],
+    labels: Mapping[str, int],
+    first: int,
+    last: int,
+    through: Sequence[Collection[int]] = (),
+) -> int:
+    """Instructions on the shortest way from one to another, both with it, through one of each of some."""
+    start = (first, frozenset[int]())  # which of `through` have been passed before
+    steps, reached = {start: 1}, deque([start])
     while reached:
-        at = reached.popleft()
-        if at == last:
-            return steps[at]
+        at, before = reached.popleft()
+        passed = before | {n for n, some in enumerate(through) if at in some}
+        if at == last and len(passed) == len(through):
+            return steps[at, before]
         text = code[at][1]
         following = [at + 1]
         if "BRA" in text:
@@ -298,9 +307,9 @@ def shortest_way(code: Sequence[tuple[int, str, int]], labels: Mapping[str, int]
         elif re.match(r"(EXIT|RET)\b", text):
             following = []
         for one in following:
-            if first <= one <= last and one not in steps:
-                steps[one] = steps[at] + 1
-                reached.append(one)
+            if first <= one <= last and (one, passed) not in steps:
+                steps[one, passed] = steps[at, before] + 1
+                reached.append((one, passed))
     raise ValueError(f"no way leads from {code[first][0]:#x} to {code[last][0]:#x}")
 
 

@@ -150,6 +150,8 @@ def test_the_shortest_way_through_a_loop():
     code = [(16 * n, f"{text} `({label})" if label else text, 0) for n, (text, label) in enumerate(branches)]
     labels = {".L_begin": 0, ".L_near": 4, ".L_far": 6}
     assert cuda_resources.shortest_way(code, labels, 0, 7) == 3
+    assert cuda_resources.shortest_way(code, labels, 0, 7, [{2, 3}]) == 6
+    assert cuda_resources.shortest_way(code, labels, 0, 7, [{1, 2}, {5}]) == 6
     assert cuda_resources.shortest_way(code[:1] + code[2:], {**labels, ".L_far": 5}, 1, 6) == 4
 
 

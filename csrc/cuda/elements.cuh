@@ -72,17 +72,15 @@ __device__ T* row_of(const Logits& logits, int64_t r) {
 class Ring {
   public:
     static constexpr int depth = 4;
-    // Shared memory for so many slots a copy.
-    static __host__ __device__ constexpr size_t bytes(int slots, int threads) {
-        return size_t{16} * depth * slots * threads;
-    }
+    // Shared memory for so many slots a copy. Those of the largest block, so that distances are constants.
+    static __host__ __device__ constexpr size_t bytes(int slots) { return size_t{16} * depth * slots * max_threads; }
 
     __device__ Ring() {
         XTOKEN_DYNAMIC_SHARED(uint4, memory);
         first_ = memory + threadIdx.x;
     }
     // Slot k of the oldest copy, which is the newest one's after push.
-    __device__ uint4* slot(int k) const { return first_ + (k * depth + place_) * static_cast<int>(blockDim.x); }
+    __device__ uint4* slot(int k) const { return first_ + place_ * max_threads + k * depth * max_threads; }
     // What was started since the last call is the newest copy.
     __device__ void push() {
         static_assert((depth & (depth - 1)) == 0, "a power of two");
@@ -157,6 +155,12 @@ struct Row {
     __device__ Row kept(Keep how) const {
         Row row = *this;
         row.keep = how;
+        return row;
+    }
+    // What begins with element i.
+    __device__ Row from(int i) const {
+        Row row = *this;
+        row.data = in_register(data + i);
         return row;
     }
     __device__ void take(const Ring& ring, float (&x)[vector]) const {
@@ -292,24 +296,26 @@ struct AnyRow {
     // Elements at N places, 0 where a place is negative.
     template <int N>
     __device__ void gather(const int32_t* places, float (&x)[N]) const {
-        uint32_t bits[N];
+        uint32_t bits[N] = {};
         gather_bits(places, bits);
         gathered(bits, x);
     }
-    // The same in two steps: the loads may be long under way before their elements are used. `or_lowest`: -inf where a
-    // place is negative.
+    // The same in two steps: the loads may be long under way before their elements are used. Where a place is negative
+    // bits stay as they are, or with `or_lowest` become those of -inf.
     template <bool or_lowest = false, int N>
     __device__ void gather_bits(const int32_t* places, uint32_t (&bits)[N]) const {
         if (type == Element::float32) {
-            constexpr uint32_t none = or_lowest ? 0xff800000u : 0;
 #pragma unroll
-            for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? none : reinterpret_cast<const uint32_t*>(data)[places[k]];
+            for (int k = 0; k < N; ++k) {
+                if constexpr (or_lowest) bits[k] = 0xff800000u;
+                if (places[k] >= 0) bits[k] = reinterpret_cast<const uint32_t*>(data)[places[k]];
+            }
         } else {
-            const uint32_t none = !or_lowest ? 0 : type == Element::bfloat16 ? 0xff80u : 0xfc00u;
 #pragma unroll
-            for (int k = 0; k < N; ++k)
-                bits[k] = places[k] < 0 ? none : load_kept(keep, reinterpret_cast<const uint16_t*>(data) + places[k]);
+            for (int k = 0; k < N; ++k) {
+                if constexpr (or_lowest) bits[k] = type == Element::bfloat16 ? 0xff80u : 0xfc00u;
+                if (places[k] >= 0) bits[k] = load_kept(keep, reinterpret_cast<const uint16_t*>(data) + places[k]);
+            }
         }
     }
     template <int N>
@@ -386,7 +392,7 @@ struct BitRow {
     };
     template <int N>
     __device__ void load(const Ring& ring, int i, int first) const {
-        copy_async<4>(ring.slot(first), words + i / 8);
+        copy_async<4>(ring.slot(first), words + static_cast<unsigned>(i) / 8);
     }
     template <int N>
     __device__ void take_beside(const Ring& ring, int i, Elements<N>& x) const {

@@ -47,7 +47,7 @@ void launch_shared(const char* what, void (*kernel)(Parameters...), size_t share
 template <typename... Parameters, typename... Arguments>
 void launch_items(const char* what, void (*kernel)(Parameters...), int slots, const Launch& shape, int64_t items,
                   const Arguments&... arguments) {
-    launch_shared(what, kernel, Ring::bytes(slots, shape.threads), shape, items, arguments...);
+    launch_shared(what, kernel, Ring::bytes(slots), shape, items, arguments...);
 }
 
 }  // namespace xtoken::cuda

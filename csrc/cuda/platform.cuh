@@ -75,11 +75,15 @@ __device__ __forceinline__ T* base(T* pointer) {
     return static_cast<T*>(__cvta_global_to_generic(address));
 }
 
-// The same pointer, which the compiler does not derive anew from its parts at each use.
+// The same value, which the compiler does not derive anew from its parts at each use.
 template <typename T>
 __device__ __forceinline__ T* in_register(T* pointer) {
     asm("" : "+l"(pointer));
     return pointer;
+}
+__device__ __forceinline__ uint32_t in_register(uint32_t value) {
+    asm("" : "+r"(value));
+    return value;
 }
 
 // Asynchronous copies (PTX ISA, cp.async): started one by one, committed as a group, there for the thread that started
@@ -152,7 +156,7 @@ __device__ __forceinline__ void read_copied(const void* from, uint32_t (&words)[
 template <typename T>
 class InShared {
   public:
-    __device__ __forceinline__ explicit InShared(const T* values) : address_(shared_address(values)) {}
+    __device__ __forceinline__ explicit InShared(const T* values) : address_(in_register(shared_address(values))) {}
     __device__ __forceinline__ T operator[](int i) const {
         static_assert(sizeof(T) == 8, "two words");
         uint32_t words[2];

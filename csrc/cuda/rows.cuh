@@ -108,21 +108,23 @@ __device__ void each_column(const R& row, const int32_t* chosen, int columns, Bo
 // Where each_partner's body does not look at places.
 struct NoPlaces {};
 
-// Copies the places of a vector into the slots behind the row's: one by one where they are not aligned to 16 bytes.
-template <int N>
-__device__ void copy_places(const Ring& ring, const int32_t* from, bool by_four) {
+// Copies the places of a vector into the slots behind the row's, and the row's vector by `copy_beside`, which is in
+// both branches since copies side by side take fewer instructions. One by one where places are not aligned to 16 bytes.
+template <int N, typename Copy>
+__device__ void copy_places(const Ring& ring, const int32_t* from, bool by_four, Copy copy_beside) {
     if (by_four) {
 #pragma unroll
         for (int k = 0; k < N; k += 4) copy_async<16, (N > 4)>(ring.slot(1 + k / 4), from + k);
-        return;
+        return copy_beside();
     }
+    copy_beside();
 #pragma unroll 1  // not by predicates, which the usual case would pay for
     for (int k = 0; k < N; ++k) copy_async<4>(reinterpret_cast<int32_t*>(ring.slot(1 + k / 4)) + k % 4, from + k);
 }
 
-// The elements x of z from i on, and those of another row at `places` (negative: 0): body(i, x, place, y), elements
-// shared out as by each_pair. Gathers are a vector ahead of their use. Without `with_places` the body must not look at
-// them, and y is -inf where a place is negative.
+// The elements x of z from i on, and those of another row at `places` (negative: any of them, or 0): body(i, x, place,
+// y), elements shared out as by each_pair. Gathers are a vector ahead of their use. Without `with_places` the body must
+// not look at them, and y is -inf where a place is negative.
 template <bool with_places = true, typename R, typename Body>
 __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* places, int size, Body body) {
     constexpr int N = R::vector;
@@ -132,19 +134,19 @@ __device__ void each_partner(const R& z, const AnyRow& other, const int32_t* pla
         const int at = i < head ? i : i + whole;
         const float x[1] = {z[at]};
         const int32_t place[1] = {places[at]};
-        uint32_t bits[1];
+        uint32_t bits[1] = {};
         other.template gather_bits<!with_places>(place, bits);
         float y[1];
         other.gathered(bits, y);
         body(at, x, place, y);
     }
     const bool by_four = reinterpret_cast<uintptr_t>(places + head) % 16 == 0;
+    const R vectors = z.from(head);
     const auto start = [&](int v) { return head + v * N; };
     Ring ring;
     const auto load = [&](int v) {
         if (v < count) {
-            z.load(ring, start(v));
-            copy_places<N>(ring, places + start(v), by_four);
+            copy_places<N>(ring, places + start(v), by_four, [&] { vectors.load(ring, v * N); });
         }
         ring.push();
     };
@@ -189,7 +191,8 @@ class Written {
   public:
     __device__ Written(const Row<T>& order, T* out)
         : out_(base(out)),
-          together_((reinterpret_cast<uintptr_t>(order.data) - reinterpret_cast<uintptr_t>(out)) % 16 == 0) {}
+          apart_(in_register(static_cast<uint32_t>(
+              (reinterpret_cast<uintptr_t>(order.data) - reinterpret_cast<uintptr_t>(out)) % 16))) {}
 
     // From i on; with one more element than one, a vector of `order`.
     template <int N>
@@ -197,16 +200,17 @@ class Written {
         T result[N];
 #pragma unroll
         for (int k = 0; k < N; ++k) narrow(g[k], result[k]);
+        T* out = in_register(out_ + i);
         if constexpr (N > 1) {
-            if (together_) {
+            if (apart_ == 0) {
                 uint4 raw;
                 memcpy(&raw, result, sizeof raw);
-                __stcs(reinterpret_cast<uint4*>(out_ + i), raw);  // not read again: keeps the rows in L2
+                __stcs(reinterpret_cast<uint4*>(out), raw);  // not read again: keeps the rows in L2
                 return;
             }
         }
 #pragma unroll
-        for (int k = 0; k < N; ++k) out_[i + k] = result[k];
+        for (int k = 0; k < N; ++k) out[k] = result[k];
     }
     // Zeros from `begin` up to `end`.
     __device__ void fill(int begin, int end) const {
@@ -225,7 +229,7 @@ class Written {
 
   private:
     T* out_;
-    bool together_;
+    uint32_t apart_;  // bytes modulo 16
 };
 
 // Writes a row: each(body) calls body(i, x, ...) as each_pair and its like do for the elements x of `z` from i on, and
@@ -265,10 +269,10 @@ __device__ void each_slice(const Lists& lists, Body body) {
 // Goes over a warp's slices of SELL-C-sigma lists (C = 32): lane l of slice k has four entries at a time, those from 32
 // (start[k] + i) + 4 l on, i a multiple of 4. Of the first `shared` slices all lanes have a part of one list, else each
 // lane has a list of its own, or none (list >= lists).
-//   load(ring, at)        starts to copy four entries
-//   fetch(ring, ahead)    starts to load what they name, into an Ahead
-//   add(ahead, next)      adds what has been fetched; calls next() when it has taken it out of `ahead`
-//   end(list, of_all)     behind a list, of all lanes if `of_all`
+//   load(ring, at)          starts to copy four entries
+//   fetch(ring, ahead)      starts to load what they name, into an Ahead
+//   add(ring, ahead, next)  adds what has been fetched; calls next() when it has taken it out of `ahead` and the copy
+//   end(list, of_all)       behind a list, of all lanes if `of_all`
 // Copies are as far ahead as those of a row, what is fetched one step.
 template <typename Ahead, typename Lists, typename Load, typename Fetch, typename Add, typename End>
 __device__ __forceinline__ void each_slice(const Lists& lists, Load load, Fetch fetch, Add add, End end) {
@@ -305,7 +309,7 @@ __device__ __forceinline__ void each_slice(const Lists& lists, Load load, Fetch 
                 const int end_of_slice = __shfl_sync(all_lanes, ends, n);
 #pragma unroll 1
                 for (; i < end_of_slice; i += step) {
-                    add(ahead, [&] {
+                    add(ring, ahead, [&] {
                         copy(i + Ring::depth * step);
                         ring.wait();
                         if (i + step < last) fetch(ring, ahead);

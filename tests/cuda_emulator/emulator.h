@@ -139,6 +139,7 @@ template <typename T>
 T* in_register(T* pointer) {
     return pointer;
 }
+inline uint32_t in_register(uint32_t value) { return value; }
 inline float largest(float x, float y) { return x != x ? x : x < y ? y : x; }
 inline float fast_log2(float x) {
     if (__builtin_fabsf(x) < 0x1p-126f) x = 0.0f;

@@ -198,7 +198,7 @@ void kd(const KdParams& params, const Launch& launch) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
         auto* kernel = params.divergence.is_mixed() ? kd_kernel<S, true> : kd_kernel<S, false>;
         const int slots = 1 + AnyRow::slots(params.teacher.type);
-        launch_chunks("kd", kernel, Ring::bytes(slots, launch.threads), launch, params);
+        launch_chunks("kd", kernel, Ring::bytes(slots), launch, params);
     });
 }
 

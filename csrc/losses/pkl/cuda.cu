@@ -86,7 +86,8 @@ struct QuickPowers {
     explicit __device__ QuickPowers(const Powers<precise>& p) : scale(p.scale) {
         const double exact = static_cast<double>(p.top) * static_cast<double>(scale) + static_cast<double>(p.shift);
         offset = static_cast<float>(exact);
-        factor = ::exp((static_cast<double>(offset) - exact) * Powers<precise>::unit);
+        const double x = (static_cast<double>(offset) - exact) * Powers<precise>::unit;
+        factor = 1.0 + x * (1.0 + 0.5 * x);  // e^x: x is at most 2^-25 of the offset
     }
     __device__ float power(float x) const { return Powers<precise>::power_of(fmaf(x, scale, -offset)); }
     template <int N>
@@ -104,11 +105,14 @@ constexpr bool is_bits<BitRow<ahead>> = true;
 
 // One pass over (the chosen elements of) a row: what a thread adds up, relative to the largest element of one of its
 // vectors, then the sums over the block. The student's row (not `with_entropy`) is scanned for its largest element too,
-// and its lowest logits are left out, since that is seldom wrong: `clamped_sums`.
-template <bool precise, bool with_entropy>
+// and its lowest logits are left out, since that is seldom wrong: `clamped_sums`. `quick`: an exponent is one product
+// and difference to the rounded offset of the largest element, whose power, found by the same instruction, the sums of
+// the block are divided by, so that of one element alone the sum is 1.
+template <bool precise, bool with_entropy, bool quick>
 class PowersOf {
   public:
-    __device__ PowersOf(float lowest, float temperature) : lowest_(lowest), p_(lowest, temperature) {}
+    __device__ PowersOf(float lowest, float temperature)
+        : lowest_(lowest), p_(lowest, temperature), offset_(__fmul_rn(lowest, p_.scale)) {}
 
     template <typename R, typename Weights>
     __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
@@ -175,7 +179,8 @@ class PowersOf {
         float sum = 0.0f;
 #pragma unroll
         for (int k = 0; k < N; ++k) {
-            exponent[k] = (may_be_clamped ? largest(x[k] - p_.top, p_.floor) : x[k] - p_.top) * p_.scale;
+            exponent[k] = quick ? fmaf(may_be_clamped ? at_least(x[k], lowest_) : x[k], p_.scale, -offset_)
+                                : (may_be_clamped ? largest(x[k] - p_.top, p_.floor) : x[k] - p_.top) * p_.scale;
             e[k] = p_.power_of(exponent[k]);
             sum = k == 0 ? e[k] : sum + e[k];
         }
@@ -202,21 +207,27 @@ class PowersOf {
         }
     }
     __device__ void rescale(float top) {
-        const float fall = (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
+        const float offset = __fmul_rn(top, p_.scale);
+        const float fall = quick ? offset_ - offset : (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
         if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, total_, entropy_);
         total_ *= shrink;
         weighted_ *= shrink;
         largest_ *= shrink;
         p_.set_top(top, lowest_);
+        offset_ = offset;
     }
     __device__ PowerSums<precise> over_block(Sums& shared) const {
-        double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_), static_cast<double>(entropy_)};
+        const float rounding = quick ? fmaf(p_.top, p_.scale, -offset_) : 0.0f;
+        double sums[3] = {static_cast<double>(total_), static_cast<double>(weighted_),
+                          static_cast<double>(entropy_) - static_cast<double>(__fmul_rn(rounding, total_))};
         block_sum(sums, shared);
-        return {p_, sums[0], sums[1], sums[2], place_};
+        const auto top = static_cast<double>(p_.power_of(rounding));
+        return {p_, sums[0] / top, sums[1] / top, sums[2] / top, place_};
     }
 
     float lowest_;
     Powers<precise> p_;
+    float offset_;  // of exponents
     float total_ = 0.0f, weighted_ = 0.0f, entropy_ = 0.0f;
     float largest_ = -1.0f;  // sum of a vector, without weights
     int place_ = -1;         // of that vector, -2 - place of an element outside of vectors; then of the largest element
@@ -250,23 +261,21 @@ struct Numbers {
     }
 };
 
-// Four entries of a list: what they name, and their weights.
+// Four of something.
 template <typename T>
-struct Entries {
+struct Four {
     T value[4];
-    float weight[4];
 };
 
 // `factor` times sums of value(get(index)) over lists, into sums[-1 - list]. Returns the sum of those that this thread
 // writes. `ahead`: all are wanted, and what they name is near.
 template <bool ahead, typename Get, typename Value>
 __device__ __forceinline__ float sum_lists(const SumLists& lists, float* sums, float factor, Get get, Value value) {
-    using Four = Entries<decltype(get(0))>;
     float total = 0.0f, written = 0.0f;
     const int lane = static_cast<int>(threadIdx.x) % warp_size, long_lists = lists.count - lists.few;
     const auto is_wanted = [&](int list) { return ahead || lists.wanted == nullptr || lists.wanted[list] != 0; };
     const auto write = [&](int list, float sum) {
-        sums[-1 - list] = sum * factor;
+        sums[~list] = sum * factor;
         written += sum * factor;
     };
     const auto end = [&](int list, bool of_all, bool wanted) {
@@ -277,32 +286,27 @@ __device__ __forceinline__ float sum_lists(const SumLists& lists, float* sums, f
         total = 0.0f;
     };
     if constexpr (ahead) {
-        each_slice<Four>(
+        each_slice<Four<decltype(get(0))>>(
             lists,
             [&](const Ring& ring, int at) {
                 copy_async<16>(ring.slot(0), lists.index + at);
                 copy_async<16>(ring.slot(1), lists.weight + at);
             },
-            [&](const Ring& ring, Four& four) {
-                uint32_t index[4], weight[4];
+            [&](const Ring& ring, auto& named) {
+                uint32_t index[4];
                 read_copied(ring.slot(0), index);
+#pragma unroll
+                for (int k = 0; k < 4; ++k) named.value[k] = get(static_cast<int>(index[k]));
+            },
+            [&](const Ring& ring, const auto& named, auto fetch_next) {
+                float x[4];
+                uint32_t weight[4];
                 read_copied(ring.slot(1), weight);
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    four.value[k] = get(static_cast<int>(index[k]));
-                    four.weight[k] = __uint_as_float(weight[k]);
-                }
-            },
-            [&](const Four& four, auto fetch_next) {
-                float x[4], weight[4];
-#pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    x[k] = value(four.value[k]);
-                    weight[k] = four.weight[k];
-                }
+                for (int k = 0; k < 4; ++k) x[k] = value(named.value[k]);
                 fetch_next();
 #pragma unroll
-                for (int k = 0; k < 4; ++k) total = fmaf(weight[k], x[k], total);
+                for (int k = 0; k < 4; ++k) total = fmaf(__uint_as_float(weight[k]), x[k], total);
             },
             [&](int list, bool of_all) { end(list, of_all, list < long_lists); });
     } else {
@@ -321,12 +325,14 @@ __device__ __forceinline__ float sum_lists(const SumLists& lists, float* sums, f
         });
     }
     const int behind = lists.start[lists.slices] * warp_size;
+    const int32_t* index_of_few = in_register(base(lists.index) + behind);
+    const float* weight_of_few = in_register(base(lists.weight) + behind);
     const int thread = static_cast<int>(threadIdx.x), threads = static_cast<int>(blockDim.x);
     Ring ring;
     const auto copy = [&](int list) {
         if (list < lists.few) {
-            copy_async<16>(ring.slot(0), lists.index + behind + 4 * list);
-            copy_async<16>(ring.slot(1), lists.weight + behind + 4 * list);
+            copy_async<16>(ring.slot(0), index_of_few + 4 * list);
+            copy_async<16>(ring.slot(1), weight_of_few + 4 * list);
         }
         ring.push();
     };
@@ -353,10 +359,11 @@ __device__ __forceinline__ float sum_lists(const SumLists& lists, float* sums, f
 // Of a block. What all threads know of a chunk and seldom use is here, and not in their registers.
 struct Shared {
     Sums sums;
-    double total, d;    // Z (1 for a mean, then that of each of its rows), D
-    double lift;        // of q and m, see `Both`
-    double of_teacher;  // the loss's part that the teacher alone makes, see `take_total`
-    int peak;           // where more than half of a row's mass is on one token, that token, or -1
+    float shift, to_mass, small;  // for `Both`
+    double total, d;              // Z (1 for a mean, then that of each of its rows), D
+    double lift;                  // of q and m, see `Both`
+    double of_teacher;            // the loss's part that the teacher alone makes, see `take_total`
+    int peak;                     // where more than half of a row's mass is on one token, that token, or -1
 };
 
 template <typename S, Merge merge, bool is_mixed>
@@ -444,6 +451,7 @@ class Chunk {
     static constexpr double unit = Powers<precise>::unit;
     // Whether there are passes for usual chunks: as the registers allow.
     static constexpr bool has_usual = merge == Merge::first && !is_mixed;
+    static constexpr bool is_quick = has_usual && !precise;  // see PowersOf
 
     // What the passes from the fourth on know of the two distributions. Exponents of q: the whole part of the logarithm
     // of the teacher's total is taken off (its powers' shift), the rest, `lift`, multiplies q and m.
@@ -473,7 +481,7 @@ class Chunk {
 
     // Of u, the zero, and the sums: backwards, so that the negative numbers of `row_slot` are indices.
     __device__ float& stored(int n) const { return stored_end_[-1 - n]; }
-    __device__ float* end_of_sums() const { return stored_end_ - plan_.columns - 1; }
+    __device__ float* end_of_sums() const { return in_register(stored_end_ - plan_.columns - 1); }
 
     // Where the chunk's rows begin, and how many there are; asked for anew each time, since registers are scarce.
     __device__ int64_t row() const { return p_.student_rows.start[k_]; }
@@ -506,7 +514,7 @@ class Chunk {
     template <typename Weights, typename Beside>
     __device__ PowerSums<precise> student_powers(const Row<S>& z, const Weights& weights, Beside beside) const {
         if (threadIdx.x == 0) shared_.peak = -1;
-        PowersOf<precise, false> powers(p_.lowest, p_.temperature);
+        PowersOf<precise, false, is_quick> powers(p_.lowest, p_.temperature);
         powers.add(z, nullptr, plan_.students, weights);
         beside();
         PowerSums<precise> found = powers.sums(z, shared_.sums);
@@ -536,7 +544,7 @@ class Chunk {
         }
         // Sums wait for memory, the pass over the teacher's row does not: half of the warps begin with each.
         float sum = 0.0f;
-        PowersOf<precise, true> teacher(p_.lowest, p_.temperature);
+        PowersOf<precise, true, is_quick> teacher(p_.lowest, p_.temperature);
         const int warp = static_cast<int>(threadIdx.x) / warp_size;
 #pragma unroll 1
         for (int turn = 0; turn < 2; ++turn) {
@@ -560,11 +568,12 @@ class Chunk {
         if (teacher_merged() == 1) {
             const PowerSums<precise> found = teacher.sums(shared_.sums);
             both.teacher = found.powers;
-            take_total(both, found, ::log(found.total) / unit);
+            take_total(both, found, [&] { return ::log(found.total) / unit; });
         } else {
             const double log_total = sum_teacher(teacher_merged()) / unit;
             both.y = AnyRow(teacher_sums());
-            PowersOf<precise, true> powers(-1e30f, p_.temperature * teacher_merged());  // sums of logits are finite
+            PowersOf<precise, true, is_quick> powers(-1e30f,
+                                                     p_.temperature * teacher_merged());  // sums of logits are finite
             if (plan_.empty == nullptr) {
                 powers.add(both.y, nullptr, size(), Zeros{});
             } else {
@@ -572,8 +581,9 @@ class Chunk {
             }
             const PowerSums<precise> found = powers.sums(shared_.sums);
             both.teacher = found.powers;
-            take_total(both, found,
-                       log_total - static_cast<double>(both.teacher.top) * static_cast<double>(both.teacher.scale));
+            take_total(both, found, [&] {
+                return log_total - static_cast<double>(both.teacher.top) * static_cast<double>(both.teacher.scale);
+            });
         }
         return both;
     }
@@ -633,19 +643,25 @@ class Chunk {
         return sum;
     }
 
-    // Given the logarithm of the total of the teacher's powers: their shift and the scale of m. In a loss KL(q || m)
-    // what q says of itself is known with it, and m of the columns without entries, which is 0.
-    __device__ void take_total(Both& both, const PowerSums<precise>& f, double log_total) const {
-        const double whole_part = ::rint(log_total), rest = log_total - whole_part, lift = ::exp(rest * unit);
-        both.teacher.shift = static_cast<float>(whole_part);
+    // Finds the shift of the teacher's powers and the scale of m, with log_total() that of all powers. In a loss
+    // KL(q || m) what q says of itself is known with it, and m of the columns without entries, which is 0. By one
+    // thread: it takes many instructions.
+    template <typename LogTotal>
+    __device__ void take_total(Both& both, const PowerSums<precise>& f, LogTotal log_total) const {
         if (threadIdx.x == 0) {
-            const double distance = rest + ::log(static_cast<double>(p_.epsilon)) / unit;
+            const double all = log_total(), whole_part = ::rint(all), rest = all - whole_part;
+            const double lift = ::exp(rest * unit), epsilon = static_cast<double>(p_.epsilon);
+            const double distance = rest + ::log(epsilon) / unit;
             shared_.lift = lift;
-            shared_.of_teacher = ::exp(-log_total * unit) * (f.entropy - whole_part * f.total - f.weighted * distance);
+            shared_.of_teacher = ::exp(-all * unit) * (f.entropy - whole_part * f.total - f.weighted * distance);
+            shared_.shift = static_cast<float>(whole_part);
+            shared_.to_mass = static_cast<float>(lift / shared_.d);
+            shared_.small = static_cast<float>(lift * epsilon);
         }
         __syncthreads();  // these and D are there
-        both.to_mass = static_cast<float>(lift / shared_.d);
-        both.small = static_cast<float>(lift * static_cast<double>(p_.epsilon));
+        both.teacher.shift = shared_.shift;
+        both.to_mass = shared_.to_mass;
+        both.small = shared_.small;
     }
 
     // z of the rows without a pair, close together for the sums of columns; a thread copies two at a time.
@@ -1104,7 +1120,7 @@ void pkl(const PklParams& params, const Launch& launch) {
             return kernel;
         };
         auto* kernel = params.divergence.is_mixed() ? chosen(std::true_type{}) : chosen(std::false_type{});
-        const size_t ring = Ring::bytes(3, launch.threads);  // a row, and a table of four bytes an element
+        const size_t ring = Ring::bytes(3);  // a row, and a table of four bytes an element
         const size_t stored = sizeof(float) * Workspace(params.plan, params.merge, sizeof(S)).stored;
         const bool fits = ring + stored + sizeof(Shared) + queue_bytes <= shared_memory_of_a_block();
         launch_chunks("pkl", kernel, fits ? ring + stored : ring, launch, params,

@@ -61,6 +61,23 @@ struct Events {
     int begin, end;
 };
 
+// Powers of e of scaled logits of 16 bits, relative to one of them. An exponent is a product and a difference to the
+// rounded offset, one instruction: all are `power(top)` times too large.
+struct ScaledPowers {
+    float scale, top, offset;
+
+    __device__ ScaledPowers(float top, float factor)
+        : scale(factor * log2_e), top(top), offset(__fmul_rn(top, scale)) {}
+    __device__ float power(float x) const { return fast_exp2(fmaf(x, scale, -offset)); }
+    // Takes another top; returns the factor of powers so far.
+    __device__ float move(float new_top) {
+        const float before = offset;
+        top = new_top;
+        offset = __fmul_rn(top, scale);
+        return fast_exp2(before - offset);
+    }
+};
+
 // Sums over pairs; `products` are those of weight and D, with logits relative to the tops.
 struct PairSums {
     float z_top, y_top, p, q, products;
@@ -88,7 +105,7 @@ struct Inside {
     const int32_t* ids = nullptr;
     int count = 0;
     int marked = 0;         // events whose tokens have a bit in the workspace
-    Mass ends{0.0f, 0.0f};  // what the other tokens have: exp(z - top) * sum
+    Mass ends{0.0f, 0.0f};  // the slope of what the other tokens have
 };
 
 using Walk = BoundaryWalk<int>;
@@ -233,12 +250,12 @@ class Chunk {
         number_teacher();
         __syncthreads();  // and the teacher's in the order of the events
         left_out_ = leave_out();
-        set_term(sum_boundary(start_, is_usual() ? compare_pairs<true>() : compare_pairs<false>()), shared_.start);
+        set_term(sum_boundary(start_, is_usual() ? compare_usual_pairs() : compare_pairs()), shared_.start);
         if (mixed_) add_mixed_term(start_, true, shared_.start);
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
             shared_.unmatched = start_.student[plan_.events];
-            start_.student[plan_.events] = {-nothing, 0.0f};  // which makes any gradient 0
+            start_.student[plan_.events] = {nothing, 0.0f};  // which makes any gradient 0
         }
         __syncthreads();  // the slopes are there
     }
@@ -306,18 +323,17 @@ class Chunk {
     // Whether the chunk's start is one of those whose pairs have a pass of their own, without choices for an element.
     __device__ bool is_usual() const { return sizeof(S) == 2 && !y_.precise() && !p_.reverse && !left_out_; }
 
-    template <bool usual>
+    // The pairs of any chunk.
     __device__ PairSums compare_pairs() const {
         PairSums sums{p_.lowest, p_.lowest, 0.0f, 0.0f, 0.0f};
         float z_least = 0.0f, y_least = 0.0f;  // the lowest logit, relative to the tops
-        const bool reverse = !usual && p_.reverse;
         const auto add = [&](int i, const auto& x, const auto& slot, const auto& partner) {
             constexpr int N = sizeof(x) / sizeof(float);
             constexpr int M = N < 4 ? N : 4;  // at a time, to keep within the registers
 #pragma unroll
             for (int first = 0; first < N; first += M) {
                 const auto is_pair = [&](int k) {
-                    return slot[first + k] >= 0 && (usual || !left_out_ || left_flags_[i + first + k] == 0);
+                    return slot[first + k] >= 0 && (!left_out_ || left_flags_[i + first + k] == 0);
                 };
                 float z_top = sums.z_top, y_top = sums.y_top;
 #pragma unroll
@@ -336,20 +352,70 @@ class Chunk {
                     z[k] = largest(x[first + k] - z_top, z_least);
                     y[k] = largest(partner[first + k] - y_top, y_least);
                 }
-                scaled_exp(z, inverse_temperature_, !usual && sizeof(S) == 4, e);
-                scaled_exp(y, inverse_temperature_, !usual && y_.precise(), f);
+                scaled_exp(z, inverse_temperature_, sizeof(S) == 4, e);
+                scaled_exp(y, inverse_temperature_, y_.precise(), f);
 #pragma unroll
                 for (int k = 0; k < M; ++k) {
                     if (!is_pair(k)) continue;
                     sums.p += e[k];
                     sums.q += f[k];
                     sums.products =
-                        reverse ? fmaf(e[k], z[k] - y[k], sums.products) : fmaf(f[k], y[k] - z[k], sums.products);
+                        p_.reverse ? fmaf(e[k], z[k] - y[k], sums.products) : fmaf(f[k], y[k] - z[k], sums.products);
                 }
             }
         };
         each_partner(Row<S>(p_.student, row()), y_, plan_.slot, plan_.side[0].size, add);
         return sums;
+    }
+
+    // Those of a usual chunk. Powers are relative to the largest logits of one of a thread's vectors, taken anew where
+    // a vector's sum is too large; what that adds up is relative to the tops at last, by the same instructions, so that
+    // the only pair of a row has the masses 1.
+    __device__ PairSums compare_usual_pairs() const {
+        constexpr float most = 0x1p10f;
+        ScaledPowers z(p_.lowest, inverse_temperature_), y(p_.lowest, inverse_temperature_);
+        float p = 0.0f, q = 0.0f, products = 0.0f;  // products: f times the difference of the logits
+        const auto add = [&](int, const auto& x, const auto& slot, const auto& partner) {
+            constexpr int N = sizeof(x) / sizeof(float);
+            float own[N], other[N], e, f, product;  // the vector's sums
+            const auto find_sums = [&] {
+                e = f = product = 0.0f;
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    const float a = z.power(own[k]), b = y.power(other[k]);
+                    if (slot[k] < 0) continue;
+                    e += a;
+                    f += b;
+                    product = fmaf(b, other[k] - own[k], product);
+                }
+            };
+#pragma unroll
+            for (int k = 0; k < N; ++k) {
+                own[k] = clamped(x[k]);
+                other[k] = clamped(partner[k]);
+            }
+            find_sums();
+            if (e + f > most) {
+                float z_top = z.top, y_top = y.top;
+#pragma unroll
+                for (int k = 0; k < N; ++k) {
+                    z_top = fmaxf(z_top, slot[k] >= 0 ? own[k] : -INFINITY);
+                    y_top = fmaxf(y_top, slot[k] >= 0 ? other[k] : -INFINITY);
+                }
+                p *= z.move(z_top);
+                const float shrink = y.move(y_top);
+                q *= shrink;
+                products *= shrink;
+                find_sums();
+            }
+            p += e;
+            q += f;
+            products += product;
+        };
+        each_partner(Row<S>(p_.student, row()), y_, plan_.slot, plan_.side[0].size, add);
+        const float z_one = z.power(z.top), y_one = y.power(y.top);
+        const float relative = products - __fmul_rn(q, y.top - z.top);
+        return {z.top, y.top, p / z_one, q / y_one, relative / y_one};
     }
 
     // The sums relative to larger logits.
@@ -376,15 +442,15 @@ class Chunk {
         for (int k = 0; k < N; ++k) mass.sum += e[k];
     }
 
-    // Adds the logits of tokens, -inf where there is none.
-    template <int N>
-    __device__ void add_tokens(float (&x)[N], const bool (&is_token)[N], bool precise, Mass& mass) const {
-        const float top = largest_of(x, mass.top);
-        if (!outweighs_lowest(top)) {
+    // Clamps the logits of tokens, -inf where there is none, if the lowest has mass beside `top`. find(is_token) says
+    // where there are tokens.
+    template <int N, typename Find>
+    __device__ void clamp_unless(float top, float (&x)[N], Find find) const {
+        if (outweighs_lowest(top)) return;
+        bool is_token[N];
+        find(is_token);
 #pragma unroll
-            for (int k = 0; k < N; ++k) x[k] = is_token[k] ? clamped(x[k]) : -INFINITY;
-        }
-        add(x, top, precise, mass);
+        for (int k = 0; k < N; ++k) x[k] = is_token[k] ? clamped(x[k]) : -INFINITY;
     }
     template <int N>
     __device__ static float largest_of(const float (&x)[N], float other) {
@@ -403,14 +469,15 @@ class Chunk {
         for (int i = begin; i < end; i += together) {
             int32_t some[together];
             float x[together];
-            bool is_token[together];
 #pragma unroll
-            for (int k = 0; k < together; ++k) {
-                is_token[k] = i + k < end;
-                some[k] = is_token[k] ? tokens[i + k] : -1;
-            }
+            for (int k = 0; k < together; ++k) some[k] = i + k < end ? tokens[i + k] : -1;
             row.gather_or_lowest(some, x);
-            add_tokens(x, is_token, row.precise(), mass);
+            const float top = largest_of(x, mass.top);
+            clamp_unless(top, x, [&](bool (&is_token)[together]) {
+#pragma unroll
+                for (int k = 0; k < together; ++k) is_token[k] = some[k] >= 0;
+            });
+            add(x, top, row.precise(), mass);
         }
         return tempered(mass);
     }
@@ -418,30 +485,35 @@ class Chunk {
     // Calls write(list, mass) with the masses of lists of tokens.
     template <typename R, typename Write>
     __device__ void sum_lists(const TokenLists& lists, const R& row, Write write) const {
-        struct Tokens {
-            int32_t ids[4];
-            typename R::Element logits[4];
+        struct Logits {
+            typename R::Element of[4];
+        };
+        const auto read_tokens = [](const Ring& ring, int32_t (&tokens)[4]) {
+            uint32_t words[4];
+            read_copied(ring.slot(0), words);
+            memcpy(tokens, words, sizeof words);
         };
         Mass mass{p_.lowest, 0.0f};
-        each_slice<Tokens>(
+        each_slice<Logits>(
             lists, [&](const Ring& ring, int at) { copy_async<16>(ring.slot(0), lists.tokens + at); },
-            [&](const Ring& ring, Tokens& ahead) {
-                uint32_t words[4];
-                read_copied(ring.slot(0), words);
-#pragma unroll
-                for (int k = 0; k < 4; ++k) ahead.ids[k] = static_cast<int32_t>(words[k]);
-                row.gather_or_lowest(ahead.ids, ahead.logits);
+            [&](const Ring& ring, Logits& ahead) {
+                int32_t tokens[4];
+                read_tokens(ring, tokens);
+                row.gather_or_lowest(tokens, ahead.of);
             },
-            [&](const Tokens& ahead, auto next) {
+            [&](const Ring& ring, const Logits& ahead, auto next) {
                 float x[4];
-                bool is_token[4];
 #pragma unroll
-                for (int k = 0; k < 4; ++k) {
-                    x[k] = widen(ahead.logits[k]);
-                    is_token[k] = ahead.ids[k] >= 0;
-                }
+                for (int k = 0; k < 4; ++k) x[k] = widen(ahead.of[k]);
+                const float top = largest_of(x, mass.top);
+                clamp_unless(top, x, [&](bool (&is_token)[4]) {
+                    int32_t tokens[4];
+                    read_tokens(ring, tokens);
+#pragma unroll
+                    for (int k = 0; k < 4; ++k) is_token[k] = tokens[k] >= 0;
+                });
                 next();
-                add_tokens(x, is_token, row.precise(), mass);
+                add(x, top, row.precise(), mass);
             },
             [&](int list, bool of_all) {
                 if (of_all) mass = warp_mass(mass, row.precise());
@@ -469,47 +541,45 @@ class Chunk {
 
     // The gradient of tokens of the first row with logits x, these slots, and logits `partner` of the pairs' other
     // halves, without boundaries inside. Where x is below the lowest logit it is none.
-    // `usual`: of a usual chunk at temperature 1, without a mixture and lowest logits, or of any.
-    template <bool usual, typename Masses, int N>
-    __device__ void start_gradients(const Term& term, const Masses& events, int i, const float (&x)[N],
-                                    const int32_t (&slot)[N], const float (&partner)[N], float (&g)[N]) const {
-        constexpr int M = N < 4 ? N : 4;
+    template <int N>
+    __device__ void start_gradients(int i, const float (&x)[N], const int32_t (&slot)[N], const float (&partner)[N],
+                                    float (&g)[N]) const {
+        const Term& term = shared_.start;
 #pragma unroll
-        for (int first = 0; first < N; first += M) {
-            float y[M], e[M], student[M];
-#pragma unroll
-            for (int k = 0; k < M; ++k) {
-                const int32_t to = slot[first + k];
-                Mass own{term.z_centre, term.student};
-                if (to < 0) own = events[-1 - to];
-                e[k] = x[first + k] - own.top;
-                if (!usual && to >= 0) e[k] *= inverse_temperature_;
-                student[k] = own.sum;
-                y[k] = (usual ? partner[first + k] : clamped(partner[first + k])) - term.y_centre;
+        for (int k = 0; k < N; ++k) {
+            const bool is_pair = slot[k] >= 0;
+            g[k] = is_pair ? student_exp(x[k] - term.z_centre) * term.student
+                           : gradient_of(start_.student[~slot[k]], x[k]);
+            const float y = clamped(partner[k]) - term.y_centre, d = (clamped(x[k]) - term.z_centre) - y;
+            if (mixed_ || p_.reverse) {
+                const float mine = mixed_ ? slope(d, term) - term.mean_high : (d - term.mean_high) - term.mean_low;
+                if (is_pair) g[k] *= mine;
+            } else if (is_pair) {
+                g[k] = fmaf(teacher_exp(y), -term.teacher, g[k]);
             }
-            exponentials(e, !usual && sizeof(S) == 4);
-#pragma unroll
-            for (int k = 0; k < M; ++k) g[first + k] = e[k] * student[k];
-            if (!usual && (mixed_ || p_.reverse)) {
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    const float d = (clamped(x[first + k]) - term.z_centre) - y[k];
-                    const float mine = mixed_ ? slope(d, term) - term.mean_high : (d - term.mean_high) - term.mean_low;
-                    if (slot[first + k] >= 0) g[first + k] *= mine;
-                }
-            } else {
-                float f[M];
-                scaled_exp(y, usual ? 1.0f : inverse_temperature_, !usual && y_.precise(), f);
-#pragma unroll
-                for (int k = 0; k < M; ++k) {
-                    if (slot[first + k] >= 0) g[first + k] = fmaf(f[k], -term.teacher, g[first + k]);
-                }
-            }
-            if (!usual && left_out_) {
-#pragma unroll
-                for (int k = 0; k < M; ++k) g[first + k] = left_flags_[i + first + k] != 0 ? 0.0f : g[first + k];
-            }
+            if (left_out_ && left_flags_[i + k] != 0) g[k] = 0.0f;
         }
+    }
+
+    // Those of a usual chunk at temperature 1, without a mixture and lowest logits; slopes are slopes[-slot].
+    template <typename Masses, int N>
+    __device__ static void usual_gradients(const ScaledPowers& z, const ScaledPowers& y, float student, float teacher,
+                                           const Masses& slopes, const float (&x)[N], const int32_t (&slot)[N],
+                                           const float (&partner)[N], float (&g)[N]) {
+#pragma unroll
+        for (int k = 0; k < N; ++k) {
+            const bool is_pair = slot[k] >= 0;
+            Mass own{-z.offset, student};
+            if (!is_pair) own = slopes[-slot[k]];
+            g[k] = fast_exp2(fmaf(x[k], log2_e, own.top)) * own.sum;
+            if (is_pair) g[k] = fmaf(y.power(partner[k]), -teacher, g[k]);
+        }
+    }
+
+    // Of an event's token, with what find_slopes leaves in the place of a mass: its top is added to an exponent.
+    __device__ static float gradient_of(const Mass& slope, float x) {
+        constexpr bool precise = sizeof(S) == 4;
+        return (precise ? expf(x + slope.top) : fast_exp2(fmaf(x, log2_e, slope.top))) * slope.sum;
     }
 
     // ---- any boundary ----
@@ -625,7 +695,7 @@ class Chunk {
             const Mass student = events.student[n], teacher = events.teacher[n];
             const float p = student_exp(student.top - term.z_centre) * term.student;
             if (student.top == nothing) {  // left out
-                events.student[n] = {-nothing, 0.0f};
+                events.student[n] = {nothing, 0.0f};
                 continue;
             }
             float value;
@@ -636,7 +706,7 @@ class Chunk {
                 const float share = quotient(teacher.sum, student.sum, sizeof(S) == 4);
                 value = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
             }
-            events.student[n].sum = value;
+            events.student[n] = {sizeof(S) == 4 ? -student.top : student.top * -log2_e, value};
         }
     }
 
@@ -845,8 +915,7 @@ class Chunk {
         for (int e = static_cast<int>(threadIdx.x); e < count; e += static_cast<int>(blockDim.x)) {
             const Mass own = inner_.student[e];
             for (int i = begin_[e]; i < begin_[e + 1]; ++i) {
-                const float share = exponential(clamped(row[tokens[i]]) - own.top, sizeof(S) == 4);
-                const float g = e < skipped ? 0.0f : share * own.sum;
+                const float g = e < skipped ? 0.0f : gradient_of(own, clamped(row[tokens[i]]));
                 values[i] = is_first ? g : values[i] + g;
             }
         }
@@ -875,12 +944,14 @@ class Chunk {
             });
         } else if (is_usual() && !tempered_ && !mixed_ && outweighs_lowest(shared_.start.y_centre)) {
             if (are_shared_) {
-                write_start<true>(z, grad, label, InShared<Mass>(start_.student));
+                write_usual_start(z, grad, label, InShared<Mass>(start_.student - 1));
             } else {
-                write_start<true>(z, grad, label, start_.student);
+                write_usual_start(z, grad, label, start_.student - 1);
             }
         } else {
-            write_start<false>(z, grad, label, start_.student);
+            write_start(z, grad, label, [&](int s, const auto& x, const auto& slot, const auto& partner, auto& g) {
+                start_gradients(s, x, slot, partner, g);
+            });
         }
         if (inside.count == 0) return;
         __syncthreads();  // the row is there
@@ -899,7 +970,7 @@ class Chunk {
                 const int32_t slot[1] = {plan_.slot[token]};
                 float partner[1];
                 y_.gather(slot, partner);
-                start_gradients<false>(shared_.start, start_.student, token, x, slot, partner, g);
+                start_gradients(token, x, slot, partner, g);
             }
             g[0] += values_[n];
             finish(label, token, x, g);
@@ -908,17 +979,24 @@ class Chunk {
     }
 
     // The first row, with the pairs' other halves.
-    template <bool usual, typename Masses>
-    __device__ void write_start(const Row<S>& z, S* grad, const LabelTerm& label, const Masses& events) const {
+    template <typename Gradients>
+    __device__ void write_start(const Row<S>& z, S* grad, const LabelTerm& label, Gradients gradients) const {
         const int size = plan_.side[0].size;
-        const Term& from = shared_.start;
-        const Term term{from.z_centre, from.y_centre, from.student, from.teacher, 0.0f, 0.0f, 0.0f, 0.0, 0.0};
         write_row(
             z, grad, size, p_.grad.width, [&](auto body) { each_partner(z, y_, plan_.slot, size, body); },
             [&](int s, const auto& x, const auto& slot, const auto& partner, auto& g) {
-                start_gradients<usual>(usual ? term : from, events, s, x, slot, partner, g);
+                gradients(s, x, slot, partner, g);
                 finish(label, s, x, g);
             });
+    }
+    template <typename Masses>
+    __device__ void write_usual_start(const Row<S>& z, S* grad, const LabelTerm& label, const Masses& slopes) const {
+        const Term& term = shared_.start;
+        const ScaledPowers own(term.z_centre, 1.0f), other(term.y_centre, 1.0f);
+        const float student = term.student / own.power(own.top), teacher = term.teacher / other.power(other.top);
+        write_start(z, grad, label, [=](int, const auto& x, const auto& slot, const auto& partner, auto& g) {
+            usual_gradients(own, other, student, teacher, slopes, x, slot, partner, g);
+        });
     }
 
     // The gradient of tokens of another row than the first, but for its sparse part.
@@ -928,10 +1006,7 @@ class Chunk {
         for (int k = 0; k < N; ++k) g[k] = 0.0f;
         if (inside.ends.sum != 0.0f) {
 #pragma unroll
-            for (int k = 0; k < N; ++k) g[k] = clamped(x[k]) - inside.ends.top;
-            exponentials(g, sizeof(S) == 4);
-#pragma unroll
-            for (int k = 0; k < N; ++k) g[k] *= inside.ends.sum;
+            for (int k = 0; k < N; ++k) g[k] = gradient_of(inside.ends, clamped(x[k]));
         }
         if (inside.marked != 0) {
 #pragma unroll
@@ -943,8 +1018,7 @@ class Chunk {
 
     // Of a token that is an event inside a token, one of so many, or one of several.
     __device__ float inner_gradient(int token, float x, int events) const {
-        const Mass own = inner_.student[first_from(event_, events, plan_.side[0].event[token])];
-        return exponential(clamped(x) - own.top, sizeof(S) == 4) * own.sum;
+        return gradient_of(inner_.student[first_from(event_, events, plan_.side[0].event[token])], clamped(x));
     }
 
     template <int N>
@@ -1006,7 +1080,7 @@ void prefix(const PrefixParams& params, const Launch& launch) {
         // boundaries inside the teacher's tokens pass over rows of the student; each_partner has a table beside a row
         const int slots =
             std::max({AnyRow::slots(params.student.type), AnyRow::slots(params.teacher.type), 1 + Row<S>::vector / 4});
-        const size_t ring = Ring::bytes(slots, launch.threads);
+        const size_t ring = Ring::bytes(slots);
         const size_t masses = sizeof(float) * static_cast<size_t>(Workspace(params.plan).masses);
         const bool fits = ring + masses + sizeof(Shared) + queue_bytes <= shared_memory_of_a_block();
         launch_chunks("prefix_kl", prefix_kernel<S>, fits ? ring + masses : ring, launch, params,

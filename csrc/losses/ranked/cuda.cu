@@ -231,9 +231,8 @@ __global__ __launch_bounds__(max_threads,
     float* student_steps = params.workspace + blockIdx.x * words;
     float* teacher_steps = student_steps + Steps::words(student_bins);
     // of the student's bins, then of the teacher's; at last the gradient of each of the student's
-    int32_t* counts = counts_are_shared
-                          ? reinterpret_cast<int32_t*>(memory + Ring::bytes(ring_slots, static_cast<int>(blockDim.x)))
-                          : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
+    int32_t* counts = counts_are_shared ? reinterpret_cast<int32_t*>(memory + Ring::bytes(ring_slots))
+                                        : reinterpret_cast<int32_t*>(teacher_steps + Steps::words(teacher_bins));
 
     each_chunk(params, [&](int64_t k) {
         const int64_t r = params.student_rows.start[k], teacher_row = params.teacher_rows.start[k];
@@ -287,9 +286,7 @@ struct StepsLayout {
         ahead = params.plan.pairs != 0 && params.student.type == Element::bfloat16 && fits(with_table);
         ring_slots = ahead ? with_table : 1;
     }
-    size_t shared_bytes(int threads) const {
-        return Ring::bytes(ring_slots, threads) + (counts_are_shared ? counts_bytes() : 0);
-    }
+    size_t shared_bytes() const { return Ring::bytes(ring_slots) + (counts_are_shared ? counts_bytes() : 0); }
     int64_t words() const {
         return Steps::words(student_bins) + Steps::words(teacher_bins) + (counts_are_shared ? 0 : counted);
     }
@@ -303,8 +300,7 @@ struct StepsLayout {
     }
     size_t counts_bytes() const { return static_cast<size_t>(counted) * sizeof(int32_t); }
     bool fits(int slots) const {
-        return Ring::bytes(slots, max_threads) + counts_bytes() + sizeof(StepsShared) + queue_bytes <=
-               shared_memory_of_a_block();
+        return Ring::bytes(slots) + counts_bytes() + sizeof(StepsShared) + queue_bytes <= shared_memory_of_a_block();
     }
 };
 
@@ -317,8 +313,8 @@ void ranked(const StepsParams& params, const Launch& launch) {
     }
     const StepsLayout layout(params);
     const auto start = [&](auto kernel) {
-        launch_chunks("ranked", kernel, layout.shared_bytes(launch.threads), launch, params, layout.student_bins,
-                      layout.teacher_bins, layout.words(), layout.ring_slots);
+        launch_chunks("ranked", kernel, layout.shared_bytes(), launch, params, layout.student_bins, layout.teacher_bins,
+                      layout.words(), layout.ring_slots);
     };
     if (layout.ahead) return start(ranked_kernel<__nv_bfloat16, true, true>);
     typed(params.student.type, [&](const auto* s) {
@@ -477,8 +473,8 @@ int64_t workspace_of(const RankedParams& params) {
 void ranked_forward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_chunks("ranked_forward", ranked_forward_kernel<S>,
-                      Ring::bytes(AnyRow::slots(params.teacher.type), launch.threads), launch, params);
+        launch_chunks("ranked_forward", ranked_forward_kernel<S>, Ring::bytes(AnyRow::slots(params.teacher.type)),
+                      launch, params);
     });
 }
 
@@ -486,8 +482,8 @@ void ranked_forward(const RankedParams& params, const Launch& launch) {
 void ranked_backward(const RankedParams& params, const Launch& launch) {
     typed(params.student.type, [&](const auto* s) {
         using S = std::remove_const_t<std::remove_pointer_t<decltype(s)>>;
-        launch_chunks("ranked_backward", ranked_backward_kernel<S>,
-                      Ring::bytes(AnyRow::slots(params.teacher.type), launch.threads), launch, params);
+        launch_chunks("ranked_backward", ranked_backward_kernel<S>, Ring::bytes(AnyRow::slots(params.teacher.type)),
+                      launch, params);
     });
 }
 
