@@ -23,8 +23,8 @@ CLASSES = (
     *("ascii_letters", "ascii_punctuation", "white_space", "other_scripts", "other_multi_byte"),
     *("invalid_utf8", "special"),
 )
-"""Classes of tokens. A leading space does not count; a mixed token belongs to the later class of its characters, except
-that ASCII letters with digits or punctuation are ``ascii_letters``."""
+"""Classes of tokens. White space beside other characters does not count; a mixed token belongs to the later class of
+the others, except that ASCII letters with digits or punctuation are ``ascii_letters``."""
 
 CRITICAL_SHARE = 0.99
 """A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
@@ -40,7 +40,7 @@ class ClassCoverage:
     count: int = 0
     """All of them."""
     exact: int = 0
-    """In GOLD's common set: matched one to one by equal text."""
+    """In GOLD's common set: matched one to one, by a row of W with a single weight of 1."""
     common: int = 0
     """In H-KL's wider common set."""
     split: int = 0
