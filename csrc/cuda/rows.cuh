@@ -377,6 +377,13 @@ __device__ inline float block_max(float x, Sums& shared) {
     return shared.top;
 }
 
+// What logits x of 16 bits may be multiplied by where `x scale` less `top scale`, rounded, is an exponent of 2: a power
+// of two beyond 2^29, where rounding would exceed all exponents. Next to such a logit no other has mass by either
+// factor.
+__device__ inline float scale_beside(float top, float scale) {
+    return fabsf(top * scale) > 0x1p29f ? __uint_as_float(__float_as_uint(scale) & 0x7f800000u) : scale;
+}
+
 // exp(x). Not `precise`, for logits that have 8 or 11 bits themselves: one instruction and a product are exact enough
 // (a relative error of about |x| 1e-7).
 __device__ inline float exponential(float x, bool precise) { return precise ? expf(x) : fast_exp2(x * log2_e); }

@@ -112,7 +112,7 @@ template <bool precise, bool with_entropy, bool quick>
 class PowersOf {
   public:
     __device__ PowersOf(float lowest, float temperature)
-        : lowest_(lowest), p_(lowest, temperature), offset_(__fmul_rn(lowest, p_.scale)) {}
+        : lowest_(lowest), p_(lowest, temperature), scale_(p_.scale), offset_(__fmul_rn(lowest, p_.scale)) {}
 
     template <typename R, typename Weights>
     __device__ void add(const R& row, const int32_t* chosen, int size, const Weights& weights) {
@@ -207,6 +207,7 @@ class PowersOf {
         }
     }
     __device__ void rescale(float top) {
+        if constexpr (quick) p_.scale = scale_beside(top, scale_);
         const float offset = __fmul_rn(top, p_.scale);
         const float fall = quick ? offset_ - offset : (p_.top - top) * p_.scale, shrink = p_.power_of(fall);
         if constexpr (with_entropy) entropy_ = shrink * fmaf(fall, total_, entropy_);
@@ -227,7 +228,7 @@ class PowersOf {
 
     float lowest_;
     Powers<precise> p_;
-    float offset_;  // of exponents
+    float scale_, offset_;  // offset_: of exponents
     float total_ = 0.0f, weighted_ = 0.0f, entropy_ = 0.0f;
     float largest_ = -1.0f;  // sum of a vector, without weights
     int place_ = -1;         // of that vector, -2 - place of an element outside of vectors; then of the largest element

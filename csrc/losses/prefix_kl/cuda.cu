@@ -64,15 +64,16 @@ struct Events {
 // Powers of e of scaled logits of 16 bits, relative to one of them. An exponent is a product and a difference to the
 // rounded offset, one instruction: all are `power(top)` times too large.
 struct ScaledPowers {
-    float scale, top, offset;
+    float factor, scale, top, offset;
 
     __device__ ScaledPowers(float top, float factor)
-        : scale(factor * log2_e), top(top), offset(__fmul_rn(top, scale)) {}
+        : factor(factor * log2_e), scale(scale_beside(top, this->factor)), top(top), offset(__fmul_rn(top, scale)) {}
     __device__ float power(float x) const { return fast_exp2(fmaf(x, scale, -offset)); }
     // Takes another top; returns the factor of powers so far.
     __device__ float move(float new_top) {
         const float before = offset;
         top = new_top;
+        scale = scale_beside(top, factor);
         offset = __fmul_rn(top, scale);
         return fast_exp2(before - offset);
     }
@@ -563,15 +564,15 @@ class Chunk {
 
     // Those of a usual chunk at temperature 1, without a mixture and lowest logits; slopes are slopes[-slot].
     template <typename Masses, int N>
-    __device__ static void usual_gradients(const ScaledPowers& z, const ScaledPowers& y, float student, float teacher,
+    __device__ static void usual_gradients(float z_top, const ScaledPowers& y, float student, float teacher,
                                            const Masses& slopes, const float (&x)[N], const int32_t (&slot)[N],
                                            const float (&partner)[N], float (&g)[N]) {
 #pragma unroll
         for (int k = 0; k < N; ++k) {
             const bool is_pair = slot[k] >= 0;
-            Mass own{-z.offset, student};
+            Mass own{-z_top, student};
             if (!is_pair) own = slopes[-slot[k]];
-            g[k] = fast_exp2(fmaf(x[k], log2_e, own.top)) * own.sum;
+            g[k] = fast_exp2((x[k] + own.top) * log2_e) * own.sum;
             if (is_pair) g[k] = fmaf(y.power(partner[k]), -teacher, g[k]);
         }
     }
@@ -579,7 +580,7 @@ class Chunk {
     // Of an event's token, with what find_slopes leaves in the place of a mass: its top is added to an exponent.
     __device__ static float gradient_of(const Mass& slope, float x) {
         constexpr bool precise = sizeof(S) == 4;
-        return (precise ? expf(x + slope.top) : fast_exp2(fmaf(x, log2_e, slope.top))) * slope.sum;
+        return exponential(x + slope.top, precise) * slope.sum;
     }
 
     // ---- any boundary ----
@@ -706,7 +707,7 @@ class Chunk {
                 const float share = quotient(teacher.sum, student.sum, sizeof(S) == 4);
                 value = fmaf(teacher_exp(teacher.top - term.y_centre) * -term.teacher, share, p);
             }
-            events.student[n] = {sizeof(S) == 4 ? -student.top : student.top * -log2_e, value};
+            events.student[n] = {-student.top, value};
         }
     }
 
@@ -992,10 +993,10 @@ class Chunk {
     template <typename Masses>
     __device__ void write_usual_start(const Row<S>& z, S* grad, const LabelTerm& label, const Masses& slopes) const {
         const Term& term = shared_.start;
-        const ScaledPowers own(term.z_centre, 1.0f), other(term.y_centre, 1.0f);
-        const float student = term.student / own.power(own.top), teacher = term.teacher / other.power(other.top);
+        const ScaledPowers other(term.y_centre, 1.0f);
+        const float z_top = term.z_centre, student = term.student, teacher = term.teacher / other.power(other.top);
         write_start(z, grad, label, [=](int, const auto& x, const auto& slot, const auto& partner, auto& g) {
-            usual_gradients(own, other, student, teacher, slopes, x, slot, partner, g);
+            usual_gradients(z_top, other, student, teacher, slopes, x, slot, partner, g);
         });
     }
 
