@@ -66,16 +66,20 @@ struct Events {
 struct ScaledPowers {
     float factor, scale, top, offset;
 
-    __device__ ScaledPowers(float top, float factor)
-        : factor(factor * log2_e), scale(scale_beside(top, this->factor)), top(top), offset(__fmul_rn(top, scale)) {}
+    __device__ ScaledPowers(float top, float factor) : factor(factor * log2_e) { take(top); }
     __device__ float power(float x) const { return fast_exp2(fmaf(x, scale, -offset)); }
     // Takes another top; returns the factor of powers so far.
     __device__ float move(float new_top) {
         const float before = offset;
+        take(new_top);
+        return fast_exp2(before - offset);
+    }
+
+  private:
+    __device__ void take(float new_top) {
         top = new_top;
         scale = scale_beside(top, factor);
         offset = __fmul_rn(top, scale);
-        return fast_exp2(before - offset);
     }
 };
 
