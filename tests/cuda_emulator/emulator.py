@@ -199,15 +199,19 @@ class Memory:
         flat = self.empty((extent,), tensor.dtype, name)
         copied = flat.as_strided(tensor.shape, tensor.stride())
         copied.copy_(tensor)
-        values = torch.zeros(extent, dtype=torch.bool)
-        values.as_strided(tensor.shape, tensor.stride()).fill_(True)
+        values = None
+        if not tensor.is_contiguous():
+            values = torch.zeros(extent, dtype=torch.bool)
+            values.as_strided(tensor.shape, tensor.stride()).fill_(True)
         self.mark_written(flat, values)
         return copied
 
     def mark_written(self, tensor: torch.Tensor, where: torch.Tensor | None = None) -> None:
         """The host has written this contiguous tensor: all of it, or the elements `where` is true."""
-        mask = torch.ones(tensor.numel(), dtype=torch.bool) if where is None else where.reshape(-1)
-        mask = mask.repeat_interleave(tensor.itemsize)
+        if where is None:
+            mask = torch.ones(tensor.numel() * tensor.itemsize, dtype=torch.bool)
+        else:
+            mask = where.reshape(-1).repeat_interleave(tensor.itemsize)
         size = ctypes.c_size_t(mask.numel())
         self.emulator.call("set_written", ctypes.c_void_p(tensor.data_ptr()), size, ctypes.c_void_p(mask.data_ptr()))
 

@@ -16,7 +16,7 @@ import emulated
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_map
 
 from xtoken.losses import operator
 from xtoken.losses.backends import register_backend, unregister_backend
@@ -72,12 +72,16 @@ class FakeDevice(TorchDispatchMode):
         if function in OPERATORS:
             with self:
                 return OPERATORS[function](*args, **kwargs)
+        values = [*args, *kwargs.values()]
+        flat = [one for value in values for one in (value if isinstance(value, (list, tuple)) else (value,))]
+        given = [value for value in flat if isinstance(value, Tensor)]
+        on_device = [value for value in given if isinstance(value, DeviceTensor)]
+        if not on_device and all(value.type == "cpu" for value in flat if isinstance(value, torch.device)):
+            return function(*args, **kwargs)
         # Inside an operator, operations that consist of others come here as a whole.
         if torch._C._dispatch_has_kernel_for_dispatch_key(function.name(), "CompositeImplicitAutograd"):
             with self:
                 return function.decompose(*args, **kwargs)
-        given = [value for value in tree_flatten((args, kwargs))[0] if isinstance(value, Tensor)]
-        on_device = [value for value in given if isinstance(value, DeviceTensor)]
         target = on_device[0].device if on_device else torch.device("cpu")
         wanted = kwargs.get("device")
         if wanted is not None:
@@ -86,10 +90,10 @@ class FakeDevice(TorchDispatchMode):
         self._record(function, args, kwargs, given, target)
         if function is torch.ops.aten.copy_.default and not isinstance(args[0], DeviceTensor):
             target = torch.device("cpu")
-        values = function(*tree_map(_values, args), **tree_map(_values, kwargs))
+        result = function(*map(_values, args), **{name: _values(value) for name, value in kwargs.items()})
         if target.type == "cpu":
-            return values
-        made = tree_map(lambda value: DeviceTensor(value, target) if isinstance(value, Tensor) else value, values)
+            return result
+        made = tree_map(lambda value: DeviceTensor(value, target) if isinstance(value, Tensor) else value, result)
         return return_and_correct_aliasing(function, args, kwargs, made) if on_device else made
 
     def _record(self, function: Any, args: Any, kwargs: Any, given: list[Tensor], target: torch.device) -> None:
@@ -120,6 +124,8 @@ class FakeDevice(TorchDispatchMode):
 
 
 def _values(value: Any) -> Any:
+    if isinstance(value, (list, tuple)):
+        return [_values(one) for one in value]
     return value.values if isinstance(value, DeviceTensor) else value
 
 
