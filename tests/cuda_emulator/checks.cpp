@@ -154,14 +154,14 @@ void start_copy(void* to, const void* from, size_t size) {
     if (source == nullptr || source->shared) stop_at_copy("from what is not global memory", copy);
     std::memset(target->written.data() + (copy.to - target->begin), in_flight, size);
     std::memset(to, 0xff, size);
-    const History* history = source->history.data() + (copy.from - source->begin);
+    const History* history = source->history.begin() + (copy.from - source->begin);
     for (size_t i = 0; i < size; ++i) copy.source.push_back(history[i].write.stamp);
     machine.current->copies.push_back(std::move(copy));
 }
 
 void finish_copy(const Copy& copy) {
     const Region* const source = machine.regions.find(copy.from);
-    const History* history = source->history.data() + (copy.from - source->begin);
+    const History* history = source->history.begin() + (copy.from - source->begin);
     for (size_t i = 0; i < copy.size; ++i) {
         if (history[i].write.stamp.bits != copy.source[i].bits) stop_at_copy("its source was written meanwhile", copy);
     }

@@ -19,20 +19,27 @@ size_t round_up(size_t size, size_t unit) { return (size + unit - 1) / unit * un
 
 }  // namespace
 
+Histories::Histories(size_t bytes) : mapped_(round_up(std::max(bytes, size_t{1}) * sizeof(History), page)) {
+    void* zeros = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (zeros == MAP_FAILED) throw std::bad_alloc();
+    first_ = static_cast<History*>(zeros);
+}
+
+Histories::~Histories() { munmap(first_, mapped_); }
+
+void Histories::forget() { madvise(first_, mapped_, MADV_DONTNEED); }  // zeros again
+
+Region::Region(const std::string& name, char* begin, size_t size, bool shared, bool written)
+    : name(name), begin(begin), size(size), shared(shared), written(size, written), history(size) {}
+
 void Region::forget() {
     std::fill(written.begin(), written.end(), 0);
-    std::fill(history.begin(), history.end(), History());
+    history.forget();
     std::memset(begin, 0xff, size);
 }
 
 Region& Regions::add(const std::string& name, void* begin, size_t size, bool shared, bool written) {
-    auto region = std::make_unique<Region>();
-    region->name = name;
-    region->begin = static_cast<char*>(begin);
-    region->size = size;
-    region->shared = shared;
-    region->written.assign(size, written);
-    region->history.resize(size);
+    auto region = std::make_unique<Region>(name, static_cast<char*>(begin), size, shared, written);
     const auto place = std::upper_bound(regions_.begin(), regions_.end(), region->begin,
                                         [](const char* a, const auto& other) { return a < other->begin; });
     const bool overlaps = (place != regions_.end() && region->begin + size > (*place)->begin) ||

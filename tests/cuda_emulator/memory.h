@@ -32,6 +32,22 @@ struct History {
     Use write, read, other_read;
 };
 
+// Those of all bytes of a region; they take no memory until a byte is used.
+class Histories {
+  public:
+    explicit Histories(size_t bytes);
+    ~Histories();
+    Histories(const Histories&) = delete;
+    Histories& operator=(const Histories&) = delete;
+    History& operator[](size_t byte) { return first_[byte]; }
+    const History* begin() const { return first_; }
+    void forget();
+
+  private:
+    size_t mapped_;
+    History* first_;
+};
+
 constexpr unsigned char in_flight = 2;  // an asynchronous copy is to write it
 
 struct Region {
@@ -40,9 +56,10 @@ struct Region {
     size_t size;
     bool shared;
     std::vector<unsigned char> written;          // [size] 0, 1, or `in_flight`
-    std::vector<History> history;                // [size]
+    Histories history;                           // [size]
     uint64_t bytes_read = 0, bytes_written = 0;  // by all accesses of kernels
 
+    Region(const std::string& name, char* begin, size_t size, bool shared, bool written);
     void forget();  // as new: unwritten, unused, filled with NaN
 };
 
