@@ -26,6 +26,9 @@ CLASSES = (
 """Classes of tokens. White space beside other characters does not count; a mixed token belongs to the later class of
 the others, except that ASCII letters with digits or punctuation are ``ascii_letters``."""
 
+SHARES = ("exact", "common", "split", "unmapped")
+"""Fields of `ClassCoverage` that are shown as shares of its count."""
+
 CRITICAL_SHARE = 0.99
 """A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
 
@@ -73,8 +76,16 @@ class CoverageReport:
 
     def __repr__(self) -> str:
         count = sum(row.count for row in self.classes.values())
-        what = f"{len(self.classes)} classes, {count} {'occurrences' if self.weighted else 'tokens'}"
+        what = f"{len(self.classes)} classes, {count} {self._unit}"
         return f"CoverageReport({what}, critical={self.critical}, recommendation={self.recommendation!r})"
+
+    @property
+    def _unit(self) -> str:
+        return "occurrences" if self.weighted else "tokens"
+
+    def _rows(self) -> dict[str, ClassCoverage]:
+        """The classes by their names, of which critical ones have a star."""
+        return {name + "*" * (name in self.critical): row for name, row in self.classes.items()}
 
     def plot(self, axes: Any = None) -> Any:
         """Draws what happens to each class as shares of its tokens; critical classes have a star. A mark shows the
@@ -82,42 +93,34 @@ class CoverageReport:
 
         `axes` are matplotlib's (default: of a new figure), and are returned. ImportError without matplotlib.
         """
-        rows = {name + "*" * (name in self.critical): row for name, row in self.classes.items() if row.count}
+        rows = {name: row for name, row in self._rows().items() if row.count}
         parts = {
             "exact": [row.share("exact") for row in rows.values()],
             "partner shared": [(row.count - row.exact - row.split - row.unmapped) / row.count for row in rows.values()],
             "split": [row.share("split") for row in rows.values()],
             "no image": [row.share("unmapped") for row in rows.values()],
         }
-        unit = "occurrences" if self.weighted else "tokens"
         marks = [row.share("common") for row in rows.values()]
-        return plot.stacked_shares(axes, parts, list(rows), f"{unit} of the student", marks, "H-KL's common set")
+        return plot.stacked_shares(axes, parts, list(rows), f"{self._unit} of the student", marks, "H-KL's common set")
 
     def _repr_html_(self) -> str:
-        unit = "occurrences" if self.weighted else "tokens"
         rows = [
-            (
-                name + "*" * (name in self.critical),
-                row.count,
-                *(f"{row.share(key):.1%}" for key in ("exact", "common", "split", "unmapped")),
-            )
-            for name, row in self.classes.items()
+            (name, row.count, *(f"{row.share(key):.1%}" for key in SHARES))
+            for name, row in self._rows().items()
             if row.count
         ]
         said = html_list(f"the paper's rule: {self.recommendation}", self.reasons)
-        return html_table("Coverage", ("class", unit, "exact", "common", "split", "no image"), rows) + said
+        return html_table("Coverage", ("class", self._unit, "exact", "common", "split", "no image"), rows) + said
 
     def to_json(self) -> str:
         """The report as a JSON object."""
         return json.dumps(asdict(self), indent=2)
 
     def __str__(self) -> str:
-        unit = "occurrences" if self.weighted else "tokens"
-        lines = [f"{'class':<20} {unit:>11} {'exact':>8} {'common':>8} {'split':>8} {'no image':>8}"]
-        for name, row in self.classes.items():
-            shares = "".join(f" {row.share(key):8.1%}" for key in ("exact", "common", "split", "unmapped"))
-            mark = "*" if name in self.critical else ""
-            lines.append(f"{name + mark:<20} {row.count:>11,}{shares if row.count else ''}")
+        lines = [f"{'class':<20} {self._unit:>11} {'exact':>8} {'common':>8} {'split':>8} {'no image':>8}"]
+        for name, row in self._rows().items():
+            shares = "".join(f" {row.share(key):8.1%}" for key in SHARES) if row.count else ""
+            lines.append(f"{name:<20} {row.count:>11,}{shares}")
         return "\n".join([*lines, f"the paper's rule: {self.recommendation}", *(f"  {one}" for one in self.reasons)])
 
 
