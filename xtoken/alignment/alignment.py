@@ -67,8 +67,7 @@ class Alignment:
     of each sample's row, padding included, so they index logits ``[B, T, V]`` directly.
 
     Losses check and count chunks on the CPU, where `Aligner` leaves them, and copy the few numbers that kernels need to
-    the logits' device without waiting for it. An alignment that is used several times, or in a CUDA graph, can be moved
-    there before, with `to`; it keeps the original for the checks.
+    the logits' device without waiting for it. For use several times, or in a CUDA graph, `to` moves it there before.
 
     Raises ValueError for wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
 
@@ -247,8 +246,7 @@ class Alignment:
         Parameters
         ----------
         labels : int [B, T] or [T]
-            Of the student's tokens, at their own positions; -100 where a token is not supervised. The values do not
-            matter otherwise.
+            Of the student's tokens, at their own positions; -100 where a token is not supervised.
         teacher_labels : int [B, T] or [T], optional
             Of the teacher's tokens, if these must be labelled too.
 
@@ -256,12 +254,10 @@ class Alignment:
         -------
         Alignment
             Chunks keep their numbers; the others are no longer `predicted`. On the device of the labels if that is not
-            the CPU, since only the device knows which they are: nothing waits for it.
+            the CPU: nothing waits for it.
 
-        Raises
-        ------
-        ValueError, TypeError
-            For labels of another shape than the alignment's samples, too few, or that are no integers.
+        Raises ValueError or TypeError for labels of another shape than the alignment's samples, too few, or that are no
+        integers.
         """
         given = {"labels": (labels, 0), "teacher_labels": (teacher_labels, 1)}
         sides = [(name, int_tensor(value, name, torch.int64), side) for name, (value, side) in given.items()

@@ -174,14 +174,7 @@ def pair_report(
     projection, pieces : optional
         Those of the pair, if they have been made before.
 
-    Returns
-    -------
-    PairReport
-
-    Raises
-    ------
-    ValueError
-        As `coverage_audit`, or if `projection` or `pieces` belong to other tokenizers.
+    Raises ValueError as `coverage_audit`, or if `projection` or `pieces` belong to other tokenizers.
 
     Examples
     --------

@@ -119,16 +119,8 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
         The run's output folder, or one of its checkpoints. Its settings and samples are there if `xtoken train` has
         written it.
 
-    Returns
-    -------
-    RunReport
-
-    Raises
-    ------
-    FileNotFoundError
-        If there is no ``trainer_state.json``, in the folder or in a checkpoint.
-    ValueError
-        If a file of the run is damaged; the message names it.
+    Raises FileNotFoundError if there is no ``trainer_state.json``, in the folder or in a checkpoint; ValueError, which
+    names it, if a file of the run is damaged.
     """
     folder = Path(folder)
     path = _state(folder)
