@@ -1,7 +1,7 @@
 """`xtoken check`: every loss that this build would use, compared with float64 on this machine, and timed.
 
 A kernel passes if its error against the formula in float64, on the same rounded inputs, is at most twice that of the
-formula in the type of the logits plus a floor (`Floors`). Truth is computed on the same device, by torch alone.
+formula in the type of the logits plus a floor (`FLOORS`). Truth is computed on the same device, by torch alone.
 """
 
 from __future__ import annotations
@@ -44,20 +44,13 @@ REPETITIONS = 2
 """Timed calls after the first, whose results have to be right too."""
 
 
-class Floors(NamedTuple):
-    """What is added to twice the error of the formula in the same type; all errors are relative."""
+FLOORS = {"loss": 1e-5, "sum": 1e-5, "row": 1e-5, "W": 1e-5, "column": 1e-3}
+"""What is added to twice the error of the formula in the same type. Errors are relative to the largest loss of a chunk;
+to the sum of all; to the norm of a row's gradient; to that of the gradient of W; and to an element of the gradient, of
+which the median of a column's rows is taken. Exponentials of GPUs have errors of 1e-5."""
 
-    loss: float = 1e-5
-    """Of the largest loss of a chunk, and of the sum of all; exponentials of GPUs have such an error."""
-    row: float = 1e-5
-    """Of the norm of a row's gradient, and of that of W."""
-    ranked_row: float = 1e-2
-    """The same for a loss that compares by rank (`Loss.by_rank`): rounding alone can exchange two ranks."""
-    column: float = 1e-3
-    """Of an element of the gradient; the median of a column's rows is taken, and the worst column."""
-
-
-FLOORS = Floors()
+RANKED_ROW = 1e-2
+"""For the gradient's rows of a loss that compares by rank (`Loss.by_rank`): rounding alone can exchange two ranks."""
 
 
 @dataclass(frozen=True)
@@ -104,23 +97,14 @@ class CheckFinding:
 
 @dataclass
 class CheckReport:
-    """What `self_test` has found.
-
-    Attributes
-    ----------
-    device : str
-        With its name, if it has one.
-    note : str
-        Why losses do without kernels there, "" if they do not.
-    rows : int
-        Different rows of logits a call.
-    seconds : float
-    findings : list of CheckFinding
-    """
+    """What `self_test` has found."""
 
     device: str
+    """With its name, if it has one."""
     note: str = ""
+    """Why losses do without kernels there, "" if they do not."""
     rows: int = 0
+    """Different rows of logits a call."""
     seconds: float = 0.0
     findings: list[CheckFinding] = field(default_factory=list)
 
@@ -153,8 +137,7 @@ class CheckReport:
         return f"all {calls - plain} calls agree with float64" + (f"; {formulas}" if plain else "") + f" ({of})"
 
     def __str__(self) -> str:
-        note = [self.note] if self.note else []
-        return "\n".join([*note, heading(), *map(line_of, self.groups()), self.summary()])
+        return "\n".join(filter(None, [self.note, HEADING, *map(line_of, self.groups()), self.summary()]))
 
     def to_json(self) -> str:
         """All findings, also those that the table joins in a line."""
@@ -167,11 +150,8 @@ class CheckReport:
 
 
 COLUMNS = "{:<12} {:<9} {:<10} {:>5}  {:>8} {:>9}  {:>9}  {}"
-
-
-def heading() -> str:
-    """Of the table: calls are the forms of a loss, and error, tolerance and verdict those of the worst."""
-    return COLUMNS.format("loss", "type", "backend", "calls", "error", "tolerance", "ms a row", "verdict")
+HEADING = COLUMNS.format("loss", "type", "backend", "calls", "error", "tolerance", "ms a row", "verdict")
+"""Of the table: calls are the forms of a loss, and error, tolerance and verdict those of the worst."""
 
 
 def line_of(group: Sequence[CheckFinding]) -> str:
@@ -196,10 +176,9 @@ def self_test(
 ) -> CheckReport:
     """Compares losses and gradients with float64, with the kernels and launches that a call on a device gets.
 
-    Logits are random, W and pieces those of two made-up vocabularies of the sizes of Llama 3's and Qwen3's. A loss with
-    kernels is called in each type of logits with its defaults and with each of its options changed in turn, with
-    labels, with chunks left out by a mask, with weights of W that are trained, and inside of `XTokenLoss`; one without
-    by its defaults only. On a GPU rows are repeated until every block has several.
+    Logits are random, W and pieces those of two made-up vocabularies. A loss with kernels is called in each type of
+    logits, with its defaults, with each of its options changed in turn, and in each of `EXTRAS`; one without by its
+    defaults only. On a GPU rows are repeated until every block has several.
 
     Parameters
     ----------
@@ -210,23 +189,14 @@ def self_test(
     rows : int, optional
         Different rows of logits. Default: 64, on a GPU with little free memory fewer; on the CPU 8.
     sizes : (int, int)
-        Of the two vocabularies.
+        Of the two vocabularies. Default: those of Llama 3 and Qwen3.
     backend : str
         See `select_backend`.
     tell : callable, optional
         Called with each line of the table when it is known.
 
-    Returns
-    -------
-    CheckReport
-        Print it; ``report.passed`` is the verdict.
-
-    Raises
-    ------
-    ValueError
-        For a loss or a backend that is not registered, a device that is not there, or fewer than 8 rows.
-    RuntimeError
-        If a backend that is named lacks a loss.
+    Returns a report to print; ``report.passed`` is the verdict. Raises ValueError for a loss or a backend that is not
+    registered, a device that is not there, or fewer than 8 rows; RuntimeError if a backend that is named lacks a loss.
 
     Notes
     -----
@@ -244,7 +214,7 @@ def self_test(
     report = CheckReport(_described(where), _note(where, backend), count)
     say = tell if tell is not None else lambda line: None
     started = time.perf_counter()
-    for line in filter(None, [report.note, heading()]):
+    for line in filter(None, [report.note, HEADING]):
         say(line)
     pair = made_up_pair(*sizes)
     widths = sizes[0] + PADDING[0], sizes[1] + PADDING[1]
@@ -505,8 +475,7 @@ def finding(call: Call, inputs: Inputs, dtype: torch.dtype, backend: str = "auto
     except Exception as error:  # of a kernel that does not run; it is what there is to report
         return CheckFinding(*known, math.inf, 0.0, f"{type(error).__name__}: {error}", None, False)
     plain = found if name == "reference" else deviations(Run(call, inputs, dtype, "reference").outcome(), truth)
-    floors = {"loss": FLOORS.loss, "sum": FLOORS.loss, "W": FLOORS.row, "column": FLOORS.column}
-    floors["row"] = FLOORS.ranked_row if call.case.loss.by_rank else FLOORS.row
+    floors = {**FLOORS, "row": RANKED_ROW} if call.case.loss.by_rank else FLOORS
     tolerance = {kind: 2 * plain[kind].error + floors[kind] for kind in found}
     kind = max(found, key=lambda one: _share(found[one].error, tolerance[one]))
     milliseconds = 1e3 * statistics.median(seconds) / run.student[..., 0].numel()
@@ -532,11 +501,13 @@ def _worse(one: dict[str, Deviation], other: dict[str, Deviation]) -> dict[str, 
 
 
 def deviations(got: Outcome, truth: Outcome) -> dict[str, Deviation]:
-    """The largest relative errors by their kind, see `Floors`; infinite for what is not finite."""
+    """The largest relative errors by their kind, see `FLOORS`; infinite for what is not finite."""
     of_sums = _largest(got.sums, truth.sums, "loss" if len(truth.sums) == 1 else "loss or cross-entropy")
     found = {**dict.fromkeys(("loss", "row", "column"), Deviation(0.0, "")), "sum": of_sums}
     if truth.weight_gradient is not None and got.weight_gradient is not None:
-        found["W"] = _of_weights(got.weight_gradient, truth.weight_gradient)
+        errors = (got.weight_gradient.double() - truth.weight_gradient).abs()
+        place = f"gradient of W, entry {_at(errors, got.weight_gradient, truth.weight_gradient)}"
+        found["W"] = Deviation(float(_relative(errors.norm(), truth.weight_gradient.norm())), place)
     want, norms = truth.gradient[0], truth.gradient[0].norm(dim=1)
     for sample, (losses, gradient) in enumerate(zip(got.losses, got.gradient, strict=True)):
         of = f" of sample {sample}" if len(got.losses) > 1 else ""
@@ -554,12 +525,6 @@ def _largest(got: Tensor, want: Tensor, what: str) -> Deviation:
     return Deviation(float(errors[place]), f"{what}{at}: {float(got[place]):.6g}, expected {float(want[place]):.6g}")
 
 
-def _of_weights(got: Tensor, want: Tensor) -> Deviation:
-    errors = (got.double() - want).abs()
-    error = _relative(errors.norm(), want.norm())
-    return Deviation(float(error), f"gradient of W, entry {_at(errors, got, want)}")
-
-
 def _of_gradient(got: Tensor, want: Tensor, norms: Tensor, of: str) -> dict[str, Deviation]:
     """Of the worst row, and of the worst column; what is nothing in this type is not looked at for itself."""
     errors, least = (got.double() - want).abs(), torch.finfo(got.dtype).smallest_normal
@@ -572,9 +537,8 @@ def _of_gradient(got: Tensor, want: Tensor, norms: Tensor, of: str) -> dict[str,
     least_of_row = 1e-9 * norms[used, None] + least  # nor are elements that are nothing beside their row
     columns = _relative(errors[used], want[used].abs() + least_of_row).median(dim=0)[0]
     column = int(columns.argmax())
-    worst = int(errors[:, column].argmax())
+    worst = _at(errors[:, column], got[:, column], want[:, column])
     by_column = f"gradient{of}, column {column}, most of its rows, row {worst}"
-    by_column += f": {float(got[worst, column]):.6g}, expected {float(want[worst, column]):.6g}"
     return {"row": Deviation(float(rows[row]), by_row), "column": Deviation(float(columns[column]), by_column)}
 
 

@@ -10,6 +10,7 @@ from xtoken.alignment import Aligner
 from xtoken.audit import LossChoice, choose_loss
 from xtoken.losses import Needs, Teacher, XTokenLoss, registered
 from xtoken.losses.backends import IGNORED
+from xtoken.losses.call import check_choice
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ProjectionMatrix
 from xtoken.vocabulary import Vocabulary
@@ -94,17 +95,8 @@ def replace_loss(trainer: Any, loss: str = "auto", **options: Any) -> LossChoice
     **options
         Of the loss, such as ``beta``.
 
-    Returns
-    -------
-    LossChoice or None
-        What was chosen and why, for "auto".
-
-    Raises
-    ------
-    ValueError
-        If the trainer has no loss of this kind to replace, or temperatures that differ.
-    TypeError
-        For an option that the loss does not have.
+    Returns what was chosen and why, for "auto". Raises ValueError if the trainer has no loss of this kind to replace,
+    or temperatures that differ, or for an unknown loss; TypeError for an option that the loss does not have.
 
     Examples
     --------
@@ -124,17 +116,15 @@ def replace_loss(trainer: Any, loss: str = "auto", **options: Any) -> LossChoice
             "uld_student_temperature: expected that of the teacher, since both distributions are compared at one "
             f"temperature, got {args.uld_student_temperature} and {args.uld_teacher_temperature}"
         )
+    check_choice(loss, "loss", ("auto", *registered()))
     student, teacher = (Vocabulary.from_tokenizer(tokenizer) for tokenizer in tokenizers)
     choice = choose_loss(student, teacher) if loss == "auto" else None
     name = loss if choice is None else choice.loss
-    losses = registered()
-    if name not in losses:
-        raise ValueError(f"loss: expected 'auto' or one of {', '.join(map(repr, losses))}, got {loss!r}")
     if args.uld_student_temperature != 1.0:
         options = {"temperature": args.uld_student_temperature, **options}
-    needs = losses[name].needs
+    needs = registered()[name].needs
     projection = ProjectionMatrix.build(student, teacher) if needs is Needs.PROJECTION else None
-    pieces = PieceIndex.build(*tokenizers) if needs is Needs.PIECES else None
+    pieces = PieceIndex.build(student, teacher) if needs is Needs.PIECES else None
     one = Teacher(projection, name, pieces=pieces, **options)
     criterion = XTokenLoss(
         [one], "fixed", args.uld_crossentropy_weight, args.uld_distillation_weight, vocab_size=len(student)
