@@ -250,14 +250,9 @@ class Alignment:
         teacher_labels : int [B, T] or [T], optional
             Of the teacher's tokens, if these must be labelled too.
 
-        Returns
-        -------
-        Alignment
-            Chunks keep their numbers; the others are no longer `predicted`. On the device of the labels if that is not
-            the CPU: nothing waits for it.
-
-        Raises ValueError or TypeError for labels of another shape than the alignment's samples, too few, or that are no
-        integers.
+        Chunks keep their numbers; those left out are no longer `predicted`. What is returned is on the device of the
+        labels if that is not the CPU: nothing waits for it. Raises ValueError or TypeError for labels of another shape
+        than the alignment's samples, too few, or that are no integers.
         """
         given = {"labels": (labels, 0), "teacher_labels": (teacher_labels, 1)}
         sides = [(name, int_tensor(value, name, torch.int64), side) for name, (value, side) in given.items()

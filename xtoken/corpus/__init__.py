@@ -6,10 +6,12 @@ One file, one job, in the order in which a run passes through them:
 * `source`: the content of JSON and text files, unpacked, as lines or elements; training reads by it too
 * `lines`, `tables`: where a file may be cut, and reading a slice of it (JSON and text; parquet and Arrow)
 * `partition`: which slices make which shard
+* `documents`: what readers return, and what happens to a broken line or row
 * `shards`: the one function that turns a shard's documents into a parquet file
 * `engine_local`, `engine_ray`: running it for all shards, on this machine or on a Ray cluster
+* `deaths`: how many workers may die
 * `manifest`: the index of the output, and what may be resumed
-* `run`: the whole run, with its progress bar, and what becomes of workers that die
+* `run`: the whole run, with its progress bar
 """
 
 from __future__ import annotations

@@ -119,11 +119,11 @@ class ProjectionMatrix(OnHub):
     ) -> ProjectionMatrix:
         """Builds W by the rules and constants of X-Token (arXiv 2605.21699), section "projection matrix".
 
-        Pass 1 gives weight 1 to the teacher token with the same bytes, or with the same role. Pass 2 encodes the text
-        of every other token by the teacher; piece ``i`` gets the weight ``beta * gamma**i``, weights of a repeated
-        piece add up, the `top_k` largest are kept (the earlier on ties) and divided by their sum. Pass 3 (`reverse`)
-        encodes the teacher tokens that nothing reaches by the student and adds ``beta * gamma**i`` to (piece ``i``,
-        token); changed rows are cut to `top_k` and normalised again.
+        Deterministic. Pass 1 gives weight 1 to the teacher token with the same bytes, or with the same role. Pass 2
+        encodes the text of every other token by the teacher; piece ``i`` gets the weight ``beta * gamma**i``, weights
+        of a repeated piece add up, the `top_k` largest are kept (the earlier on ties) and divided by their sum. Pass 3
+        (`reverse`) encodes the teacher tokens that nothing reaches by the student and adds ``beta * gamma**i`` to
+        (piece ``i``, token); changed rows are cut to `top_k` and normalised again.
 
         Parameters
         ----------

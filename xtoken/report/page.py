@@ -14,15 +14,11 @@ from xtoken import _core
 from xtoken.storage import write_atomically
 from xtoken.terminal import LINES, printable
 
-
-def _steady(value: Any) -> Any:
-    """What could steer who reads the page, in any text that goes into it, escaped."""
-    return printable(value, LINES) if type(value) is str else value
-
-
 _PAGES = jinja2.Environment(
     loader=jinja2.PackageLoader("xtoken.report"), autoescape=True, undefined=jinja2.StrictUndefined,
-    finalize=_steady, trim_blocks=True, lstrip_blocks=True,
+    trim_blocks=True, lstrip_blocks=True,
+    # What could steer who reads the page, in any text that goes into it, is escaped.
+    finalize=lambda value: printable(value, LINES) if type(value) is str else value,
 )  # fmt: skip
 _PAGES.filters["percent"] = lambda share: "" if share is None else f"{100 * share:.1f} %"
 _PAGES.filters["printable"] = printable

@@ -123,7 +123,9 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
     names it, if a file of the run is damaged.
     """
     folder = Path(folder)
-    path = _state(folder)
+    path = next((one / STATE for one in (folder, *checkpoints_in(folder)) if (one / STATE).exists()), None)
+    if path is None:
+        raise FileNotFoundError(f"{folder}: expected a training run, with {STATE} in it or in a checkpoint")
     state = _json(path)
     try:
         steps, (curves, not_finite) = int(state["global_step"]), _curves(state["log_history"])
@@ -133,25 +135,14 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
     settings = _json(root / SETTINGS) if (root / SETTINGS).exists() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{root / SETTINGS}: expected options and their values")
-    return RunReport(
-        folder.resolve().name, steps, curves, not_finite, settings, _samples(root / SAMPLES), str(path),
-    )  # fmt: skip
+    samples = _samples(root / SAMPLES)
+    return RunReport(folder.resolve().name, steps, curves, not_finite, settings, samples, str(path))
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
     """The checkpoints of a run, the newest first."""
     found = [one for one in folder.glob("checkpoint-*") if one.is_dir() and one.name.rpartition("-")[2].isdecimal()]
     return sorted(found, key=lambda one: -int(one.name.rpartition("-")[2]))
-
-
-def _state(folder: Path) -> Path:
-    """The newest state of a run."""
-    if (folder / STATE).exists():
-        return folder / STATE
-    for one in checkpoints_in(folder):
-        if (one / STATE).exists():
-            return one / STATE
-    raise FileNotFoundError(f"{folder}: expected a training run, with {STATE} in it or in a checkpoint")
 
 
 def _json(path: Path) -> Any:
