@@ -13,7 +13,7 @@ from torch import Tensor
 
 from . import _core, plot
 from .alignment import Alignment
-from .alignment.alignment import int_tensor
+from .alignment.alignment import int_tensor, ranges
 from .calibration import MergeReport, calibrate
 from .hub import OnHub
 from .notebook import html_list
@@ -288,8 +288,7 @@ def _rows(ptr: Tensor, values: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     """Some rows of compressed ones: their ptr and values."""
     counts = ptr.diff().long()[rows]
     ends = torch.nn.functional.pad(counts.cumsum(0), (1, 0))
-    first = torch.repeat_interleave(ptr[:-1].long()[rows] - ends[:-1], counts, output_size=int(ends[-1]))
-    return ends, values[first + torch.arange(int(ends[-1]), device="cpu")]
+    return ends, values[ranges(ptr[:-1].long()[rows], counts)]
 
 
 def _by_pieces(side: Side, other: Side) -> Tensor:

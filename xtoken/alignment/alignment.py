@@ -361,9 +361,8 @@ class Alignment:
             raise ValueError(f"length: chunks reach token {needed}, got {length}")
         lengths = ends - starts
         chunk = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
-        within = torch.arange(len(chunk), device=lengths.device) - (lengths.cumsum(0) - lengths)[chunk]
         index = torch.full((len(self), length), -1, dtype=torch.int64, device=lengths.device)
-        index[self.sample_index[chunk], starts[chunk] + within] = chunk
+        index[self.sample_index[chunk], ranges(starts, lengths)] = chunk
         return index if self.batched else index[0]
 
     def slice(self, start: int, stop: int | None = None) -> Alignment:
@@ -465,6 +464,12 @@ class Alignment:
 def predictable(alignment: Alignment) -> Tensor:
     """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
     return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
+
+
+def ranges(first: Tensor, counts: Tensor) -> Tensor:
+    """int64 [sum of counts]: first[0], first[0] + 1 ... as many as counts[0], then those of first[1] ..."""
+    shift = torch.repeat_interleave(first - (counts.cumsum(0) - counts), counts)
+    return shift + torch.arange(len(shift), device=shift.device)
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xtoken.alignment.alignment import Alignment, predictable, to_device
+from xtoken.alignment.alignment import Alignment, predictable, ranges, to_device
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,7 @@ class Rows:
 
     def index(self) -> Tensor:
         """int64 [R]: the rows of all chunks, chunk by chunk."""
-        before = self.count.cumsum(0) - self.count
-        first = torch.repeat_interleave(self.start - before, self.count)
-        return first + torch.arange(len(first), device=first.device)
+        return ranges(self.start, self.count)
 
     def owner(self) -> Tensor:
         """int64 [R]: the chunk of each row of `index`."""

@@ -8,6 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from xtoken.alignment.alignment import ranges as ranges
+
 if TYPE_CHECKING:
     from xtoken.alignment import Rows
 
@@ -58,13 +60,6 @@ def scaled(logits: Tensor, temperature: float, dtype: torch.dtype) -> Tensor:
     """Logits as losses read them: none below `LOWEST_LOGIT`, divided by the temperature."""
     logits = logits.to(dtype).clamp_min(LOWEST_LOGIT)
     return logits if temperature == 1.0 else logits / temperature
-
-
-def ranges(first: Tensor, counts: Tensor) -> Tensor:
-    """int64 [sum of counts]: first[0], first[0] + 1 ... as many as counts[0], then those of first[1] ..."""
-    before = counts.cumsum(0) - counts
-    shift = torch.repeat_interleave(first - before, counts)
-    return torch.arange(len(shift), device=shift.device) + shift
 
 
 def log_sums(values: Tensor, owner: Tensor, count: int) -> Tensor:
