@@ -32,7 +32,13 @@ napoleon_use_rtype = False
 default_role = "code"
 
 
+def end_sections(_app: Any, _what: str, _name: str, _of: Any, _options: Any, lines: list[str]) -> None:
+    """A section of a docstring ends with a blank line, and what follows is text again: napoleon wants two of them."""
+    lines[:] = re.sub(r"\n\n(?=\S)", "\n\n\n", "\n".join(lines)).split("\n")
+
+
 def setup(app: Any) -> None:
     """Of a link to a file of the project that is no page here, its words remain."""
     outside = re.compile(r"\[([^\]]+)\]\(\.\./[^)]+\.md[^)]*\)")
     app.connect("source-read", lambda _app, _name, text: text.__setitem__(0, outside.sub(r"\1", text[0])))
+    app.connect("autodoc-process-docstring", end_sections, priority=400)  # before napoleon

@@ -6,9 +6,11 @@ import contextlib
 import doctest
 import functools
 import importlib
+import inspect
 import io
 import pkgutil
 import re
+import runpy
 import sys
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,18 @@ def quoted(document: Path) -> list[str]:
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
     assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_the_site_takes_no_sentence_for_a_parameter() -> None:
+    napoleon = pytest.importorskip("sphinx.ext.napoleon")
+    conf = runpy.run_path(str(ROOT / "docs" / "conf.py"))
+    found = set()
+    for name in xtoken.__all__:
+        lines = (inspect.getdoc(getattr(xtoken, name)) or "").split("\n")
+        conf["end_sections"](None, "", name, None, None, lines)
+        found |= set(re.findall(r"^:param (.*?):", str(napoleon.NumpyDocstring(lines)), re.MULTILINE))
+    assert {"labels", "top_k", "student_tok"} <= found
+    assert not [one for one in found if " " in one or not one]
 
 
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
