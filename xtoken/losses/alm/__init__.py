@@ -8,19 +8,26 @@ from typing import Any, ClassVar, overload
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
-from xtoken.losses.alm import formula
 from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
-from xtoken.losses.numerics import check_temperature
+from xtoken.losses.numerics import check_temperature, log_complement, log_likelihood, statistics_dtype
 from xtoken.losses.operator import register
 
 
 @register("alm", "ALM", Needs.NOTHING)
 @dataclass(frozen=True)
 class ALM(Loss):
-    """See `alm_loss`."""
+    """Approximate likelihood matching: KL between (Q, 1 - Q) and (P, 1 - P), with the likelihoods of the chunk's text.
+
+    With P and Q the products of the probabilities of the chunk's realised tokens under student and teacher, and
+    ``p = P ** (1 / tau)``, ``q = Q ** (1 / tau)``::
+
+        loss = q (log q - log p) + (1 - q) (log(1 - q) - log(1 - p))          reverse exchanges p and q
+
+    A complement counts as at least the type's ``eps``, so that a certain text is finite.
+    """
 
     reads_tokens: ClassVar[bool] = True
 
@@ -31,7 +38,13 @@ class ALM(Loss):
         check_temperature(self.temperature)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.alm(student, teacher, chunks, temperature=self.temperature, reverse=self.reverse)
+        dtype = statistics_dtype(student, teacher)
+        log_p = log_likelihood(student, chunks.student, dtype) / self.temperature
+        log_q = log_likelihood(teacher, chunks.teacher, dtype) / self.temperature
+        ahead, behind = (log_p, log_q) if self.reverse else (log_q, log_p)
+        loss = ahead.exp() * (ahead - behind)
+        ahead, behind = log_complement(ahead), log_complement(behind)
+        return (loss + ahead.exp() * (ahead - behind)) * self.temperature**2
 
 
 class ALMOptions(Options, total=False):
@@ -66,7 +79,7 @@ def alm_loss(
 ) -> Losses:
     """Approximate likelihood matching: the KL of "this text or another", teacher against student, for each chunk.
 
-    The formula is `xtoken.losses.alm.formula.alm`. It needs to know nothing of the vocabularies, and looks only at the
+    The formula is that of `xtoken.losses.alm.ALM`. It needs to know nothing of the vocabularies, and looks only at the
     probabilities of the chunk's own tokens, not at what else could have stood there.
 
     Parameters
