@@ -41,7 +41,8 @@ Support = Literal["all", "reachable"]
 @register("pkl", "P-KL", Needs.PROJECTION)
 @dataclass(frozen=True)
 class PKL(HasDivergence, Loss):
-    """See `pkl_loss`."""
+    """See `pkl_loss`. Kernels and formula get one with `columns`; the first `count` of them, which may be known on the
+    device only, are the column set, or all."""
 
     teacher_ids: ClassVar[tuple[str, ...]] = ("columns",)
     trains_projection: ClassVar[bool] = True
@@ -60,6 +61,7 @@ class PKL(HasDivergence, Loss):
     skew: float
     support: str
     agree: bool
+    count: Tensor | None = None  # int32 []
 
     def __post_init__(self) -> None:
         if self.columns is not None:
@@ -81,7 +83,7 @@ class PKL(HasDivergence, Loss):
             chunks = chunks.first()
         columns = self._columns(teacher, call.student.device, call.backend)
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
-        return Prepared(chunks, PreparedPKL(self.W, chosen, count, self.merge, **self.arguments()))
+        return Prepared(chunks, replace(self, columns=chosen, count=count))
 
     def _columns(self, teacher: Source, device: torch.device, backend: str) -> Tensor:
         return select_columns(
@@ -91,6 +93,28 @@ class PKL(HasDivergence, Loss):
     def chosen(self, teacher: Source, device: torch.device, backend: str) -> PKL:
         return replace(self, columns=self._columns(teacher, device, backend))
 
+    @cached_property
+    def column_set(self) -> Tensor:
+        """int64 [C]: the column set, ascending; waits for the device if it has to count."""
+        assert self.columns is not None
+        return self.columns if self.count is None else self.columns[: int(self.count)]
+
+    @cached_property
+    def entry_index(self) -> Tensor:
+        """int64 [E]: the entries of W in the columns."""
+        chosen = torch.zeros(self.W.shape[1], dtype=torch.bool, device=self.column_set.device)
+        chosen[self.column_set] = True
+        return chosen[self.W.col.to(chosen.device)].nonzero()[:, 0]
+
+    @cached_property
+    def entries(self) -> Entries:
+        """The entries of W in the columns."""
+        return restrict(self.W._replace(weight=self.W.weight.detach()), self.column_set)
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        entries = self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index])
+        return formula.pkl(student, teacher, chunks, entries, self.column_set, merge=self.merge, **self.arguments())
+
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
     ) -> Tensor:
@@ -98,46 +122,6 @@ class PKL(HasDivergence, Loss):
         chosen, count = reachable(columns, self.W) if self.support == "reachable" else (columns, None)
         left_out = ~agrees(chunks, self.W) if self.agree else None
         return diagnostics.in_columns(student, teacher, chunks, chosen, self.W, count, left_out)
-
-
-@dataclass(frozen=True)
-class PreparedPKL(HasDivergence):
-    """W, the teacher's columns, and the switches.
-
-    The column set is the first `count` of `chosen` [N] (distinct teacher ids), or all of them: how many they are may be
-    known on the device only.
-    """
-
-    projection: Matrix
-    chosen: Tensor
-    count: Tensor | None  # int32 []
-    merge: str
-    temperature: float
-    reverse: bool
-    beta: float
-    skew: float
-
-    @cached_property
-    def columns(self) -> Tensor:
-        """int64 [C]: the column set, ascending; waits for the device if it has to count."""
-        return self.chosen if self.count is None else self.chosen[: int(self.count)]
-
-    @cached_property
-    def entry_index(self) -> Tensor:
-        """int64 [E]: the entries of W in the columns."""
-        chosen = torch.zeros(self.projection.shape[1], dtype=torch.bool, device=self.columns.device)
-        chosen[self.columns] = True
-        return chosen[self.projection.col.to(chosen.device)].nonzero()[:, 0]
-
-    @cached_property
-    def entries(self) -> Entries:
-        """The entries of W in the columns."""
-        return restrict(self.projection._replace(weight=self.projection.weight.detach()), self.columns)
-
-    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        """See `formula.pkl`; `weight` replaces the weights of W."""
-        entries = self.entries if weight is None else replace(self.entries, weight=weight[self.entry_index])
-        return formula.pkl(student, teacher, chunks, entries, self.columns, merge=self.merge, **self.arguments())
 
 
 class PKLOptions(DivergenceOptions, total=False):

@@ -13,7 +13,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cpu import array, label_fields, run_chunks
 from xtoken.losses.loss import Matrix
-from xtoken.losses.pkl import PreparedPKL
+from xtoken.losses.pkl import PKL
 
 
 @dataclass
@@ -69,7 +69,7 @@ def plan_for(projection: Matrix, columns: Tensor) -> _core.Built:
 
 
 def run(
-    problem: Problem[PreparedPKL],
+    problem: Problem[PKL],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -88,7 +88,7 @@ def run(
         "merge": options.merge,
         "epsilon": numerics.EPSILON,
         "weight_grad": array(sums),
-        "plan": plan_for(options.projection, options.columns),
+        "plan": plan_for(options.W, options.column_set),
     }
     with label_fields(labels) as given:
         losses = run_chunks("pkl", problem, student_grad, scale, level, {**fields, "labels": given})

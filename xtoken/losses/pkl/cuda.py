@@ -20,7 +20,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import Cached
 from xtoken.losses.cuda import Kernels, Memory, bits_of
 from xtoken.losses.loss import Matrix
-from xtoken.losses.pkl import PreparedPKL
+from xtoken.losses.pkl import PKL
 from xtoken.losses.sliced import FOUR, SlicedLists, list_fields, tensors_to
 
 _Ints = NDArray[np.int64]
@@ -234,17 +234,18 @@ def plan_for(projection: Matrix, columns: Tensor, trained: bool, count: Tensor |
 
 def run(
     kernels: Kernels,
-    problem: Problem[PreparedPKL],
+    problem: Problem[PKL],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
     labels: Labels | None = None,
 ) -> Tensor:
     """P-KL; the workspace is a block's of the grid, whatever the number of rows."""
-    options = problem.options
-    trained = problem.weight is not None or options.projection.weight.requires_grad
-    plan = plan_for(options.projection, options.chosen, trained, options.count)
-    entries = entries_of(plan, options.chosen) if weight_grad is not None else None
+    options, columns = problem.options, problem.options.columns
+    assert columns is not None
+    trained = problem.weight is not None or options.W.weight.requires_grad
+    plan = plan_for(options.W, columns, trained, options.count)
+    entries = entries_of(plan, columns) if weight_grad is not None else None
     with kernels.memory(problem.student.device) as memory:
         grid = kernels.grid(memory, problem)
         sums = memory.scratch((grid, len(entries.index)), zero=True) if entries is not None else None

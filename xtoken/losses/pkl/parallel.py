@@ -15,17 +15,17 @@ from xtoken.parallel.side import Formula, Side
 from xtoken.projection.entries import Entries, project
 
 if TYPE_CHECKING:
-    from xtoken.losses.pkl import PreparedPKL
+    from xtoken.losses.pkl import PKL
 
 
 class InParts(Formula):
     """For the columns that the ranks have."""
 
-    options: PreparedPKL
+    options: PKL
     added_up = 3 + 2
 
-    def __init__(self, options: PreparedPKL, student: Columns, teacher: Columns, device: torch.device) -> None:
-        columns, entries = options.columns, options.entries
+    def __init__(self, options: PKL, student: Columns, teacher: Columns, device: torch.device) -> None:
+        columns, entries = options.column_set, options.entries
         self.teacher_local = as_slice(columns[teacher.here(columns)] - teacher.first)
         place = torch.arange(len(columns), device=device)
         meeting = Meeting(

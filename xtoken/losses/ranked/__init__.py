@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Protocol
 
 import torch
@@ -14,7 +14,7 @@ from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import DivergenceOptions, check_count
-from xtoken.losses.divergence import Divergence, HasDivergence
+from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss, Matrix
 from xtoken.losses.numerics import check_number
@@ -34,7 +34,8 @@ class RankedOptions(DivergenceOptions, total=False):
 
 @dataclass(frozen=True)
 class PairedLoss(HasDivergence, Loss):
-    """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others."""
+    """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others. Kernels
+    and formula get one with their ids."""
 
     by_rank: ClassVar[bool] = True
 
@@ -46,6 +47,8 @@ class PairedLoss(HasDivergence, Loss):
     skew: float
     agree: bool
     min_weight: float
+    common_students: Tensor | None = None  # int64 [P]
+    common_teachers: Tensor | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -63,9 +66,21 @@ class PairedLoss(HasDivergence, Loss):
         pairs_of(self.W, self.min_weight, self.W.col.device)
 
     def prepare(self, call: Call, student: Source, teacher: Source) -> Prepared:
-        pairs = pairs_of(self.W, self.min_weight, call.student.device)
+        students, teachers = pairs_of(self.W, self.min_weight, call.student.device)
         chunks = agreeing(call, self.W) if self.agree else call.chunks(self.realised)
-        return Prepared(chunks, PreparedRanked(*pairs, self.uncommon_top_k, **self.arguments()))
+        return Prepared(chunks, replace(self, common_students=students, common_teachers=teachers))
+
+    @property
+    def pairs(self) -> tuple[Tensor, Tensor]:
+        """Student ids and teacher ids, int64 [P], of the common tokens."""
+        assert self.common_students is not None
+        assert self.common_teachers is not None
+        return self.common_students, self.common_teachers
+
+    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
+        options = {"uncommon_top_k": self.uncommon_top_k, **self.arguments()}
+        common, uncommon = formula.ranked(student, teacher, chunks, self.pairs, **options)
+        return common + uncommon
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -92,36 +107,12 @@ def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor
     return _PAIRS.of((W.col, W.row_ptr, W.weight), find, min_weight, device)
 
 
-@dataclass(frozen=True)
-class PreparedRanked(HasDivergence):
-    """The common pairs (student ids [P], teacher ids [P]), and the switches, of which three are of the common part."""
-
-    student_ids: Tensor
-    teacher_ids: Tensor
-    uncommon_top_k: int
-    temperature: float
-    reverse: bool
-    beta: float
-    skew: float
-
-    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        """See `formula.ranked`."""
-        pairs = self.student_ids, self.teacher_ids
-        common, uncommon = formula.ranked(
-            student, teacher, chunks, pairs, uncommon_top_k=self.uncommon_top_k, **self.arguments()
-        )
-        return common + uncommon
-
-
 class Unpaired(Formula, Protocol):
     """A loss without pairs: every token is compared by rank."""
 
     @property
     def temperature(self) -> float: ...
 
-
-def kernel_fields(options: PreparedRanked | Unpaired) -> dict[str, Any]:
-    """What kernels of both are told beside the pairs."""
-    if isinstance(options, PreparedRanked):
-        return options.fields()
-    return {"temperature": options.temperature, **Divergence.of().fields()}
+    def fields(self) -> dict[str, Any]:
+        """What kernels are told of it."""
+        ...

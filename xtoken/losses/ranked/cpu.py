@@ -8,7 +8,7 @@ from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cpu import array, run_chunks
-from xtoken.losses.ranked import PreparedRanked, Unpaired, kernel_fields
+from xtoken.losses.ranked import PairedLoss, Unpaired
 
 FUSES_LABELS = False
 
@@ -22,7 +22,7 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
 
 
 def run(
-    problem: Problem[PreparedRanked | Unpaired],
+    problem: Problem[PairedLoss | Unpaired],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -38,8 +38,7 @@ def run(
     assert labels is None
     options = problem.options
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    fields = {**kernel_fields(options), "top_k": 0, "plan": None}
-    if isinstance(options, PreparedRanked):
-        plan = plan_for(options.student_ids, options.teacher_ids, shape)
-        fields.update(top_k=options.uncommon_top_k, plan=plan)
+    fields = {**options.fields(), "top_k": 0, "plan": None}
+    if isinstance(options, PairedLoss):
+        fields.update(top_k=options.uncommon_top_k, plan=plan_for(*options.pairs, shape))
     return run_chunks("ranked", problem, student_grad, scale, level, fields)

@@ -14,7 +14,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory, bits_of, chunk_fields, label_fields
 from xtoken.losses.numerics import sorted_l1
-from xtoken.losses.ranked import PreparedRanked, Unpaired, kernel_fields
+from xtoken.losses.ranked import PairedLoss, Unpaired
 
 WAVES = 2
 """Chunks of a group for each block that runs beside others. Those of one have enough to sort (37 million probabilities
@@ -76,7 +76,7 @@ class _Call:
     """What the launches for some of the chunks have in common."""
 
     kernels: Kernels
-    problem: Problem[PreparedRanked | Unpaired]
+    problem: Problem[PairedLoss | Unpaired]
     plan: PairsPlan
     ranks: int
     student_grad: Tensor | None
@@ -96,7 +96,7 @@ class _Call:
             given = {
                 **chunk_fields(memory, self.problem, part, grad, scale, keep=True),
                 "labels": label_fields(memory, labels, keep=True),
-                **kernel_fields(self.problem.options),
+                **self.problem.options.fields(),
                 "plan": self.plan.fields(memory),
                 **{field: memory.input(value) if isinstance(value, Tensor) else value for field, value in more.items()},
                 **{field: memory.output(tensor, keep) for field, tensor in out.items()},
@@ -130,7 +130,7 @@ class _Call:
 
 def run(
     kernels: Kernels,
-    problem: Problem[PreparedRanked | Unpaired],
+    problem: Problem[PairedLoss | Unpaired],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,
@@ -142,8 +142,8 @@ def run(
     """
     chunks, options, device = problem.chunks, problem.options, problem.student.device
     shape = problem.student.shape[-1], problem.teacher.shape[-1]
-    if isinstance(options, PreparedRanked):
-        plan = plan_for(options.student_ids, options.teacher_ids, shape)
+    if isinstance(options, PairedLoss):
+        plan = plan_for(*options.pairs, shape)
         ranks = min(options.uncommon_top_k, *plan.rest)
     else:
         plan = unpaired_plan(shape, device)

@@ -13,7 +13,7 @@ from xtoken.parallel.columns import Columns, Meeting, Parts, as_slice, chosen
 from xtoken.parallel.side import Formula, Side
 
 if TYPE_CHECKING:
-    from xtoken.losses.ranked import PreparedRanked
+    from xtoken.losses.ranked import PairedLoss
 
 
 class InParts(Formula):
@@ -25,15 +25,15 @@ class InParts(Formula):
         If there is an uncommon part too: it sorts whole rows.
     """
 
-    options: PreparedRanked
+    options: PairedLoss
 
-    def __init__(self, options: PreparedRanked, student: Columns, teacher: Columns, device: torch.device) -> None:
+    def __init__(self, options: PairedLoss, student: Columns, teacher: Columns, device: torch.device) -> None:
         if options.uncommon_top_k:
             raise ValueError(
                 "uncommon_top_k: expected 0 (the common part alone) for logits in parts, since the others are sorted, "
                 f"which needs whole rows; got {options.uncommon_top_k}"
             )
-        sides, ids = (student, teacher), (options.student_ids, options.teacher_ids)
+        sides, ids = (student, teacher), options.pairs
         place = torch.arange(len(ids[0]), device=device)
         parts = (Parts(place, side.rank_of(one), side.ranks) for side, one in zip(sides, ids, strict=True))
         super().__init__(options, Meeting(len(place), *parts), student.ranks, teacher.ranks)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
+from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
@@ -32,6 +33,10 @@ class ULD(Loss):
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.uld(student, teacher, chunks, temperature=self.temperature)
+
+    def fields(self) -> dict[str, Any]:
+        """What kernels are told of it: no divergence counts, without pairs."""
+        return {"temperature": self.temperature, **Divergence.of().fields()}
 
 
 class ULDOptions(Options, total=False):
