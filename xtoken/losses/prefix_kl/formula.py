@@ -5,7 +5,8 @@ from __future__ import annotations
 import bisect
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -85,16 +86,14 @@ def prefix(
     next_ids = chunks.student.realised, chunks.teacher.realised
 
     def compare(
-        rows: tuple[Tensor, Tensor], events: tuple[Tensor, Tensor], count: int, left_out: Tensor | None = None
+        rows: Sequence[Tensor], events: Sequence[Tensor], count: int, left_out: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The terms of boundaries, and the teacher's probabilities of what it realises there."""
         log_p, log_q = (
             event_log_mass(scaled(z[row], 1.0, dtype), event, count)
             for z, row, event in zip(logits, rows, events, strict=True)
         )
-        missing = log_p.isinf() | log_q.isinf()
-        if left_out is not None:
-            missing |= left_out
+        missing = log_p.isinf() | log_q.isinf() | left_out
         log_p, log_q = (
             (x.masked_fill(missing, -torch.inf) / temperature).log_softmax(-1).masked_fill(missing, 0)
             for x in (log_p, log_q)
@@ -112,26 +111,14 @@ def prefix(
     loss, probability = compare(starts, events, int(pieces[2]), left_out)
     loss = loss.masked_fill(realised[0] != realised[1], 0)
 
-    chunk, _, whole_row, part_row = boundaries[:, :4].unbind(1)
-    inner, inner_probability = loss.new_zeros(len(chunk)), probability.new_zeros(len(chunk))
-    student_row = torch.where(boundaries[:, 1] == 0, whole_row, part_row)
-    for whole in (0, 1):
-        index = (boundaries[:, 1] == whole).nonzero()[:, 0]
-        if len(index) == 0:
-            continue
-        rows, depth, *tokens = (whole_row[index], part_row[index]), *boundaries[index, 4:].unbind(1)
-        whole_events, part_events, count = next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
-        left_out = torch.zeros(len(index), count, dtype=torch.bool, device=device)
-        left_out[:, 0] = merged[roots[1 - whole][next_ids[1 - whole][part_row[index] - depth]]]
-        found = whole_events, part_events
-        if whole == 1:
-            rows, found = rows[::-1], found[::-1]
-        terms, probabilities = compare(rows, found, count, left_out)
-        inner = inner.index_copy(0, index, terms)
-        inner_probability[index] = probabilities
+    inner, inner_probability = loss.new_zeros(len(boundaries)), probability.new_zeros(len(boundaries))
+    for one in insides(chunks, boundaries, sides, roots, merged):
+        terms, probabilities = compare(one.rows, one.events, one.number, one.left_out)
+        inner = inner.index_copy(0, one.place, terms)
+        inner_probability[one.place] = probabilities
     if weighting == "teacher":
-        inner = inner * of_prefixes(probability, inner_probability, chunk, student_row)
-    return loss.index_add(0, chunk, inner) * temperature**2
+        inner = inner * of_prefixes(probability, inner_probability, boundaries)
+    return loss.index_add(0, boundaries[:, 0], inner) * temperature**2
 
 
 def merged_events(sides: tuple[Side, Side], count: int) -> Tensor:
@@ -168,10 +155,11 @@ def cannot_follow(chunks: Chunks, sides: tuple[Side, Side], merged: Tensor) -> T
     return (known[0] ^ known[1]) | (known[0] & known[1] & merged)
 
 
-def of_prefixes(start: Tensor, inner: Tensor, chunk: Tensor, row: Tensor) -> Tensor:
+def of_prefixes(start: Tensor, inner: Tensor, boundaries: Tensor) -> Tensor:
     """[n]: the product of the probabilities before each inner boundary of a chunk, from those at the starts [K] and at
     the boundaries [n], whose student rows have the order of the text."""
-    order = row.argsort(stable=True)
+    chunk, whole, whole_row, part_row = boundaries[:, :4].unbind(1)
+    order = torch.where(whole == 0, whole_row, part_row).argsort(stable=True)
     order = order[chunk[order].argsort(stable=True)]
     counts = chunk.bincount(minlength=len(start))
     place = torch.empty_like(order)
@@ -258,6 +246,33 @@ def _ranks(side: Side, other: Side, known: list[int]) -> tuple[int, int]:
 
     ranks, wanted = range(len(side.order)), in_order(known)
     return bisect.bisect_left(ranks, wanted, key=begin_of), bisect.bisect_right(ranks, wanted, key=begin_of)
+
+
+class Inside(NamedTuple):
+    """Boundaries inside chunks; rows and events of the student first."""
+
+    place: Tensor  # int64 [n]: among all of them
+    rows: Sequence[Tensor]  # int64 [n] twice
+    events: Sequence[Tensor]  # int64 [n, V_student] and [n, V_teacher]
+    number: int  # of events
+    left_out: Tensor  # bool [n, number]: "ends", where that is no event
+
+
+def insides(
+    chunks: Chunks, boundaries: Tensor, sides: tuple[Side, Side], roots: Sequence[Tensor], merged: Tensor
+) -> Iterator[Inside]:
+    """The boundaries inside the chunks, by the side whose token goes on there."""
+    next_ids = chunks.student.realised, chunks.teacher.realised
+    for whole in (0, 1):
+        index = (boundaries[:, 1] == whole).nonzero()[:, 0]
+        if len(index) == 0:
+            continue
+        _, _, whole_row, part_row, depth, *tokens = boundaries[index].unbind(1)
+        *events, number = next_pieces(sides[whole], sides[1 - whole], depth, *tokens)
+        left_out = torch.zeros(len(index), number, dtype=torch.bool, device=index.device)
+        left_out[:, 0] = merged[roots[1 - whole][next_ids[1 - whole][part_row - depth]]]
+        order = slice(None, None, -1 if whole else 1)
+        yield Inside(index, [whole_row, part_row][order], events[order], number, left_out)
 
 
 def next_pieces(whole: Side, part: Side, depth: Tensor, first: Tensor, last: Tensor) -> tuple[Tensor, Tensor, int]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -47,7 +46,8 @@ class InParts(Formula):
         ]
 
     def across(self, chunks: Chunks) -> int:
-        inside = self._inside(chunks, formula.inner_boundaries(chunks, self.pieces).to(chunks.used.device))
+        boundaries = formula.inner_boundaries(chunks, self.pieces).to(chunks.used.device)
+        inside = formula.insides(chunks, boundaries, self.sides, self.roots, self.merged)
         return super().across(chunks) + sum(4 * len(one.place) * one.number for one in inside)
 
     def losses(self, student: Side, teacher: Side, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
@@ -57,37 +57,19 @@ class InParts(Formula):
         loss, probability = self._starts(both, chunks, dtype)
 
         boundaries = formula.inner_boundaries(chunks, self.pieces).to(device)
-        chunk, _, whole_row, part_row = boundaries[:, :4].unbind(1)
-        inner, inner_probability = loss.new_zeros(len(chunk)), probability.new_zeros(len(chunk))
-        for one in self._inside(chunks, boundaries):
+        inner, inner_probability = loss.new_zeros(len(boundaries)), probability.new_zeros(len(boundaries))
+        for one in formula.insides(chunks, boundaries, self.sides, self.roots, self.merged):
             log_p, log_q = (
                 _log_masses(side, row, event, one.number, dtype)
                 for side, row, event in zip(both, one.rows, one.events, strict=True)
             )
-            left_out = torch.zeros(len(one.place), one.number, dtype=torch.bool, device=device)
-            left_out[:, 0] = one.ends_are_left_out
-            terms, q = self._compared(log_p, log_q, left_out, Ranks())
+            terms, q = self._compared(log_p, log_q, one.left_out, Ranks())
             inner = inner.index_copy(0, one.place, terms)
             realised = one.events[1].gather(1, chunks.teacher.realised[one.rows[1], None])
             inner_probability[one.place] = q.gather(1, realised)[:, 0]
         if options.weighting == "teacher":
-            student_row = torch.where(boundaries[:, 1] == 0, whole_row, part_row)
-            inner = inner * formula.of_prefixes(probability, inner_probability, chunk, student_row)
-        return loss.index_add(0, chunk, inner) * options.temperature**2
-
-    def _inside(self, chunks: Chunks, boundaries: Tensor) -> Iterator[_Inside]:
-        """The boundaries inside the chunks, by the side whose token goes on there."""
-        next_ids = chunks.student.realised, chunks.teacher.realised
-        for whole in (0, 1):
-            index = (boundaries[:, 1] == whole).nonzero()[:, 0]
-            if len(index) == 0:
-                continue
-            _, _, whole_row, part_row, depth, *tokens = boundaries[index].unbind(1)
-            rows = [whole_row, part_row]
-            *events, count = formula.next_pieces(self.sides[whole], self.sides[1 - whole], depth, *tokens)
-            ends_are_left_out = self.merged[self.roots[1 - whole][next_ids[1 - whole][part_row - depth]]]
-            order = slice(None, None, -1 if whole else 1)
-            yield _Inside(index, rows[order], events[order], count, ends_are_left_out)
+            inner = inner * formula.of_prefixes(probability, inner_probability, boundaries)
+        return loss.index_add(0, boundaries[:, 0], inner) * options.temperature**2
 
     def _starts(self, both: tuple[Side, Side], chunks: Chunks, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """The terms [K] of the starts, and the teacher's probabilities of what it realises there."""
@@ -137,16 +119,6 @@ class _Events:
             return found
         numbers = self._numbers.expand(len(z), -1)
         return found.index_copy(1, self._several, event_log_mass(chosen(z, self._columns), numbers, len(self._several)))
-
-
-class _Inside(NamedTuple):
-    """Boundaries inside chunks; rows and events of the student first."""
-
-    place: Tensor  # int64 [n]: among all of them
-    rows: Sequence[Tensor]  # int64 [n] twice
-    events: Sequence[Tensor]  # int64 [n, V_student] and [n, V_teacher]
-    number: int  # of events
-    ends_are_left_out: Tensor  # bool [n]: that none follows is no event here
 
 
 def _log_masses(side: Side, rows: Tensor, events: Tensor, count: int, dtype: torch.dtype) -> Tensor:
