@@ -207,10 +207,7 @@ def compute(
             sizes=sizes, mask=mask, reduction=reduction, inplace=inplace, backend=backend,
         )  # fmt: skip
         return found
-    loss.check_switches()
-    check_choice(cp_layout, "cp_layout", CP_LAYOUTS)
-    check_call(student_logits, teacher_logits, reduction, backend)
-    given = Parts.of(student_logits), Parts.of(teacher_logits)
+    given = check_call(loss, student_logits, teacher_logits, alignment, labels, reduction, backend, cp_layout)
     if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):
         widths = [one.width for one in given if one.width is not None]
         sizes = (min(widths),) * 2 if widths else sizes
@@ -218,20 +215,13 @@ def compute(
     student, teacher = given[0].batched(), given[1].batched().detached()
     if student.head is None:
         student = student._replace(rows=widened(student.rows, student_size))
-    if alignment is not None:
-        check_alignment(alignment, student.rows.shape[0])
-    elif loss.needs is Needs.SAME_TOKENIZER:
-        check_positions(*given)
-        mask = None if mask is None else checked_mask(given[0].leading_shape, mask)
-    else:
-        raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
+    if mask is not None:
+        mask = checked_mask(given[0].leading_shape, mask)
     for side, one in enumerate(given):
         if one.width is not None and one.width < (student_size, teacher_size)[side]:
             check_known(side, one.width, labels, alignment)
     if labels is not None:
         labels = checked_labels(given[0].leading_shape, labels)
-        if reduction == "none":
-            raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     if inplace:
         _check_inplace(student_logits, labels, reduction, loss)
     call = Call.of(
@@ -254,13 +244,37 @@ def has_dtensor(*logits: AnyLogits) -> bool:
     return any(isinstance(part, module.DTensor) for part in parts)
 
 
-def check_call(student_logits: AnyLogits, teacher_logits: AnyLogits, reduction: str, backend: str) -> None:
-    """`check_logits`, that the student's have a gradient, and the choices of a call."""
+def check_call(
+    loss: Loss,
+    student_logits: AnyLogits,
+    teacher_logits: AnyLogits,
+    alignment: Alignment | None,
+    labels: Tensor | None,
+    reduction: str,
+    backend: str,
+    cp_layout: str,
+) -> tuple[Parts, Parts]:
+    """What can be said of a call before anything is known of sizes. Both logits as they were given."""
+    loss.check_switches()
+    check_choice(cp_layout, "cp_layout", CP_LAYOUTS)
     check_logits(student_logits, teacher_logits)
     check_choice(reduction, "reduction", REDUCTIONS)
     check_backend(backend)
     if isinstance(student_logits, TopKLogits):
         raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
+    student, teacher = Parts.of(student_logits), Parts.of(teacher_logits)
+    if alignment is not None:
+        check_alignment(alignment, student.batched().rows.shape[0])
+    elif loss.needs is not Needs.SAME_TOKENIZER:
+        raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
+    elif teacher.leading_shape != student.leading_shape:
+        raise ValueError(
+            f"teacher_logits: expected the positions of student_logits {list(student.leading_shape)}, got "
+            f"{list(teacher.leading_shape)}; pass an alignment if they differ"
+        )
+    if labels is not None and reduction == "none":
+        raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
+    return student, teacher
 
 
 def check_logits(student_logits: AnyLogits, teacher_logits: AnyLogits) -> None:
@@ -292,15 +306,6 @@ def check_alignment(alignment: Alignment, samples: int) -> None:
     alignment.check_form()
     if len(alignment) != samples:
         raise ValueError(f"alignment: expected {samples} samples (the batch of the logits), got {len(alignment)}")
-
-
-def check_positions(student: Parts, teacher: Parts) -> None:
-    """The same ones on both sides."""
-    if teacher.leading_shape != student.leading_shape:
-        raise ValueError(
-            f"teacher_logits: expected the positions of student_logits {list(student.leading_shape)}, got "
-            f"{list(teacher.leading_shape)}; pass an alignment if they differ"
-        )
 
 
 def checked_mask(shape: torch.Size, mask: Any, note: str = "") -> Tensor:

@@ -16,31 +16,11 @@ from torch import Tensor
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
 from xtoken.losses.backends import IGNORED, Labels, Prepared, checked_ids, kernels_of
-from xtoken.losses.call import (
-    CP_LAYOUTS,
-    SIDES,
-    check_alignment,
-    check_call,
-    check_choice,
-    check_known,
-    check_positions,
-    checked_labels,
-    checked_mask,
-    has_dtensor,
-)
+from xtoken.losses.call import SIDES, check_call, check_known, checked_labels, checked_mask, has_dtensor
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled
-from xtoken.losses.operator import (
-    Call,
-    Flags,
-    Gradients,
-    at_least_one,
-    autocasts,
-    chunk_scale,
-    computed,
-    once_only,
-)
+from xtoken.losses.operator import Call, Flags, Gradients, at_least_one, autocasts, chunk_scale, computed, once_only
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
 from xtoken.parallel.sequence import Positions, Share, share
@@ -197,26 +177,15 @@ def _checked(
     backend: str,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a rank can see to by itself. What is to be the same on all ranks, and what is each rank's own."""
-    loss.check_switches()
-    check_call(student_logits, teacher_logits, reduction, backend)
-    check_choice(groups.cp_layout, "cp_layout", CP_LAYOUTS)
+    given = check_call(loss, student_logits, teacher_logits, alignment, labels, reduction, backend, groups.cp_layout)
     if inplace:
         raise ValueError("inplace: expected False for logits in parts")
     if tp.size > 1 and backend not in ("auto", "reference"):
         raise ValueError(f"backend: expected 'auto' or 'reference' with tp_group, got {backend!r}")
     if tp.size > 1 and _module(loss) is None:
         raise ValueError(f"tp_group: expected whole rows for {loss.title}: {_reason(loss)}")
-    if labels is not None and reduction == "none":
-        raise ValueError("labels: expected reduction='mean' or 'sum' with labels, got 'none'")
     loss.check_tables()
     loss.check()
-    given = Parts.of(student_logits), Parts.of(teacher_logits)
-    if alignment is not None:
-        check_alignment(alignment, given[0].batched().rows.shape[0])
-    elif loss.needs is not Needs.SAME_TOKENIZER:
-        raise TypeError("alignment: expected an xtoken.Alignment, got NoneType")
-    else:
-        check_positions(*given)
     wanted = [
         one is not None and one.requires_grad for one in (given[0].rows, given[0].head, given[0].bias, loss.trained)
     ]

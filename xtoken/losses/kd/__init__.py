@@ -11,15 +11,7 @@ from torch import Tensor
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
-from xtoken.losses.call import (
-    DivergenceOptions,
-    Losses,
-    Unpack,
-    check_count,
-    check_logits,
-    compute,
-    public_loss,
-)
+from xtoken.losses.call import DivergenceOptions, Losses, Unpack, check_count, check_logits, compute, public_loss
 from xtoken.losses.columns import teacher_columns
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.kd import formula

@@ -16,15 +16,7 @@ from xtoken.alignment.alignment import as_tensor
 from xtoken.losses import diagnostics
 from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
-from xtoken.losses.call import (
-    DivergenceOptions,
-    Losses,
-    Unpack,
-    check_choice,
-    check_count,
-    compute,
-    public_loss,
-)
+from xtoken.losses.call import DivergenceOptions, Losses, Unpack, check_choice, check_count, compute, public_loss
 from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.linear import linear
