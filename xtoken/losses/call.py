@@ -199,13 +199,11 @@ def compute(
     if isinstance(teacher_logits, OrderedLogits):
         loss, teacher_logits, alignment = in_order(loss, teacher_logits, alignment)
     if (tp_group, cp_group) != (None, None) or has_dtensor(student_logits, teacher_logits):
-        from xtoken.parallel.call import Groups
+        from xtoken.parallel.call import Given, Groups
         from xtoken.parallel.call import compute as compute_in_parts
 
-        found: Losses = compute_in_parts(
-            loss, student_logits, teacher_logits, alignment, Groups(tp_group, cp_group, cp_layout), labels=labels,
-            sizes=sizes, mask=mask, reduction=reduction, inplace=inplace, backend=backend,
-        )  # fmt: skip
+        of = loss, student_logits, teacher_logits, alignment, labels, sizes, mask, reduction, inplace, backend
+        found: Losses = compute_in_parts(Given(*of), Groups(tp_group, cp_group, cp_layout))
         return found
     given = check_call(loss, student_logits, teacher_logits, alignment, labels, reduction, backend, cp_layout)
     if loss.needs is Needs.SAME_TOKENIZER and sizes == (None, None):

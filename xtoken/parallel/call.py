@@ -36,21 +36,23 @@ class Groups(NamedTuple):
     cp_layout: str = "contiguous"
 
 
+class Given(NamedTuple):
+    """The other arguments of a call."""
+
+    loss: Loss
+    student_logits: AnyLogits
+    teacher_logits: AnyLogits
+    alignment: Alignment | None
+    labels: Tensor | None
+    sizes: tuple[int | None, int | None]
+    mask: Any
+    reduction: str
+    inplace: bool
+    backend: str
+
+
 @torch.compiler.disable
-def compute(
-    loss: Loss,
-    student_logits: AnyLogits,
-    teacher_logits: AnyLogits,
-    alignment: Alignment | None,
-    groups: Groups,
-    *,
-    labels: Tensor | None,
-    sizes: tuple[int | None, int | None],
-    mask: Any,
-    reduction: str,
-    inplace: bool,
-    backend: str,
-) -> Tensor | tuple[Tensor, Tensor]:
+def compute(given: Given, groups: Groups) -> Tensor | tuple[Tensor, Tensor]:
     """As `xtoken.losses.call.compute`; every rank of the groups must make the call.
 
     The parts that are told to be the same are compared first, and an error of one rank is raised on all.
@@ -63,30 +65,27 @@ def compute(
             tp = Ranks(groups.tp_group, "tp_group")
         finally:  # whichever group there is hears of an error
             cp = Ranks(groups.cp_group, "cp_group")
-        student_logits, teacher_logits, tp_group, is_sharded = _local(student_logits, teacher_logits, groups.tp_group)
+        given, tp_group, is_sharded = _local(given, groups.tp_group)
         tp = Ranks(tp_group, "tp_group")
         _check_mesh(tp, cp)
-        facts = _checked(
-            loss, student_logits, teacher_logits, alignment, groups, tp, is_sharded, labels, mask, reduction, inplace,
-            backend,
-        )  # fmt: skip
+        facts = _checked(given, groups, tp, is_sharded)
     except Exception as raised:  # that of any rank is raised on all
         error = raised
-    columns, lengths = _agreed(Report(*facts, error), loss, sizes, tp, cp, is_sharded)
+    loss, alignment, labels, reduction = given.loss, given.alignment, given.labels, given.reduction
+    columns, lengths = _agreed(Report(*facts, error), loss, given.sizes, tp, cp, is_sharded)
 
-    student, teacher = (Parts.of(logits).batched() for logits in (student_logits, teacher_logits))
+    student, teacher = (Parts.of(logits).batched() for logits in (given.student_logits, given.teacher_logits))
     for side, of in enumerate(columns):
         if of.held is not None and of.held < of.size:
             check_known(side, of.held, labels, alignment)
     positions = Positions.of(lengths[0], groups.cp_layout), Positions.of(lengths[1], groups.cp_layout)
     samples, device = student.rows.shape[0], student.rows.device
-    whole = torch.Size([*Parts.of(student_logits).leading_shape[:-1], len(positions[0].rank)])
-    if mask is not None:
-        mask = checked_mask(whole, mask, " (all positions)")
+    whole = torch.Size([*Parts.of(given.student_logits).leading_shape[:-1], len(positions[0].rank)])
+    mask = None if given.mask is None else checked_mask(whole, given.mask, " (all positions)")
     call = Call.of(  # of whole sequences, without their logits
         loss, Parts(student.rows.new_empty(samples, sum(lengths[0]), 0)),
         Parts(teacher.rows.new_empty(samples, sum(lengths[1]), 0)), alignment,
-        sizes=(columns[0].size, columns[1].size), mask=mask, labels=None, reduction=reduction, backend=backend,
+        sizes=(columns[0].size, columns[1].size), mask=mask, labels=None, reduction=reduction, backend=given.backend,
     )  # fmt: skip
     source = _Teacher(teacher.detached().source(columns[1].width), columns[1], cp)
     prepared = loss.prepare(call, student.source(columns[0].width), source)
@@ -100,7 +99,8 @@ def compute(
         following = checked_ids(checked_labels(whole, labels, note="all positions"), columns[0].size)
     run = _Run(
         loss.name, prepared, in_parts, student.detached(), teacher.detached(), columns, tp, cp, chunks, own, positions,
-        following, call.predicted.numel() if call.predicted is not None else whole.numel(), reduction, backend,
+        following, call.predicted.numel() if call.predicted is not None else whole.numel(), reduction,
+        given.backend,
     )  # fmt: skip
     result, cross_entropy = _Loss.apply(run, student.rows, student.head, student.bias, loss.trained)
     if alignment is None and reduction == "none":
@@ -115,16 +115,14 @@ class Sharded(NamedTuple):
     teacher: bool | None
 
 
-def _local(
-    student_logits: AnyLogits, teacher_logits: AnyLogits, tp_group: Any
-) -> tuple[AnyLogits, AnyLogits, Any, Sharded]:
-    """The logits of this rank, the group over which their columns are sharded, and which are."""
-    if not has_dtensor(student_logits, teacher_logits):
-        return student_logits, teacher_logits, tp_group, Sharded(None, None)
+def _local(given: Given, tp_group: Any) -> tuple[Given, Any, Sharded]:
+    """The same of the logits of this rank, the group over which their columns are sharded, and which are."""
+    if not has_dtensor(given.student_logits, given.teacher_logits):
+        return given, tp_group, Sharded(None, None)
     from xtoken.parallel.dtensor import local_part
 
-    student, group, student_sharded = local_part(student_logits, SIDES[0], tp_group)
-    teacher, other, teacher_sharded = local_part(teacher_logits, SIDES[1], tp_group)
+    student, group, student_sharded = local_part(given.student_logits, SIDES[0], tp_group)
+    teacher, other, teacher_sharded = local_part(given.teacher_logits, SIDES[1], tp_group)
     for name, one, sharded in zip(SIDES, (group, other), (student_sharded, teacher_sharded), strict=True):
         if sharded and tp_group is not None and one != tp_group:
             raise ValueError(f"{name}: expected columns sharded over tp_group, got another group of ranks")
@@ -135,8 +133,11 @@ def _local(
             raise ValueError(
                 "student_logits: expected sharded columns beside tp_group or a sharded teacher, got whole rows"
             )
-        return student, teacher, None, Sharded(False, False)
-    return student, teacher, group if student_sharded else tp_group, Sharded(student_sharded, teacher_sharded)
+        group, student_sharded, teacher_sharded = None, False, False
+    elif not student_sharded:
+        group = tp_group
+    local = given._replace(student_logits=student, teacher_logits=teacher)
+    return local, group, Sharded(student_sharded, teacher_sharded)
 
 
 def _check_mesh(tp: Ranks, cp: Ranks) -> None:
@@ -154,30 +155,18 @@ def cross_entropy(
 ) -> Tensor:
     """The student's next-token cross-entropy alone, summed over the labels: beside a loss that has no position."""
     kind = next(one for one in registered().values() if one.needs is Needs.SAME_TOKENIZER and one.is_default)
-    result: tuple[Tensor, Tensor] = compute(
-        kind.of(None, None, **kind.options()), student_logits, student_logits, None, Groups(**groups), labels=labels,
-        sizes=(size, size), mask=torch.zeros(labels.shape, dtype=torch.bool, device="cpu"), reduction="sum",
-        inplace=False, backend=backend,
+    given = Given(
+        kind.of(None, None, **kind.options()), student_logits, student_logits, None, labels, (size, size),
+        torch.zeros(labels.shape, dtype=torch.bool, device="cpu"), "sum", False, backend,
     )  # fmt: skip
+    result: tuple[Tensor, Tensor] = compute(given, Groups(**groups))
     return result[1]
 
 
-def _checked(
-    loss: Loss,
-    student_logits: AnyLogits,
-    teacher_logits: AnyLogits,
-    alignment: Alignment | None,
-    groups: Groups,
-    tp: Ranks,
-    is_sharded: Sharded,
-    labels: Tensor | None,
-    mask: Any,
-    reduction: str,
-    inplace: bool,
-    backend: str,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _checked(given: Given, groups: Groups, tp: Ranks, is_sharded: Sharded) -> tuple[dict[str, Any], dict[str, Any]]:
     """What a rank can see to by itself. What is to be the same on all ranks, and what is each rank's own."""
-    given = check_call(loss, student_logits, teacher_logits, alignment, labels, reduction, backend, groups.cp_layout)
+    loss, student_logits, teacher_logits, alignment, labels, _, mask, reduction, inplace, backend = given
+    logits = check_call(loss, student_logits, teacher_logits, alignment, labels, reduction, backend, groups.cp_layout)
     if inplace:
         raise ValueError("inplace: expected False for logits in parts")
     if tp.size > 1 and backend not in ("auto", "reference"):
@@ -187,15 +176,15 @@ def _checked(
     loss.check_tables()
     loss.check()
     wanted = [
-        one is not None and one.requires_grad for one in (given[0].rows, given[0].head, given[0].bias, loss.trained)
+        one is not None and one.requires_grad for one in (logits[0].rows, logits[0].head, logits[0].bias, loss.trained)
     ]
     host = None if alignment is None else alignment.host
     same = {
         "loss": loss.title,
         **{one.name: _shown(getattr(loss, one.name)) for one in fields(loss)},
         "alignment": None if host is None else [_shown(getattr(host, name)) for name in _OF_ALIGNMENT],
-        "student_logits": f"{_kind(given[0], is_sharded.student)}, gradients {wanted}",
-        "teacher_logits": _kind(given[1], is_sharded.teacher),
+        "student_logits": f"{_kind(logits[0], is_sharded.student)}, gradients {wanted}",
+        "teacher_logits": _kind(logits[1], is_sharded.teacher),
         "labels": _shown(labels),
         "mask": _shown(mask),
         "reduction": reduction,
@@ -203,7 +192,7 @@ def _checked(
     }
     own: dict[str, Any] = {}
     for k in (0, 1):
-        own[_COLUMNS[k]], own[_POSITIONS[k]] = given[k].width, given[k].leading_shape[-1]
+        own[_COLUMNS[k]], own[_POSITIONS[k]] = logits[k].width, logits[k].leading_shape[-1]
     return same, own
 
 
