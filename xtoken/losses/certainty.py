@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,34 +13,29 @@ from xtoken.losses.logits import Source
 from xtoken.losses.numerics import statistics_dtype, temporary_elements
 
 
-class Predicting(NamedTuple):
-    """One teacher's rows, and the chunks that they predict."""
-
-    source: Source
-    chunks: Chunks
-
-
 @torch.no_grad()
-def certainties(teachers: Sequence[Predicting | None], rows: int, size: int) -> list[Tensor]:
-    """For each teacher [K]: the weights of its chunks, whose mean over the teachers of a student row is 1.
+def certainties(teachers: Sequence[tuple[Source, Source, Chunks] | None]) -> list[Tensor]:
+    """For each teacher (the student's logits, its own, and the chunks) [K]: the weights of its chunks, whose mean over
+    the teachers of a student row is 1.
 
-    ``w_m = n exp(-h_m) / sum_j exp(-h_j)`` over the n teachers with a chunk that begins at the same of the student's
-    `rows`, where ``h_m = H_m log(size) / log(V_m)``: the entropy of the first row of its chunk in nats, H_m, as the
-    same share of the largest possible one would be in the student's vocabulary of `size` tokens. The weights of a
-    teacher that is None, or of chunks that do not count, are 0.
+    ``w_m = n exp(-h_m) / sum_j exp(-h_j)`` over the n teachers with a chunk that begins at the same row of the student,
+    where ``h_m = H_m log(V_student) / log(V_m)``: the entropy of the first row of its chunk in nats, H_m, as the same
+    share of the largest possible one would be in the student's vocabulary. The weights of a teacher that is None, or of
+    chunks that do not count, are 0.
     """
     given, nothing = [one for one in teachers if one is not None], torch.zeros(0, dtype=torch.float32, device="cpu")
     if not given:
         return [nothing] * len(teachers)
-    # the last for row -1
-    sure = torch.full((len(given), rows + 1), -torch.inf, dtype=torch.float32, device=given[0].chunks.used.device)
-    for m, (source, chunks) in enumerate(given):
-        scale = math.log(max(size, 2)) / math.log(max(source.size, 2))
+    student, _, first = given[0]
+    rows = student.samples * student.length + 1  # the last for row -1
+    sure = torch.full((len(given), rows), -torch.inf, dtype=torch.float32, device=first.used.device)
+    for m, (_, source, chunks) in enumerate(given):
+        scale = math.log(max(student.size, 2)) / math.log(max(source.size, 2))
         sure[m, chunks.student.start] = -scale * entropies(source, chunks.teacher.start.clamp_min(0))
     sure[:, -1] = -torch.inf
     weights = (sure.softmax(0) * (sure > -torch.inf).sum(0)).nan_to_num_(0.0)
     each = iter(weights)
-    return [nothing if one is None else next(each)[one.chunks.student.start] for one in teachers]
+    return [nothing if one is None else next(each)[one[2].student.start] for one in teachers]
 
 
 @torch.no_grad()

@@ -24,7 +24,7 @@ from xtoken.losses.call import (
     has_dtensor,
     vocabulary_size,
 )
-from xtoken.losses.certainty import Predicting, certainties
+from xtoken.losses.certainty import certainties
 from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
@@ -314,7 +314,10 @@ class XTokenLoss(nn.Module):
         ]
         weights: list[Tensor | None] = [None] * len(ready)
         if self.teacher_weighting == "entropy":
-            weights[:] = self._certainties(ready, student_logits)
+            device = Parts.of(student_logits).rows.device
+            weights[:] = certainties(
+                [None if one.sources is None else (*one.sources, one.used(device)) for one in ready]
+            )
         for one, divisor, weight in zip(ready, divisors, weights, strict=True):
             # The first loss on all of its columns brings the cross-entropy along, from the same pass over the logits.
             wanted = targets if ce_sum is None and self._is_on_all_columns(one, student_logits) else None
@@ -451,14 +454,6 @@ class XTokenLoss(nn.Module):
         return _Ready(
             teacher, loss, projection, teacher_logits, sources, alignment, mask, number, unsupervised, distrusted
         )
-
-    def _certainties(self, ready: Sequence[_Ready], student_logits: AnyLogits) -> list[Tensor]:
-        """The weights of each teacher's chunks, in the order of its chunks."""
-        device = Parts.of(student_logits).rows.device
-        known = [None if one.sources is None else Predicting(one.sources[1], one.used(device)) for one in ready]
-        students = [one.sources[0] for one in ready if one.sources is not None]
-        rows, size = (students[0].samples * students[0].length, students[0].size) if students else (0, 0)
-        return certainties(known, rows, size)
 
     def _distil(
         self,
