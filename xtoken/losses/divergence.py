@@ -8,7 +8,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from xtoken.losses.numerics import check_number, check_switch, check_temperature
+from xtoken.losses.loss import Loss
+from xtoken.losses.numerics import check_number, check_switch
 
 
 class Divergence(NamedTuple):
@@ -74,8 +75,8 @@ class Divergence(NamedTuple):
         return self(q, log_q, p, log_p)
 
 
-class HasDivergence:
-    """Something with a temperature and the options of `Divergence.of`."""
+class HasDivergence(Loss):
+    """A loss with a temperature and the options of `Divergence.of`."""
 
     temperature: float
     reverse: bool
@@ -83,7 +84,7 @@ class HasDivergence:
     skew: float
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         Divergence.of(self.reverse, self.beta, self.skew)
 
     @property

@@ -23,7 +23,7 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.cached import Cached, notice_changes
 from xtoken.losses.logits import Source
-from xtoken.losses.numerics import check_switch
+from xtoken.losses.numerics import check_switch, check_temperature
 from xtoken.pieces import PieceIndex, sides
 
 if TYPE_CHECKING:
@@ -151,6 +151,11 @@ class Loss:
     variants: ClassVar[Mapping[str, Mapping[str, Any]]] = MappingProxyType({"": {}})
     """What is worth a measurement of its own: options, by what is added to the title. Where that ends with "numbers",
     chunks have several tokens."""
+
+    def __post_init__(self) -> None:
+        """Raises TypeError or ValueError for an option out of its range; here for a ``temperature``, if it has one."""
+        if hasattr(self, "temperature"):
+            check_temperature(self.temperature)
 
     @property
     def realised(self) -> bool:

@@ -12,7 +12,7 @@ from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, pu
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
-from xtoken.losses.numerics import check_temperature, log_complement, log_likelihood, statistics_dtype
+from xtoken.losses.numerics import log_complement, log_likelihood, statistics_dtype
 from xtoken.losses.operator import register
 
 
@@ -33,9 +33,6 @@ class ALM(Loss):
 
     temperature: float
     reverse: bool
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         dtype = statistics_dtype(student, teacher)

@@ -13,7 +13,7 @@ from xtoken.losses.call import Losses, Options, Unpack, check_choice, compute, p
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
-from xtoken.losses.numerics import check_temperature, ranges, scaled, statistics_dtype
+from xtoken.losses.numerics import ranges, scaled, statistics_dtype
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, Spelling, places, spelling
 from xtoken.pieces import PieceIndex
@@ -46,7 +46,7 @@ class BPM(OnText):
     rows: str
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         check_choice(self.rows, "rows", get_args(Rows))
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:

@@ -13,7 +13,7 @@ from xtoken.losses.call import Losses, Options, Unpack, compute, public_loss
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
-from xtoken.losses.numerics import check_temperature, log_sums, ranges, scaled, statistics_dtype
+from xtoken.losses.numerics import log_sums, ranges, scaled, statistics_dtype
 from xtoken.losses.operator import register
 from xtoken.losses.spelling import OnText, groups, spelling
 from xtoken.pieces import PieceIndex
@@ -43,9 +43,6 @@ class ESCD(OnText):
     """
 
     temperature: float
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         known = spelling(self.pieces, self.text, student.device)

@@ -17,13 +17,13 @@ from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.kd import formula
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.loss import Needs
 from xtoken.losses.operator import Call, register
 
 
 @register("kd", "KD", Needs.SAME_TOKENIZER)
 @dataclass(frozen=True)
-class KD(HasDivergence, Loss):
+class KD(HasDivergence):
     """See `kd_loss`; `columns` are chosen by the teacher's logits of a call, None: all."""
 
     is_default: ClassVar[bool] = True

@@ -16,7 +16,6 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
 from xtoken.losses.numerics import (
-    check_temperature,
     log_complement,
     log_likelihood,
     log_sums,
@@ -76,9 +75,6 @@ class NeMoEvents(OnTokens):
 
     temperature: float
     reverse: bool
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         shared, both = partners(self.pieces, student.device), spelled(self.pieces, student.device)

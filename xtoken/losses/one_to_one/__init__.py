@@ -13,7 +13,7 @@ from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
-from xtoken.losses.numerics import check_temperature, scaled, statistics_dtype
+from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.losses.on_pieces import OnTokens, are_partners, partners
 from xtoken.losses.operator import register
 from xtoken.pieces import PieceIndex
@@ -39,7 +39,7 @@ class OneToOne(OnTokens):
     reverse: bool
 
     def __post_init__(self) -> None:
-        check_temperature(self.temperature)
+        super().__post_init__()
         check_count(self.top_k, "top_k", optional=True)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
-from xtoken.losses.loss import Loss, Matrix, Needs
+from xtoken.losses.loss import Matrix, Needs
 from xtoken.losses.operator import Call, register
 from xtoken.losses.pkl import formula
 from xtoken.projection.entries import Entries, restrict
@@ -32,7 +32,7 @@ Support = Literal["all", "reachable"]
 
 @register("pkl", "P-KL", Needs.PROJECTION)
 @dataclass(frozen=True)
-class PKL(HasDivergence, Loss):
+class PKL(HasDivergence):
     """See `pkl_loss`. Kernels and formula get one with `columns`; the first `count` of them, which may be known on the
     device only, are the column set, or all."""
 

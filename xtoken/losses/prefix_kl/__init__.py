@@ -9,12 +9,6 @@ student's p["95"] / sum of p over the tokens "9?". Where a student gives every e
 and gradient are zero, and nowhere else. A chunk that the two tokenizers cut so that its first tokens belong to
 different events has no term at its start: there each side must write what the other must not.
 
-A KL through W is least elsewhere: W splits each student token into weighted pieces (0.9 of "9" and 0.09 of "5" for
-"95"), so that a projected student comes near q["9"] only if it prefers tokens whose pieces repeat ("99" over "95");
-with ``gamma=0`` that fault goes. And it sees only the first of the teacher's rows in a chunk. Prefix KL has no weights,
-no column set and no floor. In ``bench/reproduce.py``, where a teacher cuts numbers otherwise, it ends above the KL
-through W, with right answers in the text and with wrong ones.
-
 The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`.
 """
 

@@ -16,7 +16,7 @@ from xtoken.losses.cached import Cached
 from xtoken.losses.call import DivergenceOptions, check_count
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.logits import Source
-from xtoken.losses.loss import Loss, Matrix
+from xtoken.losses.loss import Matrix
 from xtoken.losses.numerics import check_number
 from xtoken.losses.operator import Call
 from xtoken.losses.ranked import formula
@@ -33,7 +33,7 @@ class RankedOptions(DivergenceOptions, total=False):
 
 
 @dataclass(frozen=True)
-class PairedLoss(HasDivergence, Loss):
+class PairedLoss(HasDivergence):
     """KL on the common tokens, which rows of W with a dominant weight name, and L1 between the sorted others. Kernels
     and formula get one with their ids."""
 

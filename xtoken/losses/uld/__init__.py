@@ -13,7 +13,6 @@ from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Loss, Needs
-from xtoken.losses.numerics import check_temperature
 from xtoken.losses.operator import register
 from xtoken.losses.uld import formula
 
@@ -27,9 +26,6 @@ class ULD(Loss):
     whole_rows: ClassVar[str] = "it sorts the probabilities of the whole vocabulary"
 
     temperature: float
-
-    def __post_init__(self) -> None:
-        check_temperature(self.temperature)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.uld(student, teacher, chunks, temperature=self.temperature)
