@@ -229,9 +229,7 @@ def _exists(module: str) -> bool:
 
 
 _BACKENDS: dict[str, Backend] = {}
-_NOT_BUILT = {
-    "cuda": "this build of xtoken has no CUDA kernels",
-}
+_NOT_BUILT = {"cuda": "this build of xtoken has no CUDA kernels"}
 
 
 def register_backend(backend: Backend) -> None:

@@ -1,19 +1,24 @@
-"""Which teacher columns a loss looks at: the largest, given ones, those that W reaches; and W's entries in them."""
+"""Which teacher columns a loss looks at: the largest, given ones, those that W reaches; W's entries in them, and which
+chunks begin alike as far as these tell."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.weak import WeakIdKeyDictionary
 
 from xtoken.alignment.alignment import int_tensor
-from xtoken.alignment.chunks import synchronized, to_device
+from xtoken.alignment.chunks import Chunks, synchronized, to_device
 from xtoken.losses.backends import select
 from xtoken.losses.cached import Cached, kept, made_to_last
 from xtoken.losses.logits import BLOCK_ELEMENTS, DenseSource, Source
 from xtoken.projection.entries import Entries, restrict
+
+if TYPE_CHECKING:
+    from xtoken.losses.loss import Matrix
+    from xtoken.losses.operator import Call
 
 DEFAULT_TOP_K = 8192
 """Of column sets, where nothing else is said."""
@@ -139,3 +144,38 @@ def entries_in(projection: Any, columns: Tensor) -> Entries:
     position[columns] = torch.arange(len(columns), device=device)
     position = position[col]
     return Entries(row, position.clamp_min(0), torch.where(position >= 0, weight, 0.0))
+
+
+@kept
+def _entries(col: Tensor, row_ptr: Tensor, teachers: int, device: torch.device) -> Tensor:
+    """int64: the entries of W by their numbers ``student * teachers + teacher``, ascending, and one beyond all."""
+    students = len(row_ptr) - 1
+    row = torch.repeat_interleave(torch.arange(students, device="cpu"), row_ptr.detach().cpu().diff())
+    numbers = (row * teachers + col.detach().cpu()).sort().values
+    none = torch.tensor([students * teachers], device="cpu")  # never without one
+    return synchronized(torch.cat([numbers, none]).to(device))
+
+
+def agrees(chunks: Chunks, projection: Matrix) -> Tensor:
+    """bool [K]: whether W has an entry for the first realised tokens of both sides, in chunks that count.
+
+    Waits for the device only for the first use of a W there.
+    """
+    teachers = projection.shape[1]
+    numbers = _entries(projection.col, projection.row_ptr, teachers, chunks.used.device)
+    first = [side.realised[side.start.clamp_min(0)] for side in (chunks.student, chunks.teacher)]
+    wanted = first[0] * teachers + first[1]
+    found = numbers[torch.searchsorted(numbers, wanted)] == wanted
+    return found if chunks.mask is None else found & chunks.mask
+
+
+def agreeing(call: Call, projection: Matrix) -> Chunks:
+    """The chunks of a call with an alignment, of which only those count that `agrees` names.
+
+    Raises ValueError if a first realised token is outside its vocabulary.
+    """
+    assert call.spans is not None
+    chunks = call.chunks(realised=True)
+    chunks.check_ids(projection.shape, several=False)
+    kept = agrees(chunks, projection)
+    return chunks.masked(kept.new_zeros(len(call.spans)).index_copy(0, chunks.used, kept))

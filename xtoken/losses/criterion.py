@@ -24,14 +24,13 @@ from xtoken.losses.call import (
     has_dtensor,
     vocabulary_size,
 )
-from xtoken.losses.certainty import certainties
 from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import statistics_dtype
 from xtoken.losses.operator import Expected, at_least_one
 from xtoken.losses.ordered import in_order, matrix_in
-from xtoken.losses.trust import in_top, trusted
+from xtoken.losses.trust import certainties, in_top, trusted
 from xtoken.pieces import PieceIndex
 
 SCALINGS = ("dynamic", "fixed")

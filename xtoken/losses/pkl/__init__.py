@@ -14,10 +14,9 @@ from torch import Tensor
 from xtoken.alignment import Alignment, Chunks
 from xtoken.alignment.alignment import as_tensor
 from xtoken.losses import diagnostics
-from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import DivergenceOptions, Losses, Unpack, check_choice, check_count, compute, public_loss
-from xtoken.losses.columns import DEFAULT_TOP_K, reachable, select_columns
+from xtoken.losses.columns import DEFAULT_TOP_K, agreeing, agrees, reachable, select_columns
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source

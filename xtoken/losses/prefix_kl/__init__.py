@@ -9,7 +9,7 @@ student's p["95"] / sum of p over the tokens "9?". Where a student gives every e
 and gradient are zero, and nowhere else. A chunk that the two tokenizers cut so that its first tokens belong to
 different events has no term at its start: there each side must write what the other must not.
 
-The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`.
+The events come from `PieceIndex`, the formula is `xtoken.reference.prefix`; docs/design.md has the reasons.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from xtoken.alignment import Chunks
 from xtoken.losses import diagnostics
-from xtoken.losses.agreement import agreeing, agrees
 from xtoken.losses.backends import Formula, Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import DivergenceOptions, check_count
+from xtoken.losses.columns import agreeing, agrees
 from xtoken.losses.divergence import HasDivergence
 from xtoken.losses.logits import Source
 from xtoken.losses.loss import Matrix
