@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import ModuleType
-from typing import Any, Generic, NamedTuple, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,21 +19,18 @@ from xtoken.alignment.chunks import Chunks
 from xtoken.losses.numerics import statistics_dtype
 from xtoken.terminal import did_you_mean
 
-
-class Formula(Protocol):
-    """What a loss computes in plain PyTorch; see `xtoken.losses.loss.Loss.losses`."""
-
-    def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor: ...
+if TYPE_CHECKING:
+    from xtoken.losses.loss import Loss
 
 
 class Prepared(NamedTuple):
-    """What a loss makes of a call: the chunks, and what its kernels and its formula need beside logits."""
+    """What a loss makes of a call: the chunks, and itself as kernels and formula get it."""
 
     chunks: Chunks
-    options: Formula
+    options: Loss
 
 
-T_co = TypeVar("T_co", bound=Formula, covariant=True)
+T_co = TypeVar("T_co", bound="Loss", covariant=True)
 
 
 @dataclass(frozen=True)

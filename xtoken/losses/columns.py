@@ -177,5 +177,5 @@ def agreeing(call: Call, projection: Matrix) -> Chunks:
     assert call.spans is not None
     chunks = call.chunks(realised=True)
     chunks.check_ids(projection.shape, several=False)
-    kept = agrees(chunks, projection)
-    return chunks.masked(kept.new_zeros(len(call.spans)).index_copy(0, chunks.used, kept))
+    found = agrees(chunks, projection)
+    return chunks.masked(found.new_zeros(len(call.spans)).index_copy(0, chunks.used, found))

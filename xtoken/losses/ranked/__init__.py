@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from xtoken.alignment import Chunks
 from xtoken.losses import diagnostics
-from xtoken.losses.backends import Formula, Prepared
+from xtoken.losses.backends import Prepared
 from xtoken.losses.cached import Cached
 from xtoken.losses.call import DivergenceOptions, check_count
 from xtoken.losses.columns import agreeing, agrees
-from xtoken.losses.divergence import HasDivergence
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.logits import Source
-from xtoken.losses.loss import Matrix
+from xtoken.losses.loss import Loss, Matrix
 from xtoken.losses.numerics import check_number
 from xtoken.losses.operator import Call
 from xtoken.losses.ranked import formula
@@ -107,12 +107,15 @@ def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor
     return _PAIRS.of((W.col, W.row_ptr, W.weight), find, min_weight, device)
 
 
-class Unpaired(Formula, Protocol):
-    """A loss without pairs: every token is compared by rank."""
+@dataclass(frozen=True)
+class UnpairedLoss(Loss):
+    """L1 between all tokens, sorted."""
 
-    @property
-    def temperature(self) -> float: ...
+    by_rank: ClassVar[bool] = True
+    whole_rows: ClassVar[str] = "it sorts the probabilities of the whole vocabulary"
+
+    temperature: float
 
     def fields(self) -> dict[str, Any]:
         """What kernels are told of it."""
-        ...
+        return {"temperature": self.temperature, **Divergence.of().fields()}

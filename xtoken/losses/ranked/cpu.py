@@ -8,7 +8,7 @@ from xtoken import _core
 from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cpu import array, run_chunks
-from xtoken.losses.ranked import PairedLoss, Unpaired
+from xtoken.losses.ranked import PairedLoss, UnpairedLoss
 
 FUSES_LABELS = False
 
@@ -22,7 +22,7 @@ def plan_for(student_ids: Tensor, teacher_ids: Tensor, shape: tuple[int, int]) -
 
 
 def run(
-    problem: Problem[PairedLoss | Unpaired],
+    problem: Problem[PairedLoss | UnpairedLoss],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,

@@ -14,7 +14,7 @@ from xtoken.losses.backends import Labels, Problem
 from xtoken.losses.cached import kept
 from xtoken.losses.cuda import Kernels, Memory, bits_of, chunk_fields, label_fields
 from xtoken.losses.numerics import sorted_l1
-from xtoken.losses.ranked import PairedLoss, Unpaired
+from xtoken.losses.ranked import PairedLoss, UnpairedLoss
 
 WAVES = 2
 """Chunks of a group for each block that runs beside others. Those of one have enough to sort (37 million probabilities
@@ -76,7 +76,7 @@ class _Call:
     """What the launches for some of the chunks have in common."""
 
     kernels: Kernels
-    problem: Problem[PairedLoss | Unpaired]
+    problem: Problem[PairedLoss | UnpairedLoss]
     plan: PairsPlan
     ranks: int
     student_grad: Tensor | None
@@ -130,7 +130,7 @@ class _Call:
 
 def run(
     kernels: Kernels,
-    problem: Problem[PairedLoss | Unpaired],
+    problem: Problem[PairedLoss | UnpairedLoss],
     student_grad: Tensor | None = None,
     weight_grad: Tensor | None = None,
     scale: Tensor | None = None,

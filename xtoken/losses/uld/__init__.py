@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, overload
+from typing import Any, overload
 
 from torch import Tensor
 
 from xtoken.alignment import Alignment, Chunks
 from xtoken.losses.call import Losses, Options, Unpack, check_count, compute, public_loss
-from xtoken.losses.divergence import Divergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
-from xtoken.losses.loss import Loss, Needs
+from xtoken.losses.loss import Needs
 from xtoken.losses.operator import register
+from xtoken.losses.ranked import UnpairedLoss
 from xtoken.losses.uld import formula
 
 
 @register("uld", "ULD", Needs.NOTHING, kernels="xtoken.losses.ranked")
 @dataclass(frozen=True)
-class ULD(Loss):
+class ULD(UnpairedLoss):
     """See `uld_loss`."""
-
-    by_rank: ClassVar[bool] = True
-    whole_rows: ClassVar[str] = "it sorts the probabilities of the whole vocabulary"
-
-    temperature: float
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.uld(student, teacher, chunks, temperature=self.temperature)
-
-    def fields(self) -> dict[str, Any]:
-        """What kernels are told of it: no divergence counts, without pairs."""
-        return {"temperature": self.temperature, **Divergence.of().fields()}
 
 
 class ULDOptions(Options, total=False):
