@@ -15,14 +15,14 @@ returns one loss per chunk, multiplied by ``tau ** 2``.
 
 from xtoken.alignment import Chunks, Rows, predictable
 from xtoken.losses.diagnostics import diagnosis
-from xtoken.losses.kd.formula import kd
+from xtoken.losses.kd import kd
 from xtoken.losses.numerics import EPSILON, LOWEST_LOGIT
 from xtoken.losses.on_pieces import event_agreement
-from xtoken.losses.pkl.formula import pkl
+from xtoken.losses.pkl import pkl
 from xtoken.losses.prefix_kl.formula import prefix
-from xtoken.losses.ranked.formula import ranked
-from xtoken.losses.ranked.formula import ranked as gold
-from xtoken.losses.uld.formula import uld
+from xtoken.losses.ranked import ranked
+from xtoken.losses.ranked import ranked as gold
+from xtoken.losses.uld import uld
 from xtoken.projection import Entries, column_set, common_pairs, project, restrict
 
 __all__ = [

@@ -13,11 +13,11 @@ from xtoken.losses import diagnostics
 from xtoken.losses.backends import Prepared
 from xtoken.losses.call import DivergenceOptions, Losses, Unpack, check_count, check_logits, compute, public_loss
 from xtoken.losses.columns import teacher_columns
-from xtoken.losses.divergence import HasDivergence
-from xtoken.losses.kd import formula
+from xtoken.losses.divergence import Divergence, HasDivergence
 from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits, Source
 from xtoken.losses.loss import Needs
+from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.losses.operator import Call, register
 
 
@@ -51,7 +51,7 @@ class KD(HasDivergence):
         return replace(self, columns=teacher_columns(teacher, self.top_k, device, backend))
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
-        return formula.kd(student, teacher, chunks, self.columns, **self.arguments())
+        return kd(student, teacher, chunks, self.columns, **self.arguments())
 
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
@@ -70,6 +70,47 @@ def _check_single(chunks: Chunks) -> None:
             f"alignment: expected chunks of one token on each side (a shared tokenizer), got chunk "
             f"{int(chunks.used[k])} with {int(chunks.student.count[k])} and {int(chunks.teacher.count[k])}"
         )
+
+
+def kd(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    chunks: Chunks,
+    columns: Tensor | None = None,
+    *,
+    temperature: float = 1.0,
+    reverse: bool = False,
+    beta: float = 0.0,
+    skew: float = 0.0,
+) -> Tensor:
+    """KL for one shared tokenizer: ``sum_C q (log q - log p)``, with p and q normalised over the columns C.
+
+    The other divergences of p and q are those of `xtoken.losses.divergence`.
+
+    Parameters
+    ----------
+    student_logits : [N_s, V]
+    teacher_logits : [N_t, V]
+    chunks : Chunks
+        One row on each side.
+    columns : int64 [C], optional
+        Default: all.
+
+    Returns
+    -------
+    Tensor
+        [K]
+
+    Source: Distilling the Knowledge in a Neural Network (arXiv 1503.02531).
+    """
+    dtype = statistics_dtype(student_logits, teacher_logits)
+    z, y = student_logits[chunks.student.start], teacher_logits[chunks.teacher.start]
+    if columns is not None:
+        z, y = z.index_select(1, columns), y.index_select(1, columns)
+    log_p = scaled(z, temperature, dtype).log_softmax(-1)
+    log_q = scaled(y, temperature, dtype).log_softmax(-1)
+    divergence = Divergence.of(reverse, beta, skew)
+    return divergence(log_q.exp(), log_q, log_p.exp(), log_p) * temperature**2
 
 
 class KDOptions(DivergenceOptions, total=False):

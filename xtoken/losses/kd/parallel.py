@@ -1,4 +1,4 @@
-"""KL for one shared tokenizer, of logits in parts: the formula of `formula.kd`."""
+"""KL for one shared tokenizer, of logits in parts: the formula of `kd`."""
 
 from __future__ import annotations
 

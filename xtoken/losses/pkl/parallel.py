@@ -1,4 +1,4 @@
-"""P-KL of logits in parts: the formula of `formula.pkl`, with W in the rows that a rank has."""
+"""P-KL of logits in parts: the formula of `pkl`, with W in the rows that a rank has."""
 
 from __future__ import annotations
 

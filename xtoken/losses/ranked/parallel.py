@@ -1,4 +1,4 @@
-"""The common part of losses on pairs and ranks, of logits in parts: that of `formula.ranked`."""
+"""The common part of losses on pairs and ranks, of logits in parts: that of `ranked`."""
 
 from __future__ import annotations
 
