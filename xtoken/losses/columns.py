@@ -3,7 +3,7 @@ chunks begin alike as far as these tell."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -85,18 +85,12 @@ def _ordered(ids: Tensor, width: int) -> Tensor:
     return ordered
 
 
-class _Reached(NamedTuple):
-    """The teacher ids that W reaches, on one device."""
-
-    ids: Tensor  # int64, ascending
-    mask: Tensor  # bool [V_teacher]
-
-
 @kept
-def _reached(col: Tensor, teachers: int, device: torch.device) -> _Reached:
+def _reached(col: Tensor, teachers: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The teacher ids that W reaches, on one device: int64, ascending, and bool [V_teacher]."""
     mask = torch.zeros(teachers, dtype=torch.bool, device=device)
     mask[col.to(device).long()] = True
-    return _Reached(synchronized(mask.nonzero()[:, 0]), mask)
+    return synchronized(mask.nonzero()[:, 0]), mask
 
 
 def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
@@ -105,17 +99,17 @@ def reachable(columns: Tensor, projection: Any) -> tuple[Tensor, Tensor | None]:
     On a device, where reading their number would wait: all columns, those that W reaches first, and the number
     (int32 []).
     """
-    known = _reached(projection.col, projection.shape[1], columns.device)
+    reached, mask = _reached(projection.col, projection.shape[1], columns.device)
     if len(columns) == projection.shape[1]:
-        ids, count = known.ids, None
+        ids, count = reached, None
     else:
-        outside = ~known.mask[columns]
+        outside = ~mask[columns]
         if columns.device.type == "cpu":
             ids, count = columns[~outside], None
         else:
             ids = columns[outside.to(torch.uint8).argsort(stable=True)]
             count = (len(columns) - outside.sum()).to(torch.int32)
-    if ids.numel() == 0 or known.ids.numel() == 0:
+    if ids.numel() == 0 or reached.numel() == 0:
         raise ValueError("support: expected a column that the projection reaches, got none; use support='all'")
     return ids, count
 

@@ -427,12 +427,9 @@ class RowBlock(NamedTuple):
     student: slice
     teacher: slice
 
-    def dense(self, student: Source, teacher: Source) -> tuple[Tensor, Tensor]:
-        """The rows themselves: [1, R_s, V_student] and [1, R_t, V_teacher]."""
-        return (
-            student.rows(self.student.start, self.student.stop)[None],
-            teacher.rows(self.teacher.start, self.teacher.stop)[None],
-        )
+    def rows(self, student: Source, teacher: Source) -> tuple[Tensor, Tensor]:
+        """The rows themselves: [R_s, V_student] and [R_t, V_teacher]."""
+        return student.rows(self.student.start, self.student.stop), teacher.rows(self.teacher.start, self.teacher.stop)
 
 
 def materialised(logits: AnyLogits) -> Tensor:

@@ -338,8 +338,8 @@ def _problems(
         yield problem, slice(None), slice(None)
         return
     for block in row_blocks(student, teacher, prepared.chunks):
-        dense = block.dense(student, teacher)
-        yield Problem(name, *dense, block.chunks, prepared.options, weight), block.span, block.student
+        z, y = block.rows(student, teacher)
+        yield Problem(name, z[None], y[None], block.chunks, prepared.options, weight), block.span, block.student
 
 
 class Gradients:

@@ -19,7 +19,7 @@ from xtoken.losses.backends import IGNORED, Labels, Prepared, checked_ids, kerne
 from xtoken.losses.call import SIDES, check_call, check_known, checked_labels, checked_mask, has_dtensor
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
-from xtoken.losses.numerics import scaled
+from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.losses.operator import Call, Flags, Gradients, at_least_one, autocasts, chunk_scale, computed, once_only
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
@@ -347,7 +347,7 @@ class _Teacher:
         none = source.rows(0, 0)
         if top_k is None or top_k >= self.size:
             return torch.arange(self.size, device=none.device)
-        maxima = none.new_full((width,), -torch.inf, dtype=torch.promote_types(none.dtype, torch.float32))
+        maxima = none.new_full((width,), -torch.inf, dtype=statistics_dtype(none))
         step = max(1, BLOCK_ELEMENTS // max(1, width))
         for first in range(0, total, step):
             maxima = torch.maximum(maxima, source.rows(first, min(total, first + step)).amax(0).to(maxima.dtype))
@@ -416,7 +416,7 @@ class _Run:
         self._computed(grads, scale, label_upstream, weight)
         if self.columns[0].ranks.size > 1:
             if grads.wanted and self.student.head is not None:
-                hidden = grads.student.to(torch.promote_types(grads.student.dtype, torch.float32))
+                hidden = grads.student.to(statistics_dtype(grads.student))
                 grads.student = self.tp.total(hidden).to(grads.student.dtype)
             if grads.weight is not None:
                 grads.weight = self.tp.total(grads.weight)
@@ -434,9 +434,9 @@ class _Run:
         here = (place >= 0).nonzero()[:, 0].to(self.following.device)
         local = place[place >= 0].to(self.following.device)
         ids = torch.full((len(here),), IGNORED, device=self.following.device).index_copy(0, local, self.following[here])
-        dtype = torch.promote_types(rows.dtype, torch.float32)
         scale = torch.ones((), dtype=torch.float64, device=rows.device) if upstream is None else upstream.double()
-        return Labels(to_device(ids, rows.device), rows.new_zeros(len(ids), dtype=dtype), scale / self._labelled())
+        losses = rows.new_zeros(len(ids), dtype=statistics_dtype(rows))
+        return Labels(to_device(ids, rows.device), losses, scale / self._labelled())
 
     def _computed(
         self, grads: Gradients | None, scale: Tensor | None, label_upstream: Tensor | None, weight: Tensor | None
@@ -470,9 +470,7 @@ class _Run:
         ]
         parts = []
         for block in row_blocks(extents[0], extents[1], self.share.own):
-            z, y = (
-                side.rows(rows.start, rows.stop) for side, rows in ((student, block.student), (teacher, block.teacher))
-            )
+            z, y = block.rows(student, teacher)
             part = None if labels is None else labels.part(block.student)
             sides = Side(z, self.columns[0], self.cp), Side(y, self.columns[1], self.cp)
             losses, grad = self._formula(
@@ -511,8 +509,8 @@ class _Run:
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The losses of some chunks, and the gradient of the student's rows; fills in the cross-entropy of the rows."""
         student, teacher = sides
-        dtype = torch.promote_types(student.logits.dtype, torch.float32)
-        leaf, weight = student.logits.detach().to(dtype), None if weight is None else weight.detach()
+        leaf = student.logits.detach().to(statistics_dtype(student.logits))
+        weight = None if weight is None else weight.detach()
         wanted = []
         if grads is not None and grads.wanted:
             wanted.append(leaf.requires_grad_())
@@ -520,8 +518,7 @@ class _Run:
             wanted.append(weight.requires_grad_())
         student = Side(leaf, student.columns, student.sequence, student.place)
         with torch.set_grad_enabled(bool(wanted)):
-            losses = torch.promote_types(dtype, teacher.logits.dtype)
-            found = leaf.new_zeros(0, dtype=losses)
+            found = leaf.new_zeros(0, dtype=statistics_dtype(leaf, teacher.logits))
             if len(chunks):
                 found = self.in_parts.losses(student, teacher, chunks, weight)
             entropies = None if labels is None else _cross_entropy(student, labels)
