@@ -171,14 +171,14 @@ class LinearLogits:
     logit_scale: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("hidden", "weight", "bias") if self.bias is not None else ("hidden", "weight"):
+        names = ("hidden", "weight") if self.bias is None else ("hidden", "weight", "bias")
+        for name in names:
             check_floating(name, getattr(self, name))
         kind = self.hidden.device.type
-        if autocasts(kind):
-            for name in ("hidden", "weight", "bias"):
-                value = getattr(self, name)
-                if isinstance(value, Tensor) and value.dtype != torch.float64:
-                    object.__setattr__(self, name, value.to(torch.get_autocast_dtype(kind)))
+        for name in names if autocasts(kind) else ():
+            value = getattr(self, name)
+            if value.dtype != torch.float64:
+                object.__setattr__(self, name, value.to(torch.get_autocast_dtype(kind)))
         if self.hidden.dim() not in (2, 3):
             raise ValueError(f"hidden: expected shape [B, T, D] or [T, D], got {list(self.hidden.shape)}")
         width = self.hidden.shape[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -21,10 +22,8 @@ class Columns(NamedTuple):
     @classmethod
     def of(cls, widths: Sequence[int], size: int, ranks: Ranks) -> Columns:
         """Of a vocabulary of `size`, by the columns that the ranks hold; the last has what is missing at the end."""
-        bounds = [0]
-        for width in widths[:-1]:
-            bounds.append(min(size, bounds[-1] + width))
-        return cls((*bounds, size), ranks)
+        ends = (min(size, end) for end in itertools.accumulate(widths[:-1]))
+        return cls((0, *ends, size), ranks)
 
     @property
     def size(self) -> int:
@@ -56,11 +55,9 @@ class Columns(NamedTuple):
 
     def picked(self, values: Tensor, ids: Tensor) -> Tensor:
         """[n]: of rows [n, columns here] the value in column ids[n], from whichever rank has it; used alike by all."""
-        is_here = (ids >= self.first) & (ids < self.last)
-        found = values.new_zeros(len(ids)).index_copy(
-            0, is_here.nonzero()[:, 0], values[is_here].gather(1, ids[is_here, None] - self.first)[:, 0]
-        )
-        return self.ranks.summed(found)
+        here = self.here(ids)
+        found = values[here].gather(1, ids[here, None] - self.first)[:, 0]
+        return self.ranks.summed(values.new_zeros(len(ids)).index_copy(0, here, found))
 
 
 def as_slice(index: Tensor) -> Tensor | slice:
@@ -137,14 +134,11 @@ class Meeting:
         """int64 [m]: the categories of which this rank has parts, ascending; side 0 is the student."""
         return self._ways[side].held
 
-    def sent(self, side: int) -> int:
-        """How many parts of a side this rank sends to others."""
-        return len(self._ways[side].sent)
-
     @property
     def exchanged(self) -> int:
         """How many numbers this rank sends for a chunk: twice forward, and once backward for the student."""
-        return 2 * self.sent(0) + len(self._ways[0].received) + 2 * self.sent(1)
+        student, teacher = self._ways
+        return 2 * len(student.sent) + len(student.received) + 2 * len(teacher.sent)
 
     def numbered(self, side: int, categories: Tensor) -> Tensor:
         """int64: the places of categories in `held`, which has them."""
