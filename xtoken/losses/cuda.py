@@ -22,14 +22,6 @@ from xtoken.losses.cpu import DTYPES, ELEMENTS, Array, Fields, array, chunk_inpu
 from xtoken.projection import column_set
 
 
-def _built() -> Any:
-    """The launchers of this build, None if it has none that load here."""
-    try:
-        return importlib.import_module("xtoken._cuda")
-    except ImportError:
-        return None
-
-
 def why_not(capability: int, driver: int, architectures: str, toolkit: int) -> str | None:
     """Why kernels cannot run on a device of this compute capability (80 for 8.0), or None if they can.
 
@@ -246,7 +238,9 @@ def backend(name: str, kernels: Kernels, device_type: str) -> Backend:
 
 
 def register() -> None:
-    """Adds the backend, if this build has kernels."""
-    module = _built()
-    if module is not None:
-        register_backend(backend("cuda", Kernels(module, functools.partial(device_memory, module)), "cuda"))
+    """Adds the backend, if this build has kernels that load here."""
+    try:
+        module = importlib.import_module("xtoken._cuda")
+    except ImportError:
+        return
+    register_backend(backend("cuda", Kernels(module, functools.partial(device_memory, module)), "cuda"))
