@@ -47,45 +47,31 @@ def end_ids(reader: Reader, model: Any = None) -> list[int]:
     return sorted(ends)
 
 
+@dataclass
 class ModelWriter:
-    """Writes completions with a model.
+    """Writes completions with a model; ValueError if it cannot generate."""
 
-    Parameters
-    ----------
-    model : callable
-        Gives the model when it is needed: with whatever shards it, without what else wraps it.
-    reader : Reader
-    limits : Limits
-    device : torch.device
-    sampling : Sampling
-    batch_size : int
-        Completions that are written at once.
-    most : callable, optional
-        For a sharded model, which all processes must call equally often: the largest of their numbers.
+    model: Callable[[], Any]
+    """Gives the model when it is needed: with whatever shards it, without what else wraps it."""
+    reader: Reader
+    limits: Limits
+    device: torch.device
+    sampling: Sampling
+    batch_size: int
+    """Completions that are written at once."""
+    most: Callable[[int], int] | None = None
+    """For a sharded model, which all processes must call equally often: the largest of their numbers."""
 
-    Raises ValueError if the model cannot generate.
-    """
-
-    def __init__(
-        self,
-        model: Callable[[], Any],
-        reader: Reader,
-        limits: Limits,
-        device: torch.device,
-        sampling: Sampling,
-        batch_size: int,
-        most: Callable[[int], int] | None = None,
-    ) -> None:
-        if not hasattr(model(), "generate"):
+    def __post_init__(self) -> None:
+        model, vocabulary = self.model(), self.reader.vocabulary
+        if not hasattr(model, "generate"):
             raise ValueError(
-                f"on_policy: expected a model of transformers, which can generate, as the {reader.name}, got "
-                f"{type(model()).__name__}"
+                f"on_policy: expected a model of transformers, which can generate, as the {self.reader.name}, got "
+                f"{type(model).__name__}"
             )
-        self.model, self.reader, self.limits, self.device = model, reader, limits, device
-        self.sampling, self.batch_size, self.most = sampling, batch_size, most
-        self.ends = end_ids(reader, model())
-        self.pad = filler(reader.vocabulary.roles) or 0
-        self.size = len(reader.vocabulary) if limits.rows is None else min(limits.rows, len(reader.vocabulary))
+        self.ends = end_ids(self.reader, model)
+        self.pad = filler(vocabulary.roles) or 0
+        self.size = len(vocabulary) if self.limits.rows is None else min(self.limits.rows, len(vocabulary))
 
     def write(self, prompts: Sequence[Sequence[int]], seed: int) -> list[list[int]]:
         """The tokens of a completion of each prompt, with the end token if it has come to it.
@@ -165,32 +151,28 @@ def _ready(model: Any) -> Iterator[None]:
             one.generation_config = config
 
 
+@dataclass
 class ServerWriter:
-    """Writes completions with a vLLM server: token ids go out and come back, nothing is decoded.
+    """Writes completions with a server: token ids go out and come back, nothing is decoded; ValueError if it is no
+    vLLM."""
 
-    Parameters
-    ----------
-    served : ServedModel
-    sampling : Sampling
-    ends : sequence of int
-        Tokens after which nothing more is written.
-    rows : int, optional
-        Of the model's output layer, where the server knows no more of the tokenizer than that.
+    served: ServedModel
+    sampling: Sampling
+    ends: Sequence[int]
+    """Tokens after which nothing more is written."""
+    rows: int | None = None
+    """Of the model's output layer, where the server knows no more of the tokenizer than that."""
 
-    Raises ValueError for a server of another kind.
-    """
-
-    def __init__(self, served: ServedModel, sampling: Sampling, ends: Sequence[int], rows: int | None = None) -> None:
-        if served.is_sglang:
-            raise ValueError(f"generation_url: expected a server of vLLM, got SGLang at {served.client.url}")
-        self.served, self.sampling, self.ends = served, sampling, list(ends)
-        self.model = served.model
-        self.size = len(served.vocabulary)
-        beyond = range(self.size, self.size if rows is None else rows)
+    def __post_init__(self) -> None:
+        if self.served.is_sglang:
+            raise ValueError(f"generation_url: expected a server of vLLM, got SGLang at {self.served.client.url}")
+        self.model = self.served.model
+        self.size = len(self.served.vocabulary)
+        beyond = range(self.size, self.size if self.rows is None else self.rows)
         self._asked: dict[str, Any] = {
-            "max_tokens": sampling.max_new_tokens, "temperature": sampling.temperature, "top_p": sampling.top_p,
-            "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0,
-            "stop_token_ids": self.ends, "return_token_ids": True,
+            "max_tokens": self.sampling.max_new_tokens, "temperature": self.sampling.temperature,
+            "top_p": self.sampling.top_p, "top_k": -1, "min_p": 0.0, "repetition_penalty": 1.0,
+            "presence_penalty": 0.0, "frequency_penalty": 0.0, "stop_token_ids": self.ends, "return_token_ids": True,
             "logit_bias": {str(i): -100.0 for i in beyond} or None,
         }  # fmt: skip
 
@@ -227,18 +209,11 @@ class ServerWriter:
 
 
 class Weights:
-    """Sends the student's weights to its server, through a folder that both see.
+    """Sends the student's weights to its server, through a folder that both see: before anything is written, and at the
+    steps that `every` divides.
 
     An adapter of PEFT is loaded as such, so that the server must serve the model that it is for. It has another name
     each time, since the server keeps what it has computed with an adapter of the same name.
-
-    Parameters
-    ----------
-    trainer : XTokenTrainer
-    writer : ServerWriter
-    folder : path
-    every : int
-        They are sent before anything is written, and at the steps that this divides.
     """
 
     def __init__(self, trainer: Any, writer: ServerWriter, folder: Path, every: int) -> None:
