@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -11,14 +12,10 @@ from default_losses import DEFAULT, OTHER
 from xtoken import PieceIndex, ProjectionMatrix, Vocabulary
 from xtoken.losses import Needs
 from xtoken.train import prepare
-from xtoken.train.prepare import (
-    build_objective,
-    cache_folder,
-    cached_audit,
-    cached_choice,
-    cached_pieces,
-    cached_projection,
-)
+from xtoken.train.prepare import build_objective, cache_folder, cached, cached_audit, cached_choice
+
+cached_projection = functools.partial(cached, ProjectionMatrix)
+cached_pieces = functools.partial(cached, PieceIndex)
 
 
 @pytest.fixture

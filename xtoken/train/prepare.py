@@ -56,15 +56,19 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XTOKEN_CACHE") or Path(base) / "xtoken")
 
 
-def cached_projection(
-    student: Vocabulary, teacher: Vocabulary, folder: Folder = None, **options: Any
-) -> ProjectionMatrix:
-    """`ProjectionMatrix.build` of the same arguments, read from the cache if it has been built before.
+def cached(kind: type[Built], student: Vocabulary, teacher: Vocabulary, folder: Folder = None, **options: Any) -> Built:
+    """``kind.build(student, teacher, **options)``, read from the cache if it has been built before.
 
     Files are named by the fingerprints of both vocabularies, the options and the version of this library; damaged ones
     are built again.
     """
-    return _built(ProjectionMatrix, student, teacher, folder, **options)
+    path = _path(folder, kind.FILE_NAME, student, teacher, options)
+    return _cached(
+        path,
+        lambda: kind.load(path, student, teacher),
+        lambda: kind.build(student, teacher, **options),
+        lambda made: made.save(path),
+    )
 
 
 def cached_audit(
@@ -88,21 +92,17 @@ def cached_audit(
     )
 
 
-def cached_pieces(student: Vocabulary, teacher: Vocabulary, folder: Folder = None) -> PieceIndex:
-    """`PieceIndex.build` of the pair, calibrated on `sample_texts` alone, likewise."""
-    return _built(PieceIndex, student, teacher, folder)
-
-
 def cached_choice(
     student: Vocabulary, teacher: Vocabulary, folder: Folder = None, *, learn_projection: bool = False, **options: Any
 ) -> LossChoice:
     """`choose_loss` of the pair by its cached audit and, where the answer depends on them, cached pieces; the options
-    are those of `cached_projection`."""
+    are those of `ProjectionMatrix.build`."""
     report = pieces = None
     if not same_tokens(student, teacher):
-        report = cached_audit(student, teacher, cached_projection(student, teacher, folder, **options), folder)
+        projection = cached(ProjectionMatrix, student, teacher, folder, **options)
+        report = cached_audit(student, teacher, projection, folder)
         if report.keeps_critical and not learn_projection:
-            pieces = cached_pieces(student, teacher, folder)
+            pieces = cached(PieceIndex, student, teacher, folder)
     return choose_loss(student, teacher, learn_projection=learn_projection, report=report, pieces=pieces)
 
 
@@ -121,26 +121,11 @@ def build_objective(
 ) -> tuple[Teacher, tuple[str, ...]]:
     """How a student learns from a teacher, and why so, in words.
 
-    Parameters
-    ----------
-    student, teacher : Vocabulary
-    loss : str
-        The name of a registered loss, or "auto": what `choose_loss` recommends.
-    weight : float
-        Of `Teacher`.
-    loss_options : mapping, optional
-        Options of losses by name; those that the loss does not have are left out, see `check_losses`. A ``top_k`` of 0
-        is None.
-    gamma : float
-        Of `ProjectionMatrix.build`.
-    learn_projection : bool
-        Whether the weights of W are trained, if the loss can.
-    texts : iterable of str, or a function that returns one
-        Text like that of the training data, for `PieceIndex.build`, beside `sample_texts`; only read if it is needed.
-    cache : path, optional
-        Folder for W, audits and pieces; default: `cache_folder`.
-    trust_top_k : int, optional
-        Of `Teacher`.
+    `loss` is the name of a registered one, or "auto": what `choose_loss` recommends. Of `loss_options` those that it
+    does not have are left out, see `check_losses`; a ``top_k`` of 0 is None. The weights of W are trained with
+    `learn_projection`, if the loss can. `texts`, like those of the training data, are for `PieceIndex.build`, beside
+    `sample_texts`, and only read, or the function called, if they are needed. `weight` and `trust_top_k` are those of
+    `Teacher`, `gamma` that of `ProjectionMatrix.build`, `cache` a folder in place of `cache_folder`.
 
     Raises ValueError for an unknown loss.
     """
@@ -157,10 +142,10 @@ def build_objective(
         if own:
             pieces = PieceIndex.build(student, teacher, texts=[*sample_texts(student, teacher), *own])
         else:
-            pieces = cached_pieces(student, teacher, cache)
+            pieces = cached(PieceIndex, student, teacher, cache)
         reasons += [pieces.merged().summary()]
     if kind.needs not in (Needs.PIECES, Needs.SAME_TOKENIZER):
-        projection = cached_projection(student, teacher, cache, gamma=gamma)
+        projection = cached(ProjectionMatrix, student, teacher, cache, gamma=gamma)
     reasons += [repr(one) for one in (pieces, projection) if one is not None]
     if learn_projection and kind.trains_projection:
         projection = projection.learnable()
@@ -230,16 +215,6 @@ def _path(folder: Folder, name: str, student: Vocabulary, teacher: Vocabulary, o
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     kind, ending = name.split(".")
     return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}.{ending}"
-
-
-def _built(kind: type[Built], student: Vocabulary, teacher: Vocabulary, folder: Folder, **options: Any) -> Built:
-    path = _path(folder, kind.FILE_NAME, student, teacher, options)
-    return _cached(
-        path,
-        lambda: kind.load(path, student, teacher),
-        lambda: kind.build(student, teacher, **options),
-        lambda made: made.save(path),
-    )
 
 
 def _cached(path: Path, read: Callable[[], Made], make: Callable[[], Made], write: Callable[[Made], None]) -> Made:
