@@ -180,7 +180,7 @@ def _tokens(student: Reader, written: Sequence[_Written], table: Table) -> Token
     base = 2 + np.cumsum([0, *(len(one.raw) + 3 for one in written)])
     ptr = np.cumsum([0, *(len(one.ids) for one in written)])
     piece_start = np.full(len(table.length), -1)
-    for one, at, first in zip(written, base.tolist(), _first_pieces(written), strict=False):
+    for one, at, first in zip(written, base.tolist(), table.first_piece, strict=False):
         for piece, byte in one.piece_start.items():
             piece_start[first + piece] = at + byte
     turn_end = np.full(len(table.trained_turn), -1)
@@ -204,14 +204,10 @@ def _tokens(student: Reader, written: Sequence[_Written], table: Table) -> Token
     )
 
 
-def _first_pieces(written: Sequence[_Written]) -> list[int]:
-    return list(itertools.accumulate((len(one.example.pieces) for one in written), initial=0))
-
-
 def _common_ends(written: Sequence[_Written], table: Table, student: Tokens, teacher: Tokens) -> Ints:
     """The student's end tokens, -1 where text is before one that the teacher does not have before its own."""
     ends: Ints = student.turn_end.copy()
-    for k, (one, first) in enumerate(zip(written, _first_pieces(written), strict=False)):
+    for k, (one, first) in enumerate(zip(written, table.first_piece, strict=False)):
         turn = table.first_turn[k + 1] - 1
         at, end = teacher.piece_start[first + one.last], teacher.turn_end[turn]
         if one.tail is None or at < 0 or end < 0:

@@ -185,6 +185,8 @@ class Table(NamedTuple):
     """[P]: whether a piece is a content that a message has as it is."""
     first_turn: Ints
     """[B + 1]: example b has the turns ``first_turn[b] ... first_turn[b + 1] - 1``."""
+    first_piece: Ints
+    """[B + 1]: likewise."""
     closing: Ints
     """The pieces that are closing braces of a call."""
 
@@ -204,5 +206,6 @@ class Table(NamedTuple):
             np.array([trained for example in examples for trained in example.trained], bool),
             is_own,
             first_turn,
+            first_piece,
             np.array([first_piece[k] + call.closing for k, chat in chats for call in chat.arguments], np.int64),
         )
