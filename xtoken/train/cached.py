@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -59,23 +60,21 @@ class CachedExamples(Dataset[dict[str, Any]]):
         need not be there; its rows are empty.
         """
         example = self.examples[index]
-        found = []
-        for m, (entry, cache) in enumerate(zip(example["teachers"], self.caches, strict=True)):
-            if cache is None:
-                found.append(entry)
-            elif is_routed(example, m):
-                found.append(self._with_logits(entry, cache, example, index))
-            else:
-                size = len(example["student_ids"] if entry["ids"] is None else entry["ids"]), cache.top_k
-                ids = torch.full(size, -1, dtype=torch.int32, device="cpu")
-                none = TopKLogits(ids, torch.full(size, -torch.inf, dtype=torch.float32, device="cpu"))
-                found.append({**entry, "logits": none})
-        return {**example, "teachers": found}
+        entries = [
+            entry if cache is None else self._with_logits(example, m, cache, index)
+            for m, (entry, cache) in enumerate(zip(example["teachers"], self.caches, strict=True))
+        ]
+        return {**example, "teachers": entries}
 
     @staticmethod
-    def _with_logits(entry: dict[str, Any], cache: TeacherCache, example: dict[str, Any], index: int) -> dict[str, Any]:
-        document = cache.find(entry["document"])
+    def _with_logits(example: dict[str, Any], m: int, cache: TeacherCache, index: int) -> dict[str, Any]:
+        entry = example["teachers"][m]
         ids = example["student_ids"] if entry["ids"] is None else entry["ids"]
+        if not is_routed(example, m):
+            size = len(ids), cache.top_k
+            none = torch.full(size, -1, dtype=torch.int32, device="cpu")
+            return {**entry, "logits": TopKLogits(none, torch.full_like(none, -torch.inf, dtype=torch.float32))}
+        document = cache.find(entry["document"])
         if document is None:
             nearest = f"; {cache.nearest(ids)}" if not entry["first"] else ""
             raise ValueError(
@@ -142,61 +141,47 @@ def teacher_documents(
             yield ids.tolist()
 
 
-def main(
-    teacher: str,
-    data: Sequence[str],
-    output: str,
-    *,
-    url: str | None,
-    tokenizer: str | None,
-    logprobs: int,
-    max_length: int | None,
-    batch_tokens: int,
-    text_column: str,
-    chat_template: str | None,
-    teacher_system: str | None,
-    dtype: str,
-    quantization: str | None,
-    device: str | None,
-    resume: bool,
-    trust_remote_code: bool,
-    **of_server: Any,
-) -> TeacherCache:
-    """Runs ``xtoken cache-teacher``, which documents the options; `of_server` are requests, timeout and patience."""
-    if tokenizer is not None and url is None:
+def main(**options: Any) -> TeacherCache:
+    """Runs ``xtoken cache-teacher``, which documents the options."""
+    given = SimpleNamespace(**options)
+    if given.tokenizer is not None and given.url is None:
         raise ValueError("--tokenizer: expected --url with it, since a model brings its own")
+    of_server = {name: options[name] for name in ("requests", "timeout", "patience")}
     usual = inspect.signature(ServedModel).parameters
     for name, value in of_server.items():
-        if url is None and value != usual[name].default:
+        if given.url is None and value != usual[name].default:
             raise ValueError(f"--{name}: expected --url with it, got none")
-    INDEX.check(Path(output), resume, "a teacher cache")
-    if url is None:
-        check_source(teacher)
-        check_dtype(dtype, "dtype")
-        place = check_device(device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
-    opened = [open_data(one, "data", "train") for one in data]
+    INDEX.check(Path(given.output), given.resume, "a teacher cache")
+    if given.url is None:
+        check_source(given.teacher)
+        check_dtype(given.dtype, "dtype")
+        place = check_device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
+    opened = [open_data(one, "data", "train") for one in given.data]
     with working("loading the teacher") as say:
-        if url is not None or has_chats(opened, text_column):
-            tok = load_tokenizer(tokenizer or teacher, trust_remote_code=trust_remote_code)
-            use_template(tok, chat_template)
-        if has_chats(opened, text_column):
+        is_chat = has_chats(opened, given.text_column)
+        if given.url is not None or is_chat:
+            tok = load_tokenizer(given.tokenizer or given.teacher, trust_remote_code=given.trust_remote_code)
+            use_template(tok, given.chat_template)
+        if is_chat:
             ChatTemplate(tok, "teacher")
-        if url is not None:
-            model: Any = ServedModel(url, tok, teacher, logprobs=logprobs, key=os.environ.get(KEY), **of_server)
+        if given.url is not None:
+            key = os.environ.get(KEY)
+            model: Any = ServedModel(given.url, tok, given.teacher, logprobs=given.logprobs, key=key, **of_server)
         else:
             model, tok = load_model(
-                teacher, dtype=dtype, device=place, trust_remote_code=trust_remote_code,
-                quantization_config=quantization,
+                given.teacher, dtype=given.dtype, device=place, trust_remote_code=given.trust_remote_code,
+                quantization_config=given.quantization,
             )  # fmt: skip
             model.eval()
-            use_template(tok, chat_template)
+            use_template(tok, given.chat_template)
         now = None
         if "strftime_now" in str(getattr(tok, "chat_template", None)):
-            now = (cached_time(output) if resume else None) or datetime.now()
-        rows = some_rows(opened, text_column)
+            now = (cached_time(given.output) if given.resume else None) or datetime.now()
+        rows = some_rows(opened, given.text_column)
+        documents = teacher_documents(tok, rows, given.text_column, now, given.teacher_system)
         return cache_teacher(
-            model, tok, teacher_documents(tok, rows, text_column, now, teacher_system), output, top_k=logprobs,
-            max_length=max_length, batch_tokens=batch_tokens, resume=resume, now=now, advance=_counted(say),
+            model, tok, documents, given.output, top_k=given.logprobs, max_length=given.max_length,
+            batch_tokens=given.batch_tokens, resume=given.resume, now=now, advance=_counted(say),
         )  # fmt: skip
 
 
