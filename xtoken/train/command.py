@@ -37,7 +37,6 @@ from .assemble import SELF, build_teachers, encoding_of, examples_of, load_stude
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import check_output, newest
-from .collator import XTokenCollator
 from .config import XTokenConfig
 from .data import has_chats, is_path, load_examples, text_sample
 from .encode import ExampleEncoder
@@ -375,10 +374,9 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
 
     train, held_out = examples(data, bool(config.on_policy)), examples(eval_data)
     config.eval_on_start = held_out is not None and last is None
-    collator = XTokenCollator(student_tok, teacher_toks, packed=config.packed, max_length=config.max_length)
     callbacks = [PlotCallback()] if options.plot else []
     settings = settings_of(options, config)  # before the Trainer: other arguments reset what it takes from accelerate
-    trainer = XTokenTrainer(student, config, teachers, collator, train, held_out, student_tok, callbacks=callbacks)
+    trainer = XTokenTrainer(student, config, teachers, None, train, held_out, student_tok, callbacks=callbacks)
     if config.process_index == 0:
         begin_run(folder, settings, begun)
     trainer.train(resume_from_checkpoint=begun)
