@@ -15,7 +15,6 @@ from transformers import TrainerCallback
 
 from xtoken.losses import Teacher
 from xtoken.losses.logits import AnyLogits
-from xtoken.vocabulary import Vocabulary
 
 from .fused import Fused
 from .limits import Limits
@@ -33,11 +32,6 @@ class StudentTeacher(TeacherModel):
         self.average = average
         self._weights: dict[str, Tensor] = {}
         """What is averaged; of weights in 16 bits, which small steps would not move, the average in 32."""
-
-    def read_as(self, tokenizer: Any) -> None:
-        """Gives it the student's tokenizer."""
-        self.tokenizer = tokenizer
-        self.vocabulary = None if tokenizer is None else Vocabulary.from_tokenizer(tokenizer)
 
     def follow(self, student: Any) -> None:
         """Makes it of a student, as that is now; with adapters that are not averaged it is the student without them."""
