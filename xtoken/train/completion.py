@@ -128,7 +128,7 @@ def of_sampled(encoder: ExampleEncoder, completions: Sequence[Completion]) -> li
         ours = student._replace(turn_end=_common_ends(written, table, student, teacher))
         chunks = find_chunks(table, wanted, ours, teacher, aligner)
         for k, (entry, row) in enumerate(zip(entries, rows, strict=True)):
-            ids = teacher.ids[teacher.ptr[k] : teacher.ptr[k + 1]][:limit]
+            ids = teacher.ids_of(k)[:limit]
             spans = chunks.of(k).between(0, row.stop - row.start, np.zeros(2, np.int64))
             is_read = spans[:, 3] <= len(ids)
             entry.append({"ids": ids, "spans": spans[is_read], "is_cut": not is_read.all()})
@@ -177,24 +177,23 @@ def _written(reader: Reader, completion: Completion) -> _Written:
 
 def _tokens(student: Reader, written: Sequence[_Written], table: Table) -> Tokens:
     """The student's side of the examples."""
-    base = 2 + np.cumsum([0, *(len(one.raw) + 3 for one in written)])
+    base = 2 + np.cumsum([0, *(len(one.raw) + 3 for one in written)])[:-1]
     ptr = np.cumsum([0, *(len(one.ids) for one in written)])
-    piece_start = np.full(len(table.length), -1)
-    for one, at, first in zip(written, base.tolist(), table.first_piece, strict=False):
+    piece_start, turn_end = np.full(len(table.length), -1), np.full(len(table.trained_turn), -1)
+    for k, (one, at) in enumerate(zip(written, base.tolist(), strict=True)):
         for piece, byte in one.piece_start.items():
-            piece_start[first + piece] = at + byte
-    turn_end = np.full(len(table.trained_turn), -1)
-    for k, one in enumerate(written):
+            piece_start[table.first_piece[k] + piece] = at + byte
         if one.tail is not None:
             turn_end[table.first_turn[k + 1] - 1] = ptr[k + 1] - 1
     ids = np.concatenate([one.ids for one in written])
+    shift = np.repeat(base, np.diff(ptr))
     return Tokens(
         ids,
-        np.concatenate([one.start + at for one, at in zip(written, base.tolist(), strict=False)]),
-        np.concatenate([one.end + at for one, at in zip(written, base.tolist(), strict=False)]),
+        np.concatenate([one.start for one in written]) + shift,
+        np.concatenate([one.end for one in written]) + shift,
         student.is_special[ids],
         ptr,
-        base[:-1],
+        base,
         [one.raw for one in written],
         np.array(["\ufffd".encode() not in one.raw for one in written]),
         piece_start,

@@ -49,6 +49,10 @@ class Tokens(NamedTuple):
     why: dict[int, str]
     """Why a piece has no place."""
 
+    def ids_of(self, k: int) -> Ints:
+        """Those of example k."""
+        return self.ids[self.ptr[k] : self.ptr[k + 1]]
+
     def within(self, begin: Ints, length: Ints) -> Ints:
         """[S, 2]: the tokens that reach into stretches of bytes, with nothing but white space outside of them."""
         until = begin + length
