@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 from weakref import WeakSet
 
 import torch
@@ -72,13 +72,6 @@ def head_fault(model: Any, input_ids: Tensor) -> str | None:
     )
 
 
-class _Read(NamedTuple):
-    """What an output layer was given, and the type that autocast has there."""
-
-    hidden: Tensor
-    dtype: torch.dtype | None
-
-
 class OrderedLayer(nn.Module):
     """An output layer whose logits are in a `TeacherOrder`; see `ordered_layer`."""
 
@@ -101,9 +94,9 @@ class OrderedLayer(nn.Module):
 def ordered_layer(model: Any, order: TeacherOrder) -> OrderedLayer:
     """A frozen copy of a teacher's output layer, whose logits come in another order of the tokens.
 
-    It is a module of its own, called with hidden states (``linear_logits(model, ids).hidden``); it scales and caps as
-    the model's configuration says. The model stays as it is, also where the layer is tied to its embedding; the copy
-    takes as much memory as the layer, ``2 V D`` bytes in bfloat16.
+    It is called with hidden states (``linear_logits(model, ids).hidden``), and scales and caps as the model's
+    configuration says. The model stays as it is, also where the layer is tied to its embedding; the copy takes as much
+    memory as the layer.
 
     Raises ValueError for an output layer that is quantised, is no linear layer, or has LoRA that is not merged; if the
     model does more to its logits, see `linear_logits`; or if it has no row for a token that the order does not put
@@ -155,17 +148,17 @@ def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
     Raises ValueError if the output layer is not called once.
     """
     head = model.get_output_embeddings()
-    read: list[_Read] = []
+    read: list[tuple[Tensor, torch.dtype | None]] = []  # what it is given, and the type that autocast has there
 
     def give_nothing(_: Any, args: tuple[Any, ...]) -> tuple[Any, ...]:
         hidden, *others = args
         kind = hidden.device.type
-        read.append(_Read(hidden, torch.get_autocast_dtype(kind) if autocasts(kind) else None))
+        read.append((hidden, torch.get_autocast_dtype(kind) if autocasts(kind) else None))
         return (hidden[..., :0, :], *others)
 
     def leave(_: Any, args: Any, outputs: Any) -> Any:
         if len(read) == 1:
-            outputs.logits = read[0].hidden, outputs.logits
+            outputs.logits = read[0][0], outputs.logits
         return outputs
 
     hooks = [head.register_forward_pre_hook(give_nothing), model.register_forward_hook(leave, prepend=True)]
@@ -178,11 +171,11 @@ def linear_outputs(call: Callable[..., Any], model: Any, **inputs: Any) -> Any:
         raise ValueError(f"model: expected one call of its output layer, got {len(read)}")
     gather_head(model)
     scale, softcap = _scale_and_softcap(model)
-    dtype = read[0].dtype
-    kind = read[0].hidden.device.type
+    ((given, dtype),) = read
+    kind = given.device.type
     casts = torch.amp.is_autocast_available(kind)
     with torch.autocast(kind, dtype, enabled=dtype is not None) if casts else nullcontext():
-        hidden = outputs.logits[0].to(read[0].hidden.dtype)  # what wraps the model may have cast its results
+        hidden = outputs.logits[0].to(given.dtype)  # what wraps the model may have cast its results
         outputs.logits = LinearLogits(*_layer(head, hidden), softcap, scale)
     return outputs
 
