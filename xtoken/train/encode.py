@@ -330,6 +330,10 @@ class ExampleEncoder:
             inside = (at >= 0) & (begin[np.searchsorted(student.end[some], at, "right")] < at + table.length[own])
             return np.bincount(table.owner[own[inside]], minlength=len(table.trained_turn)) > 0
 
+        def reasons(tokens: Tokens, turn: int) -> list[str]:
+            """Why contents of a turn have no place."""
+            return sorted({tokens.why[k] for k in own[table.owner[own] == turn].tolist() if k in tokens.why})
+
         has_content = np.bincount(table.owner[own], minlength=len(table.trained_turn)) > 0
         has_label = touched(labels != IGNORED)
         in_chunk = [one.trained_tokens(student.ptr) for one in chunks]
@@ -359,8 +363,7 @@ class ExampleEncoder:
                     if student.turn_end[t] < 0:
                         self.report.add(NO_END, _NO_END.format(self.student.name), row, t - first)
                 elif table.trained_turn[t] and not has_label[t]:
-                    reasons = {student.why[k] for k in own[table.owner[own] == t].tolist() if k in student.why}
-                    said = sorted(reasons) or ["its tokens are special, or reach into the template's text"]
+                    said = reasons(student, t) or ["its tokens are special, or reach into the template's text"]
                     reason = (
                         f"for the {self.student.name} {' and '.join(said)}" if has_content[t] else "it has no content"
                     )
@@ -375,8 +378,7 @@ class ExampleEncoder:
                     continue
                 without = [t for t in range(first, last) if has_label[t] and not has[t]]
                 for t in without:
-                    why = {tokens.why[k] for k in own[table.owner[own] == t].tolist() if k in tokens.why}
-                    self._tell_no_chunk(side, why, row, t - first)
+                    self._tell_no_chunk(side, reasons(tokens, t), row, t - first)
                 if without and not has[first:last].any():
                     self.report.lose(no_chunk(side.name))
                 for t in [t for t in range(first, last) if has[t] and lacks[t]]:
@@ -396,8 +398,8 @@ class ExampleEncoder:
                     reason = f"for the {side.name} {reason}"
                     self.report.add(AMBIGUOUS_TURNS, reason, first_row + b, int(turn - table.first_turn[b]))
 
-    def _tell_no_chunk(self, side: Reader, why: set[str], row: int, turn: int | None = None) -> None:
-        reason = " and ".join(sorted(why)) or "its tokens and the student's share no piece of text"
+    def _tell_no_chunk(self, side: Reader, why: Sequence[str], row: int, turn: int | None = None) -> None:
+        reason = " and ".join(why) or "its tokens and the student's share no piece of text"
         self.report.add(no_chunk(side.name), f"no chunk for {side.name}, since {reason}", row, turn)
 
     def _examples(
@@ -465,7 +467,7 @@ class ExampleEncoder:
                 m, side = self._numbers[at - 1], self.sides[at]
                 heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
-                    self._tell_no_chunk(side, set(), row)
+                    self._tell_no_chunk(side, (), row)
                     self.report.lose(no_chunk(side.name))
         return examples
 
