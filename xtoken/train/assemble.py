@@ -38,28 +38,24 @@ SELF = "self"
 """The name of a teacher that is the student; a folder of that name is ./self."""
 
 
-def load_student(source: str | os.PathLike[str], args: XTokenConfig) -> tuple[Any, Any]:
-    """The student and its tokenizer, in 8 or 4 bits if `args` say so.
+def student_of(model: Any, tokenizer: Any, args: XTokenConfig, needs_tokenizer: bool = True) -> tuple[Any, Any]:
+    """A student as it is, or loaded by its name as `args` say, and its tokenizer: if it is needed, the one that the
+    model names.
 
     Raises ValueError for a folder with an adapter, or that of the output; and what `load_model` raises.
     """
-    check_apart(str(args.output_dir), [source], "output_dir")
-    if adapters.is_adapter(source):
-        raise ValueError(
-            f"student: expected a model, got the adapter in {source}; one that has been merged (lora_merge) can be "
-            "trained on"
-        )
-    place = {} if args.student_quantization is None else {"device": args.device}
-    return load_model(
-        source, dtype=args.student_dtype, trust_remote_code=args.trust_remote_code, may_shard=True,
-        quantization_config=args.student_quantization, **place,
-    )  # fmt: skip
-
-
-def student_of(model: Any, tokenizer: Any, args: XTokenConfig, needs_tokenizer: bool) -> tuple[Any, Any]:
-    """A student as it is, or loaded by its name, and its tokenizer: if it is needed, the one that the model names."""
     if isinstance(model, (str, os.PathLike)):
-        model, loaded = load_student(model, args)
+        check_apart(str(args.output_dir), [model], "output_dir")
+        if adapters.is_adapter(model):
+            raise ValueError(
+                f"student: expected a model, got the adapter in {model}; one that has been merged (lora_merge) can be "
+                "trained on"
+            )
+        place = {} if args.student_quantization is None else {"device": args.device}
+        model, loaded = load_model(
+            model, dtype=args.student_dtype, trust_remote_code=args.trust_remote_code, may_shard=True,
+            quantization_config=args.student_quantization, **place,
+        )  # fmt: skip
         tokenizer = loaded if tokenizer is None else tokenizer
     name = getattr(getattr(model, "config", None), "_name_or_path", "")
     if tokenizer is None and needs_tokenizer and name:

@@ -33,7 +33,7 @@ from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
 
 from . import adapters
-from .assemble import SELF, build_teachers, encoding_of, examples_of, load_student
+from .assemble import SELF, build_teachers, encoding_of, examples_of, student_of
 from .cached import CachedExamples
 from .chat import ChatTemplate, use_template
 from .checkpoints import check_output, newest
@@ -341,8 +341,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     last = newest(folder) if options.resume else None
     begun = last or config.resume_from_checkpoint
     check_output(Path(folder), options.resume, begun)
-    student, student_tok = load_student(str(options.student), config)
-    use_template(student_tok, config.chat_template)
+    student, student_tok = student_of(str(options.student), None, config)
     teachers = build_teachers(
         options.teacher, student_tok, config, models=models,
         texts=lambda: text_sample(data, config.text_column, student_tok), tell=print,
