@@ -11,6 +11,7 @@ import torch
 
 from .head import TOKENS, gather_head, head_fault, linear_outputs
 from .limits import head_rows, output_layer
+from .routing import read_by
 
 logger = logging.getLogger(__name__)
 
@@ -112,9 +113,8 @@ def logit_bytes(batch: Mapping[str, Any], student: Any, teachers: Sequence[Any])
     for model, entry in zip(teachers, batch["teachers"], strict=True):
         rows = None if model is None or entry.get("logits") is not None else head_rows(model)
         if rows is not None:
-            ids = batch["input_ids"] if entry.get("input_ids") is None else entry["input_ids"]
             kind = getattr(model.get_output_embeddings().weight, "dtype", torch.float32)
-            size += ids.numel() * rows * kind.itemsize
+            size += read_by(entry, batch)["input_ids"].numel() * rows * kind.itemsize
     return size
 
 

@@ -69,6 +69,11 @@ def logits_where_needed(
     return _rows_of(run(_part(entry, rows), _part(inputs, rows)), place)
 
 
+def read_by(entry: Side, inputs: Side) -> Side:
+    """What a teacher reads of a batch: its own part, or the student's."""
+    return inputs if entry.get("input_ids") is None else entry
+
+
 def needed_rows(alignment: Alignment | None, labels: Tensor) -> Tensor | None:
     """int64 [R]: the rows of a batch, on the host, with a labelled chunk; None, all of them, without an alignment."""
     if alignment is None:

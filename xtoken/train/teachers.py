@@ -31,6 +31,7 @@ from .packing import PACKED, is_packed, packing_fault
 from .prepare import build_objective, check_losses
 from .quantized import check_layers, stays
 from .quantized import quantization_config as quantization
+from .routing import read_by
 from .serving import Asked
 
 EFFICIENT_LOADING = "FSDP_CPU_RAM_EFFICIENT_LOADING"
@@ -412,11 +413,12 @@ class TeacherModel:
             )
         if ids is inputs["input_ids"] and not self.reads_student_ids:
             raise ValueError(f"{self.name}: got the student's input_ids, expected those of its own tokenizer")
-        read = inputs["input_ids"] if ids is None else ids
+        side = read_by(entry, inputs)
+        read = side["input_ids"]
         if self.vocabulary is not None and read.numel() and (largest := int(read.max())) >= len(self.vocabulary):
             size = len(self.vocabulary)
             raise ValueError(f"{self.name}: expected input_ids below {size}, got {largest}, of another tokenizer")
-        self.limits.check(inputs if ids is None else entry, self.name)
+        self.limits.check(side, self.name)
 
     @torch.inference_mode()
     def packing_fault(self, ids: Tensor, longest: int = 0, masked: bool = False) -> str | None:
@@ -432,7 +434,7 @@ class TeacherModel:
         """
         if self.served is not None and entry.get("logits") is None and "asked" not in entry:
             self.check_entry(entry, inputs)
-            entry["asked"] = Asked(self.served, inputs if entry.get("input_ids") is None else entry, rows)
+            entry["asked"] = Asked(self.served, read_by(entry, inputs), rows)
 
     @torch.inference_mode()
     def logits(self, entry: Mapping[str, Any], inputs: Mapping[str, Any], fused: Fused | None = None) -> AnyLogits:
@@ -447,7 +449,7 @@ class TeacherModel:
         cached: AnyLogits | None = entry.get("logits")
         if cached is not None:
             return cached
-        source = entry if entry.get("input_ids") is not None else inputs
+        source = read_by(entry, inputs)
         device = inputs["input_ids"].device
         if self.served is not None:
             asked: Asked = entry.get("asked") or Asked(self.served, source)

@@ -45,7 +45,7 @@ from .packing import PACKED, packing_fault
 from .plot import draw_curves
 from .projections import ProjectionSteps
 from .rollout import Rollout
-from .routing import logits_where_needed, needed_rows
+from .routing import logits_where_needed, needed_rows, read_by
 from .serving import Ahead
 from .teachers import check_same_bytes
 
@@ -521,7 +521,8 @@ class XTokenTrainer(Trainer):
         if self.args.teacher_mode == "average" and len(self.teachers) > 1:
             mixed = [one.logits(entry, inputs, self._fused) for one, entry in zip(self.teachers, entries, strict=True)]
             weights = [teacher.objective.weight for teacher in self.teachers]
-            return [mean_logits(mixed, _ids(host["teachers"], host), weights, sizes[0])], alignments[:1]
+            ids = [read_by(entry, host)["input_ids"] for entry in host["teachers"]]
+            return [mean_logits(mixed, ids, weights, sizes[0])], alignments[:1]
         logits = [
             logits_where_needed(
                 functools.partial(teacher.logits, fused=self._fused), entry, inputs, one, host["labels"]
@@ -530,8 +531,8 @@ class XTokenTrainer(Trainer):
         ]
         if self.args.teacher_mode == "select" and len(logits) > 1:
             known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
-            chosen = select_best(known, logits, _ids(entries, inputs), sizes, host.get("position_ids"))
-            return logits, list(chosen)
+            ids = [read_by(entry, inputs)["input_ids"] for entry in entries]
+            return logits, [*select_best(known, logits, ids, sizes, host.get("position_ids"))]
         return logits, alignments
 
     def _scale_of(self, step: _Step | None) -> dict[str, Any]:
@@ -869,8 +870,3 @@ def _on_host(batch: Mapping[str, Any]) -> Mapping[str, Any]:
     """The batch before it was moved to the device, where `keep_host` has kept it."""
     kept = batch.get("host")
     return kept.batch if isinstance(kept, OnHost) else batch
-
-
-def _ids(entries: Sequence[Mapping[str, Any]], inputs: Mapping[str, Any]) -> list[Tensor]:
-    """What each teacher reads: ids of its own, or the student's."""
-    return [inputs["input_ids"] if entry.get("input_ids") is None else entry["input_ids"] for entry in entries]
