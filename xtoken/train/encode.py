@@ -24,19 +24,7 @@ from xtoken.vocabulary import TokenizerLike
 from .chat import AMBIGUOUS, REPEATED, unseen
 from .example import TRAIN_ON, Example, Ints, Table, normal_form, parse_example, parse_prompt, prompt_of
 from .reader import Reader, Tokens
-from .report import (
-    ADDED_END,
-    AMBIGUOUS_TURNS,
-    CUT,
-    NO_END,
-    NO_LABEL,
-    NO_ROUTE,
-    UNSEEN,
-    Report,
-    no_chunk,
-    no_first_chunk,
-    no_system,
-)
+from .report import Report
 from .routing import route_of
 
 _NO_END = (
@@ -301,7 +289,7 @@ class ExampleEncoder:
         column = self.teacher_column
         route = None if column is None else route_of(row, column, self.teacher_names)
         if route is None and column is not None:
-            self.report.add(NO_ROUTE, f"no teacher in {column!r}, so it goes to all", number, may_be_all=False)
+            self.report.add(Report.NO_ROUTE, f"no teacher in {column!r}, so it goes to all", number, may_be_all=False)
         return [True] * len(self.teachers) if route is None else route
 
     def _labels(self, table: Table, student: Tokens) -> Ints:
@@ -350,27 +338,27 @@ class ExampleEncoder:
                 for side, of in zip(self.sides[1:], is_read[1:], strict=True):
                     if side.system is not None and of[b]:
                         reason = f"no chat, so {side.name} is not told its system message"
-                        self.report.add(no_system(side.name), reason, first_row + b, may_be_all=False)
+                        self.report.add(Report.NO_SYSTEM.format(side.name), reason, first_row + b, may_be_all=False)
                 continue
             row, (first, last) = first_row + b, table.first_turn[b : b + 2].tolist()
             for turn, message in enumerate(example.conversation.messages):
                 if kinds := unseen(message):
-                    self.report.add(UNSEEN, f"a part of type {kinds[0]!r}, which no model is shown", row, turn)
+                    self.report.add(Report.UNSEEN, f"a part of type {kinds[0]!r}, which no model is shown", row, turn)
             lost = answers = 0
             for t in range(first, last):
                 if has_label[t] and example.conversation.messages[t - first]["role"] == "assistant":
                     answers += 1
                     if student.turn_end[t] < 0:
-                        self.report.add(NO_END, _NO_END.format(self.student.name), row, t - first)
+                        self.report.add(Report.NO_END, _NO_END.format(self.student.name), row, t - first)
                 elif table.trained_turn[t] and not has_label[t]:
                     said = reasons(student, t) or ["its tokens are special, or reach into the template's text"]
                     reason = (
                         f"for the {self.student.name} {' and '.join(said)}" if has_content[t] else "it has no content"
                     )
-                    self.report.add(NO_LABEL, f"no label, since {reason}", row, t - first)
+                    self.report.add(Report.NO_LABEL, f"no label, since {reason}", row, t - first)
                     lost += has_content[t]
             if lost and not has_label[first:last].any():
-                self.report.lose(NO_LABEL)
+                self.report.lose(Report.NO_LABEL)
             for side, tokens, has, lacks, of in zip(
                 self.sides[1:], sides[1:], has_chunk, lacks_first, is_read[1:], strict=True
             ):
@@ -380,27 +368,29 @@ class ExampleEncoder:
                 for t in without:
                     self._tell_no_chunk(side, reasons(tokens, t), row, t - first)
                 if without and not has[first:last].any():
-                    self.report.lose(no_chunk(side.name))
+                    self.report.lose(Report.NO_CHUNK.format(side.name))
                 for t in [t for t in range(first, last) if has[t] and lacks[t]]:
-                    self.report.add(no_first_chunk(side.name), _NO_FIRST.format(side.name), row, t - first)
+                    self.report.add(
+                        Report.NO_FIRST_CHUNK.format(side.name), _NO_FIRST.format(side.name), row, t - first
+                    )
             if self.add_end and answers and (student.turn_end[first:last][has_label[first:last]] < 0).all():
-                self.report.lose(NO_END)
+                self.report.lose(Report.NO_END)
             for side, tokens in zip(self.sides, sides, strict=True):
                 if tokens.is_open[b] and self.add_end and side.end_id is not None:
                     token = side.tokens[side.end_id].decode("utf-8", "replace")
                     reason = f"the chat template of the {side.name} ends it with no token, so {token!r} is put there"
-                    self.report.add(ADDED_END, reason, row, last - first - 1)
+                    self.report.add(Report.ADDED_END, reason, row, last - first - 1)
         for side, tokens in zip(self.sides, sides, strict=True):
             for piece, reason in tokens.why.items():
                 turn = table.owner[piece]
                 if reason in (AMBIGUOUS, REPEATED) and table.trained_turn[turn]:
                     b = int(np.searchsorted(table.first_turn, turn, "right")) - 1
                     reason = f"for the {side.name} {reason}"
-                    self.report.add(AMBIGUOUS_TURNS, reason, first_row + b, int(turn - table.first_turn[b]))
+                    self.report.add(Report.AMBIGUOUS_TURNS, reason, first_row + b, int(turn - table.first_turn[b]))
 
     def _tell_no_chunk(self, side: Reader, why: Sequence[str], row: int, turn: int | None = None) -> None:
         reason = " and ".join(why) or "its tokens and the student's share no piece of text"
-        self.report.add(no_chunk(side.name), f"no chunk for {side.name}, since {reason}", row, turn)
+        self.report.add(Report.NO_CHUNK.format(side.name), f"no chunk for {side.name}, since {reason}", row, turn)
 
     def _examples(
         self,
@@ -459,16 +449,16 @@ class ExampleEncoder:
                 for side, size, limit in zip(readers, whole.tolist(), most, strict=True)
                 if limit is not None
             )
-            self.report.add(CUT, f"{whole[0] - read} of its tokens are left out: {longest}", row)
+            self.report.add(Report.CUT, f"{whole[0] - read} of its tokens are left out: {longest}", row)
             if not examples:
-                self.report.lose(CUT)
+                self.report.lose(Report.CUT)
         if example.conversation is None:
             for at in reading[1:]:
                 m, side = self._numbers[at - 1], self.sides[at]
                 heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
                     self._tell_no_chunk(side, (), row)
-                    self.report.lose(no_chunk(side.name))
+                    self.report.lose(Report.NO_CHUNK.format(side.name))
         return examples
 
 

@@ -10,29 +10,20 @@ from xtoken.terminal import printable
 
 logger = logging.getLogger(__name__)
 
-NO_LABEL = "turns without a label"
-NO_END = "turns whose end nothing supervises"
-ADDED_END = "last turns that get the end token, since the chat template writes none"
-AMBIGUOUS_TURNS = "turns with a content that cannot be told from other text"
-CUT = "rows that lose what is beyond a length limit"
-UNSEEN = "turns with pictures or sounds, which no model is shown"
-NO_ROUTE = "rows that name no teacher and go to all"
-
-
-def no_system(teacher: str) -> str:
-    return f"rows that are no chats, which {teacher} reads without its system message"
-
-
-def no_chunk(teacher: str) -> str:
-    return f"turns or texts without a chunk for {teacher}"
-
-
-def no_first_chunk(teacher: str) -> str:
-    return f"turns whose first token is in no chunk for {teacher}"
-
 
 class Report:
     """Counts by kind, of turns or examples, and of rows of which a kind leaves nothing; the first of each is told."""
+
+    NO_LABEL = "turns without a label"
+    NO_END = "turns whose end nothing supervises"
+    ADDED_END = "last turns that get the end token, since the chat template writes none"
+    AMBIGUOUS_TURNS = "turns with a content that cannot be told from other text"
+    CUT = "rows that lose what is beyond a length limit"
+    UNSEEN = "turns with pictures or sounds, which no model is shown"
+    NO_ROUTE = "rows that name no teacher and go to all"
+    NO_SYSTEM = "rows that are no chats, which {} reads without its system message"
+    NO_CHUNK = "turns or texts without a chunk for {}"
+    NO_FIRST_CHUNK = "turns whose first token is in no chunk for {}"
 
     def __init__(self, is_told: bool = True) -> None:
         self.is_told = is_told
