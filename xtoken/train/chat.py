@@ -128,17 +128,13 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         else message
         for message in messages
     ]
-    pieces: list[str] = []
-    owners: list[int] = []
-    is_own: list[bool] = []
-    reasoning: set[int] = set()
-    arguments: list[Arguments] = []
+    taken = Conversation(plain, tools, dict(options or {}), [], [], [], [], set(), [])
 
     def add(piece: str, owner: int, own: bool = False) -> int:
-        pieces.append(piece)
-        owners.append(owner)
-        is_own.append(own)
-        return len(pieces) - 1
+        taken.pieces.append(piece)
+        taken.owners.append(owner)
+        taken.is_own.append(own)
+        return len(taken.pieces) - 1
 
     def text(value: str, owner: int, is_reasoning: bool = False, tags: bool = True) -> Text:
         found = Text()
@@ -151,7 +147,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
             piece, at = add(core, owner, True), part.index(core)
             found += [part[:at], piece, part[at + len(core) :]]
             if is_reasoning or OPEN in parts[max(k - 1, 0) : k] or CLOSE in parts[k + 1 : k + 2]:
-                reasoning.add(piece)
+                taken.reasoning.add(piece)
                 add(OPEN, owner)
                 add(CLOSE, owner)
         return found
@@ -175,7 +171,7 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
         return value
 
     def call(given: Mapping[str, Any], owner: int) -> Any:
-        first, numbers = len(pieces), set()
+        first, numbers = len(taken.pieces), set()
 
         def inner(value: Any) -> Any:
             if isinstance(value, str):
@@ -187,18 +183,17 @@ def take_apart(messages: Sequence[Mapping[str, Any]], tools: Any = None, options
             return [inner(one) for one in value] if isinstance(value, (list, tuple)) else value
 
         layout = inner(given)
-        values = range(first, len(pieces))
+        values = range(first, len(taken.pieces))
         whole = add(_json(given), owner)
-        arguments.append(Arguments(whole, add("}", owner), values, numbers, layout))
+        taken.arguments.append(Arguments(whole, add("}", owner), values, numbers, layout))
         return layout
 
-    layout: list[dict[str, Any]] = []
     for owner, message in enumerate(plain):
         if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
             raise ValueError(f"messages: expected a mapping with a role and contents, got {message!r:.80}")
         top = CONTENT_KEYS - {"name"}  # the name of a speaker or a tool is not content
-        layout.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
-    return Conversation(plain, tools, dict(options or {}), layout, pieces, owners, is_own, reasoning, arguments)
+        taken.layout.append({name: walk(one, owner, name if name in top else "") for name, one in message.items()})
+    return taken
 
 
 def unseen(message: Mapping[str, Any]) -> list[str]:
