@@ -288,15 +288,13 @@ def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: Token
     corpus and examples need the student's tokenizer, to read its tokens. Rows that are none of the forms are left out.
     """
     found: list[str] = []
-    files = [one for one in data if is_path(one) and not os.path.isdir(one)]
-    others = [one for one in data if not is_path(one) or os.path.isdir(one)]
+    files = [one for one in data if is_path(one) and not _is_corpus(one)]
+    others = [one for one in data if not is_path(one) or _is_corpus(one)]
     sources: list[Any] = [file.path for file in find_files(files)] if files else []
     sources += [one for one in others if is_path(one) or iter(one) is not one]
     for one in sources:
         left = SAMPLE_BYTES // len(sources)
-        is_corpus = is_path(one) and os.path.isdir(one)
-        texts = _corpus_texts(one, tokenizer) if is_corpus else _row_texts(one, text_column, tokenizer)
-        for text in texts:
+        for text in _texts(one, text_column, tokenizer):
             found.append(text[:left])
             left -= len(text.encode("utf-8", "replace"))
             if left <= 0:
@@ -304,9 +302,13 @@ def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: Token
     return found
 
 
-def _row_texts(one: Any, text_column: str, tokenizer: TokenizerLike) -> Iterator[str]:
+def _texts(one: Any, text_column: str, tokenizer: TokenizerLike) -> Iterator[str]:
+    rows: Iterable[Any] = itertools.islice(read_rows([one], text_column), SAMPLE_ROWS)
+    if _is_corpus(one):
+        documents = AlignedDataset(one)
+        rows = (documents[k] for k in range(len(documents)))
     vocabulary = None
-    for row in itertools.islice(read_rows([one], text_column), SAMPLE_ROWS):
+    for row in rows:
         if is_example(row):
             vocabulary = vocabulary or Vocabulary.from_tokenizer(tokenizer)
             yield vocabulary.decode(np.asarray(row["student_ids"])).decode("utf-8", "replace")
@@ -317,16 +319,14 @@ def _row_texts(one: Any, text_column: str, tokenizer: TokenizerLike) -> Iterator
             continue
 
 
-def _corpus_texts(path: str | os.PathLike[str], tokenizer: TokenizerLike) -> Iterator[str]:
-    vocabulary, documents = Vocabulary.from_tokenizer(tokenizer), AlignedDataset(path)
-    for k in range(len(documents)):
-        yield vocabulary.decode(documents[k]["student_ids"].numpy()).decode("utf-8", "replace")
-
-
 def has_chats(data: Sequence[Any], text_column: str = "text") -> bool:
     """Whether the first row of one of the files or datasets is a chat; folders of aligned corpora are none."""
-    firsts = [next(read_rows([one], text_column), {}) for one in data if not (is_path(one) and os.path.isdir(one))]
+    firsts = [next(read_rows([one], text_column), {}) for one in data if not _is_corpus(one)]
     return any(row.get("messages") or row.get("conversations") or isinstance(row.get("prompt"), list) for row in firsts)
+
+
+def _is_corpus(one: Any) -> bool:
+    return is_path(one) and os.path.isdir(one)
 
 
 def is_path(one: Any) -> bool:
