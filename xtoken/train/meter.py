@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -171,7 +171,7 @@ class Stopwatch:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.seconds: dict[str, float] = {}
+        self.seconds: dict[str, float] = defaultdict(float)
         self._open: deque[tuple[str, Any, Any]] = deque()  # sections that the device may not have finished
         self._started = time.perf_counter()
 
@@ -199,8 +199,7 @@ class Stopwatch:
             name, start, end = self._open.popleft()
             if on_cuda:
                 end.synchronize()
-            seconds = start.elapsed_time(end) / 1000 if on_cuda else end - start
-            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            self.seconds[name] += start.elapsed_time(end) / 1000 if on_cuda else end - start
 
     def skip(self, other: Stopwatch) -> None:
         """Excludes the time since another watch was started from this lap."""
@@ -211,5 +210,5 @@ class Stopwatch:
         self._close(wait=True)
         now = time.perf_counter()
         total, self._started = now - self._started, now
-        seconds, self.seconds = self.seconds, {}
+        seconds, self.seconds = self.seconds, defaultdict(float)
         return total, seconds

@@ -81,7 +81,7 @@ class Rollout:
         self.weights: Weights | None = None
         self.writer: ModelWriter | ServerWriter
         self.reader, self.writer, longest = self._of_teacher() if self.by_teacher else self._of_student()
-        read = dict(zip(map(id, encoder.sides), encoder.limits, strict=True))[id(self.reader)]
+        read = encoder.limits[encoder.sides.index(self.reader)]
         known = [limit - self.args.max_new_tokens for limit in (read, longest) if limit is not None]
         self.longest = min(known, default=None)
         """Tokens of the longest prompt."""

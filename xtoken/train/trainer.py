@@ -590,7 +590,7 @@ class XTokenTrainer(Trainer):
             self._read_scale()
             elapsed, seconds = self._watch.lap()
             elapsed = max(elapsed, 1e-9)
-            teacher, loss = seconds.get("teacher", 0.0), seconds.get("loss", 0.0)
+            teacher, loss = seconds["teacher"], seconds["loss"]
             measured["kd_scale"] = float(self._meter.scale)
             if isinstance(self._router_loss, Tensor):
                 calls = self._meter.calls * self.accelerator.num_processes
@@ -599,11 +599,11 @@ class XTokenTrainer(Trainer):
             self._tell_bound(measured.pop("bounded"), self._meter.steps)
             measured["tokens_per_second"] = measured.pop("tokens") / elapsed
             measured["time_teacher"] = teacher / elapsed
-            measured["time_student"] = (seconds.get("step", 0.0) - teacher - loss) / elapsed
+            measured["time_student"] = (seconds["step"] - teacher - loss) / elapsed
             measured["time_loss"] = loss / elapsed
             if self._rollout is not None:
                 measured.update(self._rollout.summary(self._add_up))
-                measured["time_generation"] = seconds.get("generation", 0.0) / elapsed
+                measured["time_generation"] = seconds["generation"] / elapsed
             logs.update({name: round(value, 6) for name, value in measured.items()})
             self._meter = self._new_meter()
         super().log(logs, *args, **kwargs)
@@ -708,8 +708,7 @@ class XTokenTrainer(Trainer):
 
     def _say_left_out(self, measured: Mapping[str, float]) -> None:
         """Says once if many chunks have no term for their start."""
-        names = [teacher.name for teacher in self.teachers][: len(self.criterion.teachers)]
-        for name in names:
+        for name in (names := self._meter.names):
             share = measured.get(f"starts_left_out/{name}" if len(names) > 1 else "starts_left_out", math.nan)
             if share > MOST_LEFT and not self._left_out_is_said:
                 self._left_out_is_said = True
