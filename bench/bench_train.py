@@ -90,7 +90,7 @@ class Bench:
         if way == "on":  # the comparison of a few tokens is not measured
             trainer._fused.outputs(trainer.model, trainer.model, input_ids=given["input_ids"][:, :1])
             teacher = trainer.teachers[0]
-            trainer._fused.teacher_outputs(teacher.name, teacher.model, input_ids=given["input_ids"][:, :1])
+            trainer._fused.outputs(teacher.model, teacher.model, teacher.name, input_ids=given["input_ids"][:, :1])
         seconds: list[float] = []
 
         def run() -> None:

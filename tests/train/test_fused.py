@@ -307,8 +307,8 @@ def test_quantised_weights(with_head):
 
 def test_a_teacher_on_another_device(caplog):
     """Its output layer is not copied to the student's."""
-    fused = Fused("on", torch.device("meta"))
-    made = fused.teacher_outputs("T", make_model(60, 0).eval(), input_ids=few())
+    fused, model = Fused("on", torch.device("meta")), make_model(60, 0).eval()
+    made = fused.outputs(model, model, "T", input_ids=few())
     assert made.logits.shape == (1, 8, 60)
     assert "logits of T: expected an output layer on meta, where the student is, got one on cpu" in caplog.text
 

@@ -55,30 +55,22 @@ class Fused:
         """Whether the micro-batch should do without logits."""
         return self.choice == "on" or (self.choice == "auto" and self._bytes >= self.least)
 
-    def outputs(self, model: Any, call: Callable[..., Any], **inputs: Any) -> Any:
-        """``call(**inputs)`` of the student, with `LinearLogits` as its ``logits`` where that is wanted and can be.
-
-        `call` is what wraps the model, or the model.
-        """
-        if self.choice == "off" or not (self.wanted or self.is_shared):
+    def outputs(self, model: Any, call: Callable[..., Any], teacher: str | None = None, **inputs: Any) -> Any:
+        """``call(**inputs)`` of the student, or of a teacher by its name, with `LinearLogits` as its ``logits`` where
+        that is wanted and can be; `call` is what wraps the model, or the model."""
+        is_shared = self.is_shared and teacher is None
+        if self.choice == "off" or not (self.wanted or is_shared):
             return call(**inputs)
-        if None not in self._faults:
-            self.refuse(head_fault(model, _few(inputs)))
-        if self._is_dense(None):
+        if teacher not in self._faults:
+            place = None if teacher is None else _place_fault(model, self.device)
+            self.refuse(place or head_fault(model, _few(inputs)), teacher)
+        if self._is_dense(teacher):
             return call(**inputs)
         if self.wanted:
             return linear_outputs(call, model, **inputs)
         outputs = call(**inputs)
         gather_head(model)  # as the other processes do, whose micro-batches may be larger
         return outputs
-
-    def teacher_outputs(self, name: str, model: Any, **inputs: Any) -> Any:
-        """Likewise ``model(**inputs)`` of a teacher."""
-        if not self.wanted:
-            return model(**inputs)
-        if name not in self._faults:
-            self.refuse(_place_fault(model, self.device) or head_fault(model, _few(inputs)), name)
-        return model(**inputs) if self._is_dense(name) else linear_outputs(model, model, **inputs)
 
     def _is_dense(self, teacher: str | None) -> bool:
         """Whether a model has logits, though they are not wanted, which is told; as is that it has none."""

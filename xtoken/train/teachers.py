@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -468,8 +467,8 @@ class TeacherModel:
             if fault is not None:
                 raise ValueError(f"{self.name}: {PACKED}, since {fault}")
         given["use_cache"] = False
-        run = self.model if fused is None else functools.partial(fused.teacher_outputs, self.name, self.model)
-        logits: AnyLogits = run(**given).logits
+        made = self.model(**given) if fused is None else fused.outputs(self.model, self.model, self.name, **given)
+        logits: AnyLogits = made.logits
         if isinstance(logits, OrderedLogits):
             raise ValueError(
                 f"{self.name}: expected logits in its tokenizer's order, got OrderedLogits: an ordered_layer is for "

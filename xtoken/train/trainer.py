@@ -104,13 +104,12 @@ class XTokenTrainer(Trainer):
 
     Raises
     ------
-    TypeError
-        If the arguments are no XTokenConfig.
-    ValueError
-        If an output layer is narrower than its tokenizer, or a teacher does not go with the student's tokenizer or with
-        the other teachers; and what `TeacherModel.build` raises. In training: if a batch would feed a teacher ids of
-        another tokenizer, or logits are not finite; the message names the model and the step. On the CPU that is at
-        once; a device is asked when something is logged, evaluated or saved, so the steps until then are lost.
+    TypeError, ValueError
+        If the arguments are no XTokenConfig; if an output layer is narrower than its tokenizer, or a teacher does not
+        go with the student's tokenizer or with the other teachers; and what `TeacherModel.build` raises. In training:
+        if a batch would feed a teacher ids of another tokenizer, or logits are not finite; the message names the model
+        and the step. On the CPU that is at once; a device is asked when something is logged, evaluated or saved, so the
+        steps until then are lost.
 
     Notes
     -----
@@ -123,9 +122,8 @@ class XTokenTrainer(Trainer):
     weighted sum, without the factor. The samples that several processes repeat to fill their last batch do not count;
     for that a held-out batch has a row for each sample (packing is turned off).
 
-    No micro-batch waits for the device, but with ``teacher_mode="select"``: what is counted and checked is read from
-    the batch before it is moved there, and what is reported is added up there. (With a DataLoader that does not come
-    from the Trainer the batch is not kept on the host, so that counting waits.)
+    No micro-batch waits for the device, but with ``teacher_mode="select"``, or a DataLoader that does not come from the
+    Trainer: what is counted and checked is read from the batch before it is moved there.
 
     Trainable weights of W are no part of the model, so nothing wraps or shards them, see `ProjectionSteps`, nor
     teachers. Tested with two processes on the CPU: data parallelism, FSDP2, and DeepSpeed's ZeRO-2 and ZeRO-3 where it
@@ -440,7 +438,7 @@ class XTokenTrainer(Trainer):
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, host)
         # A model that keeps a cache does not look for several examples in a row (transformers 4).
-        cache = {"use_cache": False} if "position_ids" in inputs else {}
+        cache: dict[str, Any] = {"use_cache": False} if "position_ids" in inputs else {}
         outputs = self._fused.outputs(self.model, model, **inputs, **cache)
         step = self._step if self.model.training else None
         # In evaluation the sums themselves are wanted; in a training loop without `get_batch_samples` means.
