@@ -640,17 +640,15 @@ class XTokenTrainer(Trainer):
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, of batches that stay on the host too."""
-        return self._collated(super().get_train_dataloader, *args, rollout=self._rollout, **kwargs)
+        return self._collated(super().get_train_dataloader, *args, is_training=True, **kwargs)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Likewise, of batches with a row for each sample."""
-        data = self._encoded(eval_dataset, "eval_dataset")
-        return self._collated(super().get_eval_dataloader, data, a_row_each=True)
+        return self._collated(super().get_eval_dataloader, self._encoded(eval_dataset, "eval_dataset"))
 
     def get_test_dataloader(self, test_dataset: Any) -> Any:
         """Likewise."""
-        data = self._encoded(test_dataset, "test_dataset")
-        return self._collated(super().get_test_dataloader, data, a_row_each=True)
+        return self._collated(super().get_test_dataloader, self._encoded(test_dataset, "test_dataset"))
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
@@ -666,14 +664,13 @@ class XTokenTrainer(Trainer):
         name = getattr(self.processing_class, "model_input_names", ["input_ids"])[0]
         return [{name: range(length)} for length in lengths(data)]
 
-    def _collated(
-        self, make: Callable[..., Any], *args: Any, a_row_each: bool = False, rollout: Rollout | None = None,
-        **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        """A dataloader of batches that stay on the host; `a_row_each`: not packed, so that repeated samples can go."""
+    def _collated(self, make: Callable[..., Any], *args: Any, is_training: bool = False, **kwargs: Any) -> Any:
+        """A dataloader of batches that stay on the host; to evaluate on, several processes have them not packed, so
+        that repeated samples can go."""
         given = collator = self.data_collator
+        rollout = self._rollout if is_training else None
         if isinstance(given, XTokenCollator) and given.packed:
-            is_split = a_row_each and self.accelerator.num_processes > 1
+            is_split = not is_training and self.accelerator.num_processes > 1
             if is_split or not self._packs(given.max_length or 0):
                 collator = copy.copy(given)
                 collator.packed = False
