@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from email.utils import parsedate_to_datetime
-from queue import Empty, SimpleQueue
+from queue import SimpleQueue
 from socket import EAI_AGAIN, gaierror
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -239,17 +239,21 @@ def _retry_after(value: str | None) -> float:
 class _Threads:
     """Threads that nothing waits for at exit, so that a run which is stopped does not wait for a server.
 
-    If one raises, whatever is queued fails with the same error: the run is about to stop.
+    If one raises, whatever is queued fails with the same error, since the run is about to stop; what is submitted
+    afterwards does not.
     """
 
     def __init__(self, count: int) -> None:
         self.count, self._started = count, 0
         self._queue: SimpleQueue[Any] = SimpleQueue()
+        self._failures: list[BaseException] = []
         weakref.finalize(self, _dismiss, self._queue, count)
 
     def submit(self, function: Callable[..., Any], *arguments: Any) -> Future[Any]:
         future: Future[Any] = Future()
-        self._queue.put((future, function, arguments))
+        if self._failures:
+            self._failures = []
+        self._queue.put((future, self._failures, function, arguments))
         if self._started < self.count:
             try:
                 threading.Thread(target=_work, args=(self._queue,), name="xtoken-client", daemon=True).start()
@@ -267,20 +271,13 @@ def _dismiss(queue: SimpleQueue[Any], count: int) -> None:
 
 def _work(queue: SimpleQueue[Any]) -> None:
     while (task := queue.get()) is not None:
-        future, function, arguments = task
-        try:
-            future.set_result(function(*arguments))
-        except BaseException as error:
-            future.set_exception(error)
-            _fail(queue, error)
-        del task, future, function, arguments  # what nobody waits for may go
-
-
-def _fail(queue: SimpleQueue[Any], error: BaseException) -> None:
-    with suppress(Empty):
-        while True:
-            task = queue.get_nowait()
-            if task is None:
-                queue.put(None)
-                return
-            task[0].set_exception(error)
+        future, failures, function, arguments = task
+        if failures:
+            future.set_exception(failures[0])
+        else:
+            try:
+                future.set_result(function(*arguments))
+            except BaseException as error:
+                failures.append(error)
+                future.set_exception(error)
+        del task, future, failures, function, arguments  # what nobody waits for may go

@@ -162,7 +162,11 @@ class ServedModel:
     def _answer(self, ids: NDArray[np.int64]) -> TopKLogits:
         if not len(ids):
             return TopKLogits(*as_tables([], self.logprobs + 1))
-        return self._scored(ids.tolist())[0]
+        try:
+            return self._scored(ids.tolist())[0]
+        except BaseException:
+            self._asked.clear()  # who goes on behind the failure is not to wait for what was asked before it
+            raise
 
     def _scored(self, ids: list[int], with_text: bool = False) -> tuple[TopKLogits, dict[int, str]]:
         """Log-probabilities of a text, and texts of tokens as the server decodes them."""

@@ -208,6 +208,29 @@ def test_what_is_queued_fails_too(vllm, teacher_tok):
     assert len(vllm.asked) == 2
 
 
+def test_what_fails_late_does_not_fail_what_is_asked_next(vllm, teacher_tok):
+    """A request that is still in flight when another has failed for good, and fails then: who goes on behind the
+    failure asks for its text anew, and for others."""
+    remote = served(vllm, teacher_tok, requests=2)
+    begun, over, answered = (threading.Event() for _ in range(3))
+    vllm.gate = lambda: begun.set() or over.wait(60)
+    vllm.faults.extend(["503", "503"])
+    (late,) = remote.ask([[5, 6, 8]])
+    assert begun.wait(60)
+    vllm.gate = None
+    (early,) = remote.ask([[5, 6, 7]])
+    with pytest.raises(ConnectionError):
+        early.result()
+    vllm.gate = lambda: answered.wait(60)
+    futures = remote.ask([[5, 6, 8], *([5, 6, k] for k in range(9, 19))])
+    assert futures[0] is not late
+    over.set()
+    with pytest.raises(ConnectionError):
+        late.result()
+    answered.set()
+    assert all(one.result().ids.shape == (3, 6) for one in futures)
+
+
 def test_a_server_that_does_not_fit(model, student_tok, teacher_tok):
     """Seen before anything is trained."""
     cases: list[tuple[dict[str, Any], Any, dict[str, Any], str]] = [
