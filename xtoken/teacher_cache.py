@@ -536,10 +536,11 @@ def cache_teacher(
         max_length = model.positions if max_length is None else max_length
     elif max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    remaining = _token_ids(documents, vocabulary)
+    remaining = itertools.chain([*itertools.islice(remaining, 1)], remaining)  # broken rows are met before the folder is made
     with TeacherCacheWriter(
         output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens, now=now
     ) as writer:
-        remaining = _token_ids(documents, vocabulary)
         begun: deque[Sequence[int]] = deque(maxlen=WINDOW)
         for number, digest in enumerate(writer.digests()):
             begun.append(next(remaining, []))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -192,3 +193,17 @@ def test_commands(folders, tmp_path, capsys):
         assert main(command(given, tmp_path / "no", *wrong, *more, "--max_steps", "1", *shared[:2])) == 1
         assert message in capsys.readouterr().err
     assert Path(folder).exists()
+
+
+def test_a_cache_of_rows_that_are_no_chats(folders, small_chat_tok, tmp_path, capsys):
+    """Refused as by training; the output can be used for the command without it. One chat will do."""
+    caching = ["cache-teacher", "--teacher", folders["teacher"], "--data", folders["test"], "--logprobs", "4"]
+    caching += ["--output", str(tmp_path / "cache")]
+    assert main([*caching, "--teacher-system", SYSTEM]) == 1
+    assert "are rows that are no chats, which teacher 0 reads without its system message" in capsys.readouterr().err
+    assert main(caching) == 0
+    tok, text = small_chat_tok("qwen3"), {"text": "In 1999."}
+    assert len(list(teacher_documents(tok, [*[text] * 9, PLAIN], system=SYSTEM))) == 10
+    read = teacher_documents(tok, itertools.repeat(text), system=SYSTEM)
+    with pytest.raises(ValueError, match="rows: all .* are rows that are no chats"):
+        list(itertools.islice(read, 10_000))

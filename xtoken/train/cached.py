@@ -23,7 +23,7 @@ from xtoken.vocabulary import TokenizerLike
 from xtoken.vocabulary.sources import check_source
 
 from .chat import ChatTemplate, use_template
-from .data import encoded, has_chats, some_rows
+from .data import MOST_DROPPED, encoded, has_chats, some_rows
 from .encode import ExampleEncoder
 from .prepare import check_device, check_dtype
 from .routing import is_routed
@@ -108,6 +108,9 @@ def teacher_documents(
     teacher alone is told; `xtoken.train.data.read_rows` reads rows from files. Where the chat template writes the time,
     tell the `TeacherCacheWriter` `now` too.
 
+    Iterating raises ValueError for broken rows, and with a `system` if no row is a chat, as training does: at the end,
+    or after thousands of rows.
+
     Examples
     --------
     ::
@@ -120,10 +123,16 @@ def teacher_documents(
     told = [] if system is None else [tokenizer]
     encoder = ExampleEncoder(tokenizer, told, text_column=text_column, now=now, teacher_systems=[system] * len(told))
     encoder.student.name = "teacher"
+    is_checked = system is None
     for examples in encoded(rows, encoder):
+        if not is_checked and encoder.report.rows >= MOST_DROPPED:
+            encoder.report.check()
+            is_checked = True
         for example in examples:
             ids = example["student_ids"] if system is None else example["teachers"][0]["ids"]
             yield ids.tolist()
+    if system is not None:
+        encoder.report.check()
 
 
 def main(**options: Any) -> TeacherCache:
