@@ -537,7 +537,8 @@ def cache_teacher(
     elif max_length is None:
         max_length = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     remaining = _token_ids(documents, vocabulary)
-    remaining = itertools.chain([*itertools.islice(remaining, 1)], remaining)  # broken rows are met before the folder is made
+    first = [*itertools.islice(remaining, 1)]  # broken rows are met before the folder is made
+    remaining = itertools.chain(first, remaining)
     with TeacherCacheWriter(
         output, vocabulary, top_k, max_length=max_length, resume=resume, shard_tokens=shard_tokens, now=now
     ) as writer:

@@ -579,6 +579,21 @@ def test_bad_calls(changes: dict[str, Any], exception: type[Exception], message:
         XTokenLoss([Teacher(case.projection)])(**vars(call))
 
 
+@pytest.mark.parametrize("bad", [-1, -99, 23])
+@pytest.mark.parametrize("layer", [False, True])
+def test_labels_out_of_range(layer: bool, bad: int) -> None:
+    """Of cross-entropy in a pass of its own; the vocabulary's size counts, not that of a padded output layer."""
+    labels = torch.tensor([[bad, 4, 22, -100, bad]])  # the first predicts nothing
+    hidden, head = torch.randn(1, 5, 3), torch.randn(29, 3)
+    logits = LinearLogits(hidden, head) if layer else hidden @ head.T
+    with pytest.raises(ValueError, match=rf"labels: expected token ids in 0 ... 22, or -100, got {bad}"):
+        XTokenLoss([], vocab_size=23)(logits, labels, [])
+    labels[0, 4] = 3
+    total, _ = XTokenLoss([], vocab_size=23)(logits, labels, [])
+    rows = (hidden @ head.T)[0, [0, 1, 3], :23]
+    assert_close(total, -rows.log_softmax(-1)[range(3), [4, 22, 3]].mean(), rtol=1e-5)
+
+
 def test_one_count_does_not_do_for_two_teachers() -> None:
     case = make_case()
     criterion = XTokenLoss([Teacher(case.projection)] * 2)

@@ -526,6 +526,27 @@ def test_a_derivative_in_forward_mode_is_an_error() -> None:
         torch.func.jvp(loss, (case.student,), (torch.ones_like(case.student),))
 
 
+@pytest.mark.parametrize("inplace", [False, True])
+def test_transforms_of_torch_func_are_an_error(inplace: bool) -> None:
+    """Which says so, also within another one; not where nothing is to be differentiated."""
+    case = small_case()
+
+    def loss(student: Tensor) -> Tensor:
+        return projected_loss(student * 1.0, case.teacher, case.alignment, case.projection, inplace=inplace)
+
+    several = case.student[None]
+    for derivative, student in (
+        (torch.func.grad(loss), case.student),
+        (torch.func.jacrev(loss), case.student),
+        (torch.func.vmap(torch.func.grad(loss)), several),
+        (torch.func.grad(lambda students: torch.func.vmap(loss)(students).sum()), several),
+    ):
+        with pytest.raises(RuntimeError, match=r"student: xtoken losses have no derivative by torch\.func \(grad, vjp"):
+            derivative(student)
+    detached, want = torch.func.grad(lambda student: student.sum() + loss(student.detach())), torch.ones(())
+    assert torch.equal(detached(case.student), want.to(case.student).expand_as(case.student))
+
+
 class Allocations(TorchDispatchMode):
     """Sizes of the tensors that operators give back, seen from outside of the losses, in elements."""
 

@@ -205,5 +205,5 @@ def test_a_cache_of_rows_that_are_no_chats(folders, small_chat_tok, tmp_path, ca
     tok, text = small_chat_tok("qwen3"), {"text": "In 1999."}
     assert len(list(teacher_documents(tok, [*[text] * 9, PLAIN], system=SYSTEM))) == 10
     read = teacher_documents(tok, itertools.repeat(text), system=SYSTEM)
-    with pytest.raises(ValueError, match="rows: all .* are rows that are no chats"):
+    with pytest.raises(ValueError, match=r"rows: all .* are rows that are no chats"):
         list(itertools.islice(read, 10_000))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from xtoken.alignment import Alignment, Chunks, predictable, to_device
-from xtoken.losses.backends import IGNORED, predicted_labels
+from xtoken.losses.backends import IGNORED, checked_ids, predicted_labels
 from xtoken.losses.call import (
     SIDES,
     check_alignment,
@@ -395,7 +395,7 @@ class XTokenLoss(nn.Module):
         if given.width is None:
             raise TypeError("student_logits: expected logits or LinearLogits, which have a gradient, got TopKLogits")
         width = min(given.width, self.vocab_size or given.width)
-        targets = predicted_labels(labels).flatten()
+        targets = checked_ids(labels, width)
 
         def block(start: int, stop: int) -> Tensor:
             logits = given.source(width).rows(start, stop)

@@ -666,12 +666,20 @@ def _is_mixed(call: Call) -> bool:
     return call.labels is not None and call.student_head is not None
 
 
+def _is_transformed(value: Tensor) -> bool:
+    """Whether `torch.func` is to differentiate by a tensor."""
+    of = torch._C._functorch
+    while torch.is_grad_enabled() and of.is_functorch_wrapped_tensor(value):
+        if of.is_gradtrackingtensor(value) and value.requires_grad:
+            return True
+        value = of.get_unwrapped(value)
+    return False
+
+
 def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None = None) -> tuple[Tensor, Tensor]:
     """Loss and cross-entropy (0 without labels), connected to the inputs that need a gradient."""
     leaves = [call.student, call.student_head, call.student_bias]
     student_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
-    if inplace and student_wanted:
-        return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
     arguments = [*call, *_LAYOUTS[loss.name].flat(loss)]
     for name, value in zip(_LAYOUTS[loss.name].names, arguments, strict=True):
         if not isinstance(value, Tensor):
@@ -681,6 +689,13 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
         if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name}: xtoken losses have no derivative in forward mode, got a tensor with a tangent")
+        if not torch.compiler.is_compiling() and _is_transformed(value):
+            raise RuntimeError(
+                f"{name}: xtoken losses have no derivative by torch.func (grad, vjp, jacrev, ...), got a tensor of "
+                "it; use backward or torch.autograd.grad, or differentiate the formulas in xtoken.reference"
+            )
+    if inplace and student_wanted:
+        return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
     trained = loss.trained
     weight_wanted = torch.is_grad_enabled() and trained is not None and trained.requires_grad
     # Forward prepares the gradient where backward can only scale it: not if every chunk has an upstream gradient of
