@@ -65,6 +65,9 @@ def test_the_command_trains_and_merges(whole, folders):
         own_id, generated = getattr(merged.config, name), getattr(merged.generation_config, name)
         assert own_id == getattr(tokenizer, name)
         assert generated in (own_id, [own_id])
+    for folder in (whole / "adapter", whole / "checkpoint-4"):
+        (ends,) = load_model(folder)[0].generation_config.eos_token_id
+        assert ends == tokenizer.eos_token_id
 
 
 @pytest.mark.slow
@@ -250,6 +253,13 @@ def test_without_peft(folders, tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().err == "xtoken train: peft is not installed; pip install 'xtoken[peft]' brings it\n"
     assert main(command(folders, tmp_path / "out", "--lora_merge")) == 1
     assert "--lora_merge: expected --lora_rank with it" in capsys.readouterr().err
+
+
+def test_merging_does_not_go_with_pushing(folders, tmp_path, capsys):
+    """Since the Trainer pushes what it has saved, the adapter."""
+    assert main(command(folders, tmp_path / "out", "--lora_merge", "--lora_rank", "2", "--push_to_hub")) == 1
+    assert "--lora_merge: expected it without --push_to_hub" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_student_that_is_an_adapter(folders, tmp_path, capsys):

@@ -14,8 +14,9 @@ from .option import option
 from .quantized import quantization_config
 
 CONFIG = "adapter_config.json"
-FILES = (CONFIG, "adapter_model.safetensors", "README.md")
-"""What peft saves of an adapter."""
+GENERATION = "generation_config.json"
+FILES = (CONFIG, "adapter_model.safetensors", "README.md", GENERATION)
+"""What peft saves of an adapter, and how text is generated with it."""
 ASIDE = "adapter"
 """Folder of the adapter beside the student that it is merged into."""
 
@@ -193,6 +194,20 @@ def merged(model: Any, folder: Any) -> Any:
     """The model with an adapter of it, from a folder, added to its weights."""
     peft = require("peft", "peft")
     return peft.PeftModel.from_pretrained(model, str(folder)).merge_and_unload(safe_merge=True)
+
+
+def save_generation(model: Any, folder: Path) -> None:
+    """Saves beside the adapters of a model how it generates text, as `load_model` reads it: a Trainer has aligned the
+    tokens that begin and end a text with its tokenizer, and peft saves nothing of it."""
+    config = getattr(model, "generation_config", None)
+    if config is not None and getattr(model, "peft_config", None):
+        config.to_json_file(folder / GENERATION)
+
+
+def load_generation(model: Any, folder: Path) -> None:
+    """Makes it that of a model, if it was saved."""
+    if (folder / GENERATION).is_file():
+        model.generation_config = type(model.generation_config).from_pretrained(folder)
 
 
 def save_merged(model: Any, folder: Path, trained: Any) -> None:

@@ -222,6 +222,11 @@ def check(options: TrainArguments, config: XTokenConfig) -> None:
         raise ValueError("--do_predict: expected it left out, since nothing is predicted; --eval_data is evaluated on")
     if options.lora_merge and config.lora_rank is None:
         raise ValueError("--lora_merge: expected --lora_rank with it, got none")
+    if options.lora_merge and config.push_to_hub:
+        raise ValueError(
+            "--lora_merge: expected it without --push_to_hub, which sends the adapter before it is merged; send the "
+            f"output when the run is over: hf upload REPOSITORY {config.output_dir}"
+        )
     weights_of(config.teacher_weight, count)
     for name in ("trust_top_k", "teacher_system"):
         one_each(getattr(config, name), None, count, name)

@@ -107,6 +107,7 @@ def load_model(
         model.hf_quantizer.remove_quantization_config(model)  # its weights are unpacked; it can be trained and saved
     if is_adapter:
         model = adapters.merged(model, source)
+        adapters.load_generation(model, Path(source))
     if device is not None and getattr(model, "hf_device_map", None) is None and not stays(model):
         model = model.to(device)
     if quantized is not None:

@@ -810,6 +810,11 @@ class XTokenTrainer(Trainer):
         self.accelerator.wait_for_everyone()
         super()._save_checkpoint(*args, **kwargs)
 
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            adapters.save_generation(self.model, Path(output_dir or self.args.output_dir))
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Also writes the trained weights of W, as projections and to resume from."""
         self._finite.check()
