@@ -20,7 +20,7 @@ from real_tokenizers import invalid_utf8_ids
 import xtoken
 from xtoken import ProjectionMatrix, Vocabulary, coverage_audit
 from xtoken.losses import Needs
-from xtoken.projection import ROW_KINDS
+from xtoken.projection import ROW_KINDS, common_pairs
 from xtoken.storage import TensorFile
 
 
@@ -173,6 +173,33 @@ def test_real_pairs(names, vocabulary):
             assert not {bytes([b]) for b in student[s]} <= single
         assert len(missing) < 300
         assert not missing or names.endswith("smollm2")
+
+
+def test_one_token_of_a_text_has_the_exact_row():
+    """The one that the tokenizer writes, and that with the bytes themselves; pairs are of it, whatever the ids."""
+    student = Vocabulary([b"e", b"22", b" ,", b"e", b",", b"2", b"e"],
+                         kinds=["byte", "normal", "normal", "normal", "normal", "normal", "normal"])  # fmt: skip
+    W = ProjectionMatrix.build(student, Vocabulary([b",", b"2", b"e"]), fold_space_punctuation=True)
+    assert kinds(W) == ["pieces", "pieces", "pieces", "exact", "exact", "exact", "pieces"]
+    assert rows(W) == [{2: 1.0}, {1: 1.0}, {0: 1.0}, {2: 1.0}, {0: 1.0}, {1: 1.0}, {2: 1.0}]
+    for one in (W, W.learnable()):
+        assert [ids.tolist() for ids in common_pairs(one, 1.0)] == [[3, 4, 5], [2, 0, 1]]
+
+
+@pytest.mark.parametrize("names", ["mistral-llama3", "smollm2-wordpiece", "llama3-qwen3"])
+def test_pairs_are_of_the_tokens_that_are_written(names, vocabulary):
+    """Not of a byte token of the same text, nor of one that the teacher's normalizer makes that text."""
+    student, teacher = map(vocabulary, names.split("-"))
+    pairs = dict(
+        zip(*(ids.tolist() for ids in common_pairs(ProjectionMatrix.build(student, teacher), 1.0)), strict=True)
+    )
+    known = {teacher[i] for i in range(len(teacher)) if teacher.is_text[i]}
+    written = set(
+        student.tokenizer.encode("a 7 e. In 1995 a reader paid 1 024, x y z = b", add_special_tokens=False).ids
+    )
+    shared = [token for token in written if student[token] in known]
+    assert len(shared) > 10
+    assert [teacher[pairs[token]] if token in pairs else None for token in shared] == [student[k] for k in shared]
 
 
 def test_partial_utf8_goes_through_bytes(vocabulary):

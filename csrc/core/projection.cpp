@@ -84,6 +84,20 @@ ExactImages exact_images(const Vocabulary& student, const Vocabulary& teacher, C
         }
         if (is_match) set(id, found->second, RowKind::exact);
     }
+    // Of several tokens with one image that which the tokenizer produces is the exact one, equal bytes first.
+    const auto rank = [&](int32_t id, int32_t image) {
+        return std::make_tuple(student.bytes(id) != teacher.bytes(image), student.kind(id), id);
+    };
+    std::unordered_map<int32_t, int32_t> owner;
+    for (int32_t id = 0; id < student.size(); ++id) {
+        if (result.kind[static_cast<size_t>(id)] != RowKind::exact) continue;
+        const int32_t image = result.image[static_cast<size_t>(id)];
+        const auto [entry, is_new] = owner.emplace(image, id);
+        if (is_new) continue;
+        const bool is_better = rank(id, image) < rank(entry->second, image);
+        result.kind[static_cast<size_t>(is_better ? entry->second : id)] = RowKind::pieces;
+        if (is_better) entry->second = id;
+    }
     return result;
 }
 

@@ -14,7 +14,7 @@ namespace xtoken {
 // How a row of W came about.
 enum class RowKind : uint8_t {
     none = 0,    // empty
-    exact = 1,   // one teacher token with the same bytes
+    exact = 1,   // one teacher token with the same bytes, which is so of no other row
     role = 2,    // a special token of the same role or literal
     pieces = 3,  // the token's text, re-tokenized by the teacher
     given = 4,   // from outside, not by these rules
@@ -23,7 +23,7 @@ enum class RowKind : uint8_t {
 // Pass 1: for every student token the teacher token of equal text or role, or -1.
 struct ExactImages {
     std::vector<int32_t> image;  // [student size]
-    std::vector<RowKind> kind;   // [student size]: none, exact or role
+    std::vector<RowKind> kind;   // [student size]: none, exact, role, or pieces for a second token of a text
 };
 ExactImages exact_images(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules);
 

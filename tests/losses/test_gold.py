@@ -8,7 +8,7 @@ from comparer import assert_close
 from harness import Case
 from torch import Tensor
 
-from xtoken import Alignment, ProjectionMatrix, gold_loss, reference
+from xtoken import Alignment, ProjectionMatrix, Vocabulary, gold_loss, reference
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "default": {},
@@ -39,3 +39,17 @@ def test_a_row_with_a_dominant_weight_is_compared_by_rank() -> None:
     student, teacher = (torch.tensor([[p, 1 - p], [0.5, 0.5]]).log() for p in (0.3, 0.6))
     want = 0.6 * math.log(0.6 / 0.3) + abs(0.7 - 0.4)
     assert_close(gold_loss(student, teacher, chunk, W), torch.tensor(want), rtol=1e-6)
+
+
+def test_the_token_that_is_written_is_the_common_one() -> None:
+    """Not the byte token of the same text with a lower id, which is compared by rank."""
+    student = Vocabulary([b"e", b"x", b"e"], kinds=["byte", "normal", "normal"])
+    W = ProjectionMatrix.build(student, Vocabulary([b"e", b"x"]))
+    p, q = torch.tensor([0.1, 0.3, 0.6]), torch.tensor([0.8, 0.2])
+    want = 0.8 * math.log(0.8 / 0.6) + 0.2 * math.log(0.2 / 0.3)  # of the others the teacher has none
+    student_logits, teacher_logits = (torch.stack([one, one]).log().requires_grad_() for one in (p, q))
+    loss = gold_loss(student_logits, teacher_logits, Alignment([[1, 2, 1, 2]]), W)
+    assert_close(loss, torch.tensor(want), rtol=1e-5)
+    loss.backward()
+    assert student_logits.grad is not None
+    assert_close(student_logits.grad[0], p - torch.tensor([0.0, 0.2, 0.8]), rtol=1e-5, atol=1e-6)

@@ -47,6 +47,7 @@ class Matrix(NamedTuple):
     col: Tensor  # int32 [nnz]
     weight: Tensor  # floating [nnz]
     shape: tuple[int, int]
+    kind: Tensor | None = None  # uint8 [V_student], as `ProjectionMatrix` has it
 
     @classmethod
     def of(cls, projection: Any) -> Matrix:
@@ -54,7 +55,7 @@ class Matrix(NamedTuple):
 
         Raises TypeError if it has not these attributes, ValueError if the shape is another than that of the rows.
         """
-        if not all(hasattr(projection, name) for name in cls._fields):
+        if not all(hasattr(projection, name) for name in cls._fields[:4]):
             raise TypeError(f"projection: expected an xtoken.ProjectionMatrix, got {type(projection).__name__}")
         row_ptr, col, weight = parts = projection.row_ptr, projection.col, projection.weight
         if not all(isinstance(part, Tensor) for part in parts):
@@ -67,7 +68,7 @@ class Matrix(NamedTuple):
         if shapes[0] != [students + 1] or len(shapes[1]) != 1 or shapes[2] != shapes[1]:
             expected = f"row_ptr [{students + 1}] for shape {[students, teachers]}, and a weight an entry of col"
             raise ValueError(f"projection: expected {expected}, got {shapes}")
-        return cls(row_ptr, col, weight, (students, teachers))
+        return cls(row_ptr, col, weight, (students, teachers), getattr(projection, "kind", None))
 
     def may_lack(self, side: int, width: int) -> bool:
         """Whether no entry is of a token (of the student's: side 0) behind the first so many."""

@@ -143,7 +143,7 @@ _TYPES = {
     "Tensor": "Tensor", "Tensor | None": "Tensor?", "str": "str", "float": "float", "bool": "bool", "int": "SymInt",
     "int | None": "SymInt?",
 }  # fmt: skip
-_MATRIX = ("row_ptr", "col", "weight")
+_MATRIX = {"row_ptr": "Tensor", "col": "Tensor", "weight": "Tensor", "kind": "Tensor | None"}
 _WEIGHT = "W_weight"
 _L = TypeVar("_L", bound=type[Loss])
 
@@ -163,7 +163,7 @@ class _Layout:
         own: dict[str, str] = {}
         for name, kind in kinds.items():
             if kind == "Matrix":
-                own.update({f"{name}_{part}": "Tensor" for part in _MATRIX})
+                own.update({f"{name}_{part}": of for part, of in _MATRIX.items()})
             elif kind in _TYPES:
                 own[name] = kind
             else:
@@ -178,7 +178,7 @@ class _Layout:
         values: list[Any] = []
         for name, is_matrix in self.fields:
             value = getattr(loss, name)
-            values += [value.row_ptr, value.col, value.weight] if is_matrix else [value]
+            values += [getattr(value, part) for part in _MATRIX] if is_matrix else [value]
         return values
 
     def parts(self, arguments: tuple[Any, ...]) -> tuple[Call, Loss, Flags]:
@@ -187,7 +187,7 @@ class _Layout:
         call, values = Call(*arguments[:first]), iter(arguments[first:last])
         shape = call.student_size, call.teacher_size
         made = {
-            name: Matrix(next(values), next(values), next(values), shape) if is_matrix else next(values)
+            name: Matrix(**{part: next(values) for part in _MATRIX}, shape=shape) if is_matrix else next(values)
             for name, is_matrix in self.fields
         }
         return call, self.loss(**made), Flags(*arguments[last:])

@@ -8,11 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from xtoken import _core
+
 EXACT_WEIGHT = 1.0
 """A row's largest weight where the teacher has the same token, and nothing else."""
 
 DOMINANT_WEIGHT = 0.6
 """A row's largest weight where one teacher token stands for the student's well enough to be its partner."""
+
+
+SAME = [_core.row_kinds.index(name) for name in ("exact", "role")]
+"""Kinds of rows of tokens that both vocabularies have."""
 
 
 @dataclass(frozen=True)
@@ -66,13 +72,18 @@ def common_pairs(projection: Any, min_weight: float) -> tuple[Tensor, Tensor]:
 
     A student token is paired with the teacher token of its row's largest weight, if that weight is at least
     ``min_weight``, such as `EXACT_WEIGHT` or `DOMINANT_WEIGHT`. Where several student tokens claim one teacher
-    token, the largest weight wins, then the lowest student id.
+    token, the largest weight wins, then a row that W was built with for the same text or role, then the lowest student
+    id.
     """
-    weight, row_ptr = projection.weight.detach(), projection.row_ptr
+    weight, row_ptr, size = projection.weight.detach(), projection.row_ptr, projection.shape[0]
     student = torch.searchsorted(row_ptr, torch.arange(len(weight), device=row_ptr.device), right=True) - 1
     student, teacher, weight = _first_of_each(student, projection.col.long(), weight)
     keep = weight >= min_weight
+    kind = getattr(projection, "kind", None)
+    if kind is not None:  # other rows come behind
+        student = student + size * ~torch.isin(kind, kind.new_tensor(SAME)).to(student.device)[student]
     teacher, student, weight = _first_of_each(teacher[keep], student[keep], weight[keep])
+    student = student % size
     order = student.argsort()
     return student[order], teacher[order]
 
