@@ -176,3 +176,18 @@ def test_command(tokenizer, tmp_path, capsys):
     assert main(["audit", "--student", files[0], "--teacher", files[1], "--critical", "special"]) == 0
     printed = capsys.readouterr().out
     assert printed.index("\nthe paper's rule: pkl\n") < printed.index("\nrecommended loss: prefix\n")
+
+
+def test_byte_tokens_of_a_text_that_another_token_has_do_not_count(vocabulary):
+    """SentencePiece has "<0x31>" beside "1"; only that is ever written, so it is the one that needs a partner."""
+    student = Vocabulary([b"1", b"2", b"1", b"\xe4", b"a"], kinds=["byte", "byte", "normal", "byte", "normal"])
+    report = coverage_audit(student, Vocabulary([b"a", b"1"]))
+    facts = {name: (row.count, row.exact) for name, row in report.classes.items() if row.count}
+    assert facts == {"digits_1": (2, 1), "ascii_letters": (1, 1), "invalid_utf8": (1, 0)}
+    assert coverage_audit(student, Vocabulary([b"a", b"1"]), critical=re.compile("1")).classes["critical"].count == 1
+    report = coverage_audit(vocabulary("mistral"), vocabulary("llama3"))
+    assert (report.classes["digits_1"].count, report.classes["digits_1"].exact) == (10, 10)
+    assert report.recommendation == "hkl"
+    texts = ["In 1995 a reader paid 7 $ for it."]
+    report = coverage_audit(vocabulary("mistral"), vocabulary("llama3"), corpus=texts)
+    assert report.classes["digits_1"].share("exact") == report.classes["white_space"].share("exact") == 1.0

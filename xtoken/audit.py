@@ -15,7 +15,7 @@ from . import plot
 from .notebook import html_list, html_table
 from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
-from .vocabulary import TokenizerLike, Vocabulary
+from .vocabulary import TOKEN_KINDS, TokenizerLike, Vocabulary
 
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
 CLASSES = (
@@ -169,6 +169,8 @@ def coverage_audit(
 ) -> CoverageReport:
     """Counts, class by class, which student tokens keep a partner in the teacher's vocabulary.
 
+    Byte tokens such as ``<0x31>`` do not count where another token has the same text, which is then written by that.
+
     Parameters
     ----------
     student_tok, teacher_tok
@@ -201,11 +203,12 @@ def coverage_audit(
         )
     projection.check_tokenizers(student, teacher)
     classes_of = np.array([token_class(student[i], text) for i, text in enumerate(student.is_text.tolist())], dtype=str)
-    members = {name: classes_of == name for name in CLASSES}
+    is_counted = _may_be_written(student)
+    members = {name: (classes_of == name) & is_counted for name in CLASSES}
     wanted = critical_classes(critical)
     if isinstance(wanted, re.Pattern):
         inside = np.zeros(len(student), dtype=bool)
-        for i in student.is_text.nonzero()[0].tolist():
+        for i in (student.is_text & is_counted).nonzero()[0].tolist():
             inside[i] = wanted.fullmatch(student[i].decode("utf-8", "replace")) is not None
         if not inside.any():
             raise ValueError(f"critical: {wanted.pattern!r} is no class name and matches no token of the student")
@@ -234,6 +237,13 @@ def coverage_audit(
             f"{partial:,} of {int(weight.sum()):,} {unit} are projected onto teacher tokens that do not spell them"
         )
     return CoverageReport(classes, wanted, "pkl" if lost else "hkl", reasons, weighted=corpus is not None)
+
+
+def _may_be_written(vocabulary: Vocabulary) -> NDArray[np.bool_]:
+    """[V]: all tokens but the byte tokens of a text that another token has."""
+    is_byte = np.asarray(vocabulary.kinds) == TOKEN_KINDS.index("byte")
+    texts = {vocabulary[i] for i in (vocabulary.is_text & ~is_byte).nonzero()[0].tolist()}
+    return np.array([not (byte and vocabulary[i] in texts) for i, byte in enumerate(is_byte.tolist())], dtype=bool)
 
 
 def same_tokens(student: Vocabulary, teacher: Vocabulary) -> bool:

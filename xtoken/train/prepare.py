@@ -29,6 +29,9 @@ KINDS: dict[Any, tuple[str, Any]] = {
 }  # fmt: skip
 """Types of options of losses: how they are called, and what is one."""
 
+RULES = 2
+"""Raised where W, audits or pieces are made by other rules than before, so that kept ones are made again."""
+
 Made = TypeVar("Made")
 Built = TypeVar("Built", ProjectionMatrix, PieceIndex)
 Folder: TypeAlias = "str | os.PathLike[str] | None"
@@ -211,7 +214,7 @@ def weights_of(given: Sequence[float] | None, count: int, selects: bool = False)
 
 def _path(folder: Folder, name: str, student: Vocabulary, teacher: Vocabulary, options: dict[str, Any]) -> Path:
     """The file of that name for a pair and these options."""
-    facts = [student.fingerprint(), teacher.fingerprint(), sorted(options.items()), _core.version]
+    facts = [student.fingerprint(), teacher.fingerprint(), sorted(options.items()), _core.version, RULES]
     digest = hashlib.sha256(json.dumps(facts).encode()).hexdigest()
     kind, ending = name.split(".")
     return Path(folder or cache_folder()) / f"{kind}-{digest[:32]}.{ending}"
