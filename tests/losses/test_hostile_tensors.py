@@ -173,6 +173,9 @@ OBJECTS: dict[str, tuple[dict[str, Any], type[Exception]]] = {
     "two-dimensional col": ({"col": torch.zeros(3, 1, dtype=torch.int32)}, ValueError),
     "few weights": ({"weight": torch.ones(2)}, ValueError),
     "whole weights": ({"weight": torch.ones(3, dtype=torch.int64)}, TypeError),
+    "few kinds": ({"kind": torch.zeros(2, dtype=torch.uint8)}, ValueError),
+    "kinds of fractions": ({"kind": torch.zeros(3)}, TypeError),
+    "names of kinds": ({"kind": ["exact"] * 3}, TypeError),
     "a shape too large": ({"shape": (FAR, 3)}, ValueError),
     "a teacher too small": ({"shape": (3, 1)}, ValueError),
     "a shape of fractions": ({"shape": (3.0, 3.0)}, TypeError),
@@ -220,7 +223,9 @@ def test_tensors_without_values(loss: str) -> None:
     """One tensor on the meta device would make torch leave out the kernel, and return what is in memory."""
     operation = Operation(loss)
     changes: list[tuple[Any, str]] = [("alignment", "offsets"), ("alignment", "predicted")]
-    changes += [("projection", name) for name in ("row_ptr", "col", "weight")] * (operation.needs is Needs.PROJECTION)
+    changes += [("projection", name) for name in ("row_ptr", "col", "weight", "kind")] * (
+        operation.needs is Needs.PROJECTION
+    )
     changes += [("pieces", "data")] * (operation.needs is Needs.PIECES)
     for argument, name in changes:
         case = fresh()

@@ -68,7 +68,12 @@ class Matrix(NamedTuple):
         if shapes[0] != [students + 1] or len(shapes[1]) != 1 or shapes[2] != shapes[1]:
             expected = f"row_ptr [{students + 1}] for shape {[students, teachers]}, and a weight an entry of col"
             raise ValueError(f"projection: expected {expected}, got {shapes}")
-        return cls(row_ptr, col, weight, (students, teachers), getattr(projection, "kind", None))
+        kind = getattr(projection, "kind", None)
+        if kind is not None and not (isinstance(kind, Tensor) and kind.dtype == torch.uint8):
+            raise TypeError(f"projection: expected kind uint8, got {getattr(kind, 'dtype', type(kind).__name__)}")
+        if kind is not None and list(kind.shape) != [students]:
+            raise ValueError(f"projection: expected kind [{students}], got {list(kind.shape)}")
+        return cls(row_ptr, col, weight, (students, teachers), kind)
 
     def may_lack(self, side: int, width: int) -> bool:
         """Whether no entry is of a token (of the student's: side 0) behind the first so many."""
