@@ -1,6 +1,7 @@
 """GOLD: the options that it is tried with, and that only rows with a single weight 1 are pairs."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -53,3 +54,21 @@ def test_the_token_that_is_written_is_the_common_one() -> None:
     loss.backward()
     assert student_logits.grad is not None
     assert_close(student_logits.grad[0], p - torch.tensor([0.0, 0.2, 0.8]), rtol=1e-5, atol=1e-6)
+
+
+def test_kinds_that_change_change_the_pairs() -> None:
+    """Of a W with the same other parts, and in place, also where torch does not count it."""
+    student = Vocabulary([b"e", b"x", b"e"], kinds=["byte", "normal", "normal"])
+    W = ProjectionMatrix.build(student, Vocabulary([b"e", b"x"]))
+    logits = torch.randn(2, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([[2.0, 0.0]] * 2)
+    alignment = Alignment([[1, 2, 1, 2]])
+
+    def loss(matrix: Any) -> float:
+        return gold_loss(*logits, alignment, matrix).item()
+
+    before = loss(W)
+    other = SimpleNamespace(row_ptr=W.row_ptr, col=W.col, weight=W.weight, shape=W.shape, kind=W.kind.flip(0))
+    after = loss(other)
+    assert after != before
+    W.kind.data.copy_(other.kind)
+    assert loss(W) == after

@@ -201,7 +201,7 @@ class Loss:
         for field in fields(self):
             value = getattr(self, field.name)
             if isinstance(value, Matrix):
-                notice_changes(*value[:3])
+                notice_changes(*value[:3], value.kind)
                 value.check()
             elif isinstance(value, Tensor):
                 notice_changes(value)

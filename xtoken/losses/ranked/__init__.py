@@ -92,7 +92,7 @@ _PAIRS = Cached[tuple[Tensor, Tensor]]()
 
 
 def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor, Tensor]:
-    """`xtoken.reference.common_pairs` on a device; kept while W lives and its weights stay as they are."""
+    """`xtoken.reference.common_pairs` on a device; kept while W lives and stays as it is."""
 
     def find() -> tuple[Tensor, Tensor]:
         student, teacher = common_pairs(W, min_weight)
@@ -103,7 +103,8 @@ def pairs_of(W: Matrix, min_weight: float, device: torch.device) -> tuple[Tensor
             )
         return student.to(device), teacher.to(device)
 
-    return _PAIRS.of((W.col, W.row_ptr, W.weight), find, min_weight, device)
+    parts = tuple(part for part in (W.col, W.row_ptr, W.weight, W.kind) if part is not None)
+    return _PAIRS.of(parts, find, min_weight, device)
 
 
 def ranked(
