@@ -34,8 +34,12 @@ from .teachers import load_model, load_tokenizer
 class CachedExamples(Dataset[dict[str, Any]]):
     """Examples with the log-probabilities of teachers that were run before.
 
-    `examples` is a dataset of what ``ExampleEncoder(..., name_documents=True)`` makes; `caches` has one for each
-    teacher, None for one that runs along.
+    Parameters
+    ----------
+    examples : dataset
+        Of what ``ExampleEncoder(..., name_documents=True)`` makes.
+    caches : sequence of TeacherCache or None
+        One for each teacher; None for one that runs along.
 
     Raises ValueError if there are more or fewer caches than an example has teachers.
     """
@@ -104,9 +108,20 @@ def teacher_documents(
     """What a teacher reads of each row in training, as token ids: what to send to a server that fills a cache.
 
     Messages are written by the teacher's chat template, texts begin and end with its special tokens; nothing is cut.
-    Rows of which nothing is trained on are left out. The arguments are as for `ExampleEncoder`, `system` is what this
-    teacher alone is told; `xtoken.train.data.read_rows` reads rows from files. Where the chat template writes the time,
-    tell the `TeacherCacheWriter` `now` too.
+    Rows of which nothing is trained on are left out.
+
+    Parameters
+    ----------
+    tokenizer
+        The teacher's, as for `ExampleEncoder`.
+    rows : iterable of mappings
+        As for `ExampleEncoder`; `xtoken.train.data.read_rows` reads them from files.
+    text_column : str
+        Field with plain text.
+    now : datetime, optional
+        As for `ExampleEncoder`; where the chat template writes the time, tell the `TeacherCacheWriter` too.
+    system : str, optional
+        What this teacher alone is told, as ``teacher_systems`` of `ExampleEncoder`.
 
     Iterating raises ValueError for broken rows, and with a `system` if no row is a chat, as training does: at the end,
     or after thousands of rows.

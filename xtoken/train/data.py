@@ -42,8 +42,13 @@ logger = logging.getLogger(__name__)
 class EncodedDataset(Dataset[dict[str, Any]]):
     """Encoded examples in memory.
 
-    `rows` are as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face. What cannot be trained on
-    though it should be is counted in ``encoder.report`` and told once.
+    Parameters
+    ----------
+    rows : iterable of mappings
+        Rows as `ExampleEncoder` takes them: a list, a generator, a dataset of Hugging Face.
+    encoder : ExampleEncoder
+
+    What cannot be trained on though it should be is counted in ``encoder.report`` and told once.
 
     Raises ValueError if a row has none of the forms, or if nothing is left, or if most rows are lost: their turns have
     no labels, no chunks of a teacher, or no end that is trained on.
@@ -71,9 +76,15 @@ class EncodedDataset(Dataset[dict[str, Any]]):
 class EncodedStream(IterableDataset[dict[str, Any]]):
     """Examples of rows that come one after the other, perhaps without an end, encoded as they are asked for.
 
-    `rows` are as for `EncodedDataset`; or examples, which are passed on. Workers of a DataLoader share them, unless
-    they come from an `IterableDataset` of torch or from Hugging Face, which sees to that itself. `encoder` makes the
-    ExampleEncoder of the first row, once it is needed; `name` is for messages.
+    Parameters
+    ----------
+    rows : iterable of mappings
+        As for `EncodedDataset`; or examples, which are passed on. Workers of a DataLoader share them, unless they come
+        from an `IterableDataset` of torch or from Hugging Face, which sees to that itself.
+    encoder : callable
+        Makes the ExampleEncoder, once it is needed.
+    name : str
+        For messages.
 
     Iterating raises ValueError if there is no row at all, the first is none, nothing of the first `MOST_DROPPED` rows
     is trained on, or most of these are lost to one of the kinds of `ExampleEncoder.report`.
@@ -170,9 +181,14 @@ def encoded(rows: Iterable[Mapping[str, Any]], encoder: ExampleEncoder) -> Itera
 class AlignedExamples(Dataset[dict[str, Any]]):
     """The documents of an aligned corpus as examples; all of their text is trained on.
 
-    `path` is an output folder of `xtoken.align_corpus`, the tokenizers are those it was made with; the special tokens
-    that they put before a text are put there. The options are as for `ExampleEncoder`. A document that the corpus has
-    cut short is not the one that a teacher cache holds.
+    Parameters
+    ----------
+    path : path
+        Output folder of `xtoken.align_corpus`.
+    student_tok, teacher_tok : tokenizer
+        Those it was made with. The special tokens that they put before a text are put there.
+    max_length, max_teacher_length, name_documents : optional
+        As for `ExampleEncoder`. A document that the corpus has cut short is not the one that a teacher cache holds.
 
     Raises what `AlignedDataset` does.
     """

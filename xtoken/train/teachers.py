@@ -289,11 +289,14 @@ class TeacherModel:
             As for `Vocabulary.from_tokenizer`.
         model : optional
             What to call: "load" loads the model of `source`; or as for `TeacherModel`.
-        tokenizer, name : optional
-            Default: that of a served model, that of `source`, or the one that the model says it was loaded with; and
-            the last part of `source`.
-        dtype, device, trust_remote_code, quantization_config, chat_template
-            As for `load_model`; a template for a tokenizer that has none, see `use_template`.
+        tokenizer : optional
+            Default: that of a served model, that of `source`, or the one that the model says it was loaded with.
+        name : str, optional
+            Default: the last part of `source`.
+        dtype, device, trust_remote_code, quantization_config
+            As for `load_model`.
+        chat_template : str, optional
+            For a tokenizer that has none; see `use_template`.
         is_one_of_several : bool
             Whether options that its loss does not have are those of other teachers' losses; see `check_losses`.
         **how
