@@ -77,9 +77,19 @@ def build_teachers(
     """Teachers as they are, and those given by name or as a model by `TeacherModel.build` and `args`; "self" is
     `TeacherModel.of_student`.
 
-    `student_tok` is only looked at if a teacher is to be built. `models` are for each teacher what `TeacherModel.build`
-    takes as ``model``; by default all are loaded. `texts` are as for `build_objective`. On the first process `tell` is
-    told for each teacher that is built which loss it has and why.
+    Parameters
+    ----------
+    teachers : TeacherModel, path, str, model, or a sequence of these
+    student_tok : tokenizer
+        As for `Vocabulary.from_tokenizer`; only looked at if a teacher is to be built.
+    args : XTokenConfig
+        Losses and weights in it are for the teachers that are built.
+    models : sequence, optional
+        For each teacher what `TeacherModel.build` takes as ``model``; default: all are loaded.
+    texts
+        As for `build_objective`.
+    tell : function
+        Is told for each teacher that is built which loss it has and why, on the first process.
 
     Raises ValueError for more or fewer losses, weights or systems than teachers to build, for options that none of the
     losses has, for an average without "self", for options of `OF_BUILT` where none is built, and for a teacher in the

@@ -24,8 +24,14 @@ from .routing import is_routed, label_spans
 def pack(examples: Sequence[Mapping[str, Any]], max_length: int) -> list[list[int]]:
     """Examples that share a row: best fit, longest first.
 
-    Of examples as `ExampleEncoder` makes them the numbers of those of each row, in increasing order; the rows in the
-    order of their first example. A row has at most `max_length` student tokens, or one example that is longer.
+    Numbers of the examples of each row, in increasing order; the rows in the order of their first example.
+
+    Parameters
+    ----------
+    examples : sequence of encoded examples
+        As `xtoken.train.ExampleEncoder` makes them.
+    max_length : int
+        Most student tokens of a row; one longer example has a row of its own.
     """
     lengths = [len(example["student_ids"]) for example in examples]
     rows: list[list[int]] = []

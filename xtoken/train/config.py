@@ -59,7 +59,7 @@ def _documented(kind: type[Config]) -> type[Config]:
 @_documented
 @dataclass
 class XTokenConfig(AdapterArguments, TrainingArguments):
-    """`transformers.TrainingArguments`, and options of the distillation (more in docs/corpora-and-training.md).
+    """`transformers.TrainingArguments`, and options of the distillation.
 
     Those for models that are given by name are as for `TeacherModel.build` and `load_model`; those for rows that are
     not encoded yet as for `ExampleEncoder`, `EncodedTable` and `XTokenCollator`. No model gets more tokens than it has
@@ -84,17 +84,33 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         TeacherModels. Not with "average". A teacher runs only for the rows of a micro-batch that it has chunks of.
     self_test : "auto", "on" or "off"
         Whether `XTokenTrainer.train` begins with a comparison of this run's losses with float64, in its types and with
-        its W, pieces and options, on the device of the run; it stops if one is wrong. "auto": on CUDA.
+        its W, pieces and options, on the device of the run, which takes a second or two there; it stops if one is
+        wrong. "auto": on CUDA. See `xtoken.self_test` for more.
     fused : "auto", "on" or "off"
-        Whether the losses get hidden states and output layer, of the student and of teachers that compute here, so that
-        logits of a whole micro-batch never exist. "auto": where they would take an eighth of the device's memory (see
-        `xtoken.train.fused.logit_bytes`), if the model lets it. "on" raises ValueError for a student that does not.
+        Whether the losses get hidden states and output layer, of the student and of teachers that compute here, and
+        make logits a block of rows at a time, so that logits of a whole micro-batch never exist. "auto" does so where
+        they would take an eighth of the device's memory (see `xtoken.train.fused.logit_bytes`), if the model lets it;
+        it says once what it does and why. "on" raises ValueError for a student whose output layer does not let it.
     on_policy : float or "teacher"
         For which share of the rows with a prompt the student itself writes the completion, anew each time: 0 to 1. What
-        it has written is trained on by the distillation alone (``ce_labels``). "teacher": the first teacher that can
-        generate writes them all, and what it writes is data like any other. A row that is nothing but a prompt is
-        always completed; one whose prompt leaves no room for `max_new_tokens` is trained on as it is, or left out if it
-        is nothing but a prompt. A batch has `num_generations` times as many of these rows.
+        it has written is trained on by the distillation alone (``ce_labels``), its tokens as they were drawn; each
+        teacher reads it by its own template. Rows that go to no teacher stay as they are. "teacher": the first teacher
+        that can generate writes them all, and what it writes is data like any other. A row that is nothing but a prompt
+        is always completed. The prompt is what comes before the last turn, if that is the assistant's. ValueError if
+        the student is to write, but nothing is distilled; and for options of generation without `on_policy`.
+    max_new_tokens : int
+        Most tokens of a completion. Rows whose prompt leaves no room for them are trained on as they are, and those
+        that are nothing but a prompt are left out.
+    num_generations : int
+        Completions of each prompt. A batch has as many more rows.
+    generation_url : str, optional
+        A vLLM server of the student that writes its completions, ``http://host:port/v1``. It is sent the student's
+        weights, or its adapter, through the folder ``generation`` in `output_dir`, which it must see too: started with
+        ``VLLM_SERVER_DEV_MODE=1``, or for adapters with ``--enable-lora`` and
+        ``VLLM_ALLOW_RUNTIME_LORA_UPDATING=True``. Its key is ``$XTOKEN_GENERATION_KEY``.
+    sync_every : int
+        Steps from one time that it is sent them to the next. A run that goes on from a checkpoint between two begins
+        with newer weights than the server had there.
 
     Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 

@@ -23,11 +23,17 @@ device's memory: to do without costs time, which is worth it where memory is wha
 
 
 class Fused:
-    """The choice of ``fused`` for the student and the teachers of a run, on the device where the losses are.
+    """The choice of ``fused`` for the student and the teachers of a run.
 
-    "auto" does without logits in micro-batches where they would take so much, see `AUTO_SHARE`; "on" always does. Where
-    a model cannot, it has logits, but "on" raises ValueError for the student. What is done is told once. `is_shared`
-    says that FSDP2 shares out the student, so that processes must do the same.
+    Parameters
+    ----------
+    choice : "auto", "on" or "off"
+        "auto" does without logits in micro-batches where they would take so much, see `AUTO_SHARE`; "on" always does.
+        Where a model cannot, it has logits, but "on" raises ValueError for the student. What is done is told once.
+    device : torch.device
+        Where the losses are.
+    is_shared : bool
+        Whether FSDP2 shares out the student, so that processes must do the same.
     """
 
     def __init__(self, choice: str, device: torch.device, is_shared: bool = False) -> None:

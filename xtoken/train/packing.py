@@ -43,9 +43,16 @@ def packing_fault(model: nn.Module, ids: Tensor, longest: int = 0, masked: bool 
     change where it must not matter, behind the tokens looked at. The model is in evaluation mode meanwhile, so nothing
     is drawn at random; deterministic.
 
-    `model` is as the Trainer calls it. Examples are written with the tokens `ids`, int64 [n]. Rows of training have up
-    to `longest` tokens, so rows of as many are tried where attention works in chunks of fewer; `masked` says whether
-    they come with an ``attention_mask``.
+    Parameters
+    ----------
+    model : nn.Module
+        As the Trainer calls it.
+    ids : int64 [n]
+        Tokens to write examples with.
+    longest : int
+        Tokens of a row in training; rows as long as that are tried where attention works in chunks of fewer.
+    masked : bool
+        Whether rows come with an ``attention_mask``.
     """
     parameters = inspect.signature(base_of(model).forward).parameters.values()
     if not any(one.name == "position_ids" or one.kind is one.VAR_KEYWORD for one in parameters):

@@ -31,9 +31,14 @@ PACKAGES = {
 def quantization_config(given: Any, dtype: torch.dtype | str = "auto") -> Any:
     """What ``from_pretrained`` takes as its ``quantization_config``; None for None and "none".
 
-    `given` is a name: "int8" or "int4" (weights only, by torchao); "llm.int8", "nf4" or "fp4" (bitsandbytes; the 4-bit
-    ones with their scales quantised too, and computed in `dtype`, where "auto" is bfloat16). Or JSON, or a YAML or JSON
-    file: the configuration's fields, with ``quant_method``. Or a configuration of transformers, which stays as it is.
+    Parameters
+    ----------
+    given : str, path, mapping or object
+        A name: "int8" and "int4" (weights only, by torchao); "llm.int8", "nf4" and "fp4" (bitsandbytes; the 4-bit ones
+        with their scales quantised too). JSON or a YAML or JSON file: the configuration's fields, with
+        ``quant_method``. Or a configuration of transformers, which stays as it is.
+    dtype
+        What 4-bit weights of bitsandbytes are computed in; "auto" is bfloat16.
 
     Raises ValueError for other text, and fields that say no method; FileNotFoundError if there is no such file;
     ImportError if the package is not installed.

@@ -57,13 +57,21 @@ class _Counts:
 class Rollout:
     """Replaces examples of a step by completions of their prompts, as the seed, the step and the process decide.
 
-    The trainer's ``args`` say for which share of the prompts, and how completions are drawn; `encoder` is what its data
-    were read by. ``collate``, which the trainer sets, makes batches of examples, and they bring these along. No teacher
-    is cached.
+    Parameters
+    ----------
+    trainer : XTokenTrainer
+        Its ``args`` say for which share of the prompts, and how completions are drawn.
+    encoder : ExampleEncoder
+        How its data were read.
 
-    Raises ValueError if the student writes, but nothing is distilled; if a completion would take all tokens of an
-    example; if the model that is to write cannot, or is sharded by FSDP1; if no example has a prompt, or none that
-    leaves room for a completion.
+    Attributes
+    ----------
+    collate : callable
+        Makes the trainer's batches of examples, which they must bring along.
+
+    No teacher is cached. Raises ValueError if the student writes, but nothing is distilled; if a completion would take
+    all tokens of an example; if the model that is to write cannot, or is sharded by FSDP1; if no example has a prompt,
+    or none that leaves room for a completion.
     """
 
     def __init__(self, trainer: Any, encoder: ExampleEncoder) -> None:

@@ -35,8 +35,16 @@ def open_data(given: str, option: str, split: str | None = None, streaming: bool
     """What an option names: a path or pattern, as it is; or a `datasets.Dataset`, of a folder that it was saved to, or
     by its name on the Hub, ``org/set:split`` or ``org/set:config:split``.
 
-    A path that exists comes before a name. `option` is for messages. `split` is that of a name without; None: it must
-    have one. With `streaming` a dataset of the Hub is read as it is needed, as a `datasets.IterableDataset`.
+    Parameters
+    ----------
+    given : str
+        A path that exists comes before a name.
+    option : str
+        For messages.
+    split : str, optional
+        If the name has none; None: it must have one.
+    streaming : bool
+        Whether a dataset of the Hub is read as it is needed, as a `datasets.IterableDataset`.
 
     Raises FileNotFoundError if no file matches what cannot be a name; ValueError if there is neither a file nor a
     dataset, saying what was tried.
@@ -75,8 +83,9 @@ def is_table(data: Any) -> bool:
 class EncodedTable(Dataset[dict[str, Any]]):
     """Encoded examples of a `datasets.Dataset`, in an Arrow file from which they are read as they are asked for.
 
-    The table's ``map`` encodes them and keeps the file in the table's cache, under a name made of the table's
-    fingerprint and `ExampleEncoder.fingerprint`. (A table in memory has no cache, and stays there.)
+    The table's ``map`` encodes them, in `workers` processes if that is given. It keeps the file in the table's cache,
+    under a name made of the table's fingerprint and `ExampleEncoder.fingerprint`: another run with the same tokenizers,
+    chat templates and options reads it. (A table in memory has no cache, and stays there.)
 
     Parameters
     ----------
@@ -85,8 +94,8 @@ class EncodedTable(Dataset[dict[str, Any]]):
     encoder : ExampleEncoder
         Its ``report`` is that of all rows, also where they come from the cache.
     workers : int, optional
-        Processes that encode; default: this one, in which tokenizers use threads. With large vocabularies they take
-        seconds to start, since each is sent the encoder: they are for long tables on many cores.
+        Default: none but this process, in which tokenizers use threads. With large vocabularies it takes seconds to
+        start workers, since each is sent the encoder: they are for long tables on many cores.
 
     Raises what `EncodedDataset` does.
     """

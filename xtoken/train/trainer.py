@@ -89,8 +89,10 @@ class XTokenTrainer(Trainer):
         Run in inference mode, never trained. `TeacherModel.build` makes those of the first three by `args`: the loss is
         what `xtoken.choose_loss` recommends, unless `args` say otherwise, and what was chosen and why is logged.
     data_collator
-        Makes batches as `XTokenCollator` does, which is the default. Chunks with a token whose label is -100 are left
-        out.
+        Makes batches with ``input_ids``, ``attention_mask``, ``labels`` (-100 where ignored) and ``teachers``: a list
+        with a dict for each teacher, of ``input_ids``, ``attention_mask`` and ``alignment``; or ``alignment`` None
+        for a teacher that reads the student's ids. Default: `XTokenCollator`. Chunks with a token whose label is -100
+        are left out.
     train_dataset, eval_dataset
         Examples as the collator takes them. For `XTokenCollator` also rows as `ExampleEncoder` takes them: a list,
         encoded at once (`EncodedDataset`); a `datasets.Dataset`, whose examples are kept for the next run
@@ -125,9 +127,10 @@ class XTokenTrainer(Trainer):
     No micro-batch waits for the device, but with ``teacher_mode="select"``, or a DataLoader that does not come from the
     Trainer: what is counted and checked is read from the batch before it is moved there.
 
-    Trainable weights of W are no part of the model, so nothing wraps or shards them, see `ProjectionSteps`, nor
-    teachers. Tested with two processes on the CPU: data parallelism, FSDP2, and DeepSpeed's ZeRO-2 and ZeRO-3 where it
-    is installed. FSDP1 has not been run: torch has it for accelerators only.
+    Trainable weights of W are no part of the model, so nothing wraps or shards them: every process has all of them, and
+    an Adam of their own, whose learning rate falls as the student's does. Teachers are not wrapped either. Tested with
+    two processes on the CPU: data parallelism, FSDP2, and DeepSpeed's ZeRO-2 and ZeRO-3 where it is installed. FSDP1
+    has not been run: torch has it for accelerators only.
     """
 
     data_collator: Any
