@@ -26,7 +26,23 @@ SHAPING = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "target_mod
 
 @dataclass
 class AdapterArguments:
-    """Adapters in place of the student's own weights; how weights are quantised, `quantization_config` says."""
+    """Adapters in place of the student's own weights.
+
+    Parameters
+    ----------
+    lora_rank : int, optional
+        Of the LoRA adapters; None: the student's own weights are trained.
+    lora_alpha : float, optional
+        Their factor is ``lora_alpha / lora_rank``. Default: twice the rank.
+    lora_dropout : float
+        Share of their inputs that is dropped, below 1.
+    lora_target_modules : sequence of str, optional
+        Modules that have one, by the last parts of their names. Default: all linear layers but the output layer.
+    lora_modules_to_save : sequence of str, optional
+        Modules that are trained whole beside them.
+    student_quantization : str, optional
+        Weights of the student below them in 8 or 4 bits; see `xtoken.train.quantized.quantization_config`.
+    """
 
     lora_rank: int | None = option(
         None, "train adapters of this rank (LoRA, by peft) in place of the student's weights"

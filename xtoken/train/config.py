@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import inspect
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import TrainingArguments
 
@@ -21,8 +20,6 @@ from .fused import CHOICES
 from .option import option
 from .prepare import check_device, check_dtype, check_loss_options
 from .quantized import quantization_config
-
-Config = TypeVar("Config", bound=TrainingArguments)
 
 TEACHER_MODES = ("sum", "select", "average", "entropy")
 
@@ -47,23 +44,9 @@ REFUSED: dict[str, tuple[Any, str]] = {
 """Options of TrainingArguments that would do nothing: what they have to be, and why."""
 
 
-def _documented(kind: type[Config]) -> type[Config]:
-    """Ends the docstring with the help of each option of ours that it does not explain."""
-    said, usual = inspect.cleandoc(kind.__doc__ or ""), {one.name for one in fields(TrainingArguments)}
-    ours: Any = [one for one in fields(kind) if one.name not in usual and f"\n{one.name} :" not in said]
-    lines = [f"{one.name} : {one.type}\n    {one.metadata['help']}" for one in ours]
-    kind.__doc__ = "\n".join([said, "", "Other Parameters", "----------------", *lines])
-    return kind
-
-
-@_documented
 @dataclass
 class XTokenConfig(AdapterArguments, TrainingArguments):
-    """`transformers.TrainingArguments`, and options of the distillation.
-
-    Those for models that are given by name are as for `TeacherModel.build` and `load_model`; those for rows that are
-    not encoded yet as for `ExampleEncoder`, `EncodedTable` and `XTokenCollator`. No model gets more tokens than it has
-    positions. A single value stands for a sequence of it (`LISTS`).
+    """`transformers.TrainingArguments`, `AdapterArguments` and the following.
 
     Parameters
     ----------
@@ -73,6 +56,10 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         micro-batch, so it is the ratio of the previous step (and in the first step that of its first micro-batch): one
         factor for all micro-batches of a step, however the step is cut. Where all is written on policy there is no CE,
         and the factor is that of the last step that had both; 1 until there is one.
+    max_scale : float
+        Bound of the dynamic factor; ``inf`` is the paper's rule.
+    ce_weight, kd_weight : float
+        Weights of cross-entropy and distillation, >= 0.
     teacher_mode : "sum", "select", "average" or "entropy"
         Several teachers: the weighted sum of their losses; for each sample the loss of the teacher that predicts it
         best (least cross-entropy a student token of aligned text), which waits for the device once a micro-batch; the
@@ -82,6 +69,16 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     teacher_column : str, optional
         Field of the rows that says which teachers a row goes to, as for `ExampleEncoder`; names are those of the
         TeacherModels. Not with "average". A teacher runs only for the rows of a micro-batch that it has chunks of.
+    trust_top_k : list of int, optional
+        For teachers that are built by name: of `xtoken.Teacher`, one for all or one each; 0 for none.
+    teacher_system : list of str, optional
+        For those, too, what each alone is told, see `ExampleEncoder`; one for all or one each; "none" for none.
+    teacher_average : float, optional
+        Makes the teacher "self" a moving average of the student; see `TeacherModel.of_student`.
+    projection_learning_rate : float
+        Learning rate of trainable weights of W, which are neither decayed nor clipped.
+    loss_backend : str
+        See `xtoken.select_backend`.
     self_test : "auto", "on" or "off"
         Whether `XTokenTrainer.train` begins with a comparison of this run's losses with float64, in its types and with
         its W, pieces and options, on the device of the run, which takes a second or two there; it stops if one is
@@ -101,6 +98,8 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     max_new_tokens : int
         Most tokens of a completion. Rows whose prompt leaves no room for them are trained on as they are, and those
         that are nothing but a prompt are left out.
+    generation_temperature, generation_top_p : float
+        How completions are drawn; a temperature of 0 takes the most probable token.
     num_generations : int
         Completions of each prompt. A batch has as many more rows.
     generation_url : str, optional
@@ -111,6 +110,34 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     sync_every : int
         Steps from one time that it is sent them to the next. A run that goes on from a checkpoint between two begins
         with newer weights than the server had there.
+    resume_weights_only : bool
+        Whether a checkpoint without optimizer or scheduler is good enough to go on from, with new ones.
+    loss, teacher_weight : sequence, optional
+        For teachers that are given by name: one loss for all or one each, "auto" (the default) being what
+        `xtoken.choose_loss` recommends; and weights, see `weights_of`.
+    loss_options : dict, optional
+        Options of the losses by name, such as ``{"temperature": 2.0}``, for each loss that has them.
+    gamma : float
+        Of `ProjectionMatrix.build`.
+    learn_projection : bool
+        Whether the weights of W are trained, with a loss that can.
+    student_dtype, teacher_dtype, teacher_device, trust_remote_code
+        How models are loaded that are given by name; see `load_model`.
+    teacher_quantization : sequence of str, optional
+        Weights of those teachers in 8 or 4 bits, one for all or one each, "none" for none; see
+        `xtoken.train.quantized.quantization_config`.
+    chat_template : str, optional
+        For tokenizers that have none; see `use_template`.
+    cache : path, optional
+        Folder for W, audits and pieces; see `cache_folder`.
+    train_on, max_length, max_teacher_length, text_column
+        For rows that are not encoded yet; see `ExampleEncoder`. No model gets more tokens than it has positions.
+    dataset_num_proc : int, optional
+        Processes that encode a `datasets.Dataset`; see `EncodedTable`.
+    packed : bool
+        Whether the default collator puts several examples into one row; see `XTokenCollator`.
+
+    A single value stands for a sequence of it (`LISTS`).
 
     Raises ValueError for unknown choices, and for what would have no effect here, or a wrong one (`REFUSED`).
 
