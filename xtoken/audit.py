@@ -187,11 +187,17 @@ def coverage_audit(
     -------
     CoverageReport
         Recommends ``"pkl"`` if any critical class keeps less than 99 % of its tokens in GOLD's common set, since they
-        would be matched by rank, not by meaning; else ``"hkl"``. The rule is that of X-Token (arXiv 2605.21699); the
-        classes and the threshold are this library's.
+        would be matched by rank, not by meaning; else ``"hkl"``.
 
-    Raises ValueError if `projection` belongs to other tokenizers, a class is unknown, an expression is malformed or
-    matches no token, or `corpus` is given and the student's tokenizer cannot encode text.
+    Raises
+    ------
+    ValueError
+        If `projection` belongs to other tokenizers, a class is unknown, an expression is malformed or matches no token,
+        or `corpus` is given and the student's tokenizer cannot encode text.
+
+    Notes
+    -----
+    The rule is that of X-Token (arXiv 2605.21699); the classes and the threshold are this library's.
     """
     student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
     if projection is None:
@@ -273,17 +279,21 @@ def choose_loss(
     report : CoverageReport, optional
         The audit of the pair, if it has been made before.
     pieces : PieceIndex, optional
-        That of the pair, whose merged events the reasons then tell of. Where the paper's rule says H-KL it is built, in
-        seconds, if it is not given: it knows how often the tokenizers differ.
+        That of the pair. If the answer is a loss of events, the reasons then say how many of them are merged. Where the
+        paper's rule says H-KL it is built, in seconds, if it is not given: it knows how often the tokenizers differ.
 
     Returns
     -------
     LossChoice
-        Its loss is ``"kd"`` if both number the same tokens alike. Where the paper's rule says ``"pkl"``, it is
-        ``"prefix"``, or ``"pkl"`` if W is to be trained. Where that says ``"hkl"`` it is so, but ``"prefix"`` if in a
-        sample of text more than 1 % of the chunks begin with different events, and W is not to be trained.
+        Its loss is ``"kd"`` if both number the same tokens alike. Where the paper's rule says ``"pkl"``, since critical
+        tokens are lost, it is ``"prefix"``, or ``"pkl"`` if W is to be trained. Where that says ``"hkl"`` it is so, but
+        ``"prefix"`` if in a sample of text more than 1 % of the chunks begin with different events, as where white
+        space is cut differently, and W is not to be trained.
 
-    Raises ValueError as `coverage_audit`.
+    Raises
+    ------
+    ValueError
+        As `coverage_audit`.
 
     Examples
     --------

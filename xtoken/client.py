@@ -83,8 +83,9 @@ class Client:
         Sent as ``Authorization: Bearer``; no message shows it.
 
     Raises ValueError for another kind of url, or numbers out of range. A request raises ConnectionError when patience
-    is over, or if there is no such host, and RefusedError for other states. `faults` counts what was tried again, of
-    which the first is logged.
+    is over, or if there is no such host, and RefusedError for other states.
+
+    The first fault is logged when it is met; `faults` counts them all.
     """
 
     def __init__(self, url: str, *, requests: int, timeout: float, patience: float, key: str | None = None) -> None:

@@ -44,7 +44,7 @@ class Side(NamedTuple):
 
 
 class PieceIndex(OnHub):
-    """What a loss of `Needs.PIECES` knows about a pair of vocabularies.
+    """What a loss of `Needs.PIECES` knows about a pair of vocabularies. It has no weights and nothing to tune.
 
     Parameters
     ----------
@@ -96,17 +96,19 @@ class PieceIndex(OnHub):
         else the root of its first piece under the other side's tokenizer, which is a shorter text.
 
         Calibration then merges events that the tokenizers confuse. Llama 3 begins a line of code with seven spaces and
-        " return", Gemma 3 with eight and "return": the student would learn a token that it must never write. So events
-        that begin the same chunks of `texts` become one, unless the text would tell less by it than these are worth.
+        " return", Gemma 3 with eight and "return". Both know both runs of spaces, but each model gives the other's no
+        probability: compared with the teacher, the student would learn a token that it must never write. So events that
+        begin the same chunks of `texts` become one, unless the text would tell less by it than these chunks are worth.
 
         Parameters
         ----------
         student_tok, teacher_tok
             Tokenizers, as for `Vocabulary.from_tokenizer`.
         texts : iterable of str, optional
-            Text to learn from; without any, as in ``texts=()``, nothing is merged. Default: ``sample_texts(student_tok,
-            teacher_tok)``, if both can encode text. Text like that of the training data, beside the sample, makes it
-            better: ``texts=[*xtoken.sample_texts(student_tok, teacher_tok), *own]``.
+            Text to learn from. Default: ``sample_texts(student_tok, teacher_tok)``, if both can encode text, which a
+            `Vocabulary` without a tokenizer cannot. Text like that of the training data, beside the sample, makes it
+            better: ``texts=[*xtoken.sample_texts(student_tok, teacher_tok), *own]``. All is read. Without any, as in
+            ``texts=()``, nothing is merged.
 
         Raises TypeError if `texts` is one string or holds something else; ValueError if it is given and a vocabulary
         has no tokenizer.

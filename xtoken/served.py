@@ -34,8 +34,8 @@ logger = logging.getLogger(__name__)
 class ServedModel:
     """A model that runs elsewhere: token ids go out, the largest log-probabilities of each next token come back.
 
-    It is asked at once what it serves and for a probe of the whole vocabulary, so that another tokenizer, and fewer
-    log-probabilities than asked for, are seen before anything is trained.
+    The server is asked once what it serves and for a probe: one token of each part of the vocabulary. So another
+    tokenizer, and fewer log-probabilities than asked for, are seen before anything is trained.
 
     Parameters
     ----------
@@ -43,14 +43,18 @@ class ServedModel:
         Of the API, ``http://host:port/v1`` (``/v1`` may be missing): vLLM's, which is asked for ``prompt_logprobs`` at
         ``/v1/completions``; or SGLang's, for ``top_logprobs_num`` at ``/generate``.
     tokenizer
-        Of the model, as for `Vocabulary.from_tokenizer`.
+        Of the model, as for `Vocabulary.from_tokenizer`. The server gets ids and never encodes a text.
     model : str, optional
         Its name there. Default: the only model that is served.
     logprobs : int
         Log-probabilities a token, besides the one of the token that comes next. vLLM allows 20 unless it is started
         with ``--max-logprobs``.
-    requests, timeout, patience, key
-        As for `Client`; a request is one text.
+    requests : int
+        Most requests in flight, one text each.
+    timeout, patience : float
+        Seconds in which a request must be answered; seconds in which it is sent again after errors. See `Client`.
+    key : str, optional
+        Sent as bearer token, and never shown.
 
     Attributes
     ----------

@@ -17,8 +17,10 @@ sums       int64 [D]    CRC-32 of each document's part of the first five
 ========== ============ ==========================================================================
 
 A document is looked up by all of its token ids but an end token, even where log-probabilities cover only its beginning.
-The student's tokenizer plays no part in it. The file's checksum, which is looked at when a shard is opened, covers the
-last three tensors; what is read of a document is compared with its sum, and must be sorted log-probabilities.
+So a cache serves plain text and chats alike, and any student: the student's tokenizer plays no part in it.
+
+Nothing is mapped. The file's checksum, which is looked at when a shard is opened, covers the last three tensors; what
+is read of a document is compared with its sum, and must be sorted log-probabilities of tokens of the vocabulary.
 
 float16 rather than bfloat16: log-probabilities lie within -65504 ... 0, and three more bits of precision cost nothing.
 """
@@ -132,9 +134,11 @@ def _sums(part: Mapping[str, Tensor], offsets: Sequence[int]) -> list[int]:
 class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     """Writes a cache, document by document; `cache_teacher` does so with a model, a served teacher can fill one too.
 
-    A run that is killed loses less than one shard. Leaving the ``with`` block without an exception writes the last one
-    and marks the cache as complete. Raises ValueError if the folder holds something and `resume` is false; if it was
-    written otherwise, naming the difference; for a `top_k` or `max_length` below 1.
+    A shard appears under its name when it is complete, so a run that is killed loses less than one shard. Leaving the
+    ``with`` block without an exception writes the last shard and marks the cache as complete.
+
+    Raises ValueError if the folder holds something and `resume` is false; if it was written otherwise, naming the
+    difference; for a `top_k` or `max_length` below 1.
 
     Parameters
     ----------
@@ -213,7 +217,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         Parameters
         ----------
         token_ids : int [T]
-            The whole document, as `xtoken.train.teacher_documents` gives it; with its end token or without.
+            The whole document, as `xtoken.train.teacher_documents` gives it for training; whether it ends with the end
+            token does not matter.
         logits : TopKLogits
             [R, k] with k >= `top_k` or the whole vocabulary; row t predicts token t + 1. R may be less than T where
             only the beginning is kept. Ids of -1 stand for less than k.
@@ -313,8 +318,8 @@ def cached_time(folder: str | os.PathLike[str]) -> datetime | None:
 class TeacherCache:
     """A teacher cache, read document by document. Can be sent to the workers of a DataLoader.
 
-    Raises ValueError if the cache is not complete or was made with another tokenizer, or something damaged is met, with
-    the file; FileNotFoundError if the folder, its index or a shard is missing.
+    Raises ValueError if the cache is not complete or was made with another tokenizer, and as soon as something damaged
+    is met, with the file; FileNotFoundError if the folder, its index or a shard is missing.
 
     Parameters
     ----------
@@ -499,22 +504,27 @@ def cache_teacher(
     """Keeps a teacher's top-k log-probabilities of texts: ``10 + 6 top_k`` bytes a token and 48 a document, about.
 
     Raises ValueError if logits are NaN, naming the document; if they lack a token of text, or the model one of a
-    document; if `resume` meets other documents; and as `TeacherCacheWriter`. TypeError for logits that are no tensor.
+    document; if `resume` meets other documents; and as `TeacherCacheWriter`. TypeError if they are no tensor, as
+    `OrderedLogits`.
 
     Parameters
     ----------
     model
         A causal language model of transformers, or a callable ``model(input_ids=, attention_mask=)`` whose result has
-        ``logits`` [B, T, >= V], of which the first V columns count. Or a `ServedModel` with at least `top_k`
-        ``logprobs``, whose errors are raised.
+        ``logits`` [B, T, >= V]. It is not trained; columns beyond the tokenizer's vocabulary are ignored. Or a
+        `ServedModel` with at least `top_k` ``logprobs``, whose errors are raised.
     teacher_tok
         Its tokenizer, as for `Vocabulary.from_tokenizer`. Special tokens that it adds to a text (bos) are part of
         the document.
     documents : iterable of str or of token ids
         Texts, or what the tokenizer made of them, such as a chat by its template. With `resume`, the same ones in the
         same order.
-    output, top_k, max_length, now
-        As for `TeacherCacheWriter`. Default of `max_length`: what the model's configuration says, or its server.
+    output : path
+        Folder to write to.
+    top_k : int
+    max_length : int, optional
+        Most tokens of a document that log-probabilities are kept of. Default: what the model's configuration says, or
+        its server.
     batch_tokens : int
         Most tokens of a batch, padding included (at least one document).
     resume : bool
@@ -523,6 +533,8 @@ def cache_teacher(
         Tokens of a file, about.
     advance : callable, optional
         Called as ``advance(documents, tokens)`` as they get done.
+    now : datetime, optional
+        As for `TeacherCacheWriter`.
     """
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
     advance = advance or (lambda documents, tokens: None)

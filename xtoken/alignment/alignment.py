@@ -67,7 +67,8 @@ class Alignment:
     of each sample's row, padding included, so they index logits ``[B, T, V]`` directly.
 
     Losses check and count chunks on the CPU, where `Aligner` leaves them, and copy the few numbers that kernels need to
-    the logits' device without waiting for it. For use several times, or in a CUDA graph, `to` moves it there before.
+    the logits' device without waiting for it. An alignment that is used several times, or in a CUDA graph, can be moved
+    there before, with `to`; it keeps the original for the checks.
 
     Raises ValueError for wrong shapes, empty or negative ranges, and ranges that run backwards or overlap.
 
@@ -246,13 +247,21 @@ class Alignment:
         Parameters
         ----------
         labels : int [B, T] or [T]
-            Of the student's tokens, at their own positions; -100 where a token is not supervised.
+            Of the student's tokens, at their own positions; -100 where a token is not supervised. The values do not
+            matter otherwise.
         teacher_labels : int [B, T] or [T], optional
             Of the teacher's tokens, if these must be labelled too.
 
-        Chunks keep their numbers; those left out are no longer `predicted`. What is returned is on the device of the
-        labels if that is not the CPU: nothing waits for it. Raises ValueError or TypeError for labels of another shape
-        than the alignment's samples, too few, or that are no integers.
+        Returns
+        -------
+        Alignment
+            Chunks keep their numbers; the others are no longer `predicted`. On the device of the labels if that is not
+            the CPU, since only the device knows which they are: nothing waits for it.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For labels of another shape than the alignment's samples, too few, or that are no integers.
         """
         given = {"labels": (labels, 0), "teacher_labels": (teacher_labels, 1)}
         sides = [(name, int_tensor(value, name, torch.int64), side) for name, (value, side) in given.items()

@@ -81,13 +81,16 @@ def align_corpus(
     Parameters
     ----------
     student_tok, teacher_tok
-        Tokenizers, as for `Vocabulary.from_tokenizer`; here they neither pad, cut nor add special tokens.
+        Tokenizers, as for `Vocabulary.from_tokenizer`. Padding, truncation and special tokens that they would add are
+        turned off.
     inputs : path or sequence of paths
         Files, glob patterns (``**`` too), or URLs of either (``s3://``, ``gs://``): parquet, JSON lines or one JSON
-        array, text with a document a line (but blank ones), Arrow IPC files and streams; see
-        `xtoken.corpus.files.FORMATS` for the endings. JSON and text may be compressed by gzip, bzip2, xz or zstd.
+        array, text with a document a line, Arrow IPC files and streams; see `xtoken.corpus.files.FORMATS` for the
+        endings. JSON and text may be compressed by gzip, bzip2, xz or zstd, which their content says, whatever the
+        ending. Blank lines are no documents.
     output : path
-        Folder, or URL of one, for ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if missing.
+        Folder, or URL of one, to write to: ``shard-00000.parquet`` and so on, and ``manifest.json``. Created if
+        missing.
     text_column : str
         Column (parquet, Arrow) or field (JSON) with the text.
     max_length : int, optional
@@ -95,12 +98,14 @@ def align_corpus(
     method : str
         Method of `Aligner`.
     engine : "local" or "ray"
-        Where the shards are made, which are the same: on this machine, or by Ray on the cluster that it finds (it
-        starts a local one if there is none).
+        Where the shards are made: on this machine, or by Ray on the cluster that it finds (it starts a local one
+        if there is none). The output is the same.
     workers : int, optional
-        Processes. Default: with "local" one, whose tokenizers use all processors; with "ray" all of the cluster's.
+        Processes. Default: 1 with "local", whose tokenizers use all processors from that one process; all processors of
+        the cluster with "ray".
     resume : bool
-        Go on with a run that was stopped, with the same tokenizers, parameters and inputs; complete shards are kept.
+        Go on with a run that was stopped: complete shards are kept, the others are made. Tokenizers, parameters and
+        inputs must be the same.
     on_error : "raise" or "skip"
         What to do about a broken line or row: stop, or leave it out and count it in the manifest.
     shard_bytes : int
@@ -108,19 +113,32 @@ def align_corpus(
     progress : bool, optional
         Whether to draw a progress bar. Default: if standard error is a terminal.
 
-    Returns what was written, ``output / "manifest.json"`` in memory. Raises ValueError for broken input, with file and
-    line or row; for a file that changes while it is read; for unknown options; for an `output` that holds something,
-    without `resume`, or that another run writes to; for a `resume` with another tokenizer, parameter or input, naming
-    it. FileNotFoundError if a path or pattern matches no file. OSError if a shard cannot be written, or workers die
-    again and again; what is complete stays, and can be resumed. ImportError if pyarrow, with ``engine="ray"`` Ray, or
-    the library of a URL's file system is not installed.
+    Returns
+    -------
+    Manifest
+        What was written; ``output / "manifest.json"`` in memory.
+
+    Raises
+    ------
+    ValueError
+        For broken input, with file and line or row; for a file that changes while it is read; for options that are not
+        known; for an `output` that holds something and no `resume`, or that another run writes to; for a `resume` with
+        another tokenizer, parameter or input, naming it.
+    FileNotFoundError
+        If a path or pattern matches no file.
+    OSError
+        If a shard cannot be written, such as on a full disk, or workers die again and again. What is complete stays,
+        and can be resumed.
+    ImportError
+        If pyarrow, with ``engine="ray"`` Ray, or the library of a URL's file system is not installed.
 
     Notes
     -----
-    A row is a document, in the order of the input: ``id`` string (the column ``id`` if there is one, else
-    ``file:line``, counted from 1), ``student_ids`` and ``teacher_ids`` list<int32>, ``spans`` list<int32[4]> as in
-    `Alignment`. The same input gives the same bytes, however many workers there are and however often the run was
-    stopped. A worker holds a few batches of 2 MiB of text, or a few documents if these are larger.
+    A row is a document: ``id`` string (the column ``id`` if there is one, else ``file:line``, counted from 1),
+    ``student_ids`` and ``teacher_ids`` list<int32>, ``spans`` list<int32[4]> as in `Alignment`. Rows keep the order of
+    the input. The same input gives the same bytes, however many workers there are and however often the run
+    was stopped. Memory does not grow with the input: a worker holds a few batches of 2 MiB of text, or a few documents
+    if these are larger.
     """
     require("pyarrow", "corpus")
     from .run import run

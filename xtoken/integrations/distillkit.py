@@ -186,8 +186,8 @@ def import_logits(
     Parameters
     ----------
     source : path
-        A folder as ``distillkit.sample_logits_vllm`` writes it, one document a row; not with documents packed, and not
-        by DistillKit's older compression (``packed_indices``).
+        A folder as ``distillkit.sample_logits_vllm`` writes it: one document a row. Rows that are several documents
+        packed, and DistillKit's older compression (``packed_indices``), are not read.
     output : path
         The cache's folder, new or empty.
     teacher_tok
@@ -196,10 +196,15 @@ def import_logits(
         DistillKit's ``logprob_compressor``, for a folder without ``compression_config.yaml``.
     pad_id : int, optional
         The token that DistillKit appended to documents; one at the end of a document is left out. Default: that of the
-        tokenizer's pad role.
+        tokenizer's pad role. Without one, DistillKit has taken the end token, with or without which a cache finds a
+        document.
 
-    Raises FileNotFoundError if there are no files; ValueError if one holds something else, naming it and the row, or
-    changes while it is read.
+    Raises
+    ------
+    FileNotFoundError
+        If there are no files.
+    ValueError
+        If a file holds something else, naming it and the row, or changes while it is read.
     """
     folder = Path(source)
     files = sorted(folder.glob("data_*.parquet"), key=lambda path: (len(path.name), path.name))

@@ -32,9 +32,11 @@ COLUMNS = ("messages", "prompt", "completion", "tools", "chat_template_kwargs")
 
 
 class DistilCollator:
-    """The batch of `SFTTrainer`'s collator, what a teacher reads of the same texts (see `distil`), and both aligned.
+    """The batch of `SFTTrainer`'s collator, what a teacher reads of the same texts, and both aligned.
 
-    Of a chat that the teacher's own template has written only contents and ends of turns are compared.
+    The student's ids are taken as they are. A chat is written by the teacher's own chat template, if the row still has
+    its messages; only contents and ends of turns are compared then. Any other text is what the ids spell, as the
+    teacher's tokenizer writes it, with its own special tokens for those of the same role.
 
     Parameters
     ----------
@@ -252,8 +254,9 @@ def distil(
 ) -> TeacherModel:
     """Gives TRL's `SFTTrainer` a teacher with another tokenizer: it trains on ``ce_weight CE + kd_weight KD``.
 
-    The data stay as the trainer has prepared them, packed or not, and only what is labelled is compared. The teacher
-    reads each document alone:
+    The data stay as the trainer has prepared them: its template, its labels (``completion_only_loss``,
+    ``assistant_only_loss``), its cuts, packed or not. The student's ids are never tokenized again, and only what is
+    labelled is compared. The teacher reads each document alone:
 
     * a chat by its own chat template, as long as the row has its messages. Packing drops them, so packed chats are
       refused, unless the teacher has special tokens of the same roles.
@@ -276,10 +279,19 @@ def distil(
     **options
         Of the loss, such as ``temperature``.
 
-    Returns a TeacherModel, whose ``summary()`` says which loss it has and why. Raises TypeError for no teacher, or
-    several; ValueError for a tokenizer, loss or options beside a TeacherModel, another trainer, one with a loss of its
-    own, images, an option that the loss does not have, or a teacher that is served or does not go with its tokenizer;
-    and, in training, for rows that the teacher cannot read.
+    Returns
+    -------
+    TeacherModel
+        Its ``summary()`` says which loss it has and why.
+
+    Raises
+    ------
+    TypeError
+        For no teacher, or several.
+    ValueError
+        For a tokenizer, loss or options beside a TeacherModel, another trainer, one with a loss of its own, images, an
+        option that the loss does not have, or a teacher that is served or does not go with its tokenizer. In training,
+        for rows that the teacher cannot read.
 
     Examples
     --------

@@ -174,7 +174,14 @@ def pair_report(
     projection, pieces : optional
         Those of the pair, if they have been made before.
 
-    Raises ValueError as `coverage_audit`, or if `projection` or `pieces` belong to other tokenizers.
+    Returns
+    -------
+    PairReport
+
+    Raises
+    ------
+    ValueError
+        As `coverage_audit`, or if `projection` or `pieces` belong to other tokenizers.
 
     Examples
     --------

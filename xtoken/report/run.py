@@ -119,8 +119,16 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
         The run's output folder, or one of its checkpoints. Its settings and samples are there if `xtoken train` has
         written it.
 
-    Raises FileNotFoundError if there is no ``trainer_state.json``, in the folder or in a checkpoint; ValueError, which
-    names it, if a file of the run is damaged.
+    Returns
+    -------
+    RunReport
+
+    Raises
+    ------
+    FileNotFoundError
+        If there is no ``trainer_state.json``, in the folder or in a checkpoint.
+    ValueError
+        If a file of the run is damaged; the message names it.
     """
     folder = Path(folder)
     path = next((one / STATE for one in (folder, *checkpoints_in(folder)) if (one / STATE).exists()), None)
