@@ -102,7 +102,10 @@ class Aligner:
             pad token at either end of a sample are left out; where the pad token is also the end token, the first one
             after the text is kept.
 
-        Returns the alignment on the CPU. Positions count masked tokens too; a chunk never contains one.
+        Returns
+        -------
+        Alignment
+            On the CPU. Positions count masked tokens too. A chunk never contains a masked token.
         """
         return self._align(student_ids, teacher_ids, student_mask, teacher_mask)[0]
 
@@ -134,15 +137,18 @@ class Aligner:
         """Aligns, and cuts each sample so that both models read the same text within both length limits.
 
         A sample that fits is left whole. A longer one is cut, on both sides, after the last chunk that ends within
-        both limits.
+        both limits, so that neither model reads text that the other never saw.
 
         Parameters
         ----------
         max_student_length, max_teacher_length : int
             Most tokens of a sample, counted from position 0; ValueError if negative. All else is as for `align`.
 
-        Returns an alignment whose `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample
-        that is left. A sample without a chunk within the limits is left empty.
+        Returns
+        -------
+        Alignment
+            Its `student_ids` and `teacher_ids` are the cut ids, padded with -1 to the longest sample that is left. A
+            sample without a chunk within the limits is left empty.
         """
         given = (max_student_length, max_teacher_length)
         limits = int_tensor(given, "max_student_length, max_teacher_length", torch.int64)
