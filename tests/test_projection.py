@@ -186,6 +186,19 @@ def test_one_token_of_a_text_has_the_exact_row():
         assert [ids.tolist() for ids in common_pairs(one, 1.0)] == [[3, 4, 5], [2, 0, 1]]
 
 
+def test_a_file_that_does_not_tell_which_token_is_written(tmp_path, recwarn):
+    """As earlier versions made them: loaded, with a warning."""
+    student = Vocabulary([b"e", b"x", b"e"], kinds=["byte", "normal", "normal"])
+    W = ProjectionMatrix.build(student, Vocabulary([b"e", b"x"]))
+    W.save(tmp_path / "w.safetensors")
+    ProjectionMatrix.load(tmp_path / "w.safetensors")
+    assert not recwarn
+    W.kind[0] = ROW_KINDS.index("exact")
+    W.save(tmp_path / "w.safetensors")
+    with pytest.warns(UserWarning, match="earlier version: 1 of its exact rows .* build it anew"):
+        assert torch.equal(ProjectionMatrix.load(tmp_path / "w.safetensors").kind, W.kind)
+
+
 @pytest.mark.parametrize("names", ["mistral-llama3", "smollm2-wordpiece", "llama3-qwen3"])
 def test_pairs_are_of_the_tokens_that_are_written(names, vocabulary):
     """Not of a byte token of the same text, nor of one that the teacher's normalizer makes that text."""

@@ -6,6 +6,7 @@ import copy
 import itertools
 import operator
 import os
+import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -231,6 +232,7 @@ class ProjectionMatrix(OnHub):
         if not 0 <= columns <= MOST_HOLES + 64 * (rows + matrix.nnz):
             raise ValueError(f"teacher_vocab_size: {columns}, for {rows} rows and {matrix.nnz} entries")
         matrix._check_kinds()
+        matrix._warn_of_shared_images()
         return matrix
 
     def _check_kinds(self) -> None:
@@ -250,6 +252,17 @@ class ProjectionMatrix(OnHub):
             )
         if is_built.any():
             check_present(self.metadata)
+
+    def _warn_of_shared_images(self) -> None:
+        """Of files whose kinds do not tell which of several student tokens of one text is the one that is written."""
+        is_exact = (self.kind == ROW_KINDS.index("exact")) & (self.row_ptr.diff() == 1)
+        images = self.col[self.row_ptr[:-1][is_exact]]
+        if shared := len(images) - len(images.unique()):
+            warnings.warn(
+                f"W was built by an earlier version: {shared} of its exact rows have the teacher token of another, and "
+                "GOLD, H-KL and the audit may pair the one that is never written; build it anew",
+                stacklevel=4,
+            )
 
     def facts(self) -> list[str]:
         settings = ", ".join(f"{name} {self.metadata[name]}" for name in _SETTINGS if name in self.metadata)
