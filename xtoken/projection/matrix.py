@@ -260,7 +260,7 @@ class ProjectionMatrix(OnHub):
         if shared := len(images) - len(images.unique()):
             warnings.warn(
                 f"W was built by an earlier version: {shared} of its exact rows have the teacher token of another, and "
-                "GOLD, H-KL and the audit may pair the one that is never written; build it anew",
+                "losses of common tokens, and the audit, may pair the one that is never written; build it anew",
                 stacklevel=4,
             )
 
