@@ -176,9 +176,10 @@ def self_test(
 ) -> CheckReport:
     """Compares losses and gradients with float64, with the kernels and launches that a call on a device gets.
 
-    Logits are random, W and pieces those of two made-up vocabularies. A loss with kernels is called in each type of
-    logits, with its defaults, with each of its options changed in turn, and in each of `EXTRAS`; one without by its
-    defaults only. On a GPU rows are repeated until every block has several.
+    Logits are random, W and pieces those of two made-up vocabularies of the sizes of Llama 3's and Qwen3's. A loss with
+    kernels is called in each type of logits with its defaults and with each of its options changed in turn, with
+    labels, with chunks left out by a mask, with weights of W that are trained, and inside of `XTokenLoss`; one without
+    by its defaults only. On a GPU rows are repeated until every block has several.
 
     Parameters
     ----------
@@ -189,14 +190,23 @@ def self_test(
     rows : int, optional
         Different rows of logits. Default: 64, on a GPU with little free memory fewer; on the CPU 8.
     sizes : (int, int)
-        Of the two vocabularies. Default: those of Llama 3 and Qwen3.
+        Of the two vocabularies.
     backend : str
         See `select_backend`.
     tell : callable, optional
         Called with each line of the table when it is known.
 
-    Returns a report to print; ``report.passed`` is the verdict. Raises ValueError for a loss or a backend that is not
-    registered, a device that is not there, or fewer than 8 rows; RuntimeError if a backend that is named lacks a loss.
+    Returns
+    -------
+    CheckReport
+        Print it; ``report.passed`` is the verdict.
+
+    Raises
+    ------
+    ValueError
+        For a loss or a backend that is not registered, a device that is not there, or fewer than 8 rows.
+    RuntimeError
+        If a backend that is named lacks a loss.
 
     Notes
     -----

@@ -399,7 +399,9 @@ def test_missing_dependency():
         require("no_such_module", "corpus")
 
 
-@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks the allocator of glibc")
+@pytest.mark.skipif(
+    sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "mallinfo2"), reason="asks the allocator of glibc"
+)
 def test_memory_does_not_grow_with_the_input(tmp_path):
     """What is allocated stays as it is from batch to batch of a shard, and from shard to shard; texts that were kept
     would take their size again, 3 MB or more, tokens two thirds.

@@ -95,8 +95,17 @@ def replace_loss(trainer: Any, loss: str = "auto", **options: Any) -> LossChoice
     **options
         Of the loss, such as ``beta``.
 
-    Returns what was chosen and why, for "auto". Raises ValueError if the trainer has no loss of this kind to replace,
-    or temperatures that differ, or for an unknown loss; TypeError for an option that the loss does not have.
+    Returns
+    -------
+    LossChoice or None
+        What was chosen and why, for "auto".
+
+    Raises
+    ------
+    ValueError
+        If the trainer has no loss of this kind to replace, or temperatures that differ.
+    TypeError
+        For an option that the loss does not have.
 
     Examples
     --------

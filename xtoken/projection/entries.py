@@ -72,8 +72,7 @@ def common_pairs(projection: Any, min_weight: float) -> tuple[Tensor, Tensor]:
 
     A student token is paired with the teacher token of its row's largest weight, if that weight is at least
     ``min_weight``, such as `EXACT_WEIGHT` or `DOMINANT_WEIGHT`. Where several student tokens claim one teacher
-    token, the largest weight wins, then a row that W was built with for the same text or role, then the lowest student
-    id.
+    token, the largest weight wins, then a row of kind "exact" or "role", then the lowest student id.
     """
     weight, row_ptr, size = projection.weight.detach(), projection.row_ptr, projection.shape[0]
     student = torch.searchsorted(row_ptr, torch.arange(len(weight), device=row_ptr.device), right=True) - 1

@@ -101,18 +101,22 @@ class ExampleEncoder:
         The time that templates are told (``strftime_now``). Default: when the encoder is made; it stands still.
     teacher_systems : sequence of str or None, optional
         For each teacher a text that it alone is told, at the beginning of a chat's system message, or as one where the
-        chat has none. Rows that are no chats are read without it, which is counted, and refused if it is all rows.
+        chat has none. Rows that are no chats are read without it, which is counted and told once, and refused if it is
+        all rows.
     teacher_column : str, optional
         Field that says which teachers a row goes to: a name, or a list of names, which may be empty. The others do not
-        read it. A row without it, or with null in it, goes to all, which is counted, and refused if it is all rows.
+        read it. A row without that field, or with null in it, goes to all teachers, which is counted and told once, and
+        refused if it is all rows.
     teacher_names : sequence of str, optional
         The teachers' names in that field; required with `teacher_column`.
 
     Attributes
     ----------
     report : Report
-        What of the rows cannot be trained on though it should be, counted by kind; the first of each is logged with
-        row, turn and reason.
+        What of the rows cannot be trained on though it should be: turns without a label or a trained end, contents that
+        cannot be told from other text, turns without a chunk or whose first token is in none, rows that are cut; and
+        pictures and sounds, which no model is shown. Counted by kind; the first of each is logged with row, turn and
+        reason.
 
     Raises ValueError for unknown choices, lengths below 2, a `Vocabulary` that cannot encode text, and more or fewer
     names or systems than teachers.
@@ -134,9 +138,10 @@ class ExampleEncoder:
     tokens inside a content are left out. A message with ``weight`` 0, as in OpenAI's files, or ``train`` false is not
     trained on.
 
-    Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON, with
-    one more closing brace if all have it. Where a template writes them otherwise, its strings and numbers are aligned,
-    and what is between them is learned from labels alone. What a template writes around a call is not trained on.
+    Arguments of a tool call that are a mapping are one content where all templates write them as the same JSON: keys,
+    numbers and brackets too, with one more closing brace if all have it. Where a template writes them otherwise, its
+    strings and numbers are aligned, and what is between them is learned from labels alone.
+    Arguments that are a string are a content like others. What a template writes around a call is not trained on.
 
     Chunks are those of `Aligner`, of each content and of plain text as a whole. A token that crosses the edge of a
     content counts only if there is nothing but white space outside, and is in a chunk only if the teacher has the same

@@ -124,11 +124,26 @@ def build_objective(
 ) -> tuple[Teacher, tuple[str, ...]]:
     """How a student learns from a teacher, and why so, in words.
 
-    `loss` is the name of a registered one, or "auto": what `choose_loss` recommends. Of `loss_options` those that it
-    does not have are left out, see `check_losses`; a ``top_k`` of 0 is None. The weights of W are trained with
-    `learn_projection`, if the loss can. `texts`, like those of the training data, are for `PieceIndex.build`, beside
-    `sample_texts`, and only read, or the function called, if they are needed. `weight` and `trust_top_k` are those of
-    `Teacher`, `gamma` that of `ProjectionMatrix.build`, `cache` a folder in place of `cache_folder`.
+    Parameters
+    ----------
+    student, teacher : Vocabulary
+    loss : str
+        The name of a registered loss, or "auto": what `choose_loss` recommends.
+    weight : float
+        Of `Teacher`.
+    loss_options : mapping, optional
+        Options of losses by name; those that the loss does not have are left out, see `check_losses`. A ``top_k`` of 0
+        is None.
+    gamma : float
+        Of `ProjectionMatrix.build`.
+    learn_projection : bool
+        Whether the weights of W are trained, if the loss can.
+    texts : iterable of str, or a function that returns one
+        Text like that of the training data, for `PieceIndex.build`, beside `sample_texts`; only read if it is needed.
+    cache : path, optional
+        Folder for W, audits and pieces; default: `cache_folder`.
+    trust_top_k : int, optional
+        Of `Teacher`.
 
     Raises ValueError for an unknown loss.
     """

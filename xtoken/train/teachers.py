@@ -49,7 +49,9 @@ def load_model(
     may_shard: bool = False,
     quantization_config: Any = None,
 ) -> tuple[Any, Any]:
-    """A causal language model and its tokenizer, which has a pad token; see `ensure_pad_token`.
+    """A causal language model and its tokenizer.
+
+    The tokenizer has a pad token: if it brings none, its end token or another special one; see `ensure_pad_token`.
 
     Parameters
     ----------
@@ -66,16 +68,18 @@ def load_model(
         Whether a process may get only its share of the weights where FSDP (``cpu_ram_efficient_loading``) or DeepSpeed
         (ZeRO-3) are switched on. That is for the model that they train; a teacher is needed whole.
     quantization_config : str, mapping or object, optional
-        Of weights in 8 or 4 bits, see `xtoken.train.quantized.quantization_config`; they are put where they belong at
-        once.
+        To load weights in 8 or 4 bits: a name such as "int8" or "nf4", or what transformers takes; see
+        `xtoken.train.quantized.quantization_config`. Such a model is put where it belongs at once.
 
     Raises
     ------
     ValueError
         If the output layer is narrower than the tokenizer, see `check_head`; for a GGUF file or an adapter that is to
         be quantised.
+    FileNotFoundError
+        If a GGUF file does not exist.
     OSError
-        If there is no such model, naming it; FileNotFoundError for a GGUF file.
+        If there is no such model, naming it.
     ImportError
         If the package that an adapter or quantised weights need is not installed.
     """
@@ -185,8 +189,8 @@ class TeacherModel:
         Loss, weight and W.
     model : nn.Module, ServedModel, optional
         Called with ``input_ids``, ``attention_mask`` and, for packed rows, ``position_ids``; its result has
-        ``logits``. It is switched to evaluation and frozen. Or what `load_model` takes, or a server, each with its
-        tokenizer. None: its logits come with the batches, from a cache.
+        ``logits``. It is switched to evaluation and frozen. Or what `load_model` takes, with its tokenizer. Or a
+        server, with its tokenizer. None: its logits come with the batches, from a cache.
     tokenizer : optional
         As for `Vocabulary.from_tokenizer`; lets ids be checked against the vocabulary, and rows be encoded.
     name : str
@@ -255,8 +259,15 @@ class TeacherModel:
         were put on, which takes no memory. Or with `average` the moving average of its weights, which after each step
         becomes ``average * itself + (1 - average) * student``, and is saved in checkpoints. Not with FSDP or DeepSpeed.
 
-        The default `objective` is the default loss of a shared tokenizer; `name` and `system` are those of a
-        TeacherModel. Raises ValueError if `average` is not in [0, 1).
+        Parameters
+        ----------
+        objective : xtoken.Teacher, optional
+            Default: the default loss of a shared tokenizer.
+        average : float in [0, 1), optional
+        name, system
+            As for `TeacherModel`.
+
+        Raises ValueError if `average` is out of range.
         """
         from .itself import StudentTeacher
 
@@ -288,7 +299,8 @@ class TeacherModel:
         student_tok : tokenizer
             As for `Vocabulary.from_tokenizer`.
         model : optional
-            What to call: "load" loads the model of `source`; or as for `TeacherModel`.
+            What to call: "load" loads the model of `source`; None: nothing, since logits come with the batches, from a
+            cache; a `ServedModel`; or something else that is called like a model.
         tokenizer : optional
             Default: that of a served model, that of `source`, or the one that the model says it was loaded with.
         name : str, optional
@@ -300,7 +312,8 @@ class TeacherModel:
         is_one_of_several : bool
             Whether options that its loss does not have are those of other teachers' losses; see `check_losses`.
         **how
-            Options of `xtoken.train.prepare.build_objective`, such as ``loss`` and ``weight``.
+            As for `build_objective`: ``loss``, ``weight``, ``loss_options``, ``gamma``, ``learn_projection``,
+            ``texts``, ``cache``, ``trust_top_k``.
 
         Raises ValueError for a model that does not say which tokenizer it has or that is not loaded here, if it is to
         be quantised, and for options that the loss does not have; and what `load_model` raises.
