@@ -1,146 +1,142 @@
-// Vectors of 16 floats as plain arrays, for any processor; see simd.h.
+// Vectors of 16 floats as four of the compiler's own, for any processor; see simd.h.
 #pragma once
 
 namespace xtoken::cpu::XTOKEN_LEVEL {
 
-struct Floats {
-    float v[16];
-};
+using Floats4 = float __attribute__((vector_size(16)));
+using Bits4 = uint32_t __attribute__((vector_size(16)));
+using Mask4 = int32_t __attribute__((vector_size(16)));  // -1 where it is set
+using Halves4 = uint16_t __attribute__((vector_size(8)));
+using Doubles4 = double __attribute__((vector_size(32)));
 
-struct Mask {
-    bool v[16];
+template <typename V>
+struct Four {
+    V a, b, c, d;
 };
+using Floats = Four<Floats4>;
+using Mask = Four<Mask4>;
 
-inline uint32_t float_bits(float x) {
-    uint32_t result;
-    memcpy(&result, &x, sizeof(result));
+// What `of` makes of each quarter.
+template <typename Function, typename... V>
+inline auto quarters(Function of, Four<V>... x) -> Four<decltype(of(x.a...))> {
+    return {of(x.a...), of(x.b...), of(x.c...), of(x.d...)};
+}
+template <typename V, typename T>
+inline V read(const T* p) {
+    V result;
+    memcpy(&result, p, sizeof(result));
     return result;
 }
-inline float float_of(uint32_t x) {
-    float result;
-    memcpy(&result, &x, sizeof(result));
-    return result;
+template <typename V, typename T>
+inline Four<V> read_four(const T* p) {
+    return {read<V>(p), read<V>(p + 4), read<V>(p + 8), read<V>(p + 12)};
 }
-
-template <typename Function>
-inline Floats each(Function value) {
-    Floats result;
-    for (int i = 0; i < 16; ++i) result.v[i] = value(i);
-    return result;
+template <typename V, typename T>
+inline void write(T* p, Four<V> x) {
+    memcpy(p, &x, sizeof(x));
 }
 
 inline Floats broadcast(float x) {
-    return each([=](int) { return x; });
+    const Floats4 part = {x, x, x, x};
+    return {part, part, part, part};
 }
-inline Floats operator+(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] + b.v[i]; });
+inline Floats operator+(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a + b; }, x, y);
 }
-inline Floats operator-(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] - b.v[i]; });
+inline Floats operator-(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a - b; }, x, y);
 }
-inline Floats operator*(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] * b.v[i]; });
+inline Floats operator*(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a * b; }, x, y);
 }
-inline Floats operator/(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] / b.v[i]; });
+inline Floats operator/(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a / b; }, x, y);
 }
 inline Floats reciprocal(Floats x) { return broadcast(1.0f) / x; }
+inline Floats4 fused(Floats4 a, Floats4 b, Floats4 c) {
 #ifdef __FP_FAST_FMAF
-inline float fused(float a, float b, float c) { return fmaf(a, b, c); }
+    for (int i = 0; i < 4; ++i) c[i] = fmaf(a[i], b[i], c[i]);
+    return c;
 #else
-// In double the product is exact.
-inline float fused(float a, float b, float c) { return static_cast<float>(static_cast<double>(a) * b + c); }
+    // In double the product is exact.
+    return __builtin_convertvector(__builtin_convertvector(a, Doubles4) * __builtin_convertvector(b, Doubles4) +
+                                       __builtin_convertvector(c, Doubles4),
+                                   Floats4);
 #endif
-inline Floats fma(Floats a, Floats b, Floats c) {
-    return each([&](int i) { return fused(a.v[i], b.v[i], c.v[i]); });
 }
-inline Floats fnma(Floats a, Floats b, Floats c) {
-    return each([&](int i) { return fused(-a.v[i], b.v[i], c.v[i]); });
+inline Floats fma(Floats x, Floats y, Floats z) { return quarters(fused, x, y, z); }
+inline Floats fnma(Floats x, Floats y, Floats z) {
+    return quarters([](Floats4 a, Floats4 b, Floats4 c) { return fused(-a, b, c); }, x, y, z);
 }
-inline Floats max(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+inline Floats max(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a > b ? a : b; }, x, y);
 }
-inline Floats min(Floats a, Floats b) {
-    return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+inline Floats min(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a < b ? a : b; }, x, y);
 }
 
-inline Mask first(int64_t n) {
-    Mask m;
-    for (int i = 0; i < 16; ++i) m.v[i] = i < n;
-    return m;
+inline Mask greater(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a > b; }, x, y);
 }
-inline Mask greater(Floats a, Floats b) {
-    Mask m;
-    for (int i = 0; i < 16; ++i) m.v[i] = a.v[i] > b.v[i];
-    return m;
-}
-inline Mask equal(Floats a, Floats b) {
-    Mask m;
-    for (int i = 0; i < 16; ++i) m.v[i] = a.v[i] == b.v[i];
-    return m;
-}
-inline uint32_t bits(Mask m) {
-    uint32_t result = 0;
-    for (int i = 0; i < 16; ++i) result |= static_cast<uint32_t>(m.v[i]) << i;
-    return result;
-}
-inline Mask from_bits(uint32_t lanes_set) {
-    Mask m;
-    for (int i = 0; i < 16; ++i) m.v[i] = (lanes_set >> i & 1u) != 0;
-    return m;
+inline Mask equal(Floats x, Floats y) {
+    return quarters([](Floats4 a, Floats4 b) { return a == b; }, x, y);
 }
 inline Floats select(Mask m, Floats yes, Floats no) {
-    return each([&](int i) { return m.v[i] ? yes.v[i] : no.v[i]; });
+    return quarters([](Mask4 a, Floats4 b, Floats4 c) { return a ? b : c; }, m, yes, no);
+}
+inline uint32_t bits(Mask m) {
+    const Mask4 set = (m.a & Mask4{1, 2, 4, 8}) | (m.b & Mask4{16, 32, 64, 128}) | (m.c & Mask4{256, 512, 1024, 2048}) |
+                      (m.d & Mask4{4096, 8192, 16384, 32768});
+    return static_cast<uint32_t>(set[0] | set[1] | set[2] | set[3]);
+}
+inline Mask from_bits(uint32_t lanes_set) {
+    const auto set = static_cast<int32_t>(lanes_set);
+    return {(set & Mask4{1, 2, 4, 8}) != 0, (set & Mask4{16, 32, 64, 128}) != 0,
+            (set & Mask4{256, 512, 1024, 2048}) != 0, (set & Mask4{4096, 8192, 16384, 32768}) != 0};
+}
+inline Mask first(int64_t n) { return from_bits(n >= 16 ? 0xFFFFu : (1u << n) - 1u); }
+
+inline Bits4 bits_of(Floats4 x) { return reinterpret_cast<Bits4>(x); }
+inline Floats4 floats_of(Bits4 x) { return reinterpret_cast<Floats4>(x); }
+inline Floats4 to_floats(Mask4 x) { return __builtin_convertvector(x, Floats4); }
+
+inline Floats4 float16_value(Halves4 half) {
+    const Bits4 x = __builtin_convertvector(half, Bits4);
+    const Bits4 sign = (x & 0x8000u) << 16, exponent = x >> 10 & 0x1Fu, fraction = x & 0x3FFu;
+    // a subnormal is fraction * 2^-24
+    const Bits4 small = bits_of(to_floats(reinterpret_cast<Mask4>(fraction)) * floats_of(Bits4{} + 0x33800000u));
+    const Bits4 number = exponent == 31 ? 0x7F800000u | fraction << 13 : (exponent + 112) << 23 | fraction << 13;
+    return floats_of(sign | (exponent == 0 ? small : number));
+}
+inline Bits4 float16_bits(Floats4 x) {
+    const Bits4 sign = bits_of(x) >> 16 & 0x8000u, magnitude = bits_of(x) & 0x7FFFFFFFu;
+    const Bits4 rounded = magnitude + 0xFFFu + (magnitude >> 13 & 1u), infinity = Bits4{} + 0x7C00u;
+    Bits4 result = rounded >= 0x47800000u ? infinity : (rounded - 0x38000000u) >> 13;
+    // subnormal result: adding 0.5 puts the rounded multiple of 2^-24 into the low bits
+    result = magnitude < 0x38800000u ? bits_of(floats_of(magnitude) + 0.5f) - 0x3F000000u : result;
+    result = magnitude > 0x7F800000u ? infinity | 0x200u : result;  // NaN
+    return sign | result;
+}
+inline Bits4 bfloat16_bits(Floats4 x) {
+    const Bits4 wide = bits_of(x);
+    return x != x ? Bits4{} + 0x7FC0u : (wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16;
+}
+template <typename T>
+inline void store_halves(T* p, Four<Bits4> x) {
+    uint32_t lane[16];
+    write(lane, x);
+    for (int i = 0; i < 16; ++i) p[i].bits = static_cast<uint16_t>(lane[i]);
 }
 
-inline float half_to_float(Float16 x) {
-    const uint32_t sign = (x.bits & 0x8000u) << 16, exponent = x.bits >> 10 & 0x1Fu, fraction = x.bits & 0x3FFu;
-    if (exponent == 0) {  // zero or subnormal: fraction * 2^-24
-        const float magnitude = static_cast<float>(fraction) * float_of(0x33800000u);
-        return float_of(sign | float_bits(magnitude));
-    }
-    if (exponent == 31) return float_of(sign | 0x7F800000u | fraction << 13);
-    return float_of(sign | (exponent + 112) << 23 | fraction << 13);
-}
-inline Float16 half_of(float x) {
-    const uint32_t sign = float_bits(x) >> 16 & 0x8000u;
-    const uint32_t magnitude = float_bits(x) & 0x7FFFFFFFu;
-    uint32_t result;
-    if (magnitude > 0x7F800000u) {
-        result = 0x7E00u;  // NaN
-    } else if (magnitude < 0x38800000u) {
-        // subnormal result: adding 0.5 puts the rounded multiple of 2^-24 into the low bits
-        result = float_bits(float_of(magnitude) + 0.5f) - 0x3F000000u;
-    } else {
-        const uint32_t rounded = magnitude + 0xFFFu + (magnitude >> 13 & 1u);
-        result = rounded >= 0x47800000u ? 0x7C00u : (rounded - 0x38000000u) >> 13;
-    }
-    return {static_cast<uint16_t>(sign | result)};
-}
-inline BFloat16 bfloat16_of(float x) {
-    const uint32_t wide = float_bits(x);
-    if (x != x) return {0x7FC0u};
-    return {static_cast<uint16_t>((wide + 0x7FFFu + (wide >> 16 & 1u)) >> 16)};
-}
-
-inline Floats load(const float* p) {
-    return each([=](int i) { return p[i]; });
-}
+inline Floats load(const float* p) { return read_four<Floats4>(p); }
 inline Floats load(const BFloat16* p) {
-    return each([=](int i) { return float_of(static_cast<uint32_t>(p[i].bits) << 16); });
+    return quarters([](Halves4 x) { return floats_of(__builtin_convertvector(x, Bits4) << 16); },
+                    read_four<Halves4>(p));
 }
-inline Floats load(const Float16* p) {
-    return each([=](int i) { return half_to_float(p[i]); });
-}
-inline void store(float* p, Floats x) {
-    for (int i = 0; i < 16; ++i) p[i] = x.v[i];
-}
-inline void store(BFloat16* p, Floats x) {
-    for (int i = 0; i < 16; ++i) p[i] = bfloat16_of(x.v[i]);
-}
-inline void store(Float16* p, Floats x) {
-    for (int i = 0; i < 16; ++i) p[i] = half_of(x.v[i]);
-}
+inline Floats load(const Float16* p) { return quarters(float16_value, read_four<Halves4>(p)); }
+inline void store(float* p, Floats x) { write(p, x); }
+inline void store(BFloat16* p, Floats x) { store_halves(p, quarters(bfloat16_bits, x)); }
+inline void store(Float16* p, Floats x) { store_halves(p, quarters(float16_bits, x)); }
 template <typename T>
 inline void stream(T* p, Floats x) {
     store(p, x);
@@ -150,39 +146,46 @@ inline void fence() {}
 inline void prefetch(const void*) {}
 
 inline Floats gather(const float* base, const int32_t* index) {
-    return each([=](int i) { return base[index[i]]; });
+    return quarters([=](Mask4 i) { return Floats4{base[i[0]], base[i[1]], base[i[2]], base[i[3]]}; },
+                    read_four<Mask4>(index));
 }
 
 inline int64_t compress(float* p, Mask m, Floats x) {
+    float lane[16];
+    store(lane, x);
     int64_t count = 0;
-    for (int i = 0; i < 16; ++i) {
-        if (m.v[i]) p[count++] = x.v[i];
-    }
+    for (uint32_t set = bits(m); set != 0; set &= set - 1) p[count++] = lane[__builtin_ctz(set)];
     return count;
 }
 constexpr bool expand_is_quick = false;
 inline Floats expand(const float* p, Mask m) {
-    return each([&](int i) { return m.v[i] ? *p++ : 0.0f; });
+    float lane[16] = {};
+    for (uint32_t set = bits(m); set != 0; set &= set - 1) lane[__builtin_ctz(set)] = *p++;
+    return load(lane);
 }
 
 inline Floats scale_by_power(Floats x, Floats n) {
-    return each([&](int i) {
-        const float power = n.v[i] > -127.0f ? (n.v[i] < 128.0f ? n.v[i] : 128.0f) : -127.0f;
-        return x.v[i] * float_of(static_cast<uint32_t>(static_cast<int32_t>(power) + 127) << 23);
-    });
+    const Floats power = max(min(n, broadcast(128.0f)), broadcast(-127.0f));
+    return x * quarters(
+                   [](Floats4 a) {
+                       return floats_of(reinterpret_cast<Bits4>(__builtin_convertvector(a, Mask4) + 127) << 23);
+                   },
+                   power);
 }
 
 inline Floats split(Floats x, Floats* exponent) {
-    return each([&](int i) {
-        // Subtracting the bits of 0.75 carries into the exponent exactly where the mantissa is below 1.5.
-        const int32_t power = static_cast<int32_t>(float_bits(x.v[i]) - 0x3F400000u) >> 23;
-        exponent->v[i] = static_cast<float>(power);
-        return float_of(float_bits(x.v[i]) - (static_cast<uint32_t>(power) << 23));
-    });
+    // Subtracting the bits of 0.75 carries into the exponent exactly where the mantissa is below 1.5.
+    const Mask power = quarters([](Floats4 a) { return reinterpret_cast<Mask4>(bits_of(a) - 0x3F400000u) >> 23; }, x);
+    *exponent = quarters(to_floats, power);
+    return quarters([](Floats4 a, Mask4 n) { return floats_of(bits_of(a) - (reinterpret_cast<Bits4>(n) << 23)); }, x,
+                    power);
 }
 
 inline void add_to_doubles(double* lane, Floats x) {
-    for (int i = 0; i < 16; ++i) lane[i] += x.v[i];
+    const Four<Doubles4> sums =
+        quarters([](Doubles4 sum, Floats4 a) { return sum + __builtin_convertvector(a, Doubles4); },
+                 read_four<Doubles4>(lane), x);
+    write(lane, sums);
 }
 
 }  // namespace xtoken::cpu::XTOKEN_LEVEL

@@ -88,6 +88,13 @@ struct Events {
     float* slope;  // out: d loss / d log a, divided by z_sum
 };
 
+// One side of a boundary inside of tokens: its row, and where tops and sums of its events go.
+struct InnerSide {
+    Element type;
+    const void* row;
+    float *top, *sum;
+};
+
 // A row without the tokens whose bit is set.
 template <typename T>
 struct RemainingRow {
@@ -171,8 +178,7 @@ class Chunk {
             typed(p_.student.type, p_.student.row(r), [&](const auto* z) {
                 additions_.clear();
                 if (r == start) {
-                    typed(p_.teacher.type, p_.teacher.row(p_.teacher_rows.start[k_]),
-                          [&](const auto* y) { first_row(r, z, y); });
+                    first_row(r, z);
                 } else {
                     later_row(r, z);
                 }
@@ -191,8 +197,8 @@ class Chunk {
     }
 
     // The first row: the events at the start of the chunk, and boundaries inside the first token.
-    template <typename S, typename T>
-    void first_row(int64_t r, const S* z, const T* y) {
+    template <typename S>
+    void first_row(int64_t r, const S* z) {
         double product = 0;  // sum of b tau D, or the reverse's a tau D
         bool low = false;
         Normaliser all = no_normaliser();
@@ -200,14 +206,16 @@ class Chunk {
         const int32_t event = plan_.index.side[1].event[token];
         weight_ = plan_.index.side[0].event[p_.student_rows.next[r]] == event ? 1.0 : 0.0;
         find_left_out();
-        Side q = teacher_start(y, &product);
+        Side q{any_exponential(), 0.0f, 0.0};
+        with_teacher([&](const auto* y) { q = teacher_start(y, &product); });
         if (!exact_lists_ && !p_.reverse) sum_teacher_lists();
         Side p = student_start(z, &product, &all, &low);
         const bool counts = p.total != 0;  // else there is no event that both sides have and that is not left out
         if (exact_lists_) leave_out(0.0f, mixed_ ? none_left : 0.0f, logarithms_ ? none_left : 0.0f);
         ListTops tops{};
         if (exact_lists_) {
-            tops = exact_lists(z, y, p, q, &product);
+            with_teacher([&](const auto* y) { exact_teacher_lists(y, q); });
+            tops = exact_lists(z, p, q, &product);
         } else {
             product += p_.reverse ? reverse_lists() : forward_lists(z, p, q);
         }
@@ -227,7 +235,7 @@ class Chunk {
             });
         }
         weight_ = p_.weighted ? probability(token, event, q.total) : 1.0;
-        inside(r, z);
+        inside(r);
         const LabelTerm label = label_of(r, z, all.total > 0 ? &all : nullptr);
         if (!wanted_) return;
         spread_lists(slope);
@@ -254,9 +262,16 @@ class Chunk {
         });
     }
 
+    // Calls body(y) with the teacher's row. What it calls is not to be inlined: once for each type is enough, not once
+    // for each pair of types.
+    template <typename Body>
+    void with_teacher(Body body) {
+        typed(p_.teacher.type, p_.teacher.row(p_.teacher_rows.start[k_]), body);
+    }
+
     // f of the teacher's row, and the pairs' part of sum b log b.
     template <typename T>
-    Side teacher_start(const T* y, double* product) {
+    __attribute__((noinline)) Side teacher_start(const T* y, double* product) {
         DoubleSum products;
         Floats part = broadcast(0.0f);
         const Side side = start_side(
@@ -494,18 +509,24 @@ class Chunk {
         return products.total();
     }
 
-    // For all else: the lists' tau log a as h, tau log b as teacher_sum_, relative to the centres, and e as the
-    // tokens' shares. Totals become sums over the events; `product` receives the lists' part.
-    template <typename S, typename T>
-    ListTops exact_lists(const S* z, const T* y, Side& p, Side& q, double* product) {
-        const TokensView &student = plan_.student.lists, &teacher = plan_.teacher.lists;
+    // For all else: the teacher's lists' tau log b as teacher_sum_, relative to the centre.
+    template <typename T>
+    __attribute__((noinline)) void exact_teacher_lists(const T* y, const Side& q) {
+        const TokensView& teacher = plan_.teacher.lists;
+        for (int64_t k = 0; k < teacher.slices; ++k) {
+            Floats sum;
+            const Floats top = exact_sums(teacher, k, y, p_.lowest, &sum);
+            store(teacher_sum_ + lanes * k, log(sum) + (top - broadcast(q.centre)));
+        }
+    }
+
+    // Then the student's tau log a as h, and e as the tokens' shares. Totals become sums over the events; `product`
+    // receives the lists' part.
+    template <typename S>
+    ListTops exact_lists(const S* z, Side& p, Side& q, double* product) {
+        const TokensView& student = plan_.student.lists;
         const Floats low = broadcast(nothing), zero = broadcast(0.0f);
         Floats a_top = low, b_top = low, sum;
-        for (int64_t k = 0; k < teacher.slices; ++k) {
-            const Floats top = exact_sums(teacher, k, y, p_.lowest, &sum);
-            const Floats log_b = log(sum) + (top - broadcast(q.centre));
-            store(teacher_sum_ + lanes * k, log_b);
-        }
         for (int64_t k = 0; k < student.slices; ++k) {
             const Floats top = exact_sums(student, k, z, p_.lowest, &sum);
             const Floats log_a = log(sum) + (top - broadcast(p.centre));
@@ -664,7 +685,7 @@ class Chunk {
     // A later row: a boundary before its token, if there is one, or boundaries inside it.
     template <typename S>
     void later_row(int64_t r, const S* z) {
-        const float ends = inside(r, z);
+        const float ends = inside(r);
         const LabelTerm label = label_of(r, z, nullptr);
         if (!wanted_) return;
         const Floats factor = broadcast(ends);
@@ -679,29 +700,26 @@ class Chunk {
 
     // The boundaries that look at student row r: their losses, and their gradients into the additions. Returns the
     // factor of remaining_'s exponentials in the gradient, of the row without the tokens in without_.
-    template <typename S>
-    float inside(int64_t r, const S* z) {
+    float inside(int64_t r) {
         float ends = 0.0f;
         for (int64_t n = p_.first_boundary[k_]; n < p_.first_boundary[k_ + 1]; ++n) {
             const InnerBoundary& boundary = p_.boundaries[n];
             const bool student_whole = boundary.whole_side == 0;
             if ((student_whole ? boundary.whole_row : boundary.part_row) != r) continue;
             const int64_t other_row = student_whole ? boundary.part_row : boundary.whole_row;
-            typed(p_.teacher.type, p_.teacher.row(other_row), [&](const auto* y) {
-                if (student_whole) {
-                    inner_term(boundary, z, y, inner_.z_top, inner_.z_sum, inner_.y_top, inner_.y_sum);
-                } else {
-                    ends = inner_term(boundary, y, z, inner_.y_top, inner_.y_sum, inner_.z_top, inner_.z_sum);
-                }
-            });
+            const InnerSide student{p_.student.type, p_.student.row(r), inner_.z_top, inner_.z_sum};
+            const InnerSide teacher{p_.teacher.type, p_.teacher.row(other_row), inner_.y_top, inner_.y_sum};
+            if (student_whole) {
+                inner_term(boundary, student, teacher);
+            } else {
+                ends = inner_term(boundary, teacher, student);
+            }
         }
         return ends;
     }
 
     // One boundary, with the rows of both sides. Returns the slope of "ends" if the student starts a token there.
-    template <typename W, typename P>
-    float inner_term(const InnerBoundary& boundary, const W* whole_row, const P* part_row, float* whole_top,
-                     float* whole_sum, float* part_top, float* part_sum) {
+    float inner_term(const InnerBoundary& boundary, const InnerSide& of_whole, const InnerSide& of_part) {
         const PieceSide& whole = plan_.index.side[boundary.whole_side];
         const PieceSide& part = plan_.index.side[1 - boundary.whole_side];
         const StartView& by_event = boundary.whole_side == 0 ? plan_.teacher : plan_.student;  // of `part`
@@ -735,8 +753,13 @@ class Chunk {
             return 0.0f;
         }
 
-        sum_ranges(whole_row, size, count, whole_top, whole_sum);
-        for (int64_t e = has_ends; e < count; ++e) sum_event(part_row, by_event, event_[e], part_top + e, part_sum + e);
+        typed(of_whole.type, of_whole.row,
+              [&](const auto* row) { sum_ranges(row, size, count, of_whole.top, of_whole.sum); });
+        typed(of_part.type, of_part.row, [&](const auto* row) {
+            for (int64_t e = has_ends; e < count; ++e) {
+                sum_event(row, by_event, event_[e], of_part.top + e, of_part.sum + e);
+            }
+        });
         if (has_ends && skipped == 0) {
             memset(without_, 0, static_cast<size_t>(padded(part.size) / lanes) * sizeof(uint16_t));
             for (int64_t e = 1; e < count; ++e) {
@@ -744,15 +767,15 @@ class Chunk {
                     without_[token / lanes] |= static_cast<uint16_t>(1u << token % lanes);
                 });
             }
-            const Normaliser rest = exponentials(RemainingRow<P>{part_row, without_, p_.lowest}, part.size, nothing,
-                                                 1.0, [](int64_t, Floats) {});
-            part_top[0] = rest.centre;
-            ends_share = temper(rest.total, part_top, part_sum);
+            const Normaliser rest =
+                typed(of_part.type, of_part.row, [&](const auto* row) { return sum_remaining(row, part.size); });
+            of_part.top[0] = rest.centre;
+            ends_share = temper(rest.total, of_part.top, of_part.sum);
             remaining_ = rest.exp;
         }
         if (skipped == 1) {  // an event of no mass on either side
-            whole_top[0] = part_top[0] = nothing;
-            whole_sum[0] = part_sum[0] = 1.0f;
+            of_whole.top[0] = of_part.top[0] = nothing;
+            of_whole.sum[0] = of_part.sum[0] = 1.0f;
         }
         const double before = weight_;
         const double realised = compare_events(inner_, count, p_.weighted ? realised_event(boundary, count) : -1);
@@ -767,13 +790,21 @@ class Chunk {
             return 0.0f;
         }
         const Exponential exp = Exponential::around(0.0f, nothing, 1.0);
-        for (int64_t e = has_ends; e < count; ++e) {
-            each_token_of(by_event, event_[e], [&](int32_t token) {
-                const float x = at_least(widened(part_row[token]), p_.lowest) - part_top[e];
-                additions_.add(token, first_lane(exp(broadcast(x))) * inner_.slope[e]);
-            });
-        }
+        typed(of_part.type, of_part.row, [&](const auto* row) {
+            for (int64_t e = has_ends; e < count; ++e) {
+                each_token_of(by_event, event_[e], [&](int32_t token) {
+                    const float x = at_least(widened(row[token]), p_.lowest) - of_part.top[e];
+                    additions_.add(token, first_lane(exp(broadcast(x))) * inner_.slope[e]);
+                });
+            }
+        });
         return has_ends && skipped == 0 ? inner_.slope[0] * ends_share : 0.0f;
+    }
+
+    // The exponentials' sum of a row without the tokens in without_.
+    template <typename P>
+    Normaliser sum_remaining(const P* row, int64_t size) const {
+        return exponentials(RemainingRow<P>{row, without_, p_.lowest}, size, nothing, 1.0, [](int64_t, Floats) {});
     }
 
     // Calls body(token) with a side's tokens of an event.
