@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from types import NoneType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -62,17 +63,18 @@ CHANGED: dict[str, tuple[Any, ...]] = {
 def choices(loss: type[Loss]) -> dict[str, tuple[str, ...]]:
     """Options of a loss that take one of a few words, with these words; the default is the first."""
     hints = get_type_hints(loss.function())
-    return {name: get_args(hints[name]) for name in loss.options() if get_origin(hints[name]) is Literal}
+    return {name: get_args(hints[name]) for name in loss.options() if get_origin(hints.get(name)) is Literal}
 
 
 def changes(loss: type[Loss]) -> dict[str, tuple[Any, ...]]:
     """The options of a loss, each with values that are not its default."""
-    words, found = choices(loss), {}
+    words, kinds, found = choices(loss), loss.kinds(), {}
     for name, default in loss.options().items():
         values = (
             words[name] if name in words else (not default,) if isinstance(default, bool) else CHANGED.get(name, ())
         )
-        found[name] = tuple(value for value in values if isinstance(value, Tensor) or value != default)
+        allowed = [value for value in values if value is not None or NoneType in kinds[name]]
+        found[name] = tuple(value for value in allowed if isinstance(value, Tensor) or value != default)
     return found
 
 

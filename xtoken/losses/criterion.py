@@ -116,7 +116,9 @@ class Teacher:
             )
         made = {"projection": projection, "loss": loss, "weight": weight, "pieces": pieces, "trust_top_k": trust_top_k}
         vars(self).update(made, options=options, _all_options={**known, **options})
-        self.make_loss().check()
+        made_loss = self.make_loss()
+        made_loss.check_switches()
+        made_loss.check()
 
     def make_loss(self) -> Loss:
         """The loss with this teacher's options."""

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from enum import Enum
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -128,10 +128,11 @@ class Loss:
 
     Fields are tensors, scalars, or `W`, a `Matrix`. A loss of `Needs.PROJECTION` has that field, and one of
     `Needs.PIECES` the field ``pieces`` (`PieceIndex.data`); ``text``, if it has one, is `PieceIndex.text`. Its module
-    ``a.b.name`` has the public function ``name_loss``. Kernels are in the modules ``cpu`` and ``cuda`` of the package
-    `kernels`, as a function ``run`` (see `xtoken.losses.backends.Run`); without them the formula is the loss on every
-    device. The module ``parallel`` beside them has the class ``InParts``, the formula for logits that lie on several
-    ranks (see `xtoken.parallel`); without it, or with a reason in `whole_rows`, the loss takes whole rows only.
+    has the public function ``<name>_loss``, or, if it has no other loss, ``<module>_loss``, named as the last part of
+    the module. Kernels are in the modules ``cpu`` and ``cuda`` of the package `kernels`, as a function ``run`` (see
+    `xtoken.losses.backends.Run`); without them the formula is the loss on every device. The module ``parallel`` beside
+    them has the class ``InParts``, the formula for logits that lie on several ranks (see `xtoken.parallel`); without
+    it, or with a reason in `whole_rows`, the loss takes whole rows only.
     """
 
     name: ClassVar[str]
@@ -248,12 +249,13 @@ class Loss:
     @classmethod
     def function(cls) -> Callable[..., Any]:
         """The public function."""
-        package = cls.__module__.rpartition(".")[2]
-        found: Callable[..., Any] | None = getattr(sys.modules[cls.__module__], f"{package}_loss", None)
+        module = sys.modules[cls.__module__]
+        is_alone = sum(one.__module__ == cls.__module__ for one in REGISTER.values()) == 1
+        names = [f"{cls.name}_loss"] + [f"{cls.__module__.rpartition('.')[2]}_loss"] * is_alone
+        found: Callable[..., Any] | None = next((getattr(module, one) for one in names if hasattr(module, one)), None)
         if found is None:
-            raise TypeError(
-                f"{cls.__name__}: expected its public function {package}_loss beside it, in {cls.__module__}"
-            )
+            expected = " or ".join(dict.fromkeys(names))
+            raise TypeError(f"{cls.__name__}: expected its public function {expected} beside it, in {cls.__module__}")
         return found
 
     @classmethod
@@ -262,6 +264,13 @@ class Loss:
         own = {field.name for field in fields(cls)}
         parameters = inspect.signature(cls.function()).parameters.values()
         return {one.name: one.default for one in parameters if one.name in own and one.kind is one.KEYWORD_ONLY}
+
+    @classmethod
+    def kinds(cls) -> dict[str, tuple[Any, ...]]:
+        """What each of `options` takes, as the public function says it: types (`NoneType` too), or words."""
+        hints = get_type_hints(cls.function())
+        given = {name: hints.get(name, type(default)) for name, default in cls.options().items()}
+        return {name: get_args(kind) or (kind,) for name, kind in given.items()}
 
     @classmethod
     def of(cls, projection: Any, pieces: Any, **options: Any) -> Loss:

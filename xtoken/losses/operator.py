@@ -7,6 +7,7 @@ step compiles into one graph.
 
 from __future__ import annotations
 
+import keyword
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import fields
@@ -145,6 +146,8 @@ _TYPES = {
 }  # fmt: skip
 _MATRIX = {"row_ptr": "Tensor", "col": "Tensor", "weight": "Tensor", "kind": "Tensor | None"}
 _WEIGHT = "W_weight"
+_OF_A_TEACHER = "projection", "loss", "weight", "trust_top_k"
+"""What a `Teacher` takes beside options of a loss."""
 _L = TypeVar("_L", bound=type[Loss])
 
 
@@ -156,9 +159,12 @@ class _Layout:
             raise TypeError(f"loss: expected a dataclass of xtoken.losses.Loss under @register, got {loss!r}")
         self.loss = loss
         kinds = {field.name: getattr(field.type, "__name__", str(field.type)) for field in fields(loss)}
-        if taken := kinds.keys() & {*Call._fields, *Flags._fields}:
-            raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is every operator's")
         self.fields = [(name, kind == "Matrix") for name, kind in kinds.items()]
+        of_matrices = {f"{name}_{part}" for name, is_matrix in self.fields if is_matrix for part in _MATRIX}
+        if taken := kinds.keys() & {*Call._fields, *Flags._fields, *dir(Loss), *Loss.__annotations__, *_OF_A_TEACHER}:
+            raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is every loss's")
+        if taken := kinds.keys() & of_matrices:
+            raise TypeError(f"{loss.__name__}.{min(taken)}: expected another name, this one is a part of its matrix")
         self.switches = tuple(name for name, kind in kinds.items() if kind == "bool")
         own: dict[str, str] = {}
         for name, kind in kinds.items():
@@ -226,13 +232,15 @@ def register(name: str, title: str, needs: Needs, kernels: str | None = None) ->
     """
 
     def decorate(loss: _L) -> _L:
-        if name in REGISTER or not name.isidentifier() or hasattr(torch.ops.xtoken, name):
+        is_taken = name in (*REGISTER, "auto") or hasattr(torch.ops.xtoken, name)
+        if is_taken or not name.isidentifier() or keyword.iskeyword(name):
             raise ValueError(f"name: expected an identifier that no loss or operator has yet, got {name!r}")
         layout = _Layout(loss)
-        field = {Needs.PROJECTION: "W", Needs.PIECES: "pieces"}.get(Needs(needs))
+        need = Needs(needs)
+        field = {Needs.PROJECTION: "W", Needs.PIECES: "pieces"}.get(need)
         if field is not None and field not in dict(layout.fields):
-            raise TypeError(f"{loss.__name__}: expected a field {field!r}, since it needs {needs.value}")
-        loss.name, loss.title, loss.needs, loss.kernels = name, title, needs, kernels or loss.__module__
+            raise TypeError(f"{loss.__name__}: expected a field {field!r}, since it needs {need.value}")
+        loss.name, loss.title, loss.needs, loss.kernels = name, title, need, kernels or loss.__module__
         loss.switches = layout.switches
         _define(name, layout)
         REGISTER[name] = loss
