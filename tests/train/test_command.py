@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -12,13 +14,16 @@ from default_losses import DEFAULT, OTHER
 from safetensors.torch import load_file
 from small import command, history
 
+from xtoken import Vocabulary
 from xtoken.cli import main
-from xtoken.losses import Needs, registered
+from xtoken.losses import Loss, Needs, registered
+from xtoken.losses.cases import changes
 from xtoken.losses.criterion import SCALINGS
+from xtoken.losses.loss import REGISTER
 from xtoken.train.chat import use_template
 from xtoken.train.command import check, loss_arguments, open_all, own_help, parse
 from xtoken.train.example import TRAIN_ON
-from xtoken.train.prepare import one_each, weights_of
+from xtoken.train.prepare import build_objective, check_loss_options, one_each, weights_of
 
 pytestmark = pytest.mark.slow
 
@@ -229,7 +234,44 @@ def test_options_of_losses():
     for loss in registered().values():
         assert {name for name, one in loss.options().items() if not isinstance(one, type(None))} <= arguments.keys()
     assert "columns" not in arguments  # a tensor
-    assert f" For {PROJECTED} (default 8192), {SHARED} (default all)" in arguments["top_k"]["help"]
+    said = arguments["top_k"]["help"]
+    assert f"in any row of teacher_logits (lower ids first among equals). For {PROJECTED} (default 8192). " in said
+    assert f"both sides are normalised over them. For {SHARED} (default all). Only so many of the shared" in said
+
+
+@dataclass(frozen=True)
+class Other(Loss):
+    """A loss whose options have names of others, and take something else."""
+
+    merge: str
+    beta: int
+    top_k: int
+
+    @classmethod
+    def function(cls):
+        def other_loss(*, merge: Literal["sum", "max"] = "sum", beta: int = 3, top_k: int = 8):
+            """Nothing.
+
+            merge : "sum" or "max"
+            """
+
+        return other_loss
+
+
+def test_options_of_one_name_may_take_something_else(monkeypatch):
+    """What one loss takes is not refused for another, and 0 is None only where None is taken."""
+    monkeypatch.setitem(REGISTER, "another", Other)
+    monkeypatch.setattr(Other, "needs", Needs.NOTHING, raising=False)
+    given = [*ALL, "--data", ".", "--loss", "another", "--merge", "max", "--beta", "2", "--top_k", "0"]
+    assert parse(given)[1].loss_options == {"merge": "max", "beta": 2, "top_k": 0}
+    assert parse([*ALL, "--data", ".", "--merge", "chain", "--beta", "0.5"])[1].loss_options["beta"] == 0.5
+    with pytest.raises(ValueError, match="loss_options: expected a number or an integer for 'beta', got 'much'"):
+        check_loss_options({"beta": "much"})
+    check_loss_options({"beta": 0.5, "merge": "max"})
+    student, teacher = Vocabulary([b"a"]), Vocabulary([b"a", b"b"])
+    made, _ = build_objective(student, teacher, loss="another", loss_options={"top_k": 0})
+    assert made.options == {"top_k": 0}
+    assert changes(Other)["top_k"] == (100,)
 
 
 def test_no_loss_has_the_option(folders, tmp_path, capsys):

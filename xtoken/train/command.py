@@ -8,6 +8,7 @@ Everything that `transformers.TrainingArguments` takes is an option too: ``--lea
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import json
 import os
@@ -110,30 +111,45 @@ class TrainArguments:
 
 def loss_arguments() -> dict[str, dict[str, Any]]:
     """For argparse: every option of a loss that is a number, a word or a switch, as the losses' functions say it."""
-    found: dict[str, dict[str, Any]] = {}
+    texts: dict[str, dict[str, list[str]]] = {}  # the losses by what they say of it
     defaults: dict[str, dict[str, Any]] = {}
+    kinds: dict[str, dict[Any, None]] = {}  # of all losses that have an option of the name, in order
     for loss, one in registered().items():
         options = one.options()
-        for name, kinds in option_kinds(loss).items():
+        for name, own in option_kinds(loss).items():
             default = options[name]
-            if not all(isinstance(kind, str) or kind in (bool, int, float) for kind in kinds):
+            if not all(isinstance(kind, str) or kind in (bool, int, float) for kind in own):
                 continue
             defaults.setdefault(name, {})[loss] = "all" if default is None else default
-            if name in found:
-                continue
+            kinds.setdefault(name, {}).update(dict.fromkeys(own))
             said = re.search(rf"^    {name} : .*\n\s*([^.]*\.)", one.function().__doc__ or "", re.MULTILINE)
-            found[name] = {"help": " ".join(said[1].replace("``", "").replace("%", "%%").split()) if said else ""}
-            if isinstance(kinds[0], str):
-                found[name]["choices"] = kinds
-            elif kinds == [bool]:
-                found[name].update(type=string_to_bool, nargs="?", const=True)
-            else:
-                found[name]["type"] = kinds[0]
+            text = " ".join(said[1].replace("``", "").replace("%", "%%").split()) if said else ""
+            texts.setdefault(name, {}).setdefault(text, []).append(loss)
+    found = {}
     for name, of in defaults.items():
         shared = len(set(of.values())) == 1
-        losses = ", ".join(loss if shared else f"{loss} (default {default})" for loss, default in of.items())
-        found[name]["help"] += f" For {losses}" + (f"; default {next(iter(of.values()))}" if shared else "")
+        shown = {loss: loss if shared else f"{loss} (default {default})" for loss, default in of.items()}
+        parts = [f"{text} For {', '.join(shown[one] for one in losses)}" for text, losses in texts[name].items()]
+        text = ". ".join(parts) + (f"; default {next(iter(of.values()))}" if shared else "")
+        found[name] = {"help": text, **_reading(list(kinds[name]))}
     return found
+
+
+def _reading(kinds: list[Any]) -> dict[str, Any]:
+    """For argparse: how a value of one of these kinds is read."""
+    if all(isinstance(kind, str) for kind in kinds):
+        return {"choices": kinds}
+    if kinds == [bool]:
+        return {"type": string_to_bool, "nargs": "?", "const": True}
+    return {"type": kinds[0] if len(kinds) == 1 else _number_or_word}
+
+
+def _number_or_word(text: str) -> int | float | str:
+    """Where losses give an option of the same name different kinds."""
+    for kind in (int, float):
+        with contextlib.suppress(ValueError):
+            return kind(text)
+    return text
 
 
 def _parser() -> Parser:
@@ -147,6 +163,8 @@ def _parser() -> Parser:
     group = parser.add_argument_group(LOSSES, "each for the losses that have it; 0 columns are all")
     for name, said in loss_arguments().items():
         group.add_argument(*dict.fromkeys([f"--{name}", f"--{name.replace('_', '-')}"]), **said)
+    of_loss = next(one for one in parser._actions if one.dest == "loss")
+    of_loss.choices = ["auto", *registered()]  # also those that were registered after the configuration was imported
     parser.set_defaults(logging_steps=10, disable_tqdm=not is_terminal(sys.stderr))
     return parser
 

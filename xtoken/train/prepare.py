@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from numbers import Integral, Real
 from pathlib import Path
 from types import NoneType
-from typing import Any, TypeAlias, TypeVar, get_args, get_type_hints
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 
@@ -132,8 +132,8 @@ def build_objective(
     weight : float
         Of `Teacher`.
     loss_options : mapping, optional
-        Options of losses by name; those that the loss does not have are left out, see `check_losses`. A ``top_k`` of 0
-        is None.
+        Options of losses by name; those that the loss does not have are left out, see `check_losses`. Where an
+        option is a count or None (``top_k``), 0 is None.
     gamma : float
         Of `ProjectionMatrix.build`.
     learn_projection : bool
@@ -167,9 +167,12 @@ def build_objective(
     reasons += [repr(one) for one in (pieces, projection) if one is not None]
     if learn_projection and kind.trains_projection:
         projection = projection.learnable()
-    given = {name: value for name, value in (loss_options or {}).items() if name in kind.options()}
-    if given.get("top_k") == 0:
-        given["top_k"] = None
+    kinds = kind.kinds()
+    given = {
+        name: None if {int, NoneType} <= {*kinds[name]} and value == 0 else value
+        for name, value in (loss_options or {}).items()
+        if name in kinds
+    }
     return Teacher(projection, loss, weight, pieces=pieces, trust_top_k=trust_top_k, **given), tuple(reasons)
 
 
@@ -185,26 +188,22 @@ def check_losses(losses: Sequence[str], loss_options: Mapping[str, Any] | None, 
 
 def option_kinds(loss: str) -> dict[str, list[Any]]:
     """Of each option of a loss what it takes beside None: types, or words."""
-    one = registered()[loss]
-    hints = get_type_hints(one.function())
-    return {
-        name: [kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType]
-        for name in one.options()
-    }
+    return {name: [one for one in kinds if one is not NoneType] for name, kinds in registered()[loss].kinds().items()}
 
 
 def check_loss_options(given: Any) -> None:
     """Raises ValueError if they are no mapping from names, or a number or switch is something else."""
     if given is not None and not isinstance(given, Mapping):
         raise ValueError(f"loss_options: expected names and their values, got {given!r}")
-    for loss in registered():
-        for name, kinds in option_kinds(loss).items():
-            value = (given or {}).get(name)
-            if value is None or len(kinds) != 1 or kinds[0] not in KINDS:
-                continue
-            word, kind = KINDS[kinds[0]]
-            if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
-                raise ValueError(f"loss_options: expected {word} for {name!r}, got {value!r}")
+    for name, value in (given or {}).items():
+        kinds = list(dict.fromkeys(kind for loss in registered() for kind in option_kinds(loss).get(name, ())))
+        if value is None or not kinds or not KINDS.keys() >= set(kinds):
+            continue
+        of = [KINDS[kind] for kind in kinds]
+        if not any(isinstance(value, kind) and isinstance(value, bool) == (kind is bool) for _, kind in of):
+            raise ValueError(
+                f"loss_options: expected {' or '.join(word for word, _ in of)} for {name!r}, got {value!r}"
+            )
 
 
 def one_each(values: Sequence[Any] | None, default: Any, count: int, name: str) -> list[Any]:
