@@ -83,6 +83,16 @@ def test_traffic_is_counted(emulator):
         assert memory.traffic(count) == Traffic(read=0, written=0, different=0)
 
 
+def test_memory_may_be_shown_after_an_error(emulator):
+    with emulator.memory() as memory:
+        values = memory.empty((2,), torch.float32)
+        values[0] = 1.5
+        memory.mark_written(values[:1])
+        with pytest.raises(RuntimeError, match="nobody wrote 4 of 8 bytes"):
+            memory.result(values)
+    assert repr(values) == "tensor([1.5000,    nan])"
+
+
 def test_atomics_and_the_last_block(kernels):
     out = kernels.launch("count_positive", numbers(999), grid=5)
     assert out[0] == (numbers(999) > 0).sum()

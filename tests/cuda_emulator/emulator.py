@@ -9,10 +9,12 @@ import re
 import shutil
 import subprocess
 import sysconfig
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
 import torch
 
@@ -155,7 +157,7 @@ class Emulator:
         return current.value, launched.value
 
     def memory(self) -> Memory:
-        """Device memory, freed at the end of the `with` block."""
+        """Device memory, freed after the `with` block."""
         return Memory(self)
 
 
@@ -169,11 +171,12 @@ class Traffic:
 
 
 class Memory:
-    """Tensors in memory that kernels may use, with inaccessible surroundings. Valid inside the `with` block."""
+    """Tensors in memory that kernels may use, with inaccessible surroundings: inside the `with` block, and for as long
+    after it as there are tensors in it, which the report of an error shows."""
 
     def __init__(self, emulator: Emulator) -> None:
         self.emulator = emulator
-        self.pointers: list[int] = []
+        self.kept: list[Any] = []
 
     def __enter__(self) -> Memory:
         return self
@@ -181,9 +184,7 @@ class Memory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pointer in self.pointers:
-            self.emulator.call("free", ctypes.c_void_p(pointer))
-        self.pointers.clear()
+        self.kept.clear()
 
     def empty(self, shape: Sequence[int], dtype: torch.dtype, name: str = "buffer") -> torch.Tensor:
         """A contiguous tensor of NaN patterns; reading it before a kernel has written it is reported."""
@@ -192,10 +193,11 @@ class Memory:
         pointer = ctypes.c_void_p()
         self.emulator.call("allocate", name.encode(), ctypes.c_size_t(max(size, 1)), ctypes.byref(pointer))
         assert pointer.value is not None
-        self.pointers.append(pointer.value)
+        storage = (ctypes.c_char * size).from_address(pointer.value)
+        weakref.finalize(storage, self.emulator.call, "free", pointer)
+        self.kept.append(storage)
         if count == 0:
             return torch.empty(shape, dtype=dtype)
-        storage = (ctypes.c_char * size).from_address(pointer.value)
         return torch.frombuffer(storage, dtype=dtype, count=count).view(tuple(shape))
 
     def copy(self, tensor: torch.Tensor, name: str = "buffer") -> torch.Tensor:

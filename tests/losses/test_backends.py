@@ -186,6 +186,21 @@ def test_unknown_and_reserved_names() -> None:
         register_backend(make_backend("auto", plain.run))
 
 
+@pytest.mark.parametrize(
+    ("losses", "got"),
+    [(lambda n: torch.zeros(n + 1), r"torch.float32 \[15\]"), (lambda n: torch.zeros(()), r"torch.float32 \[\]"),
+     (lambda n: torch.zeros(n).double(), r"torch.float64 \[14\]"), (lambda n: None, "NoneType")],
+)  # fmt: skip
+def test_what_a_backend_returns_is_looked_at(
+    losses: Callable[[int], Any], got: str, registering: Callable[..., None]
+) -> None:
+    registering("odd", lambda problem, *rest: losses(len(problem.chunks)))
+    case, name = make_case(shapes=[(1, 1)] * 8), DEFAULT[Needs.PROJECTION]
+    message = rf"{name}: expected torch.float32 \[14\], a loss for each chunk, of backend 'odd', got {got}"
+    with pytest.raises(RuntimeError, match=message):
+        OPERATIONS[name].public(case, case.student.float(), case.teacher.float(), backend="odd")
+
+
 def test_a_loss_uses_the_backend_that_it_was_given(registering: Callable[..., None]) -> None:
     registering("zero", lambda problem, *rest: problem.student.new_zeros(len(problem.chunks)))
     case = make_case()

@@ -201,10 +201,21 @@ class Backend:
             few = self.run(replace(problem, chunks=chunks), student_grad, weight_grad, part, labels)
             return few.new_zeros(len(problem.chunks)).index_copy_(0, kept, few)
         if labels is None or kernel.fuses_labels:
-            return kernel.run(problem, student_grad, weight_grad, scale, labels)
-        losses = kernel.run(problem, student_grad, weight_grad, scale)
+            return self._checked(problem, kernel.run(problem, student_grad, weight_grad, scale, labels))
+        losses = self._checked(problem, kernel.run(problem, student_grad, weight_grad, scale))
         self.cross_entropy(problem.student, labels, student_grad)
         return losses
+
+    def _checked(self, problem: Problem[Any], losses: Tensor) -> Tensor:
+        got: tuple[Any, ...] = (type(losses).__name__,)
+        if isinstance(losses, Tensor):
+            if losses.shape == (len(problem.chunks),) and losses.dtype == problem.dtype:
+                return losses
+            got = losses.dtype, list(losses.shape)
+        expected = f"{problem.dtype} [{len(problem.chunks)}], a loss for each chunk"
+        raise RuntimeError(
+            f"{problem.loss}: expected {expected}, of backend {self.name!r}, got {' '.join(map(str, got))}"
+        )
 
 
 def kernels_of(loss: str, backend: str) -> ModuleType | None:
