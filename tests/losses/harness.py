@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
-from types import ModuleType
+from types import ModuleType, NoneType
 from typing import Any
 
 import emulated
@@ -346,10 +346,10 @@ class Operation:
 
     def few(self, count: int | None) -> dict[str, int | None]:
         """The option to compute with so many columns or tokens, or as many as possible (None), if there is one."""
-        options = registered()[self.name].options()
-        if "top_k" in options:
+        kinds = registered()[self.name].kinds()
+        if NoneType in kinds.get("top_k", ()):
             return {"top_k": count}
-        return {name: count or 10**6 for name in ("uncommon_top_k",) if name in options}
+        return {name: count or 10**6 for name in ("top_k", "uncommon_top_k") if name in kinds}
 
     def formula(self, case: Case, student: Tensor, teacher: Tensor, **options: Any) -> Tensor:
         """The loss of each chunk of the alignment by plain formulas, on rows found by hand."""

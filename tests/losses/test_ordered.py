@@ -28,6 +28,7 @@ from xtoken import (
 )
 from xtoken.alignment import Chunks
 from xtoken.losses import Needs, registered
+from xtoken.losses.cases import choices
 from xtoken.losses.loss import Matrix
 from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.pieces import renumbered
@@ -74,7 +75,12 @@ def options_of(name: str) -> list[dict[str, Any]]:
     asked: list[dict[str, Any]] = [{}, OPERATIONS[name].few(7), {"columns": torch.tensor([40, 3, 8, 21])}]
     asked += [{"agree": True}, {"merge": "chain", "support": "reachable"}, {"merge": "mean"}]
     asked += [{"weighting": "teacher", "temperature": 2.0}]
-    return [one for k, one in enumerate(asked) if one.keys() <= known.keys() and (one or k == 0)]
+    words = choices(registered()[name])
+    return [
+        one
+        for k, one in enumerate(asked)
+        if one.keys() <= known.keys() and (one or k == 0) and all(one[key] in words[key] for key in one.keys() & words)
+    ]
 
 
 @pytest.mark.parametrize(("name", "backend"), [one for one in PAIRS if one[0] != SHARED and one[1] in BACKENDS_HERE])

@@ -94,7 +94,17 @@ def test_nothing_else_names_a_loss(name: str) -> None:
     paths = files()
     assert f"xtoken/losses/{folder_of(name)}/__init__.py" in paths
     found = others_that_name(name, paths, ROOT)
-    assert not found, "\n".join(found)
+    others = "\n".join(found)
+    assert not found, f"a name or title that says something else too needs to be another; found in\n{others}"
+
+
+@pytest.mark.parametrize("name", registered())
+def test_a_loss_has_its_tests_and_its_place_in_the_documentation(name: str) -> None:
+    folder = folder_of(name)
+    assert (ROOT / f"tests/losses/test_{folder}.py").is_file()
+    assert re.search(rf"^\| .+ \| `{folder}_loss` \| .+ \| .+ \|$", (ROOT / "docs/losses.md").read_text(), re.MULTILINE)
+    listed = re.findall(r"^   (\w+)$", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert {f"{folder}_loss", f"linear_{folder}_loss"} <= set(listed)
 
 
 @pytest.mark.parametrize("name", registered())
