@@ -137,7 +137,7 @@ class CheckReport:
         return f"all {calls - plain} calls agree with float64" + (f"; {formulas}" if plain else "") + f" ({of})"
 
     def __str__(self) -> str:
-        return "\n".join(filter(None, [self.note, HEADING, *map(line_of, self.groups()), self.summary()]))
+        return "\n".join(filter(None, [self.note, heading(), *map(line_of, self.groups()), self.summary()]))
 
     def to_json(self) -> str:
         """All findings, also those that the table joins in a line."""
@@ -149,9 +149,18 @@ class CheckReport:
         return to_json(whole)
 
 
-COLUMNS = "{:<12} {:<9} {:<10} {:>5}  {:>8} {:>9}  {:>9}  {}"
-HEADING = COLUMNS.format("loss", "type", "backend", "calls", "error", "tolerance", "ms a row", "verdict")
-"""Of the table: calls are the forms of a loss, and error, tolerance and verdict those of the worst."""
+COLUMNS = "{:<9} {:<10} {:>5}  {:>8} {:>9}  {:>9}  {}"
+
+
+def in_columns(title: str, *others: object) -> str:
+    """A line of the table, whose first column is as wide as the longest title of a loss."""
+    width = max(12, *(len(loss.title) for loss in registered().values()))
+    return f"{title:<{width}} {COLUMNS.format(*others)}"
+
+
+def heading() -> str:
+    """Of the table: calls are the forms of a loss, and error, tolerance and verdict those of the worst."""
+    return in_columns("loss", "type", "backend", "calls", "error", "tolerance", "ms a row", "verdict")
 
 
 def line_of(group: Sequence[CheckFinding]) -> str:
@@ -159,7 +168,7 @@ def line_of(group: Sequence[CheckFinding]) -> str:
     worst, wrong = max(group, key=lambda one: one.used), sum(not one.passed for one in group)
     time_of = group[0].milliseconds_per_row
     verdict = f"WRONG ({wrong} of {len(group)})" if wrong else "ok" if worst.is_judged else "formula"
-    return COLUMNS.format(
+    return in_columns(
         registered()[worst.loss].title, worst.dtype, worst.backend, len(group), f"{worst.error:.1e}",
         f"{worst.tolerance:.1e}", "" if time_of is None else f"{time_of:.3f}", verdict,
     )  # fmt: skip
@@ -224,7 +233,7 @@ def self_test(
     report = CheckReport(_described(where), _note(where, backend), count)
     say = tell if tell is not None else lambda line: None
     started = time.perf_counter()
-    for line in filter(None, [report.note, HEADING]):
+    for line in filter(None, [report.note, heading()]):
         say(line)
     pair = made_up_pair(*sizes)
     widths = sizes[0] + PADDING[0], sizes[1] + PADDING[1]

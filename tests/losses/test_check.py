@@ -63,6 +63,10 @@ def test_this_build_is_right() -> None:
     judged = sum(one.backend == "cpu" for one in report.findings)
     assert f"all {judged} calls agree with float64; {len(report.findings) - judged} of plain formulas" in lines[-1]
     assert sum(line.endswith(" formula") for line in lines) == (len(registered()) - len(KERNELS)) * len(DTYPES)
+    table = [line for line in str(report).splitlines() if line.endswith((" verdict", " ok", " formula"))]
+    assert len(table) == 1 + len(registered()) * len(DTYPES)
+    kinds = [f" {str(dtype).removeprefix('torch.')} " for dtype in DTYPES]
+    assert {line.find(" type ") for line in table[:1]} == {max(map(line.find, kinds)) for line in table[1:]}
     result = json.loads(report.to_json())
     assert result["passed"] is True
     assert result["machine"]["xtoken"] == xtoken.__version__
