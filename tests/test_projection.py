@@ -349,6 +349,26 @@ def test_undamaged_file_loads(tmp_path):
     assert ProjectionMatrix.load(damaged(tmp_path)).nnz == 3
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_a_narrower_model_leaves_the_kinds_of_rows(reverse, tmp_path):
+    """Rows that lose nothing are those of a W built for the narrower vocabulary."""
+    narrow = [b"1", b"2", b"x", b"<s>"]
+    kinds_of = ["normal"] * 3 + ["special"]
+    teacher = Vocabulary(narrow, kinds=kinds_of)
+    wide = Vocabulary([*narrow, b"x1", b"<t>"], kinds=[*kinds_of, "normal", "special"])
+    student = Vocabulary([b"<s>", b"<t>", b"12", b"1", b"y", b"x1", b"x"], kinds=["special"] * 2 + ["normal"] * 5)
+    W, want = (ProjectionMatrix.build(student, one, reverse=reverse) for one in (wide, teacher))
+    got = W.within(None, len(teacher))
+    assert kinds(W) == ["role", "role", "pieces", "exact", "none", "exact", "exact"]
+    assert [k for k in range(7) if (rows(got)[k], kinds(got)[k]) != (rows(want)[k], kinds(want)[k])] == [5]
+    assert (rows(got)[5], kinds(got)[5]) == ({}, "none")
+    got.save(tmp_path / "w.safetensors")
+    assert kinds(ProjectionMatrix.load(tmp_path / "w.safetensors")) == kinds(got)
+    reached = ProjectionMatrix.build(Vocabulary([b"x", b"1"]), wide, reverse=True)
+    assert (kinds(reached), kinds(reached.within(None, 4))) == (["exact", "exact"], ["given", "given"])
+    assert kinds(reached.within(1, None)) == ["exact", "none"]
+
+
 @pytest.mark.parametrize("length", [0, 4, 50, -1])
 def test_truncated_files(length, tmp_path):
     path = damaged(tmp_path)

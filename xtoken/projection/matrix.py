@@ -308,17 +308,20 @@ class ProjectionMatrix(OnHub):
             torch.save(content, temporary)
 
     def within(self, rows: int | None, columns: int | None) -> ProjectionMatrix:
-        """The matrix with only the entries of the first rows and columns; None: of all. The shape stays."""
+        """The matrix with only the entries of the first rows and columns; None: of all. The shape stays.
+
+        A row that loses all entries is of kind "none" then, one that loses some "given".
+        """
         sizes = [size if most is None else most for size, most in zip(self.shape, (rows, columns), strict=True)]
         row = self.row_index
         keep = (row < sizes[0]) & (self.col < sizes[1])
         if bool(keep.all()):
             return self
         counts = torch.bincount(row[keep], minlength=self.shape[0])
-        ptr = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return ProjectionMatrix(
-            ptr, self.col[keep], self.weight[keep], teacher_vocab_size=self.shape[1], metadata=self.metadata
-        )
+        cut = torch.where(counts > 0, ROW_KINDS.index("given"), ROW_KINDS.index("none"))
+        kind = torch.where(counts == self.row_ptr.diff(), self.kind, cut)
+        ptr = nn.functional.pad(counts.cumsum(0), (1, 0))
+        return ProjectionMatrix(ptr, self.col[keep], self.weight[keep], self.shape[1], kind, self.metadata)
 
     def teacher_order(self) -> TeacherOrder:
         """The order of the teacher's columns in which losses that project by W read both sides alike.
