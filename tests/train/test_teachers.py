@@ -28,6 +28,18 @@ def test_loads_a_folder(tmp_path, teacher_tok):
     assert load_model(str(tmp_path))[0].dtype == torch.float32
 
 
+def test_a_tokenizer_from_a_file(tmp_path, teacher_tok):
+    """As everywhere, and as transformers has it: with its pad token, or a new one."""
+    teacher_tok.save_pretrained(tmp_path)
+    (tmp_path / "tokenizer_config.json").unlink()
+    (tmp_path / "TOKENIZER").symlink_to(tmp_path / "tokenizer.json")
+    for source in (tmp_path, tmp_path / "TOKENIZER"):
+        tokenizer = load_tokenizer(source)
+        assert isinstance(tokenizer, transformers.PreTrainedTokenizerBase)
+        assert tokenizer.pad_token == teacher_tok.pad_token
+        assert tokenizer("Hello  world").input_ids == teacher_tok("Hello  world").input_ids
+
+
 @pytest.mark.parametrize(("dtype", "loaded_as"), [("auto", torch.float32), ("bfloat16", "bfloat16")])
 def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as):
     """transformers is told the folder and the file, and a type to unpack to; reading such files is its job."""
@@ -36,7 +48,7 @@ def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as)
     def load(what):
         return lambda name, **options: asked.append((name, options)) or what
 
-    (tmp_path / "model.gguf").touch()
+    (tmp_path / "model.gguf").write_bytes(b"GGUF")
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", load(teacher_tok))
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", load(make_model(len(teacher_tok), 1)))
     load_model(tmp_path / "model.gguf", dtype=dtype)
@@ -75,10 +87,10 @@ def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
 def test_missing_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"source: no such file: none\.gguf"):
         load_model("none.gguf")
-    with pytest.raises(OSError, match=r"^no/such-model: "):
+    with pytest.raises(OSError, match=r"^tokenizer: no/such-model: no such file or folder, and no such id"):
         load_model("no/such-model")
     make_model(30, 0).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"^{tmp_path}: expected a tokenizer that transformers reads: "):
+    with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path}: expected a tokenizer that transformers reads, but it"):
         load_model(tmp_path)
 
 

@@ -19,7 +19,7 @@ from xtoken.losses.logits import AnyLogits, OrderedLogits
 from xtoken.projection import ProjectionMatrix
 from xtoken.served import ServedModel
 from xtoken.storage import check_fingerprints
-from xtoken.vocabulary import TokenizerLike, Vocabulary
+from xtoken.vocabulary import TokenizerLike, Vocabulary, sources
 from xtoken.vocabulary.roles import RESERVED, ROLES
 
 from . import adapters
@@ -90,8 +90,8 @@ def load_model(
     is_adapter = adapters.is_adapter(source)
     place = adapters.base_source(source) if is_adapter else source
     has_own = not is_adapter or (Path(source) / "tokenizer_config.json").is_file()
-    tokenizer = load_tokenizer(source if has_own else place, trust_remote_code=trust_remote_code, revision=revision)
     name, options = _place(place, trust_remote_code, None if is_adapter else revision)
+    tokenizer = load_tokenizer(source if has_own else place, trust_remote_code=trust_remote_code, revision=revision)
     is_gguf, is_spread = "gguf_file" in options, str(device) == "auto"
     if is_spread:
         options["device_map"] = "auto"
@@ -139,18 +139,8 @@ def _whole() -> Iterator[None]:
 def load_tokenizer(
     source: str | os.PathLike[str], *, trust_remote_code: bool = False, revision: str | None = None
 ) -> Any:
-    """The tokenizer of `load_model`, without the model."""
-    from transformers import AutoTokenizer
-
-    name, options = _place(source, trust_remote_code, revision)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
-    except ImportError:
-        raise
-    except OSError as error:  # which does not always say of what
-        raise OSError(f"{source}: {error}") from error
-    except Exception as error:  # nor does any other
-        raise ValueError(f"{source}: expected a tokenizer that transformers reads: {error}") from error
+    """The tokenizer of `load_model`, without the model; also from a file, as for `Vocabulary.from_tokenizer`."""
+    tokenizer = sources.load_tokenizer(source, to_train=True, trust_remote_code=trust_remote_code, revision=revision)
     ensure_pad_token(tokenizer)
     return tokenizer
 

@@ -34,26 +34,27 @@ TEKKEN_SPECIAL = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS
 """Of a Tekken file that does not list them."""
 
 
-def load_tokenizer(source: str | os.PathLike[str]) -> Any:
+def load_tokenizer(source: str | os.PathLike[str], *, to_train: bool = False, **options: Any) -> Any:
     """A tokenizer from a Hub id, a folder, or a file: a tokenizer.json, a tekken.json, tiktoken ranks, a SentencePiece
     model (BPE), or GGUF.
 
+    It is one of transformers if it is `to_train`; else maybe one of `tokenizers`. `options` are of ``from_pretrained``.
     Raises FileNotFoundError if a path does not exist, ValueError if a file or folder holds none of these; OSError if
     there is no such id.
     """
     if not os.fspath(source):
         raise ValueError("tokenizer: expected a path or a Hub id, got an empty text")
     path = Path(source)
-    if path.is_dir() and not (path / "tokenizer_config.json").exists():
+    if path.is_dir() and not to_train and not (path / "tokenizer_config.json").exists():
         known = ("tokenizer.json", "tekken.json", "tokenizer.model")
         path = next((path / name for name in known if (path / name).exists()), path)
     if path.exists() and not path.is_dir():
-        return _from_file(path)
+        return _of_transformers(_from_file(path)) if to_train else _from_file(path)
     check_source(source)
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(str(source))
+        return AutoTokenizer.from_pretrained(str(source), **options)
     except ImportError:
         raise
     except Exception as error:  # as in `_from_file`
@@ -63,6 +64,13 @@ def load_tokenizer(source: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"tokenizer: {source}: expected a tokenizer that transformers reads, but it says: {said}"
         ) from error
+
+
+def _of_transformers(tokenizer: Any) -> Any:
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer) if isinstance(tokenizer, Tokenizer) else tokenizer
 
 
 def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> None:
