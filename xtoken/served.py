@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from .client import Client, RefusedError
 from .losses import TopKLogits
 from .losses.served import ROUNDING, as_tables, served_entries
+from .once import Once
 from .vocabulary import TokenizerLike, Vocabulary
 
 KEY = "XTOKEN_TEACHER_KEY"
@@ -101,7 +102,7 @@ class ServedModel:
         most = card.get("max_model_len")
         self.positions = most - 1 if isinstance(most, int) and most > 1 else None
         self._asked: weakref.WeakValueDictionary[bytes, Future[TopKLogits]] = weakref.WeakValueDictionary()
-        self._unknown_is_told = False
+        self._warn_once = Once(logger.warning)
         self._check_tokenizer()
 
     def __repr__(self) -> str:
@@ -259,10 +260,9 @@ class ServedModel:
             if not bool(is_right.all()):
                 raise self._wrong(f"{what} at position {int((~is_right).nonzero()[0]) + 1}")
         unknown = found.ids >= size
-        if bool(unknown.any()) and not self._unknown_is_told:
-            self._unknown_is_told = True
+        if bool(unknown.any()):
             message = "%s lists token %d, but the tokenizer has %d; such tokens count to the rest"
-            logger.warning(message, self.client.url, int(found.ids.max()), size)
+            self._warn_once("unknown", message, self.client.url, int(found.ids.max()), size)
         return TopKLogits(
             found.ids.masked_fill(unknown, -1), found.logprobs.clamp_max(0.0).masked_fill(unknown, -torch.inf)
         )

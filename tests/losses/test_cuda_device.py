@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import emulated
@@ -69,7 +68,7 @@ class Asked:
 
 
 @pytest.fixture
-def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Registers a backend "cuda" of such launchers."""
 
     def register(asked: Asked) -> Asked:
@@ -77,9 +76,8 @@ def with_cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         monkeypatch.setitem(backends._BACKENDS, "cuda", one)
         return asked
 
-    backends._warn_once.cache_clear()
-    yield register
-    backends._warn_once.cache_clear()
+    monkeypatch.setattr(backends._warn_once, "said", set())
+    return register
 
 
 def test_auto_takes_the_reference_on_an_older_gpu_and_says_why(
@@ -107,7 +105,7 @@ def test_auto_takes_the_kernels_where_they_run(with_cuda: Any, recwarn: pytest.W
 
 def test_a_build_without_kernels_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(backends._BACKENDS, "cuda", raising=False)
-    backends._warn_once.cache_clear()
+    monkeypatch.setattr(backends._warn_once, "said", set())
     with pytest.warns(UserWarning, match="since backend 'cuda' cannot: this build of xtoken has no CUDA kernels"):
         assert select_backend("auto", "cuda:0") == "reference"
 

@@ -90,7 +90,7 @@ def test_missing_files(tmp_path):
     with pytest.raises(OSError, match=r"^tokenizer: no/such-model: no such file or folder, and no such id"):
         load_model("no/such-model")
     make_model(30, 0).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path}: expected a tokenizer that transformers reads, but it"):
+    with pytest.raises(ValueError, match=f"^tokenizer: {tmp_path}: expected a tokenizer that transformers reads"):
         load_model(tmp_path)
 
 

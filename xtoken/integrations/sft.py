@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from xtoken.alignment import Aligner, Alignment, pad_rows
 from xtoken.losses import XTokenLoss
+from xtoken.once import Once
 from xtoken.train.collator import OnHost, row_alignment
 from xtoken.train.encode import ExampleEncoder
 from xtoken.train.example import Ints
@@ -51,7 +52,7 @@ class DistilCollator:
         self.is_text = self.student.is_text
         self.reader = Reader(teacher.tokenizer, teacher.name)
         self.limit = teacher.limits.positions
-        self._told: set[str] = set()
+        self._warn_once = Once(logger.warning)
         self.reads_student_ids = teacher.reads_student_ids
         self.encoder = ExampleEncoder(student_tok, [teacher.tokenizer], teacher_names=[teacher.name])
         self.aligner = Aligner(self.student, self.reader.vocabulary)
@@ -98,7 +99,7 @@ class DistilCollator:
             read = np.asarray(self._as_text(ids), np.int64)
             spans = self.aligner.align(ids, read).spans.numpy()
         if self.limit is not None and len(read) > self.limit:
-            self._tell(f"texts of more than {self.limit} tokens are cut for {self.reader.name}")
+            self._warn_once("cut", f"texts of more than {self.limit} tokens are cut for {self.reader.name}")
             read, spans = read[: self.limit], spans[spans[:, 3] <= self.limit]
         return read, spans
 
@@ -117,18 +118,13 @@ class DistilCollator:
         head = _agreeing(ids[:shortest], written[:shortest])
         tail = _agreeing(ids[::-1][: shortest - head], written[::-1][: shortest - head])
         if head + tail < len(ids):
-            self._tell(
+            self._warn_once(
+                "other",
                 "some rows are not what the student's chat template writes of their messages: what differs is compared "
-                "with nothing"
+                "with nothing",
             )
         at_head, at_tail = spans[:, 1] <= head, spans[:, 0] >= len(written) - tail
         return read, np.concatenate([spans[at_head], spans[at_tail & ~at_head] + [shift, shift, 0, 0]])
-
-    def _tell(self, message: str) -> None:
-        """Says something once."""
-        if message not in self._told:
-            self._told.add(message)
-            logger.warning(message)
 
     def _as_text(self, ids: Ints) -> list[int]:
         """The teacher's ids of the text that the student's spell."""

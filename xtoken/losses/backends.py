@@ -17,6 +17,7 @@ from torch import Tensor
 from xtoken.alignment.alignment import IGNORED as IGNORED
 from xtoken.alignment.chunks import Chunks
 from xtoken.losses.numerics import statistics_dtype
+from xtoken.once import Once
 from xtoken.terminal import did_you_mean
 
 if TYPE_CHECKING:
@@ -321,12 +322,11 @@ def _tell(device: torch.device, loss: str | None) -> None:
     """Says why a loss that has kernels for such devices does without."""
     reason = why_not(device.type, device)
     if reason is not None and (loss is None or kernels_of(loss, device.type) is not None):
-        _warn_once(f"losses on {device} are computed in plain PyTorch, since backend {device.type!r} cannot: {reason}")
+        message = f"losses on {device} are computed in plain PyTorch, since backend {device.type!r} cannot: {reason}"
+        _warn_once(message, message)
 
 
-@functools.cache
-def _warn_once(message: str) -> None:
-    warnings.warn(message, stacklevel=2)
+_warn_once = Once(functools.partial(warnings.warn, stacklevel=2))
 
 
 def why_not(

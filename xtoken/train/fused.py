@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from xtoken.once import Once
+
 from .head import TOKENS, gather_head, head_fault, linear_outputs
 from .limits import head_rows, output_layer
 from .routing import read_by
@@ -40,7 +42,7 @@ class Fused:
         self.choice, self.device, self.is_shared = choice, device, is_shared
         self.least = memory_of(device) // AUTO_SHARE  # bytes of logits for "auto"
         self._faults: dict[str | None, str | None] = {}  # of teachers by name, and of the student as None
-        self._told: set[str] = set()
+        self._warn_once = Once(logger.warning)
         self._bytes = 0
 
     def refuse(self, reason: str | None, teacher: str | None = None) -> None:
@@ -91,9 +93,7 @@ class Fused:
         return fault is not None
 
     def _tell(self, message: str, what: str) -> None:
-        if what not in self._told:
-            self._told.add(what)
-            logger.warning("fused=%s: the losses get %s", self.choice, message)
+        self._warn_once(what, "fused=%s: the losses get %s", self.choice, message)
 
 
 def memory_of(device: torch.device) -> int:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 from transformers.integrations import is_deepspeed_zero3_enabled
 
 from xtoken.losses.backends import IGNORED
+from xtoken.once import Once
 from xtoken.report.run import add_sample
 from xtoken.served import ServedModel
 from xtoken.terminal import printable
@@ -98,7 +99,7 @@ class Rollout:
                 f"max_new_tokens: expected fewer than the {self.longest + self.args.max_new_tokens} tokens of an "
                 f"example, got {self.args.max_new_tokens}"
             )
-        self._counts, self._told = _Counts(), set[str]()
+        self._counts, self._warn_once = _Counts(), Once(logger.warning)
         self._seen = self._prompts = self._read = self._fitting = 0
         self._check_prompts(trainer.train_dataset)
 
@@ -273,9 +274,7 @@ class Rollout:
 
     def _tell(self, kind: str, message: str) -> None:
         """Says something of a kind once."""
-        if kind not in self._told:
-            self._told.add(kind)
-            logger.warning("on_policy: %s", printable(message))
+        self._warn_once(kind, "on_policy: %s", printable(message))
 
     def _show(self, completion: Completion, step: int) -> None:
         prompt = b"".join(self.reader.tokens[i] for i in completion.prompt.ids).decode("utf-8", "replace")

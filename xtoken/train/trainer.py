@@ -26,6 +26,7 @@ from xtoken.losses import Teacher, XTokenLoss
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import AnyLogits, materialised
+from xtoken.once import Once
 from xtoken.projection import LearnableProjection
 from xtoken.storage import TensorFile
 from xtoken.vocabulary import Vocabulary
@@ -249,8 +250,8 @@ class XTokenTrainer(Trainer):
         self._unchecked = {teacher.name for teacher in self.teachers}
         self._ahead = Ahead()
         self._faults: dict[str, str | None] = {}  # of models, why examples must not share their rows, as far as known
-        self._bounded_steps, self._steps, self._bound_is_told = 0.0, 0, False
-        self._left_out_is_said = False
+        self._bounded_steps, self._steps = 0.0, 0
+        self._warn_once = Once(logger.warning)
         self._meter = self._new_meter()
         self._held_out = self._no_counts()
         self._finite = FiniteCheck(["student", *names])
@@ -619,13 +620,11 @@ class XTokenTrainer(Trainer):
     def _tell_bound(self, share: float, steps: int) -> None:
         """Says once that most steps had the largest factor: that `share` of the steps since the last log."""
         self._bounded_steps, self._steps = self._bounded_steps + share * steps, self._steps + steps
-        if self._bound_is_told or self._bounded_steps < max(TOLD_AFTER, self._steps / 2):
-            return
-        self._bound_is_told = True
-        logger.warning(
-            "in %.0f of %d steps CE / |KD| was larger than max_scale=%g, so that the loss was CE + %g KD",
-            self._bounded_steps, self._steps, self.args.max_scale, self.args.max_scale,
-        )  # fmt: skip
+        if self._bounded_steps >= max(TOLD_AFTER, self._steps / 2):
+            self._warn_once(
+                "bound", "in %.0f of %d steps CE / |KD| was larger than max_scale=%g, so that the loss was CE + %g KD",
+                self._bounded_steps, self._steps, self.args.max_scale, self.args.max_scale,
+            )  # fmt: skip
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -708,13 +707,12 @@ class XTokenTrainer(Trainer):
         """Says once if many chunks have no term for their start."""
         for name in (names := self._meter.names):
             share = measured.get(f"starts_left_out/{name}" if len(names) > 1 else "starts_left_out", math.nan)
-            if share > MOST_LEFT and not self._left_out_is_said:
-                self._left_out_is_said = True
+            if share > MOST_LEFT:
                 message = (
                     "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build "
                     "the PieceIndex with text like this, texts=[*xtoken.sample_texts(student, teacher), *own]"
                 )
-                logger.warning(message, name, 100 * share)
+                self._warn_once("left out", message, name, 100 * share)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""
