@@ -74,6 +74,39 @@ def test_gguf_and_folders(tmp_path):
     assert spell(load_tokenizer(tmp_path)) == spell(load_tokenizer(source))
 
 
+@pytest.mark.parametrize(("architecture", "model"), [("llama", "llama"), ("gemma3", "llama"), ("phi3", "llama"),
+                                                     ("llama", "gpt2"), ("qwen2", "gpt2"), ("t5", "t5")])  # fmt: skip
+def test_gguf_tokenizers_without_the_model(architecture, model, tmp_path, monkeypatch):
+    """They are AutoTokenizer's, but no configuration of the model is made, which takes Gemma's 20 s."""
+    gguf, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
+    pytest.importorskip("transformers.integrations.gguf")
+    path = tmp_path / "small.gguf"
+    space, marks = ("\u0120" if model == "gpt2" else "\u2581"), ["<unk>", "<s>", "</s>", "<tool>"]
+    tokens = [*marks, space, *"abcdefgh", "ab", f"{space}a", f"{space}ab", "\u2581\u2581"]
+    writer = gguf.GGUFWriter(str(path), architecture)
+    writer.add_tokenizer_model(model)
+    writer.add_token_list(tokens)
+    writer.add_token_types([2, 3, 3, 4, *[1] * (len(tokens) - 4)])
+    writer.add_token_scores([-float(k) for k in range(len(tokens))])
+    if model == "gpt2":
+        writer.add_tokenizer_pre(architecture)
+        writer.add_token_merges(["a b", f"{space} a", f"{space} ab"])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    want = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
+    monkeypatch.delattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint")
+    got = load_tokenizer(path)
+    assert json.loads(got.backend_tokenizer.to_str()) == json.loads(want.backend_tokenizer.to_str())
+    want.mask_token = None  # of Gemma's class
+    assert got.special_tokens_map == want.special_tokens_map
+    assert Vocabulary.from_tokenizer(got).roles == Vocabulary.from_tokenizer(want).roles
+    for text in ("ab  ab", " ab\n", "<s>a<tool></s> b"):
+        assert got(text).input_ids == want(text).input_ids
+
+
 @pytest.mark.parametrize("name", ["none.json", "./none", "none/a/b", "none.gguf", "tokenizer.model"])
 def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

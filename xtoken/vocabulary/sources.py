@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def load_tokenizer(source: str | os.PathLike[str], *, to_train: bool = False, **
         known = ("tokenizer.json", "tekken.json", "tokenizer.model")
         path = next((path / name for name in known if (path / name).exists()), path)
     if path.exists() and not path.is_dir():
-        return _of_transformers(_from_file(path)) if to_train else _from_file(path)
+        return _from_file(path, to_train)
     check_source(source)
     from transformers import AutoTokenizer
 
@@ -83,12 +84,13 @@ def check_source(source: str | os.PathLike[str], name: str = "tokenizer") -> Non
         raise FileNotFoundError(f"{name}: no such file or folder: {source}")
 
 
-def _from_file(path: Path) -> Any:
+def _from_file(path: Path, to_train: bool) -> Any:
     check_regular(path)
     with open(path, "rb") as stream:
         head = stream.read(1 << 12)
     try:
-        return _parsed(path, head)
+        tokenizer = _from_gguf(path, to_train) if head[:4] == b"GGUF" else _parsed(path, head)
+        return _of_transformers(tokenizer) if to_train else tokenizer
     except ImportError:
         raise
     except Exception as error:  # whatever the library of the format raises
@@ -99,14 +101,24 @@ def _from_file(path: Path) -> Any:
         raise ValueError(f"tokenizer: {path}: expected {kind}, got {hint}") from error
 
 
+def _from_gguf(path: Path, to_train: bool) -> Any:
+    """As AutoTokenizer has it, which first makes a configuration of the model: 20 s for Gemma's vocabulary.
+
+    Where transformers reads GGUF itself, and no tokenizer lies beside, nothing but the tokenizer's class, its side of
+    padding and a token to mask with depends on that.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    is_alone = not any((path.parent / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
+    is_plain = is_alone and not to_train and find_spec("transformers.integrations.gguf") is not None
+    kind = PreTrainedTokenizerFast if is_plain else AutoTokenizer
+    return kind.from_pretrained(str(path.parent), gguf_file=path.name)
+
+
 def _parsed(path: Path, head: bytes) -> Any:
     """The tokenizer of a file that begins like this."""
     from tokenizers import Tokenizer
 
-    if head[:4] == b"GGUF":
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     if _RANK.match(head):
         return _from_tiktoken(path)
     if head[:1] == b"\n" and not head.lstrip().startswith(b"{"):
