@@ -208,9 +208,15 @@ class ServedModel:
         realised = said["input_token_logprobs"]
         if [one[1] for one in realised] != ids[: len(realised)]:
             raise self._wrong("log-probabilities of other tokens than were sent")
-        for entry, (value, i, _) in zip(entries, realised, strict=False):
-            if entry is not None and value is not None:
-                entry.setdefault(i, float(value))
+        for place, (entry, (value, i, _)) in enumerate(zip(entries, realised, strict=False)):
+            if entry is None or value is None:
+                continue
+            listed = entry.get(i, min([value, *entry.values()]))  # what is none of the likeliest is no likelier
+            if abs(listed - value) > ROUNDING * max(1.0, -value):
+                raise self._wrong(
+                    f"{value:.4g} for token {i} at position {place}, but {listed:.4g} among the likeliest"
+                )
+            entry.setdefault(i, float(value))
         texts = {i: text for _, i, text in realised if text is not None} if with_text else {}
         return entries, texts
 

@@ -75,6 +75,9 @@ OPEN_SHARDS = 64
 WINDOW = 256
 """Documents that are sorted by length together, so that a batch holds documents of similar length."""
 
+SURE = 8
+"""Different tokens that must be listed in places that are not theirs before an answer is taken for a shifted one."""
+
 LEAST_TAIL = 2e-6
 """Probability that a tail has at least when it is read: less is below the rounding error of the listed ones."""
 
@@ -212,7 +215,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
     def add(self, token_ids: Sequence[int] | Tensor, logits: TopKLogits, tail: Tensor | None = None) -> None:
         """Adds a document.
 
-        Raises ValueError for shapes that do not fit, ids out of range, and log-probabilities that are NaN or above 0.
+        Raises ValueError for shapes that do not fit, ids out of range, log-probabilities that are NaN or above 0, and
+        a server's answer that is shifted by one token.
 
         Parameters
         ----------
@@ -238,6 +242,7 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         # A little above 0 is rounding of whoever computed them.
         if not bool((logprobs <= 1e-3).all()):
             raise ValueError(f"logits.logprobs: expected logarithms of probabilities, got {float(logprobs.max())}")
+        _check_place(tokens, logits.ids.cpu().numpy(), logprobs.cpu().numpy())
         logprobs, order = logprobs.clamp_max_(0.0).sort(dim=1, descending=True, stable=True)
         logprobs, order = logprobs[:, : self.top_k], order[:, : self.top_k]
         if tail is None:
@@ -284,6 +289,27 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
                 if self._waiting:
                     self._write_shard()
                 self._save_index(complete=True)
+
+
+def _check_place(tokens: NDArray[np.int32], ids: NDArray[Any], logprobs: NDArray[np.float32]) -> None:
+    """Raises ValueError if rows list what was predicted one token earlier or later.
+
+    A server lists the token that stands in a place too: if it is none of the likeliest, a row is longer by this one,
+    which is its least likely.
+    """
+    counts = (ids >= 0).sum(1)[1 : max(len(tokens) - 2, 1)]  # but of rows at the ends, which a shift leaves empty
+    rows = 1 + np.flatnonzero(counts == counts.max(initial=1))
+    if len(rows) and (counts == counts.max() - 1).any():
+        listed = np.where(ids[rows] >= 0, logprobs[rows], np.inf)
+        is_least = listed == listed.min(1, keepdims=True)
+        own, before, behind = (tokens[rows + k] for k in (1, 0, 2))
+        in_place, *shifted = ((is_least & (ids[rows] == one[:, None])).any(1).all() for one in (own, before, behind))
+        for where, one, is_shifted in zip(("t", "t + 2"), (before, behind), shifted, strict=True):
+            if is_shifted and not in_place and len(np.unique(one)) >= SURE:
+                raise ValueError(
+                    f"logits: expected row t to predict token t + 1, but all {len(rows)} rows that list a token "
+                    f"besides the likeliest list token {where}: the answer is shifted by one"
+                )
 
 
 def _read_index(folder: Path) -> dict[str, Any]:

@@ -187,6 +187,8 @@ class _Handler(BaseHTTPRequestHandler):
             listed[1] = {realised: first[realised]}
         elif fault == "other":
             listed[1] = {i: value for i, value in first.items() if i != realised}
+        elif fault == "shifted":
+            listed[1:] = [*listed[2:], first]
         elif fault == "beyond":
             first[10**6] = first.pop(min((i for i in first if i != realised), key=first.__getitem__))
         return listed
@@ -216,10 +218,10 @@ class _Handler(BaseHTTPRequestHandler):
         fake, ids, k = self.fake, content["input_ids"], content["top_logprobs_num"]
         with_text = content["return_text_in_logprobs"]
         text = fake.tokenizer.decode if with_text else lambda ids: None
-        listed = self.spoil(fake.listed(ids, k), fault)
+        listed = self.spoil(fake.listed(ids, k), fault if fault != "shifted" else "")
         realised = [[entry and next(iter(entry.values())), i, text([i])] for i, entry in zip(ids, listed, strict=False)]
         top = [
             entry and [[value, i, text([i])] for i, value in sorted(entry.items(), key=_descending)[:k]]
-            for entry in listed
+            for entry in (listed if fault != "shifted" else self.spoil(listed, fault))
         ]
         return self.send({"text": "x", "meta_info": {"input_token_logprobs": realised, "input_top_logprobs": top}})

@@ -27,7 +27,7 @@ from small import (
     run_one_step,
 )  # fmt: skip
 
-from xtoken import ServedModel, TeacherCache, cache_teacher, client
+from xtoken import ServedModel, TeacherCache, TeacherCacheWriter, TopKLogits, cache_teacher, client
 from xtoken.cli import main
 from xtoken.losses import Needs
 from xtoken.train import TeacherModel, XTokenCollator
@@ -170,6 +170,48 @@ def test_other_tokens_than_were_sent(vllm, teacher_tok, caplog):
     assert (
         f"lists token 1000000, but the tokenizer has {len(teacher_tok)}; such tokens count to the rest" in caplog.text
     )
+
+
+def test_an_answer_that_is_shifted(model, teacher_tok):
+    """vLLM's lists the tokens that stand there, of 5 likeliest; SGLang's says their log-probability twice."""
+    for owner, logprobs, message in (
+        ("vllm", 5, "of token 6, which was sent, at position 1"),
+        ("sglang", 10**6, "for token 6 at position 1, but -.* among the likeliest"),
+    ):
+        with FakeServer(model, teacher_tok, owner=owner) as server:
+            remote = served(server, teacher_tok, logprobs=logprobs)
+            server.faults.append("shifted")
+            with pytest.raises(ValueError, match=f"answers with .*{message}"):
+                remote.ask([[5, 6, 7, 8]])[0].result()
+
+
+@pytest.mark.parametrize("sharpness", [0.0, 1.0, 8.0])
+def test_a_shifted_answer_does_not_fill_a_cache(sharpness, model, teacher_tok, tmp_path):
+    """Whichever way. A right one does, whether its teacher knows the text, its own tokens alone or nothing."""
+    ids = torch.tensor(rows_of(teacher_tok, 8)[0] * 4)[:120]
+    noise = torch.randn(len(ids), len(teacher_tok), generator=torch.Generator().manual_seed(0))
+    known = torch.rand(len(ids), generator=torch.Generator().manual_seed(1)) < 0.5
+
+    def answer(of: torch.Tensor, with_own: bool = True) -> Any:
+        """What vLLM would list of a teacher that knows, of half of its tokens, `of` them."""
+        logits = noise + sharpness * known[:, None] * torch.nn.functional.one_hot(of, len(teacher_tok))
+        logprobs = logits.log_softmax(-1)
+        top = logprobs.topk(5)
+        listed = [dict(zip(*row, strict=True)) for row in zip(top.indices.tolist(), top.values.tolist(), strict=True)]
+        for entry, row, own in zip(listed, logprobs, of.tolist(), strict=True):
+            if with_own:
+                entry.setdefault(own, float(row[own]))
+        return [None, *listed[:-1]]
+
+    following = ids.roll(-1)
+    with TeacherCacheWriter(tmp_path, teacher_tok, 3) as writer:
+        for shift, where in ((1, "t"), (-1, r"t \+ 2")):
+            shifted = answer(following.roll(shift))
+            if sharpness:
+                with pytest.raises(ValueError, match=f"predict token t . 1, but all .* list token {where}: the answer"):
+                    writer.add(ids, TopKLogits.from_vllm(shifted))
+        for right in (answer(following), answer(following, False), answer(ids, False), answer(ids.roll(-2), False)):
+            writer.add(ids, TopKLogits.from_vllm(right))
 
 
 def test_a_server_without_a_tokenizer(model, teacher_tok, caplog):
