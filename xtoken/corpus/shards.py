@@ -190,9 +190,9 @@ def checksum(group: pa.Table) -> int:
     digest = zlib.crc32("\0".join(group["id"].to_pylist()).encode())
     for name in ("student_ids", "teacher_ids", "spans"):
         for chunk in group[name].chunks:
-            digest = zlib.crc32(np.diff(chunk.offsets.to_numpy()).tobytes(), digest)
+            digest = zlib.crc32(np.diff(chunk.offsets.to_numpy()), digest)
             values = chunk.flatten().flatten() if name == "spans" else chunk.flatten()
-            digest = zlib.crc32(values.to_numpy().tobytes(), digest)
+            digest = zlib.crc32(values.to_numpy(), digest)
     return digest
 
 
