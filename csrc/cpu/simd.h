@@ -1,4 +1,5 @@
-// Vectors of 16 floats for the kernels, in three versions: AVX-512, AVX2 with FMA and F16C, and plain C++.
+// Vectors of 16 floats for the kernels, in three versions: AVX-512, AVX2 with FMA and F16C, and the compiler's own
+// vectors.
 //
 // A file X_kernel.cpp includes this header and is compiled once per level (CMakeLists.txt: xtoken_cpu_kernels), with
 // XTOKEN_LEVEL the level's name and namespace. Everything in it, helpers and templates included, must be inside
