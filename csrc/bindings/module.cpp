@@ -4,6 +4,7 @@
 #include "bindings/arrays.h"
 #include "bindings/errors.h"
 #include "bindings/launch.h"
+#include "core/chunk_rows.h"
 #include "core/cpu_features.h"
 #include "core/digest.h"
 #include "core/parallel.h"
@@ -12,6 +13,11 @@
 
 namespace xtoken {
 namespace {
+
+BatchChunks batch_chunks(const Array<int32_t>& spans, const Array<int64_t>& offsets) {
+    if (spans.ndim() != 2 || spans.shape(1) != 4) value_error("spans: expected shape [K, 4]");
+    return {reinterpret_cast<const Span*>(spans.data()), spans.shape(0), offsets.data(), offsets.size() - 1};
+}
 
 PYBIND11_MODULE(_core, m) {
     m.doc() = "The C++ core of xtoken; use the functions of the package xtoken instead.";
@@ -43,6 +49,20 @@ PYBIND11_MODULE(_core, m) {
         },
         py::arg("begin"), py::arg("counts"), py::arg("lanes"), py::arg("longest"),
         "See core/sliced.h; `source` is -1 where a slice has none.");
+    m.def(
+        "wrong_chunk",
+        [](const Array<int32_t>& spans, const Array<int64_t>& offsets) {
+            return wrong_chunk(batch_chunks(spans, offsets));
+        },
+        py::arg("spans"), py::arg("offsets"), "See core/chunk_rows.h.");
+    m.def(
+        "predictor_rows",
+        [](const Array<int32_t>& spans, const Array<int64_t>& offsets, const Array<bool>& predicted) {
+            const BatchChunks chunks = batch_chunks(spans, offsets);
+            if (predicted.size() != chunks.count) value_error("predicted: expected one for each chunk");
+            return to_array<int64_t>(predictor_rows(chunks, predicted.data()));
+        },
+        py::arg("spans"), py::arg("offsets"), py::arg("predicted"), "See core/chunk_rows.h.");
     m.def(
         "digest", [](const Array<uint8_t>& bytes) { return digest(bytes.data(), static_cast<size_t>(bytes.size())); },
         "A number that tells contents apart.");

@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from xtoken import plot
+from xtoken import _core, plot
 from xtoken.alignment.pretty import in_chunks, shown_tokens, two_lines
 from xtoken.notebook import MOST, html_table
 from xtoken.vocabulary import TokenizerLike
@@ -146,10 +146,8 @@ class Alignment:
         bounds, count = self.offsets.tolist(), self.num_chunks
         if bounds[0] != 0 or bounds[-1] != count or any(a > b for a, b in itertools.pairwise(bounds)):
             raise ValueError(f"offsets: expected a non-decreasing sequence from 0 to {count} chunks, got {bounds[:8]}")
-        starts, ends = self.spans[:, 0::2], self.spans[:, 1::2]
-        bad = ((starts < 0) | (ends <= starts)).any(dim=1)
-        bad[1:] |= (self.sample_index.diff() == 0) & (starts[1:] < ends[:-1]).any(dim=1)
-        for k in bad.nonzero()[:1, 0].tolist():
+        k = _core.wrong_chunk(_array(self.spans), np.array(bounds))
+        if k >= 0:
             expected = "(student_start, student_end, teacher_start, teacher_end) in increasing order"
             chunk = f"chunk {k} = {self.spans[k].tolist()}"
             raise ValueError(f"spans: {chunk} is empty, negative, or goes backwards; expected {expected}")
@@ -215,6 +213,7 @@ class Alignment:
 
     def to(self, device: torch.device | str) -> Alignment:
         """The same alignment with its tensors on `device`; nothing waits, but for the way back to the CPU."""
+        self.check_form()
         device = torch.device(device)
         on_host = device.type == "cpu"
         if on_host and self._host is not None and not self._masked:
@@ -334,16 +333,12 @@ class Alignment:
     def _flatten(self, ids: bool) -> Tensor:
         """int64 [n]: what losses need on a device, as one tensor for one copy; of an alignment on the CPU.
 
-        Of `predictable` chunks the number, sample, span, and whether it begins where the chunk before ends [7, K];
-        then, if wanted, the ids that there are.
+        Of `predictable` chunks the number, sample, on both sides first predictor row and count of rows, and whether it
+        begins where the chunk before ends [7, K]; then, if wanted, the ids that there are.
         """
-        used, sample = predictable(self).nonzero()[:, 0], self.sample_index
-        before = used - 1  # the first has none, and the last ends elsewhere
-        follows = (self.spans[before][:, 1::2] == self.spans[used][:, ::2]).all(1) & (sample[before] == sample[used])
-        parts = [used, sample[used], self.spans[used].long().T.flatten(), follows]
-        if ids:
-            parts += [part.flatten() for part in self._both_ids() if part is not None]
-        return torch.cat(parts)
+        rows = _core.predictor_rows(*map(_array, (self.spans, self.offsets, self.predicted)))
+        known = [one.flatten() for one in self._both_ids() if ids and one is not None]
+        return torch.cat([torch.from_numpy(rows), *known]) if known else torch.from_numpy(rows)
 
     @staticmethod
     def _trusted(**fields: Any) -> Alignment:
@@ -470,9 +465,14 @@ class Alignment:
         return f"Alignment(samples={len(self)}, chunks={self.num_chunks}, exact={exact}, device={self.spans.device})"
 
 
+def _array(values: Tensor) -> NDArray[Any]:
+    """The values on the CPU; a tensor that has shared its own memory with NumPy can no longer be resized."""
+    return values.to("cpu", copy=True).numpy()
+
+
 def predictable(alignment: Alignment) -> Tensor:
     """bool [K]: the chunks with a predictor row on both sides, which are those that losses use."""
-    return alignment.predicted & (alignment.spans[:, 0] > 0) & (alignment.spans[:, 2] > 0)
+    return alignment.predicted & (alignment.spans[:, ::2] > 0).all(1)
 
 
 def ranges(first: Tensor, counts: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from xtoken.alignment.alignment import Alignment, predictable, ranges, to_device
+from xtoken.alignment.alignment import Alignment, ranges, to_device
 
 
 @dataclass(frozen=True)
@@ -142,11 +142,12 @@ class Chunks:
             if realised and ids is None:
                 raise ValueError(f"alignment: the loss or its merge needs token ids, but {name}_ids is None")
         flat, placed = host._flatten(realised), alignment._flat
-        chunks = _of_flat(flat, host, lengths, realised)
+        count = (len(flat) - sum(one.numel() for one in host._both_ids() if realised and one is not None)) // 7
+        chunks = _of_flat(flat, count, host, lengths, realised)
         if device.type != "cpu":
             if placed is None or placed.device != device:
                 placed = to_device(flat, device)
-            chunks = replace(_of_flat(placed, host, lengths, realised), copy=chunks)
+            chunks = replace(_of_flat(placed, count, host, lengths, realised), copy=chunks)
         return chunks if alignment.mask is None else chunks.masked(alignment.mask)
 
     def masked(self, mask: Tensor) -> Chunks:
@@ -179,20 +180,19 @@ def _rows_as_chunks(used: Tensor) -> Chunks:
     return Chunks(same, same, used)
 
 
-def _of_flat(flat: Tensor, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
-    """The chunks of an alignment from what `Alignment._flatten` made of it, on any device."""
-    count = int(predictable(host).sum())
-    used, sample, a, b, c, d, follows = flat[: 7 * count].view(7, count).unbind()
+def _of_flat(flat: Tensor, count: int, host: Alignment, lengths: tuple[int, int], realised: bool) -> Chunks:
+    """So many chunks of an alignment from what `Alignment._flatten` made of it, on any device."""
+    used, sample, *rows, follows = flat[: 7 * count].view(7, count).unbind()
     sides: list[Rows] = []
     rest = flat[7 * count :]
-    for ids, length, start, stop in zip(host._both_ids(), lengths, (a, c), (b, d), strict=True):
+    for ids, length, first, number in zip(host._both_ids(), lengths, rows[::2], rows[1::2], strict=True):
         following = before = None
         if realised and ids is not None:
             ids, rest = rest[: ids.numel()].view(len(host), -1), rest[ids.numel() :]
-            before = torch.where(follows > 0, ids[sample, start - 1], -1)
+            before = torch.where(follows > 0, ids[sample, first], -1)
             ids = ids[:, 1 : length + 1]
             following = torch.nn.functional.pad(ids, (0, length - ids.shape[1]), value=-1).flatten()
-        sides.append(Rows(sample * length + start - 1, stop - start, following, before))
+        sides.append(Rows(torch.add(first, sample, alpha=length), number, following, before))
     return Chunks(sides[0], sides[1], used)
 
 
