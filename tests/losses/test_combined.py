@@ -421,10 +421,10 @@ def test_backward_has_nothing_left_to_do_where_the_factors_are_known(
     case = Case(case.student.float(), case.teacher.float(), case.alignment, case.projection)
     labels = make_labels(case)
     scaled, added = [], []
-    scale, add = operator._scaled, operator.add_cross_entropy_
+    scale, add = operator._scaled, operator._add_cross_entropy
     monkeypatch.setattr(operator, "_scaled", lambda grad, factor: scaled.append(float(factor)) or scale(grad, factor))
     monkeypatch.setattr(
-        operator, "add_cross_entropy_", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
+        operator, "_add_cross_entropy", lambda *a: scaled.append(float(a[3])) or added.append(float(a[4])) or add(*a)
     )
     teachers = [Teacher(case.projection, weight=0.3, top_k=20), Teacher(case.projection, loss=OTHER)]
     for scaling, given in (("fixed", None), ("dynamic", 2.5), ("dynamic", torch.tensor(2.5)), ("dynamic", None)):

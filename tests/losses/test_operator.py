@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from comparer import assert_as_accurate, assert_close
-from default_losses import default_loss
+from default_losses import DEFAULT, default_loss
 from harness import OPERATIONS, PAIRS, Case, distinct_pairs, few_variants, make_case, variants
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -545,6 +545,49 @@ def test_transforms_of_torch_func_are_an_error(inplace: bool) -> None:
             derivative(student)
     detached, want = torch.func.grad(lambda student: student.sum() + loss(student.detach())), torch.ones(())
     assert torch.equal(detached(case.student), want.to(case.student).expand_as(case.student))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_vmap_of_a_loss_that_is_differentiated_outside_of_it() -> None:
+    case = small_case()
+
+    def loss(student: Tensor) -> Tensor:
+        return projected_loss(student, case.teacher, case.alignment, case.projection)
+
+    students = torch.stack([case.student, 2 * case.student]).requires_grad_()
+    together, each = torch.func.vmap(loss)(students), torch.stack([loss(one) for one in students])
+    assert torch.equal(together, each)
+    assert torch.equal(*(gradients(losses.sum(), students)[0] for losses in (together, each)))
+
+
+def test_a_graph_of_autograd_has_a_node_of_its_own() -> None:
+    """That of the operator looks up the defaults of all of its arguments, which takes as long as the loss."""
+    case = small_case()
+    loss = projected_loss(case.student.requires_grad_(), case.teacher, case.alignment, case.projection)
+    assert loss.grad_fn is not None
+    assert loss.grad_fn.name() == f"xtoken_{DEFAULT[Needs.PROJECTION]}Backward"
+
+
+class Operators(TorchDispatchMode):
+    """The operators that are seen from outside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[Any] = []
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.found.append(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_mode_sees_the_operator_and_not_what_it_does() -> None:
+    case = small_case()
+    student = case.student.requires_grad_()
+    with Operators() as seen:
+        projected_loss(student, case.teacher, case.alignment, case.projection)
+    own = [one for one in seen.found if one.namespace == "xtoken"]
+    assert own == [getattr(torch.ops.xtoken, DEFAULT[Needs.PROJECTION]).default]
+    assert torch.ops.aten.sum.default not in seen.found  # of the losses
 
 
 class Allocations(TorchDispatchMode):

@@ -225,11 +225,14 @@ def kernels_of(loss: str, backend: str) -> ModuleType | None:
 
     if loss not in REGISTER:
         return None
-    name = f"{REGISTER[loss].kernels}.{backend}"
-    return importlib.import_module(name) if _exists(name) else None
+    return _module(f"{REGISTER[loss].kernels}.{backend}")
 
 
 @functools.cache
+def _module(name: str) -> ModuleType | None:
+    return importlib.import_module(name) if _exists(name) else None
+
+
 def _exists(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

@@ -333,15 +333,16 @@ class XTokenLoss(nn.Module):
         if scale is None:
             scale = self._ratio(ce.detach(), kd.detach(), reduce)
         total = self.ce_weight * ce + self.kd_weight * scale * kd
+        ce, kd = ce.detach(), kd.detach()
         factor = scale.detach().to(kd) if isinstance(scale, Tensor) else kd.new_full((), scale)
         at_bound = factor >= self.max_scale if self.scaling == "dynamic" else torch.zeros_like(kd, dtype=torch.bool)
         diagnoses = torch.stack([part.diagnosis for part in done]) if done else ce.new_zeros(0, len(NAMES))
         parts = {
-            "ce": ce.detach(),
-            "kd": kd.detach(),
+            "ce": ce,
+            "kd": kd,
             "scale": factor,
-            "unscaled": (self.ce_weight * ce + self.kd_weight * kd).detach(),
-            "bounded": at_bound & (kd.detach() != 0),
+            "unscaled": self.ce_weight * ce + self.kd_weight * kd,
+            "bounded": at_bound & (kd != 0),
             "kd_per_teacher": torch.stack([part.loss.detach() for part in done]) if done else ce.new_zeros(0),
             "chunks": _numbers([one.chunks for one in ready], kd.device),
             "unsupervised": _numbers([one.unsupervised for one in ready], kd.device),
@@ -492,7 +493,7 @@ class XTokenLoss(nn.Module):
             backend=self.backend, **self.groups,
         )  # fmt: skip
         total, cross_entropy = result if isinstance(result, tuple) else (result, None)
-        weighted, diagnosis = _scalar(ready.chunks, device) - _scalar(ready.distrusted, device), nothing(device)
+        weighted, diagnosis = _scalar(ready.chunks - ready.distrusted, device), nothing(device)
         if weights is not None or diagnosed is not None:
             chunks = ready.used(device, loss.realised)
             if weights is not None:

@@ -273,7 +273,7 @@ class DenseSource:
     """Logits in memory [B, T, V]; see `widened`."""
 
     def __init__(self, logits: Tensor, size: int) -> None:
-        self.logits = widened(logits[..., :size], size)
+        self.logits = logits if logits.shape[-1] == size else widened(logits[..., :size], size)
         self.samples, self.length, self.size = self.logits.shape
 
     def rows(self, start: int, stop: int) -> Tensor:

@@ -177,6 +177,9 @@ class _Layout:
         arguments = {name: str(kind) for part in (Call, Flags) for name, kind in _annotations(part).items()}
         flags = {name: arguments.pop(name) for name in Flags._fields}
         self.names = [*arguments, *own]
+        wanted = ("student", "student_head", "student_bias", _WEIGHT)
+        self.places = {name: self.names.index(name) for name in wanted if name in self.names}
+        """Of the arguments that get a gradient."""
         self.schema = ", ".join(f"{_TYPES[kind]} {name}" for name, kind in {**arguments, **own, **flags}.items())
 
     def flat(self, loss: Loss) -> list[Any]:
@@ -205,6 +208,9 @@ def _annotations(kind: Any) -> dict[str, str]:
 
 OPERATORS: dict[str, Any] = {}
 """The operator of each loss, by the loss's name."""
+
+_RECORDED: dict[str, Any] = {}
+"""The same as functions of autograd: an operator's own way there, and to its kernel, takes longer than the loss."""
 
 _LAYOUTS: dict[str, _Layout] = {}
 
@@ -263,9 +269,27 @@ def _define(name: str, layout: _Layout) -> None:
 
     schema = f"({layout.schema}) -> ({', '.join(['Tensor'] * len(Result._fields))})"
     operator = torch.library.custom_op(f"xtoken::{name}", kernel, mutates_args=(), schema=schema)
+    backward = partial(_backward, name, layout)
     operator.register_fake(fake)
-    operator.register_autograd(partial(_backward, name, layout), setup_context=_setup_context)
+    operator.register_autograd(backward, setup_context=_setup_context)
+
+    def forward(ctx: Any, *arguments: Any) -> tuple[Tensor, ...]:
+        results: tuple[Tensor, ...] = (operator if _is_watched(arguments) else kernel)(*arguments)
+        _setup_context(ctx, arguments, results)
+        return results[:2]
+
+    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
     OPERATORS[name], _LAYOUTS[name] = operator, layout
+    _RECORDED[name] = type(f"xtoken_{name}", (torch.autograd.Function,), methods)
+
+
+_PLAIN = {Tensor, torch.nn.Parameter, type(None), int, float, bool, str}
+
+
+def _is_watched(arguments: tuple[Any, ...]) -> bool:
+    """Whether a mode, or a kind of tensors, is to see the operator and not what it does."""
+    modes = torch._C._len_torch_dispatch_stack() + torch._C._len_torch_function_stack()
+    return modes > 0 or not _PLAIN.issuperset(map(type, arguments))
 
 
 def _compute(loss: Loss, call: Call, flags: Flags, inplace: bool = False) -> Result:
@@ -283,14 +307,14 @@ def _compute(loss: Loss, call: Call, flags: Flags, inplace: bool = False) -> Res
     if upstream is None and _is_lifted(call):
         upstream = label_upstream = lifted = _power_of_two(chunks.number, call.student.device)
     scale = chunk_scale(chunks, call.reduction, upstream, call.student)
-    labels = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
+    labels, number = _labels(call.labels, call.student, call.student_size, call.reduction, label_upstream)
     grads = Gradients(leaves, weight, flags, inplace)
     losses = computed(loss.name, (student, teacher), prepared, weight, call.backend, grads, scale, labels)
     head_grad, bias_grad = grads.in_types()
     count = call.predicted.numel() if call.predicted is not None else call.student.shape[:2].numel()
     return Result(
         _reduce(losses, chunks, count, call.reduction),
-        losses.new_zeros(()) if labels is None else _reduced_labels(labels, call.reduction),
+        losses.new_zeros(()) if labels is None else _reduced_labels(labels, number),
         grads.student,
         head_grad,
         bias_grad,
@@ -326,10 +350,10 @@ def computed(
     """The losses [K], by a backend; `grads`, if there are any, and `labels` get what comes with them."""
     student, parts = sources[0], []
     for problem, span, rows in _problems(name, *sources, prepared, weight):
-        part = None if labels is None else labels.part(rows)
+        part = labels if labels is None or rows == slice(None) else labels.part(rows)
         logits_grad = None if grads is None else grads.logits(problem, rows)
         weight_grad = None if grads is None else grads.weight
-        own_scale = None if scale is None else scale[span]
+        own_scale = scale if scale is None or span == slice(None) else scale[span]
         chosen = select(backend, problem.student.device, name, problem)
         parts.append(chosen.run(problem, logits_grad, weight_grad, own_scale, part))
         if grads is not None and logits_grad is not None and isinstance(student, LinearSource):
@@ -429,22 +453,20 @@ def chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student
 
 def _labels(
     labels: Tensor | None, student: Tensor, size: int, reduction: str, upstream: Tensor | None
-) -> Labels | None:
+) -> tuple[Labels | None, Tensor | None]:
+    """Labels for a backend, and what a mean divides by."""
     if labels is None:
-        return None
+        return None, None
     following = to_device(checked_ids(labels, size), student.device)
     scale = torch.ones((), dtype=torch.float64, device=student.device) if upstream is None else upstream.double()
-    if reduction == "mean":
-        scale = scale / (following != IGNORED).sum().clamp_min(1)
-    dtype = statistics_dtype(student)
-    return Labels(following, torch.empty(len(following), dtype=dtype, device=student.device), scale)
+    number = (following != IGNORED).sum().clamp_min(1) if reduction == "mean" else None
+    losses = torch.empty(len(following), dtype=statistics_dtype(student), device=student.device)
+    return Labels(following, losses, scale if number is None else scale / number), number
 
 
-def _reduced_labels(labels: Labels, reduction: str) -> Tensor:
+def _reduced_labels(labels: Labels, number: Tensor | None) -> Tensor:
     total = labels.losses.sum(dtype=torch.float64)
-    if reduction == "mean":
-        total = total / (labels.ids != IGNORED).sum().clamp_min(1)
-    return total.to(labels.losses.dtype)
+    return (total if number is None else total / number).to(labels.losses.dtype)
 
 
 def _reduce(losses: Tensor, chunks: Chunks, total: int, reduction: str) -> Tensor:
@@ -486,6 +508,8 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     """``grad * factor`` for a scalar ``factor``, in place; a tracer gets a new tensor, and fuses the product."""
     if type(grad) is not Tensor:
         return grad * factor
+    if grad.numel() == 0:
+        return grad
     if grad.device.type != "cpu":
         select("auto", grad.device).scale(grad, factor.to(grad.device))
     elif float(factor) != 1.0:
@@ -493,14 +517,7 @@ def _scaled(grad: Tensor, factor: Tensor) -> Tensor:
     return grad
 
 
-@torch.library.custom_op(
-    "xtoken::add_cross_entropy_",
-    mutates_args=("grad",),
-    # torch 2.4 cannot read it off annotations that are strings.
-    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor scale, Tensor factor, SymInt size, str reduction,"
-    " str backend) -> ()",
-)
-def add_cross_entropy_(
+def _add_cross_entropy(
     grad: Tensor,
     student: Tensor,
     labels: Tensor,
@@ -514,9 +531,19 @@ def add_cross_entropy_(
     if grad.device.type == "cpu" and float(factor) == 0.0:
         _scaled(grad, scale)
         return
-    wanted = _labels(labels, student, size, reduction, factor)
+    wanted, _ = _labels(labels, student, size, reduction, factor)
     if wanted is not None:
         select(backend, student.device).cross_entropy(student[..., :size], wanted, grad, scale)
+
+
+add_cross_entropy_ = torch.library.custom_op(
+    "xtoken::add_cross_entropy_",
+    _add_cross_entropy,
+    mutates_args=("grad",),
+    # torch 2.4 cannot read it off annotations that are strings.
+    schema="(Tensor(a!) grad, Tensor student, Tensor labels, Tensor scale, Tensor factor, SymInt size, str reduction,"
+    " str backend) -> ()",
+)
 
 
 class _OnceOnly(torch.autograd.Function):
@@ -547,10 +574,10 @@ def once_only(grad: Tensor, *origins: Any) -> Tensor:
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.set_materialize_grads(False)  # torch would make zeros of the size of every gradient
     # Tensors made in inference mode, as a teacher's logits often are, cannot be saved; they never need a gradient.
-    is_saved = [isinstance(x, Tensor) and not x.is_inference() for x in inputs]
-    ctx.save_for_backward(*(x if saved else None for x, saved in zip(inputs, is_saved, strict=True)))
-    ctx.others = tuple(None if saved else x for x, saved in zip(inputs, is_saved, strict=True))
-    ctx.zeros = output[0].new_zeros(output[0].shape), output[1].new_zeros(())
+    saved = [x if isinstance(x, Tensor) and not x.is_inference() else None for x in inputs]
+    ctx.save_for_backward(*saved)
+    ctx.others = [x if one is None else None for x, one in zip(inputs, saved, strict=True)]
+    ctx.forms = tuple((one.shape, one.dtype) for one in output[:2])
     flags = Flags(*inputs[-len(Flags._fields) :])
     # Buffers to scale and give away once. They are no outputs that anybody sees, so no saved-tensor hook needs them.
     is_prepared = flags.student_wanted or flags.weight_wanted
@@ -595,18 +622,20 @@ def _backward(
     name: str, layout: _Layout, ctx: Any, upstream: Tensor | None, label_upstream: Tensor | None, *_: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     """The gradients of an operator's arguments."""
-    upstream = ctx.zeros[0] if upstream is None else upstream
-    label_upstream = ctx.zeros[1] if label_upstream is None else label_upstream
     arguments = [other if x is None else x for x, other in zip(ctx.saved_tensors, ctx.others, strict=True)]
     count = len(layout.names)
     call, expected = Call(*arguments[: len(Call._fields)]), Flags(*arguments[count:])
-    needed = dict(zip(layout.names, ctx.needs_input_grad, strict=False))
-    head_wanted = bool(needed["student_head"] or needed["student_bias"])
-    student_wanted = bool(needed["student"] or head_wanted)
+    upstreams = zip((upstream, label_upstream), ctx.forms, strict=True)
+    upstream, label_upstream = (
+        call.student.new_zeros(shape, dtype=dtype) if one is None else one for one, (shape, dtype) in upstreams
+    )
+    needed = {argument: ctx.needs_input_grad[place] for argument, place in layout.places.items()}
+    head_wanted = needed["student_head"] or needed["student_bias"]
+    student_wanted = needed["student"] or head_wanted
     prepared, ctx.prepared = ctx.prepared, None
     with torch.no_grad():
         if prepared is None:
-            weight_wanted = layout.loss.trains_projection and bool(needed[_WEIGHT])
+            weight_wanted = layout.loss.trains_projection and needed[_WEIGHT]
             flags = Flags(student_wanted, head_wanted, weight_wanted, upstream, label_upstream)
             prepared = getattr(torch.ops.xtoken, name)(*arguments[:count], *flags)[2:-1]
         else:
@@ -616,21 +645,18 @@ def _backward(
             else:
                 factor, lacking = _remaining(upstream, label_upstream, *factors)
             if lacking is not None and call.labels is not None and student_wanted:
-                add_cross_entropy_(
+                is_traced = type(prepared[0]) is not Tensor
+                (add_cross_entropy_ if is_traced else _add_cross_entropy)(
                     prepared[0], call.student, call.labels, factor, lacking, call.student_size, call.reduction,
                     call.backend,
                 )  # fmt: skip
                 prepared = prepared[0], *(_scaled(grad, factor) for grad in prepared[1:])
             else:
                 prepared = tuple(_scaled(grad, factor) for grad in prepared)
-    grads: dict[str, Tensor] = dict(zip(("student", "student_head", "student_bias", _WEIGHT), prepared, strict=True))
-    if torch.is_grad_enabled():
-        grads = {argument: once_only(grad, *arguments, upstream, label_upstream) for argument, grad in grads.items()}
     given: list[Tensor | None] = [None] * len(ctx.needs_input_grad)
-    for k, (argument, is_needed) in enumerate(needed.items()):
-        grad = grads.get(argument) if is_needed else None
-        if grad is not None and arguments[k] is not None and grad.shape == arguments[k].shape:
-            given[k] = grad
+    for (argument, place), grad in zip(layout.places.items(), prepared, strict=False):
+        if needed[argument] and grad.shape == arguments[place].shape:
+            given[place] = once_only(grad, *arguments, upstream, label_upstream) if torch.is_grad_enabled() else grad
     return tuple(given)
 
 
@@ -689,15 +715,17 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
     leaves = [call.student, call.student_head, call.student_bias]
     student_wanted = torch.is_grad_enabled() and any(leaf is not None and leaf.requires_grad for leaf in leaves)
     arguments = [*call, *_LAYOUTS[loss.name].flat(loss)]
+    is_eager = not torch.compiler.is_compiling()
+    is_transformed = is_eager and torch._C._are_functorch_transforms_active()
     for name, value in zip(_LAYOUTS[loss.name].names, arguments, strict=True):
         if not isinstance(value, Tensor):
             continue
         if value.is_meta and not call.student.is_meta:
             # For one such tensor torch would call no kernel, and return what happens to be in memory.
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
-        if not torch.compiler.is_compiling() and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+        if is_eager and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name}: xtoken losses have no derivative in forward mode, got a tensor with a tangent")
-        if not torch.compiler.is_compiling() and _is_transformed(value):
+        if is_transformed and _is_transformed(value):
             raise RuntimeError(
                 f"{name}: xtoken losses have no derivative by torch.func (grad, vjp, jacrev, ...), got a tensor of "
                 "it; use backward or torch.autograd.grad, or differentiate the formulas in xtoken.reference"
@@ -718,5 +746,7 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
         student_wanted and prepare, head_wanted and prepare, weight_wanted and prepare,
         *((None, None) if factors is None or not prepare else factors),
     )  # fmt: skip
-    result = getattr(torch.ops.xtoken, loss.name)(*arguments, *flags)
+    is_recorded = is_eager and not is_transformed and (student_wanted or weight_wanted)
+    operator = _RECORDED[loss.name].apply if is_recorded else getattr(torch.ops.xtoken, loss.name)
+    result = operator(*arguments, *flags)
     return result[0], result[1]
