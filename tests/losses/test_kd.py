@@ -198,6 +198,7 @@ def test_threads_do_not_change_the_result(top_k: int | None, backend: str) -> No
             assert torch.equal(one, other)
 
 
+@pytest.mark.skipif(torch.__version__ < "2.5", reason="the compiler of torch 2.4 has no graph for it")
 @pytest.mark.slow
 @pytest.mark.parametrize("vocab_size", [23, None])
 def test_compiled_without_an_alignment(vocab_size: int | None) -> None:

@@ -17,12 +17,12 @@ from parts import BIAS, HIDDEN, IN_PARTS, LABELS, LAYER, case_of, common_alone, 
 from processes import on_two_and_four
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
 
 import xtoken
 from xtoken.losses import Needs, registered
 from xtoken.losses.backends import kernels_of
 from xtoken.parallel import call
+from xtoken.parallel.dtensor import DTensor, Replicate, Shard
 
 CUTS: dict[str, tuple[list[float], list[float] | None]] = {
     "whole teacher": ([0.5, 0.5], None),

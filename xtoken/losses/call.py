@@ -212,7 +212,7 @@ def compute(
     student_size, teacher_size = (vocabulary_size(loss, k, one, sizes[k]) for k, one in enumerate(given))
     student, teacher = given[0].batched(), given[1].batched().detached()
     if student.head is None:
-        student = student._replace(rows=widened(student.rows, student_size))
+        student = student.with_rows(widened(student.rows, student_size))
     if mask is not None:
         mask = checked_mask(given[0].leading_shape, mask)
     for side, one in enumerate(given):
@@ -234,12 +234,14 @@ def compute(
 
 def has_dtensor(*logits: AnyLogits) -> bool:
     """Whether one of them is a `DTensor`, or made of one."""
-    module = sys.modules.get("torch.distributed.tensor")  # there is none before it is imported
-    if module is None:
+    # There is none before it is imported; torch 2.4 has it in the second module.
+    modules: Any = sys.modules.get("torch.distributed.tensor"), sys.modules.get("torch.distributed._tensor")
+    kinds = tuple(module.DTensor for module in modules if hasattr(module, "DTensor"))
+    if not kinds:
         return False
     inner = [one.logits if isinstance(one, OrderedLogits) else one for one in logits]
     parts = [part for one in inner for part in ((one.hidden, one.weight) if isinstance(one, LinearLogits) else (one,))]
-    return any(isinstance(part, module.DTensor) for part in parts)
+    return any(isinstance(part, kinds) for part in parts)
 
 
 def check_call(

@@ -27,7 +27,9 @@ BLOCK_ELEMENTS = 2**25
 
 def autocasts(device_type: str) -> bool:
     """Whether we are inside of `torch.autocast` for this type of device."""
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+    # What torch.compile works for has it; the compiler of torch 2.6 cannot ask.
+    is_available = torch.compiler.is_compiling() or torch.amp.is_autocast_available(device_type)
+    return is_available and torch.is_autocast_enabled(device_type)
 
 
 @dataclass(frozen=True)
@@ -364,7 +366,8 @@ class LinearSource:
         return grad.mul_(self.scale) if self.scale != 1.0 else grad
 
 
-class Parts(NamedTuple):
+@dataclass(frozen=True)
+class Parts:
     """Logits of any kind as tensors: logits; or hidden states with an output layer; or log-probabilities with ids."""
 
     rows: Tensor  # [B, T, V], [B, T, D] or [B, T, k]; or all without B
@@ -403,12 +406,16 @@ class Parts(NamedTuple):
         """The same with B."""
         if self.rows.dim() == 3:
             return self
-        return self._replace(rows=self.rows[None], top=None if self.top is None else self.top[None])
+        top = None if self.top is None else self.top[None]
+        return Parts(self.rows[None], self.head, self.bias, top, self.tail, self.scale, self.softcap)
 
     def detached(self) -> Parts:
         """The same without gradients."""
         head, bias = (None if one is None else one.detach() for one in (self.head, self.bias))
-        return self._replace(rows=self.rows.detach(), head=head, bias=bias)
+        return Parts(self.rows.detach(), head, bias, self.top, self.tail, self.scale, self.softcap)
+
+    def with_rows(self, rows: Tensor) -> Parts:
+        return Parts(rows, self.head, self.bias, self.top, self.tail, self.scale, self.softcap)
 
     def source(self, size: int) -> DenseSource | LinearSource | TopKSource:
         """The rows, without columns that belong to no token."""

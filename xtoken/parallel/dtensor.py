@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from torch.distributed.tensor import DTensor, Replicate, Shard
+try:
+    from torch.distributed.tensor import DTensor, Replicate, Shard
+except ImportError:  # torch 2.4
+    from torch.distributed._tensor import DTensor, Replicate, Shard
 
 from xtoken.losses.logits import AnyLogits, LinearLogits
 

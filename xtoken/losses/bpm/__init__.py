@@ -19,6 +19,7 @@ from xtoken.losses.spelling import OnText, Spelling, places, spelling
 from xtoken.pieces import PieceIndex
 
 Rows = Literal["agreeing", "all"]
+ROWS: tuple[str, ...] = get_args(Rows)
 
 
 @register("bpm", "BPM", Needs.PIECES)
@@ -47,7 +48,7 @@ class BPM(OnText):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.rows, "rows", get_args(Rows))
+        check_choice(self.rows, "rows", ROWS)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         known = spelling(self.pieces, self.text, student.device)

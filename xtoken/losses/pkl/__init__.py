@@ -27,6 +27,8 @@ from xtoken.projection.entries import Entries, project, restrict
 
 Merge = Literal["first", "mean", "chain"]
 Support = Literal["all", "reachable"]
+MERGES: tuple[str, ...] = get_args(Merge)
+SUPPORTS: tuple[str, ...] = get_args(Support)
 
 
 @register("pkl", "P-KL", Needs.PROJECTION)
@@ -59,8 +61,8 @@ class PKL(HasDivergence):
             object.__setattr__(self, "columns", as_tensor(self.columns))
         super().__post_init__()
         check_count(self.top_k, "top_k", optional=True)
-        check_choice(self.merge, "merge", get_args(Merge))
-        check_choice(self.support, "support", get_args(Support))
+        check_choice(self.merge, "merge", MERGES)
+        check_choice(self.support, "support", SUPPORTS)
 
     @property
     def realised(self) -> bool:

@@ -33,6 +33,7 @@ from xtoken.losses.prefix_kl import formula
 from xtoken.pieces import PieceIndex
 
 Weighting = Literal["none", "teacher"]
+WEIGHTINGS: tuple[str, ...] = get_args(Weighting)
 
 
 @register("prefix", "prefix KL", Needs.PIECES)
@@ -51,7 +52,7 @@ class PrefixKL(HasDivergence, OnPieces):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice(self.weighting, "weighting", get_args(Weighting))
+        check_choice(self.weighting, "weighting", WEIGHTINGS)
 
     def losses(self, student: Tensor, teacher: Tensor, chunks: Chunks, weight: Tensor | None = None) -> Tensor:
         return formula.prefix(student, teacher, chunks, self.pieces, weighting=self.weighting, **self.arguments())
