@@ -64,6 +64,16 @@ def test_as_the_models_logits(name):
         assert_close(got, want, rtol=1e-4, atol=1e-6)
 
 
+def test_gradients_under_autocast():
+    """Of the first call too, which reads the weights without gradient before."""
+    model = made("llama")
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = linear_logits(model, torch.arange(12)[None])
+    linear.hidden.square().sum().backward()
+    without = [name for name, one in model.named_parameters() if one.grad is None]
+    assert without == ["lm_head.weight"]
+
+
 def test_what_else_a_model_does_to_its_logits(monkeypatch):
     model = made("llama")
     forward = type(model).forward

@@ -137,5 +137,6 @@ def in_evaluation(model: nn.Module) -> Iterator[None]:
         with torch.no_grad():
             yield
     finally:
+        torch.clear_autocast_cache()  # where torch 2.6 keeps weights cast without gradient, for backward too
         for module, was_training in before:
             module.training = was_training

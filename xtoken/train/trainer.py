@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import logging
@@ -418,6 +419,11 @@ class XTokenTrainer(Trainer):
         """Loss and gradients of a micro-batch."""
         with self._watch.section("step"):
             return super().training_step(*args, **kwargs)
+
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> Any:
+        """None, as in transformers 5, since the model casts by itself: in that of transformers 4, weights that are read
+        without gradient first, for a check or by a teacher, would be kept cast, and get none."""
+        return contextlib.nullcontext()
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
