@@ -9,7 +9,6 @@ from default_losses import default_loss
 from hypothesis import given
 from hypothesis import strategies as st
 from small import SMALL_TEXTS, make_model, make_teacher, make_trainer
-from torch.torch_version import TorchVersion
 
 from xtoken import ProjectionMatrix, Vocabulary
 from xtoken.losses import Needs
@@ -120,10 +119,3 @@ def test_bad_input(examples, student_tok, teacher_tok):
     direct = {**examples[0], "teachers": [{"ids": None, "spans": None}, {"ids": None, "spans": None}]}
     with pytest.raises(ValueError, match="examples: expected ids of teacher 0 in all or in none"):
         XTokenCollator(student_tok, [teacher_tok, student_tok])([examples[0], direct])
-
-
-def test_packing_needs_a_torch_that_masks_it(student_tok, monkeypatch):
-    monkeypatch.setattr(torch, "__version__", TorchVersion("2.5.1"))
-    with pytest.raises(ValueError, match=r"packed: expected torch 2\.6 or later"):
-        XTokenCollator(student_tok, packed=True, max_length=8)
-    XTokenCollator(student_tok)

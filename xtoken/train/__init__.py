@@ -1,5 +1,6 @@
 """Training on top of transformers' Trainer; importing this package imports transformers."""
 
+from . import versions as versions  # before what needs them
 from .cached import CachedExamples, teacher_documents
 from .collator import XTokenCollator, pack
 from .config import XTokenConfig

@@ -85,11 +85,6 @@ class XTokenCollator:
     ) -> None:
         if packed and max_length is None:
             raise ValueError("max_length: expected the most tokens of a packed row, got None")
-        if packed and torch.__version__ < "2.6":
-            raise ValueError(
-                "packed: expected torch 2.6 or later, with which transformers keeps the examples of a row apart, "
-                f"got {torch.__version__}"
-            )
         self.packed = packed
         self.max_length = max_length
         self.student_pad_id = _pad_id(student_tok, "student_tok")
