@@ -51,7 +51,7 @@ def tokenizer_from_ranks(ranks: Path, pattern: str, special: Sequence[str]) -> A
     from tokenizers import AddedToken
     from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern, additional_special_tokens=()).converted()
+    tokenizer = TikTokenConverter(vocab_file=str(ranks), pattern=pattern, additional_special_tokens=[]).converted()
     tokenizer.add_special_tokens([AddedToken(name, normalized=False, special=True) for name in special])
     return tokenizer
 
@@ -91,11 +91,11 @@ def shortened(name: str, folder: Path, size: int) -> Any:
 
 
 def _mistral_sentencepiece(folder: Path) -> Any:
-    from transformers import LlamaTokenizer
+    from transformers import LlamaTokenizerFast
 
     source = package_folder("mistral_common") / "data" / "mistral_instruct_tokenizer_240216.model.v2"
     shutil.copy(source, folder / "tokenizer.model")
-    return LlamaTokenizer.from_pretrained(str(folder))
+    return LlamaTokenizerFast.from_pretrained(str(folder))
 
 
 KEPT = Path(__file__).parents[1] / "build" / "tokenizers"

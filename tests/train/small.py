@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from comparer import assert_close
 from default_losses import DEFAULT
@@ -17,6 +19,12 @@ from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import Needs, registered
 from xtoken.train import TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 from xtoken.train.adapters import AdapterArguments, add_lora
+
+NO_ORDER = (
+    ""
+    if "train_sampling_strategy" in XTokenConfig.__dataclass_fields__
+    else "this transformers has no train_sampling_strategy: rows come in a random order"
+)
 
 SMALL_TEXTS = [
     f"In {1900 + 7 * k}, {13 * k + 100} readers paid ${k}.{k % 10}0 for {'one book' if k % 3 else 'two books'}, "
@@ -124,6 +132,9 @@ def with_adapters(model: Any, rank: int, **given: Any) -> Any:
 
 
 def make_config(folder: Path, **options: Any) -> XTokenConfig:
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 leaves that of the last configuration there
+    if "train_sampling_strategy" in options and NO_ORDER:
+        pytest.skip(NO_ORDER)
     defaults: dict[str, Any] = {
         "output_dir": str(folder),
         "per_device_train_batch_size": 4,

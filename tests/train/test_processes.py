@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from small import (
     CHANGED,
     FSDP,
+    NO_ORDER,
     SMALL_TEXTS,
     assert_same,
     by_names,
@@ -28,7 +29,7 @@ from small import (
     two_teachers,
 )
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(bool(NO_ORDER), reason=NO_ORDER)]
 
 GRADIENTS: list[dict[str, Any]] = [
     {"scaling": "fixed", "learnable": True, **cut(4, 1)},

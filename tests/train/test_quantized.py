@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from comparer import assert_close
 from small import command, history, make_model, with_adapters
 from transformers import TorchAoConfig
@@ -51,7 +52,7 @@ def test_torchao(wide, tmp_path):
     pytest.importorskip("torchao")
     model = check_teacher(wide, "int8", 0.05)
     weight = model.model.layers[0].mlp.down_proj.weight
-    assert type(weight).__name__ == "Int8Tensor"
+    assert type(weight).__name__ in ("Int8Tensor", "AffineQuantizedTensor")  # the latter until torchao 0.15
     assert not stays(model)
     fields = quantization_config("int8").to_dict()
     (tmp_path / "int8.yaml").write_text(json.dumps(fields))
@@ -110,6 +111,8 @@ def test_gradients_of_adapters(wide, name, package):
 def test_the_command(folders, wide, tmp_path, name):
     """A teacher so, and a student too, whose adapters learn and are merged into the weights that it is stored with."""
     pytest.importorskip({"int8": "torchao", "nf4": "bitsandbytes"}[name])
+    if name == "int8" and transformers.__version__ < "5":
+        pytest.skip("transformers 4 trains no adapters beside torchao's weights, and says so")
     output = tmp_path / "out"
     named = {**folders, "teacher": wide}
     own = ["--max_steps", "6", "--learning_rate", "1e-2", "--teacher_quantization", name]

@@ -54,8 +54,7 @@ def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as)
     assert asked[0][1] == {"gguf_file": "model.gguf"}
     quantization = asked[1][1].pop("quantization_config", None)
     assert quantization is None or quantization.dequantize
-    name = "dtype" if int(transformers.__version__.split(".")[0]) >= 5 else "torch_dtype"
-    assert asked[1][1] == {"gguf_file": "model.gguf", name: loaded_as}
+    assert asked[1][1] == {"gguf_file": "model.gguf", "dtype": loaded_as}
 
 
 def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
