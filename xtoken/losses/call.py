@@ -349,7 +349,10 @@ def vocabulary_size(loss: Loss, side: int, logits: Parts, size: int | None) -> i
     name = SIDES[side]
     if size is None:
         if logits.width is None:
-            raise ValueError(f"{name}: expected the size of the vocabulary to be given too, for TopKLogits")
+            raise ValueError(
+                f"{name}: expected the size of the vocabulary too, which TopKLogits do not tell: as the function's "
+                "vocab_size or teacher_vocab_size, or by a Teacher with a projection or pieces"
+            )
         return logits.width
     if logits.width is not None and logits.width < size and not loss.may_lack(side, logits.width):
         raise ValueError(
