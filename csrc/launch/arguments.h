@@ -61,16 +61,15 @@ struct LabelsOf {
 };
 
 // What a loss over chunks takes first. Real is the type of the backend's results.
-#define XTOKEN_CHUNKS(FIELD)                                                                             \
-    FIELD(Logits, student, "[B, T_s, V_student], of the vocabulary's width");                            \
-    FIELD(Logits, teacher, "[B, T_t, V_teacher], of the vocabulary's width");                            \
-    FIELD(Logits, grad, "as student, perhaps wider; null: losses only");                                 \
-    FIELD(ChunkRows, student_rows, "the chunks' rows of the student");                                   \
-    FIELD(ChunkRows, teacher_rows, "the chunks' rows of the teacher");                                   \
-    FIELD(int64_t, chunks, "how many");                                                                  \
-    FIELD(const Real*, scale, "[chunks] factors of the chunks' gradients; null: ones");                  \
-    FIELD(Real, temperature, "of both distributions");                                                   \
-    FIELD(bool, reverse, "the KL of the student from the teacher, not of the teacher from the student"); \
+#define XTOKEN_CHUNKS(FIELD)                                                            \
+    FIELD(Logits, student, "[B, T_s, V_student], of the vocabulary's width");           \
+    FIELD(Logits, teacher, "[B, T_t, V_teacher], of the vocabulary's width");           \
+    FIELD(Logits, grad, "as student, perhaps wider; null: losses only");                \
+    FIELD(ChunkRows, student_rows, "the chunks' rows of the student");                  \
+    FIELD(ChunkRows, teacher_rows, "the chunks' rows of the teacher");                  \
+    FIELD(int64_t, chunks, "how many");                                                 \
+    FIELD(const Real*, scale, "[chunks] factors of the chunks' gradients; null: ones"); \
+    FIELD(Real, temperature, "of both distributions");                                  \
     FIELD(float, lowest, "smaller logits count as this one")
 
 namespace cpu {

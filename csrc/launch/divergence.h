@@ -17,4 +17,9 @@ struct Divergence {
     bool is_mixed() const { return mixture > 0 && mixture < 1; }
 };
 
+// What a loss takes that has one.
+#define XTOKEN_DIVERGES(FIELD, of_what)                                                                  \
+    FIELD(bool, reverse, "the KL of the student from the teacher, not of the teacher from the student"); \
+    FIELD(Divergence, divergence, of_what)
+
 }  // namespace xtoken

@@ -7,10 +7,10 @@
 
 namespace xtoken {
 
-#define XTOKEN_KD(FIELD)                                       \
-    XTOKEN_CHUNKS(FIELD);                                      \
-    FIELD(Divergence, divergence, "of the two distributions"); \
-    FIELD(Real*, losses, "[chunks] out");                      \
+#define XTOKEN_KD(FIELD)                                \
+    XTOKEN_CHUNKS(FIELD);                               \
+    XTOKEN_DIVERGES(FIELD, "of the two distributions"); \
+    FIELD(Real*, losses, "[chunks] out");               \
     FIELD(Labels, labels, "of the student's rows")
 
 namespace cpu {

@@ -17,7 +17,7 @@ inline Choices choices_of(Merge) {
 
 #define XTOKEN_PKL(FIELD)                                                     \
     XTOKEN_CHUNKS(FIELD);                                                     \
-    FIELD(Divergence, divergence, "of the two distributions");                \
+    XTOKEN_DIVERGES(FIELD, "of the two distributions");                       \
     FIELD(Real*, losses, "[chunks] out");                                     \
     FIELD(Labels, labels, "of the student's rows");                           \
     FIELD(Merge, merge, "how the tokens of a chunk become one distribution"); \

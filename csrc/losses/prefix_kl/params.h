@@ -11,7 +11,7 @@ namespace xtoken {
 // The logits are as wide as the vocabularies of the piece index.
 #define XTOKEN_PREFIX(FIELD)                                                                   \
     XTOKEN_CHUNKS(FIELD);                                                                      \
-    FIELD(Divergence, divergence, "of the two distributions at a boundary");                   \
+    XTOKEN_DIVERGES(FIELD, "of the two distributions at a boundary");                          \
     FIELD(bool, weighted, "inner boundaries, by the teacher's probability of what is before"); \
     FIELD(Real*, losses, "[chunks] out");                                                      \
     FIELD(Labels, labels, "of the student's rows")

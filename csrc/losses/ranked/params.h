@@ -25,7 +25,7 @@ struct PairsView {
 struct RankedParams {
 #define XTOKEN_CPU_RANKED(FIELD)                                        \
     XTOKEN_CHUNKS(FIELD);                                               \
-    FIELD(Divergence, divergence, "of the pairs");                      \
+    XTOKEN_DIVERGES(FIELD, "of the pairs");                             \
     FIELD(Real*, losses, "[chunks] out");                               \
     FIELD(int64_t, top_k, "ranks that are compared outside the pairs"); \
     FIELD(const PairsView*, plan,                                       \
@@ -64,7 +64,7 @@ struct StepsParams {
 #define XTOKEN_CUDA_STEPS(FIELD)                                      \
     XTOKEN_CHUNKS(FIELD);                                             \
     XTOKEN_QUEUE(FIELD);                                              \
-    FIELD(Divergence, divergence, "of the pairs");                    \
+    XTOKEN_DIVERGES(FIELD, "of the pairs");                           \
     FIELD(Real*, losses, "[chunks] out");                             \
     FIELD(Labels, labels, "of the chunks' rows");                     \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for"); \
@@ -79,7 +79,7 @@ struct RankedParams {
 #define XTOKEN_CUDA_RANKED(FIELD)                                                                            \
     XTOKEN_CHUNKS(FIELD);                                                                                    \
     XTOKEN_QUEUE(FIELD);                                                                                     \
-    FIELD(Divergence, divergence, "of the pairs");                                                           \
+    XTOKEN_DIVERGES(FIELD, "of the pairs");                                                                  \
     FIELD(Real*, losses, "[chunks] out of ranked_forward: on the pairs; null: in ranked_backward");          \
     FIELD(Labels, labels, "of the chunks' rows, for ranked_backward");                                       \
     FIELD(float*, workspace, "[blocks, workspace]; null: asked for");                                        \
