@@ -50,7 +50,8 @@ def test_as_the_models_logits(name):
             module.p = 0.0
     ids = torch.arange(24).view(2, 12)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    logits = model(**inputs).logits
+    # With its cache RecurrentGemma of transformers 4 has other gradients.
+    logits = model(**inputs, use_cache=False).logits
     linear = linear_logits(model, **inputs)
     assert model.training
     assert_close(Parts.of(linear).source(50).rows(0, 24).view_as(logits), logits.detach(), rtol=1e-5, atol=1e-6)
