@@ -21,6 +21,8 @@ export HF_HUB_OFFLINE := 1
 export TOKENIZERS_PARALLELISM := true
 # Threads of torch that wait must not take a busy machine's cores from those that work.
 export OMP_WAIT_POLICY := passive
+# Modules that a process has compiled are there for the next.
+unexport PYTHONDONTWRITEBYTECODE
 
 # Most machines run no CUDA kernel on a GPU, so their module is not built; the tests compile them and run their source on
 # an emulator. `make cuda` builds the module, and `make test` says so at its end where a GPU has no kernels to run.

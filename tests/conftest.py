@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import importlib.util
 import itertools
@@ -94,19 +95,21 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         terminalreporter.line(NOT_BUILT)
 
 
-WHOLE_SAMPLE = {name: getattr(sample, name) for name in ("_MAKERS", "_vocabulary_words")}
+WHOLE_SAMPLE = {name: getattr(sample, name) for name in ("_texts_by_rule", "_vocabulary_words")}
 
 
 @pytest.fixture(scope="session", autouse=True)
 def short_sample() -> Iterator[None]:
     """A tenth of the text that piece indices are calibrated on, since all of it takes seconds; see `whole_sample`."""
 
-    def tenth(maker: Any) -> Any:
-        return lambda source: itertools.islice(maker(source), 0, None, 10)
+    @functools.cache
+    def tenth() -> tuple[str, ...]:
+        source = sample._Source()
+        return tuple(text for maker in sample._MAKERS for text in itertools.islice(maker(source), 0, None, 10))
 
     words = WHOLE_SAMPLE["_vocabulary_words"]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sample, "_MAKERS", tuple(map(tenth, sample._MAKERS)))
+        patch.setattr(sample, "_texts_by_rule", tenth)
         patch.setattr(sample, "_vocabulary_words", lambda vocabularies: itertools.islice(words(vocabularies), 3))
         yield
 

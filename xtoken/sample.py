@@ -9,6 +9,7 @@ make such words.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import json
 import random
@@ -115,9 +116,14 @@ def sample_texts(*tokenizers: TokenizerLike) -> list[str]:
     >>> sample_texts(Vocabulary([b"word"]))[len(texts) :]
     ['"word/word.word(word-word_word']
     """
+    return [*_texts_by_rule(), *_vocabulary_words([Vocabulary.from_tokenizer(one) for one in tokenizers])]
+
+
+@functools.cache
+def _texts_by_rule() -> tuple[str, ...]:
+    """Those that need no tokenizer."""
     source = _Source()
-    texts = [text for maker in _MAKERS for text in maker(source)]
-    return [*texts, *_vocabulary_words([Vocabulary.from_tokenizer(one) for one in tokenizers])]
+    return tuple(text for maker in _MAKERS for text in maker(source))
 
 
 class _Source:

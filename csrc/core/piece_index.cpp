@@ -6,10 +6,10 @@
 #include <numeric>
 #include <string_view>
 #include <tuple>
-#include <unordered_map>
 
 #include "core/boundary_walk.h"
 #include "core/error.h"
+#include "core/text_map.h"
 #include "core/token_pair.h"
 
 namespace xtoken {
@@ -80,19 +80,19 @@ Pieces usable_pieces(const Vocabulary& vocabulary, const Vocabulary& other, cons
 
 // The tokens with a partner that each token never precedes, see `PieceSide`.
 Pieces joined_tokens(const Vocabulary& vocabulary, const std::vector<bool>& counts) {
-    std::unordered_map<std::string_view, int32_t> id_of;  // of several the one that the tokenizer produces
+    TextMap id_of(static_cast<size_t>(vocabulary.size()));  // of several the one that the tokenizer produces
     for (int32_t id = 0; id < vocabulary.size(); ++id) {
         if (!vocabulary.is_text(id) || vocabulary.bytes(id).empty()) continue;
-        int32_t& chosen = id_of.try_emplace(vocabulary.bytes(id), id).first->second;
+        int32_t& chosen = id_of.at(vocabulary.bytes(id), id);
         if (vocabulary.kind(id) < vocabulary.kind(chosen)) chosen = id;
     }
     std::vector<std::pair<int32_t, int32_t>> found;
-    for (const auto& [text, id] : id_of) {
+    for (const auto& [text, id] : id_of.entries()) {
         for (size_t length = 1; length < text.size(); ++length) {
-            const auto next = id_of.find(text.substr(length));
-            if (next == id_of.end() || !counts[static_cast<size_t>(next->second)]) continue;
-            const auto before = id_of.find(text.substr(0, length));
-            if (before != id_of.end()) found.emplace_back(before->second, next->second);
+            const int32_t* next = id_of.find(text.substr(length));
+            if (!next || !counts[static_cast<size_t>(*next)]) continue;
+            const int32_t* before = id_of.find(text.substr(0, length));
+            if (before) found.emplace_back(*before, *next);
         }
     }
     std::sort(found.begin(), found.end());

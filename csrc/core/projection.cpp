@@ -19,10 +19,9 @@ bool preferred(const Vocabulary& vocabulary, int32_t a, int32_t b) {
     return std::make_tuple(vocabulary.kind(a), a) < std::make_tuple(vocabulary.kind(b), b);
 }
 
-void offer(std::unordered_map<std::string_view, int32_t>& ids, std::string_view text, int32_t id,
-           const Vocabulary& vocabulary) {
-    const auto [entry, is_new] = ids.emplace(text, id);
-    if (!is_new && preferred(vocabulary, id, entry->second)) entry->second = id;
+void offer(TextMap& ids, std::string_view text, int32_t id, const Vocabulary& vocabulary) {
+    int32_t& chosen = ids.at(text, id);
+    if (preferred(vocabulary, id, chosen)) chosen = id;
 }
 
 // Keeps the top_k largest entries, the earlier on ties, divides by their sum and appends the row in column order.
@@ -43,10 +42,11 @@ void close_row(SparseRows& rows) { rows.row_ptr.push_back(static_cast<int64_t>(r
 }  // namespace
 
 ExactImages exact_images(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules) {
-    std::unordered_map<std::string_view, int32_t> by_bytes, by_text, by_literal;
+    const size_t most = static_cast<size_t>(teacher.size());
+    TextMap by_bytes(most), by_text(rules.fold_space_punctuation ? most : 0), by_literal(most);
     for (int32_t id = 0; id < teacher.size(); ++id) {
         const std::string_view bytes = teacher.bytes(id);
-        if (teacher.kind(id) == TokenKind::special) by_literal.emplace(bytes, id);
+        if (teacher.kind(id) == TokenKind::special) by_literal.at(bytes, id);
         if (!teacher.is_text(id) || bytes.empty()) continue;
         offer(by_bytes, bytes, id, teacher);
         if (rules.fold_space_punctuation) offer(by_text, canonical_text(bytes, rules), id, teacher);
@@ -68,40 +68,35 @@ ExactImages exact_images(const Vocabulary& student, const Vocabulary& teacher, C
     for (int32_t id = 0; id < student.size(); ++id) {
         const std::string_view bytes = student.bytes(id);
         if (student.kind(id) == TokenKind::special && result.image[static_cast<size_t>(id)] < 0) {
-            const auto found = by_literal.find(bytes);
-            if (found != by_literal.end()) set(id, found->second, RowKind::role);
+            if (const int32_t* found = by_literal.find(bytes)) set(id, *found, RowKind::role);
         }
         if (!student.is_text(id) || bytes.empty()) continue;
         if (id < teacher.size() && teacher.kind(id) == TokenKind::normal && teacher.bytes(id) == bytes) {
             set(id, id, RowKind::exact);
             continue;
         }
-        auto found = by_bytes.find(bytes);
-        bool is_match = found != by_bytes.end();
-        if (!is_match && rules.fold_space_punctuation) {
-            found = by_text.find(canonical_text(bytes, rules));
-            is_match = found != by_text.end();
-        }
-        if (is_match) set(id, found->second, RowKind::exact);
+        const int32_t* found = by_bytes.find(bytes);
+        if (!found && rules.fold_space_punctuation) found = by_text.find(canonical_text(bytes, rules));
+        if (found) set(id, *found, RowKind::exact);
     }
     // Of several tokens with one image that which the tokenizer produces is the exact one, equal bytes first.
     const auto rank = [&](int32_t id, int32_t image) {
         return std::make_tuple(student.bytes(id) != teacher.bytes(image), student.kind(id), id);
     };
-    std::unordered_map<int32_t, int32_t> owner;
+    std::vector<int32_t> owners(static_cast<size_t>(teacher.size()), -1);
     for (int32_t id = 0; id < student.size(); ++id) {
         if (result.kind[static_cast<size_t>(id)] != RowKind::exact) continue;
         const int32_t image = result.image[static_cast<size_t>(id)];
-        const auto [entry, is_new] = owner.emplace(image, id);
-        if (is_new) continue;
-        const bool is_better = rank(id, image) < rank(entry->second, image);
-        result.kind[static_cast<size_t>(is_better ? entry->second : id)] = RowKind::pieces;
-        if (is_better) entry->second = id;
+        int32_t& owner = owners[static_cast<size_t>(image)];
+        const bool is_better = owner < 0 || rank(id, image) < rank(owner, image);
+        const int32_t other = is_better ? owner : id;
+        if (other >= 0) result.kind[static_cast<size_t>(other)] = RowKind::pieces;
+        if (is_better) owner = id;
     }
     return result;
 }
 
-LongestMatch::LongestMatch(const Vocabulary& vocabulary) {
+LongestMatch::LongestMatch(const Vocabulary& vocabulary) : ids_(static_cast<size_t>(vocabulary.size())) {
     for (int32_t id = 0; id < vocabulary.size(); ++id) {
         const std::string_view bytes = vocabulary.bytes(id);
         if (!vocabulary.is_text(id) || bytes.empty()) continue;
@@ -114,9 +109,9 @@ void LongestMatch::encode(std::string_view text, std::vector<int32_t>& ids) cons
     while (!text.empty()) {
         size_t length = std::min(longest_, text.size());
         for (; length > 0; --length) {
-            const auto found = ids_.find(text.substr(0, length));
-            if (found == ids_.end()) continue;
-            ids.push_back(found->second);
+            const int32_t* found = ids_.find(text.substr(0, length));
+            if (!found) continue;
+            ids.push_back(*found);
             break;
         }
         text.remove_prefix(std::max<size_t>(1, length));

@@ -3,9 +3,9 @@
 
 #include <cstdint>
 #include <string_view>
-#include <unordered_map>
 #include <vector>
 
+#include "core/text_map.h"
 #include "core/token_pair.h"
 #include "core/vocabulary.h"
 
@@ -41,7 +41,7 @@ class LongestMatch {
     void encode(std::string_view text, std::vector<int32_t>& ids) const;
 
   private:
-    std::unordered_map<std::string_view, int32_t> ids_;
+    TextMap ids_;
     size_t longest_ = 0;
 };
 

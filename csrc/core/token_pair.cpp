@@ -6,6 +6,7 @@
 #include <unordered_map>
 
 #include "core/error.h"
+#include "core/text_map.h"
 
 namespace xtoken {
 namespace {
@@ -42,20 +43,19 @@ std::string_view canonical_text(std::string_view bytes, CanonicalRules rules) {
 
 TokenPair::TokenPair(const Vocabulary& student, const Vocabulary& teacher, CanonicalRules rules) {
     start_.push_back(0);
-    std::unordered_map<std::string_view, int32_t> texts;  // keys view the vocabularies, which outlive this function
-    texts.reserve(static_cast<size_t>(student.size()) + static_cast<size_t>(teacher.size()));
+    TextMap texts(static_cast<size_t>(student.size()) + static_cast<size_t>(teacher.size()));
     const auto intern_texts = [&](const Vocabulary& vocabulary, std::vector<int32_t>& symbols) {
         symbols.assign(static_cast<size_t>(vocabulary.size()), -1);
         for (int32_t id = 0; id < vocabulary.size(); ++id) {
             if (!vocabulary.is_text(id)) continue;
             const std::string_view text = canonical_text(vocabulary.bytes(id), rules);
-            const auto [entry, is_new] = texts.emplace(text, num_texts());
-            if (is_new) {
+            const int32_t symbol = texts.at(text, num_texts());
+            if (symbol == num_texts()) {
                 arena_ += text;
                 if (arena_.size() > std::numeric_limits<uint32_t>::max()) value_error("vocabulary: over 4 GiB of text");
                 start_.push_back(static_cast<uint32_t>(arena_.size()));
             }
-            symbols[static_cast<size_t>(id)] = entry->second;
+            symbols[static_cast<size_t>(id)] = symbol;
         }
     };
     intern_texts(student, student_);
