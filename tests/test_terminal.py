@@ -84,6 +84,6 @@ def test_the_log_and_what_debug_shows(folder: Path) -> None:
     )
     assert run.returncode == 1
     lines = run.stderr.split("\n")
-    assert any(line.startswith("FileNotFoundError: tokenizer: no such file or folder: ") for line in lines)
+    assert any(line.startswith("FileNotFoundError: --student: no such file or folder: ") for line in lines)
     assert r"\u001b[31m" in lines
     assert all(c.isprintable() or c == "\n" for c in run.stderr), run.stderr

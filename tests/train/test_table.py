@@ -306,7 +306,7 @@ def test_names(saved, tmp_path, monkeypatch):
     ]
     assert all(given[2]["streaming"] for given in asked)
     for name in ("none.jsonl", "none/*.txt", "/none", "o/s/t", "none.txt.gz"):
-        with pytest.raises(FileNotFoundError, match=re.escape(f"input: no file matches {name}")):
+        with pytest.raises(FileNotFoundError, match=re.escape(f"--data: no file matches {name}")):
             open_data(name, "data", "train")
     with pytest.raises(
         ValueError,

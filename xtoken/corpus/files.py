@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import os
 from collections.abc import Sequence
@@ -68,8 +69,8 @@ def _stamp(path: str) -> tuple[int, int, str]:
     return stat.st_size, stat.st_mtime_ns, ""
 
 
-def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
-    """The files that paths, URLs and glob patterns stand for, each once; those of a pattern sorted.
+def find_files(inputs: Sequence[str | os.PathLike[str]], option: str = "input") -> list[InputFile]:
+    """The files that paths, URLs and glob patterns stand for, each once, those of a pattern sorted. `option` is for errors.
 
     Raises FileNotFoundError if one matches no file; OSError if a file system cannot be reached; ValueError for a
     folder, for an ending not in `FORMATS`, and for a file that is packed by name and neither packed nor text by
@@ -78,14 +79,15 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
     paths: dict[str, None] = {}
     for given in (os.fspath(path) for path in inputs):
         if not given:
-            raise ValueError("input: expected the name of a file, got an empty text")
-        matches = _matches(given)
+            raise ValueError(f"{option}: expected the name of a file, got an empty text")
+        matches = _matches(given, option)
         if not matches:
-            missing = place.root_is_missing() if isinstance(place := located(given, "input"), Remote) else ""
-            raise FileNotFoundError(f"input: no file matches {given}" + (f": there is no {missing}" if missing else ""))
+            missing = place.root_is_missing() if isinstance(place := located(given, option), Remote) else ""
+            reason = f": there is no {missing}" if missing else ""
+            raise FileNotFoundError(f"{option}: no file matches {given}{reason}")
         paths.update(dict.fromkeys(matches))
     if not paths:
-        raise ValueError("input: expected at least one file")
+        raise ValueError(f"{option}: expected at least one file")
     parts = {path: tuple(path.split("/")) if is_url(path) else Path(path).parts for path in paths}
     levels = zip(*(found[:-1] for found in parts.values()), strict=False)
     root = sum(1 for _ in takewhile(lambda level: len(set(level)) == 1, levels))
@@ -93,32 +95,32 @@ def find_files(inputs: Sequence[str | os.PathLike[str]]) -> list[InputFile]:
         path: "/".join(found[root:]) if is_url(path) else Path(*found[root:]).as_posix()
         for path, found in parts.items()
     }
-    return list(in_threads(_look_at, names.items()))
+    return list(in_threads(functools.partial(_look_at, option), names.items()))
 
 
-def _look_at(named: tuple[str, str]) -> InputFile:
+def _look_at(option: str, named: tuple[str, str]) -> InputFile:
     from .source import sniff
 
     path, name = named
     if any("\ud800" <= c <= "\udfff" for c in path):  # which Python has for other bytes
-        raise ValueError(f"input: expected a name in UTF-8, got {path!r}")
+        raise ValueError(f"{option}: expected a name in UTF-8, got {path!r}")
     if located(path).is_dir():
-        raise ValueError(f"input: {path} is a folder; expected files, such as '{path.rstrip('/')}/*.parquet'")
+        raise ValueError(f"{option}: {path} is a folder; expected files, such as '{path.rstrip('/')}/*.parquet'")
     plain, ending = os.path.splitext(path.lower())
     is_packed = ending in PACKED_ENDINGS
     kind = FORMATS.get(os.path.splitext(plain)[1] if is_packed else ending)
     if kind is None or (is_packed and kind not in LINES):
         known = f"{', '.join(FORMATS)}, the first four also with {', '.join(PACKED_ENDINGS)}"
-        raise ValueError(f"input: {path} has an unknown ending; expected one of {known}")
+        raise ValueError(f"{option}: {path} has an unknown ending; expected one of {known}")
     check_regular(located(path))
     file = InputFile(path, name, kind, "", *_stamp(path))
     return sniff(file, is_packed) if kind in LINES else file
 
 
-def _matches(pattern: str) -> list[str]:
+def _matches(pattern: str, option: str) -> list[str]:
     """The file, if it exists, or the files of a glob pattern, of which folders at its beginning that exist as they are
     written count as that. Paths are absolute."""
-    place = located(pattern, "input")
+    place = located(pattern, option)
     if isinstance(place, Remote):
         return [pattern] if place.is_dir() else place.glob()
     if is_url(pattern):

@@ -162,7 +162,7 @@ def main(**options: Any) -> TeacherCache:
             raise ValueError(f"--{name}: expected --url with it, got none")
     INDEX.check(Path(given.output), given.resume, "a teacher cache")
     if given.url is None:
-        check_source(given.teacher)
+        check_source(given.teacher, "--teacher")
         check_dtype(given.dtype, "dtype")
         place = check_device(given.device or ("cuda" if torch.cuda.is_available() else "cpu"), "device")
     opened = [open_data(one, "data", "train") for one in given.data]

@@ -53,7 +53,7 @@ def open_data(given: str, option: str, split: str | None = None, streaming: bool
         is_saved = (Path(given) / "dataset_info.json").is_file()
         return require("datasets", "datasets").load_from_disk(given) if is_saved else given
     try:
-        find_files([given])
+        find_files([given], f"--{option}")
     except FileNotFoundError as error:
         found = _NAME.fullmatch(given)
         if found is None or Path(given).suffix.lower() in {*FORMATS, *PACKED_ENDINGS}:
