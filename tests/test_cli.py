@@ -69,7 +69,7 @@ def test_project_pieces(files, tmp_path, capsys):
     sample = len(sample_texts(*files))
     assert seen == [sample, sample + 2]
     assert main([*command, "--texts", str(own)]) == 1
-    assert "--texts: expected --pieces with it" in capsys.readouterr().err
+    assert "--data: expected --pieces with it" in capsys.readouterr().err
     for option in (["--gamma", "0.5"], ["--beta", "1"], ["--row-entries", "2"], ["--reverse"]):
         assert main([*command, "--pieces", *option]) == 1
         assert f"{option[0]}: expected no --pieces with it" in capsys.readouterr().err
@@ -89,7 +89,7 @@ def test_what_is_read_is_not_overwritten(files, tmp_path, capsys):
 def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):
     assert main(["audit", "--student", "./missing.json", "--teacher", files[1]]) == 1
     error = capsys.readouterr().err
-    assert error.startswith("xtoken audit: tokenizer: no such file")
+    assert error.startswith("xtoken audit: --student: no such file")
     assert error.count("\n") == 1
     assert main(["project", "--student", files[0], "--teacher", files[1], "--output", str(tmp_path / "no" / "w")]) == 1
     assert main(["nonsense"]) == 2
@@ -326,11 +326,11 @@ def test_urls(tmp_path, capsys):
     (tmp_path / "a.json").touch()
     local, out = str(tmp_path / "a.json"), str(tmp_path / "out")
     for given, said in (
-        (["audit", "--student", local, "--teacher", "s3://b/t.json"], "tokenizer: expected a local file or folder"),
+        (["audit", "--student", local, "--teacher", "s3://b/t.json"], "--teacher: expected a local file or folder"),
         (["align", "-o", "s3://"], "output: expected s3://BUCKET/PATH or its like, got s3://"),
         (["align", "-o", "file://out"], "output: expected file:///PATH, with three slashes, got file://out"),
         (["align", "-o", out, "--data", "file://a.json"], "input: expected file:///PATH"),
-        (["align", "-o", out, "--data", ""], "input: expected the name of a file"),
+        (["align", "-o", out, "--data", ""], "--data: expected the name of a file"),
         (["cache-teacher", "-o", "s3://b/out"], "output: expected a local folder, got the URL s3://b/out"),
     ):
         pair = ["--teacher", local, *(["--student", local] if given[0] == "align" else [])]

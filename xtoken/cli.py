@@ -117,7 +117,7 @@ def audit(
     json: Json = False,
 ) -> None:
     """Say which tokens keep a partner, and which loss to use."""
-    _check_inputs(student, teacher, data=data)
+    _check_inputs(student, teacher, data)
     from .audit import NUMERALS, choose_loss, coverage_audit, critical_classes, same_tokens
     from .pieces import PieceIndex
 
@@ -179,14 +179,14 @@ def project(
 ) -> None:  # fmt: skip
     """Build the projection matrix W, or the piece index, and write it."""
     if data and not pieces:
-        raise ValueError("--texts: expected --pieces with it, since W learns from no text")
+        raise ValueError("--data: expected --pieces with it, since W learns from no text")
     usual = inspect.signature(project).parameters
     for name, value in {"row_entries": row_entries, "beta": beta, "gamma": gamma, "reverse": reverse}.items():
         if pieces and value != usual[name].default:
             option = f"--{name.replace('_', '-')}"
             raise ValueError(f"{option}: expected no --pieces with it, since a piece index has no weights")
     outputs.check_file(output)
-    _check_inputs(student, teacher, data=data, output=output)
+    _check_inputs(student, teacher, data, output)
     from .pieces import PieceIndex
     from .projection import ProjectionMatrix
     from .sample import sample_texts
@@ -231,7 +231,7 @@ def align(
 ) -> None:
     """Align a corpus and write parquet shards."""
     outputs.check_folder(output, urls=True)
-    _check_inputs(student, teacher, data=data)
+    _check_inputs(student, teacher, data)
     from .corpus import align_corpus
 
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints of workers that died
@@ -297,6 +297,7 @@ def cache_teacher(
     outputs.check_folder(output)
     from .train import cached
 
+    _hide_progress()
     cache = cached.main(**options)
     facts = {"output": output, "documents": len(cache), "logprobs": cache.top_k}
     _tell(json, facts, f"{printable(output)}: {facts['documents']} documents, {cache.top_k} log-probabilities a token")
@@ -323,6 +324,7 @@ def train(
     with contextlib.redirect_stdout(sys.stderr) if json else contextlib.nullcontext():
         from .train import command
 
+        _hide_progress()
         facts = command.main(ctx.args)
     if json and facts is not None:
         print(to_json(facts))
@@ -353,7 +355,7 @@ def report(
     _check_utf8("--text", *(text or ()))
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
-    _check_inputs(*filter(None, (student, teacher)), data=data, output=output)
+    _check_inputs(student, teacher, data, output)
     from .report import pair_report, run_report
 
     page: Any
@@ -425,18 +427,33 @@ def _tell(as_json: bool, facts: dict[str, Any], text: str) -> None:
     print(to_json(facts) if as_json else text)
 
 
-def _check_inputs(*sources: str, data: Sequence[str] | None = None, output: str = "") -> None:
+def _check_inputs(
+    student: str | None, teacher: str | None, data: Sequence[str] | None = None, output: str = ""
+) -> None:
     """Raises OSError or ValueError for tokenizers and files that are not there, or are the output, before anything else
     is imported. Files at URLs take their time, and are looked for by what reads them."""
     from .vocabulary.sources import check_source
 
-    for source in sources:
-        check_source(source)
-    if here := [one for one in data or () if not is_url(one)]:
+    given = {"--student": student, "--teacher": teacher}
+    sources = {name: source for name, source in given.items() if source is not None}
+    for name, source in sources.items():
+        check_source(source, name)
+    files = [one for one in data or () if not is_url(one)]
+    if files:
         from .corpus.files import find_files
 
-        sources = (*sources, *(one.path for one in find_files(here)))
-    outputs.check_apart(output, sources)
+        files = [one.path for one in find_files(files, "--data")]
+    outputs.check_apart(output, [*sources.values(), *files])
+
+
+def _hide_progress() -> None:
+    """Turns off the progress bars of transformers, and of what it imports, unless standard error is a terminal."""
+    if not is_terminal(sys.stderr):
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()
+        if datasets := sys.modules.get("datasets"):
+            datasets.disable_progress_bars()
 
 
 def _check_utf8(name: str, *texts: str) -> None:
@@ -496,6 +513,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{name}: {one_line(said)}", file=sys.stderr)
         return 1
     if status == 130:
-        hint = "; what is complete stays, go on with --resume" if command in ("align", "cache-teacher") else ""
+        hint = "; what is complete stays, go on with --resume" if command in ("align", "cache-teacher", "train") else ""
         print(f"{name}: interrupted{hint}", file=sys.stderr)
     return status or 0

@@ -11,6 +11,7 @@ import pytest
 import torch
 from default_losses import DEFAULT
 from small import SMALL_TEXTS, command, history, make_model
+from transformers.utils.logging import enable_progress_bar
 
 from xtoken import align_corpus, cache_teacher
 from xtoken.cli import main
@@ -178,16 +179,22 @@ def test_time_is_part_of_a_cache(small_chat_tok, tmp_path):
 
 
 def test_commands(folders, tmp_path, capsys):
-    """`xtoken cache-teacher`, then `xtoken train` without the teacher's weights: nearly the same evaluation."""
+    """`xtoken cache-teacher`, then `xtoken train` without the teacher's weights: nearly the same evaluation. No bars
+    are drawn, since this is no terminal."""
     folder = str(tmp_path / "cache")
+    enable_progress_bar()
     caching = ["cache-teacher", "--teacher", folders["teacher"], "--data", folders["train"], folders["test"]]
     assert main([*caching, "--output", folder, "--logprobs", "100000", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out).items() >= {"output": folder, "documents": 24}.items()
+    said = capsys.readouterr()
+    assert json.loads(said.out).items() >= {"output": folder, "documents": 24}.items()
+    assert "%" not in said.err
     assert main([*caching, "--output", folder, "--logprobs", "100000"]) == 1
     assert "is not empty" in capsys.readouterr().err
     evaluations, loss = [], DEFAULT[Needs.PROJECTION]
     for name, more in (("live", []), ("cached", ["--teacher_cache", folder])):
+        enable_progress_bar()
         assert main(command(folders, tmp_path / name, "--max_steps", "4", "--loss", loss, "--top_k", "0", *more)) == 0
+        assert "%" not in capsys.readouterr().err
         evaluations.append([entry for entry in history(tmp_path / name) if "eval_kd" in entry])
     for live, cached in zip(*evaluations, strict=True):
         assert cached["eval_kd"] == pytest.approx(live["eval_kd"], rel=1e-2)

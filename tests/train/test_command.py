@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -110,6 +111,12 @@ def test_chat_template(folders, tmp_path, capsys):
         assert (output / "chat_template.jinja").read_text() == text
 
 
+def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
+    monkeypatch.setattr("xtoken.train.command.main", lambda arguments: signal.raise_signal(signal.SIGINT))
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "xtoken train: interrupted; what is complete stays, go on with --resume\n"
+
+
 def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
     output = tmp_path / "out"
     recipe = tmp_path / "recipe.yaml"
@@ -151,8 +158,8 @@ def test_two_teachers_from_a_file_and_resuming(folders, tmp_path, capsys):
             [*ALL, "--data", ".", "--loss", UNAIDED, "--learn_projection"],
             f"learn_projection: none of the chosen losses can train W: {UNAIDED}",
         ),
-        ([*ALL, "--data", ".", "--eval_data", "none.txt"], "input: no file matches none.txt"),
-        ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "input: no file matches none.jsonl"),
+        ([*ALL, "--data", ".", "--eval_data", "none.txt"], "--eval_data: no file matches none.txt"),
+        ([*ALL, "--data", "none.jsonl", "--eval_data", "."], "--data: no file matches none.jsonl"),
         (["--config", "list.yaml"], "--config: expected options and their values in list.yaml, got list"),
         (["--config", "odd.yaml"], "--config: odd.yaml has an unknown option: colour"),
         (["--config", "null.yaml"], "--config: teacher_system: expected a value, got null"),
