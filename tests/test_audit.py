@@ -166,6 +166,11 @@ def test_bad_input(arguments, match, pair):
         coverage_audit(*pair, **arguments)
 
 
+def test_one_text_is_no_corpus(pair):
+    with pytest.raises(TypeError, match="corpus: expected several texts, got one str"):
+        coverage_audit(*pair, corpus="2024")
+
+
 def test_command(tokenizer, tmp_path, capsys):
     files = [str(tmp_path / f"{name}.json") for name in ("smollm2", "mistral")]
     for name, file in zip(("smollm2", "mistral"), files, strict=True):

@@ -105,6 +105,11 @@ def test_other_pieces_are_refused() -> None:
         pair_report(student, teacher, pieces=xtoken.PieceIndex.build(teacher, student))
 
 
+def test_one_text_is_not_several() -> None:
+    with pytest.raises(TypeError, match="texts: expected several texts, got one str"):
+        pair_report(xtoken.Vocabulary([b"a"]), xtoken.Vocabulary([b"a"]), texts="aa")
+
+
 def test_pages_show_the_results_of_the_truth_test() -> None:
     results = json.loads((ROOT / "bench" / "results" / "truth.json").read_text())["rows"]
     shown = json.loads((ROOT / "xtoken" / "report" / "truth.json").read_text())["pairs"].values()

@@ -230,6 +230,15 @@ def test_bad_options(tmp_path: Path, name: str) -> None:
         cache_teacher(Model(), TOKENIZER, TEXTS, tmp_path / "cache", **{name: 0})
 
 
+@pytest.mark.parametrize(
+    ("documents", "message"), [("one text", "several texts, got one str"), ([1, 2], "texts or token ids, got int")]
+)
+def test_what_is_no_documents(tmp_path: Path, documents: Any, message: str) -> None:
+    with pytest.raises(TypeError, match=f"documents: expected {message}"):
+        cache_teacher(Model(), TOKENIZER, documents, tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
 def test_bad_documents(tmp_path: Path) -> None:
     writer = TeacherCacheWriter(tmp_path, TOKENIZER, 2, max_length=3)
     good = TopKLogits(torch.tensor([[0, 1], [2, 3]]), torch.tensor([[-1.0, -2.0]] * 2))

@@ -15,7 +15,7 @@ from . import plot
 from .notebook import html_list, html_table
 from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
-from .vocabulary import TOKEN_KINDS, TokenizerLike, Vocabulary
+from .vocabulary import TOKEN_KINDS, TokenizerLike, Vocabulary, check_several
 
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
 CLASSES = (
@@ -194,6 +194,8 @@ def coverage_audit(
     ValueError
         If `projection` belongs to other tokenizers, a class is unknown, an expression is malformed or matches no token,
         or `corpus` is given and the student's tokenizer cannot encode text.
+    TypeError
+        If `corpus` is one string.
 
     Notes
     -----
@@ -292,7 +294,7 @@ def choose_loss(
 
     Raises
     ------
-    ValueError
+    ValueError, TypeError
         As `coverage_audit`.
 
     Examples
@@ -367,6 +369,7 @@ def critical_classes(critical: str | Sequence[str] | re.Pattern[str]) -> list[st
 
 
 def _frequencies(student: Vocabulary, corpus: Iterable[str]) -> NDArray[np.int64]:
+    check_several(corpus, "corpus")
     if student.tokenizer is None:
         raise ValueError("corpus: the student's vocabulary has no tokenizer to encode text with")
     counts = np.zeros(len(student), dtype=np.int64)

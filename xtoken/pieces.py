@@ -20,7 +20,7 @@ from .notebook import html_list
 from .sample import sample_texts
 from .storage import TensorFile, check_present, fingerprints, lasting
 from .teacher_order import TeacherOrder
-from .vocabulary import TokenizerLike, Vocabulary
+from .vocabulary import TokenizerLike, Vocabulary, check_several
 
 HEAD = 7
 """Numbers before the arrays of `PieceIndex.data`: both vocabulary sizes, events; pieces and joined tokens of each
@@ -136,8 +136,7 @@ class PieceIndex(OnHub):
         without = [name for name, one in (("student", student), ("teacher", teacher)) if one.tokenizer is None]
         if texts is None:
             return index if without else index._calibrated(student, teacher, sample_texts(student, teacher))
-        if isinstance(texts, (str, bytes)):
-            raise TypeError(f"texts: expected several texts, got one {type(texts).__name__}")
+        check_several(texts, "texts")
         texts = list(texts)
         if texts and without:
             raise ValueError(f"texts: expected a {without[0]}_tok that encodes text, got a Vocabulary of tokens alone")

@@ -49,7 +49,7 @@ from . import _core
 from .losses import TopKLogits
 from .served import ServedModel
 from .storage import FolderLock, Index, Numbering, TensorFile, TensorReader, other_tokenizers
-from .vocabulary import TokenizerLike, Vocabulary, unpadded
+from .vocabulary import TokenizerLike, Vocabulary, check_several, unpadded
 
 _REBUILD = "xtoken cache-teacher with another --output"
 INDEX = Index("cache.json", 2, "the index of a teacher cache", _REBUILD)
@@ -531,7 +531,7 @@ def cache_teacher(
 
     Raises ValueError if logits are NaN, naming the document; if they lack a token of text, or the model one of a
     document; if `resume` meets other documents; and as `TeacherCacheWriter`. TypeError if they are no tensor, as
-    `OrderedLogits`.
+    `OrderedLogits`, or `documents` is one string or holds something else.
 
     Parameters
     ----------
@@ -562,6 +562,7 @@ def cache_teacher(
     now : datetime, optional
         As for `TeacherCacheWriter`.
     """
+    check_several(documents, "documents")
     vocabulary = Vocabulary.from_tokenizer(teacher_tok)
     advance = advance or (lambda documents, tokens: None)
     if batch_tokens < 1:
@@ -627,6 +628,8 @@ def _token_ids(documents: Iterable[str | Sequence[int]], vocabulary: Vocabulary)
     source = iter(documents)
     while window := list(itertools.islice(source, WINDOW)):
         texts = [one for one in window if isinstance(one, str)]
+        if wrong := [one for one in window if not hasattr(one, "__len__")]:
+            raise TypeError(f"documents: expected texts or token ids, got {type(wrong[0]).__name__}")
         if texts and vocabulary.tokenizer is None:
             raise ValueError("teacher_tok: expected a tokenizer that encodes text, got one made of tokens alone")
         if texts and plain is None:

@@ -21,7 +21,7 @@ from xtoken.notebook import html_list
 from xtoken.pieces import PieceIndex
 from xtoken.projection import ROW_KINDS, ProjectionMatrix
 from xtoken.terminal import printable
-from xtoken.vocabulary import TokenizerLike, Vocabulary
+from xtoken.vocabulary import TokenizerLike, Vocabulary, check_several
 
 from .page import packed, render, save
 
@@ -180,8 +180,8 @@ def pair_report(
 
     Raises
     ------
-    ValueError
-        As `coverage_audit`, or if `projection` or `pieces` belong to other tokenizers.
+    ValueError, TypeError
+        As `coverage_audit`; if `projection` or `pieces` belong to other tokenizers; if `texts` is one string.
 
     Examples
     --------
@@ -190,6 +190,7 @@ def pair_report(
     >>> [(chunk.student, chunk.teacher) for chunk in report.texts[0].chunks]
     [(('19',), ('1', '9')), ((' a',), (' ', 'a'))]
     """
+    check_several(texts, "texts")
     student, teacher = Vocabulary.from_tokenizer(student_tok), Vocabulary.from_tokenizer(teacher_tok)
     if projection is None:
         projection = ProjectionMatrix.build(student, teacher)

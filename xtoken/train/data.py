@@ -237,7 +237,7 @@ class AlignedExamples(Dataset[dict[str, Any]]):
 
 
 def load_examples(
-    files: Sequence[str | os.PathLike[str]],
+    files: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     student_tok: TokenizerLike,
     teacher_toks: Sequence[TokenizerLike],
     *,
@@ -256,7 +256,7 @@ def load_examples(
 
     Parameters
     ----------
-    files : sequence of paths
+    files : path or sequence of paths
         JSON lines or an array, parquet, Arrow, or text with a document a line, as for `xtoken.align_corpus`; or one
         folder that it has written, for one teacher.
     student_tok, teacher_toks, text_column, max_length, max_teacher_length, train_on, name_documents
@@ -272,6 +272,7 @@ def load_examples(
     FileNotFoundError
         If a path matches no file.
     """
+    files = [files] if isinstance(files, (str, os.PathLike)) else files
     folders = [path for path in files if os.path.isdir(path)]
     if not folders:
         encoder = ExampleEncoder(

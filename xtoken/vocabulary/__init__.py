@@ -21,7 +21,9 @@ from .encode import Encoder, behaviour, unpadded
 from .roles import MARK, RESERVED, ROLES, find_roles
 from .sources import load_tokenizer
 
-__all__ = ["MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "load_tokenizer", "unpadded"]
+__all__ = [
+    "MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "check_several", "load_tokenizer", "unpadded",
+]  # fmt: skip
 
 TOKEN_KINDS: tuple[str, ...] = _core.token_kinds
 """Names of the token kinds; `Vocabulary.kinds` holds indices into this tuple."""
@@ -31,6 +33,12 @@ MOST_HOLES = 1 << 20
 
 TokenizerLike = Any
 """A `transformers` fast tokenizer, a `tokenizers.Tokenizer`, a path, a Hub id, or a `Vocabulary`."""
+
+
+def check_several(texts: Any, name: str) -> None:
+    """Raises TypeError for a text in place of several, which would be read character by character."""
+    if isinstance(texts, (str, bytes)):
+        raise TypeError(f"{name}: expected several texts, got one {type(texts).__name__}")
 
 
 class Vocabulary:
