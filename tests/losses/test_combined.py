@@ -474,6 +474,22 @@ def test_half_precision() -> None:
     assert_close(total, criterion(*rounded)[0], rtol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:labels. no chunk of the alignment has all of its tokens labelled")
+@pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["int", "tensor"])
+@pytest.mark.parametrize("scaling", ["fixed", "dynamic"])
+def test_a_step_without_labels(scaling: str, zero: int | Tensor) -> None:
+    """Its counts, added up, are 0; so are its loss and gradients."""
+    case = make_case()
+    criterion, labels = XTokenLoss([Teacher(case.projection)], scaling), torch.full_like(make_labels(case), -100)
+    assert criterion.counts(labels, case.alignment) == (0, [0])
+    student = case.student.clone().requires_grad_()
+    total, parts = criterion(student, labels, case.teacher, case.alignment, zero, zero)
+    total.backward()
+    assert total == parts["ce"] == parts["kd"] == 0
+    assert student.grad is not None
+    assert not student.grad.any()
+
+
 @pytest.mark.parametrize("scaling", ["fixed", "dynamic"])
 def test_a_scaler_saves_small_gradients_of_float16(scaling: str) -> None:
     """Those of a mean over many items are below what float16 has, but not with the factor of a scaler."""

@@ -255,7 +255,8 @@ class XTokenLoss(nn.Module):
             this call, giving means. With gradient accumulation or data parallelism pass the sums of `counts`
             over all micro-batches and ranks; the totals of the calls then add up to the loss of the whole
             batch, and so do "ce" and "kd". Where gradients are averaged over ranks (DDP), multiply the total by
-            the number of ranks. With several teachers, ``num_chunks`` is a sequence.
+            the number of ranks. With several teachers, ``num_chunks`` is a sequence. 0 counts as 1: where there is
+            nothing in the whole batch, the loss is 0.
         scale : float or scalar tensor, optional
             The factor s. Default: 1 for ``scaling="fixed"``, this call's own ``min(CE / |KD|, max_scale)`` for
             "dynamic", which differs between micro-batches and ranks; to have one for them all, give it, or (for ranks)
@@ -302,7 +303,8 @@ class XTokenLoss(nn.Module):
             if ce_labels is not None:
                 checked_labels(shape, ce_labels, "ce_labels")
         targets = labels if ce_labels is None else ce_labels
-        items = (predicted_labels(targets) != IGNORED).sum().clamp_min(1) if num_items is None else num_items
+        items = (predicted_labels(targets) != IGNORED).sum() if num_items is None else num_items
+        items = at_least_one(items)
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         exact_items = items.double() if isinstance(items, Tensor) else items
@@ -474,7 +476,7 @@ class XTokenLoss(nn.Module):
             trained: Iterable[Tensor] = getattr(ready.projection, "parameters", tuple)()
             nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)
             return _Distilled(nowhere, None, zero, nothing(device))
-        divisor = at_least_one(ready.chunks) if divisor is None else divisor
+        divisor = at_least_one(ready.chunks if divisor is None else divisor)
         expected: Expected | None = None
         diagnosed: tuple[Source, Source] | None = None
         sizes: tuple[int | None, int | None] = teacher.shape or (self.vocab_size, None)
