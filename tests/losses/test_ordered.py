@@ -255,6 +255,12 @@ def test_a_real_pair() -> None:
         assert_same(found[1], found[0])
 
 
+@pytest.mark.parametrize("name", sorted(OPERATIONS))
+def test_documented_where_it_is_taken(name: str) -> None:
+    is_taken = registered()[name].needs is not Needs.SAME_TOKENIZER
+    assert ("`OrderedLogits`" in str(OPERATIONS[name].function().__doc__)) == is_taken
+
+
 def test_what_cannot_be_mixed() -> None:
     case, order = make_case(), shuffled(59)
     student, teacher = case.student.float(), case.teacher.float()

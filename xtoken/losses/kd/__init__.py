@@ -152,7 +152,9 @@ def kd_loss(
 
     Parameters
     ----------
-    {student_logits, teacher_logits}
+    {student_logits}
+    teacher_logits : floating [B, T, >= V] or [T, >= V]
+        On the same device. Or `TopKLogits` (a cached or served teacher), or `LinearLogits`. Gets no gradient.
     alignment : Alignment, optional
         Chunks of one token on each side. Default: both models read the same tokens at the same positions.
     {labels}
