@@ -167,6 +167,12 @@ def test_options_exist(document: Path) -> None:
         assert options_in(code) <= allowed, code
 
 
+def test_all_that_is_public_is_on_the_page_of_the_api() -> None:
+    page = set(re.findall(r"^   (\w+)$", (ROOT / "docs" / "api.md").read_text(), re.MULTILINE))
+    modules = xtoken, xtoken.data, xtoken.report, xtoken.train
+    assert {name for module in modules for name in module.__all__} - page == {"__version__"}
+
+
 @pytest.mark.parametrize("document", GUIDES, ids=name_of)
 def test_files_and_targets_exist(document: Path) -> None:
     for link in re.findall(r"\]\(([^)#:]+)\)", document.read_text()):
