@@ -70,7 +70,7 @@ def _stamp(path: str) -> tuple[int, int, str]:
 
 
 def find_files(inputs: Sequence[str | os.PathLike[str]], option: str = "input") -> list[InputFile]:
-    """The files that paths, URLs and glob patterns stand for, each once, those of a pattern sorted. `option` is for errors.
+    """The files that paths, URLs and patterns stand for, each once; those of a pattern sorted. `option` is for errors.
 
     Raises FileNotFoundError if one matches no file; OSError if a file system cannot be reached; ValueError for a
     folder, for an ending not in `FORMATS`, and for a file that is packed by name and neither packed nor text by
