@@ -228,7 +228,7 @@ def self_test(
     check_backend(backend)
     if rows is not None and rows < LEAST_ROWS:
         raise ValueError(f"rows: expected at least {LEAST_ROWS}, got {rows}")
-    where = _device(device)
+    where = found_device(device)
     count = _rows_for(where) if rows is None else rows
     report = CheckReport(_described(where), _note(where, backend), count)
     say = tell if tell is not None else lambda line: None
@@ -276,7 +276,8 @@ def check_lessons(
     return CheckReport(_described(device), _note(device, backend), rows, time.perf_counter() - started, findings)
 
 
-def _device(device: torch.device | str | None) -> torch.device:
+def found_device(device: torch.device | str | None) -> torch.device:
+    """A device that is there, by default a GPU if there is one; ValueError for others."""
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -57,6 +57,14 @@ def test_loads_a_gguf_file(tmp_path, teacher_tok, monkeypatch, dtype, loaded_as)
     assert asked[1][1] == {"gguf_file": "model.gguf", "dtype": loaded_as}
 
 
+def test_a_teacher_is_spread_over_what_there_is(tmp_path, student_tok, teacher_tok):
+    make_model(len(teacher_tok), 1).save_pretrained(tmp_path)
+    teacher_tok.save_pretrained(tmp_path)
+    teacher = TeacherModel.build(tmp_path, student_tok, device="auto", loss=DEFAULT[Needs.NOTHING])
+    teacher.place(torch.device("cpu"))
+    assert len({one.device for one in teacher.model.parameters()}) == 1
+
+
 def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
     """What makes FSDP and DeepSpeed load shares of a model is switched off meanwhile, but for the student."""
     make_model(len(teacher_tok), 1).save_pretrained(tmp_path)
@@ -79,6 +87,13 @@ def test_a_teacher_is_loaded_whole(tmp_path, teacher_tok, monkeypatch):
     assert deepspeed.is_deepspeed_zero3_enabled()
     load_model(tmp_path, may_shard=True)
     assert seen[1:] == [("true", True)]
+
+
+def test_a_device_that_is_not_there():
+    with pytest.raises(
+        ValueError, match="device: expected one that torch finds, of which there are .*, got 'cuda:999'"
+    ):
+        load_model("any/model", device="cuda:999")
 
 
 def test_missing_files(tmp_path):

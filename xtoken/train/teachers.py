@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from xtoken.alignment import Alignment
 from xtoken.audit import same_tokens
+from xtoken.check import found_device
 from xtoken.losses import Needs, Teacher, registered
 from xtoken.losses.logits import AnyLogits, OrderedLogits
 from xtoken.projection import ProjectionMatrix
@@ -61,7 +62,7 @@ def load_model(
     dtype : torch.dtype or str
         Of the weights, such as "bfloat16"; "auto" is the type they are stored in (float32 for GGUF).
     device : torch.device, optional
-        Where to put the model; "auto" spreads it over all accelerators. Default: left on the CPU.
+        Where to put the model; "auto" spreads it over all accelerators, if there are any. Default: left on the CPU.
     trust_remote_code, revision
         As for ``from_pretrained``.
     may_shard : bool
@@ -75,7 +76,7 @@ def load_model(
     ------
     ValueError
         If the output layer is narrower than the tokenizer, see `check_head`; for a GGUF file or an adapter that is to
-        be quantised.
+        be quantised; for a device that is not there.
     FileNotFoundError
         If a GGUF file does not exist.
     OSError
@@ -86,6 +87,8 @@ def load_model(
     import transformers
     from transformers import AutoModelForCausalLM
 
+    if device is not None and str(device) != "auto":
+        found_device(device)
     quantized = quantization(quantization_config, dtype)
     is_adapter = adapters.is_adapter(source)
     place = adapters.base_source(source) if is_adapter else source
@@ -112,7 +115,8 @@ def load_model(
     if is_adapter:
         model = adapters.merged(model, source)
         adapters.load_generation(model, Path(source))
-    if device is not None and getattr(model, "hf_device_map", None) is None and not stays(model):
+    is_placed = is_spread or getattr(model, "hf_device_map", None) is not None or stays(model)
+    if device is not None and not is_placed:
         model = model.to(device)
     if quantized is not None:
         check_layers(model, str(source))
