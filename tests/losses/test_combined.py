@@ -474,6 +474,13 @@ def test_half_precision() -> None:
     assert_close(total, criterion(*rounded)[0], rtol=1e-5)
 
 
+def test_transforms_of_torch_func_are_an_error() -> None:
+    case = make_case()
+    criterion, labels = XTokenLoss([Teacher(case.projection)]), make_labels(case)
+    with pytest.raises(RuntimeError, match=r"student_logits: xtoken losses have no derivative by torch\.func"):
+        torch.func.grad(lambda student: criterion(student, labels, case.teacher, case.alignment)[0])(case.student)
+
+
 @pytest.mark.filterwarnings("ignore:labels. no chunk of the alignment has all of its tokens labelled")
 @pytest.mark.parametrize("zero", [0, torch.tensor(0)], ids=["int", "tensor"])
 @pytest.mark.parametrize("scaling", ["fixed", "dynamic"])

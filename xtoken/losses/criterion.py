@@ -28,7 +28,7 @@ from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import statistics_dtype
-from xtoken.losses.operator import Expected, at_least_one
+from xtoken.losses.operator import Expected, at_least_one, check_transformed
 from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.losses.trust import certainties, in_top, trusted
 from xtoken.pieces import PieceIndex
@@ -296,6 +296,8 @@ class XTokenLoss(nn.Module):
         logits = _one_or_many(teacher_logits, len(self.teachers), "teacher_logits")
         aligned = _one_or_many(alignments, len(self.teachers), "alignments")
         divisors = _one_or_many(num_chunks, len(self.teachers), "num_chunks")
+        if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            check_transformed(Parts.of(student_logits).rows, "student_logits")
         in_parts = self._is_in_parts(student_logits, logits)
         if not in_parts:  # else their shape is that of the whole sequences
             shape = Parts.of(student_logits).leading_shape

@@ -700,14 +700,16 @@ def _is_mixed(call: Call) -> bool:
     return call.labels is not None and call.student_head is not None
 
 
-def _is_transformed(value: Tensor) -> bool:
-    """Whether `torch.func` is to differentiate by a tensor."""
+def check_transformed(value: Tensor, name: str) -> None:
+    """Raises RuntimeError if `torch.func` is to differentiate by a tensor."""
     of = torch._C._functorch
     while torch.is_grad_enabled() and of.is_functorch_wrapped_tensor(value):
         if of.is_gradtrackingtensor(value) and value.requires_grad:
-            return True
+            raise RuntimeError(
+                f"{name}: xtoken losses have no derivative by torch.func (grad, vjp, jacrev, ...), got a tensor of "
+                "it; use backward or torch.autograd.grad, or differentiate the formulas in xtoken.reference"
+            )
         value = of.get_unwrapped(value)
-    return False
 
 
 def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None = None) -> tuple[Tensor, Tensor]:
@@ -725,11 +727,8 @@ def run(loss: Loss, call: Call, inplace: bool = False, expected: Expected | None
             raise ValueError(f"{name}: expected a tensor with values, got one on the meta device")
         if is_eager and torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
             raise RuntimeError(f"{name}: xtoken losses have no derivative in forward mode, got a tensor with a tangent")
-        if is_transformed and _is_transformed(value):
-            raise RuntimeError(
-                f"{name}: xtoken losses have no derivative by torch.func (grad, vjp, jacrev, ...), got a tensor of "
-                "it; use backward or torch.autograd.grad, or differentiate the formulas in xtoken.reference"
-            )
+        if is_transformed:
+            check_transformed(value, name)
     if inplace and student_wanted:
         return InplaceLoss.apply(call.student, loss, call), call.student.new_zeros(())
     trained = loss.trained
