@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -132,7 +131,6 @@ def with_adapters(model: Any, rank: int, **given: Any) -> Any:
 
 
 def make_config(folder: Path, **options: Any) -> XTokenConfig:
-    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4 leaves that of the last configuration there
     if "train_sampling_strategy" in options and NO_ORDER:
         pytest.skip(NO_ORDER)
     defaults: dict[str, Any] = {

@@ -237,6 +237,9 @@ def test_models_that_cannot(tmp_path, student_tok, teacher_tok, examples, caplog
         ValueError, match="fused: expected 'auto' or 'off' for this student, got 'on': expected a model"
     ):
         make_trainer(tmp_path, student_tok, [], None, fused="on", torch_compile=True, torch_compile_backend="eager")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")  # as `accelerate launch` does
+    with pytest.raises(ValueError, match="got 'on': expected a model that is not compiled as a whole"):
+        make_trainer(tmp_path, student_tok, [], None, fused="on")
 
 
 def few() -> torch.Tensor:

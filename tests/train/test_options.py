@@ -17,7 +17,7 @@ from transformers import TrainingArguments
 
 from xtoken.train import EncodedDataset, ExampleEncoder, TeacherModel, XTokenCollator, XTokenConfig, XTokenTrainer
 from xtoken.train.assemble import OF_BUILT
-from xtoken.train.config import REFUSED
+from xtoken.train.config import LEFT, REFUSED
 from xtoken.train.data import EncodedStream, lengths
 
 pytestmark = pytest.mark.slow
@@ -198,6 +198,25 @@ def test_options_that_do_not_change_a_step(tmp_path, student_tok, teacher_tok, e
     assert want.keys() == got.keys()
     for name, value in want.items():
         assert torch.allclose(got[name], value, rtol=1e-4, atol=1e-6), name
+
+
+def test_a_trainer_is_what_its_own_arguments_say(tmp_path, student_tok, monkeypatch):
+    """Precision and compiler, which transformers 4 sets for the process; what a launcher has set holds for all."""
+
+    def found(args: XTokenConfig) -> tuple[str, str]:
+        state = XTokenTrainer(make_model(len(student_tok), 0), args, [], collate).accelerator.state
+        return state.mixed_precision, state.dynamo_plugin.backend.value
+
+    for name in LEFT:
+        monkeypatch.delenv(name, raising=False)
+    other = {"bf16": True, "torch_compile": True, "torch_compile_backend": "eager", "torch_compile_mode": "default"}
+    assert found(make_config(tmp_path, **other)) == ("bf16", "EAGER")
+    assert found(make_config(tmp_path)) == ("no", "NO")
+    first, _ = make_config(tmp_path, **other), make_config(tmp_path)
+    assert found(first) == ("bf16", "EAGER")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "EAGER")
+    assert found(make_config(tmp_path)) == ("bf16", "EAGER")
 
 
 def test_tokens_seen(tmp_path, student_tok, teacher_tok, examples):

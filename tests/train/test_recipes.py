@@ -55,7 +55,6 @@ def test_recipes(name, models, tmp_path, monkeypatch, capsys):
     root, tokenizers = models
     monkeypatch.chdir(root)
     monkeypatch.setattr(teachers, "load_tokenizer", lambda source, **kwargs: tokenizers[source])
-    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # transformers 4 sets it for the whole process
     (tmp_path / "data.jsonl").write_text("\n".join(json.dumps({"text": text[:60]}) for text in SMALL_TEXTS[:8]))
     given = ["--config", str(RECIPES / f"{name}.yaml"), "--data", str(tmp_path / "data.jsonl"), "--use_cpu"]
     given += ["--output", str(tmp_path / "out"), "--cache", str(tmp_path / "cache"), "--report_to", "none"]

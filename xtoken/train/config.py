@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -42,6 +44,28 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "past_index": (-1, "since no cache of the student is kept"),
 }
 """Options of TrainingArguments that would do nothing: what they have to be, and why."""
+
+LEFT = ("ACCELERATE_MIXED_PRECISION", "ACCELERATE_DYNAMO_BACKEND", "ACCELERATE_DYNAMO_MODE")
+"""Variables by which the TrainingArguments of transformers 4 tell accelerate what they want, and that they leave there:
+the next training of the process would be in their type, and compiled."""
+
+
+@contextlib.contextmanager
+def environment(changed: Mapping[str, str]) -> Iterator[None]:
+    """With these variables; afterwards those of `LEFT` are as before."""
+    before = variables()
+    os.environ.update(changed)
+    try:
+        yield
+    finally:
+        for name in LEFT:
+            os.environ.pop(name, None)
+        os.environ.update(before)
+
+
+def variables() -> dict[str, str]:
+    """Those of `LEFT` that are set."""
+    return {name: os.environ[name] for name in LEFT if name in os.environ}
 
 
 @dataclass
@@ -261,7 +285,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
                 except (ValueError, RecursionError) as error:
                     raise ValueError(f"{name}: expected JSON, got {value!r}: {error}") from error
         given = self.accelerator_config
-        super().__post_init__()
+        with environment({}):
+            super().__post_init__()
+            self.accelerate_variables = variables()
         if isinstance(self.loss_options, str):
             raise ValueError(f"loss_options: expected a JSON object, got {self.loss_options!r}")
         check_loss_options(self.loss_options)

@@ -35,7 +35,7 @@ from xtoken.vocabulary import Vocabulary
 from . import adapters, checkpoints
 from .assemble import build_teachers, check_data, encoding_of, examples_of, student_of, training_split
 from .collator import OnHost, XTokenCollator, keep_host
-from .config import XTokenConfig
+from .config import XTokenConfig, environment
 from .data import EncodedStream, lengths, text_sample
 from .encode import ExampleEncoder
 from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
@@ -259,6 +259,11 @@ class XTokenTrainer(Trainer):
         self._fused = self._choice_of_fused()
         self._watch = Stopwatch(args.device)
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """As the arguments say, not those that were made last."""
+        with environment(self.args.accelerate_variables):
+            super().create_accelerator_and_postprocess()
+
     def _collator(self, args: XTokenConfig) -> XTokenCollator:
         known = [self.vocabulary, *(one.vocabulary for one in self.teachers)]
         if None in known:
@@ -328,7 +333,7 @@ class XTokenTrainer(Trainer):
             made.refuse("expected no DeepSpeed, which gathers the weights of a layer when that is called")
         if self.is_fsdp_enabled and getattr(self.accelerator.state.fsdp_plugin, "fsdp_version", 2) == 1:
             made.refuse("expected FSDP2, since FSDP1 gathers the weights of a layer when that is called")
-        if self.args.torch_compile:
+        if self.accelerator.state.dynamo_plugin.backend.value != "NO":
             made.refuse("expected a model that is not compiled as a whole, with its output layer")
         for teacher in self.teachers if self.args.teacher_mode == "average" and len(self.teachers) > 1 else ():
             made.refuse("expected another teacher_mode than 'average', which has a mean of logits", teacher.name)
