@@ -219,6 +219,16 @@ def test_a_trainer_is_what_its_own_arguments_say(tmp_path, student_tok, monkeypa
     assert found(make_config(tmp_path)) == ("bf16", "EAGER")
 
 
+def test_a_step_keeps_no_cache(tmp_path, student_tok, teacher_tok, examples):
+    """With one RecurrentGemma of transformers 4 has other gradients."""
+    trainer = make_trainer(tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], None)
+    batch = trainer._prepare_inputs(collate(examples[:2]))
+    for is_training in (True, False):
+        trainer.model.train(is_training)
+        _, outputs = trainer.compute_loss(trainer.model, dict(batch), return_outputs=True)
+        assert outputs.past_key_values is None
+
+
 def test_tokens_seen(tmp_path, student_tok, teacher_tok, examples):
     trainer = make_trainer(
         tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)], examples[:4], max_steps=1,

@@ -41,7 +41,7 @@ from .encode import ExampleEncoder
 from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
 from .itself import Averages, StudentTeacher
-from .limits import KnownPad, Limits, head_rows
+from .limits import KnownPad, Limits, head_rows, text_config
 from .meter import FiniteCheck, Meter, Stopwatch, wide
 from .packing import PACKED, packing_fault
 from .plot import draw_curves
@@ -452,8 +452,10 @@ class XTokenTrainer(Trainer):
         self._fused.look(logit_bytes(host, self.model, [teacher.model for teacher in self.teachers]))
         with self._watch.section("teacher"):
             logits, alignments = self._teach(entries, inputs, host)
-        # A model that keeps a cache does not look for several examples in a row (transformers 4).
-        cache: dict[str, Any] = {"use_cache": False} if "position_ids" in inputs else {}
+        # transformers 5 sets it in the model's configuration. A model of 4 that keeps a cache does not look for several
+        # examples in a row, and RecurrentGemma has other gradients.
+        keeps = getattr(text_config(self.model), "use_cache", False) and not getattr(self.args, "use_cache", False)
+        cache: dict[str, Any] = {"use_cache": False} if keeps or "position_ids" in inputs else {}
         outputs = self._fused.outputs(self.model, model, **inputs, **cache)
         step = self._step if self.model.training else None
         # In evaluation the sums themselves are wanted; in a training loop without `get_batch_samples` means.
