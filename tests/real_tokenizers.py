@@ -21,6 +21,7 @@ from unittest import mock
 import numpy as np
 
 from xtoken.demo import LLAMA3_SPECIAL, TEACHER_FILE, package_folder
+from xtoken.vocabulary import load_tokenizer
 
 LLAMA3_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+"
@@ -140,11 +141,9 @@ def plain_arrays() -> Iterator[None]:
 
 
 def _of_gguf(package: str, folder: Path, file: str) -> Any:
-    import transformers
-
     def make() -> Any:
         with plain_arrays():
-            return transformers.AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
+            return load_tokenizer(folder / file, to_train=True)
 
     return _kept(package, make)
 

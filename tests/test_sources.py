@@ -74,13 +74,9 @@ def test_gguf_and_folders(tmp_path):
     assert spell(load_tokenizer(tmp_path)) == spell(load_tokenizer(source))
 
 
-@pytest.mark.parametrize(("architecture", "model"), [("llama", "llama"), ("gemma3", "llama"), ("phi3", "llama"),
-                                                     ("llama", "gpt2"), ("qwen2", "gpt2"), ("t5", "t5")])  # fmt: skip
-def test_gguf_tokenizers_without_the_model(architecture, model, tmp_path, monkeypatch):
-    """They are AutoTokenizer's, but no configuration of the model is made, which takes Gemma's 20 s."""
-    gguf, transformers = pytest.importorskip("gguf"), pytest.importorskip("transformers")
-    pytest.importorskip("transformers.integrations.gguf")
-    path = tmp_path / "small.gguf"
+def write_gguf(path, architecture, model, begins=None):
+    """The vocabulary of a small model, which may say whether texts begin with the start token, 1."""
+    gguf = pytest.importorskip("gguf")
     space, marks = ("\u0120" if model == "gpt2" else "\u2581"), ["<unk>", "<s>", "</s>", "<tool>"]
     tokens = [*marks, space, *"abcdefgh", "ab", f"{space}a", f"{space}ab", "\u2581\u2581"]
     writer = gguf.GGUFWriter(str(path), architecture)
@@ -93,9 +89,34 @@ def test_gguf_tokenizers_without_the_model(architecture, model, tmp_path, monkey
         writer.add_token_merges(["a b", f"{space} a", f"{space} ab"])
     writer.add_bos_token_id(1)
     writer.add_eos_token_id(2)
+    if begins is not None:
+        writer.add_add_bos_token(begins)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.close()
+
+
+@pytest.mark.parametrize("model", ["llama", "gpt2"])
+@pytest.mark.parametrize("begins", [None, False, True])
+def test_gguf_says_how_texts_begin_and_end(model, begins, tmp_path):
+    """transformers 4 does not ask. Where the file does not say, SentencePiece begins with its start token."""
+    path = tmp_path / "small.gguf"
+    write_gguf(path, "llama", model, begins)
+    tokenizer = load_tokenizer(path, to_train=True)
+    tokenizer.save_pretrained(tmp_path / "saved")
+    for tok in (tokenizer, load_tokenizer(tmp_path / "saved", to_train=True)):
+        assert (tok.bos_token_id, tok.eos_token_id) == (1, 2)
+        assert (tok("ab").input_ids[0] == 1) is (model == "llama" if begins is None else begins)
+
+
+@pytest.mark.parametrize(("architecture", "model"), [("llama", "llama"), ("gemma3", "llama"), ("phi3", "llama"),
+                                                     ("llama", "gpt2"), ("qwen2", "gpt2"), ("t5", "t5")])  # fmt: skip
+def test_gguf_tokenizers_without_the_model(architecture, model, tmp_path, monkeypatch):
+    """They are AutoTokenizer's, but no configuration of the model is made, which takes Gemma's 20 s."""
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("transformers.integrations.gguf")
+    path = tmp_path / "small.gguf"
+    write_gguf(path, architecture, model)
     want = transformers.AutoTokenizer.from_pretrained(str(tmp_path), gguf_file=path.name)
     monkeypatch.delattr("transformers.modeling_gguf_pytorch_utils.load_gguf_checkpoint")
     got = load_tokenizer(path)

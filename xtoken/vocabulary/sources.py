@@ -11,6 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from xtoken import _core
 from xtoken.remote import check_regular, is_url
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -109,10 +110,24 @@ def _from_gguf(path: Path, to_train: bool) -> Any:
     """
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+    reads = find_spec("transformers.integrations.gguf") is not None
     is_alone = not any((path.parent / name).exists() for name in ("tokenizer.json", "tokenizer_config.json"))
-    is_plain = is_alone and not to_train and find_spec("transformers.integrations.gguf") is not None
-    kind = PreTrainedTokenizerFast if is_plain else AutoTokenizer
-    return kind.from_pretrained(str(path.parent), gguf_file=path.name)
+    if reads or not is_alone:
+        kind = PreTrainedTokenizerFast if is_alone and not to_train else AutoTokenizer
+        return kind.from_pretrained(str(path.parent), gguf_file=path.name)
+    # transformers 4 takes Llama's start token for its end, and begins each text with it, whatever the file says.
+    from transformers.integrations.ggml import GGUF_TOKENIZER_MAPPING
+
+    GGUF_TOKENIZER_MAPPING["tokenizer_config"]["ggml.add_bos_token"] = "begins"
+    tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+    said = tokenizer.init_kwargs
+    for name in ("bos", "eos", "unk", "pad"):
+        if (token := said.get(f"{name}_token_id")) is not None:
+            setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
+    begins = said.pop("begins", said.get("model_type") == "llama")
+    if hasattr(tokenizer, "add_bos_token"):
+        tokenizer.add_bos_token = begins
+    return tokenizer
 
 
 def _parsed(path: Path, head: bytes) -> Any:
@@ -133,13 +148,16 @@ def from_ranks(ranks: Mapping[bytes, int], pattern: str, special: Sequence[str] 
     """A byte-level BPE of tokens by rank; special tokens have the ids behind them, or with `first` those before."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from tokenizers import Regex as Pattern
-    from transformers.convert_slow_tokenizer import TikTokenConverter
 
-    converter = TikTokenConverter(vocab_file="", pattern=pattern)
-    converter.load_tiktoken_bpe = lambda _: dict(ranks)
-    vocab, merges = converter.extract_vocab_merges_from_model("")
-    if first:
-        vocab = {**{token: k for k, token in enumerate(special)}, **{t: k + len(special) for t, k in vocab.items()}}
+    spelled = {token: _core.byte_level_piece(token) for token in ranks}
+    merges: list[tuple[str, str]] = []
+    for token in sorted(ranks, key=ranks.__getitem__):
+        cuts = ((token[:k], token[k:]) for k in range(1, len(token)))
+        pairs = [(left, right) for left, right in cuts if left in ranks and right in ranks]
+        pairs.sort(key=lambda pair: (ranks[pair[0]], ranks[pair[1]]))
+        merges += [(spelled[left], spelled[right]) for left, right in pairs]
+    before = special if first else ()
+    vocab = {**{token: k for k, token in enumerate(before)}, **{spelled[t]: k + len(before) for t, k in ranks.items()}}
     tokenizer = Tokenizer(models.BPE(vocab, merges, fuse_unk=False, ignore_merges=True))
     split = pre_tokenizers.Split(Pattern(pattern), "isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
