@@ -10,7 +10,7 @@ import torch
 from comparer import assert_close
 from safetensors.torch import load_file, save_file
 from small import SMALL_TEXTS, make_config, make_model
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from xtoken.train import TeacherModel, XTokenTrainer
 
@@ -131,7 +131,7 @@ def test_refused(tmp_path, student_tok, monkeypatch):
         make_trainer(tmp_path, student_tok, TeacherModel.of_student())
 
 
-def _with_fsdp(self: Any, make: Any = XTokenTrainer.create_accelerator_and_postprocess) -> None:
+def _with_fsdp(self: Any, make: Any = Trainer.create_accelerator_and_postprocess) -> None:
     make(self)
     self.is_fsdp_enabled = True
 
