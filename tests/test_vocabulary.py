@@ -7,6 +7,7 @@ import itertools
 import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -93,6 +94,134 @@ def test_a_mark_is_no_character_that_a_normalizer_takes_for_a_space():
     made = trained(models.BPE(), trainers.BpeTrainer(show_progress=False), WORDS, **parts)
     with pytest.raises(ValueError, match="unknown family"):  # its tokens do not hold the spaces
         Vocabulary.from_tokenizer(made)
+
+
+def of_characters(marks="", model=models.BPE, mark=None, **parts):
+    """A tokenizer of single characters and a few pairs, with these parts; `mark` is of pieces that go on."""
+    known = [*dict.fromkeys("abé ," + marks), *(f"{mark}{one}" for one in "ab ," if mark)]
+    vocab = {piece: i for i, piece in enumerate([*known, "ab", "[UNK]"])}
+    options = {} if mark is None else {"continuing_subword_prefix": mark}
+    made = Tokenizer(model(vocab, [("a", "b")], **options) if model is models.BPE else model(vocab, **options))
+    for name, part in parts.items():
+        setattr(made, name, part)
+    return made
+
+
+KEPT = {
+    "another decoder": (
+        b" ab a,b", of_characters("▁_", pre_tokenizer=pre_tokenizers.Metaspace("_"), decoder=decoders.Metaspace())),
+    "a decoder of bytes": (
+        b" ab a,b", of_characters("▁", pre_tokenizer=pre_tokenizers.Metaspace(), decoder=decoders.ByteLevel())),
+    "no mark": (b"ab a,b", of_characters()),
+    "two marks for a space": (b" ab  a,b", of_characters("▁", pre_tokenizer=pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(" ", "contiguous"), pre_tokenizers.Metaspace()]))),
+    "words with their spaces": (b"ab a,b", of_characters(
+        model=models.WordPiece, mark="##", pre_tokenizer=pre_tokenizers.Split(" ", "merged_with_next"))),
+    "one word": (b"ab a,b", of_characters(model=models.WordPiece, mark="##")),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "made"), KEPT.values(), ids=KEPT.keys())
+def test_a_mark_is_what_becomes_of_a_space(text, made):
+    """Whatever the decoder takes for one, and whether the model has words."""
+    assert Vocabulary.from_tokenizer(made).decode(made.encode("ab a,b").ids) == text
+
+
+LOST = {
+    "bytes of words": [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "marks of the first word": [pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace(prepend_scheme="first")],
+    "bytes of marks": [pre_tokenizers.Metaspace(), pre_tokenizers.ByteLevel(add_prefix_space=False)],
+    "words": [pre_tokenizers.WhitespaceSplit()],
+}
+
+
+@pytest.mark.parametrize("cuts", LOST.values(), ids=LOST.keys())
+@pytest.mark.parametrize("decoder", [decoders.ByteLevel(), decoders.Metaspace()])
+def test_tokens_that_hold_no_spaces_are_refused(cuts, decoder):
+    """Of words their model must say which pieces go on with one."""
+    cut = pre_tokenizers.Sequence(cuts)
+    for model, mark in ((models.BPE, None), (models.WordPiece, "")):
+        with pytest.raises(
+            ValueError, match=r"unknown family: .* by which tokens (do not )?hold (spaces|'âĸģ' for a space), decoder"
+        ):
+            Vocabulary.from_tokenizer(of_characters(model=model, mark=mark, pre_tokenizer=cut, decoder=decoder))
+
+
+@pytest.mark.parametrize("name", ["UNK", "<unk>", "?"])
+@pytest.mark.parametrize("kind", ["BPE", "Unigram", "WordPiece", "WordLevel"])
+def test_what_a_model_writes_for_the_unknown_is_no_text(kind, name):
+    pieces = ["▁", "▁a", "a", name]
+    made = Tokenizer(
+        models.Unigram([(piece, -1.0) for piece in pieces], unk_id=3) if kind == "Unigram" else
+        getattr(models, kind)({piece: i for i, piece in enumerate(pieces)}, *[[]][: kind == "BPE"], unk_token=name)
+    )  # fmt: skip
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    v = Vocabulary.from_tokenizer(made)
+    assert made.encode("é").ids[-1:] == [3]
+    assert (v.kind(3), v.roles, v[3]) == ("special", {"unk": 3}, name.encode())
+    W = ProjectionMatrix.build(Vocabulary([b"\xc3\xa9", b" a"]), v)
+    assert [W.row(i)[0].tolist() for i in range(2)] == [[], [1]]
+
+
+def test_a_byte_that_is_named_as_unknown_stays_text():
+    made = byte_level(300, WORDS)
+    made.model.unk_token = "!"
+    assert Vocabulary.from_tokenizer(made).decode(made.encode("Stop!").ids) == b"Stop!"
+
+
+def test_byte_fallback_without_a_decoder_that_says_so():
+    pieces = [("<unk>", 0.0), ("▁", -1.0), ("a", -1.0), *((f"<0x{byte:02X}>", -9.0) for byte in range(256))]
+    made = Tokenizer(models.Unigram(pieces, unk_id=0, byte_fallback=True))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    v = Vocabulary.from_tokenizer(made)
+    assert v.decode(made.encode("aéa").ids) == " aéa".encode()
+    assert v.decode(v.encode("é")) == "é".encode()
+
+
+def test_chance_does_not_reach_w():
+    """A teacher that cuts at random in training is asked for its likeliest cut."""
+    student = Vocabulary([b"abab" * n + b"a" for n in range(1, 9)])
+    vocab, merges = {"a": 0, "b": 1, "ab": 2, "abab": 3}, [("a", "b"), ("ab", "ab")]
+    kinds: list[Any] = [(models.BPE, (vocab, merges), {"dropout": 0.5})]
+    if hasattr(models.Unigram, "alpha"):
+        kinds.append((models.Unigram, ([(piece, -1.0) for piece in vocab],), {"alpha": 0.1, "nbest_size": 9}))
+    for kind, parts, chance in kinds:
+        made = [Tokenizer(kind(*parts)), Tokenizer(kind(*parts, **chance))]
+        made[1].add_tokens(["x"])
+        plain, drawn = (ProjectionMatrix.build(student, one) for one in made)
+        assert plain.col.tolist() == drawn.col.tolist()
+        assert {name: getattr(made[1].model, name) for name in chance} == pytest.approx(chance)
+
+
+@pytest.mark.parametrize(
+    "cut", [pre_tokenizers.Metaspace(prepend_scheme="never"), pre_tokenizers.ByteLevel(add_prefix_space=False), None]
+)
+def test_a_piece_within_a_word_of_bpe_goes_on_with_it(cut):
+    pieces = ["w", "o", "u", "l", "ou", "##o", "##u", "##l", "##d", "##ld", "##uld", "##ould"]
+    merges = [("##l", "##d"), ("##u", "##ld"), ("o", "##u"), ("##o", "##uld")]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    made = Tokenizer(models.BPE(vocab, merges, continuing_subword_prefix="##"))
+    made.pre_tokenizer = cut
+    v = Vocabulary.from_tokenizer(made)
+    for piece, expected in (("ould", ["##ould"]), ("ld", ["##ld"]), ("ouo", ["##o", "##u", "##o"])):
+        assert made.encode(f"w{piece}").tokens == ["w", *expected]
+        assert [made.id_to_token(i) for i in v.encode(piece)] == expected
+
+
+def test_a_model_that_needs_a_token_for_the_unknown():
+    made = Tokenizer(models.Unigram([("▁", -1.0), ("a", -1.0)]))
+    made.pre_tokenizer = pre_tokenizers.Metaspace()
+    with pytest.raises(ValueError, match=r"tokenizer: it cannot encode some .*: .*unk_id. is missing"):
+        ProjectionMatrix.build(Vocabulary([b"b"]), made)
+
+
+def test_words_are_cut_as_the_tokenizer_cuts_them():
+    """Fractions are no letters to it."""
+    cut = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), pre_tokenizers.Metaspace()])
+    made = Tokenizer(models.BPE({"▁": 0, "a": 1, "½": 2, "a½": 3}, [("a", "½")]))
+    made.pre_tokenizer = cut
+    v = Vocabulary.from_tokenizer(made)
+    assert [v[i] for i in v.encode("aa½")] == [b"a", b"a", "½".encode()]
 
 
 def test_wordpiece_with_a_mark_for_spaces():
@@ -425,7 +554,7 @@ def test_unknown_families_encode_what_is_given_as_bytes():
 def test_the_family_that_spells_tokens_encodes_them():
     """Recognised once: a WordPiece model behind byte-level parts has no byte-level pieces."""
     words = Tokenizer(models.WordPiece({"[UNK]": 0, "a": 1, "##b": 2, "ÿ": 3}, unk_token="[UNK]"))
-    words.decoder = decoders.ByteLevel()
+    words.pre_tokenizer, words.decoder = pre_tokenizers.Whitespace(), decoders.ByteLevel()
     v = Vocabulary.from_tokenizer(words)
     assert [v[i] for i in (1, 2, 3)] == [b" a", b"b", " ÿ".encode()]
     assert v.encode(b"ab") == [1, 2]

@@ -134,6 +134,10 @@ class Vocabulary:
         special: dict[str, int] = {}
         if family.lists_special:
             special = {name: base[name] for names in ROLES.values() for name in names if name in base}
+        unknown = families.unknown_id(backend)
+        name = None if unknown is None else backend.model.id_to_token(unknown)
+        if name is not None and (family.lists_special or len(name) > 1):  # else a byte
+            special[name] = base[name]
         for i, added in added_tokens.items():
             if not added.special and base.get(added.content) == i:
                 continue  # it is spelled like the rest of the vocabulary
@@ -145,8 +149,13 @@ class Vocabulary:
         words = {i for i, added in added_tokens.items() if not added.special and not MARK.fullmatch(added.content)}
         of_text = words.union(base.values()).difference(special.values())
         roles = {role: i for role, i in find_roles(tokenizer, special).items() if i not in of_text}
+        if unknown is not None and unknown in special.values() and unknown not in roles.values():
+            roles["unk"] = unknown
         for i in roles.values():
             kinds[i] = "special"
+        for name, i in special.items():
+            if i in roles.values() or i == unknown:
+                tokens[i], kinds[i] = name.encode(), "special"
         return cls(tokens, kinds, roles, tokenizer=backend)
 
     def __len__(self) -> int:

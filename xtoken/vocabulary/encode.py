@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,8 @@ from numpy.typing import NDArray
 from .families import WITH_SPACES, recognise, words_of
 
 _OFF = re.compile(rb'"(?!strip_accents":false)[a-z_]+":(null|false|""),?')  # accents: null is what lowercase says
+
+_Reads = Callable[[str], list[int]]
 
 _STRAY_BYTE = re.compile("([\udc80-\udcff])")  # what "surrogateescape" makes of bytes that are not UTF-8
 
@@ -57,10 +60,18 @@ class Encoder:
         spaces = WITH_SPACES if family.plain and parts.adds_spaces else {}
         self.tokenizer = _plain_copy(tokenizer, {**family.plain, **spaces})
         self.is_text = is_text.tolist()
-        self.mark = tokenizer.model.continuing_subword_prefix if parts.model == "WordPiece" else ""
+        self.goes_on = _inside(self.tokenizer.model, parts.going_on) if parts.going_on else None
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
-        """Ids of each text."""
+        """Ids of each text; ValueError where the model has no token for what it does not know, but needs one."""
+        try:
+            return self._ids(texts)
+        except Exception as error:
+            if type(error) is not Exception:  # which is what the library raises
+                raise
+            raise ValueError(f"tokenizer: it cannot encode some of the texts or tokens: {error}") from error
+
+    def _ids(self, texts: Sequence[bytes]) -> list[list[int]]:
         parts: list[list[list[int]]] = [[] for _ in texts]  # of each text, in order
         batch: list[str] = []
         places: list[list[int]] = []  # where the ids of each entry of the batch go
@@ -79,19 +90,33 @@ class Encoder:
                     batch.append(run)
         encoded = self.tokenizer.encode_batch_fast(batch, add_special_tokens=False)
         for ids, run, encoding in zip(places, batch, encoded, strict=True):
-            ids += self._going_on(run, encoding.ids) if self.mark else encoding.ids
+            ids += self._going_on(run, encoding.ids, self.goes_on) if self.goes_on else encoding.ids
         return [[i for ids in row for i in ids if self.is_text[i]] for row in parts]
 
-    def _going_on(self, text: str, ids: list[int]) -> list[int]:
+    def _going_on(self, text: str, ids: list[int], goes_on: _Reads) -> list[int]:
         """The ids of a text in words, of which the first goes on with a word before it, unless it stands alone, is an
         added token, or would be unknown."""
         words = words_of(self.tokenizer, text)
-        if text[:1].isspace() or len(words_of(self.tokenizer, "a" + text)) > len(words):
+        if len(words_of(self.tokenizer, "a" + text)) > len(words):
             return ids
-        model = self.tokenizer.model
-        begun, goes_on = ([one.id for one in model.tokenize(mark + words[0])] for mark in ("", self.mark))
-        is_word = ids[: len(begun)] == begun and all(self.is_text[i] for i in goes_on)
-        return goes_on + ids[len(begun) :] if is_word else ids
+        begun = [one.id for one in self.tokenizer.model.tokenize(words[0])]
+        inside = goes_on(words[0])
+        is_word = ids[: len(begun)] == begun and len(inside) > 0 and all(self.is_text[i] for i in inside)
+        return inside + ids[len(begun) :] if is_word else ids
+
+
+def _inside(model: Any, mark: str) -> _Reads:
+    """Reads a word as the rest of one, whose pieces all have the mark of those that go on."""
+    if type(model).__name__ == "WordPiece":
+        return lambda word: [one.id for one in model.tokenize(mark + word)]
+    from tokenizers import models
+
+    spec = json.loads(model.__getstate__())
+    start = len(mark)
+    vocab = {piece[start:]: i for piece, i in spec["vocab"].items() if piece.startswith(mark) and len(piece) > start}
+    merges = [(one[start:], two[start:]) for one, two in spec["merges"] if one.startswith(mark)]
+    inside = models.BPE(vocab, merges, ignore_merges=spec["ignore_merges"])
+    return lambda word: [one.id for one in inside.tokenize(word)]
 
 
 def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None]) -> Any:
@@ -112,13 +137,19 @@ def _plain_copy(tokenizer: Any, changed: Mapping[str, Mapping[str, Any] | None])
         return part
 
     # With the same model, since a copy of it is read from JSON, which takes a second.
-    copy, added = Tokenizer(tokenizer.model), tokenizer.get_added_tokens_decoder()
+    model = tokenizer.model
+    for chance in ("dropout", "alpha"):
+        if getattr(model, chance, None) is not None:
+            model = deepcopy(model)
+            setattr(model, chance, None)
+    copy, added = Tokenizer(model), tokenizer.get_added_tokens_decoder()
     copy.normalizer = tokenizer.normalizer
     copy.add_tokens([added[i] for i in sorted(added)])
     if {i: one.content for i, one in copy.get_added_tokens_decoder().items()} != {
         i: one.content for i, one in added.items()
     }:
         copy = unpadded(tokenizer)  # ids that do not follow the model's
+        copy.model = model
     copy.encode_special_tokens = True
     # The changed parts are read through a tokenizer without a vocabulary: its JSON is short.
     spec = json.loads(Tokenizer(models.BPE()).to_str())

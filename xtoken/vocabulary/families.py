@@ -13,26 +13,39 @@ from xtoken import _core
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
+_UNKNOWN_ID = re.compile(rb'"unk_id":(\d+)')
+
+
+def words_of(tokenizer: Any, text: str) -> list[str]:
+    """What a tokenizer cuts a text into; its model reads each by itself."""
+    if tokenizer.normalizer is not None:
+        text = tokenizer.normalizer.normalize_str(text)
+    cut = tokenizer.pre_tokenizer
+    return [text] if cut is None else [word for word, _ in cut.pre_tokenize_str(text)]
+
 
 @dataclass(frozen=True)
 class Parts:
     """What a `tokenizers.Tokenizer` is made of, as far as it tells how tokens are written."""
 
     model: str
-    types: set[str]
-    """Of its decoder and pre-tokenizer."""
-    before: set[str]
-    """Of its pre-tokenizer."""
+    encodes: set[str]
+    """Types of its normalizer and pre-tokenizer."""
+    decodes: set[str]
+    """Types of its decoder."""
     space: str | None
-    """What stands in tokens for a space, by its own decoder, pre-tokenizer or normalizer."""
+    """What becomes of a space between two words, and stands for it in tokens; "" if they do not hold spaces, None if
+    it is not known."""
+    going_on: str
+    """What its model writes before a piece that goes on with a word, maybe nothing."""
     adds_spaces: bool
     """Whether its pre-tokenizer puts a space before each word that it cuts out."""
 
     @classmethod
     def of(cls, tokenizer: Any) -> Parts:
-        types: dict[str, set[str]] = {"decoder": set(), "pre_tokenizer": set(), "normalizer": set()}
-        spaces: list[str] = []
+        types: dict[str, set[str]] = {"normalizer": set(), "pre_tokenizer": set(), "decoder": set()}
         adds_spaces = False
+        between = re.search("a(.*)b", "".join(words_of(tokenizer, "a b")), re.DOTALL)
         for name, found in types.items():
             part = getattr(tokenizer, name)
             states = [json.loads(part.__getstate__())] if part is not None else []
@@ -44,15 +57,22 @@ class Parts:
                 found.add(state["type"])
                 if name == "pre_tokenizer":
                     adds_spaces |= state.get("add_prefix_space", False) or state.get("prepend_scheme") == "always"
-                if state["type"] == "Metaspace":
-                    spaces.append(state["replacement"])
-                elif state["type"] == "Replace":  # a normalizer writes the mark, a decoder takes it off
-                    ends = state["pattern"].get("String"), state["content"]
-                    mark, space = ends if name == "decoder" else ends[::-1]
-                    spaces += [mark] if space == " " and mark else []
-        both = types["decoder"] | types["pre_tokenizer"]
-        space = spaces[0] if spaces else None
-        return cls(type(tokenizer.model).__name__, both, types["pre_tokenizer"], space, adds_spaces)
+        encodes = types["normalizer"] | types["pre_tokenizer"]
+        mark = getattr(tokenizer.model, "continuing_subword_prefix", None) or ""
+        space = re.sub(r"(.+?)\1*", r"\1", between[1], count=1, flags=re.DOTALL) if between else None
+        return cls(type(tokenizer.model).__name__, encodes, types["decoder"], space, mark, adds_spaces)
+
+    @property
+    def are_bytes(self) -> bool:
+        """Whether the characters of tokens are bytes in GPT-2's table."""
+        if "ByteLevel" in self.encodes:
+            return self.space == _core.byte_level_piece(b" ")
+        return "ByteLevel" in self.decodes and self.space == " " and self.model != "WordPiece"
+
+    @property
+    def is_text(self) -> bool:
+        """Whether they are characters of the text."""
+        return "ByteLevel" not in self.encodes
 
 
 AS_IT_STANDS: Mapping[str, Mapping[str, Any] | None] = {
@@ -63,6 +83,7 @@ AS_IT_STANDS: Mapping[str, Mapping[str, Any] | None] = {
 """Parts by type, with the options that leave the spaces of a text as they are; None: parts to take out."""
 
 _PUNCTUATION = r"\p{P}$+<=>^`|~"
+_LETTERS = r"\p{Alphabetic}\p{M}\p{Nd}\p{Pc}\p{Join_Control}"  # the \w of Split takes some fractions too
 
 
 def _cut(pattern: str) -> Mapping[str, Any]:
@@ -71,7 +92,7 @@ def _cut(pattern: str) -> Mapping[str, Any]:
 
 WITH_SPACES: Mapping[str, Mapping[str, Any] | None] = {
     "WhitespaceSplit": None,
-    "Whitespace": _cut(r"\w+|[^\w\s]+"),
+    "Whitespace": _cut(rf"[{_LETTERS}]+|[^{_LETTERS}\s]+"),
     "BertPreTokenizer": _cut(rf"[^\s{_PUNCTUATION}]+|[{_PUNCTUATION}]"),
     "CharDelimiterSplit": _cut(r"\S+"),
     "Split Removed": {"behavior": "MergedWithNext"},
@@ -98,14 +119,6 @@ class Family:
     """Ids of a text that is not UTF-8; None: its stray bytes are tokens ``<0xHH>``, if there are any."""
 
 
-def words_of(tokenizer: Any, text: str) -> list[str]:
-    """What a tokenizer cuts a text into; its model reads each by itself."""
-    if tokenizer.normalizer is not None:
-        text = tokenizer.normalizer.normalize_str(text)
-    cut = tokenizer.pre_tokenizer
-    return [text] if cut is None else [word for word, _ in cut.pre_tokenize_str(text)]
-
-
 def _words(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -> list[bytes]:
     """Words after a space, unless the tokenizer begins a word with that character wherever it stands.
 
@@ -123,16 +136,20 @@ def _words(tokenizer: Any, parts: Parts, pieces: list[str], go_on: list[bool]) -
 FAMILIES: tuple[Family, ...] = (
     Family(
         "ByteLevel",
-        lambda parts: "ByteLevel" in (parts.before if parts.model == "WordPiece" else parts.types),
+        lambda parts: parts.are_bytes,
         lambda tokenizer, parts, pieces, go_on: _core.byte_level_bytes(pieces),
         lists_special=False,
         plain=AS_IT_STANDS,
         encode_bytes=lambda tokenizer, text: [t.id for t in tokenizer.model.tokenize(_core.byte_level_piece(text))],
     ),
-    Family("WordPiece", lambda parts: parts.model == "WordPiece" and "Metaspace" not in parts.before, _words),
+    Family(
+        "WordPiece",
+        lambda parts: parts.model == "WordPiece" and parts.is_text and parts.space == "" and bool(parts.going_on),
+        _words,
+    ),
     Family(
         "Metaspace / SentencePiece",
-        lambda parts: parts.space is not None,
+        lambda parts: parts.is_text and bool(parts.space),
         lambda tokenizer, parts, pieces, go_on: [piece.replace(str(parts.space), " ").encode() for piece in pieces],
         byte_fallback=True,
         plain=AS_IT_STANDS,
@@ -148,6 +165,15 @@ def recognise(tokenizer: Any) -> tuple[Family, Parts]:
     return next(family for family in FAMILIES if family.recognised(parts)), parts
 
 
+def unknown_id(tokenizer: Any) -> int | None:
+    """The token that a model writes for what it does not know, if it has one."""
+    if hasattr(tokenizer.model, "unk_token"):
+        name = tokenizer.model.unk_token
+        return None if name is None else tokenizer.model.token_to_id(name)
+    found = _UNKNOWN_ID.search(tokenizer.model.__getstate__())  # of Unigram
+    return None if found is None else int(found[1])
+
+
 def spell(tokenizer: Any, pieces: list[str]) -> tuple[Family, list[bytes], list[bool]]:
     """The family, the bytes of tokens as the tokenizer writes them, and whether each stands for one byte.
 
@@ -157,13 +183,17 @@ def spell(tokenizer: Any, pieces: list[str]) -> tuple[Family, list[bytes], list[
     model, suffix = tokenizer.model, getattr(tokenizer.model, "end_of_word_suffix", None)
     if family.spelled is None or suffix:
         *names, last = sorted(known.name for known in FAMILIES if known.spelled is not None)
-        found = f"model {parts.model}, decoder and pre-tokenizer {sorted(parts.types) or 'none'}"
-        found += f", word suffix {suffix!r}" if suffix else ""
+        found = f"model {parts.model}, normalizer and pre-tokenizer {sorted(parts.encodes) or 'none'}, by which tokens "
+        found += f"hold {parts.space!r} for a space" if parts.space else "do not hold spaces"
+        found += f", decoder {sorted(parts.decodes) or 'none'}" + (f", word suffix {suffix!r}" if suffix else "")
         hint = f"{', '.join(names)} and {last} are known. For others pass Vocabulary(tokens=[bytes, ...])"
         raise ValueError(f"tokenizer: unknown family: {found}; {hint}")
-    may_be_bytes = family.byte_fallback and (getattr(model, "byte_fallback", False) or "ByteFallback" in parts.types)
+    falls_back = getattr(model, "byte_fallback", None)
+    if falls_back is None:  # which Unigram does not tell otherwise
+        falls_back = b'"byte_fallback":true' in model.__getstate__()
+    may_be_bytes = family.byte_fallback and (falls_back or "ByteFallback" in parts.decodes)
     are_bytes = [bool(may_be_bytes and _BYTE_PIECE.fullmatch(piece)) for piece in pieces]
-    mark = getattr(model, "continuing_subword_prefix", "") or ""
+    mark = parts.going_on
     go_on = [bool(mark) and len(piece) > len(mark) and piece.startswith(mark) for piece in pieces]
     stems = [piece[len(mark) :] if goes else piece for piece, goes in zip(pieces, go_on, strict=True)]
     spelled = family.spelled(tokenizer, parts, stems, go_on)
