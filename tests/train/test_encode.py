@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_tokenizers import TEXTS, encode
 from small import SMALL_TEXTS, make_tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
 from xtoken import Aligner, Vocabulary
 from xtoken.train import EncodedDataset, ExampleEncoder
@@ -420,3 +421,50 @@ def test_padding_and_truncation_of_the_tokenizer_take_no_part(student_tok, teach
     found, expected = (ExampleEncoder(tok, [teacher_tok]).encode(rows) for tok in (cut, student_tok))
     assert [one["student_ids"].tolist() for (one,) in found] == [one["student_ids"].tolist() for (one,) in expected]
     assert backend.truncation is not None
+
+
+def of_words(pieces, **options):
+    """A tokenizer that cuts at white space, with the pieces of words that it knows."""
+    made = Tokenizer(models.WordPiece({piece: i for i, piece in enumerate(pieces)}, **options))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return made
+
+
+def test_a_completion_within_the_teachers_last_token(student_tok):
+    """As where a word is unknown; none of its tokens begins with the completion, or behind it."""
+    teacher = of_words(["[UNK]", "a"], unk_token="[UNK]")
+    (example,) = ExampleEncoder(student_tok, [teacher], train_on="completion").encode(
+        [{"prompt": "a a:", "completion": "b"}]
+    )[0]
+    assert (example["labels"] != -100).sum() == 2
+    assert example["teachers"][0]["ids"].tolist() == [1, 0]
+    assert len(example["teachers"][0]["spans"]) == 0
+
+
+def test_special_tokens_before_a_text_whatever_the_tokenizer_knows(student_tok):
+    """One of digits knows no letters, and has no token for the unknown."""
+    digits = Tokenizer(models.BPE({"<s>": 0, **{str(k): k + 1 for k in range(10)}, "</s>": 11}, []))
+    digits.add_special_tokens(["<s>", "</s>"])
+    digits.post_processor = processors.TemplateProcessing(
+        single="<s> <s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 11)]
+    )
+    (example,) = ExampleEncoder(digits, [student_tok]).encode([{"text": "17"}])[0]
+    assert example["student_ids"].tolist() == [0, 0, 2, 8, 11]
+
+
+def test_a_tokenizer_that_cannot_encode_a_text(student_tok):
+    encoder = ExampleEncoder(student_tok, [of_words(["a"], unk_token="[UNK]")])
+    assert encoder.encode([{"text": "a a"}])
+    with pytest.raises(ValueError, match=r"tokenizer: it cannot encode some .*: Missing \[UNK\] token"):
+        encoder.encode([{"text": "a b"}])
+
+
+def test_tokens_beyond_the_end_of_a_text(student_tok):
+    """Where BPE with a prefix falls back on bytes, also on those of the prefix, and counts them as characters."""
+    pieces = [*(f"<0x{byte:02X}>" for byte in range(256)), " ", "a", "##a"]
+    vocab = {piece: i for i, piece in enumerate(pieces)}
+    teacher = Tokenizer(models.BPE(vocab, [], continuing_subword_prefix="##", byte_fallback=True))
+    encoder = ExampleEncoder(student_tok, [teacher])
+    assert encoder.encode([{"text": "aa"}])
+    with pytest.raises(ValueError, match=r"row 1: teacher 0: its tokenizer has tokens at characters up to . of a text"):
+        encoder.encode([{"text": "aa"}, {"text": "aé"}])

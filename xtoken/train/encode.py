@@ -575,7 +575,7 @@ def _share_edges(student: Tokens, teacher: Tokens, ours: Ints, theirs: Ints, shi
         (i, j), (k, m), by = ours[s].tolist(), theirs[s].tolist(), int(shift[s])
         begin, end = student.start[i] + by, student.end[j - 1] + by
         k, at = int(np.searchsorted(teacher.start, begin)), k
-        if teacher.start[k : k + 1] != begin:
+        if k == len(teacher.start) or teacher.start[k] != begin:
             k = at
             while i < j and k < m and student.start[i] + by != teacher.start[k]:
                 i, k = (i + 1, k) if student.start[i] + by < teacher.start[k] else (i, k + 1)

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from xtoken.audit import same_tokens
-from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, unpadded
+from xtoken.vocabulary import TokenizerLike, Vocabulary, load_tokenizer, prefix_of, unpadded
 from xtoken.vocabulary.long_texts import encode_texts
 
 from .chat import BLANK, ChatTemplate, Place
@@ -113,8 +113,7 @@ class Reader:
         self.tokens = [self.vocabulary[i] for i in range(len(self.vocabulary))]
         self.lengths = np.fromiter(map(len, self.tokens), np.int64, len(self.tokens))
         self.is_special = ~self.vocabulary.is_text
-        plain, whole = (self.backend.encode("a", add_special_tokens=special).ids for special in (False, True))
-        self.prefix: list[int] = next((whole[:k] for k in range(len(whole)) if whole[k : k + len(plain)] == plain), [])
+        self.prefix = prefix_of(self.backend)
         """The special tokens that the tokenizer puts before a text, such as BOS."""
         self.end_id = self.vocabulary.roles.get("eos")
         self.is_end = np.zeros(len(self.tokens), bool)
@@ -173,7 +172,7 @@ class Reader:
                 end = np.cumsum(self.lengths[row])
                 start = end - self.lengths[row]
             else:
-                row, start, end = self._offsets(layout)
+                row, start, end = self._offsets(layout, first_row + k)
             if example.conversation is None:
                 start[:1], end[-1:] = 0, len(layout.raw)
             before = self.prefix if example.conversation is None and is_read[k] else []
@@ -219,14 +218,18 @@ class Reader:
             ends[-1] = after, base + len(raw) + 2
         return _Layout(text, raw, base, starts, ends, is_open, why)
 
-    def _offsets(self, layout: _Layout) -> tuple[Ints, Ints, Ints]:
+    def _offsets(self, layout: _Layout, number: int) -> tuple[Ints, Ints, Ints]:
         """Ids and byte ranges by the tokenizer's own offsets, for one that does not spell the text as it is.
 
         Some tokenizers leave the white space of a token out of them.
         """
         encoding = self.backend.encode(layout.text, add_special_tokens=False)
         row = np.asarray(encoding.ids, np.int64)
-        start, end = byte_of(layout.text)[np.asarray(encoding.offsets, np.int64).reshape(-1, 2).T]
+        offsets = np.asarray(encoding.offsets, np.int64).reshape(-1, 2)
+        if offsets.max(initial=0) > len(layout.text):  # as where BPE has a prefix and falls back on bytes
+            said = f"its tokenizer has tokens at characters up to {offsets.max()} of a text of {len(layout.text)}"
+            raise ValueError(f"row {number}: {self.name}: {said}")
+        start, end = byte_of(layout.text)[offsets.T]
         for k, (i, last) in enumerate(zip(encoding.ids, end.tolist(), strict=True)):
             if layout.raw.endswith(self.tokens[i], 0, last):
                 start[k] = last - self.lengths[i]

@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from xtoken import _core
 
 from . import families
-from .encode import Encoder, behaviour, unpadded
+from .encode import Encoder, behaviour, prefix_of, unpadded
 from .roles import MARK, RESERVED, ROLES, find_roles
 from .sources import load_tokenizer
 
 __all__ = [
-    "MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "check_several", "load_tokenizer", "unpadded",
+    "MOST_HOLES", "ROLES", "TOKEN_KINDS", "TokenizerLike", "Vocabulary", "check_several", "load_tokenizer", "prefix_of",
+    "unpadded",
 ]  # fmt: skip
 
 TOKEN_KINDS: tuple[str, ...] = _core.token_kinds

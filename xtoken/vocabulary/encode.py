@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
 from typing import Any
 
@@ -26,6 +27,29 @@ def unpadded(tokenizer: Any) -> Any:
     copy.no_padding()
     copy.no_truncation()
     return copy
+
+
+@contextmanager
+def refusals() -> Iterator[None]:
+    """Makes a ValueError of what `tokenizers` raises where a model needs a token for the unknown and has none."""
+    try:
+        yield
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ValueError(f"tokenizer: it cannot encode some of the texts or tokens: {error}") from error
+
+
+def prefix_of(tokenizer: Any) -> list[int]:
+    """The special tokens that a tokenizer puts before a text, such as BOS, whatever the text."""
+    from tokenizers import Tokenizer, models
+
+    text = 2**31 - 1  # an id that is no special token's
+    probe = Tokenizer(models.WordLevel({"a": text}, "a"))
+    if tokenizer.post_processor is not None:
+        probe.post_processor = tokenizer.post_processor
+    ids: list[int] = probe.encode("a").ids
+    return ids[: ids.index(text)]
 
 
 def behaviour(tokenizer: Any) -> bytes:
@@ -63,13 +87,9 @@ class Encoder:
         self.goes_on = _inside(self.tokenizer.model, parts.going_on) if parts.going_on else None
 
     def __call__(self, texts: Sequence[bytes]) -> list[list[int]]:
-        """Ids of each text; ValueError where the model has no token for what it does not know, but needs one."""
-        try:
+        """Ids of each text; ValueError as `refusals` has it."""
+        with refusals():
             return self._ids(texts)
-        except Exception as error:
-            if type(error) is not Exception:  # which is what the library raises
-                raise
-            raise ValueError(f"tokenizer: it cannot encode some of the texts or tokens: {error}") from error
 
     def _ids(self, texts: Sequence[bytes]) -> list[list[int]]:
         parts: list[list[list[int]]] = [[] for _ in texts]  # of each text, in order

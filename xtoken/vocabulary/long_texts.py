@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 
 from xtoken import _core
 
+from .encode import refusals
+
 WINDOW = 1 << 18
 """Characters of the first windows; those of the second try are `GROWTH` times as long, and so on."""
 
@@ -41,7 +43,8 @@ def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
 
 
 def _encode(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
-    return [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
+    with refusals():
+        return [one.ids for one in tokenizer.encode_batch_fast(texts, add_special_tokens=False)]
 
 
 def _encode_long(tokenizer: Any, text: str) -> NDArray[np.int32]:
