@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import pickle
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from real_tokenizers import TEXTS, encode
 from small import SMALL_TEXTS, make_tokenizer
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast
 
 from xtoken import Aligner, Vocabulary
 from xtoken.train import EncodedDataset, ExampleEncoder
@@ -430,15 +432,15 @@ def of_words(pieces, **options):
     return made
 
 
-def test_a_completion_within_the_teachers_last_token(student_tok):
-    """As where a word is unknown; none of its tokens begins with the completion, or behind it."""
-    teacher = of_words(["[UNK]", "a"], unk_token="[UNK]")
-    (example,) = ExampleEncoder(student_tok, [teacher], train_on="completion").encode(
-        [{"prompt": "a a:", "completion": "b"}]
-    )[0]
-    assert (example["labels"] != -100).sum() == 2
-    assert example["teachers"][0]["ids"].tolist() == [1, 0]
-    assert len(example["teachers"][0]["spans"]) == 0
+def test_a_content_that_is_the_teachers_last_token(student_tok):
+    """With the space before it, which is a token of its own to the student, and nothing behind it."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "7"}]
+    toks = [copy.deepcopy(student_tok), PreTrainedTokenizerFast(tokenizer_object=of_words(["[UNK]", "7"]))]
+    for tok in toks:
+        tok.chat_template = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    (example,) = ExampleEncoder(toks[0], toks[1:]).encode([{"messages": talk}])[0]
+    assert trained_text(example, Vocabulary.from_tokenizer(toks[0])) == "a7</s>"
+    assert example["teachers"][0]["ids"].tolist() == [0, 0, 0, 1]
 
 
 def test_special_tokens_before_a_text_whatever_the_tokenizer_knows(student_tok):
