@@ -134,7 +134,7 @@ def test_a_path_that_does_not_exist(name, tmp_path, monkeypatch, capsys):
     with pytest.raises(FileNotFoundError, match="tokenizer: no such file or folder: "):
         load_tokenizer(name)
     assert cli.main(["audit", "--student", name, "--teacher", name]) == 1
-    assert capsys.readouterr().err.startswith("xtoken audit: tokenizer: no such file or folder: ")
+    assert capsys.readouterr().err.startswith("xtoken audit: --student: no such file or folder: ")
 
 
 @pytest.mark.parametrize("files", [(), ("vocab.json", "merges.txt"), ("vocab.txt",)], ids=len)
