@@ -522,6 +522,21 @@ def test_one_sample_without_a_batch() -> None:
     assert_within(total, criterion(case.student, labels, case.teacher, case.alignment)[0], 1e-12)
 
 
+UNTRAINED = [
+    name
+    for name, one in registered().items()
+    if one.needs in (Needs.NOTHING, Needs.PROJECTION) and not one.trains_projection
+]
+
+
+@pytest.mark.parametrize("name", UNTRAINED)
+def test_weights_that_a_loss_does_not_train_are_refused(name: str) -> None:
+    projection = make_case().projection.learnable()
+    with pytest.raises(ValueError, match=f"projection: expected fixed weights for loss='{name}'"):
+        Teacher(projection, name)
+    assert Teacher(projection.requires_grad_(False), name).projection is projection
+
+
 def test_a_trainable_projection_learns() -> None:
     case = make_case(scale=1.0)
     criterion = XTokenLoss([Teacher(case.projection.learnable())], scaling="fixed")

@@ -69,7 +69,8 @@ class Teacher:
     Raises
     ------
     ValueError
-        If the loss does not go with the projection or the pieces, the weight is negative, or `trust_top_k` not above 0.
+        If the loss does not go with the projection or the pieces, or does not train its weights, though they ask for a
+        gradient; if the weight is negative, or `trust_top_k` not above 0.
     TypeError
         For an option that the loss does not have.
     """
@@ -103,6 +104,12 @@ class Teacher:
             raise ValueError(f"projection: expected a projection matrix for loss={loss!r}, got None")
         if projection is not None and needs in (Needs.SAME_TOKENIZER, Needs.PIECES):
             raise ValueError(f"projection: expected None for loss={loss!r}, which needs {needs.value}, got one")
+        is_trained = any(one.requires_grad for one in getattr(projection, "parameters", tuple)())
+        if is_trained and not losses[loss].trains_projection:
+            raise ValueError(
+                f"projection: expected fixed weights for loss={loss!r}, which does not train them; those of a "
+                "LearnableProjection are its projection()"
+            )
         if (pieces is None) == (needs is Needs.PIECES):
             expected, got = ("a PieceIndex", "None") if pieces is None else ("None", "one")
             raise ValueError(f"pieces: expected {expected} for loss={loss!r}, got {got}")
