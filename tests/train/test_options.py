@@ -388,6 +388,8 @@ def test_every_option_was_looked_at():
         ({"loss_options": "{bad"}, "loss_options: expected JSON, got '{bad': Expecting property name"),
         ({"lr_scheduler_kwargs": "{'a': 1}"}, "lr_scheduler_kwargs: expected JSON, got "),
         ({"loss_backend": "x"}, "loss_backend: expected one of 'auto', .* got 'x'"),
+        ({"train_on": "user"}, "train_on: expected one of 'all', 'completion', 'assistant', got 'user'"),
+        ({"loss": ["auto", "x"]}, "loss: expected one of 'auto', .* got 'x'"),
         ({"scaling": "fixed", "max_scale": 2.0}, "max_scale: expected scaling='dynamic' with it, .* got 2.0"),
     ],
     ids=str,

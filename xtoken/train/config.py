@@ -272,6 +272,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
             raise ValueError("teacher_column: expected None for teacher_mode='average', which makes all teachers one")
         check_choice(self.fused, "fused", CHOICES)
         check_choice(self.self_test, "self_test", CHOICES)
+        check_choice(self.train_on, "train_on", TRAIN_ON)
+        for loss in self.loss or []:
+            check_choice(loss, "loss", ("auto", *registered()))
         self._check_generation()
         # Where an earlier version of transformers has another default, nobody has asked for it.
         defaults = {one.name: one.default for one in fields(self)}
