@@ -171,6 +171,7 @@ def test_a_run_that_was_stopped_is_read_from_its_newest_checkpoint(run: Path) ->
         (run / f"checkpoint-{step}").mkdir()
         state = {"global_step": step, "log_history": [{"step": 1, "ce": 1.0}, {"step": step, "ce": 0.5}]}
         (run / f"checkpoint-{step}" / "trainer_state.json").write_text(json.dumps(state))
+    assert run_report(run).steps == 10, "it goes on, and has been at its end before"
     (run / "trainer_state.json").unlink()
     assert run_report(run).steps == 10
     of_checkpoint = run_report(run / "checkpoint-9")

@@ -131,20 +131,26 @@ def run_report(folder: str | os.PathLike[str]) -> RunReport:
         If a file of the run is damaged; the message names it.
     """
     folder = Path(folder)
-    path = next((one / STATE for one in (folder, *checkpoints_in(folder)) if (one / STATE).exists()), None)
-    if path is None:
+    found = [one / STATE for one in (folder, *checkpoints_in(folder)) if (one / STATE).exists()]
+    if not found:
         raise FileNotFoundError(f"{folder}: expected a training run, with {STATE} in it or in a checkpoint")
-    state = _json(path)
-    try:
-        steps, (curves, not_finite) = int(state["global_step"]), _curves(state["log_history"])
-    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
-        raise ValueError(f"{path}: expected the state of a Trainer, with a log_history: {error!r}") from None
+    # A run that goes on has a checkpoint that is newer than what it left in its folder when it ended before.
+    steps, curves, not_finite, path = max((_state(one) for one in found[:2]), key=lambda state: state[0])
     root = folder.resolve().parent if folder.resolve().name.startswith("checkpoint-") else folder
     settings = _json(root / SETTINGS) if (root / SETTINGS).exists() else {}
     if not isinstance(settings, dict):
         raise ValueError(f"{root / SETTINGS}: expected options and their values")
     samples = _samples(root / SAMPLES)
     return RunReport(folder.resolve().name, steps, curves, not_finite, settings, samples, str(path))
+
+
+def _state(path: Path) -> tuple[int, dict[str, list[Curve]], int, Path]:
+    """Steps, curves, how many values are not finite, and the file."""
+    state = _json(path)
+    try:
+        return int(state["global_step"]), *_curves(state["log_history"]), path
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: expected the state of a Trainer, with a log_history: {error!r}") from None
 
 
 def checkpoints_in(folder: Path) -> list[Path]:
