@@ -11,9 +11,11 @@ from typing import Literal
 
 import pytest
 import torch
+from accelerate.state import PartialState
 from default_losses import DEFAULT, OTHER
 from safetensors.torch import load_file
 from small import command, history
+from transformers import TrainingArguments
 
 from xtoken import Vocabulary
 from xtoken.cli import main
@@ -22,7 +24,7 @@ from xtoken.losses.cases import changes
 from xtoken.losses.criterion import SCALINGS
 from xtoken.losses.loss import REGISTER
 from xtoken.train.chat import use_template
-from xtoken.train.command import check, loss_arguments, open_all, own_help, parse
+from xtoken.train.command import check, loss_arguments, open_all, own_help, parse, settings_of
 from xtoken.train.example import TRAIN_ON
 from xtoken.train.prepare import build_objective, check_loss_options, one_each, weights_of
 
@@ -109,6 +111,30 @@ def test_chat_template(folders, tmp_path, capsys):
             arguments[arguments.index(option) + 1] = str(data)
         assert main([*arguments, "--max_steps", "1", "--teacher_cache", f"{tmp_path}/cache"]) == 0
         assert (output / "chat_template.jinja").read_text() == text
+
+
+def test_settings_leave_the_processes_as_they_are(monkeypatch, tmp_path):
+    """Other arguments of a Trainer, made to compare with, would have each process of torchrun train by itself."""
+    options, config = parse([*ALL, "--data", "D", "--output", str(tmp_path), "--use_cpu", "--max_steps", "3"])
+    monkeypatch.setitem(PartialState._shared_state, "num_processes", 2)
+    monkeypatch.setitem(PartialState._shared_state, "process_index", 1)
+    settings = settings_of(options, config)
+    assert (config.world_size, config.process_index) == (2, 1)
+    assert settings == {"student": "S", "teacher": ["T"], "data": ["D"], "use_cpu": True, "max_steps": 3}
+
+
+def test_processes_do_not_train_each_by_itself(monkeypatch, tmp_path):
+    """As those of torchrun would on a CPU without `--use_cpu`, where accelerate takes each to be the only one."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    set_up = TrainingArguments.__post_init__
+
+    def alone(self):
+        set_up(self)
+        monkeypatch.setenv("LOCAL_RANK", "1")
+
+    monkeypatch.setattr(TrainingArguments, "__post_init__", alone)
+    with pytest.raises(ValueError, match="use_cpu: expected True for the 2 processes that were started"):
+        parse([*ALL, "--data", "D", "--output", str(tmp_path)])
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):

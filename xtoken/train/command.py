@@ -15,11 +15,12 @@ import os
 import re
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
+from accelerate.state import AcceleratorState, PartialState
 from torch.utils.data import ConcatDataset
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import string_to_bool
@@ -348,9 +349,23 @@ def _as_argument(value: Any, choices: Iterable[Any]) -> str:
 def settings_of(options: TrainArguments, config: XTokenConfig) -> dict[str, Any]:
     """The options that differ from those of a command that names only student, teacher, data and output; without
     secrets."""
-    least = parse(["--student", "-", "--teacher", "-", "--data", "-", "--output", str(config.output_dir)])
+    device = ["--use_cpu"] if config.use_cpu else []
+    with _kept_processes():
+        least = parse(["--student", "-", "--teacher", "-", "--data", "-", "--output", str(config.output_dir), *device])
     usual, values = ({**vars(one), **other.to_dict()} for one, other in (least, (options, config)))
+    usual["use_cpu"] = False
     return {name: value for name, value in values.items() if not name.endswith("_token") and value != usual[name]}
+
+
+@contextlib.contextmanager
+def _kept_processes() -> Iterator[None]:
+    """Keeps what accelerate knows of processes and devices, which all arguments of a Trainer set anew."""
+    states = PartialState._shared_state, AcceleratorState._shared_state
+    kept = [dict(one) for one in states]
+    yield
+    for state, one in zip(states, kept, strict=True):
+        state.clear()
+        state.update(one)
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any] | None:
@@ -397,7 +412,7 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     train, held_out = examples(data, bool(config.on_policy)), examples(eval_data)
     config.eval_on_start = held_out is not None and last is None
     callbacks = [PlotCallback()] if options.plot else []
-    settings = settings_of(options, config)  # before the Trainer: other arguments reset what it takes from accelerate
+    settings = settings_of(options, config)
     trainer = XTokenTrainer(student, config, teachers, None, train, held_out, student_tok, callbacks=callbacks)
     if config.process_index == 0:
         begin_run(folder, settings, begun)

@@ -291,6 +291,12 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
         with environment({}):
             super().__post_init__()
             self.accelerate_variables = variables()
+        started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
+        if started > 1 and self.world_size == 1:
+            raise ValueError(
+                f"use_cpu: expected True for the {started} processes that were started, since there is no GPU: else "
+                "each would train by itself"
+            )
         if isinstance(self.loss_options, str):
             raise ValueError(f"loss_options: expected a JSON object, got {self.loss_options!r}")
         check_loss_options(self.loss_options)
