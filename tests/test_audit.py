@@ -6,10 +6,12 @@ import json
 import re
 
 import pytest
+from small_tokenizers import byte_level
 
-from xtoken import PieceIndex, ProjectionMatrix, Vocabulary, choose_loss, coverage_audit
+from xtoken import Aligner, PieceIndex, ProjectionMatrix, Vocabulary, choose_loss, coverage_audit
 from xtoken.audit import CLASSES, token_class
 from xtoken.cli import main
+from xtoken.report.pair import LONGEST, aligned
 
 
 @pytest.mark.parametrize(
@@ -147,6 +149,22 @@ def test_corpus_weights(tokenizer, vocabulary):
     assert report.classes["digits_1"].count == 3  # 4, 7, 4
     assert report.classes["digits_3"].exact == 0
     assert report.classes["digits_2"].count == 0
+
+
+def test_a_tokenizer_that_cuts_and_pads_is_shown_whole_texts(tmp_path, capsys):
+    """As many files of tokenizers on the Hub tell it to."""
+    text = "the value of the name " * 600
+    made = byte_level(300, [text])
+    count = len(made.encode(text).ids)
+    made.enable_truncation(3)
+    made.enable_padding(length=5000)
+    report = coverage_audit(made, byte_level(280, [text]), corpus=[text] * 3)
+    assert sum(row.count for row in report.classes.values()) == 3 * count
+    shown = aligned(Aligner(made, made), "text", text)
+    assert "".join("".join(chunk.student) for chunk in shown.chunks) == text[:LONGEST]
+    made.save(str(tmp_path / "tokenizer.json"))
+    assert main(["show", "--student", str(tmp_path), "--teacher", str(tmp_path), "the value", "--json"]) == 0
+    assert "".join(json.loads(capsys.readouterr().out)["student_tokens"]) == "the value"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -16,6 +17,7 @@ from .notebook import html_list, html_table
 from .pieces import PieceIndex
 from .projection import DOMINANT_WEIGHT, EXACT_WEIGHT, ROW_KINDS, ProjectionMatrix, common_pairs
 from .vocabulary import TOKEN_KINDS, TokenizerLike, Vocabulary, check_several
+from .vocabulary.long_texts import encode_texts
 
 NUMERALS = ("digits_1", "digits_2", "digits_3", "digits_4_or_more")
 CLASSES = (
@@ -31,6 +33,9 @@ SHARES = ("exact", "common", "split", "unmapped")
 
 CRITICAL_SHARE = 0.99
 """A critical class must keep at least this share of its tokens in GOLD's common set for H-KL to be recommended."""
+
+TEXTS = 1 << 10
+"""Texts of a corpus that are encoded at once."""
 
 MOST_DIFFERING = 0.01
 """Of the chunks of a sample at most this share may begin with different events for H-KL to be recommended."""
@@ -373,6 +378,8 @@ def _frequencies(student: Vocabulary, corpus: Iterable[str]) -> NDArray[np.int64
     if student.tokenizer is None:
         raise ValueError("corpus: the student's vocabulary has no tokenizer to encode text with")
     counts = np.zeros(len(student), dtype=np.int64)
-    for text in corpus:
-        counts += np.bincount(student.tokenizer.encode(text, add_special_tokens=False).ids, minlength=len(student))
+    texts = iter(corpus)
+    while some := list(itertools.islice(texts, TEXTS)):
+        for ids in encode_texts(student.tokenizer, some):
+            counts += np.bincount(np.asarray(ids, np.int64), minlength=len(student))
     return counts

@@ -144,13 +144,14 @@ def show(
     _check_utf8("text", text)
     _check_inputs(student, teacher)
     from .alignment import Aligner
+    from .vocabulary.long_texts import encode_texts
 
     with working("reading the tokenizers"):
         aligner = Aligner(*_vocabularies(student, teacher), method)
         sides = {"student": aligner.student, "teacher": aligner.teacher}
-        ids = {name: side.tokenizer.encode(text, add_special_tokens=False).ids for name, side in sides.items()}
+        ids = {name: list(map(int, encode_texts(side.tokenizer, [text])[0])) for name, side in sides.items()}
         alignment = aligner.align(*ids.values())
-    facts = {f"{name}_ids": ids[name] for name in sides}
+    facts: dict[str, Any] = {f"{name}_ids": ids[name] for name in sides}
     for name, side in sides.items():
         facts[f"{name}_tokens"] = [side[i].decode("utf-8", "backslashreplace") for i in ids[name]]
     width = shutil.get_terminal_size().columns

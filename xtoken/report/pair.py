@@ -22,6 +22,7 @@ from xtoken.pieces import PieceIndex
 from xtoken.projection import ROW_KINDS, ProjectionMatrix
 from xtoken.terminal import printable
 from xtoken.vocabulary import TokenizerLike, Vocabulary, check_several
+from xtoken.vocabulary.long_texts import encode_texts
 
 from .page import packed, render, save
 
@@ -212,7 +213,7 @@ def aligned(aligner: Aligner, title: str, text: str) -> AlignedText:
     sides = (aligner.student, aligner.teacher)
     ids = [
         side.encode(text[:LONGEST]) if side.tokenizer is None
-        else side.tokenizer.encode(text[:LONGEST], add_special_tokens=False).ids
+        else encode_texts(side.tokenizer, [text[:LONGEST]])[0]
         for side in sides
     ]  # fmt: skip
     alignment = aligner.align(*ids)

@@ -13,6 +13,9 @@ from xtoken import _core
 
 _BYTE_PIECE = re.compile(r"<0x[0-9A-Fa-f]{2}>")
 
+_MARKING = {"ByteLevel", "Metaspace"}
+"""Parts that write something for a space."""
+
 _UNKNOWN_ID = re.compile(rb'"unk_id":(\d+)')
 
 
@@ -70,9 +73,9 @@ class Parts:
         return "ByteLevel" in self.decodes and self.space == " " and self.model != "WordPiece"
 
     @property
-    def is_text(self) -> bool:
-        """Whether they are characters of the text."""
-        return "ByteLevel" not in self.encodes
+    def are_words(self) -> bool:
+        """Whether they are words, or go on with one, without what is between words."""
+        return self.model == "WordPiece" and self.space == "" and bool(self.going_on and not self.encodes & _MARKING)
 
 
 AS_IT_STANDS: Mapping[str, Mapping[str, Any] | None] = {
@@ -144,12 +147,12 @@ FAMILIES: tuple[Family, ...] = (
     ),
     Family(
         "WordPiece",
-        lambda parts: parts.model == "WordPiece" and parts.is_text and parts.space == "" and bool(parts.going_on),
+        lambda parts: parts.are_words,
         _words,
     ),
     Family(
         "Metaspace / SentencePiece",
-        lambda parts: parts.is_text and bool(parts.space),
+        lambda parts: "ByteLevel" not in parts.encodes and bool(parts.space),
         lambda tokenizer, parts, pieces, go_on: [piece.replace(str(parts.space), " ").encode() for piece in pieces],
         byte_fallback=True,
         plain=AS_IT_STANDS,

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from xtoken import _core
 
-from .encode import refusals
+from .encode import refusals, unpadded
 
 WINDOW = 1 << 18
 """Characters of the first windows; those of the second try are `GROWTH` times as long, and so on."""
@@ -36,7 +36,10 @@ Ids = Sequence[int] | NDArray[np.int32]
 
 
 def encode_texts(tokenizer: Any, texts: Sequence[str]) -> list[Ids]:
-    """Ids of each text without special tokens, as ``tokenizer.encode_batch_fast`` of `tokenizers` makes them."""
+    """Ids of each text without special tokens, as ``tokenizer.encode_batch_fast`` of `tokenizers` makes them, but
+    neither padded nor cut."""
+    if tokenizer.padding is not None or tokenizer.truncation is not None:
+        tokenizer = unpadded(tokenizer)
     long = {k: _encode_long(tokenizer, text) for k, text in enumerate(texts) if len(text) > 4 * WINDOW}
     rest = iter(_encode(tokenizer, [text for k, text in enumerate(texts) if k not in long]))
     return [long[k] if k in long else next(rest) for k in range(len(texts))]
