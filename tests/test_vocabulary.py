@@ -402,6 +402,23 @@ def test_added_tokens_are_literal():
     assert v.kind(2) == "normal"
 
 
+def test_the_text_of_an_added_token_is_what_the_normalizer_makes_of_it():
+    """Llama 2's tokenizer finds such tokens behind a space alone, and takes it for part of them."""
+    trainer = trainers.BpeTrainer(vocab_size=60, show_progress=False)
+    prepend = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁"), normalizers.Lowercase()])
+    made = trained(models.BPE(), trainer, WORDS, normalizer=prepend)
+    made.add_tokens(["<Then>", AddedToken("<a_b>", normalized=False)])
+    v = Vocabulary.from_tokenizer(made)
+    assert v.decode(made.encode("the <THEN> end").ids) == b" the <then> end"
+    assert [v[made.token_to_id(name)] for name in ("<Then>", "<a_b>")] == [b" <then>", b"<a_b>"]
+    bytes_first = byte_level(300, WORDS)
+    bytes_first.pre_tokenizer, bytes_first.normalizer = None, normalizers.ByteLevel()
+    bytes_first.add_tokens(["é ä"])
+    ids = bytes_first.encode("the é ä").ids
+    assert bytes_first.token_to_id("é ä") in ids
+    assert Vocabulary.from_tokenizer(bytes_first).decode(ids) == "the é ä".encode()
+
+
 def test_sources_agree(tmp_path, tokenizer):
     backend = tokenizer("smollm2").backend_tokenizer
     file = tmp_path / "tokenizer.json"

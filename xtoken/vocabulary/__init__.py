@@ -142,7 +142,7 @@ class Vocabulary:
         for i, added in added_tokens.items():
             if not added.special and base.get(added.content) == i:
                 continue  # it is spelled like the rest of the vocabulary
-            tokens[i], kinds[i] = added.content.encode(), "normal"
+            tokens[i], kinds[i] = families.text_of_added(backend, added), "normal"
             if added.special:
                 kinds[i] = "unused" if RESERVED.search(added.content) else "special"
                 special[added.content] = i

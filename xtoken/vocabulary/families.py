@@ -168,6 +168,17 @@ def recognise(tokenizer: Any) -> tuple[Family, Parts]:
     return next(family for family in FAMILIES if family.recognised(parts)), parts
 
 
+def text_of_added(tokenizer: Any, added: Any) -> bytes:
+    """The text that an added token stands for: its content, as the normalizer writes it if that comes first."""
+    if added.special or not added.normalized or tokenizer.normalizer is None:
+        return bytes(added.content, "utf-8")
+    written, pair = map(tokenizer.normalizer.normalize_str, (added.content, "a b"))
+    parts = Parts.of(tokenizer)
+    if parts.are_bytes and "b" in pair and " " not in pair:
+        return _core.byte_level_bytes([written])[0]
+    return bytes(written.replace(parts.space, " ") if parts.space and f"a{parts.space}b" in pair else written, "utf-8")
+
+
 def unknown_id(tokenizer: Any) -> int | None:
     """The token that a model writes for what it does not know, if it has one."""
     if hasattr(tokenizer.model, "unk_token"):
