@@ -105,7 +105,8 @@ class Vocabulary:
 
         Raises TypeError if `tokenizer` is none of those below, or a slow (pure Python) tokenizer; ValueError if it
         writes its tokens in a way that is not known here: ByteLevel BPE, SentencePiece / Metaspace (with or without
-        byte fallback, BPE or Unigram) and WordPiece are; FileNotFoundError if a path does not exist.
+        byte fallback, BPE or Unigram) and WordPiece are, but not others whose tokens do not hold the spaces of a text;
+        FileNotFoundError if a path does not exist.
 
         Parameters
         ----------
