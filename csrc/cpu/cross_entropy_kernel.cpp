@@ -18,15 +18,16 @@ void cross_entropy_row(const CrossEntropyParams& params, int64_t r) {
         const Normaliser one = exponentials(WholeRow<T>{z}, n, params.lowest, 1.0, [](int64_t, Floats) {});
         const LabelTerm term = label_term(params.labels, r, z, one);
         if (!wanted) return;
+        const ElementExponential<T> exp{one.exp};
         const Floats zero = broadcast(0.0f), weight = broadcast(term.weight);
         if (!params.add) {
             write_row(target, z,
-                      [&](int64_t i) { return term.without_label(i, one.exp(load(z + i, n - i, zero)) * weight); });
+                      [&](int64_t i) { return term.without_label(i, exp(load(z + i, n - i, zero)) * weight); });
             return;
         }
         T* grad = static_cast<T*>(target.row);
         for (int64_t i = 0; i < n; i += lanes) {
-            const Floats g = fma(one.exp(load(z + i, n - i, zero)), weight, load(grad + i, n - i, zero));
+            const Floats g = fma(exp(load(z + i, n - i, zero)), weight, load(grad + i, n - i, zero));
             store(grad + i, n - i, term.without_label(i, g));
         }
     });

@@ -51,7 +51,15 @@ struct WholeRow {
     Floats tail(int64_t i, int64_t n) const { return load(p + i, n, broadcast(0.0f)); }
 };
 
-// Its elements at the columns `index`, which is padded to whole vectors.
+// The exponentials of a row's elements, as they are in its sum.
+template <typename T>
+struct ElementExponential : Exponential {
+    Floats operator()(Floats x) const {
+        return WholeRow<T>::is_rough ? rough(relative(x)) : Exponential::operator()(x);
+    }
+};
+
+// A row's elements at the columns `index`, which is padded to whole vectors.
 template <typename T>
 struct PickedRow {
     static constexpr bool is_rough = sizeof(T) == 2;

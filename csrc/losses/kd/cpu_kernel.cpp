@@ -41,8 +41,8 @@ Comparison compare(const S* z, const T* y, int64_t n, const KdChunks& params) {
     const WholeRow<T> teacher{y};
     float z_centre = largest_of_first(z, n, lowest), y_centre = largest_of_first(y, n, lowest);
     for (;;) {
-        const Exponential p = Exponential::around(z_centre, lowest, tau);
-        const Exponential q = Exponential::around(y_centre, lowest, tau);
+        const ElementExponential<S> p{Exponential::around(z_centre, lowest, tau)};
+        const ElementExponential<T> q{Exponential::around(y_centre, lowest, tau)};
         const Floats zero = broadcast(0.0f);
         DoubleSum p_total, q_total, products;
         Floats p_part = zero, q_part = zero, product_part = zero;
@@ -91,10 +91,11 @@ Comparison compare(const S* z, const T* y, int64_t n, const KdChunks& params) {
 }
 
 // The gradient of the KL, times `scale`.
+template <typename S, typename T>
 struct Slope {
     Slope(const Comparison& rows, const KdChunks& params, double scale)
-        : p(rows.student.exp),
-          q(rows.teacher.exp),
+        : p{rows.student.exp},
+          q{rows.teacher.exp},
           lowest(params.lowest),
           z_centre(rows.student.centre),
           y_centre(rows.teacher.centre),
@@ -118,17 +119,19 @@ struct Slope {
         return unless_raised(z, lowest, g);
     }
 
-    Exponential p, q;
+    ElementExponential<S> p;
+    ElementExponential<T> q;
     float lowest, z_centre, y_centre;
     bool reverse;
     float student, teacher, mean_high, mean_low;
 };
 
 // The same of a mixed divergence, and its terms.
+template <typename S, typename T>
 struct MixedSlope {
     MixedSlope(const Comparison& rows, const KdChunks& params)
-        : p(rows.student.exp),
-          q(rows.teacher.exp),
+        : p{rows.student.exp},
+          q{rows.teacher.exp},
           divergence(params.divergence),
           lowest(params.lowest),
           z_centre(rows.student.centre),
@@ -153,7 +156,8 @@ struct MixedSlope {
         return unless_raised(z, lowest, g);
     }
 
-    Exponential p, q;
+    ElementExponential<S> p;
+    ElementExponential<T> q;
     MixedDivergence divergence;
     float lowest, z_centre, y_centre, inverse_temperature;
     float student, teacher;  // what makes exponentials probabilities
@@ -194,7 +198,7 @@ class Row {
         if (p_.divergence.is_mixed()) {
             write_all(z, y, rows, mixed(rows, z, y, size_));
         } else {
-            write_all(z, y, rows, finish(rows));
+            write_all(z, y, rows, finish<S, T>(rows));
         }
     }
 
@@ -216,7 +220,7 @@ class Row {
         if (p_.divergence.is_mixed()) {
             write_subset(z, mixed(rows, z_, y_, p_.set.count));
         } else {
-            write_subset(z, finish(rows));
+            write_subset(z, finish<float, float>(rows));
         }
     }
 
@@ -243,16 +247,17 @@ class Row {
     double scale() const { return p_.scale == nullptr ? 1.0 : p_.scale[k_]; }
 
     // Writes the loss; returns the gradient.
-    Slope finish(const Comparison& rows) {
+    template <typename S, typename T>
+    Slope<S, T> finish(const Comparison& rows) {
         const double tau = p_.temperature;
         const double logs = ::log(rows.student.total) - ::log(rows.teacher.total);
         p_.losses[k_] = tau * tau * (rows.mean / tau + (p_.reverse ? -logs : logs));
-        return Slope(rows, p_, scale());
+        return Slope<S, T>(rows, p_, scale());
     }
 
     template <typename S, typename T>
-    MixedSlope mixed(const Comparison& rows, const S* z, const T* y, int64_t n) {
-        MixedSlope result(rows, p_);
+    MixedSlope<S, T> mixed(const Comparison& rows, const S* z, const T* y, int64_t n) {
+        MixedSlope<S, T> result(rows, p_);
         const Floats zero = broadcast(0.0f), student = broadcast(result.student), teacher = broadcast(result.teacher);
         DoubleSum losses, slopes;
         for (int64_t begin = 0; begin < n; begin += flush) {
