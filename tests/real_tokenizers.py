@@ -96,7 +96,7 @@ def _mistral_sentencepiece(folder: Path) -> Any:
 
     source = package_folder("mistral_common") / "data" / "mistral_instruct_tokenizer_240216.model.v2"
     shutil.copy(source, folder / "tokenizer.model")
-    return LlamaTokenizerFast.from_pretrained(str(folder))
+    return LlamaTokenizerFast.from_pretrained(str(folder), legacy=False)  # as transformers 5 has it
 
 
 KEPT = Path(__file__).parents[1] / "build" / "tokenizers"

@@ -6,6 +6,7 @@ import json
 import re
 
 import pytest
+from old_versions import needs_mistral
 from small_tokenizers import byte_level
 
 from xtoken import Aligner, PieceIndex, ProjectionMatrix, Vocabulary, choose_loss, coverage_audit
@@ -189,6 +190,7 @@ def test_one_text_is_no_corpus(pair):
         coverage_audit(*pair, corpus="2024")
 
 
+@needs_mistral
 def test_command(tokenizer, tmp_path, capsys):
     files = [str(tmp_path / f"{name}.json") for name in ("smollm2", "mistral")]
     for name, file in zip(("smollm2", "mistral"), files, strict=True):

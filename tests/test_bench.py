@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from old_versions import needs_bands, needs_fsdp
 from small_tokenizers import byte_level
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -191,6 +192,7 @@ def test_bench_corpus(main, tmp_path):
 
 
 @pytest.mark.slow
+@needs_fsdp
 def test_bench_scale(main, tmp_path):
     """What is counted is what the formulas say, or the script ends."""
     output = tmp_path / "scale.json"
@@ -317,6 +319,7 @@ def finding():
 
 
 @pytest.mark.slow
+@needs_bands
 def test_reproduce(main, tmp_path, capsys, finding):
     output = tmp_path / "reproduce.json"
     fixed = ("--threads", torch.get_num_threads(), "--output", output)

@@ -14,6 +14,7 @@ from subprocess import PIPE, STDOUT
 
 import pytest
 import torch.distributed as dist
+from old_versions import needs_fsdp
 
 pytestmark = pytest.mark.slow
 
@@ -55,7 +56,10 @@ def run(name: str, world: int, *arguments: str) -> str:
 
 @pytest.mark.parametrize(
     ("name", "alone", "together"),
-    [("mesh", ["--tp", "1"], ["--tp", "2"]), ("groups", ["--tp", "1", "--cp", "1"], ["--tp", "1", "--cp", "2"])],
+    [
+        pytest.param("mesh", ["--tp", "1"], ["--tp", "2"], marks=needs_fsdp),
+        ("groups", ["--tp", "1", "--cp", "1"], ["--tp", "1", "--cp", "2"]),
+    ],
 )
 def test_two_processes_do_what_one_does(name: str, alone: list[str], together: list[str]) -> None:
     """Cross-entropy and distillation of the steps."""

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from old_versions import needs_mistral
 from real_tokenizers import encode
 from safetensors.torch import load_file
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
@@ -316,7 +317,7 @@ PYTHON = "".join(Path(inspect.getsourcefile(one) or "").read_text() for one in S
 @pytest.mark.parametrize(
     "pair",
     [
-        ("smollm2", "mistral", 0.012),
+        pytest.param(("smollm2", "mistral", 0.012), marks=needs_mistral),
         pytest.param(("llama3", "gemma3", 0.1), marks=pytest.mark.wide),
         pytest.param(("smollm2", "gemma3", 0.014), marks=pytest.mark.wide),
     ],

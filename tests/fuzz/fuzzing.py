@@ -111,13 +111,15 @@ def tokenizer_files(folder: Path) -> Iterator[Path]:
     )  # fmt: skip
     (folder / "tokenizer.model").write_bytes(model.getvalue())
     yield folder / "tokenizer.model"
-    text, entries = struct.Struct("<Q"), [b"<s>", b"</s>", *(bytes([97 + k]) for k in range(26))]
+    text, entries = struct.Struct("<Q"), [b"<s>", b"</s>", *(bytes([97 + k]) for k in range(26)), b"ab", b"abc"]
     strings = b"".join(text.pack(len(one)) + one for one in entries)
     known = [
         (b"general.architecture", struct.pack("<I", 8) + text.pack(5) + b"llama"),
         (b"tokenizer.ggml.model", struct.pack("<I", 8) + text.pack(4) + b"gpt2"),
         (b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, len(entries)) + strings),
-        (b"tokenizer.ggml.merges", struct.pack("<IIQ", 9, 8, 1) + text.pack(3) + b"a b"),
+        (b"tokenizer.ggml.bos_token_id", struct.pack("<II", 4, 0)),
+        (b"tokenizer.ggml.eos_token_id", struct.pack("<II", 4, 1)),
+        (b"tokenizer.ggml.merges", struct.pack("<IIQ", 9, 8, 2) + text.pack(3) + b"a b" + text.pack(4) + b"ab c"),
     ]
     fields = b"".join(text.pack(len(name)) + name + value for name, value in known)
     (folder / "small.gguf").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, len(known)) + fields)

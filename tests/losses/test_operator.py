@@ -14,6 +14,7 @@ import torch
 from comparer import assert_as_accurate, assert_close
 from default_losses import DEFAULT, default_loss
 from harness import OPERATIONS, PAIRS, Case, distinct_pairs, few_variants, make_case, variants
+from old_versions import needs_what_a_transform_says
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -527,6 +528,7 @@ def test_a_derivative_in_forward_mode_is_an_error() -> None:
         torch.func.jvp(loss, (case.student,), (torch.ones_like(case.student),))
 
 
+@needs_what_a_transform_says
 @pytest.mark.parametrize("inplace", [False, True])
 def test_transforms_of_torch_func_are_an_error(inplace: bool) -> None:
     """Which says so, also within another one; not where nothing is to be differentiated."""

@@ -13,6 +13,7 @@ from comparer import assert_close
 from default_losses import DEFAULT
 from fake_device import DEVICE, DeviceTensor, FakeDevice
 from harness import OPERATIONS, PAIRS, Case, make_case, tokens
+from old_versions import needs_what_a_graph_says
 from torch import Tensor
 
 import xtoken
@@ -285,9 +286,14 @@ def test_what_cannot_be_mixed() -> None:
     for wrong in ([0, 0], [1, 2], [[0]], []):
         with pytest.raises(ValueError, match="tokens: expected every teacher id once"):
             TeacherOrder(wrong)
-    compiled = torch.compile(loss, backend="eager", fullgraph=True)
+
+
+@needs_what_a_graph_says
+def test_an_order_is_refused_in_a_graph() -> None:
+    case, order = make_case(), shuffled(59)
+    compiled = torch.compile(OPERATIONS[PROJECTED].function(), backend="eager", fullgraph=True)
     with pytest.raises(Exception, match=r"expected the tokenizer's own order inside of torch\.compile"):
-        compiled(student, put(teacher, order), case.alignment, case.projection)
+        compiled(case.student.float(), put(case.teacher.float(), order), case.alignment, case.projection)
     torch.compiler.reset()
 
 

@@ -485,8 +485,8 @@ def dtensors(rank: int) -> dict[str, Any]:
     ):
         logits = sharded(rank, student, mesh, 2).requires_grad_()
         loss = function(logits, of_teacher)
-        loss.backward()
-        found[key] = loss.detach(), logits.grad.placements, logits.grad.to_local()
+        (grad,) = torch.autograd.grad(loss, logits)  # torch 2.6 makes it whole before it is a leaf's `grad`
+        found[key] = loss.detach(), grad.placements, grad.to_local()
     layer = OPERATIONS[name].bound(case, linear=True)
     leaves = [sharded(rank, HIDDEN, mesh, None), sharded(rank, LAYER, mesh, 0)]
     loss = layer(*(one.requires_grad_() for one in leaves), teacher)

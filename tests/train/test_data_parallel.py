@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from old_versions import needs_fsdp
 from processes import on_ranks
 from small import SMALL_TEXTS, assert_same, collate, encode, make_model, two_teachers
 from torch.distributed.device_mesh import init_device_mesh
@@ -128,13 +129,10 @@ def on_rank(step: Step, rank: int, world: int, cases: list[dict[str, Any]]) -> l
     ]
 
 
-shards = pytest.mark.skipif(not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of torch 2.6 needs a GPU")
-
-
 @pytest.mark.parametrize(
     ("world", "cases"),
-    [(2, CASES[:2]), pytest.param(2, CASES[2:], marks=shards), (4, CASES[1:2]),
-     pytest.param(4, CASES[4:5], marks=shards)],
+    [(2, CASES[:2]), pytest.param(2, CASES[2:], marks=needs_fsdp), (4, CASES[1:2]),
+     pytest.param(4, CASES[4:5], marks=needs_fsdp)],
 )  # fmt: skip
 def test_gradients_are_those_of_one_process(
     step: Step, tmp_path: Path, world: int, cases: list[dict[str, Any]]

@@ -40,7 +40,8 @@ class Progress:
     def __init__(self, visible: bool) -> None:
         columns = (BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn())
         description = TextColumn("{task.description}")
-        self.bar = RichProgress(description, *columns, console=Console(stderr=True), disable=not visible)
+        console = Console(stderr=True, quiet=not visible)
+        self.bar = RichProgress(description, *columns, console=console, disable=not visible)
         self._task = self.bar.add_task("scanning", total=None, speed="")
         self._started = 0.0
         self._complete = self._text = self._documents = self._tokens = 0

@@ -121,6 +121,8 @@ def _from_gguf(path: Path, to_train: bool) -> Any:
     GGUF_TOKENIZER_MAPPING["tokenizer_config"]["ggml.add_bos_token"] = "begins"
     tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     said = tokenizer.init_kwargs
+    if said.get("model_type") == "llama" and type(tokenizer.backend_tokenizer.model).__name__ == "Unigram":
+        raise ValueError(f"tokenizer: {path}: expected transformers >= 5, since 4 cuts words in another way")
     for name in ("bos", "eos", "unk", "pad"):
         if (token := said.get(f"{name}_token_id")) is not None:
             setattr(tokenizer, f"{name}_token", tokenizer.convert_ids_to_tokens(token))
