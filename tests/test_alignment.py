@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from old_versions import READS_GGUF
+from old_versions import READS_GGUF, needs_offsets
 from real_tokenizers import TEXTS, encode
 
 from xtoken import Aligner, Alignment, Vocabulary, _core
@@ -166,6 +166,7 @@ LOWERCASED = "The Cat sat on ONE mat, and Then it Ran to the other side of the H
 COMPOSED = "ﬁrst ½ of the ﬁle, then a ＦＵＬＬ width word, x² and … an end with ﬁve ordinary words ①"
 
 
+@needs_offsets
 @pytest.mark.parametrize("teacher", REAL)
 @pytest.mark.parametrize(("student", "text"), [("wordpiece", LOWERCASED), ("unigram", COMPOSED)])
 def test_normalising_tokenizers(student, teacher, text, tokenizer, vocabulary):
