@@ -7,7 +7,7 @@ import json
 from typing import Any
 
 import pytest
-from old_versions import needs_training
+from old_versions import READS_GGUF, needs_training
 from real_tokenizers import plain_arrays
 
 from xtoken import Vocabulary, cli
@@ -109,6 +109,14 @@ def test_gguf_says_how_texts_begin_and_end(model, begins, tmp_path):
     for tok in (tokenizer, load_tokenizer(tmp_path / "saved", to_train=True)):
         assert (tok.bos_token_id, tok.eos_token_id) == (1, 2)
         assert (tok("ab").input_ids[0] == 1) is (model == "llama" if begins is None else begins)
+
+
+@pytest.mark.skipif(READS_GGUF, reason="this transformers reads it")
+def test_a_gguf_file_of_gemma_is_refused(tmp_path):
+    """transformers 4 makes a Unigram of it; 4.45 nothing."""
+    write_gguf(tmp_path / "small.gguf", "gemma3", "llama")
+    with pytest.raises(ValueError, match=r"small.gguf: expected (transformers >= 5|GGUF, .*gemma3 not supported)"):
+        load_tokenizer(tmp_path / "small.gguf")
 
 
 @pytest.mark.parametrize(("architecture", "model"), [("llama", "llama"), ("gemma3", "llama"), ("phi3", "llama"),
