@@ -497,6 +497,17 @@ def test_a_step_without_labels(scaling: str, zero: int | Tensor) -> None:
     assert not student.grad.any()
 
 
+@pytest.mark.parametrize("half", [0.5, torch.tensor(0.5)], ids=["float", "tensor"])
+def test_counts_may_be_a_share(half: float | Tensor) -> None:
+    """As of one token on two ranks, whose gradients are averaged."""
+    case = make_case()
+    criterion, labels = XTokenLoss([Teacher(case.projection)]), make_labels(case)
+    whole, shared = (
+        criterion(case.student, labels, case.teacher, case.alignment, one, one)[0] for one in (2 * half, half)
+    )
+    assert_close(shared, 2 * whole, rtol=1e-6)
+
+
 @pytest.mark.parametrize("scaling", ["fixed", "dynamic"])
 def test_a_scaler_saves_small_gradients_of_float16(scaling: str) -> None:
     """Those of a mean over many items are below what float16 has, but not with the factor of a scaler."""

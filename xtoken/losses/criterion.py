@@ -28,7 +28,7 @@ from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import statistics_dtype
-from xtoken.losses.operator import Expected, at_least_one, check_transformed
+from xtoken.losses.operator import Expected, never_zero, check_transformed
 from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.losses.trust import certainties, in_top, trusted
 from xtoken.pieces import PieceIndex
@@ -313,7 +313,7 @@ class XTokenLoss(nn.Module):
                 checked_labels(shape, ce_labels, "ce_labels")
         targets = labels if ce_labels is None else ce_labels
         items = (predicted_labels(targets) != IGNORED).sum() if num_items is None else num_items
-        items = at_least_one(items)
+        items = never_zero(items)
         known = 1.0 if scale is None and self.scaling == "fixed" else scale
         # The factors of the sums of KD (but for the teacher's weight and divisor) and of CE, where they are known yet.
         exact_items = items.double() if isinstance(items, Tensor) else items
@@ -485,7 +485,7 @@ class XTokenLoss(nn.Module):
             trained: Iterable[Tensor] = getattr(ready.projection, "parameters", tuple)()
             nowhere = sum((weight[:0].sum() for weight in trained if weight.requires_grad), zero)
             return _Distilled(nowhere, None, zero, nothing(device))
-        divisor = at_least_one(ready.chunks if divisor is None else divisor)
+        divisor = never_zero(ready.chunks if divisor is None else divisor)
         expected: Expected | None = None
         diagnosed: tuple[Source, Source] | None = None
         sizes: tuple[int | None, int | None] = teacher.shape or (self.vocab_size, None)

@@ -447,7 +447,7 @@ def chunk_scale(chunks: Chunks, reduction: str, upstream: Tensor | None, student
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     scale = torch.ones(len(chunks), dtype=dtype, device=student.device)
     if reduction == "mean":
-        scale = scale / at_least_one(chunks.number)
+        scale = scale / never_zero(chunks.number)
     return scale if upstream is None else scale * upstream
 
 
@@ -474,12 +474,12 @@ def _reduce(losses: Tensor, chunks: Chunks, total: int, reduction: str) -> Tenso
     if reduction == "none":
         return losses.new_zeros(total).index_copy(0, chunks.used, losses)
     loss = losses.sum(dtype=torch.float64)
-    return (loss / at_least_one(chunks.number) if reduction == "mean" else loss).to(losses.dtype)
+    return (loss / never_zero(chunks.number) if reduction == "mean" else loss).to(losses.dtype)
 
 
-def at_least_one(number: int | Tensor) -> int | Tensor:
-    """A divisor that may be counted on a device."""
-    return number.clamp_min(1) if isinstance(number, Tensor) else max(number, 1)
+def never_zero(number: int | Tensor) -> int | Tensor:
+    """A divisor, which may be counted on a device: 0 counts as 1, where the sum that it divides is 0."""
+    return number + (number == 0) if isinstance(number, Tensor) else number or 1
 
 
 def _fake(call: Call, weight: Tensor | None, flags: Flags) -> tuple[Tensor, ...]:

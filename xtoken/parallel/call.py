@@ -20,7 +20,7 @@ from xtoken.losses.call import SIDES, check_call, check_known, checked_labels, c
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.operator import Call, Flags, Gradients, at_least_one, autocasts, chunk_scale, computed, once_only
+from xtoken.losses.operator import Call, Flags, Gradients, never_zero, autocasts, chunk_scale, computed, once_only
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
 from xtoken.parallel.sequence import Positions, Share, share
@@ -401,7 +401,7 @@ class _Run:
         else:
             result = self.cp.total(losses.sum(dtype=torch.float64)) + split.sum(dtype=torch.float64)
             if self.reduction == "mean":
-                result = result / at_least_one(len(self.chunks))
+                result = result / never_zero(len(self.chunks))
         cross_entropy = losses.new_zeros(())
         if labels is not None:
             entropy = self.cp.total(labels.losses.sum(dtype=torch.float64)) / self._labelled()
