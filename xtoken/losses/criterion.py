@@ -28,7 +28,7 @@ from xtoken.losses.diagnostics import NAMES, nothing
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, OrderedLogits, Parts, Source
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import statistics_dtype
-from xtoken.losses.operator import Expected, never_zero, check_transformed
+from xtoken.losses.operator import Expected, check_transformed, never_zero
 from xtoken.losses.ordered import in_order, matrix_in
 from xtoken.losses.trust import certainties, in_top, trusted
 from xtoken.pieces import PieceIndex

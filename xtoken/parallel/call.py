@@ -20,7 +20,7 @@ from xtoken.losses.call import SIDES, check_call, check_known, checked_labels, c
 from xtoken.losses.logits import BLOCK_ELEMENTS, AnyLogits, Parts, Source, row_blocks
 from xtoken.losses.loss import Loss, Matrix, Needs, registered
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.operator import Call, Flags, Gradients, never_zero, autocasts, chunk_scale, computed, once_only
+from xtoken.losses.operator import Call, Flags, Gradients, autocasts, chunk_scale, computed, never_zero, once_only
 from xtoken.parallel.columns import Columns
 from xtoken.parallel.ranks import Ranks, Report
 from xtoken.parallel.sequence import Positions, Share, share
