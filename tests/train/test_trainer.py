@@ -66,6 +66,17 @@ def test_learns_and_reports(tmp_path, student_tok, teacher_tok, examples):
     assert all(weight.grad is None for weight in teacher.model.parameters())
 
 
+def test_training_that_has_no_step(tmp_path, student_tok, teacher_tok, examples):
+    options = {"max_steps": 2, "per_device_train_batch_size": 4, "dataloader_drop_last": True}
+    teachers = [make_teacher(student_tok, teacher_tok)]
+    trainer = make_trainer(tmp_path, student_tok, teachers, examples[:3], **options)
+    with pytest.raises(ValueError, match=r"^dataloader_drop_last: expected .* got 3 for 4 a batch on 1 device$"):
+        trainer.train()
+    trainer = make_trainer(tmp_path, student_tok, teachers, examples[:4], **options)
+    trainer.train()
+    assert trainer.state.global_step == 2
+
+
 def test_evaluation_is_over_all_labels_and_chunks(tmp_path, student_tok, teacher_tok, examples):
     """Batches of different sizes weigh by what is in them."""
     teacher = make_teacher(student_tok, teacher_tok)

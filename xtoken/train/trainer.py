@@ -752,8 +752,8 @@ class XTokenTrainer(Trainer):
         """The Trainer's, from the newest complete checkpoint for True; a run that is at its end makes no further step.
 
         Raises ValueError if a checkpoint is not complete, or lacks optimizer or scheduler (see
-        `XTokenConfig.resume_weights_only`), or if there is none; RuntimeError if a loss is wrong on this device (see
-        `XTokenConfig.self_test`).
+        `XTokenConfig.resume_weights_only`), or if there is none, or if the data are not enough for a step; RuntimeError
+        if a loss is wrong on this device (see `XTokenConfig.self_test`).
         """
         if self.args.self_test == "on" or (self.args.self_test == "auto" and self.args.device.type == "cuda"):
             self._check_losses()
@@ -767,10 +767,22 @@ class XTokenTrainer(Trainer):
             adapters.check_checkpoint(Path(path), self.model)
             if checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
                 return self._finished(Path(path))
+        begin = 0 if path is None else int(state["global_step"])
         output = super().train(path and str(path), *args, **kwargs)
+        if self.state.global_step == begin < self.state.max_steps:
+            raise ValueError(self._why_no_step())
         for served in self._served:
             served.tell_faults()
         return output
+
+    def _why_no_step(self) -> str:
+        size, devices = self._train_batch_size, self.accelerator.num_processes
+        if not self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
+            return "train_dataset: expected examples for at least one step, got none"
+        return (
+            "dataloader_drop_last: expected examples for at least one full batch, since one that is not full is left "
+            f"out, got {len(self.train_dataset)} for {size} a batch on {devices} device{'s' * (devices > 1)}"
+        )
 
     def _finished(self, path: Path) -> TrainOutput:
         """The result of a run from its last checkpoint."""
