@@ -354,3 +354,8 @@ def test_completion():
             [sys.executable, "-m", "xtoken"], env={**os.environ, **asked}, capture_output=True, text=True
         )
         assert wanted == set(run.stdout.split())
+
+
+def test_a_loss_that_is_not_there(capsys):
+    assert main(["check", "--losses", "nosuch"]) == 2
+    assert "xtoken check: Invalid value for --losses: expected some of" in capsys.readouterr().err

@@ -389,7 +389,13 @@ def check(
 ) -> None:
     """Compare every loss with float64 on this machine, and time it."""
     from .check import self_test
+    from .losses import registered
 
+    known = list(registered())
+    for name in losses or ():
+        if name not in known:
+            said = f"expected some of {', '.join(known)}, got {name!r}{did_you_mean(name, known)}"
+            raise typer.BadParameter(said, param_hint="--losses")
     with working("comparing") if json else contextlib.nullcontext(functools.partial(print, flush=True)) as tell:
         found = self_test(device, losses or None, rows=rows, tell=tell)
     if json:
