@@ -336,7 +336,7 @@ def test_urls(tmp_path, capsys):
         (["audit", "--student", local, "--teacher", "s3://b/t.json"], "--teacher: expected a local file or folder"),
         (["align", "-o", "s3://"], "output: expected s3://BUCKET/PATH or its like, got s3://"),
         (["align", "-o", "file://out"], "output: expected file:///PATH, with three slashes, got file://out"),
-        (["align", "-o", out, "--data", "file://a.json"], "input: expected file:///PATH"),
+        (["align", "-o", out, "--data", "file://a.json"], "--data: expected file:///PATH"),
         (["align", "-o", out, "--data", ""], "--data: expected the name of a file"),
         (["cache-teacher", "-o", "s3://b/out"], "output: expected a local folder, got the URL s3://b/out"),
     ):

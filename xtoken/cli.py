@@ -233,13 +233,14 @@ def align(
     """Align a corpus and write parquet shards."""
     outputs.check_folder(output, urls=True)
     _check_inputs(student, teacher, data)
-    from .corpus import align_corpus
+    from .corpus import Options, require
+
+    options = Options(text_column, max_length, method, engine, workers, resume, on_error, shard_bytes)
+    require("pyarrow", "corpus")
+    from .corpus.run import run
 
     with contextlib.redirect_stdout(sys.stderr):  # Ray prints of workers that died
-        manifest = align_corpus(
-            student, teacher, data, output, text_column=text_column, max_length=max_length, method=method,
-            engine=engine, workers=workers, resume=resume, on_error=on_error, shard_bytes=shard_bytes,
-        )  # fmt: skip
+        manifest = run(student, teacher, data, output, options, "--data")
     total, shards = manifest.total, len(manifest.shards)
     skipped = sum(total.skipped.values())
     said = (

@@ -191,7 +191,7 @@ def test_a_device_is_no_file(name, tmp_path):
 def test_a_name_that_is_no_utf8(tmp_path):
     path = os.fsencode(tmp_path / "a") + b"\xff.jsonl"
     Path(os.fsdecode(path)).write_text('{"text": "a"}\n')
-    with pytest.raises(ValueError, match=r"input: expected a name in UTF-8, got '.*a\\udcff\.jsonl'"):
+    with pytest.raises(ValueError, match=r"inputs: expected a name in UTF-8, got '.*a\\udcff\.jsonl'"):
         find_files([tmp_path / "*.jsonl"])
 
 

@@ -137,9 +137,9 @@ def test_other_file_systems(protocol, pair, corpus, tmp_path):
 
 def test_errors(s3, pair, corpus, tmp_path, monkeypatch):
     """They say which URL, and what is wrong with it, before anything is made."""
-    with pytest.raises(FileNotFoundError, match=r"input: no file matches s3://nowhere/a\.jsonl: there is no nowhere"):
+    with pytest.raises(FileNotFoundError, match=r"inputs: no file matches s3://nowhere/a\.jsonl: there is no nowhere"):
         align_corpus(*pair, "s3://nowhere/a.jsonl", tmp_path / "out")
-    with pytest.raises(FileNotFoundError, match=r"input: no file matches s3://bucket/none/\*\.jsonl$"):
+    with pytest.raises(FileNotFoundError, match=r"inputs: no file matches s3://bucket/none/\*\.jsonl$"):
         align_corpus(*pair, "s3://bucket/none/*.jsonl", tmp_path / "out")
     with pytest.raises(FileNotFoundError, match=r"output: s3://nowhere/out cannot be written to: .* does not exist"):
         align_corpus(*pair, corpus, "s3://nowhere/out")

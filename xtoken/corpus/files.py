@@ -69,7 +69,7 @@ def _stamp(path: str) -> tuple[int, int, str]:
     return stat.st_size, stat.st_mtime_ns, ""
 
 
-def find_files(inputs: Sequence[str | os.PathLike[str]], option: str = "input") -> list[InputFile]:
+def find_files(inputs: Sequence[str | os.PathLike[str]], option: str = "inputs") -> list[InputFile]:
     """The files that paths, URLs and patterns stand for, each once; those of a pattern sorted. `option` is for errors.
 
     Raises FileNotFoundError if one matches no file; OSError if a file system cannot be reached; ValueError for a

@@ -77,12 +77,13 @@ def run(
     inputs: Sequence[str | os.PathLike[str]],
     output: str | os.PathLike[str],
     options: Options,
+    name: str = "inputs",
 ) -> Manifest:
-    """`xtoken.align_corpus`, which documents the arguments."""
+    """`xtoken.align_corpus`, which documents the arguments; errors call the inputs `name`."""
     folder = located(output, "output")
     with only_run(folder) as alone:
         going_on = INDEX.prepare(folder, options.resume, "an output of this command")
-        files = find_files(inputs)
+        files = find_files(inputs, name)
         progress = Progress(is_terminal(sys.stderr) if options.progress is None else options.progress)
         with progress.bar:
             job = Job(encoder(student_tok, "student"), encoder(teacher_tok, "teacher"), str(folder), options)

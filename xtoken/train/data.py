@@ -307,7 +307,7 @@ def text_sample(data: Sequence[Any], text_column: str = "text", tokenizer: Token
     found: list[str] = []
     files = [one for one in data if is_path(one) and not _is_corpus(one)]
     others = [one for one in data if not is_path(one) or _is_corpus(one)]
-    sources: list[Any] = [file.path for file in find_files(files)] if files else []
+    sources: list[Any] = [file.path for file in find_files(files, "files")] if files else []
     sources += [one for one in others if is_path(one) or iter(one) is not one]
     for one in sources:
         left = SAMPLE_BYTES // len(sources)
@@ -371,7 +371,7 @@ def read_rows(data: Sequence[Any], text_column: str = "text") -> Iterator[dict[s
     installed.
     """
     files = [one for one in data if is_path(one)]
-    for file in find_files(files) if files or not data else ():
+    for file in find_files(files, "files") if files or not data else ():
         if file.format in LINES:
             yield from source.rows(file, text_column)
         else:
