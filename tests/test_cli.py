@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,6 +87,27 @@ def test_what_is_read_is_not_overwritten(files, tmp_path, capsys):
         assert main([*command, "--output", str(own) if "--data" in command else files[1]]) == 1
         assert "output: expected another place than /" in capsys.readouterr().err
     assert before == [Path(one).read_bytes() for one in (*files, own)]
+
+
+def test_files_of_what_is_read_are_not_overwritten(files, tmp_path, capsys):
+    folder, own = tmp_path / "model", tmp_path / "own.txt"
+    folder.mkdir()
+    own.write_text("one line\n")
+    shutil.copy(files[0], folder / "tokenizer.json")
+    (folder / "config.json").symlink_to(own)  # as in a cache: the link would make way
+    sides = ["--student", str(folder), "--teacher", files[1]]
+    for name in ("tokenizer.json", "config.json"):
+        for command in (["project", *sides], ["report", *sides], ["report", str(folder)]):
+            assert main([*command, "-o", str(folder / name)]) == 1
+            assert f"output: expected another place than {folder / name}, which is read" in capsys.readouterr().err
+    for command in (["align", *sides], ["cache-teacher", "--teacher", str(folder)]):
+        assert main([*command, "--data", str(own), "-o", str(folder)]) == 1
+        assert f"output: expected another place than {folder}, which is read" in capsys.readouterr().err
+    assert main(["align", *sides, "--data", str(own), "-o", str(tmp_path), "--resume"]) == 1
+    assert f"output: {tmp_path} holds" in capsys.readouterr().err
+    assert (folder / "tokenizer.json").read_bytes() == Path(files[0]).read_bytes()
+    assert (folder / "config.json").is_symlink()
+    assert main(["project", *sides, "-o", str(folder / "w.safetensors")]) == 0
 
 
 def test_errors_are_one_line_and_status_one(files, tmp_path, capsys):

@@ -232,7 +232,7 @@ def align(
 ) -> None:
     """Align a corpus and write parquet shards."""
     outputs.check_folder(output, urls=True)
-    _check_inputs(student, teacher, data)
+    _check_inputs(student, teacher, data, "" if is_url(output) else output)
     from .corpus import Options, require
 
     options = Options(text_column, max_length, method, engine, workers, resume, on_error, shard_bytes)
@@ -297,6 +297,7 @@ def cache_teacher(
     """Run a teacher once and keep its log-probabilities."""
     options = {name: value for name, value in locals().items() if name != "json"}
     outputs.check_folder(output)
+    outputs.check_apart(output, [teacher, *([tokenizer] if tokenizer else [])])
     from .train import cached
 
     _hide_progress()
@@ -358,6 +359,8 @@ def report(
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
     _check_inputs(student, teacher, data, output)
+    if run is not None and not output.endswith(".html"):  # a page may be there from before
+        outputs.check_apart(output, [run])
     from .report import pair_report, run_report
 
     page: Any

@@ -56,10 +56,14 @@ def check_folder(path: str | os.PathLike[str], name: str = "output", *, urls: bo
 
 
 def check_apart(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]], name: str = "output") -> None:
-    """Raises ValueError if one of the files or folders that are read is the output itself."""
+    """Raises ValueError if one of the files or folders that are read is the output itself, or holds it as a file."""
+    file = Path(path).absolute()
     for source in sources:
-        if os.path.exists(source) and os.path.exists(path) and os.path.samefile(source, path):
-            raise ValueError(f"{name}: expected another place than {source}, which is read and would be overwritten")
+        if not os.path.exists(source) or not os.path.lexists(file):
+            continue
+        is_within = not file.is_dir() and Path(source).resolve() in (file.parent.resolve() / file.name).parents
+        if is_within or (file.exists() and os.path.samefile(source, file)):
+            raise ValueError(f"{name}: expected another place than {file}, which is read and would be overwritten")
 
 
 def _check_permission(path: Path, name: str) -> None:
