@@ -790,3 +790,15 @@ def test_compiled_into_one_graph(scaling: str) -> None:
     for name, value in want.items():
         assert torch.equal(got[name], value) or (name in diagnostics.NAMES and bool(got[name].isnan().all())), name
     assert int(want["unsupervised"].sum()) > 0
+
+
+@pytest.mark.parametrize(
+    ("teachers", "said"),
+    [
+        (Teacher(), "teachers: expected a sequence of Teacher, such as .one., got Teacher"),
+        ([Teacher(), "none"], r"teachers\[1\]: expected a Teacher, got str"),
+    ],
+)
+def test_teachers_that_are_none(teachers: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        XTokenLoss(teachers)

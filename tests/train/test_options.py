@@ -485,3 +485,15 @@ def test_columns_of_another_kind(student_tok, teacher_tok, row, message, with_pr
     encoder = ExampleEncoder(student_tok, [teacher_tok], with_prompts=with_prompts)
     with pytest.raises(ValueError, match=f"row 1: {message}"):
         encoder.encode([ROWS[0], row])
+
+
+def test_one_in_place_of_several(tmp_path, student_tok, teacher_tok):
+    for make in (ExampleEncoder, XTokenCollator):
+        for one in (teacher_tok, "teacher"):
+            with pytest.raises(TypeError, match="teacher_toks: expected a sequence of tokenizers"):
+                make(student_tok, one)
+    for teachers, name in ((5, "teachers"), (["self", 5], r"teachers\[1\]")):
+        with pytest.raises(TypeError, match=f"{name}: expected one, as a name, model or TeacherModel, got int"):
+            make_trainer(tmp_path, student_tok, teachers, None)
+    with pytest.raises(TypeError, match="source: expected one, as a name, model or TeacherModel, got int"):
+        TeacherModel.build(5, student_tok)

@@ -174,7 +174,9 @@ def test_a_teacher_that_is_built_has_its_own(pair):
     for name, value in given.items():
         with pytest.raises(ValueError, match=f"{name}: expected none for a TeacherModel, which is built with its own"):
             distil(trainer, pair[2], **{name: value})
-    for teacher in (None, [pair[2]]):
+    with pytest.raises(ValueError, match=r"trainer: expected an SFTTrainer of text with TRL's own .*, got int"):
+        distil(5, pair[2])
+    for teacher in (None, [pair[2]], 5):
         with pytest.raises(TypeError, match="teacher: expected one, as a name, model or TeacherModel, got"):
             distil(trainer, teacher)
 

@@ -23,7 +23,7 @@ from xtoken.train.example import Ints
 from xtoken.train.limits import Limits
 from xtoken.train.reader import Reader
 from xtoken.train.routing import label_spans
-from xtoken.train.teachers import TeacherModel
+from xtoken.train.teachers import TeacherModel, check_teacher
 from xtoken.vocabulary import Vocabulary
 
 logger = logging.getLogger(__name__)
@@ -294,12 +294,13 @@ def distil(
     >>> trainer = SFTTrainer(student, args=SFTConfig(...), train_dataset=dataset)  # doctest: +SKIP
     >>> xtoken.integrations.trl.distil(trainer, teacher="Qwen/Qwen3-4B")  # doctest: +SKIP
     """
-    args = trainer.args
-    if not hasattr(trainer, "aux_loss_enabled") or not hasattr(trainer.data_collator, "padding_free"):
+    collator = getattr(trainer, "data_collator", None)
+    if not hasattr(trainer, "aux_loss_enabled") or not hasattr(collator, "padding_free"):
         raise ValueError(
             f"trainer: expected an SFTTrainer of text with TRL's own data_collator, got {type(trainer).__name__} with "
-            f"{type(trainer.data_collator).__name__}"
+            f"{type(collator).__name__}"
         )
+    args = trainer.args
     own = {"loss_type": args.loss_type != "nll", "label_smoothing_factor": args.label_smoothing_factor > 0,
            "compute_loss_func": trainer.compute_loss_func is not None}  # fmt: skip
     if found := [name for name, is_given in own.items() if is_given]:
@@ -308,8 +309,7 @@ def distil(
         raise ValueError(
             "average_tokens_across_devices: expected True, since sums are divided by those of all processes"
         )
-    if teacher is None or isinstance(teacher, (list, tuple)):
-        raise TypeError(f"teacher: expected one, as a name, model or TeacherModel, got {type(teacher).__name__}")
+    check_teacher(teacher, "teacher")
     student_tok = trainer.processing_class
     if isinstance(teacher, TeacherModel):
         own = {"tokenizer": tokenizer is not None, "loss": loss != "auto", **dict.fromkeys(options, True)}

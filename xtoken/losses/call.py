@@ -385,6 +385,12 @@ def check_choice(value: str, name: str, choices: Sequence[str]) -> None:
         )
 
 
+def check_sequence(values: Any, name: str, of: str) -> None:
+    """``values`` are several, and not one of them by itself."""
+    if isinstance(values, str) or not isinstance(values, Sequence):
+        raise TypeError(f"{name}: expected a sequence of {of}, such as [one], got {type(values).__name__}")
+
+
 def check_count(value: int | None, name: str, optional: bool = False, least: int = 1) -> None:
     """An integer of at least so much, or None where that is allowed."""
     if value is None and optional:

@@ -19,6 +19,7 @@ from xtoken.losses.call import (
     check_choice,
     check_count,
     check_logits,
+    check_sequence,
     checked_labels,
     compute,
     has_dtensor,
@@ -199,6 +200,10 @@ class XTokenLoss(nn.Module):
         cp_layout: str = "contiguous",
     ) -> None:
         super().__init__()
+        check_sequence(teachers, "teachers", "Teacher")
+        for k, teacher in enumerate(teachers):
+            if not isinstance(teacher, Teacher):
+                raise TypeError(f"teachers[{k}]: expected a Teacher, got {type(teacher).__name__}")
         check_choice(scaling, "scaling", SCALINGS)
         check_choice(teacher_weighting, "teacher_weighting", WEIGHTINGS)
         for name, value in (("ce_weight", ce_weight), ("kd_weight", kd_weight)):

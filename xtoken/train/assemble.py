@@ -21,7 +21,7 @@ from .encode import ExampleEncoder
 from .itself import StudentTeacher
 from .prepare import build_objective, check_losses, one_each, weights_of
 from .table import EncodedTable, is_table
-from .teachers import TeacherModel, load_model, load_tokenizer
+from .teachers import TeacherModel, check_teacher, load_model, load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +97,8 @@ def build_teachers(
     """
     is_one = isinstance(teachers, (str, os.PathLike, TeacherModel)) or not isinstance(teachers, Iterable)
     given = [teachers] if is_one else list(teachers)
+    for k, one in enumerate(given):
+        check_teacher(one, "teachers" if is_one else f"teachers[{k}]")
     named = [k for k, one in enumerate(given) if not isinstance(one, TeacherModel)]
     if not named:
         unused = [

@@ -15,6 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from xtoken.alignment import Alignment, pad_rows
 from xtoken.losses import TopKLogits
 from xtoken.losses.backends import IGNORED
+from xtoken.losses.call import check_sequence
 from xtoken.vocabulary import TokenizerLike, Vocabulary
 from xtoken.vocabulary.roles import filler
 
@@ -85,6 +86,7 @@ class XTokenCollator:
     ) -> None:
         if packed and max_length is None:
             raise ValueError("max_length: expected the most tokens of a packed row, got None")
+        check_sequence(teacher_toks, "teacher_toks", "tokenizers")
         self.packed = packed
         self.max_length = max_length
         self.student_pad_id = _pad_id(student_tok, "student_tok")

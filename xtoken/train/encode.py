@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from xtoken import _core
 from xtoken.alignment import Aligner
 from xtoken.losses.backends import IGNORED
-from xtoken.losses.call import check_choice
+from xtoken.losses.call import check_choice, check_sequence
 from xtoken.teacher_cache import document_digest
 from xtoken.vocabulary import TokenizerLike
 
@@ -169,6 +169,7 @@ class ExampleEncoder:
         teacher_names: Sequence[str] | None = None,
     ) -> None:
         check_choice(train_on, "train_on", TRAIN_ON)
+        check_sequence(teacher_toks, "teacher_toks", "tokenizers")
         count = len(teacher_toks)
         systems = [None] * count if teacher_systems is None else list(teacher_systems)
         names = [f"teacher {k}" for k in range(count)] if teacher_names is None else list(teacher_names)

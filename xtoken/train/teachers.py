@@ -174,6 +174,12 @@ def ensure_pad_token(tokenizer: Any) -> None:
         tokenizer.pad_token = found
 
 
+def check_teacher(given: Any, name: str) -> None:
+    """Raises TypeError for what is no teacher, by name or otherwise."""
+    if not isinstance(given, (str, os.PathLike, nn.Module, ServedModel, TeacherModel)):
+        raise TypeError(f"{name}: expected one, as a name, model or TeacherModel, got {type(given).__name__}")
+
+
 class TeacherModel:
     """A frozen model that a student learns from, and how.
 
@@ -318,6 +324,7 @@ class TeacherModel:
 
             teacher = TeacherModel.build("Qwen/Qwen3-4B", student_tok, loss="auto", weight=0.5)
         """
+        check_teacher(source, "source")
         if isinstance(source, ServedModel):
             model, source = source, source.model
         elif isinstance(source, nn.Module):
