@@ -23,6 +23,7 @@ from xtoken.losses import Loss, Needs, registered
 from xtoken.losses.cases import changes
 from xtoken.losses.criterion import SCALINGS
 from xtoken.losses.loss import REGISTER
+from xtoken.storage import LOCK, FolderLock
 from xtoken.train.chat import use_template
 from xtoken.train.command import check, loss_arguments, open_all, own_help, parse, settings_of
 from xtoken.train.example import TRAIN_ON
@@ -220,6 +221,16 @@ def test_a_run_that_cannot_begin_writes_nothing(folders, tmp_path, capsys):
     assert main(command(folders, tmp_path / "out", *more)) == 1
     assert "teacher_mode: expected teachers with one tokenizer for 'average'" in capsys.readouterr().err
     assert not any((tmp_path / "out").glob("*"))
+
+
+def test_two_runs_do_not_write_into_one_folder(folders, tmp_path, capsys):
+    output, arguments = tmp_path / "out", command(folders, tmp_path / "out", "--max_steps", "1", "--loss", UNAIDED)
+    with FolderLock(output):
+        assert main(arguments) == 1
+        assert f"output: another run writes to {output}; wait for its end" in capsys.readouterr().err
+        assert [one.name for one in output.iterdir()] == [LOCK]
+    assert main(arguments) == 0
+    assert not (output / LOCK).exists()
 
 
 def test_words_of_yaml(tmp_path, monkeypatch):

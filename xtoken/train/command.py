@@ -29,7 +29,7 @@ from xtoken.losses import registered
 from xtoken.outputs import check_apart, check_folder
 from xtoken.report.run import begin_run
 from xtoken.served import KEY, ServedModel
-from xtoken.storage import read_yaml
+from xtoken.storage import FolderLock, read_yaml
 from xtoken.teacher_cache import TeacherCache
 from xtoken.terminal import did_you_mean, is_terminal, one_line
 from xtoken.vocabulary.sources import check_source
@@ -414,19 +414,21 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     callbacks = [PlotCallback()] if options.plot else []
     settings = settings_of(options, config)
     trainer = XTokenTrainer(student, config, teachers, None, train, held_out, student_tok, callbacks=callbacks)
-    if config.process_index == 0:
-        begin_run(folder, settings, begun)
-    trainer.train(resume_from_checkpoint=begun)
-    trainer.save_model()  # before an evaluation in another type (bf16_full_eval), which rounds the weights themselves
-    evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
-    if held_out is not None and trainer.state.global_step not in evaluated:
-        trainer.evaluate()
-    trainer.save_state()
-    if options.lora_merge and config.should_save:
-        stored, _ = load_model(
-            str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code
-        )
-        adapters.save_merged(stored, Path(folder), trainer.model)
+    with contextlib.nullcontext() if config.process_index else FolderLock(Path(folder)):
+        if config.process_index == 0:
+            check_output(Path(folder), options.resume, begun)  # again, since another run may have ended meanwhile
+            begin_run(folder, settings, begun)
+        trainer.train(resume_from_checkpoint=begun)
+        trainer.save_model()  # before an evaluation in another type (bf16_full_eval), which rounds the weights
+        evaluated = {entry["step"] for entry in trainer.state.log_history if "eval_ce" in entry}
+        if held_out is not None and trainer.state.global_step not in evaluated:
+            trainer.evaluate()
+        trainer.save_state()
+        if options.lora_merge and config.should_save:
+            stored, _ = load_model(
+                str(options.student), dtype=config.student_dtype, trust_remote_code=config.trust_remote_code
+            )
+            adapters.save_merged(stored, Path(folder), trainer.model)
     if config.process_index:
         return None
     return {"output": folder, "steps": trainer.state.global_step, "log": trainer.state.log_history}
