@@ -470,3 +470,15 @@ def test_tokens_beyond_the_end_of_a_text(student_tok):
     assert encoder.encode([{"text": "aa"}])
     with pytest.raises(ValueError, match=r"row 1: teacher 0: its tokenizer has tokens at characters up to . of a text"):
         encoder.encode([{"text": "aa"}, {"text": "aé"}])
+
+
+@pytest.mark.parametrize("text", ["a", "12"])
+def test_a_text_of_one_token_behind_nothing(text, caplog):
+    """It is the first token of its row, which nothing predicts: not a pair of tokenizers that share no text."""
+    student, teacher = make_tokenizer(400, "{1,3}", "<s>"), make_tokenizer(380, "", "<b>")
+    for add_end, name in ((True, "teacher 0"), (False, "student")):
+        encoder = ExampleEncoder(student, [teacher], add_end=add_end)
+        encoder.encode([{"text": text}, {"text": SMALL_TEXTS[0]}, {"text": text}])
+        assert encoder.report.counts == {f"texts of one piece with no token before it for {name}": 2}
+        assert "row 0: its text is one piece, and the tokenizer puts no token before it" in caplog.text
+        assert "share no piece" not in caplog.text

@@ -398,6 +398,11 @@ class ExampleEncoder:
         reason = " and ".join(why) or "its tokens and the student's share no piece of text"
         self.report.add(Report.NO_CHUNK.format(side.name), f"no chunk for {side.name}, since {reason}", row, turn)
 
+    def _tell_unpredicted(self, side: Reader, row: int) -> None:
+        reason = "its text is one piece, and the tokenizer puts no token before it that could predict it"
+        self.report.add(Report.UNPREDICTED.format(side.name), reason, row)
+        self.report.lose(Report.UNPREDICTED.format(side.name))
+
     def _examples(
         self,
         k: int,
@@ -459,12 +464,18 @@ class ExampleEncoder:
             if not examples:
                 self.report.lose(Report.CUT)
         if example.conversation is None:
-            for at in reading[1:]:
+            if not examples and read == whole[0]:
+                self._tell_unpredicted(self.student, row)
+            for place, at in enumerate(reading[1:], 1):
                 m, side = self._numbers[at - 1], self.sides[at]
                 heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
-                    self._tell_no_chunk(side, (), row)
-                    self.report.lose(Report.NO_CHUNK.format(side.name))
+                    pair = ((self.student, rows[0]), (side, rows[place]))
+                    if any((~one.is_special[ids]).nonzero()[0].tolist() == [0] for one, ids in pair):
+                        self._tell_unpredicted(side, row)
+                    else:
+                        self._tell_no_chunk(side, (), row)
+                        self.report.lose(Report.NO_CHUNK.format(side.name))
         return examples
 
 

@@ -23,6 +23,7 @@ class Report:
     NO_ROUTE = "rows that name no teacher and go to all"
     NO_SYSTEM = "rows that are no chats, which {} reads without its system message"
     NO_CHUNK = "turns or texts without a chunk for {}"
+    UNPREDICTED = "texts of one piece with no token before it for {}"
     NO_FIRST_CHUNK = "turns whose first token is in no chunk for {}"
 
     def __init__(self, is_told: bool = True) -> None:
