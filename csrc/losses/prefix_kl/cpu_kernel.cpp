@@ -26,7 +26,7 @@
 namespace xtoken::cpu::XTOKEN_LEVEL {
 namespace {
 
-constexpr float nothing = -3e38f;  // below every logit
+constexpr float nothing = -1e30f;  // below every logit, and finite less the largest float
 
 template <typename T>
 T* take(char*& at, int64_t count) {

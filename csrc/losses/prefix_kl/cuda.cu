@@ -30,7 +30,8 @@
 namespace xtoken::cuda {
 namespace {
 
-constexpr float nothing = -1e30f;  // a logit without mass that can be subtracted from another one
+constexpr float nothing = -1e30f;            // a logit without mass that can be subtracted from another one
+constexpr float outweighs = -3.4028235e38f;  // added to any logit, its exponential is finite
 
 // The sum of exp((x - top) / temperature) over some logits x.
 struct alignas(8) Mass {
@@ -260,7 +261,7 @@ class Chunk {
         if (p_.grad.data != nullptr) find_slopes(start_, shared_.start);
         if (threadIdx.x == 0) {
             shared_.unmatched = start_.student[plan_.events];
-            start_.student[plan_.events] = {nothing, 0.0f};  // which makes any gradient 0
+            start_.student[plan_.events] = {outweighs, 0.0f};  // which makes any gradient 0
         }
         __syncthreads();  // the slopes are there
     }
@@ -700,7 +701,7 @@ class Chunk {
             const Mass student = events.student[n], teacher = events.teacher[n];
             const float p = student_exp(student.top - term.z_centre) * term.student;
             if (student.top == nothing) {  // left out
-                events.student[n] = {nothing, 0.0f};
+                events.student[n] = {outweighs, 0.0f};
                 continue;
             }
             float value;
