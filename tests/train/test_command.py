@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -139,7 +138,10 @@ def test_processes_do_not_train_each_by_itself(monkeypatch, tmp_path):
 
 
 def test_an_interrupt_says_how_to_go_on(monkeypatch, capsys):
-    monkeypatch.setattr("xtoken.train.command.main", lambda arguments: signal.raise_signal(signal.SIGINT))
+    def interrupted(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("xtoken.train.command.main", interrupted)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "xtoken train: interrupted; what is complete stays, go on with --resume\n"
 
