@@ -362,10 +362,12 @@ def _kept_processes() -> Iterator[None]:
     """Keeps what accelerate knows of processes and devices, which all arguments of a Trainer set anew."""
     states = PartialState._shared_state, AcceleratorState._shared_state
     kept = [dict(one) for one in states]
-    yield
-    for state, one in zip(states, kept, strict=True):
-        state.clear()
-        state.update(one)
+    try:
+        yield
+    finally:
+        for state, one in zip(states, kept, strict=True):
+            state.clear()
+            state.update(one)
 
 
 def main(arguments: Sequence[str]) -> dict[str, Any] | None:

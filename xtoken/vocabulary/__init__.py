@@ -133,7 +133,7 @@ class Vocabulary:
         family, texts, are_bytes = families.spell(backend, list(base))
         for i, text, is_byte in zip(base.values(), texts, are_bytes, strict=True):
             tokens[i], kinds[i] = text, "byte" if is_byte else "normal"
-        special: dict[str, int] = {}
+        parts, special = families.Parts.of(backend), dict[str, int]()
         if family.lists_special:
             special = {name: base[name] for names in ROLES.values() for name in names if name in base}
         unknown = families.unknown_id(backend)
@@ -143,7 +143,7 @@ class Vocabulary:
         for i, added in added_tokens.items():
             if not added.special and base.get(added.content) == i:
                 continue  # it is spelled like the rest of the vocabulary
-            tokens[i], kinds[i] = families.text_of_added(backend, added), "normal"
+            tokens[i], kinds[i] = families.text_of_added(backend, parts, added), "normal"
             if added.special:
                 kinds[i] = "unused" if RESERVED.search(added.content) else "special"
                 special[added.content] = i

@@ -145,11 +145,7 @@ FAMILIES: tuple[Family, ...] = (
         plain=AS_IT_STANDS,
         encode_bytes=lambda tokenizer, text: [t.id for t in tokenizer.model.tokenize(_core.byte_level_piece(text))],
     ),
-    Family(
-        "WordPiece",
-        lambda parts: parts.are_words,
-        _words,
-    ),
+    Family("WordPiece", lambda parts: parts.are_words, _words),
     Family(
         "Metaspace / SentencePiece",
         lambda parts: "ByteLevel" not in parts.encodes and bool(parts.space),
@@ -168,12 +164,11 @@ def recognise(tokenizer: Any) -> tuple[Family, Parts]:
     return next(family for family in FAMILIES if family.recognised(parts)), parts
 
 
-def text_of_added(tokenizer: Any, added: Any) -> bytes:
+def text_of_added(tokenizer: Any, parts: Parts, added: Any) -> bytes:
     """The text that an added token stands for: its content, as the normalizer writes it if that comes first."""
     if added.special or not added.normalized or tokenizer.normalizer is None:
         return bytes(added.content, "utf-8")
     written, pair = map(tokenizer.normalizer.normalize_str, (added.content, "a b"))
-    parts = Parts.of(tokenizer)
     if parts.are_bytes and "b" in pair and " " not in pair:
         return _core.byte_level_bytes([written])[0]
     return bytes(written.replace(parts.space, " ") if parts.space and f"a{parts.space}b" in pair else written, "utf-8")
