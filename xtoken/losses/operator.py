@@ -19,6 +19,7 @@ from torch import Tensor
 
 from xtoken.alignment import Alignment
 from xtoken.alignment.chunks import Chunks, to_device
+from xtoken.losses import gradient_memory
 from xtoken.losses.backends import IGNORED, Labels, Prepared, Problem, checked_ids, select
 from xtoken.losses.logits import DenseSource, LinearSource, Parts, Source, autocasts, row_blocks
 from xtoken.losses.loss import REGISTER, Loss, Matrix, Needs
@@ -381,8 +382,7 @@ class Gradients:
         self.leaves, self.wanted, self.head_wanted = leaves, flags.student_wanted, flags.head_wanted
         self.student, self.head, self.bias = (leaves.rows.new_empty(0) for _ in range(3))
         if self.wanted:
-            contiguous = torch.contiguous_format
-            self.student = leaves.rows if inplace else torch.empty_like(leaves.rows, memory_format=contiguous)
+            self.student = leaves.rows if inplace else gradient_memory.empty_like(leaves.rows)
         if self.head_wanted:
             self.head, self.bias = (
                 empty if of is None else torch.zeros_like(of, dtype=statistics_dtype(of))
