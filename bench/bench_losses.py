@@ -29,7 +29,7 @@ from torch import Tensor
 
 import xtoken
 from xtoken import Vocabulary, _core
-from xtoken.losses import cpu
+from xtoken.losses import cpu, gradient_memory
 from xtoken.losses.backends import backends_with, register_backend
 from xtoken.losses.logits import Parts
 from xtoken.losses.loss import Needs
@@ -145,6 +145,7 @@ def measure(options: Namespace, wanted: Sequence[Case]) -> list[Row]:
                     call = partial(case, teacher=teacher, chunks=chunks, pair=pair, backend=backend)
                     step = forward_backward(call, z)
                     seconds = median_seconds(step, options.repeat)
+                    gradient_memory.release()
                     grown = peak_growth(step)
                     row = {
                         "loss": case.name + " (Llama 3 to itself)" * case.same_tokenizer,

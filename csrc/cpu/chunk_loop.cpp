@@ -37,21 +37,28 @@ void ChunkLoop::check_rows(const char* side, const ChunkRows& rows, int64_t chun
     }
 }
 
-int64_t ChunkLoop::groups_of(int64_t chunks, int threads) {
-    const int64_t few = chunks / (8 * std::max(threads, 1));  // so that the threads end at about the same time
-    const int64_t together = std::min(row_group, std::max<int64_t>(few, 1));
-    return (chunks + together - 1) / together;
+std::vector<int64_t> ChunkLoop::bounds(int threads) const {
+    std::vector<int64_t> result;
+    for (int64_t group = 0; group < groups; ++group) result.push_back(chunks * group / groups);
+    for (int64_t begin = 0; groups == 0 && begin < chunks;) {
+        result.push_back(begin);
+        // fewer towards the end, so that the threads end at about the same time
+        begin += std::clamp<int64_t>((chunks - begin) / (4 * std::max(threads, 1)), 1, row_group);
+    }
+    result.push_back(chunks);
+    return result;
 }
 
 void ChunkLoop::run(const Launch& launch, const Body& body) const {
     prefer_huge_pages(grad);
     const auto other = XTOKEN_PICK(launch.level, cross_entropy_row);
     const CrossEntropyParams one{student, grad, labels, lowest, false};
-    const std::vector<int64_t> other_rows = rows_of_no_chunk(*this);
-    const auto others = static_cast<int64_t>(other_rows.size());
-    run_items(groups + (others + row_group - 1) / row_group, launch.threads, [&](int64_t item, Scratch& scratch) {
-        if (item < groups) return body(item, chunks * item / groups, chunks * (item + 1) / groups, scratch);
-        const int64_t begin = (item - groups) * row_group;
+    const std::vector<int64_t> other_rows = rows_of_no_chunk(*this), bound = bounds(launch.threads);
+    const auto others = static_cast<int64_t>(other_rows.size()), last = static_cast<int64_t>(bound.size()) - 1;
+    const int64_t other_groups = (others + row_group - 1) / row_group;
+    run_items(other_groups + last, launch.threads, [&](int64_t item, Scratch& scratch) {
+        const int64_t group = item - other_groups, begin = item * row_group;
+        if (group >= 0) return body(group, bound[group], bound[group + 1], scratch);
         for (int64_t i = begin; i < std::min(others, begin + row_group); ++i) other(one, other_rows[i]);
     });
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <functional>
+#include <vector>
 
 #include "cpu/dispatch.h"
 #include "cpu/pool.h"
@@ -15,18 +16,17 @@ struct ChunkLoop {
     ChunkRows rows;
     int64_t chunks;
     float lowest;
-    Labels labels;  // of the rows of no chunk
-    int64_t groups;
+    Labels labels;       // of the rows of no chunk
+    int64_t groups = 0;  // of about the same size; 0: as suits the threads
 
     template <typename Params>
-    ChunkLoop(const Params& params, const Labels& given_labels, const Launch& launch)
+    ChunkLoop(const Params& params, const Labels& given_labels)
         : student(params.student),
           grad(params.grad),
           rows(params.student_rows),
           chunks(params.chunks),
           lowest(params.lowest),
-          labels(given_labels),
-          groups(groups_of(params.chunks, launch.threads)) {
+          labels(given_labels) {
         check_rows("student", params.student_rows, params.chunks, params.student);
         check_rows("teacher", params.teacher_rows, params.chunks, params.teacher);
     }
@@ -40,7 +40,8 @@ struct ChunkLoop {
   private:
     // Throws Error if a chunk has no row, or one that the logits have not.
     static void check_rows(const char* side, const ChunkRows& rows, int64_t chunks, const Logits& logits);
-    static int64_t groups_of(int64_t chunks, int threads);
+    // The first chunk of each group, and the number of chunks.
+    std::vector<int64_t> bounds(int threads) const;
 };
 
 }  // namespace xtoken::cpu

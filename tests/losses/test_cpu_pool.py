@@ -124,7 +124,7 @@ MEASURE = """
 import json, re, sys
 from pathlib import Path
 import torch, xtoken
-from xtoken.losses import Needs, registered
+from xtoken.losses import Needs, gradient_memory, registered
 from xtoken.losses.backends import backends_with
 
 V = 40_000
@@ -160,6 +160,7 @@ for name, loss in registered().items():
         tried = {"": {**variants[0], "top_k": None}, ", subset": {**variants[-1], "top_k": 8192}}
     for key, options in tried.items():
         run(loss, options, student[:, :8].clone(), teacher[:, :8].clone(), labels[:, :8])
+        gradient_memory.release()
         before = status("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")
         run(loss, options, student, teacher, labels)

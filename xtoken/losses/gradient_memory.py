@@ -1,8 +1,8 @@
 """Memory for the gradients of large logits on the CPU, kept from call to call.
 
-PyTorch gives memory of this size back to the system when a tensor ends, and the next one gets pages that the system has
-to clear: for logits of 16 bits that is an eighth of the time of P-KL. What is kept here is the system's to take whenever
-it is short of memory (MADV_FREE); until then it counts as the process's.
+PyTorch gives memory of this size back to the system when a tensor ends, and for the next one the system has to clear
+pages again: for logits of 16 bits an eighth of the time of P-KL. What is kept here the system may take whenever it is
+short of memory (MADV_FREE); until then it counts as the process's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 SMALLEST = 32 << 20
 """Bytes from which on memory is kept. What is smaller glibc keeps by itself."""
 
-_AVAILABLE = sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
+AVAILABLE = sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
 
 _lock = threading.Lock()
 _idle: list[mmap.mmap] = []
@@ -29,14 +29,15 @@ _returned: SimpleQueue[mmap.mmap] = SimpleQueue()
 
 def empty_like(logits: Tensor) -> Tensor:
     """A contiguous tensor of the type and shape of logits, whose values are not set."""
-    if not (_AVAILABLE and type(logits) is Tensor and logits.device.type == "cpu" and logits.nbytes >= SMALLEST):
+    if not (AVAILABLE and type(logits) is Tensor and logits.device.type == "cpu" and logits.nbytes >= SMALLEST):
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     block = _take(logits.nbytes)
     # The tensor keeps the view, which ends with its memory and with that of all that share it.
     view = memoryview(block)
     weakref.finalize(view, _give_back, block).atexit = False
     storage = torch.frombuffer(view, dtype=logits.dtype, count=logits.numel()).untyped_storage()
-    return torch.empty(0, dtype=logits.dtype, device="cpu").set_(storage, 0, logits.shape)  # not a view of another tensor
+    # not a view of another tensor
+    return torch.empty(0, dtype=logits.dtype, device="cpu").set_(storage).resize_(logits.shape)
 
 
 def release() -> None:

@@ -21,7 +21,7 @@ void kd(const KdParams& params, const Launch& launch) {
     }
     const int64_t workspace = 2 * (padded(chunks.set.count) + lanes);
     const auto chunk = XTOKEN_PICK(launch.level, kd_chunk);
-    ChunkLoop(params, params.labels, launch).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
+    ChunkLoop(params, params.labels).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
         float* memory = scratch.take<float>(workspace);
         for (int64_t k = begin; k < end; ++k) chunk(chunks, k, memory);
     });

@@ -28,7 +28,7 @@ void pkl(const PklParams& params, const Launch& launch) {
     const auto chunk = XTOKEN_PICK(launch.level, pkl_chunk);
     const int64_t entries = params.plan->entries;
     const bool weighted = params.weight_grad != nullptr;
-    ChunkLoop loop(params, params.labels, launch);
+    ChunkLoop loop(params, params.labels);
     if (weighted) loop.groups = std::min(params.chunks, weight_groups);
     std::vector<float> sums(weighted ? loop.groups * entries : 0, 0.0f);
     loop.run(launch, [&](int64_t group, int64_t begin, int64_t end, Scratch& scratch) {

@@ -44,7 +44,7 @@ void prefix(const PrefixParams& params, const Launch& launch) {
     std::partial_sum(first_boundary.begin(), first_boundary.end(), first_boundary.begin());
     const PrefixChunks chunks{params, boundaries.data(), first_boundary.data(), most};
     const auto chunk = XTOKEN_PICK(launch.level, prefix_chunk);
-    ChunkLoop(params, params.labels, launch).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
+    ChunkLoop(params, params.labels).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
         char* workspace = scratch.take<char>(workspace_of(chunks));
         for (int64_t k = begin; k < end; ++k) chunk(chunks, k, workspace);
     });

@@ -102,7 +102,7 @@ void ranked(const RankedParams& params, const Launch& launch) {
                     " tokens, got ", plan->students, " and ", plan->teachers);
     }
     const auto chunk = XTOKEN_PICK(launch.level, ranked_chunk);
-    ChunkLoop(params, Labels{}, launch).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
+    ChunkLoop(params, Labels{}).run(launch, [&](int64_t, int64_t begin, int64_t end, Scratch& scratch) {
         const int64_t* count = params.student_rows.count;
         const int64_t most = *std::max_element(count + begin, count + end);
         char* workspace = scratch.take<char>(workspace_of(params, most));
