@@ -359,7 +359,7 @@ def report(
     if run is None and (student is None or teacher is None):
         raise ValueError(f"--{'student' if student is None else 'teacher'}: expected one")
     _check_inputs(student, teacher, data, output)
-    if run is not None and not output.endswith(".html"):  # a page may be there from before
+    if run is not None:
         outputs.check_apart(output, [run])
     from .report import pair_report, run_report
 

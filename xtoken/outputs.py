@@ -56,14 +56,23 @@ def check_folder(path: str | os.PathLike[str], name: str = "output", *, urls: bo
 
 
 def check_apart(path: str | os.PathLike[str], sources: Iterable[str | os.PathLike[str]], name: str = "output") -> None:
-    """Raises ValueError if one of the files or folders that are read is the output itself, or holds it as a file."""
+    """Raises ValueError if one of the files or folders that are read is the output itself, or holds it as a file. What
+    xtoken wrote into a folder before, W or a page, can be replaced."""
     file = Path(path).absolute()
     for source in sources:
         if not os.path.exists(source) or not os.path.lexists(file):
             continue
         is_within = not file.is_dir() and Path(source).resolve() in (file.parent.resolve() / file.name).parents
-        if is_within or (file.exists() and os.path.samefile(source, file)):
+        if (is_within and not _is_own(file)) or (file.exists() and os.path.samefile(source, file)):
             raise ValueError(f"{name}: expected another place than {file}, which is read and would be overwritten")
+
+
+def _is_own(file: Path) -> bool:
+    """Whether it is a page, which no model has, or a safetensors file of xtoken."""
+    if not file.is_file():  # a link to nothing
+        return False
+    with open(file, "rb") as opened:
+        return file.suffix == ".html" or b'"format":"xtoken.' in opened.read(1024)
 
 
 def _check_permission(path: Path, name: str) -> None:
