@@ -107,23 +107,8 @@ def made_up_pair(students: int, teachers: int) -> Pair:
             parts += [k // partners] if k >= partners else [(5 * k + 1) % partners] if k % 3 == 0 else []
             longer.append(b"".join(words[part] for part in parts))
         vocabularies.append(Vocabulary([*words, *longer]))
-    pieces = PieceIndex.build(*vocabularies)
-    return Pair(_projection(pieces), pieces)
-
-
-def _projection(index: PieceIndex, row_entries: int = 4, gamma: float = 0.1) -> ProjectionMatrix:
-    """W by the rule of `ProjectionMatrix.build`, from the pieces of the student's tokens."""
-    (students, teachers), ptr = index.shape, index.student.ptr.long()
-    counts = ptr.diff().clamp_max(row_entries)
-    row = torch.arange(students, device="cpu").repeat_interleave(counts)
-    position = torch.arange(len(row), device="cpu") - (counts.cumsum(0) - counts)[row]
-    key, place = (row * teachers + index.student.pieces[ptr[row] + position]).unique(return_inverse=True)
-    weight = torch.zeros(len(key), dtype=torch.float32, device="cpu")
-    weight.index_add_(0, place, gamma**position)  # a token may repeat a piece
-    row = key // teachers
-    total = torch.zeros(students, dtype=torch.float32, device="cpu").index_add_(0, row, weight)
-    row_ptr = torch.cat([torch.zeros(1, dtype=torch.int64, device="cpu"), row.bincount(minlength=students).cumsum(0)])
-    return ProjectionMatrix(row_ptr, (key % teachers).int(), weight / total[row], teachers)
+    student, teacher = vocabularies
+    return Pair(ProjectionMatrix.build(student, teacher), PieceIndex.build(student, teacher))
 
 
 # ---- chunks
