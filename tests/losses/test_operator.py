@@ -136,6 +136,8 @@ def test_a_second_backward_computes_the_gradient_again(name: str, backend: str) 
     (second,) = torch.autograd.grad(3.0 * loss, student)
     assert_close(second, kept, rtol=1e-5, atol=1e-6 * float(kept.abs().max()))
     assert torch.equal(first, kept)
+    with pytest.raises(RuntimeError, match="second time"):  # without retain_graph
+        torch.autograd.grad(loss, student)
 
 
 @pytest.mark.parametrize(("name", "backend"), PAIRS)

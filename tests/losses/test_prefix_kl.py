@@ -429,24 +429,6 @@ def test_rows_near_the_lowest_logit(dtype: torch.dtype, backend: str) -> None:
     check(backend, "prefix", case, dtype)
 
 
-@cpu
-def test_threads_do_not_change_the_result(backend: str) -> None:
-    case = make_case(1000, 1200)
-    labels = torch.randint(1000, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
-    results = []
-    for threads in (1, 1, 2, 3):
-        torch.set_num_threads(threads)
-        student = case.student.float().requires_grad_()
-        loss, ce = prefix_kl_loss(
-            student, case.teacher.float(), case.alignment, case.pieces, labels=labels, backend=backend
-        )
-        results.append([loss.detach(), ce.detach(), *torch.autograd.grad(loss + ce, student)])
-    torch.set_num_threads(1)
-    for result in results[1:]:
-        for one, other in zip(results[0], result, strict=True):
-            assert torch.equal(one, other)
-
-
 @backends
 def test_bad_pieces_and_ids(backend: str) -> None:
     pieces, alignment, s_ids, t_ids = chunk_of("1 to 2")

@@ -5,7 +5,7 @@ import functools
 import pytest
 import torch
 from comparer import assert_close
-from harness import BACKENDS, OPERATIONS, Case, Golden, agreeing_alignments, check, distinct, golden, make_case
+from harness import BACKENDS, OPERATIONS, Case, Golden, check, distinct, golden, make_case
 
 from xtoken import reference
 from xtoken.losses import registered
@@ -80,22 +80,6 @@ def test_wide_rows_with_and_without_ties(scale: float, dtype: torch.dtype, opera
     check(backend, operation, wide_case(scale), dtype, **OPERATIONS[operation].few(700))
 
 
-@cpu
-@operations
-def test_threads_do_not_change_the_result(operation: str, backend: str) -> None:
-    case = make_case(1000, 1200)
-    results = []
-    for threads in (1, 2, 3):
-        torch.set_num_threads(threads)
-        student = case.student.float().requires_grad_()
-        loss = OPERATIONS[operation].public(case, student, case.teacher.float(), backend=backend)
-        results.append((loss.detach(), torch.autograd.grad(loss, student)[0]))
-    torch.set_num_threads(1)
-    for loss, grad in results[1:]:
-        assert torch.equal(loss, results[0][0])
-        assert torch.equal(grad, results[0][1])
-
-
 @pytest.mark.parametrize(
     ("student", "teacher", "message"),
     [
@@ -109,20 +93,3 @@ def test_threads_do_not_change_the_result(operation: str, backend: str) -> None:
 def test_bad_pairs(student: list[int], teacher: list[int], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan_for(torch.tensor(student), torch.tensor(teacher), (3, 4))
-
-
-@pytest.mark.parametrize("name", PAIRED)
-@pytest.mark.parametrize("backend", [name for name in BACKENDS if name in ("reference", "emulated", "on_gpu", "cpu")])
-def test_chunks_that_begin_with_other_text_are_left_out(backend: str, name: str) -> None:
-    """As if they were not in the alignment."""
-    case = make_case()
-    (of, few), W = agreeing_alignments(case), case.projection
-    results = []
-    for alignment, agree in ((of, True), (few, False)):
-        student = case.student.bfloat16().requires_grad_()
-        loss = registered()[name].function()(
-            student, case.teacher.bfloat16(), alignment, W, agree=agree, backend=backend
-        )
-        results.append((loss.detach(), *torch.autograd.grad(loss, student)))
-    for got, want in zip(*results, strict=True):
-        assert torch.equal(got, want)

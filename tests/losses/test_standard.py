@@ -1,8 +1,11 @@
-"""What holds for every registered loss on every backend that has it: accuracy on hard inputs, options, bad inputs."""
+"""What holds for every registered loss on every backend that has it: accuracy on hard inputs, options, bad inputs, the
+same results each time."""
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,10 +19,12 @@ from harness import (
     PAIRS,
     Case,
     Golden,
+    agreeing_alignments,
     backends_of,
     bad_call,
     check,
     distinct_pairs,
+    few_variants,
     golden,
     make_case,
     own_tests,
@@ -27,6 +32,8 @@ from harness import (
 )
 from torch import Tensor
 
+from xtoken import XTokenLoss
+from xtoken.alignment import predictable
 from xtoken.losses import Needs, registered
 
 OF_ANOTHER_SIZE = ("teacher_above", "teacher_equal", "vector_remainder", "padded_head_large")
@@ -117,6 +124,68 @@ def test_no_chunk_is_zero_and_connected(case: str, reduction: str, name: str, ba
     assert loss.shape == ((empty.alignment.num_chunks,) if reduction == "none" else ())
     assert not bool(loss.any())
     assert not bool(grad.any())
+
+
+@pytest.mark.parametrize(("name", "backend"), distinct_pairs())
+def test_results_are_the_same_each_time_and_with_any_number_of_threads(name: str, backend: str) -> None:
+    """Bit by bit; also the gradient of weights of W that are trained."""
+    on_cpu = backend.startswith("cpu")
+    case = make_case(1000, 1200) if on_cpu else make_case()
+    size, W = OPERATIONS[name].size(case), case.projection
+    labels = torch.randint(size, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
+    for options in few_variants(name).values() if on_cpu else list(variants(name).values())[:1]:
+        results = []
+        for threads in (1, 1, 2, 3) if on_cpu else (1, 1):
+            torch.set_num_threads(threads)
+            student = case.student.float().requires_grad_()
+            weight = W.weight.clone().requires_grad_(registered()[name].trains_projection)
+            matrix: Any = SimpleNamespace(row_ptr=W.row_ptr, col=W.col, weight=weight, shape=W.shape)
+            loss, ce = OPERATIONS[name].public(
+                replace(case, projection=matrix),
+                student,
+                case.teacher.float(),
+                labels=labels,
+                backend=backend,
+                **options,
+            )
+            leaves = [leaf for leaf in (student, weight) if leaf.requires_grad]
+            results.append([loss.detach(), ce.detach(), *torch.autograd.grad(loss + ce, leaves)])
+        torch.set_num_threads(1)
+        for result in results[1:]:
+            assert all(torch.equal(one, other) for one, other in zip(results[0], result, strict=True)), options
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(("name", "backend"), [pair for pair in PAIRS if "agree" in registered()[pair[0]].options()])
+def test_chunks_that_begin_with_other_text_are_left_out(name: str, backend: str, dtype: torch.dtype) -> None:
+    """As if they were not in the alignment; counted."""
+    case = make_case()
+    of, few = agreeing_alignments(case)
+    for options in few_variants(name).values():
+        results = []
+        for alignment, agree in ((of, True), (few, False)):
+            student = case.student.to(dtype).requires_grad_()
+            call = OPERATIONS[name].bound(replace(case, alignment=alignment))
+            given = {"agree": agree, "backend": backend, **options}
+            loss = call(student, case.teacher.to(dtype), **given)
+            each = call(student, case.teacher.to(dtype), reduction="none", **given)
+            results.append((loss, each, *torch.autograd.grad(loss, student)))
+        for got, want in zip(*results, strict=True):
+            assert torch.equal(got, want), options
+    criterion = XTokenLoss([OPERATIONS[name].teacher(case, agree=True)], backend=backend)
+    labels = torch.zeros(case.student.shape[:2], dtype=torch.int64)
+    _, parts = criterion(case.student.to(dtype), labels, case.teacher.to(dtype), of)
+    share = 1 - int(predictable(few).sum()) / int(predictable(of).sum())
+    assert parts["left_out"].tolist() == pytest.approx([share])
+
+
+@pytest.mark.parametrize("name", [name for name, loss in registered().items() if loss.reads_tokens])
+def test_ids_of_another_vocabulary(name: str) -> None:
+    case = make_case()
+    assert case.alignment.student_ids is not None
+    case.alignment.student_ids[:] = 67
+    with pytest.raises(ValueError, match=r"alignment: expected student_ids in 0 ... 66 within chunks, got 67"):
+        OPERATIONS[name].public(case, case.student, case.teacher)
 
 
 @pytest.mark.parametrize(
