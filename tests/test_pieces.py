@@ -152,9 +152,6 @@ def test_files_that_are_something_else(tmp_path: Path) -> None:
         TensorFile("anything").save(path, tensors, **metadata)
         with pytest.raises(ValueError, match=message):
             PieceIndex.load(path)
-    path.write_bytes(path.read_bytes()[:40])
-    with pytest.raises(ValueError, match="not a complete safetensors file"):
-        PieceIndex.load(path)
 
 
 def test_damaged_data() -> None:

@@ -1,13 +1,12 @@
-"""Cross-entropy of the kernels: every kind of label, threads, and beside the losses of a projection."""
+"""Cross-entropy of the kernels: every kind of label, and threads."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from comparer import assert_as_accurate
-from harness import BACKENDS, DTYPES, OPERATIONS, PAIRS, check_labels, make_case
+from harness import BACKENDS, DTYPES, make_case
 from torch import Tensor
 
 from xtoken.losses import Needs, backends
@@ -80,31 +79,6 @@ def test_cross_entropy_of_other_types_is_the_reference(backend: str) -> None:
         results.append((losses, grad))
     assert torch.equal(results[0][0], results[1][0])
     assert torch.equal(results[0][1], results[1][1])
-
-
-@pytest.mark.parametrize(
-    ("name", "backend"), [pair for pair in PAIRS if pair[1] != "reference" and OPERATIONS[pair[0]].needs is PROJECTED]
-)
-@pytest.mark.parametrize(
-    ("count", "options"), [(None, {}), (13, {}), (None, {"temperature": 2.0, "reverse": True})], ids=str
-)
-def test_labels_in_the_same_pass(options: dict[str, Any], count: int | None, name: str, backend: str) -> None:
-    """As two losses of the reference, also in rows with no finite logit or no chunk, and without a gradient."""
-    case = make_case(67, 67)
-    case.student[..., 1::3] = -math.inf
-    case.student[:, ::4] = -math.inf
-    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
-    labels[:, 3] = IGNORED
-    operation = OPERATIONS[name]
-    arguments: dict[str, Any] = {"labels": labels, **operation.few(count), **options}
-    check_labels(
-        lambda student, backend: operation.public(
-            case, student, case.teacher.float().to(student.dtype), backend=backend, **arguments
-        ),
-        case.student,
-        backend,
-        name,
-    )
 
 
 @cpu

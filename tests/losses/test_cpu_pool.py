@@ -1,4 +1,4 @@
-"""Threads and memory of the CPU kernels: callers in parallel, forks, other numbers of threads, scratch."""
+"""Threads and memory of the CPU kernels: callers in parallel, forks, scratch."""
 
 import json
 import multiprocessing
@@ -51,14 +51,6 @@ def results(case: Case) -> list[Tensor]:
 
 def same(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-def test_other_numbers_of_threads_from_call_to_call() -> None:
-    case = case_of(0)
-    want = results(case)
-    for count in (1, 4, 2, 1, 3):
-        torch.set_num_threads(count)
-        assert same(results(case), want)
 
 
 def test_callers_in_several_threads() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from comparer import assert_close, assert_within
 from default_losses import default_loss
-from harness import DTYPES, Case, backends_of, check, check_labels, make_case
+from harness import DTYPES, Case, backends_of, check, make_case
 from steps import Step, loss_of
 from torch import Tensor
 
@@ -159,24 +159,6 @@ def wide_case() -> Case:
 def test_wide_rows(options: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     """The largest logits come after the first 4096, so the unit of the exponentials is found twice."""
     check(backend, "kd", wide_case(), dtype, strided=True, **options)
-
-
-@pytest.mark.parametrize("backend", [name for name in backends_of("kd") if name != "reference"])
-@pytest.mark.parametrize("options", [{}, {"top_k": 13}, {"temperature": 2.0, "reverse": True}], ids=str)
-def test_labels_in_the_same_pass(options: dict[str, Any], backend: str) -> None:
-    """As two losses of the reference, also at a logit of -inf, in rows of no chunk, and without a gradient."""
-    case = make_case(67, 67)
-    case.student[..., 1::3] = -math.inf
-    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
-    labels[:, 3] = -100
-    mask = torch.ones(labels.shape, dtype=torch.bool)
-    mask[:, ::4] = False
-
-    def call(student: Tensor, name: str) -> Any:
-        teacher = student.detach().flip(1).clamp_min(-9.0)
-        return kd_loss(student, teacher, mask=mask, labels=labels, backend=name, **options)
-
-    check_labels(call, case.student, backend, "kd")
 
 
 @pytest.mark.skipif(torch.__version__ < "2.5", reason="the compiler of torch 2.4 has no graph for it")

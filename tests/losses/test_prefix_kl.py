@@ -553,17 +553,6 @@ def compare(
 
 
 @kernels
-@pytest.mark.parametrize("temperature", [1.0, 2.0])
-def test_labels_in_the_same_pass(temperature: float, backend: str) -> None:
-    """Also where the label's logit is -inf and in rows without a chunk."""
-    case = make_case()
-    case.student[..., 1::3] = -math.inf
-    labels = torch.randint(67, case.student.shape[:2], generator=torch.Generator().manual_seed(1))
-    labels[:, 3] = -100
-    compare(backend, case.student, case.teacher, case.alignment, case.pieces, labels, temperature=temperature)
-
-
-@kernels
 @pytest.mark.parametrize("options", VARIANTS)
 @pytest.mark.parametrize("name", CHUNKS)
 def test_boundaries_on_every_kernel(name: str, options: str, backend: str) -> None:
