@@ -416,14 +416,22 @@ def _by_formula(operation: str, case: Case, dtype: torch.dtype, options: tuple[t
 
 def check(backend: str, operation: str, case: Case, dtype: torch.dtype, strided: bool = False, **options: Any) -> None:
     """Losses and gradients of a backend are as accurate as the plain formulas in the same type."""
-    rounded, (truth, true_grad), (plain, plain_grad) = _by_formula(operation, case, dtype, tuple(options.items()))
+    rounded, *_ = _by_formula(operation, case, dtype, tuple(options.items()))
     call = OPERATIONS[operation].public
-    got, grad = losses_and_grad(call, rounded, dtype, strided, reduction="none", backend=backend, **options)
+    results = losses_and_grad(call, rounded, dtype, strided, reduction="none", backend=backend, **options)
+    compare(*results, operation, case, dtype, emulated.inexact(backend), **options)
+
+
+def compare(
+    got: Tensor, grad: Tensor, operation: str, case: Case, dtype: torch.dtype, inexact: bool = False, **options: Any
+) -> None:
+    """The losses and gradients of a case in a type with the plain formulas; `inexact`: of a device with its own exp."""
+    _, (truth, true_grad), (plain, plain_grad) = _by_formula(operation, case, dtype, tuple(options.items()))
     assert got.dtype == torch.promote_types(dtype, torch.float32)
     assert grad.dtype == dtype
     single = torch.finfo(torch.float32).eps
     largest, functions = _largest(truth), 0.0
-    if emulated.inexact(backend):
+    if inexact:
         # The plain computation is on the CPU, where exp and log are exact to rounding; on a device they are up to 2
         # units in the last place off: a relative error of probabilities, an absolute one of their logarithms.
         largest, functions = max(largest, options.get("temperature", 1.0) ** 2), single
