@@ -4,28 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import test_gold
 from harness import Case, make_case
 from steps import Step, loss_of
 from torch import Tensor
 
 from xtoken import hkl_loss, reference
 
-VARIANTS: dict[str, dict[str, Any]] = {
-    "default": {},
-    "reverse": {"reverse": True},
-    "temperature": {"temperature": 2.5},
-    "cut": {"uncommon_top_k": 5},
-    "common part": {"uncommon_top_k": 0},
-    "jensen-shannon": {"beta": 0.3},
-    "skewed": {"skew": 0.1, "temperature": 2.5},
-    "skewed reverse": {"skew": 0.25, "reverse": True},
-    "wider": {"min_weight": 0.4},
-}
-FEW_VARIANTS: dict[str, dict[str, Any]] = {
-    "cut": {"uncommon_top_k": 20},
-    "reverse": {"reverse": True},
-    "jensen-shannon": {"beta": 0.3, "uncommon_top_k": 20},
-}
+VARIANTS: dict[str, dict[str, Any]] = {**test_gold.VARIANTS, "wider": {"min_weight": 0.4}}
+FEW_VARIANTS = test_gold.FEW_VARIANTS
 
 
 def truth(case: Case, z: Tensor, y: Tensor, chunks: Any, min_weight: float = 0.6, **options: Any) -> Tensor:

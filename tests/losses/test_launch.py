@@ -158,5 +158,9 @@ def test_what_was_built_for_something_else() -> None:
     _core.launch("ranked", {**fields, "plan": None}, "", 1)
     with pytest.raises(ValueError, match="plan: expected pairs of vocabularies of 5 and 4 tokens, got 5 and 5"):
         _core.launch("ranked", {**fields, "plan": pairs}, "", 1)
+    no_entries = {"row_ptr": array(torch.zeros(2).long()), "col": array(torch.zeros(0, dtype=torch.int32))}
+    matrix = _core.build("pkl_matrix", {**no_entries, "teacher_size": 3})
+    with pytest.raises(TypeError, match=r"ranked\.plan: expected a pairs_plan \(pairs; null: .*\), got a pkl_matrix"):
+        _core.launch("ranked", {**fields, "plan": matrix}, "", 1)
     with pytest.raises(ValueError, match=r"builder: expected 'pairs_plan', .* got 'plan'"):
         _core.build("plan", {})
