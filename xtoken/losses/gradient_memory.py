@@ -1,7 +1,7 @@
 """Memory for the gradients of large logits on the CPU, kept from call to call.
 
 PyTorch gives memory of this size back to the system when a tensor ends, and for the next one the system has to clear
-pages again: for logits of 16 bits an eighth of the time of P-KL. What is kept here the system may take whenever it is
+pages again: for logits of 16 bits an eighth of the time of a loss. What is kept here the system may take whenever it is
 short of memory (MADV_FREE); until then it counts as the process's.
 """
 
