@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -259,6 +260,42 @@ def test_one_run_at_a_time(tmp_path: Path) -> None:
     assert os.listdir(folder) == [LOCK]  # of a killed run, which holds nothing any more
     with FolderLock(folder):
         assert not INDEX.prepare(folder, False, "tables")
+
+
+def test_an_output_folder_that_cannot_be_locked(tmp_path: Path) -> None:
+    """Is the one error: nothing is said of a lock that was never held."""
+    (tmp_path / LOCK).mkdir()
+    script = "import pathlib, sys, xtoken.storage as s; s.FolderLock(pathlib.Path(sys.argv[1]))"
+    run = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True)
+    assert run.stderr.splitlines()[-1] == f"IsADirectoryError: [Errno 21] Is a directory: '{tmp_path / LOCK}'"
+    assert "Exception ignored" not in run.stderr
+
+
+def test_a_lock_is_given_back_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where that fails: its number may soon be that of another file."""
+    lock, closed = FolderLock(tmp_path), os.close
+
+    def fail(descriptor: int) -> None:
+        closed(descriptor)
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(os, "close", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        lock.__exit__()
+    lock.__exit__()
+
+
+def test_a_failing_disk_is_told_with_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the system says of a read has no name in it."""
+    KIND.save(tmp_path / "t", {"cells": torch.ones(3, 2)})
+    with KIND.open(tmp_path / "t") as file:
+
+        def fail(*_: Any) -> int:
+            raise OSError(errno.EIO, "Input/output error")
+
+        monkeypatch.setattr(os, "preadv", fail)
+        with pytest.raises(OSError, match=f"Input/output error: '{tmp_path / 't'}'"):
+            file.read("cells")
 
 
 def test_output_folders(tmp_path: Path) -> None:

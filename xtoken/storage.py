@@ -43,6 +43,17 @@ _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 
 @contextmanager
+def named(path: str | os.PathLike[str] | Remote) -> Iterator[None]:
+    """Errors of the system about a file, with its name: what is said of a read or a write has none."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            raise OSError(error.errno, error.strerror, str(path)) from error
+        raise
+
+
+@contextmanager
 def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
     """Gives a path to write to. Without an exception, the file there takes the name `path`, even if the machine stops:
     it appears complete or not at all; `outputs.target` says what cannot be written. What killed writes of the same
@@ -62,14 +73,11 @@ def atomic(path: str | os.PathLike[str] | Remote) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:16]}{TEMPORARY}")
     held = _hold(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL)
     try:
-        yield temporary
-        _sync(temporary)
-        os.replace(temporary, path)
-        _sync(path.parent)
-    except OSError as error:
-        if error.errno is not None and error.filename is None:  # of a write, which knows no name
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
+        with named(path):
+            yield temporary
+            _sync(temporary)
+            os.replace(temporary, path)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
         if held is not None:
@@ -105,6 +113,8 @@ def only_run(folder: Place) -> AbstractContextManager[Any]:
 class FolderLock(AbstractContextManager["FolderLock"]):
     """Keeps other runs out of an output folder, which is made if need be; ValueError if one is there."""
 
+    _held: int | None = None
+
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._path = folder / LOCK
@@ -116,10 +126,10 @@ class FolderLock(AbstractContextManager["FolderLock"]):
         """The lock holds."""
 
     def __exit__(self, *_: object) -> None:
-        if self._held is not None:
+        held, self._held = self._held, None  # what fails is not done again, when the number may be another file's
+        if held is not None:
             self._path.unlink(missing_ok=True)
-            os.close(self._held)
-            self._held = None
+            os.close(held)
 
     def __del__(self) -> None:
         self.__exit__()
@@ -201,8 +211,9 @@ class TensorReader(AbstractContextManager["TensorReader"]):
     def _bytes(self, first: int, last: int) -> bytearray:
         data = bytearray(last - first)
         view = memoryview(data)
-        while view and (count := os.preadv(self._file.fileno(), [view], last - len(view))):
-            view = view[count:]
+        with named(self.path):
+            while view and (count := os.preadv(self._file.fileno(), [view], last - len(view))):
+                view = view[count:]
         if view:
             raise ValueError(f"{self.path}: was cut short while it is read")
         return data
@@ -302,7 +313,8 @@ def read_yaml(path: Path, name: str | None = None) -> Any:
 
     check_regular(path)
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        with named(path):
+            return yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError:
         raise
     except Exception as error:  # of whatever a value of YAML is made with
@@ -331,7 +343,8 @@ class Index:
         check_regular(path)
         try:
             try:
-                content = json.loads(path.read_text(encoding="utf-8"))
+                with named(path):
+                    content = json.loads(path.read_text(encoding="utf-8"))
             except (ValueError, RecursionError) as error:
                 raise TypeError(error) from error
             if content["format"] != self.version:
