@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import shutil
 from pathlib import Path
@@ -94,6 +96,26 @@ def test_what_is_no_file(name, tmp_path):
     (tmp_path / name).unlink(missing_ok=True)
     (tmp_path / name).symlink_to("/dev/null")
     assert checkpoints.fault(tmp_path) == f"{name} is no regular file"
+
+
+@pytest.mark.parametrize("name", ["trainer_state.json", "x.index.json", "optimizer.pt"])
+def test_what_cannot_be_read_is_not_taken_for_damaged(name, tmp_path, monkeypatch):
+    """Such as without permission: a run would go on from an older checkpoint, and write over this one."""
+    checkpoint = tmp_path / "checkpoint-2"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 2}')
+    save_file({"weight": torch.zeros(1)}, checkpoint / "model.safetensors")
+    (checkpoint / name).touch()
+    opened = io.open
+
+    def refuse(path: Any, *args: Any, **kwargs: Any) -> Any:
+        if Path(path).name == name:
+            raise PermissionError(errno.EACCES, "Permission denied")
+        return opened(path, *args, **kwargs)
+
+    monkeypatch.setattr(io, "open", refuse)
+    with pytest.raises(PermissionError, match=f"{checkpoint / name}'$"):
+        checkpoints.newest(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin"])

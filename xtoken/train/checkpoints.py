@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from xtoken.report.run import STATE as STATE
 from xtoken.report.run import checkpoints_in
+from xtoken.storage import named
 
 logger = logging.getLogger(__name__)
 
@@ -24,24 +26,27 @@ def fault(folder: Path) -> str | None:
     """What a checkpoint lacks that was killed while it was written; None if it is complete.
 
     The Trainer writes its state last. Files that end early are found by what stands at their beginning or end; those of
-    `torch.save`, which have checksums that `torch.load` does not look at, are read.
+    `torch.save`, which have checksums that `torch.load` does not look at, are read. Raises OSError for a file that
+    cannot be read, as without permission, which says nothing of what it holds.
     """
     for path in folder.rglob("*"):  # reading a pipe or a device may never end
         if path.exists() and not path.is_file() and not path.is_dir():
             return f"{path.relative_to(folder)} is no regular file"
     try:
-        state = json.loads((folder / STATE).read_text())
+        state = json.loads(_text(folder / STATE))
         steps, most, epochs = state["global_step"], state.get("max_steps", 0), state.get("num_train_epochs", 0)
         if not all(type(one) is int and one >= 0 for one in (steps, most, epochs)) or steps > most > 0:
             return f"{STATE} is damaged"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return f"no {STATE}" if not (folder / STATE).exists() else f"{STATE} is damaged"
+    except FileNotFoundError:
+        return f"no {STATE}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return f"{STATE} is damaged"
     if not any(folder.glob("global_step*")) and not any(any(folder.rglob(name)) for name in WEIGHTS):
         return "no weights of the model"
     for path in folder.glob("*.index.json"):  # weights in several files
         try:
-            lacking = {*json.loads(path.read_text())["weight_map"].values()} - {one.name for one in folder.iterdir()}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            lacking = {*json.loads(_text(path))["weight_map"].values()} - {one.name for one in folder.iterdir()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             return f"{path.name} is damaged"
         if lacking:
             return f"no {min(lacking)}"
@@ -49,7 +54,7 @@ def fault(folder: Path) -> str | None:
         try:
             with safe_open(path, "pt"):
                 pass
-        except (SafetensorError, OSError):
+        except SafetensorError:
             return f"{path.relative_to(folder)} is damaged"
     pickled = sorted(one for ending in ("pt", "pth", "bin") for one in folder.glob(f"*.{ending}"))
     damaged = (one.name for one in pickled if not _is_whole(one))
@@ -59,10 +64,17 @@ def fault(folder: Path) -> str | None:
 def _is_whole(path: Path) -> bool:
     """Whether a zip file's contents have their checksums."""
     try:
-        with zipfile.ZipFile(path) as file:
+        with named(path), zipfile.ZipFile(path) as file:
             return file.testzip() is None
-    except Exception:  # of many kinds, by what is damaged
+    except Exception as error:  # of many kinds, by what is damaged
+        if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a place that the file lacks
+            raise
         return False
+
+
+def _text(path: Path) -> str:
+    with named(path):
+        return path.read_text()
 
 
 def newest(folder: str | os.PathLike[str]) -> Path | None:
