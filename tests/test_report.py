@@ -160,8 +160,15 @@ def test_a_run_has_curves_settings_and_samples(run: Path) -> None:
 
 
 def test_samples_of_an_earlier_run_go_unless_it_is_continued(run: Path) -> None:
-    begin_run(run, {}, resumed="checkpoint-2")
-    assert len(run_report(run).samples) == 2
+    """Then those go which it has shown after its checkpoint, and will show again, and one that was cut by its end."""
+    checkpoint = run / "checkpoint-1"
+    checkpoint.mkdir()
+    (checkpoint / "trainer_state.json").write_text('{"global_step": 1, "log_history": []}')
+    with open(run / "samples.jsonl", "ab") as file:
+        file.write(b'{"step": 3, "prom')
+    begin_run(run, {}, resumed=checkpoint)
+    add_sample(run, step=2, prompt="2 + 2", completion="four", tokens=1, ended=True)
+    assert [(one["step"], one["completion"]) for one in run_report(run).samples] == [(1, "four</pre>"), (2, "four")]
     begin_run(run, {}, resumed=None)
     assert run_report(run).samples == []
 

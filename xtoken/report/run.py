@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from xtoken.remote import check_regular
-from xtoken.storage import write_atomically
+from xtoken.storage import named, write_atomically
 
 from .page import render, save
 
@@ -71,12 +71,17 @@ class RunReport:
         save(self.html, path)
 
 
-def begin_run(folder: str | os.PathLike[str], settings: dict[str, Any], resumed: object) -> None:
-    """Writes the settings of a run; samples of an earlier one, which is not continued, go."""
+def begin_run(folder: str | os.PathLike[str], settings: dict[str, Any], resumed: str | os.PathLike[str] | None) -> None:
+    """Writes the settings of a run, and takes away the samples of an earlier one: all, or those that it has shown
+    after the checkpoint that is `resumed`, since they come again, and what was cut when it was killed."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
+    steps = _state(Path(resumed) / STATE)[0] if resumed else 0
+    kept = [one for one in _samples(folder / SAMPLES) if one["step"] <= steps] if resumed else []
     write_atomically(folder / SETTINGS, json.dumps(settings, indent=1, default=str).encode())
-    if not resumed:
+    if kept:
+        write_atomically(folder / SAMPLES, b"".join(map(_line, kept)))
+    else:
         (folder / SAMPLES).unlink(missing_ok=True)
 
 
@@ -84,8 +89,12 @@ def add_sample(folder: str | os.PathLike[str], **sample: Any) -> None:
     """Adds a completion to those of a run: step, prompt, completion, tokens, ended."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / SAMPLES, "ab", buffering=0) as file:
-        file.write(json.dumps(sample).encode() + b"\n")
+    with named(folder / SAMPLES), open(folder / SAMPLES, "ab") as file:
+        file.write(_line(sample))
+
+
+def _line(sample: dict[str, Any]) -> bytes:
+    return json.dumps(sample).encode() + b"\n"
 
 
 class Plot:
@@ -162,7 +171,8 @@ def checkpoints_in(folder: Path) -> list[Path]:
 def _json(path: Path) -> Any:
     check_regular(path)
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        with named(path):
+            return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: damaged: {error}") from None
 
@@ -172,7 +182,8 @@ def _samples(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     check_regular(path)
-    lines = path.read_bytes().split(b"\n")
+    with named(path):
+        lines = path.read_bytes().split(b"\n")
     samples = []
     for number, line in enumerate(lines[:-1], 1):
         try:
