@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bz2
+import errno
 import gzip
 import json
 import lzma
@@ -351,6 +352,30 @@ def test_wrong_columns(columns, message, tmp_path):
     pq.write_table(pa.table(columns), path)
     with pytest.raises(ValueError, match=message):
         documents(path)
+
+
+def test_files_that_a_pattern_would_leave_out(tmp_path, monkeypatch):
+    """Python's glob says nothing of folders that it cannot read; and a link may point to what is not there."""
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "b" / "1.txt").touch()
+    (tmp_path / "2.txt").touch()
+    scandir = os.scandir
+
+    def refuse(path: Any = ".") -> Any:
+        if os.fspath(path).rstrip("/").endswith("b"):
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "scandir", refuse)
+        for pattern in ("**/*.txt", "a/*/*.txt", "a/b/*.txt"):
+            with pytest.raises(OSError, match=r"^inputs: .*: cannot look into .*/a/b/?: .* Permission denied"):
+                find_files([tmp_path / pattern])
+        assert len(find_files([tmp_path / "*.txt"])) == len(find_files([tmp_path / "a/b/1.txt"])) == 1
+    (tmp_path / "3.txt").symlink_to(tmp_path / "none")
+    for given in ("*.txt", "3.txt"):
+        with pytest.raises(FileNotFoundError, match=r"^inputs: .*/3\.txt is a link to a file that is not there"):
+            find_files([tmp_path / given])
 
 
 def test_finding_files(tmp_path):

@@ -104,6 +104,8 @@ def _look_at(option: str, named: tuple[str, str]) -> InputFile:
     path, name = named
     if any("\ud800" <= c <= "\udfff" for c in path):  # which Python has for other bytes
         raise ValueError(f"{option}: expected a name in UTF-8, got {path!r}")
+    if os.path.islink(path) and not os.path.exists(path):
+        raise FileNotFoundError(f"{option}: {path} is a link to a file that is not there")
     if located(path).is_dir():
         raise ValueError(f"{option}: {path} is a folder; expected files, such as '{path.rstrip('/')}/*.parquet'")
     plain, ending = os.path.splitext(path.lower())
@@ -129,6 +131,13 @@ def _matches(pattern: str, option: str) -> list[str]:
         return [os.path.abspath(pattern)]
     parts = Path(pattern).parts
     known = next(k for k in range(len(parts), -1, -1) if os.path.isdir(os.path.join("", *parts[:k]) or "."))
-    pattern = os.path.join("", *map(glob.escape, parts[:known]), *parts[known:])
-    found = sorted(path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path))
+    parts = (*map(glob.escape, parts[:known]), *parts[known:])
+    for k in range(known, len(parts)):  # glob leaves out folders that it cannot read
+        above = os.path.join("", *parts[:k], "") or os.curdir
+        for folder in glob.glob(above, recursive=True) if glob.has_magic(parts[k]) else ():
+            try:
+                os.scandir(folder).close()
+            except OSError as error:
+                raise OSError(f"{option}: {pattern}: cannot look into {folder}: {error}") from error
+    found = sorted(path for path in glob.glob(os.path.join("", *parts), recursive=True) if not os.path.isdir(path))
     return [os.path.abspath(path) for path in found]
