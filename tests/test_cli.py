@@ -334,6 +334,20 @@ def test_closed_and_narrow_outputs(tmp_path):
         assert b"Traceback" not in run.stderr
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is full")
+@pytest.mark.parametrize("words", [["config"], ["train", "--help"]])  # less and more than a buffer holds
+def test_a_full_output_is_an_error_of_one_line(words):
+    """Python itself writes what waits for standard output at its end, where an error is a remark."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "xtoken", *words]
+        run = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, env=environment)
+    assert run.returncode == 1
+    (line,) = run.stderr.splitlines()
+    assert line.startswith(f"xtoken {words[0]}: ")
+    assert line.endswith("[Errno 28] No space left on device")
+
+
 def test_several_values_of_an_option(tmp_path, capsys):
     """Of ``--option=value`` too; a word right behind an option is its value, whatever it begins with."""
     sides = []

@@ -19,7 +19,17 @@ from typer.core import TyperCommand
 
 from . import _core, outputs
 from .remote import is_url
-from .terminal import PrintableLog, did_you_mean, is_terminal, one_line, print_traceback, printable, to_json, working
+from .terminal import (
+    PrintableLog,
+    did_you_mean,
+    flush_output,
+    is_terminal,
+    one_line,
+    print_traceback,
+    printable,
+    to_json,
+    working,
+)
 
 METHODS = tuple(method.name for method in _core.AlignMethod)
 FILES = "parquet, jsonl, txt, arrow; globs"
@@ -507,11 +517,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     name = f"xtoken {command}" if command in typer.main.get_group(app).commands else "xtoken"
     try:
         status = app(given, prog_name="xtoken", standalone_mode=False)
+        flush_output()
     except KeyboardInterrupt:
         status = 130
     except SystemExit as end:  # of argparse
         return end.code if isinstance(end.code, int) else 1
     except Exception as error:
+        with contextlib.suppress(OSError):
+            flush_output()
         if hasattr(error, "format_message"):  # of typer, about the words that were given
             if said := one_line(error.format_message()):
                 print(f"{name}: {said} ({name} --help)", file=sys.stderr)

@@ -6,6 +6,7 @@ import difflib
 import json
 import logging
 import math
+import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -38,6 +39,16 @@ class PrintableLog(logging.Formatter):
 def print_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """As `sys.excepthook`."""
     print(printable("".join(traceback.format_exception(kind, error, trace)), LINES), end="", file=sys.stderr)
+
+
+def flush_output() -> None:
+    """Writes what waits for standard output. OSError if it cannot be written, which then is dropped: at its end Python
+    would try again, and make a remark of the error."""
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise OSError(f"standard output: {error}") from error
 
 
 def to_json(facts: Any) -> str:
