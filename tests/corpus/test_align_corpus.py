@@ -26,7 +26,7 @@ import tokenizers
 import xtoken
 from xtoken import Aligner, Vocabulary, align_corpus, cli
 from xtoken.cli import main
-from xtoken.corpus import Options, require
+from xtoken.corpus import Options, engine_local, require
 from xtoken.corpus.deaths import Deaths
 from xtoken.corpus.partition import Shard
 from xtoken.corpus.run import Progress
@@ -448,3 +448,14 @@ align_corpus(*2 * ["tokenizer.json"], "text.jsonl", "out", shard_bytes=5_000_000
     assert len(allocated) > 180
     first, later, next_shard = (statistics.median(allocated[k : k + 20]) for k in (10, 70, 160))
     assert max(later, next_shard) < first + 1.0, f"{allocated} MB after batches of 0.05 MB of text"
+
+
+def test_a_worker_that_hangs_does_not_keep_the_run(monkeypatch):
+    """Interrupted, a run ends, also if one of its workers does not."""
+    monkeypatch.setattr(engine_local, "PATIENCE", 0.1)
+    worker = object.__new__(engine_local._Worker)
+    worker.pipe, its_end = multiprocessing.Pipe()
+    worker._process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
+    worker._process.start()
+    assert worker.end() == "killed by SIGKILL"
+    its_end.close()

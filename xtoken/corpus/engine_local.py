@@ -20,6 +20,9 @@ from .manifest import Counts
 from .partition import Shard
 from .shards import Advance, Job, ShardMaker
 
+PATIENCE = 10.0
+"""Seconds that a worker has for its end."""
+
 
 def make_shards(
     job: Job, shards: Sequence[Shard], workers: int | None, advance: Advance, deaths: Deaths
@@ -95,8 +98,10 @@ class _Worker:
             self.pipe.send(shard)
 
     def end(self) -> str:
-        """Waits for its end; how it came."""
+        """Waits for its end, which comes soon without a pipe, unless it hangs; how it came."""
         self.pipe.close()
+        self._process.join(PATIENCE)
+        self._process.kill()
         self._process.join()
         code = self._process.exitcode or 0
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit status {code}"
