@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import pickle
@@ -10,7 +11,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from xtoken import Aligner, Vocabulary, align_corpus
+from xtoken import Aligner, Vocabulary, align_corpus, data
 from xtoken.corpus.manifest import INDEX
 from xtoken.data import AlignedCollator, AlignedDataset
 
@@ -45,6 +46,17 @@ def test_documents(folder, pair):
         with pytest.raises(IndexError, match="expected -300 to 299"):
             dataset[k]
     assert len(pickle.dumps(dataset)) < 20_000
+
+
+def test_a_shard_that_cannot_be_read_is_not_called_damaged(folder, monkeypatch):
+    """Nobody is told to delete what only lacks permission."""
+
+    def refuse(place):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(data, "arrow_file", refuse)
+    with pytest.raises(PermissionError, match=f"Permission denied: '{folder}/shard-00000.parquet'$"):
+        AlignedDataset(folder)[0]
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

@@ -153,6 +153,8 @@ class AlignedDataset(Dataset[dict[str, Any]]):
             raise
         except (pa.ArrowException, ValueError, OSError) as error:
             path = self._files[shard]
+            if isinstance(error, OSError) and error.errno is not None:  # of the system, not of the content
+                raise OSError(error.errno, error.strerror, str(path)) from error
             raise ValueError(f"{path}: damaged: {error}; delete it and align again with resume (--resume)") from error
 
 
