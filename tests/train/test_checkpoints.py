@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from small import SMALL_TEXTS, command, encode, history, make_teacher, make_trainer
 
@@ -134,6 +135,28 @@ def test_bits_that_are_flipped(name, tmp_path):
         except Exception:
             continue
         assert bool((moment == 0.5).all()) or checkpoints.fault(tmp_path) == f"{name} is damaged"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        Exception("No space left on device (os error 28)"), SafetensorError("No space left on device (os error 28)"),
+        RuntimeError("basic_ios::clear: iostream error"), OSError(errno.ENOSPC, "No space left on device"),
+    ],
+)  # fmt: skip
+def test_a_disk_that_is_full_is_told_with_the_folder(error, tmp_path, student_tok, teacher_tok, monkeypatch):
+    """As tokenizers, safetensors, torch and Python tell it."""
+
+    def fail(*_: Any) -> None:
+        raise error
+
+    trainer = made(tmp_path / "run", student_tok, teacher_tok)
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(OSError, match=f"{tmp_path}/run"):
+        trainer.save_model()
+    error = ValueError("another")
+    with pytest.raises(ValueError, match=r"^another$"):
+        trainer.save_model()
 
 
 @pytest.mark.parametrize("missing", ["optimizer.pt", "scheduler.pt", "rng_state.pth"])

@@ -10,6 +10,7 @@ from typing import Any
 from xtoken.corpus import require
 from xtoken.losses.call import check_count
 
+from .checkpoints import saving
 from .option import option
 from .quantized import quantization_config
 
@@ -242,4 +243,5 @@ def save_merged(model: Any, folder: Path, trained: Any) -> None:
     ours, theirs = (one.config.get_text_config() for one in (made, trained))
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         setattr(ours, name, getattr(theirs, name))
-    made.save_pretrained(folder)
+    with saving(folder):
+        made.save_pretrained(folder)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import logging
 import os
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +72,19 @@ def _is_whole(path: Path) -> bool:
         if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):  # a place that the file lacks
             raise
         return False
+
+
+@contextlib.contextmanager
+def saving(folder: str | os.PathLike[str]) -> Iterator[None]:
+    """Errors of writing as OSError that names the folder: what torch, safetensors and tokenizers say of a full disk
+    names no file, and is of no kind of its own."""
+    try:
+        with named(folder):
+            yield
+    except Exception as error:
+        if type(error) in (Exception, RuntimeError, SafetensorError):
+            raise OSError(f"{folder}: cannot write to it: {error}") from error
+        raise
 
 
 def _text(path: Path) -> str:

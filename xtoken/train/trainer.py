@@ -834,21 +834,32 @@ class XTokenTrainer(Trainer):
         if self.args.should_save and folder.is_dir() and checkpoints.fault(folder) is not None:
             shutil.rmtree(folder)  # what a killed run has left of the same checkpoint
         self.accelerator.wait_for_everyone()
-        super()._save_checkpoint(*args, **kwargs)
+        with checkpoints.saving(folder):
+            super()._save_checkpoint(*args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
         if self.args.should_save:
             adapters.save_generation(self.model, Path(output_dir or self.args.output_dir))
 
+    def save_state(self) -> None:
+        """The Trainer's."""
+        with checkpoints.saving(str(self.args.output_dir)):
+            super().save_state()
+
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Also writes the trained weights of W, as projections and to resume from."""
+        """Also writes the trained weights of W, as projections and to resume from. OSError if it cannot."""
         self._finite.check()
         if _internal_call:  # as a run that goes on from here will know it
             self._read_scale()
-        super().save_model(output_dir, _internal_call)
-        state, folder = dict(self.criterion.state_dict()), Path(output_dir or self.args.output_dir)
-        for own in self._of_student if _internal_call and self.args.should_save else ():
+        folder = Path(output_dir or self.args.output_dir)
+        with checkpoints.saving(folder):
+            super().save_model(output_dir, _internal_call)
+            self._save_distillation(folder, _internal_call)
+
+    def _save_distillation(self, folder: Path, is_checkpoint: bool) -> None:
+        state = dict(self.criterion.state_dict())
+        for own in self._of_student if is_checkpoint and self.args.should_save else ():
             own.save(folder)
         if self._projection_steps is not None:
             state.update({_MOMENTS + name: value for name, value in self._projection_steps.state_dict().items()})
