@@ -219,6 +219,20 @@ def test_a_run_at_its_end(whole, tmp_path, student_tok, teacher_tok):
     assert not checkpoints.is_finished({**state, "global_step": 5}, -1, 3.0)
 
 
+def test_the_end_of_a_run_is_its_best_model_where_that_is_wanted(tmp_path, student_tok, teacher_tok):
+    """Also of one that was stopped behind its last checkpoint, before it saved this model."""
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_ce", "greater_is_better": True,
+            "eval_strategy": "steps", "eval_steps": 2}  # fmt: skip
+    held_out = encode(SMALL_TEXTS[8:12], student_tok, teacher_tok)
+    first, again = (made(tmp_path, student_tok, teacher_tok, held_out=held_out, **best) for _ in range(2))
+    first.train()
+    assert first.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 4
+    want = first.model.state_dict()
+    assert all(torch.equal(value, want[name]) for name, value in again.model.state_dict().items())
+
+
 def test_no_checkpoint(tmp_path, student_tok, teacher_tok):
     with pytest.raises(ValueError, match=r"resume_from_checkpoint: expected a complete checkpoint in .*, got none"):
         made(tmp_path, student_tok, teacher_tok).train(resume_from_checkpoint=True)
@@ -228,11 +242,14 @@ def test_no_checkpoint(tmp_path, student_tok, teacher_tok):
 
 
 def test_the_command_resumes(folders, tmp_path):
-    """A finished run stays as it is: what it has learned, how far it is, what its evaluation says."""
+    """A finished run stays as it is: what it has learned, how far it is, what its evaluation says, and which tokens
+    begin and end a text, which its student did not know before."""
     arguments = command(folders, tmp_path / "out", "--max_steps", "2", "--save_steps", "1")
     assert main([*arguments, "--resume"]) == 0
-    before = (tmp_path / "out" / "model.safetensors").read_bytes()
+    names = ("model.safetensors", "config.json", "generation_config.json")
+    before = [(tmp_path / "out" / name).read_bytes() for name in names]
+    assert json.loads(before[1])["eos_token_id"] is not None
     said = [(one["step"], one["eval_ce"]) for one in history(tmp_path / "out") if "eval_ce" in one]
     assert main([*arguments, "--resume"]) == 0
-    assert (tmp_path / "out" / "model.safetensors").read_bytes() == before
+    assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
     assert [(one["step"], one["eval_ce"]) for one in history(tmp_path / "out") if "eval_ce" in one] == said

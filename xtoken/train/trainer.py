@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import Trainer, TrainerState
+from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
+from transformers import trainer as trainer_of_transformers
 from transformers.trainer_utils import TrainOutput
 
 from xtoken.alignment import Alignment, to_device
@@ -785,14 +786,22 @@ class XTokenTrainer(Trainer):
         )
 
     def _finished(self, path: Path) -> TrainOutput:
-        """The result of a run from its last checkpoint."""
+        """The result of a run from its last checkpoint, as the Trainer leaves it at the end."""
         state = TrainerState.load_from_json(str(path / checkpoints.STATE))
         logger.warning("%s is the end of the run, step %d: nothing is trained", path, state.global_step)
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise ValueError(f"resume_from_checkpoint: {path} is the end of the run; there is nothing left to train")
-        self._load_from_checkpoint(str(path))
-        self._load_distillation(path)
+        if isinstance(self.processing_class, PreTrainedTokenizerBase):  # the model's ends of a text are the tokenizer's
+            if hasattr(self, "_align_special_tokens"):  # of transformers 4
+                self._align_special_tokens()
+            else:
+                trainer_of_transformers.align_special_tokens(self.model, self.processing_class)
         self.state = state
+        if self.args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            self._load_best_model()
+        else:
+            self._load_from_checkpoint(str(path))
+            self._load_distillation(path)
         return TrainOutput(state.global_step, 0.0, {})
 
     def _check_losses(self) -> None:
