@@ -514,8 +514,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if arguments is None else arguments)
     is_debugged = given[:1] == ["--debug"]
     command = given[is_debugged] if len(given) > is_debugged else ""
-    name = f"xtoken {command}" if command in typer.main.get_group(app).commands else "xtoken"
+    name = "xtoken"
     try:
+        if command in typer.main.get_group(app).commands:
+            name = f"xtoken {command}"
         status = app(given, prog_name="xtoken", standalone_mode=False)
         flush_output()
     except KeyboardInterrupt:
