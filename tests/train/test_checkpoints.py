@@ -249,7 +249,10 @@ def test_the_command_resumes(folders, tmp_path):
     names = ("model.safetensors", "config.json", "generation_config.json")
     before = [(tmp_path / "out" / name).read_bytes() for name in names]
     assert json.loads(before[1])["eos_token_id"] is not None
+    leftover = tmp_path / "out" / ".tmpAXHkoH"  # as a killed write of safetensors leaves it
+    leftover.touch()
     said = [(one["step"], one["eval_ce"]) for one in history(tmp_path / "out") if "eval_ce" in one]
     assert main([*arguments, "--resume"]) == 0
     assert [(tmp_path / "out" / name).read_bytes() for name in names] == before
+    assert not leftover.exists()
     assert [(one["step"], one["eval_ce"]) for one in history(tmp_path / "out") if "eval_ce" in one] == said

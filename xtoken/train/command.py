@@ -419,6 +419,8 @@ def main(arguments: Sequence[str]) -> dict[str, Any] | None:
     with contextlib.nullcontext() if config.process_index else FolderLock(Path(folder)):
         if config.process_index == 0:
             check_output(Path(folder), options.resume, begun)  # again, since another run may have ended meanwhile
+            for leftover in Path(folder).glob(".tmp" + "[0-9A-Za-z]" * 6):  # of safetensors, killed while it wrote
+                leftover.unlink()
             begin_run(folder, settings, begun)
         trainer.train(resume_from_checkpoint=begun)
         trainer.save_model()  # before an evaluation in another type (bf16_full_eval), which rounds the weights
