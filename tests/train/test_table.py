@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import signal
 from datetime import datetime
 from typing import Any
 
@@ -117,6 +119,19 @@ def test_a_second_run_reads_the_cache(saved, toks, once, caplog):
     assert listed(EncodedTable(saved(rows), again, workers=2)) == want
     assert [one for one in caplog.messages if "TOKENIZERS" not in one] == told
     assert (again.report.counts, again.report.rows) == (counts, len(rows))
+
+
+def test_a_worker_that_dies(saved, toks, monkeypatch):
+    """Is told; datasets itself may have an error without a word."""
+    this = os.getpid()
+
+    def die(*_: Any) -> None:
+        if os.getpid() != this:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(ExampleEncoder, "encode", die)
+    with pytest.raises(RuntimeError, match=r"workers: one of the 2 processes .* has died|subprocesses has abruptly"):
+        EncodedTable(saved(ROWS * 12, "killed"), ExampleEncoder(*toks), workers=2)
 
 
 def test_workers(saved, toks, once):

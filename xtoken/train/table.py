@@ -97,7 +97,7 @@ class EncodedTable(Dataset[dict[str, Any]]):
         Default: none but this process, in which tokenizers use threads. With large vocabularies it takes seconds to
         start workers, since each is sent the encoder: they are for long tables on many cores.
 
-    Raises what `EncodedDataset` does.
+    Raises what `EncodedDataset` does; RuntimeError if a worker dies.
     """
 
     def __init__(self, rows: Any, encoder: ExampleEncoder, workers: int | None = None) -> None:
@@ -108,11 +108,16 @@ class EncodedTable(Dataset[dict[str, Any]]):
             raise ValueError("rows: expected something to train on, got none")
         facts = json.dumps([FORMAT, rows._fingerprint, encoder.fingerprint()])
         name = hashlib.sha256(facts.encode()).hexdigest()[:32]
-        made = rows.with_format(None).map(
-            _encode, batched=True, batch_size=BATCH_ROWS, with_indices=True, remove_columns=rows.column_names,
-            features=Features.from_arrow_schema(pa.schema(_columns())), num_proc=workers, desc="encoding",
-            fn_kwargs={"encoder": encoder, "process": os.getpid()}, new_fingerprint=name,
-        )  # fmt: skip
+        try:
+            made = rows.with_format(None).map(
+                _encode, batched=True, batch_size=BATCH_ROWS, with_indices=True, remove_columns=rows.column_names,
+                features=Features.from_arrow_schema(pa.schema(_columns())), num_proc=workers, desc="encoding",
+                fn_kwargs={"encoder": encoder, "process": os.getpid()}, new_fingerprint=name,
+            )  # fmt: skip
+        except Exception as error:
+            if type(error).__name__ == "TimeoutError" and workers is not None:  # all that datasets says of it
+                raise RuntimeError(f"workers: one of the {workers} processes that encode rows has died") from error
+            raise
         self._table = made.with_format("arrow")
         found = made.data.column("examples").chunks
         counts = np.concatenate([one.value_lengths().to_numpy() for one in found])
