@@ -449,6 +449,23 @@ def test_one_writer_at_a_time(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [INDEX.name]
 
 
+def test_a_writer_that_goes_on_after_an_error_writes_no_document_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise OSError("disk full")
+
+    row = TopKLogits(torch.tensor([[0, 1]]), torch.tensor([[0.5, 0.5]]).log())
+    with TeacherCacheWriter(tmp_path, TOKENIZER, 2, shard_tokens=1) as writer:
+        with monkeypatch.context() as patch:
+            patch.setattr(type(INDEX), "write", fail)
+            with pytest.raises(OSError, match="disk full"):
+                writer.add([5], row)
+        writer.add([6], row)
+    cache = TeacherCache(tmp_path)
+    assert [cache[k].token_ids.tolist() for k in range(len(cache))] == [[5], [6]]
+
+
 def test_token_ids_and_texts_are_the_same_documents(tmp_path: Path) -> None:
     ids = [TOKENIZER.encode(text).ids for text in TEXTS]
     mixed = [one if k % 2 else text for k, (one, text) in enumerate(zip(ids, TEXTS, strict=True))]

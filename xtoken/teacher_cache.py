@@ -276,8 +276,8 @@ class TeacherCacheWriter(AbstractContextManager["TeacherCacheWriter"]):
         name = _file_name(len(self._shards))
         _SHARD.save(self.folder / name, content)
         self._shards.append({"file": name, "documents": len(documents), "tokens": self._waiting_tokens})
-        self._save_index(complete=False)
         self._waiting, self._waiting_tokens = [], 0
+        self._save_index(complete=False)
 
     def _save_index(self, complete: bool) -> None:
         content = {"xtoken": _core.version, "complete": complete, **self._parameters, "shards": self._shards}
