@@ -18,6 +18,7 @@ import time
 from itertools import count
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -453,7 +454,7 @@ align_corpus(*2 * ["tokenizer.json"], "text.jsonl", "out", shard_bytes=5_000_000
 def test_a_worker_that_hangs_does_not_keep_the_run(monkeypatch):
     """Interrupted, a run ends, also if one of its workers does not."""
     monkeypatch.setattr(engine_local, "PATIENCE", 0.1)
-    worker = object.__new__(engine_local._Worker)
+    worker: Any = object.__new__(engine_local._Worker)
     worker.pipe, its_end = multiprocessing.Pipe()
     worker._process = multiprocessing.get_context("fork").Process(target=time.sleep, args=(600,))
     worker._process.start()
