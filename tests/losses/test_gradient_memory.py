@@ -66,11 +66,11 @@ def test_all_else_is_left_to_torch(other: torch.Tensor) -> None:
 
 
 def test_the_system_may_take_what_is_kept() -> None:
-    before = held_bytes()
-    gradient = gradient_memory.empty_like(LARGE).fill_(1)
-    assert held_bytes() - before > 0.9 * LARGE.nbytes
+    large, before = LARGE.repeat(4, 1), held_bytes()
+    gradient = gradient_memory.empty_like(large).fill_(1)
+    assert held_bytes() - before > 0.75 * large.nbytes
     del gradient
-    assert held_bytes() - before < 0.1 * LARGE.nbytes
+    assert held_bytes() - before < 0.25 * large.nbytes
 
 
 def held_bytes() -> int:
