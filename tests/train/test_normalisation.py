@@ -47,3 +47,16 @@ def test_dynamic_scaling_is_one_factor_a_step(tmp_path, student_tok, teacher_tok
     for size in (4, 2):
         assert scales[size][0] != pytest.approx(ratios[0], rel=1e-5)
         assert scales[size][1:] == pytest.approx([ratios[0]] * 2, rel=1e-5)
+
+
+def test_the_factor_after_a_short_step(tmp_path, student_tok, teacher_tok, examples):
+    """The last step of an epoch, of one micro-batch, hands on its own ratio too."""
+    trainer = make_trainer(
+        tmp_path, student_tok, [make_teacher(student_tok, teacher_tok)],
+        [{**one, "teachers": one["teachers"][:1]} for one in examples[:3]], max_steps=3, max_scale=100.0, **cut(1, 2),
+    )  # fmt: skip
+    trainer.train()
+    first, short, third = (one for one in trainer.state.log_history if "kd_scale" in one)
+    assert short["kd_scale"] == pytest.approx(short["ce"] / short["kd"], rel=1e-4)
+    assert third["kd_scale"] == pytest.approx(short["kd_scale"], rel=1e-4)
+    assert third["kd_scale"] != pytest.approx(first["ce"] / first["kd"], rel=1e-4)

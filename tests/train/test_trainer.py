@@ -78,9 +78,9 @@ def test_training_that_has_no_step(tmp_path, student_tok, teacher_tok, examples)
 
 
 def test_evaluation_is_over_all_labels_and_chunks(tmp_path, student_tok, teacher_tok, examples):
-    """Batches of different sizes weigh by what is in them."""
+    """Batches of different sizes weigh by what is in them, and the last counts though it is not full."""
     teacher = make_teacher(student_tok, teacher_tok)
-    trainer = make_trainer(tmp_path, student_tok, [teacher], None, examples[:7])
+    trainer = make_trainer(tmp_path, student_tok, [teacher], None, examples[:7], dataloader_drop_last=True)
     got = trainer.evaluate()
     batch = collate(examples[:7])
     with torch.no_grad():
@@ -147,6 +147,58 @@ def test_average_is_one_teacher(tmp_path, student_tok, teacher_tok, twins):
     want = default_loss(Needs.SAME_TOKENIZER)(logits, (0.25 * p[0] + 0.75 * p[1]).log(), mask=mask)
     assert got["eval_kd"] == pytest.approx(float(want), rel=1e-4)
     assert "eval_kd/a" not in got
+
+
+def test_teachers_that_are_one_have_one_loss(tmp_path, student_tok, teacher_tok):
+    """Also where only one of them would leave chunks out."""
+    for name, of in (("loss", {"loss": OTHER}), ("trust_top_k", {"trust_top_k": 3})):
+        teachers = [make_teacher(student_tok, teacher_tok, name="a"), make_teacher(student_tok, teacher_tok, **of)]
+        with pytest.raises(ValueError, match=rf"^{name}: expected one for all .* for a and .* for teacher$"):
+            make_trainer(tmp_path, student_tok, teachers, None, teacher_mode="average")
+
+
+def test_a_loss_of_chunks_on_the_students_own_ids(tmp_path, student_tok, texts):
+    """A teacher with the student's tokenizer is compared as if it had read ids of its own."""
+    logs = []
+    for own in (None, student_tok):
+        teacher = make_teacher(student_tok, student_tok, loss=OTHER)
+        examples = encode(texts[:6], student_tok, own)
+        trainer = make_trainer(tmp_path, student_tok, [teacher], examples, examples[:3])
+        trainer.train()
+        trainer.evaluate()
+        wanted = ("loss", "kd", "chunks", "eval_kd")
+        logs.append([entry[name] for entry in trainer.state.log_history for name in wanted if name in entry])
+    assert len(logs[0]) == 7
+    assert logs[0] == pytest.approx(logs[1])
+
+
+def test_a_stream_that_begins_again(tmp_path, student_tok, teacher_tok, examples):
+    """Each step has all of its micro-batches, also where a round ends within it, and what is logged is of steps."""
+
+    class Stream:
+        def __iter__(self) -> Any:
+            return iter(examples[:3])
+
+    options = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2, "max_steps": 3}
+    logs = []
+    for data, more in ((Stream(), {}), (examples[:3] * 2, {"train_sampling_strategy": "sequential"})):
+        trainer = XTokenTrainer(
+            make_model(len(student_tok), 0), make_config(tmp_path, **options, **more),
+            [make_teacher(student_tok, teacher_tok)], None, data, None, student_tok,
+        )  # fmt: skip
+        trainer.train()
+        logs.append(
+            [[entry[key] for key in ("loss", "ce", "kd")] for entry in trainer.state.log_history if "ce" in entry]
+        )
+    assert len(logs[0]) == 3
+    assert logs[0] == logs[1]
+    options["gradient_accumulation_steps"] = 4
+    trainer = XTokenTrainer(
+        make_model(len(student_tok), 0), make_config(tmp_path, **options), [make_teacher(student_tok, teacher_tok)],
+        None, Stream(), None, student_tok,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="expected examples for at least one step of 4 micro-batches, got fewer"):
+        trainer.train()
 
 
 def test_trainable_projection(tmp_path, student_tok, teacher_tok, examples):

@@ -41,10 +41,10 @@ def mean_logits(
     return functools.reduce(torch.logaddexp, weighted)
 
 
-def position_alignment(labels: Tensor) -> Alignment:
-    """One chunk for each labelled token but the first, for a teacher that reads the student's ids [B, T]."""
+def position_alignment(labels: Tensor, ids: Tensor | None = None) -> Alignment:
+    """One chunk for each labelled token but the first, for a teacher that reads the student's `ids` [B, T]."""
     spans = [torch.from_numpy(label_spans(row)) for row in labels]
-    return Alignment(torch.cat(spans), torch.tensor([0, *map(len, spans)], device="cpu").cumsum(0))
+    return Alignment(torch.cat(spans), torch.tensor([0, *map(len, spans)], device="cpu").cumsum(0), ids, ids)
 
 
 def keep(alignment: Alignment, chunks: Tensor) -> Alignment:

@@ -63,18 +63,24 @@ def _examples(side: Mapping[str, Any], roles: Mapping[str, int]) -> Iterator[tup
 
 
 class Ahead:
-    """Takes batches from an iterator; another one, such as the next epoch's, begins anew."""
+    """Takes batches from an iterator; another one, such as the next epoch's, begins anew.
+
+    Only of a stream nobody knows how many batches there are. Those that do not suffice for its last step are the first
+    of its next round: the Trainer would make no step of them, and add their gradient to that of the next one.
+    """
 
     def __init__(self) -> None:
         self._iterator: Iterator[Any] = iter(())
         self._waiting: deque[Any] = deque()
+        self._is_short = False
 
     def take(self, iterator: Iterator[Any], count: int) -> list[Any]:
-        """The next `count` batches; fewer at the end."""
+        """The next `count` batches; none where there are fewer."""
         if iterator is not self._iterator:
-            self._iterator, self._waiting = iterator, deque()
+            self._iterator, self._waiting = iterator, self._waiting if self._is_short else deque()
         self.peek(count)
-        return [self._waiting.popleft() for _ in range(min(count, len(self._waiting)))]
+        self._is_short = len(self._waiting) < count
+        return [] if self._is_short else [self._waiting.popleft() for _ in range(count)]
 
     def peek(self, count: int) -> Sequence[Any]:
         """What `take` will give next."""

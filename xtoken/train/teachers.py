@@ -229,6 +229,8 @@ class TeacherModel:
         """Why it has its loss, in words, if `build` has chosen."""
         self.built_by: Any = None
         """The XTokenConfig whose options of teachers it has, if `build_teachers` has made it."""
+        self.may_read_student_ids = False
+        """Whether its tokenizer is known to be the student's."""
         self.limits = Limits()
         self._packing_is_known = False
         if self.served is not None:
@@ -374,14 +376,15 @@ class TeacherModel:
 
     @property
     def reads_student_ids(self) -> bool:
-        """Whether it may be given the student's own ids: only with the student's tokenizer."""
+        """Whether its loss compares both models position by position, on the student's own ids."""
         return registered()[self.objective.loss].needs is Needs.SAME_TOKENIZER
 
     def check_student(self, student: Vocabulary) -> None:
         """Raises ValueError if the objective does not go with the student's tokenizer."""
         if self.vocabulary is None:
             return
-        if self.reads_student_ids and not same_tokens(student, self.vocabulary):
+        self.may_read_student_ids = same_tokens(student, self.vocabulary)
+        if self.reads_student_ids and not self.may_read_student_ids:
             raise ValueError(
                 f"{self.name}: loss={self.objective.loss!r} feeds it the student's ids, but its tokenizer numbers "
                 f"tokens differently ({len(self.vocabulary)} and {len(student)} tokens); use what xtoken.choose_loss "
@@ -423,12 +426,13 @@ class TeacherModel:
         ids = entry.get("input_ids")
         if entry.get("logits") is not None:
             return
-        if ids is None and not self.reads_student_ids:
+        may_read = self.reads_student_ids or self.may_read_student_ids
+        if ids is None and not may_read:
             raise ValueError(
                 f"{self.name}: expected input_ids of its own tokenizer, got none; a teacher with another tokenizer "
                 "must not read the student's ids"
             )
-        if ids is inputs["input_ids"] and not self.reads_student_ids:
+        if ids is inputs["input_ids"] and not may_read:
             raise ValueError(f"{self.name}: got the student's input_ids, expected those of its own tokenizer")
         side = read_by(entry, inputs)
         read = side["input_ids"]

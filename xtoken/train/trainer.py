@@ -124,8 +124,8 @@ class XTokenTrainer(Trainer):
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
     time since the last log (on CUDA of the time on the device); agreement and masses are of the logged step only.
     `evaluate` reports ``eval_ce`` and ``eval_kd`` over all held-out labels and chunks, and as ``eval_loss`` their
-    weighted sum, without the factor. The samples that several processes repeat to fill their last batch do not count;
-    for that a held-out batch has a row for each sample (packing is turned off).
+    weighted sum, without the factor, also with ``dataloader_drop_last``. The samples that several processes repeat to
+    fill their last batch do not count; for that a held-out batch has a row for each sample (packing is turned off).
 
     No micro-batch waits for the device, but with ``teacher_mode="select"``, or a DataLoader that does not come from the
     Trainer: what is counted and checked is read from the batch before it is moved there.
@@ -325,6 +325,15 @@ class XTokenTrainer(Trainer):
                         f"teacher_mode: expected teachers with one tokenizer for 'average', but {teacher.name} has "
                         f"another than {first.name}"
                     )
+                for name, ours, own in (
+                    ("loss", first.objective.loss, teacher.objective.loss),
+                    ("trust_top_k", first.objective.trust_top_k, teacher.objective.trust_top_k),
+                ):
+                    if ours != own:
+                        raise ValueError(
+                            f"{name}: expected one for all teachers with teacher_mode='average', which makes them one, "
+                            f"got {ours} for {first.name} and {own} for {teacher.name}"
+                        )
             return [replace(first.objective_for(self._limits.rows, self.args.device), weight=1.0)]
         return [teacher.objective_for(self._limits.rows, self.args.device) for teacher in self.teachers]
 
@@ -354,10 +363,12 @@ class XTokenTrainer(Trainer):
         if self._step is None:  # time before training does not count
             self._watch.lap()
         batches = self._ahead.take(epoch_iterator, num_batches)
-        if self._rollout is not None and batches:
+        if not batches:  # the end of a stream, which is no step
+            return [], None
+        if self._rollout is not None:
             with self._watch.section("generation"):
                 batches = self._rollout.replace(batches)
-        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0) if batches else self._no_counts()
+        counts = torch.stack([self._counts(batch) for batch in batches]).sum(0)
         divisors = self._add_up(counts).clamp_min(1)
         # Numbers where they are known; the counts of several processes are on the device, in the type of the losses.
         items, *chunks = divisors.tolist() if divisors.device.type == "cpu" else divisors.float().unbind()
@@ -398,14 +409,17 @@ class XTokenTrainer(Trainer):
         return counts
 
     def _alignments(self, host: Mapping[str, Any]) -> list[Alignment | None]:
-        """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way."""
+        """Each teacher's; a shared tokenizer with another template is compared where it cuts text in the same way, and
+        one that reads the student's ids for a loss of chunks token by token."""
         alignments = [entry.get("alignment") for entry in host["teachers"]]
         if len(alignments) != len(self.teachers):
             raise ValueError(f"teachers: expected {len(self.teachers)} in a batch, got {len(alignments)}")
-        return [
-            keep(alignment, alignment.host.exact) if teacher.reads_student_ids and alignment is not None else alignment
-            for teacher, alignment in zip(self.teachers, alignments, strict=True)
-        ]
+        for m, (teacher, alignment) in enumerate(zip(self.teachers, alignments, strict=True)):
+            if alignment is not None and teacher.reads_student_ids:
+                alignments[m] = keep(alignment, alignment.host.exact)
+            elif alignment is None and not teacher.reads_student_ids and teacher.may_read_student_ids:
+                alignments[m] = position_alignment(host["labels"], host["input_ids"])
+        return alignments
 
     def _add_up(self, values: Tensor) -> Tensor:
         """The sum over all processes."""
@@ -579,7 +593,8 @@ class XTokenTrainer(Trainer):
 
     def _finish(self, step: _Step, parts: Mapping[str, Tensor]) -> None:
         """Records the factor for the following micro-batches, and for those without labels of CE."""
-        if self.args.scaling != "dynamic" or (step.micro_batches == 1 and self._rollout is None):
+        accumulates = self.args.gradient_accumulation_steps > 1  # also the last step of an epoch, perhaps of one
+        if self.args.scaling != "dynamic" or not (accumulates or self._rollout is not None):
             return
         last = self._last_scale
         step.done += 1
@@ -693,10 +708,12 @@ class XTokenTrainer(Trainer):
         self.data_collator = functools.partial(keep_host, collator, keeps_examples=rollout is not None)
         if rollout is not None:
             rollout.collate = self.data_collator
+        drops = self.args.dataloader_drop_last
+        self.args.dataloader_drop_last = drops and is_training  # what is held out counts as a whole
         try:
             return make(*args, **kwargs)
         finally:
-            self.data_collator = given
+            self.data_collator, self.args.dataloader_drop_last = given, drops
 
     def _without_repeated(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The batch without labels and chunks of the samples that only pad the last round of the processes."""
@@ -768,7 +785,7 @@ class XTokenTrainer(Trainer):
             adapters.check_checkpoint(Path(path), self.model)
             if checkpoints.is_finished(state, self.args.max_steps, self.args.num_train_epochs):
                 return self._finished(Path(path))
-        begin = 0 if path is None else int(state["global_step"])
+        begin, self._ahead = 0 if path is None else int(state["global_step"]), Ahead()
         output = super().train(path and str(path), *args, **kwargs)
         if self.state.global_step == begin < self.state.max_steps:
             raise ValueError(self._why_no_step())
@@ -779,7 +796,8 @@ class XTokenTrainer(Trainer):
     def _why_no_step(self) -> str:
         size, devices = self._train_batch_size, self.accelerator.num_processes
         if not self.args.dataloader_drop_last or not hasattr(self.train_dataset, "__len__"):
-            return "train_dataset: expected examples for at least one step, got none"
+            count = self.args.gradient_accumulation_steps
+            return f"train_dataset: expected examples for at least one step of {count} micro-batches, got fewer"
         return (
             "dataloader_drop_last: expected examples for at least one full batch, since one that is not full is left "
             f"out, got {len(self.train_dataset)} for {size} a batch on {devices} device{'s' * (devices > 1)}"
