@@ -60,7 +60,7 @@ def cached(tokenizer: Callable[[str], Any]) -> Callable[[str], Any]:
 
 
 def pieces_of(example: dict[str, Any], student: Any, teacher: Any, entry: int = 0) -> list[tuple[bytes, bytes]]:
-    """The bytes of both sides of every chunk; `student` and `teacher` are vocabularies."""
+    """The bytes of both sides of every chunk that is trained on; `student` and `teacher` are vocabularies."""
     part = example["teachers"][entry]
     return [
         (
@@ -68,6 +68,7 @@ def pieces_of(example: dict[str, Any], student: Any, teacher: Any, entry: int = 
             b"".join(teacher[i] for i in part["ids"][c:d].tolist()),
         )
         for a, b, c, d in part["spans"].tolist()
+        if all(example["labels"][a:b] != -100)
     ]
 
 

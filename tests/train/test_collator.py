@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from small import SMALL_TEXTS, make_model, make_teacher, make_trainer
 
-from xtoken import ProjectionMatrix, Vocabulary
+from xtoken import Aligner, PieceIndex, ProjectionMatrix, Vocabulary
 from xtoken.losses import Needs
 from xtoken.train import ExampleEncoder, XTokenCollator, pack
 
@@ -65,6 +65,25 @@ def test_packed_models_see_each_example_alone(examples, student_tok, teacher_tok
         )
         results.append((kd.item(), ce.item(), sides[1]["alignment"].num_chunks, int((batch["labels"] != -100).sum())))
     assert results[0] == pytest.approx(results[1], rel=1e-5)
+
+
+def test_a_completion_begins_behind_its_prompt(student_tok, teacher_tok):
+    """What a loss leaves out because of the token before a chunk, it leaves out where a completion begins, too."""
+    rows = [{"prompt": text[:7], "completion": text[7:19]} for text in SMALL_TEXTS[:8]]
+    examples = [one for (one,) in ExampleEncoder(student_tok, [teacher_tok], train_on="completion").encode(rows)]
+    batch = XTokenCollator(student_tok, [teacher_tok])(examples)
+    entry = batch["teachers"][0]
+    masks = batch["attention_mask"], entry["attention_mask"]
+    whole = Aligner(student_tok, teacher_tok).align(batch["input_ids"], entry["input_ids"], *masks)
+    torch.manual_seed(0)
+    logits = [
+        torch.randn(*side["input_ids"].shape, len(tok)) for side, tok in ((batch, student_tok), (entry, teacher_tok))
+    ]
+    alignments = entry["alignment"], whole.supervised(batch["labels"])
+    pieces = PieceIndex.build(student_tok, teacher_tok)
+    got, want = (default_loss(Needs.PIECES)(*logits, one, pieces, reduction="sum") for one in alignments)
+    assert float(got) == pytest.approx(float(want))
+    assert alignments[0].predicted.sum() == alignments[1].predicted.sum()
 
 
 def test_packing_does_not_change_a_step(examples, student_tok, teacher_tok, tmp_path):

@@ -187,7 +187,7 @@ def test_text_is_aligned_as_the_aligner_does(student_name):
             assert [examples[0]["student_ids"].tolist(), part["ids"].tolist()] == [one.tolist() for one in ids]
             expected = aligner.align(*ids, *(np.ones(len(one), bool) for one in ids))
             wanted = [span for span in expected.spans[expected.predicted].tolist() if is_text[span[0] : span[1]].all()]
-            assert part["spans"].tolist() == wanted
+            assert [span for span in part["spans"].tolist() if is_text[span[0] : span[1]].all()] == wanted
 
 
 @pytest.mark.parametrize("pair", [("llama3", "qwen3"), ("smollm2", "llama3")])

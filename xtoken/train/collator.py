@@ -127,7 +127,7 @@ class XTokenCollator:
         if any("ce_labels" in example for example in examples):
             own = [[example.get("ce_labels", example["labels"]) for example in row] for row in rows]
             batch["ce_labels"] = self._labels(own, batch)
-        batch["teachers"] = [self._teacher(rows, m, batch["input_ids"]) for m in range(len(self.teacher_pad_ids))]
+        batch["teachers"] = [self._teacher(rows, m, batch) for m in range(len(self.teacher_pad_ids))]
         return batch
 
     def _side(self, rows: Sequence[Sequence[Any]], pad_id: int) -> dict[str, Any]:
@@ -147,7 +147,7 @@ class XTokenCollator:
         labels[batch["position_ids"] == 0 if self.packed else np.s_[:, :1]] = IGNORED  # which nothing predicts
         return labels
 
-    def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int, student_ids: Tensor) -> dict[str, Any]:
+    def _teacher(self, rows: Sequence[Sequence[Mapping[str, Any]]], m: int, batch: Mapping[str, Any]) -> dict[str, Any]:
         entries = [[example["teachers"][m] for example in row] for row in rows]
         direct = [entry["ids"] is None for row in entries for entry in row]
         side: dict[str, Any] = {"alignment": None}
@@ -166,7 +166,8 @@ class XTokenCollator:
             return spans if is_routed(example, m) else [], len(own), len(own if any(direct) else entry["ids"])
 
         parts = [[part(example) for example in row] for row in rows]
-        return {**side, "alignment": row_alignment(parts, student_ids, side.get("input_ids", student_ids))}
+        alignment = row_alignment(parts, batch["input_ids"], side.get("input_ids", batch["input_ids"]))
+        return {**side, "alignment": alignment.supervised(batch["labels"])}
 
 
 def row_alignment(

@@ -60,9 +60,12 @@ class ExampleChunks(NamedTuple):
         return np.cumsum(found)[:-1] > 0
 
     def between(self, first: int, last: int, start: Ints) -> NDArray[np.int32]:
-        """The chunks to train on between two student tokens; positions count from `start`, of student and teacher."""
-        inside = self.trained & (self.spans[:, 0] >= first) & (self.spans[:, 1] <= last)
-        spans = self.spans[inside] - np.repeat(start, 2)
+        """The chunks to train on between two student tokens, and those that end where one of them begins, which a loss
+        may look at; positions count from `start`, of student and teacher."""
+        inside = (self.spans[:, 0] >= first) & (self.spans[:, 1] <= last)
+        used = self.trained & inside
+        used[:-1] |= inside[:-1] & used[1:] & (self.spans[:-1, 1::2] == self.spans[1:, ::2]).all(axis=1)
+        spans = self.spans[used] - np.repeat(start, 2)
         predicted: NDArray[np.int32] = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)].astype(np.int32)
         return predicted
 
@@ -222,13 +225,13 @@ class ExampleEncoder:
 
         For each row a list of examples: none if nothing of it is trained on, several if a long text was cut. An example
         is a dict: ``student_ids`` int64 [T]; ``labels`` int64 [T], the ids where trained on, else -100, unshifted;
-        ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are trained on, or of
-        None and None if it reads the student's ids. With `name_documents` also ``document``, the `document_digest` of
-        the teacher's ids of the whole row, and ``first``, which of these the example's ids begin at; special tokens
-        that are put before a later part take the places of the tokens before it. With `teacher_column` also ``route``,
-        a list of bool, whether each teacher gets it; of one that does not, ``ids`` and ``spans`` are empty (or None).
-        With `with_prompts` also ``prompt``, where the row has one: what `prompt_of` gives; there is then an example
-        even if nothing of it is trained on.
+        ``teachers``: for each a dict of ``ids`` int64 and ``spans`` int32 [K, 4], the chunks that are trained on and
+        those right before them, or of None and None if it reads the student's ids. With `name_documents` also
+        ``document``, the `document_digest` of the teacher's ids of the whole row, and ``first``, which of these the
+        example's ids begin at; special tokens that are put before a later part take the places of the tokens before it.
+        With `teacher_column` also ``route``, a list of bool, whether each teacher gets it; of one that does not,
+        ``ids`` and ``spans`` are empty (or None). With `with_prompts` also ``prompt``, where the row has one: what
+        `prompt_of` gives; there is then an example even if nothing of it is trained on.
 
         Raises ValueError if a row has none of the forms, or a template is missing or refuses it, saying which.
         """
@@ -468,7 +471,8 @@ class ExampleEncoder:
                 self._tell_unpredicted(self.student, row)
             for place, at in enumerate(reading[1:], 1):
                 m, side = self._numbers[at - 1], self.sides[at]
-                heads = [one["student_ids"][one["teachers"][m]["spans"][:, 0]] for one in examples]
+                heads = [one["labels"][one["teachers"][m]["spans"][:, 0]] for one in examples]
+                heads = [one[one != IGNORED] for one in heads]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
                     pair = ((self.student, rows[0]), (side, rows[place]))
                     if any((~one.is_special[ids]).nonzero()[0].tolist() == [0] for one, ids in pair):
