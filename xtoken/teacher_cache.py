@@ -47,6 +47,7 @@ from torch import Tensor
 
 from . import _core
 from .losses import TopKLogits
+from .losses.logits import LEAST_TAIL
 from .served import ServedModel
 from .storage import FolderLock, Index, Numbering, TensorFile, TensorReader, other_tokenizers
 from .vocabulary import TokenizerLike, Vocabulary, check_several, unpadded
@@ -77,9 +78,6 @@ WINDOW = 256
 
 SURE = 8
 """Different tokens that must be listed in places that are not theirs before an answer is taken for a shifted one."""
-
-LEAST_TAIL = 2e-6
-"""Probability that a tail has at least when it is read: less is below the rounding error of the listed ones."""
 
 BLOCK_ROWS = 512
 """Rows of logits turned into log-probabilities at a time."""

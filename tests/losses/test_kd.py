@@ -13,7 +13,7 @@ from harness import DTYPES, Case, backends_of, check, make_case
 from steps import Step, loss_of
 from torch import Tensor
 
-from xtoken import kd_loss, reference
+from xtoken import TopKLogits, kd_loss, reference
 from xtoken.alignment import Alignment
 from xtoken.losses import Needs
 from xtoken.projection import ProjectionMatrix
@@ -196,3 +196,12 @@ DEVICE_STEPS: dict[str, Callable[[Step], Any]] = {
     "mask": lambda s: loss_of(s, "kd", mask=s.mask),
     "alignment": lambda s: loss_of(s, "kd", alignment=s.constants.positions, labels=s.labels)[0],
 }
+
+
+@pytest.mark.parametrize("listed", [[0.0, -30.0], [1e-7, -12.0], [-2e-6, -30.0]])
+def test_a_tail_lost_in_rounding_does_not_decide_a_reverse_kl(listed: list[float]) -> None:
+    """A server's log-probabilities of a sure row may sum to 1 or more; the other tokens are not impossible by that."""
+    teacher = TopKLogits(torch.tensor([[3, 0]]), torch.tensor([listed]))
+    loss = kd_loss(torch.zeros(1, 10), teacher, reverse=True, vocab_size=10)
+    dense = torch.full((10,), math.log(2e-6 / 8)).index_copy(0, torch.tensor([3, 0]), torch.tensor(listed))
+    assert_close(loss, (-math.log(10) - dense).mean(), rtol=1e-5, atol=0)

@@ -21,6 +21,10 @@ FLOATING = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 TAILS = ("uniform", "renormalize")
 
+LEAST_TAIL = 2e-6
+"""Probability that all other tokens have at least together: less is below the rounding error of the listed ones, whose
+sum may be above 1; and without any the logarithms that a reverse KL takes would be those of 0."""
+
 BLOCK_ELEMENTS = 2**25
 """Logits of one side that are computed at a time where they are not given."""
 
@@ -45,7 +49,9 @@ class TopKLogits:
         Natural logarithms of their probabilities (temperature 1), as vLLM and others return them. Checked as the ids
         are: with a uniform tail none is above 0.
     tail : "uniform" or "renormalize"
-        Where the rest of the mass goes: evenly to all other tokens, or to the listed ones in proportion.
+        Where the rest of the mass goes: evenly to all other tokens, which have at least 2e-6 of it together (less is
+        lost in rounding), or to the listed ones in proportion. Where a loss compares none of a row's listed tokens
+        (``top_k``, shared tokens), those that it does compare are equally likely, with either tail: list more.
 
     Raises
     ------
@@ -318,7 +324,7 @@ class TopKSource:
             rest = torch.full_like(logprobs[:, 0], -torch.inf)
         else:
             others = (self.size - (ids >= 0).sum(dim=1)).clamp_min(1)
-            rest = ((1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(0.0) / others).log().to(dtype)
+            rest = ((1.0 - logprobs.double().exp().sum(dim=1)).clamp_min(LEAST_TAIL) / others).log().to(dtype)
         dense = rest[:, None].repeat(1, self.size + 1)  # the last column is for entries without an id
         return dense.scatter_(1, torch.where(ids < 0, self.size, ids), logprobs)[:, : self.size]
 
