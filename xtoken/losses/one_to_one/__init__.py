@@ -95,7 +95,7 @@ def one_to_one_loss(
         With its token ids.
     {pieces, labels, temperature}
     top_k : int, optional
-        Only so many of the shared tokens, those that the student finds most probable. Default: all.
+        Only so many of the shared tokens, those that the student finds most probable (of equal ones any). Default: all.
     reverse : bool
         False: KL(teacher || student).
     {reduction, inplace, backend, tp_group, cp_group, cp_layout}

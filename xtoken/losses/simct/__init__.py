@@ -26,7 +26,7 @@ class SimCT(HasDivergence, OnTokens):
     """SimCT: a divergence over the shared tokens and the text that is there, each with its mean log-probability.
 
     With ``score(u)`` the mean of the log-probabilities of the tokens that spell u on a side: of a shared token that of
-    the chunk's first row, and of the chunk's own text, if it is no shared token, that of its realised tokens::
+    the chunk's first row, and of the chunk's own text, if its tokens are no such pair, that of its realised tokens::
 
         P = softmax of the student's scores, Q of the teacher's
         loss = sum Q (log Q - log P), or another divergence of P and Q (see `xtoken.losses.divergence`)
