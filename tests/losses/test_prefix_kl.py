@@ -373,6 +373,25 @@ def test_an_event_that_one_side_lacks_is_left_out_on_both() -> None:
     )
 
 
+@backends
+@pytest.mark.parametrize("variant", [{}, {"reverse": True}, {"beta": 0.3}, {"temperature": 2.0}])
+@pytest.mark.parametrize("height", [50.0, 300.0, 3000.0])
+def test_what_is_left_out_may_outweigh_all_else(backend: str, variant: dict[str, Any], height: float) -> None:
+    """The student has "12", so behind its "1" no "2" follows; the teacher is sure of it, which is left out."""
+    pieces = PieceIndex.build(Vocabulary([b"1", b"2", b"12", b"3"]), Vocabulary([b"1", b"2", b"3"]))
+    alignment = Alignment([[0, 1, 0, 1], [1, 2, 1, 2]], None, [0, 3], [0, 2])
+    z, y = torch.tensor([[0.5, 1.0, -40.0, 0.0]] * 2), torch.tensor([[1.0, 0.0, -1.0]] * 2)
+    want = prefix_kl_loss(z.double(), y.double(), alignment, pieces, backend="reference", **variant)
+    for side, row in (("student", z), ("teacher", y)):
+        above = row.clone()
+        above[:, 1] = height
+        rows = ((above if side == "student" else z).requires_grad_(), above if side == "teacher" else y)
+        loss = prefix_kl_loss(*rows, alignment, pieces, backend=backend, **variant)
+        assert_close(loss, want, rtol=1e-5, what=side)
+        (gradient,) = torch.autograd.grad(loss, rows[0])
+        assert bool(gradient.isfinite().all())
+
+
 def test_chunks_of_different_lengths_have_no_inner_boundary() -> None:
     """Where the bytes of the two sides differ (a chunk of one's own making), only its start is compared."""
     pieces, _, s_ids, t_ids = chunk_of("1 to 2")

@@ -292,9 +292,9 @@ class Chunk {
         if (!p_.reverse) *product += products.total();
         store(f_ + padded(p_.teacher.width), broadcast(0.0f));
         each_left_pair([&](int32_t, int32_t t) {
-            if (!p_.reverse) {
+            if (!p_.reverse && side.left != 0) {  // else its exponential may be infinite, and is not in the product
                 const Floats x = side.exp.relative(broadcast(at_least(widened(y[t]), p_.lowest)));
-                *product -= side.left * static_cast<double>(first_lane(side.exp.of_relative(x) * x));
+                *product -= static_cast<double>(first_lane(side.exp.of_relative(x) * x));
             }
             f_[t] = 0.0f;
         });
