@@ -65,6 +65,11 @@ def test_all_else_is_left_to_torch(other: torch.Tensor) -> None:
     assert gradient_memory._returned.empty()
 
 
+def test_no_memory_is_an_error_of_torch() -> None:
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        gradient_memory.empty_like(torch.empty(1, dtype=torch.bfloat16).expand(2**46))
+
+
 def test_the_system_may_take_what_is_kept() -> None:
     large, before = LARGE.repeat(4, 1), held_bytes()
     gradient = gradient_memory.empty_like(large).fill_(1)

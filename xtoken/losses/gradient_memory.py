@@ -8,7 +8,6 @@ short of memory (MADV_FREE); until then it counts as the process's.
 from __future__ import annotations
 
 import mmap
-import sys
 import threading
 import weakref
 from queue import SimpleQueue
@@ -19,7 +18,22 @@ from torch import Tensor
 SMALLEST = 32 << 20
 """Bytes from which on memory is kept. What is smaller glibc keeps by itself."""
 
-AVAILABLE = sys.platform == "linux" and hasattr(mmap, "MADV_FREE") and hasattr(mmap, "MADV_HUGEPAGE")
+
+def _new(size: int) -> mmap.mmap:
+    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    block.madvise(mmap.MADV_HUGEPAGE)
+    return block
+
+
+def _is_available() -> bool:
+    try:
+        _new(mmap.PAGESIZE).madvise(mmap.MADV_FREE)
+    except (AttributeError, OSError):  # another system, or a Linux without them
+        return False
+    return True
+
+
+AVAILABLE = _is_available()
 
 _lock = threading.Lock()
 _idle: list[mmap.mmap] = []
@@ -31,7 +45,10 @@ def empty_like(logits: Tensor) -> Tensor:
     """A contiguous tensor of the type and shape of logits, whose values are not set."""
     if not (AVAILABLE and type(logits) is Tensor and logits.device.type == "cpu" and logits.nbytes >= SMALLEST):
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    block = _take(logits.nbytes)
+    try:
+        block = _take(logits.nbytes)
+    except OSError:  # short of memory, which torch says in its own words
+        return torch.empty_like(logits, memory_format=torch.contiguous_format)
     # The tensor keeps the view, which ends with its memory and with that of all that share it.
     view = memoryview(block)
     weakref.finalize(view, _give_back, block).atexit = False
@@ -62,9 +79,7 @@ def _take(size: int) -> mmap.mmap:
             _idle.remove(block)
             return block
         _idle.clear()
-    block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    block.madvise(mmap.MADV_HUGEPAGE)
-    return block
+    return _new(size)
 
 
 def _give_back(block: mmap.mmap) -> None:
