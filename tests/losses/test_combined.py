@@ -13,12 +13,13 @@ from default_losses import DEFAULT, OTHER, default_loss
 from harness import OPERATIONS, Case, make_case, piece_index, variants
 from torch import Tensor, nn
 
-from xtoken import LinearLogits, PieceIndex, ProjectionMatrix, Teacher, Vocabulary, XTokenLoss
+from xtoken import LinearLogits, PieceIndex, ProjectionMatrix, Teacher, TopKLogits, Vocabulary, XTokenLoss
 from xtoken.alignment import Alignment
 from xtoken.losses import Needs, diagnostics, operator, registered
 from xtoken.losses.columns import select_columns
 from xtoken.losses.criterion import ratio
-from xtoken.losses.logits import DenseSource
+from xtoken.losses.logits import TAILS, DenseSource
+from xtoken.losses.on_pieces import OnPartners, partners
 
 projected_loss, shared_loss = default_loss(Needs.PROJECTION), default_loss(Needs.SAME_TOKENIZER)
 PROJECTED, PIECES, SHARED = (DEFAULT[needs] for needs in (Needs.PROJECTION, Needs.PIECES, Needs.SAME_TOKENIZER))
@@ -220,7 +221,7 @@ def test_every_loss(loss: str) -> None:
         if operation.needs is Needs.NOTHING:  # see the next test
             continue
         assert 0 <= float(parts["agreement"]) <= 1
-        if not options:
+        if not options and not isinstance(operation.teacher(case).make_loss(), OnPartners):
             assert_close(parts["mass"], torch.ones(1), rtol=1e-6)
 
 
@@ -700,6 +701,47 @@ def test_projected_mass_outside_by_hand() -> None:
     _, parts = XTokenLoss([Teacher(top_k=10)])(twin.student[:1], make_labels(twin)[:1], teacher)
     columns = select_columns(DenseSource(teacher, 59), twin.projection.shape[1], top_k=10)
     assert_close(parts["outside"], 1 - logits.softmax(-1)[:, columns].sum(1).mean()[None], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["one_to_one", "simct"])
+def test_masses_and_agreement_on_shared_tokens_by_hand(name: str) -> None:
+    """Of a loss that compares these alone; the mass was 1, and which of the events of all tokens is the best."""
+    case = make_case(samples=1, shapes=((1, 1),) * 6)
+    pieces = piece_index(*case.projection.shape)
+    _, parts = XTokenLoss([Teacher(loss=name, pieces=pieces)])(
+        case.student, make_labels(case), case.teacher, case.alignment
+    )
+    shared = partners(pieces.data, torch.device("cpu"))
+    used = case.alignment.spans[supervised(case.alignment, make_labels(case)).predicted].long()
+    p = case.student[0, used[:, 0] - 1, : pieces.shape[0]].double().softmax(-1)[:, shared.student]
+    q = case.teacher[0, used[:, 2] - 1, : pieces.shape[1]].double().softmax(-1)[:, shared.teacher]
+    assert_close(parts["mass"].double(), q.sum(1).mean()[None], rtol=1e-6)
+    assert_close(parts["outside"].double(), 1 - p.sum(1).mean()[None], rtol=1e-6)
+    assert parts["agreement"].tolist() == pytest.approx([float((p.argmax(1) == q.argmax(1)).double().mean())])
+    assert 0.0 < float(parts["mass"]) < 0.99
+
+
+@pytest.mark.parametrize("name", ["pkl", "one_to_one", "simct"])
+@pytest.mark.parametrize("tail", TAILS)
+def test_rows_that_list_nothing_that_is_compared_are_counted(name: str, tail: str) -> None:
+    """Every third of them; rows of logits in memory are flat where the teacher has ruled out all of these tokens."""
+    case = make_case(samples=1, shapes=((1, 1),) * 9)
+    pieces, size = piece_index(*case.projection.shape), case.projection.shape[1]
+    columns, teacher = torch.arange(20), Teacher(case.projection, "pkl", columns=torch.arange(20))
+    if name != "pkl":
+        columns = partners(pieces.data, torch.device("cpu")).teacher
+        teacher = Teacher(loss=name, pieces=pieces)
+    others = torch.ones(size, dtype=torch.bool).index_fill(0, columns, False).nonzero()[:, 0]
+    row = torch.arange(case.teacher.shape[1])
+    ids = torch.where((row % 3 == 1)[:, None], others[:2], torch.stack([columns[0], others[0]]))[None]
+    listed = TopKLogits(ids, torch.full(ids.shape, -1.0), tail)
+    dense = torch.full((1, len(row), size), -torch.inf).scatter(2, ids, -1.0)
+    labels = torch.zeros(case.student.shape[:2], dtype=torch.int64)
+    want = case.alignment.spans[case.alignment.predicted][:, 2] % 3 == 2
+    for logits in (listed, dense):
+        _, parts = XTokenLoss([teacher])(case.student, labels, logits, case.alignment)
+        assert parts["flat"].tolist() == pytest.approx([float(want.double().mean())])
+    assert want.any()
 
 
 def test_diagnostics_look_at_evenly_spaced_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

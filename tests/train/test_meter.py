@@ -16,6 +16,7 @@ def parts(ce: float, kd: list[float], chunks: list[int], agreement: list[float])
         "agreement": torch.tensor(agreement),
         "mass": torch.tensor(agreement) / 2,
         "outside": torch.zeros(len(kd)) * torch.tensor(agreement),
+        "flat": torch.tensor(agreement) / 4,
         "left_out": torch.tensor(agreement) / 8,
     }
     return {
@@ -46,6 +47,7 @@ def test_two_teachers():
     assert got["agreement/a"] == pytest.approx(35 / 40)
     assert got["teacher_mass/a"] == pytest.approx(35 / 80)
     assert got["projected_outside/a"] == 0
+    assert got["teacher_flat/a"] == pytest.approx(35 / 160)
     assert got["starts_left_out/a"] == pytest.approx(35 / 320)
     assert "agreement/b" not in got
     assert got["tokens"] == 300

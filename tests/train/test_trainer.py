@@ -371,6 +371,19 @@ def test_many_starts_left_out_are_told_once(tmp_path, student_tok, teacher_tok, 
             assert message.endswith("texts=[*xtoken.sample_texts(student, teacher), *own]")
 
 
+def test_teachers_that_tell_nothing_are_told_once(tmp_path, student_tok, teacher_tok, examples, caplog):
+    """As one whose log-probabilities list none of the tokens that are compared."""
+    model = make_model(len(teacher_tok), 1)
+    torch.nn.init.zeros_(model.get_output_embeddings().weight)
+    projection = ProjectionMatrix.build(student_tok, teacher_tok)
+    teacher = TeacherModel(Teacher(projection), model, teacher_tok, "a")
+    trainer = make_trainer(tmp_path, student_tok, [teacher], examples[:8], max_steps=2)
+    trainer.train()
+    told = [one.getMessage() for one in caplog.records if "uniform distribution" in one.getMessage()]
+    assert [one[:20] for one in told] == ["a: in 100.0 % of the"]
+    assert logged(trainer, "teacher_flat") == [1.0] * 2
+
+
 def spoil(model: Any, student_tok: Any) -> None:
     """NaN for whatever follows token 5."""
     forward = model.forward

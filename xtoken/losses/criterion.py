@@ -302,6 +302,8 @@ class XTokenLoss(nn.Module):
             or switched off.
             "mass" : [M], the teacher's mean probability inside C; nan likewise.
             "outside" : [M], the student's mean probability that W sends to no column of C; nan likewise.
+            "flat" : [M], share of chunks whose teacher finds all of C equally likely, as `TopKLogits` do that list none
+            of C: they teach the uniform distribution on C; nan likewise.
             "left_out" : [M], share of chunks that a loss leaves out (or their start), since the realised first tokens
             do not agree; nan likewise.
         """

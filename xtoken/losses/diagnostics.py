@@ -21,12 +21,12 @@ from xtoken.projection.entries import Entries, project
 DIAGNOSED_CHUNKS = 256
 """Chunks of a call that its diagnostics look at, evenly spaced, so that they stay cheap beside the loss."""
 
-NAMES = ("agreement", "mass", "outside", "left_out")
+NAMES = ("agreement", "mass", "outside", "flat", "left_out")
 """Means over chunks; see `XTokenLoss.forward`."""
 
 
 def nothing(device: torch.device) -> Tensor:
-    """float32 [4]: the values of `NAMES` where there is nothing to look at."""
+    """float32 [5]: the values of `NAMES` where there is nothing to look at."""
     return torch.full((len(NAMES),), math.nan, dtype=torch.float32, device=device)
 
 
@@ -39,7 +39,7 @@ def by_projection(
     backend: str,
     left_out: Tensor | None = None,
 ) -> Tensor:
-    """float32 [4]: `in_columns` of the teacher's largest columns; nan without a projection."""
+    """float32 [5]: `in_columns` of the teacher's largest columns; nan without a projection."""
     if projection is None:
         return nothing(device)
     columns = select_columns(teacher, projection.shape[1], device=device, backend=backend)
@@ -55,7 +55,7 @@ def in_columns(
     count: Tensor | None = None,
     left_out: Tensor | None = None,
 ) -> Tensor:
-    """float32 [4]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer.
+    """float32 [5]: the means of `diagnosis` over the first rows of some chunks; `projection` None: one tokenizer.
 
     `left_out` as for `means`.
     """
@@ -73,7 +73,7 @@ def means(
     width: int = 0,
     left_out: Tensor | None = None,
 ) -> Tensor:
-    """float32 [4]: the means of ``values(student rows, teacher rows)`` [n, 3] over the first rows of some chunks, and
+    """float32 [5]: the means of ``values(student rows, teacher rows)`` [n, 4] over the first rows of some chunks, and
     the share of all chunks that are `left_out`: bool [K], default none.
 
     `width` elements a row are what `values` needs beside the logits.
@@ -113,10 +113,10 @@ def diagnosis(
     entries: Entries | None = None,
     count: Tensor | None = None,
 ) -> Tensor:
-    """[K, 3]: how well the projected student agrees with the teacher inside the columns C, for each pair of rows.
+    """[K, 4]: how well the projected student agrees with the teacher inside the columns C, for each pair of rows.
 
     Whether both have the same largest column (1 or 0); the teacher's probability inside C; the student's probability
-    that W sends to no column of C.
+    that W sends to no column of C; whether the teacher has the same logit in all columns of C (1 or 0).
 
     Parameters
     ----------
@@ -129,9 +129,12 @@ def diagnosis(
         So many of the columns, from the first on, are C, and no entry is in the others. Default: all are.
     """
     dtype = statistics_dtype(student_logits, teacher_logits)
-    p, q = (scaled(logits, 1.0, dtype).softmax(-1) for logits in (student_logits, teacher_logits))
+    student, teacher = (scaled(logits, 1.0, dtype) for logits in (student_logits, teacher_logits))
+    p, q, inside = student.softmax(-1), teacher.softmax(-1), teacher.index_select(1, columns)
     x = p.index_select(1, columns) if entries is None else project(p, entries, len(columns))
-    y = q.index_select(1, columns)
+    y, is_first, number = q.index_select(1, columns), inside == inside[:, :1], len(columns) if count is None else count
     if count is not None:
-        y = y.masked_fill(torch.arange(len(columns), device=y.device) >= count, 0.0)
-    return torch.stack([(x.argmax(-1) == y.argmax(-1)).to(dtype), y.sum(-1), 1 - x.sum(-1)], 1)
+        is_out = torch.arange(len(columns), device=y.device) >= count
+        y, is_first = y.masked_fill(is_out, 0.0), is_first | is_out
+    is_flat = is_first.all(-1) & (number > 1)
+    return torch.stack([(x.argmax(-1) == y.argmax(-1)).to(dtype), y.sum(-1), 1 - x.sum(-1), is_flat.to(dtype)], 1)

@@ -52,6 +52,7 @@ class TopKLogits:
         Where the rest of the mass goes: evenly to all other tokens, which have at least 2e-6 of it together (less is
         lost in rounding), or to the listed ones in proportion. Where a loss compares none of a row's listed tokens
         (``top_k``, shared tokens), those that it does compare are equally likely, with either tail: list more.
+        `XTokenLoss` reports the share of such chunks as ``flat``.
 
     Raises
     ------

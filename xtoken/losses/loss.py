@@ -243,7 +243,7 @@ class Loss:
     def diagnose(
         self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
     ) -> Tensor:
-        """float32 [4]: `xtoken.losses.diagnostics.NAMES` for some of the chunks; nan where there is no way to tell."""
+        """float32 [5]: `xtoken.losses.diagnostics.NAMES` for some of the chunks; nan where there is no way to tell."""
         return diagnostics.by_projection(student, teacher, chunks, projection, device, backend)
 
     @classmethod

@@ -15,6 +15,7 @@ from xtoken.losses.logits import Source
 from xtoken.losses.loss import Loss
 from xtoken.losses.numerics import scaled, statistics_dtype
 from xtoken.pieces import Side, sides
+from xtoken.projection.entries import Entries
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,8 @@ class OnPieces(Loss):
 
         def values(z: Tensor, y: Tensor) -> Tensor:
             same = event_agreement(z, y, events, count).to(torch.float32)
-            return torch.stack([same, torch.ones_like(same), torch.zeros_like(same)], 1)
+            nothing = torch.zeros_like(same)
+            return torch.stack([same, torch.ones_like(same), nothing, nothing], 1)
 
         return diagnostics.means(student, teacher, chunks, values, left_out=self.left_out(chunks, events))
 
@@ -55,6 +57,24 @@ class OnTokens(OnPieces):
     """One whose formula is its only kernel, and that looks at the realised tokens of every chunk."""
 
     reads_tokens: ClassVar[bool] = True
+
+
+@dataclass(frozen=True)
+class OnPartners(OnTokens):
+    """One that compares the first rows on the tokens that both vocabularies have, and nothing else of them."""
+
+    def diagnose(
+        self, student: Source, teacher: Source, chunks: Chunks, projection: Any, device: torch.device, backend: str
+    ) -> Tensor:
+        shared = partners(self.pieces, chunks.used.device)
+        number = len(shared.student)
+        place = torch.arange(number, device=shared.student.device)
+        entries = Entries(shared.student, place, torch.ones_like(place, dtype=torch.float32))
+
+        def values(z: Tensor, y: Tensor) -> Tensor:
+            return diagnostics.diagnosis(z, y, shared.teacher, entries)
+
+        return diagnostics.means(student, teacher, chunks, values, number)
 
 
 # --- exact partners

@@ -26,7 +26,7 @@ COUNTS = ("chunks", "unsupervised", "distrusted", "weights")
 SHARES = {"distrusted": "distrusted", "weights": "certainty"}
 """How some of `COUNTS` are called in logs, as shares of the chunks."""
 
-REPORTED = ("agreement", "teacher_mass", "projected_outside", "starts_left_out")
+REPORTED = ("agreement", "teacher_mass", "projected_outside", "teacher_flat", "starts_left_out")
 """How the means of `DIAGNOSES` are called in logs."""
 
 
@@ -81,8 +81,8 @@ class Meter:
         ``ce``; ``kd``, the weighted sum; ``bounded``, the share of calls with the largest factor of KD; ``chunks`` a
         step, and where there are any those that labels left out, ``unsupervised``; of the chunks the share that is
         ``distrusted`` (by ``trust_top_k``) and the mean weight ``certainty`` (of ``teacher_weighting``), if wanted;
-        ``agreement``, the ``teacher_mass`` inside C, the ``projected_outside`` of C, and ``starts_left_out``, the share
-        of chunks whose start has no term.
+        ``agreement``, the ``teacher_mass`` inside C, the ``projected_outside`` of C, ``teacher_flat``, the share of
+        chunks whose teacher finds all of C equally likely, and ``starts_left_out``, of those whose start has no term.
         With several teachers the latter and ``kd`` also for each, as ``kd/name``.
 
         `add_up` sums a tensor over the processes, all of which must make the call. The sums of CE and of each teacher's

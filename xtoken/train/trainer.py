@@ -60,6 +60,18 @@ STATE_FILE = "distillation.safetensors"
 TOLD_AFTER = 100
 """Steps with the largest factor of the distillation, after which it is said that it is no longer CE / |KD|."""
 
+_TAUGHT_NOTHING = {
+    "starts_left_out": (
+        "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build the PieceIndex "
+        "with text like this, texts=[*xtoken.sample_texts(student, teacher), *own]"
+    ),
+    "teacher_flat": (
+        "%s: in %.1f %% of the chunks all tokens that are compared are equally likely to the teacher, which teaches "
+        "the uniform distribution there; if its log-probabilities are cached or served, list more of them"
+    ),
+}
+"""What is said of a share of the chunks, by its name in logs."""
+
 _STATE = TensorFile("the distillation of a checkpoint")
 _MOMENTS = "moments."  # before the names of moments
 
@@ -617,7 +629,7 @@ class XTokenTrainer(Trainer):
         self._finite.check()
         if "loss" in logs and self._meter.steps:
             measured = self._meter.summary(self._add_up)
-            self._say_left_out(measured)
+            self._say_taught_nothing(measured)
             self._read_scale()
             elapsed, seconds = self._watch.lap()
             elapsed = max(elapsed, 1e-9)
@@ -734,16 +746,13 @@ class XTokenTrainer(Trainer):
         moved = {name: one.to(inputs["labels"].device) for name, one in labels.items()}
         return {**inputs, **moved, "host": left}
 
-    def _say_left_out(self, measured: Mapping[str, float]) -> None:
-        """Says once if many chunks have no term for their start."""
+    def _say_taught_nothing(self, measured: Mapping[str, float]) -> None:
+        """Says once if many chunks have no term for their start, or a teacher that tells nothing there."""
         for name in (names := self._meter.names):
-            share = measured.get(f"starts_left_out/{name}" if len(names) > 1 else "starts_left_out", math.nan)
-            if share > MOST_LEFT:
-                message = (
-                    "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build "
-                    "the PieceIndex with text like this, texts=[*xtoken.sample_texts(student, teacher), *own]"
-                )
-                self._warn_once("left out", message, name, 100 * share)
+            for key, message in _TAUGHT_NOTHING.items():
+                share = measured.get(f"{key}/{name}" if len(names) > 1 else key, math.nan)
+                if share > MOST_LEFT:
+                    self._warn_once(key, message, name, 100 * share)
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, with the held-out CE, KD and diagnoses."""

@@ -14,14 +14,14 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.on_pieces import OnTokens, are_partners, partners
+from xtoken.losses.on_pieces import OnPartners, are_partners, partners
 from xtoken.losses.operator import register
 from xtoken.pieces import PieceIndex
 
 
 @register("one_to_one", "strict one-to-one", Needs.PIECES)
 @dataclass(frozen=True)
-class OneToOne(OnTokens):
+class OneToOne(OnPartners):
     """Only where one token stands for one token that both vocabularies have, and only on such tokens.
 
     With P and Q the softmax of both sides over the shared tokens, or over the `top_k` of them that the student finds

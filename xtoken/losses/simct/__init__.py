@@ -15,14 +15,14 @@ from xtoken.losses.linear import linear
 from xtoken.losses.logits import AnyLogits
 from xtoken.losses.loss import Needs
 from xtoken.losses.numerics import scaled, statistics_dtype
-from xtoken.losses.on_pieces import OnTokens, are_partners, partners
+from xtoken.losses.on_pieces import OnPartners, are_partners, partners
 from xtoken.losses.operator import register
 from xtoken.pieces import PieceIndex
 
 
 @register("simct", "SimCT", Needs.PIECES)
 @dataclass(frozen=True)
-class SimCT(HasDivergence, OnTokens):
+class SimCT(HasDivergence, OnPartners):
     """SimCT: a divergence over the shared tokens and the text that is there, each with its mean log-probability.
 
     With ``score(u)`` the mean of the log-probabilities of the tokens that spell u on a side: of a shared token that of
