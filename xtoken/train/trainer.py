@@ -62,8 +62,9 @@ TOLD_AFTER = 100
 
 _TAUGHT_NOTHING = {
     "starts_left_out": (
-        "%s: %.1f %% of the chunks begin with tokens of different events and teach nothing there; build the PieceIndex "
-        "with text like this, texts=[*xtoken.sample_texts(student, teacher), *own]"
+        "%s: %.1f %% of the chunks begin with tokens of different events, or that W does not join, and teach nothing "
+        "there; for events, build the PieceIndex with text like this, texts=[*xtoken.sample_texts(student, teacher), "
+        "*own]"
     ),
     "teacher_flat": (
         "%s: in %.1f %% of the chunks all tokens that are compared are equally likely to the teacher, which teaches "
