@@ -703,7 +703,10 @@ def test_projected_mass_outside_by_hand() -> None:
     assert_close(parts["outside"], 1 - logits.softmax(-1)[:, columns].sum(1).mean()[None], rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["one_to_one", "simct"])
+ON_PARTNERS = [name for name, loss in registered().items() if issubclass(loss, OnPartners)]
+
+
+@pytest.mark.parametrize("name", ON_PARTNERS)
 def test_masses_and_agreement_on_shared_tokens_by_hand(name: str) -> None:
     """Of a loss that compares these alone; the mass was 1, and which of the events of all tokens is the best."""
     case = make_case(samples=1, shapes=((1, 1),) * 6)
@@ -721,14 +724,14 @@ def test_masses_and_agreement_on_shared_tokens_by_hand(name: str) -> None:
     assert 0.0 < float(parts["mass"]) < 0.99
 
 
-@pytest.mark.parametrize("name", ["pkl", "one_to_one", "simct"])
+@pytest.mark.parametrize("name", [PROJECTED, *ON_PARTNERS])
 @pytest.mark.parametrize("tail", TAILS)
 def test_rows_that_list_nothing_that_is_compared_are_counted(name: str, tail: str) -> None:
     """Every third of them; rows of logits in memory are flat where the teacher has ruled out all of these tokens."""
     case = make_case(samples=1, shapes=((1, 1),) * 9)
     pieces, size = piece_index(*case.projection.shape), case.projection.shape[1]
-    columns, teacher = torch.arange(20), Teacher(case.projection, "pkl", columns=torch.arange(20))
-    if name != "pkl":
+    columns, teacher = torch.arange(20), Teacher(case.projection, columns=torch.arange(20))
+    if name in ON_PARTNERS:
         columns = partners(pieces.data, torch.device("cpu")).teacher
         teacher = Teacher(loss=name, pieces=pieces)
     others = torch.ones(size, dtype=torch.bool).index_fill(0, columns, False).nonzero()[:, 0]
