@@ -67,9 +67,11 @@ def test_packed_models_see_each_example_alone(examples, student_tok, teacher_tok
     assert results[0] == pytest.approx(results[1], rel=1e-5)
 
 
-def test_a_completion_begins_behind_its_prompt(student_tok, teacher_tok):
-    """What a loss leaves out because of the token before a chunk, it leaves out where a completion begins, too."""
-    rows = [{"prompt": text[:7], "completion": text[7:19]} for text in SMALL_TEXTS[:8]]
+@pytest.mark.parametrize("size", [0, 7])
+def test_a_text_begins_behind_what_is_before_it(student_tok, teacher_tok, size):
+    """What a loss leaves out because of the token before a chunk, it leaves out where a completion begins, too, and
+    behind the first token of a text, which nothing predicts."""
+    rows = [{"prompt": text[:size], "completion": text[size:19]} for text in SMALL_TEXTS[:8]]
     examples = [one for (one,) in ExampleEncoder(student_tok, [teacher_tok], train_on="completion").encode(rows)]
     batch = XTokenCollator(student_tok, [teacher_tok])(examples)
     entry = batch["teachers"][0]
@@ -103,12 +105,13 @@ def test_no_label_or_chunk_at_the_first_token(examples, student_tok, teacher_tok
     one = {
         "student_ids": [5, 6, 7],
         "labels": [5, 6, 7],
-        "teachers": [{"ids": [8, 9], "spans": [[0, 1, 0, 1], [1, 2, 0, 1], [2, 3, 1, 2]]}],
+        "teachers": [{"ids": [8, 9], "spans": [[1, 2, 0, 1], [2, 3, 1, 2]]}],
     }
     batch = XTokenCollator(student_tok, [teacher_tok], packed=True, max_length=8)([one, one])
     assert batch["labels"].tolist() == [[-100, 6, 7, -100, 6, 7]]
     assert batch["position_ids"].tolist() == [[0, 1, 2, 0, 1, 2]]
-    assert batch["teachers"][0]["alignment"].spans.tolist() == [[2, 3, 1, 2], [5, 6, 3, 4]]
+    alignment = batch["teachers"][0]["alignment"]
+    assert alignment.spans[alignment.predicted].tolist() == [[2, 3, 1, 2], [5, 6, 3, 4]]
     wider = XTokenCollator(student_tok, [teacher_tok], packed=True, max_length=4)(
         [one, {**one, "student_ids": [5] * 5, "labels": [5] * 5}]
     )

@@ -113,7 +113,7 @@ def test_select_takes_the_better_teacher(tmp_path, student_tok, teacher_tok, twi
         make_teacher(student_tok, teacher_tok, 1, name="good"),
         make_teacher(student_tok, teacher_tok, 2, name="bad"),
     )
-    twin = make_teacher(student_tok, None, 3, name="twin")
+    twin = make_teacher(student_tok, None, 3, name="twin", trust_top_k=len(student_tok))
     with torch.no_grad():  # a teacher that is sure of the wrong tokens is worse than one that knows nothing
         bad.model.get_parameter("lm_head.weight").mul_(40)
         twin.model.get_parameter("lm_head.weight").mul_(40)
@@ -151,7 +151,11 @@ def test_average_is_one_teacher(tmp_path, student_tok, teacher_tok, twins):
 
 def test_teachers_that_are_one_have_one_loss(tmp_path, student_tok, teacher_tok):
     """Also where only one of them would leave chunks out."""
-    for name, of in (("loss", {"loss": OTHER}), ("trust_top_k", {"trust_top_k": 3})):
+    others: dict[str, Any] = {
+        "loss": {"loss": OTHER}, "trust_top_k": {"trust_top_k": 3}, "top_k": {"top_k": 7},
+        "projection": {"learnable": True},
+    }  # fmt: skip
+    for name, of in others.items():
         teachers = [make_teacher(student_tok, teacher_tok, name="a"), make_teacher(student_tok, teacher_tok, **of)]
         with pytest.raises(ValueError, match=rf"^{name}: expected one for all .* for a and .* for teacher$"):
             make_trainer(tmp_path, student_tok, teachers, None, teacher_mode="average")
@@ -195,10 +199,34 @@ def test_a_stream_that_begins_again(tmp_path, student_tok, teacher_tok, examples
     options["gradient_accumulation_steps"] = 4
     trainer = XTokenTrainer(
         make_model(len(student_tok), 0), make_config(tmp_path, **options), [make_teacher(student_tok, teacher_tok)],
-        None, Stream(), None, student_tok,
+        None, iter(examples[:3]), None, student_tok,
     )  # fmt: skip
     with pytest.raises(ValueError, match="expected examples for at least one step of 4 micro-batches, got fewer"):
         trainer.train()
+
+
+def test_a_run_goes_on_in_a_later_round_of_a_stream(tmp_path, student_tok, teacher_tok, examples):
+    """With the rows that come next, in the order that the stream has in that round."""
+
+    class Shuffled:
+        def set_epoch(self, number: int) -> None:
+            self.first = number
+
+        def __iter__(self) -> Any:
+            return iter([*examples[self.first : 5], *examples[: self.first]])
+
+    logs = []
+    for name, start in (("whole", None), ("resumed", str(tmp_path / "whole" / "checkpoint-4"))):
+        options = {"max_steps": 7, "save_strategy": "steps", "save_steps": 4, "per_device_train_batch_size": 2}
+        trainer = XTokenTrainer(
+            make_model(len(student_tok), 0), make_config(tmp_path / name, **options),
+            [make_teacher(student_tok, teacher_tok)], None, Shuffled(), None, student_tok,
+        )  # fmt: skip
+        trainer.train(start)
+        assert len(list(trainer.train_dataset)) == 5
+        logs.append([entry["loss"] for entry in trainer.state.log_history if "ce" in entry])
+    assert len(set(logs[0])) == 7
+    assert logs[0] == logs[1]
 
 
 def test_trainable_projection(tmp_path, student_tok, teacher_tok, examples):

@@ -173,18 +173,19 @@ class XTokenCollator:
 def row_alignment(
     rows: Sequence[Sequence[tuple[Any, int, int]]], student_ids: Tensor, teacher_ids: Tensor
 ) -> Alignment:
-    """Of rows of examples, one behind the other: of each its spans [K, 4], and its tokens on both sides. No chunk is at
-    the first token of an example, which nothing predicts."""
-    spans = []
+    """Of rows of examples, one behind the other: of each its spans [K, 4], and its tokens on both sides. Nothing
+    predicts a chunk at the first token of an example."""
+    spans, predicted = [], []
     for row in rows:
         shift = np.zeros(4, np.int64)
         for given, *sizes in row:
             part = np.asarray(given, np.int64).reshape(-1, 4)
-            spans.append(part[(part[:, 0] > 0) & (part[:, 2] > 0)] + shift)
+            spans.append(part + shift)
+            predicted.append((part[:, ::2] > 0).all(axis=1))
             shift += np.repeat(sizes, 2)
     ends = np.cumsum([0, *map(len, rows)])
     offsets = np.cumsum([0, *map(len, spans)])[ends]
-    return Alignment(np.concatenate(spans), offsets, student_ids, teacher_ids)
+    return Alignment(np.concatenate(spans), offsets, student_ids, teacher_ids, predicted=np.concatenate(predicted))
 
 
 def collate_logits(rows: Sequence[Sequence[TopKLogits]]) -> TopKLogits:

@@ -87,9 +87,9 @@ class XTokenConfig(AdapterArguments, TrainingArguments):
     teacher_mode : "sum", "select", "average" or "entropy"
         Several teachers: the weighted sum of their losses; for each sample the loss of the teacher that predicts it
         best (least cross-entropy a student token of aligned text), which waits for the device once a micro-batch; the
-        weighted mean of their probabilities as one teacher (they must share a tokenizer, and have one loss); or the
-        weighted sum, with each chunk's loss also weighted by how sure its teacher is beside the others
-        (``teacher_weighting="entropy"`` of `xtoken.XTokenLoss`).
+        weighted mean of their probabilities as one teacher (they must share a tokenizer, and have one loss with the
+        same options); or the weighted sum, with each chunk's loss also weighted by how sure its teacher is beside the
+        others (``teacher_weighting="entropy"`` of `xtoken.XTokenLoss`).
     teacher_column : str, optional
         Field of the rows that says which teachers a row goes to, as for `ExampleEncoder`; names are those of the
         TeacherModels. Not with "average". A teacher runs only for the rows of a micro-batch that it has chunks of.

@@ -138,6 +138,26 @@ class EncodedStream(IterableDataset[dict[str, Any]]):
         getattr(self.rows, "set_epoch", lambda epoch: None)(epoch)
 
 
+class Rounds(IterableDataset[Any]):
+    """A stream, from its beginning again where it ends, without an end unless it can be read once only.
+
+    The Trainer, which begins anew by itself, would look for the place of a checkpoint in the first round alone.
+    """
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = rows
+
+    def __iter__(self) -> Iterator[Any]:
+        for number in itertools.count():
+            getattr(self.rows, "set_epoch", lambda epoch: None)(number)
+            is_empty = True
+            for row in self.rows:
+                is_empty = False
+                yield row
+            if is_empty:
+                return
+
+
 def is_example(row: Any) -> bool:
     """Whether a row is encoded already."""
     return isinstance(row, Mapping) and "student_ids" in row
@@ -232,7 +252,6 @@ class AlignedExamples(Dataset[dict[str, Any]]):
             ids = [row[:end] for row, end in zip(ids, ends, strict=True)]
         labels = ids[0].copy()
         labels[: max(1, len(self.prefixes[0]))] = IGNORED
-        spans = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)]
         return {"student_ids": ids[0], "labels": labels, "teachers": [{"ids": ids[1], "spans": spans, **named}]}
 
 

@@ -65,9 +65,7 @@ class ExampleChunks(NamedTuple):
         inside = (self.spans[:, 0] >= first) & (self.spans[:, 1] <= last)
         used = self.trained & inside
         used[:-1] |= inside[:-1] & used[1:] & (self.spans[:-1, 1::2] == self.spans[1:, ::2]).all(axis=1)
-        spans = self.spans[used] - np.repeat(start, 2)
-        predicted: NDArray[np.int32] = spans[(spans[:, 0] > 0) & (spans[:, 2] > 0)].astype(np.int32)
-        return predicted
+        return (self.spans[used] - np.repeat(start, 2)).astype(np.int32)
 
 
 class ExampleEncoder:
@@ -471,7 +469,8 @@ class ExampleEncoder:
                 self._tell_unpredicted(self.student, row)
             for place, at in enumerate(reading[1:], 1):
                 m, side = self._numbers[at - 1], self.sides[at]
-                heads = [one["labels"][one["teachers"][m]["spans"][:, 0]] for one in examples]
+                spans = [(one["labels"], one["teachers"][m]["spans"]) for one in examples]
+                heads = [labels[these[(these[:, ::2] > 0).all(axis=1), 0]] for labels, these in spans]
                 heads = [one[one != IGNORED] for one in heads]
                 if examples and all(self.student.is_special[one].all() for one in heads):  # ends do not count
                     pair = ((self.student, rows[0]), (side, rows[place]))
@@ -548,7 +547,8 @@ def find_chunks(
     trained = count[spans[:, 1]] - count[spans[:, 0]] == spans[:, 1] - spans[:, 0]
     sample = np.searchsorted(student.ptr, spans[:, 0], "right") - 1
     spans = spans - np.repeat(np.stack([student.ptr[sample], teacher.ptr[sample]], axis=1), 2, axis=1)
-    keep = (spans[:, 0] > 0) & (spans[:, 2] > 0) & _in_order(spans, sample)
+    trained &= (spans[:, ::2] > 0).all(axis=1)
+    keep = _in_order(spans, sample)
     counts = np.bincount(sample[keep], minlength=len(student.ptr) - 1)
     return ExampleChunks(spans[keep], trained[keep], np.concatenate([[0], np.cumsum(counts)]))
 

@@ -24,7 +24,7 @@ from xtoken.alignment import Alignment, to_device
 from xtoken.audit import same_tokens
 from xtoken.calibration import MOST_LEFT
 from xtoken.check import Lesson, check_lessons
-from xtoken.losses import Teacher, XTokenLoss
+from xtoken.losses import Teacher, XTokenLoss, registered
 from xtoken.losses.backends import IGNORED
 from xtoken.losses.criterion import ratio
 from xtoken.losses.logits import AnyLogits, materialised
@@ -37,7 +37,7 @@ from . import adapters, checkpoints
 from .assemble import build_teachers, check_data, encoding_of, examples_of, student_of, training_split
 from .collator import OnHost, XTokenCollator, keep_host
 from .config import XTokenConfig, environment
-from .data import EncodedStream, lengths, text_sample
+from .data import EncodedStream, Rounds, lengths, text_sample
 from .encode import ExampleEncoder
 from .ensemble import chunks_of_one, keep, mean_logits, position_alignment, select_best
 from .fused import Fused, logit_bytes
@@ -131,7 +131,8 @@ class XTokenTrainer(Trainer):
 
     Notes
     -----
-    The logged ``loss`` is ``ce_weight CE + kd_weight KD``, in training as in `evaluate`. Under ``scaling="dynamic"``
+    The logged ``loss`` is ``ce_weight CE + kd_weight KD``, in training (with the ``router_loss`` of a mixture of
+    experts) as in `evaluate`. Under ``scaling="dynamic"``
     what is differentiated has the factor s before KD, and a value in which KD hardly shows.
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
@@ -338,14 +339,12 @@ class XTokenTrainer(Trainer):
                         f"teacher_mode: expected teachers with one tokenizer for 'average', but {teacher.name} has "
                         f"another than {first.name}"
                     )
-                for name, ours, own in (
-                    ("loss", first.objective.loss, teacher.objective.loss),
-                    ("trust_top_k", first.objective.trust_top_k, teacher.objective.trust_top_k),
-                ):
-                    if ours != own:
+                ours, own = (_how(one.objective) for one in (first, teacher))
+                for name in ours if ours != own else ():
+                    if name not in own or ours[name] != own[name]:
                         raise ValueError(
                             f"{name}: expected one for all teachers with teacher_mode='average', which makes them one, "
-                            f"got {ours} for {first.name} and {own} for {teacher.name}"
+                            f"got {ours[name]} for {first.name} and {own.get(name)} for {teacher.name}"
                         )
             return [replace(first.objective_for(self._limits.rows, self.args.device), weight=1.0)]
         return [teacher.objective_for(self._limits.rows, self.args.device) for teacher in self.teachers]
@@ -573,7 +572,8 @@ class XTokenTrainer(Trainer):
             for teacher, entry, one in zip(self.teachers, entries, alignments, strict=True)
         ]
         if self.args.teacher_mode == "select" and len(logits) > 1:
-            known = [position_alignment(host["labels"]) if one is None else one for one in alignments]
+            read = host["labels"], host["input_ids"]
+            known = [position_alignment(*read) if one is None else one for one in alignments]
             ids = [read_by(entry, inputs)["input_ids"] for entry in entries]
             return logits, [*select_best(known, logits, ids, sizes, host.get("position_ids"))]
         return logits, alignments
@@ -683,8 +683,14 @@ class XTokenTrainer(Trainer):
         return loss, materialised(outputs.logits).detach(), inputs["labels"]
 
     def get_train_dataloader(self, *args: Any, **kwargs: Any) -> Any:
-        """The Trainer's, of batches that stay on the host too."""
-        return self._collated(super().get_train_dataloader, *args, is_training=True, **kwargs)
+        """The Trainer's, of batches that stay on the host too; a stream has `Rounds`."""
+        given = self.train_dataset
+        if given is not None and not hasattr(given, "__len__"):
+            self.train_dataset = Rounds(given)
+        try:
+            return self._collated(super().get_train_dataloader, *args, is_training=True, **kwargs)
+        finally:
+            self.train_dataset = given
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
         """Likewise, of batches with a row for each sample."""
@@ -932,6 +938,12 @@ class XTokenTrainer(Trainer):
         self.criterion.load_state_dict(state)
         if self._projection_steps is not None:
             self._projection_steps.load_state_dict(moments)
+
+
+def _how(objective: Teacher) -> dict[str, Any]:
+    """What a teacher says beside its weight."""
+    rest = {"trust_top_k": objective.trust_top_k, "projection": type(objective.projection).__name__}
+    return {"loss": objective.loss, **rest, **registered()[objective.loss].options(), **objective.options}
 
 
 def _groups_by_length(args: XTokenConfig) -> bool:
