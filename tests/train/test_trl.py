@@ -7,10 +7,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from default_losses import DEFAULT
 from small import make_model, make_tokenizer
 
 from xtoken import Aligner, PieceIndex, Teacher, Vocabulary, XTokenLoss, choose_loss
 from xtoken.integrations.trl import GOLDLoss, replace_loss
+from xtoken.losses import Needs
 
 STUDENT = Vocabulary([b"<s>", b"In", b" ", b"199", b"5", b"ok", b"</s>"], roles={"bos": 0, "eos": 6})
 TEACHER = Vocabulary([b"In", b" ", b"1", b"5", b"9", b"ok", b"<s>", b"</s>"], roles={"bos": 6, "eos": 7})
@@ -50,6 +52,16 @@ def test_completions_alone_are_compared(skipped):
     torch.testing.assert_close(total, 0.5 * ce + 2.0 * kd)
     torch.testing.assert_close(loss.parts["kd"], kd.detach())
     torch.testing.assert_close(grad, torch.autograd.grad(0.5 * ce + 2.0 * kd, z)[0])
+
+
+def test_columns_of_no_token_take_no_part():
+    """Those with which a teacher's output layer is filled up."""
+    criterion = XTokenLoss([Teacher(loss=DEFAULT[Needs.NOTHING])], "fixed", vocab_size=len(STUDENT))
+    loss = GOLDLoss(criterion, Aligner(STUDENT, TEACHER), (6, 7))
+    torch.manual_seed(0)
+    z, y = torch.randn(2, 7, 10), torch.randn(2, 9, 11)
+    totals = [loss(z, one, STUDENT_IDS, TEACHER_IDS, STUDENT_IDS, TEACHER_IDS) for one in (y, y[..., :8])]
+    assert totals[0] == totals[1]
 
 
 def test_trainers_without_a_loss_to_replace():

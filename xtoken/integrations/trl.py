@@ -75,6 +75,7 @@ class GOLDLoss(nn.Module):
         ]
         alignment = self.aligner.align(*(i.cpu() for i in ids), *(mask.cpu() for mask in masks))
         alignment = alignment.supervised(*(wanted.cpu() for wanted in taught))
+        teacher_logits = teacher_logits[..., : len(self.aligner.teacher)]  # without the columns of no token
         total: Tensor
         total, self.parts = self.criterion(student_logits, student_labels, teacher_logits, alignment)
         return total
