@@ -83,7 +83,8 @@ def test_what_rows_and_chunks_cannot_go_through(tmp_path, student_tok, teacher_t
 
 @pytest.mark.parametrize("strategy", ["group_by_length", "batch_rebalance"])
 def test_grouping_by_length(tmp_path, student_tok, teacher_tok, examples, strategy):
-    """Of data sets whose items have no input_ids; the longest example is in the first batch."""
+    """Of data sets whose items have no input_ids; the longest example is in the first batch. A run that goes on in an
+    epoch finds its order again."""
     option: dict[str, Any] = {"train_sampling_strategy": strategy}
     if "train_sampling_strategy" not in NAMES:
         option = {"group_by_length": True}
@@ -94,6 +95,13 @@ def test_grouping_by_length(tmp_path, student_tok, teacher_tok, examples, strate
     first, *_ = trainer.get_train_dataloader()
     assert first["input_ids"].shape[1] == max(lengths(examples)) or strategy == "batch_rebalance"
     assert len(list(trainer.get_train_dataloader())) == len(list(trainer.get_eval_dataloader())) == len(examples) // 4
+
+    def order(epoch: float) -> list[Any]:
+        trainer.state.epoch = epoch
+        return [batch["input_ids"].tolist() for batch in trainer.get_train_dataloader()]
+
+    assert order(1.0) == order(1.5)
+    assert order(1.0) != order(0.0) or strategy == "batch_rebalance"
     trainer.train()
 
 

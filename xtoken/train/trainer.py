@@ -8,7 +8,7 @@ import functools
 import logging
 import math
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,10 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Sampler
 from transformers import PreTrainedTokenizerBase, Trainer, TrainerState
 from transformers import trainer as trainer_of_transformers
+from transformers.trainer_pt_utils import LengthGroupedSampler
 from transformers.trainer_utils import TrainOutput
 
 from xtoken.alignment import Alignment, to_device
@@ -75,6 +77,23 @@ _TAUGHT_NOTHING = {
 
 _STATE = TensorFile("the distillation of a checkpoint")
 _MOMENTS = "moments."  # before the names of moments
+
+
+class _Ordered(Sampler[int]):
+    """A grouping by length whose order is that of seed and epoch, so that a run that goes on finds it again; the
+    Trainer's own depends on all random numbers that were drawn before."""
+
+    def __init__(self, sampler: LengthGroupedSampler, trainer: Trainer) -> None:
+        self.sampler, self.trainer = sampler, trainer
+
+    def __len__(self) -> int:
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[int]:
+        args, epoch = self.trainer.args, int(self.trainer.state.epoch or 0)
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.sampler.generator = torch.Generator("cpu").manual_seed(seed + epoch)
+        return iter(self.sampler)
 
 
 @dataclass
@@ -702,7 +721,8 @@ class XTokenTrainer(Trainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         data = self.train_dataset if train_dataset is None else train_dataset
-        return super()._get_train_sampler(self._by_length(data))
+        sampler = super()._get_train_sampler(self._by_length(data))
+        return _Ordered(sampler, self) if isinstance(sampler, LengthGroupedSampler) else sampler
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Any:
         return super()._get_eval_sampler(self._by_length(eval_dataset))
