@@ -151,7 +151,7 @@ class XTokenTrainer(Trainer):
     Notes
     -----
     The logged ``loss`` is ``ce_weight CE + kd_weight KD``, in training (with the ``router_loss`` of a mixture of
-    experts) as in `evaluate`. Under ``scaling="dynamic"``
+    experts, for which what fills up packed rows are tokens too) as in `evaluate`. Under ``scaling="dynamic"``
     what is differentiated has the factor s before KD, and a value in which KD hardly shows.
     Logged with the loss: the results of `Meter.summary`, ``kd_scale`` (the factor of KD), ``tokens_per_second`` of
     the student, and ``time_teacher``, ``time_student`` (forward and backward) and ``time_loss`` as shares of the
