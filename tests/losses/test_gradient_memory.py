@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
+import resource
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -93,6 +96,47 @@ def test_of_a_forked_process_is_its_own() -> None:
         os._exit(0)
     assert os.waitpid(child, 0)[1] == 0
     assert bool((gradient == 1).all())
+
+
+def test_a_process_may_fork_while_another_thread_has_the_lock() -> None:
+    has = threading.Event()
+
+    def hold() -> None:
+        with gradient_memory._lock:
+            has.set()
+            time.sleep(0.1)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    has.wait()
+    child = os.fork()
+    if child == 0:
+        os._exit(not gradient_memory._lock.acquire(blocking=False))
+    assert os.waitpid(child, 0)[1] == 0
+    thread.join()
+
+
+@pytest.mark.parametrize("kind", [resource.RLIMIT_AS, resource.RLIMIT_DATA])
+def test_nothing_is_kept_where_addresses_are_limited(kind: int) -> None:
+    before = resource.getrlimit(kind)
+    resource.setrlimit(kind, (2**50, before[1]))
+    try:
+        assert not gradient_memory._is_available()
+    finally:
+        resource.setrlimit(kind, before)
+    assert gradient_memory._is_available()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="others may lock little memory")
+def test_memory_that_is_locked_is_left_to_torch() -> None:
+    library, future = ctypes.CDLL(None), 2
+    assert library.mlockall(future) == 0
+    try:
+        gradient = gradient_memory.empty_like(LARGE)
+    finally:
+        library.munlockall()
+    del gradient
+    assert gradient_memory._returned.empty()
 
 
 def test_is_like_other_memory() -> None:

@@ -8,6 +8,7 @@ short of memory (MADV_FREE); until then it counts as the process's.
 from __future__ import annotations
 
 import mmap
+import os
 import threading
 import weakref
 from queue import SimpleQueue
@@ -22,20 +23,27 @@ SMALLEST = 32 << 20
 def _new(size: int) -> mmap.mmap:
     block = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     block.madvise(mmap.MADV_HUGEPAGE)
+    block.madvise(mmap.MADV_FREE)  # refused where all memory of the process is locked
     return block
 
 
 def _is_available() -> bool:
     try:
-        _new(mmap.PAGESIZE).madvise(mmap.MADV_FREE)
-    except (AttributeError, OSError):  # another system, or a Linux without them
+        import resource
+
+        _new(mmap.PAGESIZE)
+    except (ImportError, AttributeError, OSError):  # another system, or a Linux without them
         return False
-    return True
+    # Where addresses are limited (ulimit -v, -d), others would lack those of what is kept.
+    limits = (resource.getrlimit(one)[0] for one in (resource.RLIMIT_AS, resource.RLIMIT_DATA))
+    return all(limit == resource.RLIM_INFINITY for limit in limits)
 
 
 AVAILABLE = _is_available()
 
-_lock = threading.Lock()
+_lock = threading.RLock()  # a handler of a signal may fork while its own thread has it
+if AVAILABLE:  # else a process forked while another thread has the lock would wait for ever
+    os.register_at_fork(before=_lock.acquire, after_in_parent=_lock.release, after_in_child=_lock.release)
 _idle: list[mmap.mmap] = []
 _returned: SimpleQueue[mmap.mmap] = SimpleQueue()
 """Blocks whose tensors have ended, which may be at any moment, also while somebody holds the lock."""
