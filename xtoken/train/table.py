@@ -24,7 +24,7 @@ from .data import BATCH_ROWS
 from .encode import ExampleEncoder
 from .report import Report
 
-FORMAT = 1
+FORMAT = 2
 """Of the columns that `_encode` makes; a change makes caches of before out of date."""
 
 
