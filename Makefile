@@ -62,8 +62,8 @@ quick: $(VENV)/ready
 
 # The sanitizers' library comes first into the process; leaks are not looked for, since Python itself has many. The CUDA
 # kernels on the emulator stay out: it checks every access itself, and the sanitizer does not know its fibers; so do
-# formulas in PyTorch and its compiler, which have nothing of ours, and two pairs of tokenizers that take minutes. C++
-# exceptions of other libraries need the C++ runtime there too.
+# formulas in PyTorch and its compiler, and the memory of gradients, which have nothing of ours in C++, and two pairs of
+# tokenizers that take minutes. C++ exceptions of other libraries need the C++ runtime there too.
 sanitize: $(VENV)/ready
 	rm -rf $(SANITIZED)
 	XTOKEN_SANITIZE=1 $(BIN)/python setup.py --quiet build --build-temp build/sanitized-objects --build-lib $(SANITIZED)

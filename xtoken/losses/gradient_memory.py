@@ -50,12 +50,11 @@ _returned: SimpleQueue[mmap.mmap] = SimpleQueue()
 
 
 def empty_like(logits: Tensor) -> Tensor:
-    """A contiguous tensor of the type and shape of logits, whose values are not set."""
-    if not (AVAILABLE and type(logits) is Tensor and logits.device.type == "cpu" and logits.nbytes >= SMALLEST):
-        return torch.empty_like(logits, memory_format=torch.contiguous_format)
-    try:
-        block = _take(logits.nbytes)
-    except OSError:  # short of memory, which torch says in its own words
+    """A contiguous tensor of the type and shape of logits, whose values are not set. Where its memory is kept it cannot
+    be resized to more."""
+    is_kept = AVAILABLE and type(logits) is Tensor and logits.device.type == "cpu" and logits.nbytes >= SMALLEST
+    block = _take(logits.nbytes) if is_kept else None
+    if block is None:
         return torch.empty_like(logits, memory_format=torch.contiguous_format)
     # The tensor keeps the view, which ends with its memory and with that of all that share it.
     view = memoryview(block)
@@ -77,8 +76,9 @@ def _collect() -> None:
         _idle.append(_returned.get_nowait())
 
 
-def _take(size: int) -> mmap.mmap:
-    """The smallest block that is large enough. If there is none, those that are there are given back to the system."""
+def _take(size: int) -> mmap.mmap | None:
+    """The smallest block that is large enough. If there is none, those that are there are given back to the system, and
+    it is a new one; None where the system refuses that, which torch says in its own words."""
     with _lock:
         _collect()
         fitting = [block for block in _idle if len(block) >= size]
@@ -87,7 +87,10 @@ def _take(size: int) -> mmap.mmap:
             _idle.remove(block)
             return block
         _idle.clear()
-    return _new(size)
+    try:
+        return _new(size)
+    except OSError:
+        return None
 
 
 def _give_back(block: mmap.mmap) -> None:
